@@ -1,0 +1,41 @@
+"""The exceptions of the robot's side.
+
+Every message says what was expected, what was got, where, and what to do about it. The classes say who has to act:
+a user (`ConfigurationError`, `BundleError`), the robot's inputs (`InputError`), or the machine (`EngineError`).
+"""
+
+
+class KiVlaError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class ConfigurationError(KiVlaError):
+    """A setting, argument or environment is wrong; nothing has moved."""
+
+
+class BundleError(ConfigurationError):
+    """The bundle on disk is missing, damaged, or of another kind than this code reads."""
+
+
+class EngineError(KiVlaError):
+    """An inference engine cannot be had on this machine, or failed while running."""
+
+
+class InputError(KiVlaError):
+    """A message from the robot cannot be used; the node holds until a usable one arrives."""
+
+
+class StaleInput(InputError):
+    """An input is missing or older than its limit; names topic, age and limit."""
+
+
+class InstructionError(InputError):
+    """The instruction is empty, too long, or has words that the bundle's tokenizer does not know."""
+
+
+class SafetyRefusal(KiVlaError):
+    """A chunk that must not reach the wire; names joint, step, value and limit."""
+
+
+class SimulationError(KiVlaError):
+    """The simulator cannot start or was asked for something it cannot do."""
