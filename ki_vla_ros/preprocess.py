@@ -1,0 +1,160 @@
+"""Pixels, joint state and instruction -> the arrays that the prefill graph takes, as the manifest says.
+
+Training calls these same functions, so what the model learned from and what the robot feeds it cannot drift apart.
+
+Legend: V cameras, C channel, H W image rows and columns, S model image size, L prompt tokens, J joints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ki_vla_ros.errors import InputError, InstructionError
+from ki_vla_ros.records import Observation
+
+if TYPE_CHECKING:
+    from ki_vla_ros.bundle import PolicySpec
+
+PAD_TOKEN = "<pad>"
+UNKNOWN_TOKEN = "<unk>"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelInput:
+    """One observation and instruction as arrays; `state_J` (normalised) only where the bundle feeds the state as a token."""
+
+    images_VCHW: NDArray[np.float32]
+    image_mask_V: NDArray[np.bool_]
+    tokens_L: NDArray[np.int64]
+    token_mask_L: NDArray[np.bool_]
+    state_J: NDArray[np.float32] | None = None
+
+
+def resize_with_pad(rgb_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Fit the image into size x size without changing its proportions; the rest is black, in equal parts on both sides.
+
+    Shrinking averages areas: at a whole factor each pixel is exactly the mean of the pixels it covers.
+    """
+    if rgb_HWC.dtype != np.uint8 or rgb_HWC.ndim != 3 or rgb_HWC.shape[2] != 3 or rgb_HWC.size == 0:
+        raise InputError(f"image: expected uint8 [H, W, 3], got {rgb_HWC.dtype} {list(rgb_HWC.shape)}")
+    height, width = rgb_HWC.shape[:2]
+    scale = size / max(height, width)
+    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
+    if (new_height, new_width) == (height, width):
+        resized = rgb_HWC
+    else:
+        interpolation = cv2.INTER_AREA if scale < 1.0 else cv2.INTER_LINEAR
+        resized = np.asarray(cv2.resize(rgb_HWC, (new_width, new_height), interpolation=interpolation), dtype=np.uint8)
+    padded = np.zeros((size, size, 3), dtype=np.uint8)
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    padded[top : top + new_height, left : left + new_width] = resized
+    return padded
+
+
+def images_to_input(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
+    scaled = np.moveaxis(rgb, -1, -3).astype(np.float32)
+    scaled *= np.float32(1.0 / 127.5)
+    scaled -= np.float32(1.0)
+    return np.ascontiguousarray(scaled)
+
+
+def normalize(x: NDArray[np.floating], low: Sequence[float], high: Sequence[float]) -> NDArray[np.float64]:
+    """Map low..high (last axis) linearly to -1..1, without clipping."""
+    low_J, high_J = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+    return np.asarray(2.0 * (x - low_J) / (high_J - low_J) - 1.0, dtype=np.float64)
+
+
+def unnormalize(x: NDArray[np.floating], low: Sequence[float], high: Sequence[float]) -> NDArray[np.float64]:
+    """The inverse of `normalize`."""
+    low_J, high_J = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+    return np.asarray((x + 1.0) * 0.5 * (high_J - low_J) + low_J, dtype=np.float64)
+
+
+def state_to_bins(state_norm_J: NDArray[np.floating], bins: int = 256) -> NDArray[np.int64]:
+    """Normalised state -> bin 0..bins-1 of equal widths over [-1, 1]; values outside land in the outermost bins."""
+    if not np.all(np.isfinite(state_norm_J)):
+        raise InputError(f"joint state: expected finite numbers, got {np.asarray(state_norm_J).tolist()}")
+    edges = np.linspace(-1.0, 1.0, bins + 1)[:-1]
+    return np.clip(np.digitize(state_norm_J, edges) - 1, 0, bins - 1).astype(np.int64)
+
+
+def clean_instruction(task: str) -> str:
+    """Lower case, single spaces, no final full stop: the form in which training saw every instruction."""
+    cleaned = " ".join(task.lower().split()).rstrip(". ")
+    if not cleaned:
+        raise InstructionError(f"instruction: expected some words, got {task!r}")
+    if "<" in cleaned or ">" in cleaned:
+        # The prompt's own special tokens are written in angle brackets; an instruction must not be able to add one.
+        raise InstructionError(f"instruction: expected plain words, got '<' or '>' in {task!r}")
+    return cleaned
+
+
+def render_prompt(template: str, task: str, bins: Sequence[int] | NDArray[np.int64] = ()) -> str:
+    """The prompt text; `bins` (one integer per joint) fill {state} where the template has it."""
+    state = " ".join(str(int(value)) for value in bins)
+    return template.replace("{state}", state).replace("{task}", clean_instruction(task))
+
+
+def tokenize(tokenizer: Tokenizer, text: str, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Token ids [L], padded at the end, and the mask [L] of the real ones; unknown words and overlong text are refused."""
+    encoding = tokenizer.encode(text)
+    unknown_id = tokenizer.token_to_id(UNKNOWN_TOKEN)
+    unknown = [text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown_id]
+    if unknown:
+        raise InstructionError(
+            f"prompt: the bundle's tokenizer does not know {', '.join(map(repr, unknown))} in {text!r}; "
+            "use the words that the model card lists"
+        )
+    count = len(encoding.ids)
+    if count > length:
+        raise InstructionError(
+            f"prompt: expected at most {length} tokens, got {count} in {text!r}; shorten the instruction"
+        )
+    tokens_L = np.full(length, tokenizer.token_to_id(PAD_TOKEN), dtype=np.int64)
+    tokens_L[:count] = encoding.ids
+    return tokens_L, np.arange(length) < count
+
+
+def make_model_input(
+    manifest: PolicySpec, tokenizer: Tokenizer, observation: Observation, instruction: str
+) -> ModelInput:
+    """Everything the model reads for one chunk. An absent optional camera is masked out, an absent required one refused."""
+    if len(instruction) > manifest.prompt.max_instruction_chars:
+        raise InstructionError(
+            f"instruction: expected at most {manifest.prompt.max_instruction_chars} characters, got {len(instruction)} "
+            f"in {instruction[:40]!r}...; shorten the instruction"
+        )
+    size = manifest.image.size
+    images_VHWC = np.zeros((len(manifest.cameras), size, size, 3), dtype=np.uint8)
+    image_mask_V = np.zeros(len(manifest.cameras), dtype=np.bool_)
+    for v, camera in enumerate(manifest.cameras):
+        frame = observation.frames.get(camera.name)
+        if frame is not None:
+            images_VHWC[v] = resize_with_pad(frame.rgb_HWC, size)
+            image_mask_V[v] = True
+        elif not camera.optional:
+            raise InputError(
+                f"camera {camera.name!r}: expected a frame in the observation, got only {sorted(observation.frames)}"
+            )
+    if observation.state_J.shape != (len(manifest.joints),):
+        raise InputError(
+            f"joint state: expected {len(manifest.joints)} joints ({', '.join(j.name for j in manifest.joints)}), "
+            f"got an array of shape {list(observation.state_J.shape)}"
+        )
+    if not np.all(np.isfinite(observation.state_J)):
+        raise InputError(f"joint state: expected finite numbers, got {observation.state_J.tolist()}")
+    state_norm_J = normalize(observation.state_J, manifest.state.low, manifest.state.high)
+    as_text = manifest.state.encoding == "text"
+    bins = state_to_bins(state_norm_J, manifest.prompt.state_bins) if as_text else ()
+    prompt = render_prompt(manifest.prompt.template, instruction, bins)
+    tokens_L, token_mask_L = tokenize(tokenizer, prompt, manifest.prompt.length)
+    state_J = None if as_text else state_norm_J.astype(np.float32)
+    return ModelInput(images_to_input(images_VHWC), image_mask_V, tokens_L, token_mask_L, state_J)
