@@ -1,0 +1,160 @@
+"""The backbone: Gemma's transformer as a prefix language model.
+
+Legend: B batch, P prefix tokens (images and prompt), T postfix tokens (answer text or FAST actions), W width,
+Q query heads, K key/value heads, D head_dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ki_vla_ros.errors import ConfigurationError
+from training.model.attention import Rotation, additive, attend, rotate
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """Sizes of the backbone or of the action expert."""
+
+    width: int
+    depth: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise ConfigurationError(
+                f"gemma: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}, and head_dim {self.head_dim} even"
+            )
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; the weight is stored as its distance from 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalize(x) * (1.0 + self.weight)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Scales the last axis to a root mean square of 1."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of one layer, rotated to their positions, and the way back to the residual stream."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.heads, config.head_dim
+        self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
+        self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+
+    def queries(self, x_BSW: Tensor, turn: Rotation) -> Tensor:
+        """[B, S, Q, D]"""
+        return rotate(self.q(x_BSW).unflatten(-1, (-1, self.head_dim)), turn)
+
+    def keys_values(self, x_BSW: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
+        """Both [B, K, S, D]."""
+        key = rotate(self.k(x_BSW).unflatten(-1, (-1, self.head_dim)), turn)
+        value = self.v(x_BSW).unflatten(-1, (-1, self.head_dim))
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """Gated GELU (tanh form)."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.mlp, bias=False)
+        self.up = nn.Linear(config.width, config.mlp, bias=False)
+        self.down = nn.Linear(config.mlp, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+
+
+class BackboneLayer(nn.Module):
+    """Pre-norm attention and MLP. The prefix sees the prefix; the postfix sees the prefix and its own past."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.width)
+        self.attention = Projections(config)
+        self.norm2 = RMSNorm(config.width)
+        self.mlp = MLP(config)
+
+    def keys_values(self, x_BSW: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
+        """What the layer offers to readers, both [B, K, S, D]."""
+        return self.attention.keys_values(self.norm1(x_BSW), turn)
+
+    def scores(self, x_BSW: Tensor, turn: Rotation, head: int) -> Tensor:
+        """One head's scaled attention scores before masking and softmax, [B, S, S]."""
+        normed = self.norm1(x_BSW)
+        query = self.attention.queries(normed, turn)[:, :, head]
+        key = self.attention.keys_values(normed, turn)[0]
+        kv_head = head * key.shape[1] // self.attention.heads
+        return query @ key[:, kv_head].mT * self.attention.head_dim**-0.5
+
+    def forward(self, x_BSW: Tensor, turn: Rotation, view: "View") -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream after the layer, and the keys and values of all its tokens."""
+        normed = self.norm1(x_BSW)
+        query = self.attention.queries(normed, turn)
+        key, value = self.attention.keys_values(normed, turn)
+        split = view.prefix_bias.shape[-1]
+        seen = attend(query[:, :split], key[:, :, :split], value[:, :, :split], view.prefix_bias)
+        if view.postfix_bias is not None:
+            seen = torch.cat((seen, attend(query[:, split:], key, value, view.postfix_bias)), dim=1)
+        x_BSW = x_BSW + self.attention.out(seen)
+        return x_BSW + self.mlp(self.norm2(x_BSW)), key, value
+
+
+@dataclass(frozen=True)
+class View:
+    """Who sees whom in the backbone, as biases on the scores."""
+
+    prefix_bias: Tensor
+    """[B, 1, 1, P]"""
+    postfix_bias: Tensor | None
+    """[B, 1, T * G, P + T]"""
+
+
+def make_view(prefix_mask_BP: Tensor, postfix_mask_BT: Tensor | None, group: int) -> View:
+    """Every row is masked by its keys only: padding rows see the prefix too, stay finite, and nobody reads them."""
+    prefix_bias = additive(prefix_mask_BP)[:, None, None, :]
+    if postfix_mask_BT is None:
+        return View(prefix_bias, None)
+    tokens = postfix_mask_BT.shape[1]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=postfix_mask_BT.device).tril()
+    past = additive(causal & postfix_mask_BT[:, None, :])
+    whole = torch.cat((prefix_bias[:, 0].expand(-1, tokens, -1), past), dim=-1)
+    return View(prefix_bias, whole.repeat_interleave(group, dim=1)[:, None])
+
+
+def positions(mask_BS: Tensor) -> Tensor:
+    """Counts the valid tokens from 0, so that padding does not shift what follows it."""
+    return mask_BS.long().cumsum(dim=1) - 1
+
+
+class Backbone(nn.Module):
+    """Token table (tied with the output head), layers and final norm."""
+
+    def __init__(self, config: GemmaConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.width)
+        self.layers = nn.ModuleList(BackboneLayer(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings at the scale of the residual stream."""
+        return self.embedding(tokens) * self.config.width**0.5

@@ -1,0 +1,110 @@
+"""The image encoder: SigLIP's vision transformer, and a convolutional stem for small models.
+
+Legend: B images, M tokens per image, W width, S image side in pixels.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ki_vla_ros.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the image encoder. `patch_size` is also the total stride of the convolutional stem."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    stem: Literal["patch", "conv"] = "patch"
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size or self.width % self.heads:
+            raise ConfigurationError(
+                f"vision: image_size {self.image_size} must be a multiple of patch_size {self.patch_size}, "
+                f"and width {self.width} of heads {self.heads}"
+            )
+        if self.stem not in ("patch", "conv"):
+            raise ConfigurationError(f"vision: stem must be 'patch' or 'conv', got {self.stem!r}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def prime_factors(number: int) -> list[int]:
+    """In rising order: 12 -> [2, 2, 3]."""
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors
+
+
+def patch_stem(config: VisionConfig) -> nn.Module:
+    """SigLIP's patch embedding: each token sees exactly its own cell."""
+    return nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+
+
+def conv_stem(config: VisionConfig) -> nn.Module:
+    """One strided convolution per prime factor of the patch size, channels doubling up to the width.
+
+    It learns colours and shapes from far fewer images than a patch embedding, and its cells overlap.
+    """
+    strides = prime_factors(config.patch_size)
+    channels = [3] + [config.width >> shift for shift in reversed(range(len(strides)))]
+    layers: list[nn.Module] = []
+    for (before, after), stride in zip(pairwise(channels), strides, strict=True):
+        kernel = max(3, stride)
+        layers += [nn.Conv2d(before, after, kernel, stride, padding=(kernel - stride + 1) // 2), nn.GELU("tanh")]
+    return nn.Sequential(*layers[:-1])
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm transformer layer with biases; every token sees every token of its image."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.up = nn.Linear(width, config.mlp)
+        self.down = nn.Linear(config.mlp, width)
+
+    def forward(self, x_BMW: Tensor) -> Tensor:
+        normed = self.norm1(x_BMW)
+        query, key, value = (
+            project(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v)
+        )
+        seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        x_BMW = x_BMW + self.out(seen)
+        return x_BMW + self.down(F.gelu(self.up(self.norm2(x_BMW)), approximate="tanh"))
+
+
+class Vision(nn.Module):
+    """Images in [-1, 1] -> tokens in raster order."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.stem = patch_stem(config) if config.stem == "patch" else conv_stem(config)
+        self.position = nn.Embedding(config.tokens, config.width)
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    def forward(self, images_BCSS: Tensor) -> Tensor:
+        x_BMW = self.stem(images_BCSS).flatten(2).transpose(1, 2) + self.position.weight
+        for layer in self.layers:
+            x_BMW = layer(x_BMW)
+        return self.norm(x_BMW)

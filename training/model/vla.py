@@ -1,0 +1,244 @@
+"""The vision-language-action model with knowledge insulation (arXiv 2505.23705).
+
+One attention per layer joins backbone and expert, and nobody attends to the expert. So the backbone's rows of all
+layers are computed first, then the expert's rows, each with one softmax over the backbone's prefix and the expert.
+Insulation is one `detach` at that seam: keys and values as the expert reads them carry no gradient, while the
+backbone's own rows keep theirs.
+
+    who sees             prefix    postfix   expert
+    prefix               yes       -         -
+    postfix              yes       causal    -
+    expert               yes       -         yes (state token: only itself)
+
+Flow convention: x_t = t * noise + (1 - t) * action, velocity = noise - action, integrated from t = 1 to 0.
+
+Legend: B batch, V cameras, C channels, S image side, L prompt tokens, P prefix tokens (image tokens, then prompt),
+T postfix tokens (answer text or FAST actions), R expert rows (a multiple of B), H horizon, A action dim, N layers,
+K key/value heads, D model width or head_dim.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ki_vla_ros.errors import ConfigurationError
+from training.model.attention import additive, rotation
+from training.model.expert import AdaRMSNorm, Expert
+from training.model.gemma import Backbone, GemmaConfig, make_view, positions
+from training.model.siglip import Vision, VisionConfig
+
+
+@dataclass(frozen=True)
+class VLAConfig:
+    """Sizes of the whole model. With `state_dim` the state is one continuous token of the expert, else prompt text."""
+
+    vision: VisionConfig
+    backbone: GemmaConfig
+    expert: GemmaConfig
+    vocab_size: int
+    action_dim: int
+    horizon: int
+    state_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "heads", "kv_heads", "head_dim"):
+            ours, theirs = getattr(self.backbone, name), getattr(self.expert, name)
+            if ours != theirs:
+                raise ConfigurationError(
+                    f"backbone and expert meet in one attention per layer: {name} must agree, got {ours} and {theirs}"
+                )
+
+
+class Cache(NamedTuple):
+    """What the expert needs of the prefix. Keys are rotated already."""
+
+    keys_NBKPD: Tensor
+    values_NBKPD: Tensor
+    mask_BP: Tensor
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a training step may want. Hidden states are after the backbone's final norm."""
+
+    prefix_hidden_BPD: Tensor
+    postfix_hidden_BTD: Tensor | None
+    velocity_RHA: Tensor | None
+    prefix_by_layer: tuple[Tensor, ...]
+    """The residual stream [B, P, D] after each layer, before the final norm."""
+    probe_logits_BPQ: Tensor | None
+    """Scaled attention scores among prefix tokens (row: query), before mask and softmax."""
+
+
+class VLA(nn.Module):
+    """See the module's docstring for masks, flow convention and legend."""
+
+    def __init__(self, config: VLAConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.expert.width
+        self.vision = Vision(config.vision)
+        self.projector = nn.Linear(config.vision.width, config.backbone.width)
+        self.backbone = Backbone(config.backbone, config.vocab_size)
+        self.expert = Expert(config.expert)
+        self.action_in = nn.Linear(config.action_dim, width)
+        self.action_out = nn.Linear(width, config.action_dim)
+        self.state_in = None if config.state_dim is None else nn.Linear(config.state_dim, width)
+        initialize(self)
+
+    def embed_prefix(
+        self, images_BVCSS: Tensor, image_mask_BV: Tensor, tokens_BL: Tensor, token_mask_BL: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Image tokens of all cameras, then the prompt -> ([B, P, D], mask [B, P])."""
+        batch, cameras = image_mask_BV.shape
+        image_BPD = self.projector(self.vision(images_BVCSS.flatten(0, 1))).reshape(
+            batch, -1, self.projector.out_features
+        )
+        image_mask_BP = image_mask_BV[:, :, None].expand(-1, -1, self.config.vision.tokens).reshape(batch, -1)
+        embed_BPD = torch.cat((image_BPD, self.backbone.embed(tokens_BL)), dim=1)
+        return embed_BPD, torch.cat((image_mask_BP, token_mask_BL), dim=1)
+
+    def prefill(self, images_BVCSS: Tensor, image_mask_BV: Tensor, tokens_BL: Tensor, token_mask_BL: Tensor) -> Cache:
+        """The prefix once. Of the last layer only keys and values are computed: nothing reads the rest."""
+        x_BPD, mask_BP = self.embed_prefix(images_BVCSS, image_mask_BV, tokens_BL, token_mask_BL)
+        turn = rotation(positions(mask_BP), self.config.backbone.head_dim)
+        view = make_view(mask_BP, None, self.config.backbone.heads // self.config.backbone.kv_heads)
+        keys, values = [], []
+        *layers, last = self.backbone.layers
+        for layer in layers:
+            x_BPD, key, value = layer(x_BPD, turn, view)
+            keys.append(key)
+            values.append(value)
+        key, value = last.keys_values(x_BPD, turn)
+        return Cache(torch.stack([*keys, key]), torch.stack([*values, value]), mask_BP)
+
+    def velocity(self, cache: Cache, x_t_RHA: Tensor, time_RH: Tensor, state_RS: Tensor | None = None) -> Tensor:
+        """One expert step -> [R, H, A]. Rows r of one prefix are adjacent: row r reads prefix r // (R / B)."""
+        keys, values = cache.keys_NBKPD.unbind(0), cache.values_NBKPD.unbind(0)
+        return self._expert_velocity(keys, values, cache.mask_BP, x_t_RHA, time_RH, state_RS)
+
+    def forward(
+        self,
+        images_BVCSS: Tensor,
+        image_mask_BV: Tensor,
+        tokens_BL: Tensor,
+        token_mask_BL: Tensor,
+        postfix_BT: Tensor | None = None,
+        postfix_mask_BT: Tensor | None = None,
+        x_t: Tensor | None = None,
+        time: Tensor | None = None,
+        state: Tensor | None = None,
+        insulate: bool = True,
+        probe: tuple[int, int] | None = None,
+    ) -> Output:
+        """Everything at once, with gradients.
+
+        x_t [R, H, A], time [R, H] (one per action token), state [R, S]: the expert's rows, as in `velocity`.
+        `insulate=False` lets the flow loss train the backbone (the baseline).
+        `probe` = (layer, head) whose attention scores among prefix tokens are returned.
+        """
+        head_dim, group = self.config.backbone.head_dim, self.config.backbone.heads // self.config.backbone.kv_heads
+        x_BSD, mask_BP = self.embed_prefix(images_BVCSS, image_mask_BV, tokens_BL, token_mask_BL)
+        prefix = mask_BP.shape[1]
+        mask_BS = mask_BP
+        if postfix_BT is not None:
+            postfix_mask_BT = (
+                torch.ones_like(postfix_BT, dtype=torch.bool) if postfix_mask_BT is None else postfix_mask_BT
+            )
+            x_BSD = torch.cat((x_BSD, self.backbone.embed(postfix_BT)), dim=1)
+            mask_BS = torch.cat((mask_BP, postfix_mask_BT), dim=1)
+        turn = rotation(positions(mask_BS), head_dim)
+        view = make_view(mask_BP, None if postfix_BT is None else postfix_mask_BT, group)
+        keys, values, by_layer, scores = [], [], [], None
+        for index, layer in enumerate(self.backbone.layers):
+            if probe is not None and probe[0] == index:
+                turn_P = (turn[0][:, :prefix], turn[1][:, :prefix])
+                scores = layer.scores(x_BSD[:, :prefix], turn_P, probe[1])
+            x_BSD, key, value = layer(x_BSD, turn, view)
+            keys.append(key[:, :, :prefix].detach() if insulate else key[:, :, :prefix])
+            values.append(value[:, :, :prefix].detach() if insulate else value[:, :, :prefix])
+            by_layer.append(x_BSD[:, :prefix])
+        velocity = None
+        if x_t is not None and time is not None:
+            velocity = self._expert_velocity(tuple(keys), tuple(values), mask_BP, x_t, time, state)
+        hidden_BSD = self.backbone.norm(x_BSD)
+        return Output(
+            prefix_hidden_BPD=hidden_BSD[:, :prefix],
+            postfix_hidden_BTD=None if postfix_BT is None else hidden_BSD[:, prefix:],
+            velocity_RHA=velocity,
+            prefix_by_layer=tuple(by_layer),
+            probe_logits_BPQ=scores,
+        )
+
+    def _expert_velocity(
+        self,
+        keys_BKPD: tuple[Tensor, ...],
+        values_BKPD: tuple[Tensor, ...],
+        mask_BP: Tensor,
+        x_t_RHA: Tensor,
+        time_RH: Tensor,
+        state_RS: Tensor | None,
+    ) -> Tensor:
+        """The expert's rows.
+
+        A continuous state is one token before the actions. It does not attend to them (openpi's cumulative rule: the
+        state's block comes first), they attend to it. It is clean, so its time is 0, like that of a clean action.
+        """
+        repeats = x_t_RHA.shape[0] // mask_BP.shape[0]
+        if repeats > 1:
+            keys_BKPD = tuple(key.repeat_interleave(repeats, dim=0) for key in keys_BKPD)
+            values_BKPD = tuple(value.repeat_interleave(repeats, dim=0) for value in values_BKPD)
+            mask_BP = mask_BP.repeat_interleave(repeats, dim=0)
+        x_RED = self.action_in(x_t_RHA)
+        own_EE = torch.ones(x_RED.shape[1], x_RED.shape[1], dtype=torch.bool, device=x_RED.device)
+        if self.state_in is not None:
+            x_RED = torch.cat((self.state_in(state_RS)[:, None], x_RED), dim=1)
+            time_RH = F.pad(time_RH, (1, 0))
+            own_EE = F.pad(F.pad(own_EE, (1, 0), value=True), (0, 0, 1, 0))
+            own_EE[0, 0] = True
+        tokens = x_RED.shape[1]
+        position_RE = mask_BP.sum(dim=1, keepdim=True) + torch.arange(tokens, device=mask_BP.device)
+        turn = rotation(position_RE, self.config.expert.head_dim)
+        bias = torch.cat(
+            (additive(mask_BP)[:, None, :].expand(-1, tokens, -1), additive(own_EE).expand(x_RED.shape[0], -1, -1)),
+            dim=-1,
+        )
+        bias = bias.repeat_interleave(self.config.expert.heads // self.config.expert.kv_heads, dim=1)[:, None]
+        hidden_RED = self.expert(x_RED, self.expert.condition(time_RH), keys_BKPD, values_BKPD, turn, bias)
+        return self.action_out(hidden_RED[:, -x_t_RHA.shape[1] :])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the vocabulary, with the token table as output head."""
+        return F.linear(hidden, self.backbone.embedding.weight)
+
+    def sample_actions(self, cache: Cache, noise_RHA: Tensor, steps: int, state_RS: Tensor | None = None) -> Tensor:
+        """Integrates the flow from noise (t = 1) to actions (t = 0) in equal Euler steps."""
+        x_t = noise_RHA
+        for step in range(steps):
+            time_RH = torch.full_like(x_t[..., 0], 1.0 - step / steps)
+            x_t = x_t - self.velocity(cache, x_t, time_RH, state_RS) / steps
+        return x_t
+
+
+def initialize(model: VLA) -> None:
+    """Weights for training from scratch.
+
+    Every linear map keeps the variance of its input (truncated normal, 1 / sqrt(fan in)); tokens enter the residual
+    stream, and leave it as logits, at about unit size; expert branches start closed (adaRMS at zero), and the first
+    velocities are small.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+    for module in model.modules():
+        if isinstance(module, AdaRMSNorm):
+            nn.init.zeros_(module.dense.weight)
+    with torch.no_grad():
+        model.action_out.weight.mul_(0.1)
