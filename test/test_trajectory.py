@@ -155,6 +155,14 @@ def test_a_message_wholly_in_the_past_is_refused_and_changes_nothing() -> None:
     assert_position(arm, [0.5, 0.0], 500)
 
 
+def test_a_point_due_this_very_instant_is_past() -> None:
+    arm = executor()
+    arm.accept(message(point(100, (5.0, 5.0)), point(200, (1.0, 1.0)), stamp_ns=NOW - 100 * MS), NOW)
+    assert_position(arm, [0.0, 0.0], 0)
+    with pytest.raises(InputError, match="due 0 ms ago"):
+        arm.accept(message(point(100, (5.0, 5.0)), stamp_ns=NOW - 100 * MS), NOW)
+
+
 def test_a_first_point_at_time_zero_is_a_step() -> None:
     arm = executor()
     arm.accept(message(point(0, (1.0, 0.0)), point(100, (2.0, 0.0))), NOW)

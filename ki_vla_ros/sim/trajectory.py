@@ -99,16 +99,17 @@ class TrajectoryExecutor:
         order = self._joint_order(trajectory.joints)
         self._check_points(trajectory, order)
         start_ns = trajectory.stamp_ns or now_ns
-        end_ns = start_ns + trajectory.points[-1].time_from_start_ns
-        if end_ns < now_ns:
+        knots = [self._knot(point, start_ns, order) for point in trajectory.points]
+        # A point at time 0 of a trajectory that starts now or later is a wanted step; one due before now is past.
+        usable = [knot for knot in knots if knot.time_ns > now_ns or start_ns == now_ns]
+        if not usable:
             raise InputError(
-                f"trajectory refused: its last point was due {(now_ns - end_ns) / 1e6:.0f} ms ago; expected at least one "
+                f"trajectory refused: its last point was due {(now_ns - knots[-1].time_ns) / 1e6:.0f} ms ago; expected at least one "
                 "point in the future (check header.stamp and the publisher's clock)"
             )
         handoff_ns = max(start_ns, now_ns)
-        knots = [self._knot(point, start_ns, order) for point in trajectory.points]
         position_J, velocity_J = self.sample(handoff_ns)
-        ahead = [Knot(handoff_ns, position_J, velocity_J), *(knot for knot in knots if knot.time_ns >= handoff_ns)]
+        ahead = [Knot(handoff_ns, position_J, velocity_J), *usable]
         # Two knots at the hand-off (a first point at time 0) leave no way in between: a step, as in the real controller.
         new = [Segment(a, b, b.time_ns) for a, b in pairwise(ahead) if b.time_ns > a.time_ns]
         kept = [
