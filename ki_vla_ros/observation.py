@@ -1,0 +1,244 @@
+"""The newest inputs that belong together in time, or a refusal that names what is missing.
+
+The executor thread adds, the worker thread observes; a lock keeps them apart. Nothing here waits, and nothing here reads a
+clock: `now_ns` comes from the caller. Legend: J joints in the manifest's order. Stamps in integer ns on the node's clock.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.errors import InputError, StaleInput
+from ki_vla_ros.records import CameraFrame, JointReading, Observation
+
+# Frames that an observation may be chosen from, per camera: at 30 Hz the last 0.27 s. Full images are kept, so not more.
+FRAMES_KEPT = 8
+# Joint readings to interpolate between: 2.5 s at 200 Hz, half a second at 1 kHz.
+READINGS_KEPT = 512
+
+
+@dataclass(frozen=True)
+class CameraSource:
+    """A camera of the model and the topic its frames come from (for messages)."""
+
+    name: str
+    topic: str
+    optional: bool = False
+
+
+@dataclass
+class _Frames:
+    source: CameraSource
+    frames: deque[CameraFrame] = field(default_factory=lambda: deque(maxlen=FRAMES_KEPT))
+
+
+class ObservationBuffer:
+    def __init__(self, cameras: Sequence[CameraSource], joints: Sequence[str], joint_topic: str) -> None:
+        self._cameras = {camera.name: _Frames(camera) for camera in cameras}
+        self._joints = tuple(joints)
+        self._joint_topic = joint_topic
+        self._readings: deque[tuple[int, NDArray[np.float64]]] = deque(maxlen=READINGS_KEPT)
+        self._refused: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def add_frame(self, frame: CameraFrame) -> None:
+        with self._lock:
+            frames = self._cameras[frame.camera].frames
+            stamps = [kept.stamp_ns for kept in frames]
+            place = bisect.bisect_left(stamps, frame.stamp_ns)
+            if place < len(stamps) and stamps[place] == frame.stamp_ns:
+                return  # a frozen camera repeats its stamp: it must grow stale
+            _insert(frames, place, frame)
+            self._refused.pop(frame.camera, None)
+
+    def add_joints(self, reading: JointReading) -> None:
+        """Takes the manifest's joints out of `reading` by name; InputError where one is missing or not a number."""
+        index = {name: i for i, name in enumerate(reading.names)}
+        missing = [name for name in self._joints if name not in index]
+        if missing:
+            raise InputError(
+                f"joint state: expected joints {', '.join(self._joints)}, but {', '.join(missing)} missing among "
+                f"{', '.join(reading.names) or 'no names'} on {self._joint_topic}; is it the robot that the bundle was made for?"
+            )
+        position_J = np.array([reading.position_J[index[name]] for name in self._joints], dtype=np.float64)
+        for name, value in zip(self._joints, position_J, strict=True):
+            if not np.isfinite(value):
+                raise InputError(f"joint {name!r}: expected a finite position, got {value} on {self._joint_topic}")
+        with self._lock:
+            place = bisect.bisect_left([stamp for stamp, _ in self._readings], reading.stamp_ns)
+            if place == len(self._readings) or self._readings[place][0] != reading.stamp_ns:
+                _insert(self._readings, place, (reading.stamp_ns, position_J))
+            self._refused.pop("joint state", None)
+
+    def refuse(self, subject: str, reason: str) -> None:
+        """Remembers why the newest message of a camera (by name) or of "joint state" could not be used."""
+        with self._lock:
+            self._refused[subject] = reason
+
+    def clear(self) -> None:
+        """Forgets everything, as after a backward jump of the clock."""
+        with self._lock:
+            for camera in self._cameras.values():
+                camera.frames.clear()
+            self._readings.clear()
+            self._refused.clear()
+
+    def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
+        """The newest set: one frame per required camera within `slop_ns` of the oldest one, and the joint state at its time.
+
+        Optional cameras join if they have a frame in that span. StaleInput if there is no such set or if it is older than
+        `max_age_ns`. Stamps ahead of `now_ns` by more than `slop_ns` are not used.
+        """
+        with self._lock:
+            usable = {
+                name: [frame for frame in camera.frames if frame.stamp_ns <= now_ns + slop_ns]
+                for name, camera in self._cameras.items()
+            }
+            readings = list(self._readings)
+            refused = dict(self._refused)
+        required = {n: frames for n, frames in usable.items() if not self._cameras[n].source.optional}
+        for name, frames in required.items():
+            self._check_camera(self._cameras[name], frames, now_ns, max_age_ns, refused)
+        frames = _newest_set(required, slop_ns)
+        if frames is None:
+            raise StaleInput(_out_of_step(required, slop_ns))
+        stamp_ns = min(frame.stamp_ns for frame in frames.values())
+        if now_ns - stamp_ns > max_age_ns:
+            raise StaleInput(
+                f"cameras: newest images that match within sync_slop_s are {_ms(now_ns - stamp_ns)} ms old, limit "
+                f"{_ms(max_age_ns)} ms (max_age_s); do all cameras run at a steady rate?"
+            )
+        for name, candidates in usable.items():
+            if name not in frames:
+                in_span = [frame for frame in candidates if stamp_ns <= frame.stamp_ns <= stamp_ns + slop_ns]
+                if in_span:
+                    frames[name] = in_span[0]
+        self._check_readings(readings, now_ns, max_age_ns, refused)
+        return Observation(stamp_ns, frames, self._joints_at(readings, stamp_ns, max_age_ns))
+
+    def measured(self, now_ns: int, max_age_ns: int) -> NDArray[np.float64]:
+        """The newest joint positions [J]; StaleInput if older than `max_age_ns`."""
+        with self._lock:
+            readings = list(self._readings)
+            refused = dict(self._refused)
+        self._check_readings(readings, now_ns, max_age_ns, refused)
+        return readings[-1][1]
+
+    def _check_camera(
+        self, camera: _Frames, usable: list[CameraFrame], now_ns: int, max_age_ns: int, refused: Mapping[str, str]
+    ) -> None:
+        name, topic = camera.source.name, camera.source.topic
+        why = f"; last message refused: {refused[name]}" if name in refused else f"; is {topic} published?"
+        if not usable and camera.frames:
+            raise StaleInput(
+                f"camera {name!r}: stamps on {topic} are ahead of the node's clock by "
+                f"{_ms(camera.frames[0].stamp_ns - now_ns)} ms; do both use the same clock (use_sim_time)?"
+            )
+        if not usable:
+            raise StaleInput(f"camera {name!r}: no image yet{why}")
+        age_ns = now_ns - usable[-1].stamp_ns
+        if age_ns > max_age_ns:
+            raise StaleInput(
+                f"camera {name!r}: newest frame {_ms(age_ns)} ms old, limit {_ms(max_age_ns)} ms (max_age_s){why}"
+            )
+
+    def _check_readings(
+        self,
+        readings: list[tuple[int, NDArray[np.float64]]],
+        now_ns: int,
+        max_age_ns: int,
+        refused: Mapping[str, str],
+    ) -> None:
+        topic = self._joint_topic
+        why = (
+            f"; last message refused: {refused['joint state']}"
+            if "joint state" in refused
+            else f"; is {topic} published?"
+        )
+        if not readings:
+            raise StaleInput(f"joint state: none yet{why}")
+        age_ns = now_ns - readings[-1][0]
+        if age_ns > max_age_ns:
+            raise StaleInput(f"joint state: newest {_ms(age_ns)} ms old, limit {_ms(max_age_ns)} ms (max_age_s){why}")
+        if age_ns < -max_age_ns:
+            raise StaleInput(
+                f"joint state: stamps on {topic} are ahead of the node's clock by {_ms(-age_ns)} ms; "
+                "do both use the same clock (use_sim_time)?"
+            )
+
+    def _joints_at(
+        self, readings: list[tuple[int, NDArray[np.float64]]], stamp_ns: int, max_age_ns: int
+    ) -> NDArray[np.float64]:
+        """Interpolated between the readings before and after `stamp_ns`, never extrapolated.
+
+        A frame newer than every reading gets the newest reading as it is. Either way no reading farther than `max_age_ns` from
+        the frame is used.
+        """
+        after = bisect.bisect_left([stamp for stamp, _ in readings], stamp_ns)
+        if after == 0 and readings[0][0] != stamp_ns:
+            raise StaleInput(
+                f"joint state: the oldest kept is {_ms(readings[0][0] - stamp_ns)} ms newer than the images; "
+                f"is {self._joint_topic} published since the images were taken?"
+            )
+        near = [readings[i] for i in (after - 1, after) if 0 <= i < len(readings)]
+        if near[-1][0] == stamp_ns:
+            return near[-1][1]
+        gap_ns = max(abs(stamp - stamp_ns) for stamp, _ in near)
+        if gap_ns > max_age_ns:
+            raise StaleInput(
+                f"joint state: none within {_ms(max_age_ns)} ms (max_age_s) of the images, nearest pair reaches {_ms(gap_ns)} ms; "
+                f"does {self._joint_topic} stall?"
+            )
+        if len(near) == 1:
+            return near[0][1]
+        (before_ns, before_J), (after_ns, after_J) = near
+        weight = (stamp_ns - before_ns) / (after_ns - before_ns)
+        return before_J + weight * (after_J - before_J)
+
+
+def _newest_set(frames: Mapping[str, Sequence[CameraFrame]], slop_ns: int) -> dict[str, CameraFrame] | None:
+    """Per camera the first frame at or after t, for the newest t at which every camera has one within `slop_ns`."""
+    for start_ns in sorted({frame.stamp_ns for kept in frames.values() for frame in kept}, reverse=True):
+        chosen = {
+            name: next((f for f in kept if start_ns <= f.stamp_ns <= start_ns + slop_ns), None)
+            for name, kept in frames.items()
+        }
+        found = {name: frame for name, frame in chosen.items() if frame is not None}
+        if len(found) == len(frames):
+            return found
+    return None
+
+
+def _out_of_step(frames: Mapping[str, Sequence[CameraFrame]], slop_ns: int) -> str:
+    """The widest of the smallest distances between any two cameras' frames, in words."""
+    names = list(frames)
+    gap_ns, first, second = max(
+        (min(abs(a.stamp_ns - b.stamp_ns) for a in frames[one] for b in frames[two]), one, two)
+        for i, one in enumerate(names)
+        for two in names[i + 1 :]
+    )
+    return (
+        f"cameras {first!r} and {second!r}: nearest stamps {_ms(gap_ns)} ms apart, limit {_ms(slop_ns)} ms (sync_slop_s) for "
+        "all cameras together; do they stamp with one clock?"
+    )
+
+
+def _insert(kept: deque, place: int, item: object) -> None:  # type: ignore[type-arg]
+    """Insert in order; a full deque gives up its oldest, and an item older than everything in a full one is not kept."""
+    if kept.maxlen is not None and len(kept) == kept.maxlen:
+        if place == 0:
+            return
+        kept.popleft()
+        place -= 1
+    kept.insert(place, item)
+
+
+def _ms(duration_ns: int) -> str:
+    return f"{duration_ns / 1e6:.0f}"
