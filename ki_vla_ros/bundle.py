@@ -2,16 +2,30 @@
 
 A bundle holds `manifest.json`, `prefill.onnx`, `expert.onnx` (perhaps with external weight files), `tokenizer.json` and
 `README.md`; no pickle, no code. Legend: V cameras, S image size, L prompt tokens, P prefix length, N layers, K kv heads,
-D head dim, H horizon, J joints (= action dimensions).
+D head dim, H horizon, J joints (= action dimensions A).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from tokenizers import Tokenizer
+
+from ki_vla_ros.errors import BundleError
+from ki_vla_ros.onnx_header import GraphHeader, TensorType, read_header
+from ki_vla_ros.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
 
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PREFILL = "prefill.onnx"
+EXPERT = "expert.onnx"
+TOKENIZER = "tokenizer.json"
+MODEL_CARD = "README.md"
 
 Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -186,3 +200,199 @@ class Manifest(PolicySpec):
                 f"graph.action_dim: expected {len(self.joints)} (one per joint), got {self.graph.action_dim}"
             )
         return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bundle:
+    """A bundle that has passed every check of `load_bundle`; `path` is its real folder."""
+
+    path: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+
+
+def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType], dict[str, TensorType]]]:
+    """Inputs and outputs that each graph file must have, by name."""
+    size, graph = manifest.image.size, manifest.graph
+    cameras, length, joints = len(manifest.cameras), manifest.prompt.length, len(manifest.joints)
+    kv = TensorType("float32", (graph.layers, graph.kv_heads, graph.prefix_length, graph.head_dim))
+    actions = TensorType("float32", (manifest.horizon, graph.action_dim))
+    cache = {"keys": kv, "values": kv, "prefix_mask": TensorType("bool", (graph.prefix_length,))}
+    prefill_inputs = {
+        "images": TensorType("float32", (cameras, 3, size, size)),
+        "image_mask": TensorType("bool", (cameras,)),
+        "tokens": TensorType("int64", (length,)),
+        "token_mask": TensorType("bool", (length,)),
+    }
+    state = {"state": TensorType("float32", (joints,))} if manifest.state.encoding == "token" else {}
+    expert_inputs = {**cache, **state, "x_t": actions, "time": TensorType("float32", (manifest.horizon,))}
+    return {PREFILL: (prefill_inputs, cache), EXPERT: (expert_inputs, {"velocity": actions})}
+
+
+def load_bundle(path: Path | str) -> Bundle:
+    """Read and verify a bundle; BundleError names the first fault.
+
+    Files may be symbolic links (as colcon's --symlink-install makes them) as long as all lie in the folder that
+    the manifest really lies in.
+    """
+    given = Path(path).expanduser()
+    if not given.is_dir():
+        raise BundleError(
+            f"bundle: expected a folder, got {given}, which is {'a file' if given.exists() else 'not there'}"
+        )
+    if not (given / MANIFEST).is_file():
+        raise BundleError(f"{given}: expected {MANIFEST} in a bundle, got none; is this the folder that export wrote?")
+    root = (given / MANIFEST).resolve().parent
+    manifest = _read_manifest(root / MANIFEST)
+    _check_files(root, manifest)
+    headers = {name: read_header(root / name) for name in (PREFILL, EXPERT)}
+    _check_external_data(root, manifest, headers)
+    for name, (inputs, outputs) in graph_interface(manifest).items():
+        _check_interface(root / name, "input", inputs, headers[name].inputs)
+        _check_interface(root / name, "output", outputs, headers[name].outputs)
+        if headers[name].foreign_domains:
+            domains = ", ".join(sorted(headers[name].foreign_domains))
+            raise BundleError(
+                f"{root / name}: expected standard ONNX operators only, got domain {domains}; export again"
+            )
+    return Bundle(root, manifest, _read_tokenizer(root / TOKENIZER, manifest))
+
+
+def write_bundle(folder: Path, policy: PolicySpec, graph: GraphSpec, tokenizer: Tokenizer, model_card: str) -> Bundle:
+    """Complete a folder that already holds the two graphs: tokenizer, model card, manifest with hashes; then load it."""
+    tokenizer.save(str(folder / TOKENIZER), pretty=False)
+    (folder / MODEL_CARD).write_text(model_card, encoding="utf-8")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name != MANIFEST)
+    files = {name: file_sha256(folder / name) for name in names}
+    manifest = Manifest(**dict(policy), files=files, graph=graph)
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return load_bundle(folder)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_validation(error: ValidationError) -> str:
+    """pydantic's findings in one line: where, what was expected, what was got."""
+    parts = []
+    for finding in error.errors(include_url=False):
+        where = ".".join(str(part) for part in finding["loc"]) or "as a whole"
+        got = "" if finding["type"] in ("missing", "value_error") else f", got {finding['input']!r:.80}"
+        parts.append(f"{where}: {finding['msg'].removeprefix('Value error, ')}{got}")
+    return "; ".join(parts)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path}: expected JSON, got something else ({error}); export again") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{path}: expected a JSON object, got {type(content).__name__}; export again")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}; export with the training package "
+            "of the same release as this one"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise BundleError(f"{path}: {describe_validation(error)}; export again") from error
+
+
+def _check_files(root: Path, manifest: Manifest) -> None:
+    for name in (PREFILL, EXPERT, TOKENIZER, MODEL_CARD):
+        if name not in manifest.files:
+            raise BundleError(f"{root / MANIFEST}: files: expected {name} among them, got {sorted(manifest.files)}")
+    for name, expected in manifest.files.items():
+        file = root / name
+        if Path(name).name != name or name == MANIFEST:
+            raise BundleError(
+                f"{root / MANIFEST}: files: expected plain names of files beside the manifest, got {name!r}"
+            )
+        if not file.is_file():
+            raise BundleError(
+                f"{root}: expected file {name}, which the manifest lists, got none; copy the whole folder"
+            )
+        if file.resolve().parent != root:
+            raise BundleError(f"{file}: expected a file inside the bundle, got a link to {file.resolve()}")
+        got = file_sha256(file)
+        if got != expected:
+            raise BundleError(
+                f"{file}: expected sha256 {expected[:12]}..., got {got[:12]}...; it was changed or cut off, copy it again"
+            )
+    for entry in sorted(root.iterdir()):
+        if entry.name not in manifest.files and entry.name != MANIFEST:
+            raise BundleError(
+                f"{root}: expected only the files that the manifest lists, got {entry.name!r} beside them; remove it"
+            )
+
+
+def _check_external_data(root: Path, manifest: Manifest, headers: dict[str, GraphHeader]) -> None:
+    known = {PREFILL, EXPERT, TOKENIZER, MODEL_CARD}
+    for name, header in headers.items():
+        unlisted = sorted(header.external_files - (set(manifest.files) - known))
+        if unlisted:
+            raise BundleError(f"{root / name}: expected weights in files that the manifest lists, got {unlisted[0]!r}")
+    referred = known.union(*(header.external_files for header in headers.values()))
+    for name in manifest.files:
+        if name not in referred:
+            raise BundleError(
+                f"{root / MANIFEST}: files: expected the two graphs, their weights, {TOKENIZER} and {MODEL_CARD}, got {name!r}, "
+                "which no graph refers to; a bundle holds no code and no pickle"
+            )
+
+
+def _check_interface(path: Path, side: str, expected: dict[str, TensorType], got: dict[str, TensorType]) -> None:
+    if set(expected) != set(got):
+        raise BundleError(f"{path}: expected {side}s {sorted(expected)}, got {sorted(got)}; export again")
+    for name, tensor in expected.items():
+        if got[name] != tensor:
+            raise BundleError(f"{path}: {side} {name!r}: expected {tensor}, got {got[name]}; export again")
+
+
+def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise BundleError(f"{path}: expected a tokenizers file, got something else ({error}); export again") from error
+    prompt, vocab_size = manifest.prompt, manifest.graph.vocab_size
+    if tokenizer.truncation is not None or tokenizer.padding is not None:
+        raise BundleError(
+            f"{path}: expected no truncation and no padding of its own, got {tokenizer.truncation or tokenizer.padding}"
+        )
+    for token in (PAD_TOKEN, UNKNOWN_TOKEN):
+        if tokenizer.token_to_id(token) is None:
+            raise BundleError(f"{path}: expected the token {token} in the vocabulary, got none")
+    word, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise BundleError(f"{path}: expected ids below {vocab_size} (graph.vocab_size), got {largest} for {word!r}")
+    unknown_id = tokenizer.token_to_id(UNKNOWN_TOKEN)
+    frame_text = prompt.template.replace("{task}", " ").replace("{state}", " ")
+    frame = tokenizer.encode(frame_text)
+    if unknown_id in frame.ids:
+        start, end = frame.offsets[frame.ids.index(unknown_id)]
+        raise BundleError(
+            f"{path}: expected every token of prompt.template, got no {frame_text[start:end]!r} in the vocabulary"
+        )
+    needed = len(frame.ids) + 1
+    if manifest.state.encoding == "text":
+        needed += len(manifest.joints)
+        bins = tokenizer.encode_batch([str(i) for i in range(prompt.state_bins)], add_special_tokens=False)
+        for i, encoding in enumerate(bins):
+            if len(encoding.ids) != 1 or encoding.ids[0] == unknown_id:
+                raise BundleError(
+                    f"{path}: expected a token for each state bin 0..{prompt.state_bins - 1}, got none for '{i}'"
+                )
+    if needed > prompt.length:
+        raise BundleError(
+            f"{path}: expected room for an instruction in prompt.length {prompt.length}, got a template that needs {needed} tokens "
+            "with a single word"
+        )
+    return tokenizer

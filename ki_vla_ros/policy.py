@@ -1,0 +1,104 @@
+"""From one observation to one action chunk: prefix once, then Euler steps of the expert on the cached keys and values.
+
+Legend: L prompt tokens, H horizon, A action dim, J joints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.engines.base import Engine, KVCache
+from ki_vla_ros.errors import ConfigurationError, EngineError
+from ki_vla_ros.preprocess import ModelInput, make_model_input, unnormalize
+from ki_vla_ros.records import ActionChunk, Observation
+
+
+def _ignore(stage: str) -> None:
+    """No stopwatch."""
+
+
+class Policy:
+    """A bundle on an engine. `flow_steps` and `noise_seed` may be set between two chunks."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, flow_steps: int | None = None, noise_seed: int = 0) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.flow_steps = bundle.manifest.flow.steps if flow_steps is None else flow_steps
+        self.noise_seed = noise_seed
+        if self.flow_steps < 1:
+            raise ConfigurationError(f"flow_steps: expected at least 1, got {self.flow_steps}")
+
+    def infer(
+        self, observation: Observation, instruction: str, chunk_index: int, mark: Callable[[str], None] = _ignore
+    ) -> ActionChunk:
+        """The whole way; `mark` is called with each stage's name when that stage is done, for whoever holds a stopwatch."""
+        manifest = self.bundle.manifest
+        model_input = make_model_input(manifest, self.bundle.tokenizer, observation, instruction)
+        mark("preprocess")
+        cache = self.prefill(model_input)
+        mark("prefill")
+        actions_HA = self.denoise(cache, self.noise(chunk_index), model_input.state_J)
+        mark("denoise")
+        chunk = self.decode(actions_HA, observation)
+        mark("decode")
+        return chunk
+
+    def noise(self, chunk_index: int) -> NDArray[np.float32]:
+        """The chunk's starting point [H, A], the same for the same seed and index on every machine."""
+        shape = (self.bundle.manifest.horizon, self.bundle.manifest.graph.action_dim)
+        generator = np.random.default_rng((self.noise_seed, chunk_index))
+        return generator.standard_normal(shape, dtype=np.float32)
+
+    def prefill(self, model_input: ModelInput) -> KVCache:
+        """The backbone's keys and values, on the engine's device, valid until the next prefill."""
+        return self.engine.prefill(model_input)
+
+    def denoise(
+        self, cache: KVCache, noise_HA: NDArray[np.float32], state_J: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Integrate x_t = t * noise + (1 - t) * action from t = 1 to t = 0 (manifest: noise_at_one) -> normalised actions."""
+        steps = self.flow_steps
+        x_t_HA = noise_HA
+        for step in range(steps):
+            # Counted in integers: summing -1/steps would leave the last time off by rounding, or add a step.
+            time_H = np.full(len(x_t_HA), 1.0 - step / steps, dtype=np.float32)
+            v_t_HA = self.engine.velocity(cache, state_J, x_t_HA, time_H)
+            x_t_HA = x_t_HA - v_t_HA / np.float32(steps)
+        return x_t_HA
+
+    def decode(self, actions_HA: NDArray[np.float32], observation: Observation) -> ActionChunk:
+        """Normalised actions -> absolute joint positions, and the velocities of the path from the observed state through them."""
+        manifest = self.bundle.manifest
+        actions_HJ = unnormalize(actions_HA, manifest.action.low, manifest.action.high)
+        relative_J = np.array([joint.relative for joint in manifest.joints])
+        position_HJ = actions_HJ + np.where(relative_J, observation.state_J, 0.0)
+        if not np.all(np.isfinite(position_HJ)):
+            raise EngineError("policy: expected finite positions, got NaN or infinity; is the bundle damaged?")
+        path = np.concatenate([observation.state_J[np.newaxis], position_HJ])
+        # Central differences; the last point has no successor and takes the difference to its predecessor.
+        velocity_HJ = np.gradient(path, manifest.action_period_s, axis=0)[1:]
+        return ActionChunk(
+            start_ns=observation.stamp_ns,
+            period_ns=manifest.action_period_ns,
+            joints=manifest.joint_names,
+            position_HJ=position_HJ,
+            velocity_HJ=velocity_HJ,
+        )
+
+    def warm_up(self) -> None:
+        """Run both graphs once on a blank input and drop the result, so that the first real chunk is as fast as the others."""
+        manifest = self.bundle.manifest
+        size, length, cameras = manifest.image.size, manifest.prompt.length, len(manifest.cameras)
+        state_J = None if manifest.state.encoding == "text" else np.zeros(len(manifest.joints), dtype=np.float32)
+        blank = ModelInput(
+            images_VCHW=np.full((cameras, 3, size, size), -1.0, dtype=np.float32),
+            image_mask_V=np.ones(cameras, dtype=np.bool_),
+            tokens_L=np.zeros(length, dtype=np.int64),
+            token_mask_L=np.ones(length, dtype=np.bool_),
+            state_J=state_J,
+        )
+        self.denoise(self.prefill(blank), self.noise(0), state_J)
