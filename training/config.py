@@ -1,0 +1,99 @@
+"""What a training run is, as data: one YAML file, checked before anything is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ki_vla_ros.errors import ConfigurationError
+from training.model.vla import GemmaConfig, VisionConfig
+
+Loss = Literal["cells", "text", "pointing", "fast", "readout", "flow"]
+Part = Literal["stem", "vision", "backbone", "expert", "heads"]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Strict):
+    """Simulated data. Frames are kept at the model's image size; `folder` is reused when its fingerprint fits."""
+
+    folder: Path
+    seed: int = 0
+    robot_episodes: Positive
+    frames_per_episode: Positive
+    scenes: Positive = Field(description="vision-language frames: random scenes and arm poses, all 24 objects")
+    validation_episodes: Positive = Field(description="episodes on held-out combinations, for gates and figures")
+    workers: Positive = 1
+
+
+class ModelConfig(Strict):
+    vision: VisionConfig
+    backbone: GemmaConfig
+    expert: GemmaConfig
+
+
+class StageConfig(Strict):
+    """One stretch of training: which losses count, which parts learn, for how long.
+
+    `text` and `pointing` on vision-language samples are drawn with `scene_batch`, the robot's losses with `robot_batch`;
+    a batch of 0 leaves that source out. `gates` are figures of `training.evaluate.measure` that must be reached to go on.
+    """
+
+    name: str
+    steps: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    losses: dict[Loss, Annotated[float, Field(gt=0)]]
+    train: tuple[Part, ...]
+    insulate: bool = True
+    scene_batch: int = 0
+    robot_batch: int = 0
+    noise_samples: Positive = Field(default=1, description="flow samples drawn for each prefix")
+    checkpoint_every: Positive = 500
+    gates: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> StageConfig:
+        robot = {"fast", "readout", "flow"} & set(self.losses)
+        if robot and not self.robot_batch:
+            raise ValueError(f"losses {sorted(robot)} need robot_batch > 0")
+        if {"text", "cells"} & set(self.losses) and not self.scene_batch:
+            raise ValueError("losses text and cells need scene_batch > 0")
+        return self
+
+
+class TrainingConfig(Strict):
+    name: str
+    seed: int = 0
+    out: Path
+    threads: Positive = 1
+    data: DataConfig
+    model: ModelConfig
+    fast_vocabulary: Positive = 512
+    fast_scale: float = 10.0
+    prompt_length: Positive
+    readout_frequencies: Positive = Field(description="lowest DCT frequencies that the learned prompt tokens name; one token each")
+    probe_layer: int = Field(description="backbone layer whose attention learns to point")
+    probe_head: int = 0
+    max_prefix_delay: int = Field(description="largest clean chunk prefix (actions) that training conditions on")
+    stages: tuple[StageConfig, ...]
+
+
+def load_config(path: Path) -> TrainingConfig:
+    """Read and check a training YAML; ConfigurationError names file, key and fault."""
+    try:
+        return TrainingConfig.model_validate(yaml.safe_load(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigurationError(f"training configuration: expected a YAML file at {path}, found none") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"training configuration {path}: not YAML: {error}") from None
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors())
+        raise ConfigurationError(f"training configuration {path}: {faults}") from None

@@ -1,0 +1,261 @@
+"""Simulated data: robot episodes by the scripted expert, and vision-language frames of random scenes.
+
+Legend: F frames, V cameras, S image size, J joints, H horizon, O objects (at most `MAX_OBJECTS`, unused rows are -1).
+Arrays lie in a folder as plain `.npy` files and are memory-mapped; `meta.json` holds what they were made from.
+
+    python -m training.data.simulated config/training/demo.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ki_vla_ros.errors import SimulationError
+from ki_vla_ros.preprocess import resize_with_pad
+from ki_vla_ros.sim.expert import Expert, tip_to_joints
+from ki_vla_ros.sim.task import Scene, Task, sample_scene
+from ki_vla_ros.sim.world import HOME_J, TIMESTEP_S, World
+from training.config import DataConfig, load_config
+from training.data.language import COMBINATIONS, SeenObject
+
+FORMAT = 1
+CAMERAS = ("wrist", "scene")  # the scene last: its tokens lie next to the text, with and without a wrist image
+MAX_OBJECTS = 5
+RENDER_SIZE = 288  # what the robot's cameras publish; the model's size is a whole fraction of it
+SETTLE_S = 0.5  # frames recorded after the arm has arrived, so that the policy learns to stay
+BACKGROUND = len(COMBINATIONS)
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ChunkTiming:
+    """Size of the model's inputs and outputs, as far as the data depend on it."""
+
+    image_size: int
+    horizon: int
+    period_s: float
+    grid: int  # image tokens along one side
+
+
+def load_arrays(folder: Path) -> Arrays:
+    """Memory-mapped arrays of one source (`folder/robot`, `folder/validation` or `folder/scenes`)."""
+    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+
+
+def seen_objects(arrays: Arrays, frame: int, *, least_pixels: int = 0) -> list[SeenObject]:
+    """Objects of a frame whose centre is in the scene image and of which at least `least_pixels` are visible."""
+    seen = []
+    for kind, (u, v), pixels in zip(arrays["kind"][frame], arrays["uv"][frame], arrays["pixels"][frame], strict=True):
+        if kind >= 0 and pixels >= least_pixels and 0 <= u < 1 and 0 <= v < 1:
+            seen.append(SeenObject(*COMBINATIONS[kind], float(u), float(v)))
+    return seen
+
+
+def record_episode(world: World, seed: int, split: str, frames: int, timing: ChunkTiming, with_rivals: bool) -> Arrays | None:
+    """Frames of one demonstration; None when the expert did not solve it (the caller counts these).
+
+    A third of the episodes start away from home, and half of them first head for another object and turn in mid-motion, so that
+    the policy sees how to come back from its own mistakes. Only frames after the turn are kept: their labels lead to the goal.
+    `with_rivals` adds, for each frame, the chunks that the expert would do for every object of the scene.
+    """
+    rng = np.random.default_rng([seed, 7])
+    scene = sample_scene(seed, split=split)
+    expert = Expert(world)
+    world.reset(scene, _random_start(rng))
+    period_steps = round(timing.period_s / TIMESTEP_S)
+    if rng.random() < 0.5:
+        decoy = scene.objects[rng.integers(len(scene.objects))]
+        wrong = expert.plan(
+            world.joint_position_J,
+            world.joint_velocity_J,
+            replace(scene, task=Task(scene.task.verb, decoy.colour, decoy.shape)),
+        )
+        _follow(world, wrong, 0.0, round(rng.uniform(0.1, 0.6) * wrong.duration_s / TIMESTEP_S))
+    reference = expert.plan(world.joint_position_J, world.joint_velocity_J, scene)
+    ticks = int((reference.duration_s + SETTLE_S) / timing.period_s)
+    kept = set(np.sort(rng.choice(ticks, size=min(frames, ticks), replace=False)).tolist())
+    rows: dict[str, list[Any]] = {name: [] for name in ("images", "state", "chunk", "uv", "rivals")}
+    due_s = (np.arange(timing.horizon) + 1) * timing.period_s
+    for tick in range(ticks):
+        start_s = tick * timing.period_s
+        if tick in kept:
+            rows["images"].append(render_views(world, timing.image_size))
+            rows["state"].append(world.joint_position_J.astype(np.float32))
+            rows["chunk"].append(reference.sample(start_s + due_s).astype(np.float32))
+            rows["uv"].append(_project_objects(world, scene))
+            if with_rivals:
+                rows["rivals"].append(_plan_rivals(world, expert, scene, due_s))
+        _follow(world, reference, start_s, period_steps)
+    if not world.judge.success:
+        return None
+    count = len(rows["images"])
+    arrays = {name: np.stack(values) for name, values in rows.items() if values}
+    arrays["kind"] = np.tile(_kinds(scene), (count, 1))
+    arrays["pixels"] = np.where(arrays["kind"] >= 0, 999, -1).astype(np.int16)
+    arrays["target"] = np.full(count, scene.target, np.int8)
+    arrays["verb"] = np.full(count, scene.task.verb == "point at", np.int8)
+    arrays["episode"] = np.full(count, seed, np.int64)
+    return arrays
+
+
+def record_scene(world: World, seed: int, timing: ChunkTiming) -> Arrays:
+    """One vision-language frame: any objects, the arm anywhere. `cells` names what each image cell shows (24 kinds, or background)."""
+    rng = np.random.default_rng([seed, 11])
+    scene = sample_scene(seed, split="all")
+    world.reset(scene, _random_start(rng, away=0.7))
+    views, cells, pixels = [], [], np.full(MAX_OBJECTS, -1, np.int16)
+    for camera in CAMERAS:
+        views.append(resize_with_pad(world.render(camera), timing.image_size))
+        mask = world.segment(camera)
+        cells.append(_label_cells(mask, _kinds(scene), timing.grid))
+        if camera == "scene":
+            pixels[: len(scene.objects)] = [(mask == i).sum() // 9 for i in range(len(scene.objects))]
+    return {
+        "images": np.stack(views)[None],
+        "cells": np.stack(cells)[None],
+        "uv": _project_objects(world, scene)[None],
+        "kind": _kinds(scene)[None],
+        "pixels": pixels[None],
+    }
+
+
+def render_views(world: World, size: int) -> NDArray[np.uint8]:
+    """[V, S, S, 3], in the order of `CAMERAS`, through the robot's own resizing."""
+    return np.stack([resize_with_pad(world.render(camera), size) for camera in CAMERAS])
+
+
+def _random_start(rng: np.random.Generator, away: float = 0.35) -> NDArray[np.float64]:
+    if rng.random() >= away:
+        start = HOME_J + rng.normal(0.0, 0.03, HOME_J.shape)
+    else:
+        tip = np.array([rng.uniform(0.26, 0.54), rng.uniform(-0.24, 0.24), rng.uniform(0.13, 0.32)])
+        start = np.array(tip_to_joints(tip)) + rng.normal(0.0, 0.02, HOME_J.shape)
+    start[-1] = rng.uniform(0.0, 0.04)
+    return start
+
+
+def _follow(world: World, reference: Any, start_s: float, steps: int) -> None:
+    for command_J in reference.sample(start_s + (np.arange(steps) + 1) * TIMESTEP_S):
+        world.step(command_J)
+
+
+def _plan_rivals(world: World, expert: Expert, scene: Scene, due_s: NDArray[np.float64]) -> NDArray[np.float32]:
+    rivals = np.full((MAX_OBJECTS, len(due_s), len(world.joints)), np.nan, np.float32)
+    for index, other in enumerate(scene.objects):
+        task = Task(scene.task.verb, other.colour, other.shape)
+        plan = expert.plan(world.joint_position_J, world.joint_velocity_J, replace(scene, task=task))
+        rivals[index] = plan.sample(due_s)
+    return rivals
+
+
+def _project_objects(world: World, scene: Scene) -> NDArray[np.float32]:
+    uv = np.full((MAX_OBJECTS, 2), -1.0, np.float32)
+    for index in range(len(scene.objects)):
+        uv[index] = np.array(world.project("scene", world.object_position(index))) / RENDER_SIZE
+    return uv
+
+
+def _kinds(scene: Scene) -> NDArray[np.int8]:
+    kinds = np.full(MAX_OBJECTS, -1, np.int8)
+    kinds[: len(scene.objects)] = [COMBINATIONS.index((item.colour, item.shape)) for item in scene.objects]
+    return kinds
+
+
+def _label_cells(mask: NDArray[np.int8], kinds: NDArray[np.int8], grid: int) -> NDArray[np.int8]:
+    """For each of grid x grid cells the kind of the object with most pixels, if it covers an eighth of the cell."""
+    side = mask.shape[0] // grid
+    blocks = mask.reshape(grid, side, grid, side).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
+    counts = np.stack([(blocks == index).sum(axis=1) for index in range(MAX_OBJECTS)], axis=1)
+    best = counts.argmax(axis=1)
+    return np.where(counts.max(axis=1) * 8 >= blocks.shape[1], kinds[best], BACKGROUND).astype(np.int8)
+
+
+def _record_many(job: tuple[str, Sequence[int], DataConfig, ChunkTiming]) -> tuple[Arrays, int]:
+    source, seeds, config, timing = job
+    world = World(render_size=RENDER_SIZE)
+    parts: list[Arrays] = []
+    failed = 0
+    for seed in seeds:
+        if source == "scenes":
+            parts.append(record_scene(world, seed, timing))
+            continue
+        split, rivals = ("held_out", True) if source == "validation" else ("train", False)
+        frames = 6 if source == "validation" else config.frames_per_episode
+        episode = record_episode(world, seed, split, frames, timing, rivals)
+        failed += episode is None
+        parts += [episode] if episode else []
+    if not parts:
+        raise SimulationError(f"simulated data: the expert solved none of {len(seeds)} episodes of '{source}'")
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, failed
+
+
+def make_source(source: str, count: int, config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
+    """Write one source to `config.folder / source`; returns its counts. Deterministic in `config.seed`."""
+    offset = {"robot": 0, "scenes": 10_000_000, "validation": 20_000_000}[source] + config.seed * 100_000_000
+    seeds = [range(offset + start, offset + min(start + 50, count)) for start in range(0, count, 50)]
+    jobs = [(source, block, config, timing) for block in seeds]
+    folder = config.folder / source
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks: list[Arrays] = []
+    failed = 0
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        for block, misses in tqdm(pool.map(_record_many, jobs), total=len(jobs), desc=f"simulate {source}", unit="50"):
+            blocks.append(block)
+            failed += misses
+    for name in blocks[0]:
+        np.save(folder / f"{name}.npy", np.concatenate([block.pop(name) for block in blocks]))
+    frames = len(np.load(folder / "uv.npy", mmap_mode="r"))
+    return {"episodes" if source != "scenes" else "scenes": count, "frames": frames, "expert_failed": failed}
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over all arrays, names included: two runs trained on the same data if and only if these agree."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*/*.npy")):
+        digest.update(f"{path.parent.name}/{path.name}".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def make_data(config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
+    """All sources, or what is in `config.folder` when it was made from the same settings; returns `meta.json`."""
+    meta_path = config.folder / "meta.json"
+    settings = json.loads(config.model_dump_json(exclude={"folder", "workers"})) | vars(timing) | {"format": FORMAT}
+    if meta_path.exists() and (meta := json.loads(meta_path.read_text()))["settings"] == settings:
+        return dict(meta)
+    counts = {
+        "scenes": make_source("scenes", config.scenes, config, timing),
+        "robot": make_source("robot", config.robot_episodes, config, timing),
+        "validation": make_source("validation", config.validation_episodes, config, timing),
+    }
+    meta = {"settings": settings, "counts": counts, "fingerprint": fingerprint(config.folder)}
+    meta_path.write_text(json.dumps(meta, indent=1))
+    return meta
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    config = load_config(parser.parse_args().config)
+    from training.train import chunk_timing  # the one place that derives it from the model's sizes
+
+    print(json.dumps(make_data(config.data, chunk_timing(config)), indent=1))
+
+
+if __name__ == "__main__":
+    main()

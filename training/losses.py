@@ -1,0 +1,110 @@
+"""The losses of the recipe, each a plain function of model outputs and a batch.
+
+Legend: B batch, P prefix tokens, T postfix tokens, D width, N image cells, K readout frequencies, A action dim, H horizon, R rows (batch x noise samples).
+The paper's (arXiv 2505.23705) are `predict_postfix` (text and FAST alike) and `match_flow`. `name_cells`, `point_at_target` and
+`read_out` are additions that make small models learn in minutes; all three are cross-entropies and touch the backbone only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.data.batches import NO_TARGET
+
+
+class TrainingHeads(nn.Module):
+    """Heads that only training needs; never exported.
+
+    `cells` names what an image cell shows; `readout[k]` turns the k-th learned prompt token into one distribution per joint over the
+    values that FAST's k-th lowest frequency can take.
+    """
+
+    def __init__(self, vision_width: int, width: int, kinds: int, frequencies: int, action_dim: int, levels: int) -> None:
+        super().__init__()
+        self.cells = nn.Linear(vision_width, kinds)
+        self.readout = nn.ModuleList(nn.Linear(width, action_dim * levels) for _ in range(frequencies))
+        self.action_dim, self.levels = action_dim, levels
+
+
+def predict_postfix(logits_BTW: Tensor, postfix_BT: Tensor, postfix_mask_BT: Tensor) -> Tensor:
+    """Cross-entropy of the next token, mean over the tokens that count. `logits[:, t]` predicts `postfix[:, t]`."""
+    return F.cross_entropy(logits_BTW[postfix_mask_BT], postfix_BT[postfix_mask_BT])
+
+
+def next_token_hidden(prefix_hidden_BPD: Tensor, last_B: Tensor, postfix_hidden_BTD: Tensor) -> Tensor:
+    """Hidden states that predict the postfix: the last valid prefix token (index `last_B`), then each postfix token but the last."""
+    first = prefix_hidden_BPD[torch.arange(len(last_B)), last_B][:, None]
+    return torch.cat([first, postfix_hidden_BTD[:, :-1]], dim=1)
+
+
+def name_cells(heads: TrainingHeads, features_BND: Tensor, cells_BN: Tensor) -> Tensor:
+    """Which kind of object each image cell shows. Background is most of the image, so it weighs a tenth."""
+    weight = torch.ones(heads.cells.out_features)
+    weight[-1] = 0.1
+    return F.cross_entropy(heads.cells(features_BND).flatten(0, -2), cells_BN.flatten(), weight=weight)
+
+
+def point_at_target(scores_BRN: Tensor, target_cell_B: Tensor) -> Tensor:
+    """Cross-entropy of attention scores (R asking rows, N scene cells) towards the asked object's cell, where there is one."""
+    asked = target_cell_B != NO_TARGET
+    if not asked.any():
+        return scores_BRN.sum() * 0.0
+    rows = scores_BRN[asked]
+    targets = target_cell_B[asked][:, None].expand(-1, rows.shape[1])
+    return F.cross_entropy(rows.flatten(0, 1), targets.flatten())
+
+
+def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor, lowest: int) -> Tensor:
+    """Cross-entropy of FAST coefficients named by the learned prompt tokens.
+
+    A coefficient between two integers is shared between both in proportion, so that the distribution's mean is exact and
+    neighbouring values are known to be neighbours.
+    """
+    place = (coefficient_BKA - lowest).clamp(0, heads.levels - 1)
+    below = place.floor().clamp(max=heads.levels - 2)
+    share = place - below
+    loss = hidden_BKD.new_zeros(())
+    for k, head in enumerate(heads.readout):
+        log_p = F.log_softmax(head(hidden_BKD[:, k]).unflatten(-1, (heads.action_dim, heads.levels)), dim=-1)
+        index = below[:, k].long()[..., None]
+        near, far = log_p.gather(-1, index)[..., 0], log_p.gather(-1, index + 1)[..., 0]
+        loss = loss - ((1 - share[:, k]) * near + share[:, k] * far).mean()
+    return loss / len(heads.readout)
+
+
+def expect_readout(heads: TrainingHeads, hidden_BKD: Tensor, lowest: int) -> Tensor:
+    """The coefficients [B, K, A] that the readout tokens name (mean of each distribution)."""
+    values = torch.arange(heads.levels, dtype=hidden_BKD.dtype) + lowest
+    return torch.stack(
+        [
+            head(hidden_BKD[:, k]).unflatten(-1, (heads.action_dim, heads.levels)).softmax(-1) @ values
+            for k, head in enumerate(heads.readout)
+        ],
+        dim=1,
+    )
+
+
+def draw_flow_time(rows: int, horizon: int, max_prefix: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Time [R, H] for each action and the mask [R, H] of those that are to be learned.
+
+    t = 0.999 * Beta(1.5, 1) + 0.001, noise at t = 1 (openpi's convention; the papers write tau = 1 - t). The first d actions, d
+    uniform in 0..max_prefix, are a clean prefix: time 0 and no loss (arXiv 2512.05964).
+    """
+    uniform = torch.rand(rows, generator=generator)
+    time_R = 0.999 * uniform ** (1.0 / 1.5) + 0.001  # inverse of Beta(1.5, 1)'s distribution function t^1.5
+    prefix_R = torch.randint(0, max_prefix + 1, (rows,), generator=generator)
+    learned_RH = torch.arange(horizon)[None, :] >= prefix_R[:, None]
+    return time_R[:, None] * learned_RH, learned_RH
+
+
+def mix_flow(action_RHA: Tensor, noise_RHA: Tensor, time_RH: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t = t * noise + (1 - t) * action, and the velocity u = noise - action that the expert learns."""
+    time = time_RH[..., None]
+    return time * noise_RHA + (1 - time) * action_RHA, noise_RHA - action_RHA
+
+
+def match_flow(velocity_RHA: Tensor, target_RHA: Tensor, learned_RH: Tensor) -> Tensor:
+    """Mean squared error over the actions that are learned, real action dimensions only."""
+    return ((velocity_RHA - target_RHA) ** 2)[learned_RH].mean()

@@ -1,0 +1,306 @@
+"""The recipe, from top to bottom: data, tokenizers, model, then one stage after another.
+
+    python -m training.train config/training/demo.yaml
+
+Knowledge insulation (arXiv 2505.23705): the backbone learns from cross-entropies only (answers, FAST action tokens), the action
+expert learns flow matching and reads the backbone's keys and values through a stop-gradient. So the backbone never feels the expert, and
+a stage may train both at once, or one after the other at less cost: the configuration decides, the code is one.
+A run that stops resumes at its last checkpoint; what it draws depends on seed, stage and step alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ki_vla_ros.errors import ConfigurationError
+from training import losses
+from training.checkpoints import Progress, load_progress, save_checkpoint, save_progress
+from training.config import Loss, Part, StageConfig, TrainingConfig, load_config
+from training.data.batches import Batch, BatchMaker
+from training.data.language import COMBINATIONS
+from training.data.simulated import CAMERAS, Arrays, ChunkTiming, load_arrays, make_data
+from training.fast_tokenizer import FastTokenizer
+from training.losses import TrainingHeads
+from training.model.vla import VLA, VLAConfig
+from training.policy_spec import ACTION_PERIOD_S, HORIZON, describe_policy
+from training.stats import ActionSpace
+from training.vocabulary import act_query_ids, build_tokenizer
+
+FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
+
+
+class Trainer:
+    """One run: everything that `config` determines, and the state that training changes (`model`, `heads`)."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.meta = make_data(config.data, chunk_timing(config))
+        self.robot, self.scenes, self.validation = (
+            load_arrays(config.data.folder / source) for source in ("robot", "scenes", "validation")
+        )
+        self.space = ActionSpace.fit(self.robot["state"], self.robot["chunk"])
+        self.fast = fit_fast(config, self.robot, self.space)
+        self.tokenizer = build_tokenizer(config.fast_vocabulary)
+        self.queries = torch.tensor(act_query_ids(self.tokenizer)[: config.readout_frequencies])
+        self.maker = BatchMaker(
+            self.tokenizer,
+            self.fast,
+            self.space,
+            length=config.prompt_length,
+            grid=chunk_timing(config).grid,
+            frequencies=config.readout_frequencies,
+        )
+        action_dim = self.robot["state"].shape[1]
+        self.model = VLA(
+            VLAConfig(
+                **dict(config.model),
+                vocab_size=self.tokenizer.get_vocab_size(),
+                action_dim=action_dim,
+                horizon=HORIZON,
+            )
+        )
+        self.heads = TrainingHeads(
+            config.model.vision.width,
+            config.model.backbone.width,
+            len(COMBINATIONS) + 1,
+            config.readout_frequencies,
+            action_dim,
+            self.fast.highest - self.fast.lowest + 1,
+        )
+
+    def run(self) -> None:
+        """All stages, each from its checkpoint where there is one; then the policy folder that `training.export` reads."""
+        out = self.config.out
+        out.mkdir(parents=True, exist_ok=True)
+        progress = load_progress(out, self.model, self.heads)
+        with SummaryWriter(str(out / "tensorboard")) as board:
+            for index, stage in enumerate(self.config.stages):
+                if index >= progress.stage:
+                    self.run_stage(index, stage, progress if index == progress.stage else Progress(index), board)
+                    self.check_gates(stage, board)
+        self.save_policy(out / "policy")
+
+    def run_stage(self, index: int, stage: StageConfig, progress: Progress, board: SummaryWriter) -> None:
+        """Gradient steps from `progress.step` to the stage's last."""
+        parameters = select_parameters(self.model, self.heads, stage.train)
+        optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
+        if progress.optimizer is not None:
+            optimizer.load_state_dict(progress.optimizer)
+        bar = tqdm(range(progress.step, stage.steps), initial=progress.step, total=stage.steps, desc=stage.name, mininterval=5)
+        for step in bar:
+            rng = np.random.default_rng([self.config.seed, index, step])
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(stage, step)
+            optimizer.zero_grad(set_to_none=True)
+            values = self.accumulate_gradients(stage, rng)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"stage {stage.name}, step {step}: gradient norm {norm}; losses {values}")
+            optimizer.step()
+            if step % 20 == 0:
+                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+                for name, value in values.items():
+                    board.add_scalar(f"{stage.name}/{name}", value, step)
+            if (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
+                save_progress(self.config.out, self.model, self.heads, Progress(index, step + 1, optimizer.state_dict()))
+        save_progress(self.config.out, self.model, self.heads, Progress(index + 1))
+
+    def accumulate_gradients(self, stage: StageConfig, rng: np.random.Generator) -> dict[str, float]:
+        """Backward passes of all the stage's losses; their values by name."""
+        values: dict[str, float] = {}
+        if "cells" in stage.losses:
+            views, cells = self.maker.draw_views(self.scenes, stage.scene_batch, rng)
+            features = self.model.vision.stem(views).flatten(2).transpose(1, 2)
+            backpropagate({"cells": losses.name_cells(self.heads, features, cells)}, stage.losses, values)
+        if stage.scene_batch and {"text", "pointing"} & set(stage.losses):
+            batch = self.maker.draw_scenes(self.scenes, stage.scene_batch, rng)
+            backpropagate(self.language_losses(batch), stage.losses, values)
+        if stage.robot_batch:
+            batch = self.maker.draw_robot(self.robot, stage.robot_batch, rng)
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            found = self.expert_losses if set(stage.losses) == {"flow"} and stage.insulate else self.robot_losses
+            backpropagate(found(batch, stage, generator), stage.losses, values)
+        return values
+
+    def language_losses(self, batch: Batch) -> dict[Loss, Tensor]:
+        """Next-token prediction of the answer, and pointing at what was asked about."""
+        last = batch.token_mask_BL.sum(dim=1) - 1
+        output = self.model(
+            batch.images_BVCHW,
+            batch.image_mask_BV,
+            batch.tokens_BL,
+            batch.token_mask_BL,
+            batch.postfix_BT,
+            batch.postfix_mask_BT,
+            probe=(self.config.probe_layer, self.config.probe_head),
+        )
+        rows = self.prefix_offset(batch) + last[:, None]
+        return {
+            "text": self.predict(batch, output.prefix_hidden_BPD, output.postfix_hidden_BTD),
+            "pointing": losses.point_at_target(self.scene_scores(batch, output.probe_logits_BPQ, rows), batch.target_cell_B),
+        }
+
+    def robot_losses(self, batch: Batch, stage: StageConfig, generator: torch.Generator) -> dict[Loss, Tensor]:
+        """FAST tokens, pointing and readout for the backbone; flow for the expert when the stage asks for it, in one forward pass."""
+        x_t = time = target = learned = None
+        if "flow" in stage.losses:
+            x_t, time, target, learned = self.draw_flow(batch, stage.noise_samples, generator)
+        output = self.model(
+            batch.images_BVCHW,
+            batch.image_mask_BV,
+            batch.tokens_BL,
+            batch.token_mask_BL,
+            batch.postfix_BT,
+            batch.postfix_mask_BT,
+            x_t=x_t,
+            time=time,
+            insulate=stage.insulate,
+            probe=(self.config.probe_layer, self.config.probe_head),
+        )
+        rows = self.query_rows(batch)
+        # The last layer's output enters no key or value, so the expert could not read what is named only there: also name it earlier.
+        streams = output.prefix_by_layer[-3:-1]
+        readout = [
+            losses.read_out(self.heads, take_rows(self.model.backbone.norm(stream), rows), batch.readout_BKA, self.fast.lowest)
+            for stream in streams
+        ]
+        found: dict[Loss, Tensor] = {
+            "fast": self.predict(batch, output.prefix_hidden_BPD, output.postfix_hidden_BTD),
+            "pointing": losses.point_at_target(self.scene_scores(batch, output.probe_logits_BPQ, rows), batch.target_cell_B),
+            "readout": torch.stack(readout).mean(),
+        }
+        if "flow" in stage.losses:
+            found["flow"] = losses.match_flow(output.velocity_RHA, target, learned)
+        return found
+
+    def expert_losses(self, batch: Batch, stage: StageConfig, generator: torch.Generator) -> dict[Loss, Tensor]:
+        """Flow alone on a backbone that does not learn: the same gradients as above (tested), the prefix without any graph."""
+        x_t, time, target, learned = self.draw_flow(batch, stage.noise_samples, generator)
+        with torch.no_grad():
+            cache = self.model.prefill(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
+        return {"flow": losses.match_flow(self.model.velocity(cache, x_t, time), target, learned)}
+
+    def draw_flow(self, batch: Batch, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x_t, time, velocity target and mask of what is learned; `samples` rows for each chunk of the batch, adjacent."""
+        action = batch.action_BHA.repeat_interleave(samples, dim=0)
+        time, learned = losses.draw_flow_time(len(action), action.shape[1], self.config.max_prefix_delay, generator)
+        x_t, target = losses.mix_flow(action, torch.randn(action.shape, generator=generator), time)
+        return x_t, time, target, learned
+
+    def predict(self, batch: Batch, prefix_hidden: Tensor, postfix_hidden: Tensor) -> Tensor:
+        last = self.prefix_offset(batch) + batch.token_mask_BL.sum(dim=1) - 1
+        logits = self.model.logits(losses.next_token_hidden(prefix_hidden, last, postfix_hidden))
+        return losses.predict_postfix(logits, batch.postfix_BT, batch.postfix_mask_BT)
+
+    def prefix_offset(self, batch: Batch) -> int:
+        """Where the prompt starts in the prefix."""
+        return batch.images_BVCHW.shape[1] * self.config.model.vision.tokens
+
+    def query_rows(self, batch: Batch) -> Tensor:
+        """[B, K]: where the learned prompt tokens stand in the prefix."""
+        places = (batch.tokens_BL[:, :, None] == self.queries).int().argmax(dim=1)
+        return self.prefix_offset(batch) + places
+
+    def scene_scores(self, batch: Batch, scores_BPQ: Tensor, rows_BR: Tensor) -> Tensor:
+        """[B, R, N]: the probe head's scores from the asking rows to the scene image, the last camera."""
+        tokens = self.config.model.vision.tokens
+        end = self.prefix_offset(batch)
+        return take_rows(scores_BPQ[:, :, end - tokens : end], rows_BR)
+
+    def check_gates(self, stage: StageConfig, board: SummaryWriter) -> None:
+        """Measure what the stage's gates name; ConfigurationError when one is missed, so that no later stage builds on sand."""
+        from training.evaluate import measure
+
+        if not stage.gates:
+            return
+        figures = measure(self)
+        print(f"{stage.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
+        for name, value in figures.items():
+            board.add_scalar(f"figures/{name}", value, stage.steps)
+        missed = {name: least for name, least in stage.gates.items() if figures[name] < least}
+        if missed:
+            raise ConfigurationError(
+                f"stage {stage.name}: expected {missed}, got { {name: round(figures[name], 3) for name in missed} }; "
+                "train longer (steps), or look at the losses in TensorBoard"
+            )
+
+    def save_policy(self, folder: Path) -> None:
+        """What `training.export` turns into a bundle."""
+        save_checkpoint(folder, self.model)
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        self.fast.save(folder / "fast.json")
+        (folder / "space.json").write_text(json.dumps(asdict(self.space)))
+        spec = describe_policy(self.config, self.space, fingerprint=self.meta["fingerprint"])
+        (folder / "policy.json").write_text(spec.model_dump_json(indent=1))
+
+
+def chunk_timing(config: TrainingConfig) -> ChunkTiming:
+    vision = config.model.vision
+    return ChunkTiming(vision.image_size, HORIZON, ACTION_PERIOD_S, vision.image_size // vision.patch_size)
+
+
+def fit_fast(config: TrainingConfig, robot: Arrays, space: ActionSpace) -> FastTokenizer:
+    rng = np.random.default_rng(config.seed)
+    chosen = np.sort(rng.choice(len(robot["state"]), size=min(FIT_CHUNKS, len(robot["state"])), replace=False))
+    chunks = space.normalize_chunk(robot["chunk"][chosen].astype(np.float64), robot["state"][chosen].astype(np.float64))
+    return FastTokenizer.fit(chunks, vocab_size=config.fast_vocabulary, scale=config.fast_scale)
+
+
+def select_parameters(model: VLA, heads: TrainingHeads, parts: tuple[Part, ...]) -> list[nn.Parameter]:
+    """The parameters of these parts; all others are switched off, so that no gradient is computed for them."""
+    modules: dict[Part, list[nn.Module]] = {
+        "stem": [model.vision.stem],
+        "vision": [model.vision, model.projector],
+        "backbone": [model.backbone],
+        "expert": [model.expert, model.action_in, model.action_out],
+        "heads": [heads],
+    }
+    for parameter in [*model.parameters(), *heads.parameters()]:
+        parameter.requires_grad_(False)
+    chosen = {id(p): p for part in parts for module in modules[part] for p in module.parameters()}
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    return list(chosen.values())
+
+
+def learning_rate(stage: StageConfig, step: int) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    if step < stage.warmup_steps:
+        return stage.learning_rate * (step + 1) / stage.warmup_steps
+    done = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
+    return stage.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def backpropagate(found: dict[Loss, Tensor], weights: dict[Loss, float], values: dict[str, float]) -> None:
+    """Backward of the weighted sum of those losses that have a weight; adds their values to `values`."""
+    chosen = {name: loss for name, loss in found.items() if name in weights}
+    torch.stack([weights[name] * loss for name, loss in chosen.items()]).sum().backward()
+    for name, loss in chosen.items():
+        values[name] = values.get(name, 0.0) + float(loss)
+
+
+def take_rows(x_BPD: Tensor, rows_BR: Tensor) -> Tensor:
+    """[B, R, D]: for each sample the rows with these indices."""
+    return x_BPD.gather(1, rows_BR[:, :, None].expand(-1, -1, x_BPD.shape[2]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a YAML file in config/training/")
+    Trainer(load_config(parser.parse_args().config)).run()
+
+
+if __name__ == "__main__":
+    main()
