@@ -1,0 +1,196 @@
+"""The manifest: everything that a robot must know about a policy besides its weights.
+
+Training writes a `PolicySpec` beside each checkpoint; export adds the graphs' dimensions and the files' hashes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+FORMAT_VERSION = 1
+
+Positive = Annotated[int, Field(gt=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-/ ]*$")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class CameraSpec(_Frozen):
+    """One camera of the model, in the order of the images; an optional one may be absent (its tokens are masked out)."""
+
+    name: Name
+    optional: bool = False
+
+
+class ImageSpec(_Frozen):
+    """Square model input of `size` pixels in [-1, 1]; other proportions are padded with `pad_value` (black)."""
+
+    size: Positive
+    pad_value: Literal[-1] = -1
+    resize: Literal["pad"] = "pad"
+
+
+class PromptSpec(_Frozen):
+    """`template` with {task} and, for a state as text, {state}; `length` tokens after padding."""
+
+    template: str
+    length: Positive
+    max_instruction_chars: Positive = 200
+    state_bins: Annotated[int, Field(ge=2, le=4096)] = 256
+
+
+class JointSpec(_Frozen):
+    """One joint: position limits and speed limit in `unit` (per second), and whether its action is relative to the state."""
+
+    name: Name
+    unit: Literal["rad", "m"]
+    lower: Finite
+    upper: Finite
+    max_velocity: Annotated[Finite, Field(gt=0)]
+    relative: bool
+
+    @model_validator(mode="after")
+    def _ordered(self) -> JointSpec:
+        if not self.lower < self.upper:
+            raise ValueError(f"joint {self.name!r}: expected lower < upper, got {self.lower} and {self.upper}")
+        return self
+
+
+class _Range(_Frozen):
+    low: tuple[Finite, ...]
+    high: tuple[Finite, ...]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Range:
+        if len(self.low) != len(self.high):
+            raise ValueError(f"expected low and high of one length, got {len(self.low)} and {len(self.high)}")
+        for j, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            if not low < high:
+                raise ValueError(f"dimension {j}: expected low < high, got {low} and {high}")
+        return self
+
+
+class StateSpec(_Range):
+    """low..high of each joint map to [-1, 1]; the state enters the prompt as text or the expert as a token."""
+
+    encoding: Literal["text", "token"]
+
+
+class ActionStats(_Range):
+    """low..high of each action dimension (after subtracting the state where relative) map to [-1, 1], unclipped."""
+
+
+class FlowSpec(_Frozen):
+    """Euler steps the model was judged with. `noise_at_one`: x_t = t * noise + (1 - t) * action, integrated from t = 1 to 0."""
+
+    steps: Annotated[int, Field(ge=1, le=100)] = 10
+    convention: Literal["noise_at_one"] = "noise_at_one"
+
+
+class GraphSpec(_Frozen):
+    """Dimensions of the two graphs: `image_tokens` per camera, `vocab_size` embedding rows of the prompt."""
+
+    layers: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    image_tokens: Positive
+    prefix_length: Positive
+    action_dim: Positive
+    vocab_size: Positive
+
+
+class Provenance(_Frozen):
+    """Where the weights come from; `figures` are measured results by name."""
+
+    recipe: str
+    seed: int
+    commit: str
+    data_fingerprint: str
+    figures: dict[str, Finite] = Field(default_factory=dict)
+
+
+class PolicySpec(_Frozen):
+    """What training knows before any export; it lies as `policy.json` beside a checkpoint."""
+
+    name: Name
+    created: str
+    cameras: Annotated[tuple[CameraSpec, ...], Field(min_length=1)]
+    image: ImageSpec
+    prompt: PromptSpec
+    joints: Annotated[tuple[JointSpec, ...], Field(min_length=1)]
+    state: StateSpec
+    action: ActionStats
+    horizon: Annotated[int, Field(ge=2)]
+    action_period_s: Annotated[Finite, Field(gt=0, le=1.0)]
+    flow: FlowSpec = FlowSpec()
+    max_prefix_delay: Annotated[int, Field(ge=0)] = 0
+    provenance: Provenance
+
+    @property
+    def joint_names(self) -> tuple[str, ...]:
+        return tuple(joint.name for joint in self.joints)
+
+    @property
+    def action_period_ns(self) -> int:
+        return round(self.action_period_s * 1e9)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PolicySpec:
+        for what, names in (("cameras", [c.name for c in self.cameras]), ("joints", list(self.joint_names))):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{what}: expected distinct names, got {names}")
+        if all(camera.optional for camera in self.cameras):
+            raise ValueError("cameras: expected at least one that is required, got only optional ones")
+        for what, stats in (("state", self.state), ("action", self.action)):
+            if len(stats.low) != len(self.joints):
+                raise ValueError(f"{what}: expected {len(self.joints)} values (one per joint), got {len(stats.low)}")
+        if self.max_prefix_delay >= self.horizon:
+            raise ValueError(
+                f"max_prefix_delay: expected less than the horizon {self.horizon}, got {self.max_prefix_delay}"
+            )
+        if self.prompt.template.count("{task}") != 1:
+            raise ValueError(f"prompt.template: expected {{task}} exactly once, got {self.prompt.template!r}")
+        expected = 1 if self.state.encoding == "text" else 0
+        if self.prompt.template.count("{state}") != expected:
+            raise ValueError(
+                f"prompt.template: expected {{state}} {expected} times (state.encoding is {self.state.encoding!r}), "
+                f"got {self.prompt.template!r}"
+            )
+        return self
+
+
+class Manifest(PolicySpec):
+    """`manifest.json`: the policy, the dimensions of its graphs and the sha256 of every other file of the bundle."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    graph: GraphSpec
+
+    @model_validator(mode="after")
+    def _graphs_fit(self) -> Manifest:
+        prefix_length = len(self.cameras) * self.graph.image_tokens + self.prompt.length
+        if self.graph.prefix_length != prefix_length:
+            raise ValueError(
+                f"graph.prefix_length: expected {prefix_length} ({len(self.cameras)} cameras x {self.graph.image_tokens} tokens "
+                f"+ {self.prompt.length} prompt tokens), got {self.graph.prefix_length}"
+            )
+        if self.graph.action_dim != len(self.joints):
+            raise ValueError(
+                f"graph.action_dim: expected {len(self.joints)} (one per joint), got {self.graph.action_dim}"
+            )
+        return self
+
+
+def describe_validation(error: ValidationError) -> str:
+    """pydantic's findings in one line: where, what was expected, what was got."""
+    parts = []
+    for finding in error.errors(include_url=False):
+        where = ".".join(str(part) for part in finding["loc"]) or "as a whole"
+        got = "" if finding["type"] in ("missing", "value_error") else f", got {finding['input']!r:.80}"
+        parts.append(f"{where}: {finding['msg'].removeprefix('Value error, ')}{got}")
+    return "; ".join(parts)
