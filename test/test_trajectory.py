@@ -13,8 +13,8 @@ NOW = 1_000_000 * MS
 JOINTS = ("a", "b")
 
 
-def executor(**options: bool) -> TrajectoryExecutor:
-    return TrajectoryExecutor(JOINTS, np.zeros(2), **options)
+def executor() -> TrajectoryExecutor:
+    return TrajectoryExecutor(JOINTS, np.zeros(2))
 
 
 def point(ms: int, positions, velocities=()) -> TrajectoryPoint:
@@ -210,13 +210,6 @@ def test_bad_messages_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(InputError, match=reason):
         arm.accept(bad, NOW + 100 * MS)
     assert_position(arm, [0.5, 0.0], 500)
-
-
-def test_moving_at_the_end_can_be_allowed() -> None:
-    arm = executor(allow_nonzero_end_velocity=True)
-    arm.accept(message(point(100, (1.0, 0.0), (1.0, 0.0))), NOW)
-    assert_position(arm, [1.0, 0.0], 200)
-    assert_velocity(arm, [0.0, 0.0], 200)
 
 
 offsets = st.integers(-150, 400)

@@ -82,10 +82,8 @@ class Segment:
 class TrajectoryExecutor:
     """Holds the running trajectory and says where the arm shall be. Times given to it must not run backwards."""
 
-    def __init__(self, joints: Sequence[str], position_J: Vector, *, allow_nonzero_end_velocity: bool = False) -> None:
-        """`allow_nonzero_end_velocity`: the controller's `allow_nonzero_velocity_at_trajectory_end`, same default."""
+    def __init__(self, joints: Sequence[str], position_J: Vector) -> None:
         self.joints = tuple(joints)
-        self.allow_nonzero_end_velocity = allow_nonzero_end_velocity
         self._segments: tuple[Segment, ...] = ()
         self._held_J = np.array(position_J, dtype=np.float64)
 
@@ -178,8 +176,8 @@ class TrajectoryExecutor:
                         "send positions, or positions and velocities"
                     )
         last = trajectory.points[-1].velocities
-        if not self.allow_nonzero_end_velocity and any(abs(v) > np.finfo(np.float32).eps for v in last):
+        if any(abs(v) > np.finfo(np.float32).eps for v in last):
             raise InputError(
-                f"trajectory refused: the last point's velocities must be 0 so that the arm can stay there, got "
-                f"{list(last)} (allow_nonzero_velocity_at_trajectory_end is false)"
+                f"trajectory refused: the last point's velocities must be 0 so that the arm can stay there; got "
+                f"{list(last)}"
             )

@@ -1,0 +1,351 @@
+"""The simulated arm as a ROS node: cameras and joint states out, joint trajectories in, in real time.
+
+Two threads. The main thread spins ROS; the simulation thread owns the world and its rendering context (which works only in
+the thread that made it), follows the wall clock and publishes. They share the simulated controller, under a lock, and a
+one-place queue for resets. Legend: H image height, W width, C channel, J joints.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, Queue
+from typing import Any, Final
+
+import numpy as np
+import rclpy
+from builtin_interfaces.msg import Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from numpy.typing import NDArray
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.exceptions import ParameterException
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.impl.implementation_singleton import rclpy_implementation
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, SimulationError
+from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.sim.task import Scene, Task, sample_scene
+from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
+from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, World
+
+RCLError: Final = rclpy_implementation.RCLError
+NODE_NAME: Final = "sim_arm"
+# Physics that lags behind the wall clock by more than this is given up (and counted), not made good in one rush.
+MOST_CATCH_UP_S: Final = 0.1
+RESET_LIMIT_S: Final = 10.0
+STEP_NS: Final = round(TIMESTEP_S * NS_PER_S)
+
+
+class Pace:
+    """How many physics steps the wall clock asks for. Times are seconds on a steady clock."""
+
+    def __init__(self, step_s: float, most_s: float) -> None:
+        self.overruns = 0  # how often time was given up
+        self._step_s = step_s
+        self._most = round(most_s / step_s)
+        self._next_s = 0.0
+
+    def restart(self, now_s: float) -> None:
+        self._next_s = now_s + self._step_s
+
+    def due(self, now_s: float) -> int:
+        """Steps to make now."""
+        steps = max(0, int((now_s - self._next_s) / self._step_s + 1.0))
+        self._next_s += steps * self._step_s
+        if steps > self._most:
+            self.overruns += 1
+        return min(steps, self._most)
+
+    def wait_s(self, steps: int, now_s: float) -> float:
+        """Time until `steps` steps will be due."""
+        return max(0.0, self._next_s + (steps - 1) * self._step_s - now_s)
+
+
+class Alarm:
+    """Rings once per period, counted in physics steps; periods slept through are not made good."""
+
+    def __init__(self, rate_hz: float) -> None:
+        self.period = max(1, round(1.0 / (rate_hz * TIMESTEP_S)))
+        self.next = self.period
+
+    def rings(self, steps: int) -> bool:
+        if steps < self.next:
+            return False
+        self.next = (steps // self.period + 1) * self.period
+        return True
+
+
+@dataclass(slots=True)
+class Reset:
+    """Scene to build next; the simulation thread fills `status` and then sets `finished`."""
+
+    scene: Scene
+    split: str
+    finished: threading.Event = field(default_factory=threading.Event)
+    status: str = ""
+
+
+def trajectory_from_message(message: JointTrajectory) -> Trajectory:
+    """The message's numbers, unchanged and unchecked."""
+    stamp = message.header.stamp
+    points = [
+        TrajectoryPoint(
+            point.time_from_start.sec * NS_PER_S + point.time_from_start.nanosec,
+            point.positions,
+            point.velocities,
+            point.accelerations,
+            point.effort,
+        )
+        for point in message.points
+    ]
+    return Trajectory(stamp.sec * NS_PER_S + stamp.nanosec, message.joint_names, points)
+
+
+def joint_message(stamp: Time, world: World) -> JointState:
+    message = JointState()
+    message.header.stamp = stamp
+    message.name = list(world.joints)
+    message.position = array.array("d", world.joint_position_J)
+    message.velocity = array.array("d", world.joint_velocity_J)
+    return message
+
+
+def image_message(camera: str, stamp: Time, rgb_HWC: NDArray[np.uint8]) -> Image:
+    message = Image()
+    message.header.stamp = stamp
+    message.header.frame_id = f"{camera}_camera"
+    message.height, message.width = int(rgb_HWC.shape[0]), int(rgb_HWC.shape[1])
+    message.encoding = "rgb8"
+    message.step = 3 * message.width
+    # An array.array is taken over as it is; any other sequence is checked byte by byte (50 ms instead of 0.03).
+    message.data = array.array("B", rgb_HWC.tobytes())
+    return message
+
+
+class ArmNode(Node):
+    """The node; `failure` says why the simulation thread ended by itself, if it did."""
+
+    def __init__(self) -> None:
+        super().__init__(NODE_NAME)
+        self.failure: Exception | None = None
+        self._declare()
+        self._check_overrides()
+        self._resets: Queue[Reset] = Queue(maxsize=1)
+        self._resets.put(self._wanted_reset())
+        self._reset_count = 0
+        self._lock = threading.Lock()
+        self._controller = TrajectoryExecutor(JOINTS, HOME_J)
+        self._refused = 0
+        self._stop = threading.Event()
+        self._image_publishers = {
+            camera: self.create_publisher(Image, f"camera/{camera}/image_raw", qos_profile_sensor_data)
+            for camera in CAMERAS
+        }
+        self._joint_publisher = self.create_publisher(JointState, "joint_states", 10)
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        self._status_publisher = self.create_publisher(String, "~/status", latched)
+        self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self.create_subscription(JointTrajectory, "arm_controller/joint_trajectory", self._on_command, 10)
+        self.create_service(Trigger, "~/reset", self._on_reset)
+        self.add_on_set_parameters_callback(self._on_parameters)
+        self._thread = threading.Thread(target=self._simulate, name="simulation")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the simulation thread and waits for it."""
+        self._stop.set()
+        self._thread.join()
+
+    def _declare(self) -> None:
+        def text(description: str) -> ParameterDescriptor:
+            return ParameterDescriptor(description=description)
+
+        def whole(description: str, low: int, high: int, *, read_only: bool) -> ParameterDescriptor:
+            bounds = [IntegerRange(from_value=low, to_value=high, step=1)]
+            return ParameterDescriptor(description=description, integer_range=bounds, read_only=read_only)
+
+        def rate(description: str, low: float, high: float) -> ParameterDescriptor:
+            bounds = [FloatingPointRange(from_value=low, to_value=high, step=0.0)]
+            return ParameterDescriptor(description=description, floating_point_range=bounds, read_only=True)
+
+        seed = whole("seed of the scene; used at the next reset", 0, 2**31 - 1, read_only=False)
+        self.declare_parameter("scene_seed", 0, seed)
+        self.declare_parameter(
+            "split", "all", text("combinations to ask for (train, held_out, all); used at the next reset")
+        )
+        self.declare_parameter(
+            "task", "", text("instruction to build the scene for, empty: drawn; used at the next reset")
+        )
+        self.declare_parameter("image_size", 288, whole("side of the images in pixels", 32, 640, read_only=True))
+        self.declare_parameter("camera_rate_hz", 20.0, rate("images per second and camera", 1.0, 60.0))
+        self.declare_parameter("joint_rate_hz", 100.0, rate("joint states per second", 10.0, 500.0))
+
+    def _check_overrides(self) -> None:
+        """rclpy ignores parameters that nobody declares; a misspelt one must not pass unseen."""
+        for name in sorted(self._parameter_overrides):
+            if not self.has_parameter(name):
+                known = "scene_seed, split, task, image_size, camera_rate_hz, joint_rate_hz"
+                raise ConfigurationError(f"parameter {name!r} does not exist; expected one of {known}")
+
+    def _on_parameters(self, parameters: list[Parameter[Any]]) -> SetParametersResult:
+        for parameter in parameters:
+            try:
+                if parameter.name == "split":
+                    sample_scene(0, split=parameter.value)
+                elif parameter.name == "task" and parameter.value:
+                    Task.parse(parameter.value)
+            except KiVlaError as error:
+                return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    def _wanted_reset(self) -> Reset:
+        seed, split, task = (self.get_parameter(name).value for name in ("scene_seed", "split", "task"))
+        return Reset(sample_scene(seed, split=split, task=Task.parse(task) if task else None), split)
+
+    def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        try:
+            reset = self._wanted_reset()
+            self._resets.put(reset, timeout=RESET_LIMIT_S)
+            if not reset.finished.wait(RESET_LIMIT_S):
+                raise SimulationError(f"no reset within {RESET_LIMIT_S:g} s; is this machine overloaded?")
+        except KiVlaError as error:
+            response.success, response.message = False, str(error)
+        else:
+            response.success, response.message = True, reset.status
+        return response
+
+    def _on_command(self, message: JointTrajectory) -> None:
+        try:
+            with self._lock:
+                self._controller.accept(trajectory_from_message(message), self.get_clock().now().nanoseconds)
+        except InputError as error:
+            self._refused += 1
+            self.get_logger().error(str(error), throttle_duration_sec=1.0)
+
+    def _simulate(self) -> None:
+        """The simulation thread."""
+        try:
+            world = World(render_size=self.get_parameter("image_size").value)
+            try:
+                self._run(world)
+            finally:
+                world.close()
+        except Exception as error:  # noqa: BLE001 - the main thread reports it and ends the process
+            if self.context.ok():  # else: publishing failed because a signal had ended ROS
+                self.failure = error
+        finally:
+            self._stop.set()
+            self.context.try_shutdown()
+
+    def _run(self, world: World) -> None:
+        joints = Alarm(self.get_parameter("joint_rate_hz").value)
+        cameras = Alarm(self.get_parameter("camera_rate_hz").value)
+        diagnostics = Alarm(1.0)
+        pace = Pace(TIMESTEP_S, MOST_CATCH_UP_S)
+        reset = self._resets.get_nowait()
+        self._begin(world, reset)
+        pace.restart(time.monotonic())
+        verdict, steps = world.judge.verdict, 0
+        while not self._stop.is_set():
+            with suppress(Empty):
+                reset = self._resets.get_nowait()
+                self._begin(world, reset)
+                verdict = world.judge.verdict
+            due = pace.due(time.monotonic())
+            now = self.get_clock().now()
+            for behind in reversed(range(due)):
+                with self._lock:
+                    command_J, _ = self._controller.sample(now.nanoseconds - behind * STEP_NS)
+                world.step(command_J)
+            steps += due
+            stamp = now.to_msg()
+            if joints.rings(steps):
+                self._joint_publisher.publish(joint_message(stamp, world))
+            if cameras.rings(steps):
+                for camera, publisher in self._image_publishers.items():
+                    publisher.publish(image_message(camera, stamp, world.render(camera)))
+            if world.judge.verdict != verdict:
+                verdict = world.judge.verdict
+                self._status_publisher.publish(String(data=self._status(world, reset)))
+            if diagnostics.rings(steps):
+                self._diagnostics_publisher.publish(self._diagnostics(stamp, pace))
+            self._stop.wait(pace.wait_s(joints.next - steps, time.monotonic()))
+
+    def _begin(self, world: World, reset: Reset) -> None:
+        world.reset(reset.scene)
+        with self._lock:
+            self._controller.hold(world.joint_position_J)
+        self._reset_count += 1
+        reset.status = self._status(world, reset)
+        self._status_publisher.publish(String(data=reset.status))
+        reset.finished.set()
+
+    def _status(self, world: World, reset: Reset) -> str:
+        """JSON for `~/status`; places in m, `time_s` since the reset."""
+        scene, verdict = reset.scene, world.judge.verdict
+        objects = [
+            {"colour": o.colour, "shape": o.shape, "x": round(o.x, 4), "y": round(o.y, 4)} for o in scene.objects
+        ]
+        status = {
+            "reset_id": self._reset_count,
+            "scene_seed": scene.seed,
+            "split": reset.split,
+            "instruction": scene.task.instruction,
+            "objects": objects,
+            "target": scene.target,
+            "reached": verdict.reached,
+            "success": verdict.success,
+            "done": verdict.done,
+            "time_s": round(world.time_s, 3),
+        }
+        return json.dumps(status)
+
+    def _diagnostics(self, stamp: Time, pace: Pace) -> DiagnosticArray:
+        values = {"overruns": pace.overruns, "refused_trajectories": self._refused, "resets": self._reset_count}
+        status = DiagnosticStatus(name=f"{NODE_NAME}: simulation", hardware_id="simulated arm")
+        status.level = DiagnosticStatus.OK
+        status.message = "in real time" if pace.overruns == 0 else "has been slower than real time"
+        status.values = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
+        message = DiagnosticArray(status=[status])
+        message.header.stamp = stamp
+        return message
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs until SIGINT or SIGTERM; the exit code is 0 unless something failed."""
+    try:
+        rclpy.init(args=arguments)
+        node = ArmNode()
+    except (KiVlaError, ParameterException, RCLError) as error:
+        print(f"{NODE_NAME}: {error}", file=sys.stderr)
+        rclpy.try_shutdown()
+        return 1
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    node.start()
+    with suppress(KeyboardInterrupt, ExternalShutdownException):
+        executor.spin()
+    node.stop()
+    if node.failure is not None:
+        print(f"{NODE_NAME}: {node.failure}", file=sys.stderr)
+    node.destroy_node()
+    rclpy.try_shutdown()
+    return 0 if node.failure is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
