@@ -1,0 +1,147 @@
+"""Off-screen pictures of the simulated robot, on EGL or OSMesa.
+
+MuJoCo binds a GL library when it is imported, according to MUJOCO_GL, and fails there in ways that name no remedy. Here it is
+imported without GL, so that physics needs none, and the context is made when pictures are first wanted.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.errors import SimulationError
+
+_requested = os.environ.get("MUJOCO_GL")
+os.environ["MUJOCO_GL"] = "disable"
+try:
+    import mujoco
+finally:
+    if _requested is None:
+        del os.environ["MUJOCO_GL"]
+    else:
+        os.environ["MUJOCO_GL"] = _requested
+
+_APT = {
+    "egl": "apt-get install -y libegl1 libgl1-mesa-dri",
+    "osmesa": "apt-get install -y libosmesa6",
+}
+_HIDDEN_GROUPS = (3, 4, 5)
+
+
+class Cameras:
+    """Square pictures of one model; an array of pixels per call. Not for two threads at once."""
+
+    def __init__(self, model: Any, size: int) -> None:
+        """Raises SimulationError when no GL library works here, or `size` exceeds the model's off-screen buffer."""
+        limit = min(model.vis.global_.offwidth, model.vis.global_.offheight)
+        if not 1 <= size <= limit:
+            raise SimulationError(f"render_size {size}: expected 1..{limit} pixels")
+        self._model = model
+        self._size = size
+        self._context = _open_context(size)
+        self._rect = mujoco.MjrRect(0, 0, size, size)
+        self._scene = mujoco.MjvScene(model, maxgeom=200)
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self._scene.flags[flag] = 0
+        self._option = mujoco.MjvOption()
+        for group in _HIDDEN_GROUPS:
+            self._option.geomgroup[group] = 0
+            self._option.sitegroup[group] = 0
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        with self._current():
+            self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
+
+    def render(self, data: Any, camera: str) -> NDArray[np.uint8]:
+        """RGB [S, S, 3], first row on top."""
+        return self._draw(data, camera)
+
+    def segment(self, data: Any, camera: str) -> NDArray[np.int64]:
+        """Index of the geom seen in each pixel [S, S], -1 where there is none."""
+        flags = (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR)
+        for flag in flags:
+            self._scene.flags[flag] = 1
+        try:
+            code = self._draw(data, camera).astype(np.int64)
+        finally:
+            for flag in flags:
+                self._scene.flags[flag] = 0
+        segment_id = code[..., 0] + (code[..., 1] << 8) + (code[..., 2] << 16)
+        geom_by_id = np.full(self._scene.ngeom + 1, -1, dtype=np.int64)  # id 0 is the background
+        for item in self._scene.geoms[: self._scene.ngeom]:
+            if item.segid >= 0 and item.objtype == mujoco.mjtObj.mjOBJ_GEOM:
+                geom_by_id[item.segid + 1] = item.objid
+        return geom_by_id[segment_id]
+
+    def close(self) -> None:
+        if self._context is None:
+            return
+        with self._current():
+            self._mjr.free()
+        self._context.free()
+        self._context = None
+
+    def __del__(self) -> None:
+        # At interpreter exit the GL bindings may be half gone; the process's end frees the context then.
+        if not sys.is_finalizing() and getattr(self, "_context", None) is not None:
+            self.close()
+
+    def _draw(self, data: Any, camera: str) -> NDArray[np.uint8]:
+        self._camera.fixedcamid = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        if self._camera.fixedcamid < 0:
+            names = [self._model.camera(i).name for i in range(self._model.ncam)]
+            raise SimulationError(f"camera {camera!r}: expected one of {', '.join(names)}")
+        mujoco.mjv_updateScene(
+            self._model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
+        upside_down = np.empty((self._size, self._size, 3), dtype=np.uint8)
+        with self._current():
+            mujoco.mjr_render(self._rect, self._scene, self._mjr)
+            mujoco.mjr_readPixels(upside_down, None, self._rect, self._mjr)
+        return np.ascontiguousarray(upside_down[::-1])
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Holds the context only while drawing, so that the next picture may be taken from another thread."""
+        with self._context.as_current():
+            yield
+
+
+def _open_context(size: int) -> Any:
+    """A GL context of the library that MUJOCO_GL names; where it is unset, EGL if it works here, else OSMesa."""
+    requested = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if requested not in ("", *_APT):
+        raise SimulationError(f"MUJOCO_GL={requested!r}: expected 'egl', 'osmesa' or unset for off-screen pictures; unset it")
+    backend = requested or ("egl" if _works("egl") else "osmesa")
+    try:
+        if backend == "egl":
+            from mujoco.egl import GLContext
+        else:
+            from mujoco.osmesa import GLContext
+        context = GLContext(size, size)
+    except Exception as error:  # the bindings raise whatever their half-loaded libraries lead to
+        tried = backend if requested else "egl, then osmesa"
+        remedy = _APT[requested or "egl"]
+        raise SimulationError(
+            f"no off-screen OpenGL for the simulated cameras (tried {tried}; {type(error).__name__}: {error}); "
+            f"run '{remedy}'" + ("" if requested else f" or '{_APT['osmesa']}'")
+        ) from error
+    os.environ["MUJOCO_GL"] = backend  # decided once; child processes need not probe again
+    return context
+
+
+def _works(backend: str) -> bool:
+    """Whether a context can be made, tried in a child: a failed attempt leaves PyOpenGL bound to the wrong library."""
+    attempt = f"from mujoco.{backend} import GLContext; GLContext(8, 8).make_current()"
+    child = subprocess.run(
+        [sys.executable, "-c", attempt], env={**os.environ, "MUJOCO_GL": "disable"}, capture_output=True, check=False
+    )
+    return child.returncode == 0
