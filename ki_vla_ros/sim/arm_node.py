@@ -38,14 +38,15 @@ from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, Simula
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.sim.task import Scene, Task, sample_scene
 from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
-from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, World
+from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, Verdict, World
 
-RCLError: Final = rclpy_implementation.RCLError
+_RCL_ERRORS: Final = (rclpy_implementation.RCLError, rclpy_implementation.UnknownROSArgsError)
 NODE_NAME: Final = "sim_arm"
 # Physics that lags behind the wall clock by more than this is given up (and counted), not made good in one rush.
 MOST_CATCH_UP_S: Final = 0.1
 RESET_LIMIT_S: Final = 10.0
 STEP_NS: Final = round(TIMESTEP_S * NS_PER_S)
+STEPS_PER_S: Final = round(1.0 / TIMESTEP_S)
 
 
 class Pace:
@@ -71,20 +72,6 @@ class Pace:
     def wait_s(self, steps: int, now_s: float) -> float:
         """Time until `steps` steps will be due."""
         return max(0.0, self._next_s + (steps - 1) * self._step_s - now_s)
-
-
-class Alarm:
-    """Rings once per period, counted in physics steps; periods slept through are not made good."""
-
-    def __init__(self, rate_hz: float) -> None:
-        self.period = max(1, round(1.0 / (rate_hz * TIMESTEP_S)))
-        self.next = self.period
-
-    def rings(self, steps: int) -> bool:
-        if steps < self.next:
-            return False
-        self.next = (steps // self.period + 1) * self.period
-        return True
 
 
 @dataclass(slots=True)
@@ -145,6 +132,8 @@ class ArmNode(Node):
         self._resets: Queue[Reset] = Queue(maxsize=1)
         self._resets.put(self._wanted_reset())
         self._reset_count = 0
+        self._split = ""
+        self._shown = Verdict()
         self._lock = threading.Lock()
         self._controller = TrajectoryExecutor(JOINTS, HOME_J)
         self._refused = 0
@@ -252,58 +241,57 @@ class ArmNode(Node):
             self.context.try_shutdown()
 
     def _run(self, world: World) -> None:
-        joints = Alarm(self.get_parameter("joint_rate_hz").value)
-        cameras = Alarm(self.get_parameter("camera_rate_hz").value)
-        diagnostics = Alarm(1.0)
+        joint_period, camera_period = self._period("joint_rate_hz"), self._period("camera_rate_hz")
         pace = Pace(TIMESTEP_S, MOST_CATCH_UP_S)
-        reset = self._resets.get_nowait()
-        self._begin(world, reset)
         pace.restart(time.monotonic())
-        verdict, steps = world.judge.verdict, 0
+        steps = 0
         while not self._stop.is_set():
             with suppress(Empty):
-                reset = self._resets.get_nowait()
-                self._begin(world, reset)
-                verdict = world.judge.verdict
+                self._begin(world, self._resets.get_nowait())
             due = pace.due(time.monotonic())
-            now = self.get_clock().now()
+            now_ns = self.get_clock().now().nanoseconds
             for behind in reversed(range(due)):
+                step_ns = now_ns - behind * STEP_NS
                 with self._lock:
-                    command_J, _ = self._controller.sample(now.nanoseconds - behind * STEP_NS)
+                    command_J, _ = self._controller.sample(step_ns)
                 world.step(command_J)
-            steps += due
-            stamp = now.to_msg()
-            if joints.rings(steps):
-                self._joint_publisher.publish(joint_message(stamp, world))
-            if cameras.rings(steps):
-                for camera, publisher in self._image_publishers.items():
-                    publisher.publish(image_message(camera, stamp, world.render(camera)))
-            if world.judge.verdict != verdict:
-                verdict = world.judge.verdict
-                self._status_publisher.publish(String(data=self._status(world, reset)))
-            if diagnostics.rings(steps):
-                self._diagnostics_publisher.publish(self._diagnostics(stamp, pace))
-            self._stop.wait(pace.wait_s(joints.next - steps, time.monotonic()))
+                steps += 1
+                stamp = Time(sec=step_ns // NS_PER_S, nanosec=step_ns % NS_PER_S)
+                # By steps, not by the clock: after a slow picture the rates are kept, each message with its own time.
+                if steps % joint_period == 0:
+                    self._joint_publisher.publish(joint_message(stamp, world))
+                if steps % camera_period == 0:
+                    for camera, publisher in self._image_publishers.items():
+                        publisher.publish(image_message(camera, stamp, world.render(camera)))
+                if steps % STEPS_PER_S == 0:
+                    self._diagnostics_publisher.publish(self._diagnostics(stamp, pace))
+            if world.judge.verdict != self._shown:
+                self._publish_status(world)
+            self._stop.wait(pace.wait_s(joint_period - steps % joint_period, time.monotonic()))
+
+    def _period(self, rate: str) -> int:
+        """Physics steps per message."""
+        return max(1, round(1.0 / (self.get_parameter(rate).value * TIMESTEP_S)))
 
     def _begin(self, world: World, reset: Reset) -> None:
         world.reset(reset.scene)
         with self._lock:
             self._controller.hold(world.joint_position_J)
         self._reset_count += 1
-        reset.status = self._status(world, reset)
-        self._status_publisher.publish(String(data=reset.status))
+        self._split = reset.split
+        reset.status = self._publish_status(world)
         reset.finished.set()
 
-    def _status(self, world: World, reset: Reset) -> str:
-        """JSON for `~/status`; places in m, `time_s` since the reset."""
-        scene, verdict = reset.scene, world.judge.verdict
+    def _publish_status(self, world: World) -> str:
+        """Publishes and returns the JSON of `~/status`; places in m, `time_s` since the reset."""
+        scene, verdict = world.scene, world.judge.verdict
         objects = [
             {"colour": o.colour, "shape": o.shape, "x": round(o.x, 4), "y": round(o.y, 4)} for o in scene.objects
         ]
         status = {
             "reset_id": self._reset_count,
             "scene_seed": scene.seed,
-            "split": reset.split,
+            "split": self._split,
             "instruction": scene.task.instruction,
             "objects": objects,
             "target": scene.target,
@@ -312,7 +300,10 @@ class ArmNode(Node):
             "done": verdict.done,
             "time_s": round(world.time_s, 3),
         }
-        return json.dumps(status)
+        text = json.dumps(status)
+        self._status_publisher.publish(String(data=text))
+        self._shown = verdict
+        return text
 
     def _diagnostics(self, stamp: Time, pace: Pace) -> DiagnosticArray:
         values = {"overruns": pace.overruns, "refused_trajectories": self._refused, "resets": self._reset_count}
@@ -330,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         rclpy.init(args=arguments)
         node = ArmNode()
-    except (KiVlaError, ParameterException, RCLError) as error:
+    except (KiVlaError, ParameterException, *_RCL_ERRORS) as error:
         print(f"{NODE_NAME}: {error}", file=sys.stderr)
         rclpy.try_shutdown()
         return 1
