@@ -39,10 +39,7 @@ class Cameras:
     """Square pictures of one model; an array of pixels per call. Not for two threads at once."""
 
     def __init__(self, model: Any, size: int) -> None:
-        """Raises SimulationError when no GL library works here, or `size` exceeds the model's off-screen buffer."""
-        limit = min(model.vis.global_.offwidth, model.vis.global_.offheight)
-        if not 1 <= size <= limit:
-            raise SimulationError(f"render_size {size}: expected 1..{limit} pixels")
+        """Raises SimulationError when no GL library works here. `size` is at most the model's off-screen buffer."""
         self._model = model
         self._size = size
         self._context = _open_context(size)

@@ -28,7 +28,7 @@ HELD_OUT: Final = frozenset(
 )
 
 # Half the height of each shape at size 1.
-HALF_HEIGHT_M: Final = {"cube": 0.023, "ball": 0.025, "disc": 0.008, "pole": 0.045}
+HALF_HEIGHT_M: Final = {"cube": 0.025, "ball": 0.027, "disc": 0.008, "pole": 0.045}
 SIZE_RANGE: Final = (0.9, 1.1)
 
 X_RANGE_M: Final = (0.28, 0.52)

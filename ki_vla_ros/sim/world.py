@@ -43,8 +43,8 @@ RGBA: Final = {
 _NOMINAL: Final = {
     "cube": (HALF_HEIGHT_M["cube"],) * 3,
     "ball": (HALF_HEIGHT_M["ball"], 0.0, 0.0),
-    "disc": (0.033, HALF_HEIGHT_M["disc"], 0.0),
-    "pole": (0.0155, HALF_HEIGHT_M["pole"], 0.0),
+    "disc": (0.036, HALF_HEIGHT_M["disc"], 0.0),
+    "pole": (0.0175, HALF_HEIGHT_M["pole"], 0.0),
 }
 _OBJECT_BIT, _ALL_BITS = 2, 7
 _SHOWN, _HIDDEN = 1, 5
@@ -121,7 +121,7 @@ class World:
 
     def __init__(self, render_size: int = 288, render: bool = True) -> None:
         """With `render` False no GL library is needed and `render`/`segment` refuse."""
-        self._model = _build_model()
+        self._model = _build_model(render_size)
         self._data = mujoco.MjData(self._model)
         self._qpos_J = np.array([self._model.joint(name).qposadr[0] for name in JOINTS])
         self._dof_J = np.array([self._model.joint(name).dofadr[0] for name in JOINTS])
@@ -284,10 +284,11 @@ class _Slot:
         data.qpos[self._qpos] = (item.x, item.y, item.top_m / 2.0, np.cos(half_yaw), 0.0, 0.0, np.sin(half_yaw))
 
 
-def _build_model() -> Any:
-    """The arm of arm.xml with SLOTS object slots."""
+def _build_model(render_size: int) -> Any:
+    """The arm of arm.xml with SLOTS object slots; the off-screen buffer is no larger than the picture, as it is cleared whole."""
     spec = mujoco.MjSpec.from_file(str(Path(__file__).with_name("arm.xml")))
     spec.option.timestep = TIMESTEP_S
+    spec.visual.global_.offwidth = spec.visual.global_.offheight = render_size
     kinds = {
         "cube": mujoco.mjtGeom.mjGEOM_BOX,
         "ball": mujoco.mjtGeom.mjGEOM_SPHERE,
