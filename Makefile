@@ -1,0 +1,58 @@
+# `make demo` and `make test` are the two that need nothing but python3 and make; `make help` lists the rest.
+PYTHON ?= python3
+ARGS ?=
+JOBS ?= 2
+CONFIG ?= config/training/demo.yaml
+CHECKPOINT ?= out/training/demo
+BUNDLE ?= models/demo
+
+# Beside a ROS 2 installation the environment sees that installation's packages, so it is another one.
+VENV := .venv$(addprefix -,$(ROS_DISTRO))
+RUN := $(VENV)/bin/python -m
+REQUIREMENTS := $(wildcard requirements/*.txt)
+# Plugins by name: a sourced ROS installation brings pytest plugins that break newer pytest versions.
+PYTEST := PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(RUN) coverage run -m pytest -p xdist -p pytest_timeout -p hypothesispytest
+
+export PYTHON
+# The ROS wheels restart Python once with their library path; inherited from another environment, this mark would prevent it.
+unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint train export evaluate clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+demo: $(VENV)/robot ## a simulated arm follows instructions over ROS 2; results in out/demo (ARGS="--episodes 3 --help ...")
+	$(RUN) ki_vla_ros.demo $(ARGS)
+
+test: lint ## every test, with coverage (ARGS="test/test_bundle.py" for some, JOBS=2 workers)
+	$(RUN) coverage erase
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
+	$(RUN) coverage combine --quiet
+	$(if $(ARGS),,$(RUN) coverage report)
+
+lint: $(VENV)/developer ## ruff (rules, format) and mypy
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+
+train: $(VENV)/developer ## train the policy (CONFIG=config/training/demo.yaml, ARGS)
+	$(RUN) training.train $(CONFIG) $(ARGS)
+
+export: $(VENV)/developer ## write a bundle from a checkpoint (CHECKPOINT=..., BUNDLE=models/demo, ARGS)
+	$(RUN) training.export --checkpoint $(CHECKPOINT) --out $(BUNDLE) $(ARGS)
+
+evaluate: $(VENV)/developer ## closed-loop figures of a bundle (BUNDLE=models/demo, ARGS)
+	$(RUN) training.evaluate $(BUNDLE) $(ARGS)
+
+clean: ## remove the environments and everything that the other targets wrote, except models
+	rm -rf .venv .venv-* out build log *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/robot: scripts/environment $(REQUIREMENTS)
+	scripts/environment $(VENV) robot
+	@touch $@
+
+$(VENV)/developer: scripts/environment $(REQUIREMENTS)
+	scripts/environment $(VENV) developer
+	@touch $(VENV)/robot $@

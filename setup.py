@@ -1,0 +1,45 @@
+"""Installs the robot's side, with launch files, settings and models as its share files; training/ runs from a checkout."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+NAME = "ki_vla_ros"
+
+
+def share_files() -> list[tuple[str, list[str]]]:
+    """(destination below the prefix, files) as `ros2 launch` and the package index look for them."""
+    found = [("share/ament_index/resource_index/packages", [f"resource/{NAME}"]), (f"share/{NAME}", ["package.xml"])]
+    for folder, pattern in (("launch", "*.launch.py"), ("config", "**/*"), ("models", "**/*")):
+        by_parent: dict[str, list[str]] = {}
+        for path in sorted(Path(folder).glob(pattern)):
+            if path.is_file() and "training" not in path.parts:
+                by_parent.setdefault(path.parent.as_posix(), []).append(path.as_posix())
+        found += [(f"share/{NAME}/{parent}", files) for parent, files in by_parent.items()]
+    return found
+
+
+setup(
+    name=NAME,
+    version="0.1.0",
+    description="Knowledge-insulated vision-language-action policies as a ROS 2 node",
+    author="ki_vla_ros developers",
+    maintainer="ki_vla_ros developers",
+    maintainer_email="maintainers@ki-vla-ros.invalid",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=[NAME, f"{NAME}.*"]),
+    package_data={NAME: ["sim/*.xml"]},
+    data_files=share_files(),
+    install_requires=["numpy", "pydantic>=2", "pyyaml", "rosbags", "tokenizers"],
+    # colcon runs a package's tests only when they are announced here.
+    extras_require={"test": ["pytest"]},
+    zip_safe=False,
+    entry_points={
+        "console_scripts": [
+            f"policy_node = {NAME}.node:main",
+            f"sim_arm = {NAME}.sim.arm_node:main",
+            f"demo = {NAME}.demo:main",
+        ]
+    },
+)

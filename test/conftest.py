@@ -1,0 +1,30 @@
+"""ROS for tests: every test that asks for it talks on a domain of its own, to this machine only."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Fast DDS takes its ports from the domain id; above 101 they reach into the range that Linux hands out to other sockets.
+_DOMAINS = range(1, 101)
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_own_domains = itertools.cycle(_DOMAINS[_worker % _workers :: _workers])
+
+# For tests that start ROS without the fixture, and for whatever they start; a domain must never be the user's.
+os.environ["ROS_DOMAIN_ID"] = str(next(_own_domains))
+os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+os.environ["ROS_PYTHON_CHECK_FIELDS"] = "1"  # otherwise a misspelt message field is published without a word
+os.environ.setdefault("ROS_LOG_DIR", tempfile.mkdtemp(prefix="ros_log_"))
+
+
+@pytest.fixture
+def ros_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """Puts this test on a domain of its own, with its logs in `tmp_path`; returns the environment for its processes."""
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(next(_own_domains)))
+    monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path / "ros_log"))
+    return dict(os.environ)
