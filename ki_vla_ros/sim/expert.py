@@ -1,11 +1,12 @@
 """The scripted expert: inverse kinematics and minimum-jerk references that solve the simulated tasks.
 
-A reference is planned in the space of the fingertip point: horizontal motion and height are piecewise quintics, and the descent
-starts as early as it can without coming near the table before the tip is over the target. What the start's joints have beyond
-that tip motion (a tilted tool, a turned wrist, their speeds) fades out as a quintic in joint space, so a reference can start
-from any joint position, velocity and acceleration.
+A reference is planned in the space of the fingertip point: horizontal motion and height are piecewise quintics, and
+the descent starts as early as it can without passing low over other objects. What the start's joints have beyond that
+tip motion (a tilted tool, a turned wrist, their speeds) fades out as a quintic in joint space, so that a reference can
+start from any joint position, velocity and acceleration.
 
-Legend: J joints (seven), n samples, K segments, D coordinates. Lengths in m, angles in rad, times in s from the reference's start.
+Legend: J joints (seven), n samples, K segments, D coordinates. Lengths in m, angles in rad, times in s from the
+reference's start.
 """
 
 from __future__ import annotations
@@ -48,23 +49,24 @@ def tip_to_joints(xyz: ArrayLike, gripper_m: float = 0.0) -> Array:
     Raises SimulationError for a point out of the arm's reach.
     """
     tips = np.asarray(xyz, dtype=np.float64).reshape(1, 3)
-    return _solve(tips, np.array([gripper_m]))[0]
+    return _solve(tips, np.array([gripper_m])).reshape(len(JOINTS))
 
 
 def joints_to_tip(position_nJ: ArrayLike) -> Array:
     """Fingertip points [n, 3] of joint positions [n, J], any forearm roll and tool direction."""
     pan, lift, elbow, roll, pitch = np.asarray(position_nJ, dtype=np.float64)[:, :5].T
-    # In the arm's plane turned by pan: upper arm and forearm lean by lift and lift + elbow; the tool leaves the forearm's
-    # direction by pitch, in a plane turned about the forearm by roll. The wrist's roll does not move the point.
+    # In the arm's plane turned by pan, upper arm and forearm lean by lift and lift + elbow. The tool leaves the
+    # forearm's direction by pitch, in a plane turned about the forearm by roll. The wrist's roll moves no tip.
     lean = lift + elbow
     along = _FOREARM_M + _TOOL_M * np.cos(pitch)
     across = _TOOL_M * np.sin(pitch) * np.cos(roll)
     aside = _TOOL_M * np.sin(pitch) * np.sin(roll)
     radius = _UPPER_M * np.sin(lift) + along * np.sin(lean) + across * np.cos(lean)
     height = _SHOULDER_M + _UPPER_M * np.cos(lift) + along * np.cos(lean) - across * np.sin(lean)
-    return np.stack(
+    tip_n3: Array = np.stack(
         [radius * np.cos(pan) - aside * np.sin(pan), radius * np.sin(pan) + aside * np.cos(pan), height], axis=1
     )
+    return tip_n3
 
 
 def _solve(tips_n3: Array, gripper_n: Array) -> Array:
@@ -86,7 +88,7 @@ def _solve(tips_n3: Array, gripper_n: Array) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class _Spline:
-    """Quintic segments one after another: `coefficients_K6D[k]` in powers of the time since `starts_K[k]`; rests after `end_s`."""
+    """Quintic segments: `coefficients_K6D[k]` in powers of the time since `starts_K[k]`; at rest after `end_s`."""
 
     starts_K: Array
     coefficients_K6D: Array
@@ -96,7 +98,8 @@ class _Spline:
         times_n = np.minimum(times_n, self.end_s)
         segment_n = np.maximum(np.searchsorted(self.starts_K, times_n, side="right") - 1, 0)
         local_n = times_n - self.starts_K[segment_n]
-        return np.einsum("np,npd->nd", local_n[:, None] ** np.arange(6), self.coefficients_K6D[segment_n])
+        x_nD: Array = np.einsum("np,npd->nd", local_n[:, None] ** np.arange(6), self.coefficients_K6D[segment_n])
+        return x_nD
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +158,9 @@ def _quintic(start: _State, end: _State, duration_s: float) -> Array:
 def _duration(start: _State, goal: Array, jerk: float) -> float:
     """Time to come to rest at `goal` such that the jerk at the end is `jerk`.
 
-    A minimum-jerk motion planned anew on its way with the same end time stays itself, and so does the jerk at its end. Taking
-    the longest time with that jerk therefore continues a running motion unchanged; from rest it is the cube-root law above.
+    A minimum-jerk motion planned anew on its way with the same end time stays itself, and so does the jerk at its
+    end. Taking the longest time with that jerk therefore continues a running motion unchanged; from rest it is the
+    cube-root law above.
     """
     times = np.geomspace(_SHORTEST_S, _LONGEST_S, 300)
     t = times[:, None]
@@ -192,7 +196,7 @@ class Reference:
         return np.clip(path_nJ + self._fading(times), self._lower_J, self._upper_J)
 
     def position(self, t_s: float) -> Array:
-        return self.sample(np.array([t_s]))[0]
+        return self.sample(np.array([t_s])).reshape(len(JOINTS))
 
     def velocity(self, t_s: float) -> Array:
         return self._differences(t_s)[1]
@@ -227,8 +231,9 @@ class Expert:
     ) -> Reference:
         """From the given motion (None: at rest, not accelerating) to the end of the scene's task.
 
-        `object_positions` [n, 3] are the objects' present centres, by default where the scene put them. Through `via_tip_xyz`
-        the tip passes without stopping before it turns to the target. Raises SimulationError where the way is out of reach.
+        `object_positions` [n, 3] are the objects' present centres, by default where the scene put them. Through
+        `via_tip_xyz` the tip passes without stopping before it turns to the target. Raises SimulationError where the
+        way is out of the arm's reach.
         """
         still_J = np.zeros(len(JOINTS))
         q = _State(

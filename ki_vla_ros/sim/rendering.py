@@ -1,7 +1,7 @@
 """Off-screen pictures of the simulated robot, on EGL or OSMesa.
 
-MuJoCo binds a GL library when it is imported, according to MUJOCO_GL, and fails there in ways that name no remedy. Here it is
-imported without GL, so that physics needs none, and the context is made when pictures are first wanted.
+MuJoCo binds a GL library when it is imported, according to MUJOCO_GL, and fails there in ways that name no remedy. Here
+it is imported without GL, so that physics needs none, and a context is made for the first world with pictures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from ki_vla_ros.errors import SimulationError
 _requested = os.environ.get("MUJOCO_GL")
 os.environ["MUJOCO_GL"] = "disable"
 try:
-    import mujoco
+    import mujoco as mujoco  # for world.py too, which must not import it otherwise
+except ImportError as error:
+    raise SimulationError(
+        f"the simulated robot needs the package 'mujoco' ({error}); run 'pip install mujoco'"
+    ) from error
 finally:
     if _requested is None:
         del os.environ["MUJOCO_GL"]
@@ -76,7 +80,8 @@ class Cameras:
         for item in self._scene.geoms[: self._scene.ngeom]:
             if item.segid >= 0 and item.objtype == mujoco.mjtObj.mjOBJ_GEOM:
                 geom_by_id[item.segid + 1] = item.objid
-        return geom_by_id[segment_id]
+        geoms: NDArray[np.int64] = geom_by_id[segment_id]
+        return geoms
 
     def close(self) -> None:
         if self._context is None:
@@ -116,7 +121,7 @@ def _open_context(size: int) -> Any:
     """A GL context of the library that MUJOCO_GL names; where it is unset, EGL if it works here, else OSMesa."""
     requested = os.environ.get("MUJOCO_GL", "").strip().lower()
     if requested not in ("", *_APT):
-        raise SimulationError(f"MUJOCO_GL={requested!r}: expected 'egl', 'osmesa' or unset for off-screen pictures; unset it")
+        raise SimulationError(f"MUJOCO_GL={requested!r}: expected 'egl', 'osmesa' or not set; run 'unset MUJOCO_GL'")
     backend = requested or ("egl" if _works("egl") else "osmesa")
     try:
         if backend == "egl":

@@ -1,9 +1,9 @@
 """What the simulated robot can be told, and the scenes it is told it in.
 
-A task is a verb and one of 24 colour-shape combinations. Six combinations (`HELD_OUT`) are never commanded in training, in any
-verb; they still lie about as distractors. In every scene some other object shares the target's colour and another its shape, so
-that no single word of the instruction is enough. Lengths in m, angles in rad, in the frame of the robot's base (x forward, z up,
-table top at z = 0).
+A task is a verb and one of 24 colour-shape combinations. Six combinations (`HELD_OUT`) are never commanded in training,
+in any verb; they still lie about as distractors. In every scene some other object shares the target's colour and
+another its shape, so that no single word of the instruction is enough. Lengths in m, angles in rad, in the frame of the
+robot's base (x forward, y left, z up, table top at z = 0).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MAX_OBJECTS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One object standing on the table: centre at (`x`, `y`), turned by `yaw`; `size` scales the shape's nominal dimensions."""
+    """One object standing on the table, centre at (`x`, `y`), turned by `yaw`; `size` scales the shape's dimensions."""
 
     colour: str
     shape: str
@@ -98,9 +98,9 @@ class Scene:
 def sample_scene(seed: int, *, split: Split, task: Task | None = None) -> Scene:
     """A scene of 3 to 5 different objects and a task in it, the same for the same arguments on every machine.
 
-    `split` says which combinations may be commanded: those of training, the held-out ones, or all. The split enters the random
-    stream, so equal seeds of two splits give unrelated scenes. With `task` the scene is built around that task; a task that
-    `split` does not command is refused with SimulationError.
+    `split` says which combinations may be commanded: those of training, the held-out ones, or all. The split enters the
+    random stream, so equal seeds of two splits give unrelated scenes. With `task` the scene is built around that task;
+    a task that `split` does not command is refused with SimulationError.
     """
     if split not in get_args(Split):
         raise SimulationError(f"split {split!r}: expected one of {', '.join(get_args(Split))}")
@@ -132,7 +132,7 @@ def _sample_task(rng: np.random.Generator, split: Split) -> Task:
 
 
 def _sample_kinds(rng: np.random.Generator, target: tuple[str, str]) -> list[tuple[str, str]]:
-    """Combinations in the scene, in random order: the target, one of its colour, one of its shape, and up to two more."""
+    """What is in the scene, in random order: the target, one of its colour, one of its shape, and up to two more."""
     colour, shape = target
     same_colour = [(colour, other) for other in SHAPES if other != shape]
     same_shape = [(other, shape) for other in COLOURS if other != colour]

@@ -1,7 +1,7 @@
 """The simulated robot: a six-joint arm with a gripper before a table, two cameras, and the judge of what it touched.
 
-No ROS here. Lengths in m, angles in rad, in the frame of the robot's base (x forward, y left, z up, table top at z = 0).
-Legend: J joints (seven, in the order of `JOINTS`), S image side in pixels.
+No ROS here. Lengths in m, angles in rad, in the frame of the robot's base (x forward, y left, z up, table top at
+z = 0). Legend: J joints (seven, in the order of `JOINTS`), S image side in pixels, n objects of the scene.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CAMERAS: Final = ("scene", "wrist")
 TIMESTEP_S: Final = 0.002
 TIME_LIMIT_S: Final = 8.0
 
-# The tip at (0.30, 0, 0.25), tool down, gripper a little open; test_sim_expert.py checks it against the inverse kinematics.
+# The tip at (0.30, 0, 0.25), tool down, gripper a little open; a test holds it against expert.py's inverse kinematics.
 HOME_J: Final = np.array([0.0, -0.0830101436, 1.9181363885, 0.0, 1.3064664088, 0.0, 0.01])
 
 # "point at": the tip stays this close above the object, this long.
@@ -52,11 +52,12 @@ _MASS_KG, _INERTIA_KGM2 = 0.25, 2e-4
 # A light touch moves nothing far, and the ball does not roll on: linear in N s/m, angular in N m s/rad.
 _LINEAR_DAMPING, _ANGULAR_DAMPING = 1.0, 0.004
 _PARKED_Z_M = -1.0
+_LARGEST_PICTURE = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The judge's state: `reached` is the index of the first object touched or pointed at; `done` stays once it is set."""
+    """The judge's state: `reached` is the index of the first object touched or pointed at; once `done` it stays."""
 
     reached: int | None = None
     success: bool = False
@@ -70,7 +71,8 @@ class Judge:
         self._scene = scene
         self._pointing = scene.task.verb == "point at"
         self._target = scene.target
-        self._hover_since_s: list[float | None] = [None] * len(scene.objects)
+        self._half_height_n = np.array([item.top_m / 2.0 for item in scene.objects])
+        self._since_n = np.full(len(scene.objects), np.inf)  # since when the tip has been over each object
         self.verdict = Verdict()
 
     @property
@@ -100,18 +102,12 @@ class Judge:
             self.verdict = Verdict(done=True)
 
     def _held(self, time_s: float, tip: NDArray[np.float64], centres: NDArray[np.float64]) -> int | None:
-        for index, item in enumerate(self._scene.objects):
-            height = tip[2] - (centres[index, 2] + item.top_m / 2.0)
-            near = np.hypot(*(tip[:2] - centres[index, :2])) <= POINT_RADIUS_M
-            if not (near and POINT_HEIGHT_M[0] <= height <= POINT_HEIGHT_M[1]):
-                self._hover_since_s[index] = None
-                continue
-            since = self._hover_since_s[index]
-            if since is None:
-                self._hover_since_s[index] = time_s
-            elif time_s - since >= POINT_HOLD_S:
-                return index
-        return None
+        height_n = tip[2] - centres[:, 2] - self._half_height_n
+        near_n = np.hypot(*(tip[:2] - centres[:, :2]).T) <= POINT_RADIUS_M
+        over_n = near_n & (height_n >= POINT_HEIGHT_M[0]) & (height_n <= POINT_HEIGHT_M[1])
+        self._since_n = np.where(over_n, np.minimum(self._since_n, time_s), np.inf)
+        held = np.flatnonzero(time_s - self._since_n >= POINT_HOLD_S)
+        return int(held[0]) if held.size else None
 
 
 class World:
@@ -121,6 +117,8 @@ class World:
 
     def __init__(self, render_size: int = 288, render: bool = True) -> None:
         """With `render` False no GL library is needed and `render`/`segment` refuse."""
+        if not 1 <= render_size <= _LARGEST_PICTURE:
+            raise SimulationError(f"render_size: expected 1..{_LARGEST_PICTURE} pixels, got {render_size}")
         self._model = _build_model(render_size)
         self._data = mujoco.MjData(self._model)
         self._qpos_J = np.array([self._model.joint(name).qposadr[0] for name in JOINTS])
@@ -131,6 +129,7 @@ class World:
         self.lower_J: NDArray[np.float64] = bounds[:, 0]
         self.upper_J: NDArray[np.float64] = bounds[:, 1]
         self._slots = [_Slot(self._model, index) for index in range(SLOTS)]
+        self._bodies = np.array([slot.body for slot in self._slots])
         self._slot_of_geom, self._gripper_geom = _index_geoms(self._model)
         self._render_size = render_size
         self._cameras = Cameras(self._model, render_size) if render else None
@@ -146,7 +145,7 @@ class World:
     def reset(self, scene: Scene, joint_position_J: ArrayLike | None = None) -> None:
         """Places the scene's objects, teleports the arm (to HOME_J by default) at rest, clears time and judge."""
         if len(scene.objects) > SLOTS:
-            raise SimulationError(f"scene {scene.seed} has {len(scene.objects)} objects; this world holds at most {SLOTS}")
+            raise SimulationError(f"scene {scene.seed}: expected at most {SLOTS} objects, got {len(scene.objects)}")
         position_J = self._checked(HOME_J if joint_position_J is None else joint_position_J)
         judge = Judge(scene)
         mujoco.mj_resetData(self._model, self._data)
@@ -159,13 +158,13 @@ class World:
         self._scene, self._judge = scene, judge
 
     def step(self, command_J: ArrayLike) -> None:
-        """One physics step of TIMESTEP_S towards the commanded positions; commands beyond a joint's limits end at the limit."""
+        """One physics step of TIMESTEP_S towards the commanded positions; beyond a joint's limits the limit counts."""
         judge = self.judge
         self._data.ctrl[:] = self._checked(command_J)
-        mujoco.mj_step(self._model, self._data)
-        # mj_step leaves contacts and positions of the step's beginning; the judge sees those, at most one step old.
-        count = len(self.scene.objects)
-        judge.observe(self.time_s, self._touched(), self.tip_position, self.object_positions[:count])
+        # mj_step in its two halves, the second first: contacts and poses then belong to the new joint positions.
+        mujoco.mj_step2(self._model, self._data)
+        mujoco.mj_step1(self._model, self._data)
+        judge.observe(self.time_s, self._touched(), self.tip_position, self.object_positions)
 
     @property
     def scene(self) -> Scene:
@@ -200,8 +199,7 @@ class World:
     @property
     def object_positions(self) -> NDArray[np.float64]:
         """Centres of the scene's objects, [n, 3]."""
-        count = len(self.scene.objects)
-        return np.stack([self._data.xpos[slot.body] for slot in self._slots[:count]])
+        return self._data.xpos[self._bodies[: len(self.scene.objects)]]  # type: ignore[no-any-return]
 
     def render(self, camera: str) -> NDArray[np.uint8]:
         """RGB picture [S, S, 3] of camera "scene" or "wrist"."""
@@ -231,31 +229,35 @@ class World:
 
     def _opened_cameras(self) -> Cameras:
         if self._cameras is None:
-            raise SimulationError("this world was made with render=False (or closed); make one with render=True for pictures")
+            raise SimulationError(
+                "no pictures: this world was made with render=False, or is closed; use World(render=True)"
+            )
         return self._cameras
 
-    def _checked(self, position_J: ArrayLike) -> NDArray[np.float64]:
+    @staticmethod
+    def _checked(position_J: ArrayLike) -> NDArray[np.float64]:
         array_J = np.asarray(position_J, dtype=np.float64)
         if array_J.shape != (len(JOINTS),) or not np.all(np.isfinite(array_J)):
-            raise SimulationError(f"joint positions: expected {len(JOINTS)} finite numbers ({', '.join(JOINTS)}), got {position_J!r}")
+            raise SimulationError(
+                f"joint positions: expected finite numbers for {', '.join(JOINTS)}; got {position_J!r}"
+            )
         return array_J
 
     def _touched(self) -> set[int]:
         """Objects in contact with the gripper."""
-        if self._data.ncon == 0:
+        pairs = self._data.contact.geom
+        of_gripper = self._gripper_geom[pairs]
+        if not of_gripper.any():
             return set()
-        first, second = self._data.contact.geom.T
-        pairs = np.concatenate(
-            [
-                self._slot_of_geom[first[self._gripper_geom[second]]],
-                self._slot_of_geom[second[self._gripper_geom[first]]],
-            ]
-        )
-        return {int(slot) for slot in pairs if slot >= 0}
+        slots = self._slot_of_geom[pairs[of_gripper[:, ::-1]]]  # of the geoms whose partner belongs to the gripper
+        return {int(slot) for slot in slots if slot >= 0}
 
 
 class _Slot:
-    """A free body that can become any object: one geom per shape, all but one switched off; an unused slot hides below the floor."""
+    """A free body that can become any object: one geom per shape, all but one switched off.
+
+    An unused slot hangs weightless below the floor, out of sight and touch.
+    """
 
     def __init__(self, model: Any, index: int) -> None:
         self.body = model.body(f"object{index}").id
@@ -275,7 +277,8 @@ class _Slot:
             data.qpos[self._qpos] = (*self._parked, 1.0, 0.0, 0.0, 0.0)
             return
         if not SIZE_RANGE[0] <= item.size <= SIZE_RANGE[1]:
-            raise SimulationError(f"size {item.size} of the {item.colour} {item.shape}: expected {SIZE_RANGE[0]}..{SIZE_RANGE[1]}")
+            low, high = SIZE_RANGE
+            raise SimulationError(f"size of the {item.colour} {item.shape}: expected {low}..{high}, got {item.size}")
         geom = self._geoms[item.shape]
         model.geom_size[geom] = np.array(_NOMINAL[item.shape]) * item.size
         model.geom_rgba[geom] = RGBA[item.colour]
@@ -285,7 +288,10 @@ class _Slot:
 
 
 def _build_model(render_size: int) -> Any:
-    """The arm of arm.xml with SLOTS object slots; the off-screen buffer is no larger than the picture, as it is cleared whole."""
+    """The arm of arm.xml with SLOTS object slots.
+
+    The off-screen buffer has the picture's size: it is cleared whole for every picture.
+    """
     spec = mujoco.MjSpec.from_file(str(Path(__file__).with_name("arm.xml")))
     spec.option.timestep = TIMESTEP_S
     spec.visual.global_.offwidth = spec.visual.global_.offheight = render_size
@@ -303,7 +309,8 @@ def _build_model(render_size: int) -> Any:
         body.add_freejoint(name=f"object{index}")
         for shape, kind in kinds.items():
             # Compiled at the largest size: MuJoCo derives the bounding boxes of its broad phase here and keeps them.
-            geom = body.add_geom(name=f"object{index}_{shape}", type=kind, size=np.array(_NOMINAL[shape]) * SIZE_RANGE[1])
+            size = np.array(_NOMINAL[shape]) * SIZE_RANGE[1]
+            geom = body.add_geom(name=f"object{index}_{shape}", type=kind, size=size)
             geom.contype, geom.conaffinity, geom.group = _OBJECT_BIT, _ALL_BITS, _SHOWN
             geom.condim, geom.friction = 3, [0.8, 0.005, 0.0001]
     model = spec.compile()
@@ -315,7 +322,7 @@ def _build_model(render_size: int) -> Any:
 
 
 def _index_geoms(model: Any) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
-    """By geom: its object slot or -1 (with one more -1 at the end), and whether it is a colliding part of the gripper."""
+    """By geom: its object slot or -1 (with one more -1 at the end), and whether it can touch for the gripper."""
     slot_of_geom = np.full(model.ngeom + 1, -1, dtype=np.int8)
     gripper_geom = np.zeros(model.ngeom, dtype=np.bool_)
     for geom in range(model.ngeom):
