@@ -1,8 +1,9 @@
 """When to infer, and which actions of a chunk still lie ahead when it is done.
 
-Inference runs while the arm executes the chunk before (asynchronous execution): by the time a chunk exists, time has consumed
-its first actions; they are dropped and the rest starts at the right moment. An executor is any class with the five methods of
-`AsynchronousExecutor`; it knows neither ROS nor a clock. Legend: H horizon, J joints. Times in ns on the node's clock.
+Inference runs while the arm executes the chunk before (asynchronous execution): by the time a chunk exists, time has
+consumed its first actions; they are dropped and the rest starts at the right moment. An executor is any class with the
+five methods of `AsynchronousExecutor`; it knows neither ROS nor a clock. Legend: H horizon, J joints. Times in ns on
+the node's clock.
 """
 
 from __future__ import annotations
@@ -33,24 +34,25 @@ class AsynchronousExecutor:
         return tick_ns - self._running.accepted_ns >= execution_horizon_ns - tick_period_ns // 2
 
     def join(self, chunk: ActionChunk, now_ns: int, lead_ns: int) -> ActionChunk:
-        """The actions of `chunk` due `lead_ns` after `now_ns` or later, then to rest.
+        """The actions of `chunk` due `lead_ns` after `now_ns` or later.
 
         SafetyRefusal if none is left: inference took longer than the chunk lasts.
         """
         first = next((k for k in range(chunk.horizon) if chunk.due_ns(k) >= now_ns + lead_ns), None)
         if first is None:
             raise SafetyRefusal(
-                f"chunk: its last action was due {(now_ns - chunk.due_ns(chunk.horizon - 1)) / 1e6:.0f} ms ago; inference is slower "
+                f"chunk: its last action was due {(now_ns - chunk.due_ns(chunk.horizon - 1)) / 1e6:.0f} ms ago; "
+                "inference is slower "
                 "than the chunk lasts: fewer flow_steps or a faster engine?"
             )
-        return come_to_rest(drop_actions(chunk, first))
+        return drop_actions(chunk, first)
 
     def accept(self, command: ActionChunk, tick_ns: int) -> None:
         """`command`, computed by the tick that started at `tick_ns`, went onto the wire."""
         self._running = _Running(command, tick_ns)
 
     def commanded_J(self, now_ns: int) -> NDArray[np.float64] | None:
-        """Where the running chunk wants the joints at `now_ns` (linear between actions); None when nothing of ours moves."""
+        """Where the running chunk wants the joints at `now_ns` (linear between actions), None if no chunk runs."""
         if self._running is None:
             return None
         chunk = self._running.chunk
@@ -72,20 +74,4 @@ def drop_actions(chunk: ActionChunk, count: int) -> ActionChunk:
         joints=chunk.joints,
         position_HJ=chunk.position_HJ[count:],
         velocity_HJ=chunk.velocity_HJ[count:],
-    )
-
-
-def come_to_rest(chunk: ActionChunk) -> ActionChunk:
-    """`chunk` and one more action that brakes evenly to a standstill.
-
-    If no newer chunk replaces it, the arm stops by itself, and joint_trajectory_controller accepts no trajectory whose last
-    velocity is not zero. Even braking keeps the speed of the cubic between both points below that of the last action.
-    """
-    braked_J = chunk.position_HJ[-1] + chunk.velocity_HJ[-1] * (chunk.period_ns / 2e9)
-    return ActionChunk(
-        start_ns=chunk.start_ns,
-        period_ns=chunk.period_ns,
-        joints=chunk.joints,
-        position_HJ=np.vstack([chunk.position_HJ, braked_J]),
-        velocity_HJ=np.vstack([chunk.velocity_HJ, np.zeros_like(braked_J)]),
     )

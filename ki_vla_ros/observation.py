@@ -1,7 +1,8 @@
 """The newest inputs that belong together in time, or a refusal that names what is missing.
 
-The executor thread adds, the worker thread observes; a lock keeps them apart. Nothing here waits, and nothing here reads a
-clock: `now_ns` comes from the caller. Legend: J joints in the manifest's order. Stamps in integer ns on the node's clock.
+The executor thread adds, the worker thread observes; a lock keeps them apart. Nothing here waits, and nothing here
+reads a clock: `now_ns` comes from the caller. Legend: J joints in the manifest's order. Stamps in integer ns on the
+node's clock.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import InputError, StaleInput
 from ki_vla_ros.records import CameraFrame, JointReading, Observation
 
-# Frames that an observation may be chosen from, per camera: at 30 Hz the last 0.27 s. Full images are kept, so not more.
+# Frames per camera that an observation may be chosen from: at 30 Hz the last 0.27 s. Full images, so not more.
 FRAMES_KEPT = 8
 # Joint readings to interpolate between: 2.5 s at 200 Hz, half a second at 1 kHz.
 READINGS_KEPT = 512
@@ -65,7 +66,8 @@ class ObservationBuffer:
         if missing:
             raise InputError(
                 f"joint state: expected joints {', '.join(self._joints)}, but {', '.join(missing)} missing among "
-                f"{', '.join(reading.names) or 'no names'} on {self._joint_topic}; is it the robot that the bundle was made for?"
+                f"{', '.join(reading.names) or 'no names'} on {self._joint_topic}; is it the robot that the bundle "
+                "was made for?"
             )
         position_J = np.array([reading.position_J[index[name]] for name in self._joints], dtype=np.float64)
         for name, value in zip(self._joints, position_J, strict=True):
@@ -91,10 +93,10 @@ class ObservationBuffer:
             self._refused.clear()
 
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
-        """The newest set: one frame per required camera within `slop_ns` of the oldest one, and the joint state at its time.
+        """The newest set: one frame per required camera within `slop_ns` of the oldest, and the joint state at its time.
 
-        Optional cameras join if they have a frame in that span. StaleInput if there is no such set or if it is older than
-        `max_age_ns`. Stamps ahead of `now_ns` by more than `slop_ns` are not used.
+        Optional cameras join if they have a frame in that span. StaleInput if there is no such set or if it is older
+        than `max_age_ns`. Stamps ahead of `now_ns` by more than `slop_ns` are not used.
         """
         with self._lock:
             usable = {
@@ -103,9 +105,9 @@ class ObservationBuffer:
             }
             readings = list(self._readings)
             refused = dict(self._refused)
-        required = {n: frames for n, frames in usable.items() if not self._cameras[n].source.optional}
-        for name, frames in required.items():
-            self._check_camera(self._cameras[name], frames, now_ns, max_age_ns, refused)
+        required = {name: kept for name, kept in usable.items() if not self._cameras[name].source.optional}
+        for name, kept in required.items():
+            self._check_camera(self._cameras[name], kept, now_ns, max_age_ns, refused)
         frames = _newest_set(required, slop_ns)
         if frames is None:
             raise StaleInput(_out_of_step(required, slop_ns))
@@ -178,8 +180,8 @@ class ObservationBuffer:
     ) -> NDArray[np.float64]:
         """Interpolated between the readings before and after `stamp_ns`, never extrapolated.
 
-        A frame newer than every reading gets the newest reading as it is. Either way no reading farther than `max_age_ns` from
-        the frame is used.
+        A frame newer than every reading gets the newest reading as it is. Either way no reading farther than
+        `max_age_ns` from the frame is used.
         """
         after = bisect.bisect_left([stamp for stamp, _ in readings], stamp_ns)
         if after == 0 and readings[0][0] != stamp_ns:
@@ -193,8 +195,8 @@ class ObservationBuffer:
         gap_ns = max(abs(stamp - stamp_ns) for stamp, _ in near)
         if gap_ns > max_age_ns:
             raise StaleInput(
-                f"joint state: none within {_ms(max_age_ns)} ms (max_age_s) of the images, nearest pair reaches {_ms(gap_ns)} ms; "
-                f"does {self._joint_topic} stall?"
+                f"joint state: none within {_ms(max_age_ns)} ms (max_age_s) of the images, nearest pair reaches "
+                f"{_ms(gap_ns)} ms; does {self._joint_topic} stall?"
             )
         if len(near) == 1:
             return near[0][1]
@@ -225,13 +227,13 @@ def _out_of_step(frames: Mapping[str, Sequence[CameraFrame]], slop_ns: int) -> s
         for two in names[i + 1 :]
     )
     return (
-        f"cameras {first!r} and {second!r}: nearest stamps {_ms(gap_ns)} ms apart, limit {_ms(slop_ns)} ms (sync_slop_s) for "
-        "all cameras together; do they stamp with one clock?"
+        f"cameras {first!r} and {second!r}: nearest stamps {_ms(gap_ns)} ms apart, limit {_ms(slop_ns)} ms "
+        "(sync_slop_s) for all cameras together; do they stamp with one clock?"
     )
 
 
 def _insert(kept: deque, place: int, item: object) -> None:  # type: ignore[type-arg]
-    """Insert in order; a full deque gives up its oldest, and an item older than everything in a full one is not kept."""
+    """Insert in order; a full deque gives up its oldest and refuses what is older than all it holds."""
     if kept.maxlen is not None and len(kept) == kept.maxlen:
         if place == 0:
             return

@@ -1,7 +1,7 @@
 """Every runtime setting once: default, unit, range, and whether it may change while the node is configured.
 
-ROS parameters are declared from this model (see node.py), so a name, a bound or a description stands nowhere else. Nested
-models become dotted names: `limits.velocity_scale`, `cameras.<camera>.topic`.
+ROS parameters are declared from this model (see node.py), so a name, a bound or a description stands nowhere else.
+Nested models become dotted names: `limits.velocity_scale`, `cameras.<camera>.topic`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from ki_vla_ros.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from ki_vla_ros.bundle import Manifest
+    from ki_vla_ros.manifest import Manifest
 
 _CAMERA = re.compile(r"^cameras\.(?P<camera>.+)\.(?P<field>[a-z_]+)$")
 
@@ -50,25 +50,42 @@ class LimitSettings(_Model):
     )
     position_margin: float = _setting(
         0.02,
-        "how far beyond a joint's limit, as a share of the joint's range, a commanded position is clamped onto the limit; "
-        "a chunk with a position farther out is refused",
+        "a commanded position beyond a joint's limit is clamped onto it if the excess is at most this share of the "
+        "joint's "
+        "range; otherwise the chunk is refused",
         ge=0.0,
         le=0.2,
         changeable=True,
     )
+    max_slowdown: float = _setting(
+        2.0,
+        "a chunk that is too fast is stretched in time by at most this factor; otherwise it is refused",
+        ge=1.0,
+        le=10.0,
+        changeable=True,
+    )
     max_jump_s: float = _setting(
         0.25,
-        "actions that no joint could reach from its measured position at its speed limit are skipped for at most this long; "
-        "a chunk that starts farther away is refused",
+        "first actions that a joint cannot reach from its measured position at its speed limit are skipped, at most "
+        "this "
+        "long; otherwise the chunk is refused",
         unit="s",
         ge=0.0,
         le=2.0,
         changeable=True,
     )
+    max_chunk_age_s: float = _setting(
+        0.4,
+        "oldest observation behind a chunk at the moment it is published; otherwise it is refused",
+        unit="s",
+        ge=0.02,
+        le=5.0,
+        changeable=True,
+    )
 
 
 class Settings(_Model):
-    """What the user may choose. `cameras` holds the cameras that the YAML names; the others take their default topic."""
+    """What the user may choose. `cameras` holds the cameras that the YAML names; others have their default topic."""
 
     bundle: str = _setting("", "folder of the model bundle, or the name of a bundle shipped in models/")
     engine: Literal["onnx"] = _setting("onnx", "inference engine")
@@ -82,8 +99,8 @@ class Settings(_Model):
     )
     execution_horizon_s: float = _setting(
         0.1,
-        "how long a chunk is executed before a newer one takes over, rounded to whole ticks; longer means fewer inferences "
-        "and slower reactions",
+        "how long a chunk is executed before a newer one takes over, rounded to whole ticks; longer means fewer "
+        "inferences and slower reactions",
         unit="s",
         ge=0.02,
         le=10.0,
@@ -100,8 +117,10 @@ class Settings(_Model):
     hold_s: float = _setting(
         0.2, "time within which a hold brings the arm to rest", unit="s", ge=0.02, le=2.0, changeable=True
     )
-    flow_steps: int = _setting(0, "Euler steps from noise to actions; 0 means as many as the bundle says", ge=0, le=100)
-    noise_seed: int = _setting(0, "seed of the noise that each chunk starts from", ge=0, le=2**31 - 1)
+    flow_steps: int = _setting(
+        0, "Euler steps from noise to actions; 0 means as many as the bundle says", ge=0, le=100, changeable=True
+    )
+    noise_seed: int = _setting(0, "seed of the noise that each chunk starts from", ge=0, le=2**31 - 1, changeable=True)
 
     max_age_s: float = _setting(
         0.2,
@@ -143,8 +162,10 @@ class Settings(_Model):
         chunk_s = manifest.horizon * manifest.action_period_s
         if self.execution_horizon_s + 1.0 / self.rate_hz > chunk_s + 1e-9:
             raise ConfigurationError(
-                f"parameter 'execution_horizon_s': got {self.execution_horizon_s:g} s at rate_hz {self.rate_hz:g}, but a chunk of "
-                f"bundle {manifest.name!r} lasts {chunk_s:g} s and must outlast execution_horizon_s by one tick; "
+                f"parameter 'execution_horizon_s': got {self.execution_horizon_s:g} s at rate_hz {self.rate_hz:g}, "
+                "but a "
+                f"chunk of bundle {manifest.name!r} lasts {chunk_s:g} s and must outlast execution_horizon_s by one "
+                "tick; "
                 f"set at most {chunk_s - 1.0 / self.rate_hz:g}"
             )
 

@@ -1,0 +1,113 @@
+"""What happened lately, for /diagnostics and the log: latencies by stage, rates, refusals by cause, missed deadlines.
+
+The worker thread records, the executor thread reads once a second; a lock keeps them apart. Durations in ms, taken from
+a steady clock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+# Ticks that percentiles and rates are taken over: half a minute at 10 Hz.
+WINDOW = 300
+
+
+class Level(IntEnum):
+    OK = 0
+    WARNING = 1
+    ERROR = 2
+
+
+@dataclass
+class Stopwatch:
+    """The duration of each stage of one tick in ms, in the order in which they ran."""
+
+    stage_ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start_ns = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            self.stage_ms[name] = (time.perf_counter_ns() - start_ns) / 1e6
+
+    @property
+    def total_ms(self) -> float:
+        return sum(self.stage_ms.values())
+
+
+@dataclass(frozen=True)
+class Report:
+    """One line for people, and everything by name for tools."""
+
+    level: Level
+    summary: str
+    values: Mapping[str, str]
+
+
+class Diagnostics:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stage_ms: dict[str, deque[float]] = {}
+        self._chunk_times_s: deque[float] = deque(maxlen=WINDOW)
+        self._refusals: Counter[str] = Counter()
+        self._corrections: Counter[str] = Counter()
+        self._chunks = 0
+        self._missed = 0
+        self._hold: str | None = None
+        self._instruction = ""
+
+    def record_chunk(self, stage_ms: Mapping[str, float], corrections: tuple[str, ...], time_s: float) -> None:
+        """A chunk went onto the wire at `time_s` (steady clock)."""
+        with self._lock:
+            self._chunks += 1
+            self._chunk_times_s.append(time_s)
+            self._corrections.update(correction.split(" ")[0] for correction in corrections)
+            for stage, duration_ms in {**stage_ms, "total": sum(stage_ms.values())}.items():
+                self._stage_ms.setdefault(stage, deque(maxlen=WINDOW)).append(duration_ms)
+
+    def record_refusal(self, reason: str) -> None:
+        """Counted by cause: what stands before the first colon of `reason`."""
+        with self._lock:
+            self._refusals[reason.partition(":")[0]] += 1
+
+    def record_tick(self, hold: str | None, instruction: str, missed: int) -> None:
+        """Why the arm is held (None: it is not), the instruction in force, deadlines missed since activation."""
+        if hold is not None:
+            self.record_refusal(hold)
+        with self._lock:
+            self._hold, self._instruction, self._missed = hold, instruction, missed
+
+    def report(self, lifecycle: str, engine: str, now_s: float) -> Report:
+        with self._lock:
+            recent = [t for t in self._chunk_times_s if now_s - t <= 5.0]
+            rate_hz = (len(recent) - 1) / (recent[-1] - recent[0]) if len(recent) > 1 else 0.0
+            values = {
+                "state": lifecycle,
+                "engine": engine,
+                "instruction": self._instruction,
+                "hold": self._hold or "",
+                "chunks": str(self._chunks),
+                "chunk_rate_hz": f"{rate_hz:.2f}",
+                "deadline_misses": str(self._missed),
+            }
+            for stage, durations in self._stage_ms.items():
+                p50, p99 = np.percentile(durations, [50, 99])
+                values[f"{stage}_ms_p50"], values[f"{stage}_ms_p99"] = f"{p50:.2f}", f"{p99:.2f}"
+            values.update({f"refused {cause}": str(count) for cause, count in self._refusals.items()})
+            values.update({f"corrected {what}": str(count) for what, count in self._corrections.items()})
+            hold = self._hold
+        if lifecycle != "active":
+            return Report(Level.OK, lifecycle, values)
+        if hold is not None:
+            return Report(Level.WARNING, f"holding: {hold}", values)
+        return Report(Level.OK, f"{rate_hz:.1f} chunks per second", values)

@@ -1,0 +1,322 @@
+"""The policy as a ROS 2 lifecycle node: parameters, topics, transitions; no arithmetic.
+
+The executor thread turns messages into records and serves parameters, services and transitions. While the node is
+active, the policy loop (loop.py) runs beside it in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+
+import numpy as np
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import Clock
+from rclpy.clock_type import ClockType
+from rclpy.duration import Duration
+from rclpy.experimental.events_executor import EventsExecutor
+from rclpy.lifecycle import LifecycleNode, LifecyclePublisher, LifecycleState, TransitionCallbackReturn
+from rclpy.qos import qos_profile_sensor_data
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import String
+from trajectory_msgs.msg import JointTrajectory
+
+from ki_vla_ros import convert
+from ki_vla_ros.bundle import Bundle, load_bundle
+from ki_vla_ros.diagnostics import Diagnostics
+from ki_vla_ros.engines.base import Engine
+from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
+from ki_vla_ros.loop import PolicyLoop
+from ki_vla_ros.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.parameters import Parameters
+from ki_vla_ros.policy import Policy
+from ki_vla_ros.preprocess import make_model_input
+from ki_vla_ros.records import ActionChunk, CameraFrame, Observation
+from ki_vla_ros.settings import Settings
+from ki_vla_ros.share import find_bundle
+
+# Seconds between two log lines about one and the same cause.
+REPEAT_LOG_S = 5.0
+
+
+class NodeWire:
+    """The loop's way out: publishers that are silent unless the node is active."""
+
+    def __init__(self, node: LifecycleNode, command_topic: str) -> None:
+        self._node = node
+        self._command: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
+            JointTrajectory, command_topic, 10
+        )
+        self._chunk: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
+            JointTrajectory, "~/chunk", 10
+        )
+        self._tick: LifecyclePublisher[String] = node.create_lifecycle_publisher(String, "~/tick", 10)
+        self._logged_s: dict[str, float] = {}
+
+    def now_ns(self) -> int:
+        return int(self._node.get_clock().now().nanoseconds)
+
+    def simulated_clock(self) -> bool:
+        return bool(self._node.get_parameter("use_sim_time").value)
+
+    def send_command(self, command: ActionChunk, now_ns: int) -> None:
+        self._command.publish(convert.command_message(command, now_ns))
+
+    def report_chunk(self, chunk: ActionChunk) -> None:
+        self._chunk.publish(convert.chunk_message(chunk))
+
+    def report_tick(self, fields: Mapping[str, object]) -> None:
+        self._tick.publish(convert.text_message(fields))
+
+    def log(self, message: str, cause: str) -> None:
+        now_s = time.monotonic()
+        if now_s - self._logged_s.get(cause, -REPEAT_LOG_S) >= REPEAT_LOG_S:
+            self._logged_s[cause] = now_s
+            self._node.get_logger().warning(message)
+
+    def wait_until_received(self) -> None:
+        """Until every subscriber has acknowledged the last command, at most a second."""
+        self._command.wait_for_all_acked(Duration(seconds=1))
+
+    def close(self) -> None:
+        for publisher in (self._command, self._chunk, self._tick):
+            self._node.destroy_lifecycle_publisher(publisher)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What configure makes and cleanup frees."""
+
+    bundle: Bundle
+    engine: Engine
+    buffer: ObservationBuffer
+    wire: NodeWire
+    loop: PolicyLoop
+
+
+class PolicyNode(LifecycleNode):
+    """ConfigurationError if a parameter is unknown, of the wrong type or out of range."""
+
+    def __init__(self) -> None:
+        super().__init__("policy")
+        self.parameters = Parameters(self)
+        self._loaded: Loaded | None = None
+        self._resources = ExitStack()
+        self._diagnostics = Diagnostics()
+        self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self.create_subscription(String, "~/instruction", self._on_instruction, 10)
+        self.create_timer(1.0, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
+
+    # --- messages
+
+    def _on_image(self, camera: str, loaded: Loaded, message: Image) -> None:
+        try:
+            loaded.buffer.add_frame(convert.frame_from_message(message, camera))
+        except InputError as refusal:
+            self._refuse_message(loaded, camera, refusal)
+
+    def _on_joints(self, loaded: Loaded, message: JointState) -> None:
+        try:
+            loaded.buffer.add_joints(convert.reading_from_message(message))
+        except InputError as refusal:
+            self._refuse_message(loaded, "joint state", refusal)
+
+    def _refuse_message(self, loaded: Loaded, subject: str, refusal: InputError) -> None:
+        loaded.buffer.refuse(subject, str(refusal))
+        self._diagnostics.record_refusal(str(refusal))
+        loaded.wire.log(str(refusal), f"message of {subject}")
+
+    def _on_instruction(self, message: String) -> None:
+        try:
+            if self._loaded is None:
+                raise InstructionError("instruction: no bundle is loaded yet; configure the node first")
+            check_instruction(self._loaded.bundle, message.data)
+        except InputError as refusal:
+            self._diagnostics.record_refusal("instruction: refused")
+            in_force = self._loaded.loop.instruction if self._loaded else ""
+            self.get_logger().error(f"instruction refused, {in_force or 'none'!r} stays in force: {refusal}")
+        else:
+            self._loaded.loop.instruction = message.data
+            self.get_logger().info(f"instruction: {message.data}")
+
+    def _publish_diagnostics(self) -> None:
+        lifecycle = self._state_machine.current_state[1]
+        engine = self._loaded.engine.description if self._loaded else ""
+        report = self._diagnostics.report(lifecycle, engine, time.monotonic())
+        name, hardware = self.get_fully_qualified_name(), self._loaded.bundle.manifest.name if self._loaded else ""
+        now_ns = int(self.get_clock().now().nanoseconds)
+        self._diagnostics_publisher.publish(convert.diagnostics_message(name, hardware, report, now_ns))
+
+    # --- lifecycle
+
+    def start(self) -> bool:
+        """Configure and activate without a lifecycle client."""
+        steps = (self.trigger_configure, self.trigger_activate)
+        return all(step() == TransitionCallbackReturn.SUCCESS for step in steps)
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("configure", self._configure, super().on_configure, state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("activate", self._activate, super().on_activate, state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("deactivate", self._halt, super().on_deactivate, state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("clean up", self.close, super().on_cleanup, state)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("shut down", self.close, super().on_shutdown, state)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("recover from the error", self.close, super().on_error, state)
+
+    def _transition(
+        self,
+        name: str,
+        action: Callable[[], None],
+        inherited: Callable[[LifecycleState], TransitionCallbackReturn],
+        state: LifecycleState,
+    ) -> TransitionCallbackReturn:
+        """rclpy swallows what a transition raises, so it is logged here."""
+        try:
+            action()
+            return inherited(state)
+        except KiVlaError as error:
+            self.get_logger().error(f"cannot {name}: {error}")
+            return TransitionCallbackReturn.FAILURE
+        except Exception:
+            self.get_logger().error(f"cannot {name}: {traceback.format_exc()}")
+            return TransitionCallbackReturn.ERROR
+
+    def _configure(self) -> None:
+        bundle = load_bundle(find_bundle(self.parameters.settings.bundle))
+        manifest = bundle.manifest
+        self.parameters.declare_cameras(camera.name for camera in manifest.cameras)
+        settings = self.parameters.settings
+        settings.validate_against(manifest)
+        if settings.instruction:
+            check_instruction(bundle, settings.instruction)
+        with ExitStack() as resources:
+            engine = open_engine(bundle, settings)
+            resources.callback(engine.close)
+            policy = Policy(bundle, engine)
+            policy.warm_up()
+            wire = NodeWire(self, settings.command_topic)
+            resources.callback(wire.close)
+            topics = {
+                camera.name: self.resolve_topic_name(settings.camera_topic(camera.name)) for camera in manifest.cameras
+            }
+            joint_topic = self.resolve_topic_name(settings.joint_states_topic)
+            sources = [CameraSource(camera.name, topics[camera.name], camera.optional) for camera in manifest.cameras]
+            buffer = ObservationBuffer(sources, manifest.joint_names, joint_topic)
+            loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)
+            loop.instruction = settings.instruction
+            loaded = Loaded(bundle, engine, buffer, wire, loop)
+            for source in sources:
+                on_image = partial(self._on_image, source.name, loaded)
+                subscription = self.create_subscription(Image, source.topic, on_image, qos_profile_sensor_data)
+                resources.callback(self.destroy_subscription, subscription)
+            subscription = self.create_subscription(
+                JointState, joint_topic, partial(self._on_joints, loaded), qos_profile_sensor_data
+            )
+            resources.callback(self.destroy_subscription, subscription)
+            self._resources = resources.pop_all()
+        self._loaded, self.parameters.manifest = loaded, manifest
+        # Model and libraries stay as long as the node; the collector need not look through them during a tick.
+        gc.collect()
+        gc.freeze()
+        self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
+
+    def _activate(self) -> None:
+        if self._loaded is None:
+            raise ConfigurationError("node: expected a loaded bundle, got none; configure first")
+        own = (self.get_name(), self.get_namespace())
+        if self.get_node_names_and_namespaces().count(own) > 1:
+            raise ConfigurationError(
+                f"node {self.get_fully_qualified_name()}: another node of this name runs in the same ROS domain; stop "
+                "it, "
+                "or choose another namespace or ROS_DOMAIN_ID"
+            )
+        self._loaded.loop.start()
+
+    def _halt(self) -> None:
+        if self._loaded is not None:
+            self._loaded.loop.stop()
+            self._loaded.wire.wait_until_received()
+
+    def close(self) -> None:
+        """Hold if something moves, then free everything."""
+        self._halt()
+        self._loaded, self.parameters.manifest = None, None
+        self._resources.close()
+        gc.unfreeze()
+
+
+def open_engine(bundle: Bundle, settings: Settings) -> Engine:
+    from ki_vla_ros.engines.onnx_engine import OnnxEngine  # only the chosen engine's libraries need to be installed
+
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[settings.provider]
+    return OnnxEngine(bundle, provider, settings.threads)
+
+
+def check_instruction(bundle: Bundle, instruction: str) -> None:
+    """InstructionError unless a tick can use it: it goes a tick's way, with black images and a middle state."""
+    manifest = bundle.manifest
+    black_HWC = np.zeros((1, 1, 3), dtype=np.uint8)
+    frames = {camera.name: CameraFrame(camera.name, 0, black_HWC) for camera in manifest.cameras}
+    middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
+    make_model_input(manifest, bundle.tokenizer, Observation(0, frames, middle_J), instruction)
+
+
+def main() -> int:
+    """The executable `policy_node`: 0 after SIGINT or SIGTERM, 1 with one message if it could not start."""
+    stop = threading.Event()
+
+    def request_stop(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    # rclpy's own handlers would shut the context down at once, and then no hold could be published any more.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+    try:
+        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+        return _run(stop)
+    except Exception as error:
+        expected = isinstance(error, KiVlaError)
+        print(f"policy_node: {error}" if expected else traceback.format_exc(), file=sys.stderr)
+        return 1
+    finally:
+        rclpy.try_shutdown()
+
+
+def _run(stop: threading.Event) -> int:
+    node = PolicyNode()
+    try:
+        if node.parameters.settings.autostart and not node.start():
+            return 1
+        executor = EventsExecutor()
+        executor.add_node(node)
+        # Its spin() never fires a callback in rclpy 9.1; short waits also let Python see signals.
+        while rclpy.ok() and not stop.is_set():
+            executor.spin_once(timeout_sec=0.1)
+        return 0
+    finally:
+        node.close()
+        node.destroy_node()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Settings as ROS parameters: declared, checked together, and kept up to date while the node runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.manifest import Manifest
+from ki_vla_ros.settings import ParameterSpec, Settings, check_names, parameter_specs, settings_from_parameters
+
+
+class Parameters:
+    """The parameters of `node`; ConfigurationError if one from YAML or the command line cannot be.
+
+    `settings` is replaced as a whole, so a thread that reads it once has values that belong together. `manifest` is set
+    while a bundle is loaded: then settings must fit it, and only some may change.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.manifest: Manifest | None = None
+        self._node = node
+        self._specs: dict[str, ParameterSpec] = {}
+        # rclpy ignores overrides that nobody declares without a word; it has no public way to list them.
+        self._overrides: Mapping[str, Parameter[Any]] = node._parameter_overrides
+        cameras = check_names(name for name in self._overrides if not node.has_parameter(name))
+        self._declare(parameter_specs(cameras))
+        self.settings = self._read({})
+        node.add_on_set_parameters_callback(self._check)
+        node.add_post_set_parameters_callback(self._apply)
+
+    def declare_cameras(self, names: Iterable[str]) -> None:
+        """Declares the parameters of the cameras that YAML did not name."""
+        self._declare(spec for spec in parameter_specs(names) if spec.name not in self._specs)
+
+    def _declare(self, specs: Iterable[ParameterSpec]) -> None:
+        for spec in specs:
+            self._specs[spec.name] = spec
+            try:
+                self._node.declare_parameter(spec.name, spec.default, _descriptor(spec))
+            except (InvalidParameterTypeException, InvalidParameterValueException) as error:
+                got = self._overrides[spec.name].value
+                bounds = "" if spec.minimum is None else f" from {spec.minimum:g} to {spec.maximum:g}"
+                expected = f"{type(spec.default).__name__}{bounds}"
+                raise ConfigurationError(
+                    f"parameter {spec.name!r}: expected {expected}, got {type(got).__name__} {got!r}"
+                ) from error
+
+    def _read(self, changes: Mapping[str, object]) -> Settings:
+        declared = [name for name in self._specs if self._node.has_parameter(name)]
+        values = {name: self._node.get_parameter(name).value for name in declared}
+        return settings_from_parameters({**values, **changes})
+
+    def _check(self, parameters: list[Parameter[Any]]) -> SetParametersResult:
+        changes = {p.name: p.value for p in parameters if p.name in self._specs}
+        try:
+            if self.manifest is not None:
+                for name, value in changes.items():
+                    locked = self._node.has_parameter(name) and not self._specs[name].changeable
+                    if locked and value != self._node.get_parameter(name).value:
+                        raise ConfigurationError(
+                            f"parameter {name!r}: changes only while the node is unconfigured; clean up first"
+                        )
+            settings = self._read(changes)
+            if self.manifest is not None:
+                settings.validate_against(self.manifest)
+        except ConfigurationError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    def _apply(self, parameters: list[Parameter[Any]]) -> None:
+        before, self.settings = self.settings, self._read({})
+        if self.settings != before:
+            changed = ", ".join(f"{p.name} = {p.value!r}" for p in parameters)
+            self._node.get_logger().info(f"changed: {changed}")
+
+
+def _descriptor(spec: ParameterSpec) -> ParameterDescriptor:
+    descriptor = ParameterDescriptor(description=spec.description)
+    if spec.minimum is not None and spec.maximum is not None:
+        low, high = spec.minimum, spec.maximum
+        if isinstance(spec.default, int):
+            descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
+        else:
+            descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
+    return descriptor
