@@ -1,0 +1,351 @@
+"""From a checkpoint to a bundle: two ONNX graphs, the manifest, tokenizer and model card, checked against torch.
+
+    python -m training.export --checkpoint runs/demo/policy --out models/demo
+
+A checkpoint folder holds the weights and sizes (`training.checkpoints`), `policy.json` (a `PolicySpec`) and `tokenizer.json`.
+Exported are the prefix up to its last keys and values, and one expert step; of the token table only the rows a prompt can
+hold. So no answer, place or action token can be decoded on the robot.
+
+Legend: V cameras, S image size, L prompt tokens, P prefix length, N layers, K kv heads, D head dim, H horizon, A action dim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+
+from ki_vla_ros.bundle import EXPERT, MANIFEST, PREFILL, TOKENIZER, Bundle, write_bundle
+from ki_vla_ros.engines.onnx_engine import OnnxEngine
+from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.manifest import GraphSpec, PolicySpec, describe_validation
+from ki_vla_ros.onnx_header import read_header
+from ki_vla_ros.policy import Policy
+from ki_vla_ros.preprocess import ModelInput
+from training.checkpoints import load_checkpoint
+from training.model.vla import VLA, Cache
+from training.vocabulary import prompt_tokenizer, prompt_vocab_size
+
+POLICY = "policy.json"
+OPSET = 20
+TOLERANCE = 1e-4
+PARITY_CASES = 4
+CONSTANTS = 4096  # shapes, frequencies and the like in a graph, as numbers
+
+
+class ExportError(RuntimeError):
+    """The exported graphs are not the model: they differ from torch, or hold what must stay behind."""
+
+
+class PrefillGraph(nn.Module):
+    """The prefix of one observation, without a batch axis."""
+
+    def __init__(self, model: VLA) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, images_VCSS: Tensor, image_mask_V: Tensor, tokens_L: Tensor, token_mask_L: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cache = self.model.prefill(images_VCSS[None], image_mask_V[None], tokens_L[None], token_mask_L[None])
+        return cache.keys_NBKPD[:, 0], cache.values_NBKPD[:, 0], cache.mask_BP[0]
+
+
+class ExpertGraph(nn.Module):
+    """One expert step on the cached prefix, without a batch axis."""
+
+    def __init__(self, model: VLA) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        keys_NKPD: Tensor,
+        values_NKPD: Tensor,
+        prefix_mask_P: Tensor,
+        x_t_HA: Tensor,
+        time_H: Tensor,
+        state_J: Tensor | None = None,
+    ) -> Tensor:
+        cache = Cache(keys_NKPD[:, None], values_NKPD[:, None], prefix_mask_P[None])
+        return self.model.velocity(cache, x_t_HA[None], time_H[None], None if state_J is None else state_J[None])[0]
+
+
+def export_bundle(checkpoint: Path, out: Path, notes: str = "") -> Bundle:
+    """Write the bundle `out` and return it loaded; an earlier bundle there is replaced only when the new one is whole."""
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise ConfigurationError(f"{out}: expected an empty place or an earlier bundle, got a folder of something else")
+    policy = read_policy(checkpoint / POLICY)
+    full_tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
+    model = load_checkpoint(checkpoint).eval().requires_grad_(False)
+    check_policy(policy, model, full_tokenizer)
+    prompt_rows = prompt_vocab_size(full_tokenizer)
+    tokenizer = prompt_tokenizer(full_tokenizer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        folder = Path(scratch).resolve() / out.name
+        folder.mkdir()
+        write_graphs(model, policy, prompt_rows, folder)
+        check_left_behind(model, prompt_rows, folder)
+        graph = describe_graphs(model, policy, prompt_rows)
+        bundle = write_bundle(folder, policy, graph, tokenizer, model_card(policy, tokenizer, notes))
+        error = parity_error(model, bundle)
+        if not error <= TOLERANCE:
+            raise ExportError(f"parity: expected the graphs within {TOLERANCE:g} of torch, got {error:.3g}")
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB, within {error:.1e} of torch")
+    return Bundle(out.resolve(), bundle.manifest, bundle.tokenizer)
+
+
+def read_policy(path: Path) -> PolicySpec:
+    """What training wrote beside the weights."""
+    try:
+        return PolicySpec.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{path}: expected the policy's description beside the weights, got none") from error
+    except ValidationError as error:
+        raise ConfigurationError(f"{path}: {describe_validation(error)}") from error
+
+
+def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:
+    """The policy's description, the tokenizer and the model's sizes must be of one thing."""
+    config = model.config
+    state_dim = len(policy.joints) if policy.state.encoding == "token" else None
+    for what, expected, got in (
+        ("image.size", config.vision.image_size, policy.image.size),
+        ("horizon", config.horizon, policy.horizon),
+        ("joints", config.action_dim, len(policy.joints)),
+        ("width of the state token", config.state_dim, state_dim),
+        ("tokens in tokenizer.json", config.vocab_size, tokenizer.get_vocab_size()),
+    ):
+        if expected != got:
+            raise ConfigurationError(f"{POLICY}: {what}: expected {expected}, as the checkpoint has it, got {got}")
+
+
+def prefix_length(model: VLA, policy: PolicySpec) -> int:
+    return len(policy.cameras) * model.config.vision.tokens + policy.prompt.length
+
+
+def describe_graphs(model: VLA, policy: PolicySpec, prompt_rows: int) -> GraphSpec:
+    config = model.config
+    return GraphSpec(
+        layers=config.backbone.depth,
+        kv_heads=config.backbone.kv_heads,
+        head_dim=config.backbone.head_dim,
+        image_tokens=config.vision.tokens,
+        prefix_length=prefix_length(model, policy),
+        action_dim=config.action_dim,
+        vocab_size=prompt_rows,
+    )
+
+
+def write_graphs(model: VLA, policy: PolicySpec, prompt_rows: int, folder: Path) -> None:
+    """Trace both graphs at the policy's sizes."""
+    config, cameras, length, size = model.config, len(policy.cameras), policy.prompt.length, policy.image.size
+    prefix = prefix_length(model, policy)
+    prefill_inputs = {
+        "images": torch.zeros(cameras, 3, size, size),
+        "image_mask": torch.ones(cameras, dtype=torch.bool),
+        "tokens": torch.zeros(length, dtype=torch.long),
+        "token_mask": torch.ones(length, dtype=torch.bool),
+    }
+    kv_shape = (config.backbone.depth, config.backbone.kv_heads, prefix, config.backbone.head_dim)
+    expert_inputs = {
+        # Two tensors: the tracer would take one tensor, given twice, for one input.
+        "keys": torch.zeros(kv_shape),
+        "values": torch.zeros(kv_shape),
+        "prefix_mask": torch.ones(prefix, dtype=torch.bool),
+        "x_t": torch.zeros(config.horizon, config.action_dim),
+        "time": torch.ones(config.horizon),
+    }
+    if config.state_dim is not None:
+        expert_inputs["state"] = torch.zeros(config.state_dim)
+    trace(
+        PrefillGraph(without_answers(model, prompt_rows)),
+        prefill_inputs,
+        ["keys", "values", "prefix_mask"],
+        folder / PREFILL,
+    )
+    trace(ExpertGraph(model), expert_inputs, ["velocity"], folder / EXPERT)
+
+
+def without_answers(model: VLA, prompt_rows: int) -> VLA:
+    """The model with the token table cut to the rows a prompt can hold; the other weights are shared, not copied."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    cut = copy.deepcopy(model, shared)
+    cut.backbone.embedding = nn.Embedding.from_pretrained(model.backbone.embedding.weight[:prompt_rows].clone())
+    return cut
+
+
+def trace(graph: nn.Module, inputs: dict[str, Tensor], outputs: list[str], path: Path) -> None:
+    """One graph to one file, without the trainer's file names and stack traces."""
+    with warnings.catch_warnings():
+        # torch's exporter uses a class that torch itself calls deprecated.
+        warnings.filterwarnings("ignore", message="`isinstance\\(treespec", category=FutureWarning)
+        program = torch.onnx.export(
+            graph.eval(),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    strip_remarks(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save(proto, str(path))
+
+
+def strip_remarks(proto: onnx.ModelProto) -> None:
+    """torch notes source lines and stack traces at every node: useless on a robot, and they tell the trainer's file names."""
+    graph = proto.graph
+    del graph.value_info[:]
+    for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+def check_left_behind(model: VLA, prompt_rows: int, folder: Path) -> None:
+    """Refuse graphs with more weights than prefix and expert step have: a head or a row of answers would be on board."""
+
+    def size(*parts: nn.Module | None) -> int:
+        return sum(parameter.numel() for part in parts if part is not None for parameter in part.parameters())
+
+    last = model.backbone.layers[-1]
+    prefix = size(model.vision, model.projector, *model.backbone.layers)
+    prefix -= size(last.attention.q, last.attention.out, last.norm2, last.mlp)
+    prefix += prompt_rows * model.config.backbone.width
+    step = size(model.expert, model.action_in, model.action_out, model.state_in)
+    for name, expected in ((PREFILL, prefix), (EXPERT, step)):
+        got = sum(math.prod(dims) for dims in read_header(folder / name).weights.values())
+        if got > expected + CONSTANTS:
+            raise ExportError(f"{name}: expected at most {expected} weights (and {CONSTANTS} constants), got {got}")
+
+
+def parity_error(model: VLA, bundle: Bundle, cases: int = PARITY_CASES) -> float:
+    """Largest difference between bundle and torch, over keys, values and whole chunks of random inputs."""
+    manifest = bundle.manifest
+    engine = OnnxEngine(bundle)
+    policy = Policy(bundle, engine)
+    session = onnxruntime.InferenceSession(str(bundle.path / PREFILL), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for case in range(cases):
+        given = random_input(bundle, case)
+        arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
+        with torch.no_grad():
+            cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
+            noise_HA = policy.noise(case)
+            state = None if given.state_J is None else torch.from_numpy(given.state_J)[None]
+            chunk_HA = model.sample_actions(cache, torch.from_numpy(noise_HA)[None], manifest.flow.steps, state)[0]
+        keys, values, mask = session.run(
+            None, dict(zip(("images", "image_mask", "tokens", "token_mask"), arrays, strict=True))
+        )
+        got_HA = policy.denoise(policy.prefill(given), noise_HA, given.state_J)
+        for expected, got in (
+            (cache.keys_NBKPD[:, 0], keys),
+            (cache.values_NBKPD[:, 0], values),
+            (cache.mask_BP[0].float(), mask.astype(np.float32)),
+            (chunk_HA, got_HA),
+        ):
+            worst = float(np.maximum(worst, np.abs(expected.numpy() - got).max()))  # NaN stays NaN
+    engine.close()
+    return worst
+
+
+def random_input(bundle: Bundle, case: int) -> ModelInput:
+    """Noise pictures, random prompts of random length; every other case lacks the last of several cameras."""
+    manifest, rng = bundle.manifest, np.random.default_rng(case)
+    cameras, size, length = len(manifest.cameras), manifest.image.size, manifest.prompt.length
+    image_mask_V = np.ones(cameras, dtype=np.bool_)
+    image_mask_V[-1] = cameras == 1 or case % 2 == 0
+    with_state = manifest.state.encoding == "token"
+    return ModelInput(
+        images_VCHW=rng.uniform(-1, 1, (cameras, 3, size, size)).astype(np.float32),
+        image_mask_V=image_mask_V,
+        tokens_L=rng.integers(0, manifest.graph.vocab_size, length),
+        token_mask_L=np.arange(length) < rng.integers(1, length + 1),
+        state_J=rng.uniform(-1, 1, len(manifest.joints)).astype(np.float32) if with_state else None,
+    )
+
+
+def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:
+    """What the manifest says, for people; `notes` (Markdown) say what it cannot know: abilities, limits, training."""
+    origin = policy.provenance
+    lines = [
+        f"# {policy.name}",
+        "",
+        notes.strip() or "No notes were given at export.",
+        "",
+        "## Inputs and outputs",
+        "",
+        f"- Cameras: {', '.join(c.name + (' (optional)' if c.optional else '') for c in policy.cameras)}; "
+        f"padded to {policy.image.size} x {policy.image.size}.",
+        f"- Joint state: as {'text in the prompt' if policy.state.encoding == 'text' else 'a token of the expert'}.",
+        f"- Action chunk: {policy.horizon} positions, one every {policy.action_period_s:g} s; {policy.flow.steps} flow steps.",
+        f"- Chunk prefix seen in training: up to {policy.max_prefix_delay} actions.",
+    ]
+    if isinstance(tokenizer.model, WordLevel):
+        words = sorted(word for word in tokenizer.get_vocab() if word.isalpha() and word.islower())
+        lines.append(f"- Words it may be given (others are refused): {', '.join(words)}.")
+    lines += ["", "| joint | unit | lower | upper | speed limit | action |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {j.name} | {j.unit} | {j.lower:.4g} | {j.upper:.4g} | {j.max_velocity:g} | {'relative' if j.relative else 'absolute'} |"
+        for j in policy.joints
+    ]
+    lines += [
+        "",
+        "## Provenance",
+        "",
+        f"- Made: {policy.created}, recipe: {origin.recipe}, seed {origin.seed}, code {origin.commit}.",
+    ]
+    lines += [f"- Data fingerprint: {origin.data_fingerprint}."]
+    if origin.figures:
+        lines += [
+            "",
+            "| figure | value |",
+            "|---|---|",
+            *(f"| {name} | {value:.4g} |" for name, value in origin.figures.items()),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.export", description="Make a bundle of a checkpoint.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help=f"folder with weights, {POLICY} and {TOKENIZER}")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the bundle; an earlier bundle there is replaced"
+    )
+    parser.add_argument("--notes", type=Path, help="Markdown file for the model card: what the model can and cannot do")
+    chosen = parser.parse_args(arguments)
+    try:
+        export_bundle(
+            chosen.checkpoint, chosen.out, "" if chosen.notes is None else chosen.notes.read_text(encoding="utf-8")
+        )
+    except (KiVlaError, ExportError, OSError) as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
