@@ -14,7 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import SafetyRefusal
-from ki_vla_ros.records import ActionChunk
+from ki_vla_ros.records import NS_PER_S, ActionChunk
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """Where the arm is, its speed limits (per second), and how far ahead in time an action may be joined."""
+
+    measured_J: NDArray[np.float64]
+    speed_J: NDArray[np.float64]
+    within_ns: int
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,11 @@ class AsynchronousExecutor:
             return True
         return tick_ns - self._running.accepted_ns >= execution_horizon_ns - tick_period_ns // 2
 
-    def join(self, chunk: ActionChunk, now_ns: int, lead_ns: int) -> ActionChunk:
-        """The actions of `chunk` due `lead_ns` after `now_ns` or later.
+    def join(self, chunk: ActionChunk, now_ns: int, lead_ns: int, reach: Reach) -> ActionChunk:
+        """The actions of `chunk` due `lead_ns` after `now_ns` or later, from the first one within reach.
+
+        The arm trails its command, so an action due in a few milliseconds may lie farther ahead than the arm can go until
+        then. Where none is within reach, nothing is skipped and the gate judges the way to the first action.
 
         SafetyRefusal if none is left: inference took longer than the chunk lasts.
         """
@@ -45,6 +57,13 @@ class AsynchronousExecutor:
                 "inference is slower "
                 "than the chunk lasts: fewer flow_steps or a faster engine?"
             )
+        for k in range(first, chunk.horizon):
+            until_due_ns = chunk.due_ns(k) - now_ns
+            if until_due_ns > reach.within_ns:
+                break
+            way_J = np.abs(chunk.position_HJ[k] - reach.measured_J)
+            if np.all(way_J <= reach.speed_J * (until_due_ns / NS_PER_S)):
+                return drop_actions(chunk, k)
         return drop_actions(chunk, first)
 
     def accept(self, command: ActionChunk, tick_ns: int) -> None:

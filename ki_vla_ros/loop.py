@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from ki_vla_ros.chunking import AsynchronousExecutor
+from ki_vla_ros.chunking import AsynchronousExecutor, Reach
 from ki_vla_ros.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.errors import InstructionError, KiVlaError, StaleInput
 from ki_vla_ros.observation import ObservationBuffer
@@ -96,9 +96,10 @@ class PolicyLoop:
             chunk = policy.decode(actions_HA, observation)
         now_ns = wire.now_ns()
         with watch.stage("chunking"):
-            remaining = self._executor.join(chunk, now_ns, _ns(settings.lead_s))
-        with watch.stage("safety"):
             measured_J = self._buffer.measured(now_ns, max_age_ns)
+            reach = Reach(measured_J, self._gate.speed_J, _ns(settings.join_within_s))
+            remaining = self._executor.join(chunk, now_ns, _ns(settings.lead_s), reach)
+        with watch.stage("safety"):
             verdict = self._gate.judge(remaining, observation.stamp_ns, measured_J, now_ns)
         with watch.stage("publish"):
             wire.send_command(verdict.command, now_ns)

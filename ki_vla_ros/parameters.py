@@ -36,11 +36,11 @@ class Parameters:
 
     def declare_cameras(self, names: Iterable[str]) -> None:
         """Declares the parameters of the cameras that YAML did not name."""
-        self._declare(spec for spec in parameter_specs(names) if spec.name not in self._specs)
+        self._declare([spec for spec in parameter_specs(names) if spec.name not in self._specs])
+        self.settings = self._read({})
 
     def _declare(self, specs: Iterable[ParameterSpec]) -> None:
         for spec in specs:
-            self._specs[spec.name] = spec
             try:
                 self._node.declare_parameter(spec.name, spec.default, _descriptor(spec))
             except (InvalidParameterTypeException, InvalidParameterValueException) as error:
@@ -50,10 +50,10 @@ class Parameters:
                 raise ConfigurationError(
                     f"parameter {spec.name!r}: expected {expected}, got {type(got).__name__} {got!r}"
                 ) from error
+            self._specs[spec.name] = spec
 
     def _read(self, changes: Mapping[str, object]) -> Settings:
-        declared = [name for name in self._specs if self._node.has_parameter(name)]
-        values = {name: self._node.get_parameter(name).value for name in declared}
+        values = {name: self._node.get_parameter(name).value for name in self._specs}
         return settings_from_parameters({**values, **changes})
 
     def _check(self, parameters: list[Parameter[Any]]) -> SetParametersResult:
@@ -61,8 +61,7 @@ class Parameters:
         try:
             if self.manifest is not None:
                 for name, value in changes.items():
-                    locked = self._node.has_parameter(name) and not self._specs[name].changeable
-                    if locked and value != self._node.get_parameter(name).value:
+                    if not self._specs[name].changeable and value != self._node.get_parameter(name).value:
                         raise ConfigurationError(
                             f"parameter {name!r}: changes only while the node is unconfigured; clean up first"
                         )

@@ -17,7 +17,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.chunking import drop_actions
 from ki_vla_ros.errors import SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk
 from ki_vla_ros.settings import LimitSettings
@@ -50,13 +49,15 @@ class Verdict:
 
 
 class SafetyGate:
+    """`speed_J` is the speed limit of each joint, per second."""
+
     def __init__(self, joints: Sequence[JointLimit], limits: LimitSettings) -> None:
         self._joints = tuple(joints)
         self._names = tuple(joint.name for joint in joints)
         self._limits = limits
         self._lower_J = np.array([joint.lower for joint in joints])
         self._upper_J = np.array([joint.upper for joint in joints])
-        self._speed_J = np.array([joint.max_velocity for joint in joints]) * limits.velocity_scale
+        self.speed_J = np.array([joint.max_velocity for joint in joints]) * limits.velocity_scale
 
     def judge(self, chunk: ActionChunk, observed_ns: int, measured_J: NDArray[np.float64], now_ns: int) -> Verdict:
         """The command to publish at `now_ns`: what is left of a chunk that was computed from what `observed_ns` showed.
@@ -66,7 +67,6 @@ class SafetyGate:
         self._check_form(chunk, observed_ns, measured_J, now_ns)
         corrections: list[str] = []
         command = self._clamp_positions(chunk, corrections)
-        command = self._skip_unreachable(command, measured_J, now_ns, corrections)
         command = self._come_to_rest(command)
         command = self._limit_overshoot(command)
         command = self._slow_down(command, measured_J, now_ns, corrections)
@@ -78,7 +78,7 @@ class SafetyGate:
         if position_J.shape != self._lower_J.shape or not np.all(np.isfinite(position_J)):
             raise SafetyRefusal(f"hold: expected {len(self._names)} finite positions, got {position_J.tolist()}")
         target_J = np.clip(position_J, self._lower_J, self._upper_J)
-        way_ns = int(np.ceil(np.max(np.abs(target_J - position_J) / self._speed_J) * NS_PER_S))
+        way_ns = int(np.ceil(np.max(np.abs(target_J - position_J) / self.speed_J) * NS_PER_S))
         return ActionChunk(
             start_ns=now_ns,
             period_ns=max(hold_ns, way_ns),
@@ -136,31 +136,6 @@ class SafetyGate:
         corrections.append(f"clamped {', '.join(clamped)}")
         return dataclasses.replace(chunk, position_HJ=np.clip(position_HJ, self._lower_J, self._upper_J))
 
-    def _skip_unreachable(
-        self, chunk: ActionChunk, measured_J: NDArray[np.float64], now_ns: int, corrections: list[str]
-    ) -> ActionChunk:
-        """Start at the first action that every joint reaches in time at its speed limit.
-
-        The arm trails its command; an action due in a few milliseconds may lie farther ahead than it can go until then.
-        """
-        for k in range(chunk.horizon):
-            until_due_ns = chunk.due_ns(k) - now_ns
-            needed_J = np.abs(chunk.position_HJ[k] - measured_J) / (until_due_ns / NS_PER_S)
-            if np.all(needed_J <= self._speed_J):
-                if k > 0:
-                    corrections.append(f"skipped {k} actions out of reach")
-                return drop_actions(chunk, k)
-            if until_due_ns > self._limits.max_jump_s * NS_PER_S:
-                break
-        j = int(np.argmax(needed_J / self._speed_J))
-        joint = self._joints[j]
-        raise SafetyRefusal(
-            f"joint {joint.name!r}: action {k} at {chunk.position_HJ[k, j]:.4f} {joint.unit}, due in "
-            f"{until_due_ns / 1e6:.0f} ms, needs "
-            f"{needed_J[j]:.2f} {joint.unit}/s from the measured {measured_J[j]:.4f}, limit {self._speed_J[j]:.2f} "
-            "(limits.max_jump_s)"
-        )
-
     def _come_to_rest(self, chunk: ActionChunk) -> ActionChunk:
         """One more action that brakes evenly, within the limits.
 
@@ -197,14 +172,14 @@ class SafetyGate:
     ) -> ActionChunk:
         """Stretch time so that the fastest joint keeps its limit; the path stays as it is."""
         speed_J = _peak_speed_J(chunk, measured_J, now_ns)
-        j = int(np.argmax(speed_J / self._speed_J))
-        factor = float(speed_J[j] / self._speed_J[j])
+        j = int(np.argmax(speed_J / self.speed_J))
+        factor = float(speed_J[j] / self.speed_J[j])
         if factor <= 1.0:
             return chunk
         if factor > self._limits.max_slowdown:
             joint = self._joints[j]
             raise SafetyRefusal(
-                f"joint {joint.name!r}: chunk needs {speed_J[j]:.2f} {joint.unit}/s, limit {self._speed_J[j]:.2f}, "
+                f"joint {joint.name!r}: chunk needs {speed_J[j]:.2f} {joint.unit}/s, limit {self.speed_J[j]:.2f}, "
                 "too fast for "
                 "limits.max_slowdown"
             )
@@ -223,13 +198,13 @@ class SafetyGate:
         speed_J = _peak_speed_J(command, measured_J, now_ns)
         slack_J = _ROUNDING * (self._upper_J - self._lower_J)
         inside_J = (low_J >= self._lower_J - slack_J) & (high_J <= self._upper_J + slack_J)
-        kept_J = inside_J & (speed_J <= self._speed_J * (1.0 + _ROUNDING))
+        kept_J = inside_J & (speed_J <= self.speed_J * (1.0 + _ROUNDING))
         if not kept_J.all():
             j = int(np.argmin(kept_J))
             raise SafetyRefusal(
                 f"joint {self._names[j]!r}: command reaches {low_J[j]:.6f} to {high_J[j]:.6f} at up to "
                 f"{speed_J[j]:.4f} per second "
-                f"after correction, limits {self._lower_J[j]:.6f} to {self._upper_J[j]:.6f} and {self._speed_J[j]:.4f}"
+                f"after correction, limits {self._lower_J[j]:.6f} to {self._upper_J[j]:.6f} and {self.speed_J[j]:.4f}"
             )
 
 

@@ -64,16 +64,6 @@ class LimitSettings(_Model):
         le=10.0,
         changeable=True,
     )
-    max_jump_s: float = _setting(
-        0.25,
-        "first actions that a joint cannot reach from its measured position at its speed limit are skipped, at most "
-        "this "
-        "long; otherwise the chunk is refused",
-        unit="s",
-        ge=0.0,
-        le=2.0,
-        changeable=True,
-    )
     max_chunk_age_s: float = _setting(
         0.4,
         "oldest observation behind a chunk at the moment it is published; otherwise it is refused",
@@ -114,6 +104,15 @@ class Settings(_Model):
         le=0.5,
         changeable=True,
     )
+    join_within_s: float = _setting(
+        0.25,
+        "a chunk is joined at its first action that the arm can reach from its measured position at its speed limits, at "
+        "most this far ahead; where there is none, the gate slows the chunk down or refuses it",
+        unit="s",
+        ge=0.0,
+        le=2.0,
+        changeable=True,
+    )
     hold_s: float = _setting(
         0.2, "time within which a hold brings the arm to rest", unit="s", ge=0.02, le=2.0, changeable=True
     )
@@ -123,7 +122,7 @@ class Settings(_Model):
     noise_seed: int = _setting(0, "seed of the noise that each chunk starts from", ge=0, le=2**31 - 1, changeable=True)
 
     max_age_s: float = _setting(
-        0.2,
+        0.25,
         "oldest observation (by stamp, on the node's clock) that may still be acted upon",
         unit="s",
         ge=0.02,
