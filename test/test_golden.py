@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ki_vla_ros.errors import ConfigurationError
 from training.checkpoints import import_openpi
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig

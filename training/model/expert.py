@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.model.attention import Rotation, attend
+from training.model.attention import Rotation, additive, attend
 from training.model.gemma import MLP, GemmaConfig, Projections, normalize
 
 SHORTEST_PERIOD, LONGEST_PERIOD = 4e-3, 4.0
@@ -37,6 +37,18 @@ class AdaRMSNorm(nn.Module):
     def forward(self, x_REW: Tensor, condition_REW: Tensor) -> tuple[Tensor, Tensor]:
         scale, shift, gate = self.dense(condition_REW).chunk(3, dim=-1)
         return torch.addcmul(shift, normalize(x_REW), 1.0 + scale), gate
+
+
+def expert_bias(mask_RP: Tensor, tokens: int, state: bool, group: int) -> Tensor:
+    """Who the expert's tokens see: the prefix and each other -> [R, 1, E * G, P + E].
+
+    A state token comes first and does not see the actions (openpi's cumulative rule: its block precedes theirs).
+    """
+    index = torch.arange(tokens, device=mask_RP.device)
+    own_EE = (index[:, None] > 0) | (index[None, :] == 0) if state else index[:, None] >= 0
+    own_REE = own_EE.expand(mask_RP.shape[0], tokens, tokens)
+    visible = torch.cat((mask_RP[:, None, :].expand(-1, tokens, -1), own_REE), dim=-1)
+    return additive(visible).repeat_interleave(group, dim=1)[:, None]
 
 
 class ExpertLayer(nn.Module):

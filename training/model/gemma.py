@@ -28,8 +28,14 @@ class GemmaConfig:
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ConfigurationError(
-                f"gemma: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}, and head_dim {self.head_dim} even"
+                f"gemma: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}, "
+                f"and head_dim {self.head_dim} even"
             )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.heads // self.kv_heads
 
 
 class RMSNorm(nn.Module):
@@ -105,16 +111,17 @@ class BackboneLayer(nn.Module):
         kv_head = head * key.shape[1] // self.attention.heads
         return query @ key[:, kv_head].mT * self.attention.head_dim**-0.5
 
-    def forward(self, x_BSW: Tensor, turn: Rotation, view: "View") -> tuple[Tensor, Tensor, Tensor]:
-        """The residual stream after the layer, and the keys and values of all its tokens."""
+    def forward(self, x_BSW: Tensor, turn: Rotation, view: "View", first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream after the layer from prefix token `first` on, and the keys and values of all tokens."""
         normed = self.norm1(x_BSW)
-        query = self.attention.queries(normed, turn)
         key, value = self.attention.keys_values(normed, turn)
-        split = view.prefix_bias.shape[-1]
-        seen = attend(query[:, :split], key[:, :, :split], value[:, :, :split], view.prefix_bias)
+        query = self.attention.queries(normed[:, first:], (turn[0][:, first:], turn[1][:, first:]))
+        prefix = view.prefix_bias.shape[-1]
+        split = prefix - first
+        seen = attend(query[:, :split], key[:, :, :prefix], value[:, :, :prefix], view.prefix_bias)
         if view.postfix_bias is not None:
             seen = torch.cat((seen, attend(query[:, split:], key, value, view.postfix_bias)), dim=1)
-        x_BSW = x_BSW + self.attention.out(seen)
+        x_BSW = x_BSW[:, first:] + self.attention.out(seen)
         return x_BSW + self.mlp(self.norm2(x_BSW)), key, value
 
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.attention import additive, rotation
-from training.model.expert import AdaRMSNorm, Expert
+from training.model.attention import rotation
+from training.model.expert import AdaRMSNorm, Expert, expert_bias
 from training.model.gemma import Backbone, GemmaConfig, make_view, positions
 from training.model.siglip import Vision, VisionConfig
 
@@ -93,7 +93,7 @@ class VLA(nn.Module):
         self, images_BVCSS: Tensor, image_mask_BV: Tensor, tokens_BL: Tensor, token_mask_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Image tokens of all cameras, then the prompt -> ([B, P, D], mask [B, P])."""
-        batch, cameras = image_mask_BV.shape
+        batch = image_mask_BV.shape[0]
         image_BPD = self.projector(self.vision(images_BVCSS.flatten(0, 1))).reshape(
             batch, -1, self.projector.out_features
         )
@@ -105,7 +105,7 @@ class VLA(nn.Module):
         """The prefix once. Of the last layer only keys and values are computed: nothing reads the rest."""
         x_BPD, mask_BP = self.embed_prefix(images_BVCSS, image_mask_BV, tokens_BL, token_mask_BL)
         turn = rotation(positions(mask_BP), self.config.backbone.head_dim)
-        view = make_view(mask_BP, None, self.config.backbone.heads // self.config.backbone.kv_heads)
+        view = make_view(mask_BP, None, self.config.backbone.group)
         keys, values = [], []
         *layers, last = self.backbone.layers
         for layer in layers:
@@ -133,41 +133,47 @@ class VLA(nn.Module):
         state: Tensor | None = None,
         insulate: bool = True,
         probe: tuple[int, int] | None = None,
+        prefix_rows: int | None = None,
     ) -> Output:
         """Everything at once, with gradients.
 
         x_t [R, H, A], time [R, H] (one per action token), state [R, S]: the expert's rows, as in `velocity`.
         `insulate=False` lets the flow loss train the backbone (the baseline).
         `probe` = (layer, head) whose attention scores among prefix tokens are returned.
+        `prefix_rows`: only the last so many (at least 1) prefix tokens pass through the last layer, whose outputs then
+        have that many rows. Nothing else reads the other rows, and a step is about an eighth faster without them.
         """
-        head_dim, group = self.config.backbone.head_dim, self.config.backbone.heads // self.config.backbone.kv_heads
+        if (x_t is None) != (time is None):
+            raise ConfigurationError("forward: x_t and time go together, got only one of them")
         x_BSD, mask_BP = self.embed_prefix(images_BVCSS, image_mask_BV, tokens_BL, token_mask_BL)
-        prefix = mask_BP.shape[1]
-        mask_BS = mask_BP
+        prefix, mask_BS = mask_BP.shape[1], mask_BP
         if postfix_BT is not None:
-            postfix_mask_BT = (
-                torch.ones_like(postfix_BT, dtype=torch.bool) if postfix_mask_BT is None else postfix_mask_BT
-            )
+            if postfix_mask_BT is None:
+                postfix_mask_BT = torch.ones_like(postfix_BT, dtype=torch.bool)
             x_BSD = torch.cat((x_BSD, self.backbone.embed(postfix_BT)), dim=1)
             mask_BS = torch.cat((mask_BP, postfix_mask_BT), dim=1)
-        turn = rotation(positions(mask_BS), head_dim)
-        view = make_view(mask_BP, None if postfix_BT is None else postfix_mask_BT, group)
+        turn = rotation(positions(mask_BS), self.config.backbone.head_dim)
+        view = make_view(mask_BP, postfix_mask_BT, self.config.backbone.group)
         keys, values, by_layer, scores = [], [], [], None
+        rows = prefix
         for index, layer in enumerate(self.backbone.layers):
             if probe is not None and probe[0] == index:
                 turn_P = (turn[0][:, :prefix], turn[1][:, :prefix])
                 scores = layer.scores(x_BSD[:, :prefix], turn_P, probe[1])
-            x_BSD, key, value = layer(x_BSD, turn, view)
-            keys.append(key[:, :, :prefix].detach() if insulate else key[:, :, :prefix])
-            values.append(value[:, :, :prefix].detach() if insulate else value[:, :, :prefix])
-            by_layer.append(x_BSD[:, :prefix])
+            if prefix_rows is not None and index == len(self.backbone.layers) - 1:
+                rows = prefix_rows
+            x_BSD, key, value = layer(x_BSD, turn, view, first=prefix - rows)
+            key_BKPD, value_BKPD = key[:, :, :prefix], value[:, :, :prefix]
+            keys.append(key_BKPD.detach() if insulate else key_BKPD)
+            values.append(value_BKPD.detach() if insulate else value_BKPD)
+            by_layer.append(x_BSD[:, :rows])
         velocity = None
         if x_t is not None and time is not None:
             velocity = self._expert_velocity(tuple(keys), tuple(values), mask_BP, x_t, time, state)
         hidden_BSD = self.backbone.norm(x_BSD)
         return Output(
-            prefix_hidden_BPD=hidden_BSD[:, :prefix],
-            postfix_hidden_BTD=None if postfix_BT is None else hidden_BSD[:, prefix:],
+            prefix_hidden_BPD=hidden_BSD[:, :rows],
+            postfix_hidden_BTD=None if postfix_BT is None else hidden_BSD[:, rows:],
             velocity_RHA=velocity,
             prefix_by_layer=tuple(by_layer),
             probe_logits_BPQ=scores,
@@ -187,26 +193,25 @@ class VLA(nn.Module):
         A continuous state is one token before the actions. It does not attend to them (openpi's cumulative rule: the
         state's block comes first), they attend to it. It is clean, so its time is 0, like that of a clean action.
         """
-        repeats = x_t_RHA.shape[0] // mask_BP.shape[0]
+        if (state_RS is None) != (self.state_in is None):
+            raise ConfigurationError(
+                f"expert: a model with state_dim {self.config.state_dim} got {'no' if state_RS is None else 'a'} state"
+            )
+        repeats, rest = divmod(x_t_RHA.shape[0], mask_BP.shape[0])
+        if rest:
+            raise ConfigurationError(f"expert: {x_t_RHA.shape[0]} rows are no multiple of {mask_BP.shape[0]} prefixes")
         if repeats > 1:
             keys_BKPD = tuple(key.repeat_interleave(repeats, dim=0) for key in keys_BKPD)
             values_BKPD = tuple(value.repeat_interleave(repeats, dim=0) for value in values_BKPD)
             mask_BP = mask_BP.repeat_interleave(repeats, dim=0)
         x_RED = self.action_in(x_t_RHA)
-        own_EE = torch.ones(x_RED.shape[1], x_RED.shape[1], dtype=torch.bool, device=x_RED.device)
         if self.state_in is not None:
             x_RED = torch.cat((self.state_in(state_RS)[:, None], x_RED), dim=1)
             time_RH = F.pad(time_RH, (1, 0))
-            own_EE = F.pad(F.pad(own_EE, (1, 0), value=True), (0, 0, 1, 0))
-            own_EE[0, 0] = True
         tokens = x_RED.shape[1]
         position_RE = mask_BP.sum(dim=1, keepdim=True) + torch.arange(tokens, device=mask_BP.device)
         turn = rotation(position_RE, self.config.expert.head_dim)
-        bias = torch.cat(
-            (additive(mask_BP)[:, None, :].expand(-1, tokens, -1), additive(own_EE).expand(x_RED.shape[0], -1, -1)),
-            dim=-1,
-        )
-        bias = bias.repeat_interleave(self.config.expert.heads // self.config.expert.kv_heads, dim=1)[:, None]
+        bias = expert_bias(mask_BP, tokens, self.state_in is not None, self.config.expert.group)
         hidden_RED = self.expert(x_RED, self.expert.condition(time_RH), keys_BKPD, values_BKPD, turn, bias)
         return self.action_out(hidden_RED[:, -x_t_RHA.shape[1] :])
 
