@@ -1,8 +1,7 @@
 """The bundle: the folder that training writes and the robot reads, and the checks that it passes before anything moves.
 
-A bundle holds `manifest.json`, `prefill.onnx`, `expert.onnx` (perhaps with external weight files), `tokenizer.json` and
-`README.md`; no pickle, no code. Legend: V cameras, S image size, L prompt tokens, P prefix length, N layers, K kv heads,
-D head dim, H horizon, J joints (= action dimensions A).
+A bundle holds `manifest.json`, `prefill.onnx`, `expert.onnx` (perhaps with weight files beside them), `tokenizer.json`
+and `README.md`; no pickle, no code.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from tokenizers import Tokenizer
 
 from ki_vla_ros.errors import BundleError
 from ki_vla_ros.manifest import (
-    FORMAT_VERSION,
     ActionStats,
     CameraSpec,
     FlowSpec,
@@ -53,6 +51,7 @@ __all__ = [
     "write_bundle",
 ]
 
+FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PREFILL = "prefill.onnx"
 EXPERT = "expert.onnx"
@@ -117,7 +116,7 @@ def load_bundle(path: Path | str) -> Bundle:
 
 
 def write_bundle(folder: Path, policy: PolicySpec, graph: GraphSpec, tokenizer: Tokenizer, model_card: str) -> Bundle:
-    """Complete a folder that already holds the two graphs: tokenizer, model card, manifest with hashes; then load it."""
+    """Complete a folder that holds the two graphs already: tokenizer, model card, manifest with hashes; then load it."""
     tokenizer.save(str(folder / TOKENIZER), pretty=False)
     (folder / MODEL_CARD).write_text(model_card, encoding="utf-8")
     names = sorted(entry.name for entry in folder.iterdir() if entry.name != MANIFEST)
@@ -173,7 +172,7 @@ def _check_files(root: Path, manifest: Manifest) -> None:
         got = file_sha256(file)
         if got != expected:
             raise BundleError(
-                f"{file}: expected sha256 {expected[:12]}..., got {got[:12]}...; it was changed or cut off, copy it again"
+                f"{file}: expected sha256 {expected[:12]}..., got {got[:12]}...; changed or cut off, copy it again"
             )
     for entry in sorted(root.iterdir()):
         if entry.name not in manifest.files and entry.name != MANIFEST:
@@ -192,8 +191,8 @@ def _check_external_data(root: Path, manifest: Manifest, headers: dict[str, Grap
     for name in manifest.files:
         if name not in referred:
             raise BundleError(
-                f"{root / MANIFEST}: files: expected the two graphs, their weights, {TOKENIZER} and {MODEL_CARD}, got {name!r}, "
-                "which no graph refers to; a bundle holds no code and no pickle"
+                f"{root / MANIFEST}: files: expected the two graphs, their weights, {TOKENIZER} and {MODEL_CARD}, "
+                f"got {name!r}, which no graph refers to; a bundle holds no code and no pickle"
             )
 
 
@@ -240,7 +239,7 @@ def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
                 )
     if needed > prompt.length:
         raise BundleError(
-            f"{path}: expected room for an instruction in prompt.length {prompt.length}, got a template that needs {needed} tokens "
-            "with a single word"
+            f"{path}: expected room for an instruction in prompt.length {prompt.length}, got a template that "
+            f"needs {needed} tokens with a single word"
         )
     return tokenizer

@@ -9,19 +9,17 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-FORMAT_VERSION = 1
-
 Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-/ ]*$")]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class CameraSpec(_Frozen):
-    """One camera of the model, in the order of the images; an optional one may be absent (its tokens are masked out)."""
+    """One camera of the model, in the order of the images; an optional one may be absent: its tokens are masked out."""
 
     name: Name
     optional: bool = False
@@ -45,7 +43,7 @@ class PromptSpec(_Frozen):
 
 
 class JointSpec(_Frozen):
-    """One joint: position limits and speed limit in `unit` (per second), and whether its action is relative to the state."""
+    """Limits of position (`unit`) and speed (per second), and whether the joint's action is relative to its state."""
 
     name: Name
     unit: Literal["rad", "m"]
@@ -86,7 +84,10 @@ class ActionStats(_Range):
 
 
 class FlowSpec(_Frozen):
-    """Euler steps the model was judged with. `noise_at_one`: x_t = t * noise + (1 - t) * action, integrated from t = 1 to 0."""
+    """Euler steps that the model was judged with.
+
+    `noise_at_one`: x_t = t * noise + (1 - t) * action, integrated from t = 1 to 0.
+    """
 
     steps: Annotated[int, Field(ge=1, le=100)] = 10
     convention: Literal["noise_at_one"] = "noise_at_one"
@@ -167,7 +168,7 @@ class PolicySpec(_Frozen):
 class Manifest(PolicySpec):
     """`manifest.json`: the policy, the dimensions of its graphs and the sha256 of every other file of the bundle."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
     graph: GraphSpec
 
@@ -176,8 +177,8 @@ class Manifest(PolicySpec):
         prefix_length = len(self.cameras) * self.graph.image_tokens + self.prompt.length
         if self.graph.prefix_length != prefix_length:
             raise ValueError(
-                f"graph.prefix_length: expected {prefix_length} ({len(self.cameras)} cameras x {self.graph.image_tokens} tokens "
-                f"+ {self.prompt.length} prompt tokens), got {self.graph.prefix_length}"
+                f"graph.prefix_length: expected {prefix_length} ({len(self.cameras)} cameras of "
+                f"{self.graph.image_tokens} tokens + {self.prompt.length} of the prompt), got {self.graph.prefix_length}"
             )
         if self.graph.action_dim != len(self.joints):
             raise ValueError(

@@ -1,7 +1,7 @@
 """What an ONNX file takes, gives and refers to, read from its bytes without building a session.
 
-The robot has no `onnx` package, and whichever engine runs the graphs, the bundle is judged first. Only the fields needed
-are walked (field numbers from onnx.proto3); weights are skipped over, so a file of gigabytes costs no more than a small one.
+The robot has no `onnx` package, and whichever engine runs the graphs, the bundle is judged first. Only the fields
+needed are walked (field numbers from onnx.proto3); weights are skipped over, so a large file costs little more.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ def read_header(path: Path) -> GraphHeader:
     """Raises BundleError where the bytes are not an ONNX model."""
     header = GraphHeader()
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            with memoryview(mapped) as buffer:
-                _read_model(bytes_of=buffer, header=header)
-    except (ValueError, IndexError) as error:
+        with path.open("rb") as file:
+            # Closed by its last reader: an exception's frames may still hold slices of it.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        _read_model(memoryview(mapped), header)
+    except (ValueError, IndexError, RecursionError) as error:
         raise BundleError(f"{path}: expected an ONNX model, got bytes that are none ({error}); export again") from error
     return header
 
 
-def _read_model(bytes_of: memoryview, header: GraphHeader) -> None:
+def _read_model(model: memoryview, header: GraphHeader) -> None:
     seen_graph = False
-    for number, value in _fields(bytes_of):
+    for number, value in _fields(model):
         if number == 7:
             seen_graph = True
             _read_graph(_message(value), header, outermost=True)

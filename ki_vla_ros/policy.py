@@ -35,7 +35,7 @@ class Policy:
     def infer(
         self, observation: Observation, instruction: str, chunk_index: int, mark: Callable[[str], None] = _ignore
     ) -> ActionChunk:
-        """The whole way; `mark` is called with each stage's name when that stage is done, for whoever holds a stopwatch."""
+        """The whole way; `mark` is called with the name of each stage when it is done, for a stopwatch."""
         manifest = self.bundle.manifest
         model_input = make_model_input(manifest, self.bundle.tokenizer, observation, instruction)
         mark("preprocess")
@@ -60,7 +60,7 @@ class Policy:
     def denoise(
         self, cache: KVCache, noise_HA: NDArray[np.float32], state_J: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
-        """Integrate x_t = t * noise + (1 - t) * action from t = 1 to t = 0 (manifest: noise_at_one) -> normalised actions."""
+        """Integrate x_t = t * noise + (1 - t) * action from t = 1 to 0 (`noise_at_one`) -> normalised actions."""
         steps = self.flow_steps
         x_t_HA = noise_HA
         for step in range(steps):
@@ -71,7 +71,7 @@ class Policy:
         return x_t_HA
 
     def decode(self, actions_HA: NDArray[np.float32], observation: Observation) -> ActionChunk:
-        """Normalised actions -> absolute joint positions, and the velocities of the path from the observed state through them."""
+        """Normalised actions -> joint positions, and velocities of the path from the observed state through them."""
         manifest = self.bundle.manifest
         actions_HJ = unnormalize(actions_HA, manifest.action.low, manifest.action.high)
         relative_J = np.array([joint.relative for joint in manifest.joints])
@@ -90,7 +90,7 @@ class Policy:
         )
 
     def warm_up(self) -> None:
-        """Run both graphs once on a blank input and drop the result, so that the first real chunk is as fast as the others."""
+        """Run both graphs once on a blank input and drop the result: so the first real chunk is as fast as the rest."""
         manifest = self.bundle.manifest
         size, length, cameras = manifest.image.size, manifest.prompt.length, len(manifest.cameras)
         state_J = None if manifest.state.encoding == "text" else np.zeros(len(manifest.joints), dtype=np.float32)

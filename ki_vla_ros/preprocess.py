@@ -28,7 +28,7 @@ UNKNOWN_TOKEN = "<unk>"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelInput:
-    """One observation and instruction as arrays; `state_J` (normalised) only where the bundle feeds the state as a token."""
+    """What the model reads for one chunk; `state_J` (normalised) only where the bundle feeds the state as a token."""
 
     images_VCHW: NDArray[np.float32]
     image_mask_V: NDArray[np.bool_]
@@ -83,7 +83,7 @@ def state_to_bins(state_norm_J: NDArray[np.floating], bins: int = 256) -> NDArra
     if not np.all(np.isfinite(state_norm_J)):
         raise InputError(f"joint state: expected finite numbers, got {np.asarray(state_norm_J).tolist()}")
     edges = np.linspace(-1.0, 1.0, bins + 1)[:-1]
-    return np.clip(np.digitize(state_norm_J, edges) - 1, 0, bins - 1).astype(np.int64)
+    return np.asarray(np.clip(np.digitize(state_norm_J, edges) - 1, 0, bins - 1), dtype=np.int64)
 
 
 def clean_instruction(task: str) -> str:
@@ -104,7 +104,7 @@ def render_prompt(template: str, task: str, bins: Sequence[int] | NDArray[np.int
 
 
 def tokenize(tokenizer: Tokenizer, text: str, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Token ids [L], padded at the end, and the mask [L] of the real ones; unknown words and overlong text are refused."""
+    """Token ids, padded at the end, and the mask of the real ones; unknown words and overlong text are refused."""
     encoding = tokenizer.encode(text)
     unknown_id = tokenizer.token_to_id(UNKNOWN_TOKEN)
     unknown = [text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown_id]
@@ -126,7 +126,7 @@ def tokenize(tokenizer: Tokenizer, text: str, length: int) -> tuple[NDArray[np.i
 def make_model_input(
     manifest: PolicySpec, tokenizer: Tokenizer, observation: Observation, instruction: str
 ) -> ModelInput:
-    """Everything the model reads for one chunk. An absent optional camera is masked out, an absent required one refused."""
+    """Observation and instruction as the model reads them; an absent camera is masked out if optional, else refused."""
     if len(instruction) > manifest.prompt.max_instruction_chars:
         raise InstructionError(
             f"instruction: expected at most {manifest.prompt.max_instruction_chars} characters, got {len(instruction)} "

@@ -1,8 +1,8 @@
 """A small, valid bundle for tests, made in milliseconds with onnx.helper: no torch, random weights, real dependencies.
 
 Its prefill mixes pixels and tokens into keys and values; its expert attends to them, and its flow leads straight to a
-smooth, small, relative motion whose size depends on images and prompt. So chunks look like a policy's, are the same for the
-same input and differ for another.
+smooth, small, relative motion whose size depends on images and prompt. So chunks look like a policy's, are the same for
+the same input and differ for another.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     python -m training.export --checkpoint runs/demo/policy --out models/demo
 
-A checkpoint folder holds the weights and sizes (`training.checkpoints`), `policy.json` (a `PolicySpec`) and `tokenizer.json`.
-Exported are the prefix up to its last keys and values, and one expert step; of the token table only the rows a prompt can
-hold. So no answer, place or action token can be decoded on the robot.
+A checkpoint folder holds the weights and sizes (`training.checkpoints`), `policy.json` (a `PolicySpec`) and
+`tokenizer.json`. Exported are the prefix up to its last keys and values, and one expert step; of the token table only
+the rows that a prompt can hold. So no answer, place or action token can be decoded on the robot.
 
-Legend: V cameras, S image size, L prompt tokens, P prefix length, N layers, K kv heads, D head dim, H horizon, A action dim.
+Legend: V cameras, S image size, L prompt tokens, P prefix length, N layers, K kv heads, D head dim, H horizon,
+A action dim, J joints.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class ExpertGraph(nn.Module):
 
 
 def export_bundle(checkpoint: Path, out: Path, notes: str = "") -> Bundle:
-    """Write the bundle `out` and return it loaded; an earlier bundle there is replaced only when the new one is whole."""
+    """Write the bundle `out` and return it loaded; an earlier bundle there is replaced once the new one is whole."""
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ConfigurationError(f"{out}: expected an empty place or an earlier bundle, got a folder of something else")
     policy = read_policy(checkpoint / POLICY)
@@ -217,7 +218,7 @@ def trace(graph: nn.Module, inputs: dict[str, Tensor], outputs: list[str], path:
 
 
 def strip_remarks(proto: onnx.ModelProto) -> None:
-    """torch notes source lines and stack traces at every node: useless on a robot, and they tell the trainer's file names."""
+    """torch notes a stack trace at every node: useless on a robot, and it names the trainer's files."""
     graph = proto.graph
     del graph.value_info[:]
     for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
@@ -226,7 +227,7 @@ def strip_remarks(proto: onnx.ModelProto) -> None:
 
 
 def check_left_behind(model: VLA, prompt_rows: int, folder: Path) -> None:
-    """Refuse graphs with more weights than prefix and expert step have: a head or a row of answers would be on board."""
+    """Refuse graphs with more weights than prefix and expert step have: they would hold a head or rows of answers."""
 
     def size(*parts: nn.Module | None) -> int:
         return sum(parameter.numel() for part in parts if part is not None for parameter in part.parameters())
@@ -301,7 +302,8 @@ def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:
         f"- Cameras: {', '.join(c.name + (' (optional)' if c.optional else '') for c in policy.cameras)}; "
         f"padded to {policy.image.size} x {policy.image.size}.",
         f"- Joint state: as {'text in the prompt' if policy.state.encoding == 'text' else 'a token of the expert'}.",
-        f"- Action chunk: {policy.horizon} positions, one every {policy.action_period_s:g} s; {policy.flow.steps} flow steps.",
+        f"- Action chunk: {policy.horizon} positions, one every {policy.action_period_s:g} s.",
+        f"- Flow steps it was judged with: {policy.flow.steps}.",
         f"- Chunk prefix seen in training: up to {policy.max_prefix_delay} actions.",
     ]
     if isinstance(tokenizer.model, WordLevel):
@@ -309,8 +311,9 @@ def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:
         lines.append(f"- Words it may be given (others are refused): {', '.join(words)}.")
     lines += ["", "| joint | unit | lower | upper | speed limit | action |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {j.name} | {j.unit} | {j.lower:.4g} | {j.upper:.4g} | {j.max_velocity:g} | {'relative' if j.relative else 'absolute'} |"
-        for j in policy.joints
+        f"| {joint.name} | {joint.unit} | {joint.lower:.4g} | {joint.upper:.4g} | {joint.max_velocity:g} "
+        f"| {'relative' if joint.relative else 'absolute'} |"
+        for joint in policy.joints
     ]
     lines += [
         "",

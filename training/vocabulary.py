@@ -1,7 +1,7 @@
-"""The demo's vocabulary: every word of its instructions, questions and answers, and tokens of its own for places and actions.
+"""The demo's vocabulary: the words of its instructions, questions and answers, and own tokens for places and actions.
 
-Ids that a prompt can contain come first, in one block: the exported prefill graph carries the embedding rows of that block
-only, so location and action (FAST) tokens cannot even be expressed on the robot.
+Ids that a prompt can contain come first, in one block: the exported prefill graph carries the embedding rows of that
+block only, so location and action (FAST) tokens cannot even be expressed on the robot.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _WORD_TEXT = (
     "Task State Action Question Answer Caption Locate "
     # captions, questions and answers
     "a an the and or of on in to with from is are there here it this that no not yes none any all only "
-    "what which where how many colour shape kind object objects thing things scene image picture camera table robot arm "
-    "left right top bottom middle front back near far behind beside between above below next leftmost rightmost nearest farthest "
-    "closest most than other same different describe count list find locate name "
+    "what which where how many colour shape kind object objects thing things scene image picture camera table robot "
+    "arm left right top bottom middle front back near far behind beside between above below next leftmost rightmost "
+    "nearest farthest closest most than other same different describe count list find locate name "
     # punctuation, one token each
     "? . , : ; ! ' - ( ) /"
 )

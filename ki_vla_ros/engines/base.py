@@ -18,7 +18,7 @@ from ki_vla_ros.preprocess import ModelInput
 class KVCache:
     """A ticket for the keys and values that an engine holds where it runs.
 
-    An engine has one set of buffers, so a prefill overwrites what an earlier ticket stood for; using that one is refused.
+    An engine has one set of buffers, so a prefill overwrites what an earlier ticket stood for: that ticket is refused.
     """
 
     engine_id: int
@@ -44,7 +44,7 @@ class Engine(Protocol):
         x_t_HA: NDArray[np.float32],
         time_H: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """One expert step: the flow's velocity [H, A] at x_t, one time in 0..1 per action. The result is the caller's to keep."""
+        """One expert step: the flow's velocity [H, A] at x_t, one time in 0..1 per action; the caller may keep it."""
         ...
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ class OnnxEngine:
         available = ort.get_available_providers()
         if provider not in available:
             raise EngineError(
-                f"onnxruntime provider: expected {provider}, got an onnxruntime {ort.__version__} with only {available}; "
+                f"onnxruntime provider: expected {provider}, got onnxruntime {ort.__version__} with only {available}; "
                 f"install the wheel {_WHEEL_OF[provider]} in its place"
             )
         self.description = f"onnxruntime {ort.__version__}, {provider}, {threads} thread{'s' if threads != 1 else ''}"
@@ -69,8 +69,8 @@ class OnnxEngine:
         self._require_open()
         if cache != KVCache(id(self), self._generation):
             raise EngineError(
-                f"KV cache: expected the one of the newest prefill ({self._generation}), got one of prefill {cache.generation}; "
-                "run prefill and its steps without another prefill between them"
+                f"KV cache: expected that of the newest prefill ({self._generation}), got one of prefill "
+                f"{cache.generation}; run prefill and its steps without another prefill between them"
             )
         inputs: dict[str, NDArray[np.generic]] = {"x_t": x_t_HA, "time": time_H}
         if (state_J is not None) != ("state" in self._buffers):
