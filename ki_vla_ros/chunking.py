@@ -45,17 +45,15 @@ class AsynchronousExecutor:
     def join(self, chunk: ActionChunk, now_ns: int, lead_ns: int, reach: Reach) -> ActionChunk:
         """The actions of `chunk` due `lead_ns` after `now_ns` or later, from the first one within reach.
 
-        The arm trails its command, so an action due in a few milliseconds may lie farther ahead than the arm can go until
+        The arm trails its command: an action due in a few milliseconds may lie farther ahead than the arm can go until
         then. Where none is within reach, nothing is skipped and the gate judges the way to the first action.
-
-        SafetyRefusal if none is left: inference took longer than the chunk lasts.
+        SafetyRefusal if time has consumed all actions: inference took longer than the chunk lasts.
         """
         first = next((k for k in range(chunk.horizon) if chunk.due_ns(k) >= now_ns + lead_ns), None)
         if first is None:
             raise SafetyRefusal(
                 f"chunk: its last action was due {(now_ns - chunk.due_ns(chunk.horizon - 1)) / 1e6:.0f} ms ago; "
-                "inference is slower "
-                "than the chunk lasts: fewer flow_steps or a faster engine?"
+                "inference is slower than the chunk lasts: fewer flow_steps or a faster engine?"
             )
         for k in range(first, chunk.horizon):
             until_due_ns = chunk.due_ns(k) - now_ns

@@ -93,7 +93,7 @@ class ObservationBuffer:
             self._refused.clear()
 
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
-        """The newest set: one frame per required camera within `slop_ns` of the oldest, and the joint state at its time.
+        """The newest set: a frame per required camera within `slop_ns` of the oldest, and the joint state at its time.
 
         Optional cameras join if they have a frame in that span. StaleInput if there is no such set or if it is older
         than `max_age_ns`. Stamps ahead of `now_ns` by more than `slop_ns` are not used.

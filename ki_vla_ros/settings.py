@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from ki_vla_ros.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from ki_vla_ros.manifest import Manifest
+    from ki_vla_ros.manifest import PolicySpec
 
 _CAMERA = re.compile(r"^cameras\.(?P<camera>.+)\.(?P<field>[a-z_]+)$")
 
@@ -106,8 +106,8 @@ class Settings(_Model):
     )
     join_within_s: float = _setting(
         0.25,
-        "a chunk is joined at its first action that the arm can reach from its measured position at its speed limits, at "
-        "most this far ahead; where there is none, the gate slows the chunk down or refuses it",
+        "a chunk is joined at its first action that the arm can reach from its measured position at its speed limits, "
+        "at most this far ahead; where there is none, the gate slows the chunk down or refuses it",
         unit="s",
         ge=0.0,
         le=2.0,
@@ -149,7 +149,7 @@ class Settings(_Model):
         chosen = self.cameras.get(camera, CameraSettings()).topic
         return chosen or f"camera/{camera}/image_raw"
 
-    def validate_against(self, manifest: Manifest) -> None:
+    def validate_against(self, manifest: PolicySpec) -> None:
         """Raises ConfigurationError where a setting does not fit the loaded bundle."""
         names = [camera.name for camera in manifest.cameras]
         for camera in self.cameras:

@@ -1,0 +1,219 @@
+"""The observation buffer: which inputs belong together, and refusals that name topic, age and limit."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from ki_vla_ros.errors import InputError, StaleInput
+from ki_vla_ros.observation import FRAMES_KEPT, CameraSource, ObservationBuffer
+from ki_vla_ros.records import CameraFrame, JointReading
+
+MS = 1_000_000
+NOW = 10_000 * MS
+MAX_AGE, SLOP = 200 * MS, 50 * MS
+JOINTS = ("a", "b")
+
+
+def frame(camera: str, stamp_ms: float) -> CameraFrame:
+    return CameraFrame(camera, int(stamp_ms * MS), np.zeros((2, 2, 3), dtype=np.uint8))
+
+
+def reading(stamp_ms: float, *position: float, names: tuple[str, ...] = JOINTS) -> JointReading:
+    return JointReading(int(stamp_ms * MS), names, np.array(position))
+
+
+def make_buffer(optional: bool = False) -> ObservationBuffer:
+    cameras = [CameraSource("scene", "/scene/image_raw"), CameraSource("wrist", "/wrist/image_raw", optional)]
+    return ObservationBuffer(cameras, JOINTS, "/joint_states")
+
+
+def filled(scene_ms: list[float], wrist_ms: list[float], optional: bool = False) -> ObservationBuffer:
+    buffer = make_buffer(optional)
+    for stamp_ms in scene_ms:
+        buffer.add_frame(frame("scene", stamp_ms))
+    for stamp_ms in wrist_ms:
+        buffer.add_frame(frame("wrist", stamp_ms))
+    for stamp_ms in range(9500, 10000, 10):
+        buffer.add_joints(reading(stamp_ms, stamp_ms / 1000, -stamp_ms / 1000))
+    return buffer
+
+
+def chosen_ms(buffer: ObservationBuffer, slop: int = SLOP) -> dict[str, float]:
+    observation = buffer.observe(NOW, MAX_AGE, slop)
+    return {name: taken.stamp_ns / MS for name, taken in observation.frames.items()}
+
+
+def test_newest_matching_set_and_its_oldest_stamp() -> None:
+    buffer = filled([9850, 9900, 9950], [9860, 9910, 9960])
+    observation = buffer.observe(NOW, MAX_AGE, SLOP)
+    assert observation.stamp_ns == 9950 * MS
+    assert chosen_ms(buffer) == {"scene": 9950, "wrist": 9960}
+
+
+def test_a_newer_frame_without_partner_waits() -> None:
+    assert chosen_ms(filled([9850, 9990], [9860]), slop=20 * MS) == {"scene": 9850, "wrist": 9860}
+
+
+def test_of_several_partners_the_nearest_is_taken() -> None:
+    assert chosen_ms(filled([9900], [9905, 9920, 9940])) == {"scene": 9900, "wrist": 9905}
+
+
+def test_reordered_frames_are_put_in_order() -> None:
+    assert chosen_ms(filled([9950, 9850], [9960, 9860])) == {"scene": 9950, "wrist": 9960}
+
+
+def test_a_frozen_camera_grows_stale() -> None:
+    buffer = filled([9950], [9700] * 20)
+    with pytest.raises(StaleInput, match=r"camera 'wrist': newest frame 300 ms old, limit 200 ms \(max_age_s\)"):
+        buffer.observe(NOW, MAX_AGE, SLOP)
+
+
+def test_a_missing_camera_names_its_topic() -> None:
+    with pytest.raises(StaleInput, match=r"camera 'wrist': no image yet; is /wrist/image_raw published\?"):
+        filled([9950], []).observe(NOW, MAX_AGE, SLOP)
+
+
+def test_cameras_out_of_step_name_gap_and_limit() -> None:
+    with pytest.raises(StaleInput, match="'scene' and 'wrist': nearest stamps 90 ms apart, limit 50 ms"):
+        filled([9990], [9900]).observe(NOW, MAX_AGE, SLOP)
+
+
+def test_a_matching_set_that_is_too_old_is_refused() -> None:
+    with pytest.raises(StaleInput, match="250 ms old, limit 200 ms"):
+        filled([9750, 9990], [9750, 9900]).observe(NOW, MAX_AGE, SLOP)
+
+
+def test_stamps_of_another_clock_are_named() -> None:
+    with pytest.raises(StaleInput, match=r"camera 'scene': stamps .* ahead of the node's clock by 5000 ms.*use_sim_time"):
+        filled([15000], [9950]).observe(NOW, MAX_AGE, SLOP)
+    buffer = filled([9950], [9950])
+    buffer.add_joints(reading(15000, 0.0, 0.0))
+    with pytest.raises(StaleInput, match=r"joint state: stamps .* ahead of the node's clock by 5000 ms"):
+        buffer.observe(NOW, MAX_AGE, SLOP)
+
+
+def test_one_frame_from_the_future_does_not_hide_the_others() -> None:
+    assert chosen_ms(filled([15000, 9950], [9950])) == {"scene": 9950, "wrist": 9950}
+
+
+def test_an_optional_camera_may_be_absent_and_joins_within_the_slop() -> None:
+    assert chosen_ms(filled([9950], [], optional=True)) == {"scene": 9950}
+    assert chosen_ms(filled([9950], [9800], optional=True)) == {"scene": 9950}
+    assert chosen_ms(filled([9950], [9960], optional=True)) == {"scene": 9950, "wrist": 9960}
+
+
+def test_only_the_newest_frames_are_kept() -> None:
+    buffer = filled([9000 + i for i in range(100)], [])
+    assert [kept.stamp_ns // MS for kept in buffer._cameras["scene"].frames] == list(range(9100 - FRAMES_KEPT, 9100))
+    buffer.add_frame(frame("scene", 8000))
+    assert buffer._cameras["scene"].frames[0].stamp_ns == (9100 - FRAMES_KEPT) * MS
+
+
+def test_joint_state_is_interpolated_to_the_frames_time() -> None:
+    observation = filled([9947.5], [9950]).observe(NOW, MAX_AGE, SLOP)
+    np.testing.assert_allclose(observation.state_J, [9.9475, -9.9475], rtol=0, atol=1e-12)
+
+
+def test_joint_state_is_not_extrapolated() -> None:
+    observation = filled([9996], [9996]).observe(NOW, MAX_AGE, SLOP)
+    np.testing.assert_array_equal(observation.state_J, [9.99, -9.99])
+
+
+def test_joint_state_must_reach_back_to_the_frames() -> None:
+    buffer = make_buffer()
+    for name in ("scene", "wrist"):
+        buffer.add_frame(frame(name, 9900))
+    buffer.add_joints(reading(9950, 0.0, 0.0))
+    with pytest.raises(StaleInput, match="joint state: the oldest kept is 50 ms newer than the images"):
+        buffer.observe(NOW, MAX_AGE, SLOP)
+
+
+def test_joint_states_that_stall_around_the_frame_are_not_bridged() -> None:
+    buffer = make_buffer()
+    for name in ("scene", "wrist"):
+        buffer.add_frame(frame(name, 9900))
+    buffer.add_joints(reading(9600, 0.0, 0.0))
+    buffer.add_joints(reading(9990, 1.0, 1.0))
+    with pytest.raises(StaleInput, match="joint state: none within 200 ms"):
+        buffer.observe(NOW, MAX_AGE, SLOP)
+
+
+def test_stale_and_missing_joint_state() -> None:
+    with pytest.raises(StaleInput, match=r"joint state: none yet; is /joint_states published\?"):
+        make_buffer().measured(NOW, MAX_AGE)
+    buffer = make_buffer()
+    buffer.add_joints(reading(9700, 1.0, 2.0))
+    with pytest.raises(StaleInput, match="joint state: newest 300 ms old, limit 200 ms"):
+        buffer.measured(NOW, MAX_AGE)
+    np.testing.assert_array_equal(buffer.measured(NOW, 400 * MS), [1.0, 2.0])
+
+
+def test_joints_are_taken_by_name() -> None:
+    buffer = make_buffer()
+    buffer.add_joints(reading(9990, 3.0, 2.0, 1.0, names=("c", "b", "a")))
+    np.testing.assert_array_equal(buffer.measured(NOW, MAX_AGE), [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "bad, fault",
+    [
+        (reading(9990, 1.0, names=("a",)), "expected joints a, b, but b missing among a on /joint_states"),
+        (reading(9990, 1.0, float("nan")), "joint 'b': expected a finite position, got nan"),
+        (reading(9990, float("inf"), 1.0), "joint 'a': expected a finite position, got inf"),
+    ],
+)
+def test_bad_joint_states_are_refused_by_name_and_not_kept(bad: JointReading, fault: str) -> None:
+    buffer = make_buffer()
+    with pytest.raises(InputError, match=fault):
+        buffer.add_joints(bad)
+    with pytest.raises(StaleInput, match="none yet"):
+        buffer.measured(NOW, MAX_AGE)
+
+
+def test_a_nan_in_a_joint_that_the_bundle_does_not_have_does_no_harm() -> None:
+    buffer = make_buffer()
+    buffer.add_joints(reading(9990, 1.0, 2.0, float("nan"), names=("a", "b", "c")))
+    np.testing.assert_array_equal(buffer.measured(NOW, MAX_AGE), [1.0, 2.0])
+
+
+def test_the_reason_of_a_refused_message_is_repeated_until_a_good_one_comes() -> None:
+    buffer = filled([9950], [])
+    buffer.refuse("wrist", "encoding 'weird' is not read")
+    with pytest.raises(StaleInput, match="no image yet; last message refused: encoding 'weird' is not read"):
+        buffer.observe(NOW, MAX_AGE, SLOP)
+    buffer.add_frame(frame("wrist", 9950))
+    assert chosen_ms(buffer) == {"scene": 9950, "wrist": 9950}
+
+
+def test_clear_forgets_everything() -> None:
+    buffer = filled([9950], [9950])
+    buffer.clear()
+    with pytest.raises(StaleInput, match="no image yet"):
+        buffer.observe(NOW, MAX_AGE, SLOP)
+    with pytest.raises(StaleInput, match="none yet"):
+        buffer.measured(NOW, MAX_AGE)
+
+
+def test_adding_and_observing_from_two_threads() -> None:
+    buffer = filled([9950], [9950])
+    stop = threading.Event()
+
+    def add() -> None:
+        stamp_ms = 9951.0
+        while not stop.is_set():
+            stamp_ms += 0.001
+            buffer.add_frame(frame("scene", stamp_ms))
+            buffer.add_frame(frame("wrist", stamp_ms))
+            buffer.add_joints(reading(stamp_ms, 0.0, 0.0))
+
+    adder = threading.Thread(target=add)
+    adder.start()
+    try:
+        for _ in range(300):
+            buffer.observe(NOW, 10_000 * MS, SLOP)
+    finally:
+        stop.set()
+        adder.join()
