@@ -116,7 +116,7 @@ def load_bundle(path: Path | str) -> Bundle:
 
 
 def write_bundle(folder: Path, policy: PolicySpec, graph: GraphSpec, tokenizer: Tokenizer, model_card: str) -> Bundle:
-    """Complete a folder that holds the two graphs already: tokenizer, model card, manifest with hashes; then load it."""
+    """Complete a folder that holds the two graphs: tokenizer, model card, manifest with hashes; then load it."""
     tokenizer.save(str(folder / TOKENIZER), pretty=False)
     (folder / MODEL_CARD).write_text(model_card, encoding="utf-8")
     names = sorted(entry.name for entry in folder.iterdir() if entry.name != MANIFEST)

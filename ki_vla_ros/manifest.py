@@ -178,7 +178,7 @@ class Manifest(PolicySpec):
         if self.graph.prefix_length != prefix_length:
             raise ValueError(
                 f"graph.prefix_length: expected {prefix_length} ({len(self.cameras)} cameras of "
-                f"{self.graph.image_tokens} tokens + {self.prompt.length} of the prompt), got {self.graph.prefix_length}"
+                f"{self.graph.image_tokens} tokens + {self.prompt.length} of prompt), got {self.graph.prefix_length}"
             )
         if self.graph.action_dim != len(self.joints):
             raise ValueError(

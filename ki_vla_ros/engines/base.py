@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from ki_vla_ros.preprocess import ModelInput
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class KVCache:
     """A ticket for the keys and values that an engine holds where it runs.
 
     An engine has one set of buffers, so a prefill overwrites what an earlier ticket stood for: that ticket is refused.
     """
 
-    engine_id: int
+    engine: object
     generation: int
 
 

@@ -7,6 +7,7 @@ copy nothing but the small x_t, time and velocity. Legend: H horizon, A action d
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -37,18 +38,12 @@ class OnnxEngine:
         self.description = f"onnxruntime {ort.__version__}, {provider}, {threads} thread{'s' if threads != 1 else ''}"
         self._provider = provider
         self._generation = 0
-        self._closed = False
         interface = graph_interface(bundle.manifest)
-        (prefill_in, cache), (expert_in, expert_out) = interface[PREFILL], interface[EXPERT]
-        self._buffers = {name: self._allocate(t) for name, t in {**prefill_in, **expert_in, **expert_out}.items()}
-        self._shapes = {name: t.shape for name, t in {**prefill_in, **expert_in, **expert_out}.items()}
-        self._prefill = self._open(bundle, PREFILL, threads)
-        self._expert = self._open(bundle, EXPERT, threads)
-        self._prefill_binding = self._bind(self._prefill, prefill_in, cache)
-        self._expert_binding = self._bind(self._expert, expert_in, expert_out)
+        self._types = {name: tensor for sides in interface.values() for side in sides for name, tensor in side.items()}
+        self._buffers = {name: self._allocate(tensor) for name, tensor in self._types.items()}
+        self._graphs = {name: self._open(bundle.path / name, *interface[name], threads) for name in interface}
 
     def prefill(self, model_input: ModelInput) -> KVCache:
-        self._require_open()
         self._generation += 1
         inputs = {
             "images": model_input.images_VCHW,
@@ -56,8 +51,8 @@ class OnnxEngine:
             "tokens": model_input.tokens_L,
             "token_mask": model_input.token_mask_L,
         }
-        self._run(PREFILL, self._prefill, self._prefill_binding, inputs)
-        return KVCache(id(self), self._generation)
+        self._run(PREFILL, inputs)
+        return KVCache(self, self._generation)
 
     def velocity(
         self,
@@ -66,23 +61,20 @@ class OnnxEngine:
         x_t_HA: NDArray[np.float32],
         time_H: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        self._require_open()
-        if cache != KVCache(id(self), self._generation):
+        if cache.engine is not self or cache.generation != self._generation:
             raise EngineError(
-                f"KV cache: expected that of the newest prefill ({self._generation}), got one of prefill "
-                f"{cache.generation}; run prefill and its steps without another prefill between them"
+                f"KV cache: expected that of this engine's newest prefill ({self._generation}), got one of prefill "
+                f"{cache.generation}{'' if cache.engine is self else ' of another engine'}; "
+                "run prefill and its steps without another prefill between them"
             )
         inputs: dict[str, NDArray[np.generic]] = {"x_t": x_t_HA, "time": time_H}
-        if (state_J is not None) != ("state" in self._buffers):
-            wanted = (
-                "a state (the bundle feeds it as a token)"
-                if state_J is None
-                else "no state (the bundle has it in the prompt)"
-            )
-            raise EngineError(f"{EXPERT}: expected {wanted}, got {'none' if state_J is None else 'one'}")
         if state_J is not None:
             inputs["state"] = state_J
-        self._run(EXPERT, self._expert, self._expert_binding, inputs)
+        expected = "state" in self._types
+        if expected != (state_J is not None):
+            wanted, got = ("a state token", "none") if expected else ("none, the prompt has it as text", "one")
+            raise EngineError(f"{EXPERT}: state: expected {wanted}, got {got}")
+        self._run(EXPERT, inputs)
         velocity_HA: NDArray[np.float32] = self._buffers["velocity"].numpy()
         if not np.all(np.isfinite(velocity_HA)):
             raise EngineError(
@@ -91,20 +83,16 @@ class OnnxEngine:
         return velocity_HA
 
     def close(self) -> None:
-        self._closed = True
-        for name in ("_prefill_binding", "_expert_binding", "_prefill", "_expert", "_buffers"):
-            self.__dict__.pop(name, None)
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise EngineError("engine: expected an open one, got one that was closed; configure again")
+        self._graphs.clear()
+        self._buffers.clear()
 
     def _allocate(self, tensor: TensorType) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_shape_and_type(
-            list(tensor.shape), np.dtype(tensor.dtype), _DEVICE_OF[self._provider], 0
-        )
+        device = _DEVICE_OF[self._provider]
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(tensor.shape), np.dtype(tensor.dtype), device, 0)
 
-    def _open(self, bundle: Bundle, name: str, threads: int) -> ort.InferenceSession:
+    def _open(
+        self, path: Path, inputs: Mapping[str, TensorType], outputs: Mapping[str, TensorType], threads: int
+    ) -> tuple[ort.InferenceSession, ort.IOBinding]:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -113,38 +101,28 @@ class OnnxEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         try:
-            session = ort.InferenceSession(str(bundle.path / name), options, providers=[self._provider])
+            session = ort.InferenceSession(str(path), options, providers=[self._provider])
         except Exception as error:  # onnxruntime's errors share no base but this
-            raise EngineError(f"{bundle.path / name}: {self._provider} cannot load it ({error})") from error
+            raise EngineError(f"{path}: {self._provider} cannot load it ({error})") from error
         got = session.get_providers()
         if got[0] != self._provider:
-            raise EngineError(
-                f"{bundle.path / name}: expected {self._provider} to run it, got {got}; are its libraries installed?"
-            )
-        return session
-
-    def _bind(
-        self, session: ort.InferenceSession, inputs: Mapping[str, TensorType], outputs: Mapping[str, TensorType]
-    ) -> ort.IOBinding:
+            raise EngineError(f"{path}: expected {self._provider} to run it, got {got}; are its libraries installed?")
         binding = session.io_binding()
         for name in inputs:
             binding.bind_ortvalue_input(name, self._buffers[name])
         for name in outputs:
             binding.bind_ortvalue_output(name, self._buffers[name])
-        return binding
+        return session, binding
 
-    def _run(
-        self,
-        graph: str,
-        session: ort.InferenceSession,
-        binding: ort.IOBinding,
-        inputs: Mapping[str, NDArray[np.generic]],
-    ) -> None:
+    def _run(self, graph: str, inputs: Mapping[str, NDArray[np.generic]]) -> None:
+        if graph not in self._graphs:
+            raise EngineError("engine: expected an open one, got one that was closed; configure again")
         for name, array in inputs.items():
-            buffer = self._buffers[name]
-            if array.shape != tuple(self._shapes[name]) or array.dtype != buffer.numpy().dtype:
-                raise EngineError(f"{graph}: {name}: expected {self._shapes[name]}, got {array.dtype} {array.shape}")
-            buffer.update_inplace(np.ascontiguousarray(array))
+            expected, got = self._types[name], TensorType(array.dtype.name, array.shape)
+            if got != expected:
+                raise EngineError(f"{graph}: {name}: expected {expected}, got {got}")
+            self._buffers[name].update_inplace(np.ascontiguousarray(array))
+        session, binding = self._graphs[graph]
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors share no base but this
