@@ -233,7 +233,7 @@ class ArmNode(Node):
                 self._run(world)
             finally:
                 world.close()
-        except Exception as error:  # noqa: BLE001 - the main thread reports it and ends the process
+        except Exception as error:  # the main thread reports it and ends the process
             if self.context.ok():  # else: publishing failed because a signal had ended ROS
                 self.failure = error
         finally:
@@ -271,7 +271,8 @@ class ArmNode(Node):
 
     def _period(self, rate: str) -> int:
         """Physics steps per message."""
-        return max(1, round(1.0 / (self.get_parameter(rate).value * TIMESTEP_S)))
+        rate_hz = float(self.get_parameter(rate).value)
+        return max(1, round(1.0 / (rate_hz * TIMESTEP_S)))
 
     def _begin(self, world: World, reset: Reset) -> None:
         world.reset(reset.scene)

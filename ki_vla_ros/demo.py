@@ -1,0 +1,298 @@
+"""The demo: a simulated arm does what it is told, over ROS, and the run is measured, recorded and filmed.
+
+    python -m ki_vla_ros.demo [--episodes 20] [--instruction "touch the blue ball"] [--seed 0] [--no-video]
+
+It starts the simulator and the policy as processes of their own, leads them through the episodes and stops them,
+whatever happens. Everything lands in --out: summary.json, index.html, demo.mp4, bag/ (mcap, for Foxglove), log/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import numpy as np
+
+from ki_vla_ros.bundle import file_sha256, load_bundle
+from ki_vla_ros.demo_driver import ARM, POLICY, TOPICS, Driver, Observed
+from ki_vla_ros.demo_processes import Child, ChildError, Children, prepare_environment
+from ki_vla_ros.demo_recorder import Recorder
+from ki_vla_ros.demo_report import Episode, Run, percentiles, rate_hz, write_report
+from ki_vla_ros.demo_video import import_av, make_video
+from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.share import find_bundle, find_share
+from ki_vla_ros.sim.expert import Expert
+from ki_vla_ros.sim.task import Split, Task, sample_scene
+from ki_vla_ros.sim.world import TIME_LIMIT_S, TIMESTEP_S, World
+
+SEEDS_PER_RUN: Final = 100_000
+FIRST_CHUNK_LIMIT_S: Final = 5.0
+# The judge ends every episode at TIME_LIMIT_S; this much later the simulator must be stuck or far too slow.
+EPISODE_LIMIT_S: Final = 3.0 * TIME_LIMIT_S
+# After a reset the arm is elsewhere at once; the policy shall not begin with pictures from before.
+SETTLE_S: Final = 0.25
+# The arm is watched for a moment after the verdict, so that one sees it.
+LINGER_S: Final = 0.6
+INTERRUPTED: Final = 130
+VIDEO: Final = "demo.mp4"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    episodes: int
+    instruction: str
+    seed: int
+    split: Split
+    bundle: Path
+    out: Path
+    params: Path
+    video: bool
+
+    @property
+    def seeds(self) -> range:
+        """Scene seeds of the episodes; runs with different --seed share none."""
+        return range(self.seed * SEEDS_PER_RUN, self.seed * SEEDS_PER_RUN + self.episodes)
+
+
+def parse_options(arguments: Sequence[str] | None) -> Options:
+    """Raises KiVlaError for whatever would not work later; nothing has been started by then."""
+    parser = argparse.ArgumentParser(
+        prog="ki_vla_ros.demo", description="a simulated arm does what it is told, over ROS"
+    )
+    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--instruction", default="", help="the same in every episode; default: drawn with each scene")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--split",
+        choices=get_args(Split),
+        help="combinations of colour and shape to ask for; default: those held out of training, all with --instruction",
+    )
+    parser.add_argument("--bundle", default="demo", help="folder of a model bundle, or the name of one in models/")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results")
+    parser.add_argument("--params", type=Path, help="ROS parameter file for both nodes; default: config/demo.yaml")
+    parser.add_argument("--no-video", dest="video", action="store_false")
+    given = parser.parse_args(arguments)
+    largest = (2**31 - 1) // SEEDS_PER_RUN - 1
+    for name, value, low, high in (("episodes", given.episodes, 1, SEEDS_PER_RUN), ("seed", given.seed, 0, largest)):
+        if not low <= value <= high:
+            raise ConfigurationError(f"--{name} {value}: expected {low} to {high}")
+    instruction = Task.parse(given.instruction).instruction if given.instruction else ""
+    params = given.params or find_share("config/demo.yaml")
+    if not params.is_file():
+        raise ConfigurationError(f"--params {params}: no such file; leave it out for config/demo.yaml")
+    options = Options(
+        episodes=given.episodes,
+        instruction=instruction,
+        seed=given.seed,
+        split=given.split or ("all" if instruction else "held_out"),
+        bundle=find_bundle(given.bundle),
+        out=given.out,
+        params=params,
+        video=given.video,
+    )
+    sample_scene(0, split=options.split, task=Task.parse(instruction) if instruction else None)
+    if options.video:
+        import_av()
+    return options
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The whole demo; returns the summary."""
+    bundle = load_bundle(options.bundle)
+    clear_results(options.out)
+    prepare_environment(options.out)
+    episodes: list[Episode] = []
+    observed: list[Observed] = []
+    line = StatusLine(options.episodes)
+    with Children(options.out / "log") as children, Driver(children.check) as driver:
+        driver.check_alone()
+        print(f"starting the simulated arm and the policy with bundle {bundle.manifest.name}", flush=True)
+        arguments = ["--ros-args", "--params-file", str(options.params)]
+        children.start(ARM, "ki_vla_ros.sim.arm_node", arguments)
+        chosen = ["-p", f"bundle:={options.bundle.resolve()}", "-p", "autostart:=false", "-p", "instruction:=''"]
+        policy = children.start(POLICY, "ki_vla_ros.node", [*arguments, *chosen])
+        driver.wait_until_up()
+        with naming_the_cause(policy):
+            driver.configure()
+        with recording(driver, options.out / "bag"), naming_the_cause(policy):
+            for seed in options.seeds:
+                episode, seen = run_episode(driver, options, seed, line)
+                episodes.append(episode)
+                observed.append(seen)
+                line.finish(episode)
+        overruns = driver.overruns
+    print("comparing with the scripted expert" + (", making the film" if options.video else ""), flush=True)
+    expert_success = run_expert(options)
+    if options.video:
+        make_video(options.out / "bag", options.out / VIDEO, options.episodes)
+    sha256 = file_sha256(options.bundle / "manifest.json")
+    name = bundle.manifest.name
+    results = Run(episodes, observed, expert_success, options.seed, options.split, name, sha256, overruns)
+    return write_report(options.out, results, VIDEO if options.video else None)
+
+
+def run_episode(driver: Driver, options: Options, seed: int, line: StatusLine) -> tuple[Episode, Observed]:
+    """One scene from reset to verdict; the policy is active in between."""
+    scene = driver.reset(seed, options.split, options.instruction)
+    instruction = scene["instruction"]
+    driver.instruct(instruction)
+    driver.sleep(SETTLE_S)
+    driver.activate()
+    began_s = time.monotonic()
+    while not (status := driver.status)["done"]:
+        driver.sleep(0.05)
+        seen, waited_s = driver.observed, time.monotonic() - began_s
+        if not seen.chunk_times_s and waited_s > FIRST_CHUNK_LIMIT_S:
+            reason = (seen.ticks[-1]["hold"] or "its ticks make none") if seen.ticks else "it does not tick"
+            raise KiVlaError(f"the policy published no chunk within {FIRST_CHUNK_LIMIT_S:g} s: {reason}")
+        if waited_s > EPISODE_LIMIT_S:
+            raise KiVlaError(f"the simulator gave no verdict within {EPISODE_LIMIT_S:g} s; is the machine overloaded?")
+        line.update(instruction, seen)
+    driver.sleep(LINGER_S)
+    seen = driver.deactivate()
+    told = {tick["instruction"] for tick in seen.ticks if tick["chunk_index"] is not None}
+    if told != {instruction}:
+        raise KiVlaError(f"the policy was told {instruction!r}, but acted on {sorted(told)}")
+    reached = None if status["reached"] is None else status["objects"][status["reached"]]
+    episode = Episode(
+        seed=seed,
+        instruction=instruction,
+        objects=len(status["objects"]),
+        reached=f"{reached['colour']} {reached['shape']}" if reached else None,
+        followed=status["reached"] == status["target"],
+        success=status["success"],
+        time_s=status["time_s"],
+    )
+    return episode, seen
+
+
+def run_expert(options: Options) -> list[bool]:
+    """Whether the scripted expert succeeds in each of the run's scenes; faster than real time, without pictures."""
+    world = World(render=False)
+    task = Task.parse(options.instruction) if options.instruction else None
+    outcomes = []
+    for seed in options.seeds:
+        scene = sample_scene(seed, split=options.split, task=task)
+        world.reset(scene)
+        reference = Expert(world).plan(world.joint_position_J, None, scene)
+        for command_J in reference.sample(np.arange(TIMESTEP_S, TIME_LIMIT_S + 2 * TIMESTEP_S, TIMESTEP_S)):
+            world.step(command_J)
+            if world.judge.done:
+                break
+        outcomes.append(world.judge.success)
+    return outcomes
+
+
+class StatusLine:
+    """What the terminal shows: one line that renews itself, or, where output is not a terminal, a line per episode."""
+
+    def __init__(self, episodes: int) -> None:
+        self._episodes = episodes
+        self._finished: list[Episode] = []
+        self._live = sys.stdout.isatty()
+        self._figures = ""
+
+    def update(self, instruction: str, seen: Observed) -> None:
+        ticks_ms = [tick["stage_ms"]["total"] for tick in seen.ticks if tick["chunk_index"] is not None]
+        if ticks_ms:
+            tick = percentiles(ticks_ms)
+            self._figures = (
+                f"{rate_hz([seen.chunk_times_s]):4.1f} Hz, tick {tick['p50']:.0f}/{tick['p99']:.0f} ms p50/p99"
+            )
+        if self._live:
+            number = len(self._finished) + 1
+            print(
+                f"\r\x1b[K{self._place(number)} {instruction:<26} {self._figures} | {self._score()}", end="", flush=True
+            )
+
+    def finish(self, episode: Episode) -> None:
+        self._finished.append(episode)
+        outcome = "success" if episode.success else f"reached {episode.reached}" if episode.reached else "time is up"
+        start = "\r\x1b[K" if self._live else ""
+        place = self._place(len(self._finished))
+        print(f"{start}{place} {episode.instruction:<26} {self._figures} | {self._score()} | {outcome}", flush=True)
+
+    def _place(self, number: int) -> str:
+        return f"[{number:>{len(str(self._episodes))}}/{self._episodes}]"
+
+    def _score(self) -> str:
+        return f"success {sum(episode.success for episode in self._finished)}/{len(self._finished)}"
+
+
+@contextmanager
+def recording(driver: Driver, bag: Path) -> Iterator[None]:
+    recorder = Recorder(bag, {topic: kind for topic, (_, kind) in TOPICS.items()})
+    driver.record(recorder.record)
+    try:
+        yield
+    finally:
+        driver.record(None)
+        recorder.close()
+
+
+@contextmanager
+def naming_the_cause(policy: Child) -> Iterator[None]:
+    """Adds what the policy's log says last to an error that does not carry it yet."""
+    try:
+        yield
+    except ChildError:
+        raise
+    except KiVlaError as error:
+        cause = policy.last_error()
+        raise KiVlaError(f"{error}; {policy.log} says: {cause}" if cause else str(error)) from error
+
+
+def clear_results(out: Path) -> None:
+    """Removes an earlier run's results from `out`; raises ConfigurationError rather than remove anything else."""
+    bag = out / "bag"
+    foreign = [path for path in bag.glob("*") if path.name != "metadata.yaml" and path.suffix != ".mcap"]
+    if foreign:
+        raise ConfigurationError(f"--out {out}: {foreign[0]} is not from an earlier demo; choose another folder")
+    if bag.exists():
+        shutil.rmtree(bag)
+    for name in ("summary.json", "index.html", VIDEO):
+        (out / name).unlink(missing_ok=True)
+
+
+def describe(summary: dict[str, Any], out: Path) -> str:
+    """The run in four lines."""
+    tick = summary["tick_ms"]
+    return (
+        f"followed {summary['follow_rate']:.0%} (chance {summary['chance_follow_rate']:.0%}), "
+        f"success {summary['success_rate']:.0%} (scripted expert {summary['expert_success_rate']:.0%})\n"
+        f"{summary['chunk_rate_hz']:.2f} chunks/s, tick p50 {tick['p50']:.1f} ms, p99 {tick['p99']:.1f} ms, "
+        f"{summary['deadline_misses']} deadlines missed, cameras {summary['camera_rate_hz']:.1f} Hz\n"
+        f"see {out / 'index.html'}; play {out / 'bag'} in Foxglove"
+    )
+
+
+def interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 after all episodes, 130 when interrupted, 1 with one message when something was wrong."""
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        options = parse_options(arguments)
+        summary = run(options)
+    except KiVlaError as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; all processes were stopped", file=sys.stderr)
+        return INTERRUPTED
+    print(describe(summary, options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

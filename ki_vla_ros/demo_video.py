@@ -1,0 +1,165 @@
+"""The demo's film, made from the recorded bag after the run: both cameras, instruction, verdict, predicted chunk.
+
+Every image of the scene camera becomes one frame. The newest chunk is drawn into it as the way that the fingertips are
+predicted to take. Legend: H horizon, S side of one picture in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.demo_driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, WRIST_IMAGE
+from ki_vla_ros.demo_recorder import Recorded, open_bag
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.sim.expert import joints_to_tip
+from ki_vla_ros.sim.task import sample_scene
+from ki_vla_ros.sim.world import World
+
+FRAMES_PER_S: Final = 20
+SIDE: Final = 480
+HEADER: Final = 60
+FONT: Final = cv2.FONT_HERSHEY_DUPLEX
+# Colours are blue, green, red.
+INK, PALE, GROUND = (245, 245, 245), (160, 160, 160), (28, 21, 16)
+GOOD, BAD = (110, 200, 80), (110, 90, 235)
+PATH, PATH_EDGE = (40, 150, 255), (20, 20, 20)
+
+Picture = NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class Film:
+    """What is known at one moment of the bag."""
+
+    episodes: int
+    projector: World
+    instruction: str = ""
+    status: dict[str, Any] = field(default_factory=dict)
+    episode: int = 0
+    wrist: Picture | None = None
+    path_HX: NDArray[np.float64] | None = None  # the chunk's tip positions, pixels right and down
+    due_H: NDArray[np.int64] | None = None  # when each is due, ns
+
+    def see(self, recorded: Recorded) -> Picture | None:
+        """Takes in one message; a frame if it was an image of the scene within an episode."""
+        message = recorded.message
+        if recorded.topic == STATUS:
+            status = json.loads(message.data)
+            if status["reset_id"] != self.status.get("reset_id"):
+                self.episode += 1
+                self.path_HX = self.due_H = None
+            self.status = status
+        elif recorded.topic == INSTRUCTION:
+            self.instruction = message.data
+        elif recorded.topic == CHUNK:
+            self._see_chunk(message)
+        elif recorded.topic == f"{WRIST_IMAGE}/compressed":
+            self.wrist = _picture(message)
+        elif self.wrist is not None and self.instruction:
+            stamp = message.header.stamp
+            return self._frame(_picture(message), self.wrist, stamp.sec * NS_PER_S + stamp.nanosec)
+        return None
+
+    def _see_chunk(self, message: Any) -> None:
+        order = [message.joint_names.index(name) for name in self.projector.joints]
+        position_HJ = np.array([point.positions for point in message.points])[:, order]
+        self.path_HX = np.array([self.projector.project("scene", tip) for tip in joints_to_tip(position_HJ)])
+        stamp = message.header.stamp
+        start_ns = stamp.sec * NS_PER_S + stamp.nanosec
+        offsets = [point.time_from_start.sec * NS_PER_S + point.time_from_start.nanosec for point in message.points]
+        self.due_H = start_ns + np.array(offsets)
+
+    def _frame(self, scene: Picture, wrist: Picture, stamp_ns: int) -> Picture:
+        frame = np.empty((HEADER + SIDE, 2 * SIDE, 3), dtype=np.uint8)
+        frame[:HEADER] = GROUND
+        left = frame[HEADER:, :SIDE]
+        left[:] = cv2.resize(scene, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+        frame[HEADER:, SIDE:] = cv2.resize(wrist, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+        if self.path_HX is not None and self.due_H is not None:
+            _draw_path(left, self.path_HX[self.due_H >= stamp_ns])
+        _write(frame, f"{self.episode}/{self.episodes}", (16, 39), 0.6, PALE)
+        _write(frame, self.instruction, (96, 40), 0.8, INK)
+        if self.status.get("done"):
+            self._draw_verdict(frame)
+        for text, x in (("scene camera", 10), ("wrist camera", SIDE + 10)):
+            _write(frame, text, (x, HEADER + SIDE - 12), 0.45, INK)
+        return frame
+
+    def _draw_verdict(self, frame: Picture) -> None:
+        success, reached = self.status["success"], self.status["reached"]
+        if success:
+            corners = np.array([[2 * SIDE - 44, 30], [2 * SIDE - 35, 40], [2 * SIDE - 17, 19]])
+            cv2.polylines(frame, [corners], False, GOOD, 5, cv2.LINE_AA)
+            _write(frame, "success", (2 * SIDE - 160, 39), 0.7, GOOD)
+            return
+        text = "time is up"
+        if reached is not None:
+            wrong = self.status["objects"][reached]
+            text = f"reached the {wrong['colour']} {wrong['shape']}"
+        (width, _), _ = cv2.getTextSize(text, FONT, 0.7, 1)
+        _write(frame, text, (2 * SIDE - 18 - width, 39), 0.7, BAD)
+
+
+def make_video(bag: Path, path: Path, episodes: int) -> int:
+    """Writes the film of `bag` to `path` (H.264 in mp4); returns its number of frames."""
+    av = import_av()
+    projector = World(render_size=SIDE, render=False)
+    projector.reset(sample_scene(0, split="all"))  # cameras have their place only in a world with a scene
+    count = 0
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=FRAMES_PER_S, options={"preset": "veryfast", "crf": "24"})
+        stream.width, stream.height, stream.pix_fmt = 2 * SIDE, HEADER + SIDE, "yuv420p"
+        for picture in frames(bag, Film(episodes, projector)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="bgr24")))
+            count += 1
+        container.mux(stream.encode())
+    return count
+
+
+def frames(bag: Path, film: Film) -> Iterator[Picture]:
+    """The film's pictures, HWC, blue first."""
+    topics = (STATUS, INSTRUCTION, CHUNK, f"{SCENE_IMAGE}/compressed", f"{WRIST_IMAGE}/compressed")
+    with open_bag(bag, topics) as messages:
+        for recorded in messages:
+            if (picture := film.see(recorded)) is not None:
+                yield picture
+
+
+def import_av() -> Any:
+    """The library that encodes films; ConfigurationError where it is not installed."""
+    try:
+        import av
+    except ImportError as error:
+        raise ConfigurationError(
+            f"no video without PyAV ({error}): 'pip install av', or run with --no-video"
+        ) from error
+    return av
+
+
+def _picture(message: Any) -> Picture:
+    picture = cv2.imdecode(np.frombuffer(message.data, dtype=np.uint8), cv2.IMREAD_COLOR)
+    return np.asarray(picture, dtype=np.uint8)
+
+
+def _draw_path(picture: Picture, path_HX: NDArray[np.float64]) -> None:
+    """Thinner and paler the farther ahead; a dark edge keeps it visible on any colour."""
+    shift = 4  # fractional bits of OpenCV's coordinates
+    points = np.round(path_HX * 2**shift).astype(int)
+    for colour, extra in ((PATH_EDGE, 2), (PATH, 0)):
+        cv2.polylines(picture, [points.reshape(-1, 1, 2)], False, colour, 2 + extra, cv2.LINE_AA, shift)
+        for k, (u, v) in enumerate(points):
+            radius = round((4.5 - 2.5 * k / max(1, len(points) - 1) + extra / 2) * 2**shift)
+            cv2.circle(picture, (int(u), int(v)), radius, colour, -1, cv2.LINE_AA, shift)
+
+
+def _write(picture: Picture, text: str, place: tuple[int, int], size: float, colour: tuple[int, int, int]) -> None:
+    cv2.putText(picture, text, place, FONT, size, colour, 1, cv2.LINE_AA)
