@@ -1,8 +1,8 @@
 """The simulated arm as a ROS node: cameras and joint states out, joint trajectories in, in real time.
 
-Two threads. The main thread spins ROS; the simulation thread owns the world and its rendering context (which works only in
-the thread that made it), follows the wall clock and publishes. They share the simulated controller, under a lock, and a
-one-place queue for resets. Legend: H image height, W width, C channel, J joints.
+Two threads. The main thread spins ROS; the simulation thread owns the world and its rendering context (which works only
+in the thread that made it), follows the wall clock and publishes. They share the simulated controller, under a lock, and
+a one-place queue for resets. Legend: H image height, W width, C channel, J joints.
 """
 
 from __future__ import annotations
