@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,7 +55,11 @@ def read_config(folder: Path) -> VLAConfig:
 def load_checkpoint(folder: Path) -> VLA:
     """The model as it was saved."""
     model = VLA(read_config(folder))
-    load_weights(model, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"{folder / WEIGHTS}: expected the weights as safetensors ({error})") from error
+    load_weights(model, weights, str(folder / WEIGHTS))
     return model
 
 

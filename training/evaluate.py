@@ -23,7 +23,6 @@ from torch import Tensor
 from ki_vla_ros.sim.task import Scene, sample_scene
 from ki_vla_ros.sim.world import TIMESTEP_S, World
 from training import losses
-from training.checkpoints import load_progress
 from training.config import load_config
 from training.data.batches import NO_TARGET, Batch
 from training.data.simulated import RENDER_SIZE, render_views, seen_objects
@@ -205,7 +204,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=900_000_000, help="first scene; training uses other numbers")
     arguments = parser.parse_args()
     trainer = Trainer(load_config(arguments.config))
-    load_progress(trainer.config.out, trainer.model, trainer.heads)
+    trainer.load()
     figures = measure(trainer)
     if arguments.episodes:
         figures |= evaluate_closed_loop(trainer, arguments.episodes, arguments.split, arguments.seed)

@@ -16,7 +16,7 @@ from ki_vla_ros.bundle import (
     Provenance,
     StateSpec,
 )
-from ki_vla_ros.sim.world import JOINTS, LOWER_J, UPPER_J
+from ki_vla_ros.sim.world import JOINTS, World
 from training.config import TrainingConfig
 from training.data.simulated import CAMERAS
 from training.stats import ActionSpace
@@ -32,6 +32,7 @@ def describe_policy(
     config: TrainingConfig, space: ActionSpace, *, fingerprint: str, figures: dict[str, float] | None = None
 ) -> PolicySpec:
     """The spec of a run: sizes from its configuration, limits from the arm, normalisation from its data."""
+    arm = World(render=False)
     units = ["m" if name == "gripper" else "rad" for name in JOINTS]
     return PolicySpec(
         name=config.name,
@@ -41,7 +42,7 @@ def describe_policy(
         prompt=PromptSpec(template=DEMO_PROMPT, length=config.prompt_length, max_instruction_chars=80),
         joints=tuple(
             JointSpec(name=name, unit=unit, lower=low, upper=high, max_velocity=MAX_VELOCITY[unit], relative=True)
-            for name, unit, low, high in zip(JOINTS, units, LOWER_J.tolist(), UPPER_J.tolist(), strict=True)
+            for name, unit, low, high in zip(JOINTS, units, arm.lower_J.tolist(), arm.upper_J.tolist(), strict=True)
         ),
         state=StateSpec(encoding="text", low=space.state_low, high=space.state_high),
         action=ActionStats(low=space.action_low, high=space.action_high),

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,19 +25,29 @@ from tqdm import tqdm
 
 from ki_vla_ros.errors import ConfigurationError
 from training import losses
-from training.checkpoints import Progress, load_progress, save_checkpoint, save_progress
+from training.checkpoints import RESUME, load_checkpoint, load_resume, save_checkpoint
 from training.config import Loss, Part, StageConfig, TrainingConfig, load_config
 from training.data.batches import Batch, BatchMaker
 from training.data.language import COMBINATIONS
-from training.data.simulated import CAMERAS, Arrays, ChunkTiming, load_arrays, make_data
+from training.data.simulated import Arrays, ChunkTiming, load_arrays, make_data
 from training.fast_tokenizer import FastTokenizer
 from training.losses import TrainingHeads
 from training.model.vla import VLA, VLAConfig
+from training.parallel import average_gradients, join_group, wait_for_all
 from training.policy_spec import ACTION_PERIOD_S, HORIZON, describe_policy
 from training.stats import ActionSpace
 from training.vocabulary import act_query_ids, build_tokenizer
 
 FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: the next step of a stage. `optimizer` is its state there, None at a stage's beginning."""
+
+    stage: int = 0
+    step: int = 0
+    optimizer: dict[str, Any] | None = None
 
 
 class Trainer:
@@ -46,6 +57,10 @@ class Trainer:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.config = config
+        self.rank, self.processes = join_group()
+        if self.rank == 0:
+            make_data(config.data, chunk_timing(config))
+        wait_for_all()
         self.meta = make_data(config.data, chunk_timing(config))
         self.robot, self.scenes, self.validation = (
             load_arrays(config.data.folder / source) for source in ("robot", "scenes", "validation")
@@ -84,13 +99,16 @@ class Trainer:
         """All stages, each from its checkpoint where there is one; then the policy folder that `training.export` reads."""
         out = self.config.out
         out.mkdir(parents=True, exist_ok=True)
-        progress = load_progress(out, self.model, self.heads)
-        with SummaryWriter(str(out / "tensorboard")) as board:
+        progress = self.load()
+        with SummaryWriter(str(out / "tensorboard" / f"rank{self.rank}")) as board:
             for index, stage in enumerate(self.config.stages):
                 if index >= progress.stage:
                     self.run_stage(index, stage, progress if index == progress.stage else Progress(index), board)
+                if index >= progress.stage and self.rank == 0:
                     self.check_gates(stage, board)
-        self.save_policy(out / "policy")
+        if self.rank == 0:
+            self.save_policy(out / "policy")
+        wait_for_all()
 
     def run_stage(self, index: int, stage: StageConfig, progress: Progress, board: SummaryWriter) -> None:
         """Gradient steps from `progress.step` to the stage's last."""
@@ -98,13 +116,15 @@ class Trainer:
         optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
         if progress.optimizer is not None:
             optimizer.load_state_dict(progress.optimizer)
-        bar = tqdm(range(progress.step, stage.steps), initial=progress.step, total=stage.steps, desc=stage.name, mininterval=5)
+        steps = range(progress.step, stage.steps)
+        bar = tqdm(steps, initial=progress.step, total=stage.steps, desc=stage.name, mininterval=5, disable=self.rank > 0)
         for step in bar:
-            rng = np.random.default_rng([self.config.seed, index, step])
+            rng = np.random.default_rng([self.config.seed, index, step, self.rank])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(stage, step)
             optimizer.zero_grad(set_to_none=True)
             values = self.accumulate_gradients(stage, rng)
+            average_gradients(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"stage {stage.name}, step {step}: gradient norm {norm}; losses {values}")
@@ -114,8 +134,22 @@ class Trainer:
                 for name, value in values.items():
                     board.add_scalar(f"{stage.name}/{name}", value, step)
             if (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
-                save_progress(self.config.out, self.model, self.heads, Progress(index, step + 1, optimizer.state_dict()))
-        save_progress(self.config.out, self.model, self.heads, Progress(index + 1))
+                self.save(Progress(index, step + 1, optimizer.state_dict()))
+        self.save(Progress(index + 1))
+
+    def save(self, progress: Progress) -> None:
+        """All processes hold the same weights; the first one writes them."""
+        if self.rank == 0:
+            save_checkpoint(self.config.out, self.model, resume=vars(progress) | {"heads": self.heads.state_dict()})
+
+    def load(self) -> Progress:
+        """Weights and progress of an earlier run in the same folder; the beginning where there is none."""
+        if not (self.config.out / RESUME).exists():
+            return Progress()
+        state = load_resume(self.config.out)
+        self.model.load_state_dict(load_checkpoint(self.config.out).state_dict())
+        self.heads.load_state_dict(state.pop("heads"))
+        return Progress(**state)
 
     def accumulate_gradients(self, stage: StageConfig, rng: np.random.Generator) -> dict[str, float]:
         """Backward passes of all the stage's losses; their values by name."""
@@ -288,7 +322,7 @@ def backpropagate(found: dict[Loss, Tensor], weights: dict[Loss, float], values:
     chosen = {name: loss for name, loss in found.items() if name in weights}
     torch.stack([weights[name] * loss for name, loss in chosen.items()]).sum().backward()
     for name, loss in chosen.items():
-        values[name] = values.get(name, 0.0) + float(loss)
+        values[name] = values.get(name, 0.0) + float(loss.detach())
 
 
 def take_rows(x_BPD: Tensor, rows_BR: Tensor) -> Tensor:

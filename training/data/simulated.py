@@ -163,8 +163,8 @@ def _plan_rivals(world: World, expert: Expert, scene: Scene, due_s: NDArray[np.f
 
 def _project_objects(world: World, scene: Scene) -> NDArray[np.float32]:
     uv = np.full((MAX_OBJECTS, 2), -1.0, np.float32)
-    for index in range(len(scene.objects)):
-        uv[index] = np.array(world.project("scene", world.object_position(index))) / RENDER_SIZE
+    for index, centre in enumerate(world.object_positions):
+        uv[index] = np.array(world.project("scene", centre)) / RENDER_SIZE
     return uv
 
 
@@ -215,7 +215,7 @@ def make_source(source: str, count: int, config: DataConfig, timing: ChunkTiming
         for block, misses in tqdm(pool.map(_record_many, jobs), total=len(jobs), desc=f"simulate {source}", unit="50"):
             blocks.append(block)
             failed += misses
-    for name in blocks[0]:
+    for name in list(blocks[0]):  # popped as they are written, or everything would lie in memory twice
         np.save(folder / f"{name}.npy", np.concatenate([block.pop(name) for block in blocks]))
     frames = len(np.load(folder / "uv.npy", mmap_mode="r"))
     return {"episodes" if source != "scenes" else "scenes": count, "frames": frames, "expert_failed": failed}

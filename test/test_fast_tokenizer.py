@@ -1,0 +1,96 @@
+"""FAST: round trip within its bound, malformed tokens refused, out-of-range coefficients counted."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from training.fast_tokenizer import FastDecodeError, FastTokenizer, cosine_basis
+
+HORIZON, ACTION_DIM = 16, 7
+
+
+def smooth_chunks(count: int, seed: int = 0) -> NDArray[np.float64]:
+    rng = np.random.default_rng(seed)
+    time = np.linspace(0, 1, HORIZON)[None, :, None]
+    return rng.uniform(-1, 1, (count, 1, ACTION_DIM)) * time ** rng.uniform(1, 3, (count, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def fast() -> FastTokenizer:
+    return FastTokenizer.fit(smooth_chunks(2000), vocab_size=256)
+
+
+def test_basis_is_orthonormal_and_starts_with_the_mean() -> None:
+    basis = cosine_basis(HORIZON)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(HORIZON), atol=1e-12)
+    np.testing.assert_allclose(basis[0], np.full(HORIZON, HORIZON**-0.5))
+
+
+def test_fresh_smooth_chunks_round_trip_within_the_bound_and_compress(fast: FastTokenizer) -> None:
+    chunks = smooth_chunks(200, seed=1)
+    assert fast.count_clamped(chunks) == 0
+    lengths = []
+    for chunk in chunks:
+        ids = fast.encode(chunk)
+        lengths.append(len(ids))
+        assert np.abs(fast.decode(ids) - chunk).max() <= fast.error_bound
+    assert np.mean(lengths) < HORIZON * ACTION_DIM / 3
+    assert fast.vocab_size == 256
+
+
+@given(arrays(np.float64, (HORIZON, ACTION_DIM), elements=st.floats(-0.2, 0.2)))
+def test_any_chunk_in_range_round_trips_within_the_bound(fast: FastTokenizer, chunk: NDArray[np.float64]) -> None:
+    if fast.count_clamped(chunk) == 0:
+        assert np.abs(fast.decode(fast.encode(chunk)) - chunk).max() <= fast.error_bound + 1e-9
+
+
+def test_lowest_frequencies_come_first() -> None:
+    """Without merges (vocabulary = alphabet) id i belongs to frequency i // A, dimension i % A."""
+    chunks = smooth_chunks(50)
+    rounded = np.rint(10 * (cosine_basis(HORIZON) @ chunks))
+    fast = FastTokenizer.fit(chunks, vocab_size=int(rounded.max() - rounded.min()) + 1)
+    assert len(fast.encode(chunks[0])) == HORIZON * ACTION_DIM
+    constant = np.zeros((HORIZON, ACTION_DIM))
+    constant[:, 2] = 0.5
+    ids, still = np.array(fast.encode(constant)), np.array(fast.encode(np.zeros((HORIZON, ACTION_DIM))))
+    assert np.flatnonzero(ids != still).tolist() == [2]
+
+
+def test_coefficients_outside_the_range_are_clamped_and_counted(fast: FastTokenizer) -> None:
+    huge = np.full((HORIZON, ACTION_DIM), 40.0)
+    assert fast.count_clamped(huge) == ACTION_DIM
+    assert np.abs(fast.decode(fast.encode(huge))).max() < 40.0
+
+
+def test_malformed_ids_are_errors(fast: FastTokenizer) -> None:
+    ids = fast.encode(smooth_chunks(1)[0])
+    with pytest.raises(FastDecodeError, match="coefficients, expected 16 x 7"):
+        fast.decode(ids[:-1])
+    with pytest.raises(FastDecodeError, match="expected 16 x 7"):
+        fast.decode([*ids, ids[-1]])
+    with pytest.raises(FastDecodeError, match=f"id {fast.vocab_size} at position 1"):
+        fast.decode([ids[0], fast.vocab_size])
+    with pytest.raises(FastDecodeError, match="id -1 at position 0"):
+        fast.decode([-1])
+
+
+def test_bad_chunks_and_too_small_vocabularies_are_refused(fast: FastTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"expected finite chunks of shape \(16, 7\), got \(15, 7\)"):
+        fast.encode(np.zeros((15, 7)))
+    with pytest.raises(ValueError, match="expected finite chunks"):
+        fast.encode(np.full((16, 7), np.nan))
+    with pytest.raises(ValueError, match="symbols, but the vocabulary has 4"):
+        FastTokenizer.fit(smooth_chunks(100), vocab_size=4)
+
+
+def test_saved_tokenizer_is_the_same(fast: FastTokenizer, tmp_path: Path) -> None:
+    fast.save(tmp_path / "fast.json")
+    again = FastTokenizer.load(tmp_path / "fast.json")
+    chunk = smooth_chunks(1, seed=5)[0]
+    assert again.encode(chunk) == fast.encode(chunk)
+    assert (again.lowest, again.highest, again.scale) == (fast.lowest, fast.highest, fast.scale)

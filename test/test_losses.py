@@ -1,0 +1,108 @@
+"""Each loss against a slow, obvious computation of the same."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from training import losses
+from training.data.batches import NO_TARGET
+from training.losses import TrainingHeads
+
+GENERATOR = torch.Generator
+
+
+def heads(levels: int = 5) -> TrainingHeads:
+    torch.manual_seed(0)
+    return TrainingHeads(vision_width=6, width=8, kinds=4, frequencies=2, action_dim=3, levels=levels)
+
+
+def test_postfix_loss_counts_only_unpadded_tokens() -> None:
+    torch.manual_seed(0)
+    logits, postfix = torch.randn(2, 3, 7), torch.tensor([[1, 2, 3], [4, 0, 0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    log_p = logits.log_softmax(-1)
+    by_hand = -(log_p[0, 0, 1] + log_p[0, 1, 2] + log_p[0, 2, 3] + log_p[1, 0, 4]) / 4
+    torch.testing.assert_close(losses.predict_postfix(logits, postfix, mask), by_hand)
+
+
+def test_next_token_hidden_starts_at_each_samples_own_last_prompt_token() -> None:
+    prefix, postfix = torch.arange(24.0).reshape(2, 4, 3), 100 + torch.arange(12.0).reshape(2, 2, 3)
+    hidden = losses.next_token_hidden(prefix, torch.tensor([3, 1]), postfix)
+    assert torch.equal(hidden[0], torch.stack([prefix[0, 3], postfix[0, 0]]))
+    assert torch.equal(hidden[1], torch.stack([prefix[1, 1], postfix[1, 0]]))
+
+
+def test_pointing_rewards_the_targets_cell_and_skips_samples_without_one() -> None:
+    scores = torch.zeros(3, 2, 4, requires_grad=True)
+    loss = losses.point_at_target(scores, torch.tensor([2, NO_TARGET, 0]))
+    assert float(loss.detach()) == pytest.approx(math.log(4))
+    loss.backward()
+    assert scores.grad is not None
+    assert torch.equal(scores.grad[1], torch.zeros(2, 4))
+    assert (scores.grad[0, :, 2] < 0).all() and (scores.grad[2, :, 0] < 0).all()
+    nothing = losses.point_at_target(scores, torch.full((3,), NO_TARGET))
+    assert float(nothing.detach()) == 0.0
+
+
+def test_readout_is_lowest_where_the_distributions_mean_is_the_coefficient() -> None:
+    module = heads()
+    hidden, target = torch.zeros(1, 2, 8), torch.tensor([[[-1.75, 0.0, 1.5], [2.0, -2.0, 0.1]]])
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    for _ in range(400):
+        optimizer.zero_grad()
+        losses.read_out(module, hidden, target, lowest=-2).backward()
+        optimizer.step()
+    torch.testing.assert_close(losses.expect_readout(module, hidden, lowest=-2), target, atol=0.02, rtol=0)
+
+
+def test_readout_gradient_pulls_towards_both_neighbours_in_proportion() -> None:
+    module = heads()
+    with torch.no_grad():
+        for head in module.readout:
+            head.weight.zero_()
+            head.bias.zero_()
+    losses.read_out(module, torch.zeros(1, 2, 8), torch.full((1, 2, 3), 0.25), lowest=-2).backward()
+    gradient = module.readout[0].bias.grad.reshape(3, 5)[0] * 2 * 3  # undo the means over frequencies and joints
+    np.testing.assert_allclose(gradient.numpy(), 0.2 - np.array([0, 0, 0.75, 0.25, 0]), atol=1e-6)
+
+
+def test_flow_time_follows_beta_and_the_prefix_is_clean() -> None:
+    time, learned = losses.draw_flow_time(20_000, 6, 2, GENERATOR().manual_seed(0))
+    assert torch.equal(time > 0, learned)
+    prefix = (~learned).sum(dim=1)
+    assert set(prefix.tolist()) == {0, 1, 2}
+    assert learned[:, 2:].all()
+    drawn = time[:, -1]
+    # Beta(1.5, 1) has mean 0.6 and variance 0.6857 * ... = 3 / 43.75
+    assert float(drawn.mean()) == pytest.approx(0.999 * 0.6 + 0.001, abs=0.01)
+    assert float(drawn.var()) == pytest.approx(1.5 / (2.5**2 * 3.5), abs=0.005)
+    assert 0.001 <= float(drawn.min()) and float(drawn.max()) <= 1.0
+    assert (time.max(dim=1).values == time[:, -1]).all()
+
+
+def test_flow_mix_and_target_belong_together() -> None:
+    torch.manual_seed(0)
+    action, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    time = torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.25, 0.25]])
+    x_t, velocity = losses.mix_flow(action, noise, time)
+    torch.testing.assert_close(x_t[0, 0], action[0, 0])
+    torch.testing.assert_close(x_t[0, 2], noise[0, 2])
+    torch.testing.assert_close(x_t - time[..., None] * velocity, action)  # one exact Euler step leads to the action
+
+
+def test_flow_loss_leaves_the_prefix_out() -> None:
+    velocity, target = torch.ones(1, 3, 2), torch.zeros(1, 3, 2)
+    velocity[0, 0] = 100.0
+    assert float(losses.match_flow(velocity, target, torch.tensor([[False, True, True]]))) == 1.0
+
+
+def test_background_cells_weigh_a_tenth() -> None:
+    module = heads()
+    with torch.no_grad():
+        module.cells.weight.zero_()
+        module.cells.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    log_p = module.cells.bias.log_softmax(0)
+    loss = losses.name_cells(module, torch.zeros(1, 2, 6), torch.tensor([[0, 3]]))
+    assert float(loss.detach()) == pytest.approx(float(-(log_p[0] + 0.1 * log_p[3]).detach() / 1.1))

@@ -1,0 +1,42 @@
+"""Data parallelism over processes: `torchrun --nproc-per-node N -m training.train ...`. One process alone needs nothing of it.
+
+Each process draws its own samples; gradients are averaged, so N processes are one with an N times larger batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def join_group() -> tuple[int, int]:
+    """(rank, number of processes); connects to the others when torchrun started this process."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and not dist.is_initialized():
+        # Rank 0 alone simulates data and measures figures while the others wait for it.
+        dist.init_process_group("gloo", timeout=timedelta(hours=2))
+    return (dist.get_rank(), size) if size > 1 else (0, 1)
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes, in one message. A parameter without gradient stays so everywhere."""
+    if not dist.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    offset = 0
+    for gradient in gradients:
+        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+        offset += gradient.numel()
