@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 # Fast DDS takes its ports from the domain id; above 101 they reach into the range that Linux hands out to other sockets.
-_DOMAINS = range(1, 101)
+_DOMAINS = 100
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_own_domains = itertools.cycle(_DOMAINS[_worker % _workers :: _workers])
+_run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()  # another run on this machine starts elsewhere
+_own_domains = itertools.cycle([1 + (_run + i) % _DOMAINS for i in range(_worker, _DOMAINS, _workers)])
 
 # For tests that start ROS without the fixture, and for whatever they start; a domain must never be the user's.
 os.environ["ROS_DOMAIN_ID"] = str(next(_own_domains))
