@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,7 +215,7 @@ def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
         raise BundleError(
             f"{path}: expected no truncation and no padding of its own, got {tokenizer.truncation or tokenizer.padding}"
         )
-    for token in (PAD_TOKEN, UNKNOWN_TOKEN):
+    for token in (PAD_TOKEN, UNKNOWN_TOKEN, *re.findall(r"<[^<>\s]+>", prompt.template)):
         if tokenizer.token_to_id(token) is None:
             raise BundleError(f"{path}: expected the token {token} in the vocabulary, got none")
     word, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])

@@ -75,7 +75,7 @@ class OnnxEngine:
             wanted, got = ("a state token", "none") if expected else ("none, the prompt has it as text", "one")
             raise EngineError(f"{EXPERT}: state: expected {wanted}, got {got}")
         self._run(EXPERT, inputs)
-        velocity_HA: NDArray[np.float32] = self._buffers["velocity"].numpy()
+        velocity_HA: NDArray[np.float32] = self._buffers["velocity"].numpy().copy()  # numpy() only views it on a CPU
         if not np.all(np.isfinite(velocity_HA)):
             raise EngineError(
                 f"{EXPERT}: expected finite velocities, got NaN or infinity; is an input or the bundle damaged?"
