@@ -72,29 +72,26 @@ def load_resume(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(model: VLA, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copies weights by our names; refuses to load a part of them."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    complain(
-        source,
-        missing=sorted(expected.keys() - got.keys()),
-        unknown=sorted(got.keys() - expected.keys()),
-        misshapen=[
-            f"{name}: expected {list(expected[name])}, got {list(got[name])}"
-            for name in sorted(expected.keys() & got.keys())
-            if expected[name] != got[name]
+def load_weights(
+    model: VLA, weights: Mapping[str, Tensor], source: str, names: Mapping[str, str] | None = None
+) -> None:
+    """Copies weights and refuses to load a part of them. `names`: what the file calls each of our weights."""
+    ours = model.state_dict()
+    names = {name: name for name in ours} if names is None else names
+    pairs = [(names[name], name) for name in ours]
+    faults = {
+        "missing": [key for key, _ in pairs if key not in weights],
+        "unknown": sorted(weights.keys() - names.values()),
+        "misshapen": [
+            f"{key}: expected {list(ours[name].shape)}, got {list(weights[key].shape)}"
+            for key, name in pairs
+            if key in weights and weights[key].shape != ours[name].shape
         ],
-    )
-    model.load_state_dict(dict(weights))
-
-
-def complain(source: str, **faults: list[str]) -> None:
-    """Raises one error that lists every fault, each kind at most ten times."""
+    }
     lines = [
-        f"  {len(names)} {kind}: " + "; ".join(names[:10]) + ("; ..." if len(names) > 10 else "")
-        for kind, names in faults.items()
-        if names
+        f"  {len(keys)} {fault}: " + "; ".join(keys[:10]) + ("; ..." if len(keys) > 10 else "")
+        for fault, keys in faults.items()
+        if keys
     ]
     if lines:
         raise ConfigurationError(
@@ -102,58 +99,56 @@ def complain(source: str, **faults: list[str]) -> None:
             + "\n".join(lines)
             + "\ncheck the model's sizes against the file"
         )
+    model.load_state_dict({name: weights[key] for key, name in pairs})
 
 
-BACKBONE = "paligemma_with_expert.paligemma"
-VISION = f"{BACKBONE}.model.vision_tower.vision_model"
-LANGUAGE = f"{BACKBONE}.model.language_model"
-EXPERT = "paligemma_with_expert.gemma_expert"
-
+PALIGEMMA = "paligemma_with_expert.paligemma"
+VISION = f"{PALIGEMMA}.model.vision_tower.vision_model"
+OPENPI_STEMS = {"backbone": f"{PALIGEMMA}.model.language_model", "expert": "paligemma_with_expert.gemma_expert.model"}
 OPENPI_NAMES = {
-    rf"{VISION}\.embeddings\.patch_embedding": "vision.stem",
-    rf"{VISION}\.embeddings\.position_embedding": "vision.position",
-    rf"{VISION}\.post_layernorm": "vision.norm",
-    rf"{VISION}\.encoder\.layers\.(\d+)\.layer_norm(\d)": r"vision.layers.\1.norm\2",
-    rf"{VISION}\.encoder\.layers\.(\d+)\.self_attn\.out_proj": r"vision.layers.\1.out",
-    rf"{VISION}\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj": r"vision.layers.\1.\2",
-    rf"{VISION}\.encoder\.layers\.(\d+)\.mlp\.fc1": r"vision.layers.\1.up",
-    rf"{VISION}\.encoder\.layers\.(\d+)\.mlp\.fc2": r"vision.layers.\1.down",
-    rf"{BACKBONE}\.model\.multi_modal_projector\.linear": "projector",
-    rf"{BACKBONE}\.lm_head": "backbone.embedding",
-    r"action_(in|out)_proj": r"action_\1",
-    r"time_mlp_(in|out)": r"expert.time_\1",
+    r"vision\.stem": rf"{VISION}.embeddings.patch_embedding",
+    r"vision\.position": rf"{VISION}.embeddings.position_embedding",
+    r"vision\.norm": rf"{VISION}.post_layernorm",
+    r"vision\.layers\.(\d+)\.norm(\d)": rf"{VISION}.encoder.layers.\1.layer_norm\2",
+    r"vision\.layers\.(\d+)\.([qkv]|out)": rf"{VISION}.encoder.layers.\1.self_attn.\2_proj",
+    r"vision\.layers\.(\d+)\.up": rf"{VISION}.encoder.layers.\1.mlp.fc1",
+    r"vision\.layers\.(\d+)\.down": rf"{VISION}.encoder.layers.\1.mlp.fc2",
+    r"projector": rf"{PALIGEMMA}.model.multi_modal_projector.linear",
+    r"backbone\.embedding": rf"{PALIGEMMA}.lm_head",
+    r"action_(in|out)": r"action_\1_proj",
+    r"expert\.time_(in|out)": r"time_mlp_\1",
 }
-"""openpi's module -> ours; the parameter's own name (weight, bias) follows both."""
-for _theirs, _ours in ((LANGUAGE, "backbone"), (rf"{EXPERT}\.model", "expert")):
+"""Our module -> openpi's; the parameter's own name (weight, bias) follows both."""
+for _ours, _theirs in OPENPI_STEMS.items():
     OPENPI_NAMES |= {
-        rf"{_theirs}\.norm": f"{_ours}.norm",
-        rf"{_theirs}\.layers\.(\d+)\.input_layernorm": rf"{_ours}.layers.\1.norm1",
-        rf"{_theirs}\.layers\.(\d+)\.post_attention_layernorm": rf"{_ours}.layers.\1.norm2",
-        rf"{_theirs}\.layers\.(\d+)\.self_attn\.o_proj": rf"{_ours}.layers.\1.attention.out",
-        rf"{_theirs}\.layers\.(\d+)\.self_attn\.([qkv])_proj": rf"{_ours}.layers.\1.attention.\2",
-        rf"{_theirs}\.layers\.(\d+)\.mlp\.(gate|up|down)_proj": rf"{_ours}.layers.\1.mlp.\2",
+        rf"{_ours}\.norm": rf"{_theirs}.norm",
+        rf"{_ours}\.layers\.(\d+)\.norm1": rf"{_theirs}.layers.\1.input_layernorm",
+        rf"{_ours}\.layers\.(\d+)\.norm2": rf"{_theirs}.layers.\1.post_attention_layernorm",
+        rf"{_ours}\.layers\.(\d+)\.attention\.out": rf"{_theirs}.layers.\1.self_attn.o_proj",
+        rf"{_ours}\.layers\.(\d+)\.attention\.([qkv])": rf"{_theirs}.layers.\1.self_attn.\2_proj",
+        rf"{_ours}\.layers\.(\d+)\.mlp\.(gate|up|down)": rf"{_theirs}.layers.\1.mlp.\2_proj",
     }
 
 
-def translate(key: str) -> str | None:
-    """Our name for one of openpi's keys, or None for a key this model does not know."""
-    for pattern, ours in OPENPI_NAMES.items():
-        match = re.fullmatch(rf"{pattern}((?:\.dense)?\.(?:weight|bias))", key)
+def openpi_name(name: str) -> str:
+    """What openpi's pi0.5 calls one of our weights."""
+    for ours, theirs in OPENPI_NAMES.items():
+        match = re.fullmatch(rf"{ours}(?P<parameter>(?:\.dense)?\.(?:weight|bias))", name)
         if match:
-            return match.expand(ours) + match[match.lastindex or 0]
-    return None
+            return match.expand(theirs) + match["parameter"]
+    raise ConfigurationError(
+        f"model: pi0.5 has no counterpart of {name}; to import its weights use stem 'patch' and no state_dim"
+    )
 
 
 def import_openpi(model: VLA, weights: Mapping[str, Tensor], source: str) -> None:
-    """Loads pi0.5 weights (PaliGemma and action expert) from openpi's PyTorch naming, LeRobot's `model.` prefix allowed.
+    """Loads pi0.5 weights (PaliGemma and expert) by openpi's PyTorch names; LeRobot's prefix `model.` is allowed.
 
     The token table is tied to `lm_head`; a file may hold either or both. The expert's own `lm_head` is never used.
     """
     theirs = {key.removeprefix("model."): tensor for key, tensor in weights.items()}
-    theirs.pop(f"{EXPERT}.lm_head.weight", None)
-    table = theirs.pop(f"{LANGUAGE}.embed_tokens.weight", None)
+    theirs.pop("paligemma_with_expert.gemma_expert.lm_head.weight", None)
+    table = theirs.pop(f"{OPENPI_STEMS['backbone']}.embed_tokens.weight", None)
     if table is not None:
-        theirs.setdefault(f"{BACKBONE}.lm_head.weight", table)
-    names = {key: translate(key) for key in theirs}
-    complain(source, unknown=sorted(key for key, name in names.items() if name is None))
-    load_weights(model, {name: theirs[key].float() for key, name in names.items() if name is not None}, source)
+        theirs.setdefault(f"{PALIGEMMA}.lm_head.weight", table)
+    load_weights(model, theirs, source, {name: openpi_name(name) for name in model.state_dict()})

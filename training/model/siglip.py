@@ -66,8 +66,8 @@ def conv_stem(config: VisionConfig) -> nn.Module:
     channels = [3] + [config.width >> shift for shift in reversed(range(len(strides)))]
     layers: list[nn.Module] = []
     for (before, after), stride in zip(pairwise(channels), strides, strict=True):
-        kernel = max(3, stride)
-        layers += [nn.Conv2d(before, after, kernel, stride, padding=(kernel - stride + 1) // 2), nn.GELU("tanh")]
+        kernel = stride + 1 + stride % 2  # odd, and always wider than the stride
+        layers += [nn.Conv2d(before, after, kernel, stride, padding=1), nn.GELU("tanh")]
     return nn.Sequential(*layers[:-1])
 
 
