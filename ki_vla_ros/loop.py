@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ki_vla_ros.chunking import AsynchronousExecutor, Reach
 from ki_vla_ros.diagnostics import Diagnostics, Stopwatch
-from ki_vla_ros.errors import InstructionError, KiVlaError, StaleInput
+from ki_vla_ros.errors import InstructionError, KiVlaError, SafetyRefusal, StaleInput
 from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.pacing import Pacer
 from ki_vla_ros.policy import Policy
@@ -182,15 +182,17 @@ class PolicyLoop:
     def _hold(self, settings: Settings) -> None:
         """Ends a running chunk at the measured position, or, when that is not known, where the chunk is by now."""
         now_ns = self._wire.now_ns()
-        position_J = self._executor.commanded_J(now_ns)
+        commanded_J = self._executor.commanded_J(now_ns)
         self._executor.stop()
-        if position_J is None:
+        if commanded_J is None:
             return  # nothing of ours moves the arm
         try:
-            position_J = self._buffer.measured(now_ns, _ns(settings.max_age_s))
-        except StaleInput as refusal:
+            measured_J = self._buffer.measured(now_ns, _ns(settings.max_age_s))
+            command = self._gate.hold(measured_J, now_ns, _ns(settings.hold_s))
+        except (StaleInput, SafetyRefusal) as refusal:
             self._wire.log(f"hold: at the commanded position, because {refusal}", "hold")
-        self._wire.send_command(self._gate.hold(position_J, now_ns, _ns(settings.hold_s)), now_ns)
+            command = self._gate.hold(commanded_J, now_ns, _ns(settings.hold_s))
+        self._wire.send_command(command, now_ns)
 
 
 def _ns(duration_s: float) -> int:

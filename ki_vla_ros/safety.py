@@ -75,8 +75,7 @@ class SafetyGate:
 
     def hold(self, position_J: NDArray[np.float64], now_ns: int, hold_ns: int) -> ActionChunk:
         """At rest at `position_J` (clipped to the limits) `hold_ns` from now, or as long as the way there needs."""
-        if position_J.shape != self._lower_J.shape or not np.all(np.isfinite(position_J)):
-            raise SafetyRefusal(f"hold: expected {len(self._names)} finite positions, got {position_J.tolist()}")
+        self._check_measured(position_J)
         target_J = np.clip(position_J, self._lower_J, self._upper_J)
         way_ns = int(np.ceil(np.max(np.abs(target_J - position_J) / self.speed_J) * NS_PER_S))
         return ActionChunk(
@@ -103,10 +102,12 @@ class SafetyGate:
                 raise SafetyRefusal(
                     f"joint {self._names[j]!r}: {what} of action {k} is {value_HJ[k, j]}, expected a number"
                 )
-        if measured_J.shape != self._lower_J.shape or not np.all(np.isfinite(measured_J)):
+        for k, j in np.argwhere(np.abs(chunk.velocity_HJ) > self.speed_J * self._limits.max_slowdown)[:1]:
             raise SafetyRefusal(
-                f"measured state: expected {len(self._names)} finite positions, got {measured_J.tolist()}"
+                f"joint {self._names[j]!r}: velocity of action {k} is {chunk.velocity_HJ[k, j]:.4g}, limit "
+                f"{self.speed_J[j]:.4g} per second, too fast for limits.max_slowdown"
             )
+        self._check_measured(measured_J)
         if chunk.period_ns <= 0 or chunk.due_ns(0) <= now_ns:
             raise SafetyRefusal(
                 f"chunk: first action is due {(now_ns - chunk.due_ns(0)) / 1e6:.1f} ms ago, expected one in the future"
@@ -117,6 +118,18 @@ class SafetyGate:
                 f"chunk: its observation is {age_ns / 1e6:.0f} ms old, limit {self._limits.max_chunk_age_s * 1e3:.0f} "
                 "ms "
                 "(limits.max_chunk_age_s); inference takes too long"
+            )
+
+    def _check_measured(self, position_J: NDArray[np.float64]) -> None:
+        if position_J.shape != self._lower_J.shape:
+            raise SafetyRefusal(f"measured state: expected {len(self._names)} positions, got {list(position_J.shape)}")
+        range_J = self._upper_J - self._lower_J
+        plausible_J = (position_J >= self._lower_J - range_J) & (position_J <= self._upper_J + range_J)  # not for NaN
+        for j in np.flatnonzero(~plausible_J)[:1]:
+            joint = self._joints[j]
+            raise SafetyRefusal(
+                f"joint {joint.name!r}: measured at {position_J[j]:.4g} {joint.unit}, farther outside its limits "
+                f"{joint.lower:.4f} to {joint.upper:.4f} than these lie apart; is it published in {joint.unit}?"
             )
 
     def _clamp_positions(self, chunk: ActionChunk, corrections: list[str]) -> ActionChunk:
