@@ -3,8 +3,19 @@
 import numpy as np
 import pytest
 
-from training.data.language import COMBINATIONS, QUESTIONS, SeenObject, ask_caption, ask_colour, ask_count, ask_presence
-from training.data.language import ask_what, ask_where, draw_sample, location_text
+from training.data.language import (
+    COMBINATIONS,
+    QUESTIONS,
+    SeenObject,
+    ask_caption,
+    ask_colour,
+    ask_count,
+    ask_presence,
+    ask_what,
+    ask_where,
+    draw_sample,
+    location_text,
+)
 from training.vocabulary import build_tokenizer
 
 OBJECTS = [

@@ -58,7 +58,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def configure(settings: dict[str, Any], **changes: Any) -> TrainingConfig:
-    return TrainingConfig.model_validate(settings | {key: str(v) if isinstance(v, Path) else v for key, v in changes.items()})
+    return TrainingConfig.model_validate(
+        settings | {key: str(v) if isinstance(v, Path) else v for key, v in changes.items()}
+    )
 
 
 def weights(trainer: Trainer, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -168,7 +170,9 @@ def test_closed_loop_reports_rates(settings: dict[str, Any]) -> None:
     assert figures["seconds"] <= 8.1
 
 
-def test_data_are_reproducible_and_never_command_held_out_combinations(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_data_are_reproducible_and_never_command_held_out_combinations(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     config = configure(settings)
     meta = make_data(config.data, chunk_timing(config))
     again = make_data(config.data.model_copy(update={"folder": tmp_path}), chunk_timing(config))
@@ -203,7 +207,7 @@ def test_prefix_delay_reaches_the_loss() -> None:
 
 def test_bad_configurations_name_file_key_and_fault(tmp_path: Path, settings: dict[str, Any]) -> None:
     path = tmp_path / "bad.yaml"
-    with pytest.raises(ConfigurationError, match="expected a YAML file at .*bad.yaml, found none"):
+    with pytest.raises(ConfigurationError, match=r"expected a YAML file at .*bad\.yaml, found none"):
         load_config(path)
     path.write_text("a: [")
     with pytest.raises(ConfigurationError, match="not YAML"):

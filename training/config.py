@@ -41,8 +41,9 @@ class ModelConfig(Strict):
 class StageConfig(Strict):
     """One stretch of training: which losses count, which parts learn, for how long.
 
-    `text` and `pointing` on vision-language samples are drawn with `scene_batch`, the robot's losses with `robot_batch`;
-    a batch of 0 leaves that source out. `gates` are figures of `training.evaluate.measure` that must be reached to go on.
+    `text` and `pointing` on vision-language samples are drawn with `scene_batch`, the robot's losses with
+    `robot_batch`; a batch of 0 leaves that source out. `gates` are figures of `training.evaluate.measure` that must be
+    reached to go on.
     """
 
     name: str
@@ -79,7 +80,9 @@ class TrainingConfig(Strict):
     fast_vocabulary: Positive = 512
     fast_scale: float = 10.0
     prompt_length: Positive
-    readout_frequencies: Positive = Field(description="lowest DCT frequencies that the learned prompt tokens name; one token each")
+    readout_frequencies: Positive = Field(
+        description="lowest DCT frequencies that the learned prompt tokens name; one token each"
+    )
     probe_layer: int = Field(description="backbone layer whose attention learns to point")
     probe_head: int = 0
     max_prefix_delay: int = Field(description="largest clean chunk prefix (actions) that training conditions on")
@@ -95,5 +98,7 @@ def load_config(path: Path) -> TrainingConfig:
     except yaml.YAMLError as error:
         raise ConfigurationError(f"training configuration {path}: not YAML: {error}") from None
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors()
+        )
         raise ConfigurationError(f"training configuration {path}: {faults}") from None

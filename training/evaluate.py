@@ -2,9 +2,9 @@
 
     python -m training.evaluate config/training/demo.yaml --episodes 100
 
-The closed loop here runs without ROS, in simulated time, with a fixed delay between observation and first command; the demo
-measures the same over real topics. "follow" offline: among the expert's chunks towards every object of the scene, the predicted one lies nearest
-to that towards the instructed object.
+The closed loop here runs without ROS, in simulated time, with a fixed delay between observation and first command; the
+demo measures the same over real topics. "follow" offline: among the expert's chunks towards every object of the scene,
+the predicted one lies nearest to that towards the instructed object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ki_vla_ros.sim.task import Scene, sample_scene
 from ki_vla_ros.sim.world import TIMESTEP_S, World
@@ -28,7 +27,6 @@ from training.data.batches import NO_TARGET, Batch
 from training.data.simulated import RENDER_SIZE, render_views, seen_objects
 from training.fast_tokenizer import FastDecodeError, cosine_basis
 from training.policy_spec import ACTION_PERIOD_S, FLOW_STEPS, HORIZON
-from training.vocabulary import EOS_TOKEN, token_id
 
 if TYPE_CHECKING:
     from training.train import Trainer
@@ -41,8 +39,9 @@ POLICY_PERIOD_S = 0.1
 def measure(trainer: Trainer) -> dict[str, float]:
     """Offline figures, all on held-out combinations; rates in 0..1, `*_error` in rad (mean over joints and steps).
 
-    `pointing`: the probe head's strongest scene cell lies nearest to the instructed object. `*_follow`: see the module's docstring, by the
-    expert (`flow`), the readout tokens (`readout`) and greedy FAST decoding (`fast`); malformed FAST counts as a miss.
+    `pointing`: the probe head's strongest scene cell lies nearest to the instructed object. `*_follow`: see the
+    module's docstring, by the expert (`flow`), the readout tokens (`readout`) and greedy FAST decoding (`fast`);
+    malformed FAST counts as a miss.
     """
     frames = np.linspace(0, len(trainer.validation["state"]) - 1, FRAMES).astype(np.int64)
     rng = np.random.default_rng(0)
@@ -57,8 +56,12 @@ def measure(trainer: Trainer) -> dict[str, float]:
             chunk = trainer.space.unnormalize_chunk(action, state)
             rivals = trainer.validation["rivals"][chosen]
             distance = np.nan_to_num(np.abs(rivals - chunk[:, None]).mean(axis=(2, 3)), nan=np.inf)
-            hits.setdefault(f"{name}_follow", []).append(distance.argmin(axis=1) == trainer.validation["target"][chosen])
-            errors.setdefault(f"{name}_error", []).append(np.abs(trainer.validation["chunk"][chosen] - chunk).mean(axis=(1, 2)))
+            hits.setdefault(f"{name}_follow", []).append(
+                distance.argmin(axis=1) == trainer.validation["target"][chosen]
+            )
+            errors.setdefault(f"{name}_error", []).append(
+                np.abs(trainer.validation["chunk"][chosen] - chunk).mean(axis=(1, 2))
+            )
     return {name: float(np.nanmean(np.concatenate(values))) for name, values in (hits | errors).items()}
 
 
@@ -91,7 +94,9 @@ def _predict(trainer: Trainer, batch: Batch) -> Iterator[tuple[str, NDArray[np.f
     hidden = model.backbone.norm(output.prefix_by_layer[-2]).gather(
         1, trainer.query_rows(batch)[:, :, None].expand(-1, -1, model.config.backbone.width)
     )
-    coefficients = losses.expect_readout(trainer.heads, hidden, trainer.fast.lowest).double().numpy() / trainer.fast.scale
+    coefficients = (
+        losses.expect_readout(trainer.heads, hidden, trainer.fast.lowest).double().numpy() / trainer.fast.scale
+    )
     basis = cosine_basis(HORIZON)[: coefficients.shape[1]]
     yield "readout", np.einsum("kh,bka->bha", basis, coefficients)
     yield "fast", decode_greedily(trainer, batch)
@@ -133,7 +138,10 @@ def decode_greedily(trainer: Trainer, batch: Batch, longest: int = 60) -> NDArra
 
 
 class ClosedLoop:
-    """A policy driving the simulated arm in simulated time: asynchronous chunks, a constant delay, consumed actions dropped."""
+    """A policy driving the simulated arm in simulated time:
+
+    asynchronous chunks, a constant delay, consumed actions dropped.
+    """
 
     def __init__(self, trainer: Trainer, delay_s: float = 0.05, noise_seed: int = 0) -> None:
         self.trainer, self.delay_s, self.noise_seed = trainer, delay_s, noise_seed
@@ -163,9 +171,15 @@ class ClosedLoop:
     def infer(self, scene: Scene, tick: int) -> NDArray[np.float64]:
         """The chunk [H, J] for what is seen now."""
         trainer, state_J = self.trainer, self.world.joint_position_J.astype(np.float64)
-        batch = trainer.maker.look(render_views(self.world, trainer.config.model.vision.image_size), scene.task.instruction, state_J)
+        batch = trainer.maker.look(
+            render_views(self.world, trainer.config.model.vision.image_size), scene.task.instruction, state_J
+        )
         cache = trainer.model.prefill(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
-        noise = np.random.default_rng((self.noise_seed, tick)).standard_normal((1, HORIZON, len(state_J))).astype(np.float32)
+        noise = (
+            np.random.default_rng((self.noise_seed, tick))
+            .standard_normal((1, HORIZON, len(state_J)))
+            .astype(np.float32)
+        )
         action = trainer.model.sample_actions(cache, torch.from_numpy(noise), FLOW_STEPS)[0].double().numpy()
         return trainer.space.unnormalize_chunk(action, state_J)
 

@@ -1,8 +1,8 @@
 """FAST action tokens (arXiv 2501.09747): cosine transform, rounding, byte-pair encoding.
 
-Legend: N chunks, H horizon, A action dim. A chunk in about [-1, 1] becomes H x A integer coefficients, lowest frequency of all
-dimensions first, and then a short sequence of ids in [0, vocab_size). Ids are FAST's own; `training.vocabulary` places them in the
-language model's vocabulary, apart from the location tokens.
+Legend: N chunks, H horizon, A action dim. A chunk in about [-1, 1] becomes H x A integer coefficients, lowest frequency
+of all dimensions first, and then a short sequence of ids in [0, vocab_size). Ids are FAST's own; `training.vocabulary`
+places them in the language model's vocabulary, apart from the location tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-FIRST_CHARACTER = 0x4E00  # a long run of assigned letters: any coefficient range fits, none is a space or a control code
+FIRST_CHARACTER = (
+    0x4E00  # a long run of assigned letters: any coefficient range fits, none is a space or a control code
+)
 
 
 class FastDecodeError(ValueError):
@@ -26,7 +28,10 @@ class FastDecodeError(ValueError):
 
 
 def cosine_basis(horizon: int) -> NDArray[np.float64]:
-    """Orthonormal DCT-II matrix [H, H]: row k is frequency k, so that `basis @ x` transforms and `basis.T @ c` inverts."""
+    """Orthonormal DCT-II matrix [H, H]:
+
+    row k is frequency k, so that `basis @ x` transforms and `basis.T @ c` inverts.
+    """
     time = (np.arange(horizon) + 0.5) / horizon
     basis = np.sqrt(2.0 / horizon) * np.cos(np.pi * np.arange(horizon)[:, None] * time[None, :])
     basis[0] /= np.sqrt(2.0)
@@ -91,7 +96,10 @@ class FastTokenizer:
         return int(((rounded < self.lowest) | (rounded > self.highest)).sum())
 
     def encode(self, chunk_HA: NDArray[np.floating]) -> list[int]:
-        """Ids of one normalised chunk [H, A]. Coefficients outside the fitted range are clamped; see `count_clamped`."""
+        """Ids of one normalised chunk [H, A].
+
+        Coefficients outside the fitted range are clamped; see `count_clamped`.
+        """
         rounded = np.rint(self.coefficients(chunk_HA)).astype(np.int64)
         symbols = np.clip(rounded, self.lowest, self.highest).ravel() - self.lowest
         return list(self.bpe.encode(_to_text(symbols)).ids)

@@ -1,8 +1,9 @@
 """The losses of the recipe, each a plain function of model outputs and a batch.
 
-Legend: B batch, P prefix tokens, T postfix tokens, D width, N image cells, K readout frequencies, A action dim, H horizon, R rows (batch x noise samples).
-The paper's (arXiv 2505.23705) are `predict_postfix` (text and FAST alike) and `match_flow`. `name_cells`, `point_at_target` and
-`read_out` are additions that make small models learn in minutes; all three are cross-entropies and touch the backbone only.
+Legend: B batch, P prefix tokens, T postfix tokens, D width, N image cells, K readout frequencies, A action dim, H
+horizon, R rows (batch x noise samples). The paper's (arXiv 2505.23705) are `predict_postfix` (text and FAST alike) and
+`match_flow`. `name_cells`, `point_at_target` and `read_out` are additions that make small models learn in minutes; all
+three are cross-entropies and touch the backbone only.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from training.data.batches import NO_TARGET
 class TrainingHeads(nn.Module):
     """Heads that only training needs; never exported.
 
-    `cells` names what an image cell shows; `readout[k]` turns the k-th learned prompt token into one distribution per joint over the
-    values that FAST's k-th lowest frequency can take.
+    `cells` names what an image cell shows; `readout[k]` turns the k-th learned prompt token into one distribution per
+    joint over the values that FAST's k-th lowest frequency can take.
     """
 
-    def __init__(self, vision_width: int, width: int, kinds: int, frequencies: int, action_dim: int, levels: int) -> None:
+    def __init__(
+        self, vision_width: int, width: int, kinds: int, frequencies: int, action_dim: int, levels: int
+    ) -> None:
         super().__init__()
         self.cells = nn.Linear(vision_width, kinds)
         self.readout = nn.ModuleList(nn.Linear(width, action_dim * levels) for _ in range(frequencies))
@@ -34,7 +37,10 @@ def predict_postfix(logits_BTW: Tensor, postfix_BT: Tensor, postfix_mask_BT: Ten
 
 
 def next_token_hidden(prefix_hidden_BPD: Tensor, last_B: Tensor, postfix_hidden_BTD: Tensor) -> Tensor:
-    """Hidden states that predict the postfix: the last valid prefix token (index `last_B`), then each postfix token but the last."""
+    """Hidden states that predict the postfix:
+
+    the last valid prefix token (index `last_B`), then each postfix token but the last.
+    """
     first = prefix_hidden_BPD[torch.arange(len(last_B)), last_B][:, None]
     return torch.cat([first, postfix_hidden_BTD[:, :-1]], dim=1)
 
@@ -47,7 +53,9 @@ def name_cells(heads: TrainingHeads, features_BND: Tensor, cells_BN: Tensor) -> 
 
 
 def point_at_target(scores_BRN: Tensor, target_cell_B: Tensor) -> Tensor:
-    """Cross-entropy of attention scores (R asking rows, N scene cells) towards the asked object's cell, where there is one."""
+    """Cross-entropy of attention scores (R asking rows, N scene cells) towards the asked object's cell, where there is
+    one.
+    """
     asked = target_cell_B != NO_TARGET
     if not asked.any():
         return scores_BRN.sum() * 0.0
@@ -59,8 +67,8 @@ def point_at_target(scores_BRN: Tensor, target_cell_B: Tensor) -> Tensor:
 def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor, lowest: int) -> Tensor:
     """Cross-entropy of FAST coefficients named by the learned prompt tokens.
 
-    A coefficient between two integers is shared between both in proportion, so that the distribution's mean is exact and
-    neighbouring values are known to be neighbours.
+    A coefficient between two integers is shared between both in proportion, so that the distribution's mean is exact
+    and neighbouring values are known to be neighbours.
     """
     place = (coefficient_BKA - lowest).clamp(0, heads.levels - 1)
     below = place.floor().clamp(max=heads.levels - 2)
@@ -89,8 +97,8 @@ def expect_readout(heads: TrainingHeads, hidden_BKD: Tensor, lowest: int) -> Ten
 def draw_flow_time(rows: int, horizon: int, max_prefix: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Time [R, H] for each action and the mask [R, H] of those that are to be learned.
 
-    t = 0.999 * Beta(1.5, 1) + 0.001, noise at t = 1 (openpi's convention; the papers write tau = 1 - t). The first d actions, d
-    uniform in 0..max_prefix, are a clean prefix: time 0 and no loss (arXiv 2512.05964).
+    t = 0.999 * Beta(1.5, 1) + 0.001, noise at t = 1 (openpi's convention; the papers write tau = 1 - t). The first d
+    actions, d uniform in 0..max_prefix, are a clean prefix: time 0 and no loss (arXiv 2512.05964).
     """
     uniform = torch.rand(rows, generator=generator)
     time_R = 0.999 * uniform ** (1.0 / 1.5) + 0.001  # inverse of Beta(1.5, 1)'s distribution function t^1.5

@@ -1,4 +1,5 @@
-"""Data parallelism over processes: `torchrun --nproc-per-node N -m training.train ...`. One process alone needs nothing of it.
+"""Data parallelism over processes: `torchrun --nproc-per-node N -m training.train ...`. One process alone needs nothing
+of it.
 
 Each process draws its own samples; gradients are averaged, so N processes are one with an N times larger batch.
 """
@@ -29,7 +30,10 @@ def wait_for_all() -> None:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes, in one message. A parameter without gradient stays so everywhere."""
+    """Replace every gradient by its mean over the processes, in one message.
+
+    A parameter without gradient stays so everywhere.
+    """
     if not dist.is_initialized():
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,4 +1,6 @@
-"""What the robot must know of a policy trained on the simulated arm, as the part of the manifest that training fills in."""
+"""What the robot must know of a policy trained on the simulated arm, as the part of the manifest that training fills
+in.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,11 @@ def describe_policy(
         flow=FlowSpec(steps=FLOW_STEPS),
         max_prefix_delay=config.max_prefix_delay,
         provenance=Provenance(
-            recipe="knowledge insulation", seed=config.seed, commit=commit(), data_fingerprint=fingerprint, figures=figures or {}
+            recipe="knowledge insulation",
+            seed=config.seed,
+            commit=commit(),
+            data_fingerprint=fingerprint,
+            figures=figures or {},
         ),
     )
 
@@ -60,7 +66,11 @@ def commit() -> str:
     """The checkout's commit, with '+' when tracked files differ from it; 'unknown' outside a checkout."""
     try:
         text = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, check=True, timeout=20
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return "unknown"

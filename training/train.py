@@ -2,10 +2,11 @@
 
     python -m training.train config/training/demo.yaml
 
-Knowledge insulation (arXiv 2505.23705): the backbone learns from cross-entropies only (answers, FAST action tokens), the action
-expert learns flow matching and reads the backbone's keys and values through a stop-gradient. So the backbone never feels the expert, and
-a stage may train both at once, or one after the other at less cost: the configuration decides, the code is one.
-A run that stops resumes at its last checkpoint; what it draws depends on seed, stage and step alone.
+Knowledge insulation (arXiv 2505.23705): the backbone learns from cross-entropies only (answers, FAST action tokens),
+the action expert learns flow matching and reads the backbone's keys and values through a stop-gradient. So the backbone
+never feels the expert, and a stage may train both at once, or one after the other at less cost: the configuration
+decides, the code is one. A run that stops resumes at its last checkpoint; what it draws depends on seed, stage and step
+alone.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """All stages, each from its checkpoint where there is one; then the policy folder that `training.export` reads."""
+        """All stages, each from its checkpoint where there is one; then the policy folder that `training.export`
+        reads.
+        """
         out = self.config.out
         out.mkdir(parents=True, exist_ok=True)
         progress = self.load()
@@ -113,11 +116,15 @@ class Trainer:
     def run_stage(self, index: int, stage: StageConfig, progress: Progress, board: SummaryWriter) -> None:
         """Gradient steps from `progress.step` to the stage's last."""
         parameters = select_parameters(self.model, self.heads, stage.train)
-        optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=stage.weight_decay
+        )
         if progress.optimizer is not None:
             optimizer.load_state_dict(progress.optimizer)
         steps = range(progress.step, stage.steps)
-        bar = tqdm(steps, initial=progress.step, total=stage.steps, desc=stage.name, mininterval=5, disable=self.rank > 0)
+        bar = tqdm(
+            steps, initial=progress.step, total=stage.steps, desc=stage.name, mininterval=5, disable=self.rank > 0
+        )
         for step in bar:
             rng = np.random.default_rng([self.config.seed, index, step, self.rank])
             for group in optimizer.param_groups:
@@ -183,11 +190,15 @@ class Trainer:
         rows = self.prefix_offset(batch) + last[:, None]
         return {
             "text": self.predict(batch, output.prefix_hidden_BPD, output.postfix_hidden_BTD),
-            "pointing": losses.point_at_target(self.scene_scores(batch, output.probe_logits_BPQ, rows), batch.target_cell_B),
+            "pointing": losses.point_at_target(
+                self.scene_scores(batch, output.probe_logits_BPQ, rows), batch.target_cell_B
+            ),
         }
 
     def robot_losses(self, batch: Batch, stage: StageConfig, generator: torch.Generator) -> dict[Loss, Tensor]:
-        """FAST tokens, pointing and readout for the backbone; flow for the expert when the stage asks for it, in one forward pass."""
+        """FAST tokens, pointing and readout for the backbone; flow for the expert when the stage asks for it, in one
+        forward pass.
+        """
         x_t = time = target = learned = None
         if "flow" in stage.losses:
             x_t, time, target, learned = self.draw_flow(batch, stage.noise_samples, generator)
@@ -204,15 +215,20 @@ class Trainer:
             probe=(self.config.probe_layer, self.config.probe_head),
         )
         rows = self.query_rows(batch)
-        # The last layer's output enters no key or value, so the expert could not read what is named only there: also name it earlier.
+        # The last layer's output enters no key or value, so the expert could not read what is named only there: also
+        # name it earlier.
         streams = output.prefix_by_layer[-3:-1]
         readout = [
-            losses.read_out(self.heads, take_rows(self.model.backbone.norm(stream), rows), batch.readout_BKA, self.fast.lowest)
+            losses.read_out(
+                self.heads, take_rows(self.model.backbone.norm(stream), rows), batch.readout_BKA, self.fast.lowest
+            )
             for stream in streams
         ]
         found: dict[Loss, Tensor] = {
             "fast": self.predict(batch, output.prefix_hidden_BPD, output.postfix_hidden_BTD),
-            "pointing": losses.point_at_target(self.scene_scores(batch, output.probe_logits_BPQ, rows), batch.target_cell_B),
+            "pointing": losses.point_at_target(
+                self.scene_scores(batch, output.probe_logits_BPQ, rows), batch.target_cell_B
+            ),
             "readout": torch.stack(readout).mean(),
         }
         if "flow" in stage.losses:
@@ -220,14 +236,21 @@ class Trainer:
         return found
 
     def expert_losses(self, batch: Batch, stage: StageConfig, generator: torch.Generator) -> dict[Loss, Tensor]:
-        """Flow alone on a backbone that does not learn: the same gradients as above (tested), the prefix without any graph."""
+        """Flow alone on a backbone that does not learn:
+
+        the same gradients as above (tested), the prefix without any graph.
+        """
         x_t, time, target, learned = self.draw_flow(batch, stage.noise_samples, generator)
         with torch.no_grad():
             cache = self.model.prefill(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
         return {"flow": losses.match_flow(self.model.velocity(cache, x_t, time), target, learned)}
 
-    def draw_flow(self, batch: Batch, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x_t, time, velocity target and mask of what is learned; `samples` rows for each chunk of the batch, adjacent."""
+    def draw_flow(
+        self, batch: Batch, samples: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x_t, time, velocity target and mask of what is learned; `samples` rows for each chunk of the batch,
+        adjacent.
+        """
         action = batch.action_BHA.repeat_interleave(samples, dim=0)
         time, learned = losses.draw_flow_time(len(action), action.shape[1], self.config.max_prefix_delay, generator)
         x_t, target = losses.mix_flow(action, torch.randn(action.shape, generator=generator), time)
@@ -254,7 +277,9 @@ class Trainer:
         return take_rows(scores_BPQ[:, :, end - tokens : end], rows_BR)
 
     def check_gates(self, stage: StageConfig, board: SummaryWriter) -> None:
-        """Measure what the stage's gates name; ConfigurationError when one is missed, so that no later stage builds on sand."""
+        """Measure what the stage's gates name; ConfigurationError when one is missed, so that no later stage builds on
+        sand.
+        """
         from training.evaluate import measure
 
         if not stage.gates:

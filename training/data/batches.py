@@ -33,8 +33,8 @@ NO_TARGET = -1
 class Batch:
     """Inputs and targets of one step; images float32 in [-1, 1].
 
-    `target_cell_B` is the scene image's cell with the asked object (-1: none), `readout_BKA` the scaled DCT coefficients
-    of the lowest frequencies, `action_BHA` the normalised chunk, `cells_BVN` what each image cell shows.
+    `target_cell_B` is the scene image's cell with the asked object (-1: none), `readout_BKA` the scaled DCT
+    coefficients of the lowest frequencies, `action_BHA` the normalised chunk, `cells_BVN` what each image cell shows.
     """
 
     images_BVCHW: Tensor
@@ -80,8 +80,13 @@ class BatchMaker:
         cells = scenes["cells"][frames].reshape(len(images), -1).astype(np.int64)
         return augment(torch.from_numpy(images_to_input(images)), rng), torch.from_numpy(cells)
 
-    def draw_robot(self, robot: Arrays, count: int, rng: np.random.Generator, frames: NDArray[np.int64] | None = None) -> Batch:
-        """Robot samples: the commanded task, state and images -> chunk; `frames` picks them instead of the generator."""
+    def draw_robot(
+        self, robot: Arrays, count: int, rng: np.random.Generator, frames: NDArray[np.int64] | None = None
+    ) -> Batch:
+        """Robot samples:
+
+        the commanded task, state and images -> chunk; `frames` picks them instead of the generator.
+        """
         chosen = np.sort(rng.choice(len(robot["state"]), size=count, replace=False)) if frames is None else frames
         state_BJ = robot["state"][chosen].astype(np.float64)
         action_BHA = self.space.normalize_chunk(robot["chunk"][chosen].astype(np.float64), state_BJ)
@@ -162,7 +167,10 @@ def commanded(robot: Arrays, frame: int) -> tuple[Task, SeenObject]:
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Brightness and contrast of each sample (all its cameras alike) by up to a tenth. No crop or shift: places are the lesson."""
+    """Brightness and contrast of each sample (all its cameras alike) by up to a tenth.
+
+    No crop or shift: places are the lesson.
+    """
     shape = (len(images), *(1,) * (images.dim() - 1))
     gain = torch.from_numpy(rng.uniform(0.9, 1.1, shape).astype(np.float32))
     offset = torch.from_numpy(rng.uniform(-0.1, 0.1, shape).astype(np.float32))

@@ -64,12 +64,15 @@ def seen_objects(arrays: Arrays, frame: int, *, least_pixels: int = 0) -> list[S
     return seen
 
 
-def record_episode(world: World, seed: int, split: str, frames: int, timing: ChunkTiming, with_rivals: bool) -> Arrays | None:
+def record_episode(
+    world: World, seed: int, split: str, frames: int, timing: ChunkTiming, with_rivals: bool
+) -> Arrays | None:
     """Frames of one demonstration; None when the expert did not solve it (the caller counts these).
 
-    A third of the episodes start away from home, and half of them first head for another object and turn in mid-motion, so that
-    the policy sees how to come back from its own mistakes. Only frames after the turn are kept: their labels lead to the goal.
-    `with_rivals` adds, for each frame, the chunks that the expert would do for every object of the scene.
+    A third of the episodes start away from home, and half of them first head for another object and turn in mid-motion,
+    so that the policy sees how to come back from its own mistakes. Only frames after the turn are kept: their labels
+    lead to the goal. `with_rivals` adds, for each frame, the chunks that the expert would do for every object of the
+    scene.
     """
     rng = np.random.default_rng([seed, 7])
     scene = sample_scene(seed, split=split)
@@ -112,7 +115,10 @@ def record_episode(world: World, seed: int, split: str, frames: int, timing: Chu
 
 
 def record_scene(world: World, seed: int, timing: ChunkTiming) -> Arrays:
-    """One vision-language frame: any objects, the arm anywhere. `cells` names what each image cell shows (24 kinds, or background)."""
+    """One vision-language frame:
+
+    any objects, the arm anywhere. `cells` names what each image cell shows (24 kinds, or background).
+    """
     rng = np.random.default_rng([seed, 11])
     scene = sample_scene(seed, split="all")
     world.reset(scene, _random_start(rng, away=0.7))
