@@ -40,7 +40,7 @@ EPISODE_LIMIT_S: Final = 3.0 * TIME_LIMIT_S
 # After a reset the arm is elsewhere at once; the policy shall not begin with pictures from before.
 SETTLE_S: Final = 0.25
 # The arm is watched for a moment after the verdict, so that one sees it.
-LINGER_S: Final = 0.6
+LINGER_S: Final = 1.0
 INTERRUPTED: Final = 130
 VIDEO: Final = "demo.mp4"
 

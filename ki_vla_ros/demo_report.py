@@ -127,10 +127,19 @@ def _page(summary: Mapping[str, Any], run: Run, video: str | None) -> str:
         ),
         ("chunks", f"{summary['chunk_rate_hz']:.1f} Hz", f"{summary['deadline_misses']} deadlines missed"),
         ("tick", f"{tick_ms['p50']:.0f} ms", f"p99 {tick_ms['p99']:.0f} ms"),
-        ("cameras", f"{summary['camera_rate_hz']:.1f} Hz", f"{summary['realtime_overruns']} overruns of the simulator"),
+        ("cameras", f"{summary['camera_rate_hz']:.1f} Hz", f"{summary['realtime_overruns']} simulator overruns"),
     ]
     player = f'<video src="{html.escape(video)}" controls muted loop autoplay playsinline></video>' if video else ""
-    stages = {stage: (values["p50"], values["p99"]) for stage, values in summary["stages_ms"].items()}
+    rates = {
+        "chance": summary["chance_follow_rate"],
+        "followed": summary["follow_rate"],
+        "success": summary["success_rate"],
+        "scripted expert": summary["expert_success_rate"],
+    }
+    stages = {
+        stage: (values["p50"], values["p99"], f"{values['p50']:.2f} / {values['p99']:.2f}")
+        for stage, values in summary["stages_ms"].items()
+    }
     return _PAGE.format(
         title="ki_vla_ros demo",
         subtitle=html.escape(
@@ -144,7 +153,8 @@ def _page(summary: Mapping[str, Any], run: Run, video: str | None) -> str:
         player=player,
         tick_plot=histogram(total_ms, "ms per tick (all stages)", tick_ms["p99"]),
         gap_plot=histogram(gaps_ms, "ms between chunks", None),
-        stage_plot=bars(stages),
+        stage_plot=bars("ms per stage: median, p99", stages),
+        rate_plot=bars("share of episodes", {name: (rate, 1.0, f"{rate:.0%}") for name, rate in rates.items()}),
         rows="".join(map(_row, count(1), run.episodes, run.expert_success)),
     )
 
@@ -167,46 +177,46 @@ def _row(number: int, episode: Episode, expert_success: bool) -> str:
 
 def histogram(values: Sequence[float], title: str, marked: float | None) -> str:
     """An SVG of how often each value occurs; `marked` (the 99th percentile) gets a line."""
-    width, height, base = 430, 190, 150
-    high = 1.05 * max(values, default=1.0)
+    width, height, base, left = 430, 190, 150, 15
+    step = _round_step(max(values, default=1.0) / 5.0)
+    high = step * (int(max(values, default=1.0) / step) + 1)
     counts, _ = np.histogram(values, bins=40, range=(0.0, high))
-    step = (width - 30) / len(counts)
-    top = max(1, int(counts.max()))
-    rectangles = "".join(
-        f'<rect x="{15 + k * step:.1f}" y="{base - 120 * count / top:.1f}" width="{step - 1:.1f}" '
-        f'height="{120 * count / top:.1f}"/>'
-        for k, count in enumerate(counts)
-        if count
-    )
-    labels = "".join(
-        f'<text x="{15 + share * (width - 30):.0f}" y="{base + 16}" text-anchor="middle">{share * high:.0f}</text>'
-        for share in (0.0, 0.25, 0.5, 0.75, 1.0)
-    )
-    line = ""
+    across = width - 2 * left
+    parts = [f'<text class="title" x="{left}" y="16">{html.escape(title)}</text>']
+    for k, number in enumerate(counts):
+        tall = 115.0 * float(number) / max(1, int(counts.max()))
+        x, wide = left + k * across / len(counts), across / len(counts) - 1
+        parts.append(f'<rect x="{x:.1f}" y="{base - tall:.1f}" width="{wide:.1f}" height="{tall:.1f}"/>')
+    parts.append(f'<line class="axis" x1="{left}" x2="{width - left}" y1="{base}" y2="{base}"/>')
+    for value in np.arange(0.0, high + step / 2.0, step):
+        x = left + across * value / high
+        parts.append(f'<text x="{x:.0f}" y="{base + 16}" text-anchor="middle">{value:g}</text>')
     if marked is not None:
-        x = 15 + marked / high * (width - 30)
-        line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="26" y2="{base}"/>'
-        line += f'<text class="mark" x="{x - 4:.1f}" y="36" text-anchor="end">p99 {marked:.0f}</text>'
-    return (
-        f'<svg viewBox="0 0 {width} {height}"><text class="title" x="15" y="16">{html.escape(title)}</text>'
-        f'{rectangles}<line class="axis" x1="15" x2="{width - 15}" y1="{base}" y2="{base}"/>{labels}{line}</svg>'
-    )
-
-
-def bars(stages: Mapping[str, tuple[float, float]]) -> str:
-    """An SVG with one bar per stage: median solid, up to the 99th percentile pale."""
-    width, row = 430, 24
-    height = 34 + row * len(stages)
-    longest = max(p99 for _, p99 in stages.values())
-    parts = ['<text class="title" x="15" y="16">ms per stage (median, pale: p99)</text>']
-    for k, (stage, (p50, p99)) in enumerate(stages.items()):
-        y = 28 + k * row
-        pale, solid = 230 * p99 / longest, 230 * p50 / longest
-        parts.append(f'<text x="112" y="{y + 13}" text-anchor="end">{html.escape(stage)}</text>')
-        parts.append(f'<rect class="pale" x="120" y="{y}" width="{pale:.1f}" height="17"/>')
-        parts.append(f'<rect x="120" y="{y}" width="{solid:.1f}" height="17"/>')
-        parts.append(f'<text x="{126 + pale:.1f}" y="{y + 13}">{p50:.2f} / {p99:.2f}</text>')
+        x = left + across * marked / high
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="24" y2="{base}"/>')
+        parts.append(f'<text class="mark" x="{x + 4:.1f}" y="34">p99 {marked:.0f}</text>')
     return f'<svg viewBox="0 0 {width} {height}">{"".join(parts)}</svg>'
+
+
+def _round_step(least: float) -> float:
+    """The smallest of 1, 2, 5, 10, 20, ... that is not below `least`."""
+    power: float = 10.0 ** np.floor(np.log10(least))
+    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= least)
+
+
+def bars(title: str, rows: Mapping[str, tuple[float, float, str]]) -> str:
+    """An SVG with a bar per row, from 0 to its first figure solid, on to the second pale, and a note behind it."""
+    width, row, left, longest = 430, 24, 110, 200
+    scale = longest / max(max(solid, pale) for solid, pale, _ in rows.values())
+    parts = [f'<text class="title" x="15" y="16">{html.escape(title)}</text>']
+    for k, (name, (solid, pale, note)) in enumerate(rows.items()):
+        y = 28 + k * row
+        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{html.escape(name)}</text>')
+        for kind, value in (("pale", pale), ("solid", solid)):
+            parts.append(f'<rect class="{kind}" x="{left}" y="{y}" width="{scale * value:.1f}" height="17"/>')
+        end = left + scale * max(solid, pale)
+        parts.append(f'<text x="{end + 6:.1f}" y="{y + 13}">{html.escape(note)}</text>')
+    return f'<svg viewBox="0 0 {width} {max(190, 34 + row * len(rows))}">{"".join(parts)}</svg>'
 
 
 _PAGE: Final = """<!doctype html>
@@ -231,7 +241,7 @@ tr:nth-child(even) td {{ background: #f3f5f8; }} th {{ border-bottom: 2px solid 
 <h1>{title}</h1><p class="sub">{subtitle}</p>
 <div class="tiles">{tiles}</div>
 {player}
-<div class="plots">{tick_plot}{gap_plot}{stage_plot}</div>
+<div class="plots">{rate_plot}{gap_plot}{stage_plot}{tick_plot}</div>
 <table><thead><tr><th>#</th><th>instruction</th><th>reached first</th><th>success</th><th>time</th><th>objects</th>
 <th>expert</th><th>seed</th></tr></thead><tbody>{rows}</tbody></table>
 </body></html>

@@ -1,7 +1,7 @@
 """The demo's film, made from the recorded bag after the run: both cameras, instruction, verdict, predicted chunk.
 
-Every image of the scene camera becomes one frame. The newest chunk is drawn into it as the way that the fingertips are
-predicted to take. Legend: H horizon, S side of one picture in pixels.
+Every pair of images becomes one frame. The newest chunk is drawn into the scene as the way that the fingertips are predicted
+to take. Legend: H horizon, S side of one picture in pixels.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from ki_vla_ros.sim.task import sample_scene
 from ki_vla_ros.sim.world import World
 
 FRAMES_PER_S: Final = 20
+LONGEST_GAP_MS: Final = 500
 SIDE: Final = 480
 HEADER: Final = 60
 FONT: Final = cv2.FONT_HERSHEY_DUPLEX
@@ -36,6 +38,14 @@ PATH, PATH_EDGE = (40, 150, 255), (20, 20, 20)
 Picture = NDArray[np.uint8]
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One picture of the film, HWC, blue first, and when its images were taken."""
+
+    stamp_ns: int
+    picture: Picture
+
+
 @dataclass(slots=True)
 class Film:
     """What is known at one moment of the bag."""
@@ -45,40 +55,36 @@ class Film:
     instruction: str = ""
     status: dict[str, Any] = field(default_factory=dict)
     episode: int = 0
-    wrist: Picture | None = None
+    scene: Picture | None = None
     path_HX: NDArray[np.float64] | None = None  # the chunk's tip positions, pixels right and down
     due_H: NDArray[np.int64] | None = None  # when each is due, ns
 
-    def see(self, recorded: Recorded) -> Picture | None:
-        """Takes in one message; a frame if it was an image of the scene within an episode."""
+    def see(self, recorded: Recorded) -> Frame | None:
+        """Takes in one message; gives a frame if it was an image of the wrist within an episode."""
         message = recorded.message
         if recorded.topic == STATUS:
-            status = json.loads(message.data)
-            if status["reset_id"] != self.status.get("reset_id"):
-                self.episode += 1
-                self.path_HX = self.due_H = None
-            self.status = status
-        elif recorded.topic == INSTRUCTION:
+            self.status = json.loads(message.data)
+        elif recorded.topic == INSTRUCTION:  # one per episode
             self.instruction = message.data
+            self.episode += 1
+            self.path_HX = self.due_H = None
         elif recorded.topic == CHUNK:
             self._see_chunk(message)
-        elif recorded.topic == f"{WRIST_IMAGE}/compressed":
-            self.wrist = _picture(message)
-        elif self.wrist is not None and self.instruction:
-            stamp = message.header.stamp
-            return self._frame(_picture(message), self.wrist, stamp.sec * NS_PER_S + stamp.nanosec)
+        elif recorded.topic == f"{SCENE_IMAGE}/compressed":
+            self.scene = _picture(message)
+        elif self.scene is not None and self.instruction:  # the wrist's image is published after the scene's
+            stamp_ns = _stamp_ns(message)
+            return Frame(stamp_ns, self._compose(self.scene, _picture(message), stamp_ns))
         return None
 
     def _see_chunk(self, message: Any) -> None:
         order = [message.joint_names.index(name) for name in self.projector.joints]
         position_HJ = np.array([point.positions for point in message.points])[:, order]
         self.path_HX = np.array([self.projector.project("scene", tip) for tip in joints_to_tip(position_HJ)])
-        stamp = message.header.stamp
-        start_ns = stamp.sec * NS_PER_S + stamp.nanosec
         offsets = [point.time_from_start.sec * NS_PER_S + point.time_from_start.nanosec for point in message.points]
-        self.due_H = start_ns + np.array(offsets)
+        self.due_H = _stamp_ns(message) + np.array(offsets)
 
-    def _frame(self, scene: Picture, wrist: Picture, stamp_ns: int) -> Picture:
+    def _compose(self, scene: Picture, wrist: Picture, stamp_ns: int) -> Picture:
         frame = np.empty((HEADER + SIDE, 2 * SIDE, 3), dtype=np.uint8)
         frame[:HEADER] = GROUND
         left = frame[HEADER:, :SIDE]
@@ -86,6 +92,7 @@ class Film:
         frame[HEADER:, SIDE:] = cv2.resize(wrist, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
         if self.path_HX is not None and self.due_H is not None:
             _draw_path(left, self.path_HX[self.due_H >= stamp_ns])
+        _write(frame, "predicted chunk", (SIDE - 130, HEADER + SIDE - 12), 0.45, PATH)
         _write(frame, f"{self.episode}/{self.episodes}", (16, 39), 0.6, PALE)
         _write(frame, self.instruction, (96, 40), 0.8, INK)
         if self.status.get("done"):
@@ -114,24 +121,29 @@ def make_video(bag: Path, path: Path, episodes: int) -> int:
     av = import_av()
     projector = World(render_size=SIDE, render=False)
     projector.reset(sample_scene(0, split="all"))  # cameras have their place only in a world with a scene
-    count = 0
+    count, time_ms, before_ns = 0, 0, 0
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_S, options={"preset": "veryfast", "crf": "24"})
         stream.width, stream.height, stream.pix_fmt = 2 * SIDE, HEADER + SIDE, "yuv420p"
-        for picture in frames(bag, Film(episodes, projector)):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="bgr24")))
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for frame in frames(bag, Film(episodes, projector)):
+            picture = av.VideoFrame.from_ndarray(frame.picture, format="bgr24")
+            # In real time even where images were lost; the pauses between episodes are cut.
+            time_ms += min(LONGEST_GAP_MS, max(1, (frame.stamp_ns - before_ns) // 1_000_000)) if count else 0
+            picture.pts, picture.time_base, before_ns = time_ms, Fraction(1, 1000), frame.stamp_ns
+            container.mux(stream.encode(picture))
             count += 1
         container.mux(stream.encode())
     return count
 
 
-def frames(bag: Path, film: Film) -> Iterator[Picture]:
-    """The film's pictures, HWC, blue first."""
+def frames(bag: Path, film: Film) -> Iterator[Frame]:
+    """The frames that `film` makes of the bag."""
     topics = (STATUS, INSTRUCTION, CHUNK, f"{SCENE_IMAGE}/compressed", f"{WRIST_IMAGE}/compressed")
     with open_bag(bag, topics) as messages:
         for recorded in messages:
-            if (picture := film.see(recorded)) is not None:
-                yield picture
+            if (frame := film.see(recorded)) is not None:
+                yield frame
 
 
 def import_av() -> Any:
@@ -143,6 +155,11 @@ def import_av() -> Any:
             f"no video without PyAV ({error}): 'pip install av', or run with --no-video"
         ) from error
     return av
+
+
+def _stamp_ns(message: Any) -> int:
+    stamp = message.header.stamp
+    return int(stamp.sec) * NS_PER_S + int(stamp.nanosec)
 
 
 def _picture(message: Any) -> Picture:

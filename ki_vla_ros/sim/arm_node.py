@@ -1,20 +1,22 @@
 """The simulated arm as a ROS node: cameras and joint states out, joint trajectories in, in real time.
 
 Two threads. The main thread spins ROS; the simulation thread owns the world and its rendering context (which works only
-in the thread that made it), follows the wall clock and publishes. They share the simulated controller, under a lock, and
-a one-place queue for resets. Legend: H image height, W width, C channel, J joints.
+in the thread that made it), follows the wall clock and publishes. They share the simulated controller, under a lock,
+and a one-place queue for resets. Legend: H image height, W width, C channel, J joints.
 """
 
 from __future__ import annotations
 
 import array
 import json
+import signal
 import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, Queue
+from types import FrameType
 from typing import Any, Final
 
 import numpy as np
@@ -24,11 +26,12 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from numpy.typing import NDArray
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
 from rclpy.exceptions import ParameterException
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -122,11 +125,11 @@ def image_message(camera: str, stamp: Time, rgb_HWC: NDArray[np.uint8]) -> Image
 
 
 class ArmNode(Node):
-    """The node; `failure` says why the simulation thread ended by itself, if it did."""
+    """Simulates from `start` to `stop`. ConfigurationError or InstructionError for parameters that cannot be."""
 
     def __init__(self) -> None:
         super().__init__(NODE_NAME)
-        self.failure: Exception | None = None
+        self._failure: Exception | None = None
         self._declare()
         self._check_overrides()
         self._resets: Queue[Reset] = Queue(maxsize=1)
@@ -154,10 +157,17 @@ class ArmNode(Node):
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the simulation thread runs."""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
-        """Ends the simulation thread and waits for it."""
+        """Ends the simulation thread, waits for it, and raises what had ended it before, if anything."""
         self._stop.set()
         self._thread.join()
+        if self._failure is not None:
+            raise self._failure
 
     def _declare(self) -> None:
         def text(description: str) -> ParameterDescriptor:
@@ -233,12 +243,8 @@ class ArmNode(Node):
                 self._run(world)
             finally:
                 world.close()
-        except Exception as error:  # the main thread reports it and ends the process
-            if self.context.ok():  # else: publishing failed because a signal had ended ROS
-                self.failure = error
-        finally:
-            self._stop.set()
-            self.context.try_shutdown()
+        except Exception as error:  # stop() raises it in the main thread
+            self._failure = error
 
     def _run(self, world: World) -> None:
         joint_period, camera_period = self._period("joint_rate_hz"), self._period("camera_rate_hz")
@@ -319,24 +325,30 @@ class ArmNode(Node):
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs until SIGINT or SIGTERM; the exit code is 0 unless something failed."""
+    stop = threading.Event()
+
+    def request_stop(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    # rclpy's own handlers would end ROS in the middle of the simulation thread's publishing.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
     try:
-        rclpy.init(args=arguments)
+        rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
         node = ArmNode()
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        node.start()
+        while node.alive and not stop.is_set():
+            executor.spin_once(timeout_sec=0.1)
+        node.stop()
+        node.destroy_node()
     except (KiVlaError, ParameterException, *_RCL_ERRORS) as error:
         print(f"{NODE_NAME}: {error}", file=sys.stderr)
-        rclpy.try_shutdown()
         return 1
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    node.start()
-    with suppress(KeyboardInterrupt, ExternalShutdownException):
-        executor.spin()
-    node.stop()
-    if node.failure is not None:
-        print(f"{NODE_NAME}: {node.failure}", file=sys.stderr)
-    node.destroy_node()
-    rclpy.try_shutdown()
-    return 0 if node.failure is None else 1
+    finally:
+        rclpy.try_shutdown()
+    return 0
 
 
 if __name__ == "__main__":
