@@ -1,7 +1,7 @@
 """The demo's film, made from the recorded bag after the run: both cameras, instruction, verdict, predicted chunk.
 
-Every pair of images becomes one frame. The newest chunk is drawn into the scene as the way that the fingertips are predicted
-to take. Legend: H horizon, S side of one picture in pixels.
+Every pair of images becomes one frame. The newest chunk is drawn into the scene as the way that the fingertips are
+predicted to take. Legend: H horizon, S side of one picture in pixels.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Film:
     instruction: str = ""
     status: dict[str, Any] = field(default_factory=dict)
     episode: int = 0
-    scene: Picture | None = None
+    scene: Any = None  # the newest image message of that camera
     path_HX: NDArray[np.float64] | None = None  # the chunk's tip positions, pixels right and down
     due_H: NDArray[np.int64] | None = None  # when each is due, ns
 
     def see(self, recorded: Recorded) -> Frame | None:
-        """Takes in one message; gives a frame if it was an image of the wrist within an episode."""
+        """Takes in one message; gives a frame if it completed the images of one instant within an episode."""
         message = recorded.message
         if recorded.topic == STATUS:
             self.status = json.loads(message.data)
@@ -71,10 +71,11 @@ class Film:
         elif recorded.topic == CHUNK:
             self._see_chunk(message)
         elif recorded.topic == f"{SCENE_IMAGE}/compressed":
-            self.scene = _picture(message)
+            self.scene = message
         elif self.scene is not None and self.instruction:  # the wrist's image is published after the scene's
             stamp_ns = _stamp_ns(message)
-            return Frame(stamp_ns, self._compose(self.scene, _picture(message), stamp_ns))
+            if stamp_ns == _stamp_ns(self.scene):
+                return Frame(stamp_ns, self._compose(_picture(self.scene), _picture(message), stamp_ns))
         return None
 
     def _see_chunk(self, message: Any) -> None:
