@@ -167,6 +167,7 @@ def test_planning_anew_on_the_way_changes_nothing(expert: Expert, share: float) 
         again = expert.plan(
             first.position(now_s), first.velocity(now_s), scene, joint_acceleration_J=first.acceleration(now_s)
         )
+        assert now_s + again.duration_s == pytest.approx(first.duration_s, abs=1e-3)
         times = np.linspace(0.0, 1.0, 20)
         gap_n3 = joints_to_tip(first.sample(now_s + times)) - joints_to_tip(again.sample(times))
         assert np.abs(gap_n3).max() < 4e-3

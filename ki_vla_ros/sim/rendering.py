@@ -37,6 +37,7 @@ _APT = {
     "osmesa": "apt-get install -y libosmesa6",
 }
 _HIDDEN_GROUPS = (3, 4, 5)
+_MAX_GEOMS = 254
 
 
 class Cameras:
@@ -48,7 +49,7 @@ class Cameras:
         self._size = size
         self._context = _open_context(size)
         self._rect = mujoco.MjrRect(0, 0, size, size)
-        self._scene = mujoco.MjvScene(model, maxgeom=200)
+        self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._scene.flags[flag] = 0
         self._option = mujoco.MjvOption()
@@ -71,11 +72,10 @@ class Cameras:
         for flag in flags:
             self._scene.flags[flag] = 1
         try:
-            code = self._draw(data, camera).astype(np.int64)
+            segment_id = self._draw(data, camera)[..., 0]  # MuJoCo spreads ids over RGB; ours fit into the first byte
         finally:
             for flag in flags:
                 self._scene.flags[flag] = 0
-        segment_id = code[..., 0] + (code[..., 1] << 8) + (code[..., 2] << 16)
         geom_by_id = np.full(self._scene.ngeom + 1, -1, dtype=np.int64)  # id 0 is the background
         for item in self._scene.geoms[: self._scene.ngeom]:
             if item.segid >= 0 and item.objtype == mujoco.mjtObj.mjOBJ_GEOM:
