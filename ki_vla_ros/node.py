@@ -7,6 +7,7 @@ active, the policy loop (loop.py) runs beside it in a thread of its own.
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 import threading
@@ -292,7 +293,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
     try:
-        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+        _init_ros()
         return _run(stop)
     except Exception as error:
         expected = isinstance(error, KiVlaError)
@@ -300,6 +301,21 @@ def main() -> int:
         return 1
     finally:
         rclpy.try_shutdown()
+        # Ctrl-C under `ros2 launch` arrives twice; the second one must not kill a process that is about to return 0.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _init_ros() -> None:
+    domain = os.environ.get("ROS_DOMAIN_ID") or "0"
+    if not domain.isdecimal() or int(domain) > 232:  # Fast DDS would end the process without naming the variable
+        raise ConfigurationError(f"ROS_DOMAIN_ID: expected 0 to 232, got {domain!r}")
+    try:
+        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    except Exception as error:  # from C; its message is all there is
+        raise ConfigurationError(
+            f"ROS 2 cannot start: {error}; check the arguments after --ros-args and that ROS_LOG_DIR can be written to"
+        ) from error
 
 
 def _run(stop: threading.Event) -> int:

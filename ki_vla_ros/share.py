@@ -43,7 +43,8 @@ def _share_folders() -> Iterator[Path]:
     except ImportError:  # a checkout without ROS
         pass
     else:
-        with suppress(PackageNotFoundError):  # ROS may be there without this package being installed into it
+        # ROS may be there without this package being installed into it, or without any installation in the environment.
+        with suppress(PackageNotFoundError, OSError):
             yield Path(get_package_share_directory(PACKAGE))
     yield Path(sys.prefix) / "share" / PACKAGE
     yield Path(__file__).resolve().parents[1]

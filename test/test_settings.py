@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from bundles import demo_policy
 from pydantic import ValidationError
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.settings import Settings, check_names, parameter_specs, settings_from_parameters
+from ki_vla_ros.share import find_bundle, find_share
 
 
 def test_defaults_are_valid_and_fit_the_demo_policy() -> None:
@@ -77,6 +80,16 @@ def test_unknown_names_are_refused_with_the_nearest(unknown: str, nearest: str |
     assert nearest is None or f"did you mean '{nearest}'?" in str(error.value)
 
 
+def test_a_bundle_is_a_folder_or_the_name_of_a_shipped_one(tmp_path: Path) -> None:
+    assert find_bundle(str(tmp_path)) == tmp_path
+    assert find_bundle("/not/there") == Path("/not/there")  # load_bundle says what is wrong with it
+    with pytest.raises(ConfigurationError, match=r"models/nowhere: expected it .*/models/nowhere"):
+        find_bundle("nowhere")
+    with pytest.raises(ConfigurationError, match="parameter 'bundle': expected the folder of a model bundle"):
+        find_bundle("")
+    assert find_share("config/fastdds.xml").is_file()
+
+
 def test_camera_names_may_contain_dots() -> None:
     assert check_names(["cameras.left.eye.topic", "limits.max_slowdown"]) == ("left.eye",)
     settings = settings_from_parameters({"cameras.left.eye.topic": "/eye"})
@@ -92,7 +105,7 @@ def test_a_camera_that_the_bundle_lacks_is_refused() -> None:
 def test_the_chunk_must_outlast_the_execution_horizon_by_a_tick() -> None:
     # 16 actions of 0.05 s last 0.8 s; at 10 Hz the next chunk may come 0.1 s after the horizon.
     settings_from_parameters({"execution_horizon_s": 0.7}).validate_against(demo_policy())
-    with pytest.raises(ConfigurationError, match="'execution_horizon_s'.*lasts 0.8 s.*at most 0.7"):
+    with pytest.raises(ConfigurationError, match=r"'execution_horizon_s'.*lasts 0.8 s.*at most 0.7"):
         settings_from_parameters({"execution_horizon_s": 0.71}).validate_against(demo_policy())
     with pytest.raises(ConfigurationError, match="execution_horizon_s"):
         settings_from_parameters({"execution_horizon_s": 0.7, "rate_hz": 5.0}).validate_against(demo_policy())

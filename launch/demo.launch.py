@@ -1,0 +1,48 @@
+"""Starts the simulated arm and the policy that moves it, with config/demo.yaml.
+
+    ros2 launch ki_vla_ros demo.launch.py instruction:="touch the blue ball"
+    ros2 topic pub --once /policy/instruction std_msgs/msg/String "data: point at the red cube"
+
+It runs until Ctrl-C. For episodes with a judge, video and figures use `ros2 run ki_vla_ros demo`.
+"""
+
+from pathlib import Path
+
+from ament_index_python.packages import get_package_share_directory
+from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch.substitutions import EnvironmentVariable, LaunchConfiguration
+from launch_ros.actions import Node
+
+from launch import LaunchDescription
+
+SHARE = Path(get_package_share_directory("ki_vla_ros"))
+
+
+def generate_launch_description() -> LaunchDescription:
+    own_profile = str(SHARE / "config" / "fastdds.xml")
+    profile = EnvironmentVariable("FASTDDS_DEFAULT_PROFILES_FILE", default_value=own_profile)
+    arm = Node(
+        package="ki_vla_ros",
+        executable="sim_arm",
+        name="sim_arm",
+        parameters=[LaunchConfiguration("params_file")],
+        additional_env={"FASTDDS_DEFAULT_PROFILES_FILE": profile},
+        output="screen",
+    )
+    passed_on = ("params_file", "bundle", "instruction")
+    policy = IncludeLaunchDescription(
+        PythonLaunchDescriptionSource(str(SHARE / "launch" / "policy.launch.py")),
+        launch_arguments=[(name, LaunchConfiguration(name)) for name in passed_on],
+    )
+    return LaunchDescription(
+        [
+            DeclareLaunchArgument(
+                "params_file", default_value=str(SHARE / "config" / "demo.yaml"), description="parameters of both nodes"
+            ),
+            DeclareLaunchArgument("bundle", default_value="", description="model bundle; empty: as params_file says"),
+            DeclareLaunchArgument("instruction", default_value="", description="task at start; empty: wait for one"),
+            arm,
+            policy,
+        ]
+    )
