@@ -1,5 +1,6 @@
 """The recipe end to end at a tiny size: stages, insulation, resuming, gates, data, and a bundle at the end."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from training import train
 from training.config import StageConfig, TrainingConfig, load_config
 from training.data.language import COMBINATIONS
 from training.data.simulated import BACKGROUND, MAX_OBJECTS, load_arrays, make_data
-from training.evaluate import evaluate_closed_loop, measure
+from training.evaluate import main as evaluate_main
 from training.export import main as export_main
 from training.losses import draw_flow_time
+from training.measure import measure
 from training.train import Trainer, chunk_timing
 
 SIZES = {
@@ -71,7 +73,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_whole_run_ends_in_a_bundle_that_loads(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_whole_run_ends_in_a_bundle_that_drives_the_arm(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer = Trainer(configure(settings, out=tmp_path / "run"))
     trainer.run()
     export_main(["--checkpoint", str(tmp_path / "run" / "policy"), "--out", str(tmp_path / "bundle")])
@@ -79,6 +83,10 @@ def test_whole_run_ends_in_a_bundle_that_loads(settings: dict[str, Any], tmp_pat
     assert bundle.manifest.provenance.data_fingerprint == trainer.meta["fingerprint"]
     assert bundle.manifest.max_prefix_delay == 3
     assert [camera.name for camera in bundle.manifest.cameras] == ["wrist", "scene"]
+    capsys.readouterr()
+    evaluate_main([str(tmp_path / "bundle"), "--episodes", "1", "--flow-steps", "2"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["episodes"] == 1 and 0.2 <= figures["chance_follow_rate"] <= 1 / 3
 
 
 def test_expert_stage_trains_the_expert_and_nothing_else(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -153,21 +161,14 @@ def test_missed_gate_stops_the_run_and_names_the_figure(settings: dict[str, Any]
 
 
 def test_figures_of_a_perfect_prediction_are_perfect(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from training import evaluate
+    from training import measure as module
 
     trainer = Trainer(configure(settings))
-    monkeypatch.setattr(evaluate, "FRAMES", 6)
-    monkeypatch.setattr(evaluate, "_predict", lambda trainer, batch: [("flow", batch.action_BHA.double().numpy())])
+    monkeypatch.setattr(module, "FRAMES", 6)
+    monkeypatch.setattr(module, "_predict", lambda trainer, batch: [("flow", batch.action_BHA.double().numpy())])
     figures = measure(trainer)
     assert figures["flow_follow"] == 1.0
     assert figures["flow_error"] < 1e-3  # state and chunk are kept in float32
-
-
-def test_closed_loop_reports_rates(settings: dict[str, Any]) -> None:
-    figures = evaluate_closed_loop(Trainer(configure(settings)), episodes=1, split="held_out", seed=5)
-    assert figures["episodes"] == 1
-    assert 0.2 <= figures["chance_follow_rate"] <= 1 / 3
-    assert figures["seconds"] <= 8.1
 
 
 def test_data_are_reproducible_and_never_command_held_out_combinations(
@@ -183,7 +184,8 @@ def test_data_are_reproducible_and_never_command_held_out_combinations(
             assert (COMBINATIONS[kinds[target]] in HELD_OUT) == held_out
     rivals = load_arrays(config.data.folder / "validation")
     own = rivals["rivals"][np.arange(len(rivals["target"])), rivals["target"]]
-    assert np.abs(own - rivals["chunk"]).max() < 0.02  # planned anew from the measured state: nearly the chunk itself
+    # Planned anew from the measured state: nearly the chunk itself, as the expert's motion continues unchanged.
+    assert np.abs(own - rivals["chunk"]).mean() < 0.01
     scenes = load_arrays(config.data.folder / "scenes")
     assert scenes["images"].shape[1:] == (2, 96, 96, 3) and scenes["kind"].shape[1] == MAX_OBJECTS
     assert set(np.unique(scenes["cells"])) - {BACKGROUND} <= set(np.unique(scenes["kind"]))

@@ -1,228 +1,114 @@
-"""Figures of a model: offline on held-out instructions (the gates of training), and in closed loop in the simulator.
+"""Closed-loop figures of a bundle in the simulator, without ROS and in simulated time.
 
-    python -m training.evaluate config/training/demo.yaml --episodes 100
+    python -m training.evaluate models/demo --episodes 100
 
-The closed loop here runs without ROS, in simulated time, with a fixed delay between observation and first command; the
-demo measures the same over real topics. "follow" offline: among the expert's chunks towards every object of the scene,
-the predicted one lies nearest to that towards the instructed object.
+The policy is the robot's own code (`ki_vla_ros.policy` on onnxruntime), the arm executes trajectories as a real
+controller does, and a chunk arrives a fixed delay after the observation it was made from. The demo measures the same
+over real topics and in real time; here an episode takes about a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
+from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.chunking import drop_actions
+from ki_vla_ros.engines.onnx_engine import OnnxEngine
+from ki_vla_ros.policy import Policy
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Observation
 from ki_vla_ros.sim.task import Scene, sample_scene
+from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
 from ki_vla_ros.sim.world import TIMESTEP_S, World
-from training import losses
-from training.config import load_config
-from training.data.batches import NO_TARGET, Batch
-from training.data.simulated import RENDER_SIZE, render_views, seen_objects
-from training.fast_tokenizer import FastDecodeError, cosine_basis
-from training.policy_spec import ACTION_PERIOD_S, FLOW_STEPS, HORIZON
 
-if TYPE_CHECKING:
-    from training.train import Trainer
-
-FRAMES = 256  # held-out frames that the offline figures are computed on
-POLICY_PERIOD_S = 0.1
-
-
-@torch.no_grad()
-def measure(trainer: Trainer) -> dict[str, float]:
-    """Offline figures, all on held-out combinations; rates in 0..1, `*_error` in rad (mean over joints and steps).
-
-    `pointing`: the probe head's strongest scene cell lies nearest to the instructed object. `*_follow`: see the
-    module's docstring, by the expert (`flow`), the readout tokens (`readout`) and greedy FAST decoding (`fast`);
-    malformed FAST counts as a miss.
-    """
-    frames = np.linspace(0, len(trainer.validation["state"]) - 1, FRAMES).astype(np.int64)
-    rng = np.random.default_rng(0)
-    hits: dict[str, list[NDArray[np.bool_]]] = {}
-    errors: dict[str, list[NDArray[np.float64]]] = {}
-    for start in range(0, FRAMES, 64):
-        chosen = frames[start : start + 64]
-        batch = trainer.maker.draw_robot(trainer.validation, len(chosen), rng, frames=chosen)
-        hits.setdefault("pointing", []).append(_points_right(trainer, batch, chosen))
-        for name, action in _predict(trainer, batch):
-            state = trainer.validation["state"][chosen].astype(np.float64)
-            chunk = trainer.space.unnormalize_chunk(action, state)
-            rivals = trainer.validation["rivals"][chosen]
-            distance = np.nan_to_num(np.abs(rivals - chunk[:, None]).mean(axis=(2, 3)), nan=np.inf)
-            hits.setdefault(f"{name}_follow", []).append(
-                distance.argmin(axis=1) == trainer.validation["target"][chosen]
-            )
-            errors.setdefault(f"{name}_error", []).append(
-                np.abs(trainer.validation["chunk"][chosen] - chunk).mean(axis=(1, 2))
-            )
-    return {name: float(np.nanmean(np.concatenate(values))) for name, values in (hits | errors).items()}
-
-
-def _points_right(trainer: Trainer, batch: Batch, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
-    output = trainer.model(
-        batch.images_BVCHW,
-        batch.image_mask_BV,
-        batch.tokens_BL,
-        batch.token_mask_BL,
-        probe=(trainer.config.probe_layer, trainer.config.probe_head),
-    )
-    cells = trainer.scene_scores(batch, output.probe_logits_BPQ, trainer.query_rows(batch))[:, 0].argmax(dim=1)
-    grid = trainer.maker.grid
-    right = []
-    for cell, frame, target in zip(cells.tolist(), frames, batch.target_cell_B.tolist(), strict=True):
-        seen = seen_objects(trainer.validation, frame)
-        place = np.array([cell % grid + 0.5, cell // grid + 0.5]) / grid
-        nearest = min(seen, key=lambda item: float(np.hypot(*(place - (item.u, item.v)))))
-        right.append(target != NO_TARGET and trainer.maker.cell_of(nearest) == target)
-    return np.array(right)
-
-
-def _predict(trainer: Trainer, batch: Batch) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """Normalised chunks [B, H, A] by each way of reading the model; NaN rows where FAST was malformed."""
-    model = trainer.model
-    cache = model.prefill(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
-    noise = torch.randn(batch.action_BHA.shape, generator=torch.Generator().manual_seed(0))
-    yield "flow", model.sample_actions(cache, noise, FLOW_STEPS).double().numpy()
-    output = model(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
-    hidden = model.backbone.norm(output.prefix_by_layer[-2]).gather(
-        1, trainer.query_rows(batch)[:, :, None].expand(-1, -1, model.config.backbone.width)
-    )
-    coefficients = (
-        losses.expect_readout(trainer.heads, hidden, trainer.fast.lowest).double().numpy() / trainer.fast.scale
-    )
-    basis = cosine_basis(HORIZON)[: coefficients.shape[1]]
-    yield "readout", np.einsum("kh,bka->bha", basis, coefficients)
-    yield "fast", decode_greedily(trainer, batch)
-
-
-def decode_greedily(trainer: Trainer, batch: Batch, longest: int = 60) -> NDArray[np.float64]:
-    """FAST tokens by argmax, decoded; NaN where they are no chunk. Only a figure: the robot never decodes tokens."""
-    first, size = trainer.maker.first_fast, trainer.fast.vocab_size
-    tokens = torch.zeros(len(batch.tokens_BL), 0, dtype=torch.int64)
-    last = trainer.prefix_offset(batch) + batch.token_mask_BL.sum(dim=1) - 1
-    lengths = np.array([len(trainer.fast.bpe.id_to_token(i)) for i in range(size)])
-    count = np.zeros(len(tokens))
-    whole = HORIZON * batch.action_BHA.shape[2]
-    while tokens.shape[1] < longest and (count < whole).any():
-        output = trainer.model(
-            batch.images_BVCHW,
-            batch.image_mask_BV,
-            batch.tokens_BL,
-            batch.token_mask_BL,
-            postfix_BT=tokens if tokens.shape[1] else None,
-        )
-        postfix = output.postfix_hidden_BTD
-        hidden = postfix[:, -1] if postfix is not None else output.prefix_hidden_BPD[torch.arange(len(last)), last]
-        best = trainer.model.logits(hidden)[:, first : first + size].argmax(dim=1)
-        tokens = torch.cat([tokens, (first + best)[:, None]], dim=1)
-        count += lengths[best.numpy()]
-    chunks = []
-    for row in tokens.tolist():
-        used, total = [], 0
-        for token in row:
-            if total < whole:
-                used.append(token - first)
-                total += lengths[token - first]
-        try:
-            chunks.append(trainer.fast.decode(used))
-        except FastDecodeError:
-            chunks.append(np.full(batch.action_BHA.shape[1:], np.nan))
-    return np.stack(chunks)
+FIRST_SCENE = 900_000_000  # training draws its scenes from smaller numbers
+TICK_S = 0.1
 
 
 class ClosedLoop:
-    """A policy driving the simulated arm in simulated time:
+    """A policy on the simulated arm: asynchronous chunks at 10 Hz, actions that the delay has consumed dropped."""
 
-    asynchronous chunks, a constant delay, consumed actions dropped.
-    """
-
-    def __init__(self, trainer: Trainer, delay_s: float = 0.05, noise_seed: int = 0) -> None:
-        self.trainer, self.delay_s, self.noise_seed = trainer, delay_s, noise_seed
-        self.world = World(render_size=RENDER_SIZE)
+    def __init__(self, policy: Policy, delay_s: float) -> None:
+        self.policy, self.delay_s = policy, delay_s
+        self.world = World()
 
     def run(self, scene: Scene) -> tuple[int | None, bool, float]:
         """Object reached first (None: none), success, and the episode's simulated time."""
         world = self.world
         world.reset(scene)
-        plan: list[tuple[float, NDArray[np.float64]]] = [(0.0, world.joint_position_J)]
+        arm = TrajectoryExecutor(world.joints, world.joint_position_J)
         tick = 0
         while not world.judge.done:
-            chunk_HJ = self.infer(scene, tick)
-            start_s, ready_s = tick * POLICY_PERIOD_S, tick * POLICY_PERIOD_S + self.delay_s
-            fresh = [(start_s + (k + 1) * ACTION_PERIOD_S, row) for k, row in enumerate(chunk_HJ)]
-            end_s = (tick + 1) * POLICY_PERIOD_S
-            while world.time_s < end_s - 1e-9 and not world.judge.done:
-                if fresh and world.time_s >= ready_s:
-                    now = world.time_s
-                    plan = [(now, _interpolate(plan, now)), *[point for point in fresh if point[0] > now]]
-                    fresh = []
-                world.step(_interpolate(plan, world.time_s + TIMESTEP_S))
+            chunk = self.policy.infer(self.observe(), scene.task.instruction, tick)
+            arrives_ns = chunk.start_ns + round(self.delay_s * NS_PER_S)
             tick += 1
+            sent = False
+            while world.time_s < tick * TICK_S - TIMESTEP_S / 2 and not world.judge.done:
+                now_ns = self.now_ns()
+                if not sent and now_ns >= arrives_ns:
+                    arm.accept(trajectory(chunk, now_ns), now_ns)
+                    sent = True
+                world.step(arm.sample(now_ns)[0])
         return world.judge.reached, world.judge.success, world.time_s
 
-    @torch.no_grad()
-    def infer(self, scene: Scene, tick: int) -> NDArray[np.float64]:
-        """The chunk [H, J] for what is seen now."""
-        trainer, state_J = self.trainer, self.world.joint_position_J.astype(np.float64)
-        batch = trainer.maker.look(
-            render_views(self.world, trainer.config.model.vision.image_size), scene.task.instruction, state_J
-        )
-        cache = trainer.model.prefill(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
-        noise = (
-            np.random.default_rng((self.noise_seed, tick))
-            .standard_normal((1, HORIZON, len(state_J)))
-            .astype(np.float32)
-        )
-        action = trainer.model.sample_actions(cache, torch.from_numpy(noise), FLOW_STEPS)[0].double().numpy()
-        return trainer.space.unnormalize_chunk(action, state_J)
+    def observe(self) -> Observation:
+        """What the cameras and joints say now."""
+        now_ns = self.now_ns()
+        cameras = [camera.name for camera in self.policy.bundle.manifest.cameras]
+        frames = {name: CameraFrame(name, now_ns, self.world.render(name)) for name in cameras}
+        return Observation(now_ns, frames, self.world.joint_position_J)
+
+    def now_ns(self) -> int:
+        return round(self.world.time_s * NS_PER_S)
 
 
-def _interpolate(plan: list[tuple[float, NDArray[np.float64]]], now_s: float) -> NDArray[np.float64]:
-    times = [time for time, _ in plan]
-    after = int(np.searchsorted(times, now_s))
-    if after == 0 or after == len(plan):
-        return plan[min(after, len(plan) - 1)][1]
-    (t0, p0), (t1, p1) = plan[after - 1], plan[after]
-    return p0 + (p1 - p0) * (now_s - t0) / (t1 - t0)
+def trajectory(chunk: ActionChunk, now_ns: int) -> Trajectory:
+    """What of the chunk lies ahead, as the controller's message: "start now", at rest at the end."""
+    ahead = drop_actions(chunk, next(k for k in range(chunk.horizon) if chunk.due_ns(k) > now_ns))
+    velocity_HJ = ahead.velocity_HJ.copy()
+    velocity_HJ[-1] = 0.0
+    points = [
+        TrajectoryPoint(ahead.due_ns(k) - now_ns, position_J.tolist(), velocity_J.tolist())
+        for k, (position_J, velocity_J) in enumerate(zip(ahead.position_HJ, velocity_HJ, strict=True))
+    ]
+    return Trajectory(0, ahead.joints, points)
 
 
-def evaluate_closed_loop(trainer: Trainer, episodes: int, split: str, seed: int) -> dict[str, float]:
-    """Follow and success rates over `episodes` scenes that no training used."""
-    loop = ClosedLoop(trainer)
-    follow, success, chance, seconds = [], [], [], []
-    for index in range(episodes):
-        scene = sample_scene(seed + index, split=split)
-        reached, solved, time_s = loop.run(scene)
-        follow.append(reached == scene.target)
-        success.append(solved)
-        chance.append(1 / len(scene.objects))
-        seconds.append(time_s)
-    figures = {"follow_rate": follow, "success_rate": success, "chance_follow_rate": chance, "seconds": seconds}
-    return {"episodes": float(episodes), **{name: float(np.mean(values)) for name, values in figures.items()}}
+def evaluate(policy: Policy, scenes: Sequence[Scene], delay_s: float) -> dict[str, float]:
+    """Rates over these scenes: `follow_rate` (the instructed object was the first one reached) and `success_rate`."""
+    loop = ClosedLoop(policy, delay_s)
+    outcomes = [loop.run(scene) for scene in scenes]
+    return {
+        "episodes": len(scenes),
+        "follow_rate": float(np.mean([o[0] == s.target for o, s in zip(outcomes, scenes, strict=True)])),
+        "success_rate": float(np.mean([success for _, success, _ in outcomes])),
+        "chance_follow_rate": float(np.mean([1 / len(scene.objects) for scene in scenes])),
+        "mean_seconds": float(np.mean([seconds for *_, seconds in outcomes])),
+    }
 
 
-def main() -> None:
-    from training.train import Trainer
-
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("bundle", type=Path)
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--split", choices=("held_out", "train", "all"), default="held_out")
-    parser.add_argument("--seed", type=int, default=900_000_000, help="first scene; training uses other numbers")
-    arguments = parser.parse_args()
-    trainer = Trainer(load_config(arguments.config))
-    trainer.load()
-    figures = measure(trainer)
-    if arguments.episodes:
-        figures |= evaluate_closed_loop(trainer, arguments.episodes, arguments.split, arguments.seed)
-    print(json.dumps(figures, indent=1))
+    parser.add_argument("--first-scene", type=int, default=FIRST_SCENE)
+    parser.add_argument(
+        "--delay-s", type=float, default=0.03, help="from observation to the chunk's arrival at the arm"
+    )
+    parser.add_argument("--flow-steps", type=int, help="default: what the bundle says")
+    parser.add_argument("--noise-seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    bundle = load_bundle(options.bundle)
+    policy = Policy(bundle, OnnxEngine(bundle), options.flow_steps, options.noise_seed)
+    first = options.first_scene
+    scenes = [sample_scene(seed, split=options.split) for seed in range(first, first + options.episodes)]
+    settings = {"bundle": bundle.manifest.name, **{k: v for k, v in vars(options).items() if k != "bundle"}}
+    print(json.dumps(settings | evaluate(policy, scenes, options.delay_s), indent=1))
 
 
 if __name__ == "__main__":

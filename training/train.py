@@ -280,7 +280,7 @@ class Trainer:
         """Measure what the stage's gates name; ConfigurationError when one is missed, so that no later stage builds on
         sand.
         """
-        from training.evaluate import measure
+        from training.measure import measure
 
         if not stage.gates:
             return
