@@ -58,7 +58,7 @@ def test_every_joint_must_be_within_reach() -> None:
 def test_without_an_action_within_reach_nothing_is_skipped() -> None:
     slow = Reach(np.zeros(1), np.array([0.1]), 250 * MS)
     assert AsynchronousExecutor().join(ramp(), 0, 0, slow).horizon == 16
-    # At 19 per second the arm catches up with actions that recede at 20 per second only where they are close to start with.
+    # Actions recede at 20 per second; an arm at 22 per second makes up for one that it is behind only after a while.
     late = Reach(np.array([-1.0]), np.array([22.0]), 250 * MS)
     assert AsynchronousExecutor().join(ramp(), 0, 0, late).horizon == 16
     assert AsynchronousExecutor().join(ramp(), 0, 0, Reach(late.measured_J, late.speed_J, 600 * MS)).horizon == 7

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from bundles import CAMERAS, JOINTS, demo_observation, write_test_bundle
 
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.diagnostics import Diagnostics, Level, Stopwatch
+from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import EngineError, InstructionError, SafetyRefusal, StaleInput
 from ki_vla_ros.loop import PolicyLoop
@@ -243,7 +243,7 @@ def test_errors_of_the_engine_hold_and_the_next_tick_tries_again(
 ) -> None:
     prefill, broken = bench.policy.prefill, threading.Event()
 
-    def sometimes(*arguments: object):  # noqa: ANN202
+    def sometimes(*arguments: object) -> KVCache:
         if broken.is_set():
             raise error
         return prefill(*arguments)  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def test_a_matching_set_that_is_too_old_is_refused() -> None:
 
 
 def test_stamps_of_another_clock_are_named() -> None:
-    with pytest.raises(StaleInput, match=r"camera 'scene': stamps .* ahead of the node's clock by 5000 ms.*use_sim_time"):
+    with pytest.raises(StaleInput, match=r"camera 'scene': stamps .* ahead of the node's clock by 5000 ms"):
         filled([15000], [9950]).observe(NOW, MAX_AGE, SLOP)
     buffer = filled([9950], [9950])
     buffer.add_joints(reading(15000, 0.0, 0.0))

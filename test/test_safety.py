@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import SafetyRefusal
 from ki_vla_ros.manifest import JointSpec
 from ki_vla_ros.records import NS_PER_S, ActionChunk
-from ki_vla_ros.safety import SafetyGate, cubic_extremes
+from ki_vla_ros.safety import SafetyGate, Verdict, cubic_extremes
 from ki_vla_ros.settings import LimitSettings
 
 MS = 1_000_000
@@ -40,7 +40,7 @@ def ramp(speed: float, horizon: int = 8) -> ActionChunk:
     return chunk_of(np.stack([arm, np.full(horizon, 0.02)], axis=1))
 
 
-def judge(chunk: ActionChunk, limits: LimitSettings = LIMITS, measured: NDArray[np.float64] = REST):  # noqa: ANN201
+def judge(chunk: ActionChunk, limits: LimitSettings = LIMITS, measured: NDArray[np.float64] = REST) -> Verdict:
     return SafetyGate(JOINTS, limits).judge(chunk, NOW, measured, NOW)
 
 
@@ -111,7 +111,7 @@ def test_a_small_excess_is_clamped_a_large_one_refused() -> None:
     verdict = judge(chunk, measured=np.array([1.97, 0.02]))
     assert verdict.corrections == ("clamped arm",)
     np.testing.assert_array_equal(verdict.command.position_HJ[:3, 0], [1.98, 2.0, 2.0])
-    beyond = replace(chunk, position_HJ=chunk.position_HJ + [0.04, 0.0])
+    beyond = replace(chunk, position_HJ=chunk.position_HJ + np.array([0.04, 0.0]))
     with pytest.raises(
         SafetyRefusal, match=r"joint 'arm': position of action 2 is 2.0900 rad, limits -2.0000 to 2.0000"
     ):
