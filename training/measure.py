@@ -52,7 +52,9 @@ def measure(trainer: Trainer) -> dict[str, float]:
             errors.setdefault(f"{name}_error", []).append(
                 np.abs(trainer.validation["chunk"][chosen] - chunk).mean(axis=(1, 2))
             )
-    return {name: float(np.nanmean(np.concatenate(values))) for name, values in (hits | errors).items()}
+    figures = {name: np.concatenate(values) for name, values in (hits | errors).items()}
+    # No error can be given for FAST while every sequence is malformed; its follow rate says so.
+    return {name: float(np.nanmean(values)) for name, values in figures.items() if not np.isnan(values).all()}
 
 
 def _points_right(trainer: Trainer, batch: Batch, frames: NDArray[np.int64]) -> NDArray[np.bool_]:

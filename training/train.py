@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from training.data.language import COMBINATIONS
 from training.data.simulated import Arrays, ChunkTiming, load_arrays, make_data
 from training.fast_tokenizer import FastTokenizer
 from training.losses import TrainingHeads
+from training.measure import measure
 from training.model.vla import VLA, VLAConfig
 from training.parallel import average_gradients, join_group, wait_for_all
 from training.policy_spec import ACTION_PERIOD_S, HORIZON, describe_policy
@@ -44,11 +46,15 @@ FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: the next step of a stage. `optimizer` is its state there, None at a stage's beginning."""
+    """Where a run stands: the next step of a stage. `optimizer` is its state there, None at a stage's beginning.
+
+    `minutes` is the time that each stage has taken so far, over all runs that were resumed.
+    """
 
     stage: int = 0
     step: int = 0
     optimizer: dict[str, Any] | None = None
+    minutes: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -104,17 +110,21 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         progress = self.load()
         with SummaryWriter(str(out / "tensorboard" / f"rank{self.rank}")) as board:
-            for index, stage in enumerate(self.config.stages):
-                if index >= progress.stage:
-                    self.run_stage(index, stage, progress if index == progress.stage else Progress(index), board)
-                if index >= progress.stage and self.rank == 0:
+            for index, stage in enumerate(self.config.stages[progress.stage :], start=progress.stage):
+                progress = self.run_stage(index, stage, progress, board)
+                if self.rank == 0:
                     self.check_gates(stage, board)
         if self.rank == 0:
-            self.save_policy(out / "policy")
+            self.save_policy(out / "policy", progress)
         wait_for_all()
 
-    def run_stage(self, index: int, stage: StageConfig, progress: Progress, board: SummaryWriter) -> None:
-        """Gradient steps from `progress.step` to the stage's last."""
+    def run_stage(self, index: int, stage: StageConfig, progress: Progress, board: SummaryWriter) -> Progress:
+        """Gradient steps from `progress.step` to the stage's last; returns the beginning of the next stage."""
+        began_s, before = time.monotonic(), progress.minutes
+
+        def minutes() -> dict[str, float]:
+            return before | {stage.name: before.get(stage.name, 0.0) + (time.monotonic() - began_s) / 60}
+
         parameters = select_parameters(self.model, self.heads, stage.train)
         optimizer = torch.optim.AdamW(
             parameters, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=stage.weight_decay
@@ -141,8 +151,10 @@ class Trainer:
                 for name, value in values.items():
                     board.add_scalar(f"{stage.name}/{name}", value, step)
             if (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
-                self.save(Progress(index, step + 1, optimizer.state_dict()))
-        self.save(Progress(index + 1))
+                self.save(Progress(index, step + 1, optimizer.state_dict(), minutes()))
+        done = Progress(index + 1, minutes=minutes())
+        self.save(done)
+        return done
 
     def save(self, progress: Progress) -> None:
         """All processes hold the same weights; the first one writes them."""
@@ -277,11 +289,7 @@ class Trainer:
         return take_rows(scores_BPQ[:, :, end - tokens : end], rows_BR)
 
     def check_gates(self, stage: StageConfig, board: SummaryWriter) -> None:
-        """Measure what the stage's gates name; ConfigurationError when one is missed, so that no later stage builds on
-        sand.
-        """
-        from training.measure import measure
-
+        """ConfigurationError when a figure misses its gate, so that no later stage builds on sand."""
         if not stage.gates:
             return
         figures = measure(self)
@@ -295,13 +303,15 @@ class Trainer:
                 "train longer (steps), or look at the losses in TensorBoard"
             )
 
-    def save_policy(self, folder: Path) -> None:
-        """What `training.export` turns into a bundle."""
+    def save_policy(self, folder: Path, progress: Progress) -> None:
+        """What `training.export` turns into a bundle, with the finished model's figures on held-out frames."""
         save_checkpoint(folder, self.model)
         self.tokenizer.save(str(folder / "tokenizer.json"))
         self.fast.save(folder / "fast.json")
         (folder / "space.json").write_text(json.dumps(asdict(self.space)))
-        spec = describe_policy(self.config, self.space, fingerprint=self.meta["fingerprint"])
+        minutes = {f"minutes_{name}": value for name, value in progress.minutes.items()}
+        figures = measure(self) | minutes | {"processes": float(self.processes)}
+        spec = describe_policy(self.config, self.space, fingerprint=self.meta["fingerprint"], figures=figures)
         (folder / "policy.json").write_text(spec.model_dump_json(indent=1))
 
 
