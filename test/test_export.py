@@ -37,6 +37,8 @@ from training.vocabulary import build_tokenizer
 
 FIGURES = {"follow_rate": 0.93}
 
+pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
+
 
 def small_policy(kind: str) -> PolicySpec:
     policy = demo_policy() if kind == "text" else state_token_policy()
