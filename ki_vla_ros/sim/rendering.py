@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,13 +39,13 @@ _MAX_GEOMS = 254
 
 
 class Cameras:
-    """Square pictures of one model; an array of pixels per call. Not for two threads at once."""
+    """Square pictures of one model, an array of pixels per call; for the thread that made it, as GL binds to it."""
 
     def __init__(self, model: Any, size: int) -> None:
         """Raises SimulationError when no GL library works here. `size` is at most the model's off-screen buffer."""
         self._model = model
         self._size = size
-        self._context = _open_context(size)
+        context = _open_context(size)
         self._rect = mujoco.MjrRect(0, 0, size, size)
         self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
@@ -58,9 +56,10 @@ class Cameras:
             self._option.sitegroup[group] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        with self._current():
-            self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
+        context.make_current()
+        self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
+        self._context = context
 
     def render(self, data: Any, camera: str) -> NDArray[np.uint8]:
         """RGB [S, S, 3], first row on top."""
@@ -84,10 +83,11 @@ class Cameras:
         return geoms
 
     def close(self) -> None:
+        """Frees the context; without effect the second time."""
         if self._context is None:
             return
-        with self._current():
-            self._mjr.free()
+        self._context.make_current()
+        self._mjr.free()
         self._context.free()
         self._context = None
 
@@ -105,16 +105,10 @@ class Cameras:
             self._model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
         )
         upside_down = np.empty((self._size, self._size, 3), dtype=np.uint8)
-        with self._current():
-            mujoco.mjr_render(self._rect, self._scene, self._mjr)
-            mujoco.mjr_readPixels(upside_down, None, self._rect, self._mjr)
+        self._context.make_current()  # another world may have drawn in between
+        mujoco.mjr_render(self._rect, self._scene, self._mjr)
+        mujoco.mjr_readPixels(upside_down, None, self._rect, self._mjr)
         return np.ascontiguousarray(upside_down[::-1])
-
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """Holds the context only while drawing, so that the next picture may be taken from another thread."""
-        with self._context.as_current():
-            yield
 
 
 def _open_context(size: int) -> Any:
