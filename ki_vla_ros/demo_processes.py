@@ -25,6 +25,7 @@ LOG_TAIL_LINES: Final = 12
 PR_SET_PDEATHSIG: Final = 1
 # From 102 on, a domain's ports lie where Linux takes its ephemeral ports from.
 DOMAINS: Final = range(1, 102)
+LARGEST_DOMAIN: Final = 232
 
 
 class ChildError(KiVlaError):
@@ -110,15 +111,20 @@ def _die_with_parent() -> None:
 
 def prepare_environment(out: Path) -> None:
     """Sets, where the user has not, what this process and its children need before ROS is initialised."""
-    ros_logs = out / "log" / "ros"
+    domain = os.environ.get("ROS_DOMAIN_ID") or str(free_domain())
+    if not domain.isdecimal() or int(domain) > LARGEST_DOMAIN:
+        raise ConfigurationError(
+            f"ROS_DOMAIN_ID: expected 0 to {LARGEST_DOMAIN}, got {domain!r}; unset it, and the demo finds a free one"
+        )
+    os.environ["ROS_DOMAIN_ID"] = domain
+    ros_logs = (out / "log" / "ros").resolve()
     ros_logs.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("ROS_LOG_DIR", str(ros_logs))
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     # Fast DDS's default shared memory is smaller than one image and loses most of them.
     os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(find_share("config/fastdds.xml")))
-    # Four processes on few cores: threads that wait for each other cost more than they bring.
+    # Three processes on few cores: threads that wait for each other cost more than they bring.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("ROS_DOMAIN_ID", str(free_domain()))
 
 
 def free_domain() -> int:

@@ -1,4 +1,4 @@
-"""The simulated arm as others meet it: a process on ROS topics that executes trajectories as a real controller would."""
+"""The simulated arm as others meet it: a process on ROS topics that executes trajectories as a real one would."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ki_vla_ros.sim.world import HOME_J, JOINTS, World
 # rclpy imports ROS's code generator, whose parser imports modules of Python's that are on their way out.
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_.*' is deprecated:DeprecationWarning")
 COMMAND = [sys.executable, "-m", "ki_vla_ros.sim.arm_node"]
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 # --- without ROS

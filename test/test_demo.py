@@ -22,7 +22,7 @@ from bundles import write_test_bundle
 
 from ki_vla_ros import demo
 from ki_vla_ros.demo_driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, TICK, TOPICS, WRIST_IMAGE, Observed
-from ki_vla_ros.demo_processes import ChildError, Children, free_domain
+from ki_vla_ros.demo_processes import ChildError, Children, free_domain, prepare_environment
 from ki_vla_ros.demo_recorder import TYPESTORE, Recorder, open_bag
 from ki_vla_ros.demo_report import Episode, Run, rate_hz, summarise, write_report
 from ki_vla_ros.demo_video import HEADER, SIDE, Film, frames, make_video
@@ -359,6 +359,13 @@ def test_a_domain_with_a_participant_is_not_free(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(ConfigurationError, match="no free ROS domain"):
             free_domain()
     assert free_domain() == free
+
+
+@pytest.mark.parametrize("domain", ["233", "-1", "robot"])
+def test_an_impossible_domain_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, domain: str) -> None:
+    monkeypatch.setenv("ROS_DOMAIN_ID", domain)
+    with pytest.raises(ConfigurationError, match=f"ROS_DOMAIN_ID: expected 0 to 232, got '{domain}'"):
+        prepare_environment(tmp_path)
 
 
 # --- one episode, against a driver that answers from a script
