@@ -302,6 +302,7 @@ def test_initial_scales() -> None:
     ("change", "words"),
     [
         ({"time": None}, "x_t and time go together"),
+        ({"postfix_BT": None}, "a postfix mask without a postfix"),
         ({"state": torch.zeros(2, 4)}, "state_dim None got a state"),
         ({"x_t": torch.zeros(3, 5, 3)}, "3 rows are no multiple of 2"),
     ],

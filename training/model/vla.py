@@ -93,11 +93,9 @@ class VLA(nn.Module):
         self, images_BVCSS: Tensor, image_mask_BV: Tensor, tokens_BL: Tensor, token_mask_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Image tokens of all cameras, then the prompt -> ([B, P, D], mask [B, P])."""
-        batch = image_mask_BV.shape[0]
-        image_BPD = self.projector(self.vision(images_BVCSS.flatten(0, 1))).reshape(
-            batch, -1, self.projector.out_features
-        )
-        image_mask_BP = image_mask_BV[:, :, None].expand(-1, -1, self.config.vision.tokens).reshape(batch, -1)
+        image_BPD = self.projector(self.vision(images_BVCSS.flatten(0, 1)))
+        image_BPD = image_BPD.unflatten(0, image_mask_BV.shape).flatten(1, 2)
+        image_mask_BP = image_mask_BV[:, :, None].expand(-1, -1, self.config.vision.tokens).flatten(1, 2)
         embed_BPD = torch.cat((image_BPD, self.backbone.embed(tokens_BL)), dim=1)
         return embed_BPD, torch.cat((image_mask_BP, token_mask_BL), dim=1)
 
@@ -141,10 +139,12 @@ class VLA(nn.Module):
         `insulate=False` lets the flow loss train the backbone (the baseline).
         `probe` = (layer, head) whose attention scores among prefix tokens are returned.
         `prefix_rows`: only the last so many (at least 1) prefix tokens pass through the last layer, whose outputs then
-        have that many rows. Nothing else reads the other rows, and a step is about an eighth faster without them.
+        have that many rows. Nothing else reads the others; without them a step of the demo's sizes takes 6 to 8 % less.
         """
         if (x_t is None) != (time is None):
             raise ConfigurationError("forward: x_t and time go together, got only one of them")
+        if postfix_BT is None and postfix_mask_BT is not None:
+            raise ConfigurationError("forward: got a postfix mask without a postfix")
         x_BSD, mask_BP = self.embed_prefix(images_BVCSS, image_mask_BV, tokens_BL, token_mask_BL)
         prefix, mask_BS = mask_BP.shape[1], mask_BP
         if postfix_BT is not None:
