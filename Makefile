@@ -3,7 +3,7 @@ PYTHON ?= python3
 ARGS ?=
 JOBS ?= 2
 CONFIG ?= config/training/demo.yaml
-CHECKPOINT ?= out/training/demo
+CHECKPOINT ?= out/training/demo/policy
 BUNDLE ?= models/demo
 
 # Beside a ROS 2 installation the environment sees that installation's packages, so it is another one.
@@ -37,13 +37,13 @@ lint: $(VENV)/developer ## ruff (rules, format) and mypy
 	$(RUN) ruff format --check
 	$(RUN) mypy
 
-train: $(VENV)/developer ## train the policy (CONFIG=config/training/demo.yaml, ARGS)
-	$(RUN) training.train $(CONFIG) $(ARGS)
+train: $(VENV)/developer ## train the policy (CONFIG=config/training/demo.yaml); goes on where it stopped
+	$(RUN) training.train $(CONFIG)
 
 export: $(VENV)/developer ## write a bundle from a checkpoint (CHECKPOINT=..., BUNDLE=models/demo, ARGS)
 	$(RUN) training.export --checkpoint $(CHECKPOINT) --out $(BUNDLE) $(ARGS)
 
-evaluate: $(VENV)/developer ## closed-loop figures of a bundle (BUNDLE=models/demo, ARGS)
+evaluate: $(VENV)/developer ## closed-loop figures of a bundle without ROS (BUNDLE=models/demo, ARGS="--episodes 20")
 	$(RUN) training.evaluate $(BUNDLE) $(ARGS)
 
 clean: ## remove the environments and everything that the other targets wrote, except models

@@ -1,4 +1,4 @@
-"""Installs the robot's side, with launch files, settings and models as its share files; training/ runs from a checkout."""
+"""Installs the robot's side, with launch files, settings and models as share files; training/ runs from a checkout."""
 
 from pathlib import Path
 
@@ -32,8 +32,12 @@ setup(
     package_data={NAME: ["sim/*.xml"]},
     data_files=share_files(),
     install_requires=["numpy", "pydantic>=2", "pyyaml", "rosbags", "tokenizers"],
-    # colcon runs a package's tests only when they are announced here.
-    extras_require={"test": ["pytest"]},
+    extras_require={
+        # Beside a ROS installation python3-opencv is there already, and a robot may prefer onnxruntime-gpu.
+        "demo": ["av", "mujoco", "onnxruntime", "opencv-python-headless"],
+        # colcon runs a package's tests only when they are announced here.
+        "test": ["pytest"],
+    },
     zip_safe=False,
     entry_points={
         "console_scripts": [

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-# Fast DDS takes its ports from the domain id; above 101 they reach into the range that Linux hands out to other sockets.
+# Fast DDS takes its ports from the domain id; above 101 they reach into those that Linux gives to others.
 _DOMAINS = 100
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()  # another run on this machine starts elsewhere
+# Another run on this machine begins at another domain.
+_run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
 _own_domains = itertools.cycle([1 + (_run + i) % _DOMAINS for i in range(_worker, _DOMAINS, _workers)])
 
 # For tests that start ROS without the fixture, and for whatever they start; a domain must never be the user's.
