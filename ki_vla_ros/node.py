@@ -167,40 +167,37 @@ class PolicyNode(LifecycleNode):
         return all(step() == TransitionCallbackReturn.SUCCESS for step in steps)
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self._transition("configure", self._configure, super().on_configure, state)
+        return self._transition("configure", self._configure, partial(super().on_configure, state))
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self._transition("activate", self._activate, super().on_activate, state)
+        # Publishers first: what the loop sends at once must not be lost.
+        return self._transition("activate", self._check_alone, partial(super().on_activate, state), self._start_loop)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self._transition("deactivate", self._halt, super().on_deactivate, state)
+        return self._transition("deactivate", self._halt, partial(super().on_deactivate, state))
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self._transition("clean up", self.close, super().on_cleanup, state)
+        return self._transition("clean up", self.close, partial(super().on_cleanup, state))
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self._transition("shut down", self.close, super().on_shutdown, state)
+        return self._transition("shut down", self.close, partial(super().on_shutdown, state))
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self._transition("recover from the error", self.close, super().on_error, state)
+        return self._transition("recover from the error", self.close, partial(super().on_error, state))
 
-    def _transition(
-        self,
-        name: str,
-        action: Callable[[], None],
-        inherited: Callable[[LifecycleState], TransitionCallbackReturn],
-        state: LifecycleState,
-    ) -> TransitionCallbackReturn:
-        """rclpy swallows what a transition raises, so it is logged here."""
+    def _transition(self, name: str, *steps: Callable[[], object]) -> TransitionCallbackReturn:
+        """rclpy swallows what a transition raises, so it is logged here. A wrong setting leaves the state as it was."""
         try:
-            action()
-            return inherited(state)
-        except KiVlaError as error:
+            for step in steps:
+                step()
+        except ConfigurationError as error:
             self.get_logger().error(f"cannot {name}: {error}")
             return TransitionCallbackReturn.FAILURE
-        except Exception:
-            self.get_logger().error(f"cannot {name}: {traceback.format_exc()}")
+        except Exception as error:
+            cause = str(error) if isinstance(error, KiVlaError) else traceback.format_exc()
+            self.get_logger().error(f"cannot {name}: {cause}")
             return TransitionCallbackReturn.ERROR
+        return TransitionCallbackReturn.SUCCESS
 
     def _configure(self) -> None:
         bundle = load_bundle(find_bundle(self.parameters.settings.bundle))
@@ -241,16 +238,16 @@ class PolicyNode(LifecycleNode):
         gc.freeze()
         self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
 
-    def _activate(self) -> None:
-        if self._loaded is None:
-            raise ConfigurationError("node: expected a loaded bundle, got none; configure first")
+    def _check_alone(self) -> None:
         own = (self.get_name(), self.get_namespace())
         if self.get_node_names_and_namespaces().count(own) > 1:
             raise ConfigurationError(
-                f"node {self.get_fully_qualified_name()}: another node of this name runs in the same ROS domain; stop "
-                "it, "
-                "or choose another namespace or ROS_DOMAIN_ID"
+                f"node {self.get_fully_qualified_name()}: another node of this name runs in the same ROS domain; "
+                "stop it, or choose another namespace or ROS_DOMAIN_ID"
             )
+
+    def _start_loop(self) -> None:
+        assert self._loaded is not None  # the state machine lets only a configured node get here
         self._loaded.loop.start()
 
     def _halt(self) -> None:

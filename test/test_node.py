@@ -62,7 +62,7 @@ class Robot:
         self.position = demo_observation().state_J.tolist()
         self.encoding = "rgb8"
         self.joint_names = list(JOINTS)
-        self.publishing = True
+        self.imaging = True
         self._pixels = array.array("B", demo_observation(image_size=96).frames["scene"].rgb_HWC.tobytes())
         self._count = itertools.count()
         self.node.create_timer(0.01, self._publish)
@@ -78,13 +78,11 @@ class Robot:
         rclpy.shutdown(context=self.context)
 
     def _publish(self) -> None:
-        if not self.publishing:
-            return
         stamp = self.node.get_clock().now().to_msg()
         message = JointState(name=self.joint_names, position=self.position)
         message.header.stamp = stamp
         self.joints.publish(message)
-        if next(self._count) % 5 == 0:
+        if next(self._count) % 5 == 0 and self.imaging:
             for publisher in self.image.values():
                 image = Image(height=96, width=96, step=288, encoding=self.encoding, data=self._pixels)
                 image.header.stamp = stamp
@@ -345,9 +343,9 @@ def test_inputs_that_fail_bring_the_arm_to_rest_and_are_named(
         return robot.ticks[-1]["hold"] is None and len(robot.commands[-1].points) > 1
 
     until(lambda: robot.ticks and robot.commands and moves())
-    robot.publishing = False
+    robot.imaging = False
     until(held_because("limit 250 ms (max_age_s); is /"))
-    robot.publishing = True
+    robot.imaging = True
     until(moves)
     robot.encoding = "32FC1"
     until(held_because("last message refused: camera 'scene': image encoding '32FC1' is not read"))

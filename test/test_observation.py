@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -71,6 +72,10 @@ def test_a_frozen_camera_grows_stale() -> None:
         buffer.observe(NOW, MAX_AGE, SLOP)
 
 
+def test_a_repeated_stamp_does_not_push_older_frames_out() -> None:
+    assert chosen_ms(filled([9850], [9855] + [9990] * 20)) == {"scene": 9850, "wrist": 9855}
+
+
 def test_a_missing_camera_names_its_topic() -> None:
     with pytest.raises(StaleInput, match=r"camera 'wrist': no image yet; is /wrist/image_raw published\?"):
         filled([9950], []).observe(NOW, MAX_AGE, SLOP)
@@ -115,6 +120,15 @@ def test_only_the_newest_frames_are_kept() -> None:
 def test_joint_state_is_interpolated_to_the_frames_time() -> None:
     observation = filled([9947.5], [9950]).observe(NOW, MAX_AGE, SLOP)
     np.testing.assert_allclose(observation.state_J, [9.9475, -9.9475], rtol=0, atol=1e-12)
+
+
+def test_a_joint_state_of_the_very_moment_is_taken_whatever_came_before() -> None:
+    buffer = make_buffer()
+    for name in ("scene", "wrist"):
+        buffer.add_frame(frame(name, 9950))
+    buffer.add_joints(reading(9000, 0.0, 0.0))
+    buffer.add_joints(reading(9950, 1.0, 2.0))
+    np.testing.assert_array_equal(buffer.observe(NOW, MAX_AGE, SLOP).state_J, [1.0, 2.0])
 
 
 def test_joint_state_is_not_extrapolated() -> None:
@@ -197,23 +211,23 @@ def test_clear_forgets_everything() -> None:
         buffer.measured(NOW, MAX_AGE)
 
 
-def test_adding_and_observing_from_two_threads() -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda buffer: buffer.add_frame(frame("scene", 9960)),
+        lambda buffer: buffer.add_joints(reading(9999, 0.0, 0.0)),
+        lambda buffer: buffer.refuse("scene", "why"),
+        lambda buffer: buffer.observe(NOW, MAX_AGE, SLOP),
+        lambda buffer: buffer.measured(NOW, MAX_AGE),
+        lambda buffer: buffer.clear(),
+    ],
+)
+def test_one_thread_at_a_time(use: Callable[[ObservationBuffer], object]) -> None:
     buffer = filled([9950], [9950])
-    stop = threading.Event()
-
-    def add() -> None:
-        stamp_ms = 9951.0
-        while not stop.is_set():
-            stamp_ms += 0.001
-            buffer.add_frame(frame("scene", stamp_ms))
-            buffer.add_frame(frame("wrist", stamp_ms))
-            buffer.add_joints(reading(stamp_ms, 0.0, 0.0))
-
-    adder = threading.Thread(target=add)
-    adder.start()
-    try:
-        for _ in range(300):
-            buffer.observe(NOW, 10_000 * MS, SLOP)
-    finally:
-        stop.set()
-        adder.join()
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (use(buffer), done.set()))
+    with buffer._lock:
+        thread.start()
+        assert not done.wait(0.1)
+    thread.join(60.0)
+    assert done.is_set()
