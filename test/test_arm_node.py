@@ -309,9 +309,13 @@ def bad_starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int,
         COMMAND, env={**environment, "MUJOCO_GL": "crt"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     results = {}
-    for name, process in processes.items():
-        _, errors = process.communicate(timeout=2 * LIMIT_S)
-        results[name] = (process.returncode, errors)
+    try:
+        for name, process in processes.items():
+            _, errors = process.communicate(timeout=LIMIT_S)
+            results[name] = (process.returncode, errors)
+    finally:
+        for process in processes.values():
+            process.kill()
     return results
 
 
