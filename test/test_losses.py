@@ -35,14 +35,15 @@ def test_next_token_hidden_starts_at_each_samples_own_last_prompt_token() -> Non
 
 
 def test_pointing_rewards_the_targets_cell_and_skips_samples_without_one() -> None:
-    scores = torch.zeros(3, 2, 4, requires_grad=True)
-    loss = losses.point_at_target(scores, torch.tensor([2, NO_TARGET, 0]))
+    scores = torch.zeros(3, 2, 5, requires_grad=True)
+    masked = scores.masked_fill(torch.tensor([True, False, False, False, False]), -torch.inf)
+    loss = losses.point_at_target(masked, torch.tensor([1, NO_TARGET, 0]), first_cell=1)
     assert float(loss.detach()) == pytest.approx(math.log(4))
     loss.backward()
     assert scores.grad is not None
-    assert torch.equal(scores.grad[1], torch.zeros(2, 4))
-    assert (scores.grad[0, :, 2] < 0).all() and (scores.grad[2, :, 0] < 0).all()
-    nothing = losses.point_at_target(scores, torch.full((3,), NO_TARGET))
+    assert torch.equal(scores.grad[1], torch.zeros(2, 5))
+    assert (scores.grad[0, :, 2] < 0).all() and (scores.grad[2, :, 1] < 0).all()
+    nothing = losses.point_at_target(scores, torch.full((3,), NO_TARGET), first_cell=1)
     assert float(nothing.detach()) == 0.0
 
 

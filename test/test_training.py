@@ -165,7 +165,9 @@ def test_figures_of_a_perfect_prediction_are_perfect(settings: dict[str, Any], m
 
     trainer = Trainer(configure(settings))
     monkeypatch.setattr(module, "FRAMES", 6)
-    monkeypatch.setattr(module, "_predict", lambda trainer, batch: [("flow", batch.action_BHA.double().numpy())])
+    monkeypatch.setattr(
+        module, "_predict", lambda trainer, batch, with_fast: [("flow", batch.action_BHA.double().numpy())]
+    )
     figures = measure(trainer)
     assert figures["flow_follow"] == 1.0
     assert figures["flow_error"] < 1e-3  # state and chunk are kept in float32

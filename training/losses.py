@@ -52,15 +52,15 @@ def name_cells(heads: TrainingHeads, features_BND: Tensor, cells_BN: Tensor) -> 
     return F.cross_entropy(heads.cells(features_BND).flatten(0, -2), cells_BN.flatten(), weight=weight)
 
 
-def point_at_target(scores_BRN: Tensor, target_cell_B: Tensor) -> Tensor:
-    """Cross-entropy of attention scores (R asking rows, N scene cells) towards the asked object's cell, where there is
-    one.
+def point_at_target(scores_BRP: Tensor, target_cell_B: Tensor, first_cell: int) -> Tensor:
+    """Cross-entropy of attention scores (R asking rows, P prefix tokens; -inf where masked) towards the asked object's
+    cell, where there is one. The image's first cell is prefix token `first_cell`.
     """
     asked = target_cell_B != NO_TARGET
     if not asked.any():
-        return scores_BRN.sum() * 0.0
-    rows = scores_BRN[asked]
-    targets = target_cell_B[asked][:, None].expand(-1, rows.shape[1])
+        return scores_BRP.new_zeros((), requires_grad=True)
+    rows = scores_BRP[asked]
+    targets = first_cell + target_cell_B[asked][:, None].expand(-1, rows.shape[1])
     return F.cross_entropy(rows.flatten(0, 1), targets.flatten())
 
 

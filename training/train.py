@@ -33,6 +33,7 @@ from training.data.batches import Batch, BatchMaker
 from training.data.language import COMBINATIONS
 from training.data.simulated import Arrays, ChunkTiming, load_arrays, make_data
 from training.fast_tokenizer import FastTokenizer
+from training.initialization import order_embeddings
 from training.losses import TrainingHeads
 from training.measure import measure
 from training.model.vla import VLA, VLAConfig
@@ -93,6 +94,7 @@ class Trainer:
                 horizon=HORIZON,
             )
         )
+        order_embeddings(self.model, self.tokenizer)
         self.heads = TrainingHeads(
             config.model.vision.width,
             config.model.backbone.width,
@@ -202,9 +204,7 @@ class Trainer:
         rows = self.prefix_offset(batch) + last[:, None]
         return {
             "text": self.predict(batch, output.prefix_hidden_BPD, output.postfix_hidden_BTD),
-            "pointing": losses.point_at_target(
-                self.scene_scores(batch, output.probe_logits_BPQ, rows), batch.target_cell_B
-            ),
+            "pointing": self.point(batch, output.probe_logits_BPQ, rows),
         }
 
     def robot_losses(self, batch: Batch, stage: StageConfig, generator: torch.Generator) -> dict[Loss, Tensor]:
@@ -238,9 +238,7 @@ class Trainer:
         ]
         found: dict[Loss, Tensor] = {
             "fast": self.predict(batch, output.prefix_hidden_BPD, output.postfix_hidden_BTD),
-            "pointing": losses.point_at_target(
-                self.scene_scores(batch, output.probe_logits_BPQ, rows), batch.target_cell_B
-            ),
+            "pointing": self.point(batch, output.probe_logits_BPQ, rows),
             "readout": torch.stack(readout).mean(),
         }
         if "flow" in stage.losses:
@@ -287,6 +285,16 @@ class Trainer:
         tokens = self.config.model.vision.tokens
         end = self.prefix_offset(batch)
         return take_rows(scores_BPQ[:, :, end - tokens : end], rows_BR)
+
+    def point(self, batch: Batch, scores_BPQ: Tensor, rows_BR: Tensor) -> Tensor:
+        """The pointing loss over the whole prefix:
+
+        the asking rows shall look at the target's cell and at nothing else.
+        """
+        tokens = self.config.model.vision.tokens
+        seen_BP = torch.cat([batch.image_mask_BV.repeat_interleave(tokens, dim=1), batch.token_mask_BL], dim=1)
+        scores_BRP = take_rows(scores_BPQ, rows_BR).masked_fill(~seen_BP[:, None], -torch.inf)
+        return losses.point_at_target(scores_BRP, batch.target_cell_B, self.prefix_offset(batch) - tokens)
 
     def check_gates(self, stage: StageConfig, board: SummaryWriter) -> None:
         """ConfigurationError when a figure misses its gate, so that no later stage builds on sand."""

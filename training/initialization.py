@@ -1,0 +1,39 @@
+"""A head start for what has an order: numbers, locations and image cells begin as smooth features of their value.
+
+From random rows a small model would have to learn one by one that 127 is next to 128 and which cell lies left of which;
+minutes of training do not suffice for that. All of them are learned on from there.
+"""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from training.model.vla import VLA
+from training.vocabulary import LOCATIONS, STATE_BINS, loc_id, token_id
+
+
+def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
+    """[N, width] sines and cosines of values in 0..1, half a period up to `finest` periods over that range; mean
+    square 1.
+    """
+    frequency = torch.logspace(-1, torch.log2(torch.tensor(finest)).item(), width // 2, base=2.0)
+    angle = 2 * torch.pi * value_N[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1) * 2**0.5
+
+
+@torch.no_grad()
+def order_embeddings(model: VLA, tokenizer: Tokenizer) -> None:
+    """Give neighbouring numbers, locations and image cells similar embeddings, in place."""
+    table, width = model.backbone.embedding.weight, model.config.backbone.width
+    first_number = token_id(tokenizer, "0")
+    for first, count, finest in ((first_number, STATE_BINS, 32.0), (loc_id(tokenizer, 0), LOCATIONS, 8.0)):
+        features = wave_features(torch.linspace(0, 1, count), width, finest=finest)
+        table[first : first + count] = features * width**-0.5  # the backbone multiplies by sqrt(width)
+    vision = model.config.vision
+    grid = vision.image_size // vision.patch_size
+    middle = (torch.arange(grid) + 0.5) / grid
+    rows = wave_features(middle, vision.width // 2, finest=grid / 2)
+    places = torch.cat([rows[:, None].expand(-1, grid, -1), rows[None, :].expand(grid, -1, -1)], dim=2)
+    model.vision.position.weight.copy_(places.flatten(0, 1))
