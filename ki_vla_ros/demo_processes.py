@@ -132,7 +132,7 @@ def free_domain() -> int:
     domains = list(DOMAINS)
     random.shuffle(domains)
     for domain in domains:
-        if _is_free(domain):
+        if is_free(domain):
             return domain
     raise ConfigurationError(
         f"no free ROS domain: expected one of {DOMAINS[0]} to {DOMAINS[-1]} without a process in it; stop some, "
@@ -140,7 +140,7 @@ def free_domain() -> int:
     )
 
 
-def _is_free(domain: int) -> bool:
+def is_free(domain: int) -> bool:
     """Whether a first participant could take its port (DDSI-RTPS 9.6.1: 7400 + 250 * domain + 10)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -22,7 +22,7 @@ from bundles import write_test_bundle
 
 from ki_vla_ros import demo
 from ki_vla_ros.demo_driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, TICK, TOPICS, WRIST_IMAGE, Observed
-from ki_vla_ros.demo_processes import ChildError, Children, free_domain, prepare_environment
+from ki_vla_ros.demo_processes import ChildError, Children, free_domain, is_free, prepare_environment
 from ki_vla_ros.demo_recorder import TYPESTORE, Recorder, open_bag
 from ki_vla_ros.demo_report import Episode, Run, rate_hz, summarise, write_report
 from ki_vla_ros.demo_video import HEADER, SIDE, Film, frames, make_video
@@ -649,6 +649,10 @@ def test_a_domain_in_use_is_refused(tmp_path: Path, given: list[str], ros_enviro
     arguments = ["--ros-args", "-p", "image_size:=32"]
     arm = subprocess.Popen([sys.executable, "-m", "ki_vla_ros.sim.arm_node", *arguments], env=ros_environment)
     try:
+        end_s = time.monotonic() + LIMIT_S
+        while is_free(int(ros_environment["ROS_DOMAIN_ID"])):
+            assert time.monotonic() < end_s
+            time.sleep(0.1)
         process = start([*given, "--no-video"], ros_environment)
         _, errors = process.communicate(timeout=LIMIT_S)
     finally:
