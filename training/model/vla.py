@@ -139,7 +139,7 @@ class VLA(nn.Module):
         `insulate=False` lets the flow loss train the backbone (the baseline).
         `probe` = (layer, head) whose attention scores among prefix tokens are returned.
         `prefix_rows`: only the last so many (at least 1) prefix tokens pass through the last layer, whose outputs then
-        have that many rows. Nothing else reads the others; without them a step of the demo's sizes takes 6 to 13 % less.
+        have that many rows. Nothing else reads the others; without them a step at the demo's sizes takes 6-13 % less.
         """
         if (x_t is None) != (time is None):
             raise ConfigurationError("forward: x_t and time go together, got only one of them")
