@@ -241,6 +241,8 @@ def test_a_lifecycle(robot: Robot, start: Callable[..., PolicyProcess], bundle: 
         time.sleep(0.5)
         assert (len(robot.commands), len(robot.ticks)) == (count, ticks)
         assert robot.change("cleanup") and robot.state == "unconfigured"
+        until(lambda: robot.node.count_publishers("policy/chunk") == 0)
+        until(lambda: robot.image["scene"].get_subscription_count() == 0)
 
     assert robot.change("configure") and robot.change("activate")
     count = len(robot.commands)
