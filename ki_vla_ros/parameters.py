@@ -73,10 +73,9 @@ class Parameters:
         return SetParametersResult(successful=True)
 
     def _apply(self, parameters: list[Parameter[Any]]) -> None:
-        before, self.settings = self.settings, self._read({})
-        if self.settings != before:
-            changed = ", ".join(f"{p.name} = {p.value!r}" for p in parameters)
-            self._node.get_logger().info(f"changed: {changed}")
+        self.settings = self._read({})
+        if changed := [f"{p.name} = {p.value!r}" for p in parameters if p.name in self._specs]:
+            self._node.get_logger().info(f"changed: {', '.join(changed)}")
 
 
 def _descriptor(spec: ParameterSpec) -> ParameterDescriptor:
