@@ -108,12 +108,13 @@ def run(options: Options) -> dict[str, Any]:
     """The whole demo; returns the summary."""
     bundle = load_bundle(options.bundle)
     clear_results(options.out)
-    prepare_environment(options.out)
+    shared = prepare_environment(options.out)
     episodes: list[Episode] = []
     observed: list[Observed] = []
     line = StatusLine(options.episodes)
     with Children(options.out / "log") as children, Driver(children.check) as driver:
-        driver.check_alone()
+        if shared:
+            driver.check_alone()
         print(f"starting the simulated arm and the policy with bundle {bundle.manifest.name}", flush=True)
         arguments = ["--ros-args", "--params-file", str(options.params)]
         children.start(ARM, "ki_vla_ros.sim.arm_node", arguments)

@@ -53,8 +53,8 @@ TOPICS: Final[Mapping[str, tuple[type[Any], str]]] = {
     DIAGNOSTICS: (DiagnosticArray, "diagnostic_msgs/msg/DiagnosticArray"),
     INSTRUCTION: (String, "std_msgs/msg/String"),
 }
-# Long enough for discovery on one machine.
-NEIGHBOUR_WAIT_S: Final = 1.5
+# Participants that missed each other's first announcements meet at the next one, 3 s later.
+DISCOVERY_LIMIT_S: Final = 5.0
 START_LIMIT_S: Final = 60.0
 ANSWER_LIMIT_S: Final = 15.0
 
@@ -118,14 +118,16 @@ class Driver:
 
     def check_alone(self) -> None:
         """Before any child is started: ConfigurationError if an arm or a policy already runs in this ROS domain."""
-        time.sleep(NEIGHBOUR_WAIT_S)
-        for name in self._node.get_node_names():
-            if name in (POLICY, ARM):
-                domain = self._node.context.get_domain_id()
-                raise ConfigurationError(
-                    f"ROS domain {domain} is in use: a node '{name}' already runs in it, and two would command one "
-                    "arm; stop it, or choose another ROS_DOMAIN_ID (unset, the demo finds a free one)"
-                )
+        end_s = time.monotonic() + DISCOVERY_LIMIT_S
+        while time.monotonic() < end_s:
+            for name in self._node.get_node_names():
+                if name in (POLICY, ARM):
+                    domain = self._node.context.get_domain_id()
+                    raise ConfigurationError(
+                        f"ROS domain {domain} is in use: a node '{name}' already runs in it, and two would command one "
+                        "arm; stop it, or choose another ROS_DOMAIN_ID (unset, the demo finds a free one)"
+                    )
+            time.sleep(0.1)
 
     def wait_until_up(self) -> None:
         """Waits for both children's services."""

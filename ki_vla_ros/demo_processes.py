@@ -109,8 +109,11 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def prepare_environment(out: Path) -> None:
-    """Sets, where the user has not, what this process and its children need before ROS is initialised."""
+def prepare_environment(out: Path) -> bool:
+    """Sets, where the user has not, what this process and its children need before ROS is initialised.
+
+    Returns whether others may take part in the chosen domain.
+    """
     domain = os.environ.get("ROS_DOMAIN_ID") or str(free_domain())
     if not domain.isdecimal() or int(domain) > LARGEST_DOMAIN:
         raise ConfigurationError(
@@ -125,6 +128,7 @@ def prepare_environment(out: Path) -> None:
     os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(find_share("config/fastdds.xml")))
     # Three processes on few cores: threads that wait for each other cost more than they bring.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return not is_free(int(domain)) or os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] != "LOCALHOST"
 
 
 def free_domain() -> int:

@@ -361,6 +361,19 @@ def test_a_domain_with_a_participant_is_not_free(monkeypatch: pytest.MonkeyPatch
     assert free_domain() == free
 
 
+def test_a_domain_with_a_participant_or_open_to_other_machines_may_be_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ros_environment: dict[str, str]
+) -> None:
+    for name in ("FASTDDS_DEFAULT_PROFILES_FILE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # so that what the demo would set does not stay for other tests
+    assert not prepare_environment(tmp_path)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as participant:
+        participant.bind(("", 7400 + 250 * int(ros_environment["ROS_DOMAIN_ID"]) + 10))
+        assert prepare_environment(tmp_path)
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "SUBNET")
+    assert prepare_environment(tmp_path)
+
+
 @pytest.mark.parametrize("domain", ["233", "-1", "robot"])
 def test_an_impossible_domain_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, domain: str) -> None:
     monkeypatch.setenv("ROS_DOMAIN_ID", domain)
