@@ -1,0 +1,91 @@
+"""The demo's child processes and their ROS domain."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from ki_vla_ros.demo_processes import ChildError, Children, free_domain, prepare_environment
+from ki_vla_ros.errors import ConfigurationError
+
+LIMIT_S = 150.0
+NS = 1_000_000_000
+
+
+def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> str:
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    return name
+
+
+def wait_for(path: Path, content: str) -> None:
+    end_s = time.monotonic() + 30.0
+    while content not in path.read_text():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+def test_children_get_sigint_first_and_are_killed_if_they_ignore_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polite = (
+        "import time\nprint('up', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('bye')\n"
+    )
+    stubborn = (
+        "import signal, time\nfor s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)\n"
+        "print('up', flush=True)\ntime.sleep(60)\n"
+    )
+    monkeypatch.setattr("ki_vla_ros.demo_processes.STOP_LIMIT_S", 0.5)
+    with Children(tmp_path) as children:
+        gentle = children.start("gentle", module(tmp_path, monkeypatch, "polite_child", polite), [])
+        hard = children.start("hard", module(tmp_path, monkeypatch, "stubborn_child", stubborn), [])
+        for child in (gentle, hard):
+            wait_for(child.log, "up")
+        children.check()
+    assert "bye" in gentle.log.read_text()
+    assert (gentle.process.returncode, hard.process.returncode) == (0, -signal.SIGKILL)
+
+
+def test_a_dead_child_is_reported_with_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "print('[WARN] [1.5] [x]: hot'); print('[INFO] [1.6] [x]: fine'); raise SystemExit(7)"
+    with Children(tmp_path) as children:
+        child = children.start("brief", module(tmp_path, monkeypatch, "brief_child", code), [])
+        child.process.wait(30)
+        with pytest.raises(ChildError, match=r"(?s)brief ended with exit code 7; .*brief.log says:.*hot"):
+            children.check()
+        assert child.last_error() == "hot"
+
+
+def test_a_domain_with_a_participant_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = free_domain()
+    monkeypatch.setattr("ki_vla_ros.demo_processes.DOMAINS", range(free, free + 1))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as participant:
+        participant.bind(("", 7400 + 250 * free + 10))
+        with pytest.raises(ConfigurationError, match="no free ROS domain"):
+            free_domain()
+    assert free_domain() == free
+
+
+def test_a_domain_with_a_participant_or_open_to_other_machines_may_be_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ros_environment: dict[str, str]
+) -> None:
+    for name in ("FASTDDS_DEFAULT_PROFILES_FILE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # so that what the demo would set does not stay for other tests
+    assert not prepare_environment(tmp_path)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as participant:
+        participant.bind(("", 7400 + 250 * int(ros_environment["ROS_DOMAIN_ID"]) + 10))
+        assert prepare_environment(tmp_path)
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "SUBNET")
+    assert prepare_environment(tmp_path)
+
+
+@pytest.mark.parametrize("domain", ["233", "-1", "robot"])
+def test_an_impossible_domain_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, domain: str) -> None:
+    monkeypatch.setenv("ROS_DOMAIN_ID", domain)
+    with pytest.raises(ConfigurationError, match=f"ROS_DOMAIN_ID: expected 0 to 232, got '{domain}'"):
+        prepare_environment(tmp_path)
