@@ -25,7 +25,6 @@ from ki_vla_ros.errors import BundleError, ConfigurationError, InstructionError,
 from ki_vla_ros.share import find_share
 
 LIMIT_S = 150.0
-NS = 1_000_000_000
 
 # --- one episode, against a driver that answers from a script
 

@@ -13,9 +13,6 @@ import pytest
 from ki_vla_ros.demo_processes import ChildError, Children, free_domain, prepare_environment
 from ki_vla_ros.errors import ConfigurationError
 
-LIMIT_S = 150.0
-NS = 1_000_000_000
-
 
 def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> str:
     (folder / f"{name}.py").write_text(code)

@@ -14,9 +14,6 @@ import pytest
 from ki_vla_ros.demo_driver import SCENE_IMAGE, WRIST_IMAGE, Observed
 from ki_vla_ros.demo_report import Episode, Run, rate_hz, summarise, write_report
 
-LIMIT_S = 150.0
-NS = 1_000_000_000
-
 
 def tick(total_ms: float, *, chunk_index: int | None = 0, misses: int = 0, instruction: str = "") -> dict[str, Any]:
     stage_ms = {"prefill": 0.25 * total_ms, "denoise": 0.75 * total_ms, "total": total_ms}

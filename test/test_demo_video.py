@@ -17,7 +17,6 @@ from ki_vla_ros.sim.expert import tip_to_joints
 from ki_vla_ros.sim.task import sample_scene
 from ki_vla_ros.sim.world import JOINTS, World
 
-LIMIT_S = 150.0
 NS = 1_000_000_000
 
 
