@@ -49,6 +49,9 @@ from ki_vla_ros.share import find_bundle
 
 # Seconds between two log lines about one and the same cause.
 REPEAT_LOG_S = 5.0
+# For so many seconds after activation a node of the same name counts as the one that was there first: discovery takes
+# time. Afterwards it is the other one that came later and has to go.
+DISCOVERY_S = 5.0
 
 
 class NodeWire:
@@ -117,7 +120,8 @@ class PolicyNode(LifecycleNode):
         self._diagnostics = Diagnostics()
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_subscription(String, "~/instruction", self._on_instruction, 10)
-        self.create_timer(1.0, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self.create_timer(1.0, self._look_around, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._activated_s = 0.0
 
     # --- messages
 
@@ -151,8 +155,15 @@ class PolicyNode(LifecycleNode):
             self._loaded.loop.instruction = message.data
             self.get_logger().info(f"instruction: {message.data}")
 
-    def _publish_diagnostics(self) -> None:
+    def _look_around(self) -> None:
+        """Once a second."""
         lifecycle = self._state_machine.current_state[1]
+        if lifecycle == "active" and time.monotonic() - self._activated_s < DISCOVERY_S:
+            try:
+                self._check_alone()
+            except ConfigurationError as error:
+                self.get_logger().error(f"cannot stay active: {error}")
+                self.trigger_deactivate()
         engine = self._loaded.engine.description if self._loaded else ""
         report = self._diagnostics.report(lifecycle, engine, time.monotonic())
         name, hardware = self.get_fully_qualified_name(), self._loaded.bundle.manifest.name if self._loaded else ""
@@ -243,12 +254,13 @@ class PolicyNode(LifecycleNode):
         if self.get_node_names_and_namespaces().count(own) > 1:
             raise ConfigurationError(
                 f"node {self.get_fully_qualified_name()}: another node of this name runs in the same ROS domain; "
-                "stop it, or choose another namespace or ROS_DOMAIN_ID"
+                "stop it (one that was killed vanishes after 20 s), or choose another namespace or ROS_DOMAIN_ID"
             )
 
     def _start_loop(self) -> None:
         assert self._loaded is not None  # the state machine lets only a configured node get here
         self._loaded.loop.start()
+        self._activated_s = time.monotonic()
 
     def _halt(self) -> None:
         if self._loaded is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ki_vla_ros.chunking import AsynchronousExecutor, Reach, drop_actions
@@ -100,6 +100,7 @@ def test_commanded_position() -> None:
     assert executor.commanded_J(75 * MS) is None
 
 
+@settings(deadline=None)
 @given(
     now_ms=st.integers(0, 1000),
     lead_ms=st.integers(0, 200),
