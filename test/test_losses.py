@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,9 +12,9 @@ from training.losses import TrainingHeads
 GENERATOR = torch.Generator
 
 
-def heads(levels: int = 5) -> TrainingHeads:
+def heads() -> TrainingHeads:
     torch.manual_seed(0)
-    return TrainingHeads(vision_width=6, width=8, kinds=4, frequencies=2, action_dim=3, levels=levels)
+    return TrainingHeads(vision_width=6, width=8, kinds=4, frequencies=2, action_dim=3)
 
 
 def test_postfix_loss_counts_only_unpadded_tokens() -> None:
@@ -47,26 +46,36 @@ def test_pointing_rewards_the_targets_cell_and_skips_samples_without_one() -> No
     assert float(nothing.detach()) == 0.0
 
 
-def test_readout_is_lowest_where_the_distributions_mean_is_the_coefficient() -> None:
+def test_readout_learns_mean_and_spread_of_its_coefficients() -> None:
+    torch.manual_seed(0)
     module = heads()
-    hidden, target = torch.zeros(1, 2, 8), torch.tensor([[[-1.75, 0.0, 1.5], [2.0, -2.0, 0.1]]])
+    centre = torch.tensor([[-60.0, 0.0, 7.0], [2.0, -2.0, 100.0]])
+    coefficient = (centre + torch.tensor([1.0, 3.0, 0.5]) * torch.randn(500, 2, 3)).round()
+    hidden = torch.zeros(500, 2, 8)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
     for _ in range(400):
         optimizer.zero_grad()
-        losses.read_out(module, hidden, target, lowest=-2).backward()
+        losses.read_out(module, hidden, coefficient).backward()
         optimizer.step()
-    torch.testing.assert_close(losses.expect_readout(module, hidden, lowest=-2), target, atol=0.02, rtol=0)
+    mean, spread = module.name_coefficients(hidden[:1])
+    torch.testing.assert_close(mean[0], coefficient.mean(dim=0), atol=0.4, rtol=0)
+    assert spread[0, 0, 1] > 2 * spread[0, 0, 0] > 0
 
 
-def test_readout_gradient_pulls_towards_both_neighbours_in_proportion() -> None:
+def test_readout_is_a_cross_entropy_over_the_integers() -> None:
+    """Probabilities of all integers sum to 1, and the loss stays finite and pulls back however far off it is."""
     module = heads()
-    with torch.no_grad():
+    hidden = torch.randn(1, 2, 8)
+    with torch.no_grad():  # all six distributions alike, so that the loss is that of each of them
         for head in module.readout:
             head.weight.zero_()
-            head.bias.zero_()
-    losses.read_out(module, torch.zeros(1, 2, 8), torch.full((1, 2, 3), 0.25), lowest=-2).backward()
-    gradient = module.readout[0].bias.grad.reshape(3, 5)[0] * 2 * 3  # undo the means over frequencies and joints
-    np.testing.assert_allclose(gradient.numpy(), 0.2 - np.array([0, 0, 0.75, 0.25, 0]), atol=1e-6)
+            head.bias.fill_(0.4)
+        every = torch.stack([losses.read_out(module, hidden, torch.full((1, 2, 3), n)) for n in torch.arange(-40, 60)])
+    assert float((-every).exp().sum()) == pytest.approx(1.0, abs=1e-3)
+    assert int(every.argmin()) - 40 == 4
+    far = losses.read_out(module, hidden, torch.full((1, 2, 3), 5000.0))
+    far.backward()
+    assert torch.isfinite(far) and float(module.readout[0].bias.grad[0]) < 0
 
 
 def test_flow_time_follows_beta_and_the_prefix_is_clean() -> None:

@@ -18,17 +18,23 @@ from training.data.batches import NO_TARGET
 class TrainingHeads(nn.Module):
     """Heads that only training needs; never exported.
 
-    `cells` names what an image cell shows; `readout[k]` turns the k-th learned prompt token into one distribution per
-    joint over the values that FAST's k-th lowest frequency can take.
+    `cells` names what an image cell shows. `readout[k]` turns the k-th learned prompt token into one distribution per
+    joint over the integers that are FAST's k-th lowest frequency: a logistic one, as neighbouring integers mean
+    neighbouring motions. A softmax over hundreds of integers has to learn that, which took too long here.
     """
 
-    def __init__(
-        self, vision_width: int, width: int, kinds: int, frequencies: int, action_dim: int, levels: int
-    ) -> None:
+    COEFFICIENT_SCALE = 10.0  # what the heads' outputs, about 1 at first, are multiplied by
+
+    def __init__(self, vision_width: int, width: int, kinds: int, frequencies: int, action_dim: int) -> None:
         super().__init__()
         self.cells = nn.Linear(vision_width, kinds)
-        self.readout = nn.ModuleList(nn.Linear(width, action_dim * levels) for _ in range(frequencies))
-        self.action_dim, self.levels = action_dim, levels
+        self.readout = nn.ModuleList(nn.Linear(width, 2 * action_dim) for _ in range(frequencies))
+
+    def name_coefficients(self, hidden_BKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread [B, K, A] of each coefficient's distribution."""
+        named = torch.stack([head(hidden_BKD[:, k]) for k, head in enumerate(self.readout)], dim=1)
+        mean, log_spread = named.chunk(2, dim=-1)
+        return self.COEFFICIENT_SCALE * mean, (log_spread + 1.0).clamp(-2.0, 5.0).exp()
 
 
 def predict_postfix(logits_BTW: Tensor, postfix_BT: Tensor, postfix_mask_BT: Tensor) -> Tensor:
@@ -64,34 +70,19 @@ def point_at_target(scores_BRP: Tensor, target_cell_B: Tensor, first_cell: int) 
     return F.cross_entropy(rows.flatten(0, 1), targets.flatten())
 
 
-def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor, lowest: int) -> Tensor:
-    """Cross-entropy of FAST coefficients named by the learned prompt tokens.
+def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor) -> Tensor:
+    """Cross-entropy of FAST's integer coefficients under the readout's logistic distributions.
 
-    A coefficient between two integers is shared between both in proportion, so that the distribution's mean is exact
-    and neighbouring values are known to be neighbours.
+    A value between two integers lies where its half-integer neighbourhood does, so nothing is lost by rounding.
     """
-    place = (coefficient_BKA - lowest).clamp(0, heads.levels - 1)
-    below = place.floor().clamp(max=heads.levels - 2)
-    share = place - below
-    loss = hidden_BKD.new_zeros(())
-    for k, head in enumerate(heads.readout):
-        log_p = F.log_softmax(head(hidden_BKD[:, k]).unflatten(-1, (heads.action_dim, heads.levels)), dim=-1)
-        index = below[:, k].long()[..., None]
-        near, far = log_p.gather(-1, index)[..., 0], log_p.gather(-1, index + 1)[..., 0]
-        loss = loss - ((1 - share[:, k]) * near + share[:, k] * far).mean()
-    return loss / len(heads.readout)
-
-
-def expect_readout(heads: TrainingHeads, hidden_BKD: Tensor, lowest: int) -> Tensor:
-    """The coefficients [B, K, A] that the readout tokens name (mean of each distribution)."""
-    values = torch.arange(heads.levels, dtype=hidden_BKD.dtype) + lowest
-    return torch.stack(
-        [
-            head(hidden_BKD[:, k]).unflatten(-1, (heads.action_dim, heads.levels)).softmax(-1) @ values
-            for k, head in enumerate(heads.readout)
-        ],
-        dim=1,
-    )
+    mean, spread = heads.name_coefficients(hidden_BKD)
+    above = torch.sigmoid((coefficient_BKA + 0.5 - mean) / spread)
+    below = torch.sigmoid((coefficient_BKA - 0.5 - mean) / spread)
+    near = (above - below).clamp(min=1e-6).log()
+    # Far out both are 0 or 1 in float32; the density's logarithm goes on there, and with it the pull back.
+    z = (coefficient_BKA - mean) / spread
+    far = -z.abs() - 2 * F.softplus(-z.abs()) - spread.log()
+    return -torch.where(z.abs() < 8, near, far).mean()
 
 
 def draw_flow_time(rows: int, horizon: int, max_prefix: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

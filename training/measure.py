@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training import losses
 from training.data.batches import NO_TARGET, Batch
 from training.data.simulated import seen_objects
 from training.fast_tokenizer import FastDecodeError, cosine_basis
@@ -87,9 +86,7 @@ def _predict(trainer: Trainer, batch: Batch, with_fast: bool) -> Iterator[tuple[
     hidden = model.backbone.norm(output.prefix_by_layer[-2]).gather(
         1, trainer.query_rows(batch)[:, :, None].expand(-1, -1, model.config.backbone.width)
     )
-    coefficients = (
-        losses.expect_readout(trainer.heads, hidden, trainer.fast.lowest).double().numpy() / trainer.fast.scale
-    )
+    coefficients = trainer.heads.name_coefficients(hidden)[0].double().numpy() / trainer.fast.scale
     basis = cosine_basis(HORIZON)[: coefficients.shape[1]]
     yield "readout", np.einsum("kh,bka->bha", basis, coefficients)
     if with_fast:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.preprocess import normalize, unnormalize
 
-LEAST_RANGE = 0.02  # rad or m: a joint that hardly moves is not blown up to full scale
+LEAST_RANGE = 0.03  # m or rad: a joint that hardly moves is not blown up to full scale
 
 
 @dataclass(frozen=True)

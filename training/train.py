@@ -101,7 +101,6 @@ class Trainer:
             len(COMBINATIONS) + 1,
             config.readout_frequencies,
             action_dim,
-            self.fast.highest - self.fast.lowest + 1,
         )
 
     def run(self) -> None:
@@ -231,9 +230,7 @@ class Trainer:
         # name it earlier.
         streams = output.prefix_by_layer[-3:-1]
         readout = [
-            losses.read_out(
-                self.heads, take_rows(self.model.backbone.norm(stream), rows), batch.readout_BKA, self.fast.lowest
-            )
+            losses.read_out(self.heads, take_rows(self.model.backbone.norm(stream), rows), batch.readout_BKA)
             for stream in streams
         ]
         found: dict[Loss, Tensor] = {
