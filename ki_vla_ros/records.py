@@ -37,8 +37,8 @@ class JointReading:
 class Observation:
     """Inputs that belong together in time.
 
-    `stamp_ns` is the oldest stamp among the frames; `state_J` is the joint state at that time in the manifest's order and units;
-    `frames` holds one frame per required camera (an optional camera may be absent).
+    `stamp_ns` is the oldest stamp among the frames; `state_J` is the joint state at that time in the manifest's order
+    and units; `frames` holds one frame per required camera (an optional camera may be absent).
     """
 
     stamp_ns: int
@@ -50,8 +50,9 @@ class Observation:
 class ActionChunk:
     """Absolute joint positions that a robot shall reach one period after another.
 
-    `position_HJ[k]` (rad or m, order of `joints`) is due at `start_ns + (k + 1) * period_ns`: the first action is one period
-    after the observation it was computed from (`start_ns` is that observation's stamp). `velocity_HJ` belongs to the same instants.
+    `position_HJ[k]` (rad or m, order of `joints`) is due at `start_ns + (k + 1) * period_ns`: the first action is one
+    period after the observation it was computed from (`start_ns` is that observation's stamp). `velocity_HJ` belongs to
+    the same instants.
     """
 
     start_ns: int

@@ -305,7 +305,11 @@ def test_instructions(robot: Robot, start: Callable[..., PolicyProcess], bundle:
     assert robot.ticks[-1]["instruction"] == TASK and robot.ticks[-1]["hold"] is None
     robot.say("point at the blue ball")
     until(lambda: robot.ticks[-1]["instruction"] == "point at the blue ball" and robot.ticks[-1]["hold"] is None)
-    until(lambda: any(v.key == "refused instruction" for v in robot.diagnostics[-1].status[0].values))
+    until(
+        lambda: (
+            robot.diagnostics and any(v.key == "refused instruction" for v in robot.diagnostics[-1].status[0].values)
+        )
+    )
 
 
 def test_parameters_while_active(robot: Robot, start: Callable[..., PolicyProcess], bundle: str) -> None:
@@ -360,7 +364,11 @@ def test_inputs_that_fail_bring_the_arm_to_rest_and_are_named(
     assert len(robot.commands[-1].points) == 1
     robot.joint_names = list(JOINTS)
     until(moves)
-    until(lambda: any(v.key == "refused camera 'scene'" for v in robot.diagnostics[-1].status[0].values))
+    until(
+        lambda: (
+            robot.diagnostics and any(v.key == "refused camera 'scene'" for v in robot.diagnostics[-1].status[0].values)
+        )
+    )
 
 
 def test_two_nodes_of_one_name_do_not_both_move_the_arm(

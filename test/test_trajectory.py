@@ -218,7 +218,10 @@ values = st.floats(-2.0, 2.0)
 
 @given(st.lists(st.tuples(st.integers(1, 120), offsets, st.lists(values, min_size=3, max_size=3)), max_size=8))
 def test_no_stream_of_messages_makes_the_command_jump(stream: list[tuple[int, int, list[float]]]) -> None:
-    """Without a point at time 0, replacement never steps: position and velocity at a take-over are those from before."""
+    """Without a point at time 0, replacement never steps:
+
+    position and velocity at a take-over are those from before.
+    """
     arm = executor()
     now = NOW
     for wait_ms, offset_ms, targets in stream:

@@ -102,13 +102,14 @@ class TrajectoryExecutor:
         usable = [knot for knot in knots if knot.time_ns > now_ns or start_ns == now_ns]
         if not usable:
             raise InputError(
-                f"trajectory refused: its last point was due {(now_ns - knots[-1].time_ns) / 1e6:.0f} ms ago; expected at least one "
-                "point in the future (check header.stamp and the publisher's clock)"
+                f"trajectory refused: its last point was due {(now_ns - knots[-1].time_ns) / 1e6:.0f} ms ago; expected at "
+                "least one point in the future (check header.stamp and the publisher's clock)"
             )
         handoff_ns = max(start_ns, now_ns)
         position_J, velocity_J = self.sample(handoff_ns)
         ahead = [Knot(handoff_ns, position_J, velocity_J), *usable]
-        # Two knots at the hand-off (a first point at time 0) leave no way in between: a step, as in the real controller.
+        # Two knots at the hand-off (a first point at time 0) leave no way in between: a step, as in the real
+        # controller.
         new = [Segment(a, b, b.time_ns) for a, b in pairwise(ahead) if b.time_ns > a.time_ns]
         kept = [
             Segment(old.start, old.end, min(old.until_ns, handoff_ns))
@@ -165,7 +166,8 @@ class TrajectoryExecutor:
             ):
                 if len(values) != len(order) and not (optional and len(values) == 0):
                     raise InputError(
-                        f"trajectory refused: point {k}: expected {len(order)} {field} (one per joint), got {len(values)}"
+                        f"trajectory refused: point {k}: expected {len(order)} {field} (one per joint), "
+                        f"got {len(values)}"
                     )
                 if not np.isfinite(np.asarray(values, dtype=np.float64)).all():
                     raise InputError(f"trajectory refused: point {k}: {field} must be finite, got {list(values)}")
