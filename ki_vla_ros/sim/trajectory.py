@@ -102,8 +102,8 @@ class TrajectoryExecutor:
         usable = [knot for knot in knots if knot.time_ns > now_ns or start_ns == now_ns]
         if not usable:
             raise InputError(
-                f"trajectory refused: its last point was due {(now_ns - knots[-1].time_ns) / 1e6:.0f} ms ago; expected at "
-                "least one point in the future (check header.stamp and the publisher's clock)"
+                f"trajectory refused: its last point was due {(now_ns - knots[-1].time_ns) / 1e6:.0f} ms ago; "
+                "expected at least one point in the future (check header.stamp and the publisher's clock)"
             )
         handoff_ns = max(start_ns, now_ns)
         position_J, velocity_J = self.sample(handoff_ns)
