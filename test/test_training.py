@@ -195,7 +195,7 @@ def test_data_are_reproducible_and_never_command_held_out_combinations(
 
 def test_changed_settings_make_new_data(settings: dict[str, Any], tmp_path: Path) -> None:
     config = configure(settings).data.model_copy(
-        update={"folder": tmp_path, "robot_episodes": 1, "scenes": 1, "validation_episodes": 1}
+        update={"folder": tmp_path, "robot_episodes": 2, "scenes": 1, "validation_episodes": 2}
     )
     timing = chunk_timing(configure(settings))
     first = make_data(config, timing)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ki_vla_ros.errors import ConfigurationError
 from training.model.vla import GemmaConfig, VisionConfig
 
-Loss = Literal["cells", "text", "pointing", "fast", "readout", "flow"]
+Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
 Part = Literal["stem", "vision", "backbone", "expert", "heads"]
 Positive = Annotated[int, Field(gt=0)]
 

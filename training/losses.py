@@ -18,9 +18,10 @@ from training.data.batches import NO_TARGET
 class TrainingHeads(nn.Module):
     """Heads that only training needs; never exported.
 
-    `cells` names what an image cell shows. `readout[k]` turns the k-th learned prompt token into one distribution per
-    joint over the integers that are FAST's k-th lowest frequency: a logistic one, as neighbouring integers mean
-    neighbouring motions. A softmax over hundreds of integers has to learn that, which took too long here.
+    `cells` names what an image cell shows. `place` and `state` say where the asked object is (u and v in the scene
+    image) and what the prompt says of the joints (normalised). `readout[k]` turns the k-th learned prompt token into
+    one distribution per joint over the integers that are FAST's k-th lowest frequency: a logistic one, as neighbouring
+    integers mean neighbouring motions. A softmax over hundreds of integers has to learn that, which took too long here.
     """
 
     COEFFICIENT_SCALE = 10.0  # what the heads' outputs, about 1 at first, are multiplied by
@@ -28,6 +29,8 @@ class TrainingHeads(nn.Module):
     def __init__(self, vision_width: int, width: int, kinds: int, frequencies: int, action_dim: int) -> None:
         super().__init__()
         self.cells = nn.Linear(vision_width, kinds)
+        self.place = nn.Linear(width, 2)
+        self.state = nn.Linear(width, action_dim)
         self.readout = nn.ModuleList(nn.Linear(width, 2 * action_dim) for _ in range(frequencies))
 
     def name_coefficients(self, hidden_BKD: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +71,24 @@ def point_at_target(scores_BRP: Tensor, target_cell_B: Tensor, first_cell: int) 
     rows = scores_BRP[asked]
     targets = first_cell + target_cell_B[asked][:, None].expand(-1, rows.shape[1])
     return F.cross_entropy(rows.flatten(0, 1), targets.flatten())
+
+
+def ground(heads: TrainingHeads, hidden_BRD: Tensor, place_B2: Tensor, state_BJ: Tensor | None) -> Tensor:
+    """Mean error of place (0..1, where there is one; NaN: none) and normalised joint state that the asking rows name.
+
+    An attention that looks at the right cell does not yet bring its place along; this makes it do so.
+    """
+    known = ~place_B2.isnan().any(dim=1)
+    wanted = place_B2[known][:, None].expand(-1, hidden_BRD.shape[1], -1)
+    loss = (
+        4.0 * F.smooth_l1_loss(heads.place(hidden_BRD[known]), wanted, beta=0.02)
+        if known.any()
+        else 0.0 * hidden_BRD.sum()
+    )
+    if state_BJ is None:
+        return loss
+    named = heads.state(hidden_BRD)
+    return loss + F.smooth_l1_loss(named, state_BJ[:, None].expand_as(named), beta=0.05)
 
 
 def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor) -> Tensor:

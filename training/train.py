@@ -201,7 +201,9 @@ class Trainer:
             probe=(self.config.probe_layer, self.config.probe_head),
         )
         rows = self.prefix_offset(batch) + last[:, None]
+        hidden = take_rows(self.model.backbone.norm(output.prefix_by_layer[self.config.probe_layer]), rows)
         return {
+            "grounding": losses.ground(self.heads, hidden, batch.place_B2, None),
             "text": self.predict(batch, output.prefix_hidden_BPD, output.postfix_hidden_BTD),
             "pointing": self.point(batch, output.probe_logits_BPQ, rows),
         }
@@ -237,6 +239,12 @@ class Trainer:
             "fast": self.predict(batch, output.prefix_hidden_BPD, output.postfix_hidden_BTD),
             "pointing": self.point(batch, output.probe_logits_BPQ, rows),
             "readout": torch.stack(readout).mean(),
+            "grounding": losses.ground(
+                self.heads,
+                take_rows(self.model.backbone.norm(output.prefix_by_layer[self.config.probe_layer]), rows),
+                batch.place_B2,
+                batch.state_BJ,
+            ),
         }
         if "flow" in stage.losses:
             found["flow"] = losses.match_flow(output.velocity_RHA, target, learned)

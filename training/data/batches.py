@@ -33,8 +33,9 @@ NO_TARGET = -1
 class Batch:
     """Inputs and targets of one step; images float32 in [-1, 1].
 
-    `target_cell_B` is the scene image's cell with the asked object (-1: none), `readout_BKA` the scaled DCT
-    coefficients of the lowest frequencies, `action_BHA` the normalised chunk, `cells_BVN` what each image cell shows.
+    `target_cell_B` is the scene image's cell with the asked object (-1: none), `place_B2` its u and v (NaN: none),
+    `readout_BKA` the scaled DCT coefficients of the lowest frequencies, `action_BHA` the normalised chunk, `cells_BVN`
+    what each image cell shows.
     """
 
     images_BVCHW: Tensor
@@ -44,13 +45,15 @@ class Batch:
     postfix_BT: Tensor
     postfix_mask_BT: Tensor
     target_cell_B: Tensor
+    place_B2: Tensor
     cells_BVN: Tensor | None = None
     readout_BKA: Tensor | None = None
     action_BHA: Tensor | None = None
+    state_BJ: Tensor | None = None
 
 
 class BatchMaker:
-    """Draws batches from memory-mapped frames; all randomness comes from the generator passed to each call."""
+    """Draws batches from frames; all randomness comes from the generator passed to each call."""
 
     def __init__(
         self, tokenizer: Tokenizer, fast: FastTokenizer, space: ActionSpace, *, length: int, grid: int, frequencies: int
@@ -68,7 +71,7 @@ class BatchMaker:
             sample = draw_sample(seen_objects(scenes, frame, least_pixels=LEAST_PIXELS), rng)
             prompts.append(QUESTION_PROMPT.replace("{task}", sample.question))
             answers.append([*self.tokenizer.encode(sample.answer, add_special_tokens=False).ids, self.eos])
-            targets.append(self.cell_of(sample.about))
+            targets.append(sample.about)
         images = scenes["images"][frames][:, [CAMERAS.index("scene")]]
         cells = torch.from_numpy(scenes["cells"][frames][:, [CAMERAS.index("scene")]].astype(np.int64))
         return self._assemble(images, prompts, answers, targets, rng, cells=cells)
@@ -95,7 +98,7 @@ class BatchMaker:
             task, seen = commanded(robot, frame)
             prompts.append(self.robot_prompt(task.instruction, state_BJ[row]))
             answers.append([self.first_fast + i for i in self.fast.encode(action_BHA[row])])
-            targets.append(self.cell_of(seen))
+            targets.append(seen)
         readout = self.fast.coefficients(action_BHA)[:, : self.frequencies]
         return self._assemble(
             robot["images"][chosen],
@@ -105,12 +108,13 @@ class BatchMaker:
             rng,
             readout=torch.from_numpy(readout.astype(np.float32)),
             action=torch.from_numpy(action_BHA.astype(np.float32)),
+            state=torch.from_numpy(normalize(state_BJ, self.space.state_low, self.space.state_high).astype(np.float32)),
         )
 
     def look(self, views_VHWC: NDArray[np.uint8], instruction: str, state_J: NDArray[np.float64]) -> Batch:
         """One observation without targets (its postfix is a placeholder), images as the camera gave them."""
         prompt = self.robot_prompt(instruction, state_J)
-        return self._assemble(views_VHWC[None], [prompt], [[self.eos]], [NO_TARGET], rng=None)
+        return self._assemble(views_VHWC[None], [prompt], [[self.eos]], [None], rng=None)
 
     def robot_prompt(self, instruction: str, state_J: NDArray[np.float64]) -> str:
         """The demo's prompt, rendered exactly as on the robot."""
@@ -127,11 +131,12 @@ class BatchMaker:
         images: NDArray[np.uint8],
         prompts: Sequence[str],
         answers: Sequence[Sequence[int]],
-        targets: Sequence[int],
+        targets: Sequence[SeenObject | None],
         rng: np.random.Generator | None,
         cells: Tensor | None = None,
         readout: Tensor | None = None,
         action: Tensor | None = None,
+        state: Tensor | None = None,
     ) -> Batch:
         tokenized = [tokenize(self.tokenizer, prompt, self.length) for prompt in prompts]
         tokens = torch.from_numpy(np.stack([tokens for tokens, _ in tokenized]))
@@ -151,10 +156,12 @@ class BatchMaker:
             token_mask_BL=mask[:, :longest],
             postfix_BT=postfix,
             postfix_mask_BT=postfix_mask,
-            target_cell_B=torch.tensor(targets),
+            target_cell_B=torch.tensor([self.cell_of(seen) for seen in targets]),
+            place_B2=torch.tensor([(torch.nan, torch.nan) if seen is None else (seen.u, seen.v) for seen in targets]),
             cells_BVN=cells,
             readout_BKA=readout,
             action_BHA=action,
+            state_BJ=state,
         )
 
 

@@ -1,7 +1,7 @@
 """Simulated data: robot episodes by the scripted expert, and vision-language frames of random scenes.
 
 Legend: F frames, V cameras, S image size, J joints, H horizon, O objects (at most `MAX_OBJECTS`, unused rows are -1).
-Arrays lie in a folder as plain `.npy` files and are memory-mapped; `meta.json` holds what they were made from.
+Arrays lie in a folder as plain `.npy` files; `meta.json` holds what they were made from.
 
     python -m training.data.simulated config/training/demo.yaml
 """
@@ -51,8 +51,11 @@ class ChunkTiming:
 
 
 def load_arrays(folder: Path) -> Arrays:
-    """Memory-mapped arrays of one source (`folder/robot`, `folder/validation` or `folder/scenes`)."""
-    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    """The arrays of one source (`folder/robot`, `folder/validation` or `folder/scenes`), in memory.
+
+    Memory-mapped, the random reads of a batch took as long as its gradients wherever the page cache is short.
+    """
+    return {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
 
 
 def seen_objects(arrays: Arrays, frame: int, *, least_pixels: int = 0) -> list[SeenObject]:
