@@ -31,7 +31,7 @@ finally:
         os.environ["MUJOCO_GL"] = _requested
 
 _APT = {
-    "egl": "apt-get install -y libegl1 libgl1-mesa-dri",
+    "egl": "apt-get install -y libegl1 libgl1-mesa-dri libopengl0",
     "osmesa": "apt-get install -y libosmesa6",
 }
 _HIDDEN_GROUPS = (3, 4, 5)
