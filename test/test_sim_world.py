@@ -351,9 +351,9 @@ def test_unknown_gl_library_is_named() -> None:
 @pytest.mark.parametrize(
     ("gl", "remedy"),
     [
-        ("egl", "apt-get install -y libegl1 libgl1-mesa-dri"),
+        ("egl", "apt-get install -y libegl1 libgl1-mesa-dri libopengl0"),
         ("osmesa", "apt-get install -y libosmesa6"),
-        ("", "apt-get install -y libegl1 libgl1-mesa-dri"),
+        ("", "apt-get install -y libegl1 libgl1-mesa-dri libopengl0"),
     ],
 )
 def test_missing_gl_library_names_the_package(gl: str, remedy: str) -> None:
