@@ -41,7 +41,7 @@ train: $(VENV)/developer ## train the policy (CONFIG=config/training/demo.yaml);
 	$(RUN) training.train $(CONFIG)
 
 export: $(VENV)/developer ## write a bundle from a checkpoint (CHECKPOINT=..., BUNDLE=models/demo, ARGS)
-	$(RUN) training.export --checkpoint $(CHECKPOINT) --out $(BUNDLE) $(ARGS)
+	$(RUN) training.export --checkpoint $(CHECKPOINT) --out $(BUNDLE) --notes $(CONFIG:.yaml=.md) $(ARGS)
 
 evaluate: $(VENV)/developer ## closed-loop figures of a bundle without ROS (BUNDLE=models/demo, ARGS="--episodes 20")
 	$(RUN) training.evaluate $(BUNDLE) $(ARGS)
