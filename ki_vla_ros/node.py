@@ -254,7 +254,7 @@ class PolicyNode(LifecycleNode):
         if self.get_node_names_and_namespaces().count(own) > 1:
             raise ConfigurationError(
                 f"node {self.get_fully_qualified_name()}: another node of this name runs in the same ROS domain; "
-                "stop it (one that was killed vanishes after 20 s), or choose another namespace or ROS_DOMAIN_ID"
+                "stop it, or choose another namespace or ROS_DOMAIN_ID"
             )
 
     def _start_loop(self) -> None:
