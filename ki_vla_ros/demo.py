@@ -142,7 +142,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def run_episode(
-    driver: Driver, options: Options, seed: int, line: StatusLine, has_acted: bool
+    driver: Driver, options: Options, seed: int, line: StatusLine, has_acted: bool = False
 ) -> tuple[Episode, Observed]:
     """One scene from reset to verdict; the policy is active in between. `has_acted`: it has made a chunk before."""
     scene = driver.reset(seed, options.split, options.instruction)
