@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -171,7 +172,6 @@ def test_a_failure_says_what_was_reached_instead(
 
 
 def test_the_film_runs_in_real_time_and_skips_pauses(tmp_path: Path) -> None:
-    av = pytest.importorskip("av")
     bag = record(tmp_path, *episode_messages(), *episode_messages(60 * NS))
     assert make_video(bag, tmp_path / "demo.mp4", 2) == 6
     with av.open(str(tmp_path / "demo.mp4")) as film:

@@ -2,8 +2,8 @@
 
 Legend: B batch, P prefix tokens, T postfix tokens, D width, N image cells, K readout frequencies, A action dim, H
 horizon, R rows (batch x noise samples). The paper's (arXiv 2505.23705) are `predict_postfix` (text and FAST alike) and
-`match_flow`. `name_cells`, `point_at_target` and `read_out` are additions that make small models learn in minutes; all
-three are cross-entropies and touch the backbone only.
+`match_flow`. `name_cells`, `point_at_target`, `read_out` (cross-entropies) and `ground` (a smooth L1 error) are
+additions that make small models learn in minutes; they touch the backbone only.
 """
 
 from __future__ import annotations
