@@ -116,3 +116,19 @@ def test_background_cells_weigh_a_tenth() -> None:
     log_p = module.cells.bias.log_softmax(0)
     loss = losses.name_cells(module, torch.zeros(1, 2, 6), torch.tensor([[0, 3]]))
     assert float(loss.detach()) == pytest.approx(float(-(log_p[0] + 0.1 * log_p[3]).detach() / 1.1))
+
+
+def test_grounding_is_zero_only_for_the_right_place_and_state_and_skips_samples_without_a_place() -> None:
+    module = heads()
+    with torch.no_grad():
+        for head in (module.place, module.state):
+            head.weight.zero_()
+        module.place.bias.copy_(torch.tensor([0.25, 0.75]))
+        module.state.bias.fill_(0.5)
+    hidden, nowhere = torch.randn(2, 4, 8), [torch.nan, torch.nan]
+    right = torch.tensor([[0.25, 0.75], nowhere])
+    state = torch.full((2, 3), 0.5)
+    assert float(losses.ground(module, hidden, right, state).detach()) == 0.0
+    assert float(losses.ground(module, hidden, right.flip(1), None).detach()) > 0.1
+    assert float(losses.ground(module, hidden, right, -state).detach()) > 0.1
+    assert float(losses.ground(module, hidden, torch.tensor([nowhere, nowhere]), None).detach()) == 0.0
