@@ -186,8 +186,7 @@ def test_data_are_reproducible_and_never_command_held_out_combinations(
             assert (COMBINATIONS[kinds[target]] in HELD_OUT) == held_out
     rivals = load_arrays(config.data.folder / "validation")
     own = rivals["rivals"][np.arange(len(rivals["target"])), rivals["target"]]
-    # Planned anew from the measured state: nearly the chunk itself, as the expert's motion continues unchanged.
-    assert np.abs(own - rivals["chunk"]).mean() < 0.01
+    np.testing.assert_array_equal(own, rivals["chunk"])
     scenes = load_arrays(config.data.folder / "scenes")
     assert scenes["images"].shape[1:] == (2, 96, 96, 3) and scenes["kind"].shape[1] == MAX_OBJECTS
     assert set(np.unique(scenes["cells"])) - {BACKGROUND} <= set(np.unique(scenes["kind"]))
@@ -222,6 +221,9 @@ def test_bad_configurations_name_file_key_and_fault(tmp_path: Path, settings: di
     stages = [settings["stages"][3] | {"robot_batch": 0}]
     path.write_text(yaml.safe_dump(settings | {"stages": stages}))
     with pytest.raises(ConfigurationError, match=r"stages.0: .*losses \['flow'\] need robot_batch > 0"):
+        load_config(path)
+    path.write_text(yaml.safe_dump(settings | {"probe_layer": 2}))
+    with pytest.raises(ConfigurationError, match=r"probe_layer: expected 0\.\.1, before the last layer, got 2"):
         load_config(path)
     path.write_text(yaml.safe_dump(settings))
     assert load_config(path).stages[3].noise_samples == 2

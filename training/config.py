@@ -88,6 +88,14 @@ class TrainingConfig(Strict):
     max_prefix_delay: int = Field(description="largest clean chunk prefix (actions) that training conditions on")
     stages: tuple[StageConfig, ...]
 
+    @model_validator(mode="after")
+    def _check_probe(self) -> TrainingConfig:
+        # What the last layer's attention finds reaches no key or value, so the expert could not read it.
+        if not 0 <= self.probe_layer < self.model.backbone.depth - 1:
+            last = self.model.backbone.depth - 2
+            raise ValueError(f"probe_layer: expected 0..{last}, before the last layer, got {self.probe_layer}")
+        return self
+
 
 def load_config(path: Path) -> TrainingConfig:
     """Read and check a training YAML; ConfigurationError names file, key and fault."""

@@ -36,7 +36,7 @@ from training.fast_tokenizer import FastTokenizer
 from training.initialization import order_embeddings
 from training.losses import TrainingHeads
 from training.measure import measure
-from training.model.vla import VLA, VLAConfig
+from training.model.vla import VLA, Output, VLAConfig
 from training.parallel import average_gradients, join_group, wait_for_all
 from training.policy_spec import ACTION_PERIOD_S, HORIZON, describe_policy
 from training.stats import ActionSpace
@@ -190,21 +190,11 @@ class Trainer:
 
     def language_losses(self, batch: Batch) -> dict[Loss, Tensor]:
         """Next-token prediction of the answer, and pointing at what was asked about."""
-        last = batch.token_mask_BL.sum(dim=1) - 1
-        output = self.model(
-            batch.images_BVCHW,
-            batch.image_mask_BV,
-            batch.tokens_BL,
-            batch.token_mask_BL,
-            batch.postfix_BT,
-            batch.postfix_mask_BT,
-            probe=(self.config.probe_layer, self.config.probe_head),
-        )
-        rows = self.prefix_offset(batch) + last[:, None]
-        hidden = take_rows(self.model.backbone.norm(output.prefix_by_layer[self.config.probe_layer]), rows)
+        output = self.forward(batch)
+        rows = self.prefix_offset(batch) + last_token(batch)[:, None]
         return {
-            "grounding": losses.ground(self.heads, hidden, batch.place_B2, None),
-            "text": self.predict(batch, output.prefix_hidden_BPD, output.postfix_hidden_BTD),
+            "grounding": losses.ground(self.heads, self.probed(output, rows), batch.place_B2, None),
+            "text": self.predict(batch, output),
             "pointing": self.point(batch, output.probe_logits_BPQ, rows),
         }
 
@@ -212,21 +202,9 @@ class Trainer:
         """FAST tokens, pointing and readout for the backbone; flow for the expert when the stage asks for it, in one
         forward pass.
         """
-        x_t = time = target = learned = None
-        if "flow" in stage.losses:
-            x_t, time, target, learned = self.draw_flow(batch, stage.noise_samples, generator)
-        output = self.model(
-            batch.images_BVCHW,
-            batch.image_mask_BV,
-            batch.tokens_BL,
-            batch.token_mask_BL,
-            batch.postfix_BT,
-            batch.postfix_mask_BT,
-            x_t=x_t,
-            time=time,
-            insulate=stage.insulate,
-            probe=(self.config.probe_layer, self.config.probe_head),
-        )
+        flow = self.draw_flow(batch, stage.noise_samples, generator) if "flow" in stage.losses else None
+        x_t, time = flow[:2] if flow else (None, None)
+        output = self.forward(batch, x_t=x_t, time=time, insulate=stage.insulate)
         rows = self.query_rows(batch)
         # The last layer's output enters no key or value, so the expert could not read what is named only there: also
         # name it earlier.
@@ -236,19 +214,32 @@ class Trainer:
             for stream in streams
         ]
         found: dict[Loss, Tensor] = {
-            "fast": self.predict(batch, output.prefix_hidden_BPD, output.postfix_hidden_BTD),
+            "fast": self.predict(batch, output),
             "pointing": self.point(batch, output.probe_logits_BPQ, rows),
             "readout": torch.stack(readout).mean(),
-            "grounding": losses.ground(
-                self.heads,
-                take_rows(self.model.backbone.norm(output.prefix_by_layer[self.config.probe_layer]), rows),
-                batch.place_B2,
-                batch.state_BJ,
-            ),
+            "grounding": losses.ground(self.heads, self.probed(output, rows), batch.place_B2, batch.state_BJ),
         }
-        if "flow" in stage.losses:
-            found["flow"] = losses.match_flow(output.velocity_RHA, target, learned)
+        if flow:
+            found["flow"] = losses.match_flow(output.velocity_RHA, *flow[2:])
         return found
+
+    def forward(self, batch: Batch, **expert: Any) -> Output:
+        """The model on a batch with its postfix; of the prefix only the prompt passes through the last layer."""
+        return self.model(
+            batch.images_BVCHW,
+            batch.image_mask_BV,
+            batch.tokens_BL,
+            batch.token_mask_BL,
+            batch.postfix_BT,
+            batch.postfix_mask_BT,
+            probe=(self.config.probe_layer, self.config.probe_head),
+            prefix_rows=batch.tokens_BL.shape[1],
+            **expert,
+        )
+
+    def probed(self, output: Output, rows_BR: Tensor) -> Tensor:
+        """[B, R, D]: what the asking rows hold after the layer that points."""
+        return take_rows(self.model.backbone.norm(output.prefix_by_layer[self.config.probe_layer]), rows_BR)
 
     def expert_losses(self, batch: Batch, stage: StageConfig, generator: torch.Generator) -> dict[Loss, Tensor]:
         """Flow alone on a backbone that does not learn:
@@ -271,10 +262,10 @@ class Trainer:
         x_t, target = losses.mix_flow(action, torch.randn(action.shape, generator=generator), time)
         return x_t, time, target, learned
 
-    def predict(self, batch: Batch, prefix_hidden: Tensor, postfix_hidden: Tensor) -> Tensor:
-        last = self.prefix_offset(batch) + batch.token_mask_BL.sum(dim=1) - 1
-        logits = self.model.logits(losses.next_token_hidden(prefix_hidden, last, postfix_hidden))
-        return losses.predict_postfix(logits, batch.postfix_BT, batch.postfix_mask_BT)
+    def predict(self, batch: Batch, output: Output) -> Tensor:
+        """Next-token loss of the postfix; `output` has the prompt's rows only."""
+        hidden = losses.next_token_hidden(output.prefix_hidden_BPD, last_token(batch), output.postfix_hidden_BTD)
+        return losses.predict_postfix(self.model.logits(hidden), batch.postfix_BT, batch.postfix_mask_BT)
 
     def prefix_offset(self, batch: Batch) -> int:
         """Where the prompt starts in the prefix."""
@@ -371,6 +362,11 @@ def backpropagate(found: dict[Loss, Tensor], weights: dict[Loss, float], values:
     torch.stack([weights[name] * loss for name, loss in chosen.items()]).sum().backward()
     for name, loss in chosen.items():
         values[name] = values.get(name, 0.0) + float(loss.detach())
+
+
+def last_token(batch: Batch) -> Tensor:
+    """[B]: index of each prompt's last token."""
+    return batch.token_mask_BL.sum(dim=1) - 1
 
 
 def take_rows(x_BPD: Tensor, rows_BR: Tensor) -> Tensor:

@@ -25,10 +25,12 @@ Array = NDArray[np.float64]
 # Lengths of arm.xml: shoulder above the table, upper arm, forearm with tube (elbow to wrist), wrist to fingertip point.
 _SHOULDER_M, _UPPER_M, _FOREARM_M, _TOOL_M = 0.18, 0.34, 0.34, 0.18
 
-_GRIPPER_END_M = {"touch": 0.0, "point at": 0.02}
+# A touch leaves the fingers a little open: 0 is the joint's limit, and what imitates the expert errs to both sides.
+_GRIPPER_END_M = {"touch": 0.004, "point at": 0.02}
 _POINT_HEIGHT_M = 0.06
-# The reference of a touch ends this deep inside the object, so that the tip arrives in spite of small errors.
-_PRESS_M = 0.002
+# The reference of a touch ends this deep inside the object, so that the tip arrives with some speed and in spite of
+# small errors. The flattest object is 14 mm high.
+_PRESS_M = 0.01
 # Far from the target the tip travels this high above the tallest object; it leaves its place once it is nearly there.
 _CLEARANCE_M = 0.06
 _ALMOST_CLEAR_M = 0.03

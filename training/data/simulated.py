@@ -24,17 +24,19 @@ from tqdm import tqdm
 
 from ki_vla_ros.errors import SimulationError
 from ki_vla_ros.preprocess import resize_with_pad
-from ki_vla_ros.sim.expert import Expert, tip_to_joints
+from ki_vla_ros.sim.expert import Expert, Reference, tip_to_joints
 from ki_vla_ros.sim.task import Scene, Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, TIMESTEP_S, World
 from training.config import DataConfig, load_config
 from training.data.language import COMBINATIONS, SeenObject
 
-FORMAT = 1
+FORMAT = 2
 CAMERAS = ("wrist", "scene")  # the scene last: its tokens lie next to the text, with and without a wrist image
 MAX_OBJECTS = 5
 RENDER_SIZE = 288  # what the robot's cameras publish; the model's size is a whole fraction of it
-SETTLE_S = 0.5  # frames recorded after the arm has arrived, so that the policy learns to stay
+SETTLE_S = 0.6  # so much of an episode lies after the arm has arrived, so that the policy learns to stay
+LAG_S = 0.007  # by which the simulated arm trails its command (arm.xml)
+LOWEST_TIP_M = 0.01
 BACKGROUND = len(COMBINATIONS)
 
 Arrays = dict[str, NDArray[Any]]
@@ -72,48 +74,44 @@ def record_episode(
 ) -> Arrays | None:
     """Frames of one demonstration; None when the expert did not solve it (the caller counts these).
 
-    A third of the episodes start away from home, and half of them first head for another object and turn in mid-motion,
-    so that the policy sees how to come back from its own mistakes. Only frames after the turn are kept: their labels
-    lead to the goal. `with_rivals` adds, for each frame, the chunks that the expert would do for every object of the
-    scene.
+    The frames are not what the flawless demonstration passes through, but states around it (see `_draw_motion`), each
+    with the chunk that the expert would do from there: a policy must know the way back from its own mistakes. Actions
+    lead the motion by the arm's lag, as they would in a recording. `with_rivals` adds, for each frame, the chunks that
+    the expert would do for every object of the scene.
     """
     rng = np.random.default_rng([seed, 7])
     scene = sample_scene(seed, split=split)
+    decoy = scene.objects[rng.integers(len(scene.objects))]
+    wrong = replace(scene, task=Task(scene.task.verb, decoy.colour, decoy.shape))
     expert = Expert(world)
-    world.reset(scene, _random_start(rng))
-    period_steps = round(timing.period_s / TIMESTEP_S)
-    if rng.random() < 0.5:
-        decoy = scene.objects[rng.integers(len(scene.objects))]
-        wrong = expert.plan(
-            world.joint_position_J,
-            world.joint_velocity_J,
-            replace(scene, task=Task(scene.task.verb, decoy.colour, decoy.shape)),
-        )
-        _follow(world, wrong, 0.0, round(rng.uniform(0.1, 0.6) * wrong.duration_s / TIMESTEP_S))
-    reference = expert.plan(world.joint_position_J, world.joint_velocity_J, scene)
-    ticks = int((reference.duration_s + SETTLE_S) / timing.period_s)
-    kept = set(np.sort(rng.choice(ticks, size=min(frames, ticks), replace=False)).tolist())
+    start_J = _random_start(rng)
+    reference, astray = expert.plan(start_J, None, scene), expert.plan(start_J, None, wrong)
+    due_s = LAG_S + (np.arange(timing.horizon) + 1) * timing.period_s
     rows: dict[str, list[Any]] = {name: [] for name in ("images", "state", "chunk", "uv", "rivals")}
-    due_s = (np.arange(timing.horizon) + 1) * timing.period_s
-    for tick in range(ticks):
-        start_s = tick * timing.period_s
-        if tick in kept:
-            rows["images"].append(render_views(world, timing.image_size))
-            rows["state"].append(world.joint_position_J.astype(np.float32))
-            rows["chunk"].append(reference.sample(start_s + due_s).astype(np.float32))
-            rows["uv"].append(_project_objects(world, scene))
+    while len(rows["state"]) < frames:
+        motion_3J = _draw_motion(rng, astray if rng.random() < 0.3 else reference, world)
+        if not _is_free(world, scene, motion_3J[0]):
+            continue
+        try:
+            chunks = [_plan_chunk(expert, scene, motion_3J, due_s)]
             if with_rivals:
-                rows["rivals"].append(_plan_rivals(world, expert, scene, due_s))
-        _follow(world, reference, start_s, period_steps)
+                rows["rivals"].append(_plan_rivals(expert, scene, motion_3J, due_s))
+        except SimulationError:  # the way would lead out of the arm's reach
+            continue
+        rows["images"].append(render_views(world, timing.image_size))
+        rows["state"].append(motion_3J[0].astype(np.float32))
+        rows["chunk"] += chunks
+        rows["uv"].append(_project_objects(world, scene))
+    world.reset(scene, start_J)
+    _follow(world, reference)
     if not world.judge.success:
         return None
-    count = len(rows["images"])
     arrays = {name: np.stack(values) for name, values in rows.items() if values}
-    arrays["kind"] = np.tile(_kinds(scene), (count, 1))
+    arrays["kind"] = np.tile(_kinds(scene), (frames, 1))
     arrays["pixels"] = np.where(arrays["kind"] >= 0, 999, -1).astype(np.int16)
-    arrays["target"] = np.full(count, scene.target, np.int8)
-    arrays["verb"] = np.full(count, scene.task.verb == "point at", np.int8)
-    arrays["episode"] = np.full(count, seed, np.int64)
+    arrays["target"] = np.full(frames, scene.target, np.int8)
+    arrays["verb"] = np.full(frames, scene.task.verb == "point at", np.int8)
+    arrays["episode"] = np.full(frames, seed, np.int64)
     return arrays
 
 
@@ -156,17 +154,47 @@ def _random_start(rng: np.random.Generator, away: float = 0.35) -> NDArray[np.fl
     return start
 
 
-def _follow(world: World, reference: Any, start_s: float, steps: int) -> None:
-    for command_J in reference.sample(start_s + (np.arange(steps) + 1) * TIMESTEP_S):
+def _draw_motion(rng: np.random.Generator, path: Reference, world: World) -> NDArray[np.float64]:
+    """Position, velocity and acceleration [3, J]: somewhere on `path` or at rest at its end, displaced in every joint.
+
+    Every fifth is slower than the path is there, as an arm that was held up.
+    """
+    moment_s = rng.uniform(0.0, path.duration_s + SETTLE_S)
+    spread = rng.choice((0.0, 0.01, 0.04, 0.12), p=(0.1, 0.4, 0.35, 0.15))
+    displacement_J = rng.normal(0.0, spread, HOME_J.shape)
+    displacement_J[-1] /= 10.0  # the gripper's metres
+    position_J = np.clip(path.position(moment_s) + displacement_J, world.lower_J, world.upper_J)
+    share = 1.0 if rng.random() < 0.8 else rng.uniform()
+    return np.stack([position_J, share * path.velocity(moment_s), share * path.acceleration(moment_s)])
+
+
+def _is_free(world: World, scene: Scene, position_J: NDArray[np.float64]) -> bool:
+    """Places scene and arm; whether the gripper touches nothing there."""
+    world.reset(scene, position_J)
+    world.step(position_J)
+    return not world.judge.done and bool(world.tip_position[2] > LOWEST_TIP_M)
+
+
+def _follow(world: World, reference: Reference) -> None:
+    for command_J in reference.sample(np.arange(0.0, reference.duration_s + SETTLE_S, TIMESTEP_S)):
         world.step(command_J)
 
 
-def _plan_rivals(world: World, expert: Expert, scene: Scene, due_s: NDArray[np.float64]) -> NDArray[np.float32]:
-    rivals = np.full((MAX_OBJECTS, len(due_s), len(world.joints)), np.nan, np.float32)
+def _plan_chunk(
+    expert: Expert, scene: Scene, motion_3J: NDArray[np.float64], due_s: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    position_J, velocity_J, acceleration_J = motion_3J
+    plan = expert.plan(position_J, velocity_J, scene, joint_acceleration_J=acceleration_J)
+    return plan.sample(due_s).astype(np.float32)
+
+
+def _plan_rivals(
+    expert: Expert, scene: Scene, motion_3J: NDArray[np.float64], due_s: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    rivals = np.full((MAX_OBJECTS, len(due_s), motion_3J.shape[1]), np.nan, np.float32)
     for index, other in enumerate(scene.objects):
         task = Task(scene.task.verb, other.colour, other.shape)
-        plan = expert.plan(world.joint_position_J, world.joint_velocity_J, replace(scene, task=task))
-        rivals[index] = plan.sample(due_s)
+        rivals[index] = _plan_chunk(expert, replace(scene, task=task), motion_3J, due_s)
     return rivals
 
 
