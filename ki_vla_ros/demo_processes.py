@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.process import LARGEST_DOMAIN
 from ki_vla_ros.share import find_share
 
 # Each gets this long to end after SIGINT, and again after SIGTERM.
@@ -25,7 +26,6 @@ LOG_TAIL_LINES: Final = 12
 PR_SET_PDEATHSIG: Final = 1
 # From 102 on, a domain's ports lie where Linux takes its ephemeral ports from.
 DOMAINS: Final = range(1, 102)
-LARGEST_DOMAIN: Final = 232
 
 
 class ChildError(KiVlaError):

@@ -7,8 +7,6 @@ active, the policy loop (loop.py) runs beside it in a thread of its own.
 from __future__ import annotations
 
 import gc
-import os
-import signal
 import sys
 import threading
 import time
@@ -17,7 +15,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 
 import numpy as np
 import rclpy
@@ -28,7 +25,6 @@ from rclpy.duration import Duration
 from rclpy.experimental.events_executor import EventsExecutor
 from rclpy.lifecycle import LifecycleNode, LifecyclePublisher, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import qos_profile_sensor_data
-from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
@@ -43,6 +39,7 @@ from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import make_model_input
+from ki_vla_ros.process import run_node
 from ki_vla_ros.records import ActionChunk, CameraFrame, Observation
 from ki_vla_ros.settings import Settings
 from ki_vla_ros.share import find_bundle
@@ -293,38 +290,7 @@ def check_instruction(bundle: Bundle, instruction: str) -> None:
 
 def main() -> int:
     """The executable `policy_node`: 0 after SIGINT or SIGTERM, 1 with one message if it could not start."""
-    stop = threading.Event()
-
-    def request_stop(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    # rclpy's own handlers would shut the context down at once, and then no hold could be published any more.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
-    try:
-        _init_ros()
-        return _run(stop)
-    except Exception as error:
-        expected = isinstance(error, KiVlaError)
-        print(f"policy_node: {error}" if expected else traceback.format_exc(), file=sys.stderr)
-        return 1
-    finally:
-        rclpy.try_shutdown()
-        # Ctrl-C under `ros2 launch` arrives twice; the second one must not kill a process that is about to return 0.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-
-
-def _init_ros() -> None:
-    domain = os.environ.get("ROS_DOMAIN_ID") or "0"
-    if not domain.isdecimal() or int(domain) > 232:  # Fast DDS would end the process without naming the variable
-        raise ConfigurationError(f"ROS_DOMAIN_ID: expected 0 to 232, got {domain!r}")
-    try:
-        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
-    except Exception as error:  # from C; its message is all there is
-        raise ConfigurationError(
-            f"ROS 2 cannot start: {error}; check the arguments after --ros-args and that ROS_LOG_DIR can be written to"
-        ) from error
+    return run_node("policy_node", _run)
 
 
 def _run(stop: threading.Event) -> int:

@@ -9,6 +9,7 @@ FASTDDS_DEFAULT_PROFILES_FILE that is set already is left as it is.
 from pathlib import Path
 
 from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, EmitEvent, OpaqueFunction, RegisterEventHandler
 from launch.events import matches_action
 from launch.substitutions import EnvironmentVariable, LaunchConfiguration
@@ -17,8 +18,6 @@ from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
 from launch_ros.parameter_descriptions import ParameterValue
 from lifecycle_msgs.msg import Transition
-
-from launch import LaunchContext, LaunchDescription
 
 CONFIG = Path(get_package_share_directory("ki_vla_ros")) / "config"
 

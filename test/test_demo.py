@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from bundles import write_test_bundle
+from demo_runs import episode, observed, tick
 
 from ki_vla_ros import demo
 from ki_vla_ros.demo_driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, TICK, TOPICS, WRIST_IMAGE, Observed
@@ -27,22 +28,6 @@ from ki_vla_ros.share import find_share
 LIMIT_S = 150.0
 
 # --- one episode, against a driver that answers from a script
-
-
-def tick(total_ms: float, *, chunk_index: int | None = 0, misses: int = 0, instruction: str = "") -> dict[str, Any]:
-    stage_ms = {"prefill": 0.25 * total_ms, "denoise": 0.75 * total_ms, "total": total_ms}
-    fields = {"chunk_index": chunk_index, "deadline_misses": misses, "stage_ms": stage_ms, "hold": None}
-    return {**fields, "instruction": instruction}
-
-
-def observed(rate: float, *ticks: dict[str, Any], start_s: float = 0.0) -> Observed:
-    times = [start_s + k / rate for k in range(11)]
-    return Observed(times, {SCENE_IMAGE: times[::2], WRIST_IMAGE: times}, list(ticks))
-
-
-def episode(**fields: Any) -> Episode:
-    whole = Episode(7, "touch the red disc", 4, "red disc", True, True, 2.5)
-    return replace(whole, **fields)
 
 
 class ScriptedDriver:

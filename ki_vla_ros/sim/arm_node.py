@@ -9,41 +9,35 @@ from __future__ import annotations
 
 import array
 import json
-import signal
 import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, Queue
-from types import FrameType
 from typing import Any, Final
 
 import numpy as np
-import rclpy
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from numpy.typing import NDArray
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
-from rclpy.exceptions import ParameterException
 from rclpy.executors import SingleThreadedExecutor
-from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
-from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, SimulationError
+from ki_vla_ros.process import run_node
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.sim.task import Scene, Task, sample_scene
 from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
 from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, Verdict, World
 
-_RCL_ERRORS: Final = (rclpy_implementation.RCLError, rclpy_implementation.UnknownROSArgsError)
 NODE_NAME: Final = "sim_arm"
 # Physics that lags behind the wall clock by more than this is given up (and counted), not made good in one rush.
 MOST_CATCH_UP_S: Final = 0.1
@@ -323,32 +317,21 @@ class ArmNode(Node):
         return message
 
 
+def _run(stop: threading.Event) -> int:
+    node = ArmNode()
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    node.start()
+    while node.alive and not stop.is_set():
+        executor.spin_once(timeout_sec=0.1)
+    node.stop()
+    node.destroy_node()
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs until SIGINT or SIGTERM; the exit code is 0 unless something failed."""
-    stop = threading.Event()
-
-    def request_stop(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    # rclpy's own handlers would end ROS in the middle of the simulation thread's publishing.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
-    try:
-        rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
-        node = ArmNode()
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        node.start()
-        while node.alive and not stop.is_set():
-            executor.spin_once(timeout_sec=0.1)
-        node.stop()
-        node.destroy_node()
-    except (KiVlaError, ParameterException, *_RCL_ERRORS) as error:
-        print(f"{NODE_NAME}: {error}", file=sys.stderr)
-        return 1
-    finally:
-        rclpy.try_shutdown()
-    return 0
+    return run_node(NODE_NAME, _run, arguments)
 
 
 if __name__ == "__main__":
