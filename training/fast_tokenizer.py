@@ -104,6 +104,10 @@ class FastTokenizer:
         symbols = np.clip(rounded, self.lowest, self.highest).ravel() - self.lowest
         return list(self.bpe.encode(_to_text(symbols)).ids)
 
+    def integers(self, token: int) -> list[int]:
+        """The coefficients that one id stands for, in order; one, or several that were merged."""
+        return [ord(character) - FIRST_CHARACTER + self.lowest for character in self.bpe.id_to_token(token)]
+
     def decode(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """The normalised chunk [H, A] of these ids; FastDecodeError when they are not exactly one chunk."""
         pieces = []

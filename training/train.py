@@ -94,7 +94,7 @@ class Trainer:
                 horizon=HORIZON,
             )
         )
-        order_embeddings(self.model, self.tokenizer)
+        order_embeddings(self.model, self.tokenizer, self.fast)
         self.heads = TrainingHeads(
             config.model.vision.width,
             config.model.backbone.width,

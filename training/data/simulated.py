@@ -30,12 +30,13 @@ from ki_vla_ros.sim.world import HOME_J, TIMESTEP_S, World
 from training.config import DataConfig, load_config
 from training.data.language import COMBINATIONS, SeenObject
 
-FORMAT = 2
+FORMAT = 3
 CAMERAS = ("wrist", "scene")  # the scene last: its tokens lie next to the text, with and without a wrist image
 MAX_OBJECTS = 5
 RENDER_SIZE = 288  # what the robot's cameras publish; the model's size is a whole fraction of it
 SETTLE_S = 0.6  # so much of an episode lies after the arm has arrived, so that the policy learns to stay
 LAG_S = 0.007  # by which the simulated arm trails its command (arm.xml)
+UNDER_WAY_S = 0.3
 LOWEST_TIP_M = 0.01
 BACKGROUND = len(COMBINATIONS)
 
@@ -74,10 +75,9 @@ def record_episode(
 ) -> Arrays | None:
     """Frames of one demonstration; None when the expert did not solve it (the caller counts these).
 
-    The frames are not what the flawless demonstration passes through, but states around it (see `_draw_motion`), each
-    with the chunk that the expert would do from there: a policy must know the way back from its own mistakes. Actions
-    lead the motion by the arm's lag, as they would in a recording. `with_rivals` adds, for each frame, the chunks that
-    the expert would do for every object of the scene.
+    The frames are not what the flawless demonstration passes through, but positions around it (see `_draw_position`),
+    each with the chunk that the expert would do from there: a policy must know the way back from its own mistakes.
+    `with_rivals` adds, for each frame, the chunks that the expert would do for every object of the scene.
     """
     rng = np.random.default_rng([seed, 7])
     scene = sample_scene(seed, split=split)
@@ -89,17 +89,17 @@ def record_episode(
     due_s = LAG_S + (np.arange(timing.horizon) + 1) * timing.period_s
     rows: dict[str, list[Any]] = {name: [] for name in ("images", "state", "chunk", "uv", "rivals")}
     while len(rows["state"]) < frames:
-        motion_3J = _draw_motion(rng, astray if rng.random() < 0.3 else reference, world)
-        if not _is_free(world, scene, motion_3J[0]):
+        position_J = _draw_position(rng, astray if rng.random() < 0.3 else reference, world)
+        if not _is_free(world, scene, position_J):
             continue
         try:
-            chunks = [_plan_chunk(expert, scene, motion_3J, due_s)]
+            chunks = [_plan_chunk(expert, scene, position_J, due_s)]
             if with_rivals:
-                rows["rivals"].append(_plan_rivals(expert, scene, motion_3J, due_s))
+                rows["rivals"].append(_plan_rivals(expert, scene, position_J, due_s))
         except SimulationError:  # the way would lead out of the arm's reach
             continue
         rows["images"].append(render_views(world, timing.image_size))
-        rows["state"].append(motion_3J[0].astype(np.float32))
+        rows["state"].append(position_J.astype(np.float32))
         rows["chunk"] += chunks
         rows["uv"].append(_project_objects(world, scene))
     world.reset(scene, start_J)
@@ -154,18 +154,13 @@ def _random_start(rng: np.random.Generator, away: float = 0.35) -> NDArray[np.fl
     return start
 
 
-def _draw_motion(rng: np.random.Generator, path: Reference, world: World) -> NDArray[np.float64]:
-    """Position, velocity and acceleration [3, J]: somewhere on `path` or at rest at its end, displaced in every joint.
-
-    Every fifth is slower than the path is there, as an arm that was held up.
-    """
+def _draw_position(rng: np.random.Generator, path: Reference, world: World) -> NDArray[np.float64]:
+    """Somewhere on `path`, or at rest at its end, displaced in every joint."""
     moment_s = rng.uniform(0.0, path.duration_s + SETTLE_S)
     spread = rng.choice((0.0, 0.01, 0.04, 0.12), p=(0.1, 0.4, 0.35, 0.15))
     displacement_J = rng.normal(0.0, spread, HOME_J.shape)
     displacement_J[-1] /= 10.0  # the gripper's metres
-    position_J = np.clip(path.position(moment_s) + displacement_J, world.lower_J, world.upper_J)
-    share = 1.0 if rng.random() < 0.8 else rng.uniform()
-    return np.stack([position_J, share * path.velocity(moment_s), share * path.acceleration(moment_s)])
+    return np.clip(path.position(moment_s) + displacement_J, world.lower_J, world.upper_J)
 
 
 def _is_free(world: World, scene: Scene, position_J: NDArray[np.float64]) -> bool:
@@ -181,20 +176,25 @@ def _follow(world: World, reference: Reference) -> None:
 
 
 def _plan_chunk(
-    expert: Expert, scene: Scene, motion_3J: NDArray[np.float64], due_s: NDArray[np.float64]
+    expert: Expert, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    position_J, velocity_J, acceleration_J = motion_3J
-    plan = expert.plan(position_J, velocity_J, scene, joint_acceleration_J=acceleration_J)
-    return plan.sample(due_s).astype(np.float32)
+    """The expert's motion from here, under way already: with the velocity that it has `UNDER_WAY_S` after a start here.
+
+    A policy sees where the arm is, not how fast it moves. If the chunks began at rest, one that is executed for a
+    tenth of a second would lead nowhere; if they began at whatever velocity a recording had, the policy could only
+    guess it. So the velocity is a function of the place. Actions lead the motion by the arm's lag.
+    """
+    velocity_J = expert.plan(position_J, None, scene).velocity(UNDER_WAY_S)
+    return expert.plan(position_J, velocity_J, scene).sample(due_s).astype(np.float32)
 
 
 def _plan_rivals(
-    expert: Expert, scene: Scene, motion_3J: NDArray[np.float64], due_s: NDArray[np.float64]
+    expert: Expert, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    rivals = np.full((MAX_OBJECTS, len(due_s), motion_3J.shape[1]), np.nan, np.float32)
+    rivals = np.full((MAX_OBJECTS, len(due_s), len(position_J)), np.nan, np.float32)
     for index, other in enumerate(scene.objects):
         task = Task(scene.task.verb, other.colour, other.shape)
-        rivals[index] = _plan_chunk(expert, replace(scene, task=task), motion_3J, due_s)
+        rivals[index] = _plan_chunk(expert, replace(scene, task=task), position_J, due_s)
     return rivals
 
 
