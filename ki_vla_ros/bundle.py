@@ -82,7 +82,7 @@ def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType]
         "tokens": TensorType("int64", (length,)),
         "token_mask": TensorType("bool", (length,)),
     }
-    state = {"state": TensorType("float32", (joints,))} if manifest.state.encoding == "token" else {}
+    state = {"state": TensorType("float32", (joints,))} if manifest.state.as_token else {}
     expert_inputs = {**cache, **state, "x_t": actions, "time": TensorType("float32", (manifest.horizon,))}
     return {PREFILL: (prefill_inputs, cache), EXPERT: (expert_inputs, {"velocity": actions})}
 
@@ -230,7 +230,7 @@ def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
             f"{path}: expected every token of prompt.template, got no {frame_text[start:end]!r} in the vocabulary"
         )
     needed = len(frame.ids) + 1
-    if manifest.state.encoding == "text":
+    if manifest.state.in_prompt:
         needed += len(manifest.joints)
         bins = tokenizer.encode_batch([str(i) for i in range(prompt.state_bins)], add_special_tokens=False)
         for i, encoding in enumerate(bins):

@@ -74,9 +74,17 @@ class _Range(_Frozen):
 
 
 class StateSpec(_Range):
-    """low..high of each joint map to [-1, 1]; the state enters the prompt as text or the expert as a token."""
+    """low..high of each joint map to [-1, 1]; the state enters the prompt as text, the expert as a token, or both."""
 
-    encoding: Literal["text", "token"]
+    encoding: Literal["text", "token", "both"]
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.encoding != "token"
+
+    @property
+    def as_token(self) -> bool:
+        return self.encoding != "text"
 
 
 class ActionStats(_Range):
@@ -156,7 +164,7 @@ class PolicySpec(_Frozen):
             )
         if self.prompt.template.count("{task}") != 1:
             raise ValueError(f"prompt.template: expected {{task}} exactly once, got {self.prompt.template!r}")
-        expected = 1 if self.state.encoding == "text" else 0
+        expected = 1 if self.state.in_prompt else 0
         if self.prompt.template.count("{state}") != expected:
             raise ValueError(
                 f"prompt.template: expected {{state}} {expected} times (state.encoding is {self.state.encoding!r}), "

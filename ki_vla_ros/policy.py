@@ -93,7 +93,7 @@ class Policy:
         """Run both graphs once on a blank input and drop the result: so the first real chunk is as fast as the rest."""
         manifest = self.bundle.manifest
         size, length, cameras = manifest.image.size, manifest.prompt.length, len(manifest.cameras)
-        state_J = None if manifest.state.encoding == "text" else np.zeros(len(manifest.joints), dtype=np.float32)
+        state_J = np.zeros(len(manifest.joints), dtype=np.float32) if manifest.state.as_token else None
         blank = ModelInput(
             images_VCHW=np.full((cameras, 3, size, size), -1.0, dtype=np.float32),
             image_mask_V=np.ones(cameras, dtype=np.bool_),

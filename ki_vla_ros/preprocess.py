@@ -152,9 +152,9 @@ def make_model_input(
     if not np.all(np.isfinite(observation.state_J)):
         raise InputError(f"joint state: expected finite numbers, got {observation.state_J.tolist()}")
     state_norm_J = normalize(observation.state_J, manifest.state.low, manifest.state.high)
-    as_text = manifest.state.encoding == "text"
+    as_text = manifest.state.in_prompt
     bins = state_to_bins(state_norm_J, manifest.prompt.state_bins) if as_text else ()
     prompt = render_prompt(manifest.prompt.template, instruction, bins)
     tokens_L, token_mask_L = tokenize(tokenizer, prompt, manifest.prompt.length)
-    state_J = None if as_text else state_norm_J.astype(np.float32)
+    state_J = state_norm_J.astype(np.float32) if manifest.state.as_token else None
     return ModelInput(images_to_input(images_VHWC), image_mask_V, tokens_L, token_mask_L, state_J)

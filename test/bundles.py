@@ -60,6 +60,12 @@ def state_token_policy() -> PolicySpec:
     )
 
 
+def both_ways_policy() -> PolicySpec:
+    """As `demo_policy`, with the state as text and as a token."""
+    low, high = demo_policy().state.low, demo_policy().state.high
+    return demo_policy(state={"encoding": "both", "low": low, "high": high})
+
+
 def write_test_bundle(folder: Path, policy: PolicySpec | None = None, seed: int = 0) -> Bundle:
     """Make `folder` a valid bundle with random weights drawn from `seed`."""
     policy = policy or demo_policy()
@@ -144,7 +150,7 @@ def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator)
     phase = np.linspace(1.0 / horizon, 1.0, horizon)[:, np.newaxis]
     motion = 0.5 * np.sin(np.pi * phase) * rng.uniform(0.5, 1.0, (1, action_dim))
     motion[:, -1] = 0.0  # the gripper stays where it is
-    with_state = policy.state.encoding == "token"
+    with_state = policy.state.as_token
     weights = {
         "query": rng.standard_normal((graph.layers, graph.kv_heads, 1, dim)) / dim**0.5,
         "w_out": rng.standard_normal((dim, action_dim)),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from bundles import HORIZON, demo_observation, demo_policy, state_token_policy, write_test_bundle
+from bundles import HORIZON, both_ways_policy, demo_observation, demo_policy, state_token_policy, write_test_bundle
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle
@@ -31,6 +31,28 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module")
 def state_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_test_bundle(tmp_path_factory.mktemp("policy") / "token", state_token_policy())
+
+
+@pytest.fixture(scope="module")
+def both_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_test_bundle(tmp_path_factory.mktemp("policy") / "both", both_ways_policy())
+
+
+def test_the_state_may_enter_as_text_and_as_token(both_bundle: Bundle) -> None:
+    """Each of the two ways alone changes the chunk."""
+    policy = Policy(both_bundle, OnnxEngine(both_bundle))
+    given = make_model_input(both_bundle.manifest, both_bundle.tokenizer, demo_observation(), TEXT)
+    assert given.state_J is not None
+    moved_J = demo_observation().state_J + 0.1
+    moved = make_model_input(
+        both_bundle.manifest, both_bundle.tokenizer, dataclasses.replace(demo_observation(), state_J=moved_J), TEXT
+    )
+    assert not np.array_equal(moved.tokens_L, given.tokens_L) and not np.array_equal(moved.state_J, given.state_J)
+    chunks = [
+        policy.denoise(policy.prefill(text), policy.noise(0), token.state_J)
+        for text, token in ((given, given), (given, moved), (moved, given))
+    ]
+    assert not np.allclose(chunks[0], chunks[1]) and not np.allclose(chunks[0], chunks[2])
 
 
 class StraightFlow:
@@ -165,9 +187,11 @@ def plain_chunk(bundle: Bundle, given: ModelInput, noise_HA: NDArray[np.float32]
     return np.asarray(x_t_HA)
 
 
-@pytest.mark.parametrize("kind", ["text", "token"])
-def test_bound_buffers_give_what_plain_sessions_give(bundle: Bundle, state_bundle: Bundle, kind: str) -> None:
-    chosen = bundle if kind == "text" else state_bundle
+@pytest.mark.parametrize("kind", ["text", "token", "both"])
+def test_bound_buffers_give_what_plain_sessions_give(
+    bundle: Bundle, state_bundle: Bundle, both_bundle: Bundle, kind: str
+) -> None:
+    chosen = {"text": bundle, "token": state_bundle, "both": both_bundle}[kind]
     policy = Policy(chosen, OnnxEngine(chosen), noise_seed=1)
     for index, instruction in enumerate((TEXT, "point at the blue ball", TEXT)):
         observation = demo_observation(seed=index)

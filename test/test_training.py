@@ -26,6 +26,7 @@ SIZES = {
     "vision": {"image_size": 96, "patch_size": 12, "width": 16, "depth": 1, "heads": 2, "mlp": 16, "stem": "conv"},
     "backbone": {"width": 16, "depth": 3, "mlp": 16, "heads": 2, "kv_heads": 1, "head_dim": 8},
     "expert": {"width": 8, "depth": 3, "mlp": 16, "heads": 2, "kv_heads": 1, "head_dim": 8},
+    "state_token": True,
 }
 STAGES: list[dict[str, Any]] = [
     {"name": "stem", "losses": {"cells": 1.0}, "train": ["stem", "heads"], "scene_batch": 2},
@@ -95,7 +96,7 @@ def test_expert_stage_trains_the_expert_and_nothing_else(settings: dict[str, Any
     trainer.run()
     after = weights(trainer)
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"expert", "action_in", "action_out"}
+    assert changed == {"expert", "action_in", "action_out", "state_in"}
 
 
 def test_joint_step_gives_the_backbone_the_same_gradients_without_the_expert(settings: dict[str, Any]) -> None:

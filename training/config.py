@@ -36,6 +36,7 @@ class ModelConfig(Strict):
     vision: VisionConfig
     backbone: GemmaConfig
     expert: GemmaConfig
+    state_token: bool = Field(default=False, description="the expert also gets the exact joint state, as one token")
 
 
 class StageConfig(Strict):

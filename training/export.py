@@ -49,6 +49,13 @@ PARITY_CASES = 4
 CONSTANTS = 4096  # shapes, frequencies and the like in a graph, as numbers
 
 
+STATE_WAYS = {
+    "text": "text in the prompt",
+    "token": "a token of the expert",
+    "both": "text in the prompt and as a token of the expert",
+}
+
+
 class ExportError(RuntimeError):
     """The exported graphs are not the model: they differ from torch, or hold what must stay behind."""
 
@@ -128,7 +135,7 @@ def read_policy(path: Path) -> PolicySpec:
 def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:
     """The policy's description, the tokenizer and the model's sizes must be of one thing."""
     config = model.config
-    state_dim = len(policy.joints) if policy.state.encoding == "token" else None
+    state_dim = len(policy.joints) if policy.state.as_token else None
     for what, expected, got in (
         ("image.size", config.vision.image_size, policy.image.size),
         ("horizon", config.horizon, policy.horizon),
@@ -279,7 +286,7 @@ def random_input(bundle: Bundle, case: int) -> ModelInput:
     cameras, size, length = len(manifest.cameras), manifest.image.size, manifest.prompt.length
     image_mask_V = np.ones(cameras, dtype=np.bool_)
     image_mask_V[-1] = cameras == 1 or case % 2 == 0
-    with_state = manifest.state.encoding == "token"
+    with_state = manifest.state.as_token
     return ModelInput(
         images_VCHW=rng.uniform(-1, 1, (cameras, 3, size, size)).astype(np.float32),
         image_mask_V=image_mask_V,
@@ -301,7 +308,7 @@ def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:
         "",
         f"- Cameras: {', '.join(c.name + (' (optional)' if c.optional else '') for c in policy.cameras)}; "
         f"padded to {policy.image.size} x {policy.image.size}.",
-        f"- Joint state: as {'text in the prompt' if policy.state.encoding == 'text' else 'a token of the expert'}.",
+        f"- Joint state: as {STATE_WAYS[policy.state.encoding]}.",
         f"- Action chunk: {policy.horizon} positions, one every {policy.action_period_s:g} s.",
         f"- Flow steps it was judged with: {policy.flow.steps}.",
         f"- Chunk prefix seen in training: up to {policy.max_prefix_delay} actions.",

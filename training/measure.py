@@ -81,7 +81,7 @@ def _predict(trainer: Trainer, batch: Batch, with_fast: bool) -> Iterator[tuple[
     model = trainer.model
     cache = model.prefill(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
     noise = torch.randn(batch.action_BHA.shape, generator=torch.Generator().manual_seed(0))
-    yield "flow", model.sample_actions(cache, noise, FLOW_STEPS).double().numpy()
+    yield "flow", model.sample_actions(cache, noise, FLOW_STEPS, trainer.expert_state(batch, 1)).double().numpy()
     output = model(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
     hidden = model.backbone.norm(output.prefix_by_layer[-2]).gather(
         1, trainer.query_rows(batch)[:, :, None].expand(-1, -1, model.config.backbone.width)

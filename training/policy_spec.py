@@ -46,7 +46,9 @@ def describe_policy(
             JointSpec(name=name, unit=unit, lower=low, upper=high, max_velocity=MAX_VELOCITY[unit], relative=True)
             for name, unit, low, high in zip(JOINTS, units, arm.lower_J.tolist(), arm.upper_J.tolist(), strict=True)
         ),
-        state=StateSpec(encoding="text", low=space.state_low, high=space.state_high),
+        state=StateSpec(
+            encoding="both" if config.model.state_token else "text", low=space.state_low, high=space.state_high
+        ),
         action=ActionStats(low=space.action_low, high=space.action_high),
         horizon=HORIZON,
         action_period_s=ACTION_PERIOD_S,

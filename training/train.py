@@ -88,10 +88,13 @@ class Trainer:
         action_dim = self.robot["state"].shape[1]
         self.model = VLA(
             VLAConfig(
-                **dict(config.model),
+                vision=config.model.vision,
+                backbone=config.model.backbone,
+                expert=config.model.expert,
                 vocab_size=self.tokenizer.get_vocab_size(),
                 action_dim=action_dim,
                 horizon=HORIZON,
+                state_dim=action_dim if config.model.state_token else None,
             )
         )
         order_embeddings(self.model, self.tokenizer, self.fast)
@@ -204,7 +207,8 @@ class Trainer:
         """
         flow = self.draw_flow(batch, stage.noise_samples, generator) if "flow" in stage.losses else None
         x_t, time = flow[:2] if flow else (None, None)
-        output = self.forward(batch, x_t=x_t, time=time, insulate=stage.insulate)
+        state = self.expert_state(batch, stage.noise_samples) if flow else None
+        output = self.forward(batch, x_t=x_t, time=time, state=state, insulate=stage.insulate)
         rows = self.query_rows(batch)
         # The last layer's output enters no key or value, so the expert could not read what is named only there: also
         # name it earlier.
@@ -249,7 +253,12 @@ class Trainer:
         x_t, time, target, learned = self.draw_flow(batch, stage.noise_samples, generator)
         with torch.no_grad():
             cache = self.model.prefill(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
-        return {"flow": losses.match_flow(self.model.velocity(cache, x_t, time), target, learned)}
+        velocity = self.model.velocity(cache, x_t, time, self.expert_state(batch, stage.noise_samples))
+        return {"flow": losses.match_flow(velocity, target, learned)}
+
+    def expert_state(self, batch: Batch, samples: int) -> Tensor | None:
+        """[R, J]: the joint state for each of the expert's rows; None where it is in the prompt alone."""
+        return batch.state_BJ.repeat_interleave(samples, dim=0) if self.config.model.state_token else None
 
     def draw_flow(
         self, batch: Batch, samples: int, generator: torch.Generator
@@ -337,7 +346,7 @@ def select_parameters(model: VLA, heads: TrainingHeads, parts: tuple[Part, ...])
         "stem": [model.vision.stem],
         "vision": [model.vision, model.projector],
         "backbone": [model.backbone],
-        "expert": [model.expert, model.action_in, model.action_out],
+        "expert": [m for m in (model.expert, model.action_in, model.action_out, model.state_in) if m is not None],
         "heads": [heads],
     }
     for parameter in [*model.parameters(), *heads.parameters()]:
