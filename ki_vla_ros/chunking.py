@@ -1,94 +1,211 @@
-"""When to infer, and which actions of a chunk still lie ahead when it is done.
+"""When to infer, what the next chunk is told of the running one, and which actions then count: the executors.
 
-Inference runs while the arm executes the chunk before (asynchronous execution): by the time a chunk exists, time has
-consumed its first actions; they are dropped and the rest starts at the right moment. An executor is any class with the
-five methods of `AsynchronousExecutor`; it knows neither ROS nor a clock. Legend: H horizon, J joints. Times in ns on
-the node's clock.
+An executor is fed by the policy loop: `wants_chunk` at each tick; if so, `condition` before the flow is integrated, and
+`join` with the finished chunk. What `join` returns is a wish: the governor (governor.py) turns it into a motion that
+continues the running one without a seam, whichever executor it came from.
+
+    synchronous        execute s seconds, come to rest, then infer again
+    asynchronous       infer while executing; what time has consumed is dropped
+    temporal_ensemble  the same, with the weighted mean of all chunks that speak of an instant (ACT, arXiv 2304.13705)
+    rtc                the flow is guided towards the running chunk: its first d actions firmly, fading out until
+                       the guidance horizon (real-time chunking, arXiv 2506.07339)
+    rtc_trained        the first d actions are given clean, as in training (arXiv 2512.05964)
+
+H actions per chunk, s executed before the next takes over (`execution_horizon_s`), d consumed while the next is being
+computed (`inference_delay`). Legend: J joints. Times in ns on the node's clock.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections import deque
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import SafetyRefusal
-from ki_vla_ros.records import NS_PER_S, ActionChunk
+from ki_vla_ros.records import ActionChunk
+
+ExecutorName = Literal["synchronous", "asynchronous", "temporal_ensemble", "rtc", "rtc_trained"]
+
+# What `inference_delay` "auto" is taken from: the last five seconds' delays at 10 Hz, without the first ones, because
+# caches and clocks of the processor are still cold then.
+DELAYS_KEPT, WARM_UP, DELAY_PERCENTILE = 50, 3, 95.0
 
 
 @dataclass(frozen=True, eq=False)
-class Reach:
-    """Where the arm is, its speed limits (per second), and how far ahead in time an action may be joined."""
+class Condition:
+    """What a new chunk is told: actions of the running one (absolute positions) and how firmly each one holds.
 
-    measured_J: NDArray[np.float64]
-    speed_J: NDArray[np.float64]
-    within_ns: int
+    `clean`: rows with weight 1 are given to the model as finished actions (time 0). Otherwise the flow is guided
+    towards them with at most `strength`. Rows with weight 0 are arbitrary.
+    """
+
+    position_HJ: NDArray[np.float64]
+    weight_H: NDArray[np.float64]
+    clean: bool
+    strength: float = 0.0
 
 
-@dataclass(frozen=True)
+class ChunkSettings(Protocol):
+    """What the executors need of `settings.Settings`."""
+
+    @property
+    def executor(self) -> ExecutorName: ...
+    @property
+    def execution_horizon_s(self) -> float: ...
+    @property
+    def rate_hz(self) -> float: ...
+    @property
+    def inference_delay(self) -> int: ...
+    @property
+    def guidance_horizon_s(self) -> float: ...
+    @property
+    def guidance_weight(self) -> float: ...
+    @property
+    def ensemble_decay(self) -> float: ...
+
+
+@dataclass(frozen=True, eq=False)
 class _Running:
     chunk: ActionChunk
     accepted_ns: int
 
 
-class AsynchronousExecutor:
-    def __init__(self) -> None:
-        self._running: _Running | None = None
+class ChunkExecutor:
+    """All five executors: they differ in three places, which read the name from the settings of the moment."""
 
-    def wants_chunk(self, tick_ns: int, execution_horizon_ns: int, tick_period_ns: int) -> bool:
-        """Whether the tick that starts at `tick_ns` shall infer: the running chunk has had its time, to half a tick."""
+    def __init__(self, horizon: int, period_ns: int, max_prefix_delay: int) -> None:
+        self._horizon, self._period_ns, self._max_prefix = horizon, period_ns, max_prefix_delay
+        self._running: _Running | None = None
+        self._past: deque[ActionChunk] = deque(maxlen=horizon)
+        self._delays: deque[int] = deque(maxlen=DELAYS_KEPT)
+        self._joined = 0
+
+    def wants_chunk(self, settings: ChunkSettings, tick_ns: int, at_rest: bool) -> bool:
+        """Whether the tick that starts at `tick_ns` shall infer; `at_rest`: the running motion has ended."""
         if self._running is None:
             return True
-        return tick_ns - self._running.accepted_ns >= execution_horizon_ns - tick_period_ns // 2
+        if settings.executor == "synchronous":
+            return at_rest
+        if settings.executor == "temporal_ensemble":
+            return True
+        waited_ns = tick_ns - self._running.accepted_ns
+        return waited_ns >= _ns(settings.execution_horizon_s) - _ns(1.0 / settings.rate_hz) // 2
 
-    def join(self, chunk: ActionChunk, now_ns: int, lead_ns: int, reach: Reach) -> ActionChunk:
-        """The actions of `chunk` due `lead_ns` after `now_ns` or later, from the first one within reach.
+    def delay(self, settings: ChunkSettings) -> int:
+        """d: actions that will be consumed before the chunk now being computed takes over."""
+        if settings.inference_delay >= 0:
+            return settings.inference_delay
+        return math.ceil(np.percentile(self._delays, DELAY_PERCENTILE)) if self._delays else 0
 
-        The arm trails its command: an action due in a few milliseconds may lie farther ahead than the arm can go until
-        then. Where none is within reach, nothing is skipped and the gate judges the way to the first action.
+    def condition(self, settings: ChunkSettings, start_ns: int) -> Condition | None:
+        """For a chunk whose observation was made at `start_ns`; None: nothing is asked of it."""
+        if settings.executor not in ("rtc", "rtc_trained") or self._running is None:
+            return None
+        due_H = start_ns + (np.arange(self._horizon) + 1) * self._period_ns
+        known = int(np.searchsorted(due_H, self._running.chunk.due_ns(self._running.chunk.horizon - 1), side="right"))
+        delay = min(self.delay(settings), known)
+        if settings.executor == "rtc_trained":
+            delay = min(delay, self._max_prefix)
+            weight_H = (np.arange(self._horizon) < delay).astype(np.float64)
+        else:
+            end = math.floor(_ns(settings.guidance_horizon_s) / self._period_ns) or known
+            weight_H = soft_mask(self._horizon, delay, min(end, known))
+        if not weight_H.any():
+            return None
+        position_HJ = resample(self._running.chunk, due_H)
+        return Condition(position_HJ, weight_H, settings.executor == "rtc_trained", settings.guidance_weight)
+
+    def join(self, settings: ChunkSettings, chunk: ActionChunk, now_ns: int, lead_ns: int) -> ActionChunk:
+        """What the arm shall do from `lead_ns` after `now_ns` on.
+
         SafetyRefusal if time has consumed all actions: inference took longer than the chunk lasts.
         """
-        first = next((k for k in range(chunk.horizon) if chunk.due_ns(k) >= now_ns + lead_ns), None)
-        if first is None:
+        if settings.executor == "synchronous":
+            # The arm has been waiting at rest: the chunk starts when it is there, not when it was asked for.
+            count = max(1, min(chunk.horizon, round(_ns(settings.execution_horizon_s) / chunk.period_ns)))
+            return dataclasses.replace(
+                chunk,
+                start_ns=now_ns + lead_ns,
+                position_HJ=chunk.position_HJ[:count],
+                velocity_HJ=chunk.velocity_HJ[:count],
+            )
+        consumed = sum(chunk.due_ns(k) < now_ns + lead_ns for k in range(chunk.horizon))
+        if consumed == chunk.horizon:
             raise SafetyRefusal(
                 f"chunk: its last action was due {(now_ns - chunk.due_ns(chunk.horizon - 1)) / 1e6:.0f} ms ago; "
                 "inference is slower than the chunk lasts: fewer flow_steps or a faster engine?"
             )
-        for k in range(first, chunk.horizon):
-            until_due_ns = chunk.due_ns(k) - now_ns
-            if until_due_ns > reach.within_ns:
-                break
-            way_J = np.abs(chunk.position_HJ[k] - reach.measured_J)
-            if np.all(way_J <= reach.speed_J * (until_due_ns / NS_PER_S)):
-                return drop_actions(chunk, k)
-        return drop_actions(chunk, first)
+        self._joined += 1
+        if self._joined > WARM_UP:
+            self._delays.append(consumed)
+        if settings.executor != "temporal_ensemble":
+            self._past.clear()
+            return chunk
+        self._past.append(chunk)
+        return ensemble(list(self._past), settings.ensemble_decay)
 
-    def accept(self, command: ActionChunk, tick_ns: int) -> None:
-        """`command`, computed by the tick that started at `tick_ns`, went onto the wire."""
-        self._running = _Running(command, tick_ns)
-
-    def commanded_J(self, now_ns: int) -> NDArray[np.float64] | None:
-        """Where the running chunk wants the joints at `now_ns` (linear between actions), None if no chunk runs."""
-        if self._running is None:
-            return None
-        chunk = self._running.chunk
-        if now_ns >= chunk.due_ns(chunk.horizon - 1):
-            return None
-        due_ns = [chunk.due_ns(k) for k in range(chunk.horizon)]
-        return np.array([np.interp(now_ns, due_ns, chunk.position_HJ[:, j]) for j in range(len(chunk.joints))])
+    def accept(self, chunk: ActionChunk, tick_ns: int) -> None:
+        """What `join` returned, from the tick that started at `tick_ns`, is being executed."""
+        self._running = _Running(chunk, tick_ns)
 
     def stop(self) -> None:
         """The running chunk was ended by a hold; the next tick may infer."""
         self._running = None
+        self._past.clear()
 
 
-def drop_actions(chunk: ActionChunk, count: int) -> ActionChunk:
-    """`chunk` without its first `count` actions; the others keep their times."""
-    return ActionChunk(
-        start_ns=chunk.start_ns + count * chunk.period_ns,
-        period_ns=chunk.period_ns,
-        joints=chunk.joints,
-        position_HJ=chunk.position_HJ[count:],
-        velocity_HJ=chunk.velocity_HJ[count:],
-    )
+def soft_mask(horizon: int, delay: int, end: int) -> NDArray[np.float64]:
+    """RTC's weights [H]: 1 for the first `delay` actions, then falling exponentially, 0 from `end` on (their eq. 5)."""
+    k_H = np.arange(horizon)
+    share_H = np.clip((end - k_H) / max(end - delay + 1, 1), 0.0, 1.0)
+    weight_H = share_H * np.expm1(share_H) / math.expm1(1.0)
+    return np.where(k_H < delay, 1.0, np.where(k_H < end, weight_H, 0.0))
+
+
+def ensemble(chunks: list[ActionChunk], decay: float) -> ActionChunk:
+    """The newest chunk's instants with the weighted mean of all chunks there; weights exp(-decay * i), i = 0 oldest."""
+    newest = chunks[-1]
+    due_H = np.array([newest.due_ns(k) for k in range(newest.horizon)])
+    total_HJ, weights_H = np.zeros_like(newest.position_HJ), np.zeros(newest.horizon)
+    for i, chunk in enumerate(chunks):
+        speaks_H = (due_H >= chunk.due_ns(0)) & (due_H <= chunk.due_ns(chunk.horizon - 1))
+        weight_H = math.exp(-decay * i) * speaks_H
+        total_HJ += weight_H[:, None] * resample(chunk, due_H)
+        weights_H += weight_H
+    position_HJ = total_HJ / weights_H[:, None]
+    velocity_HJ = np.gradient(position_HJ, newest.period_ns / 1e9, axis=0)
+    return dataclasses.replace(newest, position_HJ=position_HJ, velocity_HJ=velocity_HJ)
+
+
+def resample(chunk: ActionChunk, time_N: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Positions [N, J] of the chunk's cubic at `time_N`, and before and after it those of its ends."""
+    return cubic(chunk, time_N)[0]
+
+
+def cubic(chunk: ActionChunk, time_N: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Position and velocity [N, J] of the cubic Hermite spline through the chunk's actions.
+
+    Before the first action the line through it with its velocity, after the last one rest.
+    """
+    period_s = chunk.period_ns / 1e9
+    phase_N = (np.asarray(time_N, dtype=np.int64) - chunk.due_ns(0)) / chunk.period_ns
+    k_N = np.clip(np.floor(phase_N).astype(np.int64), 0, max(chunk.horizon - 2, 0))
+    s = np.clip(phase_N - k_N, None, 1.0 if chunk.horizon > 1 else 0.0)[:, None]
+    p0, m0 = chunk.position_HJ[k_N], chunk.velocity_HJ[k_N] * period_s
+    after_N = np.minimum(k_N + 1, chunk.horizon - 1)
+    p1, m1 = chunk.position_HJ[after_N], chunk.velocity_HJ[after_N] * period_s
+    c2, c3 = 3.0 * (p1 - p0) - 2.0 * m0 - m1, 2.0 * (p0 - p1) + m0 + m1
+    inside = p0 + s * (m0 + s * (c2 + s * c3))
+    slope = (m0 + s * (2.0 * c2 + 3.0 * s * c3)) / period_s
+    before = s < 0.0
+    slope = np.where((phase_N > chunk.horizon - 1)[:, None], 0.0, slope)
+    return np.where(before, p0 + s * m0, inside), np.where(before, m0 / period_s, slope)
+
+
+def _ns(duration_s: float) -> int:
+    return round(duration_s * 1e9)

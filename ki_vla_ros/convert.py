@@ -8,28 +8,21 @@ from __future__ import annotations
 import array
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from numpy.typing import NDArray
-from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import String
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.diagnostics import Report
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
-
-# Channels per pixel and the place of red, green and blue among them, by sensor_msgs encoding.
-_ENCODINGS: Mapping[str, tuple[int, tuple[int, int, int]]] = {
-    "rgb8": (3, (0, 1, 2)),
-    "bgr8": (3, (2, 1, 0)),
-    "rgba8": (4, (0, 1, 2)),
-    "bgra8": (4, (2, 1, 0)),
-    "mono8": (1, (0, 0, 0)),
-}
+from ki_vla_ros.pixels import ENCODINGS, decode_compressed, decode_raw
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
 
 
 def stamp_to_ns(stamp: Time) -> int:
@@ -40,34 +33,37 @@ def ns_to_stamp(time_ns: int) -> Time:
     return Time(sec=time_ns // NS_PER_S, nanosec=time_ns % NS_PER_S)
 
 
-def frame_from_message(message: Image, camera: str) -> CameraFrame:
+def frame_from_message(message: Image | CompressedImage, camera: str, received_ns: int | None = None) -> CameraFrame:
     """An rgb8 image without row padding is not copied: the frame then shares the message's memory.
 
-    InputError for an encoding we do not read, or where height, width, step and data do not fit.
+    `received_ns` takes the place of the header's stamp. InputError for an image that cannot be read; an encoding that
+    we do not know is left to cv_bridge where that is installed.
     """
-    known = _ENCODINGS.get(message.encoding)
-    if known is None:
-        raise InputError(
-            f"camera {camera!r}: image encoding {message.encoding!r} is not read, expected one of "
-            f"{', '.join(_ENCODINGS)}"
-        )
-    channels, order = known
-    height, width, step = int(message.height), int(message.width), int(message.step)
-    size = len(message.data)
-    if height < 1 or width < 1 or step < width * channels or size != height * step:
-        raise InputError(
-            f"camera {camera!r}: an image of {width} x {height} {message.encoding} needs step >= {width * channels} "
-            "and "
-            f"height * step bytes, got step {step} and {size} bytes"
-        )
-    rows = np.frombuffer(message.data, dtype=np.uint8).reshape(height, step)
-    pixels = rows[:, : width * channels].reshape(height, width, channels)
-    rgb_HWC = np.ascontiguousarray(pixels if order == (0, 1, 2) and channels == 3 else pixels[..., order])
-    rgb_HWC.flags.writeable = False
-    return CameraFrame(camera, stamp_to_ns(message.header.stamp), rgb_HWC)
+    where = f"camera {camera!r}"
+    stamp_ns = stamp_to_ns(message.header.stamp) if received_ns is None else received_ns
+    if isinstance(message, CompressedImage):
+        return CameraFrame(camera, stamp_ns, decode_compressed(where, message.data))
+    if message.encoding not in ENCODINGS and (bridge := _cv_bridge()) is not None:
+        try:
+            return CameraFrame(camera, stamp_ns, bridge.imgmsg_to_cv2(message, "rgb8"))
+        except Exception as error:  # cv_bridge's own and OpenCV's, which share no base but this
+            raise InputError(f"{where}: image encoding {message.encoding!r}: cv_bridge says {error}") from error
+    size = (int(message.height), int(message.width), int(message.step))
+    pixels = decode_raw(where, message.encoding, *size, bool(message.is_bigendian), message.data)
+    return CameraFrame(camera, stamp_ns, pixels)
 
 
-def reading_from_message(message: JointState) -> JointReading:
+@cache
+def _cv_bridge() -> Any:
+    """None where it is not installed: among the wheels there is none."""
+    try:
+        from cv_bridge import CvBridge
+    except ImportError:
+        return None
+    return CvBridge()
+
+
+def reading_from_message(message: JointState, received_ns: int | None = None) -> JointReading:
     """InputError where names and positions do not fit; what the values must be is for the observation to say."""
     names = tuple(message.name)
     if len(names) != len(message.position):
@@ -77,17 +73,42 @@ def reading_from_message(message: JointState) -> JointReading:
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise InputError(f"joint state: expected each joint once, got {', '.join(twice)} more than once")
-    return JointReading(stamp_to_ns(message.header.stamp), names, np.array(message.position, dtype=np.float64))
+    stamp_ns = stamp_to_ns(message.header.stamp) if received_ns is None else received_ns
+    return JointReading(stamp_ns, names, np.array(message.position, dtype=np.float64))
 
 
-def command_message(command: ActionChunk, now_ns: int) -> JointTrajectory:
-    """For joint_trajectory_controller: stamp 0 (start now), each point as far ahead of `now_ns` as it is due."""
-    return _trajectory(command, Time(), now_ns)
+def command_message(motion: Motion, now_ns: int, splice: bool = False) -> JointTrajectory:
+    """For joint_trajectory_controller: what of the motion lies ahead.
+
+    With stamp 0, "start now", everything after `now_ns`. With `splice` the stamp is the instant from which the motion
+    is new; until then a controller that can goes on with what it has.
+    """
+    start_ns = motion.from_ns if splice else now_ns
+    message = JointTrajectory(joint_names=list(motion.joints))
+    message.header.stamp = ns_to_stamp(start_ns) if splice else Time()
+    # The last instant always: a motion that only says "stay" has no other.
+    first = min(int(np.searchsorted(motion.time_N, start_ns, side="right")), len(motion.time_N) - 1)
+    message.points = [
+        _point(motion.position_NJ[k], motion.velocity_NJ[k], int(motion.time_N[k]) - start_ns)
+        for k in range(first, len(motion.time_N))
+    ]
+    return message
+
+
+def stream_message(position_J: NDArray[np.float64]) -> Float64MultiArray:
+    """For forward_command_controller: positions in the bundle's joint order."""
+    return Float64MultiArray(data=_doubles(position_J))
 
 
 def chunk_message(chunk: ActionChunk) -> JointTrajectory:
     """The predicted chunk as a record of it: stamped with its observation, nothing dropped."""
-    return _trajectory(chunk, ns_to_stamp(chunk.start_ns), chunk.start_ns)
+    message = JointTrajectory(joint_names=list(chunk.joints))
+    message.header.stamp = ns_to_stamp(chunk.start_ns)
+    message.points = [
+        _point(position_J, velocity_J, chunk.due_ns(k) - chunk.start_ns)
+        for k, (position_J, velocity_J) in enumerate(zip(chunk.position_HJ, chunk.velocity_HJ, strict=True))
+    ]
+    return message
 
 
 def text_message(fields: Mapping[str, object]) -> String:
@@ -105,16 +126,6 @@ def diagnostics_message(name: str, hardware: str, report: Report, now_ns: int) -
     )
     message = DiagnosticArray(status=[status])
     message.header.stamp = ns_to_stamp(now_ns)
-    return message
-
-
-def _trajectory(chunk: ActionChunk, stamp: Time, start_ns: int) -> JointTrajectory:
-    message = JointTrajectory(joint_names=list(chunk.joints))
-    message.header.stamp = stamp
-    message.points = [
-        _point(position_J, velocity_J, chunk.due_ns(k) - start_ns)
-        for k, (position_J, velocity_J) in enumerate(zip(chunk.position_HJ, chunk.velocity_HJ, strict=True))
-    ]
     return message
 
 

@@ -59,6 +59,8 @@ class Diagnostics:
         self._lock = threading.Lock()
         self._stage_ms: dict[str, deque[float]] = {}
         self._chunk_times_s: deque[float] = deque(maxlen=WINDOW)
+        self._age_ms: deque[float] = deque(maxlen=WINDOW)
+        self._holds = 0
         self._refusals: Counter[str] = Counter()
         self._corrections: Counter[str] = Counter()
         self._chunks = 0
@@ -66,10 +68,13 @@ class Diagnostics:
         self._hold: str | None = None
         self._instruction = ""
 
-    def record_chunk(self, stage_ms: Mapping[str, float], corrections: tuple[str, ...], time_s: float) -> None:
-        """A chunk went onto the wire at `time_s` (steady clock)."""
+    def record_chunk(
+        self, stage_ms: Mapping[str, float], corrections: tuple[str, ...], time_s: float, age_ms: float = 0.0
+    ) -> None:
+        """A chunk went onto the wire at `time_s` (steady clock), `age_ms` after its observation's stamp."""
         with self._lock:
             self._chunks += 1
+            self._age_ms.append(age_ms)
             self._chunk_times_s.append(time_s)
             self._corrections.update(correction.split(" ")[0] for correction in corrections)
             for stage, duration_ms in {**stage_ms, "total": sum(stage_ms.values())}.items():
@@ -85,6 +90,7 @@ class Diagnostics:
         if hold is not None:
             self.record_refusal(hold)
         with self._lock:
+            self._holds += hold is not None and self._hold is None
             self._hold, self._instruction, self._missed = hold, instruction, missed
 
     def report(self, lifecycle: str, engine: str, now_s: float) -> Report:
@@ -99,7 +105,12 @@ class Diagnostics:
                 "chunks": str(self._chunks),
                 "chunk_rate_hz": f"{rate_hz:.2f}",
                 "deadline_misses": str(self._missed),
+                "holds": str(self._holds),
             }
+            if self._age_ms:
+                p50, p99 = np.percentile(self._age_ms, [50, 99])
+                values["observation_to_command_ms_p50"] = f"{p50:.1f}"
+                values["observation_to_command_ms_p99"] = f"{p99:.1f}"
             for stage, durations in self._stage_ms.items():
                 p50, p99 = np.percentile(durations, [50, 99])
                 values[f"{stage}_ms_p50"], values[f"{stage}_ms_p99"] = f"{p50:.2f}", f"{p99:.2f}"

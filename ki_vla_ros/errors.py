@@ -37,5 +37,9 @@ class SafetyRefusal(KiVlaError):
     """A chunk that must not reach the wire; names joint, step, value and limit."""
 
 
+class EmergencyStop(SafetyRefusal):
+    """A fault after which nothing may move until someone has looked: latched, released only by ~/reset."""
+
+
 class SimulationError(KiVlaError):
     """The simulator cannot start or was asked for something it cannot do."""

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from ki_vla_ros.chunking import AsynchronousExecutor, Reach
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.chunking import ChunkExecutor
 from ki_vla_ros.diagnostics import Diagnostics, Stopwatch
-from ki_vla_ros.errors import InstructionError, KiVlaError, SafetyRefusal, StaleInput
+from ki_vla_ros.errors import EmergencyStop, InstructionError, KiVlaError, SafetyRefusal, StaleInput
+from ki_vla_ros.governor import Bounds, Governor
 from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.pacing import Pacer
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import make_model_input
-from ki_vla_ros.records import NS_PER_S, ActionChunk
-from ki_vla_ros.safety import SafetyGate
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.safety import SafetyGate, joint_bounds
 from ki_vla_ros.settings import Settings
 
 # Simulated time may run at any speed, so a waiting loop looks at it this often.
 SIMULATED_CLOCK_POLL_S = 0.005
+# A resting arm farther from its last command than this share of a joint's range has been moved by others.
+MOVED_SHARE = 0.02
+# Share of the speed limits that ramp_in_s begins with.
+FIRST_SHARE = 0.1
 
 
 class Wire(Protocol):
@@ -32,7 +41,7 @@ class Wire(Protocol):
 
     def simulated_clock(self) -> bool: ...
 
-    def send_command(self, command: ActionChunk, now_ns: int) -> None: ...
+    def send_command(self, motion: Motion, now_ns: int) -> None: ...
 
     def report_chunk(self, chunk: ActionChunk) -> None:
         """The whole chunk as predicted, before anything is dropped or corrected."""
@@ -49,7 +58,8 @@ class PolicyLoop:
     """Runs from `start` to `stop`; may be started again.
 
     `settings` is called once per tick, so that a change applies from one chunk to the next. `instruction` may be set at
-    any time to one that the bundle understands; "" means hold.
+    any time to one that the bundle understands; "" means hold. `watch`, `latch` and `reset` may be called from another
+    thread: whatever the tick is doing then, nothing of it reaches the wire after a latched stop.
     """
 
     def __init__(
@@ -66,10 +76,17 @@ class PolicyLoop:
         self._wire = wire
         self._diagnostics = diagnostics
         self._settings = settings
-        self._executor = AsynchronousExecutor()
+        manifest = policy.bundle.manifest
+        self._executor = ChunkExecutor(manifest.horizon, manifest.action_period_ns, manifest.max_prefix_delay)
+        self._governor = Governor(manifest.joint_names, settings().command_period_s)
         self._limits = settings().limits
-        self._gate = SafetyGate(policy.bundle.manifest.joints, self._limits)
+        self._gate = self._make_gate(settings())
         self._chunks = 0
+        self._fresh_ns = 0  # when the newest chunk went out
+        self._ramp_from_ns: int | None = None
+        self._latched: str | None = None
+        self._held = False  # the running motion is a hold already
+        self._moving = threading.RLock()  # held by whoever changes what the arm does
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -79,38 +96,54 @@ class PolicyLoop:
         InputError, EngineError or SafetyRefusal when the arm must be held instead.
         """
         policy, bundle, wire = self._policy, self._policy.bundle, self._wire
-        max_age_ns, tick_period_ns = _ns(settings.max_age_s), _ns(1.0 / settings.rate_hz)
+        max_age_ns, lead_ns = _ns(settings.max_age_s), _ns(settings.lead_s)
+        if self._latched is not None:
+            raise SafetyRefusal(f"stopped: {self._latched}; call ~/reset when nothing stands in the way")
         with watch.stage("observation"):
             observation = self._buffer.observe(tick_ns, max_age_ns, _ns(settings.sync_slop_s))
         instruction = self.instruction
         if not instruction:
             raise InstructionError("instruction: none yet; publish one on the policy's ~/instruction")
-        if not self._executor.wants_chunk(tick_ns, _ns(settings.execution_horizon_s), tick_period_ns):
+        if not self._executor.wants_chunk(settings, tick_ns, self._at_rest(tick_ns)):
             return None
         with watch.stage("preprocess"):
             model_input = make_model_input(bundle.manifest, bundle.tokenizer, observation, instruction)
         with watch.stage("prefill"):
             cache = policy.prefill(model_input)
         with watch.stage("denoise"):
-            actions_HA = policy.denoise(cache, policy.noise(self._chunks), model_input.state_J)
+            condition = self._executor.condition(settings, observation.stamp_ns)
+            guide = None if condition is None else policy.guide(condition, observation)
+            actions_HA = policy.denoise(cache, policy.noise(self._chunks), model_input.state_J, guide)
             chunk = policy.decode(actions_HA, observation)
-        now_ns = wire.now_ns()
-        with watch.stage("chunking"):
+        with self._moving:
+            now_ns = wire.now_ns()
+            if self._latched is not None:
+                raise SafetyRefusal(f"stopped: {self._latched}")
+            if self._stop.is_set():
+                return None
             measured_J = self._buffer.measured(now_ns, max_age_ns)
-            reach = Reach(measured_J, self._gate.speed_J, _ns(settings.join_within_s))
-            remaining = self._executor.join(chunk, now_ns, _ns(settings.lead_s), reach)
-        with watch.stage("safety"):
-            verdict = self._gate.judge(remaining, observation.stamp_ns, measured_J, now_ns)
-        with watch.stage("publish"):
-            wire.send_command(verdict.command, now_ns)
-            self._executor.accept(verdict.command, tick_ns)
-            wire.report_chunk(chunk)
-        self._diagnostics.record_chunk(watch.stage_ms, verdict.corrections, time.monotonic())
+            with watch.stage("safety"):
+                wished, corrections = self._gate.screen(chunk, observation.stamp_ns, measured_J, now_ns)
+            with watch.stage("chunking"):
+                self._forget_if_moved(measured_J, now_ns)
+                target = self._executor.join(settings, wished, now_ns, lead_ns)
+                from_ns = self._governor.handover_ns(now_ns, lead_ns)
+                motion = self._governor.follow(target, measured_J, from_ns, now_ns, self._ramped(settings, now_ns))
+            with watch.stage("verify"):
+                self._gate.judge(motion, measured_J)
+            with watch.stage("publish"):
+                self._send(motion, now_ns, settings)
+                self._executor.accept(target, tick_ns)
+                self._fresh_ns, self._held = now_ns, False
+                wire.report_chunk(chunk)
+        age_ms = (now_ns - observation.stamp_ns) / 1e6
+        self._diagnostics.record_chunk(watch.stage_ms, corrections, time.monotonic(), age_ms)
         self._chunks += 1
         return self._chunks - 1
 
     def start(self) -> None:
         self._stop.clear()
+        self._ramp_from_ns = None
         self._thread = threading.Thread(target=self._run, name="policy loop")
         self._thread.start()
 
@@ -119,9 +152,40 @@ class PolicyLoop:
         if self._thread is None:
             return
         self._stop.set()
+        self._hold(self._settings())  # at once: a tick that hangs in the engine must not keep the arm going
         self._thread.join()
         self._thread = None
         self._hold(self._settings())
+
+    def watch(self) -> None:
+        """The watchdog, to be called often: holds an arm that moves without a fresh chunk."""
+        settings = self._settings()
+        with self._moving:
+            now_ns = self._wire.now_ns()
+            late_ns = now_ns - self._fresh_ns
+            if self._held or self._at_rest(now_ns) or late_ns <= _ns(settings.hold_after_s):
+                return
+            reason = f"watchdog: no fresh chunk for {late_ns / 1e6:.0f} ms, limit {settings.hold_after_s * 1e3:.0f} ms"
+            self._wire.log(f"holding: {reason} (hold_after_s)", "watchdog")
+            self._diagnostics.record_refusal(reason)
+            self._hold(settings)
+
+    def latch(self, reason: str) -> None:
+        """Stops the arm at once and keeps it stopped until `reset`."""
+        with self._moving:
+            self._latched = reason
+            self._wire.log(f"stopped: {reason}", "stop")
+            self._hold(self._settings())
+
+    def reset(self) -> bool:
+        """Releases a latched stop; whether there was one."""
+        with self._moving:
+            was, self._latched, self._ramp_from_ns = self._latched, None, None
+        return was is not None
+
+    @property
+    def latched(self) -> str | None:
+        return self._latched
 
     def _run(self) -> None:
         while self._wire.now_ns() == 0 and not self._stop.wait(SIMULATED_CLOCK_POLL_S):
@@ -130,7 +194,7 @@ class PolicyLoop:
         while not self._stop.is_set():
             settings = self._settings()
             self._adopt(settings)
-            self._tick_or_hold(settings, self._wire.now_ns(), pacer.missed)
+            self.step(settings, self._wire.now_ns(), pacer.missed)
             pacer.advance(self._wire.now_ns(), _ns(1.0 / settings.rate_hz))
             self._sleep_until_due(pacer)
 
@@ -139,14 +203,32 @@ class PolicyLoop:
         self._policy.noise_seed = settings.noise_seed
         if settings.limits != self._limits:
             self._limits = settings.limits
-            self._gate = SafetyGate(self._policy.bundle.manifest.joints, settings.limits)
+            self._gate = self._make_gate(settings)
 
-    def _tick_or_hold(self, settings: Settings, tick_ns: int, missed: int) -> None:
+    def _make_gate(self, settings: Settings) -> SafetyGate:
+        joints = self._policy.bundle.manifest.joints
+        bounds = joint_bounds(joints, settings.limits, settings.robot_description)
+        return SafetyGate(joints, settings.limits, bounds)
+
+    def _ramped(self, settings: Settings, now_ns: int) -> Bounds:
+        """The bounds with the speed limits of the moment."""
+        if self._ramp_from_ns is None or self._ramp_from_ns > now_ns:
+            self._ramp_from_ns = now_ns
+        since_s = (now_ns - self._ramp_from_ns) / NS_PER_S
+        if since_s >= settings.ramp_in_s:
+            return self._gate.bounds
+        share = FIRST_SHARE + (1.0 - FIRST_SHARE) * since_s / settings.ramp_in_s
+        return dataclasses.replace(self._gate.bounds, speed_J=self._gate.bounds.speed_J * share)
+
+    def step(self, settings: Settings, tick_ns: int, missed: int) -> None:
         watch, instruction = Stopwatch(), self.instruction
         chunk_index: int | None = None
         hold: str | None = None
         try:
             chunk_index = self.tick(settings, tick_ns, watch)
+        except EmergencyStop as fault:
+            hold = str(fault)
+            self.latch(hold)
         except KiVlaError as refusal:
             hold = str(refusal)
         except Exception as error:  # whatever it is, the arm must come to rest, and the next tick may do better
@@ -172,27 +254,55 @@ class PolicyLoop:
             now_ns = self._wire.now_ns()
             if pacer.set_back(now_ns):
                 self._wire.log("clock: it was set back; buffers and the running chunk are dropped", "clock")
-                self._buffer.clear()
-                self._executor.stop()
+                with self._moving:
+                    self._buffer.clear()
+                    self._executor.stop()
+                    self._governor.running = self._ramp_from_ns = None
             left_s = (pacer.due_ns - now_ns) / NS_PER_S
             if left_s <= 0.0:
                 return
             self._stop.wait(min(left_s, SIMULATED_CLOCK_POLL_S) if self._wire.simulated_clock() else left_s)
 
+    def _at_rest(self, now_ns: int) -> bool:
+        running = self._governor.running
+        return running is None or now_ns >= running.end_ns
+
+    def _send(self, motion: Motion, now_ns: int, settings: Settings) -> None:
+        if not settings.dry_run:
+            self._wire.send_command(motion, now_ns)
+        self._governor.running = motion
+
     def _hold(self, settings: Settings) -> None:
-        """Ends a running chunk at the measured position, or, when that is not known, where the chunk is by now."""
-        now_ns = self._wire.now_ns()
-        commanded_J = self._executor.commanded_J(now_ns)
-        self._executor.stop()
-        if commanded_J is None:
-            return  # nothing of ours moves the arm
-        try:
-            measured_J = self._buffer.measured(now_ns, _ns(settings.max_age_s))
-            command = self._gate.hold(measured_J, now_ns, _ns(settings.hold_s))
-        except (StaleInput, SafetyRefusal) as refusal:
-            self._wire.log(f"hold: at the commanded position, because {refusal}", "hold")
-            command = self._gate.hold(commanded_J, now_ns, _ns(settings.hold_s))
-        self._wire.send_command(command, now_ns)
+        """Ends a running motion at the measured position, or, when that is not known, as soon as it can be braked."""
+        with self._moving:
+            now_ns = self._wire.now_ns()
+            self._executor.stop()
+            if self._at_rest(now_ns):
+                return  # nothing of ours moves the arm
+            if self._held:
+                return
+            bounds = self._gate.bounds
+            from_ns = self._governor.handover_ns(now_ns, _ns(settings.lead_s))
+            try:
+                measured_J = self._buffer.measured(now_ns, _ns(settings.max_age_s))
+                motion = self._governor.rest_at(measured_J, measured_J, from_ns, now_ns, bounds)
+                self._gate.judge(motion, measured_J)
+            except (StaleInput, SafetyRefusal) as refusal:
+                self._wire.log(f"hold: braking on the commanded path, because {refusal}", "hold")
+                position_J, _ = self._governor.running.at(now_ns)  # type: ignore[union-attr]  # not at rest
+                motion = self._governor.brake(position_J, from_ns, now_ns, bounds)
+            self._send(motion, now_ns, settings)
+            self._held = True
+
+    def _forget_if_moved(self, measured_J: NDArray[np.float64], now_ns: int) -> None:
+        """A resting arm that is not where it was sent has been moved by others: the next motion starts where it is."""
+        running, bounds = self._governor.running, self._gate.bounds
+        if running is None or now_ns < running.end_ns:
+            return
+        off_J = np.abs(running.at(now_ns)[0] - measured_J)
+        if np.any(off_J > MOVED_SHARE * (bounds.upper_J - bounds.lower_J)):
+            self._wire.log("arm: it is not where it was sent; going on from where it is", "moved")
+            self._governor.running = None
 
 
 def _ns(duration_s: float) -> int:

@@ -15,18 +15,22 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
+from numpy.typing import NDArray
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.duration import Duration
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.experimental.events_executor import EventsExecutor
 from rclpy.lifecycle import LifecycleNode, LifecyclePublisher, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import qos_profile_sensor_data
-from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import String
+from rclpy.qos import QoSPolicyKind, QoSProfile, qos_profile_sensor_data
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Empty, Float64MultiArray, String
+from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros import convert
@@ -40,10 +44,13 @@ from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import make_model_input
 from ki_vla_ros.process import run_node
-from ki_vla_ros.records import ActionChunk, CameraFrame, Observation
+from ki_vla_ros.records import ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.settings import Settings
 from ki_vla_ros.share import find_bundle
+from ki_vla_ros.stream import Stream
 
+# How often the watchdog looks.
+WATCHDOG_S = 0.02
 # Seconds between two log lines about one and the same cause.
 REPEAT_LOG_S = 5.0
 # For so many seconds after activation a node of the same name counts as the one that was there first: discovery takes
@@ -54,11 +61,12 @@ DISCOVERY_S = 5.0
 class NodeWire:
     """The loop's way out: publishers that are silent unless the node is active."""
 
-    def __init__(self, node: LifecycleNode, command_topic: str) -> None:
+    def __init__(self, node: LifecycleNode, settings: Settings) -> None:
         self._node = node
-        self._command: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
-            JointTrajectory, command_topic, 10
-        )
+        self._mode = settings.publish_mode
+        kind = Float64MultiArray if self._mode == "stream" else JointTrajectory
+        self._command: LifecyclePublisher[Any] = node.create_lifecycle_publisher(kind, settings.command_topic, 10)
+        self._stream = Stream(self._publish_positions, self.now_ns, settings.command_period_s)
         self._chunk: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
             JointTrajectory, "~/chunk", 10
         )
@@ -71,8 +79,14 @@ class NodeWire:
     def simulated_clock(self) -> bool:
         return bool(self._node.get_parameter("use_sim_time").value)
 
-    def send_command(self, command: ActionChunk, now_ns: int) -> None:
-        self._command.publish(convert.command_message(command, now_ns))
+    def send_command(self, motion: Motion, now_ns: int) -> None:
+        if self._mode == "stream":
+            self._stream.play(motion)
+        else:
+            self._command.publish(convert.command_message(motion, now_ns, splice=self._mode == "splice"))
+
+    def _publish_positions(self, position_J: NDArray[np.float64]) -> None:
+        self._command.publish(convert.stream_message(position_J))
 
     def report_chunk(self, chunk: ActionChunk) -> None:
         self._chunk.publish(convert.chunk_message(chunk))
@@ -87,10 +101,12 @@ class NodeWire:
             self._node.get_logger().warning(message)
 
     def wait_until_received(self) -> None:
-        """Until every subscriber has acknowledged the last command, at most a second."""
+        """Until a streamed motion has ended and every subscriber has acknowledged the last command."""
+        self._stream.wait_until_ended()
         self._command.wait_for_all_acked(Duration(seconds=1))
 
     def close(self) -> None:
+        self._stream.close()
         for publisher in (self._command, self._chunk, self._tick):
             self._node.destroy_lifecycle_publisher(publisher)
 
@@ -116,23 +132,32 @@ class PolicyNode(LifecycleNode):
         self._resources = ExitStack()
         self._diagnostics = Diagnostics()
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self.create_subscription(String, "~/instruction", self._on_instruction, 10)
-        self.create_timer(1.0, self._look_around, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._subscribe(String, self.resolve_topic_name("~/instruction"), self._on_instruction, QoSProfile(depth=10))
+        self._subscribe(Empty, self.resolve_topic_name("~/stop"), self._on_stop, QoSProfile(depth=10))
+        self.create_service(Trigger, "~/stop", self._serve_stop)
+        self.create_service(Trigger, "~/reset", self._serve_reset)
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(WATCHDOG_S, self._watch, clock=steady)
+        self.create_timer(1.0, self._look_around, clock=steady)
         self._activated_s = 0.0
 
     # --- messages
 
-    def _on_image(self, camera: str, loaded: Loaded, message: Image) -> None:
+    def _on_image(self, camera: str, loaded: Loaded, message: Image | CompressedImage) -> None:
         try:
-            loaded.buffer.add_frame(convert.frame_from_message(message, camera))
+            loaded.buffer.add_frame(convert.frame_from_message(message, camera, self._received_ns()))
         except InputError as refusal:
             self._refuse_message(loaded, camera, refusal)
 
     def _on_joints(self, loaded: Loaded, message: JointState) -> None:
         try:
-            loaded.buffer.add_joints(convert.reading_from_message(message))
+            loaded.buffer.add_joints(convert.reading_from_message(message, self._received_ns()))
         except InputError as refusal:
             self._refuse_message(loaded, "joint state", refusal)
+
+    def _received_ns(self) -> int | None:
+        """Now, if that shall take the place of the stamps."""
+        return int(self.get_clock().now().nanoseconds) if self.parameters.settings.use_receive_time else None
 
     def _refuse_message(self, loaded: Loaded, subject: str, refusal: InputError) -> None:
         loaded.buffer.refuse(subject, str(refusal))
@@ -151,6 +176,33 @@ class PolicyNode(LifecycleNode):
         else:
             self._loaded.loop.instruction = message.data
             self.get_logger().info(f"instruction: {message.data}")
+
+    def _on_stop(self, _message: Empty) -> None:
+        if self._loaded is not None:
+            self._loaded.loop.latch("by the topic ~/stop")
+
+    def _serve_stop(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        response.success = self._loaded is not None
+        response.message = "stopped until ~/reset" if self._loaded else "nothing is loaded, so nothing moves"
+        if self._loaded is not None:
+            self._loaded.loop.latch("by the service ~/stop")
+        return response
+
+    def _serve_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        response.success = self._loaded is not None and self._loaded.loop.reset()
+        response.message = "released" if response.success else "no stop was in force"
+        self.get_logger().info(f"reset: {response.message}")
+        return response
+
+    def _on_incompatible(self, topic: str, event: Any) -> None:
+        policy = QoSPolicyKind(event.last_policy_kind).name.lower()
+        reason = f"{topic}: a publisher's {policy} does not fit this subscription; nothing of it arrives"
+        self._diagnostics.record_refusal(f"incompatible QoS on {topic}: {policy}")
+        self.get_logger().error(reason)
+
+    def _watch(self) -> None:
+        if self._loaded is not None:
+            self._loaded.loop.watch()
 
     def _look_around(self) -> None:
         """Once a second."""
@@ -210,41 +262,46 @@ class PolicyNode(LifecycleNode):
     def _configure(self) -> None:
         bundle = load_bundle(find_bundle(self.parameters.settings.bundle))
         manifest = bundle.manifest
-        self.parameters.declare_cameras(camera.name for camera in manifest.cameras)
-        settings = self.parameters.settings
-        settings.validate_against(manifest)
-        if settings.instruction:
-            check_instruction(bundle, settings.instruction)
+        settings = self.parameters.load(manifest)
         with ExitStack() as resources:
+            resources.callback(self.parameters.unload)
+            if settings.instruction:
+                check_instruction(bundle, settings.instruction)
             engine = open_engine(bundle, settings)
             resources.callback(engine.close)
             policy = Policy(bundle, engine)
             policy.warm_up()
-            wire = NodeWire(self, settings.command_topic)
+            wire = NodeWire(self, settings)
             resources.callback(wire.close)
-            topics = {
-                camera.name: self.resolve_topic_name(settings.camera_topic(camera.name)) for camera in manifest.cameras
-            }
             joint_topic = self.resolve_topic_name(settings.joint_states_topic)
-            sources = [CameraSource(camera.name, topics[camera.name], camera.optional) for camera in manifest.cameras]
-            buffer = ObservationBuffer(sources, manifest.joint_names, joint_topic)
+            sources = [
+                CameraSource(c.name, self.resolve_topic_name(settings.camera(c.name).topic), c.optional)
+                for c in manifest.cameras
+            ]
+            buffer = ObservationBuffer(
+                sources, manifest.joint_names, joint_topic, (manifest.state.low, manifest.state.high)
+            )
             loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)
             loop.instruction = settings.instruction
             loaded = Loaded(bundle, engine, buffer, wire, loop)
             for source in sources:
+                kind = CompressedImage if settings.camera(source.name).transport == "compressed" else Image
                 on_image = partial(self._on_image, source.name, loaded)
-                subscription = self.create_subscription(Image, source.topic, on_image, qos_profile_sensor_data)
+                subscription = self._subscribe(kind, source.topic, on_image, qos_profile_sensor_data)
                 resources.callback(self.destroy_subscription, subscription)
-            subscription = self.create_subscription(
-                JointState, joint_topic, partial(self._on_joints, loaded), qos_profile_sensor_data
-            )
+            on_joints = partial(self._on_joints, loaded)
+            subscription = self._subscribe(JointState, joint_topic, on_joints, qos_profile_sensor_data)
             resources.callback(self.destroy_subscription, subscription)
             self._resources = resources.pop_all()
-        self._loaded, self.parameters.manifest = loaded, manifest
+        self._loaded = loaded
         # Model and libraries stay as long as the node; the collector need not look through them during a tick.
         gc.collect()
         gc.freeze()
         self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
+
+    def _subscribe(self, kind: Any, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:
+        events = SubscriptionEventCallbacks(incompatible_qos=partial(self._on_incompatible, topic))
+        return self.create_subscription(kind, topic, callback, qos, event_callbacks=events)
 
     def _check_alone(self) -> None:
         own = (self.get_name(), self.get_namespace())
@@ -267,7 +324,7 @@ class PolicyNode(LifecycleNode):
     def close(self) -> None:
         """Hold if something moves, then free everything."""
         self._halt()
-        self._loaded, self.parameters.manifest = None, None
+        self._loaded = None
         self._resources.close()
         gc.unfreeze()
 

@@ -41,11 +41,19 @@ class _Frames:
 
 
 class ObservationBuffer:
-    def __init__(self, cameras: Sequence[CameraSource], joints: Sequence[str], joint_topic: str) -> None:
+    def __init__(
+        self,
+        cameras: Sequence[CameraSource],
+        joints: Sequence[str],
+        joint_topic: str,
+        trained: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
+        """`trained`: lowest and highest joint positions that the model knows, to tell degrees from radians."""
         self._cameras = {camera.name: _Frames(camera) for camera in cameras}
         self._joints = tuple(joints)
         self._joint_topic = joint_topic
         self._readings: deque[tuple[int, NDArray[np.float64]]] = deque(maxlen=READINGS_KEPT)
+        self._trained = None if trained is None else (np.array(trained[0]), np.array(trained[1]))
         self._refused: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -73,11 +81,28 @@ class ObservationBuffer:
         for name, value in zip(self._joints, position_J, strict=True):
             if not np.isfinite(value):
                 raise InputError(f"joint {name!r}: expected a finite position, got {value} on {self._joint_topic}")
+        self._check_unit(position_J)
         with self._lock:
             place = bisect.bisect_left([stamp for stamp, _ in self._readings], reading.stamp_ns)
             if place == len(self._readings) or self._readings[place][0] != reading.stamp_ns:
                 _insert(self._readings, place, (reading.stamp_ns, position_J))
             self._refused.pop("joint state", None)
+
+    def _check_unit(self, position_J: NDArray[np.float64]) -> None:
+        """Farther outside the range of training than that is wide, and inside it as degrees: the unit is wrong."""
+        if self._trained is None:
+            return
+        low_J, high_J = self._trained
+        range_J = high_J - low_J
+        far_J = (position_J < low_J - range_J) | (position_J > high_J + range_J)
+        for j in np.flatnonzero(far_J)[:1]:
+            radians = np.radians(position_J[j])
+            fits = low_J[j] - range_J[j] <= radians <= high_J[j] + range_J[j]
+            hint = f"; as degrees it would be {radians:.3f} rad: is it published in degrees?" if fits else ""
+            raise InputError(
+                f"joint {self._joints[j]!r}: expected about {low_J[j]:.3f} to {high_J[j]:.3f}, as in training, got "
+                f"{position_J[j]:.4g} on {self._joint_topic}{hint}"
+            )
 
     def refuse(self, subject: str, reason: str) -> None:
         """Remembers why the newest message of a camera (by name) or of "joint state" could not be used."""

@@ -28,16 +28,27 @@ class Parameters:
         self._specs: dict[str, ParameterSpec] = {}
         # rclpy ignores overrides that nobody declares without a word; it has no public way to list them.
         self._overrides: Mapping[str, Parameter[Any]] = node._parameter_overrides
-        cameras = check_names(name for name in self._overrides if not node.has_parameter(name))
-        self._declare(parameter_specs(cameras))
-        self.settings = self._read({})
+        cameras, joints = check_names(name for name in self._overrides if not node.has_parameter(name))
+        self._declare(parameter_specs(cameras, joints))
+        self.settings = self._configured = self._read({})
         node.add_on_set_parameters_callback(self._check)
         node.add_post_set_parameters_callback(self._apply)
 
-    def declare_cameras(self, names: Iterable[str]) -> None:
-        """Declares the parameters of the cameras that YAML did not name."""
-        self._declare([spec for spec in parameter_specs(names) if spec.name not in self._specs])
+    def load(self, manifest: Manifest) -> Settings:
+        """Declares what YAML did not name of the bundle's cameras and joints; ConfigurationError if it does not fit.
+
+        From then on, until `unload`, settings must fit the bundle, and limits may only become tighter.
+        """
+        cameras = [camera.name for camera in manifest.cameras]
+        known = parameter_specs(cameras, manifest.joint_names)
+        self._declare([spec for spec in known if spec.name not in self._specs])
         self.settings = self._read({})
+        self.settings.validate_against(manifest)
+        self.manifest, self._configured = manifest, self.settings
+        return self.settings
+
+    def unload(self) -> None:
+        self.manifest = None
 
     def _declare(self, specs: Iterable[ParameterSpec]) -> None:
         for spec in specs:
@@ -68,6 +79,7 @@ class Parameters:
             settings = self._read(changes)
             if self.manifest is not None:
                 settings.validate_against(self.manifest)
+                settings.validate_change(self._configured)
         except ConfigurationError as error:
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)

@@ -6,19 +6,35 @@ Legend: L prompt tokens, H horizon, A action dim, J joints.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.chunking import Condition
 from ki_vla_ros.engines.base import Engine, KVCache
 from ki_vla_ros.errors import ConfigurationError, EngineError
-from ki_vla_ros.preprocess import ModelInput, make_model_input, unnormalize
+from ki_vla_ros.preprocess import ModelInput, make_model_input, normalize, unnormalize
 from ki_vla_ros.records import ActionChunk, Observation
 
 
 def _ignore(stage: str) -> None:
     """No stopwatch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """Normalised actions that a new chunk is to begin with; see `chunking.Condition`."""
+
+    action_HA: NDArray[np.float32]
+    weight_H: NDArray[np.float32]
+    clean: bool
+    strength: float
+
+    def put_into(self, x_t_HA: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The rows with weight 1 in place of those of `x_t_HA`."""
+        return np.where(self.weight_H[:, None] == 1.0, self.action_HA, x_t_HA)
 
 
 class Policy:
@@ -58,17 +74,44 @@ class Policy:
         return self.engine.prefill(model_input)
 
     def denoise(
-        self, cache: KVCache, noise_HA: NDArray[np.float32], state_J: NDArray[np.float32] | None = None
+        self,
+        cache: KVCache,
+        noise_HA: NDArray[np.float32],
+        state_J: NDArray[np.float32] | None = None,
+        guide: Guide | None = None,
     ) -> NDArray[np.float32]:
-        """Integrate x_t = t * noise + (1 - t) * action from t = 1 to 0 (`noise_at_one`) -> normalised actions."""
+        """Integrate x_t = t * noise + (1 - t) * action from t = 1 to 0 (`noise_at_one`) -> normalised actions.
+
+        The clean rows of a guide enter every step as they are, with time 0 (arXiv 2512.05964). Towards a soft one each
+        step is pulled so that the action it foresees, x_t - t * v_t, comes nearer to it (arXiv 2506.07339, eq. 2 to 4,
+        written for t = 1 - tau); the Jacobian of that foresight is taken as the identity, so any engine can do it.
+        """
         steps = self.flow_steps
         x_t_HA = noise_HA
         for step in range(steps):
             # Counted in integers: summing -1/steps would leave the last time off by rounding, or add a step.
-            time_H = np.full(len(x_t_HA), 1.0 - step / steps, dtype=np.float32)
+            t = 1.0 - step / steps
+            time_H = np.full(len(x_t_HA), t, dtype=np.float32)
+            if guide is not None and guide.clean:
+                x_t_HA, time_H = guide.put_into(x_t_HA), np.where(guide.weight_H == 1.0, np.float32(0.0), time_H)
             v_t_HA = self.engine.velocity(cache, state_J, x_t_HA, time_H)
+            if guide is not None and not guide.clean:
+                pull = guidance(t, guide.strength) * guide.weight_H[:, None]
+                v_t_HA = v_t_HA - pull * (guide.action_HA - (x_t_HA - np.float32(t) * v_t_HA))
             x_t_HA = x_t_HA - v_t_HA / np.float32(steps)
-        return x_t_HA
+        return guide.put_into(x_t_HA) if guide is not None and guide.clean else x_t_HA
+
+    def guide(self, condition: Condition, observation: Observation) -> Guide:
+        """The condition as the new chunk's actions are: normalised, and relative to the new observation's state."""
+        action_HA = self.encode(condition.position_HJ, observation.state_J)
+        return Guide(action_HA, condition.weight_H.astype(np.float32), condition.clean, condition.strength)
+
+    def encode(self, position_HJ: NDArray[np.float64], state_J: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Joint positions -> normalised actions [H, A]: the inverse of `decode`."""
+        manifest = self.bundle.manifest
+        relative_J = np.array([joint.relative for joint in manifest.joints])
+        actions_HJ = position_HJ - np.where(relative_J, state_J, 0.0)
+        return normalize(actions_HJ, manifest.action.low, manifest.action.high).astype(np.float32)
 
     def decode(self, actions_HA: NDArray[np.float32], observation: Observation) -> ActionChunk:
         """Normalised actions -> joint positions, and velocities of the path from the observed state through them."""
@@ -102,3 +145,9 @@ class Policy:
             state_J=state_J,
         )
         self.denoise(self.prefill(blank), self.noise(0), state_J)
+
+
+def guidance(t: float, strongest: float) -> np.float32:
+    """Weight of the guidance at flow time t (1: noise): min(beta, t / (1 - t) * ((1 - t)^2 + t^2) / t^2)."""
+    done = 1.0 - t
+    return np.float32(strongest if done == 0.0 else min(strongest, (done**2 + t**2) / (done * t)))

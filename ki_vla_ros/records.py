@@ -68,3 +68,35 @@ class ActionChunk:
     @property
     def horizon(self) -> int:
         return int(self.position_HJ.shape[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Motion:
+    """What the arm is told to do: at `time_N[k]` (ns, rising) to be at `position_NJ[k]` with `velocity_NJ[k]`.
+
+    The acceleration is constant between two instants, and the arm rests after the last. Such a piece is also the cubic
+    through its ends, and stays so when a controller takes it up from its middle. Until `from_ns`, one of the instants,
+    it repeats the motion that it continues.
+    """
+
+    joints: tuple[str, ...]
+    from_ns: int
+    time_N: NDArray[np.int64]
+    position_NJ: NDArray[np.float64]
+    velocity_NJ: NDArray[np.float64]
+
+    @property
+    def end_ns(self) -> int:
+        return int(self.time_N[-1])
+
+    def at(self, time_ns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Position and velocity [J]; before the first instant and after the last those of that instant."""
+        k = int(np.searchsorted(self.time_N, time_ns, side="right"))
+        if k == 0 or k == len(self.time_N):
+            edge = 0 if k == 0 else -1
+            return self.position_NJ[edge], self.velocity_NJ[edge]
+        since_s = (time_ns - int(self.time_N[k - 1])) / NS_PER_S
+        whole_s = int(self.time_N[k] - self.time_N[k - 1]) / NS_PER_S
+        change_J = (self.velocity_NJ[k] - self.velocity_NJ[k - 1]) / whole_s
+        velocity_J = self.velocity_NJ[k - 1] + change_J * since_s
+        return self.position_NJ[k - 1] + (self.velocity_NJ[k - 1] + velocity_J) * (since_s / 2.0), velocity_J

@@ -1,28 +1,28 @@
-"""The last gate before the wire: it judges exactly what the wire will carry.
+"""The last gate before the wire. It looks twice: at what the policy asks for, and at what the wire will carry.
 
-joint_trajectory_controller joins positions and velocities by cubics, so the gate looks at those cubics: their extreme
-positions and speeds between the points, not only the points. The way from the controller's present state to the first
-point is judged by its mean speed from the measured position. Small faults are corrected and reported, others refuse the
-chunk; whatever passes has been verified after the last correction. Legend: H points, J joints. Positions in rad or m,
-times in ns on the node's clock.
+`screen` judges a chunk by rules: each fault is corrected, refuses the chunk, or stops the arm for good, as the settings
+say. `judge` then verifies the motion that was made of it (governor.py), independently of how it was made: joined as
+joint_trajectory_controller joins it, every position, speed and acceleration lies within the bounds. Legend: H actions,
+N instants, J joints. Positions in rad or m, times in ns on the node's clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.errors import SafetyRefusal
-from ki_vla_ros.records import NS_PER_S, ActionChunk
-from ki_vla_ros.settings import LimitSettings
+from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
+from ki_vla_ros.governor import Bounds
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.settings import LimitSettings, RuleAction
 
 # Slack for rounding in the final verification, as a share of a limit.
-_ROUNDING = 1e-9
+_ROUNDING = 1e-7
 
 
 class JointLimit(Protocol):
@@ -40,53 +40,98 @@ class JointLimit(Protocol):
     def max_velocity(self) -> float: ...
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A command that may go onto the wire, and what was corrected on the way (in words, empty for a clean chunk)."""
+def joint_bounds(joints: Sequence[JointLimit], limits: LimitSettings, robot_description: str = "") -> Bounds:
+    """The tightest of what bundle, URDF and settings say; ConfigurationError where nothing is left between them."""
+    urdf = urdf_limits(robot_description)
+    rows = []
+    for joint in joints:
+        chosen = limits.of(joint.name)
+        low, high, speed = urdf.get(joint.name, (-np.inf, np.inf, np.inf))
+        low, high = max(low, joint.lower, chosen.lower), min(high, joint.upper, chosen.upper)
+        if not low < high:
+            raise ConfigurationError(
+                f"joint {joint.name!r}: bundle, URDF and limits.joints leave no range, from {low:g} to {high:g}; "
+                "are they for the same robot and in the same unit?"
+            )
+        speed = min(speed, joint.max_velocity, chosen.velocity) * limits.velocity_scale
+        rows.append(
+            (low, high, speed, min(speed / limits.velocity_scale / limits.time_to_speed_s, chosen.acceleration))
+        )
+    return Bounds(*np.array(rows).T)
 
-    command: ActionChunk
-    corrections: tuple[str, ...]
+
+def urdf_limits(robot_description: str) -> Mapping[str, tuple[float, float, float]]:
+    """Lower, upper and speed limit by joint name; what a joint does not say is infinite. Empty for an empty string."""
+    if not robot_description:
+        return {}
+    try:
+        root = ElementTree.fromstring(robot_description)
+    except ElementTree.ParseError as error:
+        raise ConfigurationError(f"parameter 'robot_description': expected a URDF, got {error}") from None
+    found = {}
+    for joint in root.iter("joint"):
+        limit = joint.find("limit")
+        if limit is not None and "name" in joint.attrib:
+            turns = joint.get("type") == "continuous"
+            low, high = (np.inf, np.inf) if turns else (float(limit.get("lower", 0)), float(limit.get("upper", 0)))
+            found[joint.attrib["name"]] = (-np.inf if turns else low, high, float(limit.get("velocity", "inf")))
+    return found
 
 
 class SafetyGate:
-    """`speed_J` is the speed limit of each joint, per second."""
-
-    def __init__(self, joints: Sequence[JointLimit], limits: LimitSettings) -> None:
+    def __init__(self, joints: Sequence[JointLimit], limits: LimitSettings, bounds: Bounds) -> None:
+        self.bounds = bounds
         self._joints = tuple(joints)
         self._names = tuple(joint.name for joint in joints)
         self._limits = limits
-        self._lower_J = np.array([joint.lower for joint in joints])
-        self._upper_J = np.array([joint.upper for joint in joints])
-        self.speed_J = np.array([joint.max_velocity for joint in joints]) * limits.velocity_scale
 
-    def judge(self, chunk: ActionChunk, observed_ns: int, measured_J: NDArray[np.float64], now_ns: int) -> Verdict:
-        """The command to publish at `now_ns`: what is left of a chunk that was computed from what `observed_ns` showed.
+    def screen(
+        self, chunk: ActionChunk, observed_ns: int, measured_J: NDArray[np.float64], now_ns: int
+    ) -> tuple[ActionChunk, tuple[str, ...]]:
+        """What of the chunk may be wished for, and what was corrected (in words; empty for a clean chunk).
 
-        It ends at rest. SafetyRefusal names the rule, the joint, the value and the limit.
+        SafetyRefusal, or EmergencyStop where a rule says so, names the rule, the joint, the value and the limit.
         """
-        self._check_form(chunk, observed_ns, measured_J, now_ns)
+        self._check_form(chunk)
+        self._check_measured(measured_J)
+        age_ns = now_ns - observed_ns
+        if age_ns > self._limits.max_chunk_age_s * NS_PER_S:
+            raise SafetyRefusal(
+                f"chunk: its observation is {age_ns / 1e6:.0f} ms old, limit {self._limits.max_chunk_age_s * 1e3:.0f} "
+                "ms (limits.max_chunk_age_s); inference takes too long"
+            )
         corrections: list[str] = []
-        command = self._clamp_positions(chunk, corrections)
-        command = self._come_to_rest(command)
-        command = self._limit_overshoot(command)
-        command = self._slow_down(command, measured_J, now_ns, corrections)
-        self._verify(command, measured_J, now_ns)
-        return Verdict(command, tuple(corrections))
+        self._check_jump(chunk, measured_J, now_ns)
+        chunk = self._clamp_positions(chunk, corrections)
+        chunk = self._limit_speed(chunk, corrections)
+        return chunk, tuple(corrections)
 
-    def hold(self, position_J: NDArray[np.float64], now_ns: int, hold_ns: int) -> ActionChunk:
-        """At rest at `position_J` (clipped to the limits) `hold_ns` from now, or as long as the way there needs."""
-        self._check_measured(position_J)
-        target_J = np.clip(position_J, self._lower_J, self._upper_J)
-        way_ns = int(np.ceil(np.max(np.abs(target_J - position_J) / self.speed_J) * NS_PER_S))
-        return ActionChunk(
-            start_ns=now_ns,
-            period_ns=max(hold_ns, way_ns),
-            joints=self._names,
-            position_HJ=target_J[None, :],
-            velocity_HJ=np.zeros((1, len(self._names))),
-        )
+    def judge(self, motion: Motion, measured_J: NDArray[np.float64]) -> None:
+        """SafetyRefusal unless the motion keeps the bounds everywhere and ends at rest.
 
-    def _check_form(self, chunk: ActionChunk, observed_ns: int, measured_J: NDArray[np.float64], now_ns: int) -> None:
+        An arm that was found or pushed outside its limits may come back: until it is inside, its place at the start
+        counts as the limit.
+        """
+        self._check_measured(measured_J)
+        bounds = self.bounds
+        start_J = motion.position_NJ[0]
+        lower_J, upper_J = np.minimum(bounds.lower_J, start_J), np.maximum(bounds.upper_J, start_J)
+        low_J, high_J, speed_J, acceleration_J = extremes(motion)
+        slack_J = _ROUNDING * (bounds.upper_J - bounds.lower_J)
+        kept_J = (low_J >= lower_J - slack_J) & (high_J <= upper_J + slack_J)  # false for NaN
+        kept_J &= speed_J <= np.maximum(bounds.speed_J, np.abs(motion.velocity_NJ[0])) * (1.0 + _ROUNDING)
+        kept_J &= acceleration_J <= bounds.acceleration_J * (1.0 + _ROUNDING) + _ROUNDING
+        kept_J &= motion.velocity_NJ[-1] == 0.0
+        if not kept_J.all():
+            j = int(np.argmin(kept_J))
+            raise SafetyRefusal(
+                f"joint {self._names[j]!r}: motion reaches {low_J[j]:.6f} to {high_J[j]:.6f} at up to "
+                f"{speed_J[j]:.4f} per second and {acceleration_J[j]:.4f} per second squared, and ends at "
+                f"{motion.velocity_NJ[-1, j]:g}; limits {lower_J[j]:.6f} to {upper_J[j]:.6f}, {bounds.speed_J[j]:.4f}, "
+                f"{bounds.acceleration_J[j]:.4f}, rest"
+            )
+
+    def _check_form(self, chunk: ActionChunk) -> None:
         if chunk.joints != self._names:
             raise SafetyRefusal(f"chunk: expected joints {', '.join(self._names)}, got {', '.join(chunk.joints)}")
         shape = (chunk.horizon, len(self._names))
@@ -95,6 +140,8 @@ class SafetyGate:
                 f"chunk: expected positions and velocities [1 or more, {len(self._names)}], got "
                 f"{list(chunk.position_HJ.shape)} and {list(chunk.velocity_HJ.shape)}"
             )
+        if chunk.period_ns <= 0:
+            raise SafetyRefusal(f"chunk: expected a period > 0, got {chunk.period_ns} ns")
         for what, value_HJ in (("position", chunk.position_HJ), ("velocity", chunk.velocity_HJ)):
             bad = np.argwhere(~np.isfinite(value_HJ))
             if len(bad):
@@ -102,142 +149,94 @@ class SafetyGate:
                 raise SafetyRefusal(
                     f"joint {self._names[j]!r}: {what} of action {k} is {value_HJ[k, j]}, expected a number"
                 )
-        for k, j in np.argwhere(np.abs(chunk.velocity_HJ) > self.speed_J * self._limits.max_slowdown)[:1]:
-            raise SafetyRefusal(
-                f"joint {self._names[j]!r}: velocity of action {k} is {chunk.velocity_HJ[k, j]:.4g}, limit "
-                f"{self.speed_J[j]:.4g} per second, too fast for limits.max_slowdown"
-            )
-        self._check_measured(measured_J)
-        if chunk.period_ns <= 0 or chunk.due_ns(0) <= now_ns:
-            raise SafetyRefusal(
-                f"chunk: first action is due {(now_ns - chunk.due_ns(0)) / 1e6:.1f} ms ago, expected one in the future"
-            )
-        age_ns = now_ns - observed_ns
-        if age_ns > self._limits.max_chunk_age_s * NS_PER_S:
-            raise SafetyRefusal(
-                f"chunk: its observation is {age_ns / 1e6:.0f} ms old, limit {self._limits.max_chunk_age_s * 1e3:.0f} "
-                "ms "
-                "(limits.max_chunk_age_s); inference takes too long"
-            )
 
     def _check_measured(self, position_J: NDArray[np.float64]) -> None:
-        if position_J.shape != self._lower_J.shape:
+        bounds = self.bounds
+        if position_J.shape != bounds.lower_J.shape:
             raise SafetyRefusal(f"measured state: expected {len(self._names)} positions, got {list(position_J.shape)}")
-        range_J = self._upper_J - self._lower_J
-        plausible_J = (position_J >= self._lower_J - range_J) & (position_J <= self._upper_J + range_J)  # not for NaN
-        for j in np.flatnonzero(~plausible_J)[:1]:
+        range_J = bounds.upper_J - bounds.lower_J
+        plausible_J = (position_J >= bounds.lower_J - range_J) & (position_J <= bounds.upper_J + range_J)
+        for j in np.flatnonzero(~plausible_J)[:1]:  # also for NaN
             joint = self._joints[j]
             raise SafetyRefusal(
                 f"joint {joint.name!r}: measured at {position_J[j]:.4g} {joint.unit}, farther outside its limits "
-                f"{joint.lower:.4f} to {joint.upper:.4f} than these lie apart; is it published in {joint.unit}?"
+                f"{bounds.lower_J[j]:.4f} to {bounds.upper_J[j]:.4f} than these lie apart; is it published in "
+                f"{joint.unit}?"
+            )
+
+    def _check_jump(self, chunk: ActionChunk, measured_J: NDArray[np.float64], now_ns: int) -> None:
+        """The first action still ahead must lie where the arm can be by then, and `max_jump_s` more."""
+        ahead = next((k for k in range(chunk.horizon) if chunk.due_ns(k) > now_ns), chunk.horizon - 1)
+        time_s = max(chunk.due_ns(ahead) - now_ns, 0) / NS_PER_S + self._limits.max_jump_s
+        way_J = np.abs(chunk.position_HJ[ahead] - measured_J)
+        for j in np.flatnonzero(way_J > self.bounds.speed_J * time_s)[:1]:
+            joint = self._joints[j]
+            self._act(
+                self._limits.on_jump,
+                f"joint {joint.name!r}: action {ahead} is {way_J[j]:.3f} {joint.unit} from the measured "
+                f"{measured_J[j]:.3f}, limit {self.bounds.speed_J[j] * time_s:.3f} (limits.max_jump_s)",
             )
 
     def _clamp_positions(self, chunk: ActionChunk, corrections: list[str]) -> ActionChunk:
+        lower_J, upper_J = self.bounds.lower_J, self.bounds.upper_J
         position_HJ = chunk.position_HJ
-        excess_HJ = np.maximum(self._lower_J - position_HJ, position_HJ - self._upper_J)
-        allowed_J = self._limits.position_margin * (self._upper_J - self._lower_J)
-        for k, j in np.argwhere(excess_HJ > allowed_J)[:1]:
+        excess_HJ = np.maximum(lower_J - position_HJ, position_HJ - upper_J)
+        far = np.argwhere(excess_HJ > self._limits.position_margin * (upper_J - lower_J))
+        for k, j in far[:1]:
             joint = self._joints[j]
-            raise SafetyRefusal(
+            self._act(
+                self._limits.on_position,
                 f"joint {joint.name!r}: position of action {k} is {position_HJ[k, j]:.4f} {joint.unit}, limits "
-                f"{joint.lower:.4f} to "
-                f"{joint.upper:.4f}, beyond limits.position_margin"
+                f"{lower_J[j]:.4f} to {upper_J[j]:.4f}",
             )
         clamped = [self._names[j] for j in np.flatnonzero((excess_HJ > 0).any(axis=0))]
         if not clamped:
             return chunk
         corrections.append(f"clamped {', '.join(clamped)}")
-        return dataclasses.replace(chunk, position_HJ=np.clip(position_HJ, self._lower_J, self._upper_J))
+        return dataclasses.replace(chunk, position_HJ=np.clip(position_HJ, lower_J, upper_J))
 
-    def _come_to_rest(self, chunk: ActionChunk) -> ActionChunk:
-        """One more action that brakes evenly, within the limits.
-
-        If no newer chunk replaces this one, the arm stops by itself; and joint_trajectory_controller by default refuses
-        a trajectory whose last velocity is not zero. Even braking keeps the cubic's speed below that of the last
-        action.
-        """
-        braked_J = chunk.position_HJ[-1] + chunk.velocity_HJ[-1] * (chunk.period_ns / NS_PER_S / 2.0)
-        return dataclasses.replace(
-            chunk,
-            position_HJ=np.vstack([chunk.position_HJ, np.clip(braked_J, self._lower_J, self._upper_J)]),
-            velocity_HJ=np.vstack([chunk.velocity_HJ, np.zeros_like(braked_J)]),
-        )
-
-    def _limit_overshoot(self, chunk: ActionChunk) -> ActionChunk:
-        """Flatten the velocities of joints whose cubic leaves the limits between points that are inside.
-
-        With |velocity| at most three times the slopes on both sides, and zero where they differ in sign, a cubic stays
-        between its end points (Fritsch and Carlson 1980, Monotone Piecewise Cubic Interpolation).
-        """
-        low_J, high_J, _ = cubic_extremes(chunk)
-        outside_J = (low_J < self._lower_J) | (high_J > self._upper_J)
-        if not outside_J.any():
-            return chunk
-        slope_GJ = np.diff(chunk.position_HJ, axis=0) / (chunk.period_ns / NS_PER_S)
-        before_HJ, after_HJ = np.vstack([slope_GJ[:1], slope_GJ]), np.vstack([slope_GJ, slope_GJ[-1:]])
-        largest_HJ = np.where(before_HJ * after_HJ > 0, 3.0 * np.minimum(np.abs(before_HJ), np.abs(after_HJ)), 0.0)
-        same_way_HJ = chunk.velocity_HJ * after_HJ > 0
-        limited_HJ = np.where(same_way_HJ, np.clip(chunk.velocity_HJ, -largest_HJ, largest_HJ), 0.0)
-        return dataclasses.replace(chunk, velocity_HJ=np.where(outside_J, limited_HJ, chunk.velocity_HJ))
-
-    def _slow_down(
-        self, chunk: ActionChunk, measured_J: NDArray[np.float64], now_ns: int, corrections: list[str]
-    ) -> ActionChunk:
-        """Stretch time so that the fastest joint keeps its limit; the path stays as it is."""
-        speed_J = _peak_speed_J(chunk, measured_J, now_ns)
-        j = int(np.argmax(speed_J / self.speed_J))
-        factor = float(speed_J[j] / self.speed_J[j])
-        if factor <= 1.0:
-            return chunk
-        if factor > self._limits.max_slowdown:
+    def _limit_speed(self, chunk: ActionChunk, corrections: list[str]) -> ActionChunk:
+        """Of the velocities and between actions. What is too fast the governor makes slower; it gets no wilder wish."""
+        speed_J = np.abs(chunk.velocity_HJ).max(axis=0)
+        if chunk.horizon > 1:
+            way_J = np.abs(np.diff(chunk.position_HJ, axis=0)).max(axis=0)
+            speed_J = np.maximum(speed_J, way_J / (chunk.period_ns / NS_PER_S))
+        limit_J = self.bounds.speed_J
+        for j in np.flatnonzero(speed_J > limit_J * self._limits.max_overspeed)[:1]:
             joint = self._joints[j]
-            raise SafetyRefusal(
-                f"joint {joint.name!r}: chunk needs {speed_J[j]:.2f} {joint.unit}/s, limit {self.speed_J[j]:.2f}, "
-                "too fast for "
-                "limits.max_slowdown"
+            self._act(
+                self._limits.on_speed,
+                f"joint {joint.name!r}: chunk moves at {speed_J[j]:.2f} {joint.unit}/s, limit {limit_J[j]:.2f}, more "
+                f"than limits.max_overspeed ({self._limits.max_overspeed:g}) times as fast",
             )
-        corrections.append(f"slowed {factor:.2f}x for {self._names[j]}")
-        first_ns = int(np.ceil((chunk.due_ns(0) - now_ns) * factor))
-        period_ns = int(np.ceil(chunk.period_ns * factor))
-        return dataclasses.replace(
-            chunk,
-            start_ns=now_ns + first_ns - period_ns,
-            period_ns=period_ns,
-            velocity_HJ=chunk.velocity_HJ * (chunk.period_ns / period_ns),
-        )
+        fast = [self._names[j] for j in np.flatnonzero(speed_J > limit_J)]
+        if not fast:
+            return chunk
+        corrections.append(f"slowed {', '.join(fast)}")
+        return dataclasses.replace(chunk, velocity_HJ=np.clip(chunk.velocity_HJ, -limit_J, limit_J))
 
-    def _verify(self, command: ActionChunk, measured_J: NDArray[np.float64], now_ns: int) -> None:
-        low_J, high_J, _ = cubic_extremes(command)
-        speed_J = _peak_speed_J(command, measured_J, now_ns)
-        slack_J = _ROUNDING * (self._upper_J - self._lower_J)
-        inside_J = (low_J >= self._lower_J - slack_J) & (high_J <= self._upper_J + slack_J)
-        kept_J = inside_J & (speed_J <= self.speed_J * (1.0 + _ROUNDING))
-        if not kept_J.all():
-            j = int(np.argmin(kept_J))
-            raise SafetyRefusal(
-                f"joint {self._names[j]!r}: command reaches {low_J[j]:.6f} to {high_J[j]:.6f} at up to "
-                f"{speed_J[j]:.4f} per second "
-                f"after correction, limits {self._lower_J[j]:.6f} to {self._upper_J[j]:.6f} and {self.speed_J[j]:.4f}"
-            )
+    def _act(self, action: RuleAction, fault: str) -> None:
+        if action == "stop":
+            raise EmergencyStop(fault)
+        if action == "refuse":
+            raise SafetyRefusal(fault)
 
 
-def _peak_speed_J(chunk: ActionChunk, measured_J: NDArray[np.float64], now_ns: int) -> NDArray[np.float64]:
-    first_J = np.abs(chunk.position_HJ[0] - measured_J) / ((chunk.due_ns(0) - now_ns) / NS_PER_S)
-    peak_J: NDArray[np.float64] = np.maximum(first_J, cubic_extremes(chunk)[2])
-    return peak_J
+def extremes(motion: Motion) -> tuple[NDArray[np.float64], ...]:
+    """Lowest and highest position, highest speed and acceleration [J] of the cubics through the motion's instants.
 
-
-def cubic_extremes(chunk: ActionChunk) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Lowest and highest position and highest speed [J] of the cubics through the chunk's points, from first to last.
-
-    In a segment of length T with s = t / T, u = T * velocity and d = the way: position p0 + u0 s + b s^2 + c s^3 with
-    b = 3 d - 2 u0 - u1 and c = u0 + u1 - 2 d; velocity (u0 + 2 b s + 3 c s^2) / T.
+    That is what joint_trajectory_controller makes of positions and velocities. In a piece of length T with s = t / T,
+    u = T * velocity and d = the way: position p0 + u0 s + b s^2 + c s^3 with b = 3 d - 2 u0 - u1 and
+    c = u0 + u1 - 2 d; velocity (u0 + 2 b s + 3 c s^2) / T; acceleration (2 b + 6 c s) / T^2, extreme at the ends.
     """
-    period_s = chunk.period_ns / NS_PER_S
-    p0, u0 = chunk.position_HJ[:-1], chunk.velocity_HJ[:-1] * period_s
-    u1, d = chunk.velocity_HJ[1:] * period_s, np.diff(chunk.position_HJ, axis=0)
+    if len(motion.time_N) == 1:
+        still = np.zeros_like(motion.position_NJ[0])
+        return motion.position_NJ[0], motion.position_NJ[0], np.abs(motion.velocity_NJ[0]), still
+    period_G = np.diff(motion.time_N)[:, None] / NS_PER_S
+    p0, u0 = motion.position_NJ[:-1], motion.velocity_NJ[:-1] * period_G
+    u1, d = motion.velocity_NJ[1:] * period_G, np.diff(motion.position_NJ, axis=0)
     b, c = 3.0 * d - 2.0 * u0 - u1, u0 + u1 - 2.0 * d
-    # Where velocity is zero (positions turn) and where it is extreme; 0 stands for "not inside the segment".
+    # Where velocity is zero (positions turn) and where it is extreme; 0 stands for "not inside the piece".
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         root = np.sqrt(b * b - 3.0 * c * u0)
         q = -(b + np.copysign(root, b))
@@ -245,10 +244,7 @@ def cubic_extremes(chunk: ActionChunk) -> tuple[NDArray[np.float64], NDArray[np.
         steepest = -b / (3.0 * c)
     turns_GJ = [np.where((s > 0.0) & (s < 1.0), s, 0.0) for s in turns]
     steepest_GJ = np.where((steepest > 0.0) & (steepest < 1.0), steepest, 0.0)
-    positions = [chunk.position_HJ] + [p0 + s * (u0 + s * (b + s * c)) for s in turns_GJ]
-    speeds = [chunk.velocity_HJ, (u0 + steepest_GJ * (2.0 * b + 3.0 * c * steepest_GJ)) / period_s]
-    return (
-        np.vstack(positions).min(axis=0),
-        np.vstack(positions).max(axis=0),
-        np.abs(np.vstack(speeds)).max(axis=0),
-    )
+    positions = np.vstack([motion.position_NJ] + [p0 + s * (u0 + s * (b + s * c)) for s in turns_GJ])
+    speeds = np.vstack([motion.velocity_NJ, (u0 + steepest_GJ * (2.0 * b + 3.0 * c * steepest_GJ)) / period_G])
+    accelerations = np.vstack([2.0 * b, 2.0 * b + 6.0 * c]) / np.vstack([period_G, period_G]) ** 2
+    return positions.min(axis=0), positions.max(axis=0), np.abs(speeds).max(axis=0), np.abs(accelerations).max(axis=0)

@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from ki_vla_ros.chunking import ExecutorName
 from ki_vla_ros.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from ki_vla_ros.manifest import PolicySpec
 
-_CAMERA = re.compile(r"^cameras\.(?P<camera>.+)\.(?P<field>[a-z_]+)$")
+# Parameters of what has a name of its own; the names are in the bundle.
+_NAMED = re.compile(r"^(?P<table>cameras|limits\.joints)\.(?P<name>.+)\.(?P<field>[a-z_]+)$")
+
+RuleAction = Literal["clamp", "refuse", "stop"]
+# Stands for "no limit from here": ROS parameters know no infinity in their ranges.
+UNLIMITED = 1e9
 
 
 def _setting(
@@ -41,26 +47,81 @@ class _Model(BaseModel):
 
 
 class CameraSettings(_Model):
-    topic: str = _setting("", "sensor_msgs/Image topic of this camera; empty means camera/<name>/image_raw")
+    topic: str = _setting(
+        "", "topic of this camera; empty means camera/<name>/image_raw, or image_raw/compressed if transport says so"
+    )
+    transport: Literal["raw", "compressed"] = _setting(
+        "raw", "raw: sensor_msgs/Image; compressed: sensor_msgs/CompressedImage (jpeg, png)"
+    )
+
+
+class JointLimitSettings(_Model):
+    lower: float = _setting(
+        -UNLIMITED,
+        "lowest position; counts where it is tighter than bundle and URDF",
+        ge=-UNLIMITED,
+        le=UNLIMITED,
+        changeable=True,
+    )
+    upper: float = _setting(
+        UNLIMITED,
+        "highest position; counts where it is tighter than bundle and URDF",
+        ge=-UNLIMITED,
+        le=UNLIMITED,
+        changeable=True,
+    )
+    velocity: float = _setting(
+        UNLIMITED,
+        "highest speed per second; counts where it is tighter than bundle and URDF",
+        ge=1e-6,
+        le=UNLIMITED,
+        changeable=True,
+    )
+    acceleration: float = _setting(
+        UNLIMITED,
+        "highest acceleration per second squared; counts where it is tighter than limits.time_to_speed_s",
+        ge=1e-6,
+        le=UNLIMITED,
+        changeable=True,
+    )
 
 
 class LimitSettings(_Model):
+    """What a command may be. While a bundle is loaded these may only be made tighter than they were at configure."""
+
     velocity_scale: float = _setting(
-        1.0, "share of the bundle's joint speed limits that commands may use", ge=0.01, le=1.0, changeable=True
+        1.0, "share of the joints' speed limits that commands may use", ge=0.01, le=1.0, changeable=True
+    )
+    time_to_speed_s: float = _setting(
+        0.15,
+        "acceleration limit: the time in which a joint may go from rest to its speed limit (without velocity_scale)",
+        unit="s",
+        ge=0.01,
+        le=10.0,
+        changeable=True,
     )
     position_margin: float = _setting(
         0.02,
-        "a commanded position beyond a joint's limit is clamped onto it if the excess is at most this share of the "
-        "joint's "
-        "range; otherwise the chunk is refused",
+        "a wanted position beyond a joint's limit by at most this share of the joint's range is put onto the limit; "
+        "what lies farther out falls under on_position",
         ge=0.0,
         le=0.2,
         changeable=True,
     )
-    max_slowdown: float = _setting(
+    max_overspeed: float = _setting(
         2.0,
-        "a chunk that is too fast is stretched in time by at most this factor; otherwise it is refused",
+        "a chunk whose actions lie at most so many times too far apart for the speed limit is slowed down; a faster "
+        "one falls under on_speed",
         ge=1.0,
+        le=10.0,
+        changeable=True,
+    )
+    max_jump_s: float = _setting(
+        0.3,
+        "the first action ahead may lie as far from the measured position as the joint goes at its speed limit until "
+        "it is due and in this time more; what lies farther away falls under on_jump",
+        unit="s",
+        ge=0.0,
         le=10.0,
         changeable=True,
     )
@@ -72,6 +133,34 @@ class LimitSettings(_Model):
         le=5.0,
         changeable=True,
     )
+    on_position: RuleAction = _setting("refuse", "what happens to a chunk beyond position_margin", changeable=True)
+    on_speed: RuleAction = _setting("refuse", "what happens to a chunk beyond max_overspeed", changeable=True)
+    on_jump: RuleAction = _setting("refuse", "what happens to a chunk beyond max_jump_s", changeable=True)
+    joints: Mapping[str, JointLimitSettings] = Field(default_factory=dict)
+
+    def of(self, joint: str) -> JointLimitSettings:
+        return self.joints.get(joint, JointLimitSettings())
+
+    def loosened(self, base: LimitSettings) -> str:
+        """The first parameter that allows more than `base` does; "" if none."""
+        smaller = ("velocity_scale", "position_margin", "max_overspeed", "max_jump_s", "max_chunk_age_s")
+        for name in smaller:
+            if getattr(self, name) > getattr(base, name):
+                return f"limits.{name}"
+        if self.time_to_speed_s < base.time_to_speed_s:
+            return "limits.time_to_speed_s"
+        strictness = get_args(RuleAction)
+        for name in ("on_position", "on_speed", "on_jump"):
+            if strictness.index(getattr(self, name)) < strictness.index(getattr(base, name)):
+                return f"limits.{name}"
+        for joint in {**base.joints, **self.joints}:
+            ours, theirs = self.of(joint), base.of(joint)
+            for name in ("upper", "velocity", "acceleration"):
+                if getattr(ours, name) > getattr(theirs, name):
+                    return f"limits.joints.{joint}.{name}"
+            if ours.lower < theirs.lower:
+                return f"limits.joints.{joint}.lower"
+        return ""
 
 
 class Settings(_Model):
@@ -96,25 +185,72 @@ class Settings(_Model):
         le=10.0,
         changeable=True,
     )
+    executor: ExecutorName = _setting(
+        "asynchronous", "how chunks are executed and joined; see chunking.py", changeable=True
+    )
+    publish_mode: Literal["replace", "splice", "stream"] = _setting(
+        "replace",
+        "replace: a trajectory that starts now, whole; splice: with the time stamp at which it takes over, for "
+        "controllers that replace trajectories in part; stream: one Float64MultiArray of positions per "
+        "command_period_s, for controllers that forward commands",
+    )
+    inference_delay: int = _setting(
+        -1,
+        "d, actions that are consumed while the next chunk is computed, for rtc and rtc_trained; -1 takes the 95th "
+        "percentile of what was really consumed lately",
+        ge=-1,
+        le=100,
+        changeable=True,
+    )
+    guidance_horizon_s: float = _setting(
+        0.0,
+        "rtc: until when from its observation on a new chunk is guided towards the running one; 0: as far as that goes",
+        unit="s",
+        ge=0.0,
+        le=10.0,
+        changeable=True,
+    )
+    guidance_weight: float = _setting(
+        5.0, "rtc: largest strength of the guidance (beta)", ge=0.0, le=100.0, changeable=True
+    )
+    ensemble_decay: float = _setting(
+        0.01,
+        "temporal_ensemble: how fast the weight of newer chunks falls off, exp(-decay * i) with i = 0 the oldest; "
+        "negative trusts the newest most",
+        ge=-5.0,
+        le=5.0,
+        changeable=True,
+    )
     lead_s: float = _setting(
         0.01,
-        "actions due sooner than this count as consumed: what publishing and the controller's next cycle take",
+        "a motion takes over from the one before it this long after it is computed: what publishing and the "
+        "controller's next cycle take",
         unit="s",
         ge=0.0,
         le=0.5,
         changeable=True,
     )
-    join_within_s: float = _setting(
-        0.25,
-        "a chunk is joined at its first action that the arm can reach from its measured position at its speed limits, "
-        "at most this far ahead; where there is none, the gate slows the chunk down or refuses it",
+    command_period_s: float = _setting(
+        0.02, "time between the points of a command; acceleration is constant between them", unit="s", ge=0.002, le=0.2
+    )
+    hold_after_s: float = _setting(
+        0.5,
+        "watchdog: without a fresh chunk for so long while the arm moves, it is held where it is",
         unit="s",
-        ge=0.0,
-        le=2.0,
+        ge=0.05,
+        le=10.0,
         changeable=True,
     )
-    hold_s: float = _setting(
-        0.2, "time within which a hold brings the arm to rest", unit="s", ge=0.02, le=2.0, changeable=True
+    ramp_in_s: float = _setting(
+        0.5,
+        "after activation, a stop or a reset the speed limits rise from a tenth to their full value in this time",
+        unit="s",
+        ge=0.0,
+        le=30.0,
+        changeable=True,
+    )
+    dry_run: bool = _setting(
+        False, "compute and report everything, but send nothing to the controller", changeable=True
     )
     flow_steps: int = _setting(
         0, "Euler steps from noise to actions; 0 means as many as the bundle says", ge=0, le=100, changeable=True
@@ -138,34 +274,69 @@ class Settings(_Model):
         changeable=True,
     )
 
+    use_receive_time: bool = _setting(
+        False,
+        "take the time of arrival instead of the header's stamp, for drivers that do not stamp; what is late then "
+        "counts as fresh",
+    )
+    robot_description: str = _setting("", "URDF whose joint limits count where they are tighter; empty: none")
+
     joint_states_topic: str = _setting("joint_states", "sensor_msgs/JointState topic to read")
     command_topic: str = _setting(
-        "arm_controller/joint_trajectory", "trajectory_msgs/JointTrajectory topic of the robot's controller"
+        "arm_controller/joint_trajectory",
+        "topic of the robot's controller: trajectory_msgs/JointTrajectory, or std_msgs/Float64MultiArray for stream",
     )
     cameras: Mapping[str, CameraSettings] = Field(default_factory=dict)
     limits: LimitSettings = LimitSettings()
 
-    def camera_topic(self, camera: str) -> str:
-        chosen = self.cameras.get(camera, CameraSettings()).topic
-        return chosen or f"camera/{camera}/image_raw"
+    def camera(self, name: str) -> CameraSettings:
+        """With its topic filled in."""
+        chosen = self.cameras.get(name, CameraSettings())
+        suffix = "/compressed" if chosen.transport == "compressed" else ""
+        return chosen.model_copy(update={"topic": chosen.topic or f"camera/{name}/image_raw{suffix}"})
 
     def validate_against(self, manifest: PolicySpec) -> None:
         """Raises ConfigurationError where a setting does not fit the loaded bundle."""
-        names = [camera.name for camera in manifest.cameras]
-        for camera in self.cameras:
-            if camera not in names:
-                raise ConfigurationError(
-                    f"parameter 'cameras.{camera}.topic': bundle {manifest.name!r} has no camera {camera!r}, "
-                    f"only {', '.join(names)}{_nearest(camera, names)}"
-                )
+        cameras, joints = [camera.name for camera in manifest.cameras], list(manifest.joint_names)
+        for table, known, used in (("cameras", cameras, self.cameras), ("limits.joints", joints, self.limits.joints)):
+            for name in used:
+                if name not in known:
+                    raise ConfigurationError(
+                        f"parameter '{table}.{name}.*': bundle {manifest.name!r} has only "
+                        f"{', '.join(known)}{_nearest(name, known)}"
+                    )
         chunk_s = manifest.horizon * manifest.action_period_s
         if self.execution_horizon_s + 1.0 / self.rate_hz > chunk_s + 1e-9:
             raise ConfigurationError(
                 f"parameter 'execution_horizon_s': got {self.execution_horizon_s:g} s at rate_hz {self.rate_hz:g}, "
-                "but a "
-                f"chunk of bundle {manifest.name!r} lasts {chunk_s:g} s and must outlast execution_horizon_s by one "
-                "tick; "
-                f"set at most {chunk_s - 1.0 / self.rate_hz:g}"
+                f"but a chunk of bundle {manifest.name!r} lasts {chunk_s:g} s and must outlast execution_horizon_s by "
+                f"one tick; set at most {chunk_s - 1.0 / self.rate_hz:g}"
+            )
+        executed = round(self.execution_horizon_s / manifest.action_period_s)
+        delay = self.inference_delay
+        if delay >= 0 and not delay <= max(executed, 1) <= manifest.horizon - delay:
+            raise ConfigurationError(
+                f"parameter 'inference_delay': expected d <= s <= H - d, got d = {delay}, s = {executed} "
+                f"(execution_horizon_s {self.execution_horizon_s:g}), H = {manifest.horizon} actions"
+            )
+        if self.guidance_horizon_s > chunk_s + 1e-9:
+            raise ConfigurationError(
+                f"parameter 'guidance_horizon_s': got {self.guidance_horizon_s:g} s, but a chunk of bundle "
+                f"{manifest.name!r} lasts {chunk_s:g} s"
+            )
+        if self.executor == "rtc_trained" and max(delay, 1) > manifest.max_prefix_delay:
+            raise ConfigurationError(
+                f"parameter 'executor': rtc_trained needs a model trained on clean prefixes of {max(delay, 1)} or more "
+                f"actions, bundle {manifest.name!r} was trained on up to {manifest.max_prefix_delay}; use rtc, or "
+                "train with max_prefix_delay"
+            )
+
+    def validate_change(self, configured: Settings) -> None:
+        """Raises ConfigurationError where these settings allow more than those that the node was configured with."""
+        if name := self.limits.loosened(configured.limits):
+            raise ConfigurationError(
+                f"parameter {name!r}: while a bundle is loaded limits may only become tighter than at configure; "
+                "clean up first"
             )
 
 
@@ -181,34 +352,37 @@ class ParameterSpec:
     changeable: bool
 
 
-def parameter_specs(cameras: Iterable[str] = ()) -> tuple[ParameterSpec, ...]:
-    """All parameters, with those of the named cameras."""
+def parameter_specs(cameras: Iterable[str] = (), joints: Iterable[str] = ()) -> tuple[ParameterSpec, ...]:
+    """All parameters, with those of the named cameras and joints."""
     specs = list(_specs(Settings, ""))
     for camera in cameras:
         specs.extend(_specs(CameraSettings, f"cameras.{camera}."))
+    for joint in joints:
+        specs.extend(_specs(JointLimitSettings, f"limits.joints.{joint}."))
     return tuple(specs)
 
 
-def check_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Refuses names that no parameter has (rclpy would ignore them without a word); returns the cameras among them."""
+def check_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The cameras and joints among the names; refuses those that no parameter has, which rclpy would ignore."""
     known = [spec.name for spec in parameter_specs()]
-    cameras: dict[str, None] = {}
+    found: dict[str, dict[str, None]] = {"cameras": {}, "limits.joints": {}}
     for name in names:
-        match = _CAMERA.match(name)
-        if match and match["field"] in CameraSettings.model_fields:
-            cameras[match["camera"]] = None
+        match = _NAMED.match(name)
+        fields = (CameraSettings if match["table"] == "cameras" else JointLimitSettings).model_fields if match else {}
+        if match and match["field"] in fields:
+            found[match["table"]][match["name"]] = None
         elif name not in known:
-            candidates = [*known, *(f"cameras.{match['camera']}.{f}" for f in CameraSettings.model_fields if match)]
+            candidates = [*known, *(f"{match['table']}.{match['name']}.{f}" for f in fields if match)]
             raise ConfigurationError(f"parameter {name!r}: no such parameter{_nearest(name, candidates)}")
-    return tuple(cameras)
+    return tuple(found["cameras"]), tuple(found["limits.joints"])
 
 
 def settings_from_parameters(values: Mapping[str, object]) -> Settings:
     """Values by dotted parameter name -> Settings, or ConfigurationError naming the parameter."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
-        match = _CAMERA.match(name)
-        path = ["cameras", match["camera"], match["field"]] if match else name.split(".")
+        match = _NAMED.match(name)
+        path = [*match["table"].split("."), match["name"], match["field"]] if match else name.split(".")
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})

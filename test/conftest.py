@@ -5,9 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from robots import PolicyProcess, Robot
 
 # Fast DDS takes its ports from the domain id; above 101 they reach into those that Linux gives to others.
 _DOMAINS = 100
@@ -30,3 +35,39 @@ def ros_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str
     monkeypatch.setenv("ROS_DOMAIN_ID", str(next(_own_domains)))
     monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path / "ros_log"))
     return dict(os.environ)
+
+
+@pytest.fixture(scope="module")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from bundles import write_test_bundle
+
+    folder = tmp_path_factory.mktemp("bundle") / "test"
+    write_test_bundle(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def start(ros_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., PolicyProcess]]:
+    """Starts policy nodes as processes; those still alive at the end are killed."""
+    from robots import PolicyProcess  # only tests of the node need ROS
+
+    started: list[PolicyProcess] = []
+
+    def start_policy(*arguments: str, **parameters: object) -> PolicyProcess:
+        started.append(PolicyProcess(ros_environment, tmp_path, *arguments, **parameters))
+        return started[-1]
+
+    yield start_policy
+    for policy in started:
+        if policy.process.poll() is None:
+            policy.process.kill()
+            policy.process.wait()
+
+
+@pytest.fixture
+def robot(ros_environment: dict[str, str]) -> Iterator[Robot]:
+    from robots import Robot
+
+    robot = Robot(int(ros_environment["ROS_DOMAIN_ID"]))
+    yield robot
+    robot.close()

@@ -1,131 +1,139 @@
-"""Asynchronous execution: when to infer, and what is left of a chunk when it is done."""
+"""The executors: when they infer, what they tell the next chunk, and what they make of it."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ki_vla_ros.chunking import AsynchronousExecutor, Reach, drop_actions
+from ki_vla_ros.chunking import WARM_UP, ChunkExecutor, cubic, ensemble, resample, soft_mask
 from ki_vla_ros.errors import SafetyRefusal
 from ki_vla_ros.records import ActionChunk
+from ki_vla_ros.settings import Settings, settings_from_parameters
 
 MS = 1_000_000
 PERIOD = 50 * MS
-FAR = Reach(np.zeros(1), np.array([1e9]), 10_000 * MS)
 
 
-def ramp(horizon: int = 16, start_ns: int = 0, slope: float = 1.0) -> ActionChunk:
-    """Action k at slope * (k + 1)."""
-    position_HJ = slope * np.arange(1.0, horizon + 1)[:, None]
+def chosen(executor: str = "asynchronous", **changes: Any) -> Settings:
+    return settings_from_parameters({"executor": executor, **changes})
+
+
+def ramp(horizon: int = 16, start_ns: int = 0, slope: float = 1.0, offset: float = 0.0) -> ActionChunk:
+    """Action k at offset + slope * (k + 1)."""
+    position_HJ = offset + slope * np.arange(1.0, horizon + 1)[:, None]
     return ActionChunk(start_ns, PERIOD, ("a",), position_HJ, np.full_like(position_HJ, slope / 0.05))
 
 
-def test_actions_that_time_has_consumed_are_dropped_and_the_rest_keep_their_times() -> None:
-    left = AsynchronousExecutor().join(ramp(), 120 * MS, 10 * MS, FAR)
-    assert left.horizon == 14
-    assert left.position_HJ[0, 0] == 3.0
-    assert left.due_ns(0) == 150 * MS
-    assert left.due_ns(13) == ramp().due_ns(15)
+def executor(max_prefix: int = 4) -> ChunkExecutor:
+    return ChunkExecutor(16, PERIOD, max_prefix)
 
 
-def test_an_action_due_within_the_lead_counts_as_consumed() -> None:
-    executor = AsynchronousExecutor()
-    assert executor.join(ramp(), 140 * MS, 10 * MS, FAR).position_HJ[0, 0] == 3.0
-    assert executor.join(ramp(), 140 * MS + 1, 10 * MS, FAR).position_HJ[0, 0] == 4.0
+def running(chunk: ActionChunk, tick_ns: int = 0, max_prefix: int = 4) -> ChunkExecutor:
+    made = executor(max_prefix)
+    made.accept(chunk, tick_ns)
+    return made
 
 
-def test_a_chunk_consumed_whole_is_refused() -> None:
-    executor = AsynchronousExecutor()
-    assert executor.join(ramp(), 790 * MS, 10 * MS, FAR).horizon == 1
+def test_the_first_tick_infers_and_the_next_after_the_execution_horizon() -> None:
+    assert executor().wants_chunk(chosen(), 0, at_rest=True)
+    settings = chosen(execution_horizon_s=0.3)
+    made = running(ramp())
+    # Half a tick is allowed for: ticks come with jitter, and one tick late would be a whole one.
+    assert not made.wants_chunk(settings, 249 * MS, at_rest=False)
+    assert made.wants_chunk(settings, 250 * MS, at_rest=False)
+
+
+def test_synchronous_waits_for_rest_and_starts_when_the_chunk_is_there() -> None:
+    settings = chosen("synchronous", execution_horizon_s=0.2)
+    made = running(ramp())
+    assert not made.wants_chunk(settings, 900 * MS, at_rest=False)
+    assert made.wants_chunk(settings, 10 * MS, at_rest=True)
+    target = made.join(settings, ramp(), 500 * MS, 10 * MS)
+    assert (target.horizon, target.start_ns) == (4, 510 * MS)
+    np.testing.assert_array_equal(target.position_HJ[:, 0], [1, 2, 3, 4])
+
+
+def test_asynchronous_keeps_the_chunks_times() -> None:
+    target = executor().join(chosen(), ramp(), 120 * MS, 10 * MS)
+    assert target.start_ns == 0
+    np.testing.assert_array_equal(target.position_HJ, ramp().position_HJ)
+
+
+@pytest.mark.parametrize("name", ["asynchronous", "temporal_ensemble", "rtc", "rtc_trained"])
+def test_a_chunk_consumed_whole_is_refused(name: str) -> None:
     with pytest.raises(SafetyRefusal, match="chunk: its last action was due 100 ms ago"):
-        executor.join(ramp(), 900 * MS, 10 * MS, FAR)
+        executor().join(chosen(name), ramp(), 900 * MS, 10 * MS)
 
 
-def test_the_chunk_is_joined_at_the_first_action_within_reach() -> None:
-    # From 0 at 50 per second: action 1 (at 1) is due in 10 ms, 0.5 away at most; action 2 in 60 ms, 3 away at most.
-    reach = Reach(np.zeros(1), np.array([50.0]), 250 * MS)
-    assert AsynchronousExecutor().join(ramp(), 40 * MS, 0, reach).position_HJ[0, 0] == 2.0
+def test_the_delay_is_what_was_really_consumed_without_the_warm_up() -> None:
+    made, settings = executor(), chosen("rtc")
+    for n in range(WARM_UP):
+        made.join(settings, ramp(start_ns=n * PERIOD), n * PERIOD + 600 * MS, 0)
+    assert made.delay(settings) == 0
+    for n in range(20):
+        made.join(settings, ramp(start_ns=n * PERIOD), n * PERIOD + 140 * MS, 10 * MS)
+    assert made.delay(settings) == 2  # actions due at 50 and 100 ms; the one at 150 is still ahead
+    assert made.delay(chosen("rtc", inference_delay=5)) == 5
 
 
-def test_every_joint_must_be_within_reach() -> None:
-    chunk = ActionChunk(0, PERIOD, ("a", "b"), np.array([[0.0, 1.0], [0.0, 1.0]]), np.zeros((2, 2)))
-    reach = Reach(np.zeros(2), np.array([50.0, 50.0]), 250 * MS)
-    assert AsynchronousExecutor().join(chunk, 40 * MS, 0, reach).horizon == 1
+def test_rtc_mask_is_firm_then_falls_and_ends() -> None:
+    mask = soft_mask(16, 4, 10)
+    np.testing.assert_array_equal(mask[:4], 1.0)
+    np.testing.assert_array_equal(mask[10:], 0.0)
+    assert np.all(np.diff(mask[3:11]) < 0)
+    share = (10 - 6) / (10 - 4 + 1)
+    assert mask[6] == pytest.approx(share * (math.exp(share) - 1) / (math.e - 1))
 
 
-def test_without_an_action_within_reach_nothing_is_skipped() -> None:
-    slow = Reach(np.zeros(1), np.array([0.1]), 250 * MS)
-    assert AsynchronousExecutor().join(ramp(), 0, 0, slow).horizon == 16
-    # Actions recede at 20 per second; an arm at 22 per second makes up for one that it is behind only after a while.
-    late = Reach(np.array([-1.0]), np.array([22.0]), 250 * MS)
-    assert AsynchronousExecutor().join(ramp(), 0, 0, late).horizon == 16
-    assert AsynchronousExecutor().join(ramp(), 0, 0, Reach(late.measured_J, late.speed_J, 600 * MS)).horizon == 7
+def test_rtc_is_guided_by_the_running_chunk_at_the_new_ones_times() -> None:
+    settings = chosen("rtc", inference_delay=2, guidance_weight=7.0)
+    condition = running(ramp()).condition(settings, 200 * MS)
+    assert condition is not None and not condition.clean and condition.strength == 7.0
+    # The new chunk's action 0 is due at 250 ms, where the running one says 5; it speaks of 12 of the new one's actions.
+    np.testing.assert_allclose(condition.position_HJ[:12, 0], np.arange(5.0, 17.0))
+    np.testing.assert_array_equal(condition.weight_H > 0, np.arange(16) < 12)
+    np.testing.assert_array_equal(condition.weight_H[:2], 1.0)
+    shorter = running(ramp()).condition(chosen("rtc", inference_delay=2, guidance_horizon_s=0.3), 200 * MS)
+    assert shorter is not None and np.count_nonzero(shorter.weight_H) == 6
 
 
-def test_a_chunk_with_nan_is_left_to_the_gate() -> None:
-    chunk = ActionChunk(0, PERIOD, ("a",), np.full((4, 1), np.nan), np.zeros((4, 1)))
-    assert AsynchronousExecutor().join(chunk, 0, 0, FAR).horizon == 4
+def test_rtc_trained_gives_clean_rows_at_most_as_many_as_trained() -> None:
+    settings = chosen("rtc_trained", inference_delay=6)
+    condition = running(ramp(), max_prefix=4).condition(settings, 0)
+    assert condition is not None and condition.clean
+    np.testing.assert_array_equal(condition.weight_H, np.arange(16) < 4)
 
 
-@pytest.mark.parametrize(
-    "execution_horizon_ms, wanted_ticks",
-    [(20, [1, 2, 3]), (100, [1, 2, 3]), (140, [1, 2, 3]), (200, [2, 3]), (260, [3])],
-)
-def test_execution_horizon_in_whole_ticks(execution_horizon_ms: int, wanted_ticks: list[int]) -> None:
-    executor = AsynchronousExecutor()
-    assert executor.wants_chunk(0, execution_horizon_ms * MS, 100 * MS)
-    executor.accept(ramp(), 0)
-    jitter = 3 * MS
-    ticks = [n for n in (1, 2, 3) if executor.wants_chunk(n * 100 * MS - jitter, execution_horizon_ms * MS, 100 * MS)]
-    assert ticks == wanted_ticks
+def test_nothing_is_asked_of_a_first_chunk_or_by_other_executors() -> None:
+    assert executor().condition(chosen("rtc", inference_delay=2), 0) is None
+    assert running(ramp()).condition(chosen("asynchronous"), 0) is None
+    stopped = running(ramp())
+    stopped.stop()
+    assert stopped.condition(chosen("rtc", inference_delay=2), 0) is None and stopped.wants_chunk(chosen(), 1, False)
 
 
-def test_after_a_hold_the_next_tick_may_infer() -> None:
-    executor = AsynchronousExecutor()
-    executor.accept(ramp(), 0)
-    assert not executor.wants_chunk(100 * MS, 500 * MS, 100 * MS)
-    executor.stop()
-    assert executor.wants_chunk(100 * MS, 500 * MS, 100 * MS)
+def test_ensemble_is_the_weighted_mean_of_all_that_speak_about_an_instant() -> None:
+    old, new = ramp(horizon=4), ramp(horizon=4, start_ns=2 * PERIOD, offset=12.0)
+    mean = ensemble([old, new], decay=0.5)
+    assert mean.start_ns == new.start_ns
+    weight = math.exp(-0.5)
+    # At 150 and 200 ms the old chunk says 3 and 4, the new one 13 and 14; later only the new one speaks.
+    expected = [(3 + weight * 13) / (1 + weight), (4 + weight * 14) / (1 + weight), 15.0, 16.0]
+    np.testing.assert_allclose(mean.position_HJ[:, 0], expected)
+    made, settings = executor(), chosen("temporal_ensemble", ensemble_decay=0.5)
+    made.join(settings, old, 0, 0)
+    np.testing.assert_allclose(made.join(settings, new, 2 * PERIOD, 0).position_HJ[:, 0], expected)
 
 
-def test_commanded_position() -> None:
-    executor = AsynchronousExecutor()
-    assert executor.commanded_J(0) is None
-    executor.accept(ramp(), 0)
-    np.testing.assert_allclose(executor.commanded_J(75 * MS), [1.5])
-    assert executor.commanded_J(800 * MS) is None
-    executor.stop()
-    assert executor.commanded_J(75 * MS) is None
-
-
-@settings(deadline=None)
-@given(
-    now_ms=st.integers(0, 1000),
-    lead_ms=st.integers(0, 200),
-    speed=st.floats(0.01, 1e3),
-    measured=st.floats(-20, 20),
-    within_ms=st.integers(0, 2000),
-)
-def test_what_is_left_is_a_tail_of_the_chunk_in_the_future(
-    now_ms: int, lead_ms: int, speed: float, measured: float, within_ms: int
-) -> None:
-    chunk, now_ns = ramp(), now_ms * MS
-    reach = Reach(np.array([measured]), np.array([speed]), within_ms * MS)
-    try:
-        left = AsynchronousExecutor().join(chunk, now_ns, lead_ms * MS, reach)
-    except SafetyRefusal:
-        assert chunk.due_ns(15) < now_ns + lead_ms * MS
-        return
-    count = chunk.horizon - left.horizon
-    np.testing.assert_array_equal(left.position_HJ, chunk.position_HJ[count:])
-    np.testing.assert_array_equal(left.velocity_HJ, chunk.velocity_HJ[count:])
-    assert [left.due_ns(k) for k in range(left.horizon)] == [chunk.due_ns(k) for k in range(count, chunk.horizon)]
-    assert left.due_ns(0) >= now_ns + lead_ms * MS
-    skipped_ns = left.due_ns(0) - max(now_ns + lead_ms * MS, chunk.due_ns(0))
-    assert skipped_ns < max(reach.within_ns, PERIOD)
-
-
-def test_drop_nothing() -> None:
-    assert drop_actions(ramp(), 0).due_ns(0) == PERIOD
+def test_the_cubic_goes_through_the_actions_and_rests_after_the_last() -> None:
+    chunk = ramp(horizon=4)
+    due = np.array([chunk.due_ns(k) for k in range(4)])
+    np.testing.assert_allclose(resample(chunk, due), chunk.position_HJ)
+    position, velocity = cubic(chunk, np.array([25 * MS, 75 * MS, 400 * MS]))
+    np.testing.assert_allclose(position[:, 0], [0.5, 1.5, 4.0])
+    np.testing.assert_allclose(velocity[:, 0], [20.0, 20.0, 0.0])
+    single = ramp(horizon=1)
+    np.testing.assert_allclose(cubic(single, np.array([0, 50 * MS, 90 * MS]))[0][:, 0], [0.0, 1.0, 1.0])

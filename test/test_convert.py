@@ -5,16 +5,18 @@ from __future__ import annotations
 import array
 import json
 
+import cv2
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
 from numpy.typing import NDArray
-from sensor_msgs.msg import Image, JointState
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros import convert
 from ki_vla_ros.diagnostics import Level, Report
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.records import ActionChunk
+from ki_vla_ros.records import ActionChunk, Motion
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
 
@@ -103,27 +105,68 @@ def test_joint_states_that_do_not_fit_are_refused(names: list[str], positions: l
         convert.reading_from_message(JointState(name=names, position=positions))
 
 
-def test_command_starts_now_and_points_are_due_relative_to_now() -> None:
-    chunk = ActionChunk(
-        start_ns=10_000_000_000,
-        period_ns=50_000_000,
+def motion() -> Motion:
+    """New from 9.05 s on; what comes before repeats the motion before it."""
+    return Motion(
         joints=("a", "b"),
-        position_HJ=np.array([[1.0, 2.0], [3.0, 4.0]]),
-        velocity_HJ=np.array([[0.5, 0.0], [0.0, 0.0]]),
+        from_ns=9_050_000_000,
+        time_N=np.array([9_000_000_000, 9_050_000_000, 9_100_000_000, 9_150_000_000]),
+        position_NJ=np.array([[0.0, 1.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
+        velocity_NJ=np.array([[0.5, 0.0], [0.25, 0.0], [0.125, 0.0], [0.0, 0.0]]),
     )
-    message = convert.command_message(chunk, now_ns=9_020_000_000)
+
+
+def due(message: JointTrajectory) -> list[int]:
+    return [p.time_from_start.sec * 1_000_000_000 + p.time_from_start.nanosec for p in message.points]
+
+
+def test_command_starts_now_and_points_are_due_relative_to_now() -> None:
+    message = convert.command_message(motion(), now_ns=9_020_000_000)
     assert message.header.stamp == Time()
     assert message.joint_names == ["a", "b"]
-    assert [(p.time_from_start.sec, p.time_from_start.nanosec) for p in message.points] == [
-        (1, 30_000_000),
-        (1, 80_000_000),
-    ]
-    assert [list(p.positions) for p in message.points] == [[1.0, 2.0], [3.0, 4.0]]
-    assert [list(p.velocities) for p in message.points] == [[0.5, 0.0], [0.0, 0.0]]
+    assert due(message) == [30_000_000, 80_000_000, 130_000_000]
+    assert [list(p.positions) for p in message.points] == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    assert [list(p.velocities) for p in message.points] == [[0.25, 0.0], [0.125, 0.0], [0.0, 0.0]]
 
+
+def test_a_spliced_command_says_when_it_takes_over() -> None:
+    message = convert.command_message(motion(), now_ns=9_020_000_000, splice=True)
+    assert message.header.stamp == Time(sec=9, nanosec=50_000_000)
+    assert due(message) == [50_000_000, 100_000_000]
+
+
+def test_a_motion_of_one_instant_is_still_a_command() -> None:
+    whole = motion()
+    rest = Motion(whole.joints, whole.from_ns, np.array([whole.from_ns]), whole.position_NJ[:1], np.zeros((1, 2)))
+    assert due(convert.command_message(rest, now_ns=9_020_000_000)) == [30_000_000]
+    assert due(convert.command_message(rest, now_ns=9_020_000_000, splice=True)) == [0]
+
+
+def test_streamed_positions() -> None:
+    assert list(convert.stream_message(np.array([0.5, -1.0])).data) == [0.5, -1.0]
+
+
+def test_chunk_record() -> None:
+    chunk = ActionChunk(10_000_000_000, 50_000_000, ("a",), np.array([[1.0], [3.0]]), np.array([[0.5], [0.0]]))
     record = convert.chunk_message(chunk)
     assert record.header.stamp == Time(sec=10)
-    assert [p.time_from_start.nanosec for p in record.points] == [50_000_000, 100_000_000]
+    assert due(record) == [50_000_000, 100_000_000]
+    assert [list(p.positions) for p in record.points] == [[1.0], [3.0]]
+
+
+def test_compressed_images_and_receive_time() -> None:
+    _, png = cv2.imencode(".png", RGB[..., ::-1])
+    message = CompressedImage(format="rgb8; png compressed bgr8", data=array.array("B", png.tobytes()))
+    message.header.stamp = Time(sec=3)
+    frame = convert.frame_from_message(message, "scene")
+    np.testing.assert_array_equal(frame.rgb_HWC, RGB)
+    assert frame.stamp_ns == 3_000_000_000
+    assert convert.frame_from_message(message, "scene", received_ns=7).stamp_ns == 7
+    assert convert.frame_from_message(image(RGB, "rgb8"), "scene", received_ns=7).stamp_ns == 7
+    assert convert.reading_from_message(JointState(name=["a"], position=[1.0]), received_ns=7).stamp_ns == 7
+    message.data = array.array("B", b"neither")
+    with pytest.raises(InputError, match="camera 'scene': expected a jpeg or png image, got 7 bytes"):
+        convert.frame_from_message(message, "scene")
 
 
 def test_text_refuses_nan_which_is_not_json() -> None:

@@ -18,12 +18,12 @@ from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.pacing import Pacer
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
+from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
 from ki_vla_ros.settings import Settings, settings_from_parameters
 
 MS = 1_000_000
 START = 1_000 * NS_PER_S
-STAGES = ["observation", "preprocess", "prefill", "denoise", "chunking", "safety", "publish"]
+STAGES = ["observation", "preprocess", "prefill", "denoise", "safety", "chunking", "verify", "publish"]
 TASK = "touch the red cube"
 
 
@@ -32,7 +32,7 @@ class FakeWire:
 
     def __init__(self) -> None:
         self.time_ns = START
-        self.commands: list[tuple[ActionChunk, int]] = []
+        self.commands: list[tuple[Motion, int]] = []
         self.chunks: list[ActionChunk] = []
         self.ticks: list[Mapping[str, object]] = []
         self.lines: list[str] = []
@@ -44,8 +44,8 @@ class FakeWire:
     def simulated_clock(self) -> bool:
         return True
 
-    def send_command(self, command: ActionChunk, now_ns: int) -> None:
-        self.commands.append((command, now_ns))
+    def send_command(self, motion: Motion, now_ns: int) -> None:
+        self.commands.append((motion, now_ns))
 
     def report_chunk(self, chunk: ActionChunk) -> None:
         self.chunks.append(chunk)
@@ -65,7 +65,7 @@ class Bench:
         self.engine = OnnxEngine(bundle)
         self.policy = Policy(bundle, self.engine)
         self.wire = FakeWire()
-        self.settings = settings_from_parameters({})
+        self.settings = settings_from_parameters({"ramp_in_s": 0.0})
         self.diagnostics = Diagnostics()
         self.buffer = ObservationBuffer([CameraSource(c, f"/{c}") for c in CAMERAS], JOINTS, "/joint_states")
         self.loop = PolicyLoop(self.policy, self.buffer, self.wire, self.diagnostics, lambda: self.settings)
@@ -128,9 +128,12 @@ def test_a_tick_sends_what_is_left_of_the_policys_chunk(bench: Bench) -> None:
     expected = bench.policy.infer(demo_observation(START - 60 * MS), TASK, 0)
     np.testing.assert_array_equal(chunk.position_HJ, expected.position_HJ)
     assert chunk.start_ns == START - 60 * MS
-    # 60 ms have gone: the first action (due after 50 ms) is consumed; one is added, to come to rest.
-    assert (sent_ns, command.horizon, command.due_ns(0)) == (START, 16, START + 40 * MS)
-    np.testing.assert_array_equal(command.position_HJ[:-1], chunk.position_HJ[1:])
+    # It takes over after the lead, from where the arm is; 60 ms have gone, so the first action is in the past.
+    assert (sent_ns, command.from_ns) == (START, START + 10 * MS)
+    np.testing.assert_array_equal(command.position_NJ[0], demo_observation().state_J)
+    for k in range(8, 16):
+        np.testing.assert_allclose(command.at(chunk.due_ns(k))[0], chunk.position_HJ[k], atol=2e-3)
+    np.testing.assert_array_equal(command.velocity_NJ[-1], 0.0)
 
 
 def test_each_chunk_has_its_own_noise_and_index(bench: Bench) -> None:
@@ -178,6 +181,11 @@ def test_inference_slower_than_the_chunk_is_refused(bench: Bench, monkeypatch: p
 
     monkeypatch.setattr(bench.policy, "decode", slow)
     bench.give_inputs()
+    with pytest.raises(SafetyRefusal, match="its observation is 900 ms old"):
+        bench.tick()
+    bench.give_inputs()
+    bench.change(**{"limits.max_chunk_age_s": 5.0})
+    bench.loop._adopt(bench.settings)
     with pytest.raises(SafetyRefusal, match="inference is slower than the chunk lasts"):
         bench.tick()
     assert not bench.wire.commands
@@ -207,26 +215,31 @@ def test_a_stale_input_brings_the_arm_to_rest_once_and_it_goes_on_afterwards(ben
     holds = [tick["hold"] for tick in bench.wire.ticks]
     assert [hold is None for hold in holds] == [True, True, True, False, False, True, True]
     assert str(holds[3]).startswith("camera 'scene': newest frame 300 ms old, limit 250 ms")
-    held = [command for command, _ in bench.wire.commands if command.horizon == 1]
-    assert len(held) == 2  # once for the stale camera, once at the end, when the loop stops
-    np.testing.assert_allclose(held[0].position_HJ[0], rest_J + 0.003)
-    assert held[0].due_ns(0) == START + 300 * MS + 200 * MS
+    # Once for the stale camera, once at the end, when the loop stops.
+    held = [motion for motion, _ in bench.wire.commands if is_hold(motion)]
+    assert len(bench.wire.commands) == 7 and len(held) == 2
+    np.testing.assert_allclose(held[0].position_NJ[-1], rest_J + 0.003, atol=1e-6)
+    assert held[0].end_ns < START + 300 * MS + 600 * MS
 
 
-def test_when_the_joints_are_lost_too_the_arm_is_held_where_the_chunk_is(bench: Bench) -> None:
+def is_hold(motion: Motion) -> bool:
+    """The last quarter of a second of a chunk's motion moves; a hold is over by then."""
+    return bool(motion.end_ns - motion.from_ns < 550 * MS)
+
+
+def test_when_the_joints_are_lost_too_the_arm_brakes_on_its_path(bench: Bench) -> None:
     bench.run_ticks(4, lambda n: bench.give_inputs() if n == 0 else None)
     running, _ = bench.wire.commands[2]
     held, now_ns = bench.wire.commands[3]
-    assert held.horizon == 1
-    due_ns = [running.due_ns(k) for k in range(running.horizon)]
-    expected = [np.interp(now_ns, due_ns, running.position_HJ[:, j]) for j in range(7)]
-    np.testing.assert_allclose(held.position_HJ[0], expected)
-    assert any("at the commanded position" in line for line in bench.wire.lines)
+    assert held.end_ns - now_ns <= 200 * MS  # 0.15 s from full speed, and the lead
+    for a, b in zip(running.at(held.from_ns), held.at(held.from_ns), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+    assert any("braking on the commanded path" in line for line in bench.wire.lines)
 
 
 def test_stopping_holds_a_running_chunk(bench: Bench) -> None:
     bench.run_ticks(1, lambda n: bench.give_inputs())
-    assert [command.horizon for command, _ in bench.wire.commands] == [17, 1]
+    assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, True]
     bench.loop.stop()
     assert len(bench.wire.commands) == 2
 
@@ -235,6 +248,90 @@ def test_stopping_when_nothing_moves_sends_nothing(bench: Bench) -> None:
     bench.run_ticks(2, lambda n: None)
     assert bench.wire.commands == []
     assert str(bench.wire.ticks[0]["hold"]).startswith("camera 'scene': no image yet")
+
+
+def test_a_stop_is_latched_until_reset(bench: Bench) -> None:
+    def before(n: int) -> None:
+        bench.give_inputs()
+        if n == 2:
+            bench.loop.latch("by a test")
+        if n == 4:
+            assert bench.loop.reset() and not bench.loop.reset()
+
+    bench.run_ticks(6, before)
+    holds = [tick["hold"] for tick in bench.wire.ticks]
+    assert [hold is None for hold in holds] == [True, True, False, False, True, True]
+    assert holds[2] == "stopped: by a test; call ~/reset when nothing stands in the way"
+    assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, False, True, False, False, True]
+
+
+def test_a_stop_during_inference_keeps_the_chunk_off_the_wire(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = bench.policy.decode
+
+    def stop_meanwhile(*arguments: object) -> ActionChunk:
+        bench.loop.latch("meanwhile")
+        return decode(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench.policy, "decode", stop_meanwhile)
+    bench.give_inputs()
+    with pytest.raises(SafetyRefusal, match="stopped: meanwhile"):
+        bench.tick()
+    assert not bench.wire.commands
+
+
+def test_a_rule_may_stop_for_good(bench: Bench) -> None:
+    bench.change(**{"limits.on_jump": "stop", "limits.max_jump_s": 0.0, "limits.velocity_scale": 0.01})
+    bench.run_ticks(2, lambda n: bench.give_inputs())
+    holds = [str(tick["hold"]) for tick in bench.wire.ticks]
+    assert "from the measured" in holds[0] and holds[1].startswith("stopped: joint")
+    assert bench.loop.latched is not None and not bench.wire.commands
+
+
+def test_the_watchdog_holds_an_arm_without_fresh_chunks(bench: Bench) -> None:
+    bench.give_inputs()
+    bench.tick()
+    bench.loop.watch()
+    assert len(bench.wire.commands) == 1
+    bench.wire.time_ns += 501 * MS  # hold_after_s is half a second; the chunk's motion lasts longer
+    bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, demo_observation().state_J))
+    bench.loop.watch()
+    bench.loop.watch()
+    assert len(bench.wire.commands) == 2
+    assert any("watchdog: no fresh chunk for 501 ms" in line for line in bench.wire.lines)
+    assert bench.diagnostics.report("active", "", 0.0).values["refused watchdog"] == "1"
+
+
+def test_dry_run_computes_and_sends_nothing(bench: Bench) -> None:
+    bench.change(dry_run=True)
+    bench.run_ticks(3, lambda n: bench.give_inputs())
+    assert bench.wire.commands == [] and len(bench.wire.chunks) == 3
+    assert [tick["hold"] for tick in bench.wire.ticks] == [None] * 3
+
+
+def test_speed_limits_rise_after_activation(bench: Bench) -> None:
+    bench.change(**{"ramp_in_s": 1.0, "limits.velocity_scale": 0.2, "limits.max_jump_s": 10.0})
+    bench.loop._adopt(bench.settings)
+    bench.run_ticks(12, lambda n: bench.give_inputs())
+    speeds = [np.abs(motion.velocity_NJ).max(axis=0) for motion, _ in bench.wire.commands[:-1]]
+    limit_J = 0.2 * np.array([joint.max_velocity for joint in bench.policy.bundle.manifest.joints])
+    assert np.all(speeds[0] <= 0.1 * limit_J * (1 + 1e-9))
+    assert np.all(speeds[5] <= 0.55 * limit_J * (1 + 1e-9))
+    assert np.any(speeds[-1] > 0.55 * limit_J)
+
+
+def test_an_arm_moved_by_others_goes_on_from_where_it_is(bench: Bench) -> None:
+    bench.give_inputs()
+    bench.tick()
+    bench.wire.time_ns += 3_000 * MS
+    moved = demo_observation(bench.wire.time_ns)
+    for frame in moved.frames.values():
+        bench.buffer.add_frame(frame)
+    bench.buffer.add_joints(
+        JointReading(bench.wire.time_ns, JOINTS, moved.state_J + 0.2 * np.array([1, 0, 0, 0, 0, 0, 0]))
+    )
+    bench.tick()
+    np.testing.assert_allclose(bench.wire.commands[1][0].position_NJ[0, 0], moved.state_J[0] + 0.2)
+    assert any("not where it was sent" in line for line in bench.wire.lines)
 
 
 @pytest.mark.parametrize("error", [EngineError("engine: broken"), ZeroDivisionError("a bug")])
@@ -257,20 +354,21 @@ def test_errors_of_the_engine_hold_and_the_next_tick_tries_again(
     holds = [tick["hold"] for tick in bench.wire.ticks]
     assert holds[0] is None and holds[2] is None
     assert str(error) in str(holds[1])
-    assert [command.horizon for command, _ in bench.wire.commands] == [17, 1, 17, 1]
+    assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, True, False, True]
 
 
 def test_changed_settings_apply_from_the_next_tick_on(bench: Bench) -> None:
     def before(n: int) -> None:
         bench.give_inputs()
         if n == 2:
-            bench.change(**{"limits.velocity_scale": 0.02, "flow_steps": 3, "noise_seed": 9, "rate_hz": 20.0})
+            changes = {"limits.velocity_scale": 0.01, "limits.max_overspeed": 1.0, "limits.max_jump_s": 10.0}
+            bench.change(**changes, flow_steps=3, noise_seed=9, rate_hz=20.0)
 
     bench.run_ticks(4, before)
     assert (bench.policy.flow_steps, bench.policy.noise_seed) == (3, 9)
     holds = [tick["hold"] for tick in bench.wire.ticks]
     assert holds[:2] == [None, None]
-    assert all("too fast for limits.max_slowdown" in str(hold) for hold in holds[2:])
+    assert all("more than limits.max_overspeed" in str(hold) for hold in holds[2:])
     stamps = [int(str(tick["stamp_ns"])) for tick in bench.wire.ticks]
     assert stamps[3] - stamps[2] == 50 * MS
 
@@ -284,7 +382,7 @@ def test_a_clock_that_is_set_back_drops_buffers_and_the_running_chunk(bench: Ben
 
     bench.run_ticks(3, before)
     assert str(bench.wire.ticks[2]["hold"]).startswith("camera 'scene': no image yet")
-    assert [command.horizon for command, _ in bench.wire.commands] == [17, 17]
+    assert len(bench.wire.commands) == 2 and not any(is_hold(motion) for motion, _ in bench.wire.commands)
     assert any("set back" in line for line in bench.wire.lines)
 
 

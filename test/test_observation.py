@@ -231,3 +231,15 @@ def test_one_thread_at_a_time(use: Callable[[ObservationBuffer], object]) -> Non
         assert not done.wait(0.1)
     thread.join(60.0)
     assert done.is_set()
+
+
+def test_degrees_are_told_from_radians() -> None:
+    trained = ([-1.0, 0.0], [1.0, 0.04])
+    buffer = ObservationBuffer([CameraSource("scene", "/scene")], ("arm", "gripper"), "/joint_states", trained)
+    buffer.add_joints(JointReading(1, ("arm", "gripper"), np.array([2.9, 0.05])))
+    with pytest.raises(
+        InputError, match=r"joint 'arm': expected about -1.000 to 1.000.*as degrees it would be 0.785 rad"
+    ):
+        buffer.add_joints(JointReading(2, ("arm", "gripper"), np.array([45.0, 0.02])))
+    with pytest.raises(InputError, match=r"joint 'gripper': expected about 0.000 to 0.040, as in training, got 90"):
+        buffer.add_joints(JointReading(2, ("arm", "gripper"), np.array([0.5, 90.0])))

@@ -120,7 +120,8 @@ def test_everything_imported_is_required_from_pip() -> None:
     """Also where a package comes along with another one today."""
     ours = {"ki_vla_ros", "training"}
     distributions = {"cv2": "opencv-python-headless", "yaml": "pyyaml"}
-    from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces"}  # dependencies of rclpy's wheel
+    # Dependencies of rclpy's wheel, and cv_bridge, which is used where a ROS installation brings it.
+    from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge"}
     robot = {canonicalize_name(r.name) for name in ("robot", "simulation", "ros") for r in requirements(name)}
     trainer = robot | {canonicalize_name(r.name) for r in requirements("training")}
     for folder, names in (("ki_vla_ros", robot), ("training", trainer)):

@@ -1,21 +1,27 @@
-"""The gate: whatever comes in, what goes out keeps every limit, between the points too."""
+"""The gate: what may be wished for, and that nothing beyond the bounds passes, between the instants too."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from ki_vla_ros.errors import SafetyRefusal
+from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
+from ki_vla_ros.governor import Bounds, Governor
 from ki_vla_ros.manifest import JointSpec
-from ki_vla_ros.records import NS_PER_S, ActionChunk
-from ki_vla_ros.safety import SafetyGate, Verdict, cubic_extremes
-from ki_vla_ros.settings import LimitSettings
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.safety import SafetyGate, extremes, joint_bounds, urdf_limits
+from ki_vla_ros.settings import settings_from_parameters
+from ki_vla_ros.sim.expert import Expert
+from ki_vla_ros.sim.task import sample_scene
+from ki_vla_ros.sim.world import HOME_J, World
+from ki_vla_ros.sim.world import JOINTS as SIM_JOINTS
 
 MS = 1_000_000
 PERIOD = 50 * MS
@@ -23,8 +29,14 @@ NOW = 5_000 * MS
 ARM = JointSpec(name="arm", unit="rad", lower=-2.0, upper=2.0, max_velocity=1.0, relative=True)
 GRIPPER = JointSpec(name="gripper", unit="m", lower=0.0, upper=0.04, max_velocity=0.1, relative=True)
 JOINTS = (ARM, GRIPPER)
-LIMITS = LimitSettings()
 REST = np.array([0.0, 0.02])
+
+Screened = tuple[ActionChunk, tuple[str, ...]]
+
+
+def gate_of(**limits: Any) -> SafetyGate:
+    chosen = settings_from_parameters({f"limits.{name}": value for name, value in limits.items()}).limits
+    return SafetyGate(JOINTS, chosen, joint_bounds(JOINTS, chosen))
 
 
 def chunk_of(position_HJ: NDArray[np.float64], velocity_HJ: NDArray[np.float64] | None = None) -> ActionChunk:
@@ -40,130 +52,121 @@ def ramp(speed: float, horizon: int = 8) -> ActionChunk:
     return chunk_of(np.stack([arm, np.full(horizon, 0.02)], axis=1))
 
 
-def judge(chunk: ActionChunk, limits: LimitSettings = LIMITS, measured: NDArray[np.float64] = REST) -> Verdict:
-    return SafetyGate(JOINTS, limits).judge(chunk, NOW, measured, NOW)
+def screen(chunk: ActionChunk, measured: NDArray[np.float64] = REST, **limits: Any) -> Screened:
+    return gate_of(**limits).screen(chunk, NOW, measured, NOW)
 
 
-def sampled(command: ActionChunk, per_segment: int = 40) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Positions and velocities of the cubics through the points, by the textbook's Hermite basis."""
-    s = np.linspace(0.0, 1.0, per_segment)[:, None]
-    period_s = command.period_ns / NS_PER_S
-    positions, velocities = [command.position_HJ], [command.velocity_HJ]
-    for k in range(command.horizon - 1):
-        p0, p1 = command.position_HJ[k : k + 2]
-        m0, m1 = command.velocity_HJ[k : k + 2] * period_s
-        positions.append(
-            (2 * s**3 - 3 * s**2 + 1) * p0
-            + (s**3 - 2 * s**2 + s) * m0
-            + (3 * s**2 - 2 * s**3) * p1
-            + (s**3 - s**2) * m1
-        )
-        basis = (
-            (6 * s**2 - 6 * s) * p0 + (3 * s**2 - 4 * s + 1) * m0 + (6 * s - 6 * s**2) * p1 + (3 * s**2 - 2 * s) * m1
-        )
-        velocities.append(basis / period_s)
-    return np.vstack(positions), np.vstack(velocities)
+def motion_of(position_NJ: Any, velocity_NJ: Any, period_ns: int = PERIOD) -> Motion:
+    position_NJ, velocity_NJ = np.array(position_NJ, dtype=float), np.array(velocity_NJ, dtype=float)
+    time_N = NOW + period_ns * np.arange(len(position_NJ), dtype=np.int64)
+    return Motion(("arm", "gripper"), NOW, time_N, position_NJ, velocity_NJ)
 
 
-def assert_within_limits(command: ActionChunk, measured: NDArray[np.float64], now_ns: int, scale: float = 1.0) -> None:
-    lower, upper = np.array([-2.0, 0.0]), np.array([2.0, 0.04])
-    speed = np.array([1.0, 0.1]) * scale
-    position, velocity = sampled(command)
-    assert np.all(np.isfinite(position)) and np.all(np.isfinite(velocity))
-    assert np.all(position >= lower - 1e-6) and np.all(position <= upper + 1e-6)
-    assert np.all(np.abs(velocity) <= speed * (1 + 1e-6))
-    assert command.due_ns(0) > now_ns and command.period_ns > 0
-    first_s = (command.due_ns(0) - now_ns) / NS_PER_S
-    assert np.all(np.abs(command.position_HJ[0] - measured) <= speed * first_s * (1 + 1e-6))
-    np.testing.assert_array_equal(command.velocity_HJ[-1], 0.0)
+# --- bounds
 
 
-def test_a_clean_chunk_passes_as_it_is_and_ends_at_rest() -> None:
-    chunk = ramp(0.8)
-    verdict = judge(chunk)
-    assert verdict.corrections == ()
-    assert verdict.command.horizon == chunk.horizon + 1
-    np.testing.assert_array_equal(verdict.command.position_HJ[:-1], chunk.position_HJ)
-    np.testing.assert_array_equal(verdict.command.velocity_HJ[:-1], chunk.velocity_HJ)
-    np.testing.assert_array_equal(verdict.command.velocity_HJ[-1], 0.0)
-    # Even braking from 0.8 rad/s within 0.05 s takes 0.02 rad.
-    np.testing.assert_allclose(verdict.command.position_HJ[-1], chunk.position_HJ[-1] + [0.02, 0.0], atol=1e-12)
+def test_bounds_are_the_tightest_of_bundle_urdf_and_settings() -> None:
+    urdf = """<robot name="r">
+      <joint name="arm" type="revolute"><limit lower="-1.5" upper="3" velocity="0.8"/></joint>
+      <joint name="wheel" type="continuous"><limit velocity="9"/></joint>
+      <joint name="fixed" type="fixed"/></robot>"""
+    assert urdf_limits(urdf) == {"arm": (-1.5, 3.0, 0.8), "wheel": (-np.inf, np.inf, 9.0)}
+    chosen = settings_from_parameters(
+        {"limits.velocity_scale": 0.5, "limits.joints.gripper.upper": 0.03, "limits.joints.arm.acceleration": 2.0}
+    ).limits
+    bounds = joint_bounds(JOINTS, chosen, urdf)
+    np.testing.assert_allclose(bounds.lower_J, [-1.5, 0.0])
+    np.testing.assert_allclose(bounds.upper_J, [2.0, 0.03])
+    np.testing.assert_allclose(bounds.speed_J, [0.4, 0.05])
+    np.testing.assert_allclose(bounds.acceleration_J, [2.0, 0.1 / 0.15])
 
 
-def test_clean_motions_of_many_kinds_pass_without_correction() -> None:
-    """A gate that corrects what is in order would be switched off by its users."""
-    flagged = 0
-    for seed in range(300):
-        rng = np.random.default_rng(seed)
-        start = rng.uniform([-1.5, 0.005], [1.5, 0.035])
-        way = rng.uniform([-0.4, -0.015], [0.4, 0.015])
-        target = np.clip(start + way, [-2.0, 0.0], [2.0, 0.04])
-        duration = rng.uniform(0.8, 2.0)
-        t = np.clip(rng.uniform(0, duration) + 0.05 * np.arange(0, 17), 0, duration)[:, None] / duration
-        path = start + (target - start) * (10 * t**3 - 15 * t**4 + 6 * t**5)
-        chunk = chunk_of(path[1:], np.gradient(path, 0.05, axis=0)[1:])
-        flagged += bool(judge(chunk, measured=path[0]).corrections)
-    assert flagged == 0
+def test_limits_that_leave_nothing_and_urdf_that_is_none_are_refused() -> None:
+    chosen = settings_from_parameters({"limits.joints.gripper.lower": 0.05}).limits
+    with pytest.raises(ConfigurationError, match=r"joint 'gripper': bundle, URDF and limits.joints leave no range"):
+        joint_bounds(JOINTS, chosen)
+    with pytest.raises(ConfigurationError, match="'robot_description': expected a URDF"):
+        urdf_limits("<robot>")
 
 
-def test_a_small_excess_is_clamped_a_large_one_refused() -> None:
+# --- what may be wished for
+
+
+def test_a_clean_chunk_passes_as_it_is() -> None:
+    chunk, corrections = screen(ramp(0.8))
+    assert corrections == ()
+    np.testing.assert_array_equal(chunk.position_HJ, ramp(0.8).position_HJ)
+
+
+def test_clean_demonstrations_are_not_flagged() -> None:
+    """Calibration: a gate that corrects what is in order would be switched off by its users."""
+    world = World(render=False)
+    units = ["m" if name == "gripper" else "rad" for name in SIM_JOINTS]
+    joints = tuple(
+        JointSpec(name=n, unit=u, lower=lo, upper=hi, max_velocity={"rad": 3.0, "m": 0.2}[u], relative=True)  # type: ignore[arg-type]
+        for n, u, lo, hi in zip(SIM_JOINTS, units, world.lower_J, world.upper_J, strict=True)
+    )
+    chosen = settings_from_parameters({}).limits
+    gate = SafetyGate(joints, chosen, joint_bounds(joints, chosen))
+    flagged = judged = 0
+    worst = 0.0
+    for seed in range(60):
+        reference = Expert(world).plan(HOME_J, None, sample_scene(seed, split="all"))
+        for start_s in np.arange(0.0, reference.duration_s, 0.05):
+            path = reference.sample(start_s + 0.05 * np.arange(17))
+            chunk = ActionChunk(NOW, PERIOD, SIM_JOINTS, path[1:], np.gradient(path, 0.05, axis=0)[1:])
+            wished, corrections = gate.screen(chunk, NOW, path[0], NOW)
+            governor = Governor(SIM_JOINTS, 0.02)
+            before = reference.sample(start_s + np.array([-0.02, 0.0])) if start_s else path[[0, 0]]
+            speed = (before[1] - before[0]) / 0.02
+            governor.running = Motion(
+                SIM_JOINTS, NOW, np.array([NOW, NOW + MS]), np.stack([path[0], path[0]]), np.stack([speed, speed])
+            )
+            motion = governor.follow(wished, path[0], NOW, NOW, gate.bounds)
+            gate.judge(motion, path[0])
+            due = np.array([motion.at(chunk.due_ns(k))[0] for k in range(1, 16)])
+            worst = max(worst, float(np.abs(due - chunk.position_HJ[1:]).max()))
+            judged, flagged = judged + 1, flagged + bool(corrections)
+    assert judged > 1000 and flagged == 0
+    assert worst < 5e-3  # and the governor follows them
+
+
+def test_a_small_excess_is_clamped_a_large_one_falls_under_the_rule() -> None:
+    near = np.array([1.97, 0.02])
     chunk = chunk_of(np.array([[1.98, 0.02], [2.01, 0.02], [2.05, 0.02]]))
-    verdict = judge(chunk, measured=np.array([1.97, 0.02]))
-    assert verdict.corrections == ("clamped arm",)
-    np.testing.assert_array_equal(verdict.command.position_HJ[:3, 0], [1.98, 2.0, 2.0])
+    wished, corrections = screen(chunk, near)
+    assert corrections == ("clamped arm",)
+    np.testing.assert_array_equal(wished.position_HJ[:, 0], [1.98, 2.0, 2.0])
     beyond = replace(chunk, position_HJ=chunk.position_HJ + np.array([0.04, 0.0]))
-    with pytest.raises(
-        SafetyRefusal, match=r"joint 'arm': position of action 2 is 2.0900 rad, limits -2.0000 to 2.0000"
-    ):
-        judge(beyond, measured=np.array([1.97, 0.02]))
+    fault = r"joint 'arm': position of action 2 is 2.0900 rad, limits -2.0000 to 2.0000"
+    with pytest.raises(SafetyRefusal, match=fault):
+        screen(beyond, near)
+    with pytest.raises(EmergencyStop, match=fault):
+        screen(beyond, near, on_position="stop")
+    assert screen(beyond, near, on_position="clamp")[1] == ("clamped arm",)
 
 
-def test_a_cubic_that_leaves_the_limits_between_points_is_flattened() -> None:
-    # Both points lie on the limit; with these velocities the cubic between them would go 0.006 rad beyond.
-    points, velocity = np.array([[2.0, 0.02], [2.0, 0.02]]), np.array([[0.5, 0.0], [-0.5, 0.0]])
-    chunk = chunk_of(points, velocity)
-    assert sampled(chunk)[0][:, 0].max() > 2.005
-    command = judge(chunk, measured=np.array([1.99, 0.02])).command
-    assert sampled(command)[0][:, 0].max() <= 2.0 + 1e-12
+def test_speed() -> None:
+    assert screen(ramp(1.5))[1] == ("slowed arm",)
+    assert screen(ramp(0.6))[1] == ()
+    assert screen(ramp(0.6), velocity_scale=0.5)[1] == ("slowed arm",)
+    fault = r"joint 'arm': chunk moves at 2.10 rad/s, limit 1.00, more than limits.max_overspeed \(2\) times as fast"
+    with pytest.raises(SafetyRefusal, match=fault):
+        screen(ramp(2.1))
+    with pytest.raises(EmergencyStop, match=fault):
+        screen(ramp(2.1), on_speed="stop")
+    assert screen(ramp(2.1), on_speed="clamp")[1] == ("slowed arm",)
+    assert screen(ramp(2.1), max_overspeed=3.0)[1] == ("slowed arm",)
 
 
-def test_a_chunk_that_is_too_fast_is_slowed_down_along_the_same_path() -> None:
-    chunk = ramp(1.5)
-    verdict = judge(chunk)
-    assert verdict.corrections == ("slowed 1.50x for arm",)
-    np.testing.assert_array_equal(verdict.command.position_HJ[:-1], chunk.position_HJ)
-    np.testing.assert_allclose(verdict.command.velocity_HJ[:-1, 0], 1.0, rtol=1e-6)
-    # Rounded up by at most a nanosecond or two, so that no speed is above its limit.
-    assert 0 <= verdict.command.period_ns - 75 * MS <= 2
-    assert 0 <= verdict.command.due_ns(0) - (NOW + 75 * MS) <= 2
-
-
-def test_a_chunk_that_is_much_too_fast_is_refused() -> None:
-    with pytest.raises(SafetyRefusal, match=r"joint 'arm': velocity of action 0 is 2.1, limit 1 per second, too fast"):
-        judge(ramp(2.1))
-    with pytest.raises(SafetyRefusal, match=r"joint 'arm': chunk needs 2.15 rad/s, limit 1.00, too fast"):
-        judge(replace(ramp(2.1), velocity_HJ=np.full((8, 2), [2.0, 0.0])))
-    judge(ramp(2.1), replace_limits(max_slowdown=3.0))
-
-
-def test_speed_between_points_counts() -> None:
-    # 0.9 rad/s on average from rest to rest is 1.35 rad/s in the middle.
-    chunk = chunk_of(np.array([[0.0, 0.02], [0.045, 0.02]]), np.zeros((2, 2)))
-    assert judge(chunk).corrections == ("slowed 1.35x for arm",)
-
-
-def test_a_jump_from_the_measured_position_is_refused() -> None:
-    with pytest.raises(SafetyRefusal, match=r"joint 'arm': chunk needs 10.00 rad/s"):
-        judge(ramp(0.0), measured=np.array([0.5, 0.02]))
-
-
-def test_velocity_scale() -> None:
-    assert judge(ramp(0.6)).corrections == ()
-    assert judge(ramp(0.6), replace_limits(velocity_scale=0.5)).corrections == ("slowed 1.20x for arm",)
-
-
-def replace_limits(**changes: float) -> LimitSettings:
-    return LimitSettings.model_validate({**LIMITS.model_dump(), **changes})
+def test_a_jump_from_the_measured_position() -> None:
+    fault = r"joint 'arm': action 0 is 0.500 rad from the measured 0.500, limit 0.350 \(limits.max_jump_s\)"
+    with pytest.raises(SafetyRefusal, match=fault):
+        screen(ramp(0.0), np.array([0.5, 0.02]))
+    with pytest.raises(EmergencyStop, match=fault):
+        screen(ramp(0.0), np.array([0.5, 0.02]), on_jump="stop")
+    screen(ramp(0.0), np.array([0.5, 0.02]), on_jump="clamp")  # the governor goes there in its own time
+    screen(ramp(0.0), np.array([0.34, 0.02]))
 
 
 def with_value(what: str, value: float) -> ActionChunk:
@@ -182,47 +185,59 @@ def with_value(what: str, value: float) -> ActionChunk:
         (replace(ramp(0.5), joints=("gripper", "arm")), "expected joints arm, gripper, got gripper, arm"),
         (replace(ramp(0.5), velocity_HJ=np.zeros((7, 2))), r"got \[8, 2\] and \[7, 2\]"),
         (chunk_of(np.zeros((0, 2)), np.zeros((0, 2))), "1 or more"),
-        (replace(ramp(0.5), start_ns=NOW - PERIOD), "first action is due 0.0 ms ago"),
-        (replace(ramp(0.5), period_ns=0), "expected one in the future"),
+        (replace(ramp(0.5), period_ns=0), "expected a period > 0"),
     ],
 )
 def test_chunks_that_cannot_be_are_refused_by_name(chunk: ActionChunk, fault: str) -> None:
     with pytest.raises(SafetyRefusal, match=fault):
-        judge(chunk)
+        screen(chunk)
 
 
 def test_an_old_chunk_is_refused() -> None:
-    gate = SafetyGate(JOINTS, LIMITS)
-    gate.judge(ramp(0.5), NOW - 400 * MS, REST, NOW)
+    gate_of().screen(ramp(0.5), NOW - 400 * MS, REST, NOW)
     with pytest.raises(SafetyRefusal, match=r"observation is 401 ms old, limit 400 ms \(limits.max_chunk_age_s\)"):
-        gate.judge(ramp(0.5), NOW - 401 * MS, REST, NOW)
+        gate_of().screen(ramp(0.5), NOW - 401 * MS, REST, NOW)
 
 
 def test_an_unknown_measured_state_refuses() -> None:
     with pytest.raises(SafetyRefusal, match=r"joint 'arm': measured at nan"):
-        judge(ramp(0.5), measured=np.array([np.nan, 0.02]))
+        screen(ramp(0.5), np.array([np.nan, 0.02]))
     with pytest.raises(SafetyRefusal, match=r"joint 'gripper': measured at 20 m, .* is it published in m\?"):
-        judge(ramp(0.5), measured=np.array([0.0, 20.0]))
+        screen(ramp(0.5), np.array([0.0, 20.0]))
     with pytest.raises(SafetyRefusal, match="measured state: expected 2 positions"):
-        judge(ramp(0.5), measured=np.zeros(3))
+        screen(ramp(0.5), np.zeros(3))
 
 
-def test_hold_stays_where_the_arm_is() -> None:
-    hold = SafetyGate(JOINTS, LIMITS).hold(np.array([0.7, 0.01]), NOW, 200 * MS)
-    assert (hold.horizon, hold.due_ns(0)) == (1, NOW + 200 * MS)
-    np.testing.assert_array_equal(hold.position_HJ, [[0.7, 0.01]])
-    np.testing.assert_array_equal(hold.velocity_HJ, [[0.0, 0.0]])
+# --- what the wire will carry
 
 
-def test_hold_outside_the_limits_goes_to_the_limit_at_allowed_speed() -> None:
-    hold = SafetyGate(JOINTS, LIMITS).hold(np.array([2.5, -0.01]), NOW, 200 * MS)
-    np.testing.assert_array_equal(hold.position_HJ, [[2.0, 0.0]])
-    assert hold.due_ns(0) == NOW + 500 * MS
+def test_a_motion_within_the_bounds_passes() -> None:
+    gate_of().judge(motion_of([[0.0, 0.02], [0.005, 0.02], [0.01, 0.02]], [[0, 0], [0.2, 0], [0, 0]]), REST)
+    gate_of().judge(motion_of([[0.0, 0.02]], [[0, 0]]), REST)
 
 
-def test_hold_at_nowhere_is_refused() -> None:
-    with pytest.raises(SafetyRefusal, match="joint 'arm': measured at nan"):
-        SafetyGate(JOINTS, LIMITS).hold(np.array([np.nan, 0.0]), NOW, 200 * MS)
+@pytest.mark.parametrize(
+    "position, velocity",
+    [
+        ([[1.9, 0.02], [2.1, 0.02]], [[0, 0], [0, 0]]),  # beyond the limit
+        ([[2.0, 0.02], [2.0, 0.02]], [[0.2, 0], [-0.2, 0]]),  # beyond it between the instants
+        ([[0.0, 0.02], [0.06, 0.02]], [[0, 0], [0, 0]]),  # 1.2 rad/s on average
+        ([[0.0, 0.02], [0.025, 0.02]], [[0, 0], [0, 0]]),  # 60 rad/s^2
+        ([[0.0, 0.02], [0.005, 0.02]], [[0, 0], [0.2, 0]]),  # does not end at rest
+        ([[0.0, 0.02], [np.nan, 0.02]], [[0, 0], [0, 0]]),
+    ],
+)
+def test_a_motion_beyond_the_bounds_is_refused(position: Any, velocity: Any) -> None:
+    with pytest.raises(SafetyRefusal, match=r"joint 'arm': motion reaches"):
+        gate_of().judge(motion_of(position, velocity), REST)
+
+
+def test_an_arm_outside_its_limits_may_come_back_but_not_go_farther() -> None:
+    gate, outside = gate_of(), np.array([2.1, 0.02])
+    way_back = Governor(("arm", "gripper"), 0.02).rest_at(np.array([1.9, 0.02]), outside, NOW, NOW, gate.bounds)
+    gate.judge(way_back, outside)
+    with pytest.raises(SafetyRefusal, match="joint 'arm'"):
+        gate.judge(motion_of([[2.1, 0.02], [2.105, 0.02], [2.11, 0.02]], [[0, 0], [0.2, 0], [0, 0]]), outside)
 
 
 any_float = st.floats(width=64, allow_nan=True, allow_infinity=True)
@@ -246,43 +261,75 @@ def any_chunk(draw: st.DrawFn) -> ActionChunk:
     return ActionChunk(start_ns, draw(st.integers(1, 200)) * MS, ("arm", "gripper"), position_HJ, velocity_HJ)
 
 
-@settings(max_examples=600, deadline=None)
+rules = st.sampled_from(("clamp", "refuse"))
+
+
+@settings(max_examples=1000, deadline=None)
 @given(
-    chunk=any_chunk(),
-    measured=st.tuples(st.one_of(near_arm, any_float), st.one_of(near_gripper, any_float)),
-    scale=st.floats(0.1, 1.0),
-    margin=st.floats(0.0, 0.2),
-    slowdown=st.floats(1.0, 10.0),
+    any_chunk(),
+    st.tuples(st.one_of(near_arm, any_float), st.one_of(near_gripper, any_float)),
+    st.fixed_dictionaries(
+        {
+            "velocity_scale": st.floats(0.1, 1.0),
+            "position_margin": st.floats(0.0, 0.2),
+            "max_jump_s": st.floats(0.0, 10.0),
+            "on_position": rules,
+            "on_speed": rules,
+            "on_jump": rules,
+        }
+    ),
 )
-@example(ramp(0.5), (0.0, 0.02), 1.0, 0.0, 1.0)
-@example(ramp(5.0), (0.0, 0.02), 1.0, 0.2, 10.0)
-def test_nothing_leaves_the_limits(
-    chunk: ActionChunk, measured: tuple[float, float], scale: float, margin: float, slowdown: float
-) -> None:
-    limits = replace_limits(velocity_scale=scale, position_margin=margin, max_slowdown=slowdown)
-    gate, measured_J = SafetyGate(JOINTS, limits), np.array(measured)
+def test_nothing_leaves_the_limits(chunk: ActionChunk, measured: tuple[float, float], limits: dict[str, Any]) -> None:
+    gate, measured_J = gate_of(**limits), np.array(measured)
     try:
-        command = gate.judge(chunk, NOW, measured_J, NOW).command
-    except SafetyRefusal:
-        pass
-    else:
-        assert_within_limits(command, measured_J, NOW, scale)
-    try:
-        hold = gate.hold(measured_J, NOW, 100 * MS)
+        wished, _ = gate.screen(chunk, NOW, measured_J, NOW)
+        motion = Governor(("arm", "gripper"), 0.02).follow(wished, measured_J, NOW + 10 * MS, NOW, gate.bounds)
+        gate.judge(motion, measured_J)
     except SafetyRefusal:
         return
-    assert np.all(hold.position_HJ >= [-2.0, 0.0]) and np.all(hold.position_HJ <= [2.0, 0.04])
-    assert np.all(hold.velocity_HJ == 0.0) and hold.due_ns(0) >= NOW + 100 * MS
+    position, velocity, acceleration = sampled(motion)
+    lower, upper = np.minimum([-2.0, 0.0], measured_J), np.maximum([2.0, 0.04], measured_J)
+    assert np.all(position >= lower - 1e-6) and np.all(position <= upper + 1e-6)
+    assert np.all(np.abs(velocity) <= np.array([1.0, 0.1]) * limits["velocity_scale"] * (1 + 1e-6))
+    assert np.all(np.abs(acceleration) <= np.array([1.0, 0.1]) / 0.15 * (1 + 1e-6))
+    np.testing.assert_array_equal(motion.velocity_NJ[-1], 0.0)
+    np.testing.assert_array_equal(motion.position_NJ[0], measured_J)
+
+
+def sampled(motion: Motion, per_piece: int = 40) -> tuple[NDArray[np.float64], ...]:
+    """Positions, velocities and accelerations of the cubics through the instants, by the textbook's Hermite basis."""
+    s = np.linspace(0.0, 1.0, per_piece)[:, None]
+    positions, velocities = [motion.position_NJ], [motion.velocity_NJ]
+    accelerations = [np.zeros_like(motion.velocity_NJ)]
+    for k in range(len(motion.time_N) - 1):
+        period_s = int(motion.time_N[k + 1] - motion.time_N[k]) / NS_PER_S
+        p0, p1 = motion.position_NJ[k : k + 2]
+        m0, m1 = motion.velocity_NJ[k : k + 2] * period_s
+        positions.append((2 * s**3 - 3 * s**2 + 1) * p0 + (s**3 - 2 * s**2 + s) * m0 + (3 * s**2 - 2 * s**3) * p1)
+        positions[-1] = positions[-1] + (s**3 - s**2) * m1
+        slope = (6 * s**2 - 6 * s) * (p0 - p1) + (3 * s**2 - 4 * s + 1) * m0 + (3 * s**2 - 2 * s) * m1
+        velocities.append(slope / period_s)
+        bend = (12 * s - 6) * (p0 - p1) + (6 * s - 4) * m0 + (6 * s - 2) * m1
+        accelerations.append(bend / period_s**2)
+    return np.vstack(positions), np.vstack(velocities), np.vstack(accelerations)
 
 
 @settings(max_examples=100, deadline=None)
 @given(arrays(float, (4, 2), elements=st.floats(-1, 1)), arrays(float, (4, 2), elements=st.floats(-30, 30)))
-def test_cubic_extremes_are_those_of_the_sampled_curve(
-    position_HJ: NDArray[np.float64], velocity_HJ: NDArray[np.float64]
+def test_extremes_are_those_of_the_sampled_curve(
+    position_NJ: NDArray[np.float64], velocity_NJ: NDArray[np.float64]
 ) -> None:
-    chunk = chunk_of(position_HJ, velocity_HJ)
-    low_J, high_J, speed_J = cubic_extremes(chunk)
-    position, velocity = sampled(chunk, 2000)
+    motion = motion_of(position_NJ, velocity_NJ)
+    low_J, high_J, speed_J, acceleration_J = extremes(motion)
+    position, velocity, acceleration = sampled(motion, 2000)
     np.testing.assert_allclose(low_J, position.min(axis=0), atol=1e-5)
     np.testing.assert_allclose(high_J, position.max(axis=0), atol=1e-5)
     np.testing.assert_allclose(speed_J, np.abs(velocity).max(axis=0), atol=1e-3)
+    np.testing.assert_allclose(acceleration_J, np.abs(acceleration).max(axis=0), atol=1e-6)
+
+
+def test_bounds_know_who_can_stop() -> None:
+    bounds = Bounds(np.zeros(1), np.ones(1), np.ones(1), np.ones(1) * 5)
+    assert bounds.can_stop(np.array([0.5]), np.array([1.0]), 0.02)[0]
+    assert not bounds.can_stop(np.array([0.95]), np.array([1.0]), 0.02)[0]
+    assert not bounds.can_stop(np.array([1.1]), np.array([0.0]), 0.02)[0]

@@ -17,7 +17,7 @@ def test_defaults_are_valid_and_fit_the_demo_policy() -> None:
     settings = settings_from_parameters({})
     settings.validate_against(demo_policy())
     assert settings.rate_hz == 10.0
-    assert settings.camera_topic("wrist") == "camera/wrist/image_raw"
+    assert settings.camera("wrist").topic == "camera/wrist/image_raw"
 
 
 def test_settings_are_frozen() -> None:
@@ -55,7 +55,7 @@ def test_changeable_settings() -> None:
         ("flow_steps", -1),
         ("engine", "abacus"),
         ("limits.velocity_scale", 1.5),
-        ("limits.max_slowdown", 0.5),
+        ("limits.max_overspeed", 0.5),
         ("threads", "many"),
     ],
 )
@@ -91,14 +91,17 @@ def test_a_bundle_is_a_folder_or_the_name_of_a_shipped_one(tmp_path: Path) -> No
 
 
 def test_camera_names_may_contain_dots() -> None:
-    assert check_names(["cameras.left.eye.topic", "limits.max_slowdown"]) == ("left.eye",)
+    assert check_names(["cameras.left.eye.topic", "limits.max_overspeed"]) == (("left.eye",), ())
     settings = settings_from_parameters({"cameras.left.eye.topic": "/eye"})
-    assert settings.camera_topic("left.eye") == "/eye"
+    assert settings.camera("left.eye").topic == "/eye"
 
 
 def test_a_camera_that_the_bundle_lacks_is_refused() -> None:
     settings = settings_from_parameters({"cameras.wrst.topic": "/wrist/image_raw"})
-    with pytest.raises(ConfigurationError, match=r"no camera 'wrst', only scene, wrist; did you mean 'wrist'\?"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"'cameras.wrst.*': bundle 'test-policy' has only scene, wrist; did you mean 'wrist'\?",
+    ):
         settings.validate_against(demo_policy())
 
 
@@ -109,3 +112,64 @@ def test_the_chunk_must_outlast_the_execution_horizon_by_a_tick() -> None:
         settings_from_parameters({"execution_horizon_s": 0.71}).validate_against(demo_policy())
     with pytest.raises(ConfigurationError, match="execution_horizon_s"):
         settings_from_parameters({"execution_horizon_s": 0.7, "rate_hz": 5.0}).validate_against(demo_policy())
+
+
+def test_compressed_cameras_have_their_own_default_topic() -> None:
+    settings = settings_from_parameters({"cameras.wrist.transport": "compressed"})
+    assert settings.camera("wrist").topic == "camera/wrist/image_raw/compressed"
+
+
+def test_joint_limits_by_name() -> None:
+    assert check_names(["limits.joints.elbow.upper"]) == ((), ("elbow",))
+    with pytest.raises(ConfigurationError, match=r"did you mean 'limits.joints.elbow.upper'\?"):
+        check_names(["limits.joints.elbow.uper"])
+    limits = settings_from_parameters({"limits.joints.elbow.upper": 1.5}).limits
+    assert limits.of("elbow").upper == 1.5 and limits.of("wrist").upper > 1e6
+    with pytest.raises(ConfigurationError, match=r"'limits.joints.elbo.*' has only .*did you mean 'elbow'"):
+        settings_from_parameters({"limits.joints.elbo.upper": 1.5}).validate_against(demo_policy())
+
+
+@pytest.mark.parametrize(
+    "name, tighter, looser",
+    [
+        ("velocity_scale", 0.4, 0.6),
+        ("position_margin", 0.01, 0.03),
+        ("max_overspeed", 1.5, 2.5),
+        ("max_jump_s", 0.1, 0.4),
+        ("max_chunk_age_s", 0.2, 0.5),
+        ("time_to_speed_s", 0.2, 0.1),
+        ("on_speed", "stop", "clamp"),
+        ("joints.elbow.upper", 0.9, 1.1),
+        ("joints.elbow.lower", -0.9, -1.1),
+        ("joints.elbow.velocity", 0.9, 1.1),
+        ("joints.elbow.acceleration", 0.9, 1.1),
+    ],
+)
+def test_limits_only_become_tighter(name: str, tighter: object, looser: object) -> None:
+    base = {"limits.velocity_scale": 0.5, "limits.joints.elbow.upper": 1.0, "limits.joints.elbow.lower": -1.0}
+    base |= {"limits.joints.elbow.velocity": 1.0, "limits.joints.elbow.acceleration": 1.0}
+    configured = settings_from_parameters(base)
+    settings_from_parameters(base | {f"limits.{name}": tighter}).validate_change(configured)
+    with pytest.raises(ConfigurationError, match=f"'limits.{name}': while a bundle is loaded limits may only become"):
+        settings_from_parameters(base | {f"limits.{name}": looser}).validate_change(configured)
+
+
+def test_delay_horizon_and_executor_fit_together() -> None:
+    policy = demo_policy()
+
+    def check(**changes: object) -> None:
+        settings_from_parameters(changes).validate_against(policy)
+
+    check(inference_delay=2, execution_horizon_s=0.1)
+    with pytest.raises(ConfigurationError, match="d <= s <= H - d, got d = 3, s = 2"):
+        check(inference_delay=3, execution_horizon_s=0.1)
+    with pytest.raises(ConfigurationError, match="d <= s <= H - d, got d = 5, s = 12"):
+        check(inference_delay=5, execution_horizon_s=0.6)
+    with pytest.raises(ConfigurationError, match=r"'guidance_horizon_s': got 0.9 s"):
+        check(guidance_horizon_s=0.9)
+    trained = policy.model_copy(update={"max_prefix_delay": 4})
+    settings_from_parameters({"executor": "rtc_trained"}).validate_against(trained)
+    with pytest.raises(ConfigurationError, match=r"rtc_trained needs a model .* of 1 or more actions, .* up to 0"):
+        settings_from_parameters({"executor": "rtc_trained"}).validate_against(
+            policy.model_copy(update={"max_prefix_delay": 0})
+        )

@@ -11,76 +11,128 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import load_bundle
-from ki_vla_ros.chunking import drop_actions
+from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
+from ki_vla_ros.loop import PolicyLoop
+from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Observation
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
+from ki_vla_ros.settings import Settings, settings_from_parameters
 from ki_vla_ros.sim.task import Scene, sample_scene
 from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
 from ki_vla_ros.sim.world import TIMESTEP_S, World
 
 FIRST_SCENE = 900_000_000  # training draws its scenes from smaller numbers
-TICK_S = 0.1
+
+
+class Arm:
+    """The simulated arm as the policy loop's wire: a command arrives `delay_s` after the tick that computed it."""
+
+    def __init__(self, delay_s: float) -> None:
+        self.world = World()
+        self.delay_ns = round(delay_s * NS_PER_S)
+        self.holds = 0
+        self.seam_step = self.seam_speed_step = 0.0
+        self.speeds: list[list[NDArray[np.float64]]] = []  # measured, by episode, every physics step
+        self._late: list[tuple[int, Motion]] = []
+        self._controller = TrajectoryExecutor(self.world.joints, self.world.joint_position_J)
+
+    def reset(self, scene: Scene) -> None:
+        self.world.reset(scene)
+        self.speeds.append([])
+        self._late.clear()
+        self._controller = TrajectoryExecutor(self.world.joints, self.world.joint_position_J)
+
+    def advance(self, until_ns: int) -> None:
+        """Physics, with each command taking over at its time."""
+        while self.time_ns() < until_ns - round(TIMESTEP_S * NS_PER_S) // 2 and not self.world.judge.done:
+            now_ns = self.time_ns()
+            while self._late and self._late[0][0] <= now_ns:
+                sent_ns, motion = self._late.pop(0)
+                before = self._controller.sample(now_ns)
+                self._controller.accept(as_trajectory(motion, sent_ns), now_ns)
+                after = self._controller.sample(now_ns)
+                self.seam_step = max(self.seam_step, float(np.abs(after[0] - before[0]).max()))
+                self.seam_speed_step = max(self.seam_speed_step, float(np.abs(after[1] - before[1]).max()))
+            self.world.step(self._controller.sample(now_ns)[0])
+            self.speeds[-1].append(self.world.joint_velocity_J)
+
+    def jerk_rms(self) -> float:
+        """Of the measured motion of the arm's joints, in rad/s^3, from speeds at 100 Hz."""
+        every = round(0.01 / TIMESTEP_S)
+        jerks = [np.diff(np.array(speeds)[::every, :-1], n=2, axis=0) / 0.01**2 for speeds in self.speeds]
+        return float(np.sqrt(np.square(np.concatenate(jerks)).mean()))
+
+    def time_ns(self) -> int:
+        # Not from 0 on: that means "no time yet".
+        return NS_PER_S + round(self.world.time_s * NS_PER_S)
+
+    def now_ns(self) -> int:
+        return self.time_ns() + self.delay_ns
+
+    def simulated_clock(self) -> bool:
+        return True
+
+    def send_command(self, motion: Motion, now_ns: int) -> None:
+        self._late.append((now_ns, motion))
+
+    def report_chunk(self, chunk: ActionChunk) -> None: ...
+
+    def report_tick(self, fields: Mapping[str, object]) -> None:
+        self.holds += fields["hold"] is not None
+
+    def log(self, message: str, cause: str) -> None: ...
 
 
 class ClosedLoop:
-    """A policy on the simulated arm: asynchronous chunks at 10 Hz, actions that the delay has consumed dropped."""
+    """A policy on the simulated arm, through the robot's own loop: observation, chunk execution, governor, gate."""
 
-    def __init__(self, policy: Policy, delay_s: float) -> None:
-        self.policy, self.delay_s = policy, delay_s
-        self.world = World()
+    def __init__(self, policy: Policy, delay_s: float, settings: Settings) -> None:
+        self.policy, self.settings = policy, settings
+        self.arm = Arm(delay_s)
 
     def run(self, scene: Scene) -> tuple[int | None, bool, float]:
         """Object reached first (None: none), success, and the episode's simulated time."""
-        world = self.world
-        world.reset(scene)
-        arm = TrajectoryExecutor(world.joints, world.joint_position_J)
-        tick = 0
+        arm, world, manifest = self.arm, self.arm.world, self.policy.bundle.manifest
+        arm.reset(scene)
+        cameras = [camera.name for camera in manifest.cameras]
+        buffer = ObservationBuffer([CameraSource(name, name) for name in cameras], world.joints, "joint_states")
+        loop = PolicyLoop(self.policy, buffer, arm, Diagnostics(), lambda: self.settings)
+        loop.instruction = scene.task.instruction
         while not world.judge.done:
-            chunk = self.policy.infer(self.observe(), scene.task.instruction, tick)
-            arrives_ns = chunk.start_ns + round(self.delay_s * NS_PER_S)
-            tick += 1
-            sent = False
-            while world.time_s < tick * TICK_S - TIMESTEP_S / 2 and not world.judge.done:
-                now_ns = self.now_ns()
-                if not sent and now_ns >= arrives_ns:
-                    arm.accept(trajectory(chunk, now_ns), now_ns)
-                    sent = True
-                world.step(arm.sample(now_ns)[0])
+            now_ns = arm.time_ns()
+            for name in cameras:
+                buffer.add_frame(CameraFrame(name, now_ns, world.render(name)))
+            buffer.add_joints(JointReading(now_ns, world.joints, world.joint_position_J))
+            loop.step(self.settings, now_ns, 0)
+            arm.advance(now_ns + round(NS_PER_S / self.settings.rate_hz))
         return world.judge.reached, world.judge.success, world.time_s
 
-    def observe(self) -> Observation:
-        """What the cameras and joints say now."""
-        now_ns = self.now_ns()
-        cameras = [camera.name for camera in self.policy.bundle.manifest.cameras]
-        frames = {name: CameraFrame(name, now_ns, self.world.render(name)) for name in cameras}
-        return Observation(now_ns, frames, self.world.joint_position_J)
 
-    def now_ns(self) -> int:
-        return round(self.world.time_s * NS_PER_S)
-
-
-def trajectory(chunk: ActionChunk, now_ns: int) -> Trajectory:
-    """What of the chunk lies ahead, as the controller's message: "start now", at rest at the end."""
-    ahead = drop_actions(chunk, next(k for k in range(chunk.horizon) if chunk.due_ns(k) > now_ns))
-    velocity_HJ = ahead.velocity_HJ.copy()
-    velocity_HJ[-1] = 0.0
+def as_trajectory(motion: Motion, sent_ns: int) -> Trajectory:
+    """The controller's message, as `convert.command_message` makes it: "start now"."""
+    first = min(int(np.searchsorted(motion.time_N, sent_ns, side="right")), len(motion.time_N) - 1)
     points = [
-        TrajectoryPoint(ahead.due_ns(k) - now_ns, position_J.tolist(), velocity_J.tolist())
-        for k, (position_J, velocity_J) in enumerate(zip(ahead.position_HJ, velocity_HJ, strict=True))
+        TrajectoryPoint(int(motion.time_N[k]) - sent_ns, motion.position_NJ[k].tolist(), motion.velocity_NJ[k].tolist())
+        for k in range(first, len(motion.time_N))
     ]
-    return Trajectory(0, ahead.joints, points)
+    return Trajectory(0, motion.joints, points)
 
 
-def evaluate(policy: Policy, scenes: Sequence[Scene], delay_s: float) -> dict[str, float]:
-    """Rates over these scenes: `follow_rate` (the instructed object was the first one reached) and `success_rate`."""
-    loop = ClosedLoop(policy, delay_s)
+def evaluate(policy: Policy, scenes: Sequence[Scene], delay_s: float, settings: Settings) -> dict[str, float]:
+    """Rates over these scenes: `follow_rate` (the instructed object was the first one reached) and `success_rate`.
+
+    `seam_step` (rad or m) and `seam_speed_step` (per second) are the largest steps of the commanded motion where one
+    command takes over from another; `jerk_rms` is that of the measured motion.
+    """
+    loop = ClosedLoop(policy, delay_s, settings)
     outcomes = [loop.run(scene) for scene in scenes]
     return {
         "episodes": len(scenes),
@@ -88,6 +140,10 @@ def evaluate(policy: Policy, scenes: Sequence[Scene], delay_s: float) -> dict[st
         "success_rate": float(np.mean([success for _, success, _ in outcomes])),
         "chance_follow_rate": float(np.mean([1 / len(scene.objects) for scene in scenes])),
         "mean_seconds": float(np.mean([seconds for *_, seconds in outcomes])),
+        "holds": loop.arm.holds,
+        "jerk_rms": loop.arm.jerk_rms(),
+        "seam_step": loop.arm.seam_step,
+        "seam_speed_step": loop.arm.seam_speed_step,
     }
 
 
@@ -100,15 +156,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--delay-s", type=float, default=0.03, help="from observation to the chunk's arrival at the arm"
     )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a node parameter, e.g. executor=rtc"
+    )
     parser.add_argument("--flow-steps", type=int, help="default: what the bundle says")
     parser.add_argument("--noise-seed", type=int, default=0)
     options = parser.parse_args(arguments)
     bundle = load_bundle(options.bundle)
     policy = Policy(bundle, OnnxEngine(bundle), options.flow_steps, options.noise_seed)
+    # Simulated time: a second between two scenes' clocks would look like one that was set back.
+    chosen = settings_from_parameters({"ramp_in_s": 0.0} | dict(pair.split("=", 1) for pair in options.set))
+    chosen.validate_against(bundle.manifest)
     first = options.first_scene
     scenes = [sample_scene(seed, split=options.split) for seed in range(first, first + options.episodes)]
     settings = {"bundle": bundle.manifest.name, **{k: v for k, v in vars(options).items() if k != "bundle"}}
-    print(json.dumps(settings | evaluate(policy, scenes, options.delay_s), indent=1))
+    print(json.dumps(settings | evaluate(policy, scenes, options.delay_s, chosen), indent=1))
 
 
 if __name__ == "__main__":

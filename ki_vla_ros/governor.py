@@ -1,0 +1,167 @@
+"""From a wanted path to a motion the arm may make: bounded position, speed and acceleration, always able to stop.
+
+The motion has constant acceleration in each period, so its points with positions and velocities describe it wholly: the
+cubic through two of them, which is what joint_trajectory_controller follows, is that parabola again, from whatever
+moment of it the controller starts. So what holds at the points holds between them, and two commands that share a piece
+join without a seam.
+
+Legend: N periods, J joints. Positions in rad or m, times in s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.chunking import cubic
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+
+Array = NDArray[np.float64]
+
+# Share of the acceleration limit that closes a gap to the path; the path's own acceleration needs the rest.
+CORRECTION = 0.5
+_STILL = 1e-7
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """Per joint: lowest and highest position, speed, acceleration."""
+
+    lower_J: Array
+    upper_J: Array
+    speed_J: Array
+    acceleration_J: Array
+
+    def stopping_way(self, velocity_J: Array, period_s: float) -> Array:
+        """An upper bound of the way to rest, whole periods of constant braking: v^2 / 2a + v * period / 2."""
+        speed_J = np.abs(velocity_J)
+        way_J: Array = speed_J**2 / (2.0 * self.acceleration_J) + speed_J * period_s / 2.0
+        return way_J
+
+    def can_stop(self, position_J: Array, velocity_J: Array, period_s: float) -> NDArray[np.bool_]:
+        """Per joint, whether it is inside its bounds and can come to rest inside them."""
+        end_J = position_J + np.sign(velocity_J) * self.stopping_way(velocity_J, period_s)
+        inside_J = (end_J >= self.lower_J) & (end_J <= self.upper_J)
+        inside_J &= (position_J >= self.lower_J) & (position_J <= self.upper_J)
+        return inside_J & (np.abs(velocity_J) <= self.speed_J)
+
+
+class Governor:
+    """Makes each motion continue the one before it. `running` is what the wire was last told; None: nothing moves."""
+
+    def __init__(self, joints: tuple[str, ...], period_s: float) -> None:
+        self.running: Motion | None = None
+        self._joints = joints
+        self._period_s, self._period_ns = period_s, round(period_s * NS_PER_S)
+
+    def handover_ns(self, now_ns: int, lead_ns: int) -> int:
+        """The first instant of the running motion that is at least `lead_ns` away: there the next one takes over."""
+        if self.running is None or now_ns + lead_ns >= self.running.end_ns:
+            return now_ns + lead_ns
+        return int(self.running.time_N[np.searchsorted(self.running.time_N, now_ns + lead_ns)])
+
+    def follow(self, target: ActionChunk, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds) -> Motion:
+        """The running motion until `from_ns`, then towards `target`, ending at rest. Without one: from `measured_J`."""
+        end_ns = target.due_ns(target.horizon - 1)
+        steps = max(1, -((from_ns - end_ns) // self._period_ns))  # rounded up: the last action is still reached
+        path_NJ, speed_NJ = cubic(target, from_ns + self._period_ns * (np.arange(steps) + 1))
+        return self._continue(path_NJ, speed_NJ, measured_J, from_ns, now_ns, bounds)
+
+    def rest_at(self, position_J: Array, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds) -> Motion:
+        """To rest at `position_J` as fast as the bounds allow."""
+        reach_s = np.max(
+            np.abs(bounds.upper_J - bounds.lower_J) / bounds.speed_J + 4 * bounds.speed_J / bounds.acceleration_J
+        )
+        path_NJ = np.tile(position_J, (int(reach_s / self._period_s) + 2, 1))
+        motion = self._continue(path_NJ, np.zeros_like(path_NJ), measured_J, from_ns, now_ns, bounds)
+        return _without_tail(motion)
+
+    def brake(self, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds) -> Motion:
+        """To rest as soon as the bounds allow, wherever that is."""
+        nowhere = np.zeros((0, len(self._joints)))
+        return self._continue(nowhere, nowhere, measured_J, from_ns, now_ns, bounds)
+
+    def _continue(
+        self, path_NJ: Array, speed_NJ: Array, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds
+    ) -> Motion:
+        old = self.running
+        if old is None:
+            start_p, start_v = measured_J, np.zeros_like(measured_J)
+            keep = slice(0, 0)
+        else:
+            start_p, start_v = old.at(from_ns)
+            ahead = np.searchsorted(old.time_N, now_ns, side="right")
+            keep = slice(int(ahead), int(np.searchsorted(old.time_N, from_ns, side="left")))
+        position_NJ, velocity_NJ = follow(start_p, start_v, path_NJ, speed_NJ, self._period_s, bounds)
+        times = from_ns + self._period_ns * np.arange(len(position_NJ) + 1, dtype=np.int64)
+        before = (old.time_N[keep], old.position_NJ[keep], old.velocity_NJ[keep]) if old else None
+        parts = [(times, np.vstack([start_p, position_NJ]), np.vstack([start_v, velocity_NJ]))]
+        parts = [before, *parts] if before else parts
+        time_N, position_NJ, velocity_NJ = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+        return Motion(self._joints, from_ns, time_N, position_NJ, velocity_NJ)
+
+
+def _without_tail(motion: Motion) -> Motion:
+    """Ended where nothing moves any more (to 1e-7 rad or m); what it repeats of the motion before it stays whole."""
+    still = np.all(np.abs(motion.velocity_NJ) < _STILL, axis=1)
+    still &= np.all(np.abs(motion.position_NJ - motion.position_NJ[-1]) < _STILL, axis=1)
+    moving = np.flatnonzero(~still)
+    last = max(int(moving[-1]) + 1 if moving.size else 0, int(np.searchsorted(motion.time_N, motion.from_ns)))
+    head = slice(0, last + 1)
+    velocity_NJ = motion.velocity_NJ[head].copy()
+    velocity_NJ[-1] = 0.0
+    return Motion(motion.joints, motion.from_ns, motion.time_N[head], motion.position_NJ[head], velocity_NJ)
+
+
+def follow(
+    position_J: Array, velocity_J: Array, path_NJ: Array, speed_NJ: Array, period_s: float, bounds: Bounds
+) -> tuple[Array, Array]:
+    """Positions and velocities [M, J], M >= N, one, two, ... periods after the given start, ending at rest.
+
+    The motion follows `path_NJ` with the velocities `speed_NJ` (both at the same instants) as closely as the bounds
+    allow, and after its end brakes. A path within the bounds is met to the path's third derivative times period^3 / 24.
+    From a start that cannot stop within the bounds it returns to them with the acceleration that it has; from one
+    outside (an arm that was pushed there) it comes in at that acceleration too.
+    """
+    p, v = position_J, velocity_J
+    positions, velocities = [], []
+    for wanted_J, wanted_velocity_J in zip(path_NJ, speed_NJ, strict=True):
+        aim_J = np.clip(wanted_J, bounds.lower_J, bounds.upper_J)
+        v_next = _next_velocity(p, v, aim_J, np.where(aim_J == wanted_J, wanted_velocity_J, 0.0), period_s, bounds)
+        p, v = p + (v + v_next) * (period_s / 2.0), v_next
+        positions.append(p)
+        velocities.append(v)
+    step_J = bounds.acceleration_J * period_s
+    while np.any(v != 0.0):
+        v_next = np.sign(v) * np.maximum(np.abs(v) - step_J, 0.0)
+        p, v = p + (v + v_next) * (period_s / 2.0), v_next
+        positions.append(p)
+        velocities.append(v)
+    return np.array(positions).reshape(-1, len(p)), np.array(velocities).reshape(-1, len(p))
+
+
+def _next_velocity(p: Array, v: Array, aim_J: Array, aim_velocity_J: Array, period_s: float, bounds: Bounds) -> Array:
+    """The velocity one period on: towards the path, and one from which every joint can still stop.
+
+    With v1 as the next velocity the joint moves (v + v1) * period / 2; it must then be able to stop before its bound:
+    p + (v + v1) T / 2 + v1^2 / 2a + v1 T / 2 <= upper, a quadratic in v1. If the present state can stop, braking with
+    full acceleration fulfils it, so there is always a solution within one step of acceleration.
+    """
+    step_J = bounds.acceleration_J * period_s
+    half_s = period_s / 2.0
+    gap_J = aim_J - p - (v + aim_velocity_J) * half_s
+    wanted = aim_velocity_J + np.sign(gap_J) * _speed_that_stops(np.abs(gap_J), CORRECTION * step_J, period_s)
+    up = _speed_that_stops(bounds.upper_J - p - v * half_s, step_J, period_s)
+    down = -_speed_that_stops(p + v * half_s - bounds.lower_J, step_J, period_s)
+    within = np.clip(np.clip(wanted, down, up), -bounds.speed_J, bounds.speed_J)
+    next_velocity: Array = np.clip(within, v - step_J, v + step_J)
+    return next_velocity
+
+
+def _speed_that_stops(way_J: Array, step_J: Array, period_s: float) -> Array:
+    """The largest v1 >= 0 with v1 T + v1^2 / 2a <= way, where step = a T; negative where there is no way left."""
+    acceleration_J = step_J / period_s
+    root: Array = np.sqrt(np.maximum(step_J**2 + 2.0 * acceleration_J * way_J, 0.0)) - step_J
+    return root

@@ -1,0 +1,110 @@
+"""Image bytes, as sensor_msgs describes them, -> RGB pixels. No ROS: bags are read with the same code.
+
+What each encoding becomes is what cv_bridge makes of it when asked for rgb8, pixel for pixel (tested where cv_bridge is
+installed). Legend: H height, W width, C channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.errors import InputError
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """`bytes_per_pixel`, and how rows [H, W * bytes_per_pixel] become rgb [H, W, 3]."""
+
+    bytes_per_pixel: int
+    to_rgb: Callable[[NDArray[Any], bool], NDArray[Any]]
+    even: bool = False  # width and height must be even (width only, for yuv422)
+
+
+def _reorder(channels: int, order: tuple[int, int, int]) -> _Encoding:
+    def to_rgb(rows: NDArray[Any], _big: bool) -> NDArray[Any]:
+        pixels = rows.reshape(rows.shape[0], -1, channels)
+        return pixels if channels == 3 and order == (0, 1, 2) else pixels[..., order]
+
+    return _Encoding(channels, to_rgb)
+
+
+def _sixteen_bits(rows: NDArray[Any], big: bool) -> NDArray[Any]:
+    """65535 becomes 255, rounded to the nearest."""
+    values = np.ascontiguousarray(rows).view(">u2" if big else "<u2").astype(np.uint16)
+    grey: NDArray[Any] = cv2.convertScaleAbs(values, alpha=255.0 / 65535.0)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _by_opencv(code: int, bytes_per_pixel: int) -> _Encoding:
+    def to_rgb(rows: NDArray[Any], _big: bool) -> NDArray[Any]:
+        whole = np.ascontiguousarray(rows)
+        shaped = whole if bytes_per_pixel == 1 else whole.reshape(whole.shape[0], -1, bytes_per_pixel)
+        rgb: NDArray[Any] = cv2.cvtColor(shaped, code)
+        return rgb
+
+    return _Encoding(bytes_per_pixel, to_rgb, even=True)
+
+
+# OpenCV names a Bayer pattern by its second row's second and third pixel, ROS by its first two of both rows.
+ENCODINGS: Mapping[str, _Encoding] = {
+    "rgb8": _reorder(3, (0, 1, 2)),
+    "bgr8": _reorder(3, (2, 1, 0)),
+    "rgba8": _reorder(4, (0, 1, 2)),
+    "bgra8": _reorder(4, (2, 1, 0)),
+    "mono8": _reorder(1, (0, 0, 0)),
+    "8UC1": _reorder(1, (0, 0, 0)),
+    "8UC3": _reorder(3, (2, 1, 0)),
+    "mono16": _Encoding(2, _sixteen_bits),
+    "16UC1": _Encoding(2, _sixteen_bits),
+    "bayer_rggb8": _by_opencv(cv2.COLOR_BayerBG2RGB, 1),
+    "bayer_bggr8": _by_opencv(cv2.COLOR_BayerRG2RGB, 1),
+    "bayer_gbrg8": _by_opencv(cv2.COLOR_BayerGR2RGB, 1),
+    "bayer_grbg8": _by_opencv(cv2.COLOR_BayerGB2RGB, 1),
+    "yuv422": _by_opencv(cv2.COLOR_YUV2RGB_UYVY, 2),
+    "uyvy": _by_opencv(cv2.COLOR_YUV2RGB_UYVY, 2),
+    "yuv422_yuy2": _by_opencv(cv2.COLOR_YUV2RGB_YUYV, 2),
+    "yuyv": _by_opencv(cv2.COLOR_YUV2RGB_YUYV, 2),
+}
+
+
+def decode_raw(where: str, encoding: str, height: int, width: int, step: int, big_endian: bool, data: Any) -> Pixels:
+    """[H, W, 3]; rgb8 without row padding shares the memory of `data`.
+
+    InputError, beginning with `where`, for an unknown encoding, or where height, width, step and size do not fit.
+    """
+    known = ENCODINGS.get(encoding)
+    if known is None:
+        raise InputError(f"{where}: image encoding {encoding!r} is not read, expected one of {', '.join(ENCODINGS)}")
+    size, row = len(data), width * known.bytes_per_pixel
+    if height < 1 or width < 1 or step < row or size != height * step:
+        raise InputError(
+            f"{where}: an image of {width} x {height} {encoding} needs step >= {row} and height * step bytes, "
+            f"got step {step} and {size} bytes"
+        )
+    if known.even and (width % 2 or (known.bytes_per_pixel == 1 and height % 2)):
+        raise InputError(f"{where}: an image in {encoding} needs an even size, got {width} x {height}")
+    rows = np.frombuffer(data, dtype=np.uint8).reshape(height, step)[:, :row]
+    rgb_HWC: Pixels = np.ascontiguousarray(known.to_rgb(rows, big_endian))
+    rgb_HWC.flags.writeable = False
+    return rgb_HWC
+
+
+def decode_compressed(where: str, data: Any) -> Pixels:
+    """[H, W, 3] of a jpeg or png file; InputError, beginning with `where`, if it is none."""
+    content = np.frombuffer(data, dtype=np.uint8)
+    # The pixels as the camera has them: a rotation noted in the file is for viewers.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    bgr_HWC = cv2.imdecode(content, flags) if content.size else None
+    if bgr_HWC is None:
+        raise InputError(f"{where}: expected a jpeg or png image, got {content.size} bytes that are neither")
+    rgb_HWC: Pixels = np.asarray(cv2.cvtColor(bgr_HWC, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    rgb_HWC.flags.writeable = False
+    return rgb_HWC

@@ -1,0 +1,175 @@
+"""The seam guarantee: whatever policy, delay, jitter and loss do, what goes on the wire is continuous and bounded.
+
+A million cases instead of ten thousand: KI_VLA_SEAM_CASES=1000000 make test ARGS=test/test_seams.py
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from ki_vla_ros import loop as loop_module
+from ki_vla_ros.diagnostics import Diagnostics
+from ki_vla_ros.errors import StaleInput
+from ki_vla_ros.loop import PolicyLoop
+from ki_vla_ros.manifest import JointSpec
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
+from ki_vla_ros.safety import extremes
+from ki_vla_ros.settings import Settings, settings_from_parameters
+
+CASES = int(os.environ.get("KI_VLA_SEAM_CASES", "10000"))
+MS = 1_000_000
+START = 1_000 * NS_PER_S
+HORIZON, PERIOD = 16, 50 * MS
+ARM = JointSpec(name="arm", unit="rad", lower=-2.0, upper=2.0, max_velocity=1.5, relative=True)
+GRIPPER = JointSpec(name="gripper", unit="m", lower=0.0, upper=0.04, max_velocity=0.1, relative=False)
+JOINTS = (ARM, GRIPPER)
+NAMES = ("arm", "gripper")
+EXECUTORS = ("synchronous", "asynchronous", "temporal_ensemble", "rtc", "rtc_trained")
+LOWER, UPPER, SPEED = np.array([-2.0, 0.0]), np.array([2.0, 0.04]), np.array([1.5, 0.1])
+ACCELERATION = SPEED / 0.15
+
+
+class Wire:
+    def __init__(self) -> None:
+        self.time_ns = START
+        self.sent: list[tuple[int, Motion]] = []
+
+    def now_ns(self) -> int:
+        return self.time_ns
+
+    def simulated_clock(self) -> bool:
+        return True
+
+    def send_command(self, motion: Motion, now_ns: int) -> None:
+        self.sent.append((now_ns, motion))
+
+    def report_chunk(self, chunk: ActionChunk) -> None: ...
+
+    def report_tick(self, fields: Any) -> None: ...
+
+    def log(self, message: str, cause: str) -> None: ...
+
+    def commanded(self, rest_J: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return self.sent[-1][1].at(self.time_ns) if self.sent else (rest_J, np.zeros(2))
+
+
+@dataclass
+class Arm:
+    """Follows the wire up to a tracking error; now and then its inputs are stale."""
+
+    wire: Wire
+    rng: np.random.Generator
+    rest_J: NDArray[np.float64]
+    stale: float
+
+    def measured(self, now_ns: int, max_age_ns: int) -> NDArray[np.float64]:
+        return np.clip(self.wire.commanded(self.rest_J)[0] + self.rng.uniform(-1, 1, 2) * [2e-3, 1e-4], LOWER, UPPER)
+
+    def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
+        if self.rng.random() < self.stale:
+            raise StaleInput("camera 'scene': newest frame 900 ms old")
+        return Observation(now_ns - int(self.rng.integers(0, 60)) * MS, {}, self.measured(now_ns, max_age_ns))
+
+    def clear(self) -> None: ...
+
+
+class WildPolicy:
+    """Chunks of every kind, and inference that takes its time."""
+
+    def __init__(self, wire: Wire, rng: np.random.Generator, kind: str, longest_ms: int) -> None:
+        manifest = SimpleNamespace(
+            joints=JOINTS,
+            joint_names=NAMES,
+            horizon=HORIZON,
+            action_period_ns=PERIOD,
+            max_prefix_delay=4,
+            flow=SimpleNamespace(steps=10),
+        )
+        self.bundle = SimpleNamespace(manifest=manifest, tokenizer=None)
+        self.wire, self.rng, self.kind, self.longest_ms = wire, rng, kind, longest_ms
+        self.flow_steps = self.noise_seed = 0
+
+    def prefill(self, _: Any) -> None:
+        self.wire.time_ns += int(self.rng.integers(0, self.longest_ms + 1)) * MS
+
+    def noise(self, _: int) -> None: ...
+
+    def guide(self, condition: Any, observation: Observation) -> Any:
+        assert np.isfinite(condition.position_HJ).all() and condition.weight_H.shape == (HORIZON,)
+        return condition
+
+    def denoise(self, *_: Any) -> None: ...
+
+    def decode(self, _: Any, observation: Observation) -> ActionChunk:
+        rng, start = self.rng, observation.state_J
+        path = {
+            "smooth": lambda: start + np.cumsum(rng.normal(0, 0.5, 2) * SPEED * 0.05 + np.zeros((HORIZON, 2)), axis=0),
+            "wander": lambda: start + np.cumsum(rng.normal(0, 1.0, (HORIZON, 2)) * SPEED * 0.05, axis=0),
+            "jumps": lambda: start + rng.choice([-1, 1], 2) * SPEED * rng.uniform(0, 0.4, 2) + np.zeros((HORIZON, 2)),
+            "anywhere": lambda: rng.uniform(LOWER - 0.3, UPPER + 0.3, (HORIZON, 2)),
+        }[self.kind]()
+        velocity = np.gradient(np.vstack([start, path]), 0.05, axis=0)[1:]
+        return ActionChunk(observation.stamp_ns, PERIOD, NAMES, path, velocity)
+
+
+def run(seed: int, executor: str, kind: str, **changes: Any) -> list[tuple[int, Motion]]:
+    """A second or so of ticks with random delay, late ticks, dropped ticks and stale inputs; what the wire got."""
+    rng = np.random.default_rng(seed)
+    wire = Wire()
+    chosen = {"executor": executor, "execution_horizon_s": float(rng.choice([0.1, 0.2, 0.4])), "ramp_in_s": 0.0}
+    margins = (
+        {"limits.on_position": "clamp", "limits.on_speed": "clamp", "limits.max_jump_s": 10.0}
+        if rng.random() < 0.7
+        else {}
+    )
+    now: Settings = settings_from_parameters({**chosen, **margins, "limits.max_chunk_age_s": 2.0, **changes})
+    policy = WildPolicy(wire, rng, kind, int(rng.choice([0, 60, 300])))
+    arm = Arm(wire, rng, rng.uniform(LOWER + 0.005, UPPER - 0.005), float(rng.choice([0.0, 0.2])))
+    line = PolicyLoop(policy, arm, wire, Diagnostics(), lambda: now)  # type: ignore[arg-type]
+    line.instruction = "go"
+    for _ in range(int(rng.integers(3, 10))):
+        before = wire.time_ns
+        line.step(now, before, 0)
+        line.watch()
+        wire.time_ns = max(wire.time_ns, before + 100 * MS) + int(rng.choice([0, 0, 0, 7, 100, 900])) * MS
+    return wire.sent
+
+
+def assert_seamless(sent: list[tuple[int, Motion]]) -> None:
+    for _, motion in sent:
+        low, high, speed, acceleration = extremes(motion)
+        assert np.all(low >= LOWER - 1e-9) and np.all(high <= UPPER + 1e-9)
+        assert np.all(speed <= SPEED * (1 + 1e-6))
+        assert np.all(acceleration <= ACCELERATION * (1 + 1e-6))
+        assert np.all(motion.velocity_NJ[-1] == 0.0)
+    for (_, old), (now_ns, new) in pairwise(sent):
+        # The controller has followed `old` until now; from here to the first instant ahead it follows `new`. Until
+        # `from_ns` both must be one and the same motion.
+        for time_ns in np.linspace(now_ns, new.from_ns, 5).astype(np.int64):
+            if time_ns >= new.time_N[0]:
+                for a, b in zip(old.at(int(time_ns)), new.at(int(time_ns)), strict=True):
+                    np.testing.assert_allclose(a, b, atol=1e-9)
+        np.testing.assert_allclose(old.at(new.from_ns)[0], new.at(new.from_ns)[0], atol=1e-9)
+        np.testing.assert_allclose(old.at(new.from_ns)[1], new.at(new.from_ns)[1], atol=1e-9)
+
+
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "make_model_input", lambda *_: SimpleNamespace(state_J=None))
+
+
+@pytest.mark.timeout(0)
+@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**63), st.sampled_from(EXECUTORS), st.sampled_from(("smooth", "wander", "jumps", "anywhere")))
+def test_no_executor_makes_a_seam(seed: int, executor: str, kind: str) -> None:
+    assert_seamless(run(seed, executor, kind))
