@@ -37,8 +37,8 @@ lint: $(VENV)/developer ## ruff (rules, format) and mypy
 	$(RUN) ruff format --check
 	$(RUN) mypy
 
-train: $(VENV)/developer ## train the policy (CONFIG=config/training/demo.yaml); goes on where it stopped
-	$(RUN) training.train $(CONFIG)
+train: $(VENV)/developer ## train the policy (CONFIG=config/training/demo.yaml, JOBS=2 processes); goes on where it stopped
+	OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --nproc-per-node $(JOBS) -m training.train $(CONFIG)
 
 export: $(VENV)/developer ## write a bundle from a checkpoint (CHECKPOINT=..., BUNDLE=models/demo, ARGS)
 	$(RUN) training.export --checkpoint $(CHECKPOINT) --out $(BUNDLE) --notes $(CONFIG:.yaml=.md) $(ARGS)
