@@ -28,6 +28,7 @@ from ki_vla_ros.settings import Settings
 SIMULATED_CLOCK_POLL_S = 0.005
 # A resting arm farther from its last command than this share of a joint's range has been moved by others.
 MOVED_SHARE = 0.02
+TRAILING_SHARE = 0.1  # the same for an arm in motion
 # Share of the speed limits that ramp_in_s begins with.
 FIRST_SHARE = 0.1
 
@@ -85,6 +86,7 @@ class PolicyLoop:
         self._fresh_ns = 0  # when the newest chunk went out
         self._ramp_from_ns: int | None = None
         self._latched: str | None = None
+        self._started = False  # since then no chunk has gone out
         self._held = False  # the running motion is a hold already
         self._moving = threading.RLock()  # held by whoever changes what the arm does
         self._stop = threading.Event()
@@ -134,7 +136,7 @@ class PolicyLoop:
             with watch.stage("publish"):
                 self._send(motion, now_ns, settings)
                 self._executor.accept(target, tick_ns)
-                self._fresh_ns, self._held = now_ns, False
+                self._fresh_ns, self._held, self._started = now_ns, False, False
                 wire.report_chunk(chunk)
         age_ms = (now_ns - observation.stamp_ns) / 1e6
         self._diagnostics.record_chunk(watch.stage_ms, corrections, time.monotonic(), age_ms)
@@ -143,7 +145,7 @@ class PolicyLoop:
 
     def start(self) -> None:
         self._stop.clear()
-        self._ramp_from_ns = None
+        self._ramp_from_ns, self._started = None, True
         self._thread = threading.Thread(target=self._run, name="policy loop")
         self._thread.start()
 
@@ -295,12 +297,17 @@ class PolicyLoop:
             self._held = True
 
     def _forget_if_moved(self, measured_J: NDArray[np.float64], now_ns: int) -> None:
-        """A resting arm that is not where it was sent has been moved by others: the next motion starts where it is."""
+        """An arm that is not where it was sent (moved by others, or held up): the next motion starts where it is.
+
+        A moving arm trails its command, so it is given more room; but not by the first chunk after `start`, when a hold
+        of the time before may seem to be running still.
+        """
         running, bounds = self._governor.running, self._gate.bounds
-        if running is None or now_ns < running.end_ns:
+        if running is None:
             return
-        off_J = np.abs(running.at(now_ns)[0] - measured_J)
-        if np.any(off_J > MOVED_SHARE * (bounds.upper_J - bounds.lower_J)):
+        strict = self._started or now_ns >= running.end_ns
+        share = MOVED_SHARE if strict else TRAILING_SHARE
+        if np.any(np.abs(running.at(now_ns)[0] - measured_J) > share * (bounds.upper_J - bounds.lower_J)):
             self._wire.log("arm: it is not where it was sent; going on from where it is", "moved")
             self._governor.running = None
 

@@ -334,6 +334,46 @@ def test_an_arm_moved_by_others_goes_on_from_where_it_is(bench: Bench) -> None:
     assert any("not where it was sent" in line for line in bench.wire.lines)
 
 
+@pytest.mark.parametrize("moved, starts_where_it_is", [(0.0, False), (0.3, False), (0.7, True)])
+def test_an_arm_in_motion_may_trail_but_not_be_elsewhere(bench: Bench, moved: float, starts_where_it_is: bool) -> None:
+    """0.3 rad are 5 % of the joint's range, 0.7 rad 11 %."""
+    bench.change(**{"limits.max_jump_s": 10.0, "limits.max_overspeed": 10.0})
+    bench.loop._adopt(bench.settings)
+    bench.give_inputs()
+    bench.tick()
+    bench.wire.time_ns += 100 * MS
+    running = bench.wire.commands[0][0].at(bench.wire.time_ns)[0]
+    observation = demo_observation(bench.wire.time_ns)
+    for frame in observation.frames.values():
+        bench.buffer.add_frame(frame)
+    elsewhere_J = running + moved * np.array([1, 0, 0, 0, 0, 0, 0])
+    bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, elsewhere_J))
+    bench.tick()
+    said = any("not where it was sent" in line for line in bench.wire.lines)
+    assert said == starts_where_it_is
+    if starts_where_it_is:
+        np.testing.assert_allclose(bench.wire.commands[1][0].position_NJ[0], elsewhere_J, atol=1e-9)
+
+
+def test_a_hold_that_seems_to_run_still_is_no_start_for_an_arm_put_elsewhere(bench: Bench) -> None:
+    """As when a simulator is reset, or an arm is moved by hand, between deactivation and activation."""
+    bench.run_ticks(2, lambda n: bench.give_inputs())
+    hold, now_ns = bench.wire.commands[-1]
+    assert hold.end_ns > now_ns
+    elsewhere_J = demo_observation().state_J + 0.3 * np.array([1, 0, 0, 0, 0, 0, 0])
+
+    def before(n: int) -> None:
+        for frame in demo_observation(bench.wire.time_ns).frames.values():
+            bench.buffer.add_frame(frame)
+        bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, elsewhere_J))
+
+    count, bench.wire.ticks[:] = len(bench.wire.commands), []
+    bench.wire.time_ns = now_ns + 1 * MS
+    bench.change(**{"limits.max_jump_s": 10.0})
+    bench.run_ticks(1, before)
+    np.testing.assert_allclose(bench.wire.commands[count][0].position_NJ[0], elsewhere_J, atol=1e-6)
+
+
 @pytest.mark.parametrize("error", [EngineError("engine: broken"), ZeroDivisionError("a bug")])
 def test_errors_of_the_engine_hold_and_the_next_tick_tries_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception
