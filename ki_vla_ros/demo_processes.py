@@ -24,8 +24,8 @@ from ki_vla_ros.share import find_share
 STOP_LIMIT_S: Final = 8.0
 LOG_TAIL_LINES: Final = 12
 PR_SET_PDEATHSIG: Final = 1
-# From 102 on, a domain's ports lie where Linux takes its ephemeral ports from.
-DOMAINS: Final = range(1, 102)
+# People choose low numbers by hand; from 102 on, a domain's ports lie where Linux takes its ephemeral ports from.
+DOMAINS: Final = range(61, 102)
 
 
 class ChildError(KiVlaError):

@@ -37,7 +37,7 @@ def test_children_get_sigint_first_and_are_killed_if_they_ignore_everything(
         "import signal, time\nfor s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)\n"
         "print('up', flush=True)\ntime.sleep(60)\n"
     )
-    monkeypatch.setattr("ki_vla_ros.demo_processes.STOP_LIMIT_S", 0.5)
+    monkeypatch.setattr("ki_vla_ros.demo_processes.STOP_LIMIT_S", 3.0)
     with Children(tmp_path) as children:
         gentle = children.start("gentle", module(tmp_path, monkeypatch, "polite_child", polite), [])
         hard = children.start("hard", module(tmp_path, monkeypatch, "stubborn_child", stubborn), [])
