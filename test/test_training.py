@@ -13,6 +13,7 @@ from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.sim.task import HELD_OUT
 from training import train
+from training.compare_executors import main as compare_main
 from training.config import StageConfig, TrainingConfig, load_config
 from training.data.language import COMBINATIONS
 from training.data.simulated import BACKGROUND, MAX_OBJECTS, load_arrays, make_data
@@ -88,6 +89,9 @@ def test_whole_run_ends_in_a_bundle_that_drives_the_arm(
     evaluate_main([str(tmp_path / "bundle"), "--episodes", "1", "--flow-steps", "2"])
     figures = json.loads(capsys.readouterr().out)
     assert figures["episodes"] == 1 and 0.2 <= figures["chance_follow_rate"] <= 1 / 3
+    assert figures["seam_step"] < 1e-6
+    compare_main([str(tmp_path / "bundle"), "--episodes", "1", "--delays-ms", "300"])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 5
 
 
 def test_expert_stage_trains_the_expert_and_nothing_else(settings: dict[str, Any], tmp_path: Path) -> None:
