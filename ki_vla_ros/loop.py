@@ -134,7 +134,8 @@ class PolicyLoop:
             with watch.stage("verify"):
                 self._gate.judge(motion, measured_J)
             with watch.stage("publish"):
-                self._send(motion, now_ns, settings)
+                if not settings.dry_run:  # then what the arm was really told stays what runs
+                    self._send(motion, now_ns)
                 self._executor.accept(target, tick_ns)
                 self._fresh_ns, self._held, self._started = now_ns, False, False
                 wire.report_chunk(chunk)
@@ -269,9 +270,8 @@ class PolicyLoop:
         running = self._governor.running
         return running is None or now_ns >= running.end_ns
 
-    def _send(self, motion: Motion, now_ns: int, settings: Settings) -> None:
-        if not settings.dry_run:
-            self._wire.send_command(motion, now_ns)
+    def _send(self, motion: Motion, now_ns: int) -> None:
+        self._wire.send_command(motion, now_ns)
         self._governor.running = motion
 
     def _hold(self, settings: Settings) -> None:
@@ -293,7 +293,7 @@ class PolicyLoop:
                 self._wire.log(f"hold: braking on the commanded path, because {refusal}", "hold")
                 position_J, _ = self._governor.running.at(now_ns)  # type: ignore[union-attr]  # not at rest
                 motion = self._governor.brake(position_J, from_ns, now_ns, bounds)
-            self._send(motion, now_ns, settings)
+            self._send(motion, now_ns)  # in a dry run too: something sent before it is still moving the arm
             self._held = True
 
     def _forget_if_moved(self, measured_J: NDArray[np.float64], now_ns: int) -> None:
@@ -308,7 +308,8 @@ class PolicyLoop:
         strict = self._started or now_ns >= running.end_ns
         share = MOVED_SHARE if strict else TRAILING_SHARE
         if np.any(np.abs(running.at(now_ns)[0] - measured_J) > share * (bounds.upper_J - bounds.lower_J)):
-            self._wire.log("arm: it is not where it was sent; going on from where it is", "moved")
+            if not self._started:  # between deactivation and activation it may be anywhere
+                self._wire.log("arm: it is not where it was sent; going on from where it is", "moved")
             self._governor.running = None
 
 

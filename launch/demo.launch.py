@@ -1,9 +1,10 @@
 """Starts the simulated arm and the policy that moves it, with config/demo.yaml.
 
-    ros2 launch ki_vla_ros demo.launch.py instruction:="touch the blue ball"
-    ros2 topic pub --once /policy/instruction std_msgs/msg/String "data: point at the red cube"
+    ros2 launch ki_vla_ros demo.launch.py instruction:="touch the blue pole"
+    ros2 topic pub --once /policy/instruction std_msgs/msg/String "data: point at the white cube"
 
-It runs until Ctrl-C. For episodes with a judge, video and figures use `ros2 run ki_vla_ros demo`.
+The scene of config/demo.yaml (scene_seed 0) has a white pole, a white cube, a blue pole and a green pole. It runs until
+Ctrl-C. For episodes with a judge, video and figures use `ros2 run ki_vla_ros demo`.
 """
 
 from pathlib import Path

@@ -308,6 +308,30 @@ def test_dry_run_computes_and_sends_nothing(bench: Bench) -> None:
     assert [tick["hold"] for tick in bench.wire.ticks] == [None] * 3
 
 
+def test_a_dry_run_is_not_what_the_arm_was_told(bench: Bench) -> None:
+    """Switched on in motion, the arm can still be held; switched off, nothing begins where the arm never was."""
+    bench.give_inputs()
+    bench.tick()
+    sent = bench.wire.commands[0][0]
+    bench.change(dry_run=True)
+    for _ in range(3):
+        bench.wire.time_ns += 100 * MS
+        bench.give_inputs()
+        bench.tick()
+    assert len(bench.wire.commands) == 1 and bench.loop._governor.running is sent
+    bench.loop.latch("in a dry run")
+    assert len(bench.wire.commands) == 2 and is_hold(bench.wire.commands[1][0])
+    bench.loop.reset()
+    bench.wire.time_ns += 2_000 * MS
+    bench.give_inputs()
+    bench.tick()
+    bench.change(dry_run=False)
+    bench.wire.time_ns += 100 * MS
+    bench.give_inputs()
+    bench.tick()
+    np.testing.assert_allclose(bench.wire.commands[2][0].position_NJ[0], demo_observation().state_J, atol=1e-6)
+
+
 def test_speed_limits_rise_after_activation(bench: Bench) -> None:
     bench.change(**{"ramp_in_s": 1.0, "limits.velocity_scale": 0.2, "limits.max_jump_s": 10.0})
     bench.loop._adopt(bench.settings)

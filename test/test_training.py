@@ -163,6 +163,7 @@ def test_missed_gate_stops_the_run_and_names_the_figure(settings: dict[str, Any]
     with pytest.raises(ConfigurationError, match=r"stage expert: expected \{'flow_follow': 1.01\}, got"):
         Trainer(configure(settings, out=tmp_path, stages=[stage])).run()
     assert not (tmp_path / "policy").exists()
+    assert Trainer(configure(settings, out=tmp_path, stages=[stage])).load().stage == 0, "the gate comes again"
 
 
 def test_figures_of_a_perfect_prediction_are_perfect(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """From a checkpoint to a bundle: two ONNX graphs, the manifest, tokenizer and model card, checked against torch.
 
-    python -m training.export --checkpoint runs/demo/policy --out models/demo
+    python -m training.export --checkpoint out/training/demo/policy --out models/demo
 
 A checkpoint folder holds the weights and sizes (`training.checkpoints`), `policy.json` (a `PolicySpec`) and
 `tokenizer.json`. Exported are the prefix up to its last keys and values, and one expert step; of the token table only

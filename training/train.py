@@ -118,6 +118,7 @@ class Trainer:
                 progress = self.run_stage(index, stage, progress, board)
                 if self.rank == 0:
                     self.check_gates(stage, board)
+                self.save(progress)  # not before: a run that missed its gate must meet it again when it goes on
         if self.rank == 0:
             self.save_policy(out / "policy", progress)
         wait_for_all()
@@ -156,9 +157,7 @@ class Trainer:
                     board.add_scalar(f"{stage.name}/{name}", value, step)
             if (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
                 self.save(Progress(index, step + 1, optimizer.state_dict(), minutes()))
-        done = Progress(index + 1, minutes=minutes())
-        self.save(done)
-        return done
+        return Progress(index + 1, minutes=minutes())
 
     def save(self, progress: Progress) -> None:
         """All processes hold the same weights; the first one writes them."""
