@@ -80,7 +80,7 @@ class Children:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_begin_child,
             )
         child = Child(name, process, log)
         self._children.append(child)
@@ -104,9 +104,13 @@ class Children:
                     process.wait(max(0.0, deadline_s - time.monotonic()))
 
 
-def _die_with_parent() -> None:
-    """In the child, before exec: the kernel kills it when the demo dies without a chance to stop it."""
+def _begin_child() -> None:
+    """In the child, before exec: the kernel kills it when the demo dies without a chance to stop it.
+
+    A shell's background job ignores SIGINT and hands that down; the children are stopped by it.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def prepare_environment(out: Path) -> bool:
