@@ -28,7 +28,6 @@ from ki_vla_ros.settings import Settings
 SIMULATED_CLOCK_POLL_S = 0.005
 # A resting arm farther from its last command than this share of a joint's range has been moved by others.
 MOVED_SHARE = 0.02
-TRAILING_SHARE = 0.1  # the same for an arm in motion
 # Share of the speed limits that ramp_in_s begins with.
 FIRST_SHARE = 0.1
 
@@ -299,15 +298,16 @@ class PolicyLoop:
     def _forget_if_moved(self, measured_J: NDArray[np.float64], now_ns: int) -> None:
         """An arm that is not where it was sent (moved by others, or held up): the next motion starts where it is.
 
-        A moving arm trails its command, so it is given more room; but not by the first chunk after `start`, when a hold
-        of the time before may seem to be running still.
+        A moving arm trails its command, so it is given the room of `limits.max_jump_s`; but not by the first chunk after
+        `start`, when a hold of the time before may seem to be running still.
         """
         running, bounds = self._governor.running, self._gate.bounds
         if running is None:
             return
         strict = self._started or now_ns >= running.end_ns
-        share = MOVED_SHARE if strict else TRAILING_SHARE
-        if np.any(np.abs(running.at(now_ns)[0] - measured_J) > share * (bounds.upper_J - bounds.lower_J)):
+        trailing_J = bounds.speed_J * self._limits.max_jump_s
+        room_J = MOVED_SHARE * (bounds.upper_J - bounds.lower_J) if strict else trailing_J
+        if np.any(np.abs(running.at(now_ns)[0] - measured_J) > room_J):
             if not self._started:  # between deactivation and activation it may be anywhere
                 self._wire.log("arm: it is not where it was sent; going on from where it is", "moved")
             self._governor.running = None

@@ -50,7 +50,7 @@ def moving(robot: Robot, start: Start, bundle_path: str, fault: Any) -> Iterator
     """A node that moves an arm; at the end every command is looked at."""
     robot.follows = True
     policy = start(program=FAULTY, **NODE, bundle=bundle_path, ramp_in_s=0.0)
-    until(lambda: moves(robot))
+    until(lambda: moves(robot) and not rest(robot))
     yield policy
     assert_commands_within_limits(robot)
     assert robot.refused == []
@@ -62,8 +62,10 @@ def moves(robot: Robot) -> bool:
 
 
 def rest(robot: Robot) -> bool:
+    """Commanded to stand still, now and in the next quarter of a second."""
     now_ns = robot.now_ns()
-    return not np.any(robot.controller.sample(now_ns)[1]) and not np.any(robot.controller.sample(now_ns + 10**9)[1])
+    speeds = [robot.controller.sample(now_ns + ms * 1_000_000)[1] for ms in (0, 60, 120, 250)]
+    return not np.any(np.abs(speeds) > 1e-3)
 
 
 def held_within(robot: Robot, name: str, limit_s: float, start_s: float) -> None:

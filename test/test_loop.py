@@ -358,11 +358,9 @@ def test_an_arm_moved_by_others_goes_on_from_where_it_is(bench: Bench) -> None:
     assert any("not where it was sent" in line for line in bench.wire.lines)
 
 
-@pytest.mark.parametrize("moved, starts_where_it_is", [(0.0, False), (0.3, False), (0.7, True)])
+@pytest.mark.parametrize("moved, starts_where_it_is", [(0.0, False), (0.8, False), (1.0, True)])
 def test_an_arm_in_motion_may_trail_but_not_be_elsewhere(bench: Bench, moved: float, starts_where_it_is: bool) -> None:
-    """0.3 rad are 5 % of the joint's range, 0.7 rad 11 %."""
-    bench.change(**{"limits.max_jump_s": 10.0, "limits.max_overspeed": 10.0})
-    bench.loop._adopt(bench.settings)
+    """The room is 0.3 s at 3 rad/s."""
     bench.give_inputs()
     bench.tick()
     bench.wire.time_ns += 100 * MS

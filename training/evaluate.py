@@ -41,28 +41,24 @@ class Arm:
         self.holds = 0
         self.seam_step = self.seam_speed_step = 0.0
         self.speeds: list[list[NDArray[np.float64]]] = []  # measured, by episode, every physics step
-        self._late: list[tuple[int, Motion]] = []
+        self._ready_ns = 0
         self._controller = TrajectoryExecutor(self.world.joints, self.world.joint_position_J)
 
     def reset(self, scene: Scene) -> None:
         self.world.reset(scene)
         self.speeds.append([])
-        self._late.clear()
+        self._ready_ns = 0
         self._controller = TrajectoryExecutor(self.world.joints, self.world.joint_position_J)
 
     def advance(self, until_ns: int) -> None:
-        """Physics, with each command taking over at its time."""
+        """Physics until then, or until the episode is over."""
         while self.time_ns() < until_ns - round(TIMESTEP_S * NS_PER_S) // 2 and not self.world.judge.done:
-            now_ns = self.time_ns()
-            while self._late and self._late[0][0] <= now_ns:
-                sent_ns, motion = self._late.pop(0)
-                before = self._controller.sample(now_ns)
-                self._controller.accept(as_trajectory(motion, sent_ns), now_ns)
-                after = self._controller.sample(now_ns)
-                self.seam_step = max(self.seam_step, float(np.abs(after[0] - before[0]).max()))
-                self.seam_speed_step = max(self.seam_speed_step, float(np.abs(after[1] - before[1]).max()))
-            self.world.step(self._controller.sample(now_ns)[0])
+            self.world.step(self._controller.sample(self.time_ns())[0])
             self.speeds[-1].append(self.world.joint_velocity_J)
+
+    def begin_tick(self) -> None:
+        """From now on the tick's result is ready `delay_ns` later; the arm moves on meanwhile (`LiveBuffer`)."""
+        self._ready_ns = self.time_ns() + self.delay_ns
 
     def jerk_rms(self) -> float:
         """Of the measured motion of the arm's joints, in rad/s^3, from speeds at 100 Hz."""
@@ -75,13 +71,17 @@ class Arm:
         return NS_PER_S + round(self.world.time_s * NS_PER_S)
 
     def now_ns(self) -> int:
-        return self.time_ns() + self.delay_ns
+        return max(self.time_ns(), self._ready_ns)
 
     def simulated_clock(self) -> bool:
         return True
 
     def send_command(self, motion: Motion, now_ns: int) -> None:
-        self._late.append((now_ns, motion))
+        before = self._controller.sample(now_ns)
+        self._controller.accept(as_trajectory(motion, now_ns), now_ns)
+        after = self._controller.sample(now_ns)
+        self.seam_step = max(self.seam_step, float(np.abs(after[0] - before[0]).max()))
+        self.seam_speed_step = max(self.seam_speed_step, float(np.abs(after[1] - before[1]).max()))
 
     def report_chunk(self, chunk: ActionChunk) -> None: ...
 
@@ -89,6 +89,19 @@ class Arm:
         self.holds += fields["hold"] is not None
 
     def log(self, message: str, cause: str) -> None: ...
+
+
+class LiveBuffer(ObservationBuffer):
+    """Joint states go on coming in while the policy thinks: asked for them, it lets that time pass."""
+
+    def __init__(self, cameras: Sequence[str], arm: Arm) -> None:
+        super().__init__([CameraSource(name, name) for name in cameras], arm.world.joints, "joint_states")
+        self._arm = arm
+
+    def measured(self, now_ns: int, max_age_ns: int) -> NDArray[np.float64]:
+        self._arm.advance(now_ns)
+        self.add_joints(JointReading(now_ns, self._arm.world.joints, self._arm.world.joint_position_J))
+        return super().measured(now_ns, max_age_ns)
 
 
 class ClosedLoop:
@@ -103,7 +116,7 @@ class ClosedLoop:
         arm, world, manifest = self.arm, self.arm.world, self.policy.bundle.manifest
         arm.reset(scene)
         cameras = [camera.name for camera in manifest.cameras]
-        buffer = ObservationBuffer([CameraSource(name, name) for name in cameras], world.joints, "joint_states")
+        buffer = LiveBuffer(cameras, arm)
         loop = PolicyLoop(self.policy, buffer, arm, Diagnostics(), lambda: self.settings)
         loop.instruction = scene.task.instruction
         while not world.judge.done:
@@ -111,6 +124,7 @@ class ClosedLoop:
             for name in cameras:
                 buffer.add_frame(CameraFrame(name, now_ns, world.render(name)))
             buffer.add_joints(JointReading(now_ns, world.joints, world.joint_position_J))
+            arm.begin_tick()
             loop.step(self.settings, now_ns, 0)
             # As on the robot, a tick that takes longer than its period costs the next ones.
             period_ns = round(NS_PER_S / self.settings.rate_hz)
