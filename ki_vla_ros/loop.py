@@ -298,7 +298,7 @@ class PolicyLoop:
     def _forget_if_moved(self, measured_J: NDArray[np.float64], now_ns: int) -> None:
         """An arm that is not where it was sent (moved by others, or held up): the next motion starts where it is.
 
-        A moving arm trails its command, so it is given the room of `limits.max_jump_s`; but not by the first chunk after
+        A moving arm trails its command, so it has the room of `limits.max_jump_s`; but not with the first chunk after
         `start`, when a hold of the time before may seem to be running still.
         """
         running, bounds = self._governor.running, self._gate.bounds
