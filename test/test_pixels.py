@@ -83,12 +83,10 @@ def test_jpeg_is_read_as_the_camera_sees_it() -> None:
             decode_compressed("camera", nothing)
 
 
-@pytest.mark.parametrize("encoding", list(ENCODINGS))
+@pytest.mark.parametrize("encoding", [name for name in ENCODINGS if "UC" not in name])  # cv_bridge refuses plain types
 def test_the_same_pixels_as_cv_bridge(encoding: str) -> None:
     """Runs beside a ROS installation; among the wheels there is no cv_bridge."""
     bridge = pytest.importorskip("cv_bridge").CvBridge()
-    if encoding in ("8UC1", "8UC3", "16UC1"):
-        pytest.skip("cv_bridge does not convert plain types to rgb8")
     from sensor_msgs.msg import Image
 
     row = WIDTH * ENCODINGS[encoding].bytes_per_pixel
