@@ -16,6 +16,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from ki_vla_ros.observation import InputStatus
+
 # Ticks that percentiles and rates are taken over: half a minute at 10 Hz.
 WINDOW = 300
 
@@ -59,7 +61,11 @@ class Diagnostics:
         self._lock = threading.Lock()
         self._stage_ms: dict[str, deque[float]] = {}
         self._chunk_times_s: deque[float] = deque(maxlen=WINDOW)
+        self._prefill_times_s: deque[float] = deque(maxlen=WINDOW)
         self._age_ms: deque[float] = deque(maxlen=WINDOW)
+        self._skew_ms: deque[float] = deque(maxlen=WINDOW)
+        self._delay = 0
+        self._inputs: tuple[float, Mapping[str, InputStatus]] | None = None  # of the report before
         self._holds = 0
         self._refusals: Counter[str] = Counter()
         self._corrections: Counter[str] = Counter()
@@ -69,13 +75,26 @@ class Diagnostics:
         self._instruction = ""
 
     def record_chunk(
-        self, stage_ms: Mapping[str, float], corrections: tuple[str, ...], time_s: float, age_ms: float = 0.0
+        self,
+        stage_ms: Mapping[str, float],
+        corrections: tuple[str, ...],
+        time_s: float,
+        age_ms: float = 0.0,
+        skew_ms: float = 0.0,
+        delay: int = 0,
     ) -> None:
-        """A chunk went onto the wire at `time_s` (steady clock), `age_ms` after its observation's stamp."""
+        """A chunk went onto the wire at `time_s` (steady clock), `age_ms` after its observation's stamp.
+
+        `skew_ms` lies between the stamps of its images; `delay` is the inference delay that executors count with.
+        """
         with self._lock:
             self._chunks += 1
             self._age_ms.append(age_ms)
+            self._skew_ms.append(skew_ms)
+            self._delay = delay
             self._chunk_times_s.append(time_s)
+            if "prefill" in stage_ms:
+                self._prefill_times_s.append(time_s)
             self._corrections.update(correction.split(" ")[0] for correction in corrections)
             for stage, duration_ms in {**stage_ms, "total": sum(stage_ms.values())}.items():
                 self._stage_ms.setdefault(stage, deque(maxlen=WINDOW)).append(duration_ms)
@@ -93,10 +112,12 @@ class Diagnostics:
             self._holds += hold is not None and self._hold is None
             self._hold, self._instruction, self._missed = hold, instruction, missed
 
-    def report(self, lifecycle: str, engine: str, now_s: float) -> Report:
+    def report(
+        self, lifecycle: str, engine: str, now_s: float, inputs: Mapping[str, InputStatus] | None = None
+    ) -> Report:
+        """`inputs` by name; their rates are taken over the time since the report before."""
         with self._lock:
-            recent = [t for t in self._chunk_times_s if now_s - t <= 5.0]
-            rate_hz = (len(recent) - 1) / (recent[-1] - recent[0]) if len(recent) > 1 else 0.0
+            rate_hz, prefill_hz = (_rate_hz(times, now_s) for times in (self._chunk_times_s, self._prefill_times_s))
             values = {
                 "state": lifecycle,
                 "engine": engine,
@@ -104,16 +125,21 @@ class Diagnostics:
                 "hold": self._hold or "",
                 "chunks": str(self._chunks),
                 "chunk_rate_hz": f"{rate_hz:.2f}",
+                "prefill_rate_hz": f"{prefill_hz:.2f}",
+                "chunk_delay_actions": str(self._delay),
                 "deadline_misses": str(self._missed),
                 "holds": str(self._holds),
             }
-            if self._age_ms:
-                p50, p99 = np.percentile(self._age_ms, [50, 99])
-                values["observation_to_command_ms_p50"] = f"{p50:.1f}"
-                values["observation_to_command_ms_p99"] = f"{p99:.1f}"
-            for stage, durations in self._stage_ms.items():
-                p50, p99 = np.percentile(durations, [50, 99])
-                values[f"{stage}_ms_p50"], values[f"{stage}_ms_p99"] = f"{p50:.2f}", f"{p99:.2f}"
+            values.update(self._describe_inputs(inputs or {}, now_s))
+            durations = {f"{stage}_ms": of_stage for stage, of_stage in self._stage_ms.items()}
+            for name, kept in {
+                "skew_ms": self._skew_ms,
+                "observation_to_command_ms": self._age_ms,
+                **durations,
+            }.items():
+                if kept:
+                    p50, p99 = np.percentile(kept, [50, 99])
+                    values[f"{name}_p50"], values[f"{name}_p99"] = f"{p50:.2f}", f"{p99:.2f}"
             values.update({f"refused {cause}": str(count) for cause, count in self._refusals.items()})
             values.update({f"corrected {what}": str(count) for what, count in self._corrections.items()})
             hold = self._hold
@@ -122,3 +148,20 @@ class Diagnostics:
         if hold is not None:
             return Report(Level.WARNING, f"holding: {hold}", values)
         return Report(Level.OK, f"{rate_hz:.1f} chunks per second", values)
+
+    def _describe_inputs(self, inputs: Mapping[str, InputStatus], now_s: float) -> Iterator[tuple[str, str]]:
+        before_s, before = self._inputs or (now_s, {})
+        self._inputs = now_s, inputs
+        for name, status in inputs.items():
+            yield f"{name} messages", str(status.count)
+            yield f"{name} age_ms", "" if status.age_ns is None else f"{status.age_ns / 1e6:.1f}"
+            if name in before and now_s > before_s:
+                # A configured node begins to count again.
+                arrived = max(0, status.count - before[name].count)
+                yield f"{name} rate_hz", f"{arrived / (now_s - before_s):.1f}"
+
+
+def _rate_hz(times_s: deque[float], now_s: float) -> float:
+    """Over the last five seconds."""
+    recent = [t for t in times_s if now_s - t <= 5.0]
+    return (len(recent) - 1) / (recent[-1] - recent[0]) if len(recent) > 1 else 0.0

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.chunking import ChunkExecutor
 from ki_vla_ros.diagnostics import Diagnostics, Stopwatch
+from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import EmergencyStop, InstructionError, KiVlaError, SafetyRefusal, StaleInput
 from ki_vla_ros.governor import Bounds, Governor
 from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.pacing import Pacer
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import make_model_input
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.preprocess import make_model_input, state_token
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
 from ki_vla_ros.safety import SafetyGate, joint_bounds
 from ki_vla_ros.settings import Settings
 
@@ -30,6 +31,9 @@ SIMULATED_CLOCK_POLL_S = 0.005
 MOVED_SHARE = 0.02
 # Share of the speed limits that ramp_in_s begins with.
 FIRST_SHARE = 0.1
+# Where ticks are moved to: so long after the last camera's frame, in steps of at most so much, and only while they
+# lie behind the frames as the tick before did.
+AFTER_FRAMES_NS, LARGEST_SHIFT_NS, STEADY_NS = 2_000_000, 2_000_000, 3_000_000
 
 
 class Wire(Protocol):
@@ -52,6 +56,25 @@ class Wire(Protocol):
     def log(self, message: str, cause: str) -> None:
         """A warning; repetitions with the same cause may be thinned out."""
         ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefix:
+    """The backbone's keys and values, and what they were computed from."""
+
+    cache: KVCache
+    observation: Observation
+    instruction: str
+    tick_ns: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sent:
+    """A chunk that went out: its number, its observation, and when."""
+
+    index: int
+    observation: Observation
+    command_ns: int
 
 
 class PolicyLoop:
@@ -81,6 +104,7 @@ class PolicyLoop:
         self._governor = Governor(manifest.joint_names, settings().command_period_s)
         self._limits = settings().limits
         self._gate = self._make_gate(settings())
+        self._prefix: Prefix | None = None
         self._chunks = 0
         self._fresh_ns = 0  # when the newest chunk went out
         self._ramp_from_ns: int | None = None
@@ -91,30 +115,35 @@ class PolicyLoop:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def tick(self, settings: Settings, tick_ns: int, watch: Stopwatch) -> int | None:
-        """One tick that starts at `tick_ns`; the index of the chunk that went out, or None if none was due.
+    def tick(self, settings: Settings, tick_ns: int, watch: Stopwatch) -> Sent | None:
+        """One tick that starts at `tick_ns`; the chunk that went out, or None if none was due.
 
         InputError, EngineError or SafetyRefusal when the arm must be held instead.
         """
-        policy, bundle, wire = self._policy, self._policy.bundle, self._wire
+        policy, wire = self._policy, self._wire
         max_age_ns, lead_ns = _ns(settings.max_age_s), _ns(settings.lead_s)
         if self._latched is not None:
             raise SafetyRefusal(f"stopped: {self._latched}; call ~/reset when nothing stands in the way")
-        with watch.stage("observation"):
-            observation = self._buffer.observe(tick_ns, max_age_ns, _ns(settings.sync_slop_s))
         instruction = self.instruction
+        prefix = self._usable_prefix(settings, tick_ns, instruction)
+        with watch.stage("observation"):
+            if prefix is None:
+                observation = self._buffer.observe(tick_ns, max_age_ns, _ns(settings.sync_slop_s))
+            else:
+                stamp_ns, state_J = self._buffer.latest(tick_ns, max_age_ns)
+                observation = Observation(stamp_ns, prefix.observation.frames, state_J)
         if not instruction:
             raise InstructionError("instruction: none yet; publish one on the policy's ~/instruction")
         if not self._executor.wants_chunk(settings, tick_ns, self._at_rest(tick_ns)):
             return None
-        with watch.stage("preprocess"):
-            model_input = make_model_input(bundle.manifest, bundle.tokenizer, observation, instruction)
-        with watch.stage("prefill"):
-            cache = policy.prefill(model_input)
+        if prefix is None:
+            prefix = self._prefill(observation, instruction, tick_ns, watch)
         with watch.stage("denoise"):
             condition = self._executor.condition(settings, observation.stamp_ns)
             guide = None if condition is None else policy.guide(condition, observation)
-            actions_HA = policy.denoise(cache, policy.noise(self._chunks), model_input.state_J, guide)
+            token_J = state_token(policy.bundle.manifest, observation.state_J)
+            actions_HA = policy.denoise(prefix.cache, policy.noise(self._chunks), token_J, guide)
+        with watch.stage("decode"):
             chunk = policy.decode(actions_HA, observation)
         with self._moving:
             now_ns = wire.now_ns()
@@ -138,10 +167,36 @@ class PolicyLoop:
                 self._executor.accept(target, tick_ns)
                 self._fresh_ns, self._held, self._started = now_ns, False, False
                 wire.report_chunk(chunk)
-        age_ms = (now_ns - observation.stamp_ns) / 1e6
-        self._diagnostics.record_chunk(watch.stage_ms, corrections, time.monotonic(), age_ms)
+            sent = Sent(self._chunks, observation, wire.now_ns())
         self._chunks += 1
-        return self._chunks - 1
+        self._diagnostics.record_chunk(
+            watch.stage_ms,
+            corrections,
+            time.monotonic(),
+            age_ms=(sent.command_ns - prefix.observation.stamp_ns) / 1e6,
+            skew_ms=(prefix.observation.newest_ns - prefix.observation.stamp_ns) / 1e6,
+            delay=self._executor.delay(settings),
+        )
+        return sent
+
+    def _usable_prefix(self, settings: Settings, tick_ns: int, instruction: str) -> Prefix | None:
+        """The last prefill's keys and values, if the expert may go on reading them (`prefill_period_s`)."""
+        prefix = self._prefix
+        if prefix is None or prefix.instruction != instruction:
+            return None
+        due = tick_ns - prefix.tick_ns >= _ns(settings.prefill_period_s) - _ns(1.0 / settings.rate_hz) // 2
+        too_old = tick_ns - prefix.observation.stamp_ns > _ns(settings.max_kv_age_s)
+        return None if due or too_old else prefix
+
+    def _prefill(self, observation: Observation, instruction: str, tick_ns: int, watch: Stopwatch) -> Prefix:
+        bundle = self._policy.bundle
+        self._prefix = None  # the engine's buffers are about to be written over
+        with watch.stage("preprocess"):
+            model_input = make_model_input(bundle.manifest, bundle.tokenizer, observation, instruction)
+        with watch.stage("prefill"):
+            cache = self._policy.prefill(model_input)
+        self._prefix = Prefix(cache, observation, instruction, tick_ns)
+        return self._prefix
 
     def start(self) -> None:
         self._stop.clear()
@@ -193,11 +248,16 @@ class PolicyLoop:
         while self._wire.now_ns() == 0 and not self._stop.wait(SIMULATED_CLOCK_POLL_S):
             pass
         pacer = Pacer(self._wire.now_ns())
+        behind_ns: int | None = None
         while not self._stop.is_set():
             settings = self._settings()
             self._adopt(settings)
-            self.step(settings, self._wire.now_ns(), pacer.missed)
+            tick_ns = self._wire.now_ns()
+            behind_before_ns, behind_ns = behind_ns, self._buffer.since_frame_ns(tick_ns)
+            self.step(settings, tick_ns, pacer.missed)
             pacer.advance(self._wire.now_ns(), _ns(1.0 / settings.rate_hz))
+            if settings.align_to_cameras:
+                pacer.shift(alignment_ns(behind_before_ns, behind_ns))
             self._sleep_until_due(pacer)
 
     def _adopt(self, settings: Settings) -> None:
@@ -224,10 +284,10 @@ class PolicyLoop:
 
     def step(self, settings: Settings, tick_ns: int, missed: int) -> None:
         watch, instruction = Stopwatch(), self.instruction
-        chunk_index: int | None = None
+        sent: Sent | None = None
         hold: str | None = None
         try:
-            chunk_index = self.tick(settings, tick_ns, watch)
+            sent = self.tick(settings, tick_ns, watch)
         except EmergencyStop as fault:
             hold = str(fault)
             self.latch(hold)
@@ -238,12 +298,16 @@ class PolicyLoop:
             self._wire.log(traceback.format_exc(), "internal error")
         if hold is not None:
             self._wire.log(f"holding: {hold}", hold.partition(":")[0])
+            self._prefix = None
             self._hold(settings)
         self._diagnostics.record_tick(hold, instruction, missed)
         self._wire.report_tick(
             {
                 "stamp_ns": tick_ns,
-                "chunk_index": chunk_index,
+                "chunk_index": sent and sent.index,
+                "observation_ns": sent and sent.observation.stamp_ns,
+                "newest_image_ns": sent and sent.observation.newest_ns,
+                "command_ns": sent and sent.command_ns,
                 "instruction": instruction,
                 "hold": hold,
                 "stage_ms": {**watch.stage_ms, "total": watch.total_ms},
@@ -259,7 +323,7 @@ class PolicyLoop:
                 with self._moving:
                     self._buffer.clear()
                     self._executor.stop()
-                    self._governor.running = self._ramp_from_ns = None
+                    self._governor.running = self._ramp_from_ns = self._prefix = None
             left_s = (pacer.due_ns - now_ns) / NS_PER_S
             if left_s <= 0.0:
                 return
@@ -311,6 +375,18 @@ class PolicyLoop:
             if not self._started:  # between deactivation and activation it may be anywhere
                 self._wire.log("arm: it is not where it was sent; going on from where it is", "moved")
             self._governor.running = None
+
+
+def alignment_ns(before_ns: int | None, behind_ns: int | None) -> int:
+    """How far the next ticks are to move so that they come shortly after the cameras' frames.
+
+    `behind_ns`: how long ago the last frame arrived when a tick began; `before_ns`: the same of the tick before. Where
+    the two differ, the ticks' period is no multiple of the cameras', and nothing is gained by moving.
+    """
+    if before_ns is None or behind_ns is None or abs(behind_ns - before_ns) > STEADY_NS:
+        return 0
+    # A quarter: arrivals tremble, and ticks need not tremble with them.
+    return max(-LARGEST_SHIFT_NS, min(LARGEST_SHIFT_NS, (AFTER_FRAMES_NS - behind_ns) // 4))
 
 
 def _ns(duration_s: float) -> int:

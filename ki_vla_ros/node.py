@@ -44,7 +44,7 @@ from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import make_model_input
 from ki_vla_ros.process import run_node
-from ki_vla_ros.records import ActionChunk, CameraFrame, Motion, Observation
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.settings import Settings
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.stream import Stream
@@ -144,8 +144,9 @@ class PolicyNode(LifecycleNode):
     # --- messages
 
     def _on_image(self, camera: str, loaded: Loaded, message: Image | CompressedImage) -> None:
+        arrived_ns = int(self.get_clock().now().nanoseconds)
         try:
-            loaded.buffer.add_frame(convert.frame_from_message(message, camera, self._received_ns()))
+            loaded.buffer.add_frame(convert.frame_from_message(message, camera, self._received_ns()), arrived_ns)
         except InputError as refusal:
             self._refuse_message(loaded, camera, refusal)
 
@@ -214,9 +215,10 @@ class PolicyNode(LifecycleNode):
                 self.get_logger().error(f"cannot stay active: {error}")
                 self.trigger_deactivate()
         engine = self._loaded.engine.description if self._loaded else ""
-        report = self._diagnostics.report(lifecycle, engine, time.monotonic())
-        name, hardware = self.get_fully_qualified_name(), self._loaded.bundle.manifest.name if self._loaded else ""
         now_ns = int(self.get_clock().now().nanoseconds)
+        inputs = self._loaded.buffer.status(now_ns) if self._loaded else {}
+        report = self._diagnostics.report(lifecycle, engine, time.monotonic(), inputs)
+        name, hardware = self.get_fully_qualified_name(), self._loaded.bundle.manifest.name if self._loaded else ""
         self._diagnostics_publisher.publish(convert.diagnostics_message(name, hardware, report, now_ns))
 
     # --- lifecycle
@@ -275,11 +277,20 @@ class PolicyNode(LifecycleNode):
             resources.callback(wire.close)
             joint_topic = self.resolve_topic_name(settings.joint_states_topic)
             sources = [
-                CameraSource(c.name, self.resolve_topic_name(settings.camera(c.name).topic), c.optional)
+                CameraSource(
+                    c.name,
+                    self.resolve_topic_name(settings.camera(c.name).topic),
+                    c.optional,
+                    own_limit_ns(settings.camera(c.name).max_age_s),
+                )
                 for c in manifest.cameras
             ]
             buffer = ObservationBuffer(
-                sources, manifest.joint_names, joint_topic, (manifest.state.low, manifest.state.high)
+                sources,
+                manifest.joint_names,
+                joint_topic,
+                (manifest.state.low, manifest.state.high),
+                own_limit_ns(settings.joint_max_age_s),
             )
             loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)
             loop.instruction = settings.instruction
@@ -334,6 +345,11 @@ def open_engine(bundle: Bundle, settings: Settings) -> Engine:
 
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[settings.provider]
     return OnnxEngine(bundle, provider, settings.threads)
+
+
+def own_limit_ns(max_age_s: float) -> int | None:
+    """An input's own `max_age_s`; None: it has none."""
+    return round(max_age_s * NS_PER_S) or None
 
 
 def check_instruction(bundle: Bundle, instruction: str) -> None:

@@ -27,17 +27,33 @@ READINGS_KEPT = 512
 
 @dataclass(frozen=True)
 class CameraSource:
-    """A camera of the model and the topic its frames come from (for messages)."""
+    """A camera of the model and the topic its frames come from (for messages).
+
+    `max_age_ns`: oldest frame that may be acted upon, where it is not the caller's limit.
+    """
 
     name: str
     topic: str
     optional: bool = False
+    max_age_ns: int | None = None
 
 
 @dataclass
 class _Frames:
     source: CameraSource
     frames: deque[CameraFrame] = field(default_factory=lambda: deque(maxlen=FRAMES_KEPT))
+    count: int = 0
+
+    def limit_ns(self, max_age_ns: int) -> int:
+        return max_age_ns if self.source.max_age_ns is None else self.source.max_age_ns
+
+
+@dataclass(frozen=True)
+class InputStatus:
+    """Messages accepted so far, and the age of the newest one (None: there is none)."""
+
+    count: int
+    age_ns: int | None
 
 
 class ObservationBuffer:
@@ -47,24 +63,35 @@ class ObservationBuffer:
         joints: Sequence[str],
         joint_topic: str,
         trained: tuple[Sequence[float], Sequence[float]] | None = None,
+        joint_max_age_ns: int | None = None,
     ) -> None:
-        """`trained`: lowest and highest joint positions that the model knows, to tell degrees from radians."""
+        """`trained`: lowest and highest joint positions that the model knows, to tell degrees from radians.
+
+        `joint_max_age_ns`: oldest joint state that may be acted upon, where it is not the caller's limit.
+        """
         self._cameras = {camera.name: _Frames(camera) for camera in cameras}
         self._joints = tuple(joints)
         self._joint_topic = joint_topic
         self._readings: deque[tuple[int, NDArray[np.float64]]] = deque(maxlen=READINGS_KEPT)
         self._trained = None if trained is None else (np.array(trained[0]), np.array(trained[1]))
+        self._joint_max_age_ns = joint_max_age_ns
+        self._readings_count = 0
+        self._arrived_ns: int | None = None
         self._refused: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def add_frame(self, frame: CameraFrame) -> None:
+    def add_frame(self, frame: CameraFrame, arrived_ns: int | None = None) -> None:
         with self._lock:
-            frames = self._cameras[frame.camera].frames
+            camera = self._cameras[frame.camera]
+            frames = camera.frames
             stamps = [kept.stamp_ns for kept in frames]
             place = bisect.bisect_left(stamps, frame.stamp_ns)
             if place < len(stamps) and stamps[place] == frame.stamp_ns:
                 return  # a frozen camera repeats its stamp: it must grow stale
             _insert(frames, place, frame)
+            camera.count += 1
+            if arrived_ns is not None and not camera.source.optional:
+                self._arrived_ns = arrived_ns
             self._refused.pop(frame.camera, None)
 
     def add_joints(self, reading: JointReading) -> None:
@@ -86,6 +113,7 @@ class ObservationBuffer:
             place = bisect.bisect_left([stamp for stamp, _ in self._readings], reading.stamp_ns)
             if place == len(self._readings) or self._readings[place][0] != reading.stamp_ns:
                 _insert(self._readings, place, (reading.stamp_ns, position_J))
+                self._readings_count += 1
             self._refused.pop("joint state", None)
 
     def _check_unit(self, position_J: NDArray[np.float64]) -> None:
@@ -116,12 +144,31 @@ class ObservationBuffer:
                 camera.frames.clear()
             self._readings.clear()
             self._refused.clear()
+            self._arrived_ns = None
+
+    def status(self, now_ns: int) -> dict[str, InputStatus]:
+        """What has come in, by camera and for "joint state"."""
+        with self._lock:
+            newest = {
+                name: (camera.count, camera.frames[-1].stamp_ns if camera.frames else None)
+                for name, camera in self._cameras.items()
+            }
+            newest["joint state"] = self._readings_count, self._readings[-1][0] if self._readings else None
+        return {
+            name: InputStatus(count, None if stamp_ns is None else now_ns - stamp_ns)
+            for name, (count, stamp_ns) in newest.items()
+        }
+
+    def since_frame_ns(self, now_ns: int) -> int | None:
+        """How long ago the last frame of a required camera arrived; None: unknown."""
+        with self._lock:
+            return None if self._arrived_ns is None else now_ns - self._arrived_ns
 
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
         """The newest set: a frame per required camera within `slop_ns` of the oldest, and the joint state at its time.
 
         Optional cameras join if they have a frame in that span. StaleInput if there is no such set or if it is older
-        than `max_age_ns`. Stamps ahead of `now_ns` by more than `slop_ns` are not used.
+        than `max_age_ns` (or the limit of its camera). Stamps ahead of `now_ns` by more than `slop_ns` are not used.
         """
         with self._lock:
             usable = {
@@ -137,11 +184,13 @@ class ObservationBuffer:
         if frames is None:
             raise StaleInput(_out_of_step(required, slop_ns))
         stamp_ns = min(frame.stamp_ns for frame in frames.values())
-        if now_ns - stamp_ns > max_age_ns:
-            raise StaleInput(
-                f"cameras: newest images that match within sync_slop_s are {_ms(now_ns - stamp_ns)} ms old, limit "
-                f"{_ms(max_age_ns)} ms (max_age_s); do all cameras run at a steady rate?"
-            )
+        for name, frame in frames.items():
+            limit_ns = self._cameras[name].limit_ns(max_age_ns)
+            if now_ns - frame.stamp_ns > limit_ns:
+                raise StaleInput(
+                    f"cameras: newest images that match within sync_slop_s are {_ms(now_ns - frame.stamp_ns)} ms old, "
+                    f"limit {_ms(limit_ns)} ms (max_age_s, for {name!r}); do all cameras run at a steady rate?"
+                )
         for name, candidates in usable.items():
             if name not in frames:
                 in_span = [frame for frame in candidates if stamp_ns <= frame.stamp_ns <= stamp_ns + slop_ns]
@@ -151,12 +200,16 @@ class ObservationBuffer:
         return Observation(stamp_ns, frames, self._joints_at(readings, stamp_ns, max_age_ns))
 
     def measured(self, now_ns: int, max_age_ns: int) -> NDArray[np.float64]:
-        """The newest joint positions [J]; StaleInput if older than `max_age_ns`."""
+        """The newest joint positions [J]; StaleInput if older than `max_age_ns` (or their own limit)."""
+        return self.latest(now_ns, max_age_ns)[1]
+
+    def latest(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
+        """As `measured`, with their stamp."""
         with self._lock:
             readings = list(self._readings)
             refused = dict(self._refused)
         self._check_readings(readings, now_ns, max_age_ns, refused)
-        return readings[-1][1]
+        return readings[-1]
 
     def _check_camera(
         self, camera: _Frames, usable: list[CameraFrame], now_ns: int, max_age_ns: int, refused: Mapping[str, str]
@@ -170,10 +223,10 @@ class ObservationBuffer:
             )
         if not usable:
             raise StaleInput(f"camera {name!r}: no image yet{why}")
-        age_ns = now_ns - usable[-1].stamp_ns
-        if age_ns > max_age_ns:
+        age_ns, limit_ns = now_ns - usable[-1].stamp_ns, camera.limit_ns(max_age_ns)
+        if age_ns > limit_ns:
             raise StaleInput(
-                f"camera {name!r}: newest frame {_ms(age_ns)} ms old, limit {_ms(max_age_ns)} ms (max_age_s){why}"
+                f"camera {name!r}: newest frame {_ms(age_ns)} ms old, limit {_ms(limit_ns)} ms (max_age_s){why}"
             )
 
     def _check_readings(
@@ -191,6 +244,7 @@ class ObservationBuffer:
         )
         if not readings:
             raise StaleInput(f"joint state: none yet{why}")
+        max_age_ns = max_age_ns if self._joint_max_age_ns is None else self._joint_max_age_ns
         age_ns = now_ns - readings[-1][0]
         if age_ns > max_age_ns:
             raise StaleInput(f"joint state: newest {_ms(age_ns)} ms old, limit {_ms(max_age_ns)} ms (max_age_s){why}")

@@ -20,6 +20,10 @@ class Pacer:
             self.missed += late
             self.due_ns += late * period_ns
 
+    def shift(self, by_ns: int) -> None:
+        """Puts the next deadline, and with it all later ones, off (or, negative, forward)."""
+        self.due_ns += by_ns
+
     def set_back(self, now_ns: int) -> bool:
         """Whether the clock was set back, so that the deadline is farther off than it ever is; then start anew now."""
         if self.due_ns - now_ns <= 2 * self._period_ns:

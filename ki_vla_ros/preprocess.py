@@ -156,5 +156,12 @@ def make_model_input(
     bins = state_to_bins(state_norm_J, manifest.prompt.state_bins) if as_text else ()
     prompt = render_prompt(manifest.prompt.template, instruction, bins)
     tokens_L, token_mask_L = tokenize(tokenizer, prompt, manifest.prompt.length)
-    state_J = state_norm_J.astype(np.float32) if manifest.state.as_token else None
+    state_J = state_token(manifest, observation.state_J)
     return ModelInput(images_to_input(images_VHWC), image_mask_V, tokens_L, token_mask_L, state_J)
+
+
+def state_token(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[np.float32] | None:
+    """The state as the expert reads it, normalised [J]; None where the bundle has it as text alone."""
+    if not manifest.state.as_token:
+        return None
+    return normalize(state_J, manifest.state.low, manifest.state.high).astype(np.float32)

@@ -45,6 +45,11 @@ class Observation:
     frames: Mapping[str, CameraFrame]
     state_J: NDArray[np.float64]
 
+    @property
+    def newest_ns(self) -> int:
+        """The newest stamp among the frames."""
+        return max(frame.stamp_ns for frame in self.frames.values())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActionChunk:

@@ -53,6 +53,9 @@ class CameraSettings(_Model):
     transport: Literal["raw", "compressed"] = _setting(
         "raw", "raw: sensor_msgs/Image; compressed: sensor_msgs/CompressedImage (jpeg, png)"
     )
+    max_age_s: float = _setting(
+        0.0, "oldest image of this camera that may be acted upon; 0: as max_age_s", unit="s", ge=0.0, le=5.0
+    )
 
 
 class JointLimitSettings(_Model):
@@ -274,6 +277,32 @@ class Settings(_Model):
         changeable=True,
     )
 
+    joint_max_age_s: float = _setting(
+        0.0, "oldest joint state that may be acted upon; 0: as max_age_s", unit="s", ge=0.0, le=5.0
+    )
+    prefill_period_s: float = _setting(
+        0.0,
+        "run the backbone only this often and the expert at every tick, on the keys and values of the last prefill and "
+        "the newest joint state; 0: both at every tick; needs a bundle that feeds the state as a token",
+        unit="s",
+        ge=0.0,
+        le=5.0,
+        changeable=True,
+    )
+    max_kv_age_s: float = _setting(
+        0.5,
+        "oldest images behind keys and values that are used again",
+        unit="s",
+        ge=0.02,
+        le=5.0,
+        changeable=True,
+    )
+    align_to_cameras: bool = _setting(
+        True,
+        "move the ticks, by at most 2 ms each, to shortly after the images' arrival, so that they act on the youngest; "
+        "only where the period of the ticks is a multiple of the cameras'",
+        changeable=True,
+    )
     use_receive_time: bool = _setting(
         False,
         "take the time of arrival instead of the header's stamp, for drivers that do not stamp; what is late then "
@@ -323,6 +352,16 @@ class Settings(_Model):
             raise ConfigurationError(
                 f"parameter 'guidance_horizon_s': got {self.guidance_horizon_s:g} s, but a chunk of bundle "
                 f"{manifest.name!r} lasts {chunk_s:g} s"
+            )
+        if self.prefill_period_s > 0.0 and not manifest.state.as_token:
+            raise ConfigurationError(
+                f"parameter 'prefill_period_s': got {self.prefill_period_s:g} s, but bundle {manifest.name!r} has the "
+                "joint state in the prompt alone, so every new state needs a prefill; set 0, or train with state_token"
+            )
+        if self.prefill_period_s > self.max_kv_age_s:
+            raise ConfigurationError(
+                f"parameter 'prefill_period_s': expected at most max_kv_age_s ({self.max_kv_age_s:g} s), got "
+                f"{self.prefill_period_s:g} s"
             )
         if self.executor == "rtc_trained" and max(delay, 1) > manifest.max_prefix_delay:
             raise ConfigurationError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from loop_bench import Bench
     from robots import PolicyProcess, Robot
 
 # From 61 on the demo looks for a free domain of its own.
@@ -44,6 +45,17 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bundle") / "test"
     write_test_bundle(folder)
     return str(folder)
+
+
+@pytest.fixture
+def bench(bundle_path: str) -> Iterator[Bench]:
+    from loop_bench import Bench
+
+    from ki_vla_ros.bundle import load_bundle
+
+    bench = Bench(load_bundle(bundle_path))
+    yield bench
+    bench.engine.close()
 
 
 @pytest.fixture

@@ -1,121 +1,23 @@
-"""The line from inputs to command without ROS: a real bundle, a clock in our hand, a wire that remembers."""
+"""The line from inputs to command without ROS, tick by tick."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import CAMERAS, JOINTS, demo_observation, write_test_bundle
+from bundles import JOINTS, both_ways_policy, demo_observation, write_test_bundle
+from loop_bench import MS, START, TASK, Bench, is_hold
 
-from ki_vla_ros.bundle import Bundle
-from ki_vla_ros.diagnostics import Diagnostics, Level, Stopwatch
-from ki_vla_ros.engines.base import KVCache
-from ki_vla_ros.engines.onnx_engine import OnnxEngine
-from ki_vla_ros.errors import EngineError, InstructionError, SafetyRefusal, StaleInput
-from ki_vla_ros.loop import PolicyLoop
-from ki_vla_ros.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.errors import InstructionError, SafetyRefusal, StaleInput
+from ki_vla_ros.loop import alignment_ns
 from ki_vla_ros.pacing import Pacer
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
-from ki_vla_ros.settings import Settings, settings_from_parameters
+from ki_vla_ros.preprocess import make_model_input, state_token
+from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
 
-MS = 1_000_000
-START = 1_000 * NS_PER_S
-STAGES = ["observation", "preprocess", "prefill", "denoise", "safety", "chunking", "verify", "publish"]
-TASK = "touch the red cube"
-
-
-class FakeWire:
-    """Remembers what went out. `now_ns` stands still unless told otherwise."""
-
-    def __init__(self) -> None:
-        self.time_ns = START
-        self.commands: list[tuple[Motion, int]] = []
-        self.chunks: list[ActionChunk] = []
-        self.ticks: list[Mapping[str, object]] = []
-        self.lines: list[str] = []
-        self.on_tick: Callable[[], None] = lambda: None
-
-    def now_ns(self) -> int:
-        return self.time_ns
-
-    def simulated_clock(self) -> bool:
-        return True
-
-    def send_command(self, motion: Motion, now_ns: int) -> None:
-        self.commands.append((motion, now_ns))
-
-    def report_chunk(self, chunk: ActionChunk) -> None:
-        self.chunks.append(chunk)
-
-    def report_tick(self, fields: Mapping[str, object]) -> None:
-        self.ticks.append(fields)
-        self.on_tick()
-
-    def log(self, message: str, cause: str) -> None:
-        self.lines.append(message)
-
-
-class Bench:
-    """A loop with everything that it needs; `give_inputs` makes an observation of the present moment."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self.engine = OnnxEngine(bundle)
-        self.policy = Policy(bundle, self.engine)
-        self.wire = FakeWire()
-        self.settings = settings_from_parameters({"ramp_in_s": 0.0})
-        self.diagnostics = Diagnostics()
-        self.buffer = ObservationBuffer([CameraSource(c, f"/{c}") for c in CAMERAS], JOINTS, "/joint_states")
-        self.loop = PolicyLoop(self.policy, self.buffer, self.wire, self.diagnostics, lambda: self.settings)
-        self.loop.instruction = TASK
-
-    def give_inputs(self, age_ms: int = 0) -> None:
-        observation = demo_observation(self.wire.time_ns - age_ms * MS)
-        for frame in observation.frames.values():
-            self.buffer.add_frame(frame)
-        self.buffer.add_joints(JointReading(observation.stamp_ns, JOINTS, observation.state_J))
-
-    def change(self, **changes: object) -> Settings:
-        self.settings = settings_from_parameters({**self.settings.model_dump(exclude={"limits", "cameras"}), **changes})
-        return self.settings
-
-    def tick(self) -> tuple[int | None, Stopwatch]:
-        watch = Stopwatch()
-        return self.loop.tick(self.settings, self.wire.time_ns, watch), watch
-
-    def run_ticks(self, count: int, before: Callable[[int], None]) -> None:
-        """Through the thread: after each tick time goes on by one period, and `before(n)` sets the stage for tick n."""
-        done = threading.Event()
-
-        def next_tick() -> None:
-            if len(self.wire.ticks) >= count:
-                done.set()
-                self.wire.on_tick = lambda: None
-                return
-            self.wire.time_ns += round(NS_PER_S / self.settings.rate_hz)
-            before(len(self.wire.ticks))
-
-        self.wire.on_tick = next_tick
-        before(0)
-        self.loop.start()
-        try:
-            assert done.wait(60.0)
-        finally:
-            self.loop.stop()
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_test_bundle(tmp_path_factory.mktemp("bundle") / "test")
-
-
-@pytest.fixture
-def bench(bundle: Bundle) -> Iterator[Bench]:
-    bench = Bench(bundle)
-    yield bench
-    bench.engine.close()
+STAGES = ["observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish"]
 
 
 def test_a_tick_sends_what_is_left_of_the_policys_chunk(bench: Bench) -> None:
@@ -202,223 +104,6 @@ def test_ticks_are_paced_and_reported(bench: Bench) -> None:
     assert stages["total"] == pytest.approx(sum(stages[name] for name in STAGES))
 
 
-def test_a_stale_input_brings_the_arm_to_rest_once_and_it_goes_on_afterwards(bench: Bench) -> None:
-    def before(n: int) -> None:
-        if n in (0, 5, 6):
-            bench.give_inputs()
-        else:
-            bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, rest_J + 0.001 * n))
-
-    rest_J = demo_observation().state_J
-
-    bench.run_ticks(7, before)
-    holds = [tick["hold"] for tick in bench.wire.ticks]
-    assert [hold is None for hold in holds] == [True, True, True, False, False, True, True]
-    assert str(holds[3]).startswith("camera 'scene': newest frame 300 ms old, limit 250 ms")
-    # Once for the stale camera, once at the end, when the loop stops.
-    held = [motion for motion, _ in bench.wire.commands if is_hold(motion)]
-    assert len(bench.wire.commands) == 7 and len(held) == 2
-    np.testing.assert_allclose(held[0].position_NJ[-1], rest_J + 0.003, atol=1e-6)
-    assert held[0].end_ns < START + 300 * MS + 600 * MS
-
-
-def is_hold(motion: Motion) -> bool:
-    """The last quarter of a second of a chunk's motion moves; a hold is over by then."""
-    return bool(motion.end_ns - motion.from_ns < 550 * MS)
-
-
-def test_when_the_joints_are_lost_too_the_arm_brakes_on_its_path(bench: Bench) -> None:
-    bench.run_ticks(4, lambda n: bench.give_inputs() if n == 0 else None)
-    running, _ = bench.wire.commands[2]
-    held, now_ns = bench.wire.commands[3]
-    assert held.end_ns - now_ns <= 200 * MS  # 0.15 s from full speed, and the lead
-    for a, b in zip(running.at(held.from_ns), held.at(held.from_ns), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-9)
-    assert any("braking on the commanded path" in line for line in bench.wire.lines)
-
-
-def test_stopping_holds_a_running_chunk(bench: Bench) -> None:
-    bench.run_ticks(1, lambda n: bench.give_inputs())
-    assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, True]
-    bench.loop.stop()
-    assert len(bench.wire.commands) == 2
-
-
-def test_stopping_when_nothing_moves_sends_nothing(bench: Bench) -> None:
-    bench.run_ticks(2, lambda n: None)
-    assert bench.wire.commands == []
-    assert str(bench.wire.ticks[0]["hold"]).startswith("camera 'scene': no image yet")
-
-
-def test_a_stop_is_latched_until_reset(bench: Bench) -> None:
-    def before(n: int) -> None:
-        bench.give_inputs()
-        if n == 2:
-            bench.loop.latch("by a test")
-        if n == 4:
-            assert bench.loop.reset() and not bench.loop.reset()
-
-    bench.run_ticks(6, before)
-    holds = [tick["hold"] for tick in bench.wire.ticks]
-    assert [hold is None for hold in holds] == [True, True, False, False, True, True]
-    assert holds[2] == "stopped: by a test; call ~/reset when nothing stands in the way"
-    assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, False, True, False, False, True]
-
-
-def test_a_stop_during_inference_keeps_the_chunk_off_the_wire(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = bench.policy.decode
-
-    def stop_meanwhile(*arguments: object) -> ActionChunk:
-        bench.loop.latch("meanwhile")
-        return decode(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(bench.policy, "decode", stop_meanwhile)
-    bench.give_inputs()
-    with pytest.raises(SafetyRefusal, match="stopped: meanwhile"):
-        bench.tick()
-    assert not bench.wire.commands
-
-
-def test_a_rule_may_stop_for_good(bench: Bench) -> None:
-    bench.change(**{"limits.on_jump": "stop", "limits.max_jump_s": 0.0, "limits.velocity_scale": 0.01})
-    bench.run_ticks(2, lambda n: bench.give_inputs())
-    holds = [str(tick["hold"]) for tick in bench.wire.ticks]
-    assert "from the measured" in holds[0] and holds[1].startswith("stopped: joint")
-    assert bench.loop.latched is not None and not bench.wire.commands
-
-
-def test_the_watchdog_holds_an_arm_without_fresh_chunks(bench: Bench) -> None:
-    bench.give_inputs()
-    bench.tick()
-    bench.loop.watch()
-    assert len(bench.wire.commands) == 1
-    bench.wire.time_ns += 501 * MS  # hold_after_s is half a second; the chunk's motion lasts longer
-    bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, demo_observation().state_J))
-    bench.loop.watch()
-    bench.loop.watch()
-    assert len(bench.wire.commands) == 2
-    assert any("watchdog: no fresh chunk for 501 ms" in line for line in bench.wire.lines)
-    assert bench.diagnostics.report("active", "", 0.0).values["refused watchdog"] == "1"
-
-
-def test_dry_run_computes_and_sends_nothing(bench: Bench) -> None:
-    bench.change(dry_run=True)
-    bench.run_ticks(3, lambda n: bench.give_inputs())
-    assert bench.wire.commands == [] and len(bench.wire.chunks) == 3
-    assert [tick["hold"] for tick in bench.wire.ticks] == [None] * 3
-
-
-def test_a_dry_run_is_not_what_the_arm_was_told(bench: Bench) -> None:
-    """Switched on in motion, the arm can still be held; switched off, nothing begins where the arm never was."""
-    bench.give_inputs()
-    bench.tick()
-    sent = bench.wire.commands[0][0]
-    bench.change(dry_run=True)
-    for _ in range(3):
-        bench.wire.time_ns += 100 * MS
-        bench.give_inputs()
-        bench.tick()
-    assert len(bench.wire.commands) == 1 and bench.loop._governor.running is sent
-    bench.loop.latch("in a dry run")
-    assert len(bench.wire.commands) == 2 and is_hold(bench.wire.commands[1][0])
-    bench.loop.reset()
-    bench.wire.time_ns += 2_000 * MS
-    bench.give_inputs()
-    bench.tick()
-    bench.change(dry_run=False)
-    bench.wire.time_ns += 100 * MS
-    bench.give_inputs()
-    bench.tick()
-    np.testing.assert_allclose(bench.wire.commands[2][0].position_NJ[0], demo_observation().state_J, atol=1e-6)
-
-
-def test_speed_limits_rise_after_activation(bench: Bench) -> None:
-    bench.change(**{"ramp_in_s": 1.0, "limits.velocity_scale": 0.2, "limits.max_jump_s": 10.0})
-    bench.loop._adopt(bench.settings)
-    bench.run_ticks(12, lambda n: bench.give_inputs())
-    speeds = [np.abs(motion.velocity_NJ).max(axis=0) for motion, _ in bench.wire.commands[:-1]]
-    limit_J = 0.2 * np.array([joint.max_velocity for joint in bench.policy.bundle.manifest.joints])
-    assert np.all(speeds[0] <= 0.1 * limit_J * (1 + 1e-9))
-    assert np.all(speeds[5] <= 0.55 * limit_J * (1 + 1e-9))
-    assert np.any(speeds[-1] > 0.55 * limit_J)
-
-
-def test_an_arm_moved_by_others_goes_on_from_where_it_is(bench: Bench) -> None:
-    bench.give_inputs()
-    bench.tick()
-    bench.wire.time_ns += 3_000 * MS
-    moved = demo_observation(bench.wire.time_ns)
-    for frame in moved.frames.values():
-        bench.buffer.add_frame(frame)
-    bench.buffer.add_joints(
-        JointReading(bench.wire.time_ns, JOINTS, moved.state_J + 0.2 * np.array([1, 0, 0, 0, 0, 0, 0]))
-    )
-    bench.tick()
-    np.testing.assert_allclose(bench.wire.commands[1][0].position_NJ[0, 0], moved.state_J[0] + 0.2)
-    assert any("not where it was sent" in line for line in bench.wire.lines)
-
-
-@pytest.mark.parametrize("moved, starts_where_it_is", [(0.0, False), (0.8, False), (1.0, True)])
-def test_an_arm_in_motion_may_trail_but_not_be_elsewhere(bench: Bench, moved: float, starts_where_it_is: bool) -> None:
-    """The room is 0.3 s at 3 rad/s."""
-    bench.give_inputs()
-    bench.tick()
-    bench.wire.time_ns += 100 * MS
-    running = bench.wire.commands[0][0].at(bench.wire.time_ns)[0]
-    observation = demo_observation(bench.wire.time_ns)
-    for frame in observation.frames.values():
-        bench.buffer.add_frame(frame)
-    elsewhere_J = running + moved * np.array([1, 0, 0, 0, 0, 0, 0])
-    bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, elsewhere_J))
-    bench.tick()
-    said = any("not where it was sent" in line for line in bench.wire.lines)
-    assert said == starts_where_it_is
-    if starts_where_it_is:
-        np.testing.assert_allclose(bench.wire.commands[1][0].position_NJ[0], elsewhere_J, atol=1e-9)
-
-
-def test_a_hold_that_seems_to_run_still_is_no_start_for_an_arm_put_elsewhere(bench: Bench) -> None:
-    """As when a simulator is reset, or an arm is moved by hand, between deactivation and activation."""
-    bench.run_ticks(2, lambda n: bench.give_inputs())
-    hold, now_ns = bench.wire.commands[-1]
-    assert hold.end_ns > now_ns
-    elsewhere_J = demo_observation().state_J + 0.3 * np.array([1, 0, 0, 0, 0, 0, 0])
-
-    def before(n: int) -> None:
-        for frame in demo_observation(bench.wire.time_ns).frames.values():
-            bench.buffer.add_frame(frame)
-        bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, elsewhere_J))
-
-    count, bench.wire.ticks[:] = len(bench.wire.commands), []
-    bench.wire.time_ns = now_ns + 1 * MS
-    bench.change(**{"limits.max_jump_s": 10.0})
-    bench.run_ticks(1, before)
-    np.testing.assert_allclose(bench.wire.commands[count][0].position_NJ[0], elsewhere_J, atol=1e-6)
-
-
-@pytest.mark.parametrize("error", [EngineError("engine: broken"), ZeroDivisionError("a bug")])
-def test_errors_of_the_engine_hold_and_the_next_tick_tries_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    prefill, broken = bench.policy.prefill, threading.Event()
-
-    def sometimes(*arguments: object) -> KVCache:
-        if broken.is_set():
-            raise error
-        return prefill(*arguments)  # type: ignore[arg-type]
-
-    def before(n: int) -> None:
-        bench.give_inputs()
-        broken.set() if n == 1 else broken.clear()
-
-    monkeypatch.setattr(bench.policy, "prefill", sometimes)
-    bench.run_ticks(3, before)
-    holds = [tick["hold"] for tick in bench.wire.ticks]
-    assert holds[0] is None and holds[2] is None
-    assert str(error) in str(holds[1])
-    assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, True, False, True]
-
-
 def test_changed_settings_apply_from_the_next_tick_on(bench: Bench) -> None:
     def before(n: int) -> None:
         bench.give_inputs()
@@ -470,20 +155,102 @@ def test_pacer_keeps_to_its_grid_and_counts_missed_deadlines() -> None:
     assert pacer.due_ns == 900
 
 
-def test_diagnostics_report(bench: Bench) -> None:
-    diagnostics = Diagnostics()
-    assert diagnostics.report("inactive", "", 0.0).level is Level.OK
-    for n in range(41):
-        diagnostics.record_chunk({"prefill": 2.0, "denoise": 1.0 + (n == 40)}, ("clamped elbow",), 10.0 + 0.1 * n)
-        diagnostics.record_tick(None, TASK, 0)
-    diagnostics.record_refusal("instruction: too long")
-    report = diagnostics.report("active", "an engine", 14.0)
-    assert report.level is Level.OK and report.summary == "10.0 chunks per second"
-    assert report.values["chunk_rate_hz"] == "10.00"
-    assert (report.values["total_ms_p50"], report.values["denoise_ms_p99"]) == ("3.00", "1.60")
-    assert report.values["corrected clamped"] == "41" and report.values["refused instruction"] == "1"
-    diagnostics.record_tick("camera 'scene': newest frame 300 ms old", TASK, 7)
-    diagnostics.record_tick("camera 'scene': newest frame 400 ms old", TASK, 8)
-    report = diagnostics.report("active", "an engine", 14.0)
-    assert report.level is Level.WARNING and report.summary.startswith("holding: camera 'scene'")
-    assert report.values["refused camera 'scene'"] == "2" and report.values["deadline_misses"] == "8"
+@pytest.fixture
+def dual_bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(write_test_bundle(tmp_path / "bundle", both_ways_policy()))
+    bench.change(prefill_period_s=0.3)
+    yield bench
+    bench.engine.close()
+
+
+def test_the_backbone_may_run_less_often_than_the_expert(dual_bench: Bench) -> None:
+    """Between two prefills a tick needs no images, and its chunk is anchored at the newest joint state."""
+    bench, ran = dual_bench, ""
+    for n in range(7):
+        if n % 3 == 0:
+            bench.give_inputs()
+        moved_J = demo_observation().state_J + 0.02 * n
+        bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, moved_J))
+        _, watch = bench.tick()
+        ran += "P" if "prefill" in watch.stage_ms else "-"
+        assert bench.wire.chunks[n].start_ns == bench.wire.time_ns
+        bench.wire.time_ns += 100 * MS
+    assert ran == "P--P--P"
+    spec = bench.policy.bundle.manifest
+    given = make_model_input(spec, bench.policy.bundle.tokenizer, demo_observation(), TASK)
+    token_J = state_token(spec, demo_observation().state_J + 0.02 * 5)
+    actions_HA = bench.policy.denoise(bench.policy.prefill(given), bench.policy.noise(5), token_J)
+    moved = dataclasses.replace(demo_observation(), state_J=demo_observation().state_J + 0.02 * 5)
+    np.testing.assert_array_equal(bench.wire.chunks[5].position_HJ, bench.policy.decode(actions_HA, moved).position_HJ)
+
+
+def test_a_new_instruction_or_a_hold_or_old_images_need_a_new_prefill(dual_bench: Bench) -> None:
+    bench = dual_bench
+    bench.change(max_kv_age_s=0.3)
+
+    def tick() -> bool:
+        bench.wire.time_ns += 100 * MS
+        bench.give_inputs()
+        bench.loop.step(bench.settings, bench.wire.time_ns, 0)
+        stages = bench.wire.ticks[-1]["stage_ms"]
+        assert isinstance(stages, dict)
+        return "prefill" in stages
+
+    assert [tick(), tick()] == [True, False]
+    bench.loop.instruction = "touch the blue ball"
+    assert [tick(), tick()] == [True, False]
+    bench.loop.latch("a test")
+    bench.wire.time_ns += 100 * MS
+    bench.loop.step(bench.settings, bench.wire.time_ns, 0)
+    bench.loop.reset()
+    assert tick()
+    bench.change(prefill_period_s=0.3, max_kv_age_s=0.3)
+    bench.loop._prefix = dataclasses.replace(
+        bench.loop._prefix, observation=demo_observation(bench.wire.time_ns - 250 * MS)
+    )
+    assert tick()
+
+
+@pytest.mark.parametrize(
+    ("before_ms", "behind_ms", "moves_ms"),
+    [(20, 20, -2.0), (4, 4, -0.5), (2, 2, 0.0), (0, 0, 0.5), (2, 30, 0.0), (None, 20, 0.0), (20, None, 0.0)],
+)
+def test_ticks_move_to_the_frames_gently_and_only_while_they_lie_steadily_behind(
+    before_ms: int | None, behind_ms: int | None, moves_ms: float
+) -> None:
+    before_ns, behind_ns = (None if ms is None else ms * MS for ms in (before_ms, behind_ms))
+    assert alignment_ns(before_ns, behind_ns) == round(moves_ms * MS)
+
+
+@pytest.mark.parametrize(("camera_ms", "aligned"), [(33.34, True), (33.4, True), (33.3, True), (66.7, False)])
+def test_ticks_find_the_frames_where_the_periods_go_together(camera_ms: float, aligned: bool) -> None:
+    """Cameras at about 30 Hz, and at 15 Hz, where every other tick at 10 Hz lies elsewhere."""
+    pacer, before_ns, ticks_ns, behind_ms = Pacer(START), None, [], []
+    for _ in range(100):
+        ticks_ns.append(pacer.due_ns)
+        behind_ns = (pacer.due_ns - START + 20 * MS) % round(camera_ms * MS)
+        behind_ms.append(behind_ns / MS)
+        pacer.advance(pacer.due_ns + 20 * MS, 100 * MS)
+        pacer.shift(alignment_ns(before_ns, behind_ns))
+        before_ns = behind_ns
+    periods_ms = np.diff(ticks_ns) / MS
+    assert periods_ms.min() >= 98.0 and periods_ms.max() <= 102.0 and pacer.missed == 0
+    if aligned:
+        assert max(behind_ms[-20:]) < 5.0
+    else:
+        assert np.all(periods_ms == 100.0)
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_ticks_are_aligned_unless_told_otherwise(bench: Bench, monkeypatch: pytest.MonkeyPatch, align: bool) -> None:
+    moves: list[int] = []
+    monkeypatch.setattr(Pacer, "shift", lambda _self, by_ns: moves.append(by_ns))
+
+    def before(n: int) -> None:
+        bench.give_inputs()
+        for frame in demo_observation(bench.wire.time_ns + 1).frames.values():
+            bench.buffer.add_frame(frame, arrived_ns=bench.wire.time_ns - 20 * MS)
+
+    bench.change(align_to_cameras=align)
+    bench.run_ticks(3, before)
+    assert moves[:3] == ([0, -2 * MS, -2 * MS] if align else [])

@@ -36,7 +36,7 @@ def test_from_messages_to_commands_until_a_signal(
     tick = robot.ticks[-1]
     assert tick["instruction"] == TASK and tick["hold"] is None
     assert set(tick["stage_ms"]) == {
-        "observation", "preprocess", "prefill", "denoise", "safety", "chunking", "verify", "publish", "total",
+        "observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish", "total",
     }  # fmt: skip
     assert robot.diagnostics[-1].status[0].name == "/policy"
     before = len(robot.commands)

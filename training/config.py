@@ -87,6 +87,12 @@ class TrainingConfig(Strict):
     probe_layer: int = Field(description="backbone layer whose attention learns to point")
     probe_head: int = 0
     max_prefix_delay: int = Field(description="largest clean chunk prefix (actions) that training conditions on")
+    prefix_lead: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="how many actions the clean prefix may be ahead of the arm; for chunks whose velocity is a "
+        "function of the place. 0: it begins where the arm is, as in a recording",
+    )
     stages: tuple[StageConfig, ...]
 
     @model_validator(mode="after")

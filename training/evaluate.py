@@ -98,10 +98,10 @@ class LiveBuffer(ObservationBuffer):
         super().__init__([CameraSource(name, name) for name in cameras], arm.world.joints, "joint_states")
         self._arm = arm
 
-    def measured(self, now_ns: int, max_age_ns: int) -> NDArray[np.float64]:
+    def latest(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
         self._arm.advance(now_ns)
         self.add_joints(JointReading(now_ns, self._arm.world.joints, self._arm.world.joint_position_J))
-        return super().measured(now_ns, max_age_ns)
+        return super().latest(now_ns, max_age_ns)
 
 
 class ClosedLoop:

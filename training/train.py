@@ -267,6 +267,8 @@ class Trainer:
         """
         action = batch.action_BHA.repeat_interleave(samples, dim=0)
         time, learned = losses.draw_flow_time(len(action), action.shape[1], self.config.max_prefix_delay, generator)
+        if self.config.prefix_lead:
+            action, learned = losses.run_ahead(action, learned, self.config.prefix_lead, generator)
         x_t, target = losses.mix_flow(action, torch.randn(action.shape, generator=generator), time)
         return x_t, time, target, learned
 
