@@ -47,6 +47,21 @@ class Stopwatch:
         return sum(self.stage_ms.values())
 
 
+class CollectorWatch:
+    """How long Python's garbage collector has stopped the process at most, in ms; for `gc.callbacks`."""
+
+    def __init__(self) -> None:
+        self.longest_ms = 0.0
+        self._began_ns = 0
+
+    def __call__(self, phase: str, _info: Mapping[str, object]) -> None:
+        now_ns = time.perf_counter_ns()
+        if phase == "start":
+            self._began_ns = now_ns
+        elif self._began_ns:
+            self.longest_ms = max(self.longest_ms, (now_ns - self._began_ns) / 1e6)
+
+
 @dataclass(frozen=True)
 class Report:
     """One line for people, and everything by name for tools."""
@@ -66,6 +81,7 @@ class Diagnostics:
         self._skew_ms: deque[float] = deque(maxlen=WINDOW)
         self._delay = 0
         self._inputs: tuple[float, Mapping[str, InputStatus]] | None = None  # of the report before
+        self.collector = CollectorWatch()
         self._holds = 0
         self._refusals: Counter[str] = Counter()
         self._corrections: Counter[str] = Counter()
@@ -129,6 +145,7 @@ class Diagnostics:
                 "chunk_delay_actions": str(self._delay),
                 "deadline_misses": str(self._missed),
                 "holds": str(self._holds),
+                "gc_pause_ms_max": f"{self.collector.longest_ms:.2f}",
             }
             values.update(self._describe_inputs(inputs or {}, now_s))
             durations = {f"{stage}_ms": of_stage for stage, of_stage in self._stage_ms.items()}

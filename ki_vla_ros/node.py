@@ -308,6 +308,8 @@ class PolicyNode(LifecycleNode):
         # Model and libraries stay as long as the node; the collector need not look through them during a tick.
         gc.collect()
         gc.freeze()
+        gc.callbacks.append(self._diagnostics.collector)
+        self._resources.callback(gc.callbacks.remove, self._diagnostics.collector)
         self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
 
     def _subscribe(self, kind: Any, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:

@@ -166,10 +166,11 @@ def dual_bench(tmp_path: Path) -> Iterator[Bench]:
 def test_the_backbone_may_run_less_often_than_the_expert(dual_bench: Bench) -> None:
     """Between two prefills a tick needs no images, and its chunk is anchored at the newest joint state."""
     bench, ran = dual_bench, ""
+    step_J = np.array([0.02] * 6 + [0.0])
     for n in range(7):
         if n % 3 == 0:
             bench.give_inputs()
-        moved_J = demo_observation().state_J + 0.02 * n
+        moved_J = demo_observation().state_J + n * step_J
         bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, moved_J))
         _, watch = bench.tick()
         ran += "P" if "prefill" in watch.stage_ms else "-"
@@ -178,9 +179,9 @@ def test_the_backbone_may_run_less_often_than_the_expert(dual_bench: Bench) -> N
     assert ran == "P--P--P"
     spec = bench.policy.bundle.manifest
     given = make_model_input(spec, bench.policy.bundle.tokenizer, demo_observation(), TASK)
-    token_J = state_token(spec, demo_observation().state_J + 0.02 * 5)
+    token_J = state_token(spec, demo_observation().state_J + 5 * step_J)
     actions_HA = bench.policy.denoise(bench.policy.prefill(given), bench.policy.noise(5), token_J)
-    moved = dataclasses.replace(demo_observation(), state_J=demo_observation().state_J + 0.02 * 5)
+    moved = dataclasses.replace(demo_observation(), state_J=demo_observation().state_J + 5 * step_J)
     np.testing.assert_array_equal(bench.wire.chunks[5].position_HJ, bench.policy.decode(actions_HA, moved).position_HJ)
 
 
