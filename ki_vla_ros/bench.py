@@ -55,7 +55,7 @@ class Robot:
     def __init__(self, policy: PolicySpec) -> None:
         self.ticks: list[dict[str, Any]] = []
         self.status: Mapping[str, str] = {}
-        self.images_sent = 0
+        self.images_sent = self.published_until_ns = 0
         self._names = list(policy.joint_names)
         middle_J = (np.array(policy.state.low) + np.array(policy.state.high)) / 2.0
         self._arm = TrajectoryExecutor(self._names, middle_J)
@@ -99,6 +99,7 @@ class Robot:
         finally:
             stop.set()
             publishing.join()
+        self.published_until_ns = time.time_ns()
         settled_s = time.monotonic() + SETTLE_S
         while time.monotonic() < settled_s:
             self._executor.spin_once(timeout_sec=0.1)
@@ -183,7 +184,8 @@ def bench_node(bundle: str, instruction: str, seconds: float, hogs: int, say: Ca
             robot.close()
             rclpy.try_shutdown()
     figures = {"bundle": policy.name, "seconds": seconds, "hogs": hogs, "cameras": len(policy.cameras)}
-    return figures | summarize(robot.ticks, robot.status, robot.images_sent, policy, memory_mib)
+    ticks = [tick for tick in robot.ticks if tick["stamp_ns"] < robot.published_until_ns]
+    return figures | summarize(ticks, robot.status, robot.images_sent, policy, memory_mib)
 
 
 def summarize(
@@ -199,6 +201,8 @@ def summarize(
     denoise). `observation_to_command_ms`: from the oldest stamp, the model included. A missed deadline is unnoticed if
     a tick is missing that the node did not count.
     """
+    if not ticks:
+        raise KiVlaError("bench: expected ticks, got none")
     first_ns = ticks[0]["stamp_ns"] + round(WARM_UP_S * NS_PER_S)
     counted = [tick for tick in ticks if tick["stamp_ns"] >= first_ns]
     sent = [tick for tick in counted if tick["chunk_index"] is not None]

@@ -31,9 +31,11 @@ SIMULATED_CLOCK_POLL_S = 0.005
 MOVED_SHARE = 0.02
 # Share of the speed limits that ramp_in_s begins with.
 FIRST_SHARE = 0.1
+# Before the loop tries again after a fault of its own.
+FAILED_TICK_S = 0.1
 # Where ticks are moved to: so long after the last camera's frame, in steps of at most so much, and only while they
-# lie behind the frames as the tick before did.
-AFTER_FRAMES_NS, LARGEST_SHIFT_NS, STEADY_NS = 2_000_000, 2_000_000, 3_000_000
+# lie to the frames as the tick before did.
+AFTER_FRAMES_NS, LARGEST_SHIFT_NS, STEADY_NS = 1_000_000, 2_000_000, 3_000_000
 
 
 class Wire(Protocol):
@@ -164,10 +166,10 @@ class PolicyLoop:
             with watch.stage("publish"):
                 if not settings.dry_run:  # then what the arm was really told stays what runs
                     self._send(motion, now_ns)
+                sent = Sent(self._chunks, observation, wire.now_ns())
                 self._executor.accept(target, tick_ns)
                 self._fresh_ns, self._held, self._started = now_ns, False, False
                 wire.report_chunk(chunk)
-            sent = Sent(self._chunks, observation, wire.now_ns())
         self._chunks += 1
         self._diagnostics.record_chunk(
             watch.stage_ms,
@@ -250,15 +252,20 @@ class PolicyLoop:
         pacer = Pacer(self._wire.now_ns())
         behind_ns: int | None = None
         while not self._stop.is_set():
-            settings = self._settings()
-            self._adopt(settings)
-            tick_ns = self._wire.now_ns()
-            behind_before_ns, behind_ns = behind_ns, self._buffer.since_frame_ns(tick_ns)
-            self.step(settings, tick_ns, pacer.missed)
-            pacer.advance(self._wire.now_ns(), _ns(1.0 / settings.rate_hz))
-            if settings.align_to_cameras:
-                pacer.shift(alignment_ns(behind_before_ns, behind_ns))
-            self._sleep_until_due(pacer)
+            try:
+                settings = self._settings()
+                self._adopt(settings)
+                tick_ns = self._wire.now_ns()
+                behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(tick_ns)
+                self.step(settings, tick_ns, pacer.missed)
+                pacer.advance(self._wire.now_ns(), _ns(1.0 / settings.rate_hz))
+                if settings.align_to_cameras:
+                    pacer.shift(alignment_ns(behind_before_ns, behind_ns))
+                self._sleep_until_due(pacer)
+            except Exception:  # a bug between two ticks must not leave a node that is active and does nothing
+                self._wire.log(traceback.format_exc(), "internal error")
+                self._hold(self._settings())
+                self._stop.wait(FAILED_TICK_S)
 
     def _adopt(self, settings: Settings) -> None:
         self._policy.flow_steps = settings.flow_steps or self._policy.bundle.manifest.flow.steps
@@ -380,13 +387,13 @@ class PolicyLoop:
 def alignment_ns(before_ns: int | None, behind_ns: int | None) -> int:
     """How far the next ticks are to move so that they come shortly after the cameras' frames.
 
-    `behind_ns`: how long ago the last frame arrived when a tick began; `before_ns`: the same of the tick before. Where
-    the two differ, the ticks' period is no multiple of the cameras', and nothing is gained by moving.
+    `behind_ns`: how long ago the last frame had arrived when a tick began; `before_ns`: the same of the tick before.
+    Where the two differ, the ticks' period is no multiple of the cameras', and nothing is gained by moving.
     """
     if before_ns is None or behind_ns is None or abs(behind_ns - before_ns) > STEADY_NS:
         return 0
-    # A quarter: arrivals tremble, and ticks need not tremble with them.
-    return max(-LARGEST_SHIFT_NS, min(LARGEST_SHIFT_NS, (AFTER_FRAMES_NS - behind_ns) // 4))
+    # Half of it: arrivals tremble, and ticks need not tremble as much.
+    return max(-LARGEST_SHIFT_NS, min(LARGEST_SHIFT_NS, (AFTER_FRAMES_NS - behind_ns) // 2))
 
 
 def _ns(duration_s: float) -> int:

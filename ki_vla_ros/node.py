@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import make_model_input
+from ki_vla_ros.preprocess import make_model_input, resize_with_pad
 from ki_vla_ros.process import run_node
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.settings import Settings
@@ -51,6 +51,8 @@ from ki_vla_ros.stream import Stream
 
 # How often the watchdog looks.
 WATCHDOG_S = 0.02
+# How long the thread of the messages may keep the tick's thread from the interpreter (Python's default: 5 ms).
+SWITCH_S = 0.0005
 # Seconds between two log lines about one and the same cause.
 REPEAT_LOG_S = 5.0
 # For so many seconds after activation a node of the same name counts as the one that was there first: discovery takes
@@ -144,9 +146,11 @@ class PolicyNode(LifecycleNode):
     # --- messages
 
     def _on_image(self, camera: str, loaded: Loaded, message: Image | CompressedImage) -> None:
-        arrived_ns = int(self.get_clock().now().nanoseconds)
         try:
-            loaded.buffer.add_frame(convert.frame_from_message(message, camera, self._received_ns()), arrived_ns)
+            frame = convert.frame_from_message(message, camera, self._received_ns())
+            # Here and not in the tick, where it would stand between the newest image and the command.
+            small = replace(frame, rgb_HWC=resize_with_pad(frame.rgb_HWC, loaded.bundle.manifest.image.size))
+            loaded.buffer.add_frame(small, int(self.get_clock().now().nanoseconds))
         except InputError as refusal:
             self._refuse_message(loaded, camera, refusal)
 
@@ -365,6 +369,7 @@ def check_instruction(bundle: Bundle, instruction: str) -> None:
 
 def main() -> int:
     """The executable `policy_node`: 0 after SIGINT or SIGTERM, 1 with one message if it could not start."""
+    sys.setswitchinterval(SWITCH_S)
     return run_node("policy_node", _run)
 
 

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from ki_vla_ros.records import CameraFrame, JointReading, Observation
 
 # Frames per camera that an observation may be chosen from: at 30 Hz the last 0.27 s. Full images, so not more.
 FRAMES_KEPT = 8
+# Arrivals of frames that bursts are looked for in; frames farther apart are not of one burst.
+ARRIVALS_KEPT, BURST_GAP_NS = 32, 5_000_000
 # Joint readings to interpolate between: 2.5 s at 200 Hz, half a second at 1 kHz.
 READINGS_KEPT = 512
 
@@ -76,7 +79,7 @@ class ObservationBuffer:
         self._trained = None if trained is None else (np.array(trained[0]), np.array(trained[1]))
         self._joint_max_age_ns = joint_max_age_ns
         self._readings_count = 0
-        self._arrived_ns: int | None = None
+        self._arrivals: deque[int] = deque(maxlen=ARRIVALS_KEPT)
         self._refused: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -91,7 +94,7 @@ class ObservationBuffer:
             _insert(frames, place, frame)
             camera.count += 1
             if arrived_ns is not None and not camera.source.optional:
-                self._arrived_ns = arrived_ns
+                self._arrivals.append(arrived_ns)
             self._refused.pop(frame.camera, None)
 
     def add_joints(self, reading: JointReading) -> None:
@@ -144,7 +147,7 @@ class ObservationBuffer:
                 camera.frames.clear()
             self._readings.clear()
             self._refused.clear()
-            self._arrived_ns = None
+            self._arrivals.clear()
 
     def status(self, now_ns: int) -> dict[str, InputStatus]:
         """What has come in, by camera and for "joint state"."""
@@ -159,10 +162,19 @@ class ObservationBuffer:
             for name, (count, stamp_ns) in newest.items()
         }
 
-    def since_frame_ns(self, now_ns: int) -> int | None:
-        """How long ago the last frame of a required camera arrived; None: unknown."""
+    def since_burst_ns(self, now_ns: int) -> int | None:
+        """How far `now_ns` is behind the nearest end of a burst of frames (negative: before it); None: unknown.
+
+        Frames of (required) cameras that are triggered together arrive in bursts. Where the present one ends is taken
+        from the period of the earlier ones.
+        """
         with self._lock:
-            return None if self._arrived_ns is None else now_ns - self._arrived_ns
+            arrivals = list(self._arrivals)
+        ends = [end for end, after in pairwise([*arrivals, now_ns]) if after - end > BURST_GAP_NS]
+        if len(ends) < 2:
+            return None
+        period_ns = (ends[-1] - ends[0]) // (len(ends) - 1)
+        return (now_ns - ends[-1] + period_ns // 2) % period_ns - period_ns // 2
 
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
         """The newest set: a frame per required camera within `slop_ns` of the oldest, and the joint state at its time.

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import JOINTS, both_ways_policy, demo_observation, write_test_bundle
+from bundles import CAMERAS, JOINTS, both_ways_policy, demo_observation, write_test_bundle
 from loop_bench import MS, START, TASK, Bench, is_hold
 
 from ki_vla_ros.errors import InstructionError, SafetyRefusal, StaleInput
 from ki_vla_ros.loop import alignment_ns
+from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.pacing import Pacer
 from ki_vla_ros.preprocess import make_model_input, state_token
-from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
 
 STAGES = ["observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish"]
 
@@ -214,30 +215,43 @@ def test_a_new_instruction_or_a_hold_or_old_images_need_a_new_prefill(dual_bench
 
 @pytest.mark.parametrize(
     ("before_ms", "behind_ms", "moves_ms"),
-    [(20, 20, -2.0), (4, 4, -0.5), (2, 2, 0.0), (0, 0, 0.5), (2, 30, 0.0), (None, 20, 0.0), (20, None, 0.0)],
+    [
+        (20, 20, -2.0),
+        (3, 3, -1.0),
+        (1, 1, 0.0),
+        (-1, -1, 1.0),
+        (2, 30, 0.0),
+        (None, 20, 0.0),
+        (20, None, 0.0),
+    ],
 )
 def test_ticks_move_to_the_frames_gently_and_only_while_they_lie_steadily_behind(
-    before_ms: int | None, behind_ms: int | None, moves_ms: float
+    before_ms: float | None, behind_ms: float | None, moves_ms: float
 ) -> None:
-    before_ns, behind_ns = (None if ms is None else ms * MS for ms in (before_ms, behind_ms))
+    before_ns, behind_ns = (None if ms is None else round(ms * MS) for ms in (before_ms, behind_ms))
     assert alignment_ns(before_ns, behind_ns) == round(moves_ms * MS)
 
 
 @pytest.mark.parametrize(("camera_ms", "aligned"), [(33.34, True), (33.4, True), (33.3, True), (66.7, False)])
-def test_ticks_find_the_frames_where_the_periods_go_together(camera_ms: float, aligned: bool) -> None:
-    """Cameras at about 30 Hz, and at 15 Hz, where every other tick at 10 Hz lies elsewhere."""
-    pacer, before_ns, ticks_ns, behind_ms = Pacer(START), None, [], []
+def test_ticks_find_the_end_of_the_frames_burst_where_the_periods_go_together(camera_ms: float, aligned: bool) -> None:
+    """Two cameras at about 30 Hz, 2 ms apart, and at 15 Hz, where every other tick at 10 Hz lies elsewhere."""
+    buffer = ObservationBuffer([CameraSource(name, name) for name in CAMERAS], JOINTS, "joint_states")
+    arrivals = [(START + round((n * camera_ms + 2 * c) * MS), CAMERAS[c]) for n in range(800) for c in (0, 1)]
+    pacer, before_ns, ticks_ns, since_end_ms = Pacer(START + 20 * MS), None, [], []
     for _ in range(100):
         ticks_ns.append(pacer.due_ns)
-        behind_ns = (pacer.due_ns - START + 20 * MS) % round(camera_ms * MS)
-        behind_ms.append(behind_ns / MS)
+        while arrivals[0][0] <= pacer.due_ns:
+            arrived_ns, camera = arrivals.pop(0)
+            buffer.add_frame(CameraFrame(camera, arrived_ns, np.zeros((1, 1, 3), np.uint8)), arrived_ns)
+        since_end_ms.append((pacer.due_ns - START - 2 * MS) / MS % camera_ms)
+        behind_ns = buffer.since_burst_ns(pacer.due_ns)
         pacer.advance(pacer.due_ns + 20 * MS, 100 * MS)
         pacer.shift(alignment_ns(before_ns, behind_ns))
         before_ns = behind_ns
     periods_ms = np.diff(ticks_ns) / MS
     assert periods_ms.min() >= 98.0 and periods_ms.max() <= 102.0 and pacer.missed == 0
     if aligned:
-        assert max(behind_ms[-20:]) < 5.0
+        assert min(since_end_ms[-20:]) > 0.0 and max(since_end_ms[-20:]) < 1.5
     else:
         assert np.all(periods_ms == 100.0)
 
@@ -249,8 +263,10 @@ def test_ticks_are_aligned_unless_told_otherwise(bench: Bench, monkeypatch: pyte
 
     def before(n: int) -> None:
         bench.give_inputs()
-        for frame in demo_observation(bench.wire.time_ns + 1).frames.values():
-            bench.buffer.add_frame(frame, arrived_ns=bench.wire.time_ns - 20 * MS)
+        for back in (3, 2, 1):
+            arrived_ns = bench.wire.time_ns + (23 - 33 * back) * MS
+            frame = CameraFrame("scene", arrived_ns, np.zeros((1, 1, 3), np.uint8))
+            bench.buffer.add_frame(frame, arrived_ns)
 
     bench.change(align_to_cameras=align)
     bench.run_ticks(3, before)
