@@ -93,7 +93,7 @@ class ObservationBuffer:
                 return  # a frozen camera repeats its stamp: it must grow stale
             _insert(frames, place, frame)
             camera.count += 1
-            if arrived_ns is not None and not camera.source.optional:
+            if arrived_ns is not None:
                 self._arrivals.append(arrived_ns)
             self._refused.pop(frame.camera, None)
 
@@ -165,7 +165,7 @@ class ObservationBuffer:
     def since_burst_ns(self, now_ns: int) -> int | None:
         """How far `now_ns` is behind the nearest end of a burst of frames (negative: before it); None: unknown.
 
-        Frames of (required) cameras that are triggered together arrive in bursts. Where the present one ends is taken
+        Frames of cameras that are triggered together arrive in bursts. Where the present one ends is taken
         from the period of the earlier ones.
         """
         with self._lock:

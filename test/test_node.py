@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import JOINTS
+from bundles import JOINTS, demo_policy, write_test_bundle
 from rcl_interfaces.srv import DescribeParameters
 from robots import ROOT, TASK, PolicyProcess, Robot, is_hold, until
 
@@ -163,7 +163,7 @@ def test_parameters_while_active(robot: Robot, start: Callable[..., PolicyProces
 def test_inputs_that_fail_bring_the_arm_to_rest_and_are_named(
     robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str
 ) -> None:
-    start(bundle=bundle_path, autostart=True, instruction=TASK)
+    start(bundle=bundle_path, autostart=True, instruction=TASK, cameras__scene__max_age_s=0.3, joint_max_age_s=0.2)
 
     def held_because(text: str) -> Callable[[], bool]:
         return lambda: text in str(robot.ticks[-1]["hold"]) and is_hold(robot.commands[-1], robot.position)
@@ -173,8 +173,12 @@ def test_inputs_that_fail_bring_the_arm_to_rest_and_are_named(
 
     until(lambda: robot.ticks and robot.commands and moves())
     robot.imaging = False
-    until(held_because("limit 250 ms (max_age_s); is /"))
+    until(held_because("limit 300 ms (max_age_s); is /"))
     robot.imaging = True
+    until(moves)
+    robot.stating = False
+    until(lambda: "limit 200 ms (max_age_s); is /" in robot.hold)
+    robot.stating = True
     until(moves)
     robot.encoding = "32FC1"
     until(held_because("last message refused: camera 'scene': image encoding '32FC1' is not read"))
@@ -204,6 +208,55 @@ def test_two_nodes_of_one_name_do_not_both_move_the_arm(
     until(lambda: second.process.poll() == 1 or "cannot stay active" in second.output)
     assert "ROS domain" not in first.output
     assert first.stop() == 0
+
+
+def test_two_robots_in_one_graph_do_not_disturb_each_other(
+    ros_environment: dict[str, str], start: Callable[..., PolicyProcess], bundle_path: str
+) -> None:
+    sides = ("left", "right")
+    nodes = [start("-r", f"__ns:=/{side}", bundle=bundle_path, autostart=True) for side in sides]
+    robots = [Robot(int(ros_environment["ROS_DOMAIN_ID"]), f"/{side}") for side in sides]
+    left, right = robots
+    right.position = [0.3, -0.2, 0.5, 0.1, 0.6, 0.2, 0.0]
+    try:
+        left.say(TASK)
+        until(lambda: len(left.commands) >= 5)
+        assert not right.commands and right.hold.startswith("instruction: none yet")
+        right.say("point at the blue ball")
+        until(lambda: len(right.commands) >= 5)
+        assert (left.ticks[-1]["instruction"], right.ticks[-1]["instruction"]) == (TASK, "point at the blue ball")
+        for robot in robots:
+            for chunk in robot.chunks:
+                assert np.abs(np.array(chunk.points[0].positions) - robot.position).max() < 0.2
+        assert left.trigger("stop") == (True, "stopped until ~/reset")
+        until(lambda: left.hold.startswith("stopped"))
+        count = len(right.chunks)
+        until(lambda: len(right.chunks) >= count + 10)
+        assert right.hold == ""
+        seen = {message.status[0].name for robot in robots for message in robot.diagnostics}
+        assert seen == {"/left/policy", "/right/policy"}
+        assert [node.stop() for node in nodes] == [0, 0]
+    finally:
+        for robot in robots:
+            robot.close()
+
+
+def test_an_optional_camera_need_not_be_there(
+    robot: Robot, start: Callable[..., PolicyProcess], tmp_path: Path
+) -> None:
+    policy = demo_policy(cameras=[{"name": "scene"}, {"name": "wrist", "optional": True}])
+    bundle = str(write_test_bundle(tmp_path / "bundle", policy).path)
+    wrist = robot.image.pop("wrist")
+    start(bundle=bundle, autostart=True, instruction=TASK)
+    until(lambda: len(robot.chunks) >= 3)
+    until(lambda: robot.diagnosed("scene messages") not in ("", "0"))
+    assert robot.diagnosed("wrist messages") == "0" and robot.diagnosed("wrist age_ms") == ""
+    without = robot.chunks[-1]
+    robot.image["wrist"] = wrist
+    until(lambda: robot.diagnosed("wrist messages") not in ("", "0"))
+    until(lambda: robot.chunks[-1].points[7].positions != without.points[7].positions)
+    robot.image.pop("scene")
+    until(lambda: robot.hold.startswith("camera 'scene'"))
 
 
 def test_the_demo_file_and_a_namespace(

@@ -243,3 +243,47 @@ def test_degrees_are_told_from_radians() -> None:
         buffer.add_joints(JointReading(2, ("arm", "gripper"), np.array([45.0, 0.02])))
     with pytest.raises(InputError, match=r"joint 'gripper': expected about 0.000 to 0.040, as in training, got 90"):
         buffer.add_joints(JointReading(2, ("arm", "gripper"), np.array([0.5, 90.0])))
+
+
+def test_an_input_may_have_a_limit_of_its_own() -> None:
+    cameras = [CameraSource("scene", "/s", max_age_ns=30 * MS), CameraSource("wrist", "/w", max_age_ns=1000 * MS)]
+    buffer = ObservationBuffer(cameras, JOINTS, "/joint_states", joint_max_age_ns=400 * MS)
+    buffer.add_joints(reading(9650, 0.0, 0.0))
+    buffer.add_joints(reading(9700, 0.0, 0.0))
+    assert buffer.latest(NOW, 100 * MS)[0] == 9700 * MS
+    with pytest.raises(StaleInput, match=r"joint state: newest 500 ms old, limit 400 ms"):
+        buffer.measured(NOW + 200 * MS, 10_000 * MS)
+    buffer.add_frame(frame("wrist", 9690))
+    buffer.add_frame(frame("scene", 9690))
+    with pytest.raises(StaleInput, match=r"camera 'scene': newest frame 310 ms old, limit 30 ms"):
+        buffer.observe(NOW, MAX_AGE, SLOP)
+    buffer.add_frame(frame("scene", 9980))
+    with pytest.raises(
+        StaleInput, match=r"match within sync_slop_s are 310 ms old, limit 30 ms .max_age_s, for 'scene'"
+    ):
+        buffer.observe(NOW, MAX_AGE, SLOP)
+    buffer.add_frame(frame("wrist", 9970))
+    buffer.add_joints(reading(9960, 0.0, 0.0))
+    assert buffer.observe(NOW, MAX_AGE * 2, SLOP).stamp_ns == 9970 * MS
+
+
+def test_what_has_come_in_is_counted_with_its_age() -> None:
+    buffer = filled([9900, 9950, 9950], [9960])
+    status = buffer.status(NOW)
+    assert (status["scene"].count, status["scene"].age_ns) == (2, 50 * MS)
+    assert (status["wrist"].count, status["joint state"].count) == (1, 50)
+    buffer.clear()
+    assert buffer.status(NOW)["scene"].age_ns is None
+
+
+def test_where_a_moment_lies_to_the_bursts_of_frames() -> None:
+    buffer = make_buffer()
+    assert buffer.since_burst_ns(NOW) is None
+    for n in range(3):
+        for camera, offset_ms in (("scene", 0), ("wrist", 3)):
+            arrived_ns = (9900 + 30 * n + offset_ms) * MS
+            buffer.add_frame(frame(camera, arrived_ns / MS), arrived_ns)
+        if n == 0:
+            assert buffer.since_burst_ns(9910 * MS) is None
+    for at_ms, since_ms in [(9970, 7), (9964, 1), (9962, -1), (9981, -12), (9994, 1)]:
+        assert buffer.since_burst_ns(at_ms * MS) == since_ms * MS
