@@ -44,6 +44,7 @@ setup(
             f"policy_node = {NAME}.node:main",
             f"sim_arm = {NAME}.sim.arm_node:main",
             f"demo = {NAME}.demo:main",
+            f"bench = {NAME}.bench:main",
         ]
     },
 )

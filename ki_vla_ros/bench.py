@@ -41,6 +41,7 @@ from ki_vla_ros.share import find_bundle
 from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
 
 IMAGE_WIDTH, IMAGE_HEIGHT = 640, 480
+MODEL_STAGES = ("prefill", "denoise")
 CAMERA_HZ, JOINT_HZ, TICK_HZ = 30.0, 200.0, 10.0
 # Not counted: discovery, first touches of memory, ticks finding the cameras' rhythm.
 WARM_UP_S = 5.0
@@ -208,7 +209,7 @@ def summarize(
     sent = [tick for tick in counted if tick["chunk_index"] is not None]
     if len(sent) < 2:
         raise KiVlaError(f"bench: expected chunks, got holds: {counted[-1]['hold'] if counted else 'no ticks'}")
-    model_ms = np.array([tick["stage_ms"]["prefill"] + tick["stage_ms"]["denoise"] for tick in sent])
+    model_ms = np.array([sum(tick["stage_ms"].get(name, 0.0) for name in MODEL_STAGES) for tick in sent])
     since_newest_ms = np.array([tick["command_ns"] - tick["newest_image_ns"] for tick in sent]) / 1e6
     since_oldest_ms = np.array([tick["command_ns"] - tick["observation_ns"] for tick in sent]) / 1e6
     newest_when_begun_ms = np.array([tick["stamp_ns"] - tick["newest_image_ns"] for tick in sent]) / 1e6

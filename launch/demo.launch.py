@@ -3,8 +3,9 @@
     ros2 launch ki_vla_ros demo.launch.py instruction:="touch the blue pole"
     ros2 topic pub --once /policy/instruction std_msgs/msg/String "data: point at the white cube"
 
-The scene of config/demo.yaml (scene_seed 0) has a white pole, a white cube, a blue pole and a green pole. It runs until
-Ctrl-C. For episodes with a judge, video and figures use `ros2 run ki_vla_ros demo`.
+The scene is built for the instruction given at start; without one, that of config/demo.yaml (scene_seed 0) has a white
+pole, a white cube, a blue pole and a green pole. It runs until Ctrl-C. For episodes with a judge, video and figures use
+`ros2 run ki_vla_ros demo`.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import EnvironmentVariable, LaunchConfiguration
 from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
 
 SHARE = Path(get_package_share_directory("ki_vla_ros"))
 
@@ -26,7 +28,11 @@ def generate_launch_description() -> LaunchDescription:
         package="ki_vla_ros",
         executable="sim_arm",
         name="sim_arm",
-        parameters=[LaunchConfiguration("params_file")],
+        # The scene is built for the instruction; an empty one is the scene's own.
+        parameters=[
+            LaunchConfiguration("params_file"),
+            {"task": ParameterValue(LaunchConfiguration("instruction"), value_type=str)},
+        ],
         additional_env={"FASTDDS_DEFAULT_PROFILES_FILE": profile},
         output="screen",
     )

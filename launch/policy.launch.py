@@ -27,6 +27,8 @@ def launch_policy(context: LaunchContext) -> list:
     for name in ("bundle", "instruction"):
         if value := LaunchConfiguration(name).perform(context):
             chosen[name] = ParameterValue(value, value_type=str)
+    if urdf := LaunchConfiguration("urdf").perform(context):
+        chosen["robot_description"] = ParameterValue(Path(urdf).read_text(encoding="utf-8"), value_type=str)
     profile = EnvironmentVariable("FASTDDS_DEFAULT_PROFILES_FILE", default_value=str(CONFIG / "fastdds.xml"))
     policy = LifecycleNode(
         package="ki_vla_ros",
@@ -64,6 +66,9 @@ def generate_launch_description() -> LaunchDescription:
             ),
             DeclareLaunchArgument(
                 "instruction", default_value="", description="task at start; empty: as params_file says"
+            ),
+            DeclareLaunchArgument(
+                "urdf", default_value="", description="URDF file whose joint limits count where they are tighter"
             ),
             DeclareLaunchArgument("namespace", default_value="", description="namespace of the node and its topics"),
             OpaqueFunction(function=launch_policy),

@@ -96,7 +96,7 @@ def test_launch_files_use_only_what_every_ros_installation_has(path: Path) -> No
 
 
 def test_the_policy_is_led_from_configure_to_active(generate: Any) -> None:
-    found = generate("policy.launch.py", bundle="my", instruction="", params_file="p.yaml", namespace="")
+    found = generate("policy.launch.py", bundle="my", instruction="", params_file="p.yaml", namespace="", urdf="")
     (node,) = of("LifecycleNode", found)
     assert (node.kwargs["package"], node.kwargs["name"]) == ("ki_vla_ros", "policy")
     assert node.kwargs["executable"] in entry_points()
@@ -107,13 +107,21 @@ def test_the_policy_is_led_from_configure_to_active(generate: Any) -> None:
     # Without the start state every deactivation by hand would be undone.
     assert (transition.kwargs["start_state"], transition.kwargs["goal_state"]) == ("configuring", "inactive")
     chosen = node.kwargs["parameters"][1]
+    assert "robot_description" not in chosen
     assert chosen["bundle"].args == ("my",) and "instruction" not in chosen and chosen["autostart"] is False
+
+
+def test_the_urdf_is_handed_on_by_content(generate: Any, tmp_path: Path) -> None:
+    (tmp_path / "arm.urdf").write_text("<robot/>")
+    found = generate("policy.launch.py", **ARGUMENTS | {"urdf": str(tmp_path / "arm.urdf")})
+    assert of("LifecycleNode", found)[0].kwargs["parameters"][1]["robot_description"].args == ("<robot/>",)
 
 
 def test_the_demo_starts_arm_and_policy(generate: Any) -> None:
     found = generate("demo.launch.py")
     (arm,) = of("Node", found)
     assert arm.kwargs["executable"] in entry_points() and arm.kwargs["name"] == "sim_arm"
+    assert arm.kwargs["parameters"][1]["task"].args[0].args == ("instruction",)
     (source,) = of("PythonLaunchDescriptionSource", found)
     assert Path(source.args[0]) == ROOT / "launch" / "policy.launch.py"
     (included,) = of("IncludeLaunchDescription", found)
@@ -121,7 +129,7 @@ def test_the_demo_starts_arm_and_policy(generate: Any) -> None:
     assert {name for name, _ in included.kwargs["launch_arguments"]} <= declared
 
 
-ARGUMENTS = {"bundle": "", "instruction": "", "params_file": "", "namespace": ""}
+ARGUMENTS = {"urdf": "", "bundle": "", "instruction": "", "params_file": "", "namespace": ""}
 
 
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.name)
