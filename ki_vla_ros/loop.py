@@ -35,7 +35,7 @@ FIRST_SHARE = 0.1
 FAILED_TICK_S = 0.1
 # Where ticks are moved to: so long after the last camera's frame, in steps of at most so much, and only while they
 # lie to the frames as the tick before did.
-AFTER_FRAMES_NS, LARGEST_SHIFT_NS, STEADY_NS = 1_000_000, 2_000_000, 3_000_000
+AFTER_FRAMES_NS, LARGEST_SHIFT_NS, STEADY_NS = 500_000, 2_000_000, 3_000_000
 
 
 class Wire(Protocol):
@@ -255,6 +255,8 @@ class PolicyLoop:
             try:
                 settings = self._settings()
                 self._adopt(settings)
+                if settings.align_to_cameras:
+                    self._buffer.await_burst(self._wire.now_ns())
                 tick_ns = self._wire.now_ns()
                 behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(tick_ns)
                 self.step(settings, tick_ns, pacer.missed)

@@ -24,6 +24,8 @@ from ki_vla_ros.records import CameraFrame, JointReading, Observation
 FRAMES_KEPT = 8
 # Arrivals of frames that bursts are looked for in; frames farther apart are not of one burst.
 ARRIVALS_KEPT, BURST_GAP_NS = 32, 5_000_000
+# How near the end of a burst must be for its frames to be waited for.
+BURST_WAIT_NS = 3_000_000
 # Joint readings to interpolate between: 2.5 s at 200 Hz, half a second at 1 kHz.
 READINGS_KEPT = 512
 
@@ -46,6 +48,7 @@ class _Frames:
     source: CameraSource
     frames: deque[CameraFrame] = field(default_factory=lambda: deque(maxlen=FRAMES_KEPT))
     count: int = 0
+    arrived_ns: int = 0
 
     def limit_ns(self, max_age_ns: int) -> int:
         return max_age_ns if self.source.max_age_ns is None else self.source.max_age_ns
@@ -82,6 +85,7 @@ class ObservationBuffer:
         self._arrivals: deque[int] = deque(maxlen=ARRIVALS_KEPT)
         self._refused: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._frame_came = threading.Condition(self._lock)
 
     def add_frame(self, frame: CameraFrame, arrived_ns: int | None = None) -> None:
         with self._lock:
@@ -95,6 +99,8 @@ class ObservationBuffer:
             camera.count += 1
             if arrived_ns is not None:
                 self._arrivals.append(arrived_ns)
+                camera.arrived_ns = arrived_ns
+                self._frame_came.notify_all()
             self._refused.pop(frame.camera, None)
 
     def add_joints(self, reading: JointReading) -> None:
@@ -175,6 +181,17 @@ class ObservationBuffer:
             return None
         period_ns = (ends[-1] - ends[0]) // (len(ends) - 1)
         return (now_ns - ends[-1] + period_ns // 2) % period_ns - period_ns // 2
+
+    def await_burst(self, now_ns: int) -> None:
+        """Where a burst ends about now, wait until each required camera's frame of it is there, for 3 ms at most."""
+        since_ns = self.since_burst_ns(now_ns)
+        if since_ns is None or abs(since_ns) > BURST_WAIT_NS:
+            return
+        required = [camera for camera in self._cameras.values() if not camera.source.optional]
+        with self._frame_came:
+            self._frame_came.wait_for(
+                lambda: all(camera.arrived_ns > now_ns - 2 * BURST_WAIT_NS for camera in required), BURST_WAIT_NS / 1e9
+            )
 
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
         """The newest set: a frame per required camera within `slop_ns` of the oldest, and the joint state at its time.
