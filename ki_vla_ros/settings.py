@@ -167,7 +167,9 @@ class Settings(_Model):
     """What the user may choose. `cameras` holds the cameras that the YAML names; others have their default topic."""
 
     bundle: str = _setting("", "folder of the model bundle, or the name of a bundle shipped in models/")
-    engine: Literal["onnx"] = _setting("onnx", "inference engine")
+    engine: Literal["onnx", "torch"] = _setting(
+        "onnx", "inference engine; torch needs the wheel torch and a bundle exported with --torch"
+    )
     provider: Literal["cpu", "cuda"] = _setting("cpu", "processor that runs the engine")
     threads: int = _setting(1, "processor threads of the engine", ge=1, le=64)
     autostart: bool = _setting(False, "configure and activate at start, without a lifecycle client")
