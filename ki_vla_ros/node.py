@@ -270,7 +270,7 @@ class PolicyNode(LifecycleNode):
                 check_instruction(bundle, settings.instruction)
             engine = open_engine(bundle, settings)
             resources.callback(engine.close)
-            policy = Policy(bundle, engine)
+            policy = Policy(bundle, engine, guidance_jacobian=settings.guidance_jacobian)
             policy.warm_up()
             wire = NodeWire(self, settings)
             resources.callback(wire.close)
