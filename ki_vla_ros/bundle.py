@@ -1,7 +1,8 @@
 """The bundle: the folder that training writes and the robot reads, and the checks that it passes before anything moves.
 
 A bundle holds `manifest.json`, `prefill.onnx`, `expert.onnx` (perhaps with weight files beside them), `tokenizer.json`
-and `README.md`; no pickle, no code.
+and `README.md`; no pickle, no code. For the torch engine it may hold both graphs once more, as `prefill.pt2` and
+`expert.pt2`: numbers and a list of known operations (pt2.py), which torch's own loader, a user of pickle, never opens.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ki_vla_ros.manifest import (
 )
 from ki_vla_ros.onnx_header import GraphHeader, TensorType, read_header
 from ki_vla_ros.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
+from ki_vla_ros.pt2 import read_program
 
 __all__ = [
     "ActionStats",
@@ -56,6 +58,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PREFILL = "prefill.onnx"
 EXPERT = "expert.onnx"
+PROGRAMS = {PREFILL: "prefill.pt2", EXPERT: "expert.pt2"}  # the same graphs for the torch engine, if exported
 TOKENIZER = "tokenizer.json"
 MODEL_CARD = "README.md"
 
@@ -113,6 +116,10 @@ def load_bundle(path: Path | str) -> Bundle:
             raise BundleError(
                 f"{root / name}: expected standard ONNX operators only, got domain {domains}; export again"
             )
+        if PROGRAMS[name] in manifest.files:
+            program = read_program(root / PROGRAMS[name])
+            _check_interface(program.path, "input", inputs, program.inputs)
+            _check_interface(program.path, "output", outputs, program.named_outputs(outputs))
     return Bundle(root, manifest, _read_tokenizer(root / TOKENIZER, manifest))
 
 
@@ -183,12 +190,18 @@ def _check_files(root: Path, manifest: Manifest) -> None:
 
 
 def _check_external_data(root: Path, manifest: Manifest, headers: dict[str, GraphHeader]) -> None:
-    known = {PREFILL, EXPERT, TOKENIZER, MODEL_CARD}
+    known = {PREFILL, EXPERT, *PROGRAMS.values(), TOKENIZER, MODEL_CARD}
     for name, header in headers.items():
         unlisted = sorted(header.external_files - (set(manifest.files) - known))
         if unlisted:
             raise BundleError(f"{root / name}: expected weights in files that the manifest lists, got {unlisted[0]!r}")
     referred = known.union(*(header.external_files for header in headers.values()))
+    programs = sorted(set(manifest.files) & set(PROGRAMS.values()))
+    if len(programs) == 1:
+        raise BundleError(
+            f"{root / MANIFEST}: files: expected both of {sorted(PROGRAMS.values())} or neither, got {programs[0]!r}; "
+            "export again with --torch"
+        )
     for name in manifest.files:
         if name not in referred:
             raise BundleError(

@@ -30,6 +30,7 @@ from ki_vla_ros.errors import SafetyRefusal
 from ki_vla_ros.records import ActionChunk
 
 ExecutorName = Literal["synchronous", "asynchronous", "temporal_ensemble", "rtc", "rtc_trained"]
+JacobianName = Literal["identity", "exact"]
 
 # What `inference_delay` "auto" is taken from: the last five seconds' delays at 10 Hz, without the first ones, because
 # caches and clocks of the processor are still cold then.

@@ -36,6 +36,7 @@ from trajectory_msgs.msg import JointTrajectory
 from ki_vla_ros import convert
 from ki_vla_ros.bundle import Bundle, load_bundle
 from ki_vla_ros.diagnostics import Diagnostics
+from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
 from ki_vla_ros.loop import PolicyLoop
@@ -275,7 +276,7 @@ class PolicyNode(LifecycleNode):
                 check_instruction(bundle, settings.instruction)
             engine = open_engine(bundle, settings)
             resources.callback(engine.close)
-            policy = Policy(bundle, engine)
+            policy = Policy(bundle, engine, guidance_jacobian=settings.guidance_jacobian)
             policy.warm_up()
             wire = NodeWire(self, settings)
             resources.callback(wire.close)
@@ -344,13 +345,6 @@ class PolicyNode(LifecycleNode):
         self._loaded = None
         self._resources.close()
         gc.unfreeze()
-
-
-def open_engine(bundle: Bundle, settings: Settings) -> Engine:
-    from ki_vla_ros.engines.onnx_engine import OnnxEngine  # only the chosen engine's libraries need to be installed
-
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[settings.provider]
-    return OnnxEngine(bundle, provider, settings.threads)
 
 
 def own_limit_ns(max_age_s: float) -> int | None:

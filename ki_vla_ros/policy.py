@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import Bundle
-from ki_vla_ros.chunking import Condition
-from ki_vla_ros.engines.base import Engine, KVCache
+from ki_vla_ros.chunking import Condition, JacobianName
+from ki_vla_ros.engines.base import DifferentiableEngine, Engine, KVCache
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.preprocess import ModelInput, make_model_input, normalize, unnormalize
 from ki_vla_ros.records import ActionChunk, Observation
@@ -38,15 +38,33 @@ class Guide:
 
 
 class Policy:
-    """A bundle on an engine. `flow_steps` and `noise_seed` may be set between two chunks."""
+    """A bundle on an engine. `flow_steps` and `noise_seed` may be set between two chunks.
 
-    def __init__(self, bundle: Bundle, engine: Engine, flow_steps: int | None = None, noise_seed: int = 0) -> None:
+    ConfigurationError for `guidance_jacobian` "exact" on an engine without a backward pass.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        flow_steps: int | None = None,
+        noise_seed: int = 0,
+        guidance_jacobian: JacobianName = "identity",
+    ) -> None:
         self.bundle = bundle
         self.engine = engine
         self.flow_steps = bundle.manifest.flow.steps if flow_steps is None else flow_steps
         self.noise_seed = noise_seed
         if self.flow_steps < 1:
             raise ConfigurationError(f"flow_steps: expected at least 1, got {self.flow_steps}")
+        self._backward: DifferentiableEngine | None = None
+        if guidance_jacobian == "exact":
+            if not isinstance(engine, DifferentiableEngine):
+                raise ConfigurationError(
+                    f"guidance_jacobian exact: expected an engine with a backward pass, got {engine.description}; "
+                    "set engine to torch, or guidance_jacobian to identity"
+                )
+            self._backward = engine
 
     def infer(
         self, observation: Observation, instruction: str, chunk_index: int, mark: Callable[[str], None] = _ignore
@@ -84,7 +102,8 @@ class Policy:
 
         The clean rows of a guide enter every step as they are, with time 0 (arXiv 2512.05964). Towards a soft one each
         step is pulled so that the action it foresees, x_t - t * v_t, comes nearer to it (arXiv 2506.07339, eq. 2 to 4,
-        written for t = 1 - tau); the Jacobian of that foresight is taken as the identity, so any engine can do it.
+        written for t = 1 - tau). The Jacobian of that foresight is I - t * dv/dx_t (`guidance_jacobian` "exact"), or
+        taken as the identity, which any engine can do.
         """
         steps = self.flow_steps
         x_t_HA = noise_HA
@@ -96,8 +115,11 @@ class Policy:
                 x_t_HA, time_H = guide.put_into(x_t_HA), np.where(guide.weight_H == 1.0, np.float32(0.0), time_H)
             v_t_HA = self.engine.velocity(cache, state_J, x_t_HA, time_H)
             if guide is not None and not guide.clean:
-                pull = guidance(t, guide.strength) * guide.weight_H[:, None]
-                v_t_HA = v_t_HA - pull * (guide.action_HA - (x_t_HA - np.float32(t) * v_t_HA))
+                error_HA = guide.weight_H[:, None] * (guide.action_HA - (x_t_HA - np.float32(t) * v_t_HA))
+                if self._backward is not None:
+                    pulled_HA = self._backward.pullback(cache, state_J, x_t_HA, time_H, error_HA)
+                    error_HA = error_HA - np.float32(t) * pulled_HA
+                v_t_HA = v_t_HA - guidance(t, guide.strength) * error_HA
             x_t_HA = x_t_HA - v_t_HA / np.float32(steps)
         return guide.put_into(x_t_HA) if guide is not None and guide.clean else x_t_HA
 
@@ -144,7 +166,11 @@ class Policy:
             token_mask_L=np.ones(length, dtype=np.bool_),
             state_J=state_J,
         )
-        self.denoise(self.prefill(blank), self.noise(0), state_J)
+        cache, noise_HA = self.prefill(blank), self.noise(0)
+        self.denoise(cache, noise_HA, state_J)
+        if self._backward is not None:
+            time_H = np.ones(len(noise_HA), dtype=np.float32)
+            self._backward.pullback(cache, state_J, noise_HA, time_H, noise_HA)
 
 
 def guidance(t: float, strongest: float) -> np.float32:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from ki_vla_ros.chunking import ExecutorName
+from ki_vla_ros.chunking import ExecutorName, JacobianName
 from ki_vla_ros.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -170,7 +170,9 @@ class Settings(_Model):
     """What the user may choose. `cameras` holds the cameras that the YAML names; others have their default topic."""
 
     bundle: str = _setting("", "folder of the model bundle, or the name of a bundle shipped in models/")
-    engine: Literal["onnx"] = _setting("onnx", "inference engine")
+    engine: Literal["onnx", "torch"] = _setting(
+        "onnx", "inference engine; torch needs the wheel torch and a bundle exported with --torch"
+    )
     provider: Literal["cpu", "cuda"] = _setting("cpu", "processor that runs the engine")
     threads: int = _setting(1, "processor threads of the engine", ge=1, le=64)
     autostart: bool = _setting(False, "configure and activate at start, without a lifecycle client")
@@ -215,6 +217,11 @@ class Settings(_Model):
     )
     guidance_weight: float = _setting(
         5.0, "rtc: largest strength of the guidance (beta)", ge=0.0, le=100.0, changeable=True
+    )
+    guidance_jacobian: JacobianName = _setting(
+        "identity",
+        "rtc: derivative of the foreseen action that the guidance goes through; exact: the paper's, which needs engine "
+        "torch and takes about three expert steps in place of one",
     )
     ensemble_decay: float = _setting(
         0.01,
@@ -334,6 +341,11 @@ class Settings(_Model):
                         f"parameter '{table}.{name}.*': bundle {manifest.name!r} has only "
                         f"{', '.join(known)}{_nearest(name, known)}"
                     )
+        if self.guidance_jacobian == "exact" and self.engine != "torch":
+            raise ConfigurationError(
+                f"parameter 'guidance_jacobian': exact needs an engine with a backward pass, got engine {self.engine}; "
+                "set engine to torch, or guidance_jacobian to identity"
+            )
         chunk_s = manifest.horizon * manifest.action_period_s
         if self.execution_horizon_s + 1.0 / self.rate_hz > chunk_s + 1e-9:
             raise ConfigurationError(

@@ -11,7 +11,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from bundles import demo_observation, demo_policy, state_token_policy
+from bundles import demo_observation
+from checkpoints import write_checkpoint
 
 from ki_vla_ros.bundle import EXPERT, MODEL_CARD, PREFILL, TOKENIZER, Bundle, PolicySpec, load_bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
@@ -19,7 +20,7 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.onnx_header import read_header
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import make_model_input
-from training.checkpoints import load_checkpoint, save_checkpoint
+from training.checkpoints import load_checkpoint
 from training.export import (
     POLICY,
     TOLERANCE,
@@ -30,45 +31,10 @@ from training.export import (
     parity_error,
     without_answers,
 )
-from training.model.gemma import GemmaConfig
-from training.model.siglip import VisionConfig
-from training.model.vla import VLA, VLAConfig
+from training.model.vla import VLA
 from training.vocabulary import build_tokenizer
 
-FIGURES = {"follow_rate": 0.93}
-
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
-
-
-def small_policy(kind: str) -> PolicySpec:
-    policy = demo_policy() if kind == "text" else state_token_policy()
-    fields = policy.model_dump()
-    fields["image"]["size"] = 24
-    fields["provenance"]["figures"] = FIGURES
-    return PolicySpec.model_validate(fields)
-
-
-def write_checkpoint(folder: Path, kind: str) -> Path:
-    """Weights far from initial values: at its start the expert ignores the prefix, and any export would look right."""
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(fast_vocab=16)
-    config = VLAConfig(
-        vision=VisionConfig(image_size=24, patch_size=12, width=16, depth=1, heads=2, mlp=32, stem="conv"),
-        backbone=GemmaConfig(width=32, depth=2, mlp=48, heads=2, kv_heads=1, head_dim=16),
-        expert=GemmaConfig(width=24, depth=2, mlp=32, heads=2, kv_heads=1, head_dim=16),
-        vocab_size=tokenizer.get_vocab_size(),
-        action_dim=7,
-        horizon=16,
-        state_dim=None if kind == "text" else 7,
-    )
-    model = VLA(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    save_checkpoint(folder, model)
-    tokenizer.save(str(folder / TOKENIZER))
-    (folder / POLICY).write_text(small_policy(kind).model_dump_json())
-    return folder
 
 
 @pytest.fixture(scope="module", params=["text", "token"])

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.sim.task import HELD_OUT
 from training import train
@@ -76,11 +77,14 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_whole_run_ends_in_a_bundle_that_drives_the_arm(
-    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainer = Trainer(configure(settings, out=tmp_path / "run"))
     trainer.run()
-    export_main(["--checkpoint", str(tmp_path / "run" / "policy"), "--out", str(tmp_path / "bundle")])
+    export_main(["--checkpoint", str(tmp_path / "run" / "policy"), "--out", str(tmp_path / "bundle"), "--torch"])
     bundle = load_bundle(tmp_path / "bundle")
     assert bundle.manifest.provenance.data_fingerprint == trainer.meta["fingerprint"]
     assert bundle.manifest.max_prefix_delay == 3
@@ -90,6 +94,13 @@ def test_whole_run_ends_in_a_bundle_that_drives_the_arm(
     figures = json.loads(capsys.readouterr().out)
     assert figures["episodes"] == 1 and 0.2 <= figures["chance_follow_rate"] <= 1 / 3
     assert figures["seam_step"] < 1e-6
+    pullback, calls = TorchEngine.pullback, []
+    monkeypatch.setattr(TorchEngine, "pullback", lambda *given: calls.append(1) or pullback(*given))
+    wanted = ["executor=rtc", "engine=torch", "guidance_jacobian=exact"]
+    wanted += [f"limits.{rule}=clamp" for rule in ("on_jump", "on_speed", "on_position")]  # it has learned nothing yet
+    true_form = [part for pair in wanted for part in ("--set", pair)]
+    evaluate_main([str(tmp_path / "bundle"), "--episodes", "1", "--flow-steps", "2", *true_form])
+    assert json.loads(capsys.readouterr().out)["episodes"] == 1 and calls
     compare_main([str(tmp_path / "bundle"), "--episodes", "1", "--delays-ms", "300"])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 5
 

@@ -2,7 +2,7 @@
 
     python -m training.evaluate models/demo --episodes 100
 
-The policy is the robot's own code (`ki_vla_ros.policy` on onnxruntime), the arm executes trajectories as a real
+The policy is the robot's own code (`ki_vla_ros.policy` on the chosen engine), the arm executes trajectories as a real
 controller does, and a chunk arrives a fixed delay after the observation it was made from. The demo measures the same
 over real topics and in real time; here an episode takes about a second.
 """
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.diagnostics import Diagnostics
-from ki_vla_ros.engines.onnx_engine import OnnxEngine
+from ki_vla_ros.engines import open_engine
 from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.policy import Policy
@@ -179,10 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--noise-seed", type=int, default=0)
     options = parser.parse_args(arguments)
     bundle = load_bundle(options.bundle)
-    policy = Policy(bundle, OnnxEngine(bundle), options.flow_steps, options.noise_seed)
     # Simulated time: a second between two scenes' clocks would look like one that was set back.
     chosen = settings_from_parameters({"ramp_in_s": 0.0} | dict(pair.split("=", 1) for pair in options.set))
     chosen.validate_against(bundle.manifest)
+    engine = open_engine(bundle, chosen)
+    policy = Policy(bundle, engine, options.flow_steps, options.noise_seed, chosen.guidance_jacobian)
     first = options.first_scene
     scenes = [sample_scene(seed, split=options.split) for seed in range(first, first + options.episodes)]
     settings = {"bundle": bundle.manifest.name, **{k: v for k, v in vars(options).items() if k != "bundle"}}

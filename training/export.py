@@ -2,6 +2,8 @@
 
     python -m training.export --checkpoint out/training/demo/policy --out models/demo
 
+With `--torch` the bundle holds both graphs once more, for the torch engine.
+
 A checkpoint folder holds the weights and sizes (`training.checkpoints`), `policy.json` (a `PolicySpec`) and
 `tokenizer.json`. Exported are the prefix up to its last keys and values, and one expert step; of the token table only
 the rows that a prompt can hold. So no answer, place or action token can be decoded on the robot.
@@ -19,7 +21,8 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +34,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from ki_vla_ros.bundle import EXPERT, MANIFEST, PREFILL, TOKENIZER, Bundle, write_bundle
+from ki_vla_ros.bundle import EXPERT, MANIFEST, PREFILL, PROGRAMS, TOKENIZER, Bundle, write_bundle
+from ki_vla_ros.engines.base import prefill_inputs
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
+from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.manifest import GraphSpec, PolicySpec, describe_validation
 from ki_vla_ros.onnx_header import read_header
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import ModelInput
+from ki_vla_ros.pt2 import read_program
 from training.checkpoints import load_checkpoint
 from training.model.vla import VLA, Cache
 from training.vocabulary import prompt_tokenizer, prompt_vocab_size
@@ -61,21 +67,21 @@ class ExportError(RuntimeError):
 
 
 class PrefillGraph(nn.Module):
-    """The prefix of one observation, without a batch axis."""
+    """The prefix of one observation, without a batch axis; its inputs have the names of the bundle's interface."""
 
     def __init__(self, model: VLA) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self, images_VCSS: Tensor, image_mask_V: Tensor, tokens_L: Tensor, token_mask_L: Tensor
+        self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        cache = self.model.prefill(images_VCSS[None], image_mask_V[None], tokens_L[None], token_mask_L[None])
+        cache = self.model.prefill(images[None], image_mask[None], tokens[None], token_mask[None])
         return cache.keys_NBKPD[:, 0], cache.values_NBKPD[:, 0], cache.mask_BP[0]
 
 
 class ExpertGraph(nn.Module):
-    """One expert step on the cached prefix, without a batch axis."""
+    """One expert step on the cached prefix, as `PrefillGraph`."""
 
     def __init__(self, model: VLA) -> None:
         super().__init__()
@@ -83,19 +89,22 @@ class ExpertGraph(nn.Module):
 
     def forward(
         self,
-        keys_NKPD: Tensor,
-        values_NKPD: Tensor,
-        prefix_mask_P: Tensor,
-        x_t_HA: Tensor,
-        time_H: Tensor,
-        state_J: Tensor | None = None,
+        keys: Tensor,
+        values: Tensor,
+        prefix_mask: Tensor,
+        x_t: Tensor,
+        time: Tensor,
+        state: Tensor | None = None,
     ) -> Tensor:
-        cache = Cache(keys_NKPD[:, None], values_NKPD[:, None], prefix_mask_P[None])
-        return self.model.velocity(cache, x_t_HA[None], time_H[None], None if state_J is None else state_J[None])[0]
+        cache = Cache(keys[:, None], values[:, None], prefix_mask[None])
+        return self.model.velocity(cache, x_t[None], time[None], None if state is None else state[None])[0]
 
 
-def export_bundle(checkpoint: Path, out: Path, notes: str = "") -> Bundle:
-    """Write the bundle `out` and return it loaded; an earlier bundle there is replaced once the new one is whole."""
+def export_bundle(checkpoint: Path, out: Path, notes: str = "", with_torch: bool = False) -> Bundle:
+    """Write the bundle `out` and return it loaded; an earlier bundle there is replaced once the new one is whole.
+
+    `with_torch`: with the programs for the torch engine, which is then compared as well.
+    """
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ConfigurationError(f"{out}: expected an empty place or an earlier bundle, got a folder of something else")
     policy = read_policy(checkpoint / POLICY)
@@ -109,16 +118,23 @@ def export_bundle(checkpoint: Path, out: Path, notes: str = "") -> Bundle:
         folder = Path(scratch).resolve() / out.name
         folder.mkdir()
         write_graphs(model, policy, prompt_rows, folder)
+        if with_torch:
+            write_programs(model, policy, prompt_rows, folder)
         check_left_behind(model, prompt_rows, folder)
         graph = describe_graphs(model, policy, prompt_rows)
         bundle = write_bundle(folder, policy, graph, tokenizer, model_card(policy, tokenizer, notes))
-        error = parity_error(model, bundle)
-        if not error <= TOLERANCE:
-            raise ExportError(f"parity: expected the graphs within {TOLERANCE:g} of torch, got {error:.3g}")
+        errors = [parity_error(model, bundle)]
+        if with_torch:
+            errors.append(parity_error(model, bundle, engine=TorchEngine(bundle)))
+        for error in errors:
+            if not error <= TOLERANCE:
+                raise ExportError(f"parity: expected the graphs within {TOLERANCE:g} of torch, got {error:.3g}")
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
-    print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB, within {error:.1e} of torch")
+    print(
+        f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB, within {max(errors):.1e} of torch"
+    )
     return Bundle(out.resolve(), bundle.manifest, bundle.tokenizer)
 
 
@@ -165,7 +181,23 @@ def describe_graphs(model: VLA, policy: PolicySpec, prompt_rows: int) -> GraphSp
 
 
 def write_graphs(model: VLA, policy: PolicySpec, prompt_rows: int, folder: Path) -> None:
-    """Trace both graphs at the policy's sizes."""
+    """Both graphs as ONNX."""
+    prefill, expert = traceable(model, policy, prompt_rows)
+    trace(*prefill, ["keys", "values", "prefix_mask"], folder / PREFILL)
+    trace(*expert, ["velocity"], folder / EXPERT)
+
+
+def write_programs(model: VLA, policy: PolicySpec, prompt_rows: int, folder: Path) -> None:
+    """Both graphs as torch.export programs."""
+    prefill, expert = traceable(model, policy, prompt_rows)
+    save_program(*prefill, folder / PROGRAMS[PREFILL])
+    save_program(*expert, folder / PROGRAMS[EXPERT])
+
+
+def traceable(
+    model: VLA, policy: PolicySpec, prompt_rows: int
+) -> tuple[tuple[nn.Module, dict[str, Tensor]], tuple[nn.Module, dict[str, Tensor]]]:
+    """Prefill and expert step, each with inputs of the policy's sizes."""
     config, cameras, length, size = model.config, len(policy.cameras), policy.prompt.length, policy.image.size
     prefix = prefix_length(model, policy)
     prefill_inputs = {
@@ -185,13 +217,7 @@ def write_graphs(model: VLA, policy: PolicySpec, prompt_rows: int, folder: Path)
     }
     if config.state_dim is not None:
         expert_inputs["state"] = torch.zeros(config.state_dim)
-    trace(
-        PrefillGraph(without_answers(model, prompt_rows)),
-        prefill_inputs,
-        ["keys", "values", "prefix_mask"],
-        folder / PREFILL,
-    )
-    trace(ExpertGraph(model), expert_inputs, ["velocity"], folder / EXPERT)
+    return (PrefillGraph(without_answers(model, prompt_rows)), prefill_inputs), (ExpertGraph(model), expert_inputs)
 
 
 def without_answers(model: VLA, prompt_rows: int) -> VLA:
@@ -204,9 +230,7 @@ def without_answers(model: VLA, prompt_rows: int) -> VLA:
 
 def trace(graph: nn.Module, inputs: dict[str, Tensor], outputs: list[str], path: Path) -> None:
     """One graph to one file, without the trainer's file names and stack traces."""
-    with warnings.catch_warnings():
-        # torch's exporter uses a class that torch itself calls deprecated.
-        warnings.filterwarnings("ignore", message="`isinstance\\(treespec", category=FutureWarning)
+    with own_deprecations_unheard():
         program = torch.onnx.export(
             graph.eval(),
             tuple(inputs.values()),
@@ -222,6 +246,37 @@ def trace(graph: nn.Module, inputs: dict[str, Tensor], outputs: list[str], path:
     strip_remarks(proto)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, str(path))
+
+
+@contextmanager
+def own_deprecations_unheard() -> Iterator[None]:
+    """torch's exporter uses a class that torch itself calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`isinstance\\(treespec", category=FutureWarning)
+        yield
+
+
+def save_program(graph: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
+    """One graph to one file: what it reads, and nothing of the rest of the model or of the trainer's machine."""
+    with own_deprecations_unheard():
+        program = torch.export.export(graph.eval(), tuple(inputs.values()))
+        names = program.graph_signature.inputs_to_parameters
+        unread = []
+        for node in list(program.graph.nodes):
+            # The device of each tensor as traced: on another one these assertions would fail.
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                program.graph.erase_node(node)
+        for node in list(program.graph.nodes):
+            node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}  # no stack trace, no names of files
+            if node.name in names and not node.users:
+                unread.append(node.name)
+                program.graph.erase_node(node)
+                del program.state_dict[names[node.name]]
+        specs = program.graph_signature.input_specs
+        specs[:] = [spec for spec in specs if spec.arg.name not in unread]
+        del program.module_call_graph[1:]  # the names of all submodules
+        program.example_inputs = None  # torch would pickle them
+        torch.export.save(program, path)
 
 
 def strip_remarks(proto: onnx.ModelProto) -> None:
@@ -245,15 +300,25 @@ def check_left_behind(model: VLA, prompt_rows: int, folder: Path) -> None:
     prefix += prompt_rows * model.config.backbone.width
     step = size(model.expert, model.action_in, model.action_out, model.state_in)
     for name, expected in ((PREFILL, prefix), (EXPERT, step)):
-        got = sum(math.prod(dims) for dims in read_header(folder / name).weights.values())
-        if got > expected + CONSTANTS:
-            raise ExportError(f"{name}: expected at most {expected} weights (and {CONSTANTS} constants), got {got}")
+        found = {name: [*read_header(folder / name).weights.values()]}
+        program = folder / PROGRAMS[name]
+        if program.exists():
+            found[program.name] = [weight.shape for weight in read_program(program).weights.values()]
+        for file, shapes in found.items():
+            got = sum(math.prod(shape) for shape in shapes)
+            if got > expected + CONSTANTS:
+                raise ExportError(f"{file}: expected at most {expected} weights (and {CONSTANTS} constants), got {got}")
 
 
-def parity_error(model: VLA, bundle: Bundle, cases: int = PARITY_CASES) -> float:
-    """Largest difference between bundle and torch, over keys, values and whole chunks of random inputs."""
+def parity_error(
+    model: VLA, bundle: Bundle, cases: int = PARITY_CASES, engine: OnnxEngine | TorchEngine | None = None
+) -> float:
+    """Largest difference between bundle and torch, over keys, values and whole chunks of random inputs.
+
+    `engine` (default: onnxruntime) runs the bundle and is closed afterwards.
+    """
     manifest = bundle.manifest
-    engine = OnnxEngine(bundle)
+    engine = engine or OnnxEngine(bundle)
     policy = Policy(bundle, engine)
     session = onnxruntime.InferenceSession(str(bundle.path / PREFILL), providers=["CPUExecutionProvider"])
     worst = 0.0
@@ -265,10 +330,11 @@ def parity_error(model: VLA, bundle: Bundle, cases: int = PARITY_CASES) -> float
             noise_HA = policy.noise(case)
             state = None if given.state_J is None else torch.from_numpy(given.state_J)[None]
             chunk_HA = model.sample_actions(cache, torch.from_numpy(noise_HA)[None], manifest.flow.steps, state)[0]
-        keys, values, mask = session.run(
-            None, dict(zip(("images", "image_mask", "tokens", "token_mask"), arrays, strict=True))
-        )
         got_HA = policy.denoise(policy.prefill(given), noise_HA, given.state_J)
+        if isinstance(engine, TorchEngine):
+            keys, values, mask = (engine.prefix[name].numpy() for name in ("keys", "values", "prefix_mask"))
+        else:
+            keys, values, mask = session.run(None, prefill_inputs(given))
         for expected, got in (
             (cache.keys_NBKPD[:, 0], keys),
             (cache.values_NBKPD[:, 0], values),
@@ -346,11 +412,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, required=True, help="folder of the bundle; an earlier bundle there is replaced"
     )
     parser.add_argument("--notes", type=Path, help="Markdown file for the model card: what the model can and cannot do")
+    parser.add_argument("--torch", action="store_true", help="also write both graphs for the torch engine")
     chosen = parser.parse_args(arguments)
     try:
-        export_bundle(
-            chosen.checkpoint, chosen.out, "" if chosen.notes is None else chosen.notes.read_text(encoding="utf-8")
-        )
+        notes = "" if chosen.notes is None else chosen.notes.read_text(encoding="utf-8")
+        export_bundle(chosen.checkpoint, chosen.out, notes, chosen.torch)
     except (KiVlaError, ExportError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

@@ -5,12 +5,16 @@ Legend: H horizon, A action dim, J joints.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ki_vla_ros.bundle import EXPERT
+from ki_vla_ros.errors import EngineError
+from ki_vla_ros.onnx_header import TensorType
 from ki_vla_ros.preprocess import ModelInput
 
 
@@ -50,3 +54,72 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free sessions and buffers; further calls raise EngineError."""
         ...
+
+
+@runtime_checkable
+class DifferentiableEngine(Engine, Protocol):
+    """An engine with a backward pass through the expert."""
+
+    def pullback(
+        self,
+        cache: KVCache,
+        state_J: NDArray[np.float32] | None,
+        x_t_HA: NDArray[np.float32],
+        time_H: NDArray[np.float32],
+        vector_HA: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """(d velocity / d x_t)^T vector, [H, A], at x_t; the caller may keep it. A forward and a backward pass."""
+        ...
+
+
+def prefill_inputs(model_input: ModelInput) -> dict[str, NDArray[np.generic]]:
+    """By the names that the prefill graph has for them."""
+    return {
+        "images": model_input.images_VCHW,
+        "image_mask": model_input.image_mask_V,
+        "tokens": model_input.tokens_L,
+        "token_mask": model_input.token_mask_L,
+    }
+
+
+def expert_inputs(
+    types: Mapping[str, TensorType],
+    state_J: NDArray[np.float32] | None,
+    x_t_HA: NDArray[np.float32],
+    time_H: NDArray[np.float32],
+) -> dict[str, NDArray[np.generic]]:
+    """Those that change from step to step; EngineError for a state that the expert does not take, or lacks."""
+    expected = "state" in types
+    if expected != (state_J is not None):
+        wanted, got = ("a state token", "none") if expected else ("none, the prompt has it as text", "one")
+        raise EngineError(f"{EXPERT}: state: expected {wanted}, got {got}")
+    inputs: dict[str, NDArray[np.generic]] = {"x_t": x_t_HA, "time": time_H}
+    return inputs if state_J is None else inputs | {"state": state_J}
+
+
+def check_types(graph: str, types: Mapping[str, TensorType], inputs: Mapping[str, NDArray[np.generic]]) -> None:
+    for name, array in inputs.items():
+        expected, got = types[name], TensorType(array.dtype.name, array.shape)
+        if got != expected:
+            raise EngineError(f"{graph}: {name}: expected {expected}, got {got}")
+
+
+def check_cache(engine: object, cache: KVCache, newest: int) -> None:
+    """EngineError unless the ticket is of this engine's newest prefill."""
+    if cache.engine is not engine or cache.generation != newest:
+        raise EngineError(
+            f"KV cache: expected that of this engine's newest prefill ({newest}), got one of prefill "
+            f"{cache.generation}{'' if cache.engine is engine else ' of another engine'}; "
+            "run prefill and its steps without another prefill between them"
+        )
+
+
+def check_finite(values_HA: NDArray[np.float32], what: str = "velocities") -> NDArray[np.float32]:
+    if not np.all(np.isfinite(values_HA)):
+        raise EngineError(f"{EXPERT}: expected finite {what}, got NaN or infinity; is an input or the bundle damaged?")
+    return values_HA
+
+
+def check_open(graphs: Mapping[str, object]) -> None:
+    if not graphs:
+        raise EngineError("engine: expected an open one, got one that was closed; configure again")

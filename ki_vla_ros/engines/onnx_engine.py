@@ -14,7 +14,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, graph_interface
-from ki_vla_ros.engines.base import KVCache
+from ki_vla_ros.engines.base import (
+    KVCache,
+    check_cache,
+    check_finite,
+    check_open,
+    check_types,
+    expert_inputs,
+    prefill_inputs,
+)
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.onnx_header import TensorType
 from ki_vla_ros.preprocess import ModelInput
@@ -45,13 +53,7 @@ class OnnxEngine:
 
     def prefill(self, model_input: ModelInput) -> KVCache:
         self._generation += 1
-        inputs = {
-            "images": model_input.images_VCHW,
-            "image_mask": model_input.image_mask_V,
-            "tokens": model_input.tokens_L,
-            "token_mask": model_input.token_mask_L,
-        }
-        self._run(PREFILL, inputs)
+        self._run(PREFILL, prefill_inputs(model_input))
         return KVCache(self, self._generation)
 
     def velocity(
@@ -61,26 +63,9 @@ class OnnxEngine:
         x_t_HA: NDArray[np.float32],
         time_H: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        if cache.engine is not self or cache.generation != self._generation:
-            raise EngineError(
-                f"KV cache: expected that of this engine's newest prefill ({self._generation}), got one of prefill "
-                f"{cache.generation}{'' if cache.engine is self else ' of another engine'}; "
-                "run prefill and its steps without another prefill between them"
-            )
-        inputs: dict[str, NDArray[np.generic]] = {"x_t": x_t_HA, "time": time_H}
-        if state_J is not None:
-            inputs["state"] = state_J
-        expected = "state" in self._types
-        if expected != (state_J is not None):
-            wanted, got = ("a state token", "none") if expected else ("none, the prompt has it as text", "one")
-            raise EngineError(f"{EXPERT}: state: expected {wanted}, got {got}")
-        self._run(EXPERT, inputs)
-        velocity_HA: NDArray[np.float32] = self._buffers["velocity"].numpy().copy()  # numpy() only views it on a CPU
-        if not np.all(np.isfinite(velocity_HA)):
-            raise EngineError(
-                f"{EXPERT}: expected finite velocities, got NaN or infinity; is an input or the bundle damaged?"
-            )
-        return velocity_HA
+        check_cache(self, cache, self._generation)
+        self._run(EXPERT, expert_inputs(self._types, state_J, x_t_HA, time_H))
+        return check_finite(self._buffers["velocity"].numpy().copy())  # numpy() only views it on a CPU
 
     def close(self) -> None:
         self._graphs.clear()
@@ -115,12 +100,9 @@ class OnnxEngine:
         return session, binding
 
     def _run(self, graph: str, inputs: Mapping[str, NDArray[np.generic]]) -> None:
-        if graph not in self._graphs:
-            raise EngineError("engine: expected an open one, got one that was closed; configure again")
+        check_open(self._graphs)
+        check_types(graph, self._types, inputs)
         for name, array in inputs.items():
-            expected, got = self._types[name], TensorType(array.dtype.name, array.shape)
-            if got != expected:
-                raise EngineError(f"{graph}: {name}: expected {expected}, got {got}")
             self._buffers[name].update_inplace(np.ascontiguousarray(array))
         session, binding = self._graphs[graph]
         try:
