@@ -15,13 +15,14 @@ import numpy as np
 from builtin_interfaces.msg import Duration, Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from numpy.typing import NDArray
+from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.diagnostics import Report
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.pixels import ENCODINGS, decode_compressed, decode_raw
+from ki_vla_ros.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
 
 
@@ -33,24 +34,26 @@ def ns_to_stamp(time_ns: int) -> Time:
     return Time(sec=time_ns // NS_PER_S, nanosec=time_ns % NS_PER_S)
 
 
-def frame_from_message(message: Image | CompressedImage, camera: str, received_ns: int | None = None) -> CameraFrame:
-    """An rgb8 image without row padding is not copied: the frame then shares the message's memory.
+def frame_from_message(message: bytes | CompressedImage, camera: str, received_ns: int | None = None) -> CameraFrame:
+    """A frame from a serialized Image, or from a CompressedImage.
 
-    `received_ns` takes the place of the header's stamp. InputError for an image that cannot be read; an encoding that
-    we do not know is left to cv_bridge where that is installed.
+    An rgb8 image without row padding is not copied: the frame then shares the bytes' memory. `received_ns` takes the
+    place of the header's stamp. InputError for an image that cannot be read; an encoding that we do not know is left to
+    cv_bridge where that is installed.
     """
     where = f"camera {camera!r}"
-    stamp_ns = stamp_to_ns(message.header.stamp) if received_ns is None else received_ns
     if isinstance(message, CompressedImage):
+        stamp_ns = stamp_to_ns(message.header.stamp) if received_ns is None else received_ns
         return CameraFrame(camera, stamp_ns, decode_compressed(where, message.data))
-    if message.encoding not in ENCODINGS and (bridge := _cv_bridge()) is not None:
+    image = read_image(where, message)
+    stamp_ns = image.stamp_ns if received_ns is None else received_ns
+    if image.encoding not in ENCODINGS and (bridge := _cv_bridge()) is not None:
         try:
-            return CameraFrame(camera, stamp_ns, bridge.imgmsg_to_cv2(message, "rgb8"))
+            return CameraFrame(camera, stamp_ns, bridge.imgmsg_to_cv2(deserialize_message(message, Image), "rgb8"))
         except Exception as error:  # cv_bridge's own and OpenCV's, which share no base but this
-            raise InputError(f"{where}: image encoding {message.encoding!r}: cv_bridge says {error}") from error
-    size = (int(message.height), int(message.width), int(message.step))
-    pixels = decode_raw(where, message.encoding, *size, bool(message.is_bigendian), message.data)
-    return CameraFrame(camera, stamp_ns, pixels)
+            raise InputError(f"{where}: image encoding {image.encoding!r}: cv_bridge says {error}") from error
+    size = (image.height, image.width, image.step)
+    return CameraFrame(camera, stamp_ns, decode_raw(where, image.encoding, *size, image.is_bigendian, image.data))
 
 
 @cache

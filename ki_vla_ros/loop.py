@@ -33,9 +33,9 @@ MOVED_SHARE = 0.02
 FIRST_SHARE = 0.1
 # Before the loop tries again after a fault of its own.
 FAILED_TICK_S = 0.1
-# Where ticks are moved to: so long after the last camera's frame, in steps of at most so much, and only while they
-# lie to the frames as the tick before did.
-AFTER_FRAMES_NS, LARGEST_SHIFT_NS, STEADY_NS = 500_000, 2_000_000, 3_000_000
+# Where ticks are moved to: so long after the last camera's frame is expected, in steps of at most so much, and only
+# while they lie to the frames as the tick before did.
+AFTER_FRAMES_NS, LARGEST_SHIFT_NS, STEADY_NS = 0, 2_000_000, 3_000_000
 
 
 class Wire(Protocol):
@@ -255,11 +255,11 @@ class PolicyLoop:
             try:
                 settings = self._settings()
                 self._adopt(settings)
+                now_ns = self._wire.now_ns()
+                behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
                 if settings.align_to_cameras:
-                    self._buffer.await_burst(self._wire.now_ns())
-                tick_ns = self._wire.now_ns()
-                behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(tick_ns)
-                self.step(settings, tick_ns, pacer.missed)
+                    self._buffer.await_burst(now_ns, behind_ns)
+                self.step(settings, self._wire.now_ns(), pacer.missed)
                 pacer.advance(self._wire.now_ns(), _ns(1.0 / settings.rate_hz))
                 if settings.align_to_cameras:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))

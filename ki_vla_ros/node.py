@@ -146,7 +146,7 @@ class PolicyNode(LifecycleNode):
 
     # --- messages
 
-    def _on_image(self, camera: str, loaded: Loaded, message: Image | CompressedImage) -> None:
+    def _on_image(self, camera: str, loaded: Loaded, message: bytes | CompressedImage) -> None:
         try:
             frame = convert.frame_from_message(message, camera, self._received_ns())
             # Here and not in the tick, where it would stand between the newest image and the command.
@@ -301,9 +301,10 @@ class PolicyNode(LifecycleNode):
             loop.instruction = settings.instruction
             loaded = Loaded(bundle, engine, buffer, wire, loop)
             for source in sources:
-                kind = CompressedImage if settings.camera(source.name).transport == "compressed" else Image
+                raw = settings.camera(source.name).transport == "raw"
                 on_image = partial(self._on_image, source.name, loaded)
-                subscription = self._subscribe(kind, source.topic, on_image, qos_profile_sensor_data)
+                kind = Image if raw else CompressedImage
+                subscription = self._subscribe(kind, source.topic, on_image, qos_profile_sensor_data, serialized=raw)
                 resources.callback(self.destroy_subscription, subscription)
             on_joints = partial(self._on_joints, loaded)
             subscription = self._subscribe(JointState, joint_topic, on_joints, qos_profile_sensor_data)
@@ -317,9 +318,11 @@ class PolicyNode(LifecycleNode):
         self._resources.callback(gc.callbacks.remove, self._diagnostics.collector)
         self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
 
-    def _subscribe(self, kind: Any, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:
+    def _subscribe(
+        self, kind: Any, topic: str, callback: Callable[[Any], None], qos: QoSProfile, serialized: bool = False
+    ) -> Any:
         events = SubscriptionEventCallbacks(incompatible_qos=partial(self._on_incompatible, topic))
-        return self.create_subscription(kind, topic, callback, qos, event_callbacks=events)
+        return self.create_subscription(kind, topic, callback, qos, event_callbacks=events, raw=serialized)
 
     def _check_alone(self) -> None:
         own = (self.get_name(), self.get_namespace())

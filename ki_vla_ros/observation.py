@@ -23,7 +23,7 @@ from ki_vla_ros.records import CameraFrame, JointReading, Observation
 # Frames per camera that an observation may be chosen from: at 30 Hz the last 0.27 s. Full images, so not more.
 FRAMES_KEPT = 8
 # Arrivals of frames that bursts are looked for in; frames farther apart are not of one burst.
-ARRIVALS_KEPT, BURST_GAP_NS = 32, 5_000_000
+ARRIVALS_KEPT, BURST_GAP_NS = 96, 5_000_000
 # How near the end of a burst must be for its frames to be waited for.
 BURST_WAIT_NS = 3_000_000
 # Joint readings to interpolate between: 2.5 s at 200 Hz, half a second at 1 kHz.
@@ -171,20 +171,26 @@ class ObservationBuffer:
     def since_burst_ns(self, now_ns: int) -> int | None:
         """How far `now_ns` is behind the nearest end of a burst of frames (negative: before it); None: unknown.
 
-        Frames of cameras that are triggered together arrive in bursts. Where the present one ends is taken
-        from the period of the earlier ones.
+        Frames of cameras that are triggered together arrive in bursts. Where the present one ends is where the line
+        through the ends of the last ones leads, as each alone comes some milliseconds early or late.
         """
         with self._lock:
             arrivals = list(self._arrivals)
-        ends = [end for end, after in pairwise([*arrivals, now_ns]) if after - end > BURST_GAP_NS]
+        ends = [end - now_ns for end, after in pairwise([*arrivals, now_ns]) if after - end > BURST_GAP_NS]
         if len(ends) < 2:
             return None
-        period_ns = (ends[-1] - ends[0]) // (len(ends) - 1)
-        return (now_ns - ends[-1] + period_ns // 2) % period_ns - period_ns // 2
+        ends_N = np.array(ends, dtype=np.float64)
+        number_N = np.round((ends_N - ends_N[0]) / np.median(np.diff(ends_N)))  # a burst may be missing
+        off_N = number_N - number_N.mean()
+        period_ns = off_N @ ends_N / (off_N @ off_N)
+        since_last_ns = -(ends_N.mean() + period_ns * off_N[-1])
+        return int((since_last_ns + period_ns / 2) % period_ns - period_ns / 2)
 
-    def await_burst(self, now_ns: int) -> None:
-        """Where a burst ends about now, wait until each required camera's frame of it is there, for 3 ms at most."""
-        since_ns = self.since_burst_ns(now_ns)
+    def await_burst(self, now_ns: int, since_ns: int | None) -> None:
+        """Where a burst ends about now, wait until each required camera's frame of it is there, for 3 ms at most.
+
+        `since_ns` is `since_burst_ns(now_ns)`.
+        """
         if since_ns is None or abs(since_ns) > BURST_WAIT_NS:
             return
         required = [camera for camera in self._cameras.values() if not camera.source.optional]

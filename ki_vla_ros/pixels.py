@@ -6,6 +6,7 @@ installed). Legend: H height, W width, C channel.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.records import NS_PER_S
 
 Pixels = NDArray[np.uint8]
 
@@ -73,6 +75,51 @@ ENCODINGS: Mapping[str, _Encoding] = {
     "yuv422_yuy2": _by_opencv(cv2.COLOR_YUV2RGB_YUYV, 2),
     "yuyv": _by_opencv(cv2.COLOR_YUV2RGB_YUYV, 2),
 }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WireImage:
+    """What counts of a serialized sensor_msgs/Image; `data` shares its memory."""
+
+    stamp_ns: int
+    height: int
+    width: int
+    encoding: str
+    is_bigendian: bool
+    step: int
+    data: memoryview
+
+
+def read_image(where: str, message: bytes) -> WireImage:
+    """A sensor_msgs/Image from its CDR bytes, without copying the pixels; InputError, beginning with `where`.
+
+    rclpy's own way to a message copies them three times, which at 90 images per second costs half a core.
+    """
+    if message[:2] not in (b"\0\0", b"\0\1"):
+        raise InputError(f"{where}: expected an image serialized as CDR, got bytes that begin with {message[:4].hex()}")
+    order = "<" if message[1] else ">"
+    body = memoryview(message)[4:]
+    try:
+        sec, nanosec, frame_id_size = struct.unpack_from(order + "iII", body)
+        at = _aligned(12 + frame_id_size)
+        height, width, encoding_size = struct.unpack_from(order + "III", body, at)
+        at += 12
+        encoding = bytes(body[at : at + encoding_size]).rstrip(b"\0").decode()
+        at += encoding_size
+        is_bigendian = bool(body[at])
+        at = _aligned(at + 1)
+        step, size = struct.unpack_from(order + "II", body, at)
+        data = body[at + 8 : at + 8 + size]
+        if len(data) != size:
+            raise IndexError(f"{size} bytes of pixels announced, {len(data)} are there")
+    except (struct.error, IndexError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: expected a whole sensor_msgs/Image, got {len(message)} bytes: {error}") from error
+    return WireImage(sec * NS_PER_S + nanosec, height, width, encoding, is_bigendian, step, data)
+
+
+def _aligned(offset: int) -> int:
+    """CDR begins a number of four bytes at a multiple of four."""
+    return (offset + 3) // 4 * 4
 
 
 def decode_raw(where: str, encoding: str, height: int, width: int, step: int, big_endian: bool, data: Any) -> Pixels:

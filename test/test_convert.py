@@ -9,16 +9,24 @@ import cv2
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
+from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros import convert
 from ki_vla_ros.diagnostics import Level, Report
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.pixels import read_image
 from ki_vla_ros.records import ActionChunk, Motion
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+
+
+# rclpy's parser of IDL files, loaded with the first message, uses a module that Python 3.11 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
 
 
 def image(pixels: NDArray[np.uint8], encoding: str, padding: int = 0) -> Image:
@@ -47,7 +55,7 @@ def with_alpha(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     ],
 )
 def test_colour_encodings_and_row_padding(encoding: str, pixels: NDArray[np.uint8], padding: int) -> None:
-    frame = convert.frame_from_message(image(pixels, encoding, padding), "scene")
+    frame = convert.frame_from_message(serialize_message(image(pixels, encoding, padding)), "scene")
     np.testing.assert_array_equal(frame.rgb_HWC, RGB)
     assert frame.rgb_HWC.dtype == np.uint8 and frame.rgb_HWC.flags.c_contiguous
     assert (frame.camera, frame.stamp_ns) == ("scene", 3_000_000_500)
@@ -55,15 +63,15 @@ def test_colour_encodings_and_row_padding(encoding: str, pixels: NDArray[np.uint
 
 
 def test_grey_becomes_three_equal_channels() -> None:
-    frame = convert.frame_from_message(image(RGB[..., :1], "mono8", padding=2), "scene")
+    frame = convert.frame_from_message(serialize_message(image(RGB[..., :1], "mono8", padding=2)), "scene")
     for channel in range(3):
         np.testing.assert_array_equal(frame.rgb_HWC[..., channel], RGB[..., 0])
 
 
 def test_rgb8_without_padding_is_not_copied() -> None:
-    message = image(RGB, "rgb8")
+    message = serialize_message(image(RGB, "rgb8"))
     frame = convert.frame_from_message(message, "scene")
-    assert np.shares_memory(frame.rgb_HWC, np.frombuffer(message.data, dtype=np.uint8))
+    assert np.shares_memory(frame.rgb_HWC, np.frombuffer(message, dtype=np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +90,37 @@ def test_images_that_do_not_fit_are_refused(changes: dict[str, object], fault: s
     for field, value in changes.items():
         setattr(message, field, value)
     with pytest.raises(InputError, match=fault):
-        convert.frame_from_message(message, "scene")
+        convert.frame_from_message(serialize_message(message), "scene")
+
+
+@given(
+    frame_id=st.text(max_size=9),
+    encoding=st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=9),
+    numbers=st.tuples(*[st.integers(0, 2**32 - 1)] * 3),
+    stamp=st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 10**9 - 1)),
+    data=st.binary(max_size=20),
+    big=st.booleans(),
+)
+def test_a_serialized_image_is_read_as_rclpy_reads_it(
+    frame_id: str, encoding: str, numbers: tuple[int, int, int], stamp: tuple[int, int], data: bytes, big: bool
+) -> None:
+    message = Image(encoding=encoding, is_bigendian=int(big), data=array.array("B", data))
+    message.height, message.width, message.step = numbers
+    message.header.frame_id = frame_id.replace("\0", "")
+    message.header.stamp = Time(sec=stamp[0], nanosec=stamp[1])
+    wire = serialize_message(message)
+    found = read_image("a test", wire)
+    assert (found.height, found.width, found.step) == numbers
+    assert (found.encoding, found.is_bigendian, bytes(found.data)) == (encoding, big, data)
+    assert found.stamp_ns == stamp[0] * 10**9 + stamp[1]
+    for size in range(len(wire) - len(data) if data else 0):
+        with pytest.raises(InputError, match="a test: expected "):
+            read_image("a test", wire[:size])
+
+
+def test_a_message_in_another_serialization_is_refused() -> None:
+    with pytest.raises(InputError, match="serialized as CDR, got bytes that begin with 00030000"):
+        read_image("a test", b"\0\3" + serialize_message(image(RGB, "rgb8"))[2:])
 
 
 def test_joint_state() -> None:
@@ -162,7 +200,7 @@ def test_compressed_images_and_receive_time() -> None:
     np.testing.assert_array_equal(frame.rgb_HWC, RGB)
     assert frame.stamp_ns == 3_000_000_000
     assert convert.frame_from_message(message, "scene", received_ns=7).stamp_ns == 7
-    assert convert.frame_from_message(image(RGB, "rgb8"), "scene", received_ns=7).stamp_ns == 7
+    assert convert.frame_from_message(serialize_message(image(RGB, "rgb8")), "scene", received_ns=7).stamp_ns == 7
     assert convert.reading_from_message(JointState(name=["a"], position=[1.0]), received_ns=7).stamp_ns == 7
     message.data = array.array("B", b"neither")
     with pytest.raises(InputError, match="camera 'scene': expected a jpeg or png image, got 7 bytes"):

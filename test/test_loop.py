@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -217,9 +219,9 @@ def test_a_new_instruction_or_a_hold_or_old_images_need_a_new_prefill(dual_bench
     ("before_ms", "behind_ms", "moves_ms"),
     [
         (20, 20, -2.0),
-        (2.5, 2.5, -1.0),
-        (0.5, 0.5, 0.0),
-        (-1.5, -1.5, 1.0),
+        (2, 2, -1.0),
+        (0, 0, 0.0),
+        (-2, -2, 1.0),
         (2, 30, 0.0),
         (None, 20, 0.0),
         (20, None, 0.0),
@@ -252,7 +254,7 @@ def test_ticks_find_the_end_of_the_frames_burst_where_the_periods_go_together(ca
     assert periods_ms.min() >= 98.0 and periods_ms.max() <= 102.0 and pacer.missed == 0
     if aligned:
         # The 2 ms that the period differs by in a second leave their mark.
-        assert all(since < 1.0 or since > camera_ms - 0.5 for since in since_end_ms[-20:])
+        assert all(since < 0.6 or since > camera_ms - 0.6 for since in since_end_ms[-20:])
     else:
         assert np.all(periods_ms == 100.0)
 
@@ -272,3 +274,27 @@ def test_ticks_are_aligned_unless_told_otherwise(bench: Bench, monkeypatch: pyte
     bench.change(align_to_cameras=align)
     bench.run_ticks(3, before)
     assert moves[:3] == ([0, -2 * MS, -2 * MS] if align else [])
+
+
+def test_a_burst_that_is_about_to_end_is_waited_for() -> None:
+    buffer = ObservationBuffer([CameraSource(name, name) for name in CAMERAS], JOINTS, "joint_states")
+
+    def add(camera: str, arrived_ns: int) -> None:
+        buffer.add_frame(CameraFrame(camera, arrived_ns, np.zeros((1, 1, 3), np.uint8)), arrived_ns)
+
+    for n in range(3):
+        for c, camera in enumerate(CAMERAS):
+            add(camera, START + (33 * n + 2 * c) * MS)
+    due_ns = START + 100 * MS
+    add(CAMERAS[0], due_ns - 1 * MS)
+    late = threading.Timer(0.001, add, (CAMERAS[1], due_ns + 1 * MS))
+    late.start()
+    buffer.await_burst(due_ns, -1 * MS)
+    assert buffer.status(due_ns)[CAMERAS[1]].count == 4
+    late.join()
+    began_s = time.monotonic()
+    for since_ns in (None, 5 * MS):
+        buffer.await_burst(due_ns + 50 * MS, since_ns)
+    assert time.monotonic() - began_s < 1.0  # and a frame that never comes ends the wait too:
+    buffer.await_burst(due_ns + 33 * MS, 0)
+    assert buffer.status(due_ns)[CAMERAS[1]].count == 4
