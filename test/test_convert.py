@@ -8,13 +8,13 @@ import json
 import cv2
 import numpy as np
 import pytest
-from builtin_interfaces.msg import Time
+from builtin_interfaces.msg import Duration, Time
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from rclpy.serialization import serialize_message
+from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from trajectory_msgs.msg import JointTrajectory
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros import convert
 from ki_vla_ros.diagnostics import Level, Report
@@ -159,7 +159,7 @@ def due(message: JointTrajectory) -> list[int]:
 
 
 def test_command_starts_now_and_points_are_due_relative_to_now() -> None:
-    message = convert.command_message(motion(), now_ns=9_020_000_000)
+    message = trajectory(convert.command_message(motion(), now_ns=9_020_000_000))
     assert message.header.stamp == Time()
     assert message.joint_names == ["a", "b"]
     assert due(message) == [30_000_000, 80_000_000, 130_000_000]
@@ -168,7 +168,7 @@ def test_command_starts_now_and_points_are_due_relative_to_now() -> None:
 
 
 def test_a_spliced_command_says_when_it_takes_over() -> None:
-    message = convert.command_message(motion(), now_ns=9_020_000_000, splice=True)
+    message = trajectory(convert.command_message(motion(), now_ns=9_020_000_000, splice=True))
     assert message.header.stamp == Time(sec=9, nanosec=50_000_000)
     assert due(message) == [50_000_000, 100_000_000]
 
@@ -176,8 +176,8 @@ def test_a_spliced_command_says_when_it_takes_over() -> None:
 def test_a_motion_of_one_instant_is_still_a_command() -> None:
     whole = motion()
     rest = Motion(whole.joints, whole.from_ns, np.array([whole.from_ns]), whole.position_NJ[:1], np.zeros((1, 2)))
-    assert due(convert.command_message(rest, now_ns=9_020_000_000)) == [30_000_000]
-    assert due(convert.command_message(rest, now_ns=9_020_000_000, splice=True)) == [0]
+    assert due(trajectory(convert.command_message(rest, now_ns=9_020_000_000))) == [30_000_000]
+    assert due(trajectory(convert.command_message(rest, now_ns=9_020_000_000, splice=True))) == [0]
 
 
 def test_streamed_positions() -> None:
@@ -186,7 +186,7 @@ def test_streamed_positions() -> None:
 
 def test_chunk_record() -> None:
     chunk = ActionChunk(10_000_000_000, 50_000_000, ("a",), np.array([[1.0], [3.0]]), np.array([[0.5], [0.0]]))
-    record = convert.chunk_message(chunk)
+    record = trajectory(convert.chunk_message(chunk))
     assert record.header.stamp == Time(sec=10)
     assert due(record) == [50_000_000, 100_000_000]
     assert [list(p.positions) for p in record.points] == [[1.0], [3.0]]
@@ -225,3 +225,33 @@ def test_diagnostics() -> None:
     )
     assert [(v.key, v.value) for v in status.values] == [("chunks", "3")]
     assert message.header.stamp == Time(sec=2, nanosec=1)
+
+
+def trajectory(serialized: bytes) -> JointTrajectory:
+    return deserialize_message(serialized, JointTrajectory)
+
+
+@given(
+    joints=st.lists(st.text(min_size=1, max_size=9).filter(lambda name: "\0" not in name), min_size=1, max_size=9),
+    points=st.integers(1, 60),
+    seed=st.integers(0, 99),
+)
+def test_a_serialized_trajectory_is_what_rclpy_makes_of_the_message(joints: list[str], points: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((2, points, len(joints)))
+    times = np.cumsum(rng.integers(1, 3_000_000_000, points))
+    start_ns = int(rng.integers(0, 2**60))
+    made = Motion(tuple(joints), start_ns, start_ns + times, *values)
+    message = JointTrajectory(joint_names=joints)
+    message.header.stamp = convert.ns_to_stamp(start_ns)
+    message.points = [
+        JointTrajectoryPoint(
+            positions=array.array("d", values[0, k].tobytes()),
+            velocities=array.array("d", values[1, k].tobytes()),
+            time_from_start=Duration(sec=int(times[k]) // 10**9, nanosec=int(times[k]) % 10**9),
+        )
+        for k in range(points)
+    ]
+    serialized = convert.command_message(made, now_ns=0, splice=True)
+    assert trajectory(serialized) == message
+    assert len(serialized) == len(serialize_message(message))  # but for what lies in gaps, byte by byte the same
