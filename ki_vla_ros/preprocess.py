@@ -73,12 +73,16 @@ def images_to_input(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
     *batch, height, width, _ = rgb.shape
     planes = np.empty((int(np.prod(batch)), 3, height, width), dtype=np.float32)
-    # OpenCV splits an image ten times as fast as numpy turns its axes.
     for planes_CHW, rgb_HWC in zip(planes, rgb.reshape(-1, height, width, 3), strict=True):
-        for plane_HW, channel_HW in zip(planes_CHW, cv2.split(np.ascontiguousarray(rgb_HWC)), strict=True):
-            np.multiply(channel_HW, np.float32(1.0 / 127.5), out=plane_HW)
-    planes -= np.float32(1.0)
+        _image_to_input(rgb_HWC, planes_CHW)
     return planes.reshape(*batch, 3, height, width)
+
+
+def _image_to_input(rgb_HWC: NDArray[np.uint8], out_CHW: NDArray[np.float32]) -> None:
+    # OpenCV splits an image ten times as fast as numpy turns its axes.
+    for plane_HW, channel_HW in zip(out_CHW, cv2.split(np.ascontiguousarray(rgb_HWC)), strict=True):
+        np.multiply(channel_HW, np.float32(1.0 / 127.5), out=plane_HW)
+        plane_HW -= np.float32(1.0)
 
 
 def normalize(x: NDArray[np.floating], low: Sequence[float], high: Sequence[float]) -> NDArray[np.float64]:
@@ -148,14 +152,16 @@ def make_model_input(
             f"in {instruction[:40]!r}...; shorten the instruction"
         )
     size = manifest.image.size
-    images_VHWC = np.zeros((len(manifest.cameras), size, size, 3), dtype=np.uint8)
+    images_VCHW = np.empty((len(manifest.cameras), 3, size, size), dtype=np.float32)
     image_mask_V = np.zeros(len(manifest.cameras), dtype=np.bool_)
     for v, camera in enumerate(manifest.cameras):
         frame = observation.frames.get(camera.name)
         if frame is not None:
-            images_VHWC[v] = resize_with_pad(frame.rgb_HWC, size)
+            _image_to_input(resize_with_pad(frame.rgb_HWC, size), images_VCHW[v])
             image_mask_V[v] = True
-        elif not camera.optional:
+        elif camera.optional:
+            images_VCHW[v] = -1.0  # black
+        else:
             raise InputError(
                 f"camera {camera.name!r}: expected a frame in the observation, got only {sorted(observation.frames)}"
             )
@@ -172,7 +178,7 @@ def make_model_input(
     prompt = render_prompt(manifest.prompt.template, instruction, bins)
     tokens_L, token_mask_L = tokenize(tokenizer, prompt, manifest.prompt.length)
     state_J = state_token(manifest, observation.state_J)
-    return ModelInput(images_to_input(images_VHWC), image_mask_V, tokens_L, token_mask_L, state_J)
+    return ModelInput(images_VCHW, image_mask_V, tokens_L, token_mask_L, state_J)
 
 
 def state_token(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[np.float32] | None:

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from ki_vla_ros.chunking import ExecutorName, JacobianName
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.limits import JointLimitSettings, LimitSettings, SettingsModel, setting
 
 if TYPE_CHECKING:
     from ki_vla_ros.manifest import PolicySpec
@@ -24,164 +25,35 @@ if TYPE_CHECKING:
 # Parameters of what has a name of its own; the names are in the bundle.
 _NAMED = re.compile(r"^(?P<table>cameras|limits\.joints)\.(?P<name>.+)\.(?P<field>[a-z_]+)$")
 
-RuleAction = Literal["clamp", "refuse", "stop"]
-# Stands for "no limit from here": ROS parameters know no infinity in their ranges.
-UNLIMITED = 1e9
 
-
-def _setting(
-    default: bool | float | str,
-    description: str,
-    *,
-    unit: str = "",
-    ge: float | None = None,
-    le: float | None = None,
-    changeable: bool = False,
-) -> Any:
-    extra: dict[str, Any] = {"unit": unit, "changeable": changeable}
-    return Field(default, description=description, ge=ge, le=le, json_schema_extra=extra)
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class CameraSettings(_Model):
-    topic: str = _setting(
+class CameraSettings(SettingsModel):
+    topic: str = setting(
         "", "topic of this camera; empty means camera/<name>/image_raw, or image_raw/compressed if transport says so"
     )
-    transport: Literal["raw", "compressed"] = _setting(
+    transport: Literal["raw", "compressed"] = setting(
         "raw", "raw: sensor_msgs/Image; compressed: sensor_msgs/CompressedImage (jpeg, png)"
     )
-    max_age_s: float = _setting(
+    max_age_s: float = setting(
         0.0, "oldest image of this camera that may be acted upon; 0: as max_age_s", unit="s", ge=0.0, le=5.0
     )
 
 
-class JointLimitSettings(_Model):
-    lower: float = _setting(
-        -UNLIMITED,
-        "lowest position; counts where it is tighter than bundle and URDF",
-        ge=-UNLIMITED,
-        le=UNLIMITED,
-        changeable=True,
-    )
-    upper: float = _setting(
-        UNLIMITED,
-        "highest position; counts where it is tighter than bundle and URDF",
-        ge=-UNLIMITED,
-        le=UNLIMITED,
-        changeable=True,
-    )
-    velocity: float = _setting(
-        UNLIMITED,
-        "highest speed per second; counts where it is tighter than bundle and URDF",
-        ge=1e-6,
-        le=UNLIMITED,
-        changeable=True,
-    )
-    acceleration: float = _setting(
-        UNLIMITED,
-        "highest acceleration per second squared; counts where it is tighter than limits.time_to_speed_s",
-        ge=1e-6,
-        le=UNLIMITED,
-        changeable=True,
-    )
-
-
-class LimitSettings(_Model):
-    """What a command may be. While a bundle is loaded these may only be made tighter than they were at configure."""
-
-    velocity_scale: float = _setting(
-        1.0, "share of the joints' speed limits that commands may use", ge=0.01, le=1.0, changeable=True
-    )
-    time_to_speed_s: float = _setting(
-        0.15,
-        "acceleration limit: the time in which a joint may go from rest to its speed limit (without velocity_scale)",
-        unit="s",
-        ge=0.01,
-        le=10.0,
-        changeable=True,
-    )
-    position_margin: float = _setting(
-        0.02,
-        "a wanted position beyond a joint's limit by at most this share of the joint's range is put onto the limit; "
-        "what lies farther out falls under on_position",
-        ge=0.0,
-        le=0.2,
-        changeable=True,
-    )
-    max_overspeed: float = _setting(
-        2.0,
-        "a chunk whose actions lie at most so many times too far apart for the speed limit is slowed down; a faster "
-        "one falls under on_speed",
-        ge=1.0,
-        le=10.0,
-        changeable=True,
-    )
-    max_jump_s: float = _setting(
-        0.3,
-        "the first action ahead may lie as far from the measured position as the joint goes at its speed limit until "
-        "it is due and in this time more; what lies farther away falls under on_jump",
-        unit="s",
-        ge=0.0,
-        le=10.0,
-        changeable=True,
-    )
-    max_chunk_age_s: float = _setting(
-        0.4,
-        "oldest observation behind a chunk at the moment it is published; otherwise it is refused",
-        unit="s",
-        ge=0.02,
-        le=5.0,
-        changeable=True,
-    )
-    on_position: RuleAction = _setting("refuse", "what happens to a chunk beyond position_margin", changeable=True)
-    on_speed: RuleAction = _setting("refuse", "what happens to a chunk beyond max_overspeed", changeable=True)
-    on_jump: RuleAction = _setting("refuse", "what happens to a chunk beyond max_jump_s", changeable=True)
-    joints: Mapping[str, JointLimitSettings] = Field(default_factory=dict)
-
-    def of(self, joint: str) -> JointLimitSettings:
-        return self.joints.get(joint, JointLimitSettings())
-
-    def loosened(self, base: LimitSettings) -> str:
-        """The first parameter that allows more than `base` does; "" if none."""
-        smaller = ("velocity_scale", "position_margin", "max_overspeed", "max_jump_s", "max_chunk_age_s")
-        for name in smaller:
-            if getattr(self, name) > getattr(base, name):
-                return f"limits.{name}"
-        if self.time_to_speed_s < base.time_to_speed_s:
-            return "limits.time_to_speed_s"
-        strictness = get_args(RuleAction)
-        for name in ("on_position", "on_speed", "on_jump"):
-            if strictness.index(getattr(self, name)) < strictness.index(getattr(base, name)):
-                return f"limits.{name}"
-        for joint in {**base.joints, **self.joints}:
-            ours, theirs = self.of(joint), base.of(joint)
-            for name in ("upper", "velocity", "acceleration"):
-                if getattr(ours, name) > getattr(theirs, name):
-                    return f"limits.joints.{joint}.{name}"
-            if ours.lower < theirs.lower:
-                return f"limits.joints.{joint}.lower"
-        return ""
-
-
-class Settings(_Model):
+class Settings(SettingsModel):
     """What the user may choose. `cameras` holds the cameras that the YAML names; others have their default topic."""
 
-    bundle: str = _setting("", "folder of the model bundle, or the name of a bundle shipped in models/")
-    engine: Literal["onnx", "torch"] = _setting(
+    bundle: str = setting("", "folder of the model bundle, or the name of a bundle shipped in models/")
+    engine: Literal["onnx", "torch"] = setting(
         "onnx", "inference engine; torch needs the wheel torch and a bundle exported with --torch"
     )
-    provider: Literal["cpu", "cuda"] = _setting("cpu", "processor that runs the engine")
-    threads: int = _setting(1, "processor threads of the engine", ge=1, le=64)
-    autostart: bool = _setting(False, "configure and activate at start, without a lifecycle client")
-    instruction: str = _setting("", "task at start; empty means hold until one arrives on ~/instruction")
+    provider: Literal["cpu", "cuda"] = setting("cpu", "processor that runs the engine")
+    threads: int = setting(1, "processor threads of the engine", ge=1, le=64)
+    autostart: bool = setting(False, "configure and activate at start, without a lifecycle client")
+    instruction: str = setting("", "task at start; empty means hold until one arrives on ~/instruction")
 
-    rate_hz: float = _setting(
+    rate_hz: float = setting(
         10.0, "ticks per second; each tick may compute a chunk", unit="Hz", ge=0.5, le=50.0, changeable=True
     )
-    execution_horizon_s: float = _setting(
+    execution_horizon_s: float = setting(
         0.1,
         "how long a chunk is executed before a newer one takes over, rounded to whole ticks; longer means fewer "
         "inferences and slower reactions",
@@ -190,16 +62,16 @@ class Settings(_Model):
         le=10.0,
         changeable=True,
     )
-    executor: ExecutorName = _setting(
+    executor: ExecutorName = setting(
         "asynchronous", "how chunks are executed and joined; see chunking.py", changeable=True
     )
-    publish_mode: Literal["replace", "splice", "stream"] = _setting(
+    publish_mode: Literal["replace", "splice", "stream"] = setting(
         "replace",
         "replace: a trajectory that starts now, whole; splice: with the time stamp at which it takes over, for "
         "controllers that replace trajectories in part; stream: one Float64MultiArray of positions per "
         "command_period_s, for controllers that forward commands",
     )
-    inference_delay: int = _setting(
+    inference_delay: int = setting(
         -1,
         "d, actions that are consumed while the next chunk is computed, for rtc and rtc_trained; -1 takes the 95th "
         "percentile of what was really consumed lately",
@@ -207,7 +79,7 @@ class Settings(_Model):
         le=100,
         changeable=True,
     )
-    guidance_horizon_s: float = _setting(
+    guidance_horizon_s: float = setting(
         0.0,
         "rtc: until when from its observation on a new chunk is guided towards the running one; 0: as far as that goes",
         unit="s",
@@ -215,15 +87,15 @@ class Settings(_Model):
         le=10.0,
         changeable=True,
     )
-    guidance_weight: float = _setting(
+    guidance_weight: float = setting(
         5.0, "rtc: largest strength of the guidance (beta)", ge=0.0, le=100.0, changeable=True
     )
-    guidance_jacobian: JacobianName = _setting(
+    guidance_jacobian: JacobianName = setting(
         "identity",
         "rtc: derivative of the foreseen action that the guidance goes through; exact: the paper's, which needs engine "
         "torch and takes about three expert steps in place of one",
     )
-    ensemble_decay: float = _setting(
+    ensemble_decay: float = setting(
         0.01,
         "temporal_ensemble: how fast the weight of newer chunks falls off, exp(-decay * i) with i = 0 the oldest; "
         "negative trusts the newest most",
@@ -231,7 +103,7 @@ class Settings(_Model):
         le=5.0,
         changeable=True,
     )
-    lead_s: float = _setting(
+    lead_s: float = setting(
         0.01,
         "a motion takes over from the one before it this long after it is computed: what publishing and the "
         "controller's next cycle take",
@@ -240,10 +112,10 @@ class Settings(_Model):
         le=0.5,
         changeable=True,
     )
-    command_period_s: float = _setting(
+    command_period_s: float = setting(
         0.02, "time between the points of a command; acceleration is constant between them", unit="s", ge=0.002, le=0.2
     )
-    hold_after_s: float = _setting(
+    hold_after_s: float = setting(
         0.5,
         "watchdog: without a fresh chunk for so long while the arm moves, it is held where it is",
         unit="s",
@@ -251,7 +123,7 @@ class Settings(_Model):
         le=10.0,
         changeable=True,
     )
-    ramp_in_s: float = _setting(
+    ramp_in_s: float = setting(
         0.5,
         "after activation, a stop or a reset the speed limits rise from a tenth to their full value in this time",
         unit="s",
@@ -259,15 +131,13 @@ class Settings(_Model):
         le=30.0,
         changeable=True,
     )
-    dry_run: bool = _setting(
-        False, "compute and report everything, but send nothing to the controller", changeable=True
-    )
-    flow_steps: int = _setting(
+    dry_run: bool = setting(False, "compute and report everything, but send nothing to the controller", changeable=True)
+    flow_steps: int = setting(
         0, "Euler steps from noise to actions; 0 means as many as the bundle says", ge=0, le=100, changeable=True
     )
-    noise_seed: int = _setting(0, "seed of the noise that each chunk starts from", ge=0, le=2**31 - 1, changeable=True)
+    noise_seed: int = setting(0, "seed of the noise that each chunk starts from", ge=0, le=2**31 - 1, changeable=True)
 
-    max_age_s: float = _setting(
+    max_age_s: float = setting(
         0.25,
         "oldest observation (by stamp, on the node's clock) that may still be acted upon",
         unit="s",
@@ -275,7 +145,7 @@ class Settings(_Model):
         le=5.0,
         changeable=True,
     )
-    sync_slop_s: float = _setting(
+    sync_slop_s: float = setting(
         0.05,
         "largest difference between the stamps of one observation's images",
         unit="s",
@@ -284,10 +154,10 @@ class Settings(_Model):
         changeable=True,
     )
 
-    joint_max_age_s: float = _setting(
+    joint_max_age_s: float = setting(
         0.0, "oldest joint state that may be acted upon; 0: as max_age_s", unit="s", ge=0.0, le=5.0
     )
-    prefill_period_s: float = _setting(
+    prefill_period_s: float = setting(
         0.0,
         "run the backbone only this often and the expert at every tick, on the keys and values of the last prefill and "
         "the newest joint state; 0: both at every tick; needs a bundle that feeds the state as a token",
@@ -296,7 +166,7 @@ class Settings(_Model):
         le=5.0,
         changeable=True,
     )
-    max_kv_age_s: float = _setting(
+    max_kv_age_s: float = setting(
         0.5,
         "oldest images behind keys and values that are used again",
         unit="s",
@@ -304,21 +174,21 @@ class Settings(_Model):
         le=5.0,
         changeable=True,
     )
-    align_to_cameras: bool = _setting(
+    align_to_cameras: bool = setting(
         True,
         "move the ticks, by at most 2 ms each, to shortly after the images' arrival, so that they act on the youngest; "
         "only where the period of the ticks is a multiple of the cameras'",
         changeable=True,
     )
-    use_receive_time: bool = _setting(
+    use_receive_time: bool = setting(
         False,
         "take the time of arrival instead of the header's stamp, for drivers that do not stamp; what is late then "
         "counts as fresh",
     )
-    robot_description: str = _setting("", "URDF whose joint limits count where they are tighter; empty: none")
+    robot_description: str = setting("", "URDF whose joint limits count where they are tighter; empty: none")
 
-    joint_states_topic: str = _setting("joint_states", "sensor_msgs/JointState topic to read")
-    command_topic: str = _setting(
+    joint_states_topic: str = setting("joint_states", "sensor_msgs/JointState topic to read")
+    command_topic: str = setting(
         "arm_controller/joint_trajectory",
         "topic of the robot's controller: trajectory_msgs/JointTrajectory, or std_msgs/Float64MultiArray for stream",
     )

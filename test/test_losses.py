@@ -132,3 +132,36 @@ def test_grounding_is_zero_only_for_the_right_place_and_state_and_skips_samples_
     assert float(losses.ground(module, hidden, right.flip(1), None).detach()) > 0.1
     assert float(losses.ground(module, hidden, right, -state).detach()) > 0.1
     assert float(losses.ground(module, hidden, torch.tensor([nowhere, nowhere]), None).detach()) == 0.0
+
+
+def test_every_second_row_has_a_prefix() -> None:
+    _, learned = losses.draw_flow_time(20_000, 6, 3, GENERATOR().manual_seed(0))
+    counts = torch.bincount((~learned).sum(dim=1)) / 20_000
+    assert counts.tolist() == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6], abs=0.02)
+    _, learned = losses.draw_flow_time(100, 6, 0, GENERATOR().manual_seed(0))
+    assert learned.all()
+
+
+def test_a_prefix_runs_along_its_chunk_from_another_place_at_another_pace() -> None:
+    """On the line a_k = k the values are the places on the chunk."""
+    horizon, rows = 16, 2000
+    line = torch.arange(horizon, dtype=torch.float32)[None, :, None].expand(rows, -1, 2)
+    _, learned = losses.draw_flow_time(rows, horizon, 8, GENERATOR().manual_seed(0))
+    moved, learned_then = losses.run_ahead(line, learned, 2.0, GENERATOR().manual_seed(1))
+    prefix = (~learned).sum(dim=1)
+    without = prefix == 0
+    torch.testing.assert_close(moved[without], line[without])
+    assert torch.equal(learned_then[without], learned[without])
+    places, steps = moved[~without, :, 0], moved[~without, :, 0].diff(dim=1)
+    start = places[:, 0]
+    assert float(start.min()) < -0.9 and float(start.max()) > 1.9 and ((start >= -1.0) & (start <= 2.0)).all()
+    inside = torch.arange(horizon - 1)[None, :] < (prefix[~without] - 1)[:, None]
+    assert ((steps[inside] >= 0.2 - 1e-5) & (steps[inside] <= 1.2 + 1e-5)).all()
+    paces = steps[:, 0][inside[:, 0]]
+    assert float(paces.min()) < 0.25 and float(paces.max()) > 1.15
+    after = ~inside & learned_then[~without, 1:]
+    torch.testing.assert_close(steps[after], torch.ones_like(steps[after]))
+    # What would lie past the end is held there, and not learned.
+    past = learned[~without] & ~learned_then[~without]
+    assert past.any() and (places[past] == horizon - 1).all() and (places <= horizon - 1).all()
+    assert learned_then.sum(dim=1).min() >= 4
