@@ -93,8 +93,9 @@ class Governor:
             keep = slice(0, 0)
         else:
             start_p, start_v = old.at(from_ns)
-            ahead = np.searchsorted(old.time_N, now_ns, side="right")
-            keep = slice(int(ahead), int(np.searchsorted(old.time_N, from_ns, side="left")))
+            # From the instant before now on, so that the new motion says where the arm is now, too.
+            now = max(int(np.searchsorted(old.time_N, now_ns, side="right")) - 1, 0)
+            keep = slice(now, int(np.searchsorted(old.time_N, from_ns, side="left")))
         position_NJ, velocity_NJ = follow(start_p, start_v, path_NJ, speed_NJ, self._period_s, bounds)
         times = from_ns + self._period_ns * np.arange(len(position_NJ) + 1, dtype=np.int64)
         before = (old.time_N[keep], old.position_NJ[keep], old.velocity_NJ[keep]) if old else None

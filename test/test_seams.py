@@ -25,7 +25,7 @@ from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.errors import StaleInput
 from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.manifest import JointSpec
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.safety import extremes
 from ki_vla_ros.settings import Settings, settings_from_parameters
 from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
@@ -87,7 +87,9 @@ class Arm:
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
         if self.rng.random() < self.stale:
             raise StaleInput("camera 'scene': newest frame 900 ms old")
-        return Observation(now_ns - int(self.rng.integers(0, 60)) * MS, {}, self.measured(now_ns, max_age_ns))
+        stamp_ns = now_ns - int(self.rng.integers(0, 60)) * MS
+        frame = CameraFrame("scene", stamp_ns, np.zeros((1, 1, 3), np.uint8))
+        return Observation(stamp_ns, {"scene": frame}, self.measured(now_ns, max_age_ns))
 
     def clear(self) -> None: ...
 
@@ -166,9 +168,8 @@ def assert_seamless(sent: list[tuple[int, Motion]]) -> None:
         # The controller has followed `old` until now; from here to the first instant ahead it follows `new`. Until
         # `from_ns` both must be one and the same motion.
         for time_ns in np.linspace(now_ns, new.from_ns, 5).astype(np.int64):
-            if time_ns >= new.time_N[0]:
-                for a, b in zip(old.at(int(time_ns)), new.at(int(time_ns)), strict=True):
-                    np.testing.assert_allclose(a, b, atol=1e-9)
+            for a, b in zip(old.at(int(time_ns)), new.at(int(time_ns)), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-9)
         np.testing.assert_allclose(old.at(new.from_ns)[0], new.at(new.from_ns)[0], atol=1e-9)
         np.testing.assert_allclose(old.at(new.from_ns)[1], new.at(new.from_ns)[1], atol=1e-9)
 
@@ -190,8 +191,8 @@ def test_the_cases_are_not_empty(executor: str) -> None:
     """Most runs send several motions that take over from one still running."""
     runs = [run(seed, executor, "smooth") for seed in range(40)]
     handovers = [sum(now_ns < old.end_ns for (_, old), (now_ns, _) in pairwise(sent)) for sent in runs]
-    assert np.mean([len(sent) >= 2 for sent in runs]) > 0.8
-    assert np.mean(handovers) > (0.2 if executor == "synchronous" else 2.0)
+    assert np.mean([len(sent) >= 2 for sent in runs]) > 0.6
+    assert np.mean(handovers) > (0.05 if executor == "synchronous" else 1.0)
 
 
 def controller_message(serialized: bytes) -> Trajectory:
