@@ -118,6 +118,14 @@ def test_a_serialized_image_is_read_as_rclpy_reads_it(
             read_image("a test", wire[:size])
 
 
+def test_an_image_cut_off_in_its_pixels_is_refused() -> None:
+    message = image(RGB, "rgb8")
+    wire = serialize_message(message)
+    start = wire.index(bytes(message.data))
+    with pytest.raises(InputError, match="18 bytes of pixels announced, 5 are there"):
+        read_image("a test", wire[: start + 5])
+
+
 def test_a_message_in_another_serialization_is_refused() -> None:
     with pytest.raises(InputError, match="serialized as CDR, got bytes that begin with 00030000"):
         read_image("a test", b"\0\3" + serialize_message(image(RGB, "rgb8"))[2:])

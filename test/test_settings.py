@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bundles import demo_policy
+from bundles import both_ways_policy, demo_policy
 from pydantic import ValidationError
 
 from ki_vla_ros.errors import ConfigurationError
@@ -173,3 +173,17 @@ def test_delay_horizon_and_executor_fit_together() -> None:
         settings_from_parameters({"executor": "rtc_trained"}).validate_against(
             policy.model_copy(update={"max_prefix_delay": 0})
         )
+
+
+def test_two_rates_need_a_state_token_and_keys_that_live_long_enough() -> None:
+    two_rates = settings_from_parameters({"prefill_period_s": 0.3})
+    two_rates.validate_against(both_ways_policy())
+    with pytest.raises(
+        ConfigurationError, match=r"'prefill_period_s': got 0.3 s, but bundle 'test-policy' has the joint"
+    ):
+        two_rates.validate_against(demo_policy())
+    short = settings_from_parameters({"prefill_period_s": 0.3, "max_kv_age_s": 0.2})
+    with pytest.raises(
+        ConfigurationError, match=r"'prefill_period_s': expected at most max_kv_age_s \(0.2 s\), got 0.3"
+    ):
+        short.validate_against(both_ways_policy())
