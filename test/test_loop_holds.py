@@ -224,3 +224,19 @@ def test_errors_of_the_engine_hold_and_the_next_tick_tries_again(
     assert holds[0] is None and holds[2] is None
     assert str(error) in str(holds[1])
     assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, True, False, True]
+
+
+def test_a_fault_between_two_ticks_holds_and_the_loop_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    since_burst_ns, calls = bench.buffer.since_burst_ns, []
+
+    def sometimes(now_ns: int) -> int | None:
+        calls.append(now_ns)
+        if len(calls) == 2:
+            raise ZeroDivisionError("a bug")
+        return since_burst_ns(now_ns)
+
+    monkeypatch.setattr(bench.buffer, "since_burst_ns", sometimes)
+    bench.run_ticks(3, lambda n: bench.give_inputs())
+    assert len(bench.wire.ticks) == 3
+    assert any("ZeroDivisionError: a bug" in line for line in bench.wire.lines)
+    assert [is_hold(motion) for motion, _ in bench.wire.commands][:2] == [False, True]
