@@ -277,9 +277,13 @@ def table(figures: Mapping[str, Any]) -> str:
         f"images: {figures['images_sent']} sent, {figures['images_lost']} lost",
         f"ticks: {figures['ticks']}, chunks: {figures['chunks']}; holds: {', '.join(figures['holds']) or 'none'}",
         f"deadlines: {figures['deadlines_missed']} missed ({figures['deadlines_missed_share']:.2%}), "
-        f"{figures['deadlines_missed_unnoticed']} of them unnoticed",
+        f"{figures['deadlines_missed_unnoticed']} ticks missing that the node did not count",
         f"memory: {memory['then']:.1f} MiB after {memory['at_s']:.0f} s, {memory['end']:.1f} MiB at the end "
         f"({memory['growth']:+.1f}); longest pause for garbage: {figures['gc_pause_ms_max']:.2f} ms",
+    ]
+    lines += [
+        "overhead: from the newest image's stamp to the command, less the model (prefill, denoise);",
+        f"share: of a tick; all but the count of images without the first {WARM_UP_S:g} s",
     ]
     return "\n".join(lines)
 
@@ -295,10 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, dest="command")
     node = commands.add_parser("node", help="what the node adds to the model; also the soak test")
-    node.add_argument("--seconds", type=float, default=60.0)
+    node.add_argument("--seconds", type=float, default=60.0, help=f"after {WARM_UP_S:g} s of warm-up; default 60")
     node.add_argument("--json", type=Path, help="write the figures there")
     node.add_argument("--bundle", default="bench", help="default: three cameras, random weights, hardly any work")
-    node.add_argument("--instruction", default="touch the red cube")
+    node.add_argument("--instruction", default="touch the red cube", help="one that the bundle understands")
     node.add_argument("--hogs", type=int, default=0, help="processes that do nothing but use a processor")
     chosen = parser.parse_args(arguments)
     try:

@@ -236,6 +236,12 @@ class PolicyLoop:
             self._wire.log(f"stopped: {reason}", "stop")
             self._hold(self._settings())
 
+    def describe_limits(self) -> str:
+        """Of each joint, as they are in force: positions, speed and acceleration."""
+        names, bounds = self._policy.bundle.manifest.joint_names, self._gate.bounds
+        rows = zip(names, bounds.lower_J, bounds.upper_J, bounds.speed_J, bounds.acceleration_J, strict=True)
+        return "; ".join(f"{name} {low:.3f} to {high:.3f}, {v:.3f}/s, {a:.2f}/s^2" for name, low, high, v, a in rows)
+
     def reset(self) -> bool:
         """Releases a latched stop; whether there was one."""
         with self._moving:

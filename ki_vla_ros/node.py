@@ -317,6 +317,9 @@ class PolicyNode(LifecycleNode):
         gc.callbacks.append(self._diagnostics.collector)
         self._resources.callback(gc.callbacks.remove, self._diagnostics.collector)
         self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
+        topics = ", ".join(f"{source.name} from {source.topic}" for source in sources)
+        self.get_logger().info(f"{topics}; joints from {joint_topic}; commands to {settings.command_topic}")
+        self.get_logger().info(f"limits: {loop.describe_limits()}")
 
     def _subscribe(
         self, kind: Any, topic: str, callback: Callable[[Any], None], qos: QoSProfile, serialized: bool = False
@@ -373,7 +376,11 @@ def main() -> int:
 def _run(stop: threading.Event) -> int:
     node = PolicyNode()
     try:
-        if node.parameters.settings.autostart and not node.start():
+        if not node.parameters.settings.autostart:
+            node.get_logger().info(
+                "unconfigured: waiting for a lifecycle client (with autostart: true it starts alone)"
+            )
+        elif not node.start():
             return 1
         executor = EventsExecutor()
         executor.add_node(node)

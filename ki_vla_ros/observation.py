@@ -49,6 +49,7 @@ class _Frames:
     frames: deque[CameraFrame] = field(default_factory=lambda: deque(maxlen=FRAMES_KEPT))
     count: int = 0
     arrived_ns: int = 0
+    repeats: bool = False  # the last frame had the stamp of one before
 
     def limit_ns(self, max_age_ns: int) -> int:
         return max_age_ns if self.source.max_age_ns is None else self.source.max_age_ns
@@ -56,7 +57,7 @@ class _Frames:
 
 @dataclass(frozen=True)
 class InputStatus:
-    """Messages accepted so far, and the age of the newest one (None: there is none)."""
+    """Images (joint states: those accepted) so far, and the age of the newest one (None: there is none)."""
 
     count: int
     age_ns: int | None
@@ -93,10 +94,11 @@ class ObservationBuffer:
             frames = camera.frames
             stamps = [kept.stamp_ns for kept in frames]
             place = bisect.bisect_left(stamps, frame.stamp_ns)
-            if place < len(stamps) and stamps[place] == frame.stamp_ns:
+            camera.count += 1
+            camera.repeats = place < len(stamps) and stamps[place] == frame.stamp_ns
+            if camera.repeats:
                 return  # a frozen camera repeats its stamp: it must grow stale
             _insert(frames, place, frame)
-            camera.count += 1
             if arrived_ns is not None:
                 self._arrivals.append(arrived_ns)
                 camera.arrived_ns = arrived_ns
@@ -251,6 +253,10 @@ class ObservationBuffer:
     ) -> None:
         name, topic = camera.source.name, camera.source.topic
         why = f"; last message refused: {refused[name]}" if name in refused else f"; is {topic} published?"
+        if camera.repeats:
+            why = (
+                f"; images come on {topic}, all with one stamp: is it frozen, or does it not stamp (use_receive_time)?"
+            )
         if not usable and camera.frames:
             raise StaleInput(
                 f"camera {name!r}: stamps on {topic} are ahead of the node's clock by "

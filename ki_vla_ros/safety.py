@@ -67,7 +67,8 @@ def urdf_limits(robot_description: str) -> Mapping[str, tuple[float, float, floa
     try:
         root = ElementTree.fromstring(robot_description)
     except ElementTree.ParseError as error:
-        raise ConfigurationError(f"parameter 'robot_description': expected a URDF, got {error}") from None
+        path = "" if "<" in robot_description else f" in {robot_description[:60]!r}; give its content, not its path"
+        raise ConfigurationError(f"parameter 'robot_description': expected a URDF, got {error}{path}") from None
     found = {}
     for joint in root.iter("joint"):
         limit = joint.find("limit")

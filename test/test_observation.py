@@ -270,7 +270,7 @@ def test_an_input_may_have_a_limit_of_its_own() -> None:
 def test_what_has_come_in_is_counted_with_its_age() -> None:
     buffer = filled([9900, 9950, 9950], [9960])
     status = buffer.status(NOW)
-    assert (status["scene"].count, status["scene"].age_ns) == (2, 50 * MS)
+    assert (status["scene"].count, status["scene"].age_ns) == (3, 50 * MS)
     assert (status["wrist"].count, status["joint state"].count) == (1, 50)
     buffer.clear()
     assert buffer.status(NOW)["scene"].age_ns is None
@@ -287,3 +287,11 @@ def test_where_a_moment_lies_to_the_bursts_of_frames() -> None:
             assert buffer.since_burst_ns(9910 * MS) is None
     for at_ms, since_ms in [(9970, 7), (9964, 1), (9962, -1), (9981, -12), (9994, 1)]:
         assert buffer.since_burst_ns(at_ms * MS) == since_ms * MS
+
+
+def test_images_with_one_stamp_are_told_from_none() -> None:
+    buffer = filled([9950], [0, 0, 0])
+    with pytest.raises(
+        StaleInput, match=r"images come on /wrist/image_raw, all with one stamp: is it frozen, or does it"
+    ):
+        buffer.observe(NOW, MAX_AGE, SLOP)
