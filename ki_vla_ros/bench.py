@@ -34,13 +34,13 @@ from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle import load_bundle
-from ki_vla_ros.convert import ns_to_stamp, stamp_to_ns
+from ki_vla_ros.convert import ns_to_stamp
 from ki_vla_ros.demo_processes import Child, Children, prepare_environment
 from ki_vla_ros.errors import InputError, KiVlaError
 from ki_vla_ros.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.share import find_bundle
-from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
+from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message
 
 IMAGE_WIDTH, IMAGE_HEIGHT = 640, 480
 MODEL_STAGES = ("prefill", "denoise")
@@ -139,13 +139,7 @@ class Robot:
         self._joints.publish(message)
 
     def _on_command(self, message: JointTrajectory) -> None:
-        points = [
-            TrajectoryPoint(
-                p.time_from_start.sec * NS_PER_S + p.time_from_start.nanosec, list(p.positions), list(p.velocities)
-            )
-            for p in message.points
-        ]
-        trajectory = Trajectory(stamp_to_ns(message.header.stamp), list(message.joint_names), points)
+        trajectory = trajectory_from_message(message)
         with self._arm_in_use:
             self._arm.accept(trajectory, time.time_ns())
 

@@ -18,7 +18,7 @@ from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import EmergencyStop, InstructionError, KiVlaError, SafetyRefusal, StaleInput
 from ki_vla_ros.governor import Bounds, Governor
 from ki_vla_ros.observation import ObservationBuffer
-from ki_vla_ros.pacing import Pacer
+from ki_vla_ros.pacing import Pacer, alignment_ns
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
@@ -33,9 +33,6 @@ MOVED_SHARE = 0.02
 FIRST_SHARE = 0.1
 # Before the loop tries again after a fault of its own.
 FAILED_TICK_S = 0.1
-# Where ticks are moved to: so long after the last camera's frame is expected, in steps of at most so much, and only
-# while they lie to the frames as the tick before did.
-AFTER_FRAMES_NS, LARGEST_SHIFT_NS, STEADY_NS = 0, 2_000_000, 3_000_000
 
 
 class Wire(Protocol):
@@ -272,6 +269,7 @@ class PolicyLoop:
                 self._sleep_until_due(pacer)
             except Exception:  # a bug between two ticks must not leave a node that is active and does nothing
                 self._wire.log(traceback.format_exc(), "internal error")
+                self._diagnostics.record_refusal("internal error")
                 self._hold(self._settings())
                 self._stop.wait(FAILED_TICK_S)
 
@@ -390,18 +388,6 @@ class PolicyLoop:
             if not self._started:  # between deactivation and activation it may be anywhere
                 self._wire.log("arm: it is not where it was sent; going on from where it is", "moved")
             self._governor.running = None
-
-
-def alignment_ns(before_ns: int | None, behind_ns: int | None) -> int:
-    """How far the next ticks are to move so that they come shortly after the cameras' frames.
-
-    `behind_ns`: how long ago the last frame had arrived when a tick began; `before_ns`: the same of the tick before.
-    Where the two differ, the ticks' period is no multiple of the cameras', and nothing is gained by moving.
-    """
-    if before_ns is None or behind_ns is None or abs(behind_ns - before_ns) > STEADY_NS:
-        return 0
-    # Half of it: arrivals tremble, and ticks need not tremble as much.
-    return max(-LARGEST_SHIFT_NS, min(LARGEST_SHIFT_NS, (AFTER_FRAMES_NS - behind_ns) // 2))
 
 
 def _ns(duration_s: float) -> int:

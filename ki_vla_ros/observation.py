@@ -153,6 +153,7 @@ class ObservationBuffer:
         with self._lock:
             for camera in self._cameras.values():
                 camera.frames.clear()
+                camera.arrived_ns, camera.repeats = 0, False
             self._readings.clear()
             self._refused.clear()
             self._arrivals.clear()

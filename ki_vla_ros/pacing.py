@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# The largest step by which ticks move towards the cameras' frames, and how differently two ticks may lie to them.
+LARGEST_SHIFT_NS, STEADY_NS = 2_000_000, 3_000_000
+
 
 class Pacer:
     """Deadlines at whole periods after a start. Times in ns on one clock, given by the caller."""
@@ -30,3 +33,15 @@ class Pacer:
             return False
         self.due_ns = now_ns
         return True
+
+
+def alignment_ns(before_ns: int | None, behind_ns: int | None) -> int:
+    """How far the next ticks are to move so that they come where a burst of the cameras' frames is expected to end.
+
+    `behind_ns`: how long ago that was when a tick was due (negative: it is still to come); `before_ns`: the same of
+    the tick before. Where they differ, the ticks' period is no multiple of the cameras', and moving gains nothing.
+    """
+    if before_ns is None or behind_ns is None or abs(behind_ns - before_ns) > STEADY_NS:
+        return 0
+    # Half of it: arrivals tremble, and ticks need not tremble as much.
+    return max(-LARGEST_SHIFT_NS, min(LARGEST_SHIFT_NS, -behind_ns // 2))

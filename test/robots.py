@@ -32,7 +32,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
+from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message
 
 TASK = "touch the red cube"
 PATIENCE_S = 40.0
@@ -94,12 +94,8 @@ class Robot:
     def _on_command(self, message: JointTrajectory) -> None:
         self.times_s.append(time.monotonic())
         self.commands.append(message)
-        points = [
-            TrajectoryPoint(ns_of(p.time_from_start), list(p.positions), list(p.velocities)) for p in message.points
-        ]
         try:
-            trajectory = Trajectory(ns_of(message.header.stamp), list(message.joint_names), points)
-            self.controller.accept(trajectory, self.now_ns())
+            self.controller.accept(trajectory_from_message(message), self.now_ns())
         except InputError as refusal:
             self.refused.append(str(refusal))
 

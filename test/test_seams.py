@@ -28,7 +28,7 @@ from ki_vla_ros.manifest import JointSpec
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.safety import extremes
 from ki_vla_ros.settings import Settings, settings_from_parameters
-from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
+from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message
 
 # rclpy's parser of IDL files, loaded with the first message, uses a module that Python 3.11 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
@@ -195,17 +195,6 @@ def test_the_cases_are_not_empty(executor: str) -> None:
     assert np.mean(handovers) > (0.05 if executor == "synchronous" else 1.0)
 
 
-def controller_message(serialized: bytes) -> Trajectory:
-    message = deserialize_message(serialized, JointTrajectory)
-    points = [
-        TrajectoryPoint(
-            p.time_from_start.sec * NS_PER_S + p.time_from_start.nanosec, list(p.positions), list(p.velocities)
-        )
-        for p in message.points
-    ]
-    return Trajectory(convert.stamp_to_ns(message.header.stamp), list(message.joint_names), points)
-
-
 def walk(sent: list[tuple[int, Motion]], mode: str) -> NDArray[np.float64]:
     """Positions [N, J] every `STEP_S` that a controller has, who gets what the wire carries in this mode."""
     start_ns, end_ns = sent[0][0], sent[-1][1].end_ns + 50 * MS
@@ -216,8 +205,10 @@ def walk(sent: list[tuple[int, Motion]], mode: str) -> NDArray[np.float64]:
         while waiting and waiting[0][0] <= time_ns:
             now_ns, running = waiting.pop(0)
             if mode != "stream":
-                message = controller_message(convert.command_message(running, now_ns, splice=mode == "splice"))
-                controller.accept(message, now_ns)
+                message = deserialize_message(
+                    convert.command_message(running, now_ns, splice=mode == "splice"), JointTrajectory
+                )
+                controller.accept(trajectory_from_message(message), now_ns)
         found.append(running.at(int(time_ns))[0] if mode == "stream" else controller.sample(int(time_ns))[0])
     return np.array(found)
 

@@ -35,7 +35,7 @@ from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, Simula
 from ki_vla_ros.process import run_node
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.sim.task import Scene, Task, sample_scene
-from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
+from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, Verdict, World
 
 NODE_NAME: Final = "sim_arm"
@@ -79,22 +79,6 @@ class Reset:
     split: str
     finished: threading.Event = field(default_factory=threading.Event)
     status: str = ""
-
-
-def trajectory_from_message(message: JointTrajectory) -> Trajectory:
-    """The message's numbers, unchanged and unchecked."""
-    stamp = message.header.stamp
-    points = [
-        TrajectoryPoint(
-            point.time_from_start.sec * NS_PER_S + point.time_from_start.nanosec,
-            point.positions,
-            point.velocities,
-            point.accelerations,
-            point.effort,
-        )
-        for point in message.points
-    ]
-    return Trajectory(stamp.sec * NS_PER_S + stamp.nanosec, message.joint_names, points)
 
 
 def joint_message(stamp: Time, world: World) -> JointState:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,22 @@ class Trajectory:
     stamp_ns: int
     joints: Sequence[str]
     points: Sequence[TrajectoryPoint]
+
+
+def trajectory_from_message(message: Any) -> Trajectory:
+    """The numbers of a trajectory_msgs/JointTrajectory, unchanged and unchecked."""
+    stamp = message.header.stamp
+    points = [
+        TrajectoryPoint(
+            point.time_from_start.sec * NS_PER_S + point.time_from_start.nanosec,
+            point.positions,
+            point.velocities,
+            point.accelerations,
+            point.effort,
+        )
+        for point in message.points
+    ]
+    return Trajectory(stamp.sec * NS_PER_S + stamp.nanosec, message.joint_names, points)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
