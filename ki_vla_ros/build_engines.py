@@ -14,23 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, load_bundle
-from ki_vla_ros.engines.cuda import CudaDevice, Device
+from ki_vla_ros.engines.cuda import CudaDevice
 from ki_vla_ros.engines.plans import PlanCache, default_folder
-from ki_vla_ros.engines.tensorrt_builder import BuildOptions, Say, check_gpu, find_or_build, plan_key
+from ki_vla_ros.engines.tensorrt_builder import BuildOptions, Say, check_gpu, find_or_build, gpu_of, plan_key
 from ki_vla_ros.engines.tensorrt_library import OLDEST, Library, load_library
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.share import find_bundle
-
-
-def gpu_of(device: Device, library: Library) -> str:
-    """The GPU as plans are keyed by it.
-
-    TensorRT chooses kernels by timing them, so a plan is for one product; one of TensorRT for RTX is for all GPUs of a
-    compute capability.
-    """
-    if library.name == "tensorrt_rtx":
-        return device.compute_capability
-    return f"{device.compute_capability} {device.name}"
 
 
 def build_engines(

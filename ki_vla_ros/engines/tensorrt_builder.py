@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ki_vla_ros.bundle import Bundle, graph_interface
+from ki_vla_ros.engines.cuda import Device
 from ki_vla_ros.engines.plans import PlanCache, PlanKey, PlanRecord, graph_sha256
 from ki_vla_ros.engines.tensorrt_library import Builder, BuilderConfig, Library, Log, Named, Network, Tensor
 from ki_vla_ros.errors import ConfigurationError, EngineError
@@ -50,6 +51,17 @@ def plan_key(bundle: Bundle, graph: str, library: Library, gpu: str) -> PlanKey:
         version=library.version,
         gpu=gpu,
     )
+
+
+def gpu_of(device: Device, library: Library) -> str:
+    """The GPU as plans are keyed by it.
+
+    TensorRT chooses kernels by timing them, so a plan is for one product; one of TensorRT for RTX is for all GPUs of a
+    compute capability.
+    """
+    if library.name == "tensorrt_rtx":
+        return device.compute_capability
+    return f"{device.compute_capability} {device.name}"
 
 
 def dtype_name(dtype: Named) -> str:

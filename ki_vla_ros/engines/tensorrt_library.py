@@ -47,7 +47,6 @@ class ExecutionContext(Protocol):
     """IExecutionContext."""
 
     def set_tensor_address(self, name: str, memory: int) -> bool: ...
-    def infer_shapes(self) -> list[str]: ...
     def execute_async_v3(self, stream_handle: int) -> bool: ...
 
 
@@ -65,7 +64,7 @@ class CudaEngine(Protocol):
 
 
 class Runtime(Protocol):
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> CudaEngine | None: ...
+    def deserialize_cuda_engine(self, serialized_engine: memoryview) -> CudaEngine | None: ...
 
 
 class HostMemory(Protocol):
