@@ -32,7 +32,7 @@ _DTYPES = {
 # weights, 3.36 GB for 1.07 GB, 11.3 GB for 3.75 GB. `tensorrt` was not measured.
 _BYTES_PER_WEIGHT_BYTE, _BYTES_ALONE = 3.0, 300_000_000
 
-Say = Callable[[str], None]
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
