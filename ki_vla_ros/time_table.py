@@ -30,7 +30,7 @@ class TimeTable:
     def __init__(self, path: Path, modulation: int) -> None:
         self._rows: dict[float, NDArray[np.float32]] = {}
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 self._periods = np.asarray(arrays["periods"], dtype=np.float64)
                 layers = (len(arrays.files) - 1) // 2
                 self._layers = [(arrays[f"weight{n}"], arrays[f"bias{n}"]) for n in range(layers)]
@@ -77,7 +77,9 @@ class TimeTable:
         for n, (weight, bias) in enumerate(self._layers):
             if n:
                 x = x * (np.float32(0.5) * (np.tanh(np.float32(0.5) * x) + np.float32(1.0)))  # silu, without overflow
-            x = x @ _float32(weight).T + _float32(bias)
+            # Row by row: in one product the last bits of a row would depend on its neighbours.
+            weight = _float32(weight)
+            x = np.stack([weight @ row for row in x]) + _float32(bias)
         return x
 
 
