@@ -41,6 +41,15 @@ def learning_rate(stage: StageConfig, step: int) -> float:
     return stage.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def make_optimizer(parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """Sharded parameters are updated by the fused kernel: the one over lists makes copies as large as all of them."""
+    groups = [
+        {"params": group} | ({"fused": True} if isinstance(group[0], DTensor) else {})
+        for group in by_placement(parameters)
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+
+
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     """Scale all gradients so that their norm over all processes is at most `limit`; returns the norm before."""
     if not any(isinstance(parameter, DTensor) for parameter in parameters):

@@ -105,6 +105,4 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """`load_state_dict` of whole tensors into a model that may be sharded."""
     free_gathered(model)
     ours = model.state_dict()
-    model.load_state_dict(
-        {name: like(tensor, ours[name]) if name in ours else tensor for name, tensor in weights.items()}
-    )
+    model.load_state_dict({name: like(weights[name], place) for name, place in ours.items()})

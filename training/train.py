@@ -37,7 +37,7 @@ from training.initialization import order_embeddings
 from training.losses import TrainingHeads
 from training.measure import measure
 from training.model.vla import VLA, Output, VLAConfig
-from training.optimizer import by_placement, clip_gradients, learning_rate, load_optimizer, select_parameters
+from training.optimizer import clip_gradients, learning_rate, load_optimizer, make_optimizer, select_parameters
 from training.parallel import average_gradients, join_group, wait_for_all
 from training.policy_spec import ACTION_PERIOD_S, HORIZON, describe_policy
 from training.sharding import checkpoint_activations, free_gathered, gather, load_whole, shard
@@ -139,12 +139,7 @@ class Trainer:
             return before | {stage.name: before.get(stage.name, 0.0) + (time.monotonic() - began_s) / 60}
 
         parameters = select_parameters(self.model, self.heads, stage.train)
-        optimizer = torch.optim.AdamW(
-            [{"params": group} for group in by_placement(parameters)],
-            lr=stage.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=stage.weight_decay,
-        )
+        optimizer = make_optimizer(parameters, stage.learning_rate, stage.weight_decay)
         if progress.optimizer is not None:
             load_optimizer(optimizer, progress.optimizer)
         steps = range(progress.step, stage.steps)
