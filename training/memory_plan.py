@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import multiprocessing
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -34,13 +35,14 @@ from training.config import ParallelConfig
 from training.model.vla import VLA, VLAConfig
 from training.optimizer import clip_gradients, make_optimizer
 from training.paligemma import paligemma_3b
-from training.sharding import checkpoint_activations, shard
+from training.sharding import checkpoint_activations, layers, shard
 
 GIB = 2**30
 RESERVE = 0.1
 """Share of a card that is left for CUDA context, NCCL buffers and the allocator's fragmentation: an assumption."""
 CARDS_GB = (24, 40, 48, 80, 141)
 PROMPT, VIEWS, FAST = 200, 3, 250
+SGD_RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Step:
     prompt: int = PROMPT
     views: int = VIEWS
     fast: int = FAST
+    recipe: bool = True
+    """False: weights in bfloat16, each moved against its gradient (SGD) as soon as that is there, which is then freed;
+    no moments, no clipping. Not how to train, but the real step of the whole model fits this way in 24 GiB."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ class Footprint:
     """And gradients of activations and of gathered weights."""
     peak: int
     offloaded_peak: int
-    """The largest total if parameters, gradients and optimizer are in host memory."""
+    """The largest total if parameters, gradients and optimizer are in host memory. Here that is the same memory, so the
+    copies on their way to the GPU (the layer at work and the next) are added by hand."""
 
 
 class Tracker(FSDPMemTracker):  # type: ignore[misc]
@@ -100,19 +106,25 @@ def group(gpus: int, backend: str) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def empty_model(config: VLAConfig) -> VLA:
+def empty_model(step: Step) -> VLA:
+    """Without memory for its weights."""
     with torch.device("meta"):
-        return VLA(config)
+        model = VLA(step.model)
+    return model if step.recipe else model.bfloat16()
 
 
-def prepare(model: VLA, step: Step, mesh: DeviceMesh) -> torch.optim.Optimizer:
-    """Shard an empty model; its optimizer, with both moments. Weights are zero, as no size depends on them."""
+def prepare(model: VLA, step: Step, mesh: DeviceMesh) -> torch.optim.Optimizer | None:
+    """Fill and shard an empty model; its optimizer, with both moments."""
     model.to_empty(device="cpu")
     for parameter in model.parameters():
-        torch.nn.init.zeros_(parameter)
+        parameter.data.normal_(std=0.02)
     if step.parallel.activation_checkpointing:
         checkpoint_activations(model)
     shard(model, step.parallel, mesh)
+    if not step.recipe:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(descend)
+        return None
     optimizer = make_optimizer(list(model.parameters()), learning_rate=1e-5, weight_decay=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -120,6 +132,12 @@ def prepare(model: VLA, step: Step, mesh: DeviceMesh) -> torch.optim.Optimizer:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer
+
+
+def descend(parameter: Tensor) -> None:
+    """One step of SGD; the gradient is freed."""
+    parameter.to_local().sub_(parameter.grad.to_local(), alpha=SGD_RATE)
+    parameter.grad = None
 
 
 def make_inputs(step: Step) -> dict[str, Tensor]:
@@ -143,24 +161,35 @@ def everything(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.arange(batch).repeat_interleave(length), torch.arange(length).repeat(batch)
 
 
-def take_step(model: VLA, optimizer: torch.optim.Optimizer, step: Step, inputs: dict[str, Tensor]) -> None:
-    """Forward pass, next-token loss of the FAST tokens, insulated flow loss, backward pass, clipping, AdamW."""
+def compute_loss(model: VLA, step: Step, inputs: dict[str, Tensor]) -> Tensor:
+    """Next-token loss of the FAST tokens plus insulated flow loss, from one forward pass."""
     with torch.autocast("cpu", torch.bfloat16, enabled=step.parallel.dtype == "bfloat16"):
         output = model(**inputs, prefix_rows=step.prompt)
         last = torch.full((step.batch,), step.prompt - 1)
         hidden = losses.next_token_hidden(output.prefix_hidden_BPD, last, output.postfix_hidden_BTD)
         text = losses.predict_postfix(model.logits(hidden), inputs["postfix_BT"], everything(step.batch, step.fast))
         flow = losses.match_flow(output.velocity_RHA, inputs["x_t"], everything(step.batch, step.model.horizon))
-    del output, hidden
-    (text + flow).backward()
+    return text + flow
+
+
+def take_step(
+    model: VLA, optimizer: torch.optim.Optimizer | None, step: Step, inputs: dict[str, Tensor]
+) -> float | None:
+    """Forward and backward pass, clipping, AdamW; the loss before, if tensors have values."""
+    loss = compute_loss(model, step, inputs)
+    loss.backward()
+    value = None if isinstance(loss, FakeTensor) else float(loss.detach())
+    if optimizer is None:
+        return value
     clip_gradients(list(model.parameters()), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return value
 
 
 def predict(step: Step) -> Footprint:
     """The step on fake tensors."""
-    model = empty_model(step.model)
+    model = empty_model(step)
     with group(step.gpus, "fake") as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         optimizer = prepare(model, step, mesh)
         inputs = make_inputs(step)
@@ -172,27 +201,43 @@ def predict(step: Step) -> Footprint:
         (found,) = tracker.get_tracker_snapshot("peak").values()
         (rest,) = tracker.get_tracker_snapshot("current").values()
     peak = {label(kind): size for kind, size in found.items()}
+    copied = 2 * max(sum(parameter.to_local().nbytes for parameter in layer.parameters()) for layer in layers(model))
     return Footprint(
         parameters=parameters,
         gradients=parameters,
-        optimizer={label(kind): size for kind, size in rest.items()}["OptState"],
+        optimizer=0 if optimizer is None else {label(kind): size for kind, size in rest.items()}["OptState"],
         gathered=sum(peak[kind] for kind in ("Unsharded Param", "All Gather", "Reduce Scatter")),
         activations=sum(peak[kind] for kind in ("Activation", "Temp", "Unsharded Grad", "Inputs", "Buffer")),
         peak=peak["Total"],
-        offloaded_peak=tracker.offloaded_peak,
+        offloaded_peak=tracker.offloaded_peak + copied,
     )
 
 
-def measure(step: Step) -> int:
-    """Peak of this process's resident memory during a real step, beyond what it was before the model."""
+@dataclass(frozen=True)
+class Measured:
+    """A real step: peak of this process's resident memory beyond what it was before the model, loss before and after
+    on the same batch, and how long it took.
+    """
+
+    peak: int
+    loss_before: float
+    loss_after: float
+    seconds: float
+
+
+def measure(step: Step) -> Measured:
     before = resident("VmRSS")
-    model = empty_model(step.model)
+    model = empty_model(step)
     with group(1, "gloo") as mesh:
         optimizer = prepare(model, step, mesh)
         inputs = make_inputs(step)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: building needs other memory
-        take_step(model, optimizer, step, inputs)
-    return resident("VmHWM") - before
+        began_s = time.monotonic()
+        loss_before = take_step(model, optimizer, step, inputs)
+        seconds, peak = time.monotonic() - began_s, resident("VmHWM") - before
+        assert loss_before is not None
+        with torch.no_grad():
+            return Measured(peak, loss_before, float(compute_loss(model, step, inputs)), seconds)
 
 
 def resident(name: str) -> int:
@@ -249,27 +294,40 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, help="layers of each part, instead of 27 and 18")
     parser.add_argument("--vocabulary", type=int, help="tokens, instead of 257152")
     parser.add_argument("--measure", action="store_true", help="take a real step in this process and compare")
+    parser.add_argument(
+        "--checkpointing", default="yes,no", type=lambda text: [part == "yes" for part in text.split(",")]
+    )
+    parser.add_argument("--sgd", action="store_true", help="bfloat16 weights, SGD during the backward pass; see Step")
     given = parser.parse_args(argv)
     model = cut(paligemma_3b(given.policy), given.depth, given.vocabulary)
     steps = [
-        Step(model, gpus, batch, ParallelConfig(shard=True, activation_checkpointing=checkpointing, dtype=given.dtype))
+        Step(
+            model,
+            gpus,
+            batch,
+            ParallelConfig(shard=True, cpu_offload=True, activation_checkpointing=checkpointing, dtype=given.dtype),
+            recipe=not given.sgd,
+        )
         for gpus in given.gpus
         for batch in given.batch
-        for checkpointing in (True, False)
+        for checkpointing in given.checkpointing
     ]
-    count = sum(parameter.numel() for parameter in empty_model(model).parameters())
+    count = sum(parameter.numel() for parameter in empty_model(steps[0]).parameters())
     print(f"{count / 1e9:.3f} G parameters; {platform.machine()}, torch {torch.__version__}; all in GiB\n")
     if not given.measure:
         print_plan(steps)
         return
-    print_row("batch", "activation checkpointing", "predicted peak", "measured peak", "measured / predicted")
-    print_row(*["---"] * 5)
+    heads = ["batch", "activation checkpointing", "predicted peak", "measured peak", "measured / predicted"]
+    heads += ["loss before", "after", "seconds"]
+    print_row(*heads)
+    print_row(*["---"] * len(heads))
     # A new process for each: what the last one has left in its memory pools would count.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for step in (step for step in steps if step.gpus == 1):
             predicted, measured = predict(step).peak, pool.apply(measure, (step,))
-            ratio = f"{measured / predicted:.2f}"
-            print_row(step.batch, yes(step.parallel.activation_checkpointing), gib(predicted), gib(measured), ratio)
+            row = [step.batch, yes(step.parallel.activation_checkpointing), gib(predicted), gib(measured.peak)]
+            row += [f"{measured.peak / predicted:.2f}", f"{measured.loss_before:.3f}", f"{measured.loss_after:.3f}"]
+            print_row(*row, f"{measured.seconds:.0f}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ float32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -56,6 +57,8 @@ def shard(model: VLA, config: ParallelConfig, mesh: DeviceMesh) -> None:
     Entry points other than `forward` get FSDP's hooks too, as they read weights: `prefill`, `velocity` and
     `stem_features` of the model, `keys_values` and `scores` of the backbone's layers.
     """
+    # Keys and values are transposed views; nothing writes to them in place, which is what torch warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     dtype = getattr(torch, config.dtype)
     policy: dict[str, Any] = {
         "mesh": mesh,
