@@ -44,7 +44,9 @@ class ParallelConfig(Strict):
 
     shard: bool = Field(default=False, description="FSDP2: divide weights, gradients and optimizer state (torchrun)")
     cpu_offload: bool = Field(default=False, description="sharded: these three in host memory, the optimizer there too")
-    activation_checkpointing: bool = Field(default=False, description="compute each layer again for its backward pass")
+    activation_checkpointing: bool = Field(
+        default=False, description="compute each layer, and the logits, again for the backward pass"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of matrix products and activations; weights and optimizer stay float32"
     )

@@ -42,7 +42,7 @@ RESERVE = 0.1
 """Share of a card that is left for CUDA context, NCCL buffers and the allocator's fragmentation: an assumption."""
 CARDS_GB = (24, 40, 48, 80, 141)
 PROMPT, VIEWS, FAST = 200, 3, 250
-SGD_RATE = 1e-2
+SGD_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,11 @@ def compute_loss(model: VLA, step: Step, inputs: dict[str, Tensor]) -> Tensor:
         output = model(**inputs, prefix_rows=step.prompt)
         last = torch.full((step.batch,), step.prompt - 1)
         hidden = losses.next_token_hidden(output.prefix_hidden_BPD, last, output.postfix_hidden_BTD)
-        text = losses.predict_postfix(model.logits(hidden), inputs["postfix_BT"], everything(step.batch, step.fast))
+        tokens, counted = inputs["postfix_BT"], everything(step.batch, step.fast)
+        if step.parallel.activation_checkpointing:
+            text = losses.predict_in_pieces(model.logits, hidden, tokens, counted)
+        else:
+            text = losses.predict_postfix(model.logits(hidden), tokens, counted)
         flow = losses.match_flow(output.velocity_RHA, inputs["x_t"], everything(step.batch, step.model.horizon))
     return text + flow
 

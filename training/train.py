@@ -298,6 +298,8 @@ class Trainer:
     def predict(self, batch: Batch, output: Output) -> Tensor:
         """Next-token loss of the postfix; `output` has the prompt's rows only."""
         hidden = losses.next_token_hidden(output.prefix_hidden_BPD, last_token(batch), output.postfix_hidden_BTD)
+        if self.config.parallel.activation_checkpointing:
+            return losses.predict_in_pieces(self.model.logits, hidden, batch.postfix_BT, batch.postfix_mask_BT)
         return losses.predict_postfix(self.model.logits(hidden), batch.postfix_BT, batch.postfix_mask_BT)
 
     def prefix_offset(self, batch: Batch) -> int:
