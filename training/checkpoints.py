@@ -24,13 +24,17 @@ from training.model.vla import VLA, VLAConfig
 WEIGHTS, CONFIG, RESUME = "weights.safetensors", "config.json", "resume.pt"
 
 
-def save_checkpoint(folder: Path, model: VLA, resume: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(
+    folder: Path, model: VLA, resume: Mapping[str, Any] | None = None, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes weights and config, and what is needed to resume (tensors, numbers, strings, lists and dicts only).
 
+    `weights`: the whole weights of a model that is sharded.
     Each file is replaced in one step, so that an interrupted save leaves the previous one readable.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / f"{WEIGHTS}.part")
+    weights = model.state_dict() if weights is None else weights
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / f"{WEIGHTS}.part")
     (folder / f"{CONFIG}.part").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
     if resume is not None:
         torch.save(dict(resume), folder / f"{RESUME}.part")
