@@ -1,4 +1,4 @@
-"""PaliGemma's tokenizer: the ids of sentencepiece itself, prompts as openpi makes them, nothing but words on the robot."""
+"""PaliGemma's tokenizer: the ids of sentencepiece, prompts as openpi makes them, nothing but words on the robot."""
 
 from __future__ import annotations
 

@@ -44,8 +44,9 @@ def read_ranges(path: Path, method: Method, joints: int) -> Ranges:
     for feature in OPENPI if openpi else LEROBOT:
         if not isinstance(statistics.get(feature), Mapping):
             raise ConfigurationError(
-                f"{path}: expected statistics of {feature!r}, got only those of {sorted(statistics)}; wanted are openpi's "
-                "norm_stats.json, or LeRobot's meta/stats.json or policy_preprocessor_step_*_normalizer_processor.safetensors"
+                f"{path}: expected statistics of {feature!r}, got only those of {sorted(statistics)}; wanted are "
+                "openpi's norm_stats.json, or LeRobot's meta/stats.json or the policy's "
+                "policy_preprocessor_step_*_normalizer_processor.safetensors"
             )
         where = f"{path}: {feature}"
         first, second = (read_field(statistics[feature], name, where, joints) for name in FIELDS[method])

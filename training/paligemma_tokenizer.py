@@ -1,8 +1,8 @@
 """PaliGemma's tokenizer for our prompts: from its sentencepiece file, or from Hugging Face's tokenizer.json.
 
-Both become one `tokenizers` BPE that gives the same ids: spaces are written as U+2581, characters outside the vocabulary
-as their bytes, and `encode` puts <bos> first. After the places <loc0000>.. and segments <seg000>.. come, where asked
-for, action tokens of our own.
+Both become one `tokenizers` BPE that gives the same ids: spaces are written as U+2581, characters outside the
+vocabulary as their bytes, and `encode` puts <bos> first. After the places <loc0000>.. and segments <seg000>.. come,
+where asked for, action tokens of our own.
 """
 
 from __future__ import annotations
