@@ -259,7 +259,7 @@ def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
             f"{path}: expected every token of prompt.template, got no {frame_text[start:end]!r} in the vocabulary"
         )
     needed = len(frame.ids) + 1
-    if manifest.state.in_prompt:
+    if manifest.state.in_prompt and prompt.style == "words":
         needed += len(manifest.joints)
         bins = tokenizer.encode_batch([str(i) for i in range(prompt.state_bins)], add_special_tokens=False)
         for i, encoding in enumerate(bins):
@@ -267,6 +267,11 @@ def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
                 raise BundleError(
                     f"{path}: expected a token for each state bin 0..{prompt.state_bins - 1}, got none for '{i}'"
                 )
+    elif manifest.state.in_prompt:
+        # Digits are tokens of their own: what the longest bin takes, for each joint.
+        texts = [f" {i}" for i in range(-1, prompt.state_bins)]
+        bins = tokenizer.encode_batch(texts, add_special_tokens=False)
+        needed += len(manifest.joints) * max(len(encoding.ids) for encoding in bins)
     if needed > prompt.length:
         raise BundleError(
             f"{path}: expected room for an instruction in prompt.length {prompt.length}, got a template that "

@@ -14,6 +14,10 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-/ ]*$")]
 
 
+PromptStyle = Literal["words", "openpi"]
+"""How instruction and state become text: each state bin a token of its own, or as openpi writes them (pi0, pi0.5)."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,6 +44,7 @@ class PromptSpec(_Frozen):
     length: Positive
     max_instruction_chars: Positive = 200
     state_bins: Annotated[int, Field(ge=2, le=4096)] = 256
+    style: PromptStyle = "words"
 
 
 class JointSpec(_Frozen):
