@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, of named sizes: to export, build and time what has not been trained, never for an arm.
+"""Checkpoints with random weights, of named sizes: to export, build and time what is not trained; never for an arm.
 
     python -m training.random_bundle --size pi05 --out out/random/pi05
 
@@ -10,10 +10,10 @@ wrong layer then shows in the chunk, which with freshly initialised weights (clo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp=16384, heads=8, kv_heads=1, hea
 GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp=4096, heads=8, kv_heads=1, head_dim=256)
 PALIGEMMA_VOCABULARY, PALIGEMMA_TEXT = 257_152, 256_000
 """Rows of PaliGemma's token table, and how many of them a prompt can hold: the rest are places and segments."""
+PLAIN_PROMPT = "{task}\n"  # pi0's
 OUTLIERS = 3.0  # weights are cut there, in standard deviations
 
 
@@ -45,17 +46,20 @@ def pi05() -> VLAConfig:
     return VLAConfig(SO400M, GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCABULARY, action_dim=32, horizon=50)
 
 
+def pi0() -> VLAConfig:
+    """pi0 at full size: a state token, and the time mixed with the actions."""
+    return dataclasses.replace(pi05(), state_dim=32, conditioning="concat")
+
+
 def pi05_slice() -> VLAConfig:
     """Two layers of each part of pi0.5 at full width, for builders that care for widths and types only."""
-    config = asdict(pi05())
-    parts = {name: config[name] | {"depth": 2} for name in ("vision", "backbone", "expert")}
-    return VLAConfig(
-        VisionConfig(**parts["vision"]),
-        GemmaConfig(**parts["backbone"]),
-        GemmaConfig(**parts["expert"]),
-        vocab_size=2048,
-        action_dim=32,
-        horizon=50,
+    config = pi05()
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, depth=2),
+        backbone=dataclasses.replace(config.backbone, depth=2),
+        expert=dataclasses.replace(config.expert, depth=2),
+        vocab_size=1024,
     )
 
 
@@ -71,8 +75,8 @@ def hundred_million() -> VLAConfig:
     )
 
 
-SIZES = {"100m": hundred_million, "pi05-slice": pi05_slice, "pi05": pi05}
-PROMPT_LENGTH = {"100m": 48, "pi05-slice": 200, "pi05": 200}
+SIZES = {"100m": hundred_million, "pi05-slice": pi05_slice, "pi05": pi05, "pi0": pi0}
+PROMPT_LENGTH = {"100m": 48, "pi05-slice": 200, "pi05": 200, "pi0": 48}
 
 
 def policy_spec(config: VLAConfig, name: str, cameras: int, prompt_length: int, seed: int) -> PolicySpec:
@@ -86,9 +90,12 @@ def policy_spec(config: VLAConfig, name: str, cameras: int, prompt_length: int, 
             "created": "2026-11-21",
             "cameras": [{"name": camera} for camera in ("base", "left_wrist", "right_wrist")[:cameras]],
             "image": {"size": config.vision.image_size},
-            "prompt": {"template": DEMO_PROMPT, "length": prompt_length},
+            "prompt": {
+                "template": DEMO_PROMPT if config.state_dim is None else PLAIN_PROMPT,
+                "length": prompt_length,
+            },
             "joints": [{"name": f"joint{n + 1}", **joint} for n in range(joints)],
-            "state": {"encoding": "text" if config.state_dim is None else "both", **everywhere},
+            "state": {"encoding": "text" if config.state_dim is None else "token", **everywhere},
             "action": everywhere,
             "horizon": config.horizon,
             "action_period_s": 0.02,
@@ -158,7 +165,7 @@ def write_checkpoint(
     tokenizer = stand_in_tokenizer(config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(draw_weights(config, seed, dtype), folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     (folder / POLICY).write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(folder / TOKENIZER), pretty=False)
 
