@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
 from training.model.attention import additive, attend, rotate, rotation
-from training.model.expert import ExpertLayer
+from training.model.expert import Conditioning, ExpertLayer, embed_time, gated
 from training.model.gemma import BackboneLayer, GemmaConfig
 from training.model.siglip import Vision, VisionConfig
 from training.model.vla import VLA, Output, VLAConfig
@@ -84,10 +84,14 @@ def reference(model: VLA, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, lis
     x, prefix_mask = model.embed_prefix(*prefix_of(batch))
     x = torch.cat((x, model.backbone.embed(batch["postfix_BT"])), dim=1)
     y, time = model.action_in(batch["x_t"]), batch["time"]
+    if model.config.conditioning == "concat":
+        # pi0: silu between two layers, the first one over action and time; the state token stays outside.
+        both = torch.cat((y, embed_time(time, y.shape[-1])), dim=-1)
+        y = model.expert.time_out(F.silu(model.expert.time_in(both)))
     if model.state_in is not None:
         y = torch.cat((model.state_in(batch["state"])[:, None], y), dim=1)
         time = torch.cat((torch.zeros(len(time), 1), time), dim=1)
-    condition = model.expert.condition(time)
+    condition = model.expert.condition(time, with_state=False)  # its time is in `time`
     prefix, postfix, own = prefix_mask.shape[1], POSTFIX, y.shape[1]
     valid = torch.cat((prefix_mask, batch["postfix_mask_BT"], torch.ones(BATCH, own, dtype=torch.bool)), dim=1)
     # openpi's rule: a token sees those whose block number is not above its own; the mutual block is cut by hand.
@@ -105,18 +109,19 @@ def reference(model: VLA, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, lis
     for layer, expert in zip(model.backbone.layers, model.expert.layers, strict=True):
         normed, gate = expert.norm1(y, condition)
         (dx, dy), scores = attend_densely([(layer, layer.norm1(x)), (expert, normed)], position, mask)
-        x, y = x + dx, y + gate * dy
+        x, y = x + dx, y + gated(gate, dy)
         normed, gate = expert.norm2(y, condition)
-        x, y = x + layer.mlp(layer.norm2(x)), y + gate * expert.mlp(normed)
+        x, y = x + layer.mlp(layer.norm2(x)), y + gated(gate, expert.mlp(normed))
         streams.append(x)
         all_scores.append(scores)
     velocity = model.action_out(model.expert.norm(y, condition)[0][:, -CONFIG.horizon :])
     return model.backbone.norm(x), velocity, streams, all_scores
 
 
-@pytest.mark.parametrize("state_dim", [None, 4])
-def test_forward_equals_one_dense_attention(state_dim: int | None) -> None:
-    model, batch = make_model(dataclasses.replace(CONFIG, state_dim=state_dim)), make_batch(state_dim)
+@pytest.mark.parametrize(("state_dim", "conditioning"), [(None, "adarms"), (4, "adarms"), (4, "concat")])
+def test_forward_equals_one_dense_attention(state_dim: int | None, conditioning: Conditioning) -> None:
+    config = dataclasses.replace(CONFIG, state_dim=state_dim, conditioning=conditioning)
+    model, batch = make_model(config), make_batch(state_dim)
     with torch.no_grad():
         output = model(**batch, probe=(1, 3))
         hidden, velocity, streams, scores = reference(model, batch)

@@ -22,15 +22,27 @@ def rotation(position_BS: Tensor, head_dim: int) -> Rotation:
 
 
 def rotate(x_BSQD: Tensor, turn: Rotation) -> Tensor:
-    """Rotates feature i together with feature i + D / 2 (the half-split layout of Gemma)."""
+    """Rotates feature i together with feature i + D / 2 (the half-split layout of Gemma); angles are float32."""
     cos, sin = turn
     first, second = x_BSQD.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSQD.dtype)
 
 
 def additive(visible: Tensor) -> Tensor:
     """Turns a boolean mask (True = may be seen) into what is added to the attention scores."""
     return torch.where(visible, 0.0, MASKED)
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention over the last two axes, the softmax in float32 whatever the type of the others.
+
+    torch's fused kernels do so by themselves; in an ONNX graph the softmax would have the type of the scores.
+    """
+    if query.dtype == torch.float32 or not torch.onnx.is_in_onnx_export():
+        mask = None if bias is None else bias.to(query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    scores = (query @ key.mT).float() * query.shape[-1] ** -0.5
+    return (scores if bias is None else scores + bias).softmax(dim=-1).to(value.dtype) @ value
 
 
 def attend(query_BSQD: Tensor, key_BKCD: Tensor, value_BKCD: Tensor, bias: Tensor) -> Tensor:
@@ -44,6 +56,6 @@ def attend(query_BSQD: Tensor, key_BKCD: Tensor, value_BKCD: Tensor, bias: Tenso
     group = heads // kv_heads
     query = query_BSQD.reshape(batch, tokens, kv_heads, group, head_dim).transpose(1, 2)
     query = query.reshape(batch, kv_heads, tokens * group, head_dim)
-    out = F.scaled_dot_product_attention(query, key_BKCD, value_BKCD, attn_mask=bias)
+    out = softmax_attention(query, key_BKCD, value_BKCD, bias)
     out = out.reshape(batch, kv_heads, tokens, group, head_dim).transpose(1, 2)
     return out.reshape(batch, tokens, heads * head_dim)

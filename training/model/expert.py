@@ -5,23 +5,30 @@ any, and actions), W width, Q query heads, K key/value heads, D head_dim.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.model.attention import Rotation, additive, attend
-from training.model.gemma import MLP, GemmaConfig, Projections, normalize
+from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, normalize
 
+Conditioning = Literal["adarms", "concat"]
+"""How the flow time enters: through every norm (pi0.5), or mixed with the embedded actions (pi0)."""
 SHORTEST_PERIOD, LONGEST_PERIOD = 4e-3, 4.0
 
 
+def time_periods(width: int, device: torch.device | None = None) -> Tensor:
+    """Of the waves that embed the time: geometrically spaced, float64 [width / 2]."""
+    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=device)
+    return SHORTEST_PERIOD * (LONGEST_PERIOD / SHORTEST_PERIOD) ** fraction
+
+
 def embed_time(time: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of the flow time at geometrically spaced periods -> [..., width]."""
-    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
-    period = SHORTEST_PERIOD * (LONGEST_PERIOD / SHORTEST_PERIOD) ** fraction
-    angle = time[..., None] * (2.0 * math.pi / period).to(time.dtype)
-    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+    """Sines, then cosines, of the flow time -> [..., width]. Angles reach 1570 rad, hence float64 on the way."""
+    angle = time.double()[..., None] * (2.0 * math.pi / time_periods(width, time.device))
+    return torch.cat((angle.sin(), angle.cos()), dim=-1).to(time.dtype)
 
 
 class AdaRMSNorm(nn.Module):
@@ -35,8 +42,23 @@ class AdaRMSNorm(nn.Module):
         self.dense = nn.Linear(width, 3 * width)
 
     def forward(self, x_REW: Tensor, condition_REW: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift, gate = self.dense(condition_REW).chunk(3, dim=-1)
-        return torch.addcmul(shift, normalize(x_REW), 1.0 + scale), gate
+        scale, shift, gate = self.dense(condition_REW).float().chunk(3, dim=-1)
+        return torch.addcmul(shift, normalize(x_REW), 1.0 + scale).to(x_REW.dtype), gate.to(x_REW.dtype)
+
+
+class PlainNorm(RMSNorm):
+    """What pi0 has in the place of `AdaRMSNorm`: no condition, and no gate (None)."""
+
+    def forward(self, x_REW: Tensor, _: None) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x_REW), None
+
+
+def make_norm(width: int, conditioning: Conditioning) -> nn.Module:
+    return AdaRMSNorm(width) if conditioning == "adarms" else PlainNorm(width)
+
+
+def gated(gate: Tensor | None, branch: Tensor) -> Tensor:
+    return branch if gate is None else gate * branch
 
 
 def expert_bias(mask_RP: Tensor, tokens: int, state: bool, group: int) -> Tensor:
@@ -54,44 +76,64 @@ def expert_bias(mask_RP: Tensor, tokens: int, state: bool, group: int) -> Tensor
 class ExpertLayer(nn.Module):
     """One softmax per row over the backbone's prefix and all expert tokens that the row may see."""
 
-    def __init__(self, config: GemmaConfig) -> None:
+    def __init__(self, config: GemmaConfig, conditioning: Conditioning) -> None:
         super().__init__()
-        self.norm1 = AdaRMSNorm(config.width)
+        self.norm1 = make_norm(config.width, conditioning)
         self.attention = Projections(config)
-        self.norm2 = AdaRMSNorm(config.width)
+        self.norm2 = make_norm(config.width, conditioning)
         self.mlp = MLP(config)
-
-    def forward(
-        self, x_REW: Tensor, condition_REW: Tensor, key_RKPD: Tensor, value_RKPD: Tensor, turn: Rotation, bias: Tensor
-    ) -> Tensor:
-        normed, gate = self.norm1(x_REW, condition_REW)
-        query = self.attention.queries(normed, turn)
-        key, value = self.attention.keys_values(normed, turn)
-        key, value = torch.cat((key_RKPD, key), dim=2), torch.cat((value_RKPD, value), dim=2)
-        x_REW = x_REW + gate * self.attention.out(attend(query, key, value, bias))
-        normed, gate = self.norm2(x_REW, condition_REW)
-        return x_REW + gate * self.mlp(normed)
-
-
-class Expert(nn.Module):
-    """Layers of the expert with a time-conditioned final norm."""
-
-    def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.time_in = nn.Linear(config.width, config.width)
-        self.time_out = nn.Linear(config.width, config.width)
-        self.layers = nn.ModuleList(ExpertLayer(config) for _ in range(config.depth))
-        self.norm = AdaRMSNorm(config.width)
-
-    def condition(self, time: Tensor) -> Tensor:
-        """Time condition of every norm, one per token."""
-        return F.silu(self.time_out(F.silu(self.time_in(embed_time(time, self.config.width)))))
 
     def forward(
         self,
         x_REW: Tensor,
-        condition_REW: Tensor,
+        condition_REW: Tensor | None,
+        key_RKPD: Tensor,
+        value_RKPD: Tensor,
+        turn: Rotation,
+        bias: Tensor,
+    ) -> Tensor:
+        normed, gate = self.norm1(x_REW, condition_REW)
+        query, key, value = self.attention.project(normed, turn)
+        key, value = torch.cat((key_RKPD, key), dim=2), torch.cat((value_RKPD, value), dim=2)
+        x_REW = x_REW + gated(gate, self.attention.out(attend(query, key, value, bias)))
+        normed, gate = self.norm2(x_REW, condition_REW)
+        return x_REW + gated(gate, self.mlp(normed))
+
+
+class Expert(nn.Module):
+    """Layers of the expert, the final norm, and the way in for the flow time."""
+
+    def __init__(self, config: GemmaConfig, conditioning: Conditioning = "adarms") -> None:
+        super().__init__()
+        self.config = config
+        self.conditioning = conditioning
+        mixed = conditioning == "concat"
+        self.time_in = nn.Linear(2 * config.width if mixed else config.width, config.width)
+        self.time_out = nn.Linear(config.width, config.width)
+        self.layers = nn.ModuleList(ExpertLayer(config, conditioning) for _ in range(config.depth))
+        self.norm = make_norm(config.width, conditioning)
+
+    def embed_actions(self, action_RHW: Tensor, time_RH: Tensor) -> Tensor:
+        """Embedded actions as they enter the layers: with "concat" an MLP mixes each with its time."""
+        if self.conditioning == "adarms":
+            return action_RHW
+        time_RHW = embed_time(time_RH, self.config.width).to(action_RHW.dtype)
+        return self.time_out(F.silu(self.time_in(torch.cat((action_RHW, time_RHW), dim=-1))))
+
+    def condition(self, time_RH: Tensor, with_state: bool) -> Tensor | None:
+        """Time condition of every norm, one per token. A state token is clean, so its time is 0, like that of a clean
+        action.
+        """
+        if self.conditioning == "concat":
+            return None
+        time_RE = F.pad(time_RH, (1, 0)) if with_state else time_RH
+        time_REW = embed_time(time_RE, self.config.width).to(self.time_in.weight.dtype)
+        return F.silu(self.time_out(F.silu(self.time_in(time_REW))))
+
+    def forward(
+        self,
+        x_REW: Tensor,
+        condition_REW: Tensor | None,
         keys_RKPD: tuple[Tensor, ...],
         values_RKPD: tuple[Tensor, ...],
         turn: Rotation,

@@ -46,11 +46,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalize(x) * (1.0 + self.weight)
+        return (normalize(x) * (1.0 + self.weight.float())).to(x.dtype)
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Scales the last axis to a root mean square of 1."""
+    """Scales the last axis to a root mean square of 1. Always float32: squares of Gemma's activations leave half
+    precision's range, and bfloat16 keeps only eight bits of their sum.
+    """
+    x = x.float()
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
 
 
@@ -64,6 +67,10 @@ class Projections(nn.Module):
         self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+
+    def project(self, x_BSW: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, Q, D], keys and values [B, K, S, D] of the same tokens."""
+        return self.queries(x_BSW, turn), *self.keys_values(x_BSW, turn)
 
     def queries(self, x_BSW: Tensor, turn: Rotation) -> Tensor:
         """[B, S, Q, D]"""
@@ -114,8 +121,11 @@ class BackboneLayer(nn.Module):
     def forward(self, x_BSW: Tensor, turn: Rotation, view: "View", first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """The residual stream after the layer from prefix token `first` on, and the keys and values of all tokens."""
         normed = self.norm1(x_BSW)
-        key, value = self.attention.keys_values(normed, turn)
-        query = self.attention.queries(normed[:, first:], (turn[0][:, first:], turn[1][:, first:]))
+        if first:
+            key, value = self.attention.keys_values(normed, turn)
+            query = self.attention.queries(normed[:, first:], (turn[0][:, first:], turn[1][:, first:]))
+        else:
+            query, key, value = self.attention.project(normed, turn)
         prefix = view.prefix_bias.shape[-1]
         split = prefix - first
         seen = attend(query[:, :split], key[:, :, :prefix], value[:, :, :prefix], view.prefix_bias)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ki_vla_ros.errors import ConfigurationError
+from training.model.attention import softmax_attention
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ def conv_stem(config: VisionConfig) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32 whatever the type of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
 class VisionLayer(nn.Module):
     """Pre-norm transformer layer with biases; every token sees every token of its image."""
 
@@ -78,18 +87,21 @@ class VisionLayer(nn.Module):
         super().__init__()
         width = config.width
         self.heads = config.heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = LayerNorm(width, eps=1e-6)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = LayerNorm(width, eps=1e-6)
         self.up = nn.Linear(width, config.mlp)
         self.down = nn.Linear(config.mlp, width)
 
+    def project(self, x_BMW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, M, W]."""
+        return self.q(x_BMW), self.k(x_BMW), self.v(x_BMW)
+
     def forward(self, x_BMW: Tensor) -> Tensor:
-        normed = self.norm1(x_BMW)
         query, key, value = (
-            project(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v)
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projected in self.project(self.norm1(x_BMW))
         )
-        seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        seen = softmax_attention(query, key, value).transpose(1, 2).flatten(2)
         x_BMW = x_BMW + self.out(seen)
         return x_BMW + self.down(F.gelu(self.up(self.norm2(x_BMW)), approximate="tanh"))
 
@@ -102,12 +114,13 @@ class Vision(nn.Module):
         self.stem = patch_stem(config) if config.stem == "patch" else conv_stem(config)
         self.position = nn.Embedding(config.tokens, config.width)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm = LayerNorm(config.width, eps=1e-6)
 
     def forward(self, images_BCSS: Tensor) -> Tensor:
         # Channels last: a third faster on a CPU, and the tokens come out in the order that the layers want.
         map_BWHH = self.stem(images_BCSS.contiguous(memory_format=torch.channels_last))
         x_BMW = map_BWHH.flatten(2).transpose(1, 2) + self.position.weight
+        x_BMW = x_BMW.to(self.layers[0].out.weight.dtype)
         for layer in self.layers:
             x_BMW = layer(x_BMW)
         return self.norm(x_BMW)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ki_vla_ros.errors import ConfigurationError
 from training.model.attention import rotation
-from training.model.expert import AdaRMSNorm, Expert, expert_bias
+from training.model.expert import AdaRMSNorm, Conditioning, Expert, expert_bias
 from training.model.gemma import Backbone, GemmaConfig, make_view, positions
 from training.model.siglip import Vision, VisionConfig
 
@@ -42,6 +42,7 @@ class VLAConfig:
     action_dim: int
     horizon: int
     state_dim: int | None = None
+    conditioning: Conditioning = "adarms"
 
     def __post_init__(self) -> None:
         for name in ("depth", "heads", "kv_heads", "head_dim"):
@@ -83,7 +84,7 @@ class VLA(nn.Module):
         self.vision = Vision(config.vision)
         self.projector = nn.Linear(config.vision.width, config.backbone.width)
         self.backbone = Backbone(config.backbone, config.vocab_size)
-        self.expert = Expert(config.expert)
+        self.expert = Expert(config.expert, config.conditioning)
         self.action_in = nn.Linear(config.action_dim, width)
         self.action_out = nn.Linear(width, config.action_dim)
         self.state_in = None if config.state_dim is None else nn.Linear(config.state_dim, width)
@@ -98,6 +99,11 @@ class VLA(nn.Module):
         image_mask_BP = image_mask_BV[:, :, None].expand(-1, -1, self.config.vision.tokens).flatten(1, 2)
         embed_BPD = torch.cat((image_BPD, self.backbone.embed(tokens_BL)), dim=1)
         return embed_BPD, torch.cat((image_mask_BP, token_mask_BL), dim=1)
+
+    def stem_features(self, images_BCSS: Tensor) -> Tensor:
+        """What the stem makes of each image cell -> [B, M, W], M cells in raster order."""
+        features_BMW: Tensor = self.vision.stem(images_BCSS).flatten(2).transpose(1, 2)
+        return features_BMW
 
     def prefill(self, images_BVCSS: Tensor, image_mask_BV: Tensor, tokens_BL: Tensor, token_mask_BL: Tensor) -> Cache:
         """The prefix once. Of the last layer only keys and values are computed: nothing reads the rest."""
@@ -188,10 +194,10 @@ class VLA(nn.Module):
         time_RH: Tensor,
         state_RS: Tensor | None,
     ) -> Tensor:
-        """The expert's rows.
+        """The expert's rows. Its layers work in their weights' type, actions and velocity are float32.
 
         A continuous state is one token before the actions. It does not attend to them (openpi's cumulative rule: the
-        state's block comes first), they attend to it. It is clean, so its time is 0, like that of a clean action.
+        state's block comes first), they attend to it.
         """
         if (state_RS is None) != (self.state_in is None):
             raise ConfigurationError(
@@ -204,16 +210,17 @@ class VLA(nn.Module):
             keys_BKPD = tuple(key.repeat_interleave(repeats, dim=0) for key in keys_BKPD)
             values_BKPD = tuple(value.repeat_interleave(repeats, dim=0) for value in values_BKPD)
             mask_BP = mask_BP.repeat_interleave(repeats, dim=0)
-        x_RED = self.action_in(x_t_RHA)
+        x_RED = self.expert.embed_actions(self.action_in(x_t_RHA), time_RH)
         if self.state_in is not None:
             x_RED = torch.cat((self.state_in(state_RS)[:, None], x_RED), dim=1)
-            time_RH = F.pad(time_RH, (1, 0))
+        x_RED = x_RED.to(keys_BKPD[0].dtype)
         tokens = x_RED.shape[1]
         position_RE = mask_BP.sum(dim=1, keepdim=True) + torch.arange(tokens, device=mask_BP.device)
         turn = rotation(position_RE, self.config.expert.head_dim)
         bias = expert_bias(mask_BP, tokens, self.state_in is not None, self.config.expert.group)
-        hidden_RED = self.expert(x_RED, self.expert.condition(time_RH), keys_BKPD, values_BKPD, turn, bias)
-        return self.action_out(hidden_RED[:, -x_t_RHA.shape[1] :])
+        condition = self.expert.condition(time_RH, with_state=self.state_in is not None)
+        hidden_RED = self.expert(x_RED, condition, keys_BKPD, values_BKPD, turn, bias)
+        return self.action_out(hidden_RED[:, -x_t_RHA.shape[1] :].to(self.action_out.weight.dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary, with the token table as output head."""
