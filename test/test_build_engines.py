@@ -5,6 +5,7 @@ No GPU is needed for any of it, and none is here: that the plans run is not test
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from collections.abc import Sequence
@@ -99,6 +100,14 @@ def test_the_parsed_network_is_the_manifests(bundle: Bundle, graph: str) -> None
                 EngineError, match=rf"{graph}: {side} '({name}|further)': expected .* from tensorrt_rtx"
             ):
                 check_network(bundle.path / graph, RTX, seen.network, **changed)
+
+
+def test_a_graph_that_is_not_the_manifests_is_not_built(bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
+    manifest = bundle.manifest.model_copy(update={"horizon": bundle.manifest.horizon + 1})
+    changed = dataclasses.replace(bundle, manifest=manifest)
+    with pytest.raises(EngineError, match=rf"{EXPERT}: input 'clean': expected bool \[{manifest.horizon}\], got bool"):
+        find_or_build(changed, plan_key(changed, EXPERT, RTX, "sm89"), RTX, cache, said.append)
+    assert not list(cache.folder.glob("*.plan"))
 
 
 # --- small graphs with what the bundles have, or must not have
@@ -356,6 +365,27 @@ def test_timings_are_kept_from_build_to_build(bundle: Bundle, cache: PlanCache, 
             path.write_bytes(earlier)
         tensorrt_builder.build_plan(bundle, key, library, cache, BuildOptions(), said.append)
         assert len(path.read_bytes()) > len(b"damaged")
+
+
+def test_timings_that_the_library_refuses_are_begun_anew(cache: PlanCache) -> None:
+    """As `tensorrt` does with those of another driver; tensorrt_rtx takes anything, so this is a stand-in."""
+    key = PlanKey(graph="g.onnx", graph_sha256="0" * 64, library="tensorrt", version="10.3.0", gpu="sm87 Orin")
+    cache.timing_path(key.library, key.version, key.gpu).write_bytes(b"of another driver")
+    attached: list[bytes] = []
+
+    class Config:
+        def create_timing_cache(self, content: bytes) -> Any:
+            return SimpleNamespace(content=content, serialize=lambda: content + b"+")
+
+        def set_timing_cache(self, timings: Any, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch
+            attached.append(timings.content)
+            return not timings.content
+
+    config: Any = Config()
+    timing = tensorrt_builder._attach_timings(Library("tensorrt", None), config, cache, key)
+    assert attached == [b"of another driver", b""] and timing is not None
+    assert bytes(timing()[1]) == b"+"
 
 
 def test_plans_of_tensorrt_are_for_a_product_those_of_rtx_for_a_compute_capability() -> None:
