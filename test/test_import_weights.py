@@ -32,7 +32,8 @@ from training.vocabulary import prompt_tokenizer
 
 EXAMPLE = Path(__file__).parent.parent / "config" / "training" / "imported_arm.yaml"
 SENTENCEPIECE = train()
-JOINTS, WIDTH = 7, 12
+JOINTS = 7
+WIDTH = {"pi0": 7, "pi05": 12, "paligemma": 12}  # of the model: wider than the robot, or just as wide
 
 
 def small(kind: str, action_ids: int = 0) -> VLAConfig:
@@ -41,8 +42,8 @@ def small(kind: str, action_ids: int = 0) -> VLAConfig:
     return dataclasses.replace(
         CONFIG,
         vocab_size=len(SENTENCEPIECE.pieces) + action_ids,
-        action_dim=WIDTH,
-        state_dim=WIDTH if pi0 else None,
+        action_dim=WIDTH[kind],
+        state_dim=WIDTH[kind] if pi0 else None,
         conditioning="concat" if pi0 else "adarms",
     )
 
@@ -114,7 +115,9 @@ def test_from_download_to_robot(files: dict[str, Path], tmp_path: Path, kind: st
     arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
     with torch.no_grad():
         cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
-        state = None if given.state_J is None else F.pad(torch.from_numpy(given.state_J), (0, WIDTH - JOINTS))[None]
+        state = (
+            None if given.state_J is None else F.pad(torch.from_numpy(given.state_J), (0, WIDTH[kind] - JOINTS))[None]
+        )
         whole = model.sample_actions(cache, torch.from_numpy(policy.noise(0))[None], 10, state)[0].double().numpy()
     chunk = whole[:, :JOINTS]
     action = chunk * 0.5 + 0.1 if kind == "pi0" else (chunk + 1) / 2 * 2.25 - 1
