@@ -26,6 +26,24 @@ def test_postfix_loss_counts_only_unpadded_tokens() -> None:
     torch.testing.assert_close(losses.predict_postfix(logits, postfix, mask), by_hand)
 
 
+def test_postfix_loss_in_pieces_is_the_whole_ones_with_all_gradients() -> None:
+    torch.manual_seed(0)
+    table, hidden = torch.randn(11, 4, requires_grad=True), torch.randn(3, 5, 4, requires_grad=True)
+    tokens, mask = torch.randint(0, 11, (3, 5)), torch.rand(3, 5) < 0.7
+    largest = []
+
+    def logits(rows: torch.Tensor) -> torch.Tensor:
+        largest.append(len(rows))
+        return rows @ table.T
+
+    whole = losses.predict_postfix(hidden @ table.T, tokens, mask)
+    pieces = losses.predict_in_pieces(logits, hidden, tokens, mask, rows=4)
+    torch.testing.assert_close(pieces, whole)
+    for got, expected in zip(*(torch.autograd.grad(loss, (table, hidden)) for loss in (pieces, whole)), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert max(largest) == 4 and len(largest) == 2 * -(-int(mask.sum()) // 4), "each piece once more for its gradient"
+
+
 def test_next_token_hidden_starts_at_each_samples_own_last_prompt_token() -> None:
     prefix, postfix = torch.arange(24.0).reshape(2, 4, 3), 100 + torch.arange(12.0).reshape(2, 2, 3)
     hidden = losses.next_token_hidden(prefix, torch.tensor([3, 1]), postfix)

@@ -39,6 +39,25 @@ class ModelConfig(Strict):
     state_token: bool = Field(default=False, description="the expert also gets the exact joint state, as one token")
 
 
+class ParallelConfig(Strict):
+    """How the model is laid over processes. The defaults: whole on each of them, float32, gradients averaged."""
+
+    shard: bool = Field(default=False, description="FSDP2: divide weights, gradients and optimizer state (torchrun)")
+    cpu_offload: bool = Field(default=False, description="sharded: these three in host memory, the optimizer there too")
+    activation_checkpointing: bool = Field(
+        default=False, description="compute each layer, and the logits, again for the backward pass"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of matrix products and activations; weights and optimizer stay float32"
+    )
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> ParallelConfig:
+        if self.cpu_offload and not self.shard:
+            raise ValueError("cpu_offload is a way of sharding: set shard, too")
+        return self
+
+
 class StageConfig(Strict):
     """One stretch of training: which losses count, which parts learn, for how long.
 
@@ -76,6 +95,7 @@ class TrainingConfig(Strict):
     seed: int = 0
     out: Path
     threads: Positive = 1
+    parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     model: ModelConfig
     fast_vocabulary: Positive = 512

@@ -8,11 +8,17 @@ additions that make small models learn in minutes; they touch the backbone only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from training.data.batches import NO_TARGET
+
+Index = Tensor | tuple[Tensor, ...]
+"""A boolean mask, or the indices of what it selects."""
 
 
 class TrainingHeads(nn.Module):
@@ -40,9 +46,24 @@ class TrainingHeads(nn.Module):
         return self.COEFFICIENT_SCALE * mean, (log_spread + 1.0).clamp(-2.0, 5.0).exp()
 
 
-def predict_postfix(logits_BTW: Tensor, postfix_BT: Tensor, postfix_mask_BT: Tensor) -> Tensor:
+def predict_postfix(logits_BTW: Tensor, postfix_BT: Tensor, postfix_mask_BT: Index) -> Tensor:
     """Cross-entropy of the next token, mean over the tokens that count. `logits[:, t]` predicts `postfix[:, t]`."""
     return F.cross_entropy(logits_BTW[postfix_mask_BT], postfix_BT[postfix_mask_BT])
+
+
+def predict_in_pieces(
+    logits: Callable[[Tensor], Tensor], hidden_BTD: Tensor, postfix_BT: Tensor, mask: Index, rows: int = 1024
+) -> Tensor:
+    """`predict_postfix` without ever holding the logits of more than `rows` tokens: they are computed for the loss, and
+    again for its gradient. With a vocabulary of 257,152 the logits of one token and their gradients take 4 MB.
+    """
+    hidden_ND, postfix_N = hidden_BTD[mask], postfix_BT[mask]
+
+    def lose(hidden: Tensor, token: Tensor) -> Tensor:
+        return F.cross_entropy(logits(hidden), token, reduction="sum")
+
+    pieces = zip(hidden_ND.split(rows), postfix_N.split(rows), strict=True)
+    return torch.stack([checkpoint(lose, *piece, use_reentrant=False) for piece in pieces]).sum() / len(postfix_N)
 
 
 def next_token_hidden(prefix_hidden_BPD: Tensor, last_B: Tensor, postfix_hidden_BTD: Tensor) -> Tensor:
@@ -148,6 +169,6 @@ def mix_flow(action_RHA: Tensor, noise_RHA: Tensor, time_RH: Tensor) -> tuple[Te
     return time * noise_RHA + (1 - time) * action_RHA, noise_RHA - action_RHA
 
 
-def match_flow(velocity_RHA: Tensor, target_RHA: Tensor, learned_RH: Tensor) -> Tensor:
+def match_flow(velocity_RHA: Tensor, target_RHA: Tensor, learned_RH: Index) -> Tensor:
     """Mean squared error over the actions that are learned, real action dimensions only."""
     return ((velocity_RHA - target_RHA) ** 2)[learned_RH].mean()

@@ -13,15 +13,23 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ki_vla_ros.errors import ConfigurationError
 
 
-def join_group() -> tuple[int, int]:
-    """(rank, number of processes); connects to the others when torchrun started this process."""
+def join_group(alone: bool = True) -> tuple[int, int]:
+    """(rank, number of processes); connects to the others when torchrun started this process.
+
+    With `alone` one process needs no group; sharding does, even of one.
+    """
+    if not alone and "WORLD_SIZE" not in os.environ:
+        raise ConfigurationError("parallel.shard: expected a process started by torchrun (one is enough), got another")
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1 and not dist.is_initialized():
+    if (size > 1 or not alone) and not dist.is_initialized():
         # Rank 0 alone simulates data and measures figures while the others wait for it.
         dist.init_process_group("gloo", timeout=timedelta(hours=2))
-    return (dist.get_rank(), size) if size > 1 else (0, 1)
+    return (dist.get_rank(), size) if dist.is_initialized() else (0, 1)
 
 
 def wait_for_all() -> None:
@@ -36,7 +44,10 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """
     if not dist.is_initialized():
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # A sharded parameter's gradient is averaged by the backward pass.
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    if not gradients:
+        return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,14 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ki_vla_ros.errors import ConfigurationError
 from training import losses
 from training.checkpoints import RESUME, load_checkpoint, load_resume, save_checkpoint
-from training.config import Loss, Part, StageConfig, TrainingConfig, load_config
+from training.config import Loss, StageConfig, TrainingConfig, load_config
 from training.data.batches import Batch, BatchMaker
 from training.data.language import COMBINATIONS
 from training.data.simulated import Arrays, ChunkTiming, load_arrays, make_data
@@ -37,8 +37,10 @@ from training.initialization import order_embeddings
 from training.losses import TrainingHeads
 from training.measure import measure
 from training.model.vla import VLA, Output, VLAConfig
+from training.optimizer import clip_gradients, learning_rate, load_optimizer, make_optimizer, select_parameters
 from training.parallel import average_gradients, join_group, wait_for_all
 from training.policy_spec import ACTION_PERIOD_S, HORIZON, describe_policy
+from training.sharding import checkpoint_activations, free_gathered, gather, load_whole, shard
 from training.stats import ActionSpace
 from training.vocabulary import act_query_ids, build_tokenizer
 
@@ -65,7 +67,9 @@ class Trainer:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.config = config
-        self.rank, self.processes = join_group()
+        self.rank, self.processes = join_group(alone=not config.parallel.shard)
+        # Sharded, a forward pass takes all processes.
+        self.measures = self.rank == 0 or config.parallel.shard
         if self.rank == 0:
             make_data(config.data, chunk_timing(config))
         wait_for_all()
@@ -105,6 +109,10 @@ class Trainer:
             config.readout_frequencies,
             action_dim,
         )
+        if config.parallel.activation_checkpointing:
+            checkpoint_activations(self.model)
+        if config.parallel.shard:
+            shard(self.model, config.parallel, init_device_mesh("cpu", (self.processes,)))
 
     def run(self) -> None:
         """All stages, each from its checkpoint where there is one; then the policy folder that `training.export`
@@ -116,10 +124,10 @@ class Trainer:
         with SummaryWriter(str(out / "tensorboard" / f"rank{self.rank}")) as board:
             for index, stage in enumerate(self.config.stages[progress.stage :], start=progress.stage):
                 progress = self.run_stage(index, stage, progress, board)
-                if self.rank == 0:
+                if self.measures:
                     self.check_gates(stage, board)
                 self.save(progress)  # not before: a run that missed its gate must meet it again when it goes on
-        if self.rank == 0:
+        if self.measures:
             self.save_policy(out / "policy", progress)
         wait_for_all()
 
@@ -131,11 +139,9 @@ class Trainer:
             return before | {stage.name: before.get(stage.name, 0.0) + (time.monotonic() - began_s) / 60}
 
         parameters = select_parameters(self.model, self.heads, stage.train)
-        optimizer = torch.optim.AdamW(
-            parameters, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=stage.weight_decay
-        )
+        optimizer = make_optimizer(parameters, stage.learning_rate, stage.weight_decay)
         if progress.optimizer is not None:
-            optimizer.load_state_dict(progress.optimizer)
+            load_optimizer(optimizer, progress.optimizer)
         steps = range(progress.step, stage.steps)
         bar = tqdm(
             steps, initial=progress.step, total=stage.steps, desc=stage.name, mininterval=5, disable=self.rank > 0
@@ -147,7 +153,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             values = self.accumulate_gradients(stage, rng)
             average_gradients(parameters)
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = clip_gradients(parameters, 1.0)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"stage {stage.name}, step {step}: gradient norm {norm}; losses {values}")
             optimizer.step()
@@ -160,16 +166,24 @@ class Trainer:
         return Progress(index + 1, minutes=minutes())
 
     def save(self, progress: Progress) -> None:
-        """All processes hold the same weights; the first one writes them."""
+        """All processes hold the same weights, or a shard each; the first one writes them."""
+        weights = self.whole_weights()
+        resume = gather(vars(progress), keep=self.rank == 0) | {"heads": self.heads.state_dict()}
         if self.rank == 0:
-            save_checkpoint(self.config.out, self.model, resume=vars(progress) | {"heads": self.heads.state_dict()})
+            save_checkpoint(self.config.out, self.model, resume, weights)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The model's, in the first process; every process must ask for them."""
+        free_gathered(self.model)
+        whole: dict[str, Tensor] = gather(self.model.state_dict(), keep=self.rank == 0)
+        return whole
 
     def load(self) -> Progress:
         """Weights and progress of an earlier run in the same folder; the beginning where there is none."""
         if not (self.config.out / RESUME).exists():
             return Progress()
         state = load_resume(self.config.out)
-        self.model.load_state_dict(load_checkpoint(self.config.out).state_dict())
+        load_whole(self.model, load_checkpoint(self.config.out).state_dict())
         self.heads.load_state_dict(state.pop("heads"))
         return Progress(**state)
 
@@ -178,17 +192,26 @@ class Trainer:
         values: dict[str, float] = {}
         if "cells" in stage.losses:
             views, cells = self.maker.draw_views(self.scenes, stage.scene_batch, rng)
-            features = self.model.vision.stem(views).flatten(2).transpose(1, 2)
-            backpropagate({"cells": losses.name_cells(self.heads, features, cells)}, stage.losses, values)
+            with self.precision():
+                found = {"cells": losses.name_cells(self.heads, self.model.stem_features(views), cells)}
+            backpropagate(found, stage.losses, values)
         if stage.scene_batch and {"text", "pointing"} & set(stage.losses):
             batch = self.maker.draw_scenes(self.scenes, stage.scene_batch, rng)
-            backpropagate(self.language_losses(batch), stage.losses, values)
+            with self.precision():
+                found = self.language_losses(batch)
+            backpropagate(found, stage.losses, values)
         if stage.robot_batch:
             batch = self.maker.draw_robot(self.robot, stage.robot_batch, rng)
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            found = self.expert_losses if set(stage.losses) == {"flow"} and stage.insulate else self.robot_losses
-            backpropagate(found(batch, stage, generator), stage.losses, values)
+            compute = self.expert_losses if set(stage.losses) == {"flow"} and stage.insulate else self.robot_losses
+            with self.precision():
+                found = compute(batch, stage, generator)
+            backpropagate(found, stage.losses, values)
         return values
+
+    def precision(self) -> torch.autocast:
+        """What forward passes are to run under: products in `parallel.dtype`, sensitive operations in float32."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.parallel.dtype == "bfloat16")
 
     def language_losses(self, batch: Batch) -> dict[Loss, Tensor]:
         """Next-token prediction of the answer, and pointing at what was asked about."""
@@ -275,6 +298,8 @@ class Trainer:
     def predict(self, batch: Batch, output: Output) -> Tensor:
         """Next-token loss of the postfix; `output` has the prompt's rows only."""
         hidden = losses.next_token_hidden(output.prefix_hidden_BPD, last_token(batch), output.postfix_hidden_BTD)
+        if self.config.parallel.activation_checkpointing:
+            return losses.predict_in_pieces(self.model.logits, hidden, batch.postfix_BT, batch.postfix_mask_BT)
         return losses.predict_postfix(self.model.logits(hidden), batch.postfix_BT, batch.postfix_mask_BT)
 
     def prefix_offset(self, batch: Batch) -> int:
@@ -306,25 +331,35 @@ class Trainer:
         """ConfigurationError when a figure misses its gate, so that no later stage builds on sand."""
         if not stage.gates:
             return
-        figures = measure(self)
-        print(f"{stage.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
+        figures = self.figures()
+        if self.rank == 0:
+            print(f"{stage.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
         for name, value in figures.items():
             board.add_scalar(f"figures/{name}", value, stage.steps)
         missed = {name: least for name, least in stage.gates.items() if figures[name] < least}
+        free_gathered(self.model)
         if missed:
             raise ConfigurationError(
                 f"stage {stage.name}: expected {missed}, got { {name: round(figures[name], 3) for name in missed} }; "
                 "train longer (steps), or look at the losses in TensorBoard"
             )
 
+    def figures(self) -> dict[str, float]:
+        with self.precision():
+            return measure(self)
+
     def save_policy(self, folder: Path, progress: Progress) -> None:
         """What `training.export` turns into a bundle, with the finished model's figures on held-out frames."""
-        save_checkpoint(folder, self.model)
+        figures = self.figures()
+        weights = self.whole_weights()
+        if self.rank > 0:
+            return
+        save_checkpoint(folder, self.model, weights=weights)
         self.tokenizer.save(str(folder / "tokenizer.json"))
         self.fast.save(folder / "fast.json")
         (folder / "space.json").write_text(json.dumps(asdict(self.space)))
         minutes = {f"minutes_{name}": value for name, value in progress.minutes.items()}
-        figures = measure(self) | minutes | {"processes": float(self.processes)}
+        figures |= minutes | {"processes": float(self.processes)}
         spec = describe_policy(self.config, self.space, fingerprint=self.meta["fingerprint"], figures=figures)
         (folder / "policy.json").write_text(spec.model_dump_json(indent=1))
 
@@ -339,31 +374,6 @@ def fit_fast(config: TrainingConfig, robot: Arrays, space: ActionSpace) -> FastT
     chosen = np.sort(rng.choice(len(robot["state"]), size=min(FIT_CHUNKS, len(robot["state"])), replace=False))
     chunks = space.normalize_chunk(robot["chunk"][chosen].astype(np.float64), robot["state"][chosen].astype(np.float64))
     return FastTokenizer.fit(chunks, vocab_size=config.fast_vocabulary, scale=config.fast_scale)
-
-
-def select_parameters(model: VLA, heads: TrainingHeads, parts: tuple[Part, ...]) -> list[nn.Parameter]:
-    """The parameters of these parts; all others are switched off, so that no gradient is computed for them."""
-    modules: dict[Part, list[nn.Module]] = {
-        "stem": [model.vision.stem],
-        "vision": [model.vision, model.projector],
-        "backbone": [model.backbone],
-        "expert": [m for m in (model.expert, model.action_in, model.action_out, model.state_in) if m is not None],
-        "heads": [heads],
-    }
-    for parameter in [*model.parameters(), *heads.parameters()]:
-        parameter.requires_grad_(False)
-    chosen = {id(p): p for part in parts for module in modules[part] for p in module.parameters()}
-    for parameter in chosen.values():
-        parameter.requires_grad_(True)
-    return list(chosen.values())
-
-
-def learning_rate(stage: StageConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to a twentieth."""
-    if step < stage.warmup_steps:
-        return stage.learning_rate * (step + 1) / stage.warmup_steps
-    done = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
-    return stage.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def backpropagate(found: dict[Loss, Tensor], weights: dict[Loss, float], values: dict[str, float]) -> None:

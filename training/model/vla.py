@@ -100,6 +100,11 @@ class VLA(nn.Module):
         embed_BPD = torch.cat((image_BPD, self.backbone.embed(tokens_BL)), dim=1)
         return embed_BPD, torch.cat((image_mask_BP, token_mask_BL), dim=1)
 
+    def stem_features(self, images_BCSS: Tensor) -> Tensor:
+        """What the stem makes of each image cell -> [B, M, W], M cells in raster order."""
+        features_BMW: Tensor = self.vision.stem(images_BCSS).flatten(2).transpose(1, 2)
+        return features_BMW
+
     def prefill(self, images_BVCSS: Tensor, image_mask_BV: Tensor, tokens_BL: Tensor, token_mask_BL: Tensor) -> Cache:
         """The prefix once. Of the last layer only keys and values are computed: nothing reads the rest."""
         x_BPD, mask_BP = self.embed_prefix(images_BVCSS, image_mask_BV, tokens_BL, token_mask_BL)

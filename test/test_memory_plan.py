@@ -1,0 +1,65 @@
+"""The memory plan at a size where it can be counted, and against a step that is taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from training import memory_plan
+from training.config import ParallelConfig
+from training.memory_plan import Step, cards, empty_model, predict
+from training.model.gemma import GemmaConfig
+from training.model.siglip import VisionConfig
+from training.model.vla import VLAConfig
+
+MODEL = VLAConfig(
+    vision=VisionConfig(image_size=28, patch_size=14, width=32, depth=2, heads=2, mlp=128),
+    backbone=GemmaConfig(width=64, depth=2, mlp=256, heads=2, kv_heads=1, head_dim=32),
+    expert=GemmaConfig(width=32, depth=2, mlp=128, heads=2, kv_heads=1, head_dim=32),
+    vocab_size=64,
+    action_dim=8,
+    horizon=8,
+)
+STEP = Step(MODEL, gpus=1, batch=64, parallel=ParallelConfig(shard=True, dtype="bfloat16"))
+COUNT = sum(parameter.numel() for parameter in empty_model(STEP).parameters())
+
+
+def checkpointed(step: Step) -> Step:
+    return replace(step, parallel=step.parallel.model_copy(update={"activation_checkpointing": True}))
+
+
+def test_parameters_gradients_and_moments_are_float32_shards() -> None:
+    for gpus in (1, 4):
+        found = predict(replace(STEP, gpus=gpus))
+        assert found.parameters == found.gradients == pytest.approx(4 * COUNT / gpus, rel=0.02)  # padding
+        assert found.optimizer == pytest.approx(8 * COUNT / gpus, rel=0.02)
+        # Only gradients can be missing at the peak.
+        assert found.peak >= found.parameters + found.optimizer + found.gathered + found.activations
+        assert found.offloaded_peak < found.peak
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None:
+    one, two = predict(STEP), predict(replace(STEP, batch=128))
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.1)
+    assert predict(checkpointed(STEP)).activations < 0.5 * one.activations
+
+
+def test_a_step_of_the_recipe_updates_by_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is real: the loss on the same batch falls, with AdamW and with SGD in the backward pass."""
+    monkeypatch.setattr(memory_plan, "SGD_RATE", 0.1)
+    for step in (checkpointed(STEP), replace(checkpointed(STEP), recipe=False)):
+        torch.manual_seed(0)
+        found = memory_plan.measure(step)
+        assert found.loss_after < found.loss_before
+
+
+def test_a_card_is_named_with_its_reserve() -> None:
+    assert [cards(int(size * memory_plan.GIB)) for size in (21, 22, 71, 126, 127)] == [
+        "24 GB",
+        "40 GB",
+        "80 GB",
+        "141 GB",
+        "none",
+    ]

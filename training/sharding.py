@@ -1,0 +1,111 @@
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`): parameters, gradients and optimizer state divided over the processes.
+
+    each layer      gathered before it runs, freed after it, gathered again for its backward pass
+    root            everything that is no layer (token table, stem, norms, time and action maps), one unit; gathered in
+                    the forward pass and kept until the backward pass has ended
+
+The root's lifetime is what lets losses use the token table (tied with the output head) and the final norm after the
+forward pass. Each process holds a float32 shard of every weight; layers compute in `dtype`, gradients are averaged in
+float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from training.config import ParallelConfig
+from training.model.vla import VLA
+
+
+def layers(model: VLA) -> Iterator[nn.Module]:
+    """The units that are gathered, computed and checkpointed one at a time."""
+    yield from model.vision.layers
+    yield from model.backbone.layers
+    yield from model.expert.layers
+
+
+def checkpoint_activations(model: VLA) -> None:
+    """Of each layer keep only its inputs for the backward pass, which computes the rest again.
+
+    The method is replaced on the instance, inside of FSDP's hooks: no module changes its name, and the second
+    computation finds the weights that FSDP has gathered for the backward pass.
+    """
+    for layer in layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+
+
+def shard(model: VLA, config: ParallelConfig, mesh: DeviceMesh) -> None:
+    """Shard the model in place over a one-dimensional mesh; its parameters are DTensors from here on.
+
+    Entry points other than `forward` get FSDP's hooks too, as they read weights: `prefill`, `velocity` and
+    `stem_features` of the model, `keys_values` and `scores` of the backbone's layers.
+    """
+    # Keys and values are transposed views; nothing writes to them in place, which is what torch warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    dtype = getattr(torch, config.dtype)
+    policy: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        # Only with pinned memory do copies to a GPU overlap with computation.
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+        if config.cpu_offload
+        else OffloadPolicy(),
+    }
+    for layer in layers(model):
+        fully_shard(layer, **policy)
+    fully_shard(model, **policy)
+    for layer in model.backbone.layers:
+        for method in ("keys_values", "scores"):
+            register_fsdp_forward_method(layer, method)
+    for method in ("prefill", "velocity", "stem_features"):
+        register_fsdp_forward_method(model, method)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free what a forward pass without backward pass has left gathered: `parameters()` are the shards again."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def gather(value: Any, keep: bool) -> Any:
+    """The same nested state with whole tensors in host memory instead of shards, where `keep`; None elsewhere.
+
+    Every process must call it at the same place, as gathering a tensor takes all of them.
+    """
+    if isinstance(value, DTensor):
+        whole = value.full_tensor()
+        return whole.cpu() if keep else None
+    if isinstance(value, Mapping):
+        return {key: gather(item, keep) for key, item in value.items()}
+    return value
+
+
+def like(whole: Tensor, place: Tensor) -> Tensor:
+    """`whole` as `place` has it: this process's shard of it if that is a DTensor."""
+    if not isinstance(place, DTensor):
+        return whole
+    return distribute_tensor(whole.to(place.device), place.device_mesh, place.placements, src_data_rank=None)
+
+
+def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of whole tensors into a model that may be sharded."""
+    free_gathered(model)
+    ours = model.state_dict()
+    model.load_state_dict({name: like(weights[name], place) for name, place in ours.items()})
