@@ -159,6 +159,8 @@ def compare(
     """All figures; durations in ms."""
     torch.set_num_threads(threads)
     model = load_checkpoint(checkpoint).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # out of the mapped file, whose addresses have no alignment
     loaded = load_bundle(bundle)
     engine = OnnxEngine(loaded, threads=threads)
     contest = Contest(model, Policy(loaded, engine))

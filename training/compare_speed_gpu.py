@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ki_vla_ros.time_table import step_times
 from torch import Tensor, nn
 
 from ki_vla_ros.bench_model import SetUp, longest_input
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.manifest import PolicySpec
 from ki_vla_ros.roofline import Ceiling, Work, measure_ceiling
+from ki_vla_ros.time_table import step_times
 from ki_vla_ros.timing import Durations, spread, time_alternating
+from training.checkpoints import assemble
 from training.graphs import arrange, cast_weights, describe_graphs, modulations
 from training.model.vla import VLA, Cache, VLAConfig
 from training.random_bundle import PROMPT_LENGTH, SIZES, draw_weights, policy_spec
@@ -87,9 +88,7 @@ def make_inputs(policy: PolicySpec, config: VLAConfig, seed: int) -> Inputs:
 
 def build_model(config: VLAConfig, seed: int, dtype: torch.dtype) -> VLA:
     """Large weights in `dtype`, drawn in bfloat16 so that every dtype has the same numbers."""
-    with torch.device("meta"):
-        model = VLA(config)
-    model.load_state_dict(draw_weights(config, seed, torch.bfloat16), assign=True)
+    model = assemble(config, draw_weights(config, seed, torch.bfloat16))
     return cast_weights(model.eval().requires_grad_(False), dtype)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -10,26 +9,11 @@ from torch import Tensor
 from transformers import PaliGemmaConfig, PaliGemmaModel
 
 from ki_vla_ros.errors import ConfigurationError
+from training.imports import their_name
 from training.model.vla import VLA, Cache, VLAConfig
 
-NAMES = {
-    r"vision\.stem": "vision_tower.embeddings.patch_embedding",
-    r"vision\.position": "vision_tower.embeddings.position_embedding",
-    r"vision\.norm": "vision_tower.post_layernorm",
-    r"vision\.layers\.(\d+)\.norm(\d)": r"vision_tower.encoder.layers.\1.layer_norm\2",
-    r"vision\.layers\.(\d+)\.([qkv]|out)": r"vision_tower.encoder.layers.\1.self_attn.\2_proj",
-    r"vision\.layers\.(\d+)\.up": r"vision_tower.encoder.layers.\1.mlp.fc1",
-    r"vision\.layers\.(\d+)\.down": r"vision_tower.encoder.layers.\1.mlp.fc2",
-    r"projector": "multi_modal_projector.linear",
-    r"backbone\.embedding": "language_model.embed_tokens",
-    r"backbone\.norm": "language_model.norm",
-    r"backbone\.layers\.(\d+)\.norm1": r"language_model.layers.\1.input_layernorm",
-    r"backbone\.layers\.(\d+)\.norm2": r"language_model.layers.\1.post_attention_layernorm",
-    r"backbone\.layers\.(\d+)\.attention\.out": r"language_model.layers.\1.self_attn.o_proj",
-    r"backbone\.layers\.(\d+)\.attention\.([qkv])": r"language_model.layers.\1.self_attn.\2_proj",
-    r"backbone\.layers\.(\d+)\.mlp\.(gate|up|down)": r"language_model.layers.\1.mlp.\2_proj",
-}
-"""Our module -> that of transformers 5."""
+OURS = ("vision.", "projector.", "backbone.")
+PREFIX = "paligemma_with_expert.paligemma.model."
 
 
 def peer_config(config: VLAConfig) -> PaliGemmaConfig:
@@ -67,19 +51,18 @@ def peer_config(config: VLAConfig) -> PaliGemmaConfig:
 def build_peer(model: VLA) -> PaliGemmaModel:
     """Without the language head, which a prefill does not need; ConfigurationError where names do not match."""
     peer = PaliGemmaModel(peer_config(model.config))
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(("vision.", "projector.", "backbone.")):
-            continue
-        module, _, parameter = name.rpartition(".")
-        renamed = next((m.expand(new) for old, new in NAMES.items() if (m := re.fullmatch(old, module))), None)
-        if renamed is None:
-            raise ConfigurationError(f"PaliGemma: expected a counterpart of {name} in transformers, know of none")
-        weights[f"{renamed}.{parameter}"] = tensor
+    weights = {
+        peer_name(name, model.config): tensor for name, tensor in model.state_dict().items() if name.startswith(OURS)
+    }
     missing, unknown = peer.load_state_dict(weights, strict=False)
     if missing or unknown:
         raise ConfigurationError(f"PaliGemma: expected the same weights, got {missing} missing and {unknown} unknown")
     return peer.eval().requires_grad_(False)
+
+
+def peer_name(name: str, config: VLAConfig) -> str:
+    """What transformers 5 calls one of our weights: openpi's name without its beginning, and one level less."""
+    return their_name(name, config).removeprefix(PREFIX).replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def peer_prefill(peer: PaliGemmaModel, images_VCSS: Tensor, tokens_BL: Tensor) -> Callable[[], Cache]:
