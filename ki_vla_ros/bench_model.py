@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, load_bundle
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.manifest import Manifest
 from ki_vla_ros.onnx_header import GraphHeader, read_header
-from ki_vla_ros.policy import Policy
+from ki_vla_ros.policy import Policy, widen
 from ki_vla_ros.preprocess import ModelInput
 from ki_vla_ros.roofline import Ceiling, Work, measure_ceiling
 from ki_vla_ros.settings import settings_from_parameters
@@ -95,6 +96,7 @@ def bench_model(
 def time_parts(policy: Policy, calls: int, say: Callable[[str], None]) -> dict[str, np.ndarray[Any, Any]]:
     """ms of each of PARTS, `calls` times. A chunk is a prefill and all its steps, without a pause between them."""
     model_input, noise_HA = longest_input(policy.bundle.manifest), policy.noise(0)
+    state_S = state_token(policy.bundle.manifest, model_input)
     clean_H = np.zeros(len(noise_HA), dtype=np.bool_)
     wait = policy.engine.synchronize if isinstance(policy.engine, DeferringEngine) else lambda: None
     cache = policy.prefill(model_input)
@@ -105,7 +107,7 @@ def time_parts(policy: Policy, calls: int, say: Callable[[str], None]) -> dict[s
         wait()
 
     def one_step() -> None:
-        policy.engine.velocity(cache, model_input.state_J, noise_HA, 1.0, clean_H)
+        policy.engine.velocity(cache, state_S, noise_HA, 1.0, clean_H)
 
     def all_steps() -> None:
         policy.denoise(cache, noise_HA, model_input.state_J)
@@ -134,6 +136,12 @@ def longest_input(manifest: Manifest, seed: int = 0) -> ModelInput:
         token_mask_L=np.ones(length, dtype=np.bool_),
         state_J=rng.uniform(-1.0, 1.0, len(manifest.joints)).astype(np.float32) if manifest.state.as_token else None,
     )
+
+
+def state_token(manifest: Manifest, model_input: ModelInput) -> NDArray[np.float32] | None:
+    """As the expert's graph takes it: as wide as the model, which may be wider than the robot."""
+    width, state_J = manifest.graph.state_dim, model_input.state_J
+    return None if width is None or state_J is None else widen(state_J, width)
 
 
 def graph_figures(bundle: Bundle) -> dict[str, dict[str, int]]:

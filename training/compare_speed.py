@@ -29,7 +29,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bench_model import longest_input
+from ki_vla_ros.bench_model import longest_input, state_token
 from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
@@ -75,10 +75,11 @@ class Contest:
         given = longest_input(policy.bundle.manifest)
         arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
         self._given, self._noise_HA = given, policy.noise(0)
+        self._state_S = state_token(policy.bundle.manifest, given)
         self._clean_H = np.zeros(len(self._noise_HA), dtype=np.bool_)
         self._inputs = tuple(torch.from_numpy(array)[None] for array in arrays)
         self._noise_RHA = torch.from_numpy(self._noise_HA)[None]
-        self._state_RS = None if given.state_J is None else torch.from_numpy(given.state_J)[None]
+        self._state_RS = None if self._state_S is None else torch.from_numpy(self._state_S)[None]
         self._peer = peer_prefill(build_peer(model), self._inputs[0][0], self._inputs[2])
 
     def calls(self) -> dict[str, Call]:
@@ -148,7 +149,7 @@ class Contest:
         x_t, steps, engine = self._noise_HA, self._policy.flow_steps, self._policy.engine
         for step in range(steps):
             cache, t = self._policy.prefill(self._given), 1.0 - step / steps
-            v_t = engine.velocity(cache, self._given.state_J, x_t, t, self._clean_H)
+            v_t = engine.velocity(cache, self._state_S, x_t, t, self._clean_H)
             x_t = x_t - v_t / np.float32(steps)
         return x_t
 
