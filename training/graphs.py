@@ -255,10 +255,20 @@ def time_file(expert: Expert) -> bytes:
 
 
 def cast_weights(model: VLA, dtype: torch.dtype) -> VLA:
-    """The weights of all large matrices in `dtype`, in place; norms, time and the way in and out of the flow stay
-    float32: they are small, and what they compute enters every layer.
+    """The weights of all large matrices in `dtype`, in place.
+
+    Norms, time, the way from pixels to tokens and the ways in and out of the flow stay float32: they are small, what
+    they compute enters every layer, and ONNX has no convolution in bfloat16 before opset 22.
     """
-    kept = [model.action_in, model.action_out, model.state_in, model.expert.time_in, model.expert.time_out]
+    kept = [
+        model.vision.stem,
+        model.vision.position,
+        model.action_in,
+        model.action_out,
+        model.state_in,
+        model.expert.time_in,
+        model.expert.time_out,
+    ]
     kept += [module for module in model.modules() if isinstance(module, (LayerNorm, RMSNorm))]
     spared = {id(p) for module in kept if module is not None for p in module.parameters()}
     for parameter in model.parameters():
