@@ -1,8 +1,9 @@
 """The bundle: the folder that training writes and the robot reads, and the checks that it passes before anything moves.
 
-A bundle holds `manifest.json`, `prefill.onnx`, `expert.onnx` (perhaps with weight files beside them), `tokenizer.json`
-and `README.md`; no pickle, no code. For the torch engine it may hold both graphs once more, as `prefill.pt2` and
-`expert.pt2`: numbers and a list of known operations (pt2.py), which torch's own loader, a user of pickle, never opens.
+A bundle holds `manifest.json`, `prefill.onnx`, `expert.onnx` (perhaps with weight files beside them), `time.npz`
+(time_table.py), `tokenizer.json` and `README.md`; no pickle, no code. For the torch engine it may hold both graphs once
+more, as `prefill.pt2` and `expert.pt2`: numbers and a list of known operations (pt2.py), which torch's own loader, a
+user of pickle, never opens.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ki_vla_ros.manifest import (
 from ki_vla_ros.onnx_header import GraphHeader, TensorType, read_header
 from ki_vla_ros.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
 from ki_vla_ros.pt2 import read_program
+from ki_vla_ros.time_table import TimeTable
 
 __all__ = [
     "ActionStats",
@@ -54,11 +56,12 @@ __all__ = [
     "write_bundle",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PREFILL = "prefill.onnx"
 EXPERT = "expert.onnx"
 PROGRAMS = {PREFILL: "prefill.pt2", EXPERT: "expert.pt2"}  # the same graphs for the torch engine, if exported
+TIME = "time.npz"
 TOKENIZER = "tokenizer.json"
 MODEL_CARD = "README.md"
 
@@ -73,10 +76,14 @@ class Bundle:
 
 
 def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType], dict[str, TensorType]]]:
-    """Inputs and outputs that each graph file must have, by name."""
+    """Inputs and outputs that each graph file must have, by name.
+
+    One expert step: `modulation` stands for the flow time (time_table.py), `clean` marks actions that are known already
+    (their time is 0), and x_next = x_t - step * velocity, for clean ones x_t: so an engine chains steps by addresses.
+    """
     size, graph = manifest.image.size, manifest.graph
-    cameras, length, joints = len(manifest.cameras), manifest.prompt.length, len(manifest.joints)
-    kv = TensorType("float32", (graph.layers, graph.kv_heads, graph.prefix_length, graph.head_dim))
+    cameras, length = len(manifest.cameras), manifest.prompt.length
+    kv = TensorType(graph.dtype, (graph.layers, graph.kv_heads, graph.prefix_length, graph.head_dim))
     actions = TensorType("float32", (manifest.horizon, graph.action_dim))
     cache = {"keys": kv, "values": kv, "prefix_mask": TensorType("bool", (graph.prefix_length,))}
     prefill_inputs = {
@@ -85,9 +92,17 @@ def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType]
         "tokens": TensorType("int64", (length,)),
         "token_mask": TensorType("bool", (length,)),
     }
-    state = {"state": TensorType("float32", (joints,))} if manifest.state.as_token else {}
-    expert_inputs = {**cache, **state, "x_t": actions, "time": TensorType("float32", (manifest.horizon,))}
-    return {PREFILL: (prefill_inputs, cache), EXPERT: (expert_inputs, {"velocity": actions})}
+    state = {} if graph.state_dim is None else {"state": TensorType("float32", (graph.state_dim,))}
+    step_inputs = {
+        "x_t": actions,
+        "modulation": TensorType("float32", (graph.modulation,)),
+        "clean": TensorType("bool", (manifest.horizon,)),
+        "step": TensorType("float32", (1,)),
+    }
+    return {
+        PREFILL: (prefill_inputs, cache),
+        EXPERT: ({**cache, **state, **step_inputs}, {"velocity": actions, "x_next": actions}),
+    }
 
 
 def load_bundle(path: Path | str) -> Bundle:
@@ -120,6 +135,7 @@ def load_bundle(path: Path | str) -> Bundle:
             program = read_program(root / PROGRAMS[name])
             _check_interface(program.path, "input", inputs, program.inputs)
             _check_interface(program.path, "output", outputs, program.named_outputs(outputs))
+    TimeTable(root / TIME, manifest.graph.modulation)
     return Bundle(root, manifest, _read_tokenizer(root / TOKENIZER, manifest))
 
 
@@ -162,7 +178,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _check_files(root: Path, manifest: Manifest) -> None:
-    for name in (PREFILL, EXPERT, TOKENIZER, MODEL_CARD):
+    for name in (PREFILL, EXPERT, TIME, TOKENIZER, MODEL_CARD):
         if name not in manifest.files:
             raise BundleError(f"{root / MANIFEST}: files: expected {name} among them, got {sorted(manifest.files)}")
     for name, expected in manifest.files.items():
@@ -190,7 +206,7 @@ def _check_files(root: Path, manifest: Manifest) -> None:
 
 
 def _check_external_data(root: Path, manifest: Manifest, headers: dict[str, GraphHeader]) -> None:
-    known = {PREFILL, EXPERT, *PROGRAMS.values(), TOKENIZER, MODEL_CARD}
+    known = {PREFILL, EXPERT, *PROGRAMS.values(), TIME, TOKENIZER, MODEL_CARD}
     for name, header in headers.items():
         unlisted = sorted(header.external_files - (set(manifest.files) - known))
         if unlisted:
@@ -205,7 +221,7 @@ def _check_external_data(root: Path, manifest: Manifest, headers: dict[str, Grap
     for name in manifest.files:
         if name not in referred:
             raise BundleError(
-                f"{root / MANIFEST}: files: expected the two graphs, their weights, {TOKENIZER} and {MODEL_CARD}, "
+                f"{root / MANIFEST}: files: expected the two graphs, their weights, {TIME}, {TOKENIZER}, {MODEL_CARD}, "
                 f"got {name!r}, which no graph refers to; a bundle holds no code and no pickle"
             )
 
@@ -243,7 +259,7 @@ def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
             f"{path}: expected every token of prompt.template, got no {frame_text[start:end]!r} in the vocabulary"
         )
     needed = len(frame.ids) + 1
-    if manifest.state.in_prompt:
+    if manifest.state.in_prompt and prompt.style == "words":
         needed += len(manifest.joints)
         bins = tokenizer.encode_batch([str(i) for i in range(prompt.state_bins)], add_special_tokens=False)
         for i, encoding in enumerate(bins):
@@ -251,6 +267,11 @@ def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
                 raise BundleError(
                     f"{path}: expected a token for each state bin 0..{prompt.state_bins - 1}, got none for '{i}'"
                 )
+    elif manifest.state.in_prompt:
+        # Digits are tokens of their own: what the longest bin takes, for each joint.
+        texts = [f" {i}" for i in range(-1, prompt.state_bins)]
+        bins = tokenizer.encode_batch(texts, add_special_tokens=False)
+        needed += len(manifest.joints) * max(len(encoding.ids) for encoding in bins)
     if needed > prompt.length:
         raise BundleError(
             f"{path}: expected room for an instruction in prompt.length {prompt.length}, got a template that "

@@ -14,6 +14,10 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-/ ]*$")]
 
 
+PromptStyle = Literal["words", "openpi"]
+"""How instruction and state become text: each state bin a token of its own, or as openpi writes them (pi0, pi0.5)."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,6 +44,7 @@ class PromptSpec(_Frozen):
     length: Positive
     max_instruction_chars: Positive = 200
     state_bins: Annotated[int, Field(ge=2, le=4096)] = 256
+    style: PromptStyle = "words"
 
 
 class JointSpec(_Frozen):
@@ -102,7 +107,12 @@ class FlowSpec(_Frozen):
 
 
 class GraphSpec(_Frozen):
-    """Dimensions of the two graphs: `image_tokens` per camera, `vocab_size` embedding rows of the prompt."""
+    """Dimensions of the two graphs.
+
+    `image_tokens` per camera, `vocab_size` embedding rows of the prompt, `modulation` numbers that stand for the flow
+    time; `dtype` of keys, values and the large weights; `state_dim` of the state token, if any. `*_flops`:
+    floating-point multiplications and additions of one prefill and one expert step.
+    """
 
     layers: Positive
     kv_heads: Positive
@@ -110,7 +120,12 @@ class GraphSpec(_Frozen):
     image_tokens: Positive
     prefix_length: Positive
     action_dim: Positive
+    state_dim: Positive | None = None
+    modulation: Positive
     vocab_size: Positive
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    prefill_flops: Positive
+    step_flops: Positive
 
 
 class Provenance(_Frozen):
@@ -138,11 +153,17 @@ class PolicySpec(_Frozen):
     action_period_s: Annotated[Finite, Field(gt=0, le=1.0)]
     flow: FlowSpec = FlowSpec()
     max_prefix_delay: Annotated[int, Field(ge=0)] = 0
+    pad_to: Positive | None = Field(default=None, description="zeros after the joints, up to this width of the model")
     provenance: Provenance
 
     @property
     def joint_names(self) -> tuple[str, ...]:
         return tuple(joint.name for joint in self.joints)
+
+    @property
+    def width(self) -> int:
+        """Of the model's actions, and of its state token: the joints, perhaps followed by zeros."""
+        return self.pad_to or len(self.joints)
 
     @property
     def action_period_ns(self) -> int:
@@ -158,6 +179,8 @@ class PolicySpec(_Frozen):
         for what, stats in (("state", self.state), ("action", self.action)):
             if len(stats.low) != len(self.joints):
                 raise ValueError(f"{what}: expected {len(self.joints)} values (one per joint), got {len(stats.low)}")
+        if self.width < len(self.joints):
+            raise ValueError(f"pad_to: expected at least {len(self.joints)} (the joints), got {self.pad_to}")
         if self.max_prefix_delay >= self.horizon:
             raise ValueError(
                 f"max_prefix_delay: expected less than the horizon {self.horizon}, got {self.max_prefix_delay}"
@@ -176,7 +199,7 @@ class PolicySpec(_Frozen):
 class Manifest(PolicySpec):
     """`manifest.json`: the policy, the dimensions of its graphs and the sha256 of every other file of the bundle."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
     graph: GraphSpec
 
@@ -188,10 +211,10 @@ class Manifest(PolicySpec):
                 f"graph.prefix_length: expected {prefix_length} ({len(self.cameras)} cameras of "
                 f"{self.graph.image_tokens} tokens + {self.prompt.length} of prompt), got {self.graph.prefix_length}"
             )
-        if self.graph.action_dim != len(self.joints):
-            raise ValueError(
-                f"graph.action_dim: expected {len(self.joints)} (one per joint), got {self.graph.action_dim}"
-            )
+        for name, expected in (("action_dim", self.width), ("state_dim", self.width if self.state.as_token else None)):
+            if getattr(self.graph, name) != expected:
+                why = "one per joint, or pad_to" if expected else "the prompt has the state"
+                raise ValueError(f"graph.{name}: expected {expected} ({why}), got {getattr(self.graph, name)}")
         return self
 
 

@@ -1,6 +1,6 @@
 """From one observation to one action chunk: prefix once, then Euler steps of the expert on the cached keys and values.
 
-Legend: L prompt tokens, H horizon, A action dim, J joints.
+Legend: L prompt tokens, H horizon, A action dim (the joints, perhaps more), J joints, S width of the state token.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.chunking import Condition, JacobianName
-from ki_vla_ros.engines.base import DifferentiableEngine, Engine, KVCache
+from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.preprocess import ModelInput, make_model_input, normalize, unnormalize
 from ki_vla_ros.records import ActionChunk, Observation
+from ki_vla_ros.time_table import step_times
 
 
 def _ignore(stage: str) -> None:
@@ -31,10 +32,6 @@ class Guide:
     weight_H: NDArray[np.float32]
     clean: bool
     strength: float
-
-    def put_into(self, x_t_HA: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The rows with weight 1 in place of those of `x_t_HA`."""
-        return np.where(self.weight_H[:, None] == 1.0, self.action_HA, x_t_HA)
 
 
 class Policy:
@@ -57,6 +54,8 @@ class Policy:
         self.noise_seed = noise_seed
         if self.flow_steps < 1:
             raise ConfigurationError(f"flow_steps: expected at least 1, got {self.flow_steps}")
+        # Asked once: a runtime check of a protocol costs more than a small expert's step.
+        self._integrating = engine if isinstance(engine, IntegratingEngine) else None
         self._backward: DifferentiableEngine | None = None
         if guidance_jacobian == "exact":
             if not isinstance(engine, DifferentiableEngine):
@@ -100,36 +99,42 @@ class Policy:
     ) -> NDArray[np.float32]:
         """Integrate x_t = t * noise + (1 - t) * action from t = 1 to 0 (`noise_at_one`) -> normalised actions.
 
-        The clean rows of a guide enter every step as they are, with time 0 (arXiv 2512.05964). Towards a soft one each
-        step is pulled so that the action it foresees, x_t - t * v_t, comes nearer to it (arXiv 2506.07339, eq. 2 to 4,
-        written for t = 1 - tau). The Jacobian of that foresight is I - t * dv/dx_t (`guidance_jacobian` "exact"), or
-        taken as the identity, which any engine can do.
+        The clean rows of a guide stay as they are, with time 0 in every step (arXiv 2512.05964). Towards a soft one
+        each step is pulled so that the action it foresees, x_t - t * v_t, comes nearer to it (arXiv 2506.07339, eq. 2
+        to 4, written for t = 1 - tau). The Jacobian of that foresight is I - t * dv/dx_t (`guidance_jacobian` "exact"),
+        or taken as the identity, which any engine can do.
         """
-        steps = self.flow_steps
-        x_t_HA = noise_HA
-        for step in range(steps):
-            # Counted in integers: summing -1/steps would leave the last time off by rounding, or add a step.
-            t = 1.0 - step / steps
-            time_H = np.full(len(x_t_HA), t, dtype=np.float32)
-            if guide is not None and guide.clean:
-                x_t_HA, time_H = guide.put_into(x_t_HA), np.where(guide.weight_H == 1.0, np.float32(0.0), time_H)
-            v_t_HA = self.engine.velocity(cache, state_J, x_t_HA, time_H)
+        steps, state_S = self.flow_steps, self._widen_state(state_J)
+        clean_H, x_t_HA = np.zeros(len(noise_HA), dtype=np.bool_), noise_HA
+        if guide is not None and guide.clean:
+            clean_H = np.asarray(guide.weight_H == 1.0)
+            x_t_HA = np.where(clean_H[:, None], guide.action_HA, noise_HA)
+        if self._integrating is not None and (guide is None or guide.clean):
+            return self._integrating.integrate(cache, state_S, x_t_HA, steps, clean_H)
+        for t in step_times(steps):
+            v_t_HA = self.engine.velocity(cache, state_S, x_t_HA, t, clean_H)
             if guide is not None and not guide.clean:
                 error_HA = guide.weight_H[:, None] * (guide.action_HA - (x_t_HA - np.float32(t) * v_t_HA))
                 if self._backward is not None:
-                    pulled_HA = self._backward.pullback(cache, state_J, x_t_HA, time_H, error_HA)
+                    pulled_HA = self._backward.pullback(cache, state_S, x_t_HA, t, clean_H, error_HA)
                     error_HA = error_HA - np.float32(t) * pulled_HA
                 v_t_HA = v_t_HA - guidance(t, guide.strength) * error_HA
+            v_t_HA[clean_H] = 0.0
             x_t_HA = x_t_HA - v_t_HA / np.float32(steps)
-        return guide.put_into(x_t_HA) if guide is not None and guide.clean else x_t_HA
+        return x_t_HA
+
+    def _widen_state(self, state_J: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+        width = self.bundle.manifest.graph.state_dim
+        return state_J if state_J is None or width is None else widen(state_J, width)
 
     def guide(self, condition: Condition, observation: Observation) -> Guide:
         """The condition as the new chunk's actions are: normalised, and relative to the new observation's state."""
-        action_HA = self.encode(condition.position_HJ, observation.state_J)
+        action_HJ = self.encode(condition.position_HJ, observation.state_J)
+        action_HA = widen(action_HJ, self.bundle.manifest.graph.action_dim)
         return Guide(action_HA, condition.weight_H.astype(np.float32), condition.clean, condition.strength)
 
     def encode(self, position_HJ: NDArray[np.float64], state_J: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Joint positions -> normalised actions [H, A]: the inverse of `decode`."""
+        """Joint positions -> normalised actions [H, J]: the inverse of `decode`."""
         manifest = self.bundle.manifest
         relative_J = np.array([joint.relative for joint in manifest.joints])
         actions_HJ = position_HJ - np.where(relative_J, state_J, 0.0)
@@ -138,7 +143,7 @@ class Policy:
     def decode(self, actions_HA: NDArray[np.float32], observation: Observation) -> ActionChunk:
         """Normalised actions -> joint positions, and velocities of the path from the observed state through them."""
         manifest = self.bundle.manifest
-        actions_HJ = unnormalize(actions_HA, manifest.action.low, manifest.action.high)
+        actions_HJ = unnormalize(actions_HA[:, : len(manifest.joints)], manifest.action.low, manifest.action.high)
         relative_J = np.array([joint.relative for joint in manifest.joints])
         position_HJ = actions_HJ + np.where(relative_J, observation.state_J, 0.0)
         if not np.all(np.isfinite(position_HJ)):
@@ -169,8 +174,14 @@ class Policy:
         cache, noise_HA = self.prefill(blank), self.noise(0)
         self.denoise(cache, noise_HA, state_J)
         if self._backward is not None:
-            time_H = np.ones(len(noise_HA), dtype=np.float32)
-            self._backward.pullback(cache, state_J, noise_HA, time_H, noise_HA)
+            state_S = self._widen_state(state_J)
+            clean_H = np.zeros(len(noise_HA), dtype=np.bool_)
+            self._backward.pullback(cache, state_S, noise_HA, 1.0, clean_H, noise_HA)
+
+
+def widen(values: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """Zeros after the joints: what models that are wider than the robot (pi0, pi0.5) were trained with."""
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
 
 
 def guidance(t: float, strongest: float) -> np.float32:

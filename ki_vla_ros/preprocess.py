@@ -21,6 +21,7 @@ from ki_vla_ros.records import Observation
 
 if TYPE_CHECKING:
     from ki_vla_ros.bundle import PolicySpec
+    from ki_vla_ros.manifest import PromptStyle
 
 PAD_TOKEN = "<pad>"
 UNKNOWN_TOKEN = "<unk>"
@@ -97,18 +98,31 @@ def unnormalize(x: NDArray[np.floating], low: Sequence[float], high: Sequence[fl
     return np.asarray((x + 1.0) * 0.5 * (high_J - low_J) + low_J, dtype=np.float64)
 
 
-def state_to_bins(state_norm_J: NDArray[np.floating], bins: int = 256) -> NDArray[np.int64]:
-    """Normalised state -> bin 0..bins-1 of equal widths over [-1, 1]; values outside land in the outermost bins."""
+def state_to_bins(
+    state_norm_J: NDArray[np.floating], bins: int = 256, style: PromptStyle = "words"
+) -> NDArray[np.int64]:
+    """Normalised state -> bin 0..bins-1 of equal widths over [-1, 1]; values outside land in the outermost bins.
+
+    With style "openpi" values below -1 give bin -1, as in openpi's training.
+    """
     if not np.all(np.isfinite(state_norm_J)):
         raise InputError(f"joint state: expected finite numbers, got {np.asarray(state_norm_J).tolist()}")
     edges = np.linspace(-1.0, 1.0, bins + 1)[:-1]
-    return np.asarray(np.clip(np.digitize(state_norm_J, edges) - 1, 0, bins - 1), dtype=np.int64)
+    lowest = -1 if style == "openpi" else 0
+    return np.asarray(np.clip(np.digitize(state_norm_J, edges) - 1, lowest, bins - 1), dtype=np.int64)
 
 
-def clean_instruction(task: str) -> str:
-    """Lower case, single spaces, no final full stop: the form in which training saw every instruction."""
-    cleaned = " ".join(task.lower().split()).rstrip(". ")
-    if not cleaned:
+def clean_instruction(task: str, style: PromptStyle = "words") -> str:
+    """The form in which training saw every instruction.
+
+    "words": lower case, single spaces, no final full stop. "openpi": without white space around it, underscores and
+    line breaks as spaces, capitals and punctuation kept.
+    """
+    if style == "openpi":
+        cleaned = task.strip().replace("_", " ").replace("\n", " ")
+    else:
+        cleaned = " ".join(task.lower().split()).rstrip(". ")
+    if not cleaned.strip():
         raise InstructionError(f"instruction: expected some words, got {task!r}")
     if "<" in cleaned or ">" in cleaned:
         # The prompt's own special tokens are written in angle brackets; an instruction must not be able to add one.
@@ -116,10 +130,12 @@ def clean_instruction(task: str) -> str:
     return cleaned
 
 
-def render_prompt(template: str, task: str, bins: Sequence[int] | NDArray[np.int64] = ()) -> str:
+def render_prompt(
+    template: str, task: str, bins: Sequence[int] | NDArray[np.int64] = (), style: PromptStyle = "words"
+) -> str:
     """The prompt text; `bins` (one integer per joint) fill {state} where the template has it."""
     state = " ".join(str(int(value)) for value in bins)
-    return template.replace("{state}", state).replace("{task}", clean_instruction(task))
+    return template.replace("{state}", state).replace("{task}", clean_instruction(task, style))
 
 
 def tokenize(tokenizer: Tokenizer, text: str, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -174,9 +190,10 @@ def make_model_input(
         raise InputError(f"joint state: expected finite numbers, got {observation.state_J.tolist()}")
     state_norm_J = normalize(observation.state_J, manifest.state.low, manifest.state.high)
     as_text = manifest.state.in_prompt
-    bins = state_to_bins(state_norm_J, manifest.prompt.state_bins) if as_text else ()
-    prompt = render_prompt(manifest.prompt.template, instruction, bins)
-    tokens_L, token_mask_L = tokenize(tokenizer, prompt, manifest.prompt.length)
+    spec = manifest.prompt
+    bins = state_to_bins(state_norm_J, spec.state_bins, spec.style) if as_text else ()
+    prompt = render_prompt(spec.template, instruction, bins, spec.style)
+    tokens_L, token_mask_L = tokenize(tokenizer, prompt, spec.length)
     state_J = state_token(manifest, observation.state_J)
     return ModelInput(images_VCHW, image_mask_V, tokens_L, token_mask_L, state_J)
 

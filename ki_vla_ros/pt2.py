@@ -28,13 +28,13 @@ _ALLOWED = """
     __or__.Tensor add.Tensor addcmul.default alias.default arange.default arange.start_step cat.default
     chunk.default contiguous.default conv2d.default cos.default cumsum.default div.Tensor embedding.default
     eq.Scalar expand.default flatten.using_ints ge.Scalar gelu.default gt.Scalar layer_norm.default linear.default
-    linspace.default mean.dim mul.Tensor neg.default pad.default pow.Scalar reciprocal.default
+    mean.dim mul.Tensor neg.default pad.default pow.Scalar
     repeat_interleave.self_int reshape.default rsqrt.default scaled_dot_product_attention.default select.int
     silu.default sin.default slice.Tensor square.default stack.default sub.Tensor sum.dim_IntList to.dtype
-    transpose.int unbind.int unflatten.int unsqueeze.default where.Scalar
+    transpose.int unbind.int unflatten.int unsqueeze.default where.Scalar where.self
 """
 OPERATORS = frozenset(_ALLOWED.split())
-_DTYPES = {4: "int32", 5: "int64", 7: "float32", 8: "float64", 12: "bool"}
+_DTYPES = {4: "int32", 5: "int64", 7: "float32", 8: "float64", 12: "bool", 13: "bfloat16"}
 _WEIGHT = re.compile(r"data/weights/weight_\d+")
 _CONFIG, _CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
 _MODEL, _SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
@@ -91,11 +91,11 @@ class Program:
         return {(wanted[k : k + 1] or [f"output {k}"])[0]: tensor for k, tensor in enumerate(self.output_types)}
 
     def read_weight(self, name: str) -> NDArray[np.generic]:
-        """A copy that the caller may keep and change."""
+        """A copy that the caller may keep and change; bfloat16 comes as uint16, the same bits."""
         weight = self.weights[name]
         with zipfile.ZipFile(self.path) as archive:
             content = bytearray(archive.read(weight.record))
-        return np.frombuffer(content, dtype=weight.dtype).reshape(weight.shape)
+        return np.frombuffer(content, dtype=_stored(weight.dtype)).reshape(weight.shape)
 
 
 def read_program(path: Path) -> Program:
@@ -169,13 +169,18 @@ def _weight(path: Path, key: str, entry: dict[str, Any], root: str, sizes: dict[
     dtype, shape = _tensor_type(path, key, meta)
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     laid_out = (tuple(stride["as_int"] for stride in meta["strides"]), meta["storage_offset"]["as_int"])
-    size = math.prod(shape) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(_stored(dtype)).itemsize
     if laid_out != (strides, 0) or sizes[record] != size:
         raise BundleError(
             f"{path}: {key}: expected {size} bytes, row after row, got {sizes[record]} with strides {laid_out[0]} "
             f"from {laid_out[1]} on"
         )
     return Weight(record, dtype, shape)
+
+
+def _stored(dtype: str) -> str:
+    """numpy has no bfloat16."""
+    return "uint16" if dtype == "bfloat16" else dtype
 
 
 def _operation(path: Path, node: dict[str, Any]) -> Operation:

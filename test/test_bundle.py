@@ -22,6 +22,7 @@ from ki_vla_ros.bundle import (
     MANIFEST,
     MODEL_CARD,
     PREFILL,
+    TIME,
     TOKENIZER,
     Manifest,
     file_sha256,
@@ -85,7 +86,7 @@ def hide_reference_in_a_branch(graph: onnx.GraphProto) -> None:
     inner.data_location = onnx.TensorProto.EXTERNAL
     inner.external_data.add(key="location", value="/etc/hostname")
     branch = helper.make_graph([], "branch", [], [], [inner])
-    graph.node.append(helper.make_node("If", ["time"], ["ignored"], then_branch=branch, else_branch=branch))
+    graph.node.append(helper.make_node("If", ["clean"], ["ignored"], then_branch=branch, else_branch=branch))
 
 
 def add_file(folder: Path, name: str, listed: bool) -> None:
@@ -135,8 +136,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest no JSON": (lambda f: (f / MANIFEST).write_text("{"), r"manifest.json: expected JSON"),
     "manifest no text": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), r"manifest.json: expected JSON"),
     "manifest a list": (lambda f: (f / MANIFEST).write_text("[]"), r"expected a JSON object, got list"),
-    "newer format": (put("format_version", value=2), r"expected format_version 1, got 2"),
-    "no format": (drop("format_version"), r"expected format_version 1, got None"),
+    "older format": (put("format_version", value=1), r"expected format_version 2, got 1"),
+    "no format": (drop("format_version"), r"expected format_version 2, got None"),
     "unknown key": (put("colour", value="red"), r"colour: Extra inputs are not permitted"),
     "missing key": (drop("horizon"), r"horizon: Field required"),
     "wrong type": (put("horizon", value="many"), r"horizon: .*integer.*got 'many'"),
@@ -167,7 +168,19 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "prompt without state": (put("prompt", "template", value="Task: {task}"), r"expected \{state\} 1 times"),
     "prompt with state besides token": (put("state", "encoding", value="token"), r"expected \{state\} 0 times"),
     "prefix length": (put("graph", "prefix_length", value=41), r"graph.prefix_length: expected 40 .*got 41"),
-    "action dim": (put("graph", "action_dim", value=32), r"graph.action_dim: expected 7 \(one per joint\), got 32"),
+    "state dim": (
+        put("graph", "state_dim", value=7),
+        r"graph.state_dim: expected None \(the prompt has the state\), got 7",
+    ),
+    "too narrow": (put("pad_to", value=3), r"pad_to: expected at least 7 \(the joints\), got 3"),
+    "modulation": (
+        put("graph", "modulation", value=2),
+        r"expert.onnx: input 'modulation': expected float32 \[2\], got",
+    ),
+    "action dim": (
+        put("graph", "action_dim", value=32),
+        r"graph.action_dim: expected 7 \(one per joint, or pad_to\), got 32",
+    ),
     "file lost": (lambda f: (f / EXPERT).unlink(), r"expected file expert.onnx, .*got none"),
     "file changed": (
         lambda f: (f / MODEL_CARD).write_text("better"),
@@ -209,7 +222,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "input renamed": (
         lambda f: edit_graph(f, EXPERT, lambda g: setattr(g.input[0], "name", "cache")),
-        r"expert.onnx: expected inputs \['keys', .*got \['cache'",
+        r"expert.onnx: expected inputs \['clean', 'keys', .*got \['cache'",
     ),
     "output missing": (
         lambda f: edit_graph(f, PREFILL, lambda g: g.output.pop()),
@@ -290,7 +303,7 @@ def test_a_valid_bundle_loads(tmp_path: Path, policy: Any) -> None:
     again = load_bundle(str(tmp_path / "bundle"))
     assert again.manifest == bundle.manifest
     assert again.manifest.joint_names[0] == "shoulder_pan" and again.manifest.action_period_ns == 50_000_000
-    assert set(again.manifest.files) == {PREFILL, EXPERT, TOKENIZER, MODEL_CARD}
+    assert set(again.manifest.files) == {PREFILL, EXPERT, TIME, TOKENIZER, MODEL_CARD}
     for field, value in policy:
         assert getattr(again.manifest, field) == value
 

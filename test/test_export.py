@@ -29,9 +29,8 @@ from training.export import (
     export_bundle,
     main,
     parity_error,
-    without_answers,
 )
-from training.model.vla import VLA
+from training.graphs import arrange
 from training.vocabulary import build_tokenizer
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
@@ -88,8 +87,23 @@ def test_the_graphs_hold_no_answers_and_no_dead_weights(exported: tuple[Path, Bu
     assert tables == [(rows, model.config.backbone.width)], "one token table, and no head beside it"
     for dims in (*weights[PREFILL].values(), *weights[EXPERT].values()):
         assert model.config.vocab_size not in dims
-    # Of the last backbone layer keys and values are on board; its MLP (32 x 48) is there for the first only.
-    assert sum(dims in {(32, 48), (48, 32)} for dims in weights[PREFILL].values()) == 3
+    # Of the last backbone layer keys and values are on board; its MLP (gate and up, down) is there for the first only.
+    assert sum(dims in {(32, 96), (96, 32), (48, 32), (32, 48)} for dims in weights[PREFILL].values()) == 2
+
+
+def test_every_large_initialiser_is_a_weight_of_prefix_or_expert(exported: tuple[Path, Bundle]) -> None:
+    """Listed one by one: no FAST, language or vision head among them, and no layer that only the time goes through."""
+    checkpoint, bundle = exported
+    model = load_checkpoint(checkpoint)
+    heads = ("backbone.norm", "time_in", "time_out", "dense.weight", "dense.bias")
+    for graph, name in zip(arrange(model, bundle.manifest.graph.vocab_size), (PREFILL, EXPERT), strict=True):
+        ours = {key: tensor.detach().numpy() for key, tensor in graph.state_dict().items()}
+        assert not [key for key in ours if any(head in key for head in heads)]
+        known = {part.tobytes() for array in ours.values() for part in (array, array.T)}
+        initialisers = onnx.load(str(bundle.path / name)).graph.initializer
+        large = {weight.name: onnx.numpy_helper.to_array(weight) for weight in initialisers}
+        large = {key: array for key, array in large.items() if array.size > 100 and array.dtype != bool}
+        assert len(large) >= 10 and [key for key, array in large.items() if array.tobytes() not in known] == []
 
 
 def test_too_many_weights_are_refused(exported: tuple[Path, Bundle], tmp_path: Path) -> None:
@@ -134,7 +148,7 @@ def test_an_export_replaces_an_earlier_bundle_only_when_it_is_whole(
     out = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
     (out / MODEL_CARD).write_text("an earlier one")
 
-    def copy_graphs(model: VLA, policy: PolicySpec, rows: int, folder: Path) -> None:
+    def copy_graphs(graphs: object, folder: Path) -> None:
         for name in (PREFILL, EXPERT):
             shutil.copy(bundle.path / name, folder)
 
@@ -182,7 +196,7 @@ def drop_gripper(fields: dict[str, Any]) -> None:
     [
         (resize_images, r"policy\.json: image\.size: expected 24, as the checkpoint has it, got 96"),
         (shorten_horizon, r"horizon: expected 16, as the checkpoint has it, got 8"),
-        (drop_gripper, r"joints: expected 7, as the checkpoint has it, got 6"),
+        (drop_gripper, r"joints \(or pad_to\): expected 7, as the checkpoint has it, got 6"),
         (feed_state_as_token, r"width of the state token: expected None, as the checkpoint has it, got 7"),
         (lambda fields: fields.update(horizon=0), r"policy\.json: horizon: .*greater than or equal to 2, got 0"),
     ],
@@ -218,8 +232,10 @@ def test_the_command_ends_with_one_message(
 def test_cutting_the_table_leaves_the_model_alone(checkpoint: Path) -> None:
     model = load_checkpoint(checkpoint).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    cut = without_answers(model, 50)
+    prefill, expert = arrange(model, 50)
+    cut = prefill.model
     assert torch.equal(cut.backbone.embedding.weight, before["backbone.embedding.weight"][:50])
     assert cut.vision.position.weight is model.vision.position.weight, "shared: a large model would not fit twice"
+    assert expert.model.action_in.weight is model.action_in.weight
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,18 +1,16 @@
 """The golden pi0.5: openpi's own outputs, reproduced by the classes that we train and export."""
 
-import dataclasses
 import json
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ki_vla_ros.errors import ConfigurationError
-from training.checkpoints import import_openpi
+from training.imports import import_weights
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 from training.model.vla import VLA, Cache, VLAConfig
@@ -40,10 +38,10 @@ def draw_weights() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def model() -> VLA:
-    model = VLA(CONFIG)
-    import_openpi(model, draw_weights(), "golden")
-    return model.eval()
+def model(tmp_path_factory: pytest.TempPathFactory) -> VLA:
+    path = tmp_path_factory.mktemp("golden") / "pi05.safetensors"
+    save_file(draw_weights(), path)
+    return import_weights(CONFIG, path, "pi05").eval()
 
 
 @pytest.fixture(scope="module")
@@ -83,33 +81,3 @@ def test_actions(model: VLA, case: dict[str, Tensor], cache: Cache) -> None:
     with torch.no_grad():
         actions = model.sample_actions(cache, case["noise"], steps=10)
     torch.testing.assert_close(actions, case["actions"], atol=ATOL, rtol=0)
-
-
-def test_import_accepts_other_hands(model: VLA) -> None:
-    """LeRobot's prefix, a table stored only as `embed_tokens`, half precision."""
-    weights = draw_weights()
-    table = weights.pop("paligemma_with_expert.paligemma.lm_head.weight")
-    weights["paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"] = table
-    other = VLA(CONFIG)
-    import_openpi(other, {f"model.{key}": tensor.bfloat16() for key, tensor in weights.items()}, "other")
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor.bfloat16().float()), name
-
-
-def test_import_lists_what_does_not_fit() -> None:
-    weights = draw_weights()
-    weights["state_proj.weight"] = torch.zeros(32, 7)
-    with pytest.raises(ConfigurationError, match=r"golden: .*\n.*1 unknown: state_proj\.weight"):
-        import_openpi(VLA(CONFIG), weights, "golden")
-    del weights["state_proj.weight"], weights["time_mlp_in.bias"]
-    weights["action_in_proj.weight"] = torch.zeros(32, 32)
-    with pytest.raises(ConfigurationError) as error:
-        import_openpi(VLA(CONFIG), weights, "golden")
-    assert "1 missing: time_mlp_in.bias" in str(error.value)
-    assert "1 misshapen: action_in_proj.weight: expected [32, 7], got [32, 32]" in str(error.value)
-
-
-@pytest.mark.parametrize("change", [{"state_dim": 7}, {"vision": dataclasses.replace(CONFIG.vision, stem="conv")}])
-def test_import_refuses_models_that_are_not_pi05(change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match=r"no counterpart of (state_in|vision\.stem\.0)\.weight"):
-        import_openpi(VLA(dataclasses.replace(CONFIG, **change)), draw_weights(), "golden")

@@ -48,17 +48,17 @@ def test_clean_rows_enter_every_step_as_given_with_time_zero(bundle: Bundle, mon
     given, seen = wanted(bundle), []
     real = OnnxEngine.velocity
 
-    def look(self: OnnxEngine, cache: Any, state_J: Any, x_t_HA: Any, time_H: Any) -> Any:
-        seen.append((x_t_HA.copy(), time_H.copy()))
-        return real(self, cache, state_J, x_t_HA, time_H)
+    def look(self: OnnxEngine, cache: Any, state_J: Any, x_t_HA: Any, time: float, clean_H: Any) -> Any:
+        seen.append((x_t_HA.copy(), time, clean_H.copy()))
+        return real(self, cache, state_J, x_t_HA, time, clean_H)
 
     monkeypatch.setattr(OnnxEngine, "velocity", look)
     found = denoise(bundle, Guide(given, weight_H, True, 0.0))
     np.testing.assert_array_equal(found[:4], given[:4])
-    for step, (x_t_HA, time_H) in enumerate(seen):
+    for step, (x_t_HA, time, clean_H) in enumerate(seen):
         np.testing.assert_array_equal(x_t_HA[:4], given[:4])
-        np.testing.assert_allclose(time_H, np.where(weight_H == 1.0, 0.0, 1.0 - step / 10), atol=1e-6)
-        assert time_H.dtype == x_t_HA.dtype == np.float32
+        np.testing.assert_array_equal(clean_H, weight_H == 1.0)
+        assert time == 1.0 - step / 10 and x_t_HA.dtype == np.float32
 
 
 def test_guided_rows_come_near_and_free_ones_hardly_move(bundle: Bundle) -> None:

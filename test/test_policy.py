@@ -13,12 +13,13 @@ import pytest
 from bundles import HORIZON, both_ways_policy, demo_observation, demo_policy, state_token_policy, write_test_bundle
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle
+from ki_vla_ros.bundle import EXPERT, PREFILL, TIME, Bundle
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import ModelInput, make_model_input, unnormalize
+from ki_vla_ros.time_table import TimeTable
 
 TEXT = "touch the red cube"
 
@@ -72,13 +73,14 @@ class StraightFlow:
     def velocity(
         self,
         cache: KVCache,
-        state_J: NDArray[np.float32] | None,
+        state_S: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
-        time_H: NDArray[np.float32],
+        time: float,
+        clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
-        assert time_H.shape == (HORIZON,) and time_H.dtype == np.float32 and len(set(time_H.tolist())) == 1
-        self.times.append(float(time_H[0]))
-        return (x_t_HA - self.target_HA) / time_H[:, np.newaxis]
+        assert clean_H.shape == (HORIZON,) and not clean_H.any()
+        self.times.append(time)
+        return (x_t_HA - self.target_HA) / np.float32(time)
 
     def close(self) -> None:
         pass
@@ -181,9 +183,12 @@ def plain_chunk(bundle: Bundle, given: ModelInput, noise_HA: NDArray[np.float32]
     state = {} if given.state_J is None else {"state": given.state_J}
     x_t_HA = noise_HA
     for step in range(steps):
-        time_H = np.full(HORIZON, 1 - step / steps, dtype=np.float32)
-        velocity_HA = expert.run(None, {**cache, **state, "x_t": x_t_HA, "time": time_H})[0]
+        row_M = TimeTable(bundle.path / TIME, bundle.manifest.graph.modulation).row(1 - step / steps)
+        rest = {"clean": np.zeros(HORIZON, np.bool_), "step": np.full(1, 1 / steps, np.float32)}
+        inputs = {**cache, **state, **rest, "x_t": x_t_HA, "modulation": row_M}
+        velocity_HA, next_HA = expert.run(["velocity", "x_next"], inputs)
         x_t_HA = x_t_HA - velocity_HA / np.float32(steps)
+        assert next_HA == pytest.approx(x_t_HA, abs=1e-6)
     return np.asarray(x_t_HA)
 
 
@@ -232,10 +237,10 @@ def test_velocities_are_the_callers_to_keep(bundle: Bundle) -> None:
     engine = OnnxEngine(bundle)
     policy = Policy(bundle, engine)
     cache = policy.prefill(make_model_input(bundle.manifest, bundle.tokenizer, demo_observation(), TEXT))
-    time_H = np.ones(HORIZON, dtype=np.float32)
-    first = engine.velocity(cache, None, policy.noise(0), time_H)
+    clean_H = np.zeros(HORIZON, dtype=np.bool_)
+    first = engine.velocity(cache, None, policy.noise(0), 1.0, clean_H)
     before = first.copy()
-    engine.velocity(cache, None, policy.noise(1), time_H)
+    engine.velocity(cache, None, policy.noise(1), 1.0, clean_H)
     assert np.array_equal(first, before)
 
 

@@ -224,17 +224,19 @@ def test_another_velocity_is_refused(folder: Path) -> None:
         in_json(MODEL, lambda m: m["graph_module"]["graph"]["outputs"].append({"as_tensor": {"name": "x_t"}})),
     )
     rehash(folder)
-    with pytest.raises(BundleError, match=r"expected outputs \['velocity'\], got \['output 1', 'velocity'\]"):
+    with pytest.raises(
+        BundleError, match=r"expected outputs \['velocity', 'x_next'\], got \['output 2', 'velocity', 'x_next'\]"
+    ):
         load_bundle(folder)
 
 
 def test_another_horizon_is_refused(folder: Path) -> None:
     def lengthen(model: Any) -> None:
-        model["graph_module"]["graph"]["tensor_values"]["time"]["sizes"] = [{"as_int": 17}]
+        model["graph_module"]["graph"]["tensor_values"]["clean"]["sizes"] = [{"as_int": 17}]
 
     edit(folder / STEP, in_json(MODEL, lengthen))
     rehash(folder)
-    with pytest.raises(BundleError, match=r"expert\.pt2: input 'time': expected float32 \[16\], got float32 \[17\]"):
+    with pytest.raises(BundleError, match=r"expert\.pt2: input 'clean': expected bool \[16\], got bool \[17\]"):
         load_bundle(folder)
 
 
@@ -258,7 +260,7 @@ def test_the_programs_hold_no_answers_and_nothing_of_the_trainers_machine(export
     shapes = [weight.shape for program in (prefill, expert) for weight in program.weights.values()]
     assert shapes.count((rows, model.config.backbone.width)) == 1, "one token table, and no head beside it"
     assert not [shape for shape in shapes if model.config.vocab_size in shape]
-    assert sum(shape in {(32, 48), (48, 32)} for shape in shapes) == 3, "no MLP of the last backbone layer"
+    assert sum(shape in {(96, 32), (32, 48)} for shape in shapes) == 2, "no MLP of the last backbone layer"
     for name in PROGRAMS.values():
         with zipfile.ZipFile(bundle.path / name) as archive:
             content = b"".join(archive.read(record) for record in archive.namelist())

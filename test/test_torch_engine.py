@@ -60,8 +60,7 @@ def draw(seed: int, *shape: int) -> Array:
     return np.random.default_rng(seed).standard_normal(shape or (HORIZON, A), dtype=np.float32)
 
 
-def times(t: float) -> Array:
-    return np.full(HORIZON, t, dtype=np.float32)
+NONE = np.zeros(HORIZON, dtype=np.bool_)  # no action is clean
 
 
 # --- the same numbers
@@ -97,10 +96,12 @@ def test_an_export_of_other_numbers_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_one_time_per_action_is_heeded(made: Made, engine: TorchEngine) -> None:
     """A clean prefix: time 0 in the first rows alone."""
     onnx = OnnxEngine(made.bundle)
-    time_H = np.where(np.arange(HORIZON) < 3, 0.0, 0.6).astype(np.float32)
-    ours, theirs = (e.velocity(e.prefill(made.given), made.given.state_J, draw(0), time_H) for e in (engine, onnx))
+    clean_H = np.arange(HORIZON) < 3
+    ours, theirs = (
+        e.velocity(e.prefill(made.given), made.given.state_J, draw(0), 0.6, clean_H) for e in (engine, onnx)
+    )
     assert ours == pytest.approx(theirs, abs=1e-4)
-    plain = engine.velocity(KVCache(engine, 1), made.given.state_J, draw(0), times(0.6))
+    plain = engine.velocity(KVCache(engine, 1), made.given.state_J, draw(0), 0.6, NONE)
     assert np.abs(ours - plain).max() > 1e-3
 
 
@@ -117,10 +118,10 @@ def test_the_pullback_agrees_with_finite_differences(made: Made, engine: TorchEn
         nudge = np.zeros(HORIZON * A, dtype=np.float32)
         nudge[k] = step
         ahead, behind = (
-            engine.velocity(cache, state_J, x_t + sign * nudge.reshape(HORIZON, A), times(t)) for sign in (1, -1)
+            engine.velocity(cache, state_J, x_t + sign * nudge.reshape(HORIZON, A), t, NONE) for sign in (1, -1)
         )
         expected[k] = np.sum((ahead.astype(np.float64) - behind) * vector) / (2.0 * float(step))
-    got = engine.pullback(cache, state_J, x_t, times(t), vector)
+    got = engine.pullback(cache, state_J, x_t, t, NONE, vector)
     assert got.shape == (HORIZON, A) and got.dtype == np.float32 and np.abs(got).max() > 0.3
     assert got.ravel() == pytest.approx(expected, abs=2e-3 * np.abs(expected).max())
 
@@ -128,11 +129,11 @@ def test_the_pullback_agrees_with_finite_differences(made: Made, engine: TorchEn
 def test_the_pullback_is_linear_and_leaves_nothing_behind(made: Made, engine: TorchEngine) -> None:
     cache, state_J = engine.prefill(made.given), made.given.state_J
     assert isinstance(engine, DifferentiableEngine) and not isinstance(OnnxEngine(made.bundle), DifferentiableEngine)
-    x_t, before = draw(1), engine.velocity(cache, state_J, draw(1), times(0.5))
-    first, second = (engine.pullback(cache, state_J, x_t, times(0.5), draw(seed)) for seed in (3, 4))
-    both = engine.pullback(cache, state_J, x_t, times(0.5), draw(3) - 2 * draw(4))
+    x_t, before = draw(1), engine.velocity(cache, state_J, draw(1), 0.5, NONE)
+    first, second = (engine.pullback(cache, state_J, x_t, 0.5, NONE, draw(seed)) for seed in (3, 4))
+    both = engine.pullback(cache, state_J, x_t, 0.5, NONE, draw(3) - 2 * draw(4))
     assert both == pytest.approx(first - 2 * second, abs=1e-4)
-    assert np.array_equal(engine.velocity(cache, state_J, draw(1), times(0.5)), before)
+    assert np.array_equal(engine.velocity(cache, state_J, draw(1), 0.5, NONE), before)
     assert not any(tensor.requires_grad for tensor in engine.prefix.values())
 
 
@@ -151,10 +152,12 @@ class LinearFlow:
     def prefill(self, model_input: ModelInput) -> KVCache:
         return KVCache(self, 0)
 
-    def velocity(self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time_H: Array) -> Array:
+    def velocity(self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time: float, clean_H: Array) -> Array:
         return (self.matrix @ x_t_HA.ravel() + self.offset).reshape(x_t_HA.shape).astype(np.float32)
 
-    def pullback(self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time_H: Array, vector_HA: Array) -> Array:
+    def pullback(
+        self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time: float, clean_H: Array, vector_HA: Array
+    ) -> Array:
         self.pullbacks += 1
         return (self.matrix.T @ vector_HA.ravel()).reshape(x_t_HA.shape).astype(np.float32)
 
@@ -164,11 +167,13 @@ class LinearFlow:
 class StraightFlow(LinearFlow):
     """v = (x_t - target) / t: it foresees the target whatever x_t is, so the true Jacobian is 0."""
 
-    def velocity(self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time_H: Array) -> Array:
-        return ((x_t_HA - self.offset.reshape(x_t_HA.shape)) / time_H[:, None]).astype(np.float32)
+    def velocity(self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time: float, clean_H: Array) -> Array:
+        return ((x_t_HA - self.offset.reshape(x_t_HA.shape)) / time).astype(np.float32)
 
-    def pullback(self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time_H: Array, vector_HA: Array) -> Array:
-        return vector_HA / time_H[:, None]
+    def pullback(
+        self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time: float, clean_H: Array, vector_HA: Array
+    ) -> Array:
+        return vector_HA / np.float32(time)
 
 
 @pytest.fixture(scope="module")
@@ -285,9 +290,9 @@ def test_a_stale_or_foreign_cache_is_refused(made: Made, engine: TorchEngine) ->
     old, newest = engine.prefill(made.given), engine.prefill(made.given)
     for call in (engine.velocity, lambda *arguments: engine.pullback(*arguments, draw(0))):
         with pytest.raises(EngineError, match=r"newest prefill \(2\), got one of prefill 1"):
-            call(old, made.given.state_J, draw(0), times(1.0))
+            call(old, made.given.state_J, draw(0), 1.0, NONE)
         with pytest.raises(EngineError, match="of another engine"):
-            call(dataclasses.replace(newest, engine=object()), made.given.state_J, draw(0), times(1.0))
+            call(dataclasses.replace(newest, engine=object()), made.given.state_J, draw(0), 1.0, NONE)
 
 
 def test_wrong_shapes_and_types_are_refused(made: Made, engine: TorchEngine) -> None:
@@ -296,11 +301,11 @@ def test_wrong_shapes_and_types_are_refused(made: Made, engine: TorchEngine) -> 
         engine.prefill(dataclasses.replace(given, tokens_L=given.tokens_L[:-1]))
     cache = engine.prefill(given)
     with pytest.raises(EngineError, match=r"x_t: expected float32 \[16, 7\], got float32 \[15, 7\]"):
-        engine.velocity(cache, state_J, draw(0)[:-1], times(1.0))
-    with pytest.raises(EngineError, match=r"time: expected float32 \[16\], got float64 \[16\]"):
-        engine.velocity(cache, state_J, draw(0), np.ones(HORIZON))  # type: ignore[arg-type]
+        engine.velocity(cache, state_J, draw(0)[:-1], 1.0, NONE)
+    with pytest.raises(EngineError, match=r"clean: expected bool \[16\], got float64 \[16\]"):
+        engine.velocity(cache, state_J, draw(0), 1.0, np.ones(HORIZON))  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=r"vector: expected float32 \[16, 7\], got float32 \[7\]"):
-        engine.pullback(cache, state_J, draw(0), times(1.0), draw(0)[0])
+        engine.pullback(cache, state_J, draw(0), 1.0, NONE, draw(0)[0])
 
 
 def test_a_state_where_none_belongs_is_refused_and_a_missing_one_too(made: Made, engine: TorchEngine) -> None:
@@ -308,9 +313,9 @@ def test_a_state_where_none_belongs_is_refused_and_a_missing_one_too(made: Made,
     message = "expected a state token, got none" if state_J is None else "the prompt has it as text, got one"
     cache = engine.prefill(made.given)
     with pytest.raises(EngineError, match=message):
-        engine.velocity(cache, state_J, draw(0), times(1.0))
+        engine.velocity(cache, state_J, draw(0), 1.0, NONE)
     with pytest.raises(EngineError, match=message):
-        engine.pullback(cache, state_J, draw(0), times(1.0), draw(1))
+        engine.pullback(cache, state_J, draw(0), 1.0, NONE, draw(1))
 
 
 def test_numbers_that_are_none_are_refused(made: Made, engine: TorchEngine) -> None:
@@ -318,9 +323,9 @@ def test_numbers_that_are_none_are_refused(made: Made, engine: TorchEngine) -> N
     broken[2, 3] = np.nan
     cache = engine.prefill(made.given)
     with pytest.raises(EngineError, match="expected finite velocities"):
-        engine.velocity(cache, state_J, broken, times(1.0))
+        engine.velocity(cache, state_J, broken, 1.0, NONE)
     with pytest.raises(EngineError, match="expected finite pullbacks"):
-        engine.pullback(cache, state_J, draw(0), times(1.0), broken)
+        engine.pullback(cache, state_J, draw(0), 1.0, NONE, broken)
 
 
 def test_a_token_beyond_the_table_is_an_error_not_a_crash(made: Made, engine: TorchEngine) -> None:
@@ -333,7 +338,7 @@ def test_a_closed_engine_is_refused(made: Made, engine: TorchEngine) -> None:
     engine.close()
     engine.close()
     for call in (
-        lambda: engine.velocity(cache, made.given.state_J, draw(0), times(1.0)),
+        lambda: engine.velocity(cache, made.given.state_J, draw(0), 1.0, NONE),
         lambda: engine.prefill(made.given),
     ):
         with pytest.raises(EngineError, match="expected an open one, got one that was closed"):
@@ -350,10 +355,10 @@ def test_an_absent_device_is_refused(made: Made, monkeypatch: pytest.MonkeyPatch
 
 def test_velocities_are_the_callers_to_keep_and_inputs_stay(made: Made, engine: TorchEngine) -> None:
     cache, x_t = engine.prefill(made.given), draw(0)
-    first = engine.velocity(cache, made.given.state_J, x_t, times(1.0))
+    first = engine.velocity(cache, made.given.state_J, x_t, 1.0, NONE)
     before = first.copy()
-    engine.velocity(cache, made.given.state_J, draw(1), times(1.0))
-    engine.pullback(cache, made.given.state_J, x_t, times(1.0), draw(2))
+    engine.velocity(cache, made.given.state_J, draw(1), 1.0, NONE)
+    engine.pullback(cache, made.given.state_J, x_t, 1.0, NONE, draw(2))
     assert np.array_equal(first, before) and np.array_equal(x_t, draw(0))
 
 

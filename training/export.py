@@ -2,24 +2,24 @@
 
     python -m training.export --checkpoint out/training/demo/policy --out models/demo
 
-With `--torch` the bundle holds both graphs once more, for the torch engine.
+With `--torch` the bundle holds both graphs once more, for the torch engine; `--dtype bfloat16` is for GPUs.
 
 A checkpoint folder holds the weights and sizes (`training.checkpoints`), `policy.json` (a `PolicySpec`) and
 `tokenizer.json`. Exported are the prefix up to its last keys and values, and one expert step; of the token table only
 the rows that a prompt can hold. So no answer, place or action token can be decoded on the robot.
 
-Legend: V cameras, S image size, L prompt tokens, P prefix length, N layers, K kv heads, D head dim, H horizon,
-A action dim, J joints.
+The two graphs as modules are in graphs.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
+import resource
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,25 +27,36 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor, nn
+from torch import nn
 
-from ki_vla_ros.bundle import EXPERT, MANIFEST, PREFILL, PROGRAMS, TOKENIZER, Bundle, write_bundle
+from ki_vla_ros.bundle import EXPERT, MANIFEST, PREFILL, PROGRAMS, TIME, TOKENIZER, Bundle, write_bundle
 from ki_vla_ros.engines.base import prefill_inputs
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.manifest import GraphSpec, PolicySpec, describe_validation
+from ki_vla_ros.manifest import PolicySpec, describe_validation
 from ki_vla_ros.onnx_header import read_header
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import ModelInput
 from ki_vla_ros.pt2 import read_program
 from training.checkpoints import load_checkpoint
-from training.model.vla import VLA, Cache
+from training.graphs import (
+    Inputs,
+    arrange,
+    cast_weights,
+    describe_graphs,
+    modulation_size,
+    sample_inputs,
+    time_file,
+    time_layers,
+)
+from training.model.vla import VLA
 from training.vocabulary import prompt_tokenizer, prompt_vocab_size
 
 POLICY = "policy.json"
@@ -53,7 +64,11 @@ OPSET = 20
 TOLERANCE = 1e-4
 PARITY_CASES = 4
 CONSTANTS = 4096  # shapes, frequencies and the like in a graph, as numbers
+EMBEDDED_BYTES = 64 << 20  # larger weights lie in a file beside the graph; ONNX files themselves end at 2 GiB
+OUTPUTS = ("keys", "values", "prefix_mask"), ("velocity", "x_next")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+Graphs = Sequence[tuple[nn.Module, Inputs]]
 
 STATE_WAYS = {
     "text": "text in the prompt",
@@ -66,50 +81,20 @@ class ExportError(RuntimeError):
     """The exported graphs are not the model: they differ from torch, or hold what must stay behind."""
 
 
-class PrefillGraph(nn.Module):
-    """The prefix of one observation, without a batch axis; its inputs have the names of the bundle's interface."""
-
-    def __init__(self, model: VLA) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        cache = self.model.prefill(images[None], image_mask[None], tokens[None], token_mask[None])
-        return cache.keys_NBKPD[:, 0], cache.values_NBKPD[:, 0], cache.mask_BP[0]
-
-
-class ExpertGraph(nn.Module):
-    """One expert step on the cached prefix, as `PrefillGraph`."""
-
-    def __init__(self, model: VLA) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        prefix_mask: Tensor,
-        x_t: Tensor,
-        time: Tensor,
-        state: Tensor | None = None,
-    ) -> Tensor:
-        cache = Cache(keys[:, None], values[:, None], prefix_mask[None])
-        return self.model.velocity(cache, x_t[None], time[None], None if state is None else state[None])[0]
-
-
-def export_bundle(checkpoint: Path, out: Path, notes: str = "", with_torch: bool = False) -> Bundle:
+def export_bundle(
+    checkpoint: Path, out: Path, notes: str = "", with_torch: bool = False, dtype: str = "float32"
+) -> Bundle:
     """Write the bundle `out` and return it loaded; an earlier bundle there is replaced once the new one is whole.
 
-    `with_torch`: with the programs for the torch engine, which is then compared as well.
+    `with_torch`: with the programs for the torch engine. A float32 bundle is run and compared with the model; bfloat16
+    graphs have no kernels in onnxruntime's CPU provider, so those are checked by ONNX's own checker alone.
     """
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ConfigurationError(f"{out}: expected an empty place or an earlier bundle, got a folder of something else")
+    began_s = time.monotonic()
     policy = read_policy(checkpoint / POLICY)
     full_tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
-    model = load_checkpoint(checkpoint).eval().requires_grad_(False)
+    model = cast_weights(load_checkpoint(checkpoint).eval().requires_grad_(False), DTYPES[dtype])
     check_policy(policy, model, full_tokenizer)
     prompt_rows = prompt_vocab_size(full_tokenizer)
     tokenizer = prompt_tokenizer(full_tokenizer)
@@ -117,24 +102,30 @@ def export_bundle(checkpoint: Path, out: Path, notes: str = "", with_torch: bool
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         folder = Path(scratch).resolve() / out.name
         folder.mkdir()
-        write_graphs(model, policy, prompt_rows, folder)
+        graphs = list(zip(arrange(model, prompt_rows), sample_inputs(model, policy), strict=True))
+        write_graphs(graphs, folder)
         if with_torch:
-            write_programs(model, policy, prompt_rows, folder)
+            write_programs(graphs, folder)
+        del graphs
+        (folder / TIME).write_bytes(time_file(model.expert))
         check_left_behind(model, prompt_rows, folder)
         graph = describe_graphs(model, policy, prompt_rows)
         bundle = write_bundle(folder, policy, graph, tokenizer, model_card(policy, tokenizer, notes))
-        errors = [parity_error(model, bundle)]
-        if with_torch:
-            errors.append(parity_error(model, bundle, engine=TorchEngine(bundle)))
-        for error in errors:
-            if not error <= TOLERANCE:
-                raise ExportError(f"parity: expected the graphs within {TOLERANCE:g} of torch, got {error:.3g}")
+        compared = "not compared with torch (bfloat16 does not run on a CPU's onnxruntime)"
+        if dtype == "float32":
+            errors = [parity_error(model, bundle)]
+            if with_torch:
+                errors.append(parity_error(model, bundle, engine=TorchEngine(bundle)))
+            for error in errors:
+                if not error <= TOLERANCE:
+                    raise ExportError(f"parity: expected the graphs within {TOLERANCE:g} of torch, got {error:.3g}")
+            compared = f"within {max(errors):.1e} of torch"
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
-    print(
-        f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB, within {max(errors):.1e} of torch"
-    )
+    megabytes = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{out}: {megabytes:.1f} MB, {compared}; {time.monotonic() - began_s:.0f} s, peak memory {peak_gb:.1f} GiB")
     return Bundle(out.resolve(), bundle.manifest, bundle.tokenizer)
 
 
@@ -151,11 +142,11 @@ def read_policy(path: Path) -> PolicySpec:
 def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:
     """The policy's description, the tokenizer and the model's sizes must be of one thing."""
     config = model.config
-    state_dim = len(policy.joints) if policy.state.as_token else None
+    state_dim = policy.width if policy.state.as_token else None
     for what, expected, got in (
         ("image.size", config.vision.image_size, policy.image.size),
         ("horizon", config.horizon, policy.horizon),
-        ("joints", config.action_dim, len(policy.joints)),
+        ("joints (or pad_to)", config.action_dim, policy.width),
         ("width of the state token", config.state_dim, state_dim),
         ("tokens in tokenizer.json", config.vocab_size, tokenizer.get_vocab_size()),
     ):
@@ -163,76 +154,23 @@ def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:
             raise ConfigurationError(f"{POLICY}: {what}: expected {expected}, as the checkpoint has it, got {got}")
 
 
-def prefix_length(model: VLA, policy: PolicySpec) -> int:
-    return len(policy.cameras) * model.config.vision.tokens + policy.prompt.length
-
-
-def describe_graphs(model: VLA, policy: PolicySpec, prompt_rows: int) -> GraphSpec:
-    config = model.config
-    return GraphSpec(
-        layers=config.backbone.depth,
-        kv_heads=config.backbone.kv_heads,
-        head_dim=config.backbone.head_dim,
-        image_tokens=config.vision.tokens,
-        prefix_length=prefix_length(model, policy),
-        action_dim=config.action_dim,
-        vocab_size=prompt_rows,
-    )
-
-
-def write_graphs(model: VLA, policy: PolicySpec, prompt_rows: int, folder: Path) -> None:
+def write_graphs(graphs: Graphs, folder: Path) -> None:
     """Both graphs as ONNX."""
-    prefill, expert = traceable(model, policy, prompt_rows)
-    trace(*prefill, ["keys", "values", "prefix_mask"], folder / PREFILL)
-    trace(*expert, ["velocity"], folder / EXPERT)
+    for (graph, inputs), name, outputs in zip(graphs, (PREFILL, EXPERT), OUTPUTS, strict=True):
+        trace(graph, inputs, outputs, folder / name)
 
 
-def write_programs(model: VLA, policy: PolicySpec, prompt_rows: int, folder: Path) -> None:
+def write_programs(graphs: Graphs, folder: Path) -> None:
     """Both graphs as torch.export programs."""
-    prefill, expert = traceable(model, policy, prompt_rows)
-    save_program(*prefill, folder / PROGRAMS[PREFILL])
-    save_program(*expert, folder / PROGRAMS[EXPERT])
+    for (graph, inputs), name in zip(graphs, (PREFILL, EXPERT), strict=True):
+        save_program(graph, inputs, folder / PROGRAMS[name])
 
 
-def traceable(
-    model: VLA, policy: PolicySpec, prompt_rows: int
-) -> tuple[tuple[nn.Module, dict[str, Tensor]], tuple[nn.Module, dict[str, Tensor]]]:
-    """Prefill and expert step, each with inputs of the policy's sizes."""
-    config, cameras, length, size = model.config, len(policy.cameras), policy.prompt.length, policy.image.size
-    prefix = prefix_length(model, policy)
-    prefill_inputs = {
-        "images": torch.zeros(cameras, 3, size, size),
-        "image_mask": torch.ones(cameras, dtype=torch.bool),
-        "tokens": torch.zeros(length, dtype=torch.long),
-        "token_mask": torch.ones(length, dtype=torch.bool),
-    }
-    kv_shape = (config.backbone.depth, config.backbone.kv_heads, prefix, config.backbone.head_dim)
-    expert_inputs = {
-        # Two tensors: the tracer would take one tensor, given twice, for one input.
-        "keys": torch.zeros(kv_shape),
-        "values": torch.zeros(kv_shape),
-        "prefix_mask": torch.ones(prefix, dtype=torch.bool),
-        "x_t": torch.zeros(config.horizon, config.action_dim),
-        "time": torch.ones(config.horizon),
-    }
-    if config.state_dim is not None:
-        expert_inputs["state"] = torch.zeros(config.state_dim)
-    return (PrefillGraph(without_answers(model, prompt_rows)), prefill_inputs), (ExpertGraph(model), expert_inputs)
-
-
-def without_answers(model: VLA, prompt_rows: int) -> VLA:
-    """The model with the token table cut to the rows a prompt can hold; the other weights are shared, not copied."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    cut = copy.deepcopy(model, shared)
-    cut.backbone.embedding = nn.Embedding.from_pretrained(model.backbone.embedding.weight[:prompt_rows].clone())
-    return cut
-
-
-def trace(graph: nn.Module, inputs: dict[str, Tensor], outputs: list[str], path: Path) -> None:
-    """One graph to one file, without the trainer's file names and stack traces."""
+def trace(graph: nn.Module, inputs: Inputs, outputs: Sequence[str], path: Path) -> None:
+    """One graph to one file, without the trainer's file names and stack traces; large weights lie beside it."""
     with own_deprecations_unheard():
         program = torch.onnx.export(
-            graph.eval(),
+            graph,
             tuple(inputs.values()),
             input_names=list(inputs),
             output_names=outputs,
@@ -242,10 +180,11 @@ def trace(graph: nn.Module, inputs: dict[str, Tensor], outputs: list[str], path:
             verbose=False,
         )
     assert program is not None
-    proto = program.model_proto
-    strip_remarks(proto)
-    onnx.checker.check_model(proto, full_check=True)
-    onnx.save(proto, str(path))
+    strip_remarks(program.model)
+    size = sum(weight.const_value.nbytes for weight in program.model.graph.initializers.values() if weight.const_value)
+    beside = f"{path.stem}.weights" if size > EMBEDDED_BYTES else None
+    onnx_ir.save(program.model, path, external_data=beside)
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 @contextmanager
@@ -256,7 +195,7 @@ def own_deprecations_unheard() -> Iterator[None]:
         yield
 
 
-def save_program(graph: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
+def save_program(graph: nn.Module, inputs: Inputs, path: Path) -> None:
     """One graph to one file: what it reads, and nothing of the rest of the model or of the trainer's machine."""
     with own_deprecations_unheard():
         program = torch.export.export(graph.eval(), tuple(inputs.values()))
@@ -279,13 +218,13 @@ def save_program(graph: nn.Module, inputs: dict[str, Tensor], path: Path) -> Non
         torch.export.save(program, path)
 
 
-def strip_remarks(proto: onnx.ModelProto) -> None:
+def strip_remarks(model: onnx_ir.Model) -> None:
     """torch notes a stack trace at every node: useless on a robot, and it names the trainer's files."""
-    graph = proto.graph
-    del graph.value_info[:]
-    for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
+    graph = model.graph
+    values = [value for node in graph.all_nodes() for value in node.outputs]
+    for part in (model, graph, *graph.all_nodes(), *values, *graph.inputs, *graph.initializers.values()):
+        part.metadata_props.clear()
+        part.doc_string = None
 
 
 def check_left_behind(model: VLA, prompt_rows: int, folder: Path) -> None:
@@ -298,7 +237,8 @@ def check_left_behind(model: VLA, prompt_rows: int, folder: Path) -> None:
     prefix = size(model.vision, model.projector, *model.backbone.layers)
     prefix -= size(last.attention.q, last.attention.out, last.norm2, last.mlp)
     prefix += prompt_rows * model.config.backbone.width
-    step = size(model.expert, model.action_in, model.action_out, model.state_in)
+    step = size(model.expert, model.action_in, model.action_out, model.state_in) + modulation_size(model)
+    step -= sum(weight.numel() + bias.numel() for weight, bias in time_layers(model.expert))
     for name, expected in ((PREFILL, prefix), (EXPERT, step)):
         found = {name: [*read_header(folder / name).weights.values()]}
         program = folder / PROGRAMS[name]
@@ -412,11 +352,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, required=True, help="folder of the bundle; an earlier bundle there is replaced"
     )
     parser.add_argument("--notes", type=Path, help="Markdown file for the model card: what the model can and cannot do")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the large weights, keys and values")
     parser.add_argument("--torch", action="store_true", help="also write both graphs for the torch engine")
     chosen = parser.parse_args(arguments)
     try:
         notes = "" if chosen.notes is None else chosen.notes.read_text(encoding="utf-8")
-        export_bundle(chosen.checkpoint, chosen.out, notes, chosen.torch)
+        export_bundle(chosen.checkpoint, chosen.out, notes, chosen.torch, chosen.dtype)
     except (KiVlaError, ExportError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

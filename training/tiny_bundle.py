@@ -17,10 +17,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ki_vla_ros.bundle import Bundle, GraphSpec, PolicySpec, write_bundle
+from ki_vla_ros.bundle import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
 from training.vocabulary import DEMO_PROMPT, build_tokenizer, prompt_tokenizer
 
 _GRID = 2  # image tokens per side
+_PERIOD = 1e6
 _LAYERS, _KV_HEADS, _HEAD_DIM = 2, 1, 8
 _CARD = "Random weights: for tests and benchmarks only, **never for an arm**.\n"
 
@@ -49,18 +50,25 @@ def write_tiny_bundle(folder: Path, policy: PolicySpec, seed: int = 0) -> Bundle
     """Make `folder` a valid bundle with random weights drawn from `seed`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = prompt_tokenizer(build_tokenizer(fast_vocab=8))
+    prefix = len(policy.cameras) * _GRID**2 + policy.prompt.length
     graph = GraphSpec(
         layers=_LAYERS,
         kv_heads=_KV_HEADS,
         head_dim=_HEAD_DIM,
         image_tokens=_GRID**2,
-        prefix_length=len(policy.cameras) * _GRID**2 + policy.prompt.length,
+        prefix_length=prefix,
         action_dim=len(policy.joints),
+        state_dim=len(policy.joints) if policy.state.as_token else None,
+        modulation=1,
+        prefill_flops=prefix * _LAYERS * _KV_HEADS * 4 * _HEAD_DIM**2,
+        step_flops=prefix * _LAYERS * _KV_HEADS * 4 * _HEAD_DIM,
         vocab_size=tokenizer.get_vocab_size(),
     )
     rng = np.random.default_rng(seed)
     onnx.save(prefill_graph(policy, graph, rng), str(folder / "prefill.onnx"))
     onnx.save(expert_graph(policy, graph, rng), str(folder / "expert.onnx"))
+    # The modulation is the time itself: a wave so long that its sine is a straight line.
+    np.savez(folder / TIME, periods=[_PERIOD], weight0=[[_PERIOD / (2.0 * np.pi), 0.0]], bias0=[0.0])
     return write_bundle(folder, policy, graph, tokenizer, f"# {policy.name}\n\n{_CARD}")
 
 
@@ -112,7 +120,10 @@ def prefill_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator
 
 
 def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator) -> onnx.ModelProto:
-    """velocity = (x_t - target) / time: any number of Euler steps ends on the target, which depends on the prefix."""
+    """velocity = (x_t - target) / time: any number of Euler steps ends on the target, which depends on the prefix.
+
+    `modulation` is the time.
+    """
     horizon, action_dim, dim = policy.horizon, graph.action_dim, graph.head_dim
     phase = np.linspace(1.0 / horizon, 1.0, horizon)[:, np.newaxis]
     motion = 0.5 * np.sin(np.pi * phase) * rng.uniform(0.5, 1.0, (1, action_dim))
@@ -143,9 +154,14 @@ def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator)
         helper.make_node("Add", ["halved", "one"], ["gain"]),
         helper.make_node("Mul", ["motion", "gain"], ["target"]),
         helper.make_node("Sub", ["x_t", "target"], ["distance"]),
+        helper.make_node("Where", ["clean", "zero", "modulation"], ["time"]),
         helper.make_node("Max", ["time", "time_floor"], ["time_safe"]),
         helper.make_node("Unsqueeze", ["time_safe", "last"], ["time_column"]),
         helper.make_node("Div", ["distance", "time_column"], ["velocity"]),
+        helper.make_node("Mul", ["velocity", "step"], ["way"]),
+        helper.make_node("Sub", ["x_t", "way"], ["moved"]),
+        helper.make_node("Unsqueeze", ["clean", "last"], ["clean_column"]),
+        helper.make_node("Where", ["clean_column", "x_t", "moved"], ["x_next"]),
     ]
     kv = [graph.layers, graph.kv_heads, graph.prefix_length, dim]
     inputs = [
@@ -154,9 +170,11 @@ def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator)
         ("prefix_mask", TensorProto.BOOL, [graph.prefix_length]),
         *([("state", TensorProto.FLOAT, [action_dim])] if with_state else []),
         ("x_t", TensorProto.FLOAT, [horizon, action_dim]),
-        ("time", TensorProto.FLOAT, [horizon]),
+        ("modulation", TensorProto.FLOAT, [1]),
+        ("clean", TensorProto.BOOL, [horizon]),
+        ("step", TensorProto.FLOAT, [1]),
     ]
-    outputs = [("velocity", TensorProto.FLOAT, [horizon, action_dim])]
+    outputs = [(name, TensorProto.FLOAT, [horizon, action_dim]) for name in ("velocity", "x_next")]
     return _model("expert", nodes, inputs, outputs, weights, {"outer_axes": [0, 1, 2], "last": [1]})
 
 

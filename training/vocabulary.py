@@ -1,7 +1,8 @@
 """The demo's vocabulary: the words of its instructions, questions and answers, and own tokens for places and actions.
 
 Ids that a prompt can contain come first, in one block: the exported prefill graph carries the embedding rows of that
-block only, so location and action (FAST) tokens cannot even be expressed on the robot.
+block only, so location and action (FAST) tokens cannot even be expressed on the robot. PaliGemma's vocabulary
+(paligemma_tokenizer.py) has the same order.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def act_query_token(i: int) -> str:
 def loc_token(i: int) -> str:
     """Place i of LOCATIONS along one image axis, from left to right or top to bottom."""
     return f"<loc_{i}>"
+
+
+def paligemma_loc_token(i: int) -> str:
+    """The same in PaliGemma's vocabulary: place i of 1024."""
+    return f"<loc{i:04d}>"
 
 
 def fast_token(i: int) -> str:
@@ -95,14 +101,18 @@ def act_query_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def prompt_vocab_size(tokenizer: Tokenizer) -> int:
-    """How many ids, from 0, a prompt can contain: everything before the location and action tokens."""
-    return loc_id(tokenizer, 0)
+    """How many ids, from 0, a prompt can contain: everything before the location, segment and action tokens."""
+    paligemma = tokenizer.token_to_id(paligemma_loc_token(0))
+    return loc_id(tokenizer, 0) if paligemma is None else int(paligemma)
 
 
 def prompt_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer as the robot gets it: without the location and action tokens."""
+    """The tokenizer as the robot gets it: without the location, segment and action tokens."""
     size = prompt_vocab_size(tokenizer)
     description = json.loads(tokenizer.to_str())
-    description["model"]["vocab"] = {token: i for token, i in description["model"]["vocab"].items() if i < size}
+    model = description["model"]
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < size}
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
     description["added_tokens"] = [token for token in description["added_tokens"] if token["id"] < size]
     return Tokenizer.from_str(json.dumps(description))

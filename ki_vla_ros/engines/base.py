@@ -1,6 +1,6 @@
 """The contract between the policy and whatever runs the two graphs.
 
-Legend: H horizon, A action dim, J joints.
+Legend: H horizon, A action dim, S width of the state token, M modulation.
 """
 
 from __future__ import annotations
@@ -44,15 +44,34 @@ class Engine(Protocol):
     def velocity(
         self,
         cache: KVCache,
-        state_J: NDArray[np.float32] | None,
+        state_S: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
-        time_H: NDArray[np.float32],
+        time: float,
+        clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
-        """One expert step: the flow's velocity [H, A] at x_t, one time in 0..1 per action; the caller may keep it."""
+        """One expert step: the flow's velocity [H, A] at x_t and flow time 0..1 (0 for clean actions); the caller may
+        keep it.
+        """
         ...
 
     def close(self) -> None:
         """Free sessions and buffers; further calls raise EngineError."""
+        ...
+
+
+@runtime_checkable
+class IntegratingEngine(Engine, Protocol):
+    """An engine that takes all steps of a chunk without the host in between."""
+
+    def integrate(
+        self,
+        cache: KVCache,
+        state_S: NDArray[np.float32] | None,
+        x_t_HA: NDArray[np.float32],
+        steps: int,
+        clean_H: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        """Euler steps from t = 1 to 0; clean actions stay as they are -> [H, A], which the caller may keep."""
         ...
 
 
@@ -63,9 +82,10 @@ class DifferentiableEngine(Engine, Protocol):
     def pullback(
         self,
         cache: KVCache,
-        state_J: NDArray[np.float32] | None,
+        state_S: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
-        time_H: NDArray[np.float32],
+        time: float,
+        clean_H: NDArray[np.bool_],
         vector_HA: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """(d velocity / d x_t)^T vector, [H, A], at x_t; the caller may keep it. A forward and a backward pass."""
@@ -84,17 +104,20 @@ def prefill_inputs(model_input: ModelInput) -> dict[str, NDArray[np.generic]]:
 
 def expert_inputs(
     types: Mapping[str, TensorType],
-    state_J: NDArray[np.float32] | None,
+    state_S: NDArray[np.float32] | None,
     x_t_HA: NDArray[np.float32],
-    time_H: NDArray[np.float32],
+    modulation_M: NDArray[np.float32],
+    clean_H: NDArray[np.bool_],
+    step: float = 0.0,
 ) -> dict[str, NDArray[np.generic]]:
     """Those that change from step to step; EngineError for a state that the expert does not take, or lacks."""
     expected = "state" in types
-    if expected != (state_J is not None):
+    if expected != (state_S is not None):
         wanted, got = ("a state token", "none") if expected else ("none, the prompt has it as text", "one")
         raise EngineError(f"{EXPERT}: state: expected {wanted}, got {got}")
-    inputs: dict[str, NDArray[np.generic]] = {"x_t": x_t_HA, "time": time_H}
-    return inputs if state_J is None else inputs | {"state": state_J}
+    inputs: dict[str, NDArray[np.generic]] = {"x_t": x_t_HA, "modulation": modulation_M, "clean": clean_H}
+    inputs["step"] = np.array([step], dtype=np.float32)
+    return inputs if state_S is None else inputs | {"state": state_S}
 
 
 def check_types(graph: str, types: Mapping[str, TensorType], inputs: Mapping[str, NDArray[np.generic]]) -> None:

@@ -1,7 +1,7 @@
 """Both graphs on onnxruntime, with every input and output bound once to buffers on the device that runs them.
 
 The prefill writes keys, values and prefix mask into the very buffers that the expert reads, so the ten steps of a chunk
-copy nothing but the small x_t, time and velocity. Legend: H horizon, A action dim, J joints.
+copy nothing but the small x_t, modulation and velocity. Legend: H horizon, A action dim, S width of the state token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, graph_interface
+from ki_vla_ros.bundle import EXPERT, PREFILL, TIME, Bundle, graph_interface
 from ki_vla_ros.engines.base import (
     KVCache,
     check_cache,
@@ -26,15 +26,18 @@ from ki_vla_ros.engines.base import (
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.onnx_header import TensorType
 from ki_vla_ros.preprocess import ModelInput
+from ki_vla_ros.time_table import TimeTable
 
-_DEVICE_OF = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
-_WHEEL_OF = {"CPUExecutionProvider": "onnxruntime", "CUDAExecutionProvider": "onnxruntime-gpu"}
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_DEVICE_OF = {CPU: "cpu", CUDA: "cuda", TENSORRT: "cuda"}
+_WHEEL_OF = {CPU: "onnxruntime", CUDA: "onnxruntime-gpu", TENSORRT: "onnxruntime-gpu (and TensorRT's libraries)"}
+_BFLOAT16 = 16  # ONNX's number for the element type; numpy has none
 
 
 class OnnxEngine:
     """One bundle on one onnxruntime execution provider; EngineError where this machine does not have it."""
 
-    def __init__(self, bundle: Bundle, provider: str = "CPUExecutionProvider", threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, provider: str = CPU, threads: int = 1) -> None:
         if provider not in _DEVICE_OF:
             raise EngineError(f"onnxruntime provider: expected one of {sorted(_DEVICE_OF)}, got {provider!r}")
         available = ort.get_available_providers()
@@ -43,6 +46,11 @@ class OnnxEngine:
                 f"onnxruntime provider: expected {provider}, got onnxruntime {ort.__version__} with only {available}; "
                 f"install the wheel {_WHEEL_OF[provider]} in its place"
             )
+        if provider == CPU and bundle.manifest.graph.dtype != "float32":
+            raise EngineError(
+                f"{bundle.path}: expected a float32 bundle for {CPU}, got {bundle.manifest.graph.dtype}, which it has "
+                "no kernels for; export with --dtype float32, or choose another provider or engine"
+            )
         self.description = f"onnxruntime {ort.__version__}, {provider}, {threads} thread{'s' if threads != 1 else ''}"
         self._provider = provider
         self._generation = 0
@@ -50,6 +58,7 @@ class OnnxEngine:
         self._types = {name: tensor for sides in interface.values() for side in sides for name, tensor in side.items()}
         self._buffers = {name: self._allocate(tensor) for name, tensor in self._types.items()}
         self._graphs = {name: self._open(bundle.path / name, *interface[name], threads) for name in interface}
+        self._times = TimeTable(bundle.path / TIME, bundle.manifest.graph.modulation)
 
     def prefill(self, model_input: ModelInput) -> KVCache:
         self._generation += 1
@@ -59,12 +68,13 @@ class OnnxEngine:
     def velocity(
         self,
         cache: KVCache,
-        state_J: NDArray[np.float32] | None,
+        state_S: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
-        time_H: NDArray[np.float32],
+        time: float,
+        clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         check_cache(self, cache, self._generation)
-        self._run(EXPERT, expert_inputs(self._types, state_J, x_t_HA, time_H))
+        self._run(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times.row(time), clean_H))
         return check_finite(self._buffers["velocity"].numpy().copy())  # numpy() only views it on a CPU
 
     def close(self) -> None:
@@ -73,7 +83,8 @@ class OnnxEngine:
 
     def _allocate(self, tensor: TensorType) -> ort.OrtValue:
         device = _DEVICE_OF[self._provider]
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(tensor.shape), np.dtype(tensor.dtype), device, 0)
+        element = _BFLOAT16 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype)
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(tensor.shape), element, device, 0)
 
     def _open(
         self, path: Path, inputs: Mapping[str, TensorType], outputs: Mapping[str, TensorType], threads: int

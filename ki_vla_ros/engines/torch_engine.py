@@ -1,7 +1,7 @@
 """Both graphs on torch, with a backward pass through the expert; it needs a bundle exported with `--torch`.
 
 For parity with the model, and for real-time chunking with the true Jacobian (policy.py). It runs the operations of the
-.pt2 files one by one: no model code, nothing compiled. Legend: H horizon, A action dim, J joints.
+.pt2 files one by one: no model code, nothing compiled. Legend: H horizon, A action dim, S width of the state token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, PROGRAMS, Bundle, graph_interface
+from ki_vla_ros.bundle import EXPERT, PREFILL, PROGRAMS, TIME, Bundle, graph_interface
 from ki_vla_ros.engines.base import (
     KVCache,
     check_cache,
@@ -27,6 +27,7 @@ from ki_vla_ros.engines.base import (
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.preprocess import ModelInput
 from ki_vla_ros.pt2 import Constant, Device, Name, Operation, Program, read_program
+from ki_vla_ros.time_table import TimeTable
 
 
 class TorchEngine:
@@ -58,6 +59,7 @@ class TorchEngine:
             for inputs, outputs in graph_interface(bundle.manifest).values()
             for name, tensor in (inputs | outputs).items()
         }
+        self._times = TimeTable(bundle.path / TIME, bundle.manifest.graph.modulation)
         self._graphs = {name: _Graph(read_program(bundle.path / file), device) for name, file in PROGRAMS.items()}
         self.prefix: dict[str, Tensor] = {}
         """Keys, values and prefix mask of the newest prefill, on the device."""
@@ -72,32 +74,44 @@ class TorchEngine:
     def velocity(
         self,
         cache: KVCache,
-        state_J: NDArray[np.float32] | None,
+        state_S: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
-        time_H: NDArray[np.float32],
+        time: float,
+        clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         check_cache(self, cache, self._generation)
-        inputs = self._tensors(EXPERT, expert_inputs(self._types, state_J, x_t_HA, time_H))
+        inputs = self._step_inputs(state_S, x_t_HA, time, clean_H)
         with torch.no_grad():
-            (velocity_HA,) = self._run(EXPERT, inputs | self.prefix)
+            velocity_HA, _ = self._run(EXPERT, inputs | self.prefix)
         return check_finite(velocity_HA.cpu().numpy())
 
     def pullback(
         self,
         cache: KVCache,
-        state_J: NDArray[np.float32] | None,
+        state_S: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
-        time_H: NDArray[np.float32],
+        time: float,
+        clean_H: NDArray[np.bool_],
         vector_HA: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         check_cache(self, cache, self._generation)
         check_types(EXPERT, {"vector": self._types["x_t"]}, {"vector": vector_HA})
-        inputs = self._tensors(EXPERT, expert_inputs(self._types, state_J, x_t_HA, time_H))
+        inputs = self._step_inputs(state_S, x_t_HA, time, clean_H)
         with torch.enable_grad():
             x_t = inputs["x_t"].requires_grad_()
-            (velocity_HA,) = self._run(EXPERT, inputs | self.prefix)
+            velocity_HA, _ = self._run(EXPERT, inputs | self.prefix)
             (pulled_HA,) = torch.autograd.grad(velocity_HA, x_t, torch.tensor(vector_HA, device=self._device))
         return check_finite(pulled_HA.cpu().numpy(), "pullbacks")
+
+    def _step_inputs(
+        self,
+        state_S: NDArray[np.float32] | None,
+        x_t_HA: NDArray[np.float32],
+        time: float,
+        clean_H: NDArray[np.bool_],
+    ) -> dict[str, Tensor]:
+        inputs = expert_inputs(self._types, state_S, x_t_HA, self._times.row(time), clean_H)
+        return self._tensors(EXPERT, inputs)
 
     def close(self) -> None:
         self._graphs.clear()
@@ -120,7 +134,7 @@ class _Graph:
 
     def __init__(self, program: Program, device: str) -> None:
         self._program, self._device = program, device
-        self._weights = {name: torch.from_numpy(program.read_weight(name)).to(device) for name in program.weights}
+        self._weights = {name: _weight(program, name).to(device) for name in program.weights}
         self._steps = [(_resolve(operation), operation) for operation in program.operations]
         # A tensor is let go after its last reader: the prefill of a large model would keep all layers' at once.
         last = {name: k for k, operation in enumerate(program.operations) for name in operation.names()}
@@ -155,6 +169,11 @@ class _Graph:
             case list():
                 return [self._value(tensors, part) for part in value]
         return value
+
+
+def _weight(program: Program, name: str) -> Tensor:
+    weight = torch.from_numpy(program.read_weight(name))
+    return weight.view(torch.bfloat16) if program.weights[name].dtype == "bfloat16" else weight
 
 
 def _resolve(operation: Operation) -> Any:

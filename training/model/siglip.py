@@ -117,10 +117,10 @@ class Vision(nn.Module):
         self.norm = LayerNorm(config.width, eps=1e-6)
 
     def forward(self, images_BCSS: Tensor) -> Tensor:
-        images_BCSS = images_BCSS.to(self.position.weight.dtype)
         # Channels last: a third faster on a CPU, and the tokens come out in the order that the layers want.
         map_BWHH = self.stem(images_BCSS.contiguous(memory_format=torch.channels_last))
         x_BMW = map_BWHH.flatten(2).transpose(1, 2) + self.position.weight
+        x_BMW = x_BMW.to(self.layers[0].out.weight.dtype)
         for layer in self.layers:
             x_BMW = layer(x_BMW)
         return self.norm(x_BMW)

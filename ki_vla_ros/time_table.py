@@ -1,0 +1,94 @@
+"""What the expert needs to know of the flow time, computed once per time and not in every step.
+
+The conditioning depends on the time alone, and the Euler steps have few times, so its layers stay out of the expert's
+graph: they lie as numbers in `time.npz`, and their result for one time is a row that the graph takes as `modulation`.
+For pi0.5's expert of 300 M that keeps 116 M weights out of each step.
+
+File: `periods` [E / 2] of the waves that embed the time (sines, then cosines), then `weight0` [out, in], `bias0`,
+`weight1`, ...: linear layers with silu between them. Weights may be bfloat16, stored as uint16.
+
+Legend: E embedding, M modulation.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.errors import BundleError, EngineError
+
+MOST_ROWS = 256  # more than any two settings of flow_steps have times
+
+
+class TimeTable:
+    """Rows [M] by flow time. BundleError where the file is not what the module's docstring says."""
+
+    def __init__(self, path: Path, modulation: int) -> None:
+        self._rows: dict[float, NDArray[np.float32]] = {}
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                self._periods = np.asarray(arrays["periods"], dtype=np.float64)
+                layers = (len(arrays.files) - 1) // 2
+                self._layers = [(arrays[f"weight{n}"], arrays[f"bias{n}"]) for n in range(layers)]
+                names = {"periods", *(f"{kind}{n}" for kind in ("weight", "bias") for n in range(layers))}
+                if names != set(arrays.files):
+                    raise ValueError(f"arrays {sorted(arrays.files)}")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise BundleError(
+                f"{path}: expected arrays of numbers in an npz file, got {error}; export again"
+            ) from error
+        width = 2 * len(self._periods)
+        for n, (weight, bias) in enumerate(self._layers):
+            if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+                raise BundleError(
+                    f"{path}: layer {n}: expected weights [out, {width}] and biases [out], got {weight.shape} and "
+                    f"{bias.shape}; export again"
+                )
+            width = len(bias)
+        if not self._layers or width != modulation:
+            raise BundleError(f"{path}: expected a modulation of {modulation} (graph.modulation), got {width}")
+
+    def row(self, time: float) -> NDArray[np.float32]:
+        """The modulation at one flow time; not to be changed by the caller."""
+        if time not in self._rows:
+            self.rows([time])
+        return self._rows[time]
+
+    def rows(self, times: Sequence[float]) -> NDArray[np.float32]:
+        """[N, M]; what is not in the table yet is computed, all at once."""
+        missing = sorted({time for time in times if time not in self._rows})
+        if missing:
+            if not all(0.0 <= time <= 1.0 for time in missing):
+                raise EngineError(f"flow time: expected 0 to 1, got {missing}")
+            if len(self._rows) + len(missing) > MOST_ROWS:
+                self._rows.clear()
+                missing = sorted(set(times))
+            self._rows.update(zip(missing, self._compute(missing), strict=True))
+        return np.stack([self._rows[time] for time in times])
+
+    def _compute(self, times: Sequence[float]) -> NDArray[np.float32]:
+        # The shortest period is 4e-3, so angles reach 1570 rad: float64 until they are sines.
+        angle = np.asarray(times, dtype=np.float64)[:, np.newaxis] * (2.0 * np.pi / self._periods)
+        x = np.concatenate((np.sin(angle), np.cos(angle)), axis=1).astype(np.float32)
+        for n, (weight, bias) in enumerate(self._layers):
+            if n:
+                x = x * (np.float32(0.5) * (np.tanh(np.float32(0.5) * x) + np.float32(1.0)))  # silu, without overflow
+            # Row by row: in one product the last bits of a row would depend on its neighbours.
+            weight = _float32(weight)
+            x = np.stack([weight @ row for row in x]) + _float32(bias)
+        return x
+
+
+def step_times(steps: int) -> list[float]:
+    """Of the Euler steps from t = 1 to 0. Counted in integers: a sum of -1/steps would be off by rounding."""
+    return [1.0 - step / steps for step in range(steps)]
+
+
+def _float32(values: NDArray[np.generic]) -> NDArray[np.float32]:
+    if values.dtype == np.uint16:  # bfloat16: the upper half of a float32
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)

@@ -1,0 +1,67 @@
+"""Durations: taken in alternation, and what is said about them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.errors import ConfigurationError
+
+Durations = NDArray[np.float64]
+RESAMPLES = 2000
+
+
+def spread(values: Sequence[float] | NDArray[Any]) -> dict[str, float]:
+    names = ("p50", "p90", "p99", "max")
+    return dict(zip(names, np.percentile(values, [50, 90, 99, 100]).tolist(), strict=True))
+
+
+def alternating(names: Sequence[str], rounds: int) -> Iterator[tuple[str, ...]]:
+    """Order of the calls in each round: forwards, backwards, forwards, ... so that none always follows the same one."""
+    for n in range(rounds):
+        yield tuple(names) if n % 2 == 0 else tuple(reversed(names))
+
+
+def time_alternating(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int,
+    after_round: Callable[[int], None] = lambda n: None,
+    clock_ns: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, Durations]:
+    """ms of every call in every round, those of the warm-up dropped. What disturbs the machine for longer than a round
+    disturbs all calls alike.
+    """
+    if rounds < 1 or warm_up < 0:
+        raise ConfigurationError(f"timing: expected at least 1 round and 0 of warm-up, got {rounds} and {warm_up}")
+    taken_ms = {name: np.empty(rounds) for name in calls}
+    for n, order in enumerate(alternating(list(calls), warm_up + rounds)):
+        for name in order:
+            began_ns = clock_ns()
+            calls[name]()
+            if n >= warm_up:
+                taken_ms[name][n - warm_up] = (clock_ns() - began_ns) / 1e6
+        if n >= warm_up:
+            after_round(n - warm_up + 1)
+    return taken_ms
+
+
+def ratio_of_medians(numerator_ms: Durations, denominator_ms: Durations, seed: int = 0) -> dict[str, float]:
+    """`ratio` and the ends, `low` and `high`, of its 95 % interval.
+
+    The interval is a bootstrap over rounds (Efron 1979, percentiles): both calls of a drawn round go in together, since
+    what slowed one down is likely to have slowed down the other.
+    """
+    if numerator_ms.shape != denominator_ms.shape:
+        raise ConfigurationError(
+            f"ratio: expected as many rounds of both, got {len(numerator_ms)} and {len(denominator_ms)}"
+        )
+    rounds = len(numerator_ms)
+    drawn = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
+    ratios = np.median(numerator_ms[drawn], axis=1) / np.median(denominator_ms[drawn], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5]).tolist()
+    return {"ratio": float(np.median(numerator_ms) / np.median(denominator_ms)), "low": low, "high": high}

@@ -1,0 +1,178 @@
+"""From downloaded weights to a checkpoint that `training.export` makes a bundle of, or that training starts from.
+
+    python -m training.import_weights --from pi05_base --as pi05 --tokenizer paligemma_tokenizer.model \
+        --stats norm_stats.json --robot my_arm.yaml --out out/pi05
+
+`--robot` is a YAML file, config/training/imported_arm.yaml an example: cameras, joints and their limits are in none of
+the downloaded files. `--as paligemma` takes neither statistics nor robot: its expert is untrained, so no policy is
+described, and nothing can be exported for a robot before training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ki_vla_ros.bundle import TOKENIZER
+from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.manifest import (
+    ActionStats,
+    CameraSpec,
+    FlowSpec,
+    ImageSpec,
+    JointSpec,
+    PolicySpec,
+    PromptSpec,
+    Provenance,
+    StateSpec,
+    describe_validation,
+)
+from training.checkpoints import CONFIG, WEIGHTS, save_checkpoint
+from training.imports import Kind, import_weights
+from training.model.vla import VLAConfig
+from training.normalization_files import FIELDS, Method, read_ranges
+from training.paligemma import paligemma_3b
+from training.paligemma_tokenizer import read_tokenizer
+from training.policy_spec import commit
+
+POLICY = "policy.json"
+PROMPTS = {
+    "pi0": PromptSpec(template="{task}\n", length=48, style="openpi"),
+    "pi05": PromptSpec(template="Task: {task}, State: {state};\nAction: ", length=200, style="openpi"),
+}
+METHODS: dict[str, Method] = {"pi0": "mean_std", "pi05": "quantiles"}
+
+
+class Robot(BaseModel):
+    """What only the user knows: order and meaning of cameras and joints, limits, and the time between actions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    cameras: tuple[CameraSpec, ...]
+    joints: tuple[JointSpec, ...]
+    horizon: int
+    action_period_s: float
+    flow: FlowSpec = FlowSpec()
+
+
+def read_robot(path: Path) -> Robot:
+    try:
+        return Robot.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path}: expected a YAML file that describes the robot ({error})") from error
+    except ValidationError as error:
+        raise ConfigurationError(f"{path}: {describe_validation(error)}") from error
+
+
+def describe_policy(kind: Kind, config: VLAConfig, robot: Robot, stats: Path, method: Method) -> PolicySpec:
+    """The manifest's part: prompt and state as the kind has them, normalisation from `stats`."""
+    if len(robot.joints) > config.action_dim:
+        raise ConfigurationError(f"robot: expected at most {config.action_dim} joints, got {len(robot.joints)}")
+    ranges = read_ranges(stats, method, len(robot.joints))
+    try:
+        return PolicySpec(
+            name=robot.name,
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            cameras=robot.cameras,
+            image=ImageSpec(size=config.vision.image_size),
+            prompt=PROMPTS[kind],
+            joints=robot.joints,
+            state=StateSpec(encoding="token" if kind == "pi0" else "text", **ranges.state._asdict()),
+            action=ActionStats(**ranges.action._asdict()),
+            horizon=robot.horizon,
+            action_period_s=robot.action_period_s,
+            flow=robot.flow,
+            provenance=Provenance(
+                recipe=f"{kind} weights, imported",
+                seed=0,
+                commit=commit(),
+                data_fingerprint=f"statistics {stats.name}, {method}",
+            ),
+        )
+    except ValidationError as error:
+        raise ConfigurationError(f"robot: {describe_validation(error)}") from error
+
+
+def import_checkpoint(
+    kind: Kind,
+    source: Path,
+    tokenizer_file: Path,
+    out: Path,
+    *,
+    config: VLAConfig,
+    policy: PolicySpec | None,
+    action_ids: int = 0,
+) -> None:
+    """Writes the checkpoint; weights keep their types. `action_ids` are among the configuration's tokens."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigurationError(f"{out}: expected an empty place for the checkpoint, got something; name another")
+    vocabulary = config.vocab_size - action_ids
+    tokenizer = read_tokenizer(tokenizer_file, action_ids, vocabulary)
+    model = import_weights(config, source, kind, dtype=None, vocabulary=vocabulary)
+    save_checkpoint(out, model)
+    tokenizer.save(str(out / TOKENIZER), pretty=False)
+    if policy is not None:
+        (out / POLICY).write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.import_weights", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--from", dest="source", type=Path, required=True, help="folder or file with safetensors")
+    add("--as", dest="kind", choices=get_args(Kind), required=True, help="what the weights are")
+    add("--tokenizer", type=Path, required=True, help="paligemma_tokenizer.model or tokenizer.json")
+    add("--stats", type=Path, help="norm_stats.json (openpi), stats.json or the normalizer's .safetensors (LeRobot)")
+    add("--normalization", choices=list(FIELDS), help="default: quantiles for pi05, mean_std for pi0")
+    add("--robot", type=Path, help="YAML with cameras, joints, limits; see config/training/imported_arm.yaml")
+    add("--action-ids", type=int, default=0, help="tokens of our own after the vocabulary, for training with FAST")
+    add("--out", type=Path, required=True, help="folder of the checkpoint")
+    chosen = parser.parse_args(arguments)
+    try:
+        given = [name for name in ("stats", "robot") if getattr(chosen, name) is not None]
+        config, policy = paligemma_3b("pi0" if chosen.kind == "pi0" else "pi05", chosen.action_ids), None
+        if chosen.kind == "paligemma":
+            if given:
+                raise ConfigurationError(
+                    f"--{given[0]}: expected none with --as paligemma: its expert is untrained, it cannot move a robot"
+                )
+        elif len(given) < 2:
+            raise ConfigurationError(
+                f"--stats and --robot: expected both with --as {chosen.kind}, got {given or 'none'}"
+            )
+        else:
+            robot = read_robot(chosen.robot)
+            config = replace(config, horizon=robot.horizon)
+            method = chosen.normalization or METHODS[chosen.kind]
+            policy = describe_policy(chosen.kind, config, robot, chosen.stats, method)
+        import_checkpoint(
+            chosen.kind,
+            chosen.source,
+            chosen.tokenizer,
+            chosen.out,
+            config=config,
+            policy=policy,
+            action_ids=chosen.action_ids,
+        )
+    except (KiVlaError, OSError) as error:
+        print(f"import: {error}", file=sys.stderr)
+        return 1
+    size = (chosen.out / WEIGHTS).stat().st_size / 1e9
+    print(f"{chosen.out}: {size:.2f} GB of weights, {CONFIG}, {TOKENIZER}" + (f", {POLICY}" if policy else ""))
+    if policy:
+        print(f"next: python -m training.export --checkpoint {chosen.out} --out BUNDLE")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
