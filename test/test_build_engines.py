@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorrt_rtx
+import torch
 from onnx import TensorProto, helper
 
 from ki_vla_ros import build_engines
@@ -34,17 +36,34 @@ from ki_vla_ros.engines.tensorrt_builder import (
 )
 from ki_vla_ros.engines.tensorrt_library import Library
 from ki_vla_ros.errors import ConfigurationError, EngineError
-from ki_vla_ros.onnx_header import TensorType
+from ki_vla_ros.onnx_header import TensorType, read_header
 from ki_vla_ros.share import find_bundle
+from training.export import export_bundle
+from training.random_bundle import PROMPT_LENGTH, pi05_slice, policy_spec, write_checkpoint
 
+pytestmark = pytest.mark.timeout(600)  # the export of the slice takes half a minute of a core, more on a busy machine
 RTX = Library("tensorrt_rtx", tensorrt_rtx)
 GPUS = ("sm86", "sm89", "sm120")
-BUNDLES = ("demo",)  # names in models/, or folders
+BUNDLES = ("demo", "pi05-slice")
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return load_bundle(find_bundle("demo"))
 
 
 @pytest.fixture(scope="module", params=BUNDLES)
-def bundle(request: pytest.FixtureRequest) -> Bundle:
-    return load_bundle(find_bundle(request.param))
+def any_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """The shipped bundle, and two layers of pi0.5 at full width: bfloat16, with weights in files beside the graphs."""
+    if request.param == "demo":
+        yield load_bundle(find_bundle("demo"))
+        return
+    folder = tmp_path_factory.mktemp(request.param)
+    config = pi05_slice()
+    policy = policy_spec(config, request.param, 3, PROMPT_LENGTH[request.param], seed=0)
+    write_checkpoint(folder / "checkpoint", config, policy, dtype=torch.bfloat16)
+    yield export_bundle(folder / "checkpoint", folder / "bundle", dtype="bfloat16")
+    shutil.rmtree(folder)  # a GB, which pytest would keep
 
 
 @pytest.fixture
@@ -67,11 +86,15 @@ def parsed(path: Path) -> Any:
 # --- both graphs of every bundle, for three GPUs
 
 
-def test_both_graphs_are_built_for_gpus_that_are_not_here(bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
+def test_both_graphs_are_built_for_gpus_that_are_not_here(
+    any_bundle: Bundle, cache: PlanCache, said: list[str]
+) -> None:
+    bundle = any_bundle
     paths = build_engines.build_engines(bundle, RTX, GPUS, cache, BuildOptions(), said.append)
     assert len({path.read_bytes() for path in paths}) == len(paths) == 6
     for graph in (PREFILL, EXPERT):
-        weights = (bundle.path / graph).stat().st_size
+        files = {graph, *read_header(bundle.path / graph).external_files}
+        weights = sum((bundle.path / name).stat().st_size for name in files)
         for path in paths:
             if path.name.startswith(Path(graph).stem):
                 assert path.stat().st_size > 0.9 * weights
@@ -82,10 +105,12 @@ def test_both_graphs_are_built_for_gpus_that_are_not_here(bundle: Bundle, cache:
     said.clear()
     again = build_engines.build_engines(bundle, RTX, GPUS, cache, BuildOptions(), said.append)
     assert again == paths and said == []
+    shutil.rmtree(cache.folder)
 
 
 @pytest.mark.parametrize("graph", [PREFILL, EXPERT])
-def test_the_parsed_network_is_the_manifests(bundle: Bundle, graph: str) -> None:
+def test_the_parsed_network_is_the_manifests(any_bundle: Bundle, graph: str) -> None:
+    bundle = any_bundle
     inputs, outputs = graph_interface(bundle.manifest)[graph]
     seen = parsed(bundle.path / graph)
     check_network(bundle.path / graph, RTX, seen.network, inputs, outputs)
