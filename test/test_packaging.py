@@ -122,7 +122,7 @@ def test_everything_imported_is_declared_for_rosdep() -> None:
 def test_everything_imported_is_required_from_pip() -> None:
     """Also where a package comes along with another one today."""
     ours = {"ki_vla_ros", "training"}
-    distributions = {"cv2": "opencv-python-headless", "yaml": "pyyaml"}
+    distributions = {"cv2": "opencv-python-headless", "google": "protobuf", "yaml": "pyyaml"}
     # Dependencies of rclpy's wheel, and cv_bridge, which is used where a ROS installation brings it.
     from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge"}
     robot = {canonicalize_name(r.name) for name in ("robot", "simulation", "ros") for r in requirements(name)}
