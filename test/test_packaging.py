@@ -142,7 +142,8 @@ def test_each_requirement_has_one_pinned_version(version: str) -> None:
             pins.setdefault(canonicalize_name(pin.name), []).append(str(pin.specifier))
     assert not [name for name, versions in pins.items() if len(versions) > 1]
     for name in ("robot", "ros", "simulation", "training", "test"):
-        assert {canonicalize_name(r.name) for r in requirements(name)} <= pins.keys()
+        # A torch with CUDA pins cuda-bindings itself: a second pin might not agree with it.
+        assert {canonicalize_name(r.name) for r in requirements(name)} - {"cuda-bindings"} <= pins.keys()
 
 
 def test_robot_needs_no_trainer_and_the_trainer_no_ros() -> None:
