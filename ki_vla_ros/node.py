@@ -43,9 +43,9 @@ from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import make_model_input, resize_with_pad
+from ki_vla_ros.preprocess import check_instruction, resize_with_pad
 from ki_vla_ros.process import run_node
-from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
 from ki_vla_ros.settings import Settings
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.stream import Stream
@@ -174,7 +174,7 @@ class PolicyNode(LifecycleNode):
         try:
             if self._loaded is None:
                 raise InstructionError("instruction: no bundle is loaded yet; configure the node first")
-            check_instruction(self._loaded.bundle, message.data)
+            check_instruction(self._loaded.bundle.manifest, self._loaded.bundle.tokenizer, message.data)
         except InputError as refusal:
             self._diagnostics.record_refusal("instruction: refused")
             in_force = self._loaded.loop.instruction if self._loaded else ""
@@ -273,7 +273,7 @@ class PolicyNode(LifecycleNode):
         with ExitStack() as resources:
             resources.callback(self.parameters.unload)
             if settings.instruction:
-                check_instruction(bundle, settings.instruction)
+                check_instruction(manifest, bundle.tokenizer, settings.instruction)
             engine = open_engine(bundle, settings, self.get_logger().info)
             resources.callback(engine.close)
             policy = Policy(bundle, engine, guidance_jacobian=settings.guidance_jacobian)
@@ -356,15 +356,6 @@ class PolicyNode(LifecycleNode):
 def own_limit_ns(max_age_s: float) -> int | None:
     """An input's own `max_age_s`; None: it has none."""
     return round(max_age_s * NS_PER_S) or None
-
-
-def check_instruction(bundle: Bundle, instruction: str) -> None:
-    """InstructionError unless a tick can use it: it goes a tick's way, with black images and a middle state."""
-    manifest = bundle.manifest
-    black_HWC = np.zeros((1, 1, 3), dtype=np.uint8)
-    frames = {camera.name: CameraFrame(camera.name, 0, black_HWC) for camera in manifest.cameras}
-    middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
-    make_model_input(manifest, bundle.tokenizer, Observation(0, frames, middle_J), instruction)
 
 
 def main() -> int:
