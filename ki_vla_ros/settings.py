@@ -22,6 +22,8 @@ from ki_vla_ros.limits import JointLimitSettings, LimitSettings, SettingsModel, 
 if TYPE_CHECKING:
     from ki_vla_ros.manifest import PolicySpec
 
+TorchModeName = Literal["auto", "eager", "compile", "graph", "compile_graph"]
+
 # Parameters of what has a name of its own; the names are in the bundle.
 _NAMED = re.compile(r"^(?P<table>cameras|limits\.joints)\.(?P<name>.+)\.(?P<field>[a-z_]+)$")
 
@@ -46,6 +48,12 @@ class Settings(SettingsModel):
         "onnx", "inference engine; torch needs the wheel torch and a bundle exported with --torch"
     )
     provider: Literal["cpu", "cuda"] = setting("cpu", "processor that runs the engine")
+    torch_mode: TorchModeName = setting(
+        "auto",
+        "engine torch; eager: operation by operation; compile: by torch.compile, which needs a compiler and takes "
+        "seconds to minutes at configure; graph: as CUDA graphs (provider cuda); compile_graph: both; auto: eager on a "
+        "cpu, graph on cuda",
+    )
     threads: int = setting(1, "processor threads of the engine", ge=1, le=64)
     autostart: bool = setting(False, "configure and activate at start, without a lifecycle client")
     instruction: str = setting("", "task at start; empty means hold until one arrives on ~/instruction")

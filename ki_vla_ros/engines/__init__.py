@@ -14,7 +14,7 @@ def open_engine(bundle: Bundle, settings: Settings) -> Engine:
         if settings.engine == "torch":
             from ki_vla_ros.engines.torch_engine import TorchEngine
 
-            return TorchEngine(bundle, settings.provider, settings.threads)
+            return TorchEngine(bundle, settings.provider, settings.threads, settings.torch_mode)
         from ki_vla_ros.engines.onnx_engine import OnnxEngine
     except ModuleNotFoundError as error:
         raise EngineError(
