@@ -1,21 +1,16 @@
-"""Measurements on this machine.
+"""`bench node`: the policy node as a process of its own on real topics, and its robot in this one.
 
-    python -m ki_vla_ros.bench node --seconds 60 --json FILE
-
-`node` runs the policy node as a process of its own on real topics and is its robot: cameras (640 x 480 at 30 Hz), joint
-states (200 Hz), and an arm that does exactly what it is told. What it measures is what the node adds to the model. With
-`--seconds 600`, perhaps `--hogs 2`, it is the soak test.
+The robot: cameras (640 x 480 at 30 Hz), joint states (200 Hz), and an arm that does exactly what it is told. What is
+measured is what the node adds to the model. With `--seconds 600`, perhaps `--hogs 2`, it is the soak test.
 """
 
 from __future__ import annotations
 
-import argparse
 import array
 import json
 import multiprocessing
 import os
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -36,11 +31,12 @@ from trajectory_msgs.msg import JointTrajectory
 from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.convert import ns_to_stamp
 from ki_vla_ros.demo_processes import Child, Children, prepare_environment
-from ki_vla_ros.errors import InputError, KiVlaError
+from ki_vla_ros.errors import KiVlaError
 from ki_vla_ros.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message
+from ki_vla_ros.timing import spread
 
 IMAGE_WIDTH, IMAGE_HEIGHT = 640, 480
 MODEL_STAGES = ("prefill", "denoise")
@@ -247,11 +243,6 @@ def summarize(
     }
 
 
-def spread(values: Sequence[float] | np.ndarray[Any, Any]) -> dict[str, float]:
-    names = ("p50", "p90", "p99", "max")
-    return dict(zip(names, np.percentile(values, [50, 90, 99, 100]).tolist(), strict=True))
-
-
 def resident_mib(pid: int) -> float:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -285,32 +276,3 @@ def table(figures: Mapping[str, Any]) -> str:
 def _spin() -> None:
     while True:
         pass
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ki_vla_ros.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, dest="command")
-    node = commands.add_parser("node", help="what the node adds to the model; also the soak test")
-    node.add_argument("--seconds", type=float, default=60.0, help=f"after {WARM_UP_S:g} s of warm-up; default 60")
-    node.add_argument("--json", type=Path, help="write the figures there")
-    node.add_argument("--bundle", default="bench", help="default: three cameras, random weights, hardly any work")
-    node.add_argument("--instruction", default="touch the red cube", help="one that the bundle understands")
-    node.add_argument("--hogs", type=int, default=0, help="processes that do nothing but use a processor")
-    chosen = parser.parse_args(arguments)
-    try:
-        figures = bench_node(
-            chosen.bundle, chosen.instruction, chosen.seconds, chosen.hogs, lambda line: print(line, flush=True)
-        )
-    except (KiVlaError, InputError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    print(table(figures))
-    if chosen.json is not None:
-        chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,7 @@ needed are walked (field numbers from onnx.proto3); weights are skipped over, so
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from ki_vla_ros.errors import BundleError
 
 _ELEMENT_TYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
+_ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 
 
@@ -30,11 +32,15 @@ class TensorType:
 
 @dataclass(slots=True)
 class GraphHeader:
-    """`weights` maps initialisers to their dimensions; `external_files` are the places their data is said to lie in."""
+    """`weights` maps initialisers to their dimensions, `weight_bytes` to their size; `external_files` are the places
+    their data is said to lie in. Of the weights in `looked_up` a run reads single rows only (operator Gather).
+    """
 
     inputs: dict[str, TensorType] = field(default_factory=dict)
     outputs: dict[str, TensorType] = field(default_factory=dict)
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+    looked_up: set[str] = field(default_factory=set)
     external_files: set[str] = field(default_factory=set)
     foreign_domains: set[str] = field(default_factory=set)
 
@@ -82,8 +88,13 @@ def _read_graph(graph: memoryview, header: GraphHeader, outermost: bool) -> None
 
 
 def _read_node(node: memoryview, header: GraphHeader) -> None:
+    inputs, operator = [], ""
     for number, value in _fields(node):
-        if number == 7 and (domain := _text(value)) not in _STANDARD_DOMAINS:
+        if number == 1:
+            inputs.append(_text(value))
+        elif number == 4:
+            operator = _text(value)
+        elif number == 7 and (domain := _text(value)) not in _STANDARD_DOMAINS:
             header.foreign_domains.add(domain)
         elif number == 5:
             for inner, part in _fields(_message(value)):
@@ -91,13 +102,17 @@ def _read_node(node: memoryview, header: GraphHeader) -> None:
                     _read_tensor(_message(part), header)
                 elif inner in (6, 11):
                     _read_graph(_message(part), header, outermost=False)
+    if operator == "Gather" and inputs:
+        header.looked_up.add(inputs[0])
 
 
 def _read_tensor(tensor: memoryview, header: GraphHeader) -> None:
-    name, dims = "", []
+    name, dims, element = "", [], 0
     for number, value in _fields(tensor):
         if number == 1:
             dims.extend([value] if isinstance(value, int) else _packed(value))
+        elif number == 2 and isinstance(value, int):
+            element = value
         elif number == 8:
             name = _text(value)
         elif number == 13:
@@ -105,6 +120,8 @@ def _read_tensor(tensor: memoryview, header: GraphHeader) -> None:
             if entry.get(1) == "location":
                 header.external_files.add(entry.get(2, ""))
     header.weights[name] = tuple(dims)
+    if element in _ELEMENT_BYTES:  # strings have no size of their own, and quarter bytes no graph of ours
+        header.weight_bytes[name] = math.prod(dims) * _ELEMENT_BYTES[element]
 
 
 def _read_value_info(info: memoryview) -> tuple[str, TensorType]:

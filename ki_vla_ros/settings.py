@@ -44,8 +44,10 @@ class Settings(SettingsModel):
     """What the user may choose. `cameras` holds the cameras that the YAML names; others have their default topic."""
 
     bundle: str = setting("", "folder of the model bundle, or the name of a bundle shipped in models/")
-    engine: Literal["onnx", "torch"] = setting(
-        "onnx", "inference engine; torch needs the wheel torch and a bundle exported with --torch"
+    engine: Literal["onnx", "torch", "tensorrt", "tensorrt_rtx"] = setting(
+        "onnx",
+        "inference engine; torch needs the wheel torch and a bundle exported with --torch, the last two an NVIDIA card "
+        "and the module of that name",
     )
     provider: Literal["cpu", "cuda"] = setting("cpu", "processor that runs the engine")
     torch_mode: TorchModeName = setting(
@@ -53,6 +55,9 @@ class Settings(SettingsModel):
         "engine torch; eager: operation by operation; compile: by torch.compile, which needs a compiler and takes "
         "seconds to minutes at configure; graph: as CUDA graphs (provider cuda); compile_graph: both; auto: eager on a "
         "cpu, graph on cuda",
+    )
+    engine_cache: str = setting(
+        "", "tensorrt, tensorrt_rtx: folder of the engines that were built; empty: ~/.cache/ki_vla_ros/engines"
     )
     threads: int = setting(1, "processor threads of the engine", ge=1, le=64)
     autostart: bool = setting(False, "configure and activate at start, without a lifecycle client")
@@ -219,6 +224,11 @@ class Settings(SettingsModel):
                         f"parameter '{table}.{name}.*': bundle {manifest.name!r} has only "
                         f"{', '.join(known)}{_nearest(name, known)}"
                     )
+        if self.engine in ("tensorrt", "tensorrt_rtx") and self.provider != "cuda":
+            raise ConfigurationError(
+                f"parameter 'provider': expected cuda for engine {self.engine}, which runs on NVIDIA cards alone, got "
+                f"{self.provider}"
+            )
         if self.guidance_jacobian == "exact" and self.engine != "torch":
             raise ConfigurationError(
                 f"parameter 'guidance_jacobian': exact needs an engine with a backward pass, got engine {self.engine}; "

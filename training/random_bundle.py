@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +26,22 @@ from torch import Tensor
 from ki_vla_ros.bundle import TOKENIZER
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.manifest import PolicySpec
-from training.checkpoints import CONFIG, WEIGHTS
+from training.checkpoints import CONFIG, WEIGHTS, shapes
 from training.export import POLICY, export_bundle
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
-from training.model.vla import VLA, VLAConfig
+from training.model.vla import VLAConfig
+from training.paligemma import VOCABULARY, paligemma_3b
 from training.vocabulary import DEMO_PROMPT, build_tokenizer, prompt_vocab_size
 
-SO400M = VisionConfig(image_size=224, patch_size=14, width=1152, depth=27, heads=16, mlp=4304)
-GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp=16384, heads=8, kv_heads=1, head_dim=256)
-GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp=4096, heads=8, kv_heads=1, head_dim=256)
-PALIGEMMA_VOCABULARY, PALIGEMMA_TEXT = 257_152, 256_000
-"""Rows of PaliGemma's token table, and how many of them a prompt can hold: the rest are places and segments."""
+PROMPT_ROWS = 256_000  # of PaliGemma's token table; the rest are places and segments, which no prompt holds
 PLAIN_PROMPT = "{task}\n"  # pi0's
 OUTLIERS = 3.0  # weights are cut there, in standard deviations
 
 
-def pi05() -> VLAConfig:
-    """pi0.5 at full size."""
-    return VLAConfig(SO400M, GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCABULARY, action_dim=32, horizon=50)
-
-
-def pi0() -> VLAConfig:
-    """pi0 at full size: a state token, and the time mixed with the actions."""
-    return dataclasses.replace(pi05(), state_dim=32, conditioning="concat")
-
-
 def pi05_slice() -> VLAConfig:
     """Two layers of each part of pi0.5 at full width, for builders that care for widths and types only."""
-    config = pi05()
+    config = paligemma_3b("pi05")
     return dataclasses.replace(
         config,
         vision=dataclasses.replace(config.vision, depth=2),
@@ -75,7 +63,12 @@ def hundred_million() -> VLAConfig:
     )
 
 
-SIZES = {"100m": hundred_million, "pi05-slice": pi05_slice, "pi05": pi05, "pi0": pi0}
+SIZES: dict[str, Callable[[], VLAConfig]] = {
+    "100m": hundred_million,
+    "pi05-slice": pi05_slice,
+    "pi05": lambda: paligemma_3b("pi05"),
+    "pi0": lambda: paligemma_3b("pi0"),
+}
 PROMPT_LENGTH = {"100m": 48, "pi05-slice": 200, "pi05": 200, "pi0": 48}
 
 
@@ -111,7 +104,7 @@ def stand_in_tokenizer(vocab_size: int) -> Tokenizer:
     """
     smallest = build_tokenizer(fast_vocab=1)
     answers = smallest.get_vocab_size() - prompt_vocab_size(smallest) - 1
-    rows = PALIGEMMA_TEXT if vocab_size == PALIGEMMA_VOCABULARY else prompt_vocab_size(smallest)
+    rows = PROMPT_ROWS if vocab_size == VOCABULARY else prompt_vocab_size(smallest)
     fast = vocab_size - rows - answers
     if fast < 1:
         raise ConfigurationError(
@@ -130,30 +123,28 @@ def stand_in_tokenizer(vocab_size: int) -> Tokenizer:
 
 def draw_weights(config: VLAConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """One tensor of `dtype` per weight of the model, which itself is never built; needs their size in memory, once."""
-    with torch.device("meta"):
-        shapes = VLA(config).state_dict()
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, meta in shapes.items():
-        mean, std = _distribution(name, meta)
-        weight = torch.empty(meta.shape, dtype=dtype)
+    for name, shape in shapes(config).items():
+        mean, std = _distribution(name, shape)
+        weight = torch.empty(shape, dtype=dtype)
         torch.nn.init.normal_(weight, mean, std, generator=generator)
         weights[name] = weight.clamp_(mean - OUTLIERS * std, mean + OUTLIERS * std)
     return weights
 
 
-def _distribution(name: str, weight: Tensor) -> tuple[float, float]:
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and standard deviation."""
-    fan_in = weight[0].numel() if weight.ndim > 1 else 1
-    if name.endswith("norm.dense.bias") or ".dense.bias" in name:
+    fan_in = math.prod(shape[1:])
+    if ".dense.bias" in name:
         return 0.0, 0.3  # gates, scales and shifts: the branches of the expert are open
     if ".dense.weight" in name:
         return 0.0, 0.3 * fan_in**-0.5
     if name.startswith("vision.") and "norm" in name and name.endswith("weight"):
         return 1.0, 0.1  # LayerNorm; Gemma's norms store the distance from 1
     if name.startswith("backbone.embedding") or name.startswith("vision.position"):
-        return 0.0, weight.shape[1] ** -0.5
-    if weight.ndim == 1:
+        return 0.0, shape[1] ** -0.5
+    if len(shape) == 1:
         return 0.0, 0.1
     return 0.0, fan_in**-0.5
 
@@ -186,7 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         write_checkpoint(chosen.out, config, policy, chosen.seed, dtypes[chosen.dtype])
         if chosen.bundle is not None:
-            export_bundle(chosen.out, chosen.bundle, "Random weights: **never for an arm**.", chosen.torch)
+            export_bundle(
+                chosen.out, chosen.bundle, "Random weights: **never for an arm**.", chosen.torch, chosen.dtype
+            )
     except (KiVlaError, OSError) as error:
         print(f"random_bundle: {error}", file=sys.stderr)
         return 1

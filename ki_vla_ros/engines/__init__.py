@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.settings import Settings
 
 
-def open_engine(bundle: Bundle, settings: Settings) -> Engine:
-    """The chosen engine; only its libraries need to be installed."""
+def _print(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def open_engine(bundle: Bundle, settings: Settings, say: Callable[[str], object] = _print) -> Engine:
+    """The chosen engine; only its libraries need to be installed. `say` is told what takes long."""
     try:
+        if settings.engine in ("tensorrt", "tensorrt_rtx"):
+            from ki_vla_ros.engines.plans import PlanCache, default_folder
+            from ki_vla_ros.engines.tensorrt_engine import open_tensorrt
+
+            folder = Path(settings.engine_cache).expanduser() if settings.engine_cache else default_folder()
+            return open_tensorrt(bundle, settings.engine, PlanCache(folder), say)
         if settings.engine == "torch":
             from ki_vla_ros.engines.torch_engine import TorchEngine
 

@@ -1,0 +1,218 @@
+"""`bench model`: how long a bundle's graphs take on an engine, and how near that is to what the device can do.
+
+No ROS is needed. The input is noise of the bundle's sizes, all cameras present and the prompt full: the longest case.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, load_bundle
+from ki_vla_ros.engines import open_engine
+from ki_vla_ros.manifest import Manifest
+from ki_vla_ros.onnx_header import GraphHeader, read_header
+from ki_vla_ros.policy import Policy, widen
+from ki_vla_ros.preprocess import ModelInput
+from ki_vla_ros.roofline import Ceiling, Work, measure_ceiling
+from ki_vla_ros.settings import settings_from_parameters
+from ki_vla_ros.share import find_bundle
+from ki_vla_ros.timing import spread, time_alternating
+
+CALLS = 1000
+"""Fewer give no 99th percentile worth the name."""
+WARM_UP = 10
+PARTS = ("prefill", "one step", "all steps", "chunk")
+
+
+@runtime_checkable
+class DeferringEngine(Protocol):
+    """An engine whose prefill returns before it is done."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has nothing left to do."""
+        ...
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """What is timed: a bundle, by name or path, on an engine."""
+
+    bundle: str = "demo"
+    engine: str = "onnx"
+    provider: str = "cpu"
+    threads: int = 1
+    flow_steps: int = 0
+
+    def open(self) -> Policy:
+        """The policy, warm; its engine is the caller's to close."""
+        chosen = {"engine": self.engine, "provider": self.provider, "threads": self.threads}
+        settings = settings_from_parameters(chosen)
+        bundle = load_bundle(find_bundle(self.bundle))
+        policy = Policy(bundle, open_engine(bundle, settings), self.flow_steps or None)
+        policy.warm_up()
+        return policy
+
+
+def bench_model(
+    set_up: SetUp, calls: int, roofline: bool = True, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Figures of one set-up; all durations in ms. What is in them: `figures`."""
+    policy = set_up.open()
+    try:
+        parts = time_parts(policy, calls, say)
+        engine = policy.engine.description
+    finally:
+        policy.engine.close()
+    manifest = policy.bundle.manifest
+    graphs = graph_figures(policy.bundle)
+    ceiling = None
+    if roofline:
+        sizes = [graph["bytes_read"] for graph in graphs.values()]
+        ceiling = measure_ceiling(set_up.provider, set_up.threads, manifest.graph.dtype, sizes)
+    return {
+        "bundle": manifest.name,
+        "engine": engine,
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}",
+        "cameras": len(manifest.cameras),
+        "prompt_tokens": manifest.prompt.length,
+        "horizon": manifest.horizon,
+        "flow_steps": policy.flow_steps,
+        "calls": calls,
+        "too_few_calls": calls < CALLS,
+        "graphs": graphs,
+        "ms": {name: spread(taken_ms) for name, taken_ms in parts.items()},
+        "roofline": None if ceiling is None else roofline_figures(ceiling, graphs, policy.flow_steps, parts),
+    }
+
+
+def time_parts(policy: Policy, calls: int, say: Callable[[str], None]) -> dict[str, np.ndarray[Any, Any]]:
+    """ms of each of PARTS, `calls` times. A chunk is a prefill and all its steps, without a pause between them."""
+    model_input, noise_HA = longest_input(policy.bundle.manifest), policy.noise(0)
+    state_S = state_token(policy.bundle.manifest, model_input)
+    clean_H = np.zeros(len(noise_HA), dtype=np.bool_)
+    wait = policy.engine.synchronize if isinstance(policy.engine, DeferringEngine) else lambda: None
+    cache = policy.prefill(model_input)
+
+    def prefill() -> None:
+        nonlocal cache
+        cache = policy.prefill(model_input)
+        wait()
+
+    def one_step() -> None:
+        policy.engine.velocity(cache, state_S, noise_HA, 1.0, clean_H)
+
+    def all_steps() -> None:
+        policy.denoise(cache, noise_HA, model_input.state_J)
+
+    def chunk() -> None:
+        nonlocal cache
+        cache = policy.prefill(model_input)
+        all_steps()
+
+    def after_round(n: int) -> None:
+        if n % max(1, calls // 10) == 0:
+            say(f"{n} of {calls}")
+
+    timed = dict(zip(PARTS, (prefill, one_step, all_steps, chunk), strict=True))
+    return time_alternating(timed, calls, WARM_UP, after_round)
+
+
+def longest_input(manifest: Manifest, seed: int = 0) -> ModelInput:
+    """Noise; every camera is there and every prompt token counts."""
+    rng, graph = np.random.default_rng(seed), manifest.graph
+    cameras, size, length = len(manifest.cameras), manifest.image.size, manifest.prompt.length
+    return ModelInput(
+        images_VCHW=rng.uniform(-1.0, 1.0, (cameras, 3, size, size)).astype(np.float32),
+        image_mask_V=np.ones(cameras, dtype=np.bool_),
+        tokens_L=rng.integers(0, graph.vocab_size, length),
+        token_mask_L=np.ones(length, dtype=np.bool_),
+        state_J=rng.uniform(-1.0, 1.0, len(manifest.joints)).astype(np.float32) if manifest.state.as_token else None,
+    )
+
+
+def state_token(manifest: Manifest, model_input: ModelInput) -> NDArray[np.float32] | None:
+    """As the expert's graph takes it: as wide as the model, which may be wider than the robot."""
+    width, state_J = manifest.graph.state_dim, model_input.state_J
+    return None if width is None or state_J is None else widen(state_J, width)
+
+
+def graph_figures(bundle: Bundle) -> dict[str, dict[str, int]]:
+    """Of prefill and expert step: weights and their bytes in the file; bytes that one run must move, and operations.
+
+    A run reads all weights but the token table, of which it reads the prompt's rows, and writes (prefill) or reads
+    (step) the keys and values. Activations are left out: they may stay in a cache.
+    """
+    graph = bundle.manifest.graph
+    kv = 2 * graph.layers * graph.kv_heads * graph.prefix_length * graph.head_dim
+    kv_bytes = kv * {"float32": 4, "bfloat16": 2}[graph.dtype]
+    found = {}
+    for name, file, flops in (("prefill", PREFILL, graph.prefill_flops), ("step", EXPERT, graph.step_flops)):
+        header = read_header(bundle.path / file)
+        found[name] = {
+            "parameters": sum(math.prod(shape) for shape in header.weights.values()),
+            "bytes": sum(header.weight_bytes.values()),
+            "bytes_read": weights_read(header, bundle.manifest.prompt.length) + kv_bytes,
+            "flops": flops,
+        }
+    return found
+
+
+def weights_read(header: GraphHeader, rows: int) -> int:
+    """Bytes of weights that one run reads; of a weight that is looked up `rows` rows, or all if it has fewer."""
+    total = 0
+    for name, size in header.weight_bytes.items():
+        share = min(1.0, rows / header.weights[name][0]) if name in header.looked_up and header.weights[name] else 1.0
+        total += round(size * share)
+    return total
+
+
+def roofline_figures(
+    ceiling: Ceiling,
+    graphs: Mapping[str, Mapping[str, int]],
+    steps: int,
+    parts: Mapping[str, np.ndarray[Any, Any]],
+) -> dict[str, Any]:
+    """The device's limits, the least ms of each part, what bounds each graph, and how many times the least p50 is."""
+    work = {name: Work(graph["flops"], graph["bytes_read"]) for name, graph in graphs.items()}
+    prefill_ms, step_ms = ceiling.least_ms(work["prefill"]), ceiling.least_ms(work["step"])
+    least_ms = dict(zip(PARTS, (prefill_ms, step_ms, steps * step_ms, prefill_ms + steps * step_ms), strict=True))
+    return {
+        "source": ceiling.source,
+        "gflops_per_s": ceiling.flops_per_s / 1e9,
+        "gb_per_s": {str(size): rate / 1e9 for size, rate in ceiling.bytes_per_s.items()},
+        "bound": {name: ceiling.bound(graph) for name, graph in work.items()},
+        "ms": least_ms,
+        "ratio": {name: float(np.median(parts[name])) / least for name, least in least_ms.items()},
+    }
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    roof = figures["roofline"]
+    lines = [
+        f"{figures['bundle']}: {figures['cameras']} cameras, {figures['prompt_tokens']} prompt tokens, horizon "
+        f"{figures['horizon']}, {figures['flow_steps']} steps; {figures['engine']}",
+        f"{figures['machine']}; {figures['calls']} calls of each after {WARM_UP} of warm-up"
+        + (f" (fewer than {CALLS}: too few for a p99)" if figures["too_few_calls"] else ""),
+        f"{'ms':<10}{'p50':>9}{'p90':>9}{'p99':>9}{'max':>9}{'roofline':>10}{'ratio':>7}",
+    ]
+    for name, row in figures["ms"].items():
+        limit = "" if roof is None else f"{roof['ms'][name]:>10.2f}{roof['ratio'][name]:>7.2f}"
+        lines.append(f"{name:<10}{row['p50']:>9.2f}{row['p90']:>9.2f}{row['p99']:>9.2f}{row['max']:>9.2f}{limit}")
+    for name, graph in figures["graphs"].items():
+        bound = "" if roof is None else f", bound by {roof['bound'][name]}"
+        lines.append(
+            f"{name}: {graph['parameters'] / 1e6:.1f} M weights in {graph['bytes'] / 1e6:.1f} MB; a run needs "
+            f"{graph['flops'] / 1e9:.2f} GFLOP and {graph['bytes_read'] / 1e6:.1f} MB{bound}"
+        )
+    if roof is not None:
+        rates = " and ".join(f"{rate:.1f}" for rate in roof["gb_per_s"].values())
+        lines.append(f"roofline: {roof['gflops_per_s']:.0f} GFLOP/s, {rates} GB/s ({roof['source']})")
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""Order, arithmetic and intervals of durations, on a clock of the test's own. No real time is judged."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.timing import alternating, ratio_of_medians, spread, time_alternating
+
+
+def test_spread_is_percentiles() -> None:
+    found = spread(np.arange(1001.0))
+    assert found == pytest.approx({"p50": 500.0, "p90": 900.0, "p99": 990.0, "max": 1000.0})
+
+
+def test_every_other_round_runs_backwards() -> None:
+    assert list(alternating("abc", 3)) == [("a", "b", "c"), ("c", "b", "a"), ("a", "b", "c")]
+
+
+def test_calls_are_timed_in_turns_without_the_warm_up() -> None:
+    now_ns, order, rounds = [0], [], []
+
+    def call(name: str, first_ms: int) -> None:
+        order.append(name)
+        # The n-th call of each takes n ms more than its first.
+        now_ns[0] += (first_ms + order.count(name) - 1) * 1_000_000
+
+    taken_ms = time_alternating(
+        {"a": lambda: call("a", 10), "b": lambda: call("b", 100)}, 3, 2, rounds.append, lambda: now_ns[0]
+    )
+    assert order == list("abbaabbaab") and rounds == [1, 2, 3]
+    assert taken_ms["a"].tolist() == [12, 13, 14] and taken_ms["b"].tolist() == [102, 103, 104]
+    with pytest.raises(ConfigurationError, match="at least 1 round"):
+        time_alternating({}, 0, 0)
+
+
+def test_the_interval_holds_the_ratio_and_knows_common_disturbance() -> None:
+    rng = np.random.default_rng(1)
+    disturbance = rng.lognormal(0.0, 1.0, 400)
+    fast = disturbance * rng.normal(10.0, 0.1, 400)
+    found = ratio_of_medians(2.0 * disturbance * rng.normal(10.0, 0.1, 400), fast)
+    assert found["low"] < found["ratio"] < found["high"]
+    assert found["ratio"] == pytest.approx(2.0, rel=0.02)
+    # Drawn apart, the disturbance would not cancel.
+    apart = ratio_of_medians(2.0 * rng.permutation(fast), fast)
+    assert found["high"] - found["low"] < 0.3 * (apart["high"] - apart["low"])
+    assert ratio_of_medians(fast, fast) == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+    assert ratio_of_medians(apart_a := fast[:50], fast[50:100], seed=3) == ratio_of_medians(apart_a, fast[50:100], 3)
+    with pytest.raises(ConfigurationError, match="got 3 and 4"):
+        ratio_of_medians(np.ones(3), np.ones(4))
