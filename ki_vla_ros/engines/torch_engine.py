@@ -87,7 +87,7 @@ class TorchEngine:
         self._differentiable: Run = programs[EXPERT]
         self._graphs = {name: compile_program(program) if compiles else program for name, program in programs.items()}
         self._device = on
-        self._stream: Stream = stream or (HostStream() if device == "cpu" else CudaStream())
+        self._stream: Stream = stream or (HostStream() if device == "cpu" else CudaStream(on))
         self._inputs = {
             name: self._stream.allocate(name, tensor)
             for inputs, _ in interface.values()
@@ -160,6 +160,11 @@ class TorchEngine:
                 velocity_HA, _ = self._differentiable(self._inputs | self.prefix | {"x_t": x_t})
                 (pulled_HA,) = torch.autograd.grad(velocity_HA, x_t, torch.tensor(vector_HA, device=self._device))
             return check_finite(self._stream.download(pulled_HA), "pullbacks")
+
+    def synchronize(self) -> None:
+        """Wait for what was launched, for stopwatches: on a card `prefill` returns before it is done."""
+        with self._running(PREFILL):
+            self._stream.synchronize()
 
     def close(self) -> None:
         for held in (self._captured, self._graphs, self._inputs, self._rows, self.prefix):

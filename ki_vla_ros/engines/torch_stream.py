@@ -1,6 +1,6 @@
 """Where the torch engine's graphs run: their input buffers, the way in and out, and capture.
 
-All that knows CUDA is `CudaStream`: work is queued in order on one stream, and only `download` waits for it.
+All that knows CUDA is `CudaStream`: work is queued in order on one stream; `download` and `synchronize` wait for it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class Stream(Protocol):
         """Wait for everything so far; the result is the caller's."""
         ...
 
+    def synchronize(self) -> None:
+        """Wait for everything so far."""
+        ...
+
     def capture(self, work: Work) -> Work:
         """Work that can be repeated without Python: it reads and writes the same addresses every time."""
         ...
@@ -61,6 +65,8 @@ class HostStream:
     def download(self, tensor: Tensor) -> NDArray[np.float32]:
         return np.array(tensor.numpy())
 
+    def synchronize(self) -> None: ...
+
     def capture(self, work: Work) -> Work:
         return work
 
@@ -68,14 +74,15 @@ class HostStream:
 class CudaStream:
     """On the current NVIDIA card. Written against torch's documented API; it was not run: no card was at hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._inputs: dict[str, tuple[Tensor, Tensor, torch.cuda.Event]] = {}
         self._output: Tensor | None = None
 
     def allocate(self, name: str, tensor: TensorType) -> Tensor:
         host = _zeros(tensor)
-        self._inputs[name] = host.to("cuda"), host.pin_memory(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._inputs[name] = host.to(self._device), host.pin_memory(), torch.cuda.Event()  # type: ignore[no-untyped-call]
         return self._inputs[name][0]
 
     def active(self) -> AbstractContextManager[object]:
@@ -90,10 +97,13 @@ class CudaStream:
 
     def download(self, tensor: Tensor) -> NDArray[np.float32]:
         if self._output is None or self._output.shape != tensor.shape:
-            self._output = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._output = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
         self._output.copy_(tensor, non_blocking=True)
         self._stream.synchronize()
         return np.array(self._output.numpy())
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
 
     def capture(self, work: Work) -> Work:
         for _ in range(WARM_UP):
