@@ -110,15 +110,18 @@ def compile_program(interpreter: Interpreter, backend: str = "inductor") -> Run:
     names, path = [*interpreter.program.inputs], interpreter.program.path
     module = graph_module(interpreter)
     compiled = torch.compile(module, fullgraph=True, dynamic=False, backend=backend)
-    tool = "a C++ compiler (g++; or CXX)" if interpreter.device.type == "cpu" else "triton and a C compiler (gcc)"
+    tool, other = "a C++ compiler (g++, or what CXX says)", "eager"
+    if interpreter.device.type == "cuda":
+        tool, other = "triton and a C compiler (gcc)", "graph"
 
     def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         try:
             return list(compiled(*(inputs[name] for name in names)))
         except TorchDynamoException as error:
+            reason = " ".join(str(error).partition("\n\n")[0].split())  # after it come hints for torch's developers
             raise EngineError(
-                f"{path}: torch {torch.__version__} could not compile it ({error}); torch_mode compile needs {tool}: "
-                "install what is missing, or set torch_mode to eager or graph"
+                f"{path}: torch {torch.__version__} could not compile it ({reason}); torch_mode compile needs {tool}: "
+                f"install what is missing, or set torch_mode to {other}"
             ) from error
 
     return run
