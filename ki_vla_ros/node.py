@@ -274,7 +274,7 @@ class PolicyNode(LifecycleNode):
             resources.callback(self.parameters.unload)
             if settings.instruction:
                 check_instruction(bundle, settings.instruction)
-            engine = open_engine(bundle, settings)
+            engine = open_engine(bundle, settings, self.get_logger().info)
             resources.callback(engine.close)
             policy = Policy(bundle, engine, guidance_jacobian=settings.guidance_jacobian)
             policy.warm_up()

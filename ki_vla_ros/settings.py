@@ -42,10 +42,17 @@ class Settings(SettingsModel):
     """What the user may choose. `cameras` holds the cameras that the YAML names; others have their default topic."""
 
     bundle: str = setting("", "folder of the model bundle, or the name of a bundle shipped in models/")
-    engine: Literal["onnx", "torch"] = setting(
-        "onnx", "inference engine; torch needs the wheel torch and a bundle exported with --torch"
+    engine: Literal["onnx", "torch", "tensorrt", "tensorrt_rtx"] = setting(
+        "onnx",
+        "inference engine; torch needs the wheel torch and a bundle exported with --torch, the last two an NVIDIA card "
+        "and the module of that name",
     )
-    provider: Literal["cpu", "cuda"] = setting("cpu", "processor that runs the engine")
+    provider: Literal["cpu", "cuda", "tensorrt"] = setting(
+        "cpu", "what runs the engine: the processor, an NVIDIA card, or (engine onnx) TensorRT inside onnxruntime"
+    )
+    engine_cache: str = setting(
+        "", "TensorRT: folder of the engines that were built; empty: ~/.cache/ki_vla_ros/engines"
+    )
     threads: int = setting(1, "processor threads of the engine", ge=1, le=64)
     autostart: bool = setting(False, "configure and activate at start, without a lifecycle client")
     instruction: str = setting("", "task at start; empty means hold until one arrives on ~/instruction")
@@ -211,6 +218,16 @@ class Settings(SettingsModel):
                         f"parameter '{table}.{name}.*': bundle {manifest.name!r} has only "
                         f"{', '.join(known)}{_nearest(name, known)}"
                     )
+        if self.provider == "tensorrt" and self.engine != "onnx":
+            raise ConfigurationError(
+                f"parameter 'provider': expected cpu or cuda for engine {self.engine}, got tensorrt, which is a part "
+                "of onnxruntime; for TensorRT itself set engine to tensorrt and provider to cuda"
+            )
+        if self.engine in ("tensorrt", "tensorrt_rtx") and self.provider != "cuda":
+            raise ConfigurationError(
+                f"parameter 'provider': expected cuda for engine {self.engine}, which runs on NVIDIA cards alone, got "
+                f"{self.provider}"
+            )
         if self.guidance_jacobian == "exact" and self.engine != "torch":
             raise ConfigurationError(
                 f"parameter 'guidance_jacobian': exact needs an engine with a backward pass, got engine {self.engine}; "

@@ -38,5 +38,5 @@ class FaultyEngine(OnnxEngine):
 
 
 if __name__ == "__main__":
-    node.open_engine = lambda bundle, settings: FaultyEngine(bundle)
+    node.open_engine = lambda bundle, *_: FaultyEngine(bundle)
     sys.exit(node.main())

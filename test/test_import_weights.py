@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from bundles import demo_policy
 from safetensors.torch import save_file
@@ -32,6 +33,7 @@ from training.vocabulary import prompt_tokenizer
 EXAMPLE = Path(__file__).parent.parent / "config" / "training" / "imported_arm.yaml"
 SENTENCEPIECE = train()
 JOINTS = 7
+WIDTH = {"pi0": 7, "pi05": 12, "paligemma": 12}  # of the model: wider than the robot, or just as wide
 
 
 def small(kind: str, action_ids: int = 0) -> VLAConfig:
@@ -40,8 +42,8 @@ def small(kind: str, action_ids: int = 0) -> VLAConfig:
     return dataclasses.replace(
         CONFIG,
         vocab_size=len(SENTENCEPIECE.pieces) + action_ids,
-        action_dim=JOINTS,
-        state_dim=JOINTS if pi0 else None,
+        action_dim=WIDTH[kind],
+        state_dim=WIDTH[kind] if pi0 else None,
         conditioning="concat" if pi0 else "adarms",
     )
 
@@ -107,14 +109,17 @@ def test_from_download_to_robot(files: dict[str, Path], tmp_path: Path, kind: st
     assert given.image_mask_V.tolist() == [True, True, False]
     if kind == "pi0":
         assert given.state_J is not None
-        assert given.state_J[:JOINTS] == pytest.approx((observation.state_J - 0.1) / (0.5 + 1e-6), rel=1e-6)
+        assert given.state_J == pytest.approx((observation.state_J - 0.1) / (0.5 + 1e-6), rel=1e-6)
     model = load_checkpoint(files["--out"]).eval()
     policy = Policy(bundle, OnnxEngine(bundle))
     arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
     with torch.no_grad():
         cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
-        state = None if given.state_J is None else torch.from_numpy(given.state_J)[None]
-        chunk = model.sample_actions(cache, torch.from_numpy(policy.noise(0))[None], 10, state)[0].double().numpy()
+        state = (
+            None if given.state_J is None else F.pad(torch.from_numpy(given.state_J), (0, WIDTH[kind] - JOINTS))[None]
+        )
+        whole = model.sample_actions(cache, torch.from_numpy(policy.noise(0))[None], 10, state)[0].double().numpy()
+    chunk = whole[:, :JOINTS]
     action = chunk * 0.5 + 0.1 if kind == "pi0" else (chunk + 1) / 2 * 2.25 - 1
     relative = np.array([joint.relative for joint in bundle.manifest.joints])
     got = policy.infer(observation, "Pick up the red_cube", 0)
@@ -171,7 +176,7 @@ def test_faults_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest
 
     original = files["--robot"].read_text()
     edit(files["--robot"], joints=yaml.safe_load(original)["joints"] * 2)
-    refused("robot: expected at most 7 joints, got 14")
+    refused("robot: expected at most 12 joints, got 14")
     edit(files["--robot"], speed=3)
     refused("speed: Extra inputs are not permitted")
     files["--robot"].write_text("a: [")

@@ -91,6 +91,7 @@ def describe_policy(kind: Kind, config: VLAConfig, robot: Robot, stats: Path, me
             horizon=robot.horizon,
             action_period_s=robot.action_period_s,
             flow=robot.flow,
+            pad_to=None if config.action_dim == len(robot.joints) else config.action_dim,
             provenance=Provenance(
                 recipe=f"{kind} weights, imported",
                 seed=0,

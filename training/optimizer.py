@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ki_vla_ros.errors import ConfigurationError
 from training.config import Part, StageConfig
 from training.losses import TrainingHeads
 from training.model.vla import VLA
@@ -72,6 +73,14 @@ def by_placement(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """`load_state_dict` of whole tensors; moments are sharded as their parameter is."""
+    ours, theirs = (
+        [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    if ours != theirs:
+        raise ConfigurationError(
+            f"resume: expected optimizer state of parameter groups {ours}, got {theirs}; within a stage, go on with "
+            "the settings it began with (parallel.shard, train)"
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {key: like(v, parameters[index]) if torch.is_tensor(v) and v.ndim else v for key, v in moment.items()}

@@ -11,6 +11,7 @@ float32.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -31,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from training.config import ParallelConfig
+from training.model.siglip import VisionLayer
 from training.model.vla import VLA
 
 
@@ -60,16 +62,19 @@ def shard(model: VLA, config: ParallelConfig, mesh: DeviceMesh) -> None:
     # Keys and values are transposed views; nothing writes to them in place, which is what torch warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     dtype = getattr(torch, config.dtype)
+    mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     policy: dict[str, Any] = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        "mp_policy": mixed,
         # Only with pinned memory do copies to a GPU overlap with computation.
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
         if config.cpu_offload
         else OffloadPolicy(),
     }
+    # Vision takes its type from a layer's weights, and those are float32 until the layer has gathered them.
+    seeing = policy | {"mp_policy": dataclasses.replace(mixed, cast_forward_inputs=True)}
     for layer in layers(model):
-        fully_shard(layer, **policy)
+        fully_shard(layer, **(seeing if isinstance(layer, VisionLayer) else policy))
     fully_shard(model, **policy)
     for layer in model.backbone.layers:
         for method in ("keys_values", "scores"):

@@ -1,0 +1,170 @@
+"""The cache of built engines ("plans"): one file per graph, library version and GPU, with a record of what it is.
+
+A plan serves one version of one library on one GPU, so its file name holds all three beside the graph's hash. The
+record (JSON, the file's name with .json) is written last: a plan without one, or whose bytes it does not describe, was
+cut off or damaged and is built again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.errors import ConfigurationError, EngineError
+from ki_vla_ros.onnx_header import read_header
+
+
+class PlanKey(BaseModel):
+    """What a plan was built from and for; `gpu` is such as sm89, for `tensorrt` with the product's name behind it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    graph: str
+    graph_sha256: str
+    library: str
+    version: str
+    gpu: str
+
+    @property
+    def file_name(self) -> str:
+        parts = (Path(self.graph).stem, self.graph_sha256[:16], self.library, self.version, self.gpu)
+        return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts) + ".plan"
+
+    @property
+    def target(self) -> str:
+        """Which software on which GPU can run it, in words."""
+        return f"{self.library} {self.version} on {self.gpu}"
+
+
+class PlanRecord(PlanKey):
+    """The key, and what was written."""
+
+    plan_sha256: str
+    size: int
+    created: str
+    build_s: float
+
+
+def graph_sha256(bundle: Bundle, graph: str) -> str:
+    """Hash of a graph with the weights that it refers to, from the manifest, whose hashes `load_bundle` has checked."""
+    files = bundle.manifest.files
+    digest = hashlib.sha256(files[graph].encode())
+    for name in sorted(read_header(bundle.path / graph).external_files):
+        digest.update(f"{name} {files[name]}".encode())
+    return digest.hexdigest()
+
+
+def default_folder() -> Path:
+    """$XDG_CACHE_HOME/ki_vla_ros/engines, or below ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG rules: a relative path counts as unset.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "ki_vla_ros" / "engines"
+
+
+@dataclass(frozen=True)
+class PlanCache:
+    """Plans in `folder`; ConfigurationError where it can be neither made nor written."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise ConfigurationError(
+                f"engine cache: expected a folder to write to, got {self.folder} ({error.strerror}); choose another one"
+            ) from error
+
+    def path(self, key: PlanKey) -> Path:
+        return self.folder / key.file_name
+
+    def read(self, key: PlanKey) -> memoryview | None:
+        """The plan, mapped from its file, or None where there is none or a damaged one.
+
+        EngineError for one that says itself that it is for something else.
+        """
+        path = self.path(key)
+        try:
+            record = PlanRecord.model_validate_json(_record_path(path).read_bytes())
+            with path.open("rb") as file:
+                plan = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (FileNotFoundError, ValueError):  # ValidationError among them, and mmap's for an empty file
+            return None
+        got = PlanKey(**record.model_dump(include=set(PlanKey.model_fields)))
+        if got != key:
+            raise EngineError(
+                f"{path}: expected an engine of {key.graph} {key.graph_sha256[:12]} for {key.target}, got one of "
+                f"{got.graph} {got.graph_sha256[:12]} for {got.target}; delete it, and the right one is built"
+            )
+        if len(plan) != record.size or hashlib.sha256(plan).hexdigest() != record.plan_sha256:
+            return None
+        return plan
+
+    def write(self, record: PlanRecord, plan: memoryview) -> Path:
+        """Each file appears whole or not at all; the old record goes first, since it would not fit the new plan."""
+        path = self.path(record)
+        _record_path(path).unlink(missing_ok=True)
+        _write_whole(path, plan)
+        _write_whole(_record_path(path), record.model_dump_json(indent=2).encode())
+        return path
+
+    def others(self, key: PlanKey) -> list[str]:
+        """For which other software and GPUs this very graph has a plan here."""
+        found = set()
+        for path in self.folder.glob("*.plan.json"):
+            try:
+                record = PlanRecord.model_validate_json(path.read_bytes())
+            except (OSError, ValidationError):
+                continue
+            if (record.graph, record.graph_sha256) == (key.graph, key.graph_sha256) and record.target != key.target:
+                found.add(record.target)
+        return sorted(found)
+
+    def timing_path(self, library: str, version: str, gpu: str) -> Path:
+        return self.folder / re.sub(r"[^A-Za-z0-9.]+", "_", f"timing-{library}-{version}-{gpu}.cache")
+
+    def write_timing(self, path: Path, timings: memoryview) -> None:
+        _write_whole(path, timings)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One build at a time in this folder: two at once need twice the memory, and disturb each other's timings."""
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _record_path(plan: Path) -> Path:
+    return plan.with_name(plan.name + ".json")
+
+
+def _write_whole(path: Path, content: memoryview | bytes) -> None:
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fchmod(file.fileno(), 0o644)  # the node may run as another user than who built
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path}: expected to write {len(content) / 1e6:.0f} MB, got {error.strerror}; make room or choose another "
+            "engine cache"
+        ) from error

@@ -1,0 +1,495 @@
+"""ONNX graphs through NVIDIA's own parser and builder (TensorRT for RTX, ahead of time), and the cache of plans.
+
+No GPU is needed for any of it, and none is here: that the plans run is not tested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_rtx
+import torch
+from onnx import TensorProto, helper
+
+from ki_vla_ros import build_engines
+from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, graph_interface, load_bundle
+from ki_vla_ros.engines import plans, tensorrt_builder
+from ki_vla_ros.engines.plans import PlanCache, PlanKey, default_folder, graph_sha256
+from ki_vla_ros.engines.tensorrt_builder import (
+    BuildOptions,
+    Progress,
+    check_network,
+    check_tensors,
+    find_or_build,
+    gpu_of,
+    parse,
+    plan_key,
+)
+from ki_vla_ros.engines.tensorrt_library import Library
+from ki_vla_ros.errors import ConfigurationError, EngineError
+from ki_vla_ros.onnx_header import TensorType, read_header
+from ki_vla_ros.share import find_bundle
+from training.export import export_bundle
+from training.random_bundle import PROMPT_LENGTH, pi05_slice, policy_spec, write_checkpoint
+
+pytestmark = pytest.mark.timeout(600)  # the export of the slice takes half a minute of a core, more on a busy machine
+RTX = Library("tensorrt_rtx", tensorrt_rtx)
+GPUS = ("sm86", "sm89", "sm120")
+BUNDLES = ("demo", "pi05-slice")
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return load_bundle(find_bundle("demo"))
+
+
+@pytest.fixture(scope="module", params=BUNDLES)
+def any_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """The shipped bundle, and two layers of pi0.5 at full width: bfloat16, with weights in files beside the graphs."""
+    if request.param == "demo":
+        yield load_bundle(find_bundle("demo"))
+        return
+    folder = tmp_path_factory.mktemp(request.param)
+    config = pi05_slice()
+    policy = policy_spec(config, request.param, 3, PROMPT_LENGTH[request.param], seed=0)
+    write_checkpoint(folder / "checkpoint", config, policy, dtype=torch.bfloat16)
+    yield export_bundle(folder / "checkpoint", folder / "bundle", dtype="bfloat16")
+    shutil.rmtree(folder)  # a GB, which pytest would keep
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> PlanCache:
+    return PlanCache(tmp_path / "engines")
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def parsed(path: Path) -> Any:
+    log = RTX.new_log()
+    builder = RTX.new_builder(log)
+    # The network must not outlive these.
+    return SimpleNamespace(network=parse(RTX, builder, log, path), kept=(log, builder))
+
+
+# --- both graphs of every bundle, for three GPUs
+
+
+def test_both_graphs_are_built_for_gpus_that_are_not_here(
+    any_bundle: Bundle, cache: PlanCache, said: list[str]
+) -> None:
+    bundle = any_bundle
+    paths = build_engines.build_engines(bundle, RTX, GPUS, cache, BuildOptions(), said.append)
+    assert len({path.read_bytes() for path in paths}) == len(paths) == 6
+    for graph in (PREFILL, EXPERT):
+        files = {graph, *read_header(bundle.path / graph).external_files}
+        weights = sum((bundle.path / name).stat().st_size for name in files)
+        for path in paths:
+            if path.name.startswith(Path(graph).stem):
+                assert path.stat().st_size > 0.9 * weights
+                record = json.loads(path.with_name(path.name + ".json").read_text())
+                assert record["size"] == path.stat().st_size and record["gpu"] in path.name
+    assert sum("building it" in line for line in said) == 6
+
+    said.clear()
+    again = build_engines.build_engines(bundle, RTX, GPUS, cache, BuildOptions(), said.append)
+    assert again == paths and said == []
+    shutil.rmtree(cache.folder)
+
+
+@pytest.mark.parametrize("graph", [PREFILL, EXPERT])
+def test_the_parsed_network_is_the_manifests(any_bundle: Bundle, graph: str) -> None:
+    bundle = any_bundle
+    inputs, outputs = graph_interface(bundle.manifest)[graph]
+    seen = parsed(bundle.path / graph)
+    check_network(bundle.path / graph, RTX, seen.network, inputs, outputs)
+    for side, tensors in (("input", inputs), ("output", outputs)):
+        name = next(iter(tensors))
+        for wrong in (
+            {**tensors, name: TensorType("float16", tensors[name].shape)},
+            {**tensors, "further": tensors[name]},
+        ):
+            changed = {"inputs": inputs, "outputs": outputs} | {f"{side}s": wrong}
+            with pytest.raises(
+                EngineError, match=rf"{graph}: {side} '({name}|further)': expected .* from tensorrt_rtx"
+            ):
+                check_network(bundle.path / graph, RTX, seen.network, **changed)
+
+
+def test_a_graph_that_is_not_the_manifests_is_not_built(bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
+    manifest = bundle.manifest.model_copy(update={"horizon": bundle.manifest.horizon + 1})
+    changed = dataclasses.replace(bundle, manifest=manifest)
+    with pytest.raises(EngineError, match=rf"{EXPERT}: input 'clean': expected bool \[{manifest.horizon}\], got bool"):
+        find_or_build(changed, plan_key(changed, EXPERT, RTX, "sm89"), RTX, cache, said.append)
+    assert not list(cache.folder.glob("*.plan"))
+
+
+# --- small graphs with what the bundles have, or must not have
+
+
+def save_graph(path: Path, nodes: Sequence[Any], inputs: Any, outputs: Any, weights: Sequence[Any] = ()) -> Path:
+    def infos(tensors: dict[str, tuple[int, list[int]]]) -> list[Any]:
+        return [helper.make_tensor_value_info(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
+
+    graph = helper.make_graph(list(nodes), "graph", infos(inputs), infos(outputs), list(weights))
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9).SerializeToString()
+    )
+    return path
+
+
+def test_element_types_survive(tmp_path: Path) -> None:
+    types = {"b": TensorProto.BFLOAT16, "i": TensorProto.INT64, "f": TensorProto.FLOAT, "m": TensorProto.BOOL}
+    inputs = {name: (dtype, [4]) for name, dtype in types.items()}
+    outputs = {f"{name}_out": (dtype, [4]) for name, dtype in types.items() if name != "m"}
+    nodes = [helper.make_node("Add", [name, name], [f"{name}_out"]) for name in "bif"]
+    nodes += [helper.make_node("Not", ["m"], ["m_out"])]
+    seen = parsed(save_graph(tmp_path / "g.onnx", nodes, inputs, outputs | {"m_out": (TensorProto.BOOL, [4])}))
+    for side, count, get in (("input", 4, seen.network.get_input), ("output", 4, seen.network.get_output)):
+        suffix = "" if side == "input" else "_out"
+        expected = {"b": "bfloat16", "i": "int64", "f": "float32", "m": "bool"}
+        wanted = {name + suffix: TensorType(dtype, (4,)) for name, dtype in expected.items()}
+        check_tensors("g.onnx", "it", side, wanted, [get(i) for i in range(count)])
+
+
+def write_external(folder: Path, size: int = 64) -> Path:
+    """y = x @ w in bfloat16, w in a file of its own."""
+    (folder / "g.onnx.data").write_bytes(np.zeros((size, size), np.uint16).tobytes())
+    weight = TensorProto(
+        name="w", data_type=TensorProto.BFLOAT16, dims=[size, size], data_location=TensorProto.EXTERNAL
+    )
+    for key, value in (("location", "g.onnx.data"), ("offset", "0"), ("length", str(2 * size * size))):
+        weight.external_data.add(key=key, value=value)
+    shape = (TensorProto.BFLOAT16, [1, size])
+    return save_graph(
+        folder / "g.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": shape}, {"y": shape}, [weight]
+    )
+
+
+def test_weights_beside_the_graph_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_external(tmp_path)
+    monkeypatch.chdir("/")
+    assert parsed(path).network.num_inputs == 1
+    (tmp_path / "g.onnx.data").unlink()
+    with pytest.raises(EngineError, match=r"g\.onnx: expected operators .* got 1 fault"):
+        parsed(path)
+
+
+def test_every_fault_of_the_parser_is_told_with_its_node(tmp_path: Path) -> None:
+    flat = (TensorProto.FLOAT, [4])
+    nodes = [
+        helper.make_node("Unheard", ["x"], ["a"], name="first_fault"),
+        helper.make_node("Relu", ["a"], ["b"], name="sound"),
+        helper.make_node("Unknown", ["b"], ["y"], name="second_fault"),
+    ]
+    with pytest.raises(EngineError) as caught:
+        parsed(save_graph(tmp_path / "g.onnx", nodes, {"x": flat}, {"y": flat}))
+    text = str(caught.value)
+    assert "2 faults" in text and "node 0 Unheard 'first_fault'" in text and "node 2 Unknown 'second_fault'" in text
+    assert "sound" not in text
+
+
+def test_bytes_that_are_no_graph_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "g.onnx").write_bytes(b"no graph")
+    with pytest.raises(EngineError, match=r"g\.onnx: expected operators"):
+        parsed(tmp_path / "g.onnx")
+
+
+# --- memory
+
+
+def test_a_build_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_external(tmp_path, 4096)  # 33.6 MB
+    monkeypatch.setattr(tensorrt_builder, "_available_memory", lambda: 400_000_000)
+    with pytest.raises(EngineError, match=r"expected about 0\.4 GB of free memory .* got 0\.4 GB .*--no-memory-check"):
+        tensorrt_builder.check_memory(path)
+    monkeypatch.setattr(tensorrt_builder, "_available_memory", lambda: 402_000_000)
+    tensorrt_builder.check_memory(path)
+
+
+def test_the_free_memory_is_the_kernels_figure(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemAvailable:   2048 kB\n")
+    assert tensorrt_builder._available_memory(tmp_path / "meminfo") == 2048 * 1024
+    (tmp_path / "meminfo").write_text("MemTotal:  100 kB\n")
+    with pytest.raises(EngineError, match="expected a line MemAvailable, got none"):
+        tensorrt_builder._available_memory(tmp_path / "meminfo")
+
+
+def test_the_check_of_memory_can_be_left_out(
+    bundle: Bundle, cache: PlanCache, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_builder, "_available_memory", lambda: 0)
+    key = plan_key(bundle, EXPERT, RTX, "sm89")
+    with pytest.raises(EngineError, match="of free memory"):
+        find_or_build(bundle, key, RTX, cache, said.append)
+    find_or_build(bundle, key, RTX, cache, said.append, BuildOptions(workspace_mb=64, check_memory=False))
+
+
+# --- the cache
+
+
+@pytest.fixture
+def fake_builds(monkeypatch: pytest.MonkeyPatch) -> list[PlanKey]:
+    """Plans that take no time, and the keys that were built."""
+    built: list[PlanKey] = []
+
+    def build(bundle: Bundle, key: PlanKey, *_: object) -> memoryview:
+        built.append(key)
+        return memoryview(f"plan {len(built)} of {key.graph} for {key.gpu}".encode())
+
+    monkeypatch.setattr(tensorrt_builder, "build_plan", build)
+    return built
+
+
+def test_a_plan_is_found_again_only_for_the_same_graph_version_and_gpu(
+    bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey]
+) -> None:
+    key = plan_key(bundle, EXPERT, RTX, "sm89")
+    variants = [
+        key,
+        *(key.model_copy(update={field: f"{getattr(key, field)}9"}) for field in ("version", "gpu", "library")),
+        key.model_copy(update={"graph_sha256": "0" * 64}),
+        plan_key(bundle, PREFILL, RTX, "sm89"),
+    ]
+    first = [bytes(find_or_build(bundle, variant, RTX, cache, said.append)) for variant in variants]
+    assert fake_builds == variants and len(set(first)) == len(variants)
+    assert [bytes(find_or_build(bundle, variant, RTX, cache, said.append)) for variant in variants] == first
+    assert fake_builds == variants
+    assert f"there: for tensorrt_rtx {RTX.version} on sm89" in next(line for line in said if "on sm899" in line)
+
+
+def test_external_weights_are_part_of_the_key(bundle: Bundle, tmp_path: Path) -> None:
+    write_external(tmp_path)
+    keys = []
+    for data in ("a", "b"):
+        files = {"g.onnx": "1" * 64, "g.onnx.data": data * 64}
+        given: Any = SimpleNamespace(path=tmp_path, manifest=SimpleNamespace(files=files))
+        keys.append(graph_sha256(given, "g.onnx"))
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "changed", "no record", "no plan", "empty plan", "broken record", "old record"]
+)
+def test_what_is_damaged_is_built_again(
+    damage: str, bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey]
+) -> None:
+    key = plan_key(bundle, EXPERT, RTX, "sm89")
+    find_or_build(bundle, key, RTX, cache, said.append)
+    path = cache.path(key)
+    record = path.with_name(path.name + ".json")
+    content = path.read_bytes()
+    match damage:
+        case "cut":
+            path.write_bytes(content[:-1])
+        case "changed":
+            path.write_bytes(content[:-1] + b"?")
+        case "empty plan":
+            path.write_bytes(b"")
+        case "no plan":
+            path.unlink()
+        case "no record":
+            record.unlink()
+        case "broken record":
+            record.write_bytes(record.read_bytes()[:-20])
+        case "old record":
+            record.write_text(json.dumps(json.loads(record.read_text()) | {"further": 1}))
+    assert cache.read(key) is None
+    assert bytes(find_or_build(bundle, key, RTX, cache, said.append)).startswith(b"plan 2")
+    assert bytes(find_or_build(bundle, key, RTX, cache, said.append)).startswith(b"plan 2")
+    assert len(fake_builds) == 2 and ("a damaged engine" in said[-2]) == (damage != "no plan")
+
+
+def test_a_plan_of_another_gpu_or_version_is_refused_by_name(
+    bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey]
+) -> None:
+    """As when someone renames the files of one robot for the next."""
+    key = plan_key(bundle, EXPERT, RTX, "sm89")
+    other = key.model_copy(update={"gpu": "sm120", "version": "1.6.0"})
+    find_or_build(bundle, other, RTX, cache, said.append)
+    for path in (cache.path(other), cache.path(other).with_name(cache.path(other).name + ".json")):
+        path.rename(path.with_name(path.name.replace(other.file_name, key.file_name)))
+    with pytest.raises(
+        EngineError, match=rf"for tensorrt_rtx {RTX.version} on sm89, got .* for tensorrt_rtx 1\.6\.0 on sm120"
+    ):
+        find_or_build(bundle, key, RTX, cache, said.append)
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_half_written_plan_is_never_seen(
+    fails: str, bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey], monkeypatch: Any
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    key = plan_key(bundle, EXPERT, RTX, "sm89")
+    with monkeypatch.context() as patch:
+        patch.setattr(plans.os, fails, full)
+        with pytest.raises(
+            ConfigurationError, match="No space left on device; make room or choose another engine cache"
+        ):
+            find_or_build(bundle, key, RTX, cache, said.append)
+    assert [path.name for path in cache.folder.iterdir()] == ["lock"]
+    assert cache.read(key) is None
+
+
+def test_a_new_plan_is_not_taken_for_the_one_of_the_old_record(
+    bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey], monkeypatch: Any
+) -> None:
+    """The machine loses power between the two files."""
+    key = plan_key(bundle, EXPERT, RTX, "sm89")
+    find_or_build(bundle, key, RTX, cache, said.append)
+    cache.path(key).write_bytes(b"damaged")
+    write_whole = plans._write_whole
+
+    def only_the_plan(path: Path, content: Any) -> None:
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        write_whole(path, content)
+
+    monkeypatch.setattr(plans, "_write_whole", only_the_plan)
+    with pytest.raises(KeyboardInterrupt):
+        find_or_build(bundle, key, RTX, cache, said.append)
+    assert cache.path(key).exists() and cache.read(key) is None
+    assert not cache.path(key).with_name(cache.path(key).name + ".json").exists()
+
+
+def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"engine cache: expected a folder to write to, got .*file/engines"):
+        PlanCache(tmp_path / "file" / "engines")
+
+
+def test_the_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/robot")
+    assert default_folder() == Path("/var/robot/ki_vla_ros/engines")
+    for unset in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert default_folder() == Path.home() / ".cache/ki_vla_ros/engines"
+
+
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
+def test_timings_are_kept_from_build_to_build(bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
+    """`tensorrt` cannot be had here: its calls are made on tensorrt_rtx, whose timing caches are empty."""
+    library = Library("tensorrt", tensorrt_rtx)
+    key = plan_key(bundle, EXPERT, library, "sm89")
+    path = cache.timing_path(key.library, key.version, key.gpu)
+    for earlier in (None, b"damaged"):
+        if earlier is not None:
+            path.write_bytes(earlier)
+        tensorrt_builder.build_plan(bundle, key, library, cache, BuildOptions(), said.append)
+        assert len(path.read_bytes()) > len(b"damaged")
+
+
+def test_timings_that_the_library_refuses_are_begun_anew(cache: PlanCache) -> None:
+    """As `tensorrt` does with those of another driver; tensorrt_rtx takes anything, so this is a stand-in."""
+    key = PlanKey(graph="g.onnx", graph_sha256="0" * 64, library="tensorrt", version="10.3.0", gpu="sm87 Orin")
+    cache.timing_path(key.library, key.version, key.gpu).write_bytes(b"of another driver")
+    attached: list[bytes] = []
+
+    class Config:
+        def create_timing_cache(self, content: bytes) -> Any:
+            return SimpleNamespace(content=content, serialize=lambda: content + b"+")
+
+        def set_timing_cache(self, timings: Any, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch
+            attached.append(timings.content)
+            return not timings.content
+
+    config: Any = Config()
+    timing = tensorrt_builder._attach_timings(Library("tensorrt", None), config, cache, key)
+    assert attached == [b"of another driver", b""] and timing is not None
+    assert bytes(timing()[1]) == b"+"
+
+
+def test_plans_of_tensorrt_are_for_a_product_those_of_rtx_for_a_compute_capability() -> None:
+    device: Any = SimpleNamespace(name="Orin", compute_capability="sm87")
+    assert gpu_of(device, Library("tensorrt", None)) == "sm87 Orin"
+    assert gpu_of(device, RTX) == "sm87"
+    with pytest.raises(
+        ConfigurationError, match=r"expected one that tensorrt_rtx .* \(sm75, .*\), got 'sm87'; for another"
+    ):
+        tensorrt_builder.check_gpu(RTX, "sm87")
+    tensorrt_builder.check_gpu(Library("tensorrt", SimpleNamespace()), "sm87 Orin")
+
+
+# --- progress
+
+
+def nested(progress: Progress) -> None:
+    progress.start("whole", 2)
+    progress.start("part", 4)
+    for step in range(4):
+        progress.step("part", step)
+    progress.finish("part")
+    progress.step("whole", 0)
+    progress.step("whole", 1)
+    progress.finish("whole")
+    progress.end()
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(said: list[str]) -> None:
+    nested(Progress("g", said.append, terminal=False))
+    assert said == ["g: 12 % built", "g: 25 % built", "g: 37 % built", "g: 50 % built", "g: 100 % built"]
+
+
+def test_progress_is_a_bar_on_a_terminal(said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    nested(Progress("g", said.append, terminal=True))
+    shown = capsys.readouterr().err
+    assert said == [] and shown.startswith("\r") and shown.endswith("\n")
+    assert (
+        "g [###############               ]  50 % part" in shown and "g [##############################] 100 %" in shown
+    )
+
+
+def test_ctrl_c_ends_a_build_and_leaves_nothing(
+    bundle: Bundle, cache: PlanCache, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Progress) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "_show", interrupted)
+    key = plan_key(bundle, EXPERT, RTX, "sm89")
+    with pytest.raises(KeyboardInterrupt):
+        find_or_build(bundle, key, RTX, cache, said.append)
+    assert [path.name for path in cache.folder.iterdir()] == ["lock"]
+
+
+# --- the command
+
+
+def test_the_command_prints_where_the_plans_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--bundle", "demo", "--library", "tensorrt_rtx", "--compute", "SM89", "--out", str(tmp_path)]
+    assert build_engines.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert [Path(line).exists() for line in printed.out.splitlines()] == [True, True]
+    assert "building it" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compute", "sm89"], "--compute: expected none with tensorrt, which builds for the GPU that it runs on"),
+        (["--library", "tensorrt_rtx", "--compute", "sm89,sm90"], "got 'sm90'; for another GPU build with tensorrt"),
+        (["--library", "tensorrt_rtx", "--compute", "sm89", "--workspace", "0"], "--workspace: expected at least 1 MB"),
+        (["--bundle", "nothing"], "models/nothing: expected it among the package's files"),
+    ],
+)
+def test_the_command_names_what_is_wrong(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build_engines.main(["--bundle", "demo", "--out", str(tmp_path), *arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("build_engines: ") and message in printed.err
+    assert printed.out == "" and list(tmp_path.iterdir()) == []
