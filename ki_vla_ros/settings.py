@@ -22,6 +22,8 @@ from ki_vla_ros.limits import JointLimitSettings, LimitSettings, SettingsModel, 
 if TYPE_CHECKING:
     from ki_vla_ros.manifest import PolicySpec
 
+TorchModeName = Literal["auto", "eager", "compile", "graph", "compile_graph"]
+
 # Parameters of what has a name of its own; the names are in the bundle.
 _NAMED = re.compile(r"^(?P<table>cameras|limits\.joints)\.(?P<name>.+)\.(?P<field>[a-z_]+)$")
 
@@ -49,6 +51,12 @@ class Settings(SettingsModel):
     )
     provider: Literal["cpu", "cuda", "tensorrt"] = setting(
         "cpu", "what runs the engine: the processor, an NVIDIA card, or (engine onnx) TensorRT inside onnxruntime"
+    )
+    torch_mode: TorchModeName = setting(
+        "auto",
+        "engine torch; eager: operation by operation; compile: by torch.compile, which needs a compiler and takes "
+        "seconds to minutes at configure; graph: as CUDA graphs (provider cuda); compile_graph: both; auto: eager on a "
+        "cpu, graph on cuda",
     )
     engine_cache: str = setting(
         "", "TensorRT: folder of the engines that were built; empty: ~/.cache/ki_vla_ros/engines"

@@ -147,7 +147,7 @@ def test_each_requirement_has_one_pinned_version(version: str) -> None:
 
 
 def test_robot_needs_no_trainer_and_the_trainer_no_ros() -> None:
-    modules = "[m.name for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if 'torch_engine' not in m.name]"
+    modules = "[m.name for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if '.torch_' not in m.name]"
     code = (
         "import importlib, pkgutil, sys, {0} as p;"
         f"[importlib.import_module(name) for name in {modules}];"

@@ -56,12 +56,13 @@ from training.graphs import (
     time_file,
     time_layers,
 )
-from training.model.vla import VLA
+from training.model.vla import VLA, Cache
 from training.vocabulary import prompt_tokenizer, prompt_vocab_size
 
 POLICY = "policy.json"
 OPSET = 20
 TOLERANCE = 1e-4
+COSINE = 0.999  # of a bfloat16 bundle's chunks and the float32 model's
 PARITY_CASES = 4
 CONSTANTS = 4096  # shapes, frequencies and the like in a graph, as numbers
 EMBEDDED_BYTES = 64 << 20  # larger weights lie in a file beside the graph; ONNX files themselves end at 2 GiB
@@ -86,8 +87,9 @@ def export_bundle(
 ) -> Bundle:
     """Write the bundle `out` and return it loaded; an earlier bundle there is replaced once the new one is whole.
 
-    `with_torch`: with the programs for the torch engine. A float32 bundle is run and compared with the model; bfloat16
-    graphs have no kernels in onnxruntime's CPU provider, so those are checked by ONNX's own checker alone.
+    `with_torch`: with the programs for the torch engine. A float32 bundle is run and compared with the model. bfloat16
+    graphs have no kernels in onnxruntime's CPU provider, so ONNX's own checker alone sees those; the programs are run
+    and compared with the model in float32, which then has to fit into memory.
     """
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ConfigurationError(f"{out}: expected an empty place or an earlier bundle, got a folder of something else")
@@ -111,7 +113,7 @@ def export_bundle(
         check_left_behind(model, prompt_rows, folder)
         graph = describe_graphs(model, policy, prompt_rows)
         bundle = write_bundle(folder, policy, graph, tokenizer, model_card(policy, tokenizer, notes))
-        compared = "not compared with torch (bfloat16 does not run on a CPU's onnxruntime)"
+        compared = "not compared with torch (bfloat16 does not run on a CPU's onnxruntime; --torch compares)"
         if dtype == "float32":
             errors = [parity_error(model, bundle)]
             if with_torch:
@@ -120,6 +122,12 @@ def export_bundle(
                 if not error <= TOLERANCE:
                     raise ExportError(f"parity: expected the graphs within {TOLERANCE:g} of torch, got {error:.3g}")
             compared = f"within {max(errors):.1e} of torch"
+        elif with_torch:
+            del model  # the one in float32 needs its place
+            cosine = lowest_cosine(checkpoint, bundle)
+            if not cosine >= COSINE:
+                raise ExportError(f"parity: expected a cosine of {COSINE:g} to float32 or more, got {cosine:.6f}")
+            compared = f"cosine {cosine:.6f} to torch in float32"
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
@@ -257,19 +265,13 @@ def parity_error(
 
     `engine` (default: onnxruntime) runs the bundle and is closed afterwards.
     """
-    manifest = bundle.manifest
     engine = engine or OnnxEngine(bundle)
     policy = Policy(bundle, engine)
     session = onnxruntime.InferenceSession(str(bundle.path / PREFILL), providers=["CPUExecutionProvider"])
     worst = 0.0
     for case in range(cases):
-        given = random_input(bundle, case)
-        arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
-        with torch.no_grad():
-            cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
-            noise_HA = policy.noise(case)
-            state = None if given.state_J is None else torch.from_numpy(given.state_J)[None]
-            chunk_HA = model.sample_actions(cache, torch.from_numpy(noise_HA)[None], manifest.flow.steps, state)[0]
+        given, noise_HA = random_input(bundle, case), policy.noise(case)
+        cache, chunk_HA = answer(model, given, noise_HA, bundle.manifest.flow.steps)
         got_HA = policy.denoise(policy.prefill(given), noise_HA, given.state_J)
         if isinstance(engine, TorchEngine):
             keys, values, mask = (engine.prefix[name].numpy() for name in ("keys", "values", "prefix_mask"))
@@ -284,6 +286,35 @@ def parity_error(
             worst = float(np.maximum(worst, np.abs(expected.numpy() - got).max()))  # NaN stays NaN
     engine.close()
     return worst
+
+
+def lowest_cosine(checkpoint: Path, bundle: Bundle, cases: int = PARITY_CASES) -> float:
+    """Of whole chunks of random inputs, the bundle's on the torch engine and the model's in float32.
+
+    One after the other: of a large model, memory does not hold both.
+    """
+    steps, shape = bundle.manifest.flow.steps, (bundle.manifest.horizon, bundle.manifest.graph.action_dim)
+    noise = [np.random.default_rng(case).standard_normal(shape, dtype=np.float32) for case in range(cases)]
+    given = [random_input(bundle, case) for case in range(cases)]
+    model = load_checkpoint(checkpoint).eval()
+    expected = [answer(model, *case, steps)[1].numpy() for case in zip(given, noise, strict=True)]
+    del model
+    engine = TorchEngine(bundle)
+    policy = Policy(bundle, engine)
+    got = [policy.denoise(policy.prefill(case), x_t, case.state_J) for case, x_t in zip(given, noise, strict=True)]
+    engine.close()
+    ours, theirs = (np.stack(chunks).reshape(cases, -1) for chunks in (got, expected))
+    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    return float(np.min(np.sum(ours * theirs, axis=1) / lengths))  # NaN stays NaN
+
+
+def answer(model: VLA, given: ModelInput, noise_HA: np.ndarray, steps: int) -> tuple[Cache, torch.Tensor]:
+    """The model's own cache and chunk [H, A] for one input."""
+    arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
+    state = None if given.state_J is None else torch.from_numpy(given.state_J)[None]
+    with torch.no_grad():
+        cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
+        return cache, model.sample_actions(cache, torch.from_numpy(noise_HA)[None], steps, state)[0]
 
 
 def random_input(bundle: Bundle, case: int) -> ModelInput:
