@@ -56,6 +56,7 @@ class SetUp:
         chosen = {"engine": self.engine, "provider": self.provider, "threads": self.threads}
         settings = settings_from_parameters(chosen)
         bundle = load_bundle(find_bundle(self.bundle))
+        settings.validate_against(bundle.manifest)
         policy = Policy(bundle, open_engine(bundle, settings), self.flow_steps or None)
         policy.warm_up()
         return policy

@@ -49,7 +49,9 @@ class Settings(SettingsModel):
         "inference engine; torch needs the wheel torch and a bundle exported with --torch, the last two an NVIDIA card "
         "and the module of that name",
     )
-    provider: Literal["cpu", "cuda"] = setting("cpu", "processor that runs the engine")
+    provider: Literal["cpu", "cuda", "tensorrt"] = setting(
+        "cpu", "what runs the engine: the processor, an NVIDIA card, or (engine onnx) TensorRT inside onnxruntime"
+    )
     torch_mode: TorchModeName = setting(
         "auto",
         "engine torch; eager: operation by operation; compile: by torch.compile, which needs a compiler and takes "
@@ -57,7 +59,7 @@ class Settings(SettingsModel):
         "cpu, graph on cuda",
     )
     engine_cache: str = setting(
-        "", "tensorrt, tensorrt_rtx: folder of the engines that were built; empty: ~/.cache/ki_vla_ros/engines"
+        "", "TensorRT: folder of the engines that were built; empty: ~/.cache/ki_vla_ros/engines"
     )
     threads: int = setting(1, "processor threads of the engine", ge=1, le=64)
     autostart: bool = setting(False, "configure and activate at start, without a lifecycle client")
@@ -224,6 +226,11 @@ class Settings(SettingsModel):
                         f"parameter '{table}.{name}.*': bundle {manifest.name!r} has only "
                         f"{', '.join(known)}{_nearest(name, known)}"
                     )
+        if self.provider == "tensorrt" and self.engine != "onnx":
+            raise ConfigurationError(
+                f"parameter 'provider': expected cpu or cuda for engine {self.engine}, got tensorrt, which is a part "
+                "of onnxruntime; for TensorRT itself set engine to tensorrt and provider to cuda"
+            )
         if self.engine in ("tensorrt", "tensorrt_rtx") and self.provider != "cuda":
             raise ConfigurationError(
                 f"parameter 'provider': expected cuda for engine {self.engine}, which runs on NVIDIA cards alone, got "

@@ -13,6 +13,7 @@ Execution contexts run the bundle's ONNX graphs on onnxruntime with the bytes at
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class Work:
     run: Callable[[], None]
     pinned: NDArray[Any] | None = None
     addresses: Mapping[str, int] = field(default_factory=dict)
-    context: FakeContext | None = None
+    context: FakeContext | None = field(default=None, repr=False)
 
 
 @dataclass(eq=False)
@@ -62,6 +63,7 @@ class FakeDevice:
         self.graphs: dict[int, list[Work]] = {}
         self.fault = ""
         self.closed = False
+        self.contexts: list[weakref.ref[FakeContext]] = []
         self._pinned: list[NDArray[Any]] = []
         self._queue: list[tuple[Work, bytes]] = []
         self._recording: list[Work] | None = None
@@ -139,9 +141,12 @@ class FakeDevice:
             work.run()
 
     def close(self) -> None:
+        assert not self.closed
         self.closed = True
         self.allocations.clear()
         self.graphs.clear()
+        self._queue.clear()
+        assert not any(context() for context in self.contexts), "a context outlives its device"
 
     # --- what contexts and tests call
 
@@ -190,7 +195,6 @@ class FakeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.contexts: list[FakeContext] = []
         self.locations: dict[str, str] = {}
         self.out_of_memory = False
 
@@ -220,8 +224,9 @@ class FakeEngine:
     def create_execution_context(self) -> FakeContext | None:
         if self.out_of_memory:
             return None
-        self.contexts.append(FakeContext(self))
-        return self.contexts[-1]
+        context = FakeContext(self)
+        self.device.contexts.append(weakref.ref(context))
+        return context
 
 
 class FakeContext:

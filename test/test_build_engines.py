@@ -1,13 +1,14 @@
-"""ONNX graphs through NVIDIA's own parser and builder (TensorRT for RTX, ahead of time), and the cache of plans.
+"""ONNX graphs through NVIDIA's own parser and builder (TensorRT for RTX, ahead of time), and what stops it.
 
 No GPU is needed for any of it, and none is here: that the plans run is not tested.
 """
 
 from __future__ import annotations
 
-import errno
+import dataclasses
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorrt_rtx
+import torch
 from onnx import TensorProto, helper
 
 from ki_vla_ros import build_engines
 from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, graph_interface, load_bundle
-from ki_vla_ros.engines import plans, tensorrt_builder
-from ki_vla_ros.engines.plans import PlanCache, PlanKey, default_folder, graph_sha256
+from ki_vla_ros.engines import tensorrt_builder
+from ki_vla_ros.engines.plans import PlanCache, PlanKey, graph_sha256
 from ki_vla_ros.engines.tensorrt_builder import (
     BuildOptions,
     Progress,
@@ -33,17 +35,34 @@ from ki_vla_ros.engines.tensorrt_builder import (
 )
 from ki_vla_ros.engines.tensorrt_library import Library
 from ki_vla_ros.errors import ConfigurationError, EngineError
-from ki_vla_ros.onnx_header import TensorType
+from ki_vla_ros.onnx_header import TensorType, read_header
 from ki_vla_ros.share import find_bundle
+from training.export import export_bundle
+from training.random_bundle import PROMPT_LENGTH, pi05_slice, policy_spec, write_checkpoint
 
+pytestmark = pytest.mark.timeout(600)  # the export of the slice takes half a minute of a core, more on a busy machine
 RTX = Library("tensorrt_rtx", tensorrt_rtx)
 GPUS = ("sm86", "sm89", "sm120")
-BUNDLES = ("demo",)  # names in models/, or folders
+BUNDLES = ("demo", "pi05-slice")
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return load_bundle(find_bundle("demo"))
 
 
 @pytest.fixture(scope="module", params=BUNDLES)
-def bundle(request: pytest.FixtureRequest) -> Bundle:
-    return load_bundle(find_bundle(request.param))
+def any_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """The shipped bundle, and two layers of pi0.5 at full width: bfloat16, with weights in files beside the graphs."""
+    if request.param == "demo":
+        yield load_bundle(find_bundle("demo"))
+        return
+    folder = tmp_path_factory.mktemp(request.param)
+    config = pi05_slice()
+    policy = policy_spec(config, request.param, 3, PROMPT_LENGTH[request.param], seed=0)
+    write_checkpoint(folder / "checkpoint", config, policy, dtype=torch.bfloat16)
+    yield export_bundle(folder / "checkpoint", folder / "bundle", dtype="bfloat16")
+    shutil.rmtree(folder)  # a GB, which pytest would keep
 
 
 @pytest.fixture
@@ -66,11 +85,15 @@ def parsed(path: Path) -> Any:
 # --- both graphs of every bundle, for three GPUs
 
 
-def test_both_graphs_are_built_for_gpus_that_are_not_here(bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
+def test_both_graphs_are_built_for_gpus_that_are_not_here(
+    any_bundle: Bundle, cache: PlanCache, said: list[str]
+) -> None:
+    bundle = any_bundle
     paths = build_engines.build_engines(bundle, RTX, GPUS, cache, BuildOptions(), said.append)
     assert len({path.read_bytes() for path in paths}) == len(paths) == 6
     for graph in (PREFILL, EXPERT):
-        weights = (bundle.path / graph).stat().st_size
+        files = {graph, *read_header(bundle.path / graph).external_files}
+        weights = sum((bundle.path / name).stat().st_size for name in files)
         for path in paths:
             if path.name.startswith(Path(graph).stem):
                 assert path.stat().st_size > 0.9 * weights
@@ -81,10 +104,12 @@ def test_both_graphs_are_built_for_gpus_that_are_not_here(bundle: Bundle, cache:
     said.clear()
     again = build_engines.build_engines(bundle, RTX, GPUS, cache, BuildOptions(), said.append)
     assert again == paths and said == []
+    shutil.rmtree(cache.folder)
 
 
 @pytest.mark.parametrize("graph", [PREFILL, EXPERT])
-def test_the_parsed_network_is_the_manifests(bundle: Bundle, graph: str) -> None:
+def test_the_parsed_network_is_the_manifests(any_bundle: Bundle, graph: str) -> None:
+    bundle = any_bundle
     inputs, outputs = graph_interface(bundle.manifest)[graph]
     seen = parsed(bundle.path / graph)
     check_network(bundle.path / graph, RTX, seen.network, inputs, outputs)
@@ -99,6 +124,14 @@ def test_the_parsed_network_is_the_manifests(bundle: Bundle, graph: str) -> None
                 EngineError, match=rf"{graph}: {side} '({name}|further)': expected .* from tensorrt_rtx"
             ):
                 check_network(bundle.path / graph, RTX, seen.network, **changed)
+
+
+def test_a_graph_that_is_not_the_manifests_is_not_built(bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
+    manifest = bundle.manifest.model_copy(update={"horizon": bundle.manifest.horizon + 1})
+    changed = dataclasses.replace(bundle, manifest=manifest)
+    with pytest.raises(EngineError, match=rf"{EXPERT}: input 'clean': expected bool \[{manifest.horizon}\], got bool"):
+        find_or_build(changed, plan_key(changed, EXPERT, RTX, "sm89"), RTX, cache, said.append)
+    assert not list(cache.folder.glob("*.plan"))
 
 
 # --- small graphs with what the bundles have, or must not have
@@ -202,37 +235,7 @@ def test_the_check_of_memory_can_be_left_out(
     find_or_build(bundle, key, RTX, cache, said.append, BuildOptions(workspace_mb=64, check_memory=False))
 
 
-# --- the cache
-
-
-@pytest.fixture
-def fake_builds(monkeypatch: pytest.MonkeyPatch) -> list[PlanKey]:
-    """Plans that take no time, and the keys that were built."""
-    built: list[PlanKey] = []
-
-    def build(bundle: Bundle, key: PlanKey, *_: object) -> memoryview:
-        built.append(key)
-        return memoryview(f"plan {len(built)} of {key.graph} for {key.gpu}".encode())
-
-    monkeypatch.setattr(tensorrt_builder, "build_plan", build)
-    return built
-
-
-def test_a_plan_is_found_again_only_for_the_same_graph_version_and_gpu(
-    bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey]
-) -> None:
-    key = plan_key(bundle, EXPERT, RTX, "sm89")
-    variants = [
-        key,
-        *(key.model_copy(update={field: f"{getattr(key, field)}9"}) for field in ("version", "gpu", "library")),
-        key.model_copy(update={"graph_sha256": "0" * 64}),
-        plan_key(bundle, PREFILL, RTX, "sm89"),
-    ]
-    first = [bytes(find_or_build(bundle, variant, RTX, cache, said.append)) for variant in variants]
-    assert fake_builds == variants and len(set(first)) == len(variants)
-    assert [bytes(find_or_build(bundle, variant, RTX, cache, said.append)) for variant in variants] == first
-    assert fake_builds == variants
-    assert f"there: for tensorrt_rtx {RTX.version} on sm89" in next(line for line in said if "on sm899" in line)
+# --- what goes with a graph into the cache
 
 
 def test_external_weights_are_part_of_the_key(bundle: Bundle, tmp_path: Path) -> None:
@@ -243,106 +246,6 @@ def test_external_weights_are_part_of_the_key(bundle: Bundle, tmp_path: Path) ->
         given: Any = SimpleNamespace(path=tmp_path, manifest=SimpleNamespace(files=files))
         keys.append(graph_sha256(given, "g.onnx"))
     assert keys[0] != keys[1]
-
-
-@pytest.mark.parametrize(
-    "damage", ["cut", "changed", "no record", "no plan", "empty plan", "broken record", "old record"]
-)
-def test_what_is_damaged_is_built_again(
-    damage: str, bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey]
-) -> None:
-    key = plan_key(bundle, EXPERT, RTX, "sm89")
-    find_or_build(bundle, key, RTX, cache, said.append)
-    path = cache.path(key)
-    record = path.with_name(path.name + ".json")
-    content = path.read_bytes()
-    match damage:
-        case "cut":
-            path.write_bytes(content[:-1])
-        case "changed":
-            path.write_bytes(content[:-1] + b"?")
-        case "empty plan":
-            path.write_bytes(b"")
-        case "no plan":
-            path.unlink()
-        case "no record":
-            record.unlink()
-        case "broken record":
-            record.write_bytes(record.read_bytes()[:-20])
-        case "old record":
-            record.write_text(json.dumps(json.loads(record.read_text()) | {"further": 1}))
-    assert cache.read(key) is None
-    assert bytes(find_or_build(bundle, key, RTX, cache, said.append)).startswith(b"plan 2")
-    assert bytes(find_or_build(bundle, key, RTX, cache, said.append)).startswith(b"plan 2")
-    assert len(fake_builds) == 2 and ("a damaged engine" in said[-2]) == (damage != "no plan")
-
-
-def test_a_plan_of_another_gpu_or_version_is_refused_by_name(
-    bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey]
-) -> None:
-    """As when someone renames the files of one robot for the next."""
-    key = plan_key(bundle, EXPERT, RTX, "sm89")
-    other = key.model_copy(update={"gpu": "sm120", "version": "1.6.0"})
-    find_or_build(bundle, other, RTX, cache, said.append)
-    for path in (cache.path(other), cache.path(other).with_name(cache.path(other).name + ".json")):
-        path.rename(path.with_name(path.name.replace(other.file_name, key.file_name)))
-    with pytest.raises(
-        EngineError, match=rf"for tensorrt_rtx {RTX.version} on sm89, got .* for tensorrt_rtx 1\.6\.0 on sm120"
-    ):
-        find_or_build(bundle, key, RTX, cache, said.append)
-
-
-@pytest.mark.parametrize("fails", ["fsync", "replace"])
-def test_a_half_written_plan_is_never_seen(
-    fails: str, bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey], monkeypatch: Any
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    key = plan_key(bundle, EXPERT, RTX, "sm89")
-    with monkeypatch.context() as patch:
-        patch.setattr(plans.os, fails, full)
-        with pytest.raises(
-            ConfigurationError, match="No space left on device; make room or choose another engine cache"
-        ):
-            find_or_build(bundle, key, RTX, cache, said.append)
-    assert [path.name for path in cache.folder.iterdir()] == ["lock"]
-    assert cache.read(key) is None
-
-
-def test_a_new_plan_is_not_taken_for_the_one_of_the_old_record(
-    bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey], monkeypatch: Any
-) -> None:
-    """The machine loses power between the two files."""
-    key = plan_key(bundle, EXPERT, RTX, "sm89")
-    find_or_build(bundle, key, RTX, cache, said.append)
-    cache.path(key).write_bytes(b"damaged")
-    write_whole = plans._write_whole
-
-    def only_the_plan(path: Path, content: Any) -> None:
-        if path.suffix == ".json":
-            raise KeyboardInterrupt
-        write_whole(path, content)
-
-    monkeypatch.setattr(plans, "_write_whole", only_the_plan)
-    with pytest.raises(KeyboardInterrupt):
-        find_or_build(bundle, key, RTX, cache, said.append)
-    assert cache.path(key).exists() and cache.read(key) is None
-    assert not cache.path(key).with_name(cache.path(key).name + ".json").exists()
-
-
-def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigurationError, match=r"engine cache: expected a folder to write to, got .*file/engines"):
-        PlanCache(tmp_path / "file" / "engines")
-
-
-def test_the_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/var/robot")
-    assert default_folder() == Path("/var/robot/ki_vla_ros/engines")
-    for unset in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", unset)
-        assert default_folder() == Path.home() / ".cache/ki_vla_ros/engines"
 
 
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
@@ -356,6 +259,27 @@ def test_timings_are_kept_from_build_to_build(bundle: Bundle, cache: PlanCache, 
             path.write_bytes(earlier)
         tensorrt_builder.build_plan(bundle, key, library, cache, BuildOptions(), said.append)
         assert len(path.read_bytes()) > len(b"damaged")
+
+
+def test_timings_that_the_library_refuses_are_begun_anew(cache: PlanCache) -> None:
+    """As `tensorrt` does with those of another driver; tensorrt_rtx takes anything, so this is a stand-in."""
+    key = PlanKey(graph="g.onnx", graph_sha256="0" * 64, library="tensorrt", version="10.3.0", gpu="sm87 Orin")
+    cache.timing_path(key.library, key.version, key.gpu).write_bytes(b"of another driver")
+    attached: list[bytes] = []
+
+    class Config:
+        def create_timing_cache(self, content: bytes) -> Any:
+            return SimpleNamespace(content=content, serialize=lambda: content + b"+")
+
+        def set_timing_cache(self, timings: Any, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch
+            attached.append(timings.content)
+            return not timings.content
+
+    config: Any = Config()
+    timing = tensorrt_builder._attach_timings(Library("tensorrt", None), config, cache, key)
+    assert attached == [b"of another driver", b""] and timing is not None
+    assert bytes(timing()[1]) == b"+"
 
 
 def test_plans_of_tensorrt_are_for_a_product_those_of_rtx_for_a_compute_capability() -> None:

@@ -182,6 +182,12 @@ def test_without_a_gpu_it_is_refused_with_the_drivers_words() -> None:
         CudaDevice()
 
 
+def test_a_driver_without_a_gpu_is_refused(rehearsal: Rehearsal) -> None:
+    rehearsal._results["cudaGetDeviceCount"] = lambda: 0
+    with pytest.raises(EngineError, match="expected an NVIDIA GPU and its driver, got 0 GPUs"):
+        CudaDevice()
+
+
 def test_without_the_bindings_their_wheel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(cuda.bindings, "runtime")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)

@@ -308,6 +308,38 @@ def test_an_absent_provider_names_the_wheel(bundle: Bundle, monkeypatch: pytest.
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(EngineError, match=r"expected CUDAExecutionProvider.*install the wheel onnxruntime-gpu"):
         OnnxEngine(bundle, provider="CUDAExecutionProvider")
+    with pytest.raises(EngineError, match=r"expected TensorrtExecutionProvider.*onnxruntime-gpu \(and TensorRT's lib"):
+        OnnxEngine(bundle, provider="TensorrtExecutionProvider")
+
+
+def test_half_precision_is_refused_where_it_has_no_kernels(bundle: Bundle) -> None:
+    graph = bundle.manifest.graph.model_copy(update={"dtype": "bfloat16"})
+    half = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"graph": graph}))
+    with pytest.raises(EngineError, match=r"expected a float32 bundle for CPUExec.*got bfloat16.*--dtype float32"):
+        OnnxEngine(half)
+
+
+def test_tensorrt_in_onnxruntime_keeps_what_it_builds(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here no provider but the CPU's exists: what onnxruntime is asked for is all that can be seen."""
+    asked: list[object] = []
+
+    class Stop(Exception):
+        pass
+
+    def session(path: str, options: object, providers: object) -> None:
+        asked.append(providers)
+        raise Stop(path)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(OnnxEngine, "_allocate", lambda self, tensor: None)
+    with pytest.raises(EngineError, match="TensorrtExecutionProvider cannot load it"):
+        OnnxEngine(bundle, provider="TensorrtExecutionProvider", engine_cache=tmp_path / "cache")
+    ((name, options),) = asked[0]  # type: ignore[misc, attr-defined]
+    assert name == "TensorrtExecutionProvider" and (tmp_path / "cache").is_dir()
+    assert options["trt_engine_cache_enable"] == "1" and options["trt_engine_cache_path"] == str(tmp_path / "cache")
 
 
 def test_a_graph_that_onnxruntime_cannot_load_is_named(bundle: Bundle, tmp_path: Path) -> None:

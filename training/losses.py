@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from training.config import Loss
 from training.data.batches import NO_TARGET
 
 Index = Tensor | tuple[Tensor, ...]
@@ -172,3 +173,11 @@ def mix_flow(action_RHA: Tensor, noise_RHA: Tensor, time_RH: Tensor) -> tuple[Te
 def match_flow(velocity_RHA: Tensor, target_RHA: Tensor, learned_RH: Index) -> Tensor:
     """Mean squared error over the actions that are learned, real action dimensions only."""
     return ((velocity_RHA - target_RHA) ** 2)[learned_RH].mean()
+
+
+def backpropagate(found: dict[Loss, Tensor], weights: dict[Loss, float], values: dict[str, float]) -> None:
+    """Backward of the weighted sum of those losses that have a weight; adds their values to `values`."""
+    chosen = {name: loss for name, loss in found.items() if name in weights}
+    torch.stack([weights[name] * loss for name, loss in chosen.items()]).sum().backward()
+    for name, loss in chosen.items():
+        values[name] = values.get(name, 0.0) + float(loss.detach())

@@ -194,19 +194,19 @@ class Trainer:
             views, cells = self.maker.draw_views(self.scenes, stage.scene_batch, rng)
             with self.precision():
                 found = {"cells": losses.name_cells(self.heads, self.model.stem_features(views), cells)}
-            backpropagate(found, stage.losses, values)
+            losses.backpropagate(found, stage.losses, values)
         if stage.scene_batch and {"text", "pointing"} & set(stage.losses):
             batch = self.maker.draw_scenes(self.scenes, stage.scene_batch, rng)
             with self.precision():
                 found = self.language_losses(batch)
-            backpropagate(found, stage.losses, values)
+            losses.backpropagate(found, stage.losses, values)
         if stage.robot_batch:
             batch = self.maker.draw_robot(self.robot, stage.robot_batch, rng)
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             compute = self.expert_losses if set(stage.losses) == {"flow"} and stage.insulate else self.robot_losses
             with self.precision():
                 found = compute(batch, stage, generator)
-            backpropagate(found, stage.losses, values)
+            losses.backpropagate(found, stage.losses, values)
         return values
 
     def precision(self) -> torch.autocast:
@@ -374,14 +374,6 @@ def fit_fast(config: TrainingConfig, robot: Arrays, space: ActionSpace) -> FastT
     chosen = np.sort(rng.choice(len(robot["state"]), size=min(FIT_CHUNKS, len(robot["state"])), replace=False))
     chunks = space.normalize_chunk(robot["chunk"][chosen].astype(np.float64), robot["state"][chosen].astype(np.float64))
     return FastTokenizer.fit(chunks, vocab_size=config.fast_vocabulary, scale=config.fast_scale)
-
-
-def backpropagate(found: dict[Loss, Tensor], weights: dict[Loss, float], values: dict[str, float]) -> None:
-    """Backward of the weighted sum of those losses that have a weight; adds their values to `values`."""
-    chosen = {name: loss for name, loss in found.items() if name in weights}
-    torch.stack([weights[name] * loss for name, loss in chosen.items()]).sum().backward()
-    for name, loss in chosen.items():
-        values[name] = values.get(name, 0.0) + float(loss.detach())
 
 
 def last_token(batch: Batch) -> Tensor:

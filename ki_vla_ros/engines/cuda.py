@@ -91,8 +91,9 @@ class CudaDevice:
         status, count = runtime.cudaGetDeviceCount()
         if status != runtime.cudaError_t.cudaSuccess or count == 0:
             raise EngineError(
-                f"CUDA: expected an NVIDIA GPU and its driver, got {self._describe(status)}; is the driver installed, "
-                "and the GPU passed into the container?"
+                f"CUDA: expected an NVIDIA GPU and its driver, got "
+                f"{self._describe(status) if status else '0 GPUs'}; is "
+                "the driver installed, and the GPU passed into the container?"
             )
         self._call("cudaSetDevice", 0)
         self.name = self._value("cudaGetDeviceProperties", 0).name.decode()

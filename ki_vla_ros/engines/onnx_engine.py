@@ -29,6 +29,8 @@ from ki_vla_ros.preprocess import ModelInput
 from ki_vla_ros.time_table import TimeTable
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
+"""By the setting `provider`."""
 _DEVICE_OF = {CPU: "cpu", CUDA: "cuda", TENSORRT: "cuda"}
 _WHEEL_OF = {CPU: "onnxruntime", CUDA: "onnxruntime-gpu", TENSORRT: "onnxruntime-gpu (and TensorRT's libraries)"}
 _BFLOAT16 = 16  # ONNX's number for the element type; numpy has none
@@ -37,7 +39,7 @@ _BFLOAT16 = 16  # ONNX's number for the element type; numpy has none
 class OnnxEngine:
     """One bundle on one onnxruntime execution provider; EngineError where this machine does not have it."""
 
-    def __init__(self, bundle: Bundle, provider: str = CPU, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, provider: str = CPU, threads: int = 1, engine_cache: Path | None = None) -> None:
         if provider not in _DEVICE_OF:
             raise EngineError(f"onnxruntime provider: expected one of {sorted(_DEVICE_OF)}, got {provider!r}")
         available = ort.get_available_providers()
@@ -53,6 +55,12 @@ class OnnxEngine:
             )
         self.description = f"onnxruntime {ort.__version__}, {provider}, {threads} thread{'s' if threads != 1 else ''}"
         self._provider = provider
+        self._options: dict[str, str] = {}
+        if provider == TENSORRT and engine_cache is not None:
+            # Building takes minutes; onnxruntime keys what it keeps by graph, version and card.
+            engine_cache.mkdir(parents=True, exist_ok=True)
+            self._options = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(engine_cache)}
+            self._options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(engine_cache)}
         self._generation = 0
         interface = graph_interface(bundle.manifest)
         self._types = {name: tensor for sides in interface.values() for side in sides for name, tensor in side.items()}
@@ -97,7 +105,7 @@ class OnnxEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         try:
-            session = ort.InferenceSession(str(path), options, providers=[self._provider])
+            session = ort.InferenceSession(str(path), options, providers=[(self._provider, self._options)])
         except Exception as error:  # onnxruntime's errors share no base but this
             raise EngineError(f"{path}: {self._provider} cannot load it ({error})") from error
         got = session.get_providers()
