@@ -42,6 +42,7 @@ class ModelConfig(Strict):
 class ParallelConfig(Strict):
     """How the model is laid over processes. The defaults: whole on each of them, float32, gradients averaged."""
 
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="cuda: one process per card")
     shard: bool = Field(default=False, description="FSDP2: divide weights, gradients and optimizer state (torchrun)")
     cpu_offload: bool = Field(default=False, description="sharded: these three in host memory, the optimizer there too")
     activation_checkpointing: bool = Field(

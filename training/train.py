@@ -38,7 +38,7 @@ from training.losses import TrainingHeads
 from training.measure import measure
 from training.model.vla import VLA, Output, VLAConfig
 from training.optimizer import clip_gradients, learning_rate, load_optimizer, make_optimizer, select_parameters
-from training.parallel import average_gradients, join_group, wait_for_all
+from training.parallel import average_gradients, choose_device, join_group, wait_for_all
 from training.policy_spec import ACTION_PERIOD_S, HORIZON, describe_policy
 from training.sharding import checkpoint_activations, free_gathered, gather, load_whole, shard
 from training.stats import ActionSpace
@@ -67,7 +67,8 @@ class Trainer:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.config = config
-        self.rank, self.processes = join_group(alone=not config.parallel.shard)
+        self.device = choose_device(config.parallel.device)
+        self.rank, self.processes = join_group(alone=not config.parallel.shard, device=config.parallel.device)
         # Sharded, a forward pass takes all processes.
         self.measures = self.rank == 0 or config.parallel.shard
         if self.rank == 0:
@@ -80,15 +81,9 @@ class Trainer:
         self.space = ActionSpace.fit(self.robot["state"], self.robot["chunk"])
         self.fast = fit_fast(config, self.robot, self.space)
         self.tokenizer = build_tokenizer(config.fast_vocabulary)
-        self.queries = torch.tensor(act_query_ids(self.tokenizer)[: config.readout_frequencies])
-        self.maker = BatchMaker(
-            self.tokenizer,
-            self.fast,
-            self.space,
-            length=config.prompt_length,
-            grid=chunk_timing(config).grid,
-            frequencies=config.readout_frequencies,
-        )
+        self.queries = torch.tensor(act_query_ids(self.tokenizer)[: config.readout_frequencies], device=self.device)
+        sizes = {"length": config.prompt_length, "grid": chunk_timing(config).grid, "frequencies": len(self.queries)}
+        self.maker = BatchMaker(self.tokenizer, self.fast, self.space, **sizes, device=self.device)
         action_dim = self.robot["state"].shape[1]
         self.model = VLA(
             VLAConfig(
@@ -109,10 +104,12 @@ class Trainer:
             config.readout_frequencies,
             action_dim,
         )
+        self.model.to(self.device)
+        self.heads.to(self.device)
         if config.parallel.activation_checkpointing:
             checkpoint_activations(self.model)
         if config.parallel.shard:
-            shard(self.model, config.parallel, init_device_mesh("cpu", (self.processes,)))
+            shard(self.model, config.parallel, init_device_mesh(self.device.type, (self.processes,)))
 
     def run(self) -> None:
         """All stages, each from its checkpoint where there is one; then the policy folder that `training.export`
@@ -289,10 +286,12 @@ class Trainer:
         adjacent.
         """
         action = batch.action_BHA.repeat_interleave(samples, dim=0)
-        time, learned = losses.draw_flow_time(len(action), action.shape[1], self.config.max_prefix_delay, generator)
+        # From the CPU's generator: a seed means the same on every device.
+        drawn = losses.draw_flow_time(len(action), action.shape[1], self.config.max_prefix_delay, generator)
+        time, learned = (tensor.to(self.device) for tensor in drawn)
         if self.config.prefix_lead:
             action, learned = losses.run_ahead(action, learned, self.config.prefix_lead, generator)
-        x_t, target = losses.mix_flow(action, torch.randn(action.shape, generator=generator), time)
+        x_t, target = losses.mix_flow(action, torch.randn(action.shape, generator=generator).to(self.device), time)
         return x_t, time, target, learned
 
     def predict(self, batch: Batch, output: Output) -> Tensor:
