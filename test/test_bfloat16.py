@@ -25,7 +25,8 @@ from ki_vla_ros.preprocess import ModelInput, make_model_input
 from ki_vla_ros.pt2 import read_program
 from ki_vla_ros.time_table import TimeTable, step_times
 from training import export
-from training.export import COSINE, ExportError, answer, export_bundle, lowest_cosine
+from training.export import COSINE, ExportError, export_bundle
+from training.parity import answer, lowest_cosine
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 STEPS = 10
