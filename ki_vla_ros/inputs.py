@@ -1,0 +1,56 @@
+"""What node and replay make of their inputs alike: cameras as the settings say, joint readings, instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.errors import InputError
+from ki_vla_ros.manifest import PolicySpec
+from ki_vla_ros.observation import CameraSource
+from ki_vla_ros.preprocess import make_model_input
+from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, Observation
+from ki_vla_ros.settings import Settings
+
+
+def camera_sources(manifest: PolicySpec, settings: Settings, resolve: Callable[[str], str]) -> list[CameraSource]:
+    """The bundle's cameras with their full topic names; `resolve` makes a full name of one of the settings."""
+    chosen = {camera.name: settings.camera(camera.name) for camera in manifest.cameras}
+    return [
+        CameraSource(
+            camera.name,
+            resolve(chosen[camera.name].topic),
+            camera.optional,
+            own_limit_ns(chosen[camera.name].max_age_s),
+        )
+        for camera in manifest.cameras
+    ]
+
+
+def own_limit_ns(max_age_s: float) -> int | None:
+    """An input's own `max_age_s`; None: it has none."""
+    return round(max_age_s * NS_PER_S) or None
+
+
+def joint_reading(stamp_ns: int, names: Sequence[str], positions: Sequence[float]) -> JointReading:
+    """InputError where names and positions do not fit; what the values must be is for the observation to say."""
+    names = tuple(names)
+    if len(names) != len(positions):
+        raise InputError(
+            f"joint state: expected one position per name, got {len(names)} names, {len(positions)} positions"
+        )
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise InputError(f"joint state: expected each joint once, got {', '.join(twice)} more than once")
+    return JointReading(stamp_ns, names, np.array(positions, dtype=np.float64))
+
+
+def check_instruction(bundle: Bundle, instruction: str) -> None:
+    """InstructionError unless a tick can use it: it goes a tick's way, with black images and a middle state."""
+    manifest = bundle.manifest
+    black_HWC = np.zeros((1, 1, 3), dtype=np.uint8)
+    frames = {camera.name: CameraFrame(camera.name, 0, black_HWC) for camera in manifest.cameras}
+    middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
+    make_model_input(manifest, bundle.tokenizer, Observation(0, frames, middle_J), instruction)
