@@ -22,7 +22,6 @@ from std_msgs.msg import Float64MultiArray, String
 
 from ki_vla_ros.diagnostics import Report
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.inputs import joint_reading
 from ki_vla_ros.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
 
@@ -68,9 +67,9 @@ def _cv_bridge() -> Any:
 
 
 def reading_from_message(message: JointState, received_ns: int | None = None) -> JointReading:
-    """InputError where names and positions do not fit; what the values must be is for the observation to say."""
+    """InputError as JointReading.from_fields."""
     stamp_ns = stamp_to_ns(message.header.stamp) if received_ns is None else received_ns
-    return joint_reading(stamp_ns, message.name, message.position)
+    return JointReading.from_fields(stamp_ns, message.name, message.position)
 
 
 def command_message(motion: Motion, now_ns: int, splice: bool = False) -> bytes:

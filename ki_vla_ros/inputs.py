@@ -1,17 +1,16 @@
-"""What node and replay make of their inputs alike: cameras as the settings say, joint readings, instructions."""
+"""What node and replay make of their inputs alike: cameras as the settings say, the check of an instruction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from ki_vla_ros.bundle import Bundle
-from ki_vla_ros.errors import InputError
 from ki_vla_ros.manifest import PolicySpec
 from ki_vla_ros.observation import CameraSource
 from ki_vla_ros.preprocess import make_model_input
-from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, Observation
+from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
 from ki_vla_ros.settings import Settings
 
 
@@ -32,19 +31,6 @@ def camera_sources(manifest: PolicySpec, settings: Settings, resolve: Callable[[
 def own_limit_ns(max_age_s: float) -> int | None:
     """An input's own `max_age_s`; None: it has none."""
     return round(max_age_s * NS_PER_S) or None
-
-
-def joint_reading(stamp_ns: int, names: Sequence[str], positions: Sequence[float]) -> JointReading:
-    """InputError where names and positions do not fit; what the values must be is for the observation to say."""
-    names = tuple(names)
-    if len(names) != len(positions):
-        raise InputError(
-            f"joint state: expected one position per name, got {len(names)} names, {len(positions)} positions"
-        )
-    if len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise InputError(f"joint state: expected each joint once, got {', '.join(twice)} more than once")
-    return JointReading(stamp_ns, names, np.array(positions, dtype=np.float64))
 
 
 def check_instruction(bundle: Bundle, instruction: str) -> None:
