@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -14,18 +14,21 @@ from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
 from ki_vla_ros.settings import Settings
 
 
-def camera_sources(manifest: PolicySpec, settings: Settings, resolve: Callable[[str], str]) -> list[CameraSource]:
-    """The bundle's cameras with their full topic names; `resolve` makes a full name of one of the settings."""
-    chosen = {camera.name: settings.camera(camera.name) for camera in manifest.cameras}
-    return [
-        CameraSource(
-            camera.name,
-            resolve(chosen[camera.name].topic),
-            camera.optional,
-            own_limit_ns(chosen[camera.name].max_age_s),
-        )
-        for camera in manifest.cameras
-    ]
+def camera_sources(
+    manifest: PolicySpec,
+    settings: Settings,
+    resolve: Callable[[str], str],
+    topics: Mapping[str, str] | None = None,
+) -> list[CameraSource]:
+    """The bundle's cameras with their full topic names: those in `topics`, others as `resolve` makes them of the
+    settings' names.
+    """
+    sources = []
+    for camera in manifest.cameras:
+        chosen = settings.camera(camera.name)
+        topic = (topics or {}).get(camera.name) or resolve(chosen.topic)
+        sources.append(CameraSource(camera.name, topic, camera.optional, own_limit_ns(chosen.max_age_s)))
+    return sources
 
 
 def own_limit_ns(max_age_s: float) -> int | None:

@@ -29,25 +29,22 @@ class BagFrame(CameraFrame):
     `rgb_HWC` raises InputError if they cannot be.
     """
 
-    __slots__ = ("_message", "_pixels", "_size")
+    message: BagMessage
+    _size: int
+    _pixels: NDArray[np.uint8] | None
 
     def __init__(self, camera: str, stamp_ns: int, message: BagMessage, size: int) -> None:
-        object.__setattr__(self, "camera", camera)
-        object.__setattr__(self, "stamp_ns", stamp_ns)
-        object.__setattr__(self, "_message", message)
-        object.__setattr__(self, "_size", size)
-        object.__setattr__(self, "_pixels", None)
+        values = {"camera": camera, "stamp_ns": stamp_ns, "message": message, "_size": size, "_pixels": None}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the base is frozen
 
     @property
-    def message(self) -> BagMessage:
-        return self._message  # type: ignore[attr-defined,no-any-return]
-
-    @property
-    def rgb_HWC(self) -> NDArray[np.uint8]:  # type: ignore[override]
-        if self._pixels is None:  # type: ignore[attr-defined]
+    def rgb_HWC(self) -> NDArray[np.uint8]:
+        if self._pixels is None:
             whole = camera_frame(self.message, self.camera)
-            object.__setattr__(self, "_pixels", resize_with_pad(whole.rgb_HWC, self._size))  # type: ignore[attr-defined]
-        return self._pixels  # type: ignore[attr-defined,no-any-return]
+            object.__setattr__(self, "_pixels", resize_with_pad(whole.rgb_HWC, self._size))
+        assert self._pixels is not None
+        return self._pixels
 
 
 def bag_frame(message: BagMessage, camera: str, size: int, use_receive_time: bool) -> BagFrame:
@@ -83,17 +80,15 @@ def read_tick(text: str) -> RecordedTick:
         return RecordedTick(
             stamp_ns=int(fields["stamp_ns"]),
             chunk_index=None if index is None else int(index),
-            frame_ns={str(name): int(stamp) for name, stamp in (fields["frame_ns"] or {}).items()},
-            joint_ns=tuple(int(stamp) for stamp in fields["joint_ns"] or ()),
-            joined_ns=None if index is None else int(fields["joined_ns"]),
+            frame_ns={str(name): int(stamp) for name, stamp in (fields.get("frame_ns") or {}).items()},
+            joint_ns=tuple(int(stamp) for stamp in fields.get("joint_ns") or ()),
+            joined_ns=int(fields["joined_ns"]) if fields.get("joined_ns") else None,
             instruction=str(fields["instruction"]),
             hold=None if fields["hold"] is None else str(fields["hold"]),
             total_ms=float(fields["stage_ms"]["total"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"tick: expected one that a node of this version wrote, got {text[:60]!r} ({error})"
-        ) from error
+        raise InputError(f"tick: expected what the node writes there, got {text[:60]!r}: {error}") from error
 
 
 class Feed:
@@ -196,6 +191,8 @@ class ReplayBuffer(ObservationBuffer):
     def _as_recorded(self, tick: RecordedTick) -> Observation:
         if tick.chunk_index is None:
             raise StaleInput(tick.hold or "recorded: no chunk was due")
+        if not (tick.frame_ns and tick.joint_ns):
+            raise StaleInput("recorded: the node that ran then did not say which frames it used")
         limit_ns = self.feed.now_ns + RECORDER_LAG_NS
         self.feed.advance(limit_ns, until=lambda: self._has(tick))
         frames = {}

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ki_vla_ros.records import Motion
+
 METRICS_SCHEMA = 1
 """Version of metrics.json, described in docs/replay.md."""
 
@@ -78,8 +80,9 @@ class TickRecord:
     """One tick. `hold`: why the arm was held (None: it was not); `prediction` is None where none was due or possible.
 
     `age_ns`: of the newest frame of each camera and of "joint state" when the tick began (None: there was none).
-    `latency_ns`: simulated, from the tick's start to its command or end. `missed`: deadlines missed so far.
-    `stage_ms`: what the stages took on this machine, which nothing else here depends on when the latency is fixed.
+    `latency_ns`: simulated, from the tick's start to its command or end. `missed`: deadlines missed so far. `motions`:
+    what was sent since the tick before, holds too. `stage_ms`: what the stages took on this machine (with reading the
+    bag in "observation"), which nothing else here depends on when the latency is fixed.
     """
 
     number: int
@@ -90,6 +93,7 @@ class TickRecord:
     latency_ns: int
     missed: int
     stage_ms: Mapping[str, float]
+    motions: tuple[Motion, ...]
     prediction: Prediction | None
 
 

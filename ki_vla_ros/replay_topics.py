@@ -1,4 +1,4 @@
-"""Which topics of a bag a replay reads, and under which settings: as the bag's own session says, or a parameter file."""
+"""Which topics of a bag a replay reads: as the bag's own session names them, or the settings do."""
 
 from __future__ import annotations
 
@@ -71,19 +71,16 @@ def resolve_topics(
         return name if name.startswith("/") else f"{namespace}/{name}"
 
     notes: list[str] = []
-    names = session.topics.cameras if session else {}
     cameras = {}
-    for source in camera_sources(manifest, settings, resolve):
-        topic = names.get(source.name, source.topic)
+    for source in camera_sources(manifest, settings, resolve, session.topics.cameras if session else None):
+        topic = source.topic
         found = next((t for t in (topic, f"{topic}/compressed") if _has(bag, t, (IMAGE, COMPRESSED_IMAGE))), None)
         if found is not None:
             cameras[source.name] = found
             if found != topic:
                 notes.append(f"camera {source.name!r}: the bag has {found} in place of {topic}")
         elif source.optional:
-            notes.append(
-                f"camera {source.name!r}: the bag has no images on {topic}; the policy goes without (optional)"
-            )
+            notes.append(f"camera {source.name!r} (optional): no images on {topic}; the policy goes without it")
         else:
             raise _absent(bag, f"camera {source.name!r}", topic, (IMAGE, COMPRESSED_IMAGE), "cameras.*.topic")
     joints = session.topics.joint_states if session else resolve(settings.joint_states_topic)
@@ -129,7 +126,7 @@ def _absent(bag: Bag, what: str, topic: str, types: tuple[str, ...], parameter: 
         got = "which has no messages"
     return ConfigurationError(
         f"bag {bag.path}: {what}: expected {' or '.join(types)} on {topic}, {got}; {_candidates(bag, topic, types)}; "
-        f"set {parameter}, or remap nothing and give --node"
+        f"set {parameter} in --params"
     )
 
 
