@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock
@@ -36,14 +35,14 @@ from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
+from ki_vla_ros.inputs import camera_sources, check_instruction, own_limit_ns
 from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.node_wire import NodeWire
-from ki_vla_ros.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import make_model_input, resize_with_pad
+from ki_vla_ros.preprocess import resize_with_pad
 from ki_vla_ros.process import run_node
-from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
 from ki_vla_ros.session import BundleIdentity, Session, SessionTopics, session_topic
 from ki_vla_ros.share import find_bundle
 
@@ -227,15 +226,7 @@ class PolicyNode(LifecycleNode):
             wire = NodeWire(self, settings)
             resources.callback(wire.close)
             joint_topic = self.resolve_topic_name(settings.joint_states_topic)
-            sources = [
-                CameraSource(
-                    c.name,
-                    self.resolve_topic_name(settings.camera(c.name).topic),
-                    c.optional,
-                    own_limit_ns(settings.camera(c.name).max_age_s),
-                )
-                for c in manifest.cameras
-            ]
+            sources = camera_sources(manifest, settings, self.resolve_topic_name)
             buffer = ObservationBuffer(
                 sources,
                 manifest.joint_names,
@@ -317,20 +308,6 @@ class PolicyNode(LifecycleNode):
         self._loaded = None
         self._resources.close()
         gc.unfreeze()
-
-
-def own_limit_ns(max_age_s: float) -> int | None:
-    """An input's own `max_age_s`; None: it has none."""
-    return round(max_age_s * NS_PER_S) or None
-
-
-def check_instruction(bundle: Bundle, instruction: str) -> None:
-    """InstructionError unless a tick can use it: it goes a tick's way, with black images and a middle state."""
-    manifest = bundle.manifest
-    black_HWC = np.zeros((1, 1, 3), dtype=np.uint8)
-    frames = {camera.name: CameraFrame(camera.name, 0, black_HWC) for camera in manifest.cameras}
-    middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
-    make_model_input(manifest, bundle.tokenizer, Observation(0, frames, middle_J), instruction)
 
 
 def main() -> int:
