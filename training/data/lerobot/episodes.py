@@ -30,9 +30,10 @@ Cut = Literal["auto", "marker", "instruction", "bag"]
 
 @dataclass(frozen=True)
 class Marker:
-    """A topic (std_msgs/String, JSON) on which a new value of `key` begins an episode.
+    """A topic (std_msgs/String, JSON) on which a new value of `key` begins an episode; null only ends one.
 
-    The JSON's "instruction", where it has one, is the episode's until another arrives.
+    The JSON may also say "instruction", the episode's until another arrives, and "begin_ns", the stamp from which on
+    images are of the episode (else the time of arrival).
     """
 
     topic: str
@@ -161,6 +162,7 @@ class _Cutter:
         self.marked: Any = None
         self.begin_ns: int | None = None  # of the grid of ticks; None: no episode yet
         self.ticks = 0
+        self.taken_ns: int | None = None  # images of before are not of the episode
         self.waiting: deque[_Pending | str] = deque()  # frames, and reasons of gaps between them
         self.held: list[Frame] = []  # the first frames of a piece, until there are enough of them
         self.written = 0  # frames of the piece
@@ -168,13 +170,15 @@ class _Cutter:
         self.done = Conversion()
 
     def run(self, messages: Iterable[BagMessage]) -> Conversion:
+        log_ns = 0
         for message in messages:
-            self._advance(message.log_ns)
+            log_ns = message.log_ns
+            self._advance(log_ns)
             try:
                 self._take(message)
             except InputError as error:
                 self.done.leave_out(f"message on {message.topic}", str(error))
-        self._end_episode()
+        self._end_episode(log_ns)
         return self.done
 
     # --- messages
@@ -215,7 +219,7 @@ class _Cutter:
     def _take_instruction(self, text: str, log_ns: int) -> None:
         changed, self.task = text != self.task, text
         if self.cut_at_instructions and (changed or self.begin_ns is None):
-            self._end_episode()
+            self._end_episode(log_ns)
             self.commands.clear()
             self._begin(log_ns)
 
@@ -230,17 +234,19 @@ class _Cutter:
             ) from None
         if value == self.marked:
             return
-        self._end_episode()
+        self._end_episode(log_ns)
         # The robot may have been moved: nothing of before is near in place, however near in time.
         for of_before in (self.buffer, self.commands, self.readings):
             of_before.clear()
-        self.marked, self.task = value, fields.get("instruction", self.task)
-        self._begin(log_ns)
+        self.marked = value
+        if value is not None:
+            self.task = fields.get("instruction", self.task)
+            self._begin(log_ns, fields.get("begin_ns", log_ns))
 
     # --- ticks
 
-    def _begin(self, log_ns: int) -> None:
-        self.begin_ns, self.ticks = log_ns, 0
+    def _begin(self, log_ns: int, taken_ns: int | None = None) -> None:
+        self.begin_ns, self.ticks, self.taken_ns = log_ns, 0, taken_ns
 
     def _advance(self, log_ns: int) -> None:
         """The ticks before `log_ns`: what arrives at the time of a tick is there for it."""
@@ -260,10 +266,9 @@ class _Cutter:
         except StaleInput as error:
             self.waiting.append(str(error))
             return
-        assert self.begin_ns is not None
         if self.task is None:
             self.done.leave_out("before the first instruction")
-        elif self.marker is not None and observation.stamp_ns < self.begin_ns:
+        elif self.taken_ns is not None and observation.stamp_ns < self.taken_ns:
             self.done.leave_out("images of before the episode")
         else:
             self.waiting.append(_Pending(observation, self.task, observation.stamp_ns + self.period_ns))
@@ -312,8 +317,9 @@ class _Cutter:
             self.done.frames += self.written
         self.held, self.written = [], 0
 
-    def _end_episode(self) -> None:
-        """What still waits for its action has none in this episode."""
+    def _end_episode(self, log_ns: int) -> None:
+        """After all messages up to `log_ns`: what then still waits for its action has none in this episode."""
+        self._settle(log_ns + 1)
         for waiting in self.waiting:
             if isinstance(waiting, _Pending):
                 self.done.leave_out("action after the episode's end")

@@ -70,32 +70,31 @@ def write_bag(dataset: Dataset, out: Path) -> int:
     kinds |= dict.fromkeys((topics.instruction, MARKER.topic), TYPES["text"])
     with Writer(out, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP) as writer:
         connections = {name: writer.add_connection(name, kind, typestore=TYPESTORE) for name, kind in kinds.items()}
-        after_ns = START_NS
+        end_ns = 0
         for episode in dataset.episodes:
-            for topic, log_ns, message in _messages(dataset, episode, topics, joints, after_ns):
+            for topic, log_ns, message in _messages(dataset, episode, topics, joints, end_ns):
                 data = TYPESTORE.serialize_cdr(message, kinds[topic])
                 writer.write(connections[topic], log_ns, bytes(data))
-                written += 1
-                after_ns = log_ns + PAUSE_NS
+                written, end_ns = written + 1, log_ns
     return written
 
 
 def _messages(
-    dataset: Dataset, episode: Episode, topics: Topics, joints: tuple[str, ...], after_ns: int
+    dataset: Dataset, episode: Episode, topics: Topics, joints: tuple[str, ...], end_ns: int
 ) -> Iterator[tuple[str, int, Any]]:
-    """Topic, log time and message, in order; the log time of frame i is a period after that of frame i - 1.
+    """Topic, log time and message, in order, not before `end_ns`; log times are evenly spaced, whatever the stamps are.
 
     So reading them at the dataset's rate gives the same frames, however the cameras' stamps lay to the ticks.
     """
     columns, period_ns = dataset.columns(episode), NS_PER_S // dataset.info.fps
     grid_N = np.arange(episode.length, dtype=np.int64) * NS_PER_S // dataset.info.fps
-    stamp_N = columns[STAMP] if STAMP in columns else after_ns + grid_N
-    log_N = grid_N + int((stamp_N - grid_N).max())  # no frame before it was taken
+    stamp_N = columns[STAMP] if STAMP in columns else max(START_NS, end_ns + PAUSE_NS) + grid_N
+    first_ns = max(int((stamp_N - grid_N).max()), end_ns)  # no frame before it was taken
     images = {camera: dataset.images(episode, camera) for camera in topics.cameras}
     tasks, task = dataset.task_of(columns), None
-    marker = {MARKER.key: episode.index, "instruction": tasks[0]}
-    yield MARKER.topic, int(log_N[0]), _text(json.dumps(marker))
-    for i, (stamp_ns, log_ns) in enumerate(zip(stamp_N.tolist(), log_N.tolist(), strict=True)):
+    marker = {MARKER.key: episode.index, "instruction": tasks[0], "begin_ns": int(stamp_N[0])}
+    yield MARKER.topic, first_ns, _text(json.dumps(marker))
+    for i, (stamp_ns, log_ns) in enumerate(zip(stamp_N.tolist(), (first_ns + grid_N).tolist(), strict=True)):
         if tasks[i] != task:
             task = tasks[i]
             yield topics.instruction, log_ns, _text(task)
@@ -104,6 +103,9 @@ def _messages(
             yield topics.command, log_ns, _command(stamp_ns + period_ns, joints, columns[ACTION][i])
         for camera, topic in topics.cameras.items():
             yield topic, log_ns, _image(stamp_ns, camera, next(images[camera]))
+    # A tick later, when the last action is due.
+    last_ns = first_ns + episode.length * NS_PER_S // dataset.info.fps
+    yield MARKER.topic, last_ns, _text(json.dumps({MARKER.key: None}))
 
 
 def _names(dataset: Dataset, key: str) -> tuple[str, ...]:
