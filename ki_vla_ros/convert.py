@@ -67,17 +67,9 @@ def _cv_bridge() -> Any:
 
 
 def reading_from_message(message: JointState, received_ns: int | None = None) -> JointReading:
-    """InputError where names and positions do not fit; what the values must be is for the observation to say."""
-    names = tuple(message.name)
-    if len(names) != len(message.position):
-        raise InputError(
-            f"joint state: expected one position per name, got {len(names)} names, {len(message.position)} positions"
-        )
-    if len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise InputError(f"joint state: expected each joint once, got {', '.join(twice)} more than once")
+    """InputError as JointReading.from_fields."""
     stamp_ns = stamp_to_ns(message.header.stamp) if received_ns is None else received_ns
-    return JointReading(stamp_ns, names, np.array(message.position, dtype=np.float64))
+    return JointReading.from_fields(stamp_ns, message.name, message.position)
 
 
 def command_message(motion: Motion, now_ns: int, splice: bool = False) -> bytes:

@@ -6,11 +6,14 @@ node's clock. Arrays inside a record are never written to after the record was m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ki_vla_ros.errors import InputError
 
 NS_PER_S = 1_000_000_000
 
@@ -31,6 +34,19 @@ class JointReading:
     stamp_ns: int
     names: tuple[str, ...]
     position_J: NDArray[np.float64]
+
+    @classmethod
+    def from_fields(cls, stamp_ns: int, names: Sequence[str], positions: Any) -> JointReading:
+        """InputError where names and positions do not fit; what the values must be is for the observation to say."""
+        names = tuple(names)
+        if len(names) != len(positions):
+            raise InputError(
+                f"joint state: expected one position per name, got {len(names)} names, {len(positions)} positions"
+            )
+        if len(set(names)) != len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise InputError(f"joint state: expected each joint once, got {', '.join(twice)} more than once")
+        return cls(stamp_ns, names, np.array(positions, dtype=np.float64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -187,7 +187,7 @@ def plain_chunk(bundle: Bundle, given: ModelInput, noise_HA: NDArray[np.float32]
         rest = {"clean": np.zeros(HORIZON, np.bool_), "step": np.full(1, 1 / steps, np.float32)}
         inputs = {**cache, **state, **rest, "x_t": x_t_HA, "modulation": row_M}
         velocity_HA, next_HA = expert.run(["velocity", "x_next"], inputs)
-        x_t_HA = x_t_HA - velocity_HA / np.float32(steps)
+        x_t_HA = x_t_HA - np.float32(1.0 / steps) * velocity_HA
         assert next_HA == pytest.approx(x_t_HA, abs=1e-6)
     return np.asarray(x_t_HA)
 

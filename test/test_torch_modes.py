@@ -291,8 +291,8 @@ def test_a_tick_is_two_replays_and_one_wait(made: Made) -> None:
 
 
 def test_a_captured_engine_follows_every_input(made: Made) -> None:
-    engine = TorchEngine(made.bundle, mode="graph", stream=DoubledStream())
-    plain = TorchEngine(made.bundle)
+    stream = DoubledStream()
+    engine, plain = TorchEngine(made.bundle, mode="graph", stream=stream), TorchEngine(made.bundle)
     state_J = made.given.state_J
     for seed, t in ((0, 1.0), (1, 0.3), (2, 0.7)):
         pictures = np.clip(draw(seed, *made.given.images_VCHW.shape), -1, 1)
@@ -314,6 +314,7 @@ def test_a_captured_engine_follows_every_input(made: Made) -> None:
             )
         for ours, theirs in zip(*outcomes, strict=True):
             assert ours.tobytes() == theirs.tobytes()
+    assert stream.log.count("capture") == 3, "prefill, one step, all steps"
 
 
 def test_graphs_need_a_card(made: Made) -> None:

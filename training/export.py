@@ -25,10 +25,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir
-import onnxruntime
 import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer
@@ -36,14 +34,10 @@ from tokenizers.models import WordLevel
 from torch import nn
 
 from ki_vla_ros.bundle import EXPERT, MANIFEST, PREFILL, PROGRAMS, TIME, TOKENIZER, Bundle, write_bundle
-from ki_vla_ros.engines.base import prefill_inputs
-from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.manifest import PolicySpec, describe_validation
 from ki_vla_ros.onnx_header import read_header
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import ModelInput
 from ki_vla_ros.pt2 import read_program
 from training.checkpoints import load_checkpoint
 from training.graphs import (
@@ -56,14 +50,14 @@ from training.graphs import (
     time_file,
     time_layers,
 )
-from training.model.vla import VLA, Cache
+from training.model.vla import VLA
+from training.parity import lowest_cosine, parity_error
 from training.vocabulary import prompt_tokenizer, prompt_vocab_size
 
 POLICY = "policy.json"
 OPSET = 20
 TOLERANCE = 1e-4
 COSINE = 0.999  # of a bfloat16 bundle's chunks and the float32 model's
-PARITY_CASES = 4
 CONSTANTS = 4096  # shapes, frequencies and the like in a graph, as numbers
 EMBEDDED_BYTES = 64 << 20  # larger weights lie in a file beside the graph; ONNX files themselves end at 2 GiB
 OUTPUTS = ("keys", "values", "prefix_mask"), ("velocity", "x_next")
@@ -96,7 +90,7 @@ def export_bundle(
     began_s = time.monotonic()
     policy = read_policy(checkpoint / POLICY)
     full_tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
-    model = cast_weights(load_checkpoint(checkpoint).eval().requires_grad_(False), DTYPES[dtype])
+    model = cast_weights(load_checkpoint(checkpoint, dtype=None).eval().requires_grad_(False), DTYPES[dtype])
     check_policy(policy, model, full_tokenizer)
     prompt_rows = prompt_vocab_size(full_tokenizer)
     tokenizer = prompt_tokenizer(full_tokenizer)
@@ -256,81 +250,6 @@ def check_left_behind(model: VLA, prompt_rows: int, folder: Path) -> None:
             got = sum(math.prod(shape) for shape in shapes)
             if got > expected + CONSTANTS:
                 raise ExportError(f"{file}: expected at most {expected} weights (and {CONSTANTS} constants), got {got}")
-
-
-def parity_error(
-    model: VLA, bundle: Bundle, cases: int = PARITY_CASES, engine: OnnxEngine | TorchEngine | None = None
-) -> float:
-    """Largest difference between bundle and torch, over keys, values and whole chunks of random inputs.
-
-    `engine` (default: onnxruntime) runs the bundle and is closed afterwards.
-    """
-    engine = engine or OnnxEngine(bundle)
-    policy = Policy(bundle, engine)
-    session = onnxruntime.InferenceSession(str(bundle.path / PREFILL), providers=["CPUExecutionProvider"])
-    worst = 0.0
-    for case in range(cases):
-        given, noise_HA = random_input(bundle, case), policy.noise(case)
-        cache, chunk_HA = answer(model, given, noise_HA, bundle.manifest.flow.steps)
-        got_HA = policy.denoise(policy.prefill(given), noise_HA, given.state_J)
-        if isinstance(engine, TorchEngine):
-            keys, values, mask = (engine.prefix[name].numpy() for name in ("keys", "values", "prefix_mask"))
-        else:
-            keys, values, mask = session.run(None, prefill_inputs(given))
-        for expected, got in (
-            (cache.keys_NBKPD[:, 0], keys),
-            (cache.values_NBKPD[:, 0], values),
-            (cache.mask_BP[0].float(), mask.astype(np.float32)),
-            (chunk_HA, got_HA),
-        ):
-            worst = float(np.maximum(worst, np.abs(expected.numpy() - got).max()))  # NaN stays NaN
-    engine.close()
-    return worst
-
-
-def lowest_cosine(checkpoint: Path, bundle: Bundle, cases: int = PARITY_CASES) -> float:
-    """Of whole chunks of random inputs, the bundle's on the torch engine and the model's in float32.
-
-    One after the other: of a large model, memory does not hold both.
-    """
-    steps, shape = bundle.manifest.flow.steps, (bundle.manifest.horizon, bundle.manifest.graph.action_dim)
-    noise = [np.random.default_rng(case).standard_normal(shape, dtype=np.float32) for case in range(cases)]
-    given = [random_input(bundle, case) for case in range(cases)]
-    model = load_checkpoint(checkpoint).eval()
-    expected = [answer(model, *case, steps)[1].numpy() for case in zip(given, noise, strict=True)]
-    del model
-    engine = TorchEngine(bundle)
-    policy = Policy(bundle, engine)
-    got = [policy.denoise(policy.prefill(case), x_t, case.state_J) for case, x_t in zip(given, noise, strict=True)]
-    engine.close()
-    ours, theirs = (np.stack(chunks).reshape(cases, -1) for chunks in (got, expected))
-    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    return float(np.min(np.sum(ours * theirs, axis=1) / lengths))  # NaN stays NaN
-
-
-def answer(model: VLA, given: ModelInput, noise_HA: np.ndarray, steps: int) -> tuple[Cache, torch.Tensor]:
-    """The model's own cache and chunk [H, A] for one input."""
-    arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
-    state = None if given.state_J is None else torch.from_numpy(given.state_J)[None]
-    with torch.no_grad():
-        cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
-        return cache, model.sample_actions(cache, torch.from_numpy(noise_HA)[None], steps, state)[0]
-
-
-def random_input(bundle: Bundle, case: int) -> ModelInput:
-    """Noise pictures, random prompts of random length; every other case lacks the last of several cameras."""
-    manifest, rng = bundle.manifest, np.random.default_rng(case)
-    cameras, size, length = len(manifest.cameras), manifest.image.size, manifest.prompt.length
-    image_mask_V = np.ones(cameras, dtype=np.bool_)
-    image_mask_V[-1] = cameras == 1 or case % 2 == 0
-    with_state = manifest.state.as_token
-    return ModelInput(
-        images_VCHW=rng.uniform(-1, 1, (cameras, 3, size, size)).astype(np.float32),
-        image_mask_V=image_mask_V,
-        tokens_L=rng.integers(0, manifest.graph.vocab_size, length),
-        token_mask_L=np.arange(length) < rng.integers(1, length + 1),
-        state_J=rng.uniform(-1, 1, len(manifest.joints)).astype(np.float32) if with_state else None,
-    )
 
 
 def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:

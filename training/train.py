@@ -82,15 +82,8 @@ class Trainer:
         self.fast = fit_fast(config, self.robot, self.space)
         self.tokenizer = build_tokenizer(config.fast_vocabulary)
         self.queries = torch.tensor(act_query_ids(self.tokenizer)[: config.readout_frequencies], device=self.device)
-        self.maker = BatchMaker(
-            self.tokenizer,
-            self.fast,
-            self.space,
-            length=config.prompt_length,
-            grid=chunk_timing(config).grid,
-            frequencies=config.readout_frequencies,
-            device=self.device,
-        )
+        sizes = {"length": config.prompt_length, "grid": chunk_timing(config).grid, "frequencies": len(self.queries)}
+        self.maker = BatchMaker(self.tokenizer, self.fast, self.space, **sizes, device=self.device)
         action_dim = self.robot["state"].shape[1]
         self.model = VLA(
             VLAConfig(

@@ -1,0 +1,160 @@
+"""Reads rosbag2's sqlite files, also damaged ones: every row that SQLite can still reach from either end.
+
+Opening notes each message's time and row (24 bytes of memory per message); contents are read when their time comes.
+SQLite has no checksums: a flipped bit in a message's content goes unnoticed here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.bag_records import CLOCK_STEP_NS, BagMessage, Faults, Pending, Topic
+
+# Rows between two places where reading can go on after an error.
+ROWS = 4096
+_INDEX = np.dtype([("log_ns", np.int64), ("row", np.int64), ("topic", np.int64)])
+
+
+class SqliteFile:
+    """`faults` gets what cannot be read; nothing but OSError is raised. The file is never written to."""
+
+    def __init__(self, path: Path, faults: Faults, name: str = "") -> None:
+        """`name`: how faults call the file, by default its own name."""
+        self._name = name or path.name
+        self._faults = faults
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._database: sqlite3.Connection | None = None
+        self._by_id: dict[int, tuple[str, str]] = {}
+        self._index: NDArray[Any] = np.zeros(0, dtype=_INDEX)
+        self.topics: dict[str, Topic] = {}
+        try:
+            self._database = self._open(path)
+            self._read_topics(self._database)
+            self._index = self._read_index(self._database)
+        except sqlite3.Error as error:
+            self._fault(f"cannot be read: {error}")
+        self._count()
+        self.start_ns = int(self._index["log_ns"][0]) if len(self._index) else None
+        self.end_ns = int(self._index["log_ns"][-1]) if len(self._index) else None
+
+    def close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def messages(self, topics: Collection[str] | None) -> Iterator[Pending]:
+        wanted = [key for key, (topic, _) in self._by_id.items() if topics is None or topic in topics]
+        for log_ns, row, key in self._index[np.isin(self._index["topic"], wanted)]:
+            yield int(log_ns), partial(self._message, int(log_ns), int(row), *self._by_id[int(key)])
+
+    def _fault(self, message: str) -> None:
+        self._faults.add("database", self._name, message)
+
+    def _open(self, path: Path) -> sqlite3.Connection:
+        """What the recorder had not yet merged (-wal, -journal) is merged in a copy."""
+        beside = [path.with_name(path.name + end) for end in ("-wal", "-journal")]
+        pending = [file for file in beside if file.is_file() and file.stat().st_size]
+        mode = "immutable=1"
+        if pending:
+            self._folder = tempfile.TemporaryDirectory(prefix="bag")
+            for file in (path, *pending):
+                shutil.copy(file, self._folder.name)
+            path, mode = Path(self._folder.name, path.name), "mode=rw"
+        database = sqlite3.connect(f"file:{quote(str(path.resolve()))}?{mode}", uri=True, check_same_thread=False)
+        database.text_factory = lambda text: text.decode(errors="replace")
+        # A file from elsewhere must not run functions through its schema.
+        database.execute("PRAGMA trusted_schema=OFF")
+        database.execute("PRAGMA cell_size_check=ON")
+        return database
+
+    def _read_topics(self, database: sqlite3.Connection) -> None:
+        for key, name, kind, encoding in database.execute("SELECT id, name, type, serialization_format FROM topics"):
+            if not isinstance(key, int) or not isinstance(name, str) or not isinstance(kind, str):
+                self._fault(f"a topic is left out, its row is {(key, name, kind)!r:.200}")
+            elif encoding != "cdr":
+                self._faults.add("type", f"{self._name}, {name}", f"encoded as {encoding!r}, not as cdr; left out")
+                self.topics[name] = Topic(name, kind, 0)
+            else:
+                self._by_id[key] = name, kind
+
+    def _read_index(self, database: sqlite3.Connection) -> NDArray[Any]:
+        """By log time. Rows behind an error are sought from the table's end."""
+        parts, error = self._walk(database, "ASC", -(1 << 63))
+        if error is not None:
+            last = max((int(part["row"][-1]) for part in parts), default=-(1 << 63))
+            behind, _ = self._walk(database, "DESC", last)
+            found = sum(map(len, parts)), sum(map(len, behind))
+            parts += [part[::-1] for part in reversed(behind)]
+            self._fault(f"{found[0]} messages can be read up to an error, {found[1]} after it: {error}")
+        index = np.concatenate(parts) if parts else np.zeros(0, dtype=_INDEX)
+        steps = np.maximum.accumulate(index["log_ns"]) - index["log_ns"] if len(index) else index["log_ns"]
+        if len(steps) and (back_ns := int(steps.max())) > CLOCK_STEP_NS:
+            row = int(index["row"][int(np.argmax(steps > CLOCK_STEP_NS))])
+            self._faults.add(
+                "clock", f"{self._name}, row {row}", f"the recorder's clock goes back by {back_ns / 1e9:.1f} s"
+            )
+        return index[np.lexsort((index["row"], index["log_ns"]))]
+
+    def _walk(
+        self, database: sqlite3.Connection, order: str, after: int
+    ) -> tuple[list[NDArray[Any]], sqlite3.Error | None]:
+        """Rows after `after` in blocks; DESC: from the end of the table down to it, last first."""
+        parts: list[NDArray[Any]] = []
+        bounds = (after, (1 << 63) - 1)
+        error: sqlite3.Error | None = None
+        while error is None:
+            query = (
+                f"SELECT timestamp, id, topic_id FROM messages WHERE id > ? AND id < ? ORDER BY id {order} LIMIT {ROWS}"
+            )
+            block = []
+            try:
+                for row in database.execute(query, bounds):
+                    block.append(row)
+            except sqlite3.Error as failure:
+                error = failure
+            if not block:
+                break
+            usable = [row for row in block if all(isinstance(value, int) for value in row) and row[2] in self._by_id]
+            if len(usable) < len(block):
+                self._fault(f"{len(block) - len(usable)} messages without a time or a known topic are left out")
+            if usable:
+                parts.append(np.array(usable, dtype=_INDEX))
+            last = block[-1][1]
+            if not isinstance(last, int) or not bounds[0] < last < bounds[1]:
+                break  # the rows are not in order: no way to go on from here
+            bounds = (last, bounds[1]) if order == "ASC" else (bounds[0], last)
+        return parts, error
+
+    def _count(self) -> None:
+        by_topic = Counter(self._index["topic"].tolist())
+        for key, (name, kind) in self._by_id.items():
+            known = self.topics.get(name)
+            if known is not None and known.type != kind:
+                self._faults.add("type", f"{self._name}, {name}", f"has messages of {known.type} and of {kind}")
+            count = by_topic[key] + ((known.count or 0) if known else 0)
+            self.topics[name] = Topic(name, known.type if known else kind, count)
+
+    def _message(self, log_ns: int, row: int, topic: str, kind: str) -> BagMessage | None:
+        assert self._database is not None  # there are rows only if it was opened
+        where = f"{self._name}, row {row}"
+        try:
+            found = self._database.execute("SELECT data FROM messages WHERE id = ?", (row,)).fetchone()
+        except (sqlite3.Error, MemoryError) as error:
+            self._faults.add("message", where, f"a message on {topic} cannot be read and is left out: {error}")
+            return None
+        if found is None or not isinstance(found[0], bytes):
+            self._faults.add("message", where, f"a message on {topic} has no content and is left out")
+            return None
+        return BagMessage(topic, kind, log_ns, found[0])

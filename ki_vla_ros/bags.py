@@ -1,0 +1,278 @@
+"""Reads rosbag2 recordings without ROS: sqlite3 and mcap, a file or a folder of them, compressed or not, whole or not.
+
+    with open_bag(path) as bag:
+        for message in bag.messages(["/joint_states"]):
+            reading = joint_reading(message)
+        for fault in bag.faults:
+            print(fault)
+
+What can be read is given, by log time and in bounded memory; what cannot is in `faults`, which grows while reading.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+from rosbags.typesys import Stores, get_typestore
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+if sys.version_info >= (3, 14):
+    from compression.zstd import ZstdDecompressor, ZstdError
+else:
+    from backports.zstd import ZstdDecompressor, ZstdError
+
+from ki_vla_ros.bag_mcap import LARGEST_CHUNK, McapFile
+from ki_vla_ros.bag_records import BagFault, BagMessage, Faults, Part, Storage, Topic, in_time_order
+from ki_vla_ros.bag_sqlite import SqliteFile
+from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.pixels import decode_compressed, decode_raw, read_image
+from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading
+
+__all__ = ["Bag", "BagFault", "BagMessage", "Topic", "camera_frame", "decode", "joint_reading", "open_bag"]
+
+TYPESTORE = get_typestore(Stores.ROS2_JAZZY)
+METADATA = "metadata.yaml"
+STORAGES: Mapping[str, Callable[[Path, Faults, str], Storage]] = {".mcap": McapFile, ".db3": SqliteFile}
+IMAGE, COMPRESSED_IMAGE = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
+# How a zstd frame begins; CDR begins with a zero byte.
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+BLOCK = 1 << 20
+
+
+class Bag:
+    """An open bag. `start_ns` and `end_ns`: log time of the first and last message as the files tell; None: none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._faults = Faults()
+        self._folder = tempfile.TemporaryDirectory(prefix="bag")
+        self._storages: list[Storage] = []
+        try:
+            announced = self._open_files()
+        except BaseException:
+            self.close()
+            raise
+        self.topics = self._merge_topics(announced)
+        self.start_ns = min((s.start_ns for s in self._storages if s.start_ns is not None), default=None)
+        self.end_ns = max((s.end_ns for s in self._storages if s.end_ns is not None), default=None)
+
+    @property
+    def faults(self) -> list[BagFault]:
+        return self._faults.found
+
+    def messages(self, topics: Collection[str] | None = None) -> Iterator[BagMessage]:
+        """Those on `topics` (all, by default) by log time. May be called again; later readings find the same."""
+        parts = [
+            Part(storage.start_ns, partial(storage.messages, topics))
+            for storage in self._storages
+            if storage.start_ns is not None
+        ]
+        last_ns = 0
+        for log_ns, read in in_time_order(parts):
+            message = read()
+            if message is not None and message.data[:4] == ZSTD_MAGIC:
+                message = self._decompressed(message)
+            if message is None:
+                continue
+            if log_ns < last_ns:
+                # Only where a chunk's header is wrong about its times; the order is promised to the caller.
+                self._faults.add(
+                    "damaged", message.topic, "messages outside of the time that their chunk says: left out"
+                )
+                continue
+            last_ns = log_ns
+            yield message
+
+    def close(self) -> None:
+        for storage in self._storages:
+            storage.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Bag:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- files
+
+    def _open_files(self) -> Mapping[str, str]:
+        """Opens all; returns type by topic as the metadata announces them."""
+        if self.path.is_dir():
+            files, announced = self._files_of_folder()
+        else:
+            files, announced = [self.path], {}
+            if _storage_suffix(self.path) is None:
+                raise ConfigurationError(
+                    f"bag {self.path}: expected a folder or a file .mcap, .db3, .mcap.zstd or .db3.zstd"
+                )
+        for file in files:
+            suffix = _storage_suffix(file)
+            if suffix is None:
+                self._faults.add("file", file.name, "is of no storage that is read (.mcap, .db3); left out")
+                continue
+            try:
+                whole = self._unpacked(file) if file.suffix == ".zstd" else file
+                self._storages.append(STORAGES[suffix](whole, self._faults, file.name))
+            except OSError as error:
+                self._faults.add("file", file.name, f"cannot be opened: {error.strerror or error}")
+        return announced
+
+    def _files_of_folder(self) -> tuple[list[Path], dict[str, str]]:
+        there = sorted((file for file in self.path.iterdir() if _storage_suffix(file)), key=_natural)
+        metadata = self._metadata()
+        if metadata is None:
+            if not there:
+                raise ConfigurationError(f"bag {self.path}: expected {METADATA} or files .mcap or .db3 in it, got none")
+            return there, {}
+        files, announced = metadata
+        listed = [self.path / PurePosixPath(file).name for file in files]
+        for file in listed:
+            if not file.is_file():
+                self._faults.add("file", file.name, f"is listed in {METADATA}, but is not there")
+        for file in there:
+            if file not in listed:
+                self._faults.add("file", file.name, f"is not listed in {METADATA} and is left out; open it by itself")
+        return [file for file in listed if file.is_file()], announced
+
+    def _metadata(self) -> tuple[list[str], dict[str, str]] | None:
+        path = self.path / METADATA
+        try:
+            text = path.read_text()
+            information = YAML(typ="safe", pure=True).load(text)["rosbag2_bagfile_information"]
+            files = [str(file) for file in information["relative_file_paths"]]
+            topics = [topic["topic_metadata"] for topic in information["topics_with_message_count"]]
+            announced = {str(topic["name"]): str(topic["type"]) for topic in topics}
+        except FileNotFoundError:
+            self._faults.add(
+                "metadata", METADATA, "is missing (the recorder did not close the bag); all files are read"
+            )
+            return None
+        except (OSError, YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:120]
+            self._faults.add("metadata", METADATA, f"cannot be read, all files of the folder are: {reason}")
+            return None
+        return files, announced
+
+    def _unpacked(self, file: Path) -> Path:
+        """A file that was compressed as a whole, as far as it can be decompressed, in a temporary folder."""
+        whole = Path(self._folder.name, file.stem)
+        decompressor = ZstdDecompressor()
+        with file.open("rb") as packed, whole.open("wb") as out:
+            try:
+                while not decompressor.eof:
+                    block = packed.read(BLOCK) if decompressor.needs_input else b""
+                    if not block and decompressor.needs_input:
+                        self._faults.add(
+                            "truncated", file.name, "the compressed file ends too early; its beginning is read"
+                        )
+                        break
+                    out.write(decompressor.decompress(block, max_length=BLOCK))
+            except ZstdError as error:
+                self._faults.add("damaged", file.name, f"can be decompressed in part only: {error}")
+        return whole
+
+    def _merge_topics(self, announced: Mapping[str, str]) -> dict[str, Topic]:
+        merged = {name: Topic(name, kind, 0) for name, kind in announced.items()}
+        seen: dict[str, str] = {}
+        for storage in self._storages:
+            for name, topic in storage.topics.items():
+                before = merged.get(name)
+                if seen.setdefault(name, topic.type) != topic.type:
+                    self._faults.add("type", name, f"has messages of {seen[name]} and of {topic.type}")
+                count = None if topic.count is None else topic.count + ((before.count or 0) if before else 0)
+                merged[name] = Topic(name, seen[name], count)
+        return merged
+
+    def _decompressed(self, message: BagMessage) -> BagMessage | None:
+        """Of a bag that was recorded with compression by message."""
+        decompressor = ZstdDecompressor()
+        try:
+            data = decompressor.decompress(message.data, max_length=LARGEST_CHUNK)
+            if not decompressor.eof:
+                raise ZstdError("it ends too early, or is larger than any message")
+        except (ZstdError, MemoryError) as error:
+            where = f"{message.topic} at {message.log_ns}"
+            self._faults.add("message", where, f"cannot be decompressed and is left out: {error}")
+            return None
+        return BagMessage(message.topic, message.type, message.log_ns, data)
+
+
+def open_bag(path: str | Path) -> Bag:
+    """ConfigurationError if there is no bag at `path`; a damaged one is opened, and says so in its `faults`."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ConfigurationError(f"bag {path}: no such file or folder")
+    try:
+        return Bag(path)
+    except OSError as error:
+        raise ConfigurationError(f"bag {path}: cannot be opened: {error}") from error
+
+
+# --- messages
+
+
+def decode(message: BagMessage) -> Any:
+    """The message as an object with ROS's field names; bytes after it, as rclpy writes them, do not matter.
+
+    InputError if its type is not known or the bytes are no such message. Not for images: `camera_frame` is.
+    """
+    where = f"{message.topic} at {message.log_ns}"
+    if message.data[:2] not in (b"\0\0", b"\0\1") or len(message.data) < 4:
+        raise InputError(f"{where}: expected CDR, got bytes that begin with {message.data[:4].hex()!r}")
+    try:
+        definition = TYPESTORE.get_msgdef(message.type)
+    except Exception as error:  # the library's own errors, and KeyError
+        raise InputError(f"{where}: message type {message.type!r} is not known") from error
+    read = definition.deserialize_cdr_le if message.data[1] else definition.deserialize_cdr_be
+    try:
+        return read(message.data[4:], 0, definition.cls, TYPESTORE)[0]
+    except (struct.error, ValueError, IndexError, TypeError, AssertionError, MemoryError, OverflowError) as error:
+        raise InputError(f"{where}: expected a {message.type}, got {len(message.data)} bytes: {error}") from error
+
+
+def camera_frame(message: BagMessage, camera: str) -> CameraFrame:
+    """An Image or CompressedImage as the node sees it; InputError as there."""
+    where = f"camera {camera!r}"
+    if message.type == IMAGE:
+        image = read_image(where, message.data)
+        size = (image.height, image.width, image.step)
+        pixels = decode_raw(where, image.encoding, *size, image.is_bigendian, image.data)
+        return CameraFrame(camera, image.stamp_ns, pixels)
+    if message.type == COMPRESSED_IMAGE:
+        compressed = decode(message)
+        return CameraFrame(camera, header_ns(compressed), decode_compressed(where, compressed.data))
+    raise InputError(f"{where}: expected {IMAGE} or {COMPRESSED_IMAGE} on {message.topic}, got {message.type}")
+
+
+def joint_reading(message: BagMessage) -> JointReading:
+    """A JointState as the node sees it; InputError as there."""
+    if message.type != "sensor_msgs/msg/JointState":
+        raise InputError(f"joint state: expected sensor_msgs/msg/JointState on {message.topic}, got {message.type}")
+    state = decode(message)
+    return JointReading.from_fields(header_ns(state), state.name, state.position)
+
+
+def header_ns(message: Any) -> int:
+    return int(message.header.stamp.sec) * NS_PER_S + int(message.header.stamp.nanosec)
+
+
+def _storage_suffix(file: Path) -> str | None:
+    suffix = Path(file.stem).suffix if file.suffix == ".zstd" else file.suffix
+    return suffix if suffix in STORAGES else None
+
+
+def _natural(file: Path) -> list[tuple[bool, int, str]]:
+    """bag_2 before bag_10."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", file.name)]
