@@ -46,6 +46,7 @@ setup(
             f"demo = {NAME}.demo:main",
             f"bench = {NAME}.bench:main",
             f"build_engines = {NAME}.build_engines:main",
+            f"record = {NAME}.record:main",
         ]
     },
 )

@@ -11,8 +11,10 @@ import sys
 from binascii import crc32
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,7 @@ class _Span:
     crc: int = 0
     record: int = 0  # where a chunk's record begins
     cut: bool = False  # the file ends in it
-    channels: set[int] | None = None  # None: not known without reading it
-    announced: int = 0  # messages, by the index behind a chunk
+    counts: dict[int, int] | None = None  # messages by channel; None: not known without reading it
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,6 @@ class _Scan:
     """What the walk over the records found."""
 
     spans: list[_Span] = field(default_factory=list)
-    counts: Counter[int] = field(default_factory=Counter)
     announced: int | None = None  # messages, by the file's own statistics
     chunks: list[int] = field(default_factory=list)  # where they begin, by the file's own index
 
@@ -93,9 +93,8 @@ class McapFile:
         scan = self._scan()
         self._spans = self._survey(scan)
         self.topics = self._topics(scan)
-        timed = [span for span in self._spans if span.last_ns >= span.first_ns]
-        self.start_ns = min((span.first_ns for span in timed), default=None)
-        self.end_ns = max((span.last_ns for span in timed), default=None)
+        self.start_ns = min((span.first_ns for span in self._spans), default=None)
+        self.end_ns = max((span.last_ns for span in self._spans), default=None)
 
     def close(self) -> None:
         self._content.clear()
@@ -104,14 +103,14 @@ class McapFile:
     def messages(self, topics: Collection[str] | None) -> Iterator[Pending]:
         wanted = {key for key, channel in self._channels.items() if topics is None or channel.topic in topics}
         wanted = {key for key in wanted if self._channels[key].encoding == "cdr"}
-        spans = [span for span in self._spans if span.channels is None or span.channels & wanted]
+        spans = [span for span in self._spans if span.counts and span.counts.keys() & wanted]
         return in_time_order([Part(span.first_ns, partial(self._pending, span, wanted)) for span in spans])
 
     # --- the walk over the file
 
     def _read(self, at: int, size: int) -> bytes:
         self._file.seek(at)
-        return self._file.read(size)
+        return self._file.read(max(0, min(size, self._size - at)))  # a file that is being recorded grows meanwhile
 
     def _fault(self, kind: Any, at: int, message: str) -> None:
         self._faults.add(kind, f"{self._name}, byte {at}", message)
@@ -127,6 +126,7 @@ class McapFile:
             peek = self._read(at, PEEK)
             if len(peek) < _RECORD.size:
                 self._fault("truncated", at, "the file ends without an index (the recorder did not close it)")
+                _distrust_index(scan)
                 return scan
             kind, size = _RECORD.unpack_from(peek)
             start = at + _RECORD.size
@@ -134,20 +134,41 @@ class McapFile:
                 self._check_index(scan)
                 return scan
             if kind == FOOTER or not 1 <= kind <= DATA_END or start + size > self._size:
-                cut = self._cut_chunk(scan, at, peek) if kind == CHUNK and start + size > self._size else False
-                following = self._resume_after(at)
+                following = self._pass(scan, at, peek)
                 if following is None:
-                    if not cut:
-                        self._fault("truncated", at, f"no record can be read from here to the end ({self._size})")
                     return scan
-                self._fault("damaged", at, f"no record can be read; continued at the next chunk, byte {following}")
                 at = following
                 continue
             try:
                 self._note(scan, kind, start, size, peek[_RECORD.size :])
             except (struct.error, UnicodeDecodeError, ValueError) as error:
                 self._fault("damaged", at, f"a record of kind {kind} cannot be read and is left out: {error}")
+                _distrust_index(scan)
             at = start + size
+
+    def _pass(self, scan: _Scan, at: int, peek: bytes) -> int | None:
+        """Where to go on after something that is no whole record, or None: nowhere."""
+        chunk = None
+        if peek[0] == CHUNK:
+            with suppress(struct.error, UnicodeDecodeError, ValueError):
+                chunk = _chunk_span(at + _RECORD.size, self._size - at - _RECORD.size, peek[_RECORD.size :], cut=True)
+        if chunk is None or chunk.content_size > LARGEST_CHUNK:
+            _distrust_index(scan)
+        elif not chunk.cut:
+            self._fault(
+                "damaged", at, "this chunk's record has a wrong length; the chunk is read as long as it says itself"
+            )
+            scan.spans.append(chunk)
+            return chunk.start + chunk.size
+        following = self._resume_after(at)
+        if following is not None:
+            self._fault("damaged", at, f"no record can be read; continued at the next chunk, byte {following}")
+        elif chunk is not None:
+            self._fault("truncated", at, "the file ends in this chunk; the part of it that is there is read")
+            scan.spans.append(chunk)
+        else:
+            self._fault("truncated", at, f"no record can be read from here to the end ({self._size})")
+        return following
 
     def _note(self, scan: _Scan, kind: int, start: int, size: int, peek: bytes) -> None:
         if kind in (SCHEMA, CHANNEL):
@@ -157,13 +178,12 @@ class McapFile:
             span = scan.spans[-1] if scan.spans else None
             begin = start - _RECORD.size
             if span is None or span.compression is not None or span.start + span.size != begin or span.size > RUN_BYTES:
-                span = _Span(begin, 0, log_ns, log_ns, None, 0, channels=set())
+                span = _Span(begin, 0, log_ns, log_ns, None, 0, counts={})
                 scan.spans.append(span)
             span.size = span.content_size = start + size - span.start
             span.first_ns, span.last_ns = min(span.first_ns, log_ns), max(span.last_ns, log_ns)
-            assert span.channels is not None  # of a run they are always known
-            span.channels.add(channel)
-            scan.counts[channel] += 1
+            assert span.counts is not None  # of a run they are always known
+            span.counts[channel] = span.counts.get(channel, 0) + 1
         elif kind == CHUNK:
             span = _chunk_span(start, size, peek)
             if span.content_size > LARGEST_CHUNK:
@@ -175,9 +195,7 @@ class McapFile:
                 raise ValueError(f"{entries_size} bytes of entries in a record of {size}")
             span = scan.spans[-1]
             if entries_size and span.compression is not None:
-                span.channels = (span.channels or set()) | {channel}
-                span.announced += entries_size // 16
-                scan.counts[channel] += entries_size // 16
+                span.counts = {**(span.counts or {}), channel: entries_size // 16}
         elif kind == CHUNK_INDEX:
             scan.chunks.append(struct.unpack_from("<QQQ", peek)[2])
         elif kind == STATISTICS:
@@ -188,18 +206,6 @@ class McapFile:
         for at in scan.chunks:
             if at not in found:
                 self._fault("damaged", at, "the file's index has a chunk here, but there is none that can be read")
-
-    def _cut_chunk(self, scan: _Scan, at: int, peek: bytes) -> bool:
-        """Takes the chunk at the end of the file that is there in part."""
-        try:
-            span = _chunk_span(at + _RECORD.size, self._size - at - _RECORD.size, peek[_RECORD.size :], cut=True)
-        except (struct.error, UnicodeDecodeError, ValueError):
-            return False
-        if span.content_size > LARGEST_CHUNK:
-            return False
-        scan.spans.append(span)
-        self._fault("truncated", at, "the file ends in this chunk; the part of it that is there is read")
-        return True
 
     def _resume_after(self, at: int) -> int | None:
         """The next chunk by the index at the file's end, if there is one."""
@@ -230,24 +236,24 @@ class McapFile:
 
     def _survey(self, scan: _Scan) -> list[_Span]:
         """Reads chunks that have no index, or messages on channels that are not defined elsewhere."""
-        kept = []
         for span in scan.spans:
-            if span.compression is not None and (span.channels is None or not span.channels <= self._channels.keys()):
-                content = self._read_content(span)
-                counted = Counter(channel for _, channel, _, _ in self._entries(span, content, define=True))
-                if span.channels is None:
-                    scan.counts.update(counted)
-                    span.channels = set(counted)
-                    times = [log_ns for log_ns, *_ in self._entries(span, content)]
-                    span.first_ns, span.last_ns = min(times, default=1), max(times, default=0)
-            if span.channels:
-                kept.append(span)
-        return kept
+            if span.counts is None or (
+                span.compression is not None and not span.counts.keys() <= self._channels.keys()
+            ):
+                found = list(self._entries(span, self._read_content(span), define=True))
+                if span.counts is None:
+                    span.counts = Counter(channel for _, channel, _, _ in found)
+                    times = [log_ns for log_ns, *_ in found]
+                    span.first_ns, span.last_ns = min(times, default=0), max(times, default=0)
+        return [span for span in scan.spans if span.counts]
 
     def _topics(self, scan: _Scan) -> dict[str, Topic]:
         topics: dict[str, Topic] = {}
+        counts: Counter[int] = Counter()
+        for span in self._spans:
+            counts.update(span.counts or {})
         for key, channel in self._channels.items():
-            count, known = scan.counts[key], topics.get(channel.topic)
+            count, known = counts[key], topics.get(channel.topic)
             if channel.encoding != "cdr":
                 self._faults.add(
                     "type", f"{self._name}, {channel.topic}", f"encoded as {channel.encoding!r}, not as cdr; left out"
@@ -260,27 +266,33 @@ class McapFile:
             topics[channel.topic] = Topic(
                 channel.topic, known.type if known else channel.type, count + ((known.count or 0) if known else 0)
             )
-        if unknown := sorted(set(scan.counts) - set(self._channels)):
-            lost = sum(scan.counts[key] for key in unknown)
+        if unknown := sorted(set(counts) - set(self._channels)):
+            lost = sum(counts[key] for key in unknown)
             self._faults.add("damaged", self._name, f"{lost} messages are on channels that nothing defines; left out")
-        found = sum(scan.counts.values())
+        found = sum(counts.values())
         if scan.announced is not None and scan.announced != found:
             self._faults.add("count", self._name, f"its statistics announce {scan.announced} messages, found {found}")
-        previous = 0
-        for span in self._spans:
-            if span.first_ns < previous - CLOCK_STEP_NS:
-                self._fault(
-                    "clock", span.start, f"the recorder's clock goes back by {(previous - span.first_ns) / 1e9:.1f} s"
-                )
-            previous = max(previous if span.first_ns >= previous - CLOCK_STEP_NS else 0, span.first_ns)
+        self._check_clock()
         return topics
+
+    def _check_clock(self) -> None:
+        steps = [(before.last_ns - span.first_ns, span.start) for before, span in pairwise(self._spans)]
+        steps = [step for step in steps if step[0] > CLOCK_STEP_NS]
+        if steps:
+            back_s = max(steps)[0] / 1e9
+            self._fault(
+                "clock",
+                steps[0][1],
+                f"the recorder's clock goes back by at least {back_s:.1f} s; messages from before and after are mixed",
+            )
 
     # --- chunks
 
     def _pending(self, span: _Span, wanted: Collection[int]) -> Iterator[Pending]:
         entries = list(self._entries(span, content := self._content_of(span)))
-        if content and span.announced and span.announced != len(entries):
-            self._fault("count", span.start, f"this chunk's index has {span.announced} messages, found {len(entries)}")
+        announced = sum((span.counts or {}).values())
+        if content and announced != len(entries):
+            self._fault("count", span.start, f"this chunk's index has {announced} messages, found {len(entries)}")
         found = sorted((log_ns, at, channel, size) for log_ns, channel, at, size in entries if channel in wanted)
         del content, entries
         for log_ns, at, channel, size in found:
@@ -327,7 +339,7 @@ class McapFile:
         except Exception as error:  # zstd's, lz4's and MemoryError have no base in common but this
             self._fault("damaged", span.start, f"this chunk cannot be decompressed and is left out: {error}")
             return b""
-        if span.cut:
+        if span.cut and len(content) < span.content_size:
             return content
         if len(content) != span.content_size:
             problem = f"has {len(content)} bytes, not {span.content_size} as it says"
@@ -349,7 +361,14 @@ def _chunk_span(start: int, size: int, peek: bytes, cut: bool = False) -> _Span:
     head, record = _CHUNK.size + name_size + 8, start - _RECORD.size
     if not cut and head + stored > size:
         raise ValueError(f"{stored} bytes of content in a record of {size}")
+    cut = head + stored > size
     return _Span(start + head, min(stored, size - head), first_ns, last_ns, compression, content_size, crc, record, cut)
+
+
+def _distrust_index(scan: _Scan) -> None:
+    """The indexes behind the last chunk may be there in part: it will be read to know what is in it."""
+    if scan.spans and scan.spans[-1].compression is not None:
+        scan.spans[-1].counts = None
 
 
 def _decompress(stored: bytes, compression: str, size: int) -> bytes:

@@ -21,7 +21,7 @@ NOT_SOURCES = shutil.ignore_patterns(".*", "__pycache__", "build", "install", "l
 # Modules whose rosdep key, as it stands in package.xml, has another name.
 ROSDEP_KEYS = {"cv2": "python3-opencv", "numpy": "python3-numpy", "pydantic": "python3-pydantic"}
 # Not to be had from rosdep, or for the demo alone: from pip, as package.xml and the README say.
-FROM_PIP = {"av", "mujoco", "onnxruntime", "rosbags", "tokenizers"}
+FROM_PIP = {"av", "backports", "lz4", "mujoco", "onnxruntime", "rosbags", "ruamel", "tokenizers"}
 # Imported only when a parameter asks for it.
 OPTIONAL = {"cuda", "torch"}
 
@@ -40,7 +40,8 @@ def imported_modules(folder: Path) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names)
+    # compression: in the standard library from Python 3.14 on.
+    return found - set(sys.stdlib_module_names) - {"compression"}
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -123,6 +124,7 @@ def test_everything_imported_is_required_from_pip() -> None:
     """Also where a package comes along with another one today."""
     ours = {"ki_vla_ros", "training"}
     distributions = {"cv2": "opencv-python-headless", "google": "protobuf", "yaml": "pyyaml"}
+    distributions |= {"backports": "backports.zstd", "ruamel": "ruamel.yaml"}
     # Dependencies of rclpy's wheel, and cv_bridge, which is used where a ROS installation brings it.
     from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge"}
     robot = {canonicalize_name(r.name) for name in ("robot", "simulation", "ros") for r in requirements(name)}
