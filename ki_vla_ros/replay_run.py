@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ki_vla_ros.bags import Bag, BagMessage, decode, joint_reading
+from ki_vla_ros.bags import Bag, BagMessage, decode, header_ns, joint_reading
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.chunking import cubic
 from ki_vla_ros.engines.base import Engine
@@ -27,9 +27,9 @@ from ki_vla_ros.latency import Latency, MeasuredLatency
 from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import BURST_WAIT_NS
 from ki_vla_ros.pacing import Pacer, alignment_ns
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
 from ki_vla_ros.reference import CommandedPath, MeasuredPath, Reference
-from ki_vla_ros.replay_inputs import Feed, RecordedTick, ReplayBuffer, bag_frame, read_tick
+from ki_vla_ros.replay_inputs import Feed, Parity, RecordedTick, ReplayBuffer, bag_frame, read_tick
 from ki_vla_ros.replay_policy import ReplayPolicy
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay_topics import ReplayTopics, read_later_session
@@ -51,7 +51,8 @@ class ReplayOptions:
     """`instruction` replaces those of the bag. `probe_every_s`: bag time between two "what if"s (0: none).
 
     `as_recorded`: ticks as the node made them, with the frames that it used. `follow_session`: settings change where
-    the node's did. `on_message` gets each message read.
+    the node's did. `on_message` gets each message read, `on_tick` each tick at once,
+    without reference, and the observation of its chunk.
     """
 
     instruction: str = ""
@@ -61,6 +62,7 @@ class ReplayOptions:
     follow_session: bool = True
     latency: Latency = dataclasses.field(default_factory=MeasuredLatency)
     on_message: Callable[[BagMessage], None] = lambda message: None
+    on_tick: Callable[[TickRecord, Observation | None], None] = lambda tick, observation: None
 
 
 class Replay:
@@ -76,6 +78,7 @@ class Replay:
         self.refused: Counter[str] = Counter()
         self.messages: Counter[str] = Counter()
         self.not_reproduced: Counter[str] = Counter()
+        self.parity = Parity()
         self._latency, manifest = options.latency, bundle.manifest
         self._diagnostics = ReplayDiagnostics()
         self._wire = ReplayWire(self._latency)
@@ -161,6 +164,7 @@ class Replay:
                 if settings.align_to_cameras:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))
             missed = pacer.missed
+            self._loop.rest()
 
     def _recorded_ticks(self) -> Iterator[TickRecord]:
         last_ns: int | None = None
@@ -169,10 +173,12 @@ class Replay:
             if not self._recorded:
                 if self._feed.ended:
                     return
+                self._loop.rest()
                 self._advance(self._feed.now_ns + self._gap_ns)
                 continue
             tick = self._recorded.popleft()
             if last_ns is None or tick.stamp_ns - last_ns > self._gap_ns:
+                self._loop.rest()
                 self._loop.begin()
             last_ns = tick.stamp_ns
             self._advance(tick.stamp_ns)
@@ -204,6 +210,8 @@ class Replay:
         prediction = None
         if self._policy.decoded is not None:
             chunk, observation = self._policy.decoded
+            if recorded is not None and fields["command_ns"] is not None:
+                self.parity.add_made(chunk.start_ns, chunk.position_HJ)
             command_ns = fields["command_ns"]
             assert command_ns is None or isinstance(command_ns, int)
             seam = self._seam(wish_before, motions, command_ns)
@@ -247,6 +255,7 @@ class Replay:
             prediction=prediction,
         )
         self._number += 1
+        self.options.on_tick(record, None if self._policy.decoded is None else self._policy.decoded[1])
         return record, ended_ns
 
     def _seam(self, before: ActionChunk | None, motions: tuple[Motion, ...], command_ns: int | None) -> Seam | None:
@@ -365,6 +374,11 @@ class Replay:
         elif topic == topics.instruction:
             if not self.options.instruction:
                 self._instruct(decode(message).data)
+        elif topic == topics.chunk:
+            if self.options.as_recorded:
+                published = decode(message)
+                positions = np.array([point.positions for point in published.points], dtype=np.float64)
+                self.parity.add_published(header_ns(published), positions)
         elif topic == topics.session:
             session = read_later_session(decode(message).data)
             if session is not None and self.options.follow_session:
