@@ -30,6 +30,11 @@ class DataConfig(Strict):
     scenes: Positive = Field(description="vision-language frames: random scenes and arm poses, all 24 objects")
     validation_episodes: Positive = Field(description="episodes on held-out combinations, for gates and figures")
     workers: Positive = 1
+    recorded: Path | None = Field(
+        default=None,
+        description="LeRobot dataset of the same arm and cameras, whose frames take the place of simulated robot "
+        "episodes (docs/data.md)",
+    )
 
 
 class ModelConfig(Strict):

@@ -31,6 +31,7 @@ from training.checkpoints import RESUME, load_checkpoint, load_resume, save_chec
 from training.config import Loss, StageConfig, TrainingConfig, load_config
 from training.data.batches import Batch, BatchMaker
 from training.data.language import COMBINATIONS
+from training.data.lerobot.arrays import load_recorded
 from training.data.simulated import Arrays, ChunkTiming, load_arrays, make_data
 from training.fast_tokenizer import FastTokenizer
 from training.initialization import order_embeddings
@@ -78,6 +79,8 @@ class Trainer:
         self.robot, self.scenes, self.validation = (
             load_arrays(config.data.folder / source) for source in ("robot", "scenes", "validation")
         )
+        if config.data.recorded is not None:
+            self.robot, self.meta = load_recorded(config.data.recorded, chunk_timing(config), self.meta)
         self.space = ActionSpace.fit(self.robot["state"], self.robot["chunk"])
         self.fast = fit_fast(config, self.robot, self.space)
         self.tokenizer = build_tokenizer(config.fast_vocabulary)

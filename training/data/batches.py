@@ -108,8 +108,8 @@ class BatchMaker:
         action_BHA = self.space.normalize_chunk(robot["chunk"][chosen].astype(np.float64), state_BJ)
         prompts, answers, targets = [], [], []
         for row, frame in enumerate(chosen):
-            task, seen = commanded(robot, frame)
-            prompts.append(self.robot_prompt(task.instruction, state_BJ[row]))
+            instruction, seen = commanded(robot, frame)
+            prompts.append(self.robot_prompt(instruction, state_BJ[row]))
             answers.append([self.first_fast + i for i in self.fast.encode(action_BHA[row])])
             targets.append(seen)
         readout = self.fast.coefficients(action_BHA)[:, : self.frequencies]
@@ -178,12 +178,18 @@ class BatchMaker:
         ).to(self.device)
 
 
-def commanded(robot: Arrays, frame: int) -> tuple[Task, SeenObject]:
-    """The task of a robot frame and its object, wherever it is now in the scene image."""
+def commanded(robot: Arrays, frame: int) -> tuple[str, SeenObject | None]:
+    """The instruction of a robot frame and its object, wherever it is now in the scene image.
+
+    Recorded frames have the instruction as text (`task`), and nobody knows where its object is.
+    """
+    if "task" in robot:
+        return str(robot["task"][frame]), None
     target = int(robot["target"][frame])
     colour, shape = COMBINATIONS[robot["kind"][frame][target]]
     u, v = robot["uv"][frame][target]
-    return Task(VERBS[int(robot["verb"][frame])], colour, shape), SeenObject(colour, shape, float(u), float(v))
+    task = Task(VERBS[int(robot["verb"][frame])], colour, shape)
+    return task.instruction, SeenObject(colour, shape, float(u), float(v))
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:

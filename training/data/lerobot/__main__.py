@@ -17,6 +17,7 @@ from typing import get_args
 
 from ki_vla_ros.bags import Bag, open_bag
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.parameter_file import NODE, load_settings
 from ki_vla_ros.settings import Settings
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.episodes import Actions, Conversion, Cut, Marker, convert
@@ -27,7 +28,6 @@ from training.data.lerobot.sources import (
     from_session,
     from_settings,
     read_manifest,
-    read_parameters,
 )
 from training.data.lerobot.writer import DatasetWriter
 
@@ -100,7 +100,7 @@ def describe(done: Conversion) -> str:
 def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
     """From --params, else from the bag's own ~/session, else the defaults; what is named on top of it counts."""
     session = None if arguments.params else find_session(bag)
-    settings = read_parameters(arguments.params, arguments.node) if arguments.params else Settings()
+    settings = load_settings(arguments.params, arguments.node) if arguments.params else Settings()
     name = arguments.bundle or (session.settings if session else settings).bundle
     manifest = read_manifest(name) if name else None
     cameras = dict(pair.split("=", 1) for pair in arguments.camera)
@@ -147,7 +147,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     made.add_argument("--bundle", help="its cameras and joints; default: as the parameters or the bag say")
     made.add_argument("--params", type=Path, help="the node's parameter file; default: the bag's own ~/session")
-    made.add_argument("--node", default="/policy", help="the node's full name (default /policy)")
+    made.add_argument("--node", default=NODE, help=f"the node's full name (default {NODE})")
     made.add_argument("--camera", action="append", default=[], metavar="NAME=TOPIC", help="instead of the bundle's")
     made.add_argument("--joints", nargs="+", help="instead of the bundle's, in the dataset's order")
     made.add_argument("--joint-states", metavar="TOPIC")

@@ -5,18 +5,21 @@ Legend: F frames, V cameras, S image size, H horizon, J joints.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ki_vla_ros.bundle import file_sha256
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.preprocess import resize_with_pad
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.layout import ACTION, STATE
-from training.data.simulated import Arrays
+from training.data.simulated import CAMERAS, Arrays, ChunkTiming
 
 Ends = Literal["drop", "hold"]
 
@@ -70,6 +73,19 @@ def load_dataset(
             "longer ones"
         )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def load_recorded(folder: Path, timing: ChunkTiming, meta: dict[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays of the demo's arm and cameras, and `meta` with a fingerprint that covers the dataset, too.
+
+    An episode of the demo ends with the arm where it shall be, so chunks that reach beyond stay there.
+    """
+    sizes = {"image_size": timing.image_size, "horizon": timing.horizon, "period_s": timing.period_s}
+    arrays = load_dataset(Dataset(folder), cameras=CAMERAS, ends="hold", **sizes)
+    digest = hashlib.sha256(meta["fingerprint"].encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {file_sha256(path)}".encode())
+    return arrays, meta | {"fingerprint": digest.hexdigest()}
 
 
 def make_chunks(action_FJ: NDArray[np.floating], horizon: int, ends: Ends) -> NDArray[np.floating]:

@@ -52,7 +52,7 @@ class Dataset:
         place = {name: episode.row[f"data/{name}"] for name in ("chunk_index", "file_index")}
         path = self._inside(self.info.data_path.format(**place))
         if self._table is None or self._table[0] != path:
-            names = [name for name, feature in self.info.features.items() if feature.dtype not in ("video", "image")]
+            names = [name for name, feature in self.info.features.items() if len(feature.shape) == 1]
             self._table = path, _read_parquet(path).select(names)
         table = self._table[1]
         rows = np.flatnonzero(table["episode_index"].to_numpy() == episode.index)

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final
-
-import yaml
+from typing import Final
 
 from ki_vla_ros.bags import Bag, decode
 from ki_vla_ros.bundle import load_bundle
@@ -19,7 +16,7 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.manifest import Manifest
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.session import Session, read_session
-from ki_vla_ros.settings import Settings, check_names, settings_from_parameters
+from ki_vla_ros.settings import Settings
 from ki_vla_ros.share import find_bundle
 
 SESSION_SUFFIX: Final = "/session"
@@ -111,46 +108,8 @@ def find_session(bag: Bag) -> Session | None:
     return None
 
 
-def read_parameters(path: Path, node: str) -> Settings:
-    """The node's settings in a ROS parameter file; ConfigurationError names file and fault.
-
-    A section counts whose name, wildcards included, fits `node` (`/**`, `/**/policy`, `/policy`, `policy`).
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigurationError(f"parameter file {path}: there is none") from None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"parameter file {path}: not YAML: {error}") from None
-    values: dict[str, Any] = {}
-    for section, body in (content if isinstance(content, dict) else {}).items():
-        if isinstance(body, dict) and isinstance(body.get("ros__parameters"), dict) and _fits(str(section), node):
-            values |= dict(_flat(body["ros__parameters"], ""))
-    if not values:
-        raise ConfigurationError(
-            f"parameter file {path}: expected a section for {node} with ros__parameters, got "
-            f"{', '.join(map(str, content)) if isinstance(content, dict) else 'none'}; give the node's name with --node"
-        )
-    check_names(values)
-    return settings_from_parameters(values)
-
-
 def read_manifest(bundle: str) -> Manifest:
     return load_bundle(find_bundle(bundle)).manifest
-
-
-def _fits(section: str, node: str) -> bool:
-    if section in ("/**", node, node.lstrip("/")):
-        return True
-    return section.startswith("/**/") and node.endswith(section.removeprefix("/**"))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str) -> Any:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _ns(duration_s: float) -> int:
