@@ -95,7 +95,7 @@ class McapFile:
 
     def _read(self, at: int, size: int) -> bytes:
         self._file.seek(at)
-        return self._file.read(size)
+        return self._file.read(max(0, min(size, self._size - at)))  # a file that is being recorded grows meanwhile
 
     def _fault(self, kind: Any, at: int, message: str) -> None:
         self._faults.add(kind, f"{self._name}, byte {at}", message)

@@ -17,9 +17,9 @@ from ki_vla_ros.doctor_checks import PROFILE_FIX
 from ki_vla_ros.doctor_findings import Findings
 from ki_vla_ros.engines.cuda import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError
+from ki_vla_ros.inputs import check_instruction
 from ki_vla_ros.manifest import Manifest
 from ki_vla_ros.parameter_file import NODE, load_settings
-from ki_vla_ros.preprocess import check_instruction
 from ki_vla_ros.settings import Settings
 from ki_vla_ros.share import find_bundle
 
@@ -154,7 +154,7 @@ def check_fit(settings: Settings, bundle: Bundle, findings: Findings) -> None:
     _check_periods(settings, manifest, findings)
     if settings.instruction:
         try:
-            check_instruction(manifest, bundle.tokenizer, settings.instruction)
+            check_instruction(bundle, settings.instruction)
         except InputError as error:
             findings.error("instruction", "instruction", str(error), "use words that the model was trained with")
 

@@ -69,10 +69,11 @@ class Prefix:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sent:
-    """A chunk that went out: its number, its observation, and when."""
+    """A chunk that went out: its number, its observation, the clock that its motion was made for, and when it went."""
 
     index: int
     observation: Observation
+    joined_ns: int
     command_ns: int
 
 
@@ -130,7 +131,7 @@ class PolicyLoop:
                 observation = self._buffer.observe(tick_ns, max_age_ns, _ns(settings.sync_slop_s))
             else:
                 stamp_ns, state_J = self._buffer.latest(tick_ns, max_age_ns)
-                observation = Observation(stamp_ns, prefix.observation.frames, state_J)
+                observation = Observation(stamp_ns, prefix.observation.frames, state_J, (stamp_ns,))
         if not instruction:
             raise InstructionError("instruction: none yet; publish one on the policy's ~/instruction")
         if not self._executor.wants_chunk(settings, tick_ns, self._at_rest(tick_ns)):
@@ -163,7 +164,7 @@ class PolicyLoop:
             with watch.stage("publish"):
                 if not settings.dry_run:  # then what the arm was really told stays what runs
                     self._send(motion, now_ns)
-                sent = Sent(self._chunks, observation, wire.now_ns())
+                sent = Sent(self._chunks, observation, now_ns, wire.now_ns())
                 self._executor.accept(target, tick_ns)
                 self._fresh_ns, self._held, self._started = now_ns, False, False
                 wire.report_chunk(chunk)
@@ -197,9 +198,13 @@ class PolicyLoop:
         self._prefix = Prefix(cache, observation, instruction, tick_ns)
         return self._prefix
 
-    def start(self) -> None:
+    def begin(self) -> None:
+        """What `start` does before the first tick; for who calls `adopt`, `step` and `watch` himself (replay)."""
         self._stop.clear()
         self._ramp_from_ns, self._started = None, True
+
+    def start(self) -> None:
+        self.begin()
         self._thread = threading.Thread(target=self._run, name="policy loop")
         self._thread.start()
 
@@ -211,6 +216,10 @@ class PolicyLoop:
         self._hold(self._settings())  # at once: a tick that hangs in the engine must not keep the arm going
         self._thread.join()
         self._thread = None
+        self._hold(self._settings())
+
+    def rest(self) -> None:
+        """What `stop` does to the arm; for who has called `begin`."""
         self._hold(self._settings())
 
     def watch(self) -> None:
@@ -246,6 +255,11 @@ class PolicyLoop:
         return was is not None
 
     @property
+    def executing(self) -> ActionChunk | None:
+        """What the executor wishes for at present."""
+        return self._executor.running
+
+    @property
     def latched(self) -> str | None:
         return self._latched
 
@@ -257,7 +271,7 @@ class PolicyLoop:
         while not self._stop.is_set():
             try:
                 settings = self._settings()
-                self._adopt(settings)
+                self.adopt(settings)
                 now_ns = self._wire.now_ns()
                 behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
                 if settings.align_to_cameras:
@@ -273,7 +287,8 @@ class PolicyLoop:
                 self._hold(self._settings())
                 self._stop.wait(FAILED_TICK_S)
 
-    def _adopt(self, settings: Settings) -> None:
+    def adopt(self, settings: Settings) -> None:
+        """Between two ticks: what of the settings is not read at each."""
         self._policy.flow_steps = settings.flow_steps or self._policy.bundle.manifest.flow.steps
         self._policy.noise_seed = settings.noise_seed
         if settings.limits != self._limits:
@@ -320,6 +335,9 @@ class PolicyLoop:
                 "chunk_index": sent and sent.index,
                 "observation_ns": sent and sent.observation.stamp_ns,
                 "newest_image_ns": sent and sent.observation.newest_ns,
+                "frame_ns": sent and {name: frame.stamp_ns for name, frame in sent.observation.frames.items()},
+                "joint_ns": sent and sent.observation.joint_ns,
+                "joined_ns": sent and sent.joined_ns,
                 "command_ns": sent and sent.command_ns,
                 "instruction": instruction,
                 "hold": hold,

@@ -11,107 +11,52 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from numpy.typing import NDArray
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
-from rclpy.duration import Duration
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.experimental.events_executor import EventsExecutor
-from rclpy.lifecycle import LifecycleNode, LifecyclePublisher, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import QoSPolicyKind, QoSProfile, qos_profile_sensor_data
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.qos import DurabilityPolicy, QoSPolicyKind, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Empty, Float64MultiArray, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros import convert
-from ki_vla_ros.bundle import Bundle, load_bundle
+from ki_vla_ros.bundle import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
+from ki_vla_ros.inputs import camera_sources, check_instruction, own_limit_ns
 from ki_vla_ros.loop import PolicyLoop
-from ki_vla_ros.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.node_wire import SHADOW_COMMAND, NodeWire
+from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import check_instruction, resize_with_pad
+from ki_vla_ros.preprocess import resize_with_pad
 from ki_vla_ros.process import run_node
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.session import BundleIdentity, Session, SessionTopics, session_topic
+from ki_vla_ros.shadow import ShadowComparison
 from ki_vla_ros.share import find_bundle
-from ki_vla_ros.stream import Stream
 
 # How often the watchdog looks.
 WATCHDOG_S = 0.02
 # How long the thread of the messages may keep the tick's thread from the interpreter (Python's default: 5 ms).
 SWITCH_S = 0.0005
-# Seconds between two log lines about one and the same cause.
-REPEAT_LOG_S = 5.0
+# Whoever subscribes later gets the last message still.
+LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 # For so many seconds after activation a node of the same name counts as the one that was there first: discovery takes
 # time. Afterwards it is the other one that came later and has to go.
 DISCOVERY_S = 5.0
-
-
-class NodeWire:
-    """The loop's way out: publishers that are silent unless the node is active."""
-
-    def __init__(self, node: LifecycleNode, settings: Settings) -> None:
-        self._node = node
-        self._mode = settings.publish_mode
-        kind = Float64MultiArray if self._mode == "stream" else JointTrajectory
-        self._command: LifecyclePublisher[Any] = node.create_lifecycle_publisher(kind, settings.command_topic, 10)
-        self._stream = Stream(self._publish_positions, self.now_ns, settings.command_period_s)
-        self._chunk: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
-            JointTrajectory, "~/chunk", 10
-        )
-        self._tick: LifecyclePublisher[String] = node.create_lifecycle_publisher(String, "~/tick", 10)
-        self._logged_s: dict[str, float] = {}
-
-    def now_ns(self) -> int:
-        return int(self._node.get_clock().now().nanoseconds)
-
-    def simulated_clock(self) -> bool:
-        return bool(self._node.get_parameter("use_sim_time").value)
-
-    def send_command(self, motion: Motion, now_ns: int) -> None:
-        if self._mode == "stream":
-            self._stream.play(motion)
-        else:
-            self._command.publish(convert.command_message(motion, now_ns, splice=self._mode == "splice"))
-
-    def _publish_positions(self, position_J: NDArray[np.float64]) -> None:
-        self._command.publish(convert.stream_message(position_J))
-
-    def report_chunk(self, chunk: ActionChunk) -> None:
-        self._chunk.publish(convert.chunk_message(chunk))
-
-    def report_tick(self, fields: Mapping[str, object]) -> None:
-        self._tick.publish(convert.text_message(fields))
-
-    def log(self, message: str, cause: str) -> None:
-        now_s = time.monotonic()
-        if now_s - self._logged_s.get(cause, -REPEAT_LOG_S) >= REPEAT_LOG_S:
-            self._logged_s[cause] = now_s
-            self._node.get_logger().warning(message)
-
-    def wait_until_received(self) -> None:
-        """Until a streamed motion has ended and every subscriber has acknowledged the last command."""
-        self._stream.wait_until_ended()
-        self._command.wait_for_all_acked(Duration(seconds=1))
-
-    def close(self) -> None:
-        self._stream.close()
-        for publisher in (self._command, self._chunk, self._tick):
-            self._node.destroy_lifecycle_publisher(publisher)
 
 
 @dataclass(frozen=True)
@@ -123,6 +68,8 @@ class Loaded:
     buffer: ObservationBuffer
     wire: NodeWire
     loop: PolicyLoop
+    identity: BundleIdentity
+    shadow: ShadowComparison | None
 
 
 class PolicyNode(LifecycleNode):
@@ -130,11 +77,12 @@ class PolicyNode(LifecycleNode):
 
     def __init__(self) -> None:
         super().__init__("policy")
-        self.parameters = Parameters(self)
         self._loaded: Loaded | None = None
+        self.parameters = Parameters(self, self._publish_session)
         self._resources = ExitStack()
         self._diagnostics = Diagnostics()
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._session_publisher = self.create_publisher(String, session_topic("~"), LATCHED)
         self._subscribe(String, self.resolve_topic_name("~/instruction"), self._on_instruction, QoSProfile(depth=10))
         self._subscribe(Empty, self.resolve_topic_name("~/stop"), self._on_stop, QoSProfile(depth=10))
         self.create_service(Trigger, "~/stop", self._serve_stop)
@@ -157,9 +105,20 @@ class PolicyNode(LifecycleNode):
 
     def _on_joints(self, loaded: Loaded, message: JointState) -> None:
         try:
-            loaded.buffer.add_joints(convert.reading_from_message(message, self._received_ns()))
+            reading = convert.reading_from_message(message, self._received_ns())
+            loaded.buffer.add_joints(reading)
+            if loaded.shadow is not None:
+                loaded.shadow.add_joints(reading)
         except InputError as refusal:
             self._refuse_message(loaded, "joint state", refusal)
+
+    def _on_command(self, loaded: Loaded, shadow: ShadowComparison, message: Any) -> None:
+        """What someone else tells the arm, in shadow mode."""
+        try:
+            shadow.add_command(int(self.get_clock().now().nanoseconds), message)
+        except InputError as refusal:
+            self._diagnostics.record_refusal(str(refusal))
+            loaded.wire.log(str(refusal), "message of command")
 
     def _received_ns(self) -> int | None:
         """Now, if that shall take the place of the stamps."""
@@ -174,7 +133,7 @@ class PolicyNode(LifecycleNode):
         try:
             if self._loaded is None:
                 raise InstructionError("instruction: no bundle is loaded yet; configure the node first")
-            check_instruction(self._loaded.bundle.manifest, self._loaded.bundle.tokenizer, message.data)
+            check_instruction(self._loaded.bundle, message.data)
         except InputError as refusal:
             self._diagnostics.record_refusal("instruction: refused")
             in_force = self._loaded.loop.instruction if self._loaded else ""
@@ -223,6 +182,8 @@ class PolicyNode(LifecycleNode):
         now_ns = int(self.get_clock().now().nanoseconds)
         inputs = self._loaded.buffer.status(now_ns) if self._loaded else {}
         report = self._diagnostics.report(lifecycle, engine, time.monotonic(), inputs)
+        if self._loaded is not None and self._loaded.shadow is not None:
+            report = replace(report, values={**report.values, **self._loaded.shadow.values(now_ns)})
         name, hardware = self.get_fully_qualified_name(), self._loaded.bundle.manifest.name if self._loaded else ""
         self._diagnostics_publisher.publish(convert.diagnostics_message(name, hardware, report, now_ns))
 
@@ -273,23 +234,16 @@ class PolicyNode(LifecycleNode):
         with ExitStack() as resources:
             resources.callback(self.parameters.unload)
             if settings.instruction:
-                check_instruction(manifest, bundle.tokenizer, settings.instruction)
+                check_instruction(bundle, settings.instruction)
             engine = open_engine(bundle, settings, self.get_logger().info)
             resources.callback(engine.close)
             policy = Policy(bundle, engine, guidance_jacobian=settings.guidance_jacobian)
             policy.warm_up()
-            wire = NodeWire(self, settings)
+            shadow = ShadowComparison(manifest.joints, settings.shadow_reference) if settings.shadow else None
+            wire = NodeWire(self, settings, shadow)
             resources.callback(wire.close)
             joint_topic = self.resolve_topic_name(settings.joint_states_topic)
-            sources = [
-                CameraSource(
-                    c.name,
-                    self.resolve_topic_name(settings.camera(c.name).topic),
-                    c.optional,
-                    own_limit_ns(settings.camera(c.name).max_age_s),
-                )
-                for c in manifest.cameras
-            ]
+            sources = camera_sources(manifest, settings, self.resolve_topic_name)
             buffer = ObservationBuffer(
                 sources,
                 manifest.joint_names,
@@ -299,7 +253,8 @@ class PolicyNode(LifecycleNode):
             )
             loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)
             loop.instruction = settings.instruction
-            loaded = Loaded(bundle, engine, buffer, wire, loop)
+            identity = BundleIdentity(name=manifest.name, manifest_sha256=file_sha256(bundle.path / MANIFEST))
+            loaded = Loaded(bundle, engine, buffer, wire, loop, identity, shadow)
             for source in sources:
                 raw = settings.camera(source.name).transport == "raw"
                 on_image = partial(self._on_image, source.name, loaded)
@@ -309,8 +264,15 @@ class PolicyNode(LifecycleNode):
             on_joints = partial(self._on_joints, loaded)
             subscription = self._subscribe(JointState, joint_topic, on_joints, qos_profile_sensor_data)
             resources.callback(self.destroy_subscription, subscription)
+            if shadow is not None and settings.shadow_reference == "command":
+                kind = Float64MultiArray if settings.publish_mode == "stream" else JointTrajectory
+                topic = self.resolve_topic_name(settings.command_topic)
+                on_command = partial(self._on_command, loaded, shadow)
+                subscription = self._subscribe(kind, topic, on_command, QoSProfile(depth=10))
+                resources.callback(self.destroy_subscription, subscription)
             self._resources = resources.pop_all()
         self._loaded = loaded
+        self._publish_session()
         # Model and libraries stay as long as the node; the collector need not look through them during a tick.
         gc.collect()
         gc.freeze()
@@ -318,7 +280,8 @@ class PolicyNode(LifecycleNode):
         self._resources.callback(gc.callbacks.remove, self._diagnostics.collector)
         self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
         topics = ", ".join(f"{source.name} from {source.topic}" for source in sources)
-        self.get_logger().info(f"{topics}; joints from {joint_topic}; commands to {settings.command_topic}")
+        command_topic = SHADOW_COMMAND if settings.shadow else settings.command_topic
+        self.get_logger().info(f"{topics}; joints from {joint_topic}; commands to {command_topic}")
         self.get_logger().info(f"limits: {loop.describe_limits()}")
 
     def _subscribe(
@@ -326,6 +289,24 @@ class PolicyNode(LifecycleNode):
     ) -> Any:
         events = SubscriptionEventCallbacks(incompatible_qos=partial(self._on_incompatible, topic))
         return self.create_subscription(kind, topic, callback, qos, event_callbacks=events, raw=serialized)
+
+    def _publish_session(self) -> None:
+        """What replay needs to know; nothing while no bundle is loaded."""
+        if self._loaded is None:
+            return
+        settings, full_name = self.parameters.settings, self.resolve_topic_name
+        topics = SessionTopics(
+            cameras={c.name: full_name(settings.camera(c.name).topic) for c in self._loaded.bundle.manifest.cameras},
+            joint_states=full_name(settings.joint_states_topic),
+            instruction=full_name("~/instruction"),
+            command=full_name(settings.command_topic),
+            chunk=full_name("~/chunk"),
+            tick=full_name("~/tick"),
+            shadow=full_name(SHADOW_COMMAND) if settings.shadow else None,
+        )
+        node, values = self.get_fully_qualified_name(), self.parameters.values
+        session = Session(node=node, bundle=self._loaded.identity, parameters=values, topics=topics)
+        self._session_publisher.publish(String(data=session.text()))
 
     def _check_alone(self) -> None:
         own = (self.get_name(), self.get_namespace())
@@ -337,6 +318,7 @@ class PolicyNode(LifecycleNode):
 
     def _start_loop(self) -> None:
         assert self._loaded is not None  # the state machine lets only a configured node get here
+        self._publish_session()
         self._loaded.loop.start()
         self._activated_s = time.monotonic()
 
@@ -351,11 +333,6 @@ class PolicyNode(LifecycleNode):
         self._loaded = None
         self._resources.close()
         gc.unfreeze()
-
-
-def own_limit_ns(max_age_s: float) -> int | None:
-    """An input's own `max_age_s`; None: it has none."""
-    return round(max_age_s * NS_PER_S) or None
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ def load_parameters(path: Path, node: str = NODE) -> dict[str, object]:
     ConfigurationError if the file is no parameter file, or no name in it means this node: ROS would then start the node
     with its defaults, without a word.
     """
-    tables = _tables(path)
+    tables = load_tables(path)
     matching = [table for name, table in tables.items() if matches(name, node)]
     if not matching:
         raise ConfigurationError(
@@ -56,7 +56,7 @@ def matches(pattern: str, node: str) -> bool:
     return re.fullmatch(expression, node) is not None
 
 
-def _tables(path: Path) -> dict[str, Mapping[str, object]]:
+def load_tables(path: Path) -> dict[str, Mapping[str, object]]:
     """The parameters by node name, which may be nested in namespaces."""
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text())

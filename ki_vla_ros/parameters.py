@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
@@ -22,9 +22,11 @@ class Parameters:
     while a bundle is loaded: then settings must fit it, and only some may change.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, report_change: Callable[[], None] = lambda: None) -> None:
+        """`report_change` is called after each change, when `settings` holds it."""
         self.manifest: Manifest | None = None
         self._node = node
+        self._report_change = report_change
         self._specs: dict[str, ParameterSpec] = {}
         # rclpy ignores overrides that nobody declares without a word; it has no public way to list them.
         self._overrides: Mapping[str, Parameter[Any]] = node._parameter_overrides
@@ -47,6 +49,11 @@ class Parameters:
         self.manifest, self._configured = manifest, self.settings
         return self.settings
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """All parameters that the settings consist of, by name."""
+        return {name: self._node.get_parameter(name).value for name in self._specs}
+
     def unload(self) -> None:
         self.manifest = None
 
@@ -64,8 +71,7 @@ class Parameters:
             self._specs[spec.name] = spec
 
     def _read(self, changes: Mapping[str, object]) -> Settings:
-        values = {name: self._node.get_parameter(name).value for name in self._specs}
-        return settings_from_parameters({**values, **changes})
+        return settings_from_parameters({**self.values, **changes})
 
     def _check(self, parameters: list[Parameter[Any]]) -> SetParametersResult:
         changes = {p.name: p.value for p in parameters if p.name in self._specs}
@@ -88,6 +94,7 @@ class Parameters:
         self.settings = self._read({})
         if changed := [f"{p.name} = {p.value!r}" for p in parameters if p.name in self._specs]:
             self._node.get_logger().info(f"changed: {', '.join(changed)}")
+            self._report_change()
 
 
 def _descriptor(spec: ParameterSpec) -> ParameterDescriptor:

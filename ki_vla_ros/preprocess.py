@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ki_vla_ros.errors import InputError, InstructionError
-from ki_vla_ros.records import CameraFrame, Observation
+from ki_vla_ros.records import Observation
 
 if TYPE_CHECKING:
     from ki_vla_ros.bundle import PolicySpec
@@ -203,11 +203,3 @@ def state_token(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[n
     if not manifest.state.as_token:
         return None
     return normalize(state_J, manifest.state.low, manifest.state.high).astype(np.float32)
-
-
-def check_instruction(manifest: PolicySpec, tokenizer: Tokenizer, instruction: str) -> None:
-    """InstructionError unless a tick can use it: it goes a tick's way, with black images and a middle state."""
-    black_HWC = np.zeros((1, 1, 3), dtype=np.uint8)
-    frames = {camera.name: CameraFrame(camera.name, 0, black_HWC) for camera in manifest.cameras}
-    middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
-    make_model_input(manifest, tokenizer, Observation(0, frames, middle_J), instruction)

@@ -24,7 +24,7 @@ from rcl_interfaces.msg import Parameter as ParameterMessage
 from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
-from rclpy.qos import qos_profile_sensor_data
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
@@ -60,6 +60,9 @@ class Robot:
         subscribe(JointTrajectory, "policy/chunk", self.chunks.append, 100)
         subscribe(String, "policy/tick", lambda message: self.ticks.append(json.loads(message.data)), 100)
         subscribe(DiagnosticArray, "/diagnostics", self.diagnostics.append, 100)
+        self.sessions: list[str] = []
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        subscribe(String, "policy/session", lambda message: self.sessions.append(message.data), latched)
         self.instruct = self.node.create_publisher(String, "policy/instruction", 10)
         self.image = {
             name: self.node.create_publisher(Image, f"camera/{name}/image_raw", qos_profile_sensor_data)

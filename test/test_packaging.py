@@ -100,7 +100,7 @@ def test_installed_package_is_complete(prefix: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     where, commands = done.stdout.splitlines()
     assert Path(where).is_relative_to(prefix)
-    assert set(commands.split()) == {"bench", "build_engines", "demo", "policy_node", "sim_arm"}
+    assert set(commands.split()) == {"bench", "build_engines", "record", "demo", "policy_node", "sim_arm"}
 
 
 def test_name_and_version_agree(prefix: Path) -> None:
@@ -149,7 +149,7 @@ def test_each_requirement_has_one_pinned_version(version: str) -> None:
 
 
 def test_robot_needs_no_trainer_and_the_trainer_no_ros() -> None:
-    modules = "[m.name for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if 'torch_engine' not in m.name]"
+    modules = "[m.name for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if '.torch_' not in m.name]"
     code = (
         "import importlib, pkgutil, sys, {0} as p;"
         f"[importlib.import_module(name) for name in {modules}];"

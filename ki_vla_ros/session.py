@@ -1,0 +1,101 @@
+"""What a bag must say of the policy that was running: bundle, parameters, names of topics. The text on `~/session`.
+
+The node publishes it (std_msgs/String, JSON, transient local) when it is configured, at each activation and whenever a
+parameter changes. A bag that holds it needs no parameter file to be replayed. No ROS here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ki_vla_ros.errors import InputError
+from ki_vla_ros.settings import Settings, settings_from_parameters
+
+ParameterValue = bool | int | float | str
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BundleIdentity(_Part):
+    """`manifest_sha256` is that of manifest.json, which holds the sums of all other files."""
+
+    name: str
+    manifest_sha256: str
+
+
+class SessionTopics(_Part):
+    """Full names, after remapping.
+
+    `command` is the arm's, whoever commands it; `shadow`, in shadow mode alone, has what the policy would command.
+    """
+
+    cameras: dict[str, str]
+    joint_states: str
+    instruction: str
+    command: str
+    chunk: str
+    tick: str
+    shadow: str | None = None
+
+
+class Session(_Part):
+    """`node`: the policy's full name. `parameters`: every setting of the node by its ROS name."""
+
+    version: Literal[1] = 1
+    node: str
+    bundle: BundleIdentity
+    parameters: dict[str, ParameterValue]
+    topics: SessionTopics
+
+    @property
+    def settings(self) -> Settings:
+        """ConfigurationError if this version knows a parameter no more, or bounds it more tightly."""
+        return settings_from_parameters(self.parameters)
+
+    @property
+    def topic(self) -> str:
+        """Where it is published."""
+        return session_topic(self.node)
+
+    @property
+    def message_types(self) -> dict[str, str]:
+        """ROS type by topic, of all that replay can use."""
+        settings, topics = self.settings, self.topics
+        command = "std_msgs/msg/Float64MultiArray" if settings.publish_mode == "stream" else TRAJECTORY
+        types = {
+            topic: IMAGE if settings.camera(name).transport == "raw" else COMPRESSED_IMAGE
+            for name, topic in topics.cameras.items()
+        }
+        types |= {topics.joint_states: "sensor_msgs/msg/JointState", topics.command: command, topics.chunk: TRAJECTORY}
+        types |= dict.fromkeys((topics.instruction, topics.tick, self.topic), TEXT)
+        return types if topics.shadow is None else types | {topics.shadow: command}
+
+    def text(self) -> str:
+        return self.model_dump_json()
+
+
+IMAGE = "sensor_msgs/msg/Image"
+COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
+TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
+TEXT = "std_msgs/msg/String"
+
+
+def session_topic(node: str) -> str:
+    return f"{node}/session"
+
+
+def read_session(text: str) -> Session:
+    """From a message on `~/session`; InputError if it is none, or of another version."""
+    try:
+        return Session.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "text"
+        raise InputError(
+            f"session: {where}: {first['msg']}, got {str(first['input'])[:80]!r}; was it recorded with another version "
+            "of ki_vla_ros? Then replay with --params"
+        ) from error

@@ -1,0 +1,75 @@
+"""The session's text: it gives back what went in, and says what is wrong with what is none."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.session import BundleIdentity, Session, SessionTopics, read_session
+from ki_vla_ros.settings import parameter_specs
+
+
+def make_session(**parameters: Any) -> Session:
+    values = {spec.name: spec.default for spec in parameter_specs(("scene", "wrist"), ("elbow",))}
+    topics = SessionTopics(
+        cameras={"scene": "/camera/scene/image_raw", "wrist": "/wrist/compressed"},
+        joint_states="/joint_states",
+        instruction="/policy/instruction",
+        command="/arm_controller/joint_trajectory",
+        chunk="/policy/chunk",
+        tick="/policy/tick",
+    )
+    identity = BundleIdentity(name="demo", manifest_sha256="0" * 64)
+    return Session(node="/policy", bundle=identity, parameters={**values, **parameters}, topics=topics)
+
+
+def test_every_parameter_comes_back_with_its_type() -> None:
+    given = {"rate_hz": 20.0, "threads": 2, "dry_run": True, "limits.joints.elbow.upper": 1.25}
+    session = make_session(**given)
+    back = read_session(session.text())
+    assert back == session
+    types = {name: type(value) for name, value in session.parameters.items()}
+    assert {name: type(value) for name, value in back.parameters.items()} == types
+    assert (back.settings.rate_hz, back.settings.limits.joints["elbow"].upper) == (20.0, 1.25)
+
+
+def test_the_topics_and_their_types() -> None:
+    session = make_session(**{"cameras.wrist.transport": "compressed", "publish_mode": "stream"})
+    assert session.message_types == {
+        "/camera/scene/image_raw": "sensor_msgs/msg/Image",
+        "/wrist/compressed": "sensor_msgs/msg/CompressedImage",
+        "/joint_states": "sensor_msgs/msg/JointState",
+        "/arm_controller/joint_trajectory": "std_msgs/msg/Float64MultiArray",
+        "/policy/chunk": "trajectory_msgs/msg/JointTrajectory",
+        "/policy/instruction": "std_msgs/msg/String",
+        "/policy/tick": "std_msgs/msg/String",
+        "/policy/session": "std_msgs/msg/String",
+    }
+    assert make_session().message_types["/arm_controller/joint_trajectory"] == "trajectory_msgs/msg/JointTrajectory"
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({"version": 2}, "session: version: Input should be 1, got '2'"),
+        ({"bundle": {"name": "demo"}}, "session: bundle.manifest_sha256: Field required"),
+        ({"colour": "red"}, "session: colour: Extra inputs are not permitted, got 'red'"),
+    ],
+)
+def test_what_is_no_session_is_named(change: dict[str, Any], fault: str) -> None:
+    with pytest.raises(InputError) as raised:
+        read_session(json.dumps({**json.loads(make_session().text()), **change}))
+    assert str(raised.value).startswith(fault) and "replay with --params" in str(raised.value)
+
+
+def test_a_text_that_is_no_json() -> None:
+    with pytest.raises(InputError, match="session: text: Invalid JSON"):
+        read_session("{")
+
+
+def test_a_parameter_of_another_version_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="parameter 'rate'"):
+        _ = make_session(rate=10.0).settings
