@@ -81,16 +81,15 @@ class Graph:
 
     def parameters(self, node: str, names: Sequence[str] | None = None) -> dict[str, Any] | None:
         """All, or those named that are set; None if the node does not answer."""
-        if names is None:
-            listed = self._call(ListParameters, f"{node}/list_parameters", ListParameters.Request())
-            if listed is None:
-                return None
-            names = list(listed.result.names)
-        found = self._call(GetParameters, f"{node}/get_parameters", GetParameters.Request(names=list(names)))
+        listed = self._call(ListParameters, f"{node}/list_parameters", ListParameters.Request())
+        if listed is None:
+            return None
+        # Asked for one that it does not have, a node may answer with none at all.
+        known = [name for name in listed.result.names if names is None or name in names]
+        found = self._call(GetParameters, f"{node}/get_parameters", GetParameters.Request(names=known))
         if found is None:
             return None
-        # A node that does not know one of them may answer with none at all.
-        values = zip(names, found.values, strict=False)
+        values = zip(known, found.values, strict=True)
         return {name: value for name, v in values if (value := parameter_value_to_python(v)) is not None}
 
     def _call(self, kind: Any, service: str, request: Any) -> Any:
@@ -330,11 +329,11 @@ def with_node_environment(machine: Machine) -> Machine:
             arguments = (process / "cmdline").read_bytes().split(b"\0")
             if not any(a == b"ki_vla_ros.node" or a.endswith(b"/policy_node") for a in arguments):
                 continue
-            pairs = (
-                entry.decode(errors="replace").partition("=")
-                for entry in (process / "environ").read_bytes().split(b"\0")
-            )
-            own = {name: value for name, _, value in pairs if name in PROFILE_VARIABLES}
+            entries = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+            environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+            if environment.get("ROS_DOMAIN_ID", "0") != machine.environment.get("ROS_DOMAIN_ID", "0"):
+                continue
+            own = {name: environment[name] for name in PROFILE_VARIABLES if name in environment}
             if own:
                 return replace(machine, environment={**machine.environment, **own})
     return machine

@@ -79,7 +79,9 @@ def test_simulated_time_without_a_clock(robot: Robot, start: Callable[..., Polic
 
 
 def test_nothing_runs(ros_environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    findings, _ = diagnose(Request(seconds=0.1), Machine((3, 11), "2.1.0", {}))
+    findings, _ = diagnose(
+        Request(seconds=0.1), Machine((3, 11), "2.1.0", {"ROS_DOMAIN_ID": ros_environment["ROS_DOMAIN_ID"]})
+    )
     assert found(findings) == {("node", "/policy"), ("fast dds", "FASTDDS_DEFAULT_PROFILES_FILE")}
     assert main(["--seconds", "0.1"]) == 1
     assert "does not run in this ROS domain, where there are no nodes" in " ".join(capsys.readouterr().out.split())
