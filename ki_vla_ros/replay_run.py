@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from ki_vla_ros.latency import Latency, MeasuredLatency
 from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import BURST_WAIT_NS
 from ki_vla_ros.pacing import Pacer, alignment_ns
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, Observation
 from ki_vla_ros.reference import CommandedPath, MeasuredPath, Reference
 from ki_vla_ros.replay_inputs import Feed, RecordedTick, ReplayBuffer, bag_frame, read_tick
 from ki_vla_ros.replay_policy import ReplayPolicy
@@ -49,7 +49,9 @@ class ReplayOptions:
     """`instruction` replaces those of the bag. `probe_every_s`: bag time between two "what if"s (0: none).
 
     `as_recorded`: ticks as the node made them, with the frames that it used. `follow_session`: settings change where
-    the node's did. `on_message` gets each message read.
+    the node's did. `on_message` gets each message read, `on_observation` what each chunk is made of. `noise_by_tick`:
+    a chunk's noise belongs to its tick's number and not to the count of chunks, so that replays with other settings
+    start from the same. `read_frame` and `read_joints` make records of messages.
     """
 
     instruction: str = ""
@@ -59,6 +61,10 @@ class ReplayOptions:
     follow_session: bool = True
     latency: Latency = dataclasses.field(default_factory=MeasuredLatency)
     on_message: Callable[[BagMessage], None] = lambda message: None
+    on_observation: Callable[[Observation], None] = lambda observation: None
+    noise_by_tick: bool = False
+    read_frame: Callable[[BagMessage, str, int, bool], CameraFrame] = bag_frame
+    read_joints: Callable[[BagMessage], JointReading] = joint_reading
 
 
 class Replay:
@@ -125,13 +131,19 @@ class Replay:
 
     def ticks(self) -> Iterator[TickRecord]:
         """Each as soon as the bag has shown what happened until its chunk's last action was due."""
+        for known in self.steps():
+            yield from known
+
+    def steps(self) -> Iterator[Sequence[TickRecord]]:
+        """One tick at a time: those that are known by then. For who drives several replays side by side (sweep)."""
         self._wire.clock_ns = self._feed.now_ns
         for record in self._recorded_ticks() if self.options.as_recorded else self._paced_ticks():
             self._pending.append(record)
+            known = []
             while self._pending and self._is_known(self._pending[0]):
-                yield self._with_reference(self._pending.popleft())
-        while self._pending:
-            yield self._with_reference(self._pending.popleft())
+                known.append(self._with_reference(self._pending.popleft()))
+            yield known
+        yield [self._with_reference(record) for record in self._pending]
 
     # --- ticks
 
@@ -182,6 +194,8 @@ class Replay:
         self._policy.decoded, self._diagnostics.corrections = None, ()
         self._buffer.recorded = recorded
         self._policy.chunk_index = None if recorded is None else recorded.chunk_index
+        if self.options.noise_by_tick:
+            self._policy.chunk_index = self._number
         took_ns = None if recorded is None or recorded.joined_ns is None else recorded.joined_ns - recorded.stamp_ns
         self._latency.begin(self._number, took_ns)
         self._wire.begin_tick(tick_ns)
@@ -198,6 +212,7 @@ class Replay:
         prediction = None
         if self._policy.decoded is not None:
             chunk, observation = self._policy.decoded
+            self.options.on_observation(observation)
             command_ns = fields["command_ns"]
             assert command_ns is None or isinstance(command_ns, int)
             seam = self._seam(wish_before, motions, command_ns)
@@ -334,14 +349,16 @@ class Replay:
         topic, topics = message.topic, self.topics
         if (camera := self._cameras.get(topic)) is not None:
             try:
-                frame = bag_frame(message, camera, self.bundle.manifest.image.size, self.settings.use_receive_time)
+                frame = self.options.read_frame(
+                    message, camera, self.bundle.manifest.image.size, self.settings.use_receive_time
+                )
                 self._buffer.add_frame(frame, message.log_ns)
             except InputError as refusal:
                 self._buffer.refuse(camera, str(refusal))
                 raise
         elif topic == topics.joint_states:
             try:
-                reading = joint_reading(message)
+                reading = self.options.read_joints(message)
                 if self.settings.use_receive_time:
                     reading = dataclasses.replace(reading, stamp_ns=message.log_ns)
                 self._buffer.add_joints(reading)
