@@ -37,11 +37,13 @@ from ki_vla_ros.replay_wire import ReplayDiagnostics, ReplayWire
 from ki_vla_ros.session import TRAJECTORY
 from ki_vla_ros.settings import Settings
 
-# A node that ticked is taken to have been inactive where its ticks are farther apart.
-INACTIVE_NS = 1_000_000_000
+# A node that ticked is taken to have been inactive where its ticks are farther apart than both.
+INACTIVE_NS, INACTIVE_PERIODS = 500_000_000, 3
 # The first tick waits for the first message of every input, at most so long.
 START_WAIT_NS = 1_000_000_000
 WATCHDOG_NS = 20_000_000
+# The joint states around a chunk's last action may come so much later.
+SETTLED_NS = 250_000_000
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Replay:
             self._reference = self._commanded if topics.command else self._measured
         self._recorded: deque[RecordedTick] = deque()
         self._spans: list[list[int]] = []  # when the recorded node was active
+        self._begun = 0  # of them
         self._pending: deque[TickRecord] = deque()
         self._motion: Motion | None = None
         self._number, self._probed_ns = 0, 0
@@ -149,10 +152,12 @@ class Replay:
 
     def _paced_ticks(self) -> Iterator[TickRecord]:
         """As the loop's own thread would: on time, aligned with the cameras, where the recorded node was active."""
+        missed = 0
         while (start_ns := self._next_start()) is not None:
             self._loop.begin()
             self._advance(start_ns)
             pacer = Pacer(start_ns)
+            pacer.missed = missed
             behind_ns: int | None = None
             while self._is_active(pacer.due_ns):
                 self._advance(pacer.due_ns)
@@ -167,18 +172,19 @@ class Replay:
                 pacer.advance(ended_ns, round(NS_PER_S / settings.rate_hz))
                 if settings.align_to_cameras:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))
+            missed = pacer.missed
 
     def _recorded_ticks(self) -> Iterator[TickRecord]:
         last_ns: int | None = None
         while True:
-            self._feed.foresee(self._feed.now_ns + INACTIVE_NS)
+            self._feed.foresee(self._feed.now_ns + self._gap_ns)
             if not self._recorded:
                 if self._feed.ended:
                     return
-                self._advance(self._feed.now_ns + INACTIVE_NS)
+                self._advance(self._feed.now_ns + self._gap_ns)
                 continue
             tick = self._recorded.popleft()
-            if last_ns is None or tick.stamp_ns - last_ns > INACTIVE_NS:
+            if last_ns is None or tick.stamp_ns - last_ns > self._gap_ns:
                 self._loop.begin()
             last_ns = tick.stamp_ns
             self._advance(tick.stamp_ns)
@@ -274,6 +280,10 @@ class Replay:
 
     # --- the clock
 
+    @property
+    def _gap_ns(self) -> int:
+        return max(INACTIVE_NS, round(INACTIVE_PERIODS * NS_PER_S / self.settings.rate_hz))
+
     def _next_start(self) -> int | None:
         """When ticks are to begin (again); None: the bag is over."""
         if self.topics.tick is None:
@@ -282,20 +292,20 @@ class Replay:
             self._feed.advance(self._feed.now_ns + START_WAIT_NS, until=self._has_all_inputs)
             return self._feed.now_ns
         while True:
-            self._feed.foresee(self._feed.now_ns + INACTIVE_NS)
-            ahead = [span for span in self._spans if span[1] >= self._feed.now_ns and span[1] > span[0]]
-            if ahead:
-                return max(ahead[0][0], self._feed.now_ns)
+            self._feed.foresee(self._feed.now_ns + self._gap_ns)
+            if self._begun < len(self._spans):
+                self._begun += 1
+                return max(self._spans[self._begun - 1][0], self._feed.now_ns)
             if self._feed.ended:
                 return None
-            self._advance(self._feed.now_ns + INACTIVE_NS // 2)
+            self._advance(self._feed.now_ns + self._gap_ns // 2)
 
     def _is_active(self, at_ns: int) -> bool:
         if self.topics.tick is None:
             self._feed.foresee(at_ns)
             return not self._feed.ended
-        self._feed.foresee(at_ns + INACTIVE_NS)
-        return any(start <= at_ns <= end for start, end in self._spans)
+        self._feed.foresee(at_ns + self._gap_ns)
+        return at_ns <= self._spans[self._begun - 1][1]
 
     def _has_all_inputs(self) -> bool:
         status = self._buffer.status(self._feed.now_ns)
@@ -330,7 +340,7 @@ class Replay:
             return
         if self.options.as_recorded:
             self._recorded.append(tick)
-        if self._spans and tick.stamp_ns - self._spans[-1][1] <= INACTIVE_NS:
+        if self._spans and tick.stamp_ns - self._spans[-1][1] <= self._gap_ns:
             self._spans[-1][1] = max(self._spans[-1][1], tick.stamp_ns)
         else:
             self._spans.append([tick.stamp_ns, tick.stamp_ns])
@@ -398,7 +408,7 @@ class Replay:
     def _is_known(self, record: TickRecord) -> bool:
         """Whether the bag has come past all that the record's chunk speaks of."""
         chunk = record.prediction
-        return chunk is None or self._feed.now_ns > chunk.due_ns(len(chunk.position_HJ) - 1) + INACTIVE_NS // 4
+        return chunk is None or self._feed.now_ns > chunk.due_ns(len(chunk.position_HJ) - 1) + SETTLED_NS
 
     def _with_reference(self, record: TickRecord) -> TickRecord:
         chunk = record.prediction
@@ -409,5 +419,5 @@ class Replay:
         if self.topics.tick is not None:  # what the arm did after the node had stopped is no answer to the chunk
             end_ns = max((end for start, end in self._spans if start <= record.stamp_ns), default=record.stamp_ns)
             reference_HJ[due_H > end_ns] = np.nan
-        self._reference.forget(chunk.start_ns - INACTIVE_NS)
+        self._reference.forget(chunk.start_ns - NS_PER_S)
         return dataclasses.replace(record, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))
