@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from ki_vla_ros.bags import Bag, BagMessage, decode, joint_reading
+from ki_vla_ros.bags import BagMessage, decode, joint_reading
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.chunking import cubic
 from ki_vla_ros.engines.base import Engine
@@ -69,11 +71,26 @@ class ReplayOptions:
     read_joints: Callable[[BagMessage], JointReading] = joint_reading
 
 
+class MessageSource(Protocol):
+    """What a replay needs of a bag."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def messages(self, topics: Collection[str] | None = None) -> Iterator[BagMessage]: ...
+
+
 class Replay:
     """One pass over `bag`; `ticks` may be called once. The engine stays the caller's."""
 
     def __init__(
-        self, bag: Bag, bundle: Bundle, engine: Engine, settings: Settings, topics: ReplayTopics, options: ReplayOptions
+        self,
+        bag: MessageSource,
+        bundle: Bundle,
+        engine: Engine,
+        settings: Settings,
+        topics: ReplayTopics,
+        options: ReplayOptions,
     ) -> None:
         settings.validate_against(bundle.manifest)
         # Nothing is sent anywhere, and a dry run would begin each motion at the arm.

@@ -132,7 +132,9 @@ class Trace:
         if prediction.refusal is not None:
             self._mark("refused", cause(prediction.refusal), at_s)
         for words in prediction.corrections:
-            self._mark("corrected", words, at_s)
+            verb, _, joints = words.partition(" ")
+            for joint in joints.split(", "):
+                self._mark("corrected", f"{verb} {joint}", at_s)
         if prediction.seam is not None and prediction.seam.restarted:
             self._mark("restart", "the arm was elsewhere", at_s)
         if self._seen % self._every == 0:
