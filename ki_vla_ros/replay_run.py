@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ki_vla_ros.bags import Bag, BagMessage, decode, header_ns, joint_reading
+from ki_vla_ros.bags import BagMessage, decode, header_ns
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.chunking import cubic
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.inputs import camera_sources, check_instruction, own_limit_ns
-from ki_vla_ros.latency import Latency, MeasuredLatency
 from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import BURST_WAIT_NS
 from ki_vla_ros.pacing import Pacer, alignment_ns
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
 from ki_vla_ros.reference import CommandedPath, MeasuredPath, Reference
-from ki_vla_ros.replay_inputs import Feed, Parity, RecordedTick, ReplayBuffer, bag_frame, read_tick
+from ki_vla_ros.replay_inputs import Feed, Parity, RecordedTick, ReplayBuffer, read_tick
+from ki_vla_ros.replay_options import MessageSource, ReplayOptions
 from ki_vla_ros.replay_policy import ReplayPolicy
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay_topics import ReplayTopics, read_later_session
@@ -46,30 +45,17 @@ WATCHDOG_NS = 20_000_000
 SETTLED_NS = 250_000_000
 
 
-@dataclass(frozen=True)
-class ReplayOptions:
-    """`instruction` replaces those of the bag. `probe_every_s`: bag time between two "what if"s (0: none).
-
-    `as_recorded`: ticks as the node made them, with the frames that it used. `follow_session`: settings change where
-    the node's did. `on_message` gets each message read, `on_tick` each tick at once,
-    without reference, and the observation of its chunk.
-    """
-
-    instruction: str = ""
-    other_instruction: str = ""
-    probe_every_s: float = 2.0
-    as_recorded: bool = False
-    follow_session: bool = True
-    latency: Latency = dataclasses.field(default_factory=MeasuredLatency)
-    on_message: Callable[[BagMessage], None] = lambda message: None
-    on_tick: Callable[[TickRecord, Observation | None], None] = lambda tick, observation: None
-
-
 class Replay:
     """One pass over `bag`; `ticks` may be called once. The engine stays the caller's."""
 
     def __init__(
-        self, bag: Bag, bundle: Bundle, engine: Engine, settings: Settings, topics: ReplayTopics, options: ReplayOptions
+        self,
+        bag: MessageSource,
+        bundle: Bundle,
+        engine: Engine,
+        settings: Settings,
+        topics: ReplayTopics,
+        options: ReplayOptions,
     ) -> None:
         settings.validate_against(bundle.manifest)
         # Nothing is sent anywhere, and a dry run would begin each motion at the arm.
@@ -131,13 +117,19 @@ class Replay:
 
     def ticks(self) -> Iterator[TickRecord]:
         """Each as soon as the bag has shown what happened until its chunk's last action was due."""
+        for known in self.steps():
+            yield from known
+
+    def steps(self) -> Iterator[Sequence[TickRecord]]:
+        """One tick at a time: those that are known by then. For who drives several replays side by side (sweep)."""
         self._wire.clock_ns = self._feed.now_ns
         for record in self._recorded_ticks() if self.options.as_recorded else self._paced_ticks():
             self._pending.append(record)
+            known = []
             while self._pending and self._is_known(self._pending[0]):
-                yield self._with_reference(self._pending.popleft())
-        while self._pending:
-            yield self._with_reference(self._pending.popleft())
+                known.append(self._with_reference(self._pending.popleft()))
+            yield known
+        yield [self._with_reference(record) for record in self._pending]
 
     # --- ticks
 
@@ -194,6 +186,8 @@ class Replay:
         self._policy.decoded, self._diagnostics.corrections = None, ()
         self._buffer.recorded = recorded
         self._policy.chunk_index = None if recorded is None else recorded.chunk_index
+        if self.options.noise_by_tick:
+            self._policy.chunk_index = self._number
         took_ns = None if recorded is None or recorded.joined_ns is None else recorded.joined_ns - recorded.stamp_ns
         self._latency.begin(self._number, took_ns)
         self._wire.begin_tick(tick_ns)
@@ -212,6 +206,7 @@ class Replay:
             chunk, observation = self._policy.decoded
             if recorded is not None and fields["command_ns"] is not None:
                 self.parity.add_made(chunk.start_ns, chunk.position_HJ)
+            self.options.on_observation(observation)
             command_ns = fields["command_ns"]
             assert command_ns is None or isinstance(command_ns, int)
             seam = self._seam(wish_before, motions, command_ns)
@@ -353,14 +348,16 @@ class Replay:
         topic, topics = message.topic, self.topics
         if (camera := self._cameras.get(topic)) is not None:
             try:
-                frame = bag_frame(message, camera, self.bundle.manifest.image.size, self.settings.use_receive_time)
+                frame = self.options.read_frame(
+                    message, camera, self.bundle.manifest.image.size, self.settings.use_receive_time
+                )
                 self._buffer.add_frame(frame, message.log_ns)
             except InputError as refusal:
                 self._buffer.refuse(camera, str(refusal))
                 raise
         elif topic == topics.joint_states:
             try:
-                reading = joint_reading(message)
+                reading = self.options.read_joints(message)
                 if self.settings.use_receive_time:
                     reading = dataclasses.replace(reading, stamp_ns=message.log_ns)
                 self._buffer.add_joints(reading)
