@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import rclpy
 from rcl_interfaces.srv import GetParameters, ListParameters
+from rclpy.duration import Infinite
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter, parameter_value_to_python
@@ -34,8 +35,8 @@ from ki_vla_ros.settings import Settings
 if TYPE_CHECKING:
     from ki_vla_ros.doctor import Request
 
-# How long discovery, and an answer of a service, may take.
-DISCOVERY_S, ANSWER_S = 2.0, 3.0
+# How long discovery of the node, of all the rest, and an answer of a service may take.
+FIRST_S, DISCOVERY_S, ANSWER_S = 5.0, 2.0, 3.0
 KINDS: Mapping[str, Any] = {
     IMAGE: Image,
     COMPRESSED_IMAGE: CompressedImage,
@@ -48,6 +49,8 @@ CONTROLLER_PARAMETERS = (
     "interpolate_from_desired_state",
     "allow_partial_joints_goal",
 )
+# What the node's publisher of commands offers. rclpy's zero durations mean "as usual", its check does not know.
+COMMAND_QOS = QoSProfile(depth=10, deadline=Infinite, lifespan=Infinite, liveliness_lease_duration=Infinite)
 QOS_FIX = "give both sides a fitting QoS: a reliable, volatile publisher fits every subscription of this package"
 
 
@@ -56,6 +59,11 @@ class Graph:
 
     def __init__(self, node: Node, spin_until: Callable[[Callable[[], bool], float], None]) -> None:
         self.node, self._spin_until = node, spin_until
+
+    def wait_for(self, node: str) -> None:
+        """Until it is discovered, and then for the rest of what there is."""
+        self._spin_until(lambda: node in self.nodes, FIRST_S)
+        self.wait(DISCOVERY_S)
 
     def wait(self, seconds: float) -> None:
         self._spin_until(lambda: False, seconds)
@@ -104,7 +112,7 @@ def examine(request: Request, findings: Findings) -> list[str]:
 
     looked_at: list[str] = []
     with open_graph() as graph:
-        graph.wait(DISCOVERY_S)
+        graph.wait_for(request.node)
         running = _check_node(graph, request.node, findings)
         values = graph.parameters(request.node) if running else None
         if request.params is not None:
@@ -207,7 +215,7 @@ def _check_endpoints(graph: Graph, watch: InputWatch, node: str, running: bool, 
     expected = command_type(watch.settings)
     listeners = graph.node.get_subscriptions_info_by_topic(command)
     for end in listeners:
-        _check_qos(command, end, QoSProfile(depth=10), end.qos_profile, "commands do not reach it", findings)
+        _check_qos(command, end, COMMAND_QOS, end.qos_profile, "commands do not reach it", findings)
     if not any(end.topic_type == expected for end in listeners):
         others = sorted({end.topic_type for end in listeners})
         likely = [
