@@ -121,7 +121,9 @@ class ObservationBuffer:
                 raise InputError(f"joint {name!r}: expected a finite position, got {value} on {self._joint_topic}")
         self._check_unit(position_J)
         with self._lock:
-            place = bisect.bisect_left([stamp for stamp, _ in self._readings], reading.stamp_ns)
+            place = len(self._readings)
+            if place and self._readings[-1][0] >= reading.stamp_ns:  # rarely
+                place = bisect.bisect_left([stamp for stamp, _ in self._readings], reading.stamp_ns)
             if place == len(self._readings) or self._readings[place][0] != reading.stamp_ns:
                 _insert(self._readings, place, (reading.stamp_ns, position_J))
                 self._readings_count += 1

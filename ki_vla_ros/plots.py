@@ -115,7 +115,7 @@ def figure(
     title: str, note: str, axes: Axes, layers: Sequence[str], x_unit: str = "s", height: int = 150, times: bool = False
 ) -> str:
     """A plot with its labels; `times`: the x axis is in seconds, shown as minutes and seconds from one minute on."""
-    x_ticks, y_ticks = axes.x.ticks(5), axes.y.ticks(4)
+    x_ticks, y_ticks = axes.x.ticks(6), axes.y.ticks(6)
     grid = "".join(axes.across(value, "axis" if value == 0.0 else "grid") for value in y_ticks)
     y_span, x_span = axes.y.high - axes.y.low, axes.x.high - axes.x.low
     labels = [
@@ -146,7 +146,7 @@ def lanes(rows: Sequence[tuple[str, Sequence[float], str]], span: Span) -> str:
         for label, instants, kind in rows
     ]
     labels = []
-    for value in span.ticks(5):
+    for value in span.ticks(6):
         share = (value - span.low) / (span.high - span.low)
         shift = 0 if share < 0.03 else 100 if share > 0.95 else 50
         place = f"left:{100 * share:.1f}%;transform:translateX(-{shift}%)"

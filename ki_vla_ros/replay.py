@@ -26,8 +26,9 @@ from ki_vla_ros.metrics import Figures
 from ki_vla_ros.prediction_bag import PredictionBag
 from ki_vla_ros.records import NS_PER_S, Observation
 from ki_vla_ros.replay_document import METRICS, make_metrics, write_metrics
+from ki_vla_ros.replay_options import ReplayOptions
 from ki_vla_ros.replay_records import ReplayResult, TickRecord
-from ki_vla_ros.replay_run import Replay, ReplayOptions
+from ki_vla_ros.replay_run import Replay
 from ki_vla_ros.replay_setup import REFERENCES, SetUp, set_up
 from ki_vla_ros.settings import parameter_specs
 from ki_vla_ros.thresholds import Threshold, parse_threshold

@@ -10,15 +10,16 @@ import heapq
 import itertools
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from ki_vla_ros.bags import camera_frame
 from ki_vla_ros.manifest import PolicySpec
-from ki_vla_ros.records import NS_PER_S, CameraFrame
+from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
+from ki_vla_ros.replay_inputs import BagFrame
 from ki_vla_ros.replay_records import Prediction, TickRecord
 
 # Chunks drawn over the whole bag, and around each of the worst moments.
@@ -48,7 +49,7 @@ class _Kept:
     error: float
     instruction: str
     prediction: Prediction
-    thumbs: Mapping[str, NDArray[np.uint8]]
+    jpegs: Mapping[str, bytes]
 
 
 class Lane:
@@ -89,19 +90,15 @@ class Trace:
         self.state_JT = [array("f") for _ in self.spec.joints]
         self._scale_J = (np.array(self.spec.action.high) - np.array(self.spec.action.low)) / 2.0
         self._every, self._seen = 1, 0
-        self._thumbs: deque[tuple[str, int, NDArray[np.uint8]]] = deque(maxlen=64 * len(self.spec.cameras))
+        self._frames: deque[CameraFrame] = deque()
         self._latest: deque[_Kept] = deque()
         self._waiting = 0  # the first of the latest that has not been compared with its neighbours
         self._order = itertools.count()
         self._moments: list[tuple[float, int, Moment]] = []
 
-    def see(self, frames: Iterable[CameraFrame]) -> None:
-        """Frames that an observation is made of, before its record comes."""
-        for frame in frames:
-            height, width = frame.rgb_HWC.shape[:2]
-            size = (THUMB_PX, max(1, round(THUMB_PX * height / width)))
-            small_HWC = cv2.resize(frame.rgb_HWC, size, interpolation=cv2.INTER_AREA)
-            self._thumbs.append((frame.camera, frame.stamp_ns, np.asarray(small_HWC, dtype=np.uint8)))
+    def see(self, observation: Observation) -> None:
+        """What a chunk is made of, before its record comes."""
+        self._frames.extend(observation.frames.values())
 
     def add(self, tick: TickRecord) -> None:
         if self.start_ns is None:
@@ -135,7 +132,9 @@ class Trace:
         if prediction.refusal is not None:
             self._mark("refused", cause(prediction.refusal), at_s)
         for words in prediction.corrections:
-            self._mark("corrected", words, at_s)
+            verb, _, joints = words.partition(" ")
+            for joint in joints.split(", "):
+                self._mark("corrected", f"{verb} {joint}", at_s)
         if prediction.seam is not None and prediction.seam.restarted:
             self._mark("restart", "the arm was elsewhere", at_s)
         if self._seen % self._every == 0:
@@ -145,13 +144,14 @@ class Trace:
                 self._every *= 2
         self._seen += 1
         deviation_HJ = (prediction.position_HJ - prediction.reference_HJ) / self._scale_J
-        error = float(np.sqrt(np.mean(deviation_HJ**2)))  # NaN where the reference is not known
-        thumbs = {
-            camera: small_HWC
-            for camera, stamp_ns, small_HWC in self._thumbs
-            if prediction.frame_ns.get(camera) == stamp_ns
-        }
-        self._latest.append(_Kept(error, instruction, prediction, thumbs))
+        known_H = np.isfinite(deviation_HJ).all(axis=1)
+        error = float(np.sqrt(np.mean(deviation_HJ[known_H] ** 2))) if known_H.mean() >= 0.5 else float("nan")
+        jpegs = {}
+        while self._frames and self._frames[0].stamp_ns <= max(prediction.frame_ns.values()):
+            frame = self._frames.popleft()
+            if prediction.frame_ns.get(frame.camera) == frame.stamp_ns and self._is_candidate(error):
+                jpegs[frame.camera] = _thumbnail(frame)
+        self._latest.append(_Kept(error, instruction, prediction, jpegs))
         self._compare(prediction.start_ns)
 
     def _compare(self, now_ns: int | None) -> None:
@@ -172,14 +172,16 @@ class Trace:
                 self._waiting -= 1
 
     def _keep(self, kept: _Kept, near: Sequence[Prediction]) -> None:
-        if len(self._moments) == MOMENTS and kept.error <= self._moments[0][0]:
+        if not self._is_candidate(kept.error):
             return
-        jpegs = {camera: _jpeg(small_HWC) for camera, small_HWC in sorted(kept.thumbs.items())}
         at_s = self.seconds(kept.prediction.start_ns)
-        moment = Moment(kept.error, at_s, kept.instruction, kept.prediction, near, jpegs)
+        moment = Moment(kept.error, at_s, kept.instruction, kept.prediction, near, kept.jpegs)
         heapq.heappush(self._moments, (kept.error, next(self._order), moment))
         if len(self._moments) > MOMENTS:
             heapq.heappop(self._moments)
+
+    def _is_candidate(self, error: float) -> bool:
+        return np.isfinite(error) and (len(self._moments) < MOMENTS or error > self._moments[0][0])
 
     def _mark(self, kind: str, why: str, at_s: float) -> None:
         self.lanes.setdefault((kind, why), Lane()).add(at_s)
@@ -190,7 +192,13 @@ def cause(reason: str) -> str:
     return reason.partition(":")[0]
 
 
-def _jpeg(rgb_HWC: NDArray[np.uint8]) -> bytes:
+def _thumbnail(frame: CameraFrame) -> bytes:
+    """As JPEG; a replay's frames hold only what the model sees, but the message that it was made from as well."""
+    rgb_HWC = camera_frame(frame.message, frame.camera).rgb_HWC if isinstance(frame, BagFrame) else frame.rgb_HWC
+    height, width = rgb_HWC.shape[:2]
+    if width > THUMB_PX:
+        size = (THUMB_PX, max(1, round(THUMB_PX * height / width)))
+        rgb_HWC = np.asarray(cv2.resize(rgb_HWC, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     done, data = cv2.imencode(".jpg", rgb_HWC[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, THUMB_QUALITY])
     if not done:  # cannot happen with an image of this type and size
         raise ValueError(f"thumbnail: expected a JPEG, got nothing of an image of shape {rgb_HWC.shape}")

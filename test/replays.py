@@ -8,7 +8,7 @@ import numpy as np
 from bundles import CAMERAS, JOINTS
 
 from ki_vla_ros.manifest import PolicySpec
-from ki_vla_ros.records import NS_PER_S, CameraFrame
+from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay_trace import Trace
 from ki_vla_ros.settings import parameter_specs
@@ -57,6 +57,7 @@ def made_up_tick(spec: PolicySpec, number: int, error: float = 0.01, hold: str |
         latency_ns=12_000_000,
         missed=0,
         stage_ms={"prefill": 4.0},
+        motions=(),
         prediction=None if hold else prediction,
     )
 
@@ -68,8 +69,8 @@ def made_up_trace(spec: PolicySpec, ticks: int = 300, worst: int = 120) -> Trace
         tick = made_up_tick(
             spec, number, 0.5 if number == worst else 0.05, "camera 'wrist': too old" if number % 50 == 40 else None
         )
-        frames = [CameraFrame(c, tick.stamp_ns - 20_000_000, _picture(number)) for c in CAMERAS]
-        trace.see(frames)
+        frames = {c: CameraFrame(c, tick.stamp_ns - 20_000_000, _picture(number)) for c in CAMERAS}
+        trace.see(Observation(tick.stamp_ns - 20_000_000, frames, np.zeros(len(JOINTS))))
         trace.add(tick)
     return trace
 

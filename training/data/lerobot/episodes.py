@@ -102,13 +102,14 @@ def convert(
             f"bag {bag.path}: expected commands on {sources.command_topic}, but it has only "
             f"{', '.join(sorted(bag.topics))}; name their topic (--command), or take --actions states"
         )
-    if task is None and sources.instruction_topic not in bag.topics and marker is None:
+    if sources.instruction_topic not in bag.topics and (cut == "instruction" or (task is None and marker is None)):
         raise ConfigurationError(
             f"bag {bag.path}: expected instructions on {sources.instruction_topic}, found none; say what was done with "
             "--task, or name the topic with --instruction"
         )
     marker = choose_marker(bag, cut, marker, sources.instruction_topic)
-    cutter = _Cutter(sources, writer, fps, actions, cut, marker, task, least_frames)
+    at_instructions = marker is None and cut != "bag" and sources.instruction_topic in bag.topics
+    cutter = _Cutter(sources, writer, fps, actions, at_instructions, marker, task, least_frames)
     topics = {*sources.cameras.values(), sources.joint_topic, sources.instruction_topic, sources.command_topic}
     return cutter.run(bag.messages(topics | ({marker.topic} if marker else set())))
 
@@ -140,14 +141,13 @@ class _Cutter:
         writer: FrameWriter,
         fps: int,
         actions: Actions,
-        cut: Cut,
+        cut_at_instructions: bool,
         marker: Marker | None,
         task: str | None,
         least_frames: int,
     ) -> None:
         self.sources, self.writer, self.actions, self.marker = sources, writer, actions, marker
-        self.cut_at_instructions = marker is None and cut in ("auto", "instruction")
-        self.task, self.least_frames = task, least_frames
+        self.cut_at_instructions, self.task, self.least_frames = cut_at_instructions, task, least_frames
         self.fps, self.period_ns = fps, round(NS_PER_S / fps)
         self.buffer = ObservationBuffer(
             [CameraSource(n, t, max_age_ns=sources.camera_age_ns.get(n)) for n, t in sources.cameras.items()],
