@@ -33,6 +33,7 @@ from ki_vla_ros.doctor_findings import Finding, as_json, as_table
 from ki_vla_ros.doctor_setup import Machine
 from ki_vla_ros.parameter_file import load_settings, matches
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.session import BundleIdentity, Session, SessionTopics
 from ki_vla_ros.settings import Settings
 from ki_vla_ros.share import find_bundle, find_share
 
@@ -231,15 +232,30 @@ def test_no_bag_makes_it_fail(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert "Traceback" not in "".join(capsys.readouterr())
 
 
-def session(**parameters: Any) -> BagMessage:
-    content = json.dumps({"version": 1, "node": "/policy", "parameters": {"bundle": "demo", **parameters}})
-    return BagMessage("/policy/session", bad_bags.STRING, bad_bags.START_NS, bad_bags.text(content))
-
-
-def test_parameters_come_from_the_session_in_the_bag(tmp_path: Path) -> None:
-    bag = write_mcap(tmp_path / "b.mcap", [session(**{"execution_horizon_s": 0.17}), *recording(4.0)])
+def test_parameters_and_topics_come_from_the_session_in_the_bag(tmp_path: Path) -> None:
+    cameras = {name: f"/robot/{name}" for name in bad_bags.CAMERAS}
+    topics = SessionTopics(
+        cameras=cameras,
+        joint_states=JOINT_TOPIC,
+        instruction=bad_bags.INSTRUCTION_TOPIC,
+        command=COMMAND_TOPIC,
+        chunk="/policy/chunk",
+        tick="/policy/tick",
+    )
+    session = Session(
+        node="/policy",
+        bundle=BundleIdentity(name="demo", manifest_sha256="0" * 64),
+        parameters={"bundle": "demo", "execution_horizon_s": 0.17},
+        topics=topics,
+    )
+    renamed = {f"/camera/{name}/image_raw": topic for name, topic in cameras.items()}
+    messages = [replace(m, topic=renamed.get(m.topic, m.topic)) for m in recording(4.0)]
+    said = BagMessage("/policy/session", bad_bags.STRING, bad_bags.START_NS, bad_bags.text(session.text()))
+    bag = write_mcap(tmp_path / "b.mcap", [said, *messages])
     findings, looked_at = diagnose(Request(bag=bag), HEALTHY)
     assert [f.check for f in findings] == ["horizon"] and "parameters as recorded" in looked_at
+    findings, _ = diagnose(Request(bag=bag, params=params_file(tmp_path)), HEALTHY)
+    assert {f.where for f in findings if f.check == "missing"} == set(renamed)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
