@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -197,7 +197,7 @@ class ReplayBuffer(ObservationBuffer):
         with self.paused():
             if self.recorded is not None and self.recorded.joint_ns:
                 stamp_ns = self.recorded.joint_ns[-1]
-                self._await_recorded(self.recorded.joint_ns, {})
+                self._await_recorded(self.recorded, {})
                 return stamp_ns, self._reading(stamp_ns)
             self.feed.advance(now_ns)
         return super().latest(now_ns, max_age_ns)
@@ -229,7 +229,7 @@ class ReplayBuffer(ObservationBuffer):
             raise StaleInput(tick.hold or "recorded: no chunk was due")
         if not (tick.frame_ns and tick.joint_ns):
             raise StaleInput("recorded: the node that ran then did not say which frames it used")
-        self._await_recorded(tick.joint_ns, tick.frame_ns)
+        self._await_recorded(tick, tick.frame_ns)
         frames = {}
         for name, stamp_ns in tick.frame_ns.items():
             camera = self._cameras.get(name)
@@ -246,16 +246,16 @@ class ReplayBuffer(ObservationBuffer):
         state_J = readings[0] + weight * (readings[1] - readings[0])
         return Observation(stamp_ns, frames, state_J, tick.joint_ns)
 
-    def _await_recorded(self, joint_ns: Sequence[int], frame_ns: Mapping[str, int]) -> None:
+    def _await_recorded(self, tick: RecordedTick, frame_ns: Mapping[str, int]) -> None:
         """Until the bag has given what the tick used, or the recorder cannot have been that late."""
-        joints = set(joint_ns)
+        joints = set(tick.joint_ns)
 
         def has_all() -> bool:
             stamps = {name: [frame.stamp_ns for frame in camera.frames] for name, camera in self._cameras.items()}
             frames = all(stamp in stamps.get(name, ()) for name, stamp in frame_ns.items())
             return frames and joints <= {stamp for stamp, _ in self._readings}
 
-        self.feed.advance(self.feed.now_ns + RECORDER_LAG_NS, until=has_all)
+        self.feed.advance(tick.stamp_ns + RECORDER_LAG_NS, until=has_all)
 
     def _reading(self, stamp_ns: int) -> NDArray[np.float64]:
         for stamp, position_J in reversed(self._readings):
