@@ -1,64 +1,50 @@
 """Reads mcap files front to back, whole or not: a robot that lost power leaves one without index and end.
 
 The file's index at its end is not needed, so a wrong one cannot mislead: opening walks over the records' headers, which
-tell chunks' times and messages' counts. Chunks are read when their time comes. Format: mcap.dev/spec, version 0.
+tell chunks' times and messages' counts. Chunks are read when their time comes.
 """
 
 from __future__ import annotations
 
 import struct
-import sys
 from binascii import crc32
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lz4.frame import LZ4FrameDecompressor
-
-if sys.version_info >= (3, 14):
-    from compression.zstd import ZstdDecompressor
-else:
-    from backports.zstd import ZstdDecompressor
-
 from ki_vla_ros.bag_records import CLOCK_STEP_NS, BagMessage, Faults, Part, Pending, Topic, in_time_order
+from ki_vla_ros.mcap_format import (
+    CHANNEL,
+    CHUNK,
+    CHUNK_INDEX,
+    DATA_END,
+    FOOTER,
+    MAGIC,
+    MESSAGE,
+    MESSAGE_HEAD,
+    MESSAGE_INDEX,
+    PEEK,
+    RECORD,
+    SCHEMA,
+    STATISTICS,
+    Span,
+    chunk_span,
+    decompress,
+    records,
+    text_at,
+)
 
-MAGIC = b"\x89MCAP0\r\n"
-HEADER, FOOTER, SCHEMA, CHANNEL, MESSAGE, CHUNK, MESSAGE_INDEX, CHUNK_INDEX = range(1, 9)
-STATISTICS, DATA_END = 0x0B, 0x0F
-# A record begins with its kind and its length.
-_RECORD = struct.Struct("<BQ")
-# channel, sequence, log time, publish time
-_MESSAGE = struct.Struct("<HIQQ")
-# first and last log time, size and CRC of the content (0: none), length of the compression's name
-_CHUNK = struct.Struct("<QQQII")
-# What is read of a record to know what it is: the longest of the above and a compression's name.
-PEEK = _RECORD.size + _CHUNK.size + 32
 # A larger chunk is refused: recorders write some 1 MB, and a damaged size must not fill the memory.
 LARGEST_CHUNK = 128 << 20
 # Content of begun chunks that is kept; beyond, chunks are read again when it is their turn.
 CONTENT_KEPT = 128 << 20
 # Messages outside of chunks are read in runs of about so many bytes.
 RUN_BYTES = 1 << 20
-
-
-@dataclass(slots=True)
-class _Span:
-    """A chunk (its content compressed) or a run of messages without one; `start` and `size` say where in the file."""
-
-    start: int
-    size: int
-    first_ns: int
-    last_ns: int
-    compression: str | None  # None: a run, its bytes are the records
-    content_size: int
-    crc: int = 0
-    record: int = 0  # where a chunk's record begins
-    cut: bool = False  # the file ends in it
-    channels: set[int] | None = None  # None: not known without reading it
-    announced: int = 0  # messages, by the index behind a chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +58,7 @@ class _Channel:
 class _Scan:
     """What the walk over the records found."""
 
-    spans: list[_Span] = field(default_factory=list)
-    counts: Counter[int] = field(default_factory=Counter)
+    spans: list[Span] = field(default_factory=list)
     announced: int | None = None  # messages, by the file's own statistics
     chunks: list[int] = field(default_factory=list)  # where they begin, by the file's own index
 
@@ -93,9 +78,8 @@ class McapFile:
         scan = self._scan()
         self._spans = self._survey(scan)
         self.topics = self._topics(scan)
-        timed = [span for span in self._spans if span.last_ns >= span.first_ns]
-        self.start_ns = min((span.first_ns for span in timed), default=None)
-        self.end_ns = max((span.last_ns for span in timed), default=None)
+        self.start_ns = min((span.first_ns for span in self._spans), default=None)
+        self.end_ns = max((span.last_ns for span in self._spans), default=None)
 
     def close(self) -> None:
         self._content.clear()
@@ -104,14 +88,14 @@ class McapFile:
     def messages(self, topics: Collection[str] | None) -> Iterator[Pending]:
         wanted = {key for key, channel in self._channels.items() if topics is None or channel.topic in topics}
         wanted = {key for key in wanted if self._channels[key].encoding == "cdr"}
-        spans = [span for span in self._spans if span.channels is None or span.channels & wanted]
+        spans = [span for span in self._spans if span.counts and span.counts.keys() & wanted]
         return in_time_order([Part(span.first_ns, partial(self._pending, span, wanted)) for span in spans])
 
     # --- the walk over the file
 
     def _read(self, at: int, size: int) -> bytes:
         self._file.seek(at)
-        return self._file.read(size)
+        return self._file.read(max(0, min(size, self._size - at)))  # a file that is being recorded grows meanwhile
 
     def _fault(self, kind: Any, at: int, message: str) -> None:
         self._faults.add(kind, f"{self._name}, byte {at}", message)
@@ -125,47 +109,68 @@ class McapFile:
         at = len(MAGIC)
         while True:
             peek = self._read(at, PEEK)
-            if len(peek) < _RECORD.size:
+            if len(peek) < RECORD.size:
                 self._fault("truncated", at, "the file ends without an index (the recorder did not close it)")
+                _distrust_index(scan)
                 return scan
-            kind, size = _RECORD.unpack_from(peek)
-            start = at + _RECORD.size
+            kind, size = RECORD.unpack_from(peek)
+            start = at + RECORD.size
             if kind == FOOTER and start + size + len(MAGIC) == self._size:
                 self._check_index(scan)
                 return scan
             if kind == FOOTER or not 1 <= kind <= DATA_END or start + size > self._size:
-                cut = self._cut_chunk(scan, at, peek) if kind == CHUNK and start + size > self._size else False
-                following = self._resume_after(at)
+                following = self._pass(scan, at, peek)
                 if following is None:
-                    if not cut:
-                        self._fault("truncated", at, f"no record can be read from here to the end ({self._size})")
                     return scan
-                self._fault("damaged", at, f"no record can be read; continued at the next chunk, byte {following}")
                 at = following
                 continue
             try:
-                self._note(scan, kind, start, size, peek[_RECORD.size :])
+                self._note(scan, kind, start, size, peek[RECORD.size :])
             except (struct.error, UnicodeDecodeError, ValueError) as error:
                 self._fault("damaged", at, f"a record of kind {kind} cannot be read and is left out: {error}")
+                _distrust_index(scan)
             at = start + size
+
+    def _pass(self, scan: _Scan, at: int, peek: bytes) -> int | None:
+        """Where to go on after something that is no whole record, or None: nowhere."""
+        chunk = None
+        if peek[0] == CHUNK:
+            with suppress(struct.error, UnicodeDecodeError, ValueError):
+                chunk = chunk_span(at + RECORD.size, self._size - at - RECORD.size, peek[RECORD.size :], cut=True)
+        if chunk is None or chunk.content_size > LARGEST_CHUNK:
+            _distrust_index(scan)
+        elif not chunk.cut:
+            self._fault(
+                "damaged", at, "this chunk's record has a wrong length; the chunk is read as long as it says itself"
+            )
+            scan.spans.append(chunk)
+            return chunk.start + chunk.size
+        following = self._resume_after(at)
+        if following is not None:
+            self._fault("damaged", at, f"no record can be read; continued at the next chunk, byte {following}")
+        elif chunk is not None:
+            self._fault("truncated", at, "the file ends in this chunk; the part of it that is there is read")
+            scan.spans.append(chunk)
+        else:
+            self._fault("truncated", at, f"no record can be read from here to the end ({self._size})")
+        return following
 
     def _note(self, scan: _Scan, kind: int, start: int, size: int, peek: bytes) -> None:
         if kind in (SCHEMA, CHANNEL):
             self._define(kind, self._read(start, size))
         elif kind == MESSAGE:
-            channel, _, log_ns, _ = _MESSAGE.unpack_from(peek)
+            channel, _, log_ns, _ = MESSAGE_HEAD.unpack_from(peek)
             span = scan.spans[-1] if scan.spans else None
-            begin = start - _RECORD.size
+            begin = start - RECORD.size
             if span is None or span.compression is not None or span.start + span.size != begin or span.size > RUN_BYTES:
-                span = _Span(begin, 0, log_ns, log_ns, None, 0, channels=set())
+                span = Span(begin, 0, log_ns, log_ns, None, 0, counts={})
                 scan.spans.append(span)
             span.size = span.content_size = start + size - span.start
             span.first_ns, span.last_ns = min(span.first_ns, log_ns), max(span.last_ns, log_ns)
-            assert span.channels is not None  # of a run they are always known
-            span.channels.add(channel)
-            scan.counts[channel] += 1
+            assert span.counts is not None  # of a run they are always known
+            span.counts[channel] = span.counts.get(channel, 0) + 1
         elif kind == CHUNK:
-            span = _chunk_span(start, size, peek)
+            span = chunk_span(start, size, peek)
             if span.content_size > LARGEST_CHUNK:
                 raise ValueError(f"a chunk of {span.content_size} bytes, more than {LARGEST_CHUNK}")
             scan.spans.append(span)
@@ -175,9 +180,7 @@ class McapFile:
                 raise ValueError(f"{entries_size} bytes of entries in a record of {size}")
             span = scan.spans[-1]
             if entries_size and span.compression is not None:
-                span.channels = (span.channels or set()) | {channel}
-                span.announced += entries_size // 16
-                scan.counts[channel] += entries_size // 16
+                span.counts = {**(span.counts or {}), channel: entries_size // 16}
         elif kind == CHUNK_INDEX:
             scan.chunks.append(struct.unpack_from("<QQQ", peek)[2])
         elif kind == STATISTICS:
@@ -189,18 +192,6 @@ class McapFile:
             if at not in found:
                 self._fault("damaged", at, "the file's index has a chunk here, but there is none that can be read")
 
-    def _cut_chunk(self, scan: _Scan, at: int, peek: bytes) -> bool:
-        """Takes the chunk at the end of the file that is there in part."""
-        try:
-            span = _chunk_span(at + _RECORD.size, self._size - at - _RECORD.size, peek[_RECORD.size :], cut=True)
-        except (struct.error, UnicodeDecodeError, ValueError):
-            return False
-        if span.content_size > LARGEST_CHUNK:
-            return False
-        scan.spans.append(span)
-        self._fault("truncated", at, "the file ends in this chunk; the part of it that is there is read")
-        return True
-
     def _resume_after(self, at: int) -> int | None:
         """The next chunk by the index at the file's end, if there is one."""
         tail = self._read(self._size - 37, 37) if self._size > 37 else b""
@@ -209,7 +200,7 @@ class McapFile:
         (summary,) = struct.unpack_from("<Q", tail, 9)
         index = self._read(summary, self._size - summary) if at < summary < self._size else b""
         found = []
-        for kind, start, size in _records(index):
+        for kind, start, size in records(index):
             if kind == CHUNK_INDEX and size >= 32:
                 found.append(struct.unpack_from("<QQQ", index, start)[2])
         # The summary comes after the last chunk; it tells the topics of chunks that do not define them.
@@ -220,34 +211,34 @@ class McapFile:
     def _define(self, kind: int, record: bytes) -> None:
         if kind == SCHEMA:
             (key,) = struct.unpack_from("<H", record)
-            self._schemas[key] = _text(record, 2)[0]
+            self._schemas[key] = text_at(record, 2)[0]
         else:
             key, schema = struct.unpack_from("<HH", record)
-            topic, at = _text(record, 4)
-            encoding, _ = _text(record, at)
+            topic, at = text_at(record, 4)
+            encoding, _ = text_at(record, at)
             if key not in self._channels or not self._channels[key].type:
                 self._channels[key] = _Channel(topic, self._schemas.get(schema, ""), encoding)
 
-    def _survey(self, scan: _Scan) -> list[_Span]:
+    def _survey(self, scan: _Scan) -> list[Span]:
         """Reads chunks that have no index, or messages on channels that are not defined elsewhere."""
-        kept = []
         for span in scan.spans:
-            if span.compression is not None and (span.channels is None or not span.channels <= self._channels.keys()):
-                content = self._read_content(span)
-                counted = Counter(channel for _, channel, _, _ in self._entries(span, content, define=True))
-                if span.channels is None:
-                    scan.counts.update(counted)
-                    span.channels = set(counted)
-                    times = [log_ns for log_ns, *_ in self._entries(span, content)]
-                    span.first_ns, span.last_ns = min(times, default=1), max(times, default=0)
-            if span.channels:
-                kept.append(span)
-        return kept
+            if span.counts is None or (
+                span.compression is not None and not span.counts.keys() <= self._channels.keys()
+            ):
+                found = list(self._entries(span, self._read_content(span), define=True))
+                if span.counts is None:
+                    span.counts = Counter(channel for _, channel, _, _ in found)
+                    times = [log_ns for log_ns, *_ in found]
+                    span.first_ns, span.last_ns = min(times, default=0), max(times, default=0)
+        return [span for span in scan.spans if span.counts]
 
     def _topics(self, scan: _Scan) -> dict[str, Topic]:
         topics: dict[str, Topic] = {}
+        counts: Counter[int] = Counter()
+        for span in self._spans:
+            counts.update(span.counts or {})
         for key, channel in self._channels.items():
-            count, known = scan.counts[key], topics.get(channel.topic)
+            count, known = counts[key], topics.get(channel.topic)
             if channel.encoding != "cdr":
                 self._faults.add(
                     "type", f"{self._name}, {channel.topic}", f"encoded as {channel.encoding!r}, not as cdr; left out"
@@ -260,47 +251,53 @@ class McapFile:
             topics[channel.topic] = Topic(
                 channel.topic, known.type if known else channel.type, count + ((known.count or 0) if known else 0)
             )
-        if unknown := sorted(set(scan.counts) - set(self._channels)):
-            lost = sum(scan.counts[key] for key in unknown)
+        if unknown := sorted(set(counts) - set(self._channels)):
+            lost = sum(counts[key] for key in unknown)
             self._faults.add("damaged", self._name, f"{lost} messages are on channels that nothing defines; left out")
-        found = sum(scan.counts.values())
+        found = sum(counts.values())
         if scan.announced is not None and scan.announced != found:
             self._faults.add("count", self._name, f"its statistics announce {scan.announced} messages, found {found}")
-        previous = 0
-        for span in self._spans:
-            if span.first_ns < previous - CLOCK_STEP_NS:
-                self._fault(
-                    "clock", span.start, f"the recorder's clock goes back by {(previous - span.first_ns) / 1e9:.1f} s"
-                )
-            previous = max(previous if span.first_ns >= previous - CLOCK_STEP_NS else 0, span.first_ns)
+        self._check_clock()
         return topics
+
+    def _check_clock(self) -> None:
+        steps = [(before.last_ns - span.first_ns, span.start) for before, span in pairwise(self._spans)]
+        steps = [step for step in steps if step[0] > CLOCK_STEP_NS]
+        if steps:
+            back_s = max(steps)[0] / 1e9
+            self._fault(
+                "clock",
+                steps[0][1],
+                f"the recorder's clock goes back by at least {back_s:.1f} s; messages from before and after are mixed",
+            )
 
     # --- chunks
 
-    def _pending(self, span: _Span, wanted: Collection[int]) -> Iterator[Pending]:
+    def _pending(self, span: Span, wanted: Collection[int]) -> Iterator[Pending]:
         entries = list(self._entries(span, content := self._content_of(span)))
-        if content and span.announced and span.announced != len(entries):
-            self._fault("count", span.start, f"this chunk's index has {span.announced} messages, found {len(entries)}")
+        announced = sum((span.counts or {}).values())
+        if content and announced != len(entries):
+            self._fault("count", span.start, f"this chunk's index has {announced} messages, found {len(entries)}")
         found = sorted((log_ns, at, channel, size) for log_ns, channel, at, size in entries if channel in wanted)
         del content, entries
         for log_ns, at, channel, size in found:
             yield log_ns, partial(self._message, span, log_ns, at, size, self._channels[channel])
 
-    def _message(self, span: _Span, log_ns: int, at: int, size: int, channel: _Channel) -> BagMessage:
+    def _message(self, span: Span, log_ns: int, at: int, size: int, channel: _Channel) -> BagMessage:
         content = self._content_of(span)
         return BagMessage(channel.topic, channel.type, log_ns, content[at : at + size])
 
-    def _entries(self, span: _Span, content: bytes, define: bool = False) -> Iterator[tuple[int, int, int, int]]:
+    def _entries(self, span: Span, content: bytes, define: bool = False) -> Iterator[tuple[int, int, int, int]]:
         """(log time, channel, offset, size) of each message in a chunk's content."""
         end = 0
-        for kind, start, size in _records(content):
+        for kind, start, size in records(content):
             end = start + size
             try:
                 if kind == MESSAGE:
-                    channel, _, log_ns, _ = _MESSAGE.unpack_from(content, start)
-                    if size < _MESSAGE.size or log_ns >= 1 << 63:
+                    channel, _, log_ns, _ = MESSAGE_HEAD.unpack_from(content, start)
+                    if size < MESSAGE_HEAD.size or log_ns >= 1 << 63:
                         raise ValueError("its log time or size is none")
-                    yield log_ns, channel, start + _MESSAGE.size, size - _MESSAGE.size
+                    yield log_ns, channel, start + MESSAGE_HEAD.size, size - MESSAGE_HEAD.size
                 elif define and kind in (SCHEMA, CHANNEL):
                     self._define(kind, content[start:end])
             except (struct.error, UnicodeDecodeError, ValueError) as error:
@@ -308,7 +305,7 @@ class McapFile:
         if end != len(content) and not span.cut:
             self._fault("damaged", span.start, f"{len(content) - end} bytes at this chunk's end are no records")
 
-    def _content_of(self, span: _Span) -> bytes:
+    def _content_of(self, span: Span) -> bytes:
         content = self._content.pop(span.start, None)
         if content is None:
             content = self._read_content(span)
@@ -318,16 +315,16 @@ class McapFile:
         self._content[span.start] = content
         return content
 
-    def _read_content(self, span: _Span) -> bytes:
+    def _read_content(self, span: Span) -> bytes:
         stored = self._read(span.start, span.size)
         if span.compression is None:
             return stored
         try:
-            content = _decompress(stored, span.compression, span.content_size)
+            content = decompress(stored, span.compression, span.content_size)
         except Exception as error:  # zstd's, lz4's and MemoryError have no base in common but this
             self._fault("damaged", span.start, f"this chunk cannot be decompressed and is left out: {error}")
             return b""
-        if span.cut:
+        if span.cut and len(content) < span.content_size:
             return content
         if len(content) != span.content_size:
             problem = f"has {len(content)} bytes, not {span.content_size} as it says"
@@ -339,51 +336,7 @@ class McapFile:
         return b""
 
 
-def _chunk_span(start: int, size: int, peek: bytes, cut: bool = False) -> _Span:
-    """`peek`: the beginning of a chunk's record, without kind and length."""
-    first_ns, last_ns, content_size, crc, name_size = _CHUNK.unpack_from(peek)
-    if name_size > 32 or len(peek) < _CHUNK.size + name_size + 8:
-        raise ValueError("its compression has no name")
-    compression = peek[_CHUNK.size : _CHUNK.size + name_size].decode()
-    (stored,) = struct.unpack_from("<Q", peek, _CHUNK.size + name_size)
-    head, record = _CHUNK.size + name_size + 8, start - _RECORD.size
-    if not cut and head + stored > size:
-        raise ValueError(f"{stored} bytes of content in a record of {size}")
-    return _Span(start + head, min(stored, size - head), first_ns, last_ns, compression, content_size, crc, record, cut)
-
-
-def _decompress(stored: bytes, compression: str, size: int) -> bytes:
-    """At most one byte more than `size`, and less where `stored` ends too early."""
-    if compression == "":
-        return stored
-    if compression not in ("zstd", "lz4"):
-        raise ValueError(f"compression {compression!r} is not read, expected zstd, lz4 or none")
-    decompressor: Any = ZstdDecompressor() if compression == "zstd" else LZ4FrameDecompressor()
-    content: bytes = decompressor.decompress(stored, max_length=size + 1)
-    while not decompressor.eof and len(content) <= size:
-        more = decompressor.decompress(b"", max_length=size + 1 - len(content))
-        if not more:
-            break
-        content += more
-    return content
-
-
-def _records(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """(kind, offset, size) of the whole records one after another."""
-    at = 0
-    while at + _RECORD.size <= len(content):
-        kind, size = _RECORD.unpack_from(content, at)
-        start = at + _RECORD.size
-        if kind == 0 or start + size > len(content):
-            return
-        yield kind, start, size
-        at = start + size
-
-
-def _text(record: bytes, at: int) -> tuple[str, int]:
-    """A string and where it ends."""
-    (size,) = struct.unpack_from("<I", record, at)
-    end = at + 4 + size
-    if end > len(record):
-        raise ValueError(f"a text of {size} bytes in a record of {len(record)}")
-    return record[at + 4 : end].decode(), end
+def _distrust_index(scan: _Scan) -> None:
+    """The indexes behind the last chunk may be there in part: it will be read to know what is in it."""
+    if scan.spans and scan.spans[-1].compression is not None:
+        scan.spans[-1].counts = None

@@ -77,6 +77,8 @@ class SqliteFile:
         # A file from elsewhere must not run functions through its schema.
         database.execute("PRAGMA trusted_schema=OFF")
         database.execute("PRAGMA cell_size_check=ON")
+        # Despite its name nothing is written: without it SQLite refuses a file that is shorter than its header says.
+        database.execute("PRAGMA writable_schema=ON")
         return database
 
     def _read_topics(self, database: sqlite3.Connection) -> None:
@@ -103,7 +105,9 @@ class SqliteFile:
         if len(steps) and (back_ns := int(steps.max())) > CLOCK_STEP_NS:
             row = int(index["row"][int(np.argmax(steps > CLOCK_STEP_NS))])
             self._faults.add(
-                "clock", f"{self._name}, row {row}", f"the recorder's clock goes back by {back_ns / 1e9:.1f} s"
+                "clock",
+                f"{self._name}, row {row}",
+                f"the recorder's clock goes back by {back_ns / 1e9:.1f} s; messages from before and after are mixed",
             )
         return index[np.lexsort((index["row"], index["log_ns"]))]
 

@@ -24,10 +24,10 @@ import numpy as np
 from ki_vla_ros.bundle import file_sha256, load_bundle
 from ki_vla_ros.demo_driver import ARM, POLICY, TOPICS, Driver, Observed
 from ki_vla_ros.demo_processes import Child, ChildError, Children, prepare_environment
-from ki_vla_ros.demo_recorder import Recorder
 from ki_vla_ros.demo_report import Episode, Run, percentiles, rate_hz, write_report
 from ki_vla_ros.demo_video import import_av, make_video
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.recorder import Recorder
 from ki_vla_ros.share import find_bundle, find_share
 from ki_vla_ros.sim.expert import Expert
 from ki_vla_ros.sim.task import Split, Task, sample_scene
@@ -234,7 +234,7 @@ class StatusLine:
 
 @contextmanager
 def recording(driver: Driver, bag: Path) -> Iterator[None]:
-    recorder = Recorder(bag, {topic: kind for topic, (_, kind) in TOPICS.items()})
+    recorder = Recorder(bag, {topic: kind for topic, (_, kind) in TOPICS.items()}, print)
     driver.record(recorder.record)
     try:
         yield

@@ -32,6 +32,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.session import session_topic
 
 POLICY: Final = "policy"
 ARM: Final = "sim_arm"
@@ -41,6 +42,7 @@ STATUS: Final = f"/{ARM}/status"
 CHUNK: Final = f"/{POLICY}/chunk"
 TICK: Final = f"/{POLICY}/tick"
 INSTRUCTION: Final = f"/{POLICY}/instruction"
+SESSION: Final = session_topic(f"/{POLICY}")
 DIAGNOSTICS: Final = "/diagnostics"
 TOPICS: Final[Mapping[str, tuple[type[Any], str]]] = {
     SCENE_IMAGE: (Image, "sensor_msgs/msg/Image"),
@@ -52,6 +54,7 @@ TOPICS: Final[Mapping[str, tuple[type[Any], str]]] = {
     STATUS: (String, "std_msgs/msg/String"),
     DIAGNOSTICS: (DiagnosticArray, "diagnostic_msgs/msg/DiagnosticArray"),
     INSTRUCTION: (String, "std_msgs/msg/String"),
+    SESSION: (String, "std_msgs/msg/String"),
 }
 # Participants that missed each other's first announcements meet at the next one, 3 s later.
 DISCOVERY_LIMIT_S: Final = 5.0
@@ -96,7 +99,13 @@ class Driver:
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         for topic, (kind, _) in TOPICS.items():
             # An image more or less does not matter; no chunk or tick may be lost.
-            qos = qos_profile_sensor_data if kind is Image else latched if topic == STATUS else QoSProfile(depth=100)
+            qos = (
+                qos_profile_sensor_data
+                if kind is Image
+                else latched
+                if topic in (STATUS, SESSION)
+                else QoSProfile(depth=100)
+            )
             self._node.create_subscription(kind, topic, partial(self._on_message, topic), qos, raw=True)
         self._thread = threading.Thread(target=self._spin, name="ros")
         self._thread.start()

@@ -17,10 +17,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from ki_vla_ros.bags import BagMessage, camera_frame, decode, header_ns, open_bag
 from ki_vla_ros.demo_driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, WRIST_IMAGE
-from ki_vla_ros.demo_recorder import Recorded, open_bag
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import NS_PER_S, CameraFrame
 from ki_vla_ros.sim.expert import joints_to_tip
 from ki_vla_ros.sim.task import sample_scene
 from ki_vla_ros.sim.world import World
@@ -55,27 +55,26 @@ class Film:
     instruction: str = ""
     status: dict[str, Any] = field(default_factory=dict)
     episode: int = 0
-    scene: Any = None  # the newest image message of that camera
+    scene: CameraFrame | None = None  # the newest of that camera
     path_HX: NDArray[np.float64] | None = None  # the chunk's tip positions, pixels right and down
     due_H: NDArray[np.int64] | None = None  # when each is due, ns
 
-    def see(self, recorded: Recorded) -> Frame | None:
+    def see(self, message: BagMessage) -> Frame | None:
         """Takes in one message; gives a frame if it completed the images of one instant within an episode."""
-        message = recorded.message
-        if recorded.topic == STATUS:
-            self.status = json.loads(message.data)
-        elif recorded.topic == INSTRUCTION:  # one per episode
-            self.instruction = message.data
+        if message.topic == STATUS:
+            self.status = json.loads(decode(message).data)
+        elif message.topic == INSTRUCTION:  # one per episode
+            self.instruction = decode(message).data
             self.episode += 1
             self.path_HX = self.due_H = None
-        elif recorded.topic == CHUNK:
-            self._see_chunk(message)
-        elif recorded.topic == f"{SCENE_IMAGE}/compressed":
-            self.scene = message
+        elif message.topic == CHUNK:
+            self._see_chunk(decode(message))
+        elif message.topic == SCENE_IMAGE:
+            self.scene = camera_frame(message, "scene")
         elif self.scene is not None and self.instruction:  # the wrist's image is published after the scene's
-            stamp_ns = _stamp_ns(message)
-            if stamp_ns == _stamp_ns(self.scene):
-                return Frame(stamp_ns, self._compose(_picture(self.scene), _picture(message), stamp_ns))
+            wrist = camera_frame(message, "wrist")
+            if wrist.stamp_ns == self.scene.stamp_ns:
+                return Frame(wrist.stamp_ns, self._compose(_picture(self.scene), _picture(wrist), wrist.stamp_ns))
         return None
 
     def _see_chunk(self, message: Any) -> None:
@@ -83,7 +82,7 @@ class Film:
         position_HJ = np.array([point.positions for point in message.points])[:, order]
         self.path_HX = np.array([self.projector.project("scene", tip) for tip in joints_to_tip(position_HJ)])
         offsets = [point.time_from_start.sec * NS_PER_S + point.time_from_start.nanosec for point in message.points]
-        self.due_H = _stamp_ns(message) + np.array(offsets)
+        self.due_H = header_ns(message) + np.array(offsets)
 
     def _compose(self, scene: Picture, wrist: Picture, stamp_ns: int) -> Picture:
         frame = np.empty((HEADER + SIDE, 2 * SIDE, 3), dtype=np.uint8)
@@ -140,10 +139,9 @@ def make_video(bag: Path, path: Path, episodes: int) -> int:
 
 def frames(bag: Path, film: Film) -> Iterator[Frame]:
     """The frames that `film` makes of the bag."""
-    topics = (STATUS, INSTRUCTION, CHUNK, f"{SCENE_IMAGE}/compressed", f"{WRIST_IMAGE}/compressed")
-    with open_bag(bag, topics) as messages:
-        for recorded in messages:
-            if (frame := film.see(recorded)) is not None:
+    with open_bag(bag) as opened:
+        for message in opened.messages((STATUS, INSTRUCTION, CHUNK, SCENE_IMAGE, WRIST_IMAGE)):
+            if (frame := film.see(message)) is not None:
                 yield frame
 
 
@@ -158,14 +156,8 @@ def import_av() -> Any:
     return av
 
 
-def _stamp_ns(message: Any) -> int:
-    stamp = message.header.stamp
-    return int(stamp.sec) * NS_PER_S + int(stamp.nanosec)
-
-
-def _picture(message: Any) -> Picture:
-    picture = cv2.imdecode(np.frombuffer(message.data, dtype=np.uint8), cv2.IMREAD_COLOR)
-    return np.asarray(picture, dtype=np.uint8)
+def _picture(frame: CameraFrame) -> Picture:
+    return np.asarray(cv2.cvtColor(frame.rgb_HWC, cv2.COLOR_RGB2BGR), dtype=np.uint8)
 
 
 def _draw_path(picture: Picture, path_HX: NDArray[np.float64]) -> None:

@@ -218,6 +218,10 @@ class PolicyLoop:
         self._thread = None
         self._hold(self._settings())
 
+    def rest(self) -> None:
+        """What `stop` does to the arm; for who has called `begin`."""
+        self._hold(self._settings())
+
     def watch(self) -> None:
         """The watchdog, to be called often: holds an arm that moves without a fresh chunk."""
         settings = self._settings()

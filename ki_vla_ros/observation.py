@@ -116,15 +116,14 @@ class ObservationBuffer:
                 "was made for?"
             )
         position_J = np.array([reading.position_J[index[name]] for name in self._joints], dtype=np.float64)
-        for j in np.flatnonzero(~np.isfinite(position_J))[:1]:
-            raise InputError(
-                f"joint {self._joints[j]!r}: expected a finite position, got {position_J[j]} on {self._joint_topic}"
-            )
+        for name, value in zip(self._joints, position_J, strict=True):
+            if not np.isfinite(value):
+                raise InputError(f"joint {name!r}: expected a finite position, got {value} on {self._joint_topic}")
         self._check_unit(position_J)
         with self._lock:
-            place = len(self._readings)  # from the end, because nearly all come in order
-            while place and self._readings[place - 1][0] >= reading.stamp_ns:
-                place -= 1
+            place = len(self._readings)
+            if place and self._readings[-1][0] >= reading.stamp_ns:  # rarely
+                place = bisect.bisect_left([stamp for stamp, _ in self._readings], reading.stamp_ns)
             if place == len(self._readings) or self._readings[place][0] != reading.stamp_ns:
                 _insert(self._readings, place, (reading.stamp_ns, position_J))
                 self._readings_count += 1

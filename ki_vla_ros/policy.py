@@ -120,7 +120,7 @@ class Policy:
                     error_HA = error_HA - np.float32(t) * pulled_HA
                 v_t_HA = v_t_HA - guidance(t, guide.strength) * error_HA
             v_t_HA[clean_H] = 0.0
-            x_t_HA = x_t_HA - v_t_HA / np.float32(steps)
+            x_t_HA = x_t_HA - np.float32(1.0 / steps) * v_t_HA  # as the graph does, to the last bit
         return x_t_HA
 
     def _widen_state(self, state_J: NDArray[np.float32] | None) -> NDArray[np.float32] | None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +90,40 @@ def read_tick(text: str) -> RecordedTick:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"tick: expected what the node writes there, got {text[:60]!r}: {error}") from error
+
+
+class Parity:
+    """How far the chunks made again are from those that the node published, by their stamp and order."""
+
+    def __init__(self) -> None:
+        self._published: dict[int, deque[NDArray[np.float64]]] = {}
+        self._made: dict[int, deque[NDArray[np.float64]]] = {}
+        self._count, self._largest = 0, 0.0
+
+    def add_published(self, start_ns: int, position_HJ: NDArray[np.float64]) -> None:
+        self._meet(self._published, self._made, start_ns, position_HJ)
+
+    def add_made(self, start_ns: int, position_HJ: NDArray[np.float64]) -> None:
+        self._meet(self._made, self._published, start_ns, position_HJ)
+
+    def summary(self) -> dict[str, float | int | None]:
+        """`unmatched`: chunks made again without a published one in the bag, or the other way round."""
+        left = sum(len(chunks) for table in (self._published, self._made) for chunks in table.values())
+        return {"chunks": self._count, "max_difference": self._largest if self._count else None, "unmatched": left}
+
+    def _meet(
+        self, own: dict[int, Any], other: dict[int, Any], start_ns: int, position_HJ: NDArray[np.float64]
+    ) -> None:
+        waiting = other.get(start_ns)
+        if not waiting:
+            own.setdefault(start_ns, deque()).append(position_HJ)
+            return
+        met_HJ = waiting.popleft()
+        if not waiting:
+            del other[start_ns]
+        same = met_HJ.shape == position_HJ.shape
+        self._count += 1
+        self._largest = max(self._largest, float(np.abs(met_HJ - position_HJ).max()) if same else float("inf"))
 
 
 class Feed:

@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ki_vla_ros.bags import BagMessage, decode, joint_reading
+from ki_vla_ros.bags import BagMessage, decode, header_ns
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.chunking import cubic
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.inputs import camera_sources, check_instruction, own_limit_ns
-from ki_vla_ros.latency import Latency, MeasuredLatency
 from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import BURST_WAIT_NS
 from ki_vla_ros.pacing import Pacer, alignment_ns
-from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, Observation
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
 from ki_vla_ros.reference import CommandedPath, MeasuredPath, Reference
-from ki_vla_ros.replay_inputs import Feed, RecordedTick, ReplayBuffer, bag_frame, read_tick
+from ki_vla_ros.replay_activity import Activity
+from ki_vla_ros.replay_inputs import Feed, Parity, RecordedTick, ReplayBuffer, read_tick
+from ki_vla_ros.replay_options import MessageSource, ReplayOptions
 from ki_vla_ros.replay_policy import ReplayPolicy
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay_topics import ReplayTopics, read_later_session
@@ -39,45 +37,11 @@ from ki_vla_ros.replay_wire import ReplayDiagnostics, ReplayWire
 from ki_vla_ros.session import TRAJECTORY
 from ki_vla_ros.settings import Settings
 
-# A node that ticked is taken to have been inactive where its ticks are farther apart than both.
-INACTIVE_NS, INACTIVE_PERIODS = 500_000_000, 3
 # The first tick waits for the first message of every input, at most so long.
 START_WAIT_NS = 1_000_000_000
 WATCHDOG_NS = 20_000_000
 # The joint states around a chunk's last action may come so much later.
 SETTLED_NS = 250_000_000
-
-
-@dataclass(frozen=True)
-class ReplayOptions:
-    """`instruction` replaces those of the bag. `probe_every_s`: bag time between two "what if"s (0: none).
-
-    `as_recorded`: ticks as the node made them, with the frames that it used. `follow_session`: settings change where
-    the node's did. `on_message` gets each message read, `on_observation` what each chunk is made of. `noise_by_tick`:
-    a chunk's noise belongs to its tick's number and not to the count of chunks, so that replays with other settings
-    start from the same. `read_frame` and `read_joints` make records of messages.
-    """
-
-    instruction: str = ""
-    other_instruction: str = ""
-    probe_every_s: float = 2.0
-    as_recorded: bool = False
-    follow_session: bool = True
-    latency: Latency = dataclasses.field(default_factory=MeasuredLatency)
-    on_message: Callable[[BagMessage], None] = lambda message: None
-    on_observation: Callable[[Observation], None] = lambda observation: None
-    noise_by_tick: bool = False
-    read_frame: Callable[[BagMessage, str, int, bool], CameraFrame] = bag_frame
-    read_joints: Callable[[BagMessage], JointReading] = joint_reading
-
-
-class MessageSource(Protocol):
-    """What a replay needs of a bag."""
-
-    @property
-    def path(self) -> Path: ...
-
-    def messages(self, topics: Collection[str] | None = None) -> Iterator[BagMessage]: ...
 
 
 class Replay:
@@ -99,6 +63,7 @@ class Replay:
         self.refused: Counter[str] = Counter()
         self.messages: Counter[str] = Counter()
         self.not_reproduced: Counter[str] = Counter()
+        self.parity = Parity()
         self._latency, manifest = options.latency, bundle.manifest
         self._diagnostics = ReplayDiagnostics()
         self._wire = ReplayWire(self._latency)
@@ -126,8 +91,7 @@ class Replay:
         if topics.missing_reference is None:
             self._reference = self._commanded if topics.command else self._measured
         self._recorded: deque[RecordedTick] = deque()
-        self._spans: list[list[int]] = []  # when the recorded node was active
-        self._begun = 0  # of them
+        self._activity = Activity(settings.rate_hz)
         self._pending: deque[TickRecord] = deque()
         self._motion: Motion | None = None
         self._number, self._probed_ns = 0, 0
@@ -190,18 +154,21 @@ class Replay:
                 if settings.align_to_cameras:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))
             missed = pacer.missed
+            self._loop.rest()
 
     def _recorded_ticks(self) -> Iterator[TickRecord]:
         last_ns: int | None = None
         while True:
-            self._feed.foresee(self._feed.now_ns + self._gap_ns)
+            self._feed.foresee(self._feed.now_ns + self._activity.gap_ns)
             if not self._recorded:
                 if self._feed.ended:
                     return
-                self._advance(self._feed.now_ns + self._gap_ns)
+                self._loop.rest()
+                self._advance(self._feed.now_ns + self._activity.gap_ns)
                 continue
             tick = self._recorded.popleft()
-            if last_ns is None or tick.stamp_ns - last_ns > self._gap_ns:
+            if last_ns is None or tick.stamp_ns - last_ns > self._activity.gap_ns:
+                self._loop.rest()
                 self._loop.begin()
             last_ns = tick.stamp_ns
             self._advance(tick.stamp_ns)
@@ -223,63 +190,62 @@ class Replay:
         self._latency.begin(self._number, took_ns)
         self._wire.begin_tick(tick_ns)
         if recorded is None or recorded.chunk_index is not None or recorded.hold is not None:
-            self._loop.step(self.settings, tick_ns, missed)
-        else:  # none was due
-            self._wire.fields = {"hold": None, "command_ns": None, "stage_ms": {}}
+            self._loop.step(self.settings, tick_ns, missed)  # otherwise no chunk was due
         ended_ns = self._wire.end_tick()
         self._buffer.recorded = None
-        fields = self._wire.fields
-        hold = fields["hold"]
-        assert hold is None or isinstance(hold, str)
-        motions = self._wire.take_motions()
+        outcome, motions = self._wire.outcome, self._wire.take_motions()
         prediction = None
         if self._policy.decoded is not None:
-            chunk, observation = self._policy.decoded
-            self.options.on_observation(observation)
-            command_ns = fields["command_ns"]
-            assert command_ns is None or isinstance(command_ns, int)
-            seam = self._seam(wish_before, motions, command_ns)
-            probes = {}
-            if self.options.probe_every_s and tick_ns - self._probed_ns >= self.options.probe_every_s * NS_PER_S:
-                self._probed_ns = tick_ns
-                probes = self._policy.probe(observation, self.options.other_instruction, list(observation.frames))
-            acted_ns = (ended_ns if command_ns is None else command_ns) + round(self.settings.lead_s * NS_PER_S)
-            prediction = Prediction(
-                index=self._policy.drawn_index,
-                start_ns=chunk.start_ns,
-                period_ns=chunk.period_ns,
-                position_HJ=chunk.position_HJ,
-                reference_HJ=np.full_like(chunk.position_HJ, np.nan),
-                state_J=observation.state_J,
-                frame_ns={name: frame.stamp_ns for name, frame in observation.frames.items()},
-                joint_ns=observation.joint_ns,
-                command_ns=command_ns,
-                refusal=hold if command_ns is None else None,
-                corrections=self._diagnostics.corrections,
-                consumed=sum(chunk.due_ns(k) < acted_ns for k in range(chunk.horizon)),
-                seam=seam,
-                probe_HJ=probes,
-            )
+            seam = self._seam(wish_before, motions, outcome.command_ns)
+            prediction = self._prediction(*self._policy.decoded, tick_ns, ended_ns, seam)
+            if recorded is not None and outcome.command_ns is not None:
+                self.parity.add_made(prediction.start_ns, prediction.position_HJ)
         elif recorded is not None and recorded.chunk_index is not None:
-            self.not_reproduced[hold or "executor: no chunk was due"] += 1
+            self.not_reproduced[outcome.hold or "executor: no chunk was due"] += 1
         if motions:
             self._motion = motions[-1]
-        stage_ms = fields["stage_ms"]
-        assert isinstance(stage_ms, Mapping)
         record = TickRecord(
             number=self._number,
             stamp_ns=tick_ns,
             instruction=self._loop.instruction,
-            hold=hold,
+            hold=outcome.hold,
             age_ns=ages,
             latency_ns=ended_ns - tick_ns,
             missed=missed,
-            stage_ms=dict(stage_ms),
+            stage_ms=outcome.stage_ms,
             motions=motions,
             prediction=prediction,
         )
         self._number += 1
+        self.options.on_tick(record, None if self._policy.decoded is None else self._policy.decoded[1])
         return record, ended_ns
+
+    def _prediction(
+        self, chunk: ActionChunk, observation: Observation, tick_ns: int, ended_ns: int, seam: Seam | None
+    ) -> Prediction:
+        self.options.on_observation(observation)
+        probes, every_ns = {}, self.options.probe_every_s * NS_PER_S
+        if every_ns and tick_ns - self._probed_ns >= every_ns:
+            self._probed_ns = tick_ns
+            probes = self._policy.probe(observation, self.options.other_instruction, list(observation.frames))
+        outcome = self._wire.outcome
+        acted_ns = (outcome.command_ns or ended_ns) + round(self.settings.lead_s * NS_PER_S)
+        return Prediction(
+            index=self._policy.drawn_index,
+            start_ns=chunk.start_ns,
+            period_ns=chunk.period_ns,
+            position_HJ=chunk.position_HJ,
+            reference_HJ=np.full_like(chunk.position_HJ, np.nan),
+            state_J=observation.state_J,
+            frame_ns={name: frame.stamp_ns for name, frame in observation.frames.items()},
+            joint_ns=observation.joint_ns,
+            command_ns=outcome.command_ns,
+            refusal=outcome.hold if outcome.command_ns is None else None,
+            corrections=self._diagnostics.corrections,
+            consumed=sum(chunk.due_ns(k) < acted_ns for k in range(chunk.horizon)),
+            seam=seam,
+            probe_HJ=probes,
+        )
 
     def _seam(self, before: ActionChunk | None, motions: tuple[Motion, ...], command_ns: int | None) -> Seam | None:
         """Where the motion of this tick took over from one that was still running."""
@@ -297,10 +263,6 @@ class Replay:
 
     # --- the clock
 
-    @property
-    def _gap_ns(self) -> int:
-        return max(INACTIVE_NS, round(INACTIVE_PERIODS * NS_PER_S / self.settings.rate_hz))
-
     def _next_start(self) -> int | None:
         """When ticks are to begin (again); None: the bag is over."""
         if self.topics.tick is None:
@@ -309,20 +271,19 @@ class Replay:
             self._feed.advance(self._feed.now_ns + START_WAIT_NS, until=self._has_all_inputs)
             return self._feed.now_ns
         while True:
-            self._feed.foresee(self._feed.now_ns + self._gap_ns)
-            if self._begun < len(self._spans):
-                self._begun += 1
-                return max(self._spans[self._begun - 1][0], self._feed.now_ns)
+            self._feed.foresee(self._feed.now_ns + self._activity.gap_ns)
+            if (start_ns := self._activity.begin_next()) is not None:
+                return max(start_ns, self._feed.now_ns)
             if self._feed.ended:
                 return None
-            self._advance(self._feed.now_ns + self._gap_ns // 2)
+            self._advance(self._feed.now_ns + self._activity.gap_ns // 2)
 
     def _is_active(self, at_ns: int) -> bool:
         if self.topics.tick is None:
             self._feed.foresee(at_ns)
             return not self._feed.ended
-        self._feed.foresee(at_ns + self._gap_ns)
-        return at_ns <= self._spans[self._begun - 1][1]
+        self._feed.foresee(at_ns + self._activity.gap_ns)
+        return at_ns <= self._activity.end_ns
 
     def _has_all_inputs(self) -> bool:
         status = self._buffer.status(self._feed.now_ns)
@@ -357,10 +318,7 @@ class Replay:
             return
         if self.options.as_recorded:
             self._recorded.append(tick)
-        if self._spans and tick.stamp_ns - self._spans[-1][1] <= self._gap_ns:
-            self._spans[-1][1] = max(self._spans[-1][1], tick.stamp_ns)
-        else:
-            self._spans.append([tick.stamp_ns, tick.stamp_ns])
+        self._activity.add(tick.stamp_ns)
         if tick.instruction and not self._loop.instruction:
             self._instruct(tick.instruction)
 
@@ -399,6 +357,11 @@ class Replay:
         elif topic == topics.instruction:
             if not self.options.instruction:
                 self._instruct(decode(message).data)
+        elif topic == topics.chunk:
+            if self.options.as_recorded:
+                published = decode(message)
+                positions = np.array([point.positions for point in published.points], dtype=np.float64)
+                self.parity.add_published(header_ns(published), positions)
         elif topic == topics.session:
             session = read_later_session(decode(message).data)
             if session is not None and self.options.follow_session:
@@ -434,7 +397,6 @@ class Replay:
         due_H = chunk.start_ns + (np.arange(len(chunk.position_HJ)) + 1) * chunk.period_ns
         reference_HJ = self._reference.at(due_H)
         if self.topics.tick is not None:  # what the arm did after the node had stopped is no answer to the chunk
-            end_ns = max((end for start, end in self._spans if start <= record.stamp_ns), default=record.stamp_ns)
-            reference_HJ[due_H > end_ns] = np.nan
+            reference_HJ[due_H > self._activity.end_of(record.stamp_ns)] = np.nan
         self._reference.forget(chunk.start_ns - NS_PER_S)
         return dataclasses.replace(record, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))

@@ -21,7 +21,7 @@ POSITIONS = "std_msgs/msg/Float64MultiArray"
 
 @dataclass(frozen=True)
 class ReplayTopics:
-    """Full names. `instruction`, `command`, `tick` and `session` are None where the bag has none.
+    """Full names. `instruction`, `command`, `tick`, `chunk` and `session` are None where the bag has none.
 
     `missing_reference`: why there is no reference (None: there is one). `notes`: what a user should know.
     """
@@ -31,13 +31,14 @@ class ReplayTopics:
     instruction: str | None
     command: str | None
     tick: str | None
+    chunk: str | None
     session: str | None
     missing_reference: str | None
     notes: tuple[str, ...]
 
     @property
     def all(self) -> tuple[str, ...]:
-        others = (self.joint_states, self.instruction, self.command, self.tick, self.session)
+        others = (self.joint_states, self.instruction, self.command, self.tick, self.chunk, self.session)
         return (*self.cameras.values(), *(topic for topic in others if topic is not None))
 
 
@@ -98,12 +99,14 @@ def resolve_topics(
         missing = "reference: none was asked for (--reference none)"
     instruction = session.topics.instruction if session else f"{node}/instruction"
     tick = session.topics.tick if session else f"{node}/tick"
+    chunk = session.topics.chunk if session else f"{node}/chunk"
     own = session.topic if session else session_topic(node)
     return ReplayTopics(
         cameras=cameras,
         joint_states=joints,
         instruction=instruction if _has(bag, instruction, (TEXT,)) else None,
         command=command,
+        chunk=chunk if _has(bag, chunk, (TRAJECTORY,)) else None,
         tick=tick if _has(bag, tick, (TEXT,)) else None,
         session=own if session is not None and _has(bag, own, (TEXT,)) else None,
         missing_reference=missing,

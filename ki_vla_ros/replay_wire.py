@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.latency import Latency
 from ki_vla_ros.records import ActionChunk, Motion
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the loop said of a tick: why it holds, when the command went out, how long the stages took."""
+
+    hold: str | None = None
+    command_ns: int | None = None
+    stage_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 class ReplayWire:
@@ -18,11 +28,11 @@ class ReplayWire:
         self._tick_ns: int | None = None
         self._standing_ns: int | None = None
         self.clock_ns = 0
-        self.fields: Mapping[str, object] = {}
+        self.outcome = Outcome()
         self._motions: list[Motion] = []
 
     def begin_tick(self, tick_ns: int) -> None:
-        self._tick_ns, self.fields = tick_ns, {}
+        self._tick_ns, self.outcome = tick_ns, Outcome()
 
     def end_tick(self) -> int:
         """When it ended."""
@@ -58,7 +68,9 @@ class ReplayWire:
     def report_chunk(self, chunk: ActionChunk) -> None: ...
 
     def report_tick(self, fields: Mapping[str, object]) -> None:
-        self.fields = fields
+        hold, command_ns, stage_ms = fields["hold"], fields["command_ns"], fields["stage_ms"]
+        assert isinstance(hold, str | None) and isinstance(command_ns, int | None) and isinstance(stage_ms, Mapping)
+        self.outcome = Outcome(hold, command_ns, stage_ms)
 
     def log(self, message: str, cause: str) -> None: ...
 

@@ -18,9 +18,12 @@ from pydantic.fields import FieldInfo
 from ki_vla_ros.chunking import ExecutorName, JacobianName
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.limits import JointLimitSettings, LimitSettings, SettingsModel, setting
+from ki_vla_ros.reference import ReferenceName
 
 if TYPE_CHECKING:
     from ki_vla_ros.manifest import PolicySpec
+
+TorchModeName = Literal["auto", "eager", "compile", "graph", "compile_graph"]
 
 # Parameters of what has a name of its own; the names are in the bundle.
 _NAMED = re.compile(r"^(?P<table>cameras|limits\.joints)\.(?P<name>.+)\.(?P<field>[a-z_]+)$")
@@ -49,6 +52,12 @@ class Settings(SettingsModel):
     )
     provider: Literal["cpu", "cuda", "tensorrt"] = setting(
         "cpu", "what runs the engine: the processor, an NVIDIA card, or (engine onnx) TensorRT inside onnxruntime"
+    )
+    torch_mode: TorchModeName = setting(
+        "auto",
+        "engine torch; eager: operation by operation; compile: by torch.compile, which needs a compiler and takes "
+        "seconds to minutes at configure; graph: as CUDA graphs (provider cuda); compile_graph: both; auto: eager on a "
+        "cpu, graph on cuda",
     )
     engine_cache: str = setting(
         "", "TensorRT: folder of the engines that were built; empty: ~/.cache/ki_vla_ros/engines"
@@ -139,6 +148,16 @@ class Settings(SettingsModel):
         changeable=True,
     )
     dry_run: bool = setting(False, "compute and report everything, but send nothing to the controller", changeable=True)
+    shadow: bool = setting(
+        False,
+        "someone else moves the arm: commands go to ~/shadow/command and never to command_topic, and /diagnostics says "
+        "how far what the policy would do is from what the arm does",
+    )
+    shadow_reference: ReferenceName = setting(
+        "joint_states",
+        "shadow: what is compared with: the joint_states that followed, or the command that another sends to "
+        "command_topic",
+    )
     flow_steps: int = setting(
         0, "Euler steps from noise to actions; 0 means as many as the bundle says", ge=0, le=100, changeable=True
     )

@@ -22,8 +22,9 @@ from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.latency import Latency
 from ki_vla_ros.replay_inputs import bag_frame
+from ki_vla_ros.replay_options import ReplayOptions
 from ki_vla_ros.replay_records import TickRecord
-from ki_vla_ros.replay_run import Replay, ReplayOptions
+from ki_vla_ros.replay_run import Replay
 from ki_vla_ros.replay_topics import ReplayTopics
 from ki_vla_ros.shared_prefix import SharedEngine
 from ki_vla_ros.sweep_figures import Execution, Outcome

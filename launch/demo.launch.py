@@ -36,7 +36,7 @@ def generate_launch_description() -> LaunchDescription:
         additional_env={"FASTDDS_DEFAULT_PROFILES_FILE": profile},
         output="screen",
     )
-    passed_on = ("params_file", "bundle", "instruction")
+    passed_on = ("params_file", "bundle", "instruction", "record", "record_to")
     policy = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(str(SHARE / "launch" / "policy.launch.py")),
         launch_arguments=[(name, LaunchConfiguration(name)) for name in passed_on],
@@ -48,6 +48,10 @@ def generate_launch_description() -> LaunchDescription:
             ),
             DeclareLaunchArgument("bundle", default_value="", description="model bundle; empty: as params_file says"),
             DeclareLaunchArgument("instruction", default_value="", description="task at start; empty: wait for one"),
+            DeclareLaunchArgument("record", default_value="false", description="true: record the policy into a bag"),
+            DeclareLaunchArgument(
+                "record_to", default_value="", description="folder to make for the bag; empty: policy_ and the time"
+            ),
             arm,
             policy,
         ]

@@ -1,6 +1,7 @@
 """Starts the policy and leads it through configure to active.
 
     ros2 launch ki_vla_ros policy.launch.py params_file:=my_robot.yaml bundle:=/path/to/bundle
+    ros2 launch ki_vla_ros policy.launch.py params_file:=my_robot.yaml record:=true    # see docs/runtime.md
 
 Cameras should be started with the same Fast DDS profile (see config/fastdds.xml); an environment variable
 FASTDDS_DEFAULT_PROFILES_FILE that is set already is left as it is.
@@ -13,7 +14,7 @@ from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, EmitEvent, OpaqueFunction, RegisterEventHandler
 from launch.events import matches_action
 from launch.substitutions import EnvironmentVariable, LaunchConfiguration
-from launch_ros.actions import LifecycleNode
+from launch_ros.actions import LifecycleNode, Node
 from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
 from launch_ros.parameter_descriptions import ParameterValue
@@ -52,7 +53,29 @@ def launch_policy(context: LaunchContext) -> list:
             entities=[change(Transition.TRANSITION_ACTIVATE)],
         )
     )
-    return [policy, activate_when_configured, change(Transition.TRANSITION_CONFIGURE)]
+    # The recorder comes first: it waits for the policy, and its subscriptions shall be there when the first tick is.
+    recorders = [recorder(context, profile)] if is_true("record", context) else []
+    return [*recorders, policy, activate_when_configured, change(Transition.TRANSITION_CONFIGURE)]
+
+
+def recorder(context: LaunchContext, profile: EnvironmentVariable) -> Node:
+    folder = LaunchConfiguration("record_to").perform(context)
+    return Node(
+        package="ki_vla_ros",
+        executable="record",
+        name="recorder",
+        namespace=LaunchConfiguration("namespace"),
+        arguments=["--out", folder] if folder else [],
+        additional_env={"FASTDDS_DEFAULT_PROFILES_FILE": profile},
+        output="screen",
+    )
+
+
+def is_true(name: str, context: LaunchContext) -> bool:
+    value = LaunchConfiguration(name).perform(context)
+    if value.lower() not in ("true", "false"):
+        raise ValueError(f"launch argument {name}: expected true or false, got {value!r}")
+    return value.lower() == "true"
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -69,6 +92,12 @@ def generate_launch_description() -> LaunchDescription:
             ),
             DeclareLaunchArgument(
                 "urdf", default_value="", description="URDF file whose joint limits count where they are tighter"
+            ),
+            DeclareLaunchArgument(
+                "record", default_value="false", description="true: record what the policy reads and says into a bag"
+            ),
+            DeclareLaunchArgument(
+                "record_to", default_value="", description="folder to make for the bag; empty: policy_ and the time"
             ),
             DeclareLaunchArgument("namespace", default_value="", description="namespace of the node and its topics"),
             OpaqueFunction(function=launch_policy),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from exported import Made
     from loop_bench import Bench
     from robots import PolicyProcess, Robot
 
@@ -45,6 +46,14 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bundle") / "test"
     write_test_bundle(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session", params=["text", "token"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """By how the model gets the joint state. Once per process: an export takes several seconds of one core."""
+    from exported import make
+
+    return make(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from training import measure
+from training import losses, measure
 from training.checkpoints import load_checkpoint
 from training.config import StageConfig, TrainingConfig
 from training.optimizer import clip_gradients, select_parameters
 from training.parallel import average_gradients
 from training.sharding import gather
-from training.train import Trainer, backpropagate
+from training.train import Trainer
 
 measure.FRAMES = 4
 CHECKPOINTED = {"shard": True, "activation_checkpointing": True}
@@ -93,7 +93,7 @@ def check_insulation(trainer: Trainer) -> None:
         stage = trainer.config.stages[3].model_copy(update={"insulate": insulate})
         select_parameters(trainer.model, trainer.heads, ("vision", "backbone", "expert"))
         batch = trainer.maker.draw_robot(trainer.robot, 2, np.random.default_rng(trainer.rank))
-        backpropagate(trainer.robot_losses(batch, stage, torch.Generator().manual_seed(0)), {"flow": 1.0}, {})
+        losses.backpropagate(trainer.robot_losses(batch, stage, torch.Generator().manual_seed(0)), {"flow": 1.0}, {})
         nonzero = {name for name, g in gradients(trainer).items() if g is not None and g.count_nonzero()}
         knowledge = {name for name in nonzero if name.startswith(("vision", "projector", "backbone"))}
         assert "expert.layers.0.mlp.up.weight" in nonzero and bool(knowledge) != insulate, knowledge

@@ -190,6 +190,7 @@ def test_set_ups_are_read_and_refused() -> None:
         (["model", "--engine", "torch"], "expert.pt2|prefill.pt2"),
         (["model", "--threads", "0"], "threads"),
         (["model", "--provider", "cuda"], "CUDAExecutionProvider"),
+        (["model", "--engine", "tensorrt"], "expected cuda for engine tensorrt"),
         (["compare", "onnx", "tensorflow"], "tensorflow"),
     ],
 )

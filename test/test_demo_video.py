@@ -1,4 +1,4 @@
-"""The demo's recording, and the film that is made from it."""
+"""The film that is made from the demo's bag."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import av
 import numpy as np
 import pytest
 
-from ki_vla_ros.demo_driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, TICK, TOPICS, WRIST_IMAGE
-from ki_vla_ros.demo_recorder import TYPESTORE, Recorder, open_bag
+from ki_vla_ros.demo_driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, TOPICS, WRIST_IMAGE
 from ki_vla_ros.demo_video import HEADER, SIDE, Film, frames, make_video
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.recorder import TYPESTORE, Recorder
 from ki_vla_ros.sim.expert import tip_to_joints
 from ki_vla_ros.sim.task import sample_scene
 from ki_vla_ros.sim.world import JOINTS, World
@@ -68,36 +67,6 @@ def record(folder: Path, *messages: tuple[str, int, bytes]) -> Path:
         recorder.record(*message)
     recorder.close()
     return folder / "bag"
-
-
-def test_the_bag_has_every_message_with_its_time_and_images_as_jpeg(tmp_path: Path) -> None:
-    bag = record(
-        tmp_path, (STATUS, 10, status()), (SCENE_IMAGE, 20, image((200, 100, 50), 7)), (TICK, 30, text("tick"))
-    )
-    assert "storage_identifier: mcap" in (bag / "metadata.yaml").read_text()
-    with open_bag(bag, [STATUS, f"{SCENE_IMAGE}/compressed", TICK]) as messages:
-        first, picture, last = list(messages)
-    assert (first.topic, first.time_ns) == (STATUS, 10)
-    assert (last.topic, last.time_ns, last.message.data) == (TICK, 30, "tick")
-    assert picture.time_ns == 20
-    assert picture.message.header.stamp.nanosec == 7
-    assert picture.message.format == "rgb8; jpeg compressed bgr8"
-    assert bytes(picture.message.data[:2]) == b"\xff\xd8"
-
-
-def test_recording_over_an_old_bag_is_refused(tmp_path: Path) -> None:
-    record(tmp_path)
-    with pytest.raises(ConfigurationError, match="exists already"):
-        record(tmp_path)
-
-
-def test_a_message_that_cannot_be_written_is_reported_and_the_bag_still_closed(tmp_path: Path) -> None:
-    with pytest.raises(KiVlaError, match=r"recording to .*bag failed"):
-        record(
-            tmp_path, (TICK, 1, text("before")), (SCENE_IMAGE, 2, b"\x00\x01\x00\x00rubbish"), (TICK, 3, text("after"))
-        )
-    with open_bag(tmp_path / "bag", [TICK]) as messages:
-        assert [recorded.message.data for recorded in messages] == ["before"]
 
 
 @pytest.fixture(scope="module")

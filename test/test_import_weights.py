@@ -33,7 +33,7 @@ from training.vocabulary import prompt_tokenizer
 EXAMPLE = Path(__file__).parent.parent / "config" / "training" / "imported_arm.yaml"
 SENTENCEPIECE = train()
 JOINTS = 7
-WIDTH = {"pi0": 7, "pi05": 12, "paligemma": 12}  # of the model: wider than the robot, or just as wide
+WIDTH = {"pi0": 12, "pi05": 12, "paligemma": 12}  # of the model: wider than the robot
 
 
 def small(kind: str, action_ids: int = 0) -> VLAConfig:

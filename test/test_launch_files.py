@@ -96,7 +96,7 @@ def test_launch_files_use_only_what_every_ros_installation_has(path: Path) -> No
 
 
 def test_the_policy_is_led_from_configure_to_active(generate: Any) -> None:
-    found = generate("policy.launch.py", bundle="my", instruction="", params_file="p.yaml", namespace="", urdf="")
+    found = generate("policy.launch.py", **ARGUMENTS | {"bundle": "my", "params_file": "p.yaml"})
     (node,) = of("LifecycleNode", found)
     assert (node.kwargs["package"], node.kwargs["name"]) == ("ki_vla_ros", "policy")
     assert node.kwargs["executable"] in entry_points()
@@ -117,6 +117,23 @@ def test_the_urdf_is_handed_on_by_content(generate: Any, tmp_path: Path) -> None
     assert of("LifecycleNode", found)[0].kwargs["parameters"][1]["robot_description"].args == ("<robot/>",)
 
 
+@pytest.mark.parametrize(("folder", "arguments"), [("", []), ("/data/run", ["--out", "/data/run"])])
+def test_a_recorder_beside_the_policy(generate: Any, folder: str, arguments: list[str]) -> None:
+    assert of("Node", generate("policy.launch.py", **ARGUMENTS)) == []
+    found = generate("policy.launch.py", **ARGUMENTS | {"record": "True", "record_to": folder, "namespace": "left"})
+    (recorder,) = of("Node", found)
+    assert recorder.kwargs["executable"] == "record" and "record" in entry_points()
+    assert recorder.kwargs["arguments"] == arguments
+    # It looks for the policy in its own namespace.
+    (policy,) = of("LifecycleNode", found)
+    assert recorder.kwargs["namespace"].args == policy.kwargs["namespace"].args == ("namespace",)
+
+
+def test_a_recorder_neither_wanted_nor_not(generate: Any) -> None:
+    with pytest.raises(ValueError, match="launch argument record: expected true or false, got 'yes'"):
+        generate("policy.launch.py", **ARGUMENTS | {"record": "yes"})
+
+
 def test_the_demo_starts_arm_and_policy(generate: Any) -> None:
     found = generate("demo.launch.py")
     (arm,) = of("Node", found)
@@ -129,7 +146,9 @@ def test_the_demo_starts_arm_and_policy(generate: Any) -> None:
     assert {name for name, _ in included.kwargs["launch_arguments"]} <= declared
 
 
-ARGUMENTS = {"urdf": "", "bundle": "", "instruction": "", "params_file": "", "namespace": ""}
+ARGUMENTS = {
+    "urdf": "", "bundle": "", "instruction": "", "params_file": "", "namespace": "", "record": "false", "record_to": "",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.name)
@@ -145,7 +164,8 @@ def test_arguments_have_descriptions_and_defaults_that_exist(generate: Any, path
 
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.name)
 def test_every_process_gets_the_profile_that_keeps_images(generate: Any, path: Path) -> None:
-    nodes = [e for e in generate(path.name, **ARGUMENTS) if e.kind in ("Node", "LifecycleNode")]
+    found = generate(path.name, **ARGUMENTS | {"record": "true"})
+    nodes = [entity for entity in found if entity.kind in ("Node", "LifecycleNode")]
     assert nodes
     for node in nodes:
         profile = node.kwargs["additional_env"]["FASTDDS_DEFAULT_PROFILES_FILE"]

@@ -21,7 +21,7 @@ NOT_SOURCES = shutil.ignore_patterns(".*", "__pycache__", "build", "install", "l
 # Modules whose rosdep key, as it stands in package.xml, has another name.
 ROSDEP_KEYS = {"cv2": "python3-opencv", "numpy": "python3-numpy", "pydantic": "python3-pydantic"}
 # Not to be had from rosdep, or for the demo alone: from pip, as package.xml and the README say.
-FROM_PIP = {"av", "mujoco", "onnxruntime", "rosbags", "tokenizers"}
+FROM_PIP = {"av", "backports", "lz4", "mujoco", "onnxruntime", "rosbags", "ruamel", "tokenizers"}
 # Imported only when a parameter asks for it.
 OPTIONAL = {"cuda", "torch"}
 
@@ -40,7 +40,8 @@ def imported_modules(folder: Path) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names)
+    # compression: in the standard library from Python 3.14 on.
+    return found - set(sys.stdlib_module_names) - {"compression"}
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -99,7 +100,7 @@ def test_installed_package_is_complete(prefix: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     where, commands = done.stdout.splitlines()
     assert Path(where).is_relative_to(prefix)
-    assert set(commands.split()) == {"bench", "build_engines", "demo", "policy_node", "sim_arm"}
+    assert set(commands.split()) == {"bench", "build_engines", "record", "demo", "policy_node", "sim_arm"}
 
 
 def test_name_and_version_agree(prefix: Path) -> None:
@@ -123,6 +124,7 @@ def test_everything_imported_is_required_from_pip() -> None:
     """Also where a package comes along with another one today."""
     ours = {"ki_vla_ros", "training"}
     distributions = {"cv2": "opencv-python-headless", "google": "protobuf", "yaml": "pyyaml"}
+    distributions |= {"backports": "backports.zstd", "ruamel": "ruamel.yaml"}
     # Dependencies of rclpy's wheel, and cv_bridge, which is used where a ROS installation brings it.
     from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge"}
     robot = {canonicalize_name(r.name) for name in ("robot", "simulation", "ros") for r in requirements(name)}
@@ -147,7 +149,7 @@ def test_each_requirement_has_one_pinned_version(version: str) -> None:
 
 
 def test_robot_needs_no_trainer_and_the_trainer_no_ros() -> None:
-    modules = "[m.name for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if 'torch_engine' not in m.name]"
+    modules = "[m.name for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if '.torch_' not in m.name]"
     code = (
         "import importlib, pkgutil, sys, {0} as p;"
         f"[importlib.import_module(name) for name in {modules}];"

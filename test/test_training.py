@@ -13,7 +13,7 @@ from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.sim.task import HELD_OUT
-from training import train
+from training import losses, train
 from training.compare_executors import main as compare_main
 from training.config import StageConfig, TrainingConfig, load_config
 from training.data.language import COMBINATIONS
@@ -22,7 +22,7 @@ from training.evaluate import main as evaluate_main
 from training.export import main as export_main
 from training.losses import draw_flow_time
 from training.measure import measure
-from training.train import Trainer, chunk_timing
+from training.train import Trainer, chunk_timing, last_token, take_rows
 
 SIZES = {
     "vision": {"image_size": 96, "patch_size": 12, "width": 16, "depth": 1, "heads": 2, "mlp": 16, "stem": "conv"},
@@ -244,3 +244,31 @@ def test_bad_configurations_name_file_key_and_fault(tmp_path: Path, settings: di
         load_config(path)
     path.write_text(yaml.safe_dump(settings))
     assert load_config(path).stages[3].noise_samples == 2
+
+
+def test_a_step_stays_on_its_device(settings: dict[str, Any], tmp_path: Path) -> None:
+    """No card is here: the device "meta" stands for it, where operations check devices and shapes and compute nothing.
+
+    Losses that choose rows by a mask cannot run there, so they are not covered.
+    """
+    trainer = Trainer(configure(settings, out=tmp_path, prefix_lead=1.0))
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    trainer.device = trainer.maker.device = torch.device("meta")
+    for part in (trainer.model, trainer.heads):
+        part.to("meta")
+    trainer.queries = trainer.queries.to("meta")
+    batch = trainer.maker.draw_robot(trainer.robot, 2, rng)
+    x_t, time, target, learned = trainer.draw_flow(batch, 2, generator)
+    output = trainer.forward(batch, x_t=x_t, time=time, state=trainer.expert_state(batch, 2))
+    rows = trainer.query_rows(batch)
+    losses.read_out(trainer.heads, take_rows(output.prefix_by_layer[1], rows), batch.readout_BKA)
+    losses.next_token_hidden(output.prefix_hidden_BPD, last_token(batch), output.postfix_hidden_BTD)
+    trainer.scene_scores(batch, output.probe_logits_BPQ, rows)
+    views, cells = trainer.maker.draw_views(trainer.scenes, 2, rng)
+    losses.name_cells(trainer.heads, trainer.model.stem_features(views), cells)
+    assert {tensor.device.type for tensor in (output.velocity_RHA, target, learned, cells)} == {"meta"}
+
+
+def test_a_card_that_is_not_there_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"expected a usable NVIDIA card 0, got torch .* that sees 0"):
+        Trainer(configure(settings, out=tmp_path, parallel={"device": "cuda"}))

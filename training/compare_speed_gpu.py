@@ -87,9 +87,17 @@ def make_inputs(policy: PolicySpec, config: VLAConfig, seed: int) -> Inputs:
 
 
 def build_model(config: VLAConfig, seed: int, dtype: torch.dtype) -> VLA:
-    """Large weights in `dtype`, drawn in bfloat16 so that every dtype has the same numbers."""
+    """Large weights in `dtype`, drawn in bfloat16 so that every dtype has the same numbers.
+
+    The time's layers feed each other: the export, which looks their result up, may keep the first ones in float32, but
+    the training classes run them in one type.
+    """
     model = assemble(config, draw_weights(config, seed, torch.bfloat16))
-    return cast_weights(model.eval().requires_grad_(False), dtype)
+    cast_weights(model.eval().requires_grad_(False), dtype)
+    if config.conditioning == "adarms":
+        model.expert.time_in.to(dtype)
+        model.expert.time_out.to(dtype)
+    return model
 
 
 def plain(model: VLA, inputs: Inputs, compiler: Callable[[Any], Any] = lambda function: function) -> Way:

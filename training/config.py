@@ -30,6 +30,11 @@ class DataConfig(Strict):
     scenes: Positive = Field(description="vision-language frames: random scenes and arm poses, all 24 objects")
     validation_episodes: Positive = Field(description="episodes on held-out combinations, for gates and figures")
     workers: Positive = 1
+    recorded: Path | None = Field(
+        default=None,
+        description="LeRobot dataset of the same arm and cameras, whose frames take the place of simulated robot "
+        "episodes (docs/data.md)",
+    )
 
 
 class ModelConfig(Strict):
@@ -42,6 +47,7 @@ class ModelConfig(Strict):
 class ParallelConfig(Strict):
     """How the model is laid over processes. The defaults: whole on each of them, float32, gradients averaged."""
 
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="cuda: one process per card")
     shard: bool = Field(default=False, description="FSDP2: divide weights, gradients and optimizer state (torchrun)")
     cpu_offload: bool = Field(default=False, description="sharded: these three in host memory, the optimizer there too")
     activation_checkpointing: bool = Field(

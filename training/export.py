@@ -25,10 +25,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir
-import onnxruntime
 import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer
@@ -36,14 +34,10 @@ from tokenizers.models import WordLevel
 from torch import nn
 
 from ki_vla_ros.bundle import EXPERT, MANIFEST, PREFILL, PROGRAMS, TIME, TOKENIZER, Bundle, write_bundle
-from ki_vla_ros.engines.base import prefill_inputs
-from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.manifest import PolicySpec, describe_validation
 from ki_vla_ros.onnx_header import read_header
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import ModelInput
 from ki_vla_ros.pt2 import read_program
 from training.checkpoints import load_checkpoint
 from training.graphs import (
@@ -57,12 +51,13 @@ from training.graphs import (
     time_layers,
 )
 from training.model.vla import VLA
+from training.parity import lowest_cosine, parity_error
 from training.vocabulary import prompt_tokenizer, prompt_vocab_size
 
 POLICY = "policy.json"
 OPSET = 20
 TOLERANCE = 1e-4
-PARITY_CASES = 4
+COSINE = 0.999  # of a bfloat16 bundle's chunks and the float32 model's
 CONSTANTS = 4096  # shapes, frequencies and the like in a graph, as numbers
 EMBEDDED_BYTES = 64 << 20  # larger weights lie in a file beside the graph; ONNX files themselves end at 2 GiB
 OUTPUTS = ("keys", "values", "prefix_mask"), ("velocity", "x_next")
@@ -86,15 +81,16 @@ def export_bundle(
 ) -> Bundle:
     """Write the bundle `out` and return it loaded; an earlier bundle there is replaced once the new one is whole.
 
-    `with_torch`: with the programs for the torch engine. A float32 bundle is run and compared with the model; bfloat16
-    graphs have no kernels in onnxruntime's CPU provider, so those are checked by ONNX's own checker alone.
+    `with_torch`: with the programs for the torch engine. A float32 bundle is run and compared with the model. bfloat16
+    graphs have no kernels in onnxruntime's CPU provider, so ONNX's own checker alone sees those; the programs are run
+    and compared with the model in float32, which then has to fit into memory.
     """
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ConfigurationError(f"{out}: expected an empty place or an earlier bundle, got a folder of something else")
     began_s = time.monotonic()
     policy = read_policy(checkpoint / POLICY)
     full_tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
-    model = cast_weights(load_checkpoint(checkpoint).eval().requires_grad_(False), DTYPES[dtype])
+    model = cast_weights(load_checkpoint(checkpoint, dtype=None).eval().requires_grad_(False), DTYPES[dtype])
     check_policy(policy, model, full_tokenizer)
     prompt_rows = prompt_vocab_size(full_tokenizer)
     tokenizer = prompt_tokenizer(full_tokenizer)
@@ -111,7 +107,7 @@ def export_bundle(
         check_left_behind(model, prompt_rows, folder)
         graph = describe_graphs(model, policy, prompt_rows)
         bundle = write_bundle(folder, policy, graph, tokenizer, model_card(policy, tokenizer, notes))
-        compared = "not compared with torch (bfloat16 does not run on a CPU's onnxruntime)"
+        compared = "not compared with torch (bfloat16 does not run on a CPU's onnxruntime; --torch compares)"
         if dtype == "float32":
             errors = [parity_error(model, bundle)]
             if with_torch:
@@ -120,6 +116,12 @@ def export_bundle(
                 if not error <= TOLERANCE:
                     raise ExportError(f"parity: expected the graphs within {TOLERANCE:g} of torch, got {error:.3g}")
             compared = f"within {max(errors):.1e} of torch"
+        elif with_torch:
+            del model  # the one in float32 needs its place
+            cosine = lowest_cosine(checkpoint, bundle)
+            if not cosine >= COSINE:
+                raise ExportError(f"parity: expected a cosine of {COSINE:g} to float32 or more, got {cosine:.6f}")
+            compared = f"cosine {cosine:.6f} to torch in float32"
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
@@ -248,58 +250,6 @@ def check_left_behind(model: VLA, prompt_rows: int, folder: Path) -> None:
             got = sum(math.prod(shape) for shape in shapes)
             if got > expected + CONSTANTS:
                 raise ExportError(f"{file}: expected at most {expected} weights (and {CONSTANTS} constants), got {got}")
-
-
-def parity_error(
-    model: VLA, bundle: Bundle, cases: int = PARITY_CASES, engine: OnnxEngine | TorchEngine | None = None
-) -> float:
-    """Largest difference between bundle and torch, over keys, values and whole chunks of random inputs.
-
-    `engine` (default: onnxruntime) runs the bundle and is closed afterwards.
-    """
-    manifest = bundle.manifest
-    engine = engine or OnnxEngine(bundle)
-    policy = Policy(bundle, engine)
-    session = onnxruntime.InferenceSession(str(bundle.path / PREFILL), providers=["CPUExecutionProvider"])
-    worst = 0.0
-    for case in range(cases):
-        given = random_input(bundle, case)
-        arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
-        with torch.no_grad():
-            cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
-            noise_HA = policy.noise(case)
-            state = None if given.state_J is None else torch.from_numpy(given.state_J)[None]
-            chunk_HA = model.sample_actions(cache, torch.from_numpy(noise_HA)[None], manifest.flow.steps, state)[0]
-        got_HA = policy.denoise(policy.prefill(given), noise_HA, given.state_J)
-        if isinstance(engine, TorchEngine):
-            keys, values, mask = (engine.prefix[name].numpy() for name in ("keys", "values", "prefix_mask"))
-        else:
-            keys, values, mask = session.run(None, prefill_inputs(given))
-        for expected, got in (
-            (cache.keys_NBKPD[:, 0], keys),
-            (cache.values_NBKPD[:, 0], values),
-            (cache.mask_BP[0].float(), mask.astype(np.float32)),
-            (chunk_HA, got_HA),
-        ):
-            worst = float(np.maximum(worst, np.abs(expected.numpy() - got).max()))  # NaN stays NaN
-    engine.close()
-    return worst
-
-
-def random_input(bundle: Bundle, case: int) -> ModelInput:
-    """Noise pictures, random prompts of random length; every other case lacks the last of several cameras."""
-    manifest, rng = bundle.manifest, np.random.default_rng(case)
-    cameras, size, length = len(manifest.cameras), manifest.image.size, manifest.prompt.length
-    image_mask_V = np.ones(cameras, dtype=np.bool_)
-    image_mask_V[-1] = cameras == 1 or case % 2 == 0
-    with_state = manifest.state.as_token
-    return ModelInput(
-        images_VCHW=rng.uniform(-1, 1, (cameras, 3, size, size)).astype(np.float32),
-        image_mask_V=image_mask_V,
-        tokens_L=rng.integers(0, manifest.graph.vocab_size, length),
-        token_mask_L=np.arange(length) < rng.integers(1, length + 1),
-        state_J=rng.uniform(-1, 1, len(manifest.joints)).astype(np.float32) if with_state else None,
-    )
 
 
 def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:

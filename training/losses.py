@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from training.config import Loss
 from training.data.batches import NO_TARGET
 
 Index = Tensor | tuple[Tensor, ...]
@@ -71,13 +72,13 @@ def next_token_hidden(prefix_hidden_BPD: Tensor, last_B: Tensor, postfix_hidden_
 
     the last valid prefix token (index `last_B`), then each postfix token but the last.
     """
-    first = prefix_hidden_BPD[torch.arange(len(last_B)), last_B][:, None]
+    first = prefix_hidden_BPD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
     return torch.cat([first, postfix_hidden_BTD[:, :-1]], dim=1)
 
 
 def name_cells(heads: TrainingHeads, features_BND: Tensor, cells_BN: Tensor) -> Tensor:
     """Which kind of object each image cell shows. Background is most of the image, so it weighs a tenth."""
-    weight = torch.ones(heads.cells.out_features)
+    weight = torch.ones(heads.cells.out_features, device=cells_BN.device)
     weight[-1] = 0.1
     return F.cross_entropy(heads.cells(features_BND).flatten(0, -2), cells_BN.flatten(), weight=weight)
 
@@ -152,9 +153,9 @@ def run_ahead(action_RHA: Tensor, learned_RH: Tensor, lead: float, generator: to
     """
     rows, horizon, _ = action_RHA.shape
     prefix_R1 = (~learned_RH).sum(dim=1, keepdim=True)
-    start_R1 = torch.rand(rows, 1, generator=generator) * (lead + 1.0) - 1.0
-    pace_R1 = torch.rand(rows, 1, generator=generator) + 0.2
-    k_H = torch.arange(horizon)
+    start_R1 = torch.rand(rows, 1, generator=generator).to(action_RHA.device) * (lead + 1.0) - 1.0
+    pace_R1 = torch.rand(rows, 1, generator=generator).to(action_RHA.device) + 0.2
+    k_H = torch.arange(horizon, device=action_RHA.device)
     phase_RH = start_R1 + pace_R1 * torch.minimum(k_H, prefix_R1 - 1) + (k_H - prefix_R1 + 1).clamp(min=0)
     phase_RH = torch.where(prefix_R1 > 0, phase_RH, k_H.to(phase_RH.dtype))
     before_RH = phase_RH.floor().clamp(0, horizon - 2).long()
@@ -172,3 +173,11 @@ def mix_flow(action_RHA: Tensor, noise_RHA: Tensor, time_RH: Tensor) -> tuple[Te
 def match_flow(velocity_RHA: Tensor, target_RHA: Tensor, learned_RH: Index) -> Tensor:
     """Mean squared error over the actions that are learned, real action dimensions only."""
     return ((velocity_RHA - target_RHA) ** 2)[learned_RH].mean()
+
+
+def backpropagate(found: dict[Loss, Tensor], weights: dict[Loss, float], values: dict[str, float]) -> None:
+    """Backward of the weighted sum of those losses that have a weight; adds their values to `values`."""
+    chosen = {name: loss for name, loss in found.items() if name in weights}
+    torch.stack([weights[name] * loss for name, loss in chosen.items()]).sum().backward()
+    for name, loss in chosen.items():
+        values[name] = values.get(name, 0.0) + float(loss.detach())

@@ -80,13 +80,13 @@ def _predict(trainer: Trainer, batch: Batch, with_fast: bool) -> Iterator[tuple[
     """Normalised chunks [B, H, A] by each way of reading the model; NaN rows where FAST was malformed."""
     model = trainer.model
     cache = model.prefill(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
-    noise = torch.randn(batch.action_BHA.shape, generator=torch.Generator().manual_seed(0))
-    yield "flow", model.sample_actions(cache, noise, FLOW_STEPS, trainer.expert_state(batch, 1)).double().numpy()
+    noise = torch.randn(batch.action_BHA.shape, generator=torch.Generator().manual_seed(0)).to(trainer.device)
+    yield "flow", model.sample_actions(cache, noise, FLOW_STEPS, trainer.expert_state(batch, 1)).double().cpu().numpy()
     output = model(batch.images_BVCHW, batch.image_mask_BV, batch.tokens_BL, batch.token_mask_BL)
     hidden = model.backbone.norm(output.prefix_by_layer[-2]).gather(
         1, trainer.query_rows(batch)[:, :, None].expand(-1, -1, model.config.backbone.width)
     )
-    coefficients = trainer.heads.name_coefficients(hidden)[0].double().numpy() / trainer.fast.scale
+    coefficients = trainer.heads.name_coefficients(hidden)[0].double().cpu().numpy() / trainer.fast.scale
     basis = cosine_basis(HORIZON)[: coefficients.shape[1]]
     yield "readout", np.einsum("kh,bka->bha", basis, coefficients)
     if with_fast:
@@ -96,7 +96,7 @@ def _predict(trainer: Trainer, batch: Batch, with_fast: bool) -> Iterator[tuple[
 def decode_greedily(trainer: Trainer, batch: Batch, longest: int = 80) -> NDArray[np.float64]:
     """FAST tokens by argmax, decoded; NaN where they are no chunk. Only a figure: the robot never decodes tokens."""
     first, size = trainer.maker.first_fast, trainer.fast.vocab_size
-    tokens = torch.zeros(len(batch.tokens_BL), 0, dtype=torch.int64)
+    tokens = torch.zeros(len(batch.tokens_BL), 0, dtype=torch.int64, device=trainer.device)
     last = trainer.prefix_offset(batch) + batch.token_mask_BL.sum(dim=1) - 1
     lengths = np.array([len(trainer.fast.bpe.id_to_token(i)) for i in range(size)])
     count = np.zeros(len(tokens))
@@ -110,10 +110,14 @@ def decode_greedily(trainer: Trainer, batch: Batch, longest: int = 80) -> NDArra
             postfix_BT=tokens if tokens.shape[1] else None,
         )
         postfix = output.postfix_hidden_BTD
-        hidden = postfix[:, -1] if postfix is not None else output.prefix_hidden_BPD[torch.arange(len(last)), last]
+        hidden = (
+            postfix[:, -1]
+            if postfix is not None
+            else output.prefix_hidden_BPD[torch.arange(len(last), device=last.device), last]
+        )
         best = trainer.model.logits(hidden)[:, first : first + size].argmax(dim=1)
         tokens = torch.cat([tokens, (first + best)[:, None]], dim=1)
-        count += lengths[best.numpy()]
+        count += lengths[best.cpu().numpy()]
     chunks = []
     for row in tokens.tolist():
         used, total = [], 0

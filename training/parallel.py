@@ -18,7 +18,21 @@ from torch.distributed.tensor import DTensor
 from ki_vla_ros.errors import ConfigurationError
 
 
-def join_group(alone: bool = True) -> tuple[int, int]:
+def choose_device(kind: str) -> torch.device:
+    """This process's: with "cuda" the card of its number on this machine. ConfigurationError where there is none."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    index, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= cards:
+        raise ConfigurationError(
+            f"parallel.device: expected a usable NVIDIA card {index}, got torch {torch.__version__} that sees {cards}; "
+            "start as many processes as there are cards, with a torch built for CUDA, or set device to cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def join_group(alone: bool = True, device: str = "cpu") -> tuple[int, int]:
     """(rank, number of processes); connects to the others when torchrun started this process.
 
     With `alone` one process needs no group; sharding does, even of one.
@@ -28,7 +42,7 @@ def join_group(alone: bool = True) -> tuple[int, int]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if (size > 1 or not alone) and not dist.is_initialized():
         # Rank 0 alone simulates data and measures figures while the others wait for it.
-        dist.init_process_group("gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(hours=2))
     return (dist.get_rank(), size) if dist.is_initialized() else (0, 1)
 
 

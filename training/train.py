@@ -31,6 +31,7 @@ from training.checkpoints import RESUME, load_checkpoint, load_resume, save_chec
 from training.config import Loss, StageConfig, TrainingConfig, load_config
 from training.data.batches import Batch, BatchMaker
 from training.data.language import COMBINATIONS
+from training.data.lerobot.arrays import load_recorded
 from training.data.simulated import Arrays, ChunkTiming, load_arrays, make_data
 from training.fast_tokenizer import FastTokenizer
 from training.initialization import order_embeddings
@@ -38,7 +39,7 @@ from training.losses import TrainingHeads
 from training.measure import measure
 from training.model.vla import VLA, Output, VLAConfig
 from training.optimizer import clip_gradients, learning_rate, load_optimizer, make_optimizer, select_parameters
-from training.parallel import average_gradients, join_group, wait_for_all
+from training.parallel import average_gradients, choose_device, join_group, wait_for_all
 from training.policy_spec import ACTION_PERIOD_S, HORIZON, describe_policy
 from training.sharding import checkpoint_activations, free_gathered, gather, load_whole, shard
 from training.stats import ActionSpace
@@ -67,7 +68,8 @@ class Trainer:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.config = config
-        self.rank, self.processes = join_group(alone=not config.parallel.shard)
+        self.device = choose_device(config.parallel.device)
+        self.rank, self.processes = join_group(alone=not config.parallel.shard, device=config.parallel.device)
         # Sharded, a forward pass takes all processes.
         self.measures = self.rank == 0 or config.parallel.shard
         if self.rank == 0:
@@ -77,18 +79,14 @@ class Trainer:
         self.robot, self.scenes, self.validation = (
             load_arrays(config.data.folder / source) for source in ("robot", "scenes", "validation")
         )
+        if config.data.recorded is not None:
+            self.robot, self.meta = load_recorded(config.data.recorded, chunk_timing(config), self.meta)
         self.space = ActionSpace.fit(self.robot["state"], self.robot["chunk"])
         self.fast = fit_fast(config, self.robot, self.space)
         self.tokenizer = build_tokenizer(config.fast_vocabulary)
-        self.queries = torch.tensor(act_query_ids(self.tokenizer)[: config.readout_frequencies])
-        self.maker = BatchMaker(
-            self.tokenizer,
-            self.fast,
-            self.space,
-            length=config.prompt_length,
-            grid=chunk_timing(config).grid,
-            frequencies=config.readout_frequencies,
-        )
+        self.queries = torch.tensor(act_query_ids(self.tokenizer)[: config.readout_frequencies], device=self.device)
+        sizes = {"length": config.prompt_length, "grid": chunk_timing(config).grid, "frequencies": len(self.queries)}
+        self.maker = BatchMaker(self.tokenizer, self.fast, self.space, **sizes, device=self.device)
         action_dim = self.robot["state"].shape[1]
         self.model = VLA(
             VLAConfig(
@@ -109,10 +107,12 @@ class Trainer:
             config.readout_frequencies,
             action_dim,
         )
+        self.model.to(self.device)
+        self.heads.to(self.device)
         if config.parallel.activation_checkpointing:
             checkpoint_activations(self.model)
         if config.parallel.shard:
-            shard(self.model, config.parallel, init_device_mesh("cpu", (self.processes,)))
+            shard(self.model, config.parallel, init_device_mesh(self.device.type, (self.processes,)))
 
     def run(self) -> None:
         """All stages, each from its checkpoint where there is one; then the policy folder that `training.export`
@@ -194,19 +194,19 @@ class Trainer:
             views, cells = self.maker.draw_views(self.scenes, stage.scene_batch, rng)
             with self.precision():
                 found = {"cells": losses.name_cells(self.heads, self.model.stem_features(views), cells)}
-            backpropagate(found, stage.losses, values)
+            losses.backpropagate(found, stage.losses, values)
         if stage.scene_batch and {"text", "pointing"} & set(stage.losses):
             batch = self.maker.draw_scenes(self.scenes, stage.scene_batch, rng)
             with self.precision():
                 found = self.language_losses(batch)
-            backpropagate(found, stage.losses, values)
+            losses.backpropagate(found, stage.losses, values)
         if stage.robot_batch:
             batch = self.maker.draw_robot(self.robot, stage.robot_batch, rng)
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             compute = self.expert_losses if set(stage.losses) == {"flow"} and stage.insulate else self.robot_losses
             with self.precision():
                 found = compute(batch, stage, generator)
-            backpropagate(found, stage.losses, values)
+            losses.backpropagate(found, stage.losses, values)
         return values
 
     def precision(self) -> torch.autocast:
@@ -289,10 +289,12 @@ class Trainer:
         adjacent.
         """
         action = batch.action_BHA.repeat_interleave(samples, dim=0)
-        time, learned = losses.draw_flow_time(len(action), action.shape[1], self.config.max_prefix_delay, generator)
+        # From the CPU's generator: a seed means the same on every device.
+        drawn = losses.draw_flow_time(len(action), action.shape[1], self.config.max_prefix_delay, generator)
+        time, learned = (tensor.to(self.device) for tensor in drawn)
         if self.config.prefix_lead:
             action, learned = losses.run_ahead(action, learned, self.config.prefix_lead, generator)
-        x_t, target = losses.mix_flow(action, torch.randn(action.shape, generator=generator), time)
+        x_t, target = losses.mix_flow(action, torch.randn(action.shape, generator=generator).to(self.device), time)
         return x_t, time, target, learned
 
     def predict(self, batch: Batch, output: Output) -> Tensor:
@@ -374,14 +376,6 @@ def fit_fast(config: TrainingConfig, robot: Arrays, space: ActionSpace) -> FastT
     chosen = np.sort(rng.choice(len(robot["state"]), size=min(FIT_CHUNKS, len(robot["state"])), replace=False))
     chunks = space.normalize_chunk(robot["chunk"][chosen].astype(np.float64), robot["state"][chosen].astype(np.float64))
     return FastTokenizer.fit(chunks, vocab_size=config.fast_vocabulary, scale=config.fast_scale)
-
-
-def backpropagate(found: dict[Loss, Tensor], weights: dict[Loss, float], values: dict[str, float]) -> None:
-    """Backward of the weighted sum of those losses that have a weight; adds their values to `values`."""
-    chosen = {name: loss for name, loss in found.items() if name in weights}
-    torch.stack([weights[name] * loss for name, loss in chosen.items()]).sum().backward()
-    for name, loss in chosen.items():
-        values[name] = values.get(name, 0.0) + float(loss.detach())
 
 
 def last_token(batch: Batch) -> Tensor:

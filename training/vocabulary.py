@@ -112,7 +112,5 @@ def prompt_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     description = json.loads(tokenizer.to_str())
     model = description["model"]
     model["vocab"] = {token: i for token, i in model["vocab"].items() if i < size}
-    if "merges" in model:
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
     description["added_tokens"] = [token for token in description["added_tokens"] if token["id"] < size]
     return Tokenizer.from_str(json.dumps(description))

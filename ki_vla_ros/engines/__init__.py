@@ -28,7 +28,7 @@ def open_engine(bundle: Bundle, settings: Settings, say: Callable[[str], object]
         if settings.engine == "torch":
             from ki_vla_ros.engines.torch_engine import TorchEngine
 
-            return TorchEngine(bundle, settings.provider, settings.threads)
+            return TorchEngine(bundle, settings.provider, settings.threads, settings.torch_mode)
         from ki_vla_ros.engines.onnx_engine import PROVIDERS, OnnxEngine
     except ModuleNotFoundError as error:
         raise EngineError(

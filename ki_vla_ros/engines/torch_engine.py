@@ -1,13 +1,15 @@
 """Both graphs on torch, with a backward pass through the expert; it needs a bundle exported with `--torch`.
 
-For parity with the model, and for real-time chunking with the true Jacobian (policy.py). It runs the operations of the
-.pt2 files one by one: no model code, nothing compiled. Legend: H horizon, A action dim, S width of the state token.
+For parity with the model, for real-time chunking with the true Jacobian (policy.py), and for speed on NVIDIA cards
+without TensorRT: as CUDA graphs, compiled, or both. It runs the operations of the .pt2 files: no model code.
+
+Legend: H horizon, A action dim, S width of the state token, M modulation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -24,25 +26,47 @@ from ki_vla_ros.engines.base import (
     expert_inputs,
     prefill_inputs,
 )
+from ki_vla_ros.engines.torch_program import Interpreter, Run, compile_program
+from ki_vla_ros.engines.torch_stream import CudaStream, HostStream, Stream, Work
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.preprocess import ModelInput
-from ki_vla_ros.pt2 import Constant, Device, Name, Operation, Program, read_program
-from ki_vla_ros.time_table import TimeTable
+from ki_vla_ros.pt2 import read_program
+from ki_vla_ros.settings import TorchModeName
+from ki_vla_ros.time_table import TimeTable, step_times
+
+VELOCITY, LOOP = "velocity", "loop"  # what is captured beside the prefill: one step, and all steps of a chunk
+CACHE = ("keys", "values", "prefix_mask")
 
 
 class TorchEngine:
     """One bundle on one device, "cpu" or "cuda"; EngineError where this machine or the bundle lacks what it needs.
 
-    `threads` holds for all of torch in this process: it has no setting per model.
+    `mode`: see settings.torch_mode. `threads` holds for all of torch in this process: it has no setting per model.
+    `stream` stands in for the device's own in tests.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int = 1) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        threads: int = 1,
+        mode: TorchModeName = "auto",
+        stream: Stream | None = None,
+    ) -> None:
         if device not in ("cpu", "cuda"):
             raise EngineError(f"torch device: expected 'cpu' or 'cuda', got {device!r}")
         if device == "cuda" and not torch.cuda.is_available():
             raise EngineError(
                 f"torch device: expected cuda, got torch {torch.__version__} without a usable NVIDIA card; install the "
                 "wheel torch for the CUDA version of the driver, or set provider to cpu"
+            )
+        if mode == "auto":
+            mode = "eager" if device == "cpu" else "graph"
+        self._captures, compiles = mode in ("graph", "compile_graph"), mode in ("compile", "compile_graph")
+        if self._captures and device == "cpu" and stream is None:
+            raise EngineError(
+                f"torch_mode {mode}: expected provider cuda, since a CUDA graph runs on an NVIDIA card alone, got cpu; "
+                "set torch_mode to eager or compile, or provider to cuda"
             )
         missing = [name for name in PROGRAMS.values() if name not in bundle.manifest.files]
         if missing:
@@ -51,24 +75,37 @@ class TorchEngine:
                 "python -m training.export --torch, or set engine to onnx"
             )
         torch.set_num_threads(threads)
-        self.description = f"torch {torch.__version__}, {device}, {threads} thread{'s' if threads != 1 else ''}"
-        self._device = torch.device(device)
+        plural = "s" if threads != 1 else ""
+        self.description = f"torch {torch.__version__}, {device}, {mode}, {threads} thread{plural}"
         self._generation = 0
-        self._types = {
-            name: tensor
-            for inputs, outputs in graph_interface(bundle.manifest).values()
-            for name, tensor in (inputs | outputs).items()
-        }
+        self._vocab_size = bundle.manifest.graph.vocab_size
+        interface = graph_interface(bundle.manifest)
+        self._types = {name: tensor for sides in interface.values() for side in sides for name, tensor in side.items()}
         self._times = TimeTable(bundle.path / TIME, bundle.manifest.graph.modulation)
-        self._graphs = {name: _Graph(read_program(bundle.path / file), device) for name, file in PROGRAMS.items()}
+        on = torch.device(device)
+        programs = {name: Interpreter(read_program(bundle.path / file), on) for name, file in PROGRAMS.items()}
+        self._differentiable: Run = programs[EXPERT]
+        self._graphs = {name: compile_program(program) if compiles else program for name, program in programs.items()}
+        self._device = on
+        self._stream: Stream = stream or (HostStream() if device == "cpu" else CudaStream(on))
+        self._inputs = {
+            name: self._stream.allocate(name, tensor)
+            for inputs, _ in interface.values()
+            for name, tensor in inputs.items()
+            if name not in CACHE
+        }
+        self._captured: dict[str, Work] = {}
+        self._steps = 0
+        self._rows: list[Tensor] = []
         self.prefix: dict[str, Tensor] = {}
         """Keys, values and prefix mask of the newest prefill, on the device."""
 
     def prefill(self, model_input: ModelInput) -> KVCache:
         self._generation += 1
-        with torch.no_grad():
-            outputs = self._run(PREFILL, self._tensors(PREFILL, prefill_inputs(model_input)))
-        self.prefix = dict(zip(("keys", "values", "prefix_mask"), outputs, strict=True))
+        with self._running(PREFILL):
+            self._upload(PREFILL, prefill_inputs(model_input))
+            outputs = self._repeat(PREFILL, lambda: self._graphs[PREFILL](self._inputs))
+            self.prefix = dict(zip(CACHE, outputs, strict=True))
         return KVCache(self, self._generation)
 
     def velocity(
@@ -79,11 +116,31 @@ class TorchEngine:
         time: float,
         clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
-        check_cache(self, cache, self._generation)
-        inputs = self._step_inputs(state_S, x_t_HA, time, clean_H)
-        with torch.no_grad():
-            velocity_HA, _ = self._run(EXPERT, inputs | self.prefix)
-        return check_finite(velocity_HA.cpu().numpy())
+        with self._running(EXPERT, cache):
+            self._upload(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times.row(time), clean_H))
+            velocity_HA, _ = self._repeat(VELOCITY, lambda: self._graphs[EXPERT](self._inputs | self.prefix))
+            return check_finite(self._stream.download(velocity_HA))
+
+    def integrate(
+        self,
+        cache: KVCache,
+        state_S: NDArray[np.float32] | None,
+        x_t_HA: NDArray[np.float32],
+        steps: int,
+        clean_H: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        with self._running(EXPERT, cache):
+            rows_NM = self._times.rows(step_times(steps))
+            inputs = expert_inputs(self._types, state_S, x_t_HA, rows_NM[0], clean_H, 1.0 / steps)
+            del inputs["modulation"]  # the rows are on the device already
+            self._upload(EXPERT, inputs)
+            if steps != self._steps:
+                self._captured.pop(LOOP, None)
+                # One tensor each: a row within another tensor need not lie where compiled kernels want their inputs.
+                self._rows = [torch.tensor(row_M, device=self._device) for row_M in rows_NM]
+                self._steps = steps
+            (x_0_HA,) = self._repeat(LOOP, self._take_all_steps)
+            return check_finite(self._stream.download(x_0_HA), "actions")
 
     def pullback(
         self,
@@ -94,88 +151,56 @@ class TorchEngine:
         clean_H: NDArray[np.bool_],
         vector_HA: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        check_cache(self, cache, self._generation)
-        check_types(EXPERT, {"vector": self._types["x_t"]}, {"vector": vector_HA})
-        inputs = self._step_inputs(state_S, x_t_HA, time, clean_H)
-        with torch.enable_grad():
-            x_t = inputs["x_t"].requires_grad_()
-            velocity_HA, _ = self._run(EXPERT, inputs | self.prefix)
-            (pulled_HA,) = torch.autograd.grad(velocity_HA, x_t, torch.tensor(vector_HA, device=self._device))
-        return check_finite(pulled_HA.cpu().numpy(), "pullbacks")
+        """Operation by operation in every mode: a captured or compiled forward pass has no backward one."""
+        with self._running(EXPERT, cache):
+            check_types(EXPERT, {"vector": self._types["x_t"]}, {"vector": vector_HA})
+            self._upload(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times.row(time), clean_H))
+            with torch.enable_grad():
+                x_t = self._inputs["x_t"].clone().requires_grad_()
+                velocity_HA, _ = self._differentiable(self._inputs | self.prefix | {"x_t": x_t})
+                (pulled_HA,) = torch.autograd.grad(velocity_HA, x_t, torch.tensor(vector_HA, device=self._device))
+            return check_finite(self._stream.download(pulled_HA), "pullbacks")
 
-    def _step_inputs(
-        self,
-        state_S: NDArray[np.float32] | None,
-        x_t_HA: NDArray[np.float32],
-        time: float,
-        clean_H: NDArray[np.bool_],
-    ) -> dict[str, Tensor]:
-        inputs = expert_inputs(self._types, state_S, x_t_HA, self._times.row(time), clean_H)
-        return self._tensors(EXPERT, inputs)
+    def synchronize(self) -> None:
+        """Wait for what was launched, for stopwatches: on a card `prefill` returns before it is done."""
+        with self._running(PREFILL):
+            self._stream.synchronize()
 
     def close(self) -> None:
-        self._graphs.clear()
-        self.prefix.clear()
+        for held in (self._captured, self._graphs, self._inputs, self._rows, self.prefix):
+            held.clear()
 
-    def _tensors(self, graph: str, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, Tensor]:
-        check_open(self._graphs)
+    def _take_all_steps(self) -> list[Tensor]:
+        inputs = self._inputs | self.prefix
+        for row_M in self._rows:
+            _, inputs["x_t"] = self._graphs[EXPERT](inputs | {"modulation": row_M})
+        return [inputs["x_t"]]
+
+    def _repeat(self, name: str, work: Work) -> list[Tensor]:
+        if not self._captures:
+            return work()
+        if name not in self._captured:
+            self._captured[name] = self._stream.capture(work)
+        return self._captured[name]()
+
+    def _upload(self, graph: str, inputs: Mapping[str, NDArray[np.generic]]) -> None:
         check_types(graph, self._types, inputs)
-        return {name: torch.tensor(array, device=self._device) for name, array in inputs.items()}
+        # On a card, an index beyond the table would end every later call of the process.
+        tokens = inputs.get("tokens", np.zeros(1))
+        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+            raise EngineError(
+                f"{graph}: tokens: expected 0 to {self._vocab_size - 1}, got {tokens.min()} to {tokens.max()}"
+            )
+        for name, array in inputs.items():
+            self._stream.upload(name, array)
 
-    def _run(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    @contextmanager
+    def _running(self, graph: str, cache: KVCache | None = None) -> Iterator[None]:
+        check_open(self._graphs)
+        if cache is not None:
+            check_cache(self, cache, self._generation)
         try:
-            return self._graphs[graph](inputs)
+            with self._stream.active(), torch.no_grad():
+                yield
         except (IndexError, RuntimeError, TypeError, ValueError) as error:  # what torch's operators raise
             raise EngineError(f"{PROGRAMS[graph]}: torch failed while running it ({error})") from error
-
-
-class _Graph:
-    """A program with its weights on a device."""
-
-    def __init__(self, program: Program, device: str) -> None:
-        self._program, self._device = program, device
-        self._weights = {name: _weight(program, name).to(device) for name in program.weights}
-        self._steps = [(_resolve(operation), operation) for operation in program.operations]
-        # A tensor is let go after its last reader: the prefill of a large model would keep all layers' at once.
-        last = {name: k for k, operation in enumerate(program.operations) for name in operation.names()}
-        kept = {*program.outputs, *program.inputs, *program.weights}
-        self._done = [
-            [name for name in operation.names() if last[name] == k and name not in kept]
-            for k, operation in enumerate(program.operations)
-        ]
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        tensors = {**self._weights, **inputs}
-        for (function, operation), done in zip(self._steps, self._done, strict=True):
-            arguments = [self._value(tensors, value) for value in operation.arguments]
-            options = {name: self._value(tensors, value) for name, value in operation.options.items()}
-            result = function(*arguments, **options)
-            if isinstance(operation.outputs, Name):
-                tensors[operation.outputs] = result
-            else:
-                tensors.update(zip(operation.outputs, result, strict=True))
-            for name in done:
-                tensors.pop(name, None)
-        return [tensors[name] for name in self._program.outputs]
-
-    def _value(self, tensors: Mapping[str, Tensor], value: Any) -> Any:
-        match value:
-            case Name():
-                return tensors[value]
-            case Constant():
-                return getattr(torch, value)
-            case Device():
-                return self._device
-            case list():
-                return [self._value(tensors, part) for part in value]
-        return value
-
-
-def _weight(program: Program, name: str) -> Tensor:
-    weight = torch.from_numpy(program.read_weight(name))
-    return weight.view(torch.bfloat16) if program.weights[name].dtype == "bfloat16" else weight
-
-
-def _resolve(operation: Operation) -> Any:
-    name, overload = operation.operator.split(".")  # one of pt2.OPERATORS
-    return getattr(getattr(torch.ops.aten, name), overload)

@@ -51,15 +51,27 @@ class Batch:
     action_BHA: Tensor | None = None
     state_BJ: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
+        return Batch(**moved)
+
 
 class BatchMaker:
     """Draws batches from frames; all randomness comes from the generator passed to each call."""
 
     def __init__(
-        self, tokenizer: Tokenizer, fast: FastTokenizer, space: ActionSpace, *, length: int, grid: int, frequencies: int
+        self,
+        tokenizer: Tokenizer,
+        fast: FastTokenizer,
+        space: ActionSpace,
+        *,
+        length: int,
+        grid: int,
+        frequencies: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.tokenizer, self.fast, self.space = tokenizer, fast, space
-        self.length, self.grid, self.frequencies = length, grid, frequencies
+        self.length, self.grid, self.frequencies, self.device = length, grid, frequencies, device
         self.eos = token_id(tokenizer, EOS_TOKEN)
         self.first_fast = fast_id(tokenizer, 0)
 
@@ -81,7 +93,8 @@ class BatchMaker:
         frames = np.sort(rng.choice(len(scenes["uv"]), size=count, replace=False))
         images = scenes["images"][frames].reshape(-1, *scenes["images"].shape[2:])
         cells = scenes["cells"][frames].reshape(len(images), -1).astype(np.int64)
-        return augment(torch.from_numpy(images_to_input(images)), rng), torch.from_numpy(cells)
+        views = augment(torch.from_numpy(images_to_input(images)), rng)
+        return views.to(self.device), torch.from_numpy(cells).to(self.device)
 
     def draw_robot(
         self, robot: Arrays, count: int, rng: np.random.Generator, frames: NDArray[np.int64] | None = None
@@ -95,8 +108,8 @@ class BatchMaker:
         action_BHA = self.space.normalize_chunk(robot["chunk"][chosen].astype(np.float64), state_BJ)
         prompts, answers, targets = [], [], []
         for row, frame in enumerate(chosen):
-            task, seen = commanded(robot, frame)
-            prompts.append(self.robot_prompt(task.instruction, state_BJ[row]))
+            instruction, seen = commanded(robot, frame)
+            prompts.append(self.robot_prompt(instruction, state_BJ[row]))
             answers.append([self.first_fast + i for i in self.fast.encode(action_BHA[row])])
             targets.append(seen)
         readout = self.fast.coefficients(action_BHA)[:, : self.frequencies]
@@ -162,15 +175,21 @@ class BatchMaker:
             readout_BKA=readout,
             action_BHA=action,
             state_BJ=state,
-        )
+        ).to(self.device)
 
 
-def commanded(robot: Arrays, frame: int) -> tuple[Task, SeenObject]:
-    """The task of a robot frame and its object, wherever it is now in the scene image."""
+def commanded(robot: Arrays, frame: int) -> tuple[str, SeenObject | None]:
+    """The instruction of a robot frame and its object, wherever it is now in the scene image.
+
+    Recorded frames have the instruction as text (`task`), and nobody knows where its object is.
+    """
+    if "task" in robot:
+        return str(robot["task"][frame]), None
     target = int(robot["target"][frame])
     colour, shape = COMBINATIONS[robot["kind"][frame][target]]
     u, v = robot["uv"][frame][target]
-    return Task(VERBS[int(robot["verb"][frame])], colour, shape), SeenObject(colour, shape, float(u), float(v))
+    task = Task(VERBS[int(robot["verb"][frame])], colour, shape)
+    return task.instruction, SeenObject(colour, shape, float(u), float(v))
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:

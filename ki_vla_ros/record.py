@@ -1,0 +1,214 @@
+"""Records what a running policy reads and says into an mcap bag that replay understands by itself.
+
+    ros2 run ki_vla_ros record [--out FOLDER] [--writer auto|ros2bag|own] [--ros-args -r __ns:=/left]
+
+Bundle, parameters and the names of the topics come from the policy itself, out of the text on its ~/session; until that
+is there it waits. Where `ros2 bag` and its mcap storage are installed, this process becomes `ros2 bag record`;
+otherwise it records by itself (recorder.py). Images are neither decoded nor changed. It ends on SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.experimental.events_executor import EventsExecutor
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.serialization import deserialize_message
+from rclpy.utilities import remove_ros_args
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray, String
+from trajectory_msgs.msg import JointTrajectory
+
+from ki_vla_ros import session
+from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
+from ki_vla_ros.process import run_node
+from ki_vla_ros.recorder import Recorder
+from ki_vla_ros.session import Session, read_session, session_topic
+
+MESSAGES: Final[dict[str, Any]] = {
+    session.IMAGE: Image,
+    session.COMPRESSED_IMAGE: CompressedImage,
+    session.TRAJECTORY: JointTrajectory,
+    session.TEXT: String,
+    "sensor_msgs/msg/JointState": JointState,
+    "std_msgs/msg/Float64MultiArray": Float64MultiArray,
+    "diagnostic_msgs/msg/DiagnosticArray": DiagnosticArray,
+}
+DIAGNOSTICS: Final = {"/diagnostics": "diagnostic_msgs/msg/DiagnosticArray"}
+# What sensors send without waiting for anyone is taken likewise; of the rest no message may be lost.
+SENSORS: Final = (session.IMAGE, session.COMPRESSED_IMAGE, "sensor_msgs/msg/JointState")
+LATCHED: Final = QoSProfile(depth=10, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+# The policy goes first where the processor is short.
+NICENESS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    out: Path
+    policy: str
+    writer: str
+
+
+class RecorderNode(Node):
+    """Waits for the policy's session, then subscribes to all that it names and hands it to a Recorder."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__("recorder")
+        self.session: Session | None = None
+        self.recorder: Recorder | None = None
+        self._options = options
+        self._topics: set[str] = set()
+        self._fault: ConfigurationError | None = None
+        self._session_topic = session_topic(self.resolve_topic_name(options.policy))
+        self.create_subscription(String, self._session_topic, self._on_session, LATCHED, raw=True)
+        self.get_logger().info(f"waiting for {self._session_topic}; is the policy configured?")
+
+    def check(self) -> None:
+        """Raises what has ended the recording, if anything."""
+        if self._fault is not None:
+            raise self._fault
+        if self.recorder is not None and self.recorder.failure is not None:
+            raise KiVlaError(f"recording ended: {self.recorder.failure}; is the disk full?")
+
+    def _on_session(self, serialised: bytes) -> None:
+        try:
+            self.session = read_session(deserialize_message(serialised, String).data)
+            types = {**self.session.message_types, **DIAGNOSTICS}
+            if self._options.writer == "own":
+                self._record_session(types, serialised)
+        except InputError as error:
+            self._fault = ConfigurationError(str(error))
+        except ConfigurationError as error:
+            self._fault = error
+
+    def _record_session(self, types: dict[str, str], serialised: bytes) -> None:
+        if self.recorder is None:
+            self.recorder = Recorder(self._options.out, {}, self._warn)
+            self.recorder.add_topic(self._session_topic, session.TEXT)
+            self._topics.add(self._session_topic)
+            self.get_logger().info(f"recording into {self._options.out}: {', '.join(sorted(types))}")
+        self._on_message(self._session_topic, serialised)
+        for topic, kind in types.items():  # a node that is configured again may have other topics
+            if topic not in self._topics:
+                self._topics.add(topic)
+                self.recorder.add_topic(topic, kind)
+                sensor = kind in SENSORS
+                reliability = ReliabilityPolicy.BEST_EFFORT if sensor else ReliabilityPolicy.RELIABLE
+                qos = QoSProfile(depth=10 if "Image" in kind else 500, reliability=reliability)
+                self.create_subscription(MESSAGES[kind], topic, partial(self._on_message, topic), qos, raw=True)
+
+    def _warn(self, message: str) -> None:
+        self.get_logger().error(message)
+
+    def _on_message(self, topic: str, serialised: bytes) -> None:
+        assert self.recorder is not None
+        self.recorder.record(topic, int(self.get_clock().now().nanoseconds), serialised)
+
+    def close(self) -> None:
+        """Ends the recording; KiVlaError if it is not whole."""
+        if self.recorder is not None:
+            self.recorder.close()
+        elif self.session is None:
+            self.get_logger().warning(f"nothing was recorded: {self._session_topic} never came")
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """ConfigurationError where the folder exists, or `ros2 bag` is asked for and not installed."""
+    parser = argparse.ArgumentParser(prog="record", description="record what a running policy reads and says")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(time.strftime("policy_%Y_%m_%d-%H_%M_%S")),
+        help="folder to make for the bag; default: policy_ and the time",
+    )
+    parser.add_argument("--policy", default="policy", help="name of the policy node; in the recorder's namespace")
+    parser.add_argument(
+        "--writer",
+        choices=("auto", "ros2bag", "own"),
+        default="auto",
+        help="ros2bag: `ros2 bag record`; own: this process; auto: ros2bag where it is installed with mcap",
+    )
+    given = parser.parse_args(arguments)
+    if given.out.exists():
+        raise ConfigurationError(f"recording: {given.out} exists already; remove it or choose another --out")
+    missing = missing_for_ros2_bag()
+    if given.writer == "ros2bag" and missing:
+        raise ConfigurationError(f"--writer ros2bag: {missing} is not installed; install it, or take --writer own")
+    writer = ("own" if missing else "ros2bag") if given.writer == "auto" else given.writer
+    return Options(given.out, given.policy, writer)
+
+
+def missing_for_ros2_bag() -> str:
+    """What `ros2 bag record --storage mcap` lacks, or ""."""
+    if shutil.which("ros2") is None or importlib.util.find_spec("ros2bag") is None:
+        return "ros2bag"
+    try:
+        from ament_index_python.packages import get_package_prefix
+
+        get_package_prefix("rosbag2_storage_mcap")
+    except (ImportError, LookupError, OSError):  # not in the index, or there is none
+        return "rosbag2_storage_mcap"
+    return ""
+
+
+def ros2_bag_command(options: Options, topics: Sequence[str], simulated_clock: bool) -> list[str]:
+    """Jazzy's and later ones'. Chunks are compressed, as with our own recorder."""
+    command = ["ros2", "bag", "record", "--storage", "mcap", "--storage-preset-profile", "zstd_fast"]
+    command += ["--output", str(options.out), "--disable-keyboard-controls"]
+    command += ["--use-sim-time"] if simulated_clock else []
+    return [*command, "--topics", *topics]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The executable `record`: 0 after SIGINT or SIGTERM, 1 with one message if something was wrong."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parse_options(remove_ros_args([sys.argv[0], *given])[1:])
+    except KiVlaError as error:
+        print(f"record: {error}", file=sys.stderr)
+        return 1
+    command: list[str] = []
+    code = run_node("record", partial(_run, options, command), given)
+    if code == 0 and command:
+        os.execvp(command[0], command)  # signals then reach it as they reach us
+    return code
+
+
+def _run(options: Options, command: list[str], stop: threading.Event) -> int:
+    """Records until `stop`; or leaves in `command` what shall record in this process's place."""
+    os.nice(NICENESS)
+    node = RecorderNode(options)
+    try:
+        executor = EventsExecutor()
+        executor.add_node(node)
+        while rclpy.ok() and not stop.is_set() and not command:
+            executor.spin_once(timeout_sec=0.1)
+            node.check()
+            if node.session is not None and options.writer == "ros2bag":
+                topics = sorted({**node.session.message_types, **DIAGNOSTICS})
+                command += ros2_bag_command(options, topics, bool(node.get_parameter("use_sim_time").value))
+                node.get_logger().info(f"ros2 bag record takes over: {', '.join(topics)}")
+    finally:
+        try:
+            node.close()
+        finally:
+            node.destroy_node()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

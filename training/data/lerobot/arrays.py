@@ -1,0 +1,95 @@
+"""A dataset -> the arrays that `BatchMaker.draw_robot` draws from, in memory.
+
+Legend: F frames, V cameras, S image size, H horizon, J joints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ki_vla_ros.bundle import file_sha256
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.preprocess import resize_with_pad
+from training.data.lerobot.dataset import Dataset
+from training.data.lerobot.layout import ACTION, STATE
+from training.data.simulated import CAMERAS, Arrays, ChunkTiming
+
+Ends = Literal["drop", "hold"]
+
+
+def load_dataset(
+    dataset: Dataset,
+    *,
+    cameras: Sequence[str],
+    image_size: int,
+    horizon: int,
+    period_s: float,
+    ends: Ends = "drop",
+) -> Arrays:
+    """`images` [F, V, S, S, 3] uint8 in the order of `cameras`, `state` [F, J] and `chunk` [F, H, J] float32, `task`
+    [F], `episode` [F].
+
+    `chunk[i]` holds the actions of frame i and those after it. Near an episode's end there are fewer than `horizon`:
+    such frames are left out ("drop"), or the last action is repeated ("hold": right where the arm then stays).
+    """
+    if abs(dataset.info.fps * period_s - 1.0) > 1e-6:
+        raise ConfigurationError(
+            f"dataset {dataset.folder}: expected {1.0 / period_s:g} frames per second, as actions are {period_s:g} s "
+            f"apart, got {dataset.info.fps}; convert the bags with --fps {round(1.0 / period_s)}"
+        )
+    for key in (STATE, ACTION):
+        if key not in dataset.info.features:
+            raise ConfigurationError(f"dataset {dataset.folder}: expected a feature {key!r}, got none")
+    parts: list[Arrays] = []
+    for episode in tqdm(dataset.episodes, desc="load", unit="episode", mininterval=5):
+        columns = dataset.columns(episode)
+        chunk_FHJ = make_chunks(columns[ACTION], horizon, ends)
+        if not len(chunk_FHJ):
+            continue
+        frames = len(chunk_FHJ)
+        images = np.empty((frames, len(cameras), image_size, image_size, 3), dtype=np.uint8)
+        for view, camera in enumerate(cameras):
+            for i, rgb_HWC in zip(range(frames), dataset.images(episode, camera), strict=False):
+                images[i, view] = resize_with_pad(rgb_HWC, image_size)
+        parts.append(
+            {
+                "images": images,
+                "state": columns[STATE][:frames].astype(np.float32),
+                "chunk": chunk_FHJ.astype(np.float32),
+                "task": np.array(dataset.task_of(columns)[:frames]),
+                "episode": np.full(frames, episode.index, dtype=np.int64),
+            }
+        )
+    if not parts:
+        raise ConfigurationError(
+            f"dataset {dataset.folder}: no episode has the {horizon} frames of a chunk; take ends='hold', or record "
+            "longer ones"
+        )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def load_recorded(folder: Path, timing: ChunkTiming, meta: dict[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays of the demo's arm and cameras, and `meta` with a fingerprint that covers the dataset, too.
+
+    An episode of the demo ends with the arm where it shall be, so chunks that reach beyond stay there.
+    """
+    sizes = {"image_size": timing.image_size, "horizon": timing.horizon, "period_s": timing.period_s}
+    arrays = load_dataset(Dataset(folder), cameras=CAMERAS, ends="hold", **sizes)
+    digest = hashlib.sha256(meta["fingerprint"].encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {file_sha256(path)}".encode())
+    return arrays, meta | {"fingerprint": digest.hexdigest()}
+
+
+def make_chunks(action_FJ: NDArray[np.floating], horizon: int, ends: Ends) -> NDArray[np.floating]:
+    """[F, H, J]: of each frame its action and the next; F is smaller by `horizon` - 1 with "drop"."""
+    last = len(action_FJ) - 1
+    frames = len(action_FJ) if ends == "hold" else max(0, len(action_FJ) - horizon + 1)
+    return action_FJ[np.minimum(np.arange(frames)[:, None] + np.arange(horizon), last)]

@@ -1,0 +1,126 @@
+"""Reads a dataset of format v3.0, ours or another's: episodes, their rows, and the images of their videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ki_vla_ros.errors import ConfigurationError, InputError
+from training.data.lerobot.layout import EPISODES, TASKS, Info, read_info
+from training.data.lerobot.video import read_frames
+
+
+@dataclass(frozen=True)
+class Episode:
+    """`row` holds what meta/episodes says of it, by column."""
+
+    index: int
+    length: int
+    tasks: tuple[str, ...]
+    row: Mapping[str, Any]
+
+
+class Dataset:
+    """ConfigurationError for a folder that is none, or whose parts do not fit; `tasks` by task_index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.info: Info = read_info(folder)
+        self.tasks = self._read_tasks()
+        self.episodes = self._read_episodes()
+        self._table: tuple[Path, pa.Table] | None = None  # the last file that was read
+        frames = sum(episode.length for episode in self.episodes)
+        if (frames, len(self.episodes)) != (self.info.total_frames, self.info.total_episodes):
+            raise ConfigurationError(
+                f"dataset {folder}: expected {self.info.total_episodes} episodes of {self.info.total_frames} frames as "
+                f"meta/info.json says, got {len(self.episodes)} of {frames} in meta/episodes; is the copy whole?"
+            )
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return tuple(self.info.cameras.values())
+
+    def columns(self, episode: Episode) -> dict[str, NDArray[Any]]:
+        """The episode's rows by feature, [N] or [N, D]; InputError where they are not those that meta/ describes."""
+        place = {name: episode.row[f"data/{name}"] for name in ("chunk_index", "file_index")}
+        path = self._inside(self.info.data_path.format(**place))
+        if self._table is None or self._table[0] != path:
+            names = [name for name, feature in self.info.features.items() if len(feature.shape) == 1]
+            self._table = path, _read_parquet(path).select(names)
+        table = self._table[1]
+        rows = np.flatnonzero(table["episode_index"].to_numpy() == episode.index)
+        if len(rows) != episode.length or np.any(np.diff(rows) != 1):
+            raise InputError(f"{path}: expected {episode.length} rows of episode {episode.index}, got {len(rows)}")
+        part = table.slice(int(rows[0]), len(rows))
+        columns = {name: _array(part[name].combine_chunks()) for name in part.column_names}
+        wanted = np.arange(episode.length) / self.info.fps
+        if not np.allclose(columns["timestamp"], wanted, rtol=1e-6, atol=1e-4):
+            raise InputError(f"{path}: episode {episode.index}: expected a timestamp every 1 / {self.info.fps} s")
+        return columns
+
+    def images(self, episode: Episode, camera: str) -> Iterator[NDArray[np.uint8]]:
+        """[H, W, 3] of each frame; InputError where the video lacks one."""
+        key = next((key for key, name in self.info.cameras.items() if name == camera), None)
+        if key is None or self.info.video_path is None:
+            raise ConfigurationError(
+                f"dataset {self.folder}: expected videos of camera {camera!r}, but it has those of "
+                f"{', '.join(self.cameras) or 'none'}"
+            )
+        place = {name: episode.row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
+        path = self._inside(self.info.video_path.format(video_key=key, **place))
+        from_s = float(episode.row[f"videos/{key}/from_timestamp"])
+        return read_frames(path, from_s, episode.length, self.info.fps)
+
+    def task_of(self, columns: Mapping[str, NDArray[Any]]) -> list[str]:
+        """The task of each frame."""
+        return [self.tasks[int(index)] for index in columns["task_index"]]
+
+    def _read_tasks(self) -> dict[int, str]:
+        table = _read_parquet(self.folder / TASKS)
+        # Older writers gave the index no name.
+        name = next((n for n in ("task", "__index_level_0__") if n in table.column_names), None)
+        if name is None or "task_index" not in table.column_names:
+            raise ConfigurationError(f"{self.folder / TASKS}: expected columns task and task_index")
+        return dict(zip(table["task_index"].to_pylist(), table[name].to_pylist(), strict=True))
+
+    def _read_episodes(self) -> list[Episode]:
+        pattern = EPISODES.format(chunk_index=0, file_index=0).replace("000", "*")
+        paths = sorted(self.folder.glob(pattern))
+        if not paths:
+            raise ConfigurationError(f"dataset {self.folder}: expected episodes in {pattern}, found none")
+        episodes = []
+        for path in paths:
+            table = _read_parquet(path)
+            for row in table.select([n for n in table.column_names if not n.startswith("stats/")]).to_pylist():
+                episodes.append(Episode(row["episode_index"], row["length"], tuple(row["tasks"]), row))
+        return sorted(episodes, key=lambda episode: episode.index)
+
+    def _inside(self, name: str) -> Path:
+        """A file of the dataset: its own metadata must not lead anywhere else."""
+        path = self.folder / name
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ConfigurationError(f"dataset {self.folder}: meta/info.json leads to {name}, outside of it")
+        return path
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    try:
+        return pq.ParquetFile(path).read()
+    except FileNotFoundError:
+        raise ConfigurationError(f"dataset: expected {path}, found none; is the copy whole?") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ConfigurationError(f"{path}: not a whole parquet file: {error}") from error
+
+
+def _array(column: pa.Array) -> NDArray[Any]:
+    kind = column.type
+    if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind):
+        return np.asarray(column.flatten()).reshape(len(column), -1)
+    return np.asarray(column)

@@ -1,0 +1,116 @@
+"""Which topics of a bag a dataset is made from, and the node's settings for putting them together.
+
+From what the bag itself says (`~/session`), from the node's parameter file, or from the command line; never from
+likeness of names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from ki_vla_ros.bags import Bag, decode
+from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.manifest import Manifest
+from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.session import Session, read_session
+from ki_vla_ros.settings import Settings
+from ki_vla_ros.share import find_bundle
+
+SESSION_SUFFIX: Final = "/session"
+STRING: Final = "std_msgs/msg/String"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Full topic names, joints in the order of state and action, and limits as `ObservationBuffer` takes them.
+
+    `trained`: range of joint positions by which degrees are told from radians, where a bundle says it.
+    """
+
+    cameras: Mapping[str, str]
+    joints: tuple[str, ...]
+    joint_topic: str
+    instruction_topic: str
+    command_topic: str
+    max_age_ns: int
+    slop_ns: int
+    camera_age_ns: Mapping[str, int]
+    joint_age_ns: int | None = None
+    use_receive_time: bool = False
+    trained: tuple[Sequence[float], Sequence[float]] | None = None
+
+    def within(self, bag: Bag) -> Sources:
+        """With cameras as they were recorded: raw images may be in the bag as `<topic>/compressed`.
+
+        ConfigurationError names the topics that the bag lacks.
+        """
+        cameras, missing = {}, []
+        for name, topic in self.cameras.items():
+            found = next((there for there in (topic, f"{topic}/compressed") if there in bag.topics), None)
+            cameras[name] = found or topic
+            missing += [] if found else [f"{topic} (camera {name!r})"]
+        if self.joint_topic not in bag.topics:
+            missing.append(f"{self.joint_topic} (joint states)")
+        if missing:
+            raise ConfigurationError(
+                f"bag {bag.path}: expected {', '.join(missing)}, but it has only {', '.join(sorted(bag.topics))}; give "
+                "the right names with --params, --camera or --joint-states"
+            )
+        return replace(self, cameras=cameras)
+
+
+def from_settings(
+    settings: Settings, cameras: Sequence[str], joints: Sequence[str], *, node: str, manifest: Manifest | None = None
+) -> Sources:
+    """Names without a leading slash lie in the namespace of `node`, as for the node itself (without remappings)."""
+    namespace = node.rpartition("/")[0]
+
+    def full(topic: str) -> str:
+        return topic if topic.startswith("/") else f"{namespace}/{topic}"
+
+    known = {name: settings.camera(name) for name in cameras}
+    return Sources(
+        cameras={name: full(camera.topic) for name, camera in known.items()},
+        joints=tuple(joints),
+        joint_topic=full(settings.joint_states_topic),
+        instruction_topic=f"{node}/instruction",
+        command_topic=full(settings.command_topic),
+        max_age_ns=_ns(settings.max_age_s),
+        slop_ns=_ns(settings.sync_slop_s),
+        camera_age_ns={name: _ns(camera.max_age_s) for name, camera in known.items() if camera.max_age_s},
+        joint_age_ns=_ns(settings.joint_max_age_s) or None,
+        use_receive_time=settings.use_receive_time,
+        trained=None if manifest is None else (manifest.state.low, manifest.state.high),
+    )
+
+
+def from_session(session: Session, manifest: Manifest) -> Sources:
+    """As the node that was running had them, remappings included."""
+    settings, topics = session.settings, session.topics
+    sources = from_settings(settings, list(topics.cameras), manifest.joint_names, node=session.node, manifest=manifest)
+    return replace(
+        sources,
+        cameras=topics.cameras,
+        joint_topic=topics.joint_states,
+        instruction_topic=topics.instruction,
+        command_topic=topics.command,
+    )
+
+
+def find_session(bag: Bag) -> Session | None:
+    """The first in the bag; None where nobody said it."""
+    topics = [topic.name for topic in bag.topics.values() if topic.name.endswith(SESSION_SUFFIX)]
+    for message in bag.messages([name for name in topics if bag.topics[name].type == STRING]) if topics else ():
+        return read_session(decode(message).data)
+    return None
+
+
+def read_manifest(bundle: str) -> Manifest:
+    return load_bundle(find_bundle(bundle)).manifest
+
+
+def _ns(duration_s: float) -> int:
+    return round(duration_s * NS_PER_S)
