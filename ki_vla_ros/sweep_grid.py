@@ -12,10 +12,11 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.manifest import PolicySpec
+from ki_vla_ros.replay_setup import parameter_values
 from ki_vla_ros.settings import ParameterSpec, Settings, check_names, parameter_specs, settings_from_parameters
 
 Value = bool | int | float | str
@@ -153,12 +154,5 @@ def _behaviour(settings: Settings, manifest: PolicySpec) -> tuple[object, ...]:
 
 def parameters_of(settings: Settings) -> dict[str, Value]:
     """By dotted name, as they would stand in a parameter file."""
-
-    def flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Value]]:
-        for name, value in tree.items():
-            if isinstance(value, Mapping):
-                yield from flat(value, f"{prefix}{name}.")
-            elif value is not None:
-                yield prefix + name, value
-
-    return dict(flat(settings.model_dump(), ""))
+    values = parameter_values(settings, list(settings.cameras), list(settings.limits.joints))
+    return cast("dict[str, Value]", values)
