@@ -121,7 +121,7 @@ def run(chosen: argparse.Namespace) -> ReplayResult:
         result = _measure(bag, plan, replay, trace, progress, chosen.out)
         sections = []
         if grid is not None and result.complete:
-            sections.append(tune(bag, plan, grid, options, result.metrics, chosen.out, progress))
+            sections.append(tune(bag, plan, grid, options, result.metrics, chosen.out, Progress(bag)))
         command = shlex.join(["python", "-m", "ki_vla_ros.replay", *chosen.arguments])
         (chosen.out / REPORT).write_text(report(trace, result.metrics, command, sections), encoding="utf-8")
         return result
