@@ -109,7 +109,8 @@ class Trace:
         if self.time_s and at_s - self.time_s[-1] > GAP_S:
             self._add_row(self.time_s[-1], {}, float("nan"))
         self._add_row(at_s, tick.age_ns, tick.latency_ns / 1e6)
-        if tick.hold is not None:
+        refused = tick.prediction is not None and tick.prediction.refusal is not None
+        if tick.hold is not None and not refused:
             self._mark("hold", cause(tick.hold), at_s)
         if tick.prediction is not None:
             self._add_prediction(tick.prediction, tick.instruction, at_s)
