@@ -20,7 +20,7 @@ from ki_vla_ros.pages import section, table
 from ki_vla_ros.parameter_file import NODE, PARAMETERS
 from ki_vla_ros.plots import Axes, Span, figure
 from ki_vla_ros.sweep_figures import Outcome
-from ki_vla_ros.sweep_grid import Changes, Grid, Value, parameters_of
+from ki_vla_ros.sweep_grid import Changes, Grid, Value, is_used, parameters_of
 
 Array = NDArray[np.float64]
 # Of all ticks: holds, refusals and missed deadlines that are one candidate more than the best are still as good.
@@ -99,7 +99,7 @@ def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int)
                 jump=jumps[c],
                 jerk=None if jerk_J is None else float(np.sqrt(jerk_J[main_J].mean() / outcome.jerks)),
                 age_ms=1e3 * outcome.age_s / outcome.acted if outcome.acted else None,
-                chunks_per_s=outcome.chunks / outcome.duration_s if outcome.duration_s else 0.0,
+                chunks_per_s=candidate.settings.rate_hz * outcome.chunks / max(outcome.ticks, 1),
             )
         )
     chosen = _choose(rows)
@@ -181,7 +181,8 @@ def sweep_section(grid: Grid, advice: Advice) -> str:
     for c in order:
         row, settings = advice.rows[c], parameters_of(grid.candidates[c].settings)
         mark = " (given)" if c == 0 else " (recommended)" if c == advice.chosen else ""
-        cells = [f"{html.escape(_yaml(settings[name]))}" for name in swept]
+        executor = str(settings["executor"])
+        cells = [html.escape(_yaml(settings[name])) if is_used(name, executor) else "-" for name in swept]
         cells[0] += f"<br><small>{mark.strip()}</small>" if mark else ""
         ci = "" if row.error_ci is None else f"<br><small>{row.error_ci[0]:.3g} to {row.error_ci[1]:.3g}</small>"
         cells += [_number(row.error_main), _number(row.error) + ci, _number(row.jump)]
@@ -196,7 +197,7 @@ def sweep_section(grid: Grid, advice: Advice) -> str:
         "Error: the commanded motion against what the bag shows. Settings whose error the bag cannot tell from the "
         f"least come first. {CAUTION}"
     )
-    drawn = f'<div class="plots">{_trade_off(advice, given)}</div>'
+    drawn = _trade_off(advice, given)
     position = order.index(advice.chosen)
     return section("Sweep", told, drawn, table(names, rows, marked=position), listed, note=note)
 
@@ -240,7 +241,7 @@ def _trade_off(advice: Advice, given: Mapping[str, Value]) -> str:
         f'<span><i class="key" style="border-color:var(--{colours[k % 5]})"></i>{html.escape(name)}</span>'
         for k, name in enumerate(executors)
     )
-    return "".join(figures) + f'<div class="legend">{keys}</div>'
+    return f'<div class="legend">{keys}</div><div class="plots">{"".join(figures)}</div>'
 
 
 def _draws(outcomes: Sequence[Outcome], weigh: Callable[[Array], float], joints: int, seed: int) -> Draws:

@@ -72,9 +72,7 @@ def make_grid(texts: Sequence[str], base: Settings, manifest: PolicySpec) -> Gri
         changes = dict(zip(axes, values, strict=True))
         executor = changes.get("executor", base.executor)
         changes = {
-            name: value
-            for name, value in changes.items()
-            if value != given[name] and executor in _ONLY_FOR.get(name, (executor,))
+            name: value for name, value in changes.items() if value != given[name] and is_used(name, str(executor))
         }
         try:
             settings = settings_from_parameters(given | changes)
@@ -138,9 +136,7 @@ def _checked(value: Value, spec: ParameterSpec, text: str) -> Value:
 def _behaviour(settings: Settings, manifest: PolicySpec) -> tuple[object, ...]:
     """Alike for settings between which no replay could tell the difference."""
     values = dict(parameters_of(settings))
-    for name, executors in _ONLY_FOR.items():
-        if settings.executor not in executors:
-            values[name] = 0
+    values |= {name: 0 for name in _ONLY_FOR if not is_used(name, settings.executor)}
     if settings.executor == "synchronous":
         executed = round(settings.execution_horizon_s / manifest.action_period_s)
         values["execution_horizon_s"] = max(1, min(manifest.horizon, executed))
@@ -150,6 +146,11 @@ def _behaviour(settings: Settings, manifest: PolicySpec) -> tuple[object, ...]:
         halfway = ticks > 1.0 and abs(ticks % 1.0 - 0.5) < 0.1
         values["execution_horizon_s"] = round(ticks, 3) if halfway else float(max(1, round(ticks)))
     return tuple(sorted(values.items()))
+
+
+def is_used(name: str, executor: str) -> bool:
+    """Whether an executor looks at this parameter."""
+    return executor in _ONLY_FOR.get(name, (executor,))
 
 
 def parameters_of(settings: Settings) -> dict[str, Value]:
