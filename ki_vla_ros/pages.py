@@ -51,6 +51,11 @@ def warning(text: str) -> str:
     return f'<p class="warning">{html.escape(text)}</p>'
 
 
+def remark(text: str) -> str:
+    """As a warning, but nothing is wrong."""
+    return f'<p class="warning told">{html.escape(text)}</p>'
+
+
 STYLE: Final = """
 :root { --ink: #1c2430; --soft: #5f6875; --paper: #fff; --card: #f3f5f8; --line: #d5dae1; --grid: #e2e6ec;
  --blue: #2f6fde; --pale: #bcd2f6; --red: #c2255c; --orange: #d9480f; --green: #15803d; --violet: #7a3fc4; }
@@ -63,12 +68,12 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 24px 16px
 h1 { margin: 0; font-size: 26px; } h2 { font-size: 19px; margin: 34px 0 4px; } h3 { font-size: 15px; margin: 0; }
 .sub, .note, figcaption small, .tile small { color: var(--soft); } .sub { margin: 4px 0 20px; font-size: 13px; }
 .note { margin: 0 0 12px; font-size: 13px; max-width: 46em; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 10px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); gap: 10px; }
 .tile { background: var(--card); border-radius: 10px; padding: 11px 13px; }
-.tile b { display: block; font-size: 23px; line-height: 1.2; } .tile span, .tile small { display: block; }
+.tile b { display: block; font-size: 20px; line-height: 1.2; } .tile span, .tile small { display: block; }
 .tile small { font-size: 12.5px; }
 .warning { border-left: 4px solid var(--orange); background: var(--card); border-radius: 4px; padding: 8px 12px;
- margin: 10px 0; font-size: 14px; }
+ margin: 10px 0; font-size: 14px; } .told { border-color: var(--line); }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 10px; }
 .plots.wide { grid-template-columns: 1fr; }
 figure { margin: 0; background: var(--card); border-radius: 10px; padding: 9px 12px 8px; min-width: 0; }
@@ -104,6 +109,7 @@ th, td { text-align: right; padding: 5px 9px; font-variant-numeric: tabular-nums
 th:first-child, td:first-child { text-align: left; padding-left: 4px; }
 th { border-bottom: 2px solid var(--line); font-size: 12.5px; vertical-align: bottom; }
 td { border-bottom: 1px solid var(--grid); } td small { color: var(--soft); white-space: nowrap; }
+table.words th { text-align: left; }
 table.words td { text-align: left; overflow-wrap: anywhere; } tr.marked td { background: var(--pale); }
 td .spark { width: 90px; height: 22px; display: inline-block; vertical-align: middle; }
 td .spark svg { width: 100%; height: 100%; }

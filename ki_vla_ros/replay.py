@@ -2,14 +2,17 @@
 
     python -m ki_vla_ros.replay BAG --bundle demo --params config/demo.yaml --out out/replay
     python -m ki_vla_ros.replay BAG --latency 0.080 --set executor=rtc --fail-if "error.rms>0.1"
+    python -m ki_vla_ros.replay BAG --sweep execution_horizon=1..H inference_delay=0..4 executor=asynchronous,rtc
 
 A bag that holds the policy's ~/session needs neither --bundle nor --params. Figures go to OUT/metrics.json
-(docs/replay.md), the predicted chunks beside what was recorded to OUT/predicted, an mcap for Foxglove.
+(docs/replay.md), a page to look at to OUT/report.html, the predicted chunks beside what was recorded to OUT/predicted,
+an mcap for Foxglove. With --sweep many settings are tried, and OUT/recommended.yaml says which to take.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 import time
@@ -28,12 +31,16 @@ from ki_vla_ros.records import NS_PER_S, Observation
 from ki_vla_ros.replay_document import METRICS, make_metrics, write_metrics
 from ki_vla_ros.replay_options import ReplayOptions
 from ki_vla_ros.replay_records import ReplayResult, TickRecord
+from ki_vla_ros.replay_report import report
 from ki_vla_ros.replay_run import Replay
 from ki_vla_ros.replay_setup import REFERENCES, SetUp, set_up
+from ki_vla_ros.replay_trace import Trace
 from ki_vla_ros.settings import parameter_specs
+from ki_vla_ros.sweep_grid import make_grid
+from ki_vla_ros.sweep_output import tune
 from ki_vla_ros.thresholds import Threshold, parse_threshold
 
-PREDICTED = "predicted"
+PREDICTED, REPORT = "predicted", "report.html"
 # metrics.json is written so often while a long bag is read, and for the first time after the first of these.
 FIRST_FIGURES_S, FIGURES_EVERY_S = 3.0, 15.0
 PROGRESS_EVERY_S, LINE_EVERY_S = 0.2, 10.0
@@ -44,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0; 1 with one message where it cannot be done; 3 if a --fail-if holds; 130 after Ctrl-C."""
     try:
         chosen = _parser().parse_args(arguments)
+        chosen.arguments = list(sys.argv[1:] if arguments is None else arguments)
         thresholds = [parse_threshold(text) for text in chosen.fail_if]
         result = run(chosen)
         _report(chosen.out, result)
@@ -78,6 +86,9 @@ def run(chosen: argparse.Namespace) -> ReplayResult:
         resources.callback(engine.close)
         as_recorded = chosen.ticks == "recorded"
         latency = parse_latency(chosen.latency or (RECORDED if as_recorded else MEASURED), plan.settings.noise_seed)
+        # Before anything takes long.
+        grid = make_grid(chosen.sweep, plan.settings, plan.bundle.manifest) if chosen.sweep else None
+        trace = Trace(plan.bundle.manifest)
         progress = Progress(bag)
         resources.enter_context(progress.interruptible())
         predicted = None
@@ -104,12 +115,19 @@ def run(chosen: argparse.Namespace) -> ReplayResult:
             latency=latency,
             on_message=on_message,
             on_tick=on_tick,
+            on_observation=trace.see,
         )
         replay = Replay(bag, plan.bundle, engine, plan.settings, plan.topics, options)
-        return _measure(bag, plan, replay, progress, chosen.out)
+        result = _measure(bag, plan, replay, trace, progress, chosen.out)
+        sections = []
+        if grid is not None and result.complete:
+            sections.append(tune(bag, plan, grid, options, result.metrics, chosen.out, Progress(bag)))
+        command = shlex.join(["python", "-m", "ki_vla_ros.replay", *chosen.arguments])
+        (chosen.out / REPORT).write_text(report(trace, result.metrics, command, sections), encoding="utf-8")
+        return result
 
 
-def _measure(bag: Bag, plan: SetUp, replay: Replay, progress: Progress, out: Path) -> ReplayResult:
+def _measure(bag: Bag, plan: SetUp, replay: Replay, trace: Trace, progress: Progress, out: Path) -> ReplayResult:
     options, seed = replay.options, plan.settings.noise_seed
     figures = Figures(plan.bundle.manifest, options.other_instruction, options.probe_every_s, seed)
     began_s = time.perf_counter()
@@ -122,12 +140,15 @@ def _measure(bag: Bag, plan: SetUp, replay: Replay, progress: Progress, out: Pat
     try:
         for tick in replay.ticks():
             figures.add(tick)
+            trace.add(tick)
             progress.show(replay.now_ns)
             if time.perf_counter() >= due_s:
                 write_metrics(out, metrics("still running"))
                 due_s = time.perf_counter() + FIGURES_EVERY_S
     except KeyboardInterrupt:
         stopped = Progress.INTERRUPTED
+        for tick in replay.take_pending():
+            figures.add(tick)
     progress.end()
     result = ReplayResult(metrics(stopped), stopped is None)
     write_metrics(out, dict(result.metrics))
@@ -242,6 +263,13 @@ def _parser() -> argparse.ArgumentParser:
         "--ticks", choices=("paced", "recorded"), default="paced", help="recorded: the very ticks of the live node"
     )
     parser.add_argument("--sensitivity-every", type=float, default=2.0, metavar="S", help="0: none; default 2 s")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUES",
+        help="e.g. execution_horizon=1..H executor=rtc,asynchronous",
+    )
     parser.add_argument("--no-mcap", dest="mcap", action="store_false", help=f"do not write OUT/{PREDICTED}")
     parser.add_argument(
         "--fail-if", action="append", default=[], metavar="CONDITION", help='e.g. "error.rms>0.1": then exit code 3'

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ki_vla_ros.manifest import JointSpec
-from ki_vla_ros.pages import page, section, table, tiles, warning
+from ki_vla_ros.pages import page, remark, section, table, tiles, warning
 from ki_vla_ros.plots import Axes, Span, clock, figure, lanes, spark
 from ki_vla_ros.replay_records import Prediction
 from ki_vla_ros.replay_trace import MOMENTS, Moment, Trace
@@ -85,7 +85,7 @@ def _warnings(metrics: Metrics) -> Iterable[str]:
     for fault in metrics["bag"]["faults"]:
         yield warning(f"Bag, {fault['where']}: {fault['message']}")
     for note in metrics["bag"]["notes"]:
-        yield warning(note)
+        yield remark(note)
 
 
 def _joints(trace: Trace, metrics: Metrics) -> str:
@@ -116,7 +116,7 @@ def _joints(trace: Trace, metrics: Metrics) -> str:
 
 def _joint_note(joint: JointSpec, metrics: Metrics) -> str:
     found = (metrics["error"].get("by_joint") or {}).get(joint.name)
-    return f"{joint.unit}; rms {_value(found['rms'])} {_interval(found['rms_ci'])}" if found else joint.unit
+    return f"{joint.unit}; rms {_value(found['rms'])} ({_interval(found['rms_ci'])})" if found else joint.unit
 
 
 def _curve(trace: Trace, chunk: Prediction, j: int) -> tuple[list[float], list[float]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import heapq
 import itertools
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from ki_vla_ros.bags import camera_frame
 from ki_vla_ros.manifest import PolicySpec
@@ -25,6 +26,8 @@ from ki_vla_ros.replay_records import Prediction, TickRecord
 # Chunks drawn over the whole bag, and around each of the worst moments.
 MOST_CHUNKS = 240
 MOMENTS, AROUND_S = 4, 3.0
+# Lines are interrupted where ticks, or chunks, are farther apart: the node was not active.
+GAP_S = 1.0
 # Of a lane of the timeline; the page is 1000 units wide.
 MOST_INSTANTS = 4000
 THUMB_PX, THUMB_QUALITY = 224, 78
@@ -84,7 +87,6 @@ class Trace:
     """By kind ("hold", "refused", "corrected", "restart") and cause."""
     chunks: list[Prediction] = field(default_factory=list)
     """Evenly over the bag, at most `MOST_CHUNKS`."""
-    instructions: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.state_JT = [array("f") for _ in self.spec.joints]
@@ -104,15 +106,11 @@ class Trace:
         if self.start_ns is None:
             self.start_ns = tick.stamp_ns
         at_s = self.seconds(tick.stamp_ns)
-        self.instructions[tick.instruction] += 1
-        for name in tick.age_ns:
-            self.ages_ms.setdefault(name, array("f", [float("nan")] * len(self.time_s)))
-        for name, ages in self.ages_ms.items():
-            age_ns = tick.age_ns.get(name)
-            ages.append(float("nan") if age_ns is None else age_ns / 1e6)
-        self.time_s.append(at_s)
-        self.latency_ms.append(tick.latency_ns / 1e6)
-        if tick.hold is not None:
+        if self.time_s and at_s - self.time_s[-1] > GAP_S:
+            self._add_row(self.time_s[-1], {}, float("nan"))
+        self._add_row(at_s, tick.age_ns, tick.latency_ns / 1e6)
+        refused = tick.prediction is not None and tick.prediction.refusal is not None
+        if tick.hold is not None and not refused:
             self._mark("hold", cause(tick.hold), at_s)
         if tick.prediction is not None:
             self._add_prediction(tick.prediction, tick.instruction, at_s)
@@ -125,10 +123,20 @@ class Trace:
     def seconds(self, time_ns: int) -> float:
         return (time_ns - (self.start_ns or 0)) / NS_PER_S
 
+    def _add_row(self, at_s: float, age_ns: Mapping[str, int | None], latency_ms: float) -> None:
+        for name in age_ns:
+            self.ages_ms.setdefault(name, array("f", [float("nan")] * len(self.time_s)))
+        for name, ages in self.ages_ms.items():
+            known_ns = age_ns.get(name)
+            ages.append(float("nan") if known_ns is None else known_ns / 1e6)
+        self.time_s.append(at_s)
+        self.latency_ms.append(latency_ms)
+
     def _add_prediction(self, prediction: Prediction, instruction: str, at_s: float) -> None:
-        self.state_s.append(self.seconds(prediction.start_ns))
-        for row, value in zip(self.state_JT, prediction.state_J, strict=True):
-            row.append(value)
+        start_s = self.seconds(prediction.start_ns)
+        if self.state_s and start_s - self.state_s[-1] > GAP_S:
+            self._add_state(self.state_s[-1], np.full(len(prediction.state_J), np.nan))
+        self._add_state(start_s, prediction.state_J)
         if prediction.refusal is not None:
             self._mark("refused", cause(prediction.refusal), at_s)
         for words in prediction.corrections:
@@ -153,6 +161,11 @@ class Trace:
                 jpegs[frame.camera] = _thumbnail(frame)
         self._latest.append(_Kept(error, instruction, prediction, jpegs))
         self._compare(prediction.start_ns)
+
+    def _add_state(self, at_s: float, state_J: NDArray[np.float64]) -> None:
+        self.state_s.append(at_s)
+        for row, value in zip(self.state_JT, state_J, strict=True):
+            row.append(value)
 
     def _compare(self, now_ns: int | None) -> None:
         """Takes the highest of its neighbourhood into the worst moments, once all its neighbours are known."""

@@ -21,7 +21,9 @@ Array = NDArray[np.float64]
 
 @dataclass
 class Outcome:
-    """Of one setting. `squares` and `jumps`: by segment, [sum, count] of squares; errors [J] in joint units."""
+    """Of one setting. `squares` (errors) and `jumps`: by segment of time, sums [J] of squares and how many there were.
+    `age_s`: summed over the `acted` actions, since the observations they came from.
+    """
 
     ticks: int = 0
     chunks: int = 0
@@ -29,7 +31,6 @@ class Outcome:
     refused: int = 0
     restarts: int = 0
     missed: int = 0
-    duration_s: float = 0.0
     squares: dict[int, tuple[Array, int]] = field(default_factory=dict)
     jumps: dict[int, tuple[Array, int]] = field(default_factory=dict)
     jerk_square_J: Array | None = None
@@ -57,7 +58,6 @@ class Execution:
         outcome.ticks += 1
         outcome.held += tick.hold is not None and tick.prediction is None
         outcome.missed = tick.missed
-        outcome.duration_s = (tick.stamp_ns - self._first_ns) / NS_PER_S
         for motion in tick.motions:
             self._add_jerk(motion)
         chunk = tick.prediction

@@ -12,10 +12,11 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.manifest import PolicySpec
+from ki_vla_ros.replay_setup import parameter_values
 from ki_vla_ros.settings import ParameterSpec, Settings, check_names, parameter_specs, settings_from_parameters
 
 Value = bool | int | float | str
@@ -71,9 +72,7 @@ def make_grid(texts: Sequence[str], base: Settings, manifest: PolicySpec) -> Gri
         changes = dict(zip(axes, values, strict=True))
         executor = changes.get("executor", base.executor)
         changes = {
-            name: value
-            for name, value in changes.items()
-            if value != given[name] and executor in _ONLY_FOR.get(name, (executor,))
+            name: value for name, value in changes.items() if value != given[name] and is_used(name, str(executor))
         }
         try:
             settings = settings_from_parameters(given | changes)
@@ -137,9 +136,7 @@ def _checked(value: Value, spec: ParameterSpec, text: str) -> Value:
 def _behaviour(settings: Settings, manifest: PolicySpec) -> tuple[object, ...]:
     """Alike for settings between which no replay could tell the difference."""
     values = dict(parameters_of(settings))
-    for name, executors in _ONLY_FOR.items():
-        if settings.executor not in executors:
-            values[name] = 0
+    values |= {name: 0 for name in _ONLY_FOR if not is_used(name, settings.executor)}
     if settings.executor == "synchronous":
         executed = round(settings.execution_horizon_s / manifest.action_period_s)
         values["execution_horizon_s"] = max(1, min(manifest.horizon, executed))
@@ -151,14 +148,12 @@ def _behaviour(settings: Settings, manifest: PolicySpec) -> tuple[object, ...]:
     return tuple(sorted(values.items()))
 
 
+def is_used(name: str, executor: str) -> bool:
+    """Whether an executor looks at this parameter."""
+    return executor in _ONLY_FOR.get(name, (executor,))
+
+
 def parameters_of(settings: Settings) -> dict[str, Value]:
     """By dotted name, as they would stand in a parameter file."""
-
-    def flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Value]]:
-        for name, value in tree.items():
-            if isinstance(value, Mapping):
-                yield from flat(value, f"{prefix}{name}.")
-            elif value is not None:
-                yield prefix + name, value
-
-    return dict(flat(settings.model_dump(), ""))
+    values = parameter_values(settings, list(settings.cameras), list(settings.limits.joints))
+    return cast("dict[str, Value]", values)
