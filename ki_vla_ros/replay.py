@@ -128,6 +128,8 @@ def _measure(bag: Bag, plan: SetUp, replay: Replay, progress: Progress, out: Pat
                 due_s = time.perf_counter() + FIGURES_EVERY_S
     except KeyboardInterrupt:
         stopped = Progress.INTERRUPTED
+        for tick in replay.take_pending():
+            figures.add(tick)
     progress.end()
     result = ReplayResult(metrics(stopped), stopped is None)
     write_metrics(out, dict(result.metrics))

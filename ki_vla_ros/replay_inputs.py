@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,8 @@ from ki_vla_ros.preprocess import resize_with_pad
 from ki_vla_ros.records import CameraFrame, Observation
 from ki_vla_ros.session import IMAGE
 
-# A recorder may get a message so much later than the node did.
-RECORDER_LAG_NS = 1_000_000_000
+# A recorder may get a message so much later than the node did. Not longer than the frames that a buffer keeps.
+RECORDER_LAG_NS = 200_000_000
 
 
 class BagFrame(CameraFrame):
@@ -196,7 +196,8 @@ class ReplayBuffer(ObservationBuffer):
     def latest(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
         with self.paused():
             if self.recorded is not None and self.recorded.joint_ns:
-                (stamp_ns,) = self.recorded.joint_ns[-1:]
+                stamp_ns = self.recorded.joint_ns[-1]
+                self._await_recorded(self.recorded.joint_ns, {})
                 return stamp_ns, self._reading(stamp_ns)
             self.feed.advance(now_ns)
         return super().latest(now_ns, max_age_ns)
@@ -228,8 +229,7 @@ class ReplayBuffer(ObservationBuffer):
             raise StaleInput(tick.hold or "recorded: no chunk was due")
         if not (tick.frame_ns and tick.joint_ns):
             raise StaleInput("recorded: the node that ran then did not say which frames it used")
-        limit_ns = self.feed.now_ns + RECORDER_LAG_NS
-        self.feed.advance(limit_ns, until=lambda: self._has(tick))
+        self._await_recorded(tick.joint_ns, tick.frame_ns)
         frames = {}
         for name, stamp_ns in tick.frame_ns.items():
             camera = self._cameras.get(name)
@@ -246,12 +246,16 @@ class ReplayBuffer(ObservationBuffer):
         state_J = readings[0] + weight * (readings[1] - readings[0])
         return Observation(stamp_ns, frames, state_J, tick.joint_ns)
 
-    def _has(self, tick: RecordedTick) -> bool:
-        stamps = {name: [frame.stamp_ns for frame in camera.frames] for name, camera in self._cameras.items()}
-        joints = {stamp for stamp, _ in self._readings}
-        return all(stamp in stamps.get(name, ()) for name, stamp in tick.frame_ns.items()) and joints >= set(
-            tick.joint_ns
-        )
+    def _await_recorded(self, joint_ns: Sequence[int], frame_ns: Mapping[str, int]) -> None:
+        """Until the bag has given what the tick used, or the recorder cannot have been that late."""
+        joints = set(joint_ns)
+
+        def has_all() -> bool:
+            stamps = {name: [frame.stamp_ns for frame in camera.frames] for name, camera in self._cameras.items()}
+            frames = all(stamp in stamps.get(name, ()) for name, stamp in frame_ns.items())
+            return frames and joints <= {stamp for stamp, _ in self._readings}
+
+        self.feed.advance(self.feed.now_ns + RECORDER_LAG_NS, until=has_all)
 
     def _reading(self, stamp_ns: int) -> NDArray[np.float64]:
         for stamp, position_J in reversed(self._readings):

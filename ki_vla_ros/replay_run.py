@@ -26,7 +26,7 @@ from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import BURST_WAIT_NS
 from ki_vla_ros.pacing import Pacer, alignment_ns
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
-from ki_vla_ros.reference import CommandedPath, MeasuredPath, Reference
+from ki_vla_ros.reference import LONGEST_GAP_NS, CommandedPath, MeasuredPath, Reference
 from ki_vla_ros.replay_activity import Activity
 from ki_vla_ros.replay_inputs import Feed, Parity, RecordedTick, ReplayBuffer, read_tick
 from ki_vla_ros.replay_options import MessageSource, ReplayOptions
@@ -40,8 +40,6 @@ from ki_vla_ros.settings import Settings
 # The first tick waits for the first message of every input, at most so long.
 START_WAIT_NS = 1_000_000_000
 WATCHDOG_NS = 20_000_000
-# The joint states around a chunk's last action may come so much later.
-SETTLED_NS = 250_000_000
 
 
 class Replay:
@@ -127,7 +125,13 @@ class Replay:
             while self._pending and self._is_known(self._pending[0]):
                 known.append(self._with_reference(self._pending.popleft()))
             yield known
-        yield [self._with_reference(record) for record in self._pending]
+        yield self.take_pending()
+
+    def take_pending(self) -> Sequence[TickRecord]:
+        """What `ticks` has not handed on, with the reference as far as the bag was read; for a pass that is ended."""
+        pending = [self._with_reference(record) for record in self._pending]
+        self._pending.clear()
+        return pending
 
     # --- ticks
 
@@ -149,6 +153,8 @@ class Replay:
                 if settings.align_to_cameras and behind_ns is not None and abs(behind_ns) <= BURST_WAIT_NS:
                     self._feed.advance(now_ns + BURST_WAIT_NS, until=lambda at=now_ns: self._buffer.has_burst(at))  # type: ignore[misc]
                 record, ended_ns = self._tick(self._feed.now_ns, pacer.missed, None)
+                if record.hold is not None and self._feed.ended:
+                    return  # the bag ended while it computed: nobody knows what would have come of it
                 yield record
                 pacer.advance(ended_ns, round(NS_PER_S / settings.rate_hz))
                 if settings.align_to_cameras:
@@ -217,7 +223,7 @@ class Replay:
             prediction=prediction,
         )
         self._number += 1
-        self.options.on_tick(record, None if self._policy.decoded is None else self._policy.decoded[1])
+        self.options.on_tick(record, self._policy.decoded and self._policy.decoded[1])
         return record, ended_ns
 
     def _prediction(
@@ -388,7 +394,7 @@ class Replay:
     def _is_known(self, record: TickRecord) -> bool:
         """Whether the bag has come past all that the record's chunk speaks of."""
         chunk = record.prediction
-        return chunk is None or self._feed.now_ns > chunk.due_ns(len(chunk.position_HJ) - 1) + SETTLED_NS
+        return chunk is None or self._feed.now_ns > chunk.due_ns(len(chunk.position_HJ) - 1) + LONGEST_GAP_NS
 
     def _with_reference(self, record: TickRecord) -> TickRecord:
         chunk = record.prediction
