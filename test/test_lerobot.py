@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from bad_bags import (
     CAMERAS,
+    CASES,
     COMMAND_TOPIC,
     COMPRESSED_IMAGE,
     INSTRUCTION_TOPIC,
@@ -344,6 +345,40 @@ def test_messages_that_cannot_be_used_are_counted_and_named(tmp_path: Path, caps
     report = capsys.readouterr().out
     assert "1 x message on /camera/wrist/image_raw/compressed" in report and "neither" in report
     assert len(dataset.episodes) == 1  # the frame before it was young enough
+
+
+@pytest.mark.parametrize(
+    ("case", "frames"),
+    [
+        ("good sqlite", 19),
+        ("truncated mcap, zstd", 12),
+        ("truncated sqlite", None),  # as much as is left of it
+        ("a gap of minutes", None),
+        ("stamps go back", None),
+        ("corrupt jpegs", None),
+        ("zero messages", 0),
+        ("another serialization", 0),
+        ("cut messages", 0),
+    ],
+)
+def test_of_a_bad_bag_what_can_be_used_is_used_and_its_faults_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, frames: int | None
+) -> None:
+    bag, out = CASES[case].make(tmp_path), tmp_path / "dataset"
+    result = run("from-bag", bag, "--bundle", "demo", "--actions", "commands", "--out", out)
+    captured = capsys.readouterr()
+    assert all(re.search(fault, captured.out) for fault in CASES[case].faults), captured.out
+    if frames == 0:
+        assert result == 2 and captured.err.startswith("lerobot: ")
+        return
+    dataset = Dataset(out)
+    assert result == 0 and dataset.info.total_frames == (frames or dataset.info.total_frames) > 2
+    for episode in dataset.episodes:
+        rows = dataset.columns(episode)
+        expected = [where((stamp_ns - START_NS) / NS_PER_S) for stamp_ns in rows["stamp_ns"].tolist()]
+        if case not in ("a gap of minutes", "stamps go back"):
+            np.testing.assert_allclose(rows["observation.state"], expected, atol=1e-7)
+        assert len(list(dataset.images(episode, "wrist"))) == episode.length
 
 
 # --- datasets of others
