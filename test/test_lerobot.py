@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from bad_bags import (
     CAMERAS,
+    CASES,
     COMMAND_TOPIC,
     COMPRESSED_IMAGE,
     INSTRUCTION_TOPIC,
@@ -182,21 +183,26 @@ def status(reset: int | None, **more: Any) -> bytes:
 def test_markers_cut_where_the_robot_was_moved_and_nothing_of_before_remains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second recording begins 30 ms after the first ends, elsewhere, with the same instruction."""
+    """The second recording begins 30 ms after the first ends, elsewhere, with the same instruction.
+
+    Its joint states begin later than its images, so that nothing but the first's lie before those; and the first's last
+    images and joint state arrive late.
+    """
     first = recording(seconds=1.0)
     moved_ns = START_NS + NS_PER_S + 30 * MS
     second = [
         replace(m, data=joint_state(m.log_ns - 2 * MS, where(0.0) + 0.05)) if m.topic == JOINT_TOPIC else m
         for m in recording(seconds=1.0, start_ns=moved_ns)
+        if m.topic != JOINT_TOPIC or m.log_ns > moved_ns + 15 * MS
     ]
-    # A late image of before arrives after the mark.
-    late = next(m for m in reversed(first) if "scene" in m.topic)
+    late = [replace(m, log_ns=moved_ns + 1) for m in first if m.log_ns == START_NS + 952 * MS]
+    assert len(late) == 3
     marks = [
         BagMessage(STATUS, STRING, START_NS - 1, status(1, instruction="touch the red cube")),
         BagMessage(STATUS, STRING, START_NS + NS_PER_S // 2, status(1, success=True)),
         BagMessage(STATUS, STRING, moved_ns - 1, status(2, instruction="touch the red cube")),
     ]
-    messages = sorted([*first, *second, *marks, replace(late, log_ns=moved_ns + 1)], key=lambda message: message.log_ns)
+    messages = sorted([*first, *second, *marks, *late], key=lambda message: message.log_ns)
     dataset = convert(tmp_path, messages, fps=20)
     assert len(dataset.episodes) == 2
     one, two = (dataset.columns(episode) for episode in dataset.episodes)
@@ -204,13 +210,16 @@ def test_markers_cut_where_the_robot_was_moved_and_nothing_of_before_remains(
     np.testing.assert_allclose(
         one["action"], [where((t - START_NS) / NS_PER_S + 0.05) for t in one["stamp_ns"].tolist()]
     )
+    np.testing.assert_allclose(
+        two["observation.state"], np.broadcast_to(where(0.0) + 0.05, two["action"].shape), atol=1e-7
+    )
     np.testing.assert_allclose(two["action"], np.broadcast_to(where(0.0) + 0.05, two["action"].shape), atol=1e-7)
     assert "x action after the episode's end" in capsys.readouterr().out
 
 
 def test_a_repeated_instruction_begins_nothing_but_another_does(tmp_path: Path) -> None:
     repeats = [
-        BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + k * 100 * MS, text("touch the red cube")) for k in range(1, 8)
+        BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + k * 300 * MS, text("touch the red cube")) for k in range(1, 4)
     ]
     other = BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + NS_PER_S, text("touch the blue ball"))
     messages = sorted([*recording(), *repeats, other], key=lambda message: message.log_ns)
@@ -221,6 +230,22 @@ def test_a_repeated_instruction_begins_nothing_but_another_does(tmp_path: Path) 
     columns = whole.columns(whole.episodes[0])
     tasks = whole.task_of(columns)
     assert tasks == sorted(tasks, reverse=True) and 8 <= tasks.count("touch the red cube") <= 11
+
+
+def test_another_instruction_waits_for_a_command_of_its_own(tmp_path: Path) -> None:
+    """The first after it, which comes 50 ms later, says nothing about the time before its point in 100 ms."""
+    other = BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + 1050 * MS, text("touch the blue ball"))
+    messages = sorted([*recording(), other], key=lambda message: message.log_ns)
+    dataset = convert(tmp_path, messages, actions="commands", fps=20)
+    stamps = dataset.columns(dataset.episodes[1])["stamp_ns"]
+    assert stamps[0] == START_NS + 1150 * MS
+
+
+def test_what_arrives_at_the_instant_of_a_tick_is_there_for_it(tmp_path: Path) -> None:
+    messages = [replace(m, log_ns=m.log_ns - 2 * MS) if m.topic != INSTRUCTION_TOPIC else m for m in recording(1.0)]
+    dataset = convert(tmp_path, sorted(messages, key=lambda m: (m.log_ns, m.topic != INSTRUCTION_TOPIC)))
+    stamps = dataset.columns(dataset.episodes[0])["stamp_ns"]
+    assert ((stamps - START_NS) / 1e8).tolist() == list(range(len(stamps)))
 
 
 def test_a_bag_without_instructions_needs_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,6 +345,40 @@ def test_messages_that_cannot_be_used_are_counted_and_named(tmp_path: Path, caps
     report = capsys.readouterr().out
     assert "1 x message on /camera/wrist/image_raw/compressed" in report and "neither" in report
     assert len(dataset.episodes) == 1  # the frame before it was young enough
+
+
+@pytest.mark.parametrize(
+    ("case", "frames"),
+    [
+        ("good sqlite", 19),
+        ("truncated mcap, zstd", 12),
+        ("truncated sqlite", None),  # as much as is left of it
+        ("a gap of minutes", None),
+        ("stamps go back", None),
+        ("corrupt jpegs", None),
+        ("zero messages", 0),
+        ("another serialization", 0),
+        ("cut messages", 0),
+    ],
+)
+def test_of_a_bad_bag_what_can_be_used_is_used_and_its_faults_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, frames: int | None
+) -> None:
+    bag, out = CASES[case].make(tmp_path), tmp_path / "dataset"
+    result = run("from-bag", bag, "--bundle", "demo", "--actions", "commands", "--out", out)
+    captured = capsys.readouterr()
+    assert all(re.search(fault, captured.out) for fault in CASES[case].faults), captured.out
+    if frames == 0:
+        assert result == 2 and captured.err.startswith("lerobot: ")
+        return
+    dataset = Dataset(out)
+    assert result == 0 and dataset.info.total_frames == (frames or dataset.info.total_frames) > 2
+    for episode in dataset.episodes:
+        rows = dataset.columns(episode)
+        expected = [where((stamp_ns - START_NS) / NS_PER_S) for stamp_ns in rows["stamp_ns"].tolist()]
+        if case not in ("a gap of minutes", "stamps go back"):
+            np.testing.assert_allclose(rows["observation.state"], expected, atol=1e-7)
+        assert len(list(dataset.images(episode, "wrist"))) == episode.length
 
 
 # --- datasets of others
