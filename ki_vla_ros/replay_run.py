@@ -32,9 +32,9 @@ from ki_vla_ros.replay_inputs import Feed, Parity, RecordedTick, ReplayBuffer, r
 from ki_vla_ros.replay_options import MessageSource, ReplayOptions
 from ki_vla_ros.replay_policy import ReplayPolicy
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
-from ki_vla_ros.replay_topics import ReplayTopics, read_later_session
+from ki_vla_ros.replay_topics import POSITIONS, ReplayTopics, read_later_session
 from ki_vla_ros.replay_wire import ReplayDiagnostics, ReplayWire
-from ki_vla_ros.session import TRAJECTORY
+from ki_vla_ros.session import TEXT, TRAJECTORY
 from ki_vla_ros.settings import Settings
 
 # The first tick waits for the first message of every input, at most so long.
@@ -318,7 +318,7 @@ class Replay:
         if message.topic != self.topics.tick:
             return
         try:
-            tick = read_tick(decode(message).data)
+            tick = read_tick(decode(message, TEXT).data)
         except InputError as refusal:
             self._count_refusal(refusal)
             return
@@ -359,17 +359,17 @@ class Replay:
             self._measured.add(reading)
         elif topic == topics.command:
             add = self._commanded.add_trajectory if message.type == TRAJECTORY else self._commanded.add_positions
-            add(message.log_ns, decode(message))
+            add(message.log_ns, decode(message, TRAJECTORY, POSITIONS))
         elif topic == topics.instruction:
             if not self.options.instruction:
-                self._instruct(decode(message).data)
+                self._instruct(decode(message, TEXT).data)
         elif topic == topics.chunk:
             if self.options.as_recorded:
-                published = decode(message)
+                published = decode(message, TRAJECTORY)
                 positions = np.array([point.positions for point in published.points], dtype=np.float64)
                 self.parity.add_published(header_ns(published), positions)
         elif topic == topics.session:
-            session = read_later_session(decode(message).data)
+            session = read_later_session(decode(message, TEXT).data)
             if session is not None and self.options.follow_session:
                 settings = session.settings
                 settings.validate_against(self.bundle.manifest)
