@@ -45,6 +45,8 @@ setup(
             f"sim_arm = {NAME}.sim.arm_node:main",
             f"demo = {NAME}.demo:main",
             f"bench = {NAME}.bench:main",
+            f"doctor = {NAME}.doctor:main",
+            f"replay = {NAME}.replay:main",
             f"build_engines = {NAME}.build_engines:main",
             f"record = {NAME}.record:main",
         ]

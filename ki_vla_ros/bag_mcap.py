@@ -1,13 +1,12 @@
 """Reads mcap files front to back, whole or not: a robot that lost power leaves one without index and end.
 
 The file's index at its end is not needed, so a wrong one cannot mislead: opening walks over the records' headers, which
-tell chunks' times and messages' counts. Chunks are read when their time comes. Format: mcap.dev/spec, version 0.
+tell chunks' times and messages' counts. Chunks are read when their time comes.
 """
 
 from __future__ import annotations
 
 import struct
-import sys
 from binascii import crc32
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
@@ -18,48 +17,34 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lz4.frame import LZ4FrameDecompressor
-
-if sys.version_info >= (3, 14):
-    from compression.zstd import ZstdDecompressor
-else:
-    from backports.zstd import ZstdDecompressor
-
 from ki_vla_ros.bag_records import CLOCK_STEP_NS, BagMessage, Faults, Part, Pending, Topic, in_time_order
+from ki_vla_ros.mcap_format import (
+    CHANNEL,
+    CHUNK,
+    CHUNK_INDEX,
+    DATA_END,
+    FOOTER,
+    MAGIC,
+    MESSAGE,
+    MESSAGE_HEAD,
+    MESSAGE_INDEX,
+    PEEK,
+    RECORD,
+    SCHEMA,
+    STATISTICS,
+    Span,
+    chunk_span,
+    decompress,
+    records,
+    text_at,
+)
 
-MAGIC = b"\x89MCAP0\r\n"
-HEADER, FOOTER, SCHEMA, CHANNEL, MESSAGE, CHUNK, MESSAGE_INDEX, CHUNK_INDEX = range(1, 9)
-STATISTICS, DATA_END = 0x0B, 0x0F
-# A record begins with its kind and its length.
-_RECORD = struct.Struct("<BQ")
-# channel, sequence, log time, publish time
-_MESSAGE = struct.Struct("<HIQQ")
-# first and last log time, size and CRC of the content (0: none), length of the compression's name
-_CHUNK = struct.Struct("<QQQII")
-# What is read of a record to know what it is: the longest of the above and a compression's name.
-PEEK = _RECORD.size + _CHUNK.size + 32
 # A larger chunk is refused: recorders write some 1 MB, and a damaged size must not fill the memory.
 LARGEST_CHUNK = 128 << 20
 # Content of begun chunks that is kept; beyond, chunks are read again when it is their turn.
 CONTENT_KEPT = 128 << 20
 # Messages outside of chunks are read in runs of about so many bytes.
 RUN_BYTES = 1 << 20
-
-
-@dataclass(slots=True)
-class _Span:
-    """A chunk (its content compressed) or a run of messages without one; `start` and `size` say where in the file."""
-
-    start: int
-    size: int
-    first_ns: int
-    last_ns: int
-    compression: str | None  # None: a run, its bytes are the records
-    content_size: int
-    crc: int = 0
-    record: int = 0  # where a chunk's record begins
-    cut: bool = False  # the file ends in it
-    counts: dict[int, int] | None = None  # messages by channel; None: not known without reading it
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +58,7 @@ class _Channel:
 class _Scan:
     """What the walk over the records found."""
 
-    spans: list[_Span] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     announced: int | None = None  # messages, by the file's own statistics
     chunks: list[int] = field(default_factory=list)  # where they begin, by the file's own index
 
@@ -124,12 +109,12 @@ class McapFile:
         at = len(MAGIC)
         while True:
             peek = self._read(at, PEEK)
-            if len(peek) < _RECORD.size:
+            if len(peek) < RECORD.size:
                 self._fault("truncated", at, "the file ends without an index (the recorder did not close it)")
                 _distrust_index(scan)
                 return scan
-            kind, size = _RECORD.unpack_from(peek)
-            start = at + _RECORD.size
+            kind, size = RECORD.unpack_from(peek)
+            start = at + RECORD.size
             if kind == FOOTER and start + size + len(MAGIC) == self._size:
                 self._check_index(scan)
                 return scan
@@ -140,7 +125,7 @@ class McapFile:
                 at = following
                 continue
             try:
-                self._note(scan, kind, start, size, peek[_RECORD.size :])
+                self._note(scan, kind, start, size, peek[RECORD.size :])
             except (struct.error, UnicodeDecodeError, ValueError) as error:
                 self._fault("damaged", at, f"a record of kind {kind} cannot be read and is left out: {error}")
                 _distrust_index(scan)
@@ -151,7 +136,7 @@ class McapFile:
         chunk = None
         if peek[0] == CHUNK:
             with suppress(struct.error, UnicodeDecodeError, ValueError):
-                chunk = _chunk_span(at + _RECORD.size, self._size - at - _RECORD.size, peek[_RECORD.size :], cut=True)
+                chunk = chunk_span(at + RECORD.size, self._size - at - RECORD.size, peek[RECORD.size :], cut=True)
         if chunk is None or chunk.content_size > LARGEST_CHUNK:
             _distrust_index(scan)
         elif not chunk.cut:
@@ -174,18 +159,18 @@ class McapFile:
         if kind in (SCHEMA, CHANNEL):
             self._define(kind, self._read(start, size))
         elif kind == MESSAGE:
-            channel, _, log_ns, _ = _MESSAGE.unpack_from(peek)
+            channel, _, log_ns, _ = MESSAGE_HEAD.unpack_from(peek)
             span = scan.spans[-1] if scan.spans else None
-            begin = start - _RECORD.size
+            begin = start - RECORD.size
             if span is None or span.compression is not None or span.start + span.size != begin or span.size > RUN_BYTES:
-                span = _Span(begin, 0, log_ns, log_ns, None, 0, counts={})
+                span = Span(begin, 0, log_ns, log_ns, None, 0, counts={})
                 scan.spans.append(span)
             span.size = span.content_size = start + size - span.start
             span.first_ns, span.last_ns = min(span.first_ns, log_ns), max(span.last_ns, log_ns)
             assert span.counts is not None  # of a run they are always known
             span.counts[channel] = span.counts.get(channel, 0) + 1
         elif kind == CHUNK:
-            span = _chunk_span(start, size, peek)
+            span = chunk_span(start, size, peek)
             if span.content_size > LARGEST_CHUNK:
                 raise ValueError(f"a chunk of {span.content_size} bytes, more than {LARGEST_CHUNK}")
             scan.spans.append(span)
@@ -215,7 +200,7 @@ class McapFile:
         (summary,) = struct.unpack_from("<Q", tail, 9)
         index = self._read(summary, self._size - summary) if at < summary < self._size else b""
         found = []
-        for kind, start, size in _records(index):
+        for kind, start, size in records(index):
             if kind == CHUNK_INDEX and size >= 32:
                 found.append(struct.unpack_from("<QQQ", index, start)[2])
         # The summary comes after the last chunk; it tells the topics of chunks that do not define them.
@@ -226,15 +211,15 @@ class McapFile:
     def _define(self, kind: int, record: bytes) -> None:
         if kind == SCHEMA:
             (key,) = struct.unpack_from("<H", record)
-            self._schemas[key] = _text(record, 2)[0]
+            self._schemas[key] = text_at(record, 2)[0]
         else:
             key, schema = struct.unpack_from("<HH", record)
-            topic, at = _text(record, 4)
-            encoding, _ = _text(record, at)
+            topic, at = text_at(record, 4)
+            encoding, _ = text_at(record, at)
             if key not in self._channels or not self._channels[key].type:
                 self._channels[key] = _Channel(topic, self._schemas.get(schema, ""), encoding)
 
-    def _survey(self, scan: _Scan) -> list[_Span]:
+    def _survey(self, scan: _Scan) -> list[Span]:
         """Reads chunks that have no index, or messages on channels that are not defined elsewhere."""
         for span in scan.spans:
             if span.counts is None or (
@@ -288,7 +273,7 @@ class McapFile:
 
     # --- chunks
 
-    def _pending(self, span: _Span, wanted: Collection[int]) -> Iterator[Pending]:
+    def _pending(self, span: Span, wanted: Collection[int]) -> Iterator[Pending]:
         entries = list(self._entries(span, content := self._content_of(span)))
         announced = sum((span.counts or {}).values())
         if content and announced != len(entries):
@@ -298,21 +283,21 @@ class McapFile:
         for log_ns, at, channel, size in found:
             yield log_ns, partial(self._message, span, log_ns, at, size, self._channels[channel])
 
-    def _message(self, span: _Span, log_ns: int, at: int, size: int, channel: _Channel) -> BagMessage:
+    def _message(self, span: Span, log_ns: int, at: int, size: int, channel: _Channel) -> BagMessage:
         content = self._content_of(span)
         return BagMessage(channel.topic, channel.type, log_ns, content[at : at + size])
 
-    def _entries(self, span: _Span, content: bytes, define: bool = False) -> Iterator[tuple[int, int, int, int]]:
+    def _entries(self, span: Span, content: bytes, define: bool = False) -> Iterator[tuple[int, int, int, int]]:
         """(log time, channel, offset, size) of each message in a chunk's content."""
         end = 0
-        for kind, start, size in _records(content):
+        for kind, start, size in records(content):
             end = start + size
             try:
                 if kind == MESSAGE:
-                    channel, _, log_ns, _ = _MESSAGE.unpack_from(content, start)
-                    if size < _MESSAGE.size or log_ns >= 1 << 63:
+                    channel, _, log_ns, _ = MESSAGE_HEAD.unpack_from(content, start)
+                    if size < MESSAGE_HEAD.size or log_ns >= 1 << 63:
                         raise ValueError("its log time or size is none")
-                    yield log_ns, channel, start + _MESSAGE.size, size - _MESSAGE.size
+                    yield log_ns, channel, start + MESSAGE_HEAD.size, size - MESSAGE_HEAD.size
                 elif define and kind in (SCHEMA, CHANNEL):
                     self._define(kind, content[start:end])
             except (struct.error, UnicodeDecodeError, ValueError) as error:
@@ -320,7 +305,7 @@ class McapFile:
         if end != len(content) and not span.cut:
             self._fault("damaged", span.start, f"{len(content) - end} bytes at this chunk's end are no records")
 
-    def _content_of(self, span: _Span) -> bytes:
+    def _content_of(self, span: Span) -> bytes:
         content = self._content.pop(span.start, None)
         if content is None:
             content = self._read_content(span)
@@ -330,12 +315,12 @@ class McapFile:
         self._content[span.start] = content
         return content
 
-    def _read_content(self, span: _Span) -> bytes:
+    def _read_content(self, span: Span) -> bytes:
         stored = self._read(span.start, span.size)
         if span.compression is None:
             return stored
         try:
-            content = _decompress(stored, span.compression, span.content_size)
+            content = decompress(stored, span.compression, span.content_size)
         except Exception as error:  # zstd's, lz4's and MemoryError have no base in common but this
             self._fault("damaged", span.start, f"this chunk cannot be decompressed and is left out: {error}")
             return b""
@@ -351,58 +336,7 @@ class McapFile:
         return b""
 
 
-def _chunk_span(start: int, size: int, peek: bytes, cut: bool = False) -> _Span:
-    """`peek`: the beginning of a chunk's record, without kind and length."""
-    first_ns, last_ns, content_size, crc, name_size = _CHUNK.unpack_from(peek)
-    if name_size > 32 or len(peek) < _CHUNK.size + name_size + 8:
-        raise ValueError("its compression has no name")
-    compression = peek[_CHUNK.size : _CHUNK.size + name_size].decode()
-    (stored,) = struct.unpack_from("<Q", peek, _CHUNK.size + name_size)
-    head, record = _CHUNK.size + name_size + 8, start - _RECORD.size
-    if not cut and head + stored > size:
-        raise ValueError(f"{stored} bytes of content in a record of {size}")
-    cut = head + stored > size
-    return _Span(start + head, min(stored, size - head), first_ns, last_ns, compression, content_size, crc, record, cut)
-
-
 def _distrust_index(scan: _Scan) -> None:
     """The indexes behind the last chunk may be there in part: it will be read to know what is in it."""
     if scan.spans and scan.spans[-1].compression is not None:
         scan.spans[-1].counts = None
-
-
-def _decompress(stored: bytes, compression: str, size: int) -> bytes:
-    """At most one byte more than `size`, and less where `stored` ends too early."""
-    if compression == "":
-        return stored
-    if compression not in ("zstd", "lz4"):
-        raise ValueError(f"compression {compression!r} is not read, expected zstd, lz4 or none")
-    decompressor: Any = ZstdDecompressor() if compression == "zstd" else LZ4FrameDecompressor()
-    content: bytes = decompressor.decompress(stored, max_length=size + 1)
-    while not decompressor.eof and len(content) <= size:
-        more = decompressor.decompress(b"", max_length=size + 1 - len(content))
-        if not more:
-            break
-        content += more
-    return content
-
-
-def _records(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """(kind, offset, size) of the whole records one after another."""
-    at = 0
-    while at + _RECORD.size <= len(content):
-        kind, size = _RECORD.unpack_from(content, at)
-        start = at + _RECORD.size
-        if kind == 0 or start + size > len(content):
-            return
-        yield kind, start, size
-        at = start + size
-
-
-def _text(record: bytes, at: int) -> tuple[str, int]:
-    """A string and where it ends."""
-    (size,) = struct.unpack_from("<I", record, at)
-    end = at + 4 + size
-    if end > len(record):
-        raise ValueError(f"a text of {size} bytes in a record of {len(record)}")
-    return record[at + 4 : end].decode(), end

@@ -11,7 +11,6 @@ What can be read is given, by log time and in bounded memory; what cannot is in 
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -129,7 +128,7 @@ class Bag:
         return announced
 
     def _files_of_folder(self) -> tuple[list[Path], dict[str, str]]:
-        there = sorted((file for file in self.path.iterdir() if _storage_suffix(file)), key=_natural)
+        there = sorted(file for file in self.path.iterdir() if _storage_suffix(file))
         metadata = self._metadata()
         if metadata is None:
             if not there:
@@ -270,8 +269,3 @@ def header_ns(message: Any) -> int:
 def _storage_suffix(file: Path) -> str | None:
     suffix = Path(file.stem).suffix if file.suffix == ".zstd" else file.suffix
     return suffix if suffix in STORAGES else None
-
-
-def _natural(file: Path) -> list[tuple[bool, int, str]]:
-    """bag_2 before bag_10."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", file.name)]

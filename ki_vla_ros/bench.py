@@ -57,7 +57,7 @@ def _compare(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _set_up(chosen: argparse.Namespace, engine: str) -> SetUp:
-    return SetUp(chosen.bundle, engine, chosen.provider, chosen.threads, chosen.flow_steps)
+    return SetUp(chosen.bundle, engine, chosen.provider, chosen.threads, chosen.flow_steps, chosen.torch_mode)
 
 
 def _calls(chosen: argparse.Namespace) -> int:
@@ -89,12 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--no-roofline", action="store_false", dest="roofline", help="leave the device unmeasured")
     compare = commands.add_parser("compare", help="two set-ups in turns")
     for name in ("a", "b"):
-        compare.add_argument(name, help="engine, then perhaps :bundle=...,provider=...,threads=...,flow_steps=...")
+        compare.add_argument(name, help="engine, then perhaps :bundle=...,provider=...,threads=...,torch_mode=...")
     for command in (model, compare):
         command.add_argument("--bundle", default="demo", help="folder, or the name of a shipped one; default: demo")
         command.add_argument("--provider", choices=_choices("provider"), default="cpu")
         command.add_argument("--threads", type=int, default=1, help="default 1, as the node")
         command.add_argument("--flow-steps", type=int, default=0, help="default: as the bundle says")
+        command.add_argument("--torch-mode", choices=_choices("torch_mode"), default="auto", help="of engine torch")
         command.add_argument("--calls", type=int, default=CALLS, help=f"of each part; default {CALLS}")
     for command in (node, model, compare):
         command.add_argument("--json", type=Path, help="write the figures there")

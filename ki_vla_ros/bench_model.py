@@ -50,10 +50,16 @@ class SetUp:
     provider: str = "cpu"
     threads: int = 1
     flow_steps: int = 0
+    torch_mode: str = "auto"
 
     def open(self) -> Policy:
         """The policy, warm; its engine is the caller's to close."""
-        chosen = {"engine": self.engine, "provider": self.provider, "threads": self.threads}
+        chosen = {
+            "engine": self.engine,
+            "provider": self.provider,
+            "threads": self.threads,
+            "torch_mode": self.torch_mode,
+        }
         settings = settings_from_parameters(chosen)
         bundle = load_bundle(find_bundle(self.bundle))
         settings.validate_against(bundle.manifest)

@@ -86,6 +86,11 @@ class ChunkExecutor:
         self._delays: deque[int] = deque(maxlen=DELAYS_KEPT)
         self._joined = 0
 
+    @property
+    def running(self) -> ActionChunk | None:
+        """What was accepted last, unless it was stopped since."""
+        return None if self._running is None else self._running.chunk
+
     def wants_chunk(self, settings: ChunkSettings, tick_ns: int, at_rest: bool) -> bool:
         """Whether the tick that starts at `tick_ns` shall infer; `at_rest`: the running motion has ended."""
         if self._running is None:

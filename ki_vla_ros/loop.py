@@ -6,8 +6,7 @@ import dataclasses
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from ki_vla_ros.preprocess import make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
 from ki_vla_ros.safety import SafetyGate, joint_bounds
 from ki_vla_ros.settings import Settings
+from ki_vla_ros.wire import Wire
 
 # Simulated time may run at any speed, so a waiting loop looks at it this often.
 SIMULATED_CLOCK_POLL_S = 0.005
@@ -33,28 +33,6 @@ MOVED_SHARE = 0.02
 FIRST_SHARE = 0.1
 # Before the loop tries again after a fault of its own.
 FAILED_TICK_S = 0.1
-
-
-class Wire(Protocol):
-    """Where commands and reports go, and the node's clock."""
-
-    def now_ns(self) -> int:
-        """0 while there is no time yet (simulated time before the first message on /clock)."""
-        ...
-
-    def simulated_clock(self) -> bool: ...
-
-    def send_command(self, motion: Motion, now_ns: int) -> None: ...
-
-    def report_chunk(self, chunk: ActionChunk) -> None:
-        """The whole chunk as predicted, before anything is dropped or corrected."""
-        ...
-
-    def report_tick(self, fields: Mapping[str, object]) -> None: ...
-
-    def log(self, message: str, cause: str) -> None:
-        """A warning; repetitions with the same cause may be thinned out."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,10 +47,11 @@ class Prefix:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sent:
-    """A chunk that went out: its number, its observation, and when."""
+    """A chunk that went out: its number, its observation, the clock that its motion was made for, and when it went."""
 
     index: int
     observation: Observation
+    joined_ns: int
     command_ns: int
 
 
@@ -130,7 +109,7 @@ class PolicyLoop:
                 observation = self._buffer.observe(tick_ns, max_age_ns, _ns(settings.sync_slop_s))
             else:
                 stamp_ns, state_J = self._buffer.latest(tick_ns, max_age_ns)
-                observation = Observation(stamp_ns, prefix.observation.frames, state_J)
+                observation = Observation(stamp_ns, prefix.observation.frames, state_J, (stamp_ns,))
         if not instruction:
             raise InstructionError("instruction: none yet; publish one on the policy's ~/instruction")
         if not self._executor.wants_chunk(settings, tick_ns, self._at_rest(tick_ns)):
@@ -163,7 +142,7 @@ class PolicyLoop:
             with watch.stage("publish"):
                 if not settings.dry_run:  # then what the arm was really told stays what runs
                     self._send(motion, now_ns)
-                sent = Sent(self._chunks, observation, wire.now_ns())
+                sent = Sent(self._chunks, observation, now_ns, wire.now_ns())
                 self._executor.accept(target, tick_ns)
                 self._fresh_ns, self._held, self._started = now_ns, False, False
                 wire.report_chunk(chunk)
@@ -197,9 +176,13 @@ class PolicyLoop:
         self._prefix = Prefix(cache, observation, instruction, tick_ns)
         return self._prefix
 
-    def start(self) -> None:
+    def begin(self) -> None:
+        """What `start` does before the first tick; for who calls `adopt`, `step` and `watch` himself (replay)."""
         self._stop.clear()
         self._ramp_from_ns, self._started = None, True
+
+    def start(self) -> None:
+        self.begin()
         self._thread = threading.Thread(target=self._run, name="policy loop")
         self._thread.start()
 
@@ -211,6 +194,10 @@ class PolicyLoop:
         self._hold(self._settings())  # at once: a tick that hangs in the engine must not keep the arm going
         self._thread.join()
         self._thread = None
+        self._hold(self._settings())
+
+    def rest(self) -> None:
+        """What `stop` does to the arm; for who has called `begin`."""
         self._hold(self._settings())
 
     def watch(self) -> None:
@@ -246,6 +233,11 @@ class PolicyLoop:
         return was is not None
 
     @property
+    def executing(self) -> ActionChunk | None:
+        """What the executor wishes for at present."""
+        return self._executor.running
+
+    @property
     def latched(self) -> str | None:
         return self._latched
 
@@ -257,7 +249,7 @@ class PolicyLoop:
         while not self._stop.is_set():
             try:
                 settings = self._settings()
-                self._adopt(settings)
+                self.adopt(settings)
                 now_ns = self._wire.now_ns()
                 behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
                 if settings.align_to_cameras:
@@ -273,7 +265,8 @@ class PolicyLoop:
                 self._hold(self._settings())
                 self._stop.wait(FAILED_TICK_S)
 
-    def _adopt(self, settings: Settings) -> None:
+    def adopt(self, settings: Settings) -> None:
+        """Between two ticks: what of the settings is not read at each."""
         self._policy.flow_steps = settings.flow_steps or self._policy.bundle.manifest.flow.steps
         self._policy.noise_seed = settings.noise_seed
         if settings.limits != self._limits:
@@ -320,6 +313,9 @@ class PolicyLoop:
                 "chunk_index": sent and sent.index,
                 "observation_ns": sent and sent.observation.stamp_ns,
                 "newest_image_ns": sent and sent.observation.newest_ns,
+                "frame_ns": sent and {name: frame.stamp_ns for name, frame in sent.observation.frames.items()},
+                "joint_ns": sent and sent.observation.joint_ns,
+                "joined_ns": sent and sent.joined_ns,
                 "command_ns": sent and sent.command_ns,
                 "instruction": instruction,
                 "hold": hold,

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock
@@ -27,8 +26,9 @@ from rclpy.experimental.events_executor import EventsExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSPolicyKind, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import Empty, String
+from std_msgs.msg import Empty, Float64MultiArray, String
 from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros import convert
 from ki_vla_ros.bundle import MANIFEST, Bundle, file_sha256, load_bundle
@@ -36,15 +36,16 @@ from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
+from ki_vla_ros.inputs import camera_sources, check_instruction, own_limit_ns
 from ki_vla_ros.loop import PolicyLoop
-from ki_vla_ros.node_wire import NodeWire
-from ki_vla_ros.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.node_wire import SHADOW_COMMAND, NodeWire
+from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import make_model_input, resize_with_pad
+from ki_vla_ros.preprocess import resize_with_pad
 from ki_vla_ros.process import run_node
-from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
 from ki_vla_ros.session import BundleIdentity, Session, SessionTopics, session_topic
+from ki_vla_ros.shadow import ShadowComparison
 from ki_vla_ros.share import find_bundle
 
 # How often the watchdog looks.
@@ -68,6 +69,7 @@ class Loaded:
     wire: NodeWire
     loop: PolicyLoop
     identity: BundleIdentity
+    shadow: ShadowComparison | None
 
 
 class PolicyNode(LifecycleNode):
@@ -103,9 +105,20 @@ class PolicyNode(LifecycleNode):
 
     def _on_joints(self, loaded: Loaded, message: JointState) -> None:
         try:
-            loaded.buffer.add_joints(convert.reading_from_message(message, self._received_ns()))
+            reading = convert.reading_from_message(message, self._received_ns())
+            loaded.buffer.add_joints(reading)
+            if loaded.shadow is not None:
+                loaded.shadow.add_joints(reading)
         except InputError as refusal:
             self._refuse_message(loaded, "joint state", refusal)
+
+    def _on_command(self, loaded: Loaded, shadow: ShadowComparison, message: Any) -> None:
+        """What someone else tells the arm, in shadow mode."""
+        try:
+            shadow.add_command(int(self.get_clock().now().nanoseconds), message)
+        except InputError as refusal:
+            self._diagnostics.record_refusal(str(refusal))
+            loaded.wire.log(str(refusal), "message of command")
 
     def _received_ns(self) -> int | None:
         """Now, if that shall take the place of the stamps."""
@@ -169,6 +182,8 @@ class PolicyNode(LifecycleNode):
         now_ns = int(self.get_clock().now().nanoseconds)
         inputs = self._loaded.buffer.status(now_ns) if self._loaded else {}
         report = self._diagnostics.report(lifecycle, engine, time.monotonic(), inputs)
+        if self._loaded is not None and self._loaded.shadow is not None:
+            report = replace(report, values={**report.values, **self._loaded.shadow.values(now_ns)})
         name, hardware = self.get_fully_qualified_name(), self._loaded.bundle.manifest.name if self._loaded else ""
         self._diagnostics_publisher.publish(convert.diagnostics_message(name, hardware, report, now_ns))
 
@@ -224,18 +239,11 @@ class PolicyNode(LifecycleNode):
             resources.callback(engine.close)
             policy = Policy(bundle, engine, guidance_jacobian=settings.guidance_jacobian)
             policy.warm_up()
-            wire = NodeWire(self, settings)
+            shadow = ShadowComparison(manifest.joints, settings.shadow_reference) if settings.shadow else None
+            wire = NodeWire(self, settings, shadow)
             resources.callback(wire.close)
             joint_topic = self.resolve_topic_name(settings.joint_states_topic)
-            sources = [
-                CameraSource(
-                    c.name,
-                    self.resolve_topic_name(settings.camera(c.name).topic),
-                    c.optional,
-                    own_limit_ns(settings.camera(c.name).max_age_s),
-                )
-                for c in manifest.cameras
-            ]
+            sources = camera_sources(manifest, settings, self.resolve_topic_name)
             buffer = ObservationBuffer(
                 sources,
                 manifest.joint_names,
@@ -246,7 +254,7 @@ class PolicyNode(LifecycleNode):
             loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)
             loop.instruction = settings.instruction
             identity = BundleIdentity(name=manifest.name, manifest_sha256=file_sha256(bundle.path / MANIFEST))
-            loaded = Loaded(bundle, engine, buffer, wire, loop, identity)
+            loaded = Loaded(bundle, engine, buffer, wire, loop, identity, shadow)
             for source in sources:
                 raw = settings.camera(source.name).transport == "raw"
                 on_image = partial(self._on_image, source.name, loaded)
@@ -256,6 +264,12 @@ class PolicyNode(LifecycleNode):
             on_joints = partial(self._on_joints, loaded)
             subscription = self._subscribe(JointState, joint_topic, on_joints, qos_profile_sensor_data)
             resources.callback(self.destroy_subscription, subscription)
+            if shadow is not None and settings.shadow_reference == "command":
+                kind = Float64MultiArray if settings.publish_mode == "stream" else JointTrajectory
+                topic = self.resolve_topic_name(settings.command_topic)
+                on_command = partial(self._on_command, loaded, shadow)
+                subscription = self._subscribe(kind, topic, on_command, QoSProfile(depth=10))
+                resources.callback(self.destroy_subscription, subscription)
             self._resources = resources.pop_all()
         self._loaded = loaded
         self._publish_session()
@@ -266,7 +280,8 @@ class PolicyNode(LifecycleNode):
         self._resources.callback(gc.callbacks.remove, self._diagnostics.collector)
         self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
         topics = ", ".join(f"{source.name} from {source.topic}" for source in sources)
-        self.get_logger().info(f"{topics}; joints from {joint_topic}; commands to {settings.command_topic}")
+        command_topic = SHADOW_COMMAND if settings.shadow else settings.command_topic
+        self.get_logger().info(f"{topics}; joints from {joint_topic}; commands to {command_topic}")
         self.get_logger().info(f"limits: {loop.describe_limits()}")
 
     def _subscribe(
@@ -287,6 +302,7 @@ class PolicyNode(LifecycleNode):
             command=full_name(settings.command_topic),
             chunk=full_name("~/chunk"),
             tick=full_name("~/tick"),
+            shadow=full_name(SHADOW_COMMAND) if settings.shadow else None,
         )
         node, values = self.get_fully_qualified_name(), self.parameters.values
         session = Session(node=node, bundle=self._loaded.identity, parameters=values, topics=topics)
@@ -317,20 +333,6 @@ class PolicyNode(LifecycleNode):
         self._loaded = None
         self._resources.close()
         gc.unfreeze()
-
-
-def own_limit_ns(max_age_s: float) -> int | None:
-    """An input's own `max_age_s`; None: it has none."""
-    return round(max_age_s * NS_PER_S) or None
-
-
-def check_instruction(bundle: Bundle, instruction: str) -> None:
-    """InstructionError unless a tick can use it: it goes a tick's way, with black images and a middle state."""
-    manifest = bundle.manifest
-    black_HWC = np.zeros((1, 1, 3), dtype=np.uint8)
-    frames = {camera.name: CameraFrame(camera.name, 0, black_HWC) for camera in manifest.cameras}
-    middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
-    make_model_input(manifest, bundle.tokenizer, Observation(0, frames, middle_J), instruction)
 
 
 def main() -> int:

@@ -16,20 +16,26 @@ from trajectory_msgs.msg import JointTrajectory
 from ki_vla_ros import convert
 from ki_vla_ros.records import ActionChunk, Motion
 from ki_vla_ros.settings import Settings
+from ki_vla_ros.shadow import ShadowComparison
 from ki_vla_ros.stream import Stream
 
 # Seconds between two log lines about one and the same cause.
 REPEAT_LOG_S = 5.0
+SHADOW_COMMAND = "~/shadow/command"
 
 
 class NodeWire:
-    """The loop's way out: publishers that are silent unless the node is active."""
+    """The loop's way out: publishers that are silent unless the node is active.
 
-    def __init__(self, node: LifecycleNode, settings: Settings) -> None:
-        self._node = node
+    With `shadow` there is no publisher to the arm: commands go to SHADOW_COMMAND, chunks to the comparison as well.
+    """
+
+    def __init__(self, node: LifecycleNode, settings: Settings, shadow: ShadowComparison | None = None) -> None:
+        self._node, self._shadow = node, shadow
         self._mode = settings.publish_mode
         kind = Float64MultiArray if self._mode == "stream" else JointTrajectory
-        self._command: LifecyclePublisher[Any] = node.create_lifecycle_publisher(kind, settings.command_topic, 10)
+        topic = settings.command_topic if shadow is None else SHADOW_COMMAND
+        self._command: LifecyclePublisher[Any] = node.create_lifecycle_publisher(kind, topic, 10)
         self._stream = Stream(self._publish_positions, self.now_ns, settings.command_period_s)
         self._chunk: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
             JointTrajectory, "~/chunk", 10
@@ -54,11 +60,15 @@ class NodeWire:
 
     def report_chunk(self, chunk: ActionChunk) -> None:
         self._chunk.publish(convert.chunk_message(chunk))
+        if self._shadow is not None:
+            self._shadow.add_chunk(chunk)
 
     def report_tick(self, fields: Mapping[str, object]) -> None:
         self._tick.publish(convert.text_message(fields))
 
     def log(self, message: str, cause: str) -> None:
+        if self._shadow is not None and cause == "moved":
+            return  # of course: someone else moves the arm
         now_s = time.monotonic()
         if now_s - self._logged_s.get(cause, -REPEAT_LOG_S) >= REPEAT_LOG_S:
             self._logged_s[cause] = now_s

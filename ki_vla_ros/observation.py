@@ -121,7 +121,9 @@ class ObservationBuffer:
                 raise InputError(f"joint {name!r}: expected a finite position, got {value} on {self._joint_topic}")
         self._check_unit(position_J)
         with self._lock:
-            place = bisect.bisect_left([stamp for stamp, _ in self._readings], reading.stamp_ns)
+            place = len(self._readings)
+            if place and self._readings[-1][0] >= reading.stamp_ns:  # rarely
+                place = bisect.bisect_left([stamp for stamp, _ in self._readings], reading.stamp_ns)
             if place == len(self._readings) or self._readings[place][0] != reading.stamp_ns:
                 _insert(self._readings, place, (reading.stamp_ns, position_J))
                 self._readings_count += 1
@@ -196,11 +198,13 @@ class ObservationBuffer:
         """
         if since_ns is None or abs(since_ns) > BURST_WAIT_NS:
             return
-        required = [camera for camera in self._cameras.values() if not camera.source.optional]
         with self._frame_came:
-            self._frame_came.wait_for(
-                lambda: all(camera.arrived_ns > now_ns - 2 * BURST_WAIT_NS for camera in required), BURST_WAIT_NS / 1e9
-            )
+            self._frame_came.wait_for(lambda: self.has_burst(now_ns), BURST_WAIT_NS / 1e9)
+
+    def has_burst(self, now_ns: int) -> bool:
+        """Whether the frames of the burst that ends about now have all come."""
+        required = [camera for camera in self._cameras.values() if not camera.source.optional]
+        return all(camera.arrived_ns > now_ns - 2 * BURST_WAIT_NS for camera in required)
 
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
         """The newest set: a frame per required camera within `slop_ns` of the oldest, and the joint state at its time.
@@ -235,7 +239,8 @@ class ObservationBuffer:
                 if in_span:
                     frames[name] = in_span[0]
         self._check_readings(readings, now_ns, max_age_ns, refused)
-        return Observation(stamp_ns, frames, self._joints_at(readings, stamp_ns, max_age_ns))
+        state_J, joint_ns = self._joints_at(readings, stamp_ns, max_age_ns)
+        return Observation(stamp_ns, frames, state_J, joint_ns)
 
     def measured(self, now_ns: int, max_age_ns: int) -> NDArray[np.float64]:
         """The newest joint positions [J]; StaleInput if older than `max_age_ns` (or their own limit)."""
@@ -298,8 +303,8 @@ class ObservationBuffer:
 
     def _joints_at(
         self, readings: list[tuple[int, NDArray[np.float64]]], stamp_ns: int, max_age_ns: int
-    ) -> NDArray[np.float64]:
-        """Interpolated between the readings before and after `stamp_ns`, never extrapolated.
+    ) -> tuple[NDArray[np.float64], tuple[int, ...]]:
+        """Interpolated between the readings before and after `stamp_ns`, never extrapolated; with their stamps.
 
         A frame newer than every reading gets the newest reading as it is. Either way no reading farther than
         `max_age_ns` from the frame is used.
@@ -312,7 +317,7 @@ class ObservationBuffer:
             )
         near = [readings[i] for i in (after - 1, after) if 0 <= i < len(readings)]
         if near[-1][0] == stamp_ns:
-            return near[-1][1]
+            return near[-1][1], (stamp_ns,)
         gap_ns = max(abs(stamp - stamp_ns) for stamp, _ in near)
         if gap_ns > max_age_ns:
             raise StaleInput(
@@ -320,10 +325,10 @@ class ObservationBuffer:
                 f"{_ms(gap_ns)} ms; does {self._joint_topic} stall?"
             )
         if len(near) == 1:
-            return near[0][1]
+            return near[0][1], (near[0][0],)
         (before_ns, before_J), (after_ns, after_J) = near
         weight = (stamp_ns - before_ns) / (after_ns - before_ns)
-        return before_J + weight * (after_J - before_J)
+        return before_J + weight * (after_J - before_J), (before_ns, after_ns)
 
 
 def _newest_set(frames: Mapping[str, Sequence[CameraFrame]], slop_ns: int) -> dict[str, CameraFrame] | None:

@@ -23,7 +23,7 @@ def load_parameters(path: Path, node: str = NODE) -> dict[str, object]:
     ConfigurationError if the file is no parameter file, or no name in it means this node: ROS would then start the node
     with its defaults, without a word.
     """
-    tables = _tables(path)
+    tables = load_tables(path)
     matching = [table for name, table in tables.items() if matches(name, node)]
     if not matching:
         raise ConfigurationError(
@@ -35,9 +35,7 @@ def load_parameters(path: Path, node: str = NODE) -> dict[str, object]:
 
 def load_settings(path: Path, node: str = NODE) -> Settings:
     """ConfigurationError where the node would refuse to start with this file."""
-    values = load_parameters(path, node)
-    # Parameters of ROS itself are declared by rclpy.
-    values = {name: value for name, value in values.items() if name != "use_sim_time" and not name.startswith("qos_")}
+    values = _ours(load_parameters(path, node))
     try:
         for spec in parameter_specs(*check_names(values)):
             # ROS does not turn 10 into 10.0: the node would not start.
@@ -58,7 +56,7 @@ def matches(pattern: str, node: str) -> bool:
     return re.fullmatch(expression, node) is not None
 
 
-def _tables(path: Path) -> dict[str, Mapping[str, object]]:
+def load_tables(path: Path) -> dict[str, Mapping[str, object]]:
     """The parameters by node name, which may be nested in namespaces."""
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text())
@@ -91,3 +89,16 @@ def _dotted(table: Mapping[str, object], prefix: str) -> Iterator[tuple[str, obj
             yield from _dotted(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def settings_from_values(values: Mapping[str, object]) -> Settings:
+    """Of a running node's parameters."""
+    values = _ours(values)
+    check_names(values)
+    return settings_from_parameters(values)
+
+
+def _ours(values: Mapping[str, object]) -> dict[str, object]:
+    """Without those that rclpy declares in every node."""
+    of_ros = ("use_sim_time", "start_type_description_service")
+    return {name: value for name, value in values.items() if name not in of_ros and not name.startswith("qos_")}

@@ -52,10 +52,15 @@ def run_node(name: str, run: Callable[[threading.Event], int], arguments: Sequen
             signal.signal(number, signal.SIG_IGN)
 
 
-def _init_ros(arguments: Sequence[str] | None) -> None:
+def check_domain() -> None:
+    """ConfigurationError for a domain that cannot be."""
     domain = os.environ.get("ROS_DOMAIN_ID") or "0"
     if not domain.isdecimal() or int(domain) > LARGEST_DOMAIN:  # Fast DDS would end the process without naming it
         raise ConfigurationError(f"ROS_DOMAIN_ID: expected 0 to {LARGEST_DOMAIN}, got {domain!r}")
+
+
+def _init_ros(arguments: Sequence[str] | None) -> None:
+    check_domain()
     try:
         rclpy.init(args=None if arguments is None else list(arguments), signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:  # from C; its message is all there is

@@ -54,12 +54,14 @@ class Observation:
     """Inputs that belong together in time.
 
     `stamp_ns` is the oldest stamp among the frames; `state_J` is the joint state at that time in the manifest's order
-    and units; `frames` holds one frame per required camera (an optional camera may be absent).
+    and units; `frames` holds one frame per required camera (an optional camera may be absent). `joint_ns`: stamps of
+    the joint readings behind `state_J`, one, or two that it lies between.
     """
 
     stamp_ns: int
     frames: Mapping[str, CameraFrame]
     state_J: NDArray[np.float64]
+    joint_ns: tuple[int, ...] = ()
 
     @property
     def newest_ns(self) -> int:

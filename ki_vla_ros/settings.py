@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from ki_vla_ros.chunking import ExecutorName, JacobianName
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.limits import JointLimitSettings, LimitSettings, SettingsModel, setting
+from ki_vla_ros.reference import ReferenceName
 
 if TYPE_CHECKING:
     from ki_vla_ros.manifest import PolicySpec
@@ -147,6 +148,16 @@ class Settings(SettingsModel):
         changeable=True,
     )
     dry_run: bool = setting(False, "compute and report everything, but send nothing to the controller", changeable=True)
+    shadow: bool = setting(
+        False,
+        "someone else moves the arm: commands go to ~/shadow/command and never to command_topic, and /diagnostics says "
+        "how far what the policy would do is from what the arm does",
+    )
+    shadow_reference: ReferenceName = setting(
+        "joint_states",
+        "shadow: what is compared with: the joint_states that followed, or the command that another sends to "
+        "command_topic",
+    )
     flow_steps: int = setting(
         0, "Euler steps from noise to actions; 0 means as many as the bundle says", ge=0, le=100, changeable=True
     )

@@ -322,18 +322,18 @@ def _unfinished_wal(folder: Path) -> Path:
     return folder / "killed" / "live.db3"
 
 
-def _of(change: Callable[[Messages], Messages], **how: Any) -> Callable[[Path], Path]:
-    return lambda folder: write_mcap(folder / "bag.mcap", change(recording(**how)))
+def _of(changed: Callable[[Messages], Messages], **how: Any) -> Callable[[Path], Path]:
+    return lambda folder: write_mcap(folder / "bag.mcap", changed(recording(**how)))
 
 
-def _on(topic: str, change: Callable[[int, BagMessage], BagMessage | None]) -> Callable[[Messages], Messages]:
+def change(topic: str, to: Callable[[int, BagMessage], BagMessage | None]) -> Callable[[Messages], Messages]:
     """Changes the k-th message on a topic, or takes it out."""
 
     def changed(messages: Messages) -> Messages:
         found, k = [], 0
         for message in messages:
             if message.topic == topic:
-                message, k = change(k, message), k + 1
+                message, k = to(k, message), k + 1
             if message is not None:
                 found.append(message)
         return found
@@ -456,7 +456,7 @@ CASES: dict[str, Case] = {
     "zero messages": Case(lambda f: write_mcap(f / "b.mcap", []), (), None),
     "missing topics": Case(_of(lambda found: [m for m in found if m.topic != SCENE]), (), {SCENE: 40}),
     "other types": Case(
-        _of(_on(SCENE, lambda k, m: with_data(m, text("an image?"), type=STRING) if k % 2 else m)),
+        _of(change(SCENE, lambda k, m: with_data(m, text("an image?"), type=STRING) if k % 2 else m)),
         (r"image_raw: has messages of sensor_msgs/msg/Image and of std_msgs/msg/String",),
     ),
     "another serialization": Case(
@@ -467,28 +467,28 @@ CASES: dict[str, Case] = {
         (r"the recorder's clock goes back by at least (1.0|0.9|0.8) s",),
     ),
     "stamps go back": Case(
-        _of(_on(SCENE, lambda k, m: with_data(m, image(_stamp(m) - (NS_PER_S if k > 20 else 0)))))
+        _of(change(SCENE, lambda k, m: with_data(m, image(_stamp(m) - (NS_PER_S if k > 20 else 0)))))
     ),
     "a gap of minutes": Case(
         _of(lambda found: [replace(m, log_ns=m.log_ns + 180 * NS_PER_S * (i > 250)) for i, m in enumerate(found)])
     ),
-    "trailing bytes": Case(_of(_on(JOINT_TOPIC, lambda _, m: with_data(m, m.data + bytes(37))))),
+    "trailing bytes": Case(_of(change(JOINT_TOPIC, lambda _, m: with_data(m, m.data + bytes(37))))),
     "corrupt jpegs": Case(
         _of(
-            _on(f"{SCENE}/compressed", lambda k, m: with_data(m, jpeg(_stamp(m), b"\xff\xd8 no jpeg")) if k % 3 else m),
+            change(f"{SCENE}/compressed", lambda k, m: with_data(m, jpeg(_stamp(m), b"\xff\xd8 none")) if k % 3 else m),
             transport="compressed",
         )
     ),
     "cut jpegs": Case(
         _of(
-            _on(f"{SCENE}/compressed", lambda k, m: with_data(m, jpeg(_stamp(m), _half_jpeg())) if k % 3 else m),
+            change(f"{SCENE}/compressed", lambda k, m: with_data(m, jpeg(_stamp(m), _half_jpeg())) if k % 3 else m),
             transport="compressed",
         )
     ),
     "mixed encodings": Case(
-        _of(_on(SCENE, lambda k, m: with_data(m, image(_stamp(m), ("rgb8", "bgr8", "mono8")[k % 3]))))
+        _of(change(SCENE, lambda k, m: with_data(m, image(_stamp(m), ("rgb8", "bgr8", "mono8")[k % 3]))))
     ),
-    "cut messages": Case(_of(_on(JOINT_TOPIC, lambda k, m: with_data(m, m.data[: 7 * (k % 20)])))),
+    "cut messages": Case(_of(change(JOINT_TOPIC, lambda k, m: with_data(m, m.data[: 7 * (k % 20)])))),
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     python test/large_bag.py write out/large --gigabytes 5 [--storage sqlite3] [--cut]
     python test/large_bag.py read out/large
 
-The demo robot's two cameras at 640 x 480 and 30 Hz as raw images of noise (nothing to compress), joint states at 200 Hz.
+The demo robot's two cameras at 640 x 480 and 30 Hz as raw noise (nothing to compress), joint states at 200 Hz.
 `--cut`: the last part is missing, and so are the index and metadata.yaml, as after a power loss.
 """
 

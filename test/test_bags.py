@@ -38,6 +38,8 @@ def test_what_can_be_read_is_read_and_the_rest_is_named(name: str, tmp_path: Pat
         assert counts(found) == counts(whole) - bad_bags.Counter(case.lost)
         assert {topic: t.count for topic, t in bag.topics.items()} == counts(found)
         assert (bag.start_ns, bag.end_ns) == (times[0], times[-1])
+        if name.startswith("good"):
+            assert {(m.topic, m.log_ns, m.data) for m in found} == {(m.topic, m.log_ns, m.data) for m in whole}
     else:
         assert counts(found) <= counts(whole)
         original = {(m.topic, m.log_ns): m.data for m in whole}
@@ -120,8 +122,12 @@ def test_what_is_no_message_is_refused(kind: str, data: bytes, fault: str) -> No
 def test_images_that_are_none_are_refused() -> None:
     with pytest.raises(InputError, match="expected sensor_msgs/msg/Image or"):
         camera_frame(message(bad_bags.STRING, bad_bags.text("x")), "scene")
-    for content in (b"", b"\xff\xd8 no jpeg", bad_bags._half_jpeg()):
-        with pytest.raises(InputError, match="camera 'scene'"):
+    for content, fault in [
+        (b"", "got 0 bytes that are neither"),
+        (b"\xff\xd8 no jpeg \xff\xd9", "got 13 bytes that are neither"),
+        (bad_bags._half_jpeg(), "expected a whole jpeg image, got the first"),
+    ]:
+        with pytest.raises(InputError, match=f"camera 'scene': .*{fault}"):
             camera_frame(message(bad_bags.COMPRESSED_IMAGE, bad_bags.jpeg(0, content)), "scene")
 
 
@@ -176,7 +182,8 @@ def small_bags(folder: Path) -> list[bytes]:
     plain = write_mcap(folder / "plain.mcap", SMALL, "", per_chunk=20).read_bytes()
     loose = write_mcap(folder / "loose.mcap", SMALL, per_chunk=0).read_bytes()
     sqlite = next(write_bag(folder / "bag", SMALL, "sqlite3").glob("*.db3")).read_bytes()
-    return [mcap, plain, loose, sqlite]
+    packed = next(write_bag(folder / "packed", SMALL, compression=bad_bags.CompressionMode.FILE).glob("*.zstd"))
+    return [mcap, plain, loose, sqlite, packed.read_bytes(), (folder / "bag" / "metadata.yaml").read_bytes()]
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +213,22 @@ def damage(content: bytes, chance: random.Random) -> bytes:
 
 def try_damaged(original: bytes, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "b.db3" if original.startswith(b"SQLite") else "b.mcap")
-        path.write_bytes(damage(original, random.Random(seed)))
-        read_all(path)
+        damaged, chance = Path(folder, _name(original)), random.Random(seed)
+        damaged.write_bytes(damage(original, chance))
+        if damaged.suffix == ".yaml":
+            (damaged.parent / "bag.mcap").write_bytes(b"")
+            read_all(damaged.parent)
+        else:
+            read_all(damaged)
 
 
-@settings(max_examples=60, deadline=None)
-@given(which=st.integers(0, 3), seed=st.integers(0, 2**32))
+def _name(original: bytes) -> str:
+    names = {b"SQLi": "b.db3", b"\x28\xb5\x2f\xfd": "b.mcap.zstd", b"rosb": "metadata.yaml"}
+    return names.get(original[:4], "b.mcap")
+
+
+@settings(max_examples=90, deadline=None)
+@given(which=st.integers(0, 5), seed=st.integers(0, 2**32))
 def test_no_bytes_make_it_fail(originals: list[bytes], which: int, seed: int) -> None:
     try_damaged(originals[which], seed)
 

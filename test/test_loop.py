@@ -89,7 +89,7 @@ def test_inference_slower_than_the_chunk_is_refused(bench: Bench, monkeypatch: p
         bench.tick()
     bench.give_inputs()
     bench.change(**{"limits.max_chunk_age_s": 5.0})
-    bench.loop._adopt(bench.settings)
+    bench.loop.adopt(bench.settings)
     with pytest.raises(SafetyRefusal, match="inference is slower than the chunk lasts"):
         bench.tick()
     assert not bench.wire.commands

@@ -141,7 +141,7 @@ def test_a_dry_run_is_not_what_the_arm_was_told(bench: Bench) -> None:
 
 def test_speed_limits_rise_after_activation(bench: Bench) -> None:
     bench.change(**{"ramp_in_s": 1.0, "limits.velocity_scale": 0.2, "limits.max_jump_s": 10.0})
-    bench.loop._adopt(bench.settings)
+    bench.loop.adopt(bench.settings)
     bench.run_ticks(12, lambda n: bench.give_inputs())
     speeds = [np.abs(motion.velocity_NJ).max(axis=0) for motion, _ in bench.wire.commands[:-1]]
     limit_J = 0.2 * np.array([joint.max_velocity for joint in bench.policy.bundle.manifest.joints])

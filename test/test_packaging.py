@@ -100,7 +100,8 @@ def test_installed_package_is_complete(prefix: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     where, commands = done.stdout.splitlines()
     assert Path(where).is_relative_to(prefix)
-    assert set(commands.split()) == {"bench", "build_engines", "demo", "policy_node", "sim_arm"}
+    expected = {"bench", "build_engines", "demo", "doctor", "policy_node", "record", "replay", "sim_arm"}
+    assert set(commands.split()) == expected
 
 
 def test_name_and_version_agree(prefix: Path) -> None:

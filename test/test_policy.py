@@ -14,6 +14,7 @@ from bundles import HORIZON, both_ways_policy, demo_observation, demo_policy, st
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import EXPERT, PREFILL, TIME, Bundle
+from ki_vla_ros.chunking import Condition
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, EngineError
@@ -366,3 +367,31 @@ def test_the_robot_needs_neither_torch_nor_onnx() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("executor", ["rtc", "rtc_trained"])
+def test_a_model_wider_than_the_robot_sees_zeros_after_the_joints(tmp_path: Path, executor: str) -> None:
+    wide = write_test_bundle(tmp_path / "wide", state_token_policy().model_copy(update={"pad_to": 9}))
+    policy = Policy(wide, OnnxEngine(wide))
+    observation = demo_observation()
+    given = make_model_input(wide.manifest, wide.tokenizer, observation, TEXT)
+    seen: list[NDArray[np.float32]] = []
+    real = policy.engine.velocity
+
+    def look(cache: KVCache, state_S: NDArray[np.float32], x_t_HA: NDArray[np.float32], *rest: object) -> object:
+        seen.extend((state_S, x_t_HA))
+        return real(cache, state_S, x_t_HA, *rest)  # type: ignore[arg-type]
+
+    policy.engine.velocity = look  # type: ignore[assignment, method-assign]
+    running = np.tile(observation.state_J, (HORIZON, 1))
+    weight_H = (np.arange(HORIZON) < 3).astype(np.float64)
+    guide = policy.guide(Condition(running, weight_H, executor == "rtc_trained", 5.0), observation)
+    assert guide.action_HA.shape == (HORIZON, 9) and not guide.action_HA[:, 7:].any()
+    actions_HA = policy.denoise(policy.prefill(given), policy.noise(0), given.state_J, guide)
+    state_S, x_t_HA = seen[0], seen[1]
+    assert state_S.shape == (9,) and not state_S[7:].any() and np.array_equal(state_S[:7], given.state_J)
+    assert x_t_HA.shape == (HORIZON, 9) and np.abs(x_t_HA[3:, 7:]).min() > 0, "noise in all dimensions"
+    chunk = policy.decode(actions_HA, observation)
+    low, high = np.array(wide.manifest.action.low), np.array(wide.manifest.action.high)
+    expected = (actions_HA[:, :7] + 1.0) / 2.0 * (high - low) + low + observation.state_J
+    assert chunk.position_HJ == pytest.approx(expected)

@@ -120,7 +120,6 @@ class Vision(nn.Module):
         # Channels last: a third faster on a CPU, and the tokens come out in the order that the layers want.
         map_BWHH = self.stem(images_BCSS.contiguous(memory_format=torch.channels_last))
         x_BMW = map_BWHH.flatten(2).transpose(1, 2) + self.position.weight
-        x_BMW = x_BMW.to(self.layers[0].out.weight.dtype)
         for layer in self.layers:
-            x_BMW = layer(x_BMW)
+            x_BMW = layer(x_BMW.to(layer.out.weight.dtype))
         return self.norm(x_BMW)

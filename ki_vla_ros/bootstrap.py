@@ -1,0 +1,91 @@
+"""Means over time and how sure they are: sums by segment of time, and a bootstrap that draws whole segments.
+
+Neighbouring ticks see nearly the same and err alike, so single ticks would make an interval far too narrow; segments
+that are longer than a chunk hardly know of each other (block bootstrap, Kuensch 1989). Legend: G segments, R draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.records import NS_PER_S
+
+Array = NDArray[np.float64]
+Interval = list[float] | None
+Figure = Callable[[Array, Array], Array]
+
+RESAMPLES = 1000
+FEWEST_SEGMENTS = 3
+
+
+class SegmentSums:
+    """Sums of arrays [K, J] of one shape, NaN left out, by segment of `segment_s` from the first on."""
+
+    def __init__(self, segment_s: float) -> None:
+        self.segment_s = segment_s
+        self._segments: dict[int, tuple[Array, Array]] = {}
+        self._first_ns: int | None = None
+
+    def add(self, time_ns: int, values: Array) -> None:
+        if self._first_ns is None:
+            self._first_ns = time_ns
+        number = int((time_ns - self._first_ns) / NS_PER_S // self.segment_s)
+        known = np.isfinite(values)
+        if not known.any():
+            return
+        if number not in self._segments:
+            self._segments[number] = np.zeros(values.shape), np.zeros(values.shape)
+        total, count = self._segments[number]
+        total += np.where(known, values, 0.0)
+        count += known
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    def drawn(self, seed: int) -> Draws | None:
+        """What can be said of the sums so far; None if there are none."""
+        if not self._segments:
+            return None
+        totals, counts = zip(*(self._segments[number] for number in sorted(self._segments)), strict=True)
+        return Draws(np.stack(totals), np.stack(counts), seed)
+
+
+class Draws:
+    """Sums and counts of all segments (the estimate) and of drawn ones (its spread)."""
+
+    def __init__(self, total_G: Array, count_G: Array, seed: int) -> None:
+        self.total, self.count = total_G.sum(axis=0), count_G.sum(axis=0)
+        segments, shape = len(total_G), total_G.shape[1:]
+        self.drawn: tuple[Array, Array] | None = None
+        if segments >= FEWEST_SEGMENTS:
+            weight_RG = np.random.default_rng(seed).multinomial(segments, [1 / segments] * segments, RESAMPLES)
+            flat = (array.reshape(segments, -1) for array in (total_G, count_G))
+            total_R, count_R = ((weight_RG @ array).reshape(RESAMPLES, *shape) for array in flat)
+            self.drawn = total_R, count_R
+
+    def of(self, figure: Figure) -> tuple[float | None, Interval]:
+        """A figure of sums and counts, and its 95 % interval (percentiles); None where nothing counted."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            value = float(figure(self.total, self.count))
+            if not np.isfinite(value):
+                return None, None
+            if self.drawn is None:
+                return value, None
+            values_R = figure(*self.drawn)
+        known_R = values_R[np.isfinite(values_R)]
+        low, high = np.percentile(known_R, [2.5, 97.5]).tolist()
+        return value, [low, high]
+
+
+def root_mean(rows: Any = slice(None), columns: Any = slice(None), weight_J: Array | float = 1.0) -> Figure:
+    """Of sums of squares [..., K, J]: the root of the mean over the chosen rows and columns, joints weighted."""
+
+    def figure(total: Array, count: Array) -> Array:
+        chosen, counted = (total * weight_J)[..., rows, :][..., columns], count[..., rows, :][..., columns]
+        return np.asarray(np.sqrt(chosen.sum(axis=(-2, -1)) / counted.sum(axis=(-2, -1))))
+
+    return figure

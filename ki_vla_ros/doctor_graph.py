@@ -1,0 +1,339 @@
+"""The doctor's look at what runs: nodes, topics, QoS, clock, controller. It subscribes, asks, and publishes nothing."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rclpy
+from rcl_interfaces.srv import GetParameters, ListParameters
+from rclpy.duration import Infinite
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.parameter import Parameter, parameter_value_to_python
+from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible, qos_profile_sensor_data
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from trajectory_msgs.msg import JointTrajectory
+
+from ki_vla_ros.bags import COMPRESSED_IMAGE, IMAGE, BagMessage
+from ki_vla_ros.doctor_checks import check_inputs
+from ki_vla_ros.doctor_findings import Findings
+from ki_vla_ros.doctor_inputs import JOINT_STATE, TRAJECTORY, InputWatch, command_type, image_type
+from ki_vla_ros.doctor_setup import PROFILE_VARIABLES, Machine, read_settings
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.manifest import Manifest
+from ki_vla_ros.parameter_file import settings_from_values
+from ki_vla_ros.process import check_domain
+from ki_vla_ros.settings import Settings
+
+if TYPE_CHECKING:
+    from ki_vla_ros.doctor import Request
+
+# How long discovery of the node, of all the rest, and an answer of a service may take.
+FIRST_S, DISCOVERY_S, ANSWER_S = 5.0, 2.0, 3.0
+KINDS: Mapping[str, Any] = {
+    IMAGE: Image,
+    COMPRESSED_IMAGE: CompressedImage,
+    JOINT_STATE: JointState,
+    TRAJECTORY: JointTrajectory,
+}
+CONTROLLER_PARAMETERS = (
+    "joints",
+    "interpolation_method",
+    "interpolate_from_desired_state",
+    "allow_partial_joints_goal",
+)
+# What the node's publisher of commands offers. rclpy's zero durations mean "as usual", its check does not know.
+COMMAND_QOS = QoSProfile(depth=10, deadline=Infinite, lifespan=Infinite, liveliness_lease_duration=Infinite)
+QOS_FIX = "give both sides a fitting QoS: a reliable, volatile publisher fits every subscription of this package"
+
+
+class Graph:
+    """What can be asked of the running system."""
+
+    def __init__(self, node: Node, spin_until: Callable[[Callable[[], bool], float], None]) -> None:
+        self.node, self._spin_until = node, spin_until
+
+    def wait_for(self, node: str) -> None:
+        """Until it is discovered, and then for the rest of what there is."""
+        self._spin_until(lambda: node in self.nodes, FIRST_S)
+        self.wait(DISCOVERY_S)
+
+    def wait(self, seconds: float) -> None:
+        self._spin_until(lambda: False, seconds)
+
+    @property
+    def nodes(self) -> list[str]:
+        pairs = self.node.get_node_names_and_namespaces()
+        return [f"{namespace.rstrip('/')}/{name}" for name, namespace in pairs if name != self.node.get_name()]
+
+    def topics(self) -> dict[str, list[str]]:
+        """Types by name, of those that someone publishes."""
+        return {
+            name: kinds for name, kinds in self.node.get_topic_names_and_types() if self.node.count_publishers(name)
+        }
+
+    def parameters(self, node: str, names: Sequence[str] | None = None) -> dict[str, Any] | None:
+        """All, or those named that are set; None if the node does not answer."""
+        listed = self._call(ListParameters, f"{node}/list_parameters", ListParameters.Request())
+        if listed is None:
+            return None
+        # Asked for one that it does not have, a node may answer with none at all.
+        known = [name for name in listed.result.names if names is None or name in names]
+        found = self._call(GetParameters, f"{node}/get_parameters", GetParameters.Request(names=known))
+        if found is None:
+            return None
+        values = zip(known, found.values, strict=True)
+        return {name: value for name, v in values if (value := parameter_value_to_python(v)) is not None}
+
+    def _call(self, kind: Any, service: str, request: Any) -> Any:
+        client: Any = self.node.create_client(kind, service)
+        try:
+            self._spin_until(client.service_is_ready, ANSWER_S)
+            if not client.service_is_ready():
+                return None
+            future = client.call_async(request)
+            self._spin_until(future.done, ANSWER_S)
+            return future.result() if future.done() else None
+        finally:
+            self.node.destroy_client(client)
+
+
+def examine(request: Request, findings: Findings) -> list[str]:
+    """What was looked at."""
+    from ki_vla_ros.doctor import examine_setup, resolve
+
+    looked_at: list[str] = []
+    with open_graph() as graph:
+        graph.wait_for(request.node)
+        running = _check_node(graph, request.node, findings)
+        values = graph.parameters(request.node) if running else None
+        if request.params is not None:
+            settings = read_settings(request.params, findings, request.node)
+            looked_at.append(f"parameters {request.params}")
+        elif values is not None:
+            settings = settings_from_values(values)
+            looked_at.append(f"parameters of {request.node}")
+        elif request.bundle:
+            settings = Settings(bundle=request.bundle)
+        else:
+            findings.error("node", request.node, "its parameters cannot be read", "start it, or give --params")
+            return looked_at
+        if settings is None or (bundle := examine_setup(settings, request, findings, looked_at)) is None:
+            return looked_at
+        simulated = bool((values or {}).get("use_sim_time", False))
+        _check_clock(graph, request.node, simulated, findings)
+        manifest = bundle.manifest
+        watch = InputWatch(
+            manifest,
+            settings,
+            {c.name: resolve(settings.camera(c.name).topic, request.node) for c in manifest.cameras},
+            resolve(settings.joint_states_topic, request.node),
+            resolve(settings.command_topic, request.node),
+        )
+        _check_endpoints(graph, watch, request.node, running, findings)
+        _check_controller(graph, watch, manifest, settings, findings)
+        _listen(graph, watch, simulated, request.seconds)
+        check_inputs(watch, findings, list(graph.topics()))
+        looked_at.append(f"topics for {request.seconds:g} s")
+    return looked_at
+
+
+@contextmanager
+def open_graph() -> Iterator[Graph]:
+    check_domain()
+    context = rclpy.Context()
+    try:
+        rclpy.init(context=context)
+    except Exception as error:  # from C; its message is all there is
+        raise ConfigurationError(f"ROS 2 cannot start: {error}") from error
+    node = rclpy.create_node("doctor", context=context, enable_rosout=False, start_parameter_services=False)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+
+    def spin_until(done: Callable[[], bool], seconds: float) -> None:
+        end_s = time.monotonic() + seconds
+        while not done() and (left_s := end_s - time.monotonic()) > 0:
+            executor.spin_once(timeout_sec=min(left_s, 0.1))
+
+    try:
+        yield Graph(node, spin_until)
+    finally:
+        executor.shutdown()
+        node.destroy_node()
+        rclpy.try_shutdown(context=context)
+
+
+def _check_node(graph: Graph, node: str, findings: Findings) -> bool:
+    nodes = graph.nodes
+    if node not in nodes:
+        near = difflib.get_close_matches(node, nodes, n=1, cutoff=0.5)
+        findings.error(
+            "node",
+            node,
+            f"does not run in this ROS domain, where there are {', '.join(sorted(set(nodes))) or 'no nodes'}",
+            f"use --node {near[0]}" if near else "start it, or set ROS_DOMAIN_ID as its terminal has it",
+        )
+    elif nodes.count(node) > 1:
+        findings.error("node", node, f"runs {nodes.count(node)} times", "stop all but one, or give them namespaces")
+    return node in nodes
+
+
+def _check_clock(graph: Graph, node: str, simulated: bool, findings: Findings) -> None:
+    publishers = graph.node.count_publishers("/clock")
+    if simulated and not publishers:
+        findings.error(
+            "clock",
+            node,
+            "has use_sim_time: true, but nobody publishes /clock",
+            "set use_sim_time: false, or start the simulator or `ros2 bag play --clock`",
+        )
+    elif publishers and not simulated:
+        findings.warning(
+            "clock",
+            node,
+            "/clock is published, but the node goes by the wall clock",
+            "set use_sim_time: true for all nodes",
+        )
+
+
+def _check_endpoints(graph: Graph, watch: InputWatch, node: str, running: bool, findings: Findings) -> None:
+    inputs = [(topic, qos_profile_sensor_data) for topic in watch.topics[:-1]] + [
+        (f"{node}/instruction", QoSProfile(depth=10))
+    ]
+    for topic, ours in inputs:
+        for end in graph.node.get_publishers_info_by_topic(topic):
+            _check_qos(topic, end, end.qos_profile, ours, f"{node} does not hear it", findings)
+    command = watch.command.topic
+    expected = command_type(watch.settings)
+    listeners = graph.node.get_subscriptions_info_by_topic(command)
+    for end in listeners:
+        _check_qos(command, end, COMMAND_QOS, end.qos_profile, "commands do not reach it", findings)
+    if not any(end.topic_type == expected for end in listeners):
+        others = sorted({end.topic_type for end in listeners})
+        likely = [
+            name for name, kinds in graph.node.get_topic_names_and_types() if expected in kinds and name != command
+        ]
+        findings.error(
+            "command",
+            command,
+            f"nobody takes {expected} here" + (f", only {', '.join(others)}" if others else ""),
+            "start the controller, or correct command_topic"
+            + (" or publish_mode" if others else "")
+            + (f" (there is {', '.join(t for t in likely if not t.startswith(node))})" if likely else ""),
+        )
+    if running:
+        drives = [end for end in graph.node.get_publishers_info_by_topic(command) if _name(end) != node]
+        if drives:
+            findings.error(
+                "command",
+                command,
+                f"is also published by {', '.join(sorted({_name(end) for end in drives}))}: two masters",
+                "stop the other one, or let it publish elsewhere",
+            )
+
+
+def _check_qos(topic: str, end: Any, offered: QoSProfile, asked: QoSProfile, effect: str, findings: Findings) -> None:
+    fits, reason = qos_check_compatible(offered, asked)
+    if fits == QoSCompatibility.ERROR:
+        findings.error("qos", topic, f"{_name(end)}: {effect}: {reason.strip().rstrip(';')}", QOS_FIX)
+
+
+def _name(end: Any) -> str:
+    return f"{end.node_namespace.rstrip('/')}/{end.node_name}"
+
+
+def _check_controller(
+    graph: Graph, watch: InputWatch, manifest: Manifest, settings: Settings, findings: Findings
+) -> None:
+    """joint_trajectory_controller's parameters, where the command topic is one's and it answers."""
+    controller = watch.command.topic.rpartition("/")[0]
+    values = graph.parameters(controller, CONTROLLER_PARAMETERS) if controller in graph.nodes else None
+    if not values or not isinstance(values.get("joints"), list):
+        return
+    theirs, ours = values["joints"], list(manifest.joint_names)
+    if missing := [name for name in ours if name not in theirs]:
+        findings.error("controller", controller, f"does not move {', '.join(missing)}", "add them to its joints")
+    extra = [name for name in theirs if name not in ours]
+    if extra and not values.get("allow_partial_joints_goal"):
+        findings.error(
+            "controller",
+            controller,
+            f"expects {', '.join(extra)} too, which the bundle does not move, and refuses every command",
+            "set its allow_partial_joints_goal: true, or take those joints out of it",
+        )
+    if settings.publish_mode == "stream" and theirs != ours and not missing:
+        findings.error(
+            "joint order",
+            controller,
+            f"takes positions as {', '.join(theirs)}, the bundle sends {', '.join(ours)}",
+            "put the controller's joints into the bundle's order: with stream there are no names",
+        )
+    if values.get("interpolation_method") == "none":
+        findings.error(
+            "controller", controller, "interpolation_method is none: it jumps from point to point", "set it to splines"
+        )
+    if settings.publish_mode != "stream" and values.get("interpolate_from_desired_state") is False:
+        findings.warning(
+            "controller",
+            controller,
+            "interpolate_from_desired_state is false: each new command begins at the measured place, with its lag",
+            "set it to true",
+        )
+    manager = (
+        graph.parameters("/controller_manager", ("update_rate",)) if "/controller_manager" in graph.nodes else None
+    )
+    rate_hz = (manager or {}).get("update_rate")
+    if isinstance(rate_hz, int) and rate_hz * settings.command_period_s < 1.0 - 1e-9:
+        findings.warning(
+            "period",
+            "/controller_manager",
+            f"updates {rate_hz} times per second, a command has a point every {settings.command_period_s:g} s",
+            f"raise update_rate, or command_period_s to {1.0 / rate_hz:g}",
+        )
+
+
+def _listen(graph: Graph, watch: InputWatch, simulated: bool, seconds: float) -> None:
+    node = graph.node
+    if simulated:
+        node.set_parameters([Parameter("use_sim_time", Parameter.Type.BOOL, True)])
+    published = graph.topics()
+    expected = {
+        topic: image_type(watch.settings, name) for name, topic in zip(watch.cameras, watch.topics, strict=False)
+    }
+    expected |= {watch.joints.topic: JOINT_STATE, watch.command.topic: command_type(watch.settings)}
+
+    def take(topic: str, kind: str, data: bytes) -> None:
+        watch.add(BagMessage(topic, kind, int(node.get_clock().now().nanoseconds), data))
+
+    for topic, own in expected.items():
+        for kind in published.get(topic, [own]):
+            if kind in KINDS:
+                take_it = partial(take, topic, kind)
+                node.create_subscription(KINDS[kind], topic, take_it, qos_profile_sensor_data, raw=True)
+    graph.wait(seconds)
+
+
+def with_node_environment(machine: Machine) -> Machine:
+    """The Fast DDS profile of a policy node on this machine counts, where this shell has none: launch files set it."""
+    if any(machine.environment.get(variable) for variable in PROFILE_VARIABLES):
+        return machine
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+            if not any(a == b"ki_vla_ros.node" or a.endswith(b"/policy_node") for a in arguments):
+                continue
+            entries = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+            environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+            if environment.get("ROS_DOMAIN_ID", "0") != machine.environment.get("ROS_DOMAIN_ID", "0"):
+                continue
+            own = {name: environment[name] for name in PROFILE_VARIABLES if name in environment}
+            if own:
+                return replace(machine, environment={**machine.environment, **own})
+    return machine

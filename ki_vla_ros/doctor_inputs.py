@@ -1,0 +1,185 @@
+"""What comes in, from a bag or from running topics, against what the bundle and the settings expect.
+
+`InputWatch` takes every message and keeps numbers only; `check_inputs` reads them. Stamps in integer ns. Legend: N
+messages, J joints.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.bags import COMPRESSED_IMAGE, IMAGE, BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.errors import InputError
+from ki_vla_ros.manifest import Manifest
+from ki_vla_ros.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.pixels import read_image
+from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.settings import Settings
+
+JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
+FLOATS = "std_msgs/msg/Float64MultiArray"
+# Images per camera that are decoded; of all others the header is read.
+IMAGES_DECODED = 200
+# Joint positions and commands that are kept; when there are more, every other one goes.
+ROWS_KEPT = 20_000
+
+
+@dataclass
+class Stream:
+    """The messages of one topic: when they were taken and received, and why some could not be read."""
+
+    topic: str
+    kinds: Counter[str] = field(default_factory=Counter)
+    stamps: array[int] = field(default_factory=lambda: array("q"))
+    received: array[int] = field(default_factory=lambda: array("q"))
+    refused: Counter[str] = field(default_factory=Counter)  # reasons without their numbers
+    reasons: dict[str, str] = field(default_factory=dict)  # the first one in full
+    encodings: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def count(self) -> int:
+        return sum(self.kinds.values())
+
+    def refuse(self, error: InputError) -> None:
+        kind = re.sub(r"[-+]?\d[\d.e+-]*", "#", str(error))[:60]
+        self.refused[kind] += 1
+        self.reasons.setdefault(kind, str(error))
+
+
+def image_type(settings: Settings, camera: str) -> str:
+    return COMPRESSED_IMAGE if settings.camera(camera).transport == "compressed" else IMAGE
+
+
+def command_type(settings: Settings) -> str:
+    return FLOATS if settings.publish_mode == "stream" else TRAJECTORY
+
+
+class Rows:
+    """(time, values) kept evenly over the whole recording, however long it is."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, NDArray[np.float64]]] = []
+        self._every = 1
+        self._seen = 0
+
+    def add(self, time_ns: int, values: NDArray[np.float64]) -> None:
+        if self._seen % self._every == 0:
+            self._kept.append((time_ns, values))
+            if len(self._kept) > ROWS_KEPT:
+                self._kept, self._every = self._kept[::2], 2 * self._every
+        self._seen += 1
+
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Times [N] in order and values [N, ...]."""
+        kept = sorted(self._kept, key=lambda row: row[0])
+        return np.array([row[0] for row in kept], dtype=np.int64), np.array([row[1] for row in kept])
+
+
+class InputWatch:
+    """`topics`: resolved names by camera, and of the joint states and the commands."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        settings: Settings,
+        cameras: dict[str, str],
+        joints: str,
+        command: str,
+        expected_images: dict[str, int] | None = None,
+    ) -> None:
+        self.manifest, self.settings = manifest, settings
+        self.cameras = {name: Stream(topic) for name, topic in cameras.items()}
+        self.image_types = {name: image_type(settings, name) for name in cameras}
+        self.joints, self.command = Stream(joints), Stream(command)
+        self.positions, self.commands = Rows(), Rows()
+        self.orders: Counter[tuple[str, ...]] = Counter()
+        counts = expected_images or {}
+        self._every = {name: max(1, counts.get(topic, 0) // IMAGES_DECODED) for name, topic in cameras.items()}
+        sources = [CameraSource(name, topic) for name, topic in cameras.items()]
+        trained = (manifest.state.low, manifest.state.high)
+        self._buffer = ObservationBuffer(sources, manifest.joint_names, joints, trained)
+        self._camera_of = {topic: name for name, topic in cameras.items()}
+
+    @property
+    def topics(self) -> list[str]:
+        return [*self._camera_of, self.joints.topic, self.command.topic]
+
+    def add(self, message: BagMessage) -> None:
+        if message.topic in self._camera_of:
+            self._add_image(self._camera_of[message.topic], message)
+        elif message.topic == self.joints.topic:
+            self._add_joints(message)
+        elif message.topic == self.command.topic:
+            self._add_command(message)
+
+    def _add_image(self, name: str, message: BagMessage) -> None:
+        stream = self.cameras[name]
+        stream.kinds[message.type] += 1
+        if message.type not in (IMAGE, COMPRESSED_IMAGE):
+            return
+        try:
+            stamp_ns = _stamp_ns(message)
+            if message.type == IMAGE:
+                stream.encodings[read_image(f"camera {name!r}", message.data).encoding] += 1
+            if stream.count % self._every[name] == 0:
+                camera_frame(message, name)
+        except InputError as error:
+            stream.refuse(error)
+        else:
+            stream.stamps.append(stamp_ns)
+            stream.received.append(message.log_ns)
+
+    def _add_joints(self, message: BagMessage) -> None:
+        self.joints.kinds[message.type] += 1
+        if message.type != JOINT_STATE:
+            return
+        try:
+            reading = joint_reading(message)
+            self.orders[reading.names] += 1
+            self.joints.stamps.append(reading.stamp_ns)
+            self.joints.received.append(message.log_ns)
+            self._buffer.add_joints(reading)
+        except InputError as error:
+            self.joints.refuse(error)
+        else:
+            index = {name: j for j, name in enumerate(reading.names)}
+            position_J = reading.position_J[[index[name] for name in self.manifest.joint_names]]
+            self.positions.add(message.log_ns, position_J)
+
+    def _add_command(self, message: BagMessage) -> None:
+        """Keeps the place of the point that is farthest ahead within a tenth of a second, and when it is due."""
+        self.command.kinds[message.type] += 1
+        if message.type != TRAJECTORY:
+            return
+        try:
+            command = decode(message)
+            names = list(command.joint_names)
+            points = [(_duration_ns(p.time_from_start), p.positions) for p in command.points]
+            near = [p for p in points if p[0] <= NS_PER_S // 10] or points[:1]
+            if not near or set(names) < set(self.manifest.joint_names):
+                return
+            order = [names.index(name) for name in self.manifest.joint_names]
+            self.commands.add(message.log_ns + near[-1][0], np.array(near[-1][1], dtype=np.float64)[order])
+        except (InputError, ValueError, IndexError) as error:
+            self.command.refuse(InputError(f"command: {error}"))
+
+
+def _stamp_ns(message: BagMessage) -> int:
+    """The stamp of a message that begins with a header, without reading the rest."""
+    try:
+        sec, nanosec = struct.unpack_from("<iI" if message.data[1] else ">iI", message.data, 4)
+    except (struct.error, IndexError) as error:
+        raise InputError(f"{message.topic}: expected a header, got {len(message.data)} bytes") from error
+    return int(sec) * NS_PER_S + int(nanosec)
+
+
+def _duration_ns(duration: Any) -> int:
+    return int(duration.sec) * NS_PER_S + int(duration.nanosec)

@@ -1,0 +1,216 @@
+"""What can be wrong before any message comes: installation, parameter file, bundle, engine, and how they fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from ki_vla_ros.bundle import Bundle, load_bundle
+from ki_vla_ros.doctor_checks import PROFILE_FIX
+from ki_vla_ros.doctor_findings import Findings
+from ki_vla_ros.engines.cuda import CudaDevice
+from ki_vla_ros.errors import ConfigurationError, EngineError, InputError
+from ki_vla_ros.inputs import check_instruction
+from ki_vla_ros.manifest import Manifest
+from ki_vla_ros.parameter_file import NODE, load_settings
+from ki_vla_ros.settings import Settings
+from ki_vla_ros.share import find_bundle
+
+# The Python that each ROS 2 release is built for (its Ubuntu's), and the major version of numpy that comes with it.
+RELEASES: Mapping[str, tuple[tuple[int, int], int]] = {
+    "humble": ((3, 10), 1),
+    "jazzy": ((3, 12), 1),
+    "kilted": ((3, 12), 1),
+}
+SUPPORTED = ("jazzy", "kilted")
+PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+# An image of 640 x 480 rgb8, twice: what is being written and what is being read.
+LEAST_SEGMENT = 2 * 640 * 480 * 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `check_machine` looks at."""
+
+    python: tuple[int, int]
+    numpy: str
+    environment: Mapping[str, str]
+
+    @classmethod
+    def here(cls) -> Machine:
+        return cls((sys.version_info[0], sys.version_info[1]), np.__version__, dict(os.environ))
+
+
+def check_machine(machine: Machine, findings: Findings) -> None:
+    distribution = machine.environment.get("ROS_DISTRO", "")
+    have = ".".join(map(str, machine.python))
+    if machine.python < (3, 10):
+        findings.error("python", sys.executable, f"is Python {have}, expected 3.10 or newer", "use a newer python3")
+    if distribution in RELEASES:
+        python, numpy_major = RELEASES[distribution]
+        if distribution not in SUPPORTED:
+            findings.error(
+                "ros",
+                f"ROS_DISTRO {distribution}",
+                f"expected {' or '.join(SUPPORTED)}",
+                "install one of them beside it",
+            )
+        if machine.python != python:
+            findings.error(
+                "python",
+                sys.executable,
+                f"is Python {have}, but ROS 2 {distribution} is built for {'.'.join(map(str, python))}",
+                "leave the virtual environment or conda, or make one with --system-site-packages from /usr/bin/python3",
+            )
+        if int(machine.numpy.split(".")[0]) > numpy_major:
+            findings.warning(
+                "numpy",
+                f"numpy {machine.numpy}",
+                f"ROS 2 {distribution} comes with numpy {numpy_major}, its compiled modules (cv_bridge) crash with 2",
+                f"pip install 'numpy<{numpy_major + 1}'",
+            )
+    middleware = machine.environment.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp")
+    if "fastrtps" in middleware:
+        for variable in PROFILE_VARIABLES:
+            if file := machine.environment.get(variable):
+                _check_profile(variable, Path(file), findings)
+
+
+def _check_profile(variable: str, file: Path, findings: Findings) -> None:
+    try:
+        root = ElementTree.parse(file).getroot()
+    except OSError as error:
+        findings.error("fast dds", f"{variable}={file}", f"cannot be read: {error.strerror}", PROFILE_FIX)
+        return
+    except ElementTree.ParseError as error:
+        findings.error("fast dds", f"{variable}={file}", f"is no XML: {error}", PROFILE_FIX)
+        return
+    sizes = [int(element.text or 0) for element in root.iter() if element.tag.endswith("segment_size")]
+    if max(sizes, default=0) < LEAST_SEGMENT:
+        findings.warning(
+            "fast dds",
+            f"{variable}={file}",
+            f"gives shared memory {max(sizes, default=0)} bytes, two images need {LEAST_SEGMENT}",
+            PROFILE_FIX,
+        )
+
+
+def check_profile_is_set(machine: Machine, findings: Findings) -> None:
+    """For running topics: of a bag nobody knows with which profile it was recorded."""
+    if "fastrtps" not in machine.environment.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp"):
+        return
+    if not any(machine.environment.get(variable) for variable in PROFILE_VARIABLES):
+        findings.warning("fast dds", PROFILE_VARIABLES[0], "is not set: images may be lost without a word", PROFILE_FIX)
+
+
+def read_settings(path: Path, findings: Findings, node: str = NODE) -> Settings | None:
+    try:
+        return load_settings(path, node)
+    except ConfigurationError as error:
+        message = str(error).removeprefix(f"{path}: ")
+        check = "node name" if "no parameters for node" in message else "parameters"
+        fix = (
+            "ROS ignores the whole file without a word: correct the name at its top"
+            if check == "node name"
+            else "the node does not start with this; config/demo.yaml explains every parameter"
+        )
+        findings.error(check, str(path), message, fix)
+        return None
+
+
+def read_bundle(name: str, findings: Findings) -> Bundle | None:
+    try:
+        return load_bundle(find_bundle(name))
+    except ConfigurationError as error:
+        findings.error("bundle", name or "''", str(error), "give the folder that export wrote, whole and unchanged")
+        return None
+
+
+def check_fit(settings: Settings, bundle: Bundle, findings: Findings) -> None:
+    """Settings against the bundle, and each other."""
+    manifest = bundle.manifest
+    try:
+        settings.validate_against(manifest)
+    except ConfigurationError as error:
+        findings.error("parameters", manifest.name, str(error), "the node does not configure with this")
+    for name in ("execution_horizon_s", "prefill_period_s"):
+        ticks = getattr(settings, name) * settings.rate_hz
+        if abs(ticks - round(ticks)) > 1e-6:
+            whole = max(1, round(ticks))
+            findings.warning(
+                "horizon",
+                name,
+                f"{getattr(settings, name):g} s are {ticks:.2f} ticks at rate_hz {settings.rate_hz:g}; the node takes "
+                f"{whole}",
+                f"set it to {whole / settings.rate_hz:g}, which is what happens",
+            )
+    _check_periods(settings, manifest, findings)
+    if settings.instruction:
+        try:
+            check_instruction(bundle, settings.instruction)
+        except InputError as error:
+            findings.error("instruction", "instruction", str(error), "use words that the model was trained with")
+
+
+def _check_periods(settings: Settings, manifest: Manifest, findings: Findings) -> None:
+    if settings.command_period_s > manifest.action_period_s + 1e-9:
+        findings.warning(
+            "period",
+            "command_period_s",
+            f"{settings.command_period_s:g} s between a command's points, but actions are {manifest.action_period_s:g} "
+            "s apart: some are passed over",
+            f"set it to {manifest.action_period_s:g} or less",
+        )
+    if settings.hold_after_s < settings.execution_horizon_s:
+        findings.warning(
+            "horizon",
+            "hold_after_s",
+            f"the watchdog holds the arm after {settings.hold_after_s:g} s without a fresh chunk, but one comes only "
+            f"every {settings.execution_horizon_s:g} s (execution_horizon_s)",
+            "raise hold_after_s above execution_horizon_s and a tick",
+        )
+
+
+def check_engine(settings: Settings, bundle: Bundle | None, findings: Findings) -> None:
+    """Whether the chosen engine can be had here; nothing is loaded or built."""
+    try:
+        _find_engine(settings, bundle)
+    except EngineError as error:
+        findings.error(
+            "engine",
+            f"engine {settings.engine}, provider {settings.provider}",
+            str(error),
+            "install what is missing, or choose another engine and provider; the node never takes another by itself",
+        )
+
+
+def _find_engine(settings: Settings, bundle: Bundle | None) -> None:
+    module = {"onnx": "onnxruntime"}.get(settings.engine, settings.engine)
+    if importlib.util.find_spec(module) is None:
+        raise EngineError(f"expected the Python module {module}, got none")
+    if settings.engine == "onnx":
+        import onnxruntime
+
+        from ki_vla_ros.engines.onnx_engine import PROVIDERS
+
+        wanted, available = PROVIDERS[settings.provider], onnxruntime.get_available_providers()
+        if wanted not in available:
+            raise EngineError(f"onnxruntime has no {wanted} here, only {', '.join(available)}")
+    elif (
+        settings.engine == "torch" and bundle is not None and not any(f.endswith(".pt2") for f in bundle.manifest.files)
+    ):
+        raise EngineError("the bundle has no programs for torch; export it with --torch")
+    if settings.engine == "torch" and settings.provider == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise EngineError("torch finds no NVIDIA GPU here, or was built without CUDA")
+    if settings.engine in ("tensorrt", "tensorrt_rtx"):
+        CudaDevice().close()

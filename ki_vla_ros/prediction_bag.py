@@ -1,0 +1,149 @@
+"""What a replay predicted, beside what was recorded, as a rosbag2 folder that Foxglove opens.
+
+Recorded topics are copied but for the images: of those, the frames that the policy looked at, as JPEG of at most 480
+pixels, so that a bag of gigabytes gives one of megabytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.typesys import Stores, get_typestore
+
+from ki_vla_ros.bags import BagMessage, camera_frame
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.records import NS_PER_S, CameraFrame, Motion, Observation
+from ki_vla_ros.replay_inputs import BagFrame
+from ki_vla_ros.replay_records import Prediction, TickRecord
+from ki_vla_ros.replay_topics import JOINT_STATE, ReplayTopics
+from ki_vla_ros.session import COMPRESSED_IMAGE, IMAGE, TEXT, TRAJECTORY
+
+TYPESTORE = get_typestore(Stores.ROS2_JAZZY)
+LARGEST_SIDE, JPEG_QUALITY = 480, 85
+# The commanded motion is written so often, as joint states.
+SAMPLE_NS = 20_000_000
+
+
+class PredictionBag:
+    """`folder` must not exist. Chunks, ticks and the commanded motion are written below `<node>/replay`."""
+
+    def __init__(self, folder: Path, topics: ReplayTopics, node: str, joints: tuple[str, ...]) -> None:
+        if folder.exists():
+            raise ConfigurationError(f"--out: {folder} exists already; remove it or choose another --out")
+        self._writer = Writer(folder, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP)
+        self._writer.open()
+        self._cameras, self._joints = topics.cameras, joints
+        self._connections: dict[str, Any] = {}
+        self._names = {name: f"{node}/replay/{name}" for name in ("chunk", "tick", "commanded")}
+        for name, kind in (("chunk", TRAJECTORY), ("tick", TEXT), ("commanded", JOINT_STATE)):
+            self._connect(self._names[name], kind)
+        self._written: dict[str, int] = {}
+        self._motion: Motion | None = None
+        self._sampled_ns = 0
+
+    def copy(self, message: BagMessage) -> None:
+        """A recorded message; images are written when a tick has used them."""
+        if message.type in (IMAGE, COMPRESSED_IMAGE):
+            return
+        self._write(message.topic, message.type, message.log_ns, message.data)
+
+    def add(self, tick: TickRecord, observation: Observation | None) -> None:
+        ended_ns = tick.stamp_ns + tick.latency_ns
+        if observation is not None:
+            for frame in observation.frames.values():
+                self._add_frame(frame, tick.stamp_ns)
+        for motion in tick.motions:
+            self._sample(motion.from_ns)
+            self._motion = motion
+        if tick.prediction is not None:
+            self._add_chunk(tick.prediction, ended_ns)
+        fields = {
+            "number": tick.number,
+            "instruction": tick.instruction,
+            "hold": tick.hold,
+            "chunk_index": None if tick.prediction is None else tick.prediction.index,
+            "latency_ms": tick.latency_ns / 1e6,
+            "deadline_misses": tick.missed,
+        }
+        self._message(self._names["tick"], TEXT, ended_ns, data=json.dumps(fields))
+
+    def close(self) -> None:
+        if self._motion is not None:
+            self._sample(self._motion.end_ns)
+        self._writer.close()
+
+    def _add_chunk(self, chunk: Prediction, log_ns: int) -> None:
+        types = TYPESTORE.types
+        empty = np.array([], dtype=np.float64)
+        points = []
+        for k, position_J in enumerate(chunk.position_HJ):
+            sec, nanosec = divmod((k + 1) * chunk.period_ns, NS_PER_S)
+            duration = types["builtin_interfaces/msg/Duration"](sec=sec, nanosec=nanosec)
+            point = types["trajectory_msgs/msg/JointTrajectoryPoint"]
+            points.append(
+                point(
+                    positions=position_J, velocities=empty, accelerations=empty, effort=empty, time_from_start=duration
+                )
+            )
+        joints = list(self._joints)
+        header = self._header(chunk.start_ns)
+        self._message(self._names["chunk"], TRAJECTORY, log_ns, header=header, joint_names=joints, points=points)
+
+    def _sample(self, until_ns: int) -> None:
+        """The motion in force, until the next one takes over."""
+        motion = self._motion
+        if motion is None:
+            return
+        for at_ns in range(max(motion.from_ns, self._sampled_ns), min(until_ns, motion.end_ns + 1), SAMPLE_NS):
+            position_J, velocity_J = motion.at(at_ns)
+            self._message(
+                self._names["commanded"],
+                JOINT_STATE,
+                at_ns,
+                header=self._header(at_ns),
+                name=list(motion.joints),
+                position=position_J,
+                velocity=velocity_J,
+                effort=np.array([], dtype=np.float64),
+            )
+            self._sampled_ns = at_ns + SAMPLE_NS
+
+    def _add_frame(self, frame: CameraFrame, log_ns: int) -> None:
+        if self._written.get(frame.camera) == frame.stamp_ns:
+            return
+        self._written[frame.camera] = frame.stamp_ns
+        assert isinstance(frame, BagFrame)
+        if frame.message.type == COMPRESSED_IMAGE:
+            self._write(frame.message.topic, COMPRESSED_IMAGE, log_ns, frame.message.data)
+            return
+        rgb_HWC = camera_frame(frame.message, frame.camera).rgb_HWC
+        height, width = rgb_HWC.shape[:2]
+        if (scale := LARGEST_SIDE / max(height, width)) < 1.0:
+            size = max(1, round(width * scale)), max(1, round(height * scale))
+            rgb_HWC = np.asarray(cv2.resize(rgb_HWC, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+        bgr_HWC = cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2BGR)
+        _, jpeg = cv2.imencode(".jpg", bgr_HWC, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        header, topic = self._header(frame.stamp_ns), f"{self._cameras[frame.camera]}/compressed"
+        self._message(topic, COMPRESSED_IMAGE, log_ns, header=header, format="jpeg", data=jpeg.ravel())
+
+    def _header(self, stamp_ns: int) -> Any:
+        sec, nanosec = divmod(stamp_ns, NS_PER_S)
+        stamp = TYPESTORE.types["builtin_interfaces/msg/Time"](sec=sec, nanosec=nanosec)
+        return TYPESTORE.types["std_msgs/msg/Header"](stamp=stamp, frame_id="")
+
+    def _message(self, topic: str, kind: str, log_ns: int, **fields: Any) -> None:
+        message = TYPESTORE.types[kind](**fields)
+        self._write(topic, kind, log_ns, bytes(TYPESTORE.serialize_cdr(message, kind)))
+
+    def _connect(self, topic: str, kind: str) -> Any:
+        if topic not in self._connections:
+            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=TYPESTORE)
+        return self._connections[topic]
+
+    def _write(self, topic: str, kind: str, log_ns: int, data: bytes) -> None:
+        self._writer.write(self._connect(topic, kind), log_ns, data)

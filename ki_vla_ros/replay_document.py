@@ -1,0 +1,78 @@
+"""metrics.json: the figures of a replay with what they belong to. Its schema is in docs/replay.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ki_vla_ros.bags import Bag
+from ki_vla_ros.metrics import Figures
+from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.replay_records import METRICS_SCHEMA
+from ki_vla_ros.replay_run import Replay
+from ki_vla_ros.replay_setup import SetUp
+
+METRICS = "metrics.json"
+# Of this machine and this run; everything else is the same for the same bag, settings and fixed latency.
+MACHINE = ("realtime_factor", "timing")
+CAUSES_LISTED = 20
+
+
+def make_metrics(
+    bag: Bag, chosen: SetUp, replay: Replay, figures: Figures, wall_s: float, stopped: str | None
+) -> dict[str, Any]:
+    """`stopped`: why the replay ended before the bag (None: it did not)."""
+    topics, options = chosen.topics, replay.options
+    duration_s = (replay.now_ns - replay.start_ns) / NS_PER_S
+    ticks = figures.summary(
+        chosen.settings.executor, 1.0 / chosen.settings.rate_hz, chosen.reference, topics.missing_reference
+    )
+    ticks["safety"] |= {"messages_refused": dict(sorted(replay.refused.items())), "stopped": replay.stopped}
+    metrics: dict[str, Any] = {
+        "schema": METRICS_SCHEMA,
+        "complete": stopped is None,
+        "stopped": stopped,
+        "bag": {
+            "name": bag.path.resolve().name,
+            "start_ns": replay.start_ns,
+            "end_ns": replay.now_ns,
+            "duration_s": duration_s,
+            "topics": {
+                **{f"camera {name}": topic for name, topic in topics.cameras.items()},
+                "joint_states": topics.joint_states,
+                "instruction": topics.instruction,
+                "command": topics.command,
+                "tick": topics.tick,
+                "session": topics.session,
+            },
+            "messages": dict(sorted(replay.messages.items())),
+            "faults": [dataclasses.asdict(fault) for fault in bag.faults],
+            "notes": list(chosen.notes),
+        },
+        "bundle": {"name": chosen.bundle.manifest.name, "manifest_sha256": chosen.manifest_sha256},
+        "settings": chosen.parameters(),
+        "replay": {
+            "ticks": "recorded" if options.as_recorded else "paced",
+            "latency": options.latency.description,
+            "seed": chosen.settings.noise_seed,
+            "segment_s": figures.segment_s,
+        },
+        **ticks,
+    }
+    if options.as_recorded:
+        causes = sorted(replay.not_reproduced.items(), key=lambda item: (-item[1], item[0]))
+        metrics["parity"] = {**replay.parity.summary(), "not_reproduced": dict(causes[:CAUSES_LISTED])}
+    metrics["fingerprint"] = hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
+    metrics["realtime_factor"] = duration_s / wall_s if wall_s > 0.0 else None
+    metrics["timing"] = {"wall_s": wall_s, **figures.timing()}
+    return metrics
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Whole or not at all: a reader never finds half a file."""
+    written = folder / f"{METRICS}.part"
+    written.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    written.replace(folder / METRICS)

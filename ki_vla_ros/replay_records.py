@@ -1,0 +1,105 @@
+"""What a replay gives, tick by tick, and what its figures are called.
+
+`Replay.ticks()` (replay_run.py) yields one `TickRecord` per tick of the loop, in order and some time behind the bag's
+clock: a chunk is only handed on when the bag has shown what really happened until its last action was due. Nobody keeps
+all of them; figures (metrics.py) and report take what they need from each. `ReplayResult` is what is left at the end.
+
+Legend: H horizon, J joints in the manifest's order. Positions in rad or m, as the manifest says; stamps in ns on the
+node's clock, which a replay takes from the bag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.records import Motion
+
+METRICS_SCHEMA = 1
+"""Version of metrics.json, described in docs/replay.md."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seam:
+    """Where one command took over from another.
+
+    `jump_J`: what the executor wished before and after, at the instant of the handover (before the governor);
+    `position_step_J` and `speed_step_J`: of the commanded motion. `restarted`: the recorded arm was not where the
+    replayed motion had it, so the new motion began at the arm instead.
+    """
+
+    time_ns: int
+    jump_J: NDArray[np.float64]
+    position_step_J: NDArray[np.float64]
+    speed_step_J: NDArray[np.float64]
+    restarted: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """One chunk as the policy predicted it (before executor, gate and governor), and what came of it.
+
+    `position_HJ[k]` is due at `start_ns + (k + 1) * period_ns`; `reference_HJ` is the reference at the same instants,
+    NaN where the bag has none. `frame_ns` holds the stamp of each camera's frame, `joint_ns` those of the one or two
+    joint states that `state_J` comes from. `command_ns`: when the command went out in simulated time (None: refused,
+    `refusal` says why). `corrections`: what the gate changed, in words. `consumed`: actions that were in the past by
+    then. `probe_HJ`: chunks of the same tick under another condition, by the probe's name ("noise", "instruction",
+    "camera.<name>"); only every few seconds.
+    """
+
+    index: int
+    start_ns: int
+    period_ns: int
+    position_HJ: NDArray[np.float64]
+    reference_HJ: NDArray[np.float64]
+    state_J: NDArray[np.float64]
+    frame_ns: Mapping[str, int]
+    joint_ns: tuple[int, ...]
+    command_ns: int | None
+    refusal: str | None
+    corrections: tuple[str, ...]
+    consumed: int
+    seam: Seam | None
+    probe_HJ: Mapping[str, NDArray[np.float64]]
+
+    def due_ns(self, k: int) -> int:
+        return self.start_ns + (k + 1) * self.period_ns
+
+    @property
+    def skew_ns(self) -> int:
+        """Between the oldest and the newest frame."""
+        return max(self.frame_ns.values()) - min(self.frame_ns.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TickRecord:
+    """One tick. `hold`: why the arm was held (None: it was not); `prediction` is None where none was due or possible.
+
+    `age_ns`: of the newest frame of each camera and of "joint state" when the tick began (None: there was none).
+    `latency_ns`: simulated, from the tick's start to its command or end. `missed`: deadlines missed so far. `motions`:
+    what was sent since the tick before, holds too. `stage_ms`: what the stages took on this machine (with reading the
+    bag in "observation"), which nothing else here depends on when the latency is fixed.
+    """
+
+    number: int
+    stamp_ns: int
+    instruction: str
+    hold: str | None
+    age_ns: Mapping[str, int | None]
+    latency_ns: int
+    missed: int
+    stage_ms: Mapping[str, float]
+    motions: tuple[Motion, ...]
+    prediction: Prediction | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplayResult:
+    """`metrics` is what metrics.json holds; `complete` is False after Ctrl-C or a fault that ended the bag early."""
+
+    metrics: Mapping[str, Any]
+    complete: bool

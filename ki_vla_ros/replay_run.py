@@ -1,0 +1,408 @@
+"""Drives the policy loop over a bag: the node's own loop, with the bag's clock in place of time.
+
+    with Replay(bag, bundle, engine, settings, topics, options) as replay:
+        for tick in replay.ticks():
+            ...
+
+Open loop: the arm of the bag does what it did, so every chunk starts from what the robot really saw, and the governor's
+motion is made against the recorded joint states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ki_vla_ros.bags import BagMessage, decode, header_ns
+from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.chunking import cubic
+from ki_vla_ros.engines.base import Engine
+from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
+from ki_vla_ros.inputs import camera_sources, check_instruction, own_limit_ns
+from ki_vla_ros.loop import PolicyLoop
+from ki_vla_ros.observation import BURST_WAIT_NS
+from ki_vla_ros.pacing import Pacer, alignment_ns
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
+from ki_vla_ros.reference import LONGEST_GAP_NS, CommandedPath, MeasuredPath, Reference
+from ki_vla_ros.replay_activity import Activity
+from ki_vla_ros.replay_inputs import Feed, Parity, RecordedTick, ReplayBuffer, read_tick
+from ki_vla_ros.replay_options import MessageSource, ReplayOptions
+from ki_vla_ros.replay_policy import ReplayPolicy
+from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
+from ki_vla_ros.replay_topics import ReplayTopics, read_later_session
+from ki_vla_ros.replay_wire import ReplayDiagnostics, ReplayWire
+from ki_vla_ros.session import TRAJECTORY
+from ki_vla_ros.settings import Settings
+
+# The first tick waits for the first message of every input, at most so long.
+START_WAIT_NS = 1_000_000_000
+WATCHDOG_NS = 20_000_000
+
+
+class Replay:
+    """One pass over `bag`; `ticks` may be called once. The engine stays the caller's."""
+
+    def __init__(
+        self,
+        bag: MessageSource,
+        bundle: Bundle,
+        engine: Engine,
+        settings: Settings,
+        topics: ReplayTopics,
+        options: ReplayOptions,
+    ) -> None:
+        settings.validate_against(bundle.manifest)
+        # Nothing is sent anywhere, and a dry run would begin each motion at the arm.
+        self.settings = settings.model_copy(update={"dry_run": False})
+        self.topics, self.options, self.bundle = topics, options, bundle
+        self.refused: Counter[str] = Counter()
+        self.messages: Counter[str] = Counter()
+        self.not_reproduced: Counter[str] = Counter()
+        self.parity = Parity()
+        self._latency, manifest = options.latency, bundle.manifest
+        self._diagnostics = ReplayDiagnostics()
+        self._wire = ReplayWire(self._latency)
+        self._policy = ReplayPolicy(bundle, engine, self._latency, settings.guidance_jacobian)
+        self._policy.warm_up()
+        self._cameras = {topic: name for name, topic in topics.cameras.items()}
+        self._buffer = ReplayBuffer(
+            camera_sources(manifest, settings, lambda name: name, topics.cameras),
+            manifest.joint_names,
+            topics.joint_states,
+            (manifest.state.low, manifest.state.high),
+            own_limit_ns(settings.joint_max_age_s),
+        )
+        self._loop = PolicyLoop(self._policy, self._buffer, self._wire, self._diagnostics, lambda: self.settings)
+        for instruction in (settings.instruction, options.instruction, options.other_instruction):
+            if instruction:
+                check_instruction(bundle, instruction)
+        self._loop.instruction = options.instruction or settings.instruction
+        if not (self._loop.instruction or topics.instruction or topics.tick):
+            raise ConfigurationError(f"bag {bag.path}: it has no instruction; give one with --instruction")
+        if options.as_recorded and topics.tick is None:
+            raise ConfigurationError(f"bag {bag.path}: it has no recorded ticks; replay without --ticks recorded")
+        self._measured, self._commanded = MeasuredPath(manifest.joint_names), CommandedPath(manifest.joint_names)
+        self._reference: Reference | None = None
+        if topics.missing_reference is None:
+            self._reference = self._commanded if topics.command else self._measured
+        self._recorded: deque[RecordedTick] = deque()
+        self._activity = Activity(settings.rate_hz)
+        self._pending: deque[TickRecord] = deque()
+        self._motion: Motion | None = None
+        self._number, self._probed_ns = 0, 0
+        self._feed = Feed(iter(bag.messages(topics.all)), self._receive, self._foresee)
+        self._buffer.feed, self._buffer.watch, self._buffer.paused = self._feed, self._watch, self._latency.paused
+        self._buffer.count_refusal = self._count_refusal
+        self.start_ns = self._feed.now_ns
+
+    @property
+    def now_ns(self) -> int:
+        """How far the bag has been read, in its own time."""
+        return self._feed.now_ns
+
+    @property
+    def instruction(self) -> str:
+        return self._loop.instruction
+
+    @property
+    def stopped(self) -> str | None:
+        return self._loop.latched
+
+    def ticks(self) -> Iterator[TickRecord]:
+        """Each as soon as the bag has shown what happened until its chunk's last action was due."""
+        for known in self.steps():
+            yield from known
+
+    def steps(self) -> Iterator[Sequence[TickRecord]]:
+        """One tick at a time: those that are known by then. For who drives several replays side by side (sweep)."""
+        self._wire.clock_ns = self._feed.now_ns
+        for record in self._recorded_ticks() if self.options.as_recorded else self._paced_ticks():
+            self._pending.append(record)
+            known = []
+            while self._pending and self._is_known(self._pending[0]):
+                known.append(self._with_reference(self._pending.popleft()))
+            yield known
+        yield self.take_pending()
+
+    def take_pending(self) -> Sequence[TickRecord]:
+        """What `ticks` has not handed on, with the reference as far as the bag was read; for a pass that is ended."""
+        pending = [self._with_reference(record) for record in self._pending]
+        self._pending.clear()
+        return pending
+
+    # --- ticks
+
+    def _paced_ticks(self) -> Iterator[TickRecord]:
+        """As the loop's own thread would: on time, aligned with the cameras, where the recorded node was active."""
+        missed = 0
+        while (start_ns := self._next_start()) is not None:
+            self._loop.begin()
+            self._advance(start_ns)
+            pacer = Pacer(start_ns)
+            pacer.missed = missed
+            behind_ns: int | None = None
+            while self._is_active(pacer.due_ns):
+                self._advance(pacer.due_ns)
+                settings = self.settings
+                self._loop.adopt(settings)
+                now_ns = self._feed.now_ns
+                behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
+                if settings.align_to_cameras and behind_ns is not None and abs(behind_ns) <= BURST_WAIT_NS:
+                    self._feed.advance(now_ns + BURST_WAIT_NS, until=lambda at=now_ns: self._buffer.has_burst(at))  # type: ignore[misc]
+                record, ended_ns = self._tick(self._feed.now_ns, pacer.missed, None)
+                if record.hold is not None and self._feed.ended:
+                    return  # the bag ended while it computed: nobody knows what would have come of it
+                yield record
+                pacer.advance(ended_ns, round(NS_PER_S / settings.rate_hz))
+                if settings.align_to_cameras:
+                    pacer.shift(alignment_ns(behind_before_ns, behind_ns))
+            missed = pacer.missed
+            self._loop.rest()
+
+    def _recorded_ticks(self) -> Iterator[TickRecord]:
+        last_ns: int | None = None
+        while True:
+            self._feed.foresee(self._feed.now_ns + self._activity.gap_ns)
+            if not self._recorded:
+                if self._feed.ended:
+                    return
+                self._loop.rest()
+                self._advance(self._feed.now_ns + self._activity.gap_ns)
+                continue
+            tick = self._recorded.popleft()
+            if last_ns is None or tick.stamp_ns - last_ns > self._activity.gap_ns:
+                self._loop.rest()
+                self._loop.begin()
+            last_ns = tick.stamp_ns
+            self._advance(tick.stamp_ns)
+            self._loop.adopt(self.settings)
+            if not self.options.instruction:
+                self._instruct(tick.instruction)
+            yield self._tick(tick.stamp_ns, 0, tick)[0]
+
+    def _tick(self, tick_ns: int, missed: int, recorded: RecordedTick | None) -> tuple[TickRecord, int]:
+        """The record, and when the tick ended."""
+        ages = {name: status.age_ns for name, status in self._buffer.status(tick_ns).items()}
+        wish_before = self._loop.executing
+        self._policy.decoded, self._diagnostics.corrections = None, ()
+        self._buffer.recorded = recorded
+        self._policy.chunk_index = None if recorded is None else recorded.chunk_index
+        if self.options.noise_by_tick:
+            self._policy.chunk_index = self._number
+        took_ns = None if recorded is None or recorded.joined_ns is None else recorded.joined_ns - recorded.stamp_ns
+        self._latency.begin(self._number, took_ns)
+        self._wire.begin_tick(tick_ns)
+        if recorded is None or recorded.chunk_index is not None or recorded.hold is not None:
+            self._loop.step(self.settings, tick_ns, missed)  # otherwise no chunk was due
+        ended_ns = self._wire.end_tick()
+        self._buffer.recorded = None
+        outcome, motions = self._wire.outcome, self._wire.take_motions()
+        prediction = None
+        if self._policy.decoded is not None:
+            seam = self._seam(wish_before, motions, outcome.command_ns)
+            prediction = self._prediction(*self._policy.decoded, tick_ns, ended_ns, seam)
+            if recorded is not None and outcome.command_ns is not None:
+                self.parity.add_made(prediction.start_ns, prediction.position_HJ)
+        elif recorded is not None and recorded.chunk_index is not None:
+            self.not_reproduced[outcome.hold or "executor: no chunk was due"] += 1
+        if motions:
+            self._motion = motions[-1]
+        record = TickRecord(
+            number=self._number,
+            stamp_ns=tick_ns,
+            instruction=self._loop.instruction,
+            hold=outcome.hold,
+            age_ns=ages,
+            latency_ns=ended_ns - tick_ns,
+            missed=missed,
+            stage_ms=outcome.stage_ms,
+            motions=motions,
+            prediction=prediction,
+        )
+        self._number += 1
+        self.options.on_tick(record, self._policy.decoded and self._policy.decoded[1])
+        return record, ended_ns
+
+    def _prediction(
+        self, chunk: ActionChunk, observation: Observation, tick_ns: int, ended_ns: int, seam: Seam | None
+    ) -> Prediction:
+        self.options.on_observation(observation)
+        probes, every_ns = {}, self.options.probe_every_s * NS_PER_S
+        if every_ns and tick_ns - self._probed_ns >= every_ns:
+            self._probed_ns = tick_ns
+            probes = self._policy.probe(observation, self.options.other_instruction, list(observation.frames))
+        outcome = self._wire.outcome
+        acted_ns = (outcome.command_ns or ended_ns) + round(self.settings.lead_s * NS_PER_S)
+        return Prediction(
+            index=self._policy.drawn_index,
+            start_ns=chunk.start_ns,
+            period_ns=chunk.period_ns,
+            position_HJ=chunk.position_HJ,
+            reference_HJ=np.full_like(chunk.position_HJ, np.nan),
+            state_J=observation.state_J,
+            frame_ns={name: frame.stamp_ns for name, frame in observation.frames.items()},
+            joint_ns=observation.joint_ns,
+            command_ns=outcome.command_ns,
+            refusal=outcome.hold if outcome.command_ns is None else None,
+            corrections=self._diagnostics.corrections,
+            consumed=sum(chunk.due_ns(k) < acted_ns for k in range(chunk.horizon)),
+            seam=seam,
+            probe_HJ=probes,
+        )
+
+    def _seam(self, before: ActionChunk | None, motions: tuple[Motion, ...], command_ns: int | None) -> Seam | None:
+        """Where the motion of this tick took over from one that was still running."""
+        after, old = self._loop.executing, self._motion
+        if before is None or after is None or command_ns is None or old is None or not motions:
+            return None
+        motion = motions[-1]
+        at_ns = motion.from_ns
+        if at_ns >= old.end_ns and before.due_ns(before.horizon - 1) < at_ns:
+            return None
+        time_N = np.array([at_ns])
+        position_J, speed_J = (np.abs(a - b) for a, b in zip(motion.at(at_ns), old.at(at_ns), strict=True))
+        jump_J = np.abs(cubic(after, time_N)[0][0] - cubic(before, time_N)[0][0])
+        return Seam(at_ns, jump_J, position_J, speed_J, restarted=bool(np.any(position_J > 1e-6)))
+
+    # --- the clock
+
+    def _next_start(self) -> int | None:
+        """When ticks are to begin (again); None: the bag is over."""
+        if self.topics.tick is None:
+            if self._number:
+                return None
+            self._feed.advance(self._feed.now_ns + START_WAIT_NS, until=self._has_all_inputs)
+            return self._feed.now_ns
+        while True:
+            self._feed.foresee(self._feed.now_ns + self._activity.gap_ns)
+            if (start_ns := self._activity.begin_next()) is not None:
+                return max(start_ns, self._feed.now_ns)
+            if self._feed.ended:
+                return None
+            self._advance(self._feed.now_ns + self._activity.gap_ns // 2)
+
+    def _is_active(self, at_ns: int) -> bool:
+        if self.topics.tick is None:
+            self._feed.foresee(at_ns)
+            return not self._feed.ended
+        self._feed.foresee(at_ns + self._activity.gap_ns)
+        return at_ns <= self._activity.end_ns
+
+    def _has_all_inputs(self) -> bool:
+        status = self._buffer.status(self._feed.now_ns)
+        return all(status[name].count for name in (*self.topics.cameras, "joint state"))
+
+    def _advance(self, to_ns: int) -> None:
+        """The clock, with the watchdog looking on."""
+        self._watch(to_ns)
+        self._feed.advance(to_ns)
+        self._wire.clock_ns = max(self._wire.clock_ns, self._feed.now_ns)
+
+    def _watch(self, to_ns: int) -> None:
+        """What the watchdog does until then: it looks every 20 ms, but has work only where a motion runs unrenewed."""
+        motion, hold_ns = self._motion, round(self.settings.hold_after_s * NS_PER_S)
+        if motion is None or to_ns - motion.from_ns <= hold_ns:
+            return
+        first_ns = max(self._feed.now_ns, motion.from_ns + hold_ns - 2 * WATCHDOG_NS)
+        for at_ns in range(first_ns, min(to_ns, motion.end_ns), WATCHDOG_NS):
+            self._feed.advance(at_ns)
+            with self._wire.standing_at(at_ns):
+                self._loop.watch()
+
+    # --- messages
+
+    def _foresee(self, message: BagMessage) -> None:
+        if message.topic != self.topics.tick:
+            return
+        try:
+            tick = read_tick(decode(message).data)
+        except InputError as refusal:
+            self._count_refusal(refusal)
+            return
+        if self.options.as_recorded:
+            self._recorded.append(tick)
+        self._activity.add(tick.stamp_ns)
+        if tick.instruction and not self._loop.instruction:
+            self._instruct(tick.instruction)
+
+    def _receive(self, message: BagMessage) -> None:
+        self.messages[message.topic] += 1
+        self.options.on_message(message)
+        try:
+            self._take(message)
+        except (InputError, ConfigurationError) as refusal:
+            self._count_refusal(refusal)
+
+    def _take(self, message: BagMessage) -> None:
+        topic, topics = message.topic, self.topics
+        if (camera := self._cameras.get(topic)) is not None:
+            try:
+                frame = self.options.read_frame(
+                    message, camera, self.bundle.manifest.image.size, self.settings.use_receive_time
+                )
+                self._buffer.add_frame(frame, message.log_ns)
+            except InputError as refusal:
+                self._buffer.refuse(camera, str(refusal))
+                raise
+        elif topic == topics.joint_states:
+            try:
+                reading = self.options.read_joints(message)
+                if self.settings.use_receive_time:
+                    reading = dataclasses.replace(reading, stamp_ns=message.log_ns)
+                self._buffer.add_joints(reading)
+            except InputError as refusal:
+                self._buffer.refuse("joint state", str(refusal))
+                raise
+            self._measured.add(reading)
+        elif topic == topics.command:
+            add = self._commanded.add_trajectory if message.type == TRAJECTORY else self._commanded.add_positions
+            add(message.log_ns, decode(message))
+        elif topic == topics.instruction:
+            if not self.options.instruction:
+                self._instruct(decode(message).data)
+        elif topic == topics.chunk:
+            if self.options.as_recorded:
+                published = decode(message)
+                positions = np.array([point.positions for point in published.points], dtype=np.float64)
+                self.parity.add_published(header_ns(published), positions)
+        elif topic == topics.session:
+            session = read_later_session(decode(message).data)
+            if session is not None and self.options.follow_session:
+                settings = session.settings
+                settings.validate_against(self.bundle.manifest)
+                self.settings = settings.model_copy(update={"dry_run": False})
+
+    def _instruct(self, instruction: str) -> None:
+        if instruction == self._loop.instruction:
+            return
+        try:
+            if instruction:
+                check_instruction(self.bundle, instruction)
+        except InputError as refusal:
+            self._count_refusal(refusal)
+        else:
+            self._loop.instruction = instruction
+
+    def _count_refusal(self, refusal: KiVlaError) -> None:
+        self.refused[str(refusal).partition(":")[0]] += 1
+
+    # --- reference
+
+    def _is_known(self, record: TickRecord) -> bool:
+        """Whether the bag has come past all that the record's chunk speaks of."""
+        chunk = record.prediction
+        return chunk is None or self._feed.now_ns > chunk.due_ns(len(chunk.position_HJ) - 1) + LONGEST_GAP_NS
+
+    def _with_reference(self, record: TickRecord) -> TickRecord:
+        chunk = record.prediction
+        if chunk is None or self._reference is None:
+            return record
+        due_H = chunk.start_ns + (np.arange(len(chunk.position_HJ)) + 1) * chunk.period_ns
+        reference_HJ = self._reference.at(due_H)
+        if self.topics.tick is not None:  # what the arm did after the node had stopped is no answer to the chunk
+            reference_HJ[due_H > self._activity.end_of(record.stamp_ns)] = np.nan
+        self._reference.forget(chunk.start_ns - NS_PER_S)
+        return dataclasses.replace(record, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))

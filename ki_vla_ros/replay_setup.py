@@ -1,0 +1,130 @@
+"""What a replay is to do, checked before anything runs: bag, bundle, settings, topics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from ki_vla_ros.bags import Bag
+from ki_vla_ros.bundle import MANIFEST, Bundle, file_sha256, load_bundle
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.parameter_file import NODE, load_settings, load_tables
+from ki_vla_ros.reference import ReferenceName
+from ki_vla_ros.replay_topics import ReplayTopics, find_session, resolve_topics
+from ki_vla_ros.session import Session
+from ki_vla_ros.settings import Settings, parameter_specs, settings_from_parameters
+from ki_vla_ros.share import find_bundle
+
+# In the parameter file, beside the policy's own parameters: `/**/replay: {ros__parameters: {reference: command}}`.
+REPLAY = "replay"
+REFERENCES = (*get_args(ReferenceName), "none")
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """`node`: the policy's full name in the bag. `follow_session`: settings come from the bag and change as there."""
+
+    bundle: Bundle
+    manifest_sha256: str
+    settings: Settings
+    topics: ReplayTopics
+    reference: ReferenceName | None
+    node: str
+    follow_session: bool
+    notes: tuple[str, ...]
+
+    def parameters(self) -> dict[str, object]:
+        """Every setting by its parameter name."""
+        manifest = self.bundle.manifest
+        return parameter_values(self.settings, [c.name for c in manifest.cameras], manifest.joint_names)
+
+
+def set_up(
+    bag: Bag,
+    bundle: str = "",
+    params: Path | None = None,
+    node: str | None = None,
+    reference: str | None = None,
+    reference_topic: str | None = None,
+    changes: Mapping[str, object] | None = None,
+) -> SetUp:
+    """Settings are those of `params`, else of the bag's session, else the defaults; `changes` come on top."""
+    session = find_session(bag, node)
+    notes = []
+    if params is not None:
+        settings, told = load_settings(params, node or (session.node if session else NODE)), _replay_table(params)
+    else:
+        settings, told = (session.settings if session else Settings()), {}
+    chosen = reference or str(told.get("reference", "joint_states"))
+    if chosen not in REFERENCES:
+        raise ConfigurationError(f"reference: expected one of {', '.join(REFERENCES)}, got {chosen!r}")
+    name: ReferenceName | None = None if chosen == "none" else chosen  # type: ignore[assignment]
+    topic = reference_topic or str(told.get("reference_topic", ""))
+    if changes:
+        cameras, joints = list(settings.cameras), list(settings.limits.joints)
+        settings = settings_from_parameters({**parameter_values(settings, cameras, joints), **changes})
+    loaded = load_bundle(_bundle_folder(bundle, settings, session))
+    sha256 = file_sha256(loaded.path / MANIFEST)
+    if session is not None and session.bundle.manifest_sha256 != sha256:
+        notes.append(
+            f"bundle: the bag was recorded with {session.bundle.name!r}, another than {loaded.manifest.name!r}"
+        )
+    named = session if params is None else None
+    topics = resolve_topics(bag, loaded.manifest, settings, named, node, name, topic)
+    return SetUp(
+        bundle=loaded,
+        manifest_sha256=sha256,
+        settings=settings,
+        topics=topics,
+        reference=name,
+        node=session.node if session else node or NODE,
+        follow_session=named is not None and not changes,
+        notes=(*notes, *topics.notes),
+    )
+
+
+def parameter_values(settings: Settings, cameras: Sequence[str], joints: Sequence[str]) -> dict[str, object]:
+    """By dotted name."""
+    values: dict[str, object] = {}
+    for spec in parameter_specs(cameras, joints):
+        *path, last = spec.name.split(".")
+        owner: object = settings
+        if path[:1] == ["cameras"]:
+            owner = settings.camera(spec.name.removeprefix("cameras.").rpartition(".")[0])
+        elif path[:2] == ["limits", "joints"]:
+            owner = settings.limits.of(spec.name.removeprefix("limits.joints.").rpartition(".")[0])
+        else:
+            for part in path:
+                owner = getattr(owner, part)
+        values[spec.name] = getattr(owner, last)
+    return values
+
+
+def _replay_table(params: Path) -> Mapping[str, object]:
+    """What the parameter file says for replays; empty if nothing."""
+    return {
+        name: value
+        for table, values in load_tables(params).items()
+        if table.rpartition("/")[2] == REPLAY
+        for name, value in values.items()
+    }
+
+
+def _bundle_folder(bundle: str, settings: Settings, session: Session | None) -> Path:
+    """As asked for; else as the settings say; else, where that was a folder of the robot, a shipped one of its name."""
+    if bundle:
+        return find_bundle(bundle)
+    if not settings.bundle:
+        raise ConfigurationError("bundle: none is named; give --bundle, a folder or the name of one in models/")
+    folder = find_bundle(settings.bundle)
+    if folder.is_dir() or session is None:
+        return folder
+    try:
+        return find_bundle(session.bundle.name)
+    except ConfigurationError:
+        raise ConfigurationError(
+            f"bundle: the bag was recorded with {session.bundle.name!r} in {settings.bundle}, which is not here; give "
+            "--bundle"
+        ) from None

@@ -1,0 +1,147 @@
+"""Which topics of a bag a replay reads: as the bag's own session names them, or the settings do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ki_vla_ros.bags import Bag, decode
+from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.inputs import camera_sources
+from ki_vla_ros.manifest import PolicySpec
+from ki_vla_ros.parameter_file import NODE
+from ki_vla_ros.reference import ReferenceName
+from ki_vla_ros.session import COMPRESSED_IMAGE, IMAGE, TEXT, TRAJECTORY, Session, read_session, session_topic
+from ki_vla_ros.settings import Settings
+
+JOINT_STATE = "sensor_msgs/msg/JointState"
+POSITIONS = "std_msgs/msg/Float64MultiArray"
+
+
+@dataclass(frozen=True)
+class ReplayTopics:
+    """Full names. `instruction`, `command`, `tick`, `chunk` and `session` are None where the bag has none.
+
+    `missing_reference`: why there is no reference (None: there is one). `notes`: what a user should know.
+    """
+
+    cameras: dict[str, str]
+    joint_states: str
+    instruction: str | None
+    command: str | None
+    tick: str | None
+    chunk: str | None
+    session: str | None
+    missing_reference: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        others = (self.joint_states, self.instruction, self.command, self.tick, self.chunk, self.session)
+        return (*self.cameras.values(), *(topic for topic in others if topic is not None))
+
+
+def find_session(bag: Bag, node: str | None) -> Session | None:
+    """The first session in the bag, of `node` if one is given; InputError if it cannot be read."""
+    wanted = [session_topic(node)] if node else [t for t in bag.topics if t.endswith("/session")]
+    topics = [name for name in wanted if name in bag.topics and bag.topics[name].type == TEXT]
+    if len(topics) > 1:
+        nodes = ", ".join(topic.removesuffix("/session") for topic in topics)
+        raise ConfigurationError(f"bag {bag.path}: it has sessions of {nodes}; choose one with --node")
+    message = next(iter(bag.messages(topics)), None) if topics else None
+    return None if message is None else read_session(decode(message).data)
+
+
+def resolve_topics(
+    bag: Bag,
+    manifest: PolicySpec,
+    settings: Settings,
+    session: Session | None,
+    node: str | None,
+    reference: ReferenceName | None,
+    reference_topic: str,
+) -> ReplayTopics:
+    """`session` names the topics where it is given, otherwise `settings` do. ConfigurationError where an input is not
+    in the bag.
+    """
+    node = session.node if session else node or NODE
+    namespace = node.rpartition("/")[0]
+
+    def resolve(name: str) -> str:
+        return name if name.startswith("/") else f"{namespace}/{name}"
+
+    notes: list[str] = []
+    cameras = {}
+    for source in camera_sources(manifest, settings, resolve, session.topics.cameras if session else None):
+        topic = source.topic
+        found = next((t for t in (topic, f"{topic}/compressed") if _has(bag, t, (IMAGE, COMPRESSED_IMAGE))), None)
+        if found is not None:
+            cameras[source.name] = found
+            if found != topic:
+                notes.append(f"camera {source.name!r}: the bag has {found} in place of {topic}")
+        elif source.optional:
+            notes.append(f"camera {source.name!r} (optional): no images on {topic}; the policy goes without it")
+        else:
+            raise _absent(bag, f"camera {source.name!r}", topic, (IMAGE, COMPRESSED_IMAGE), "cameras.*.topic")
+    joints = session.topics.joint_states if session else resolve(settings.joint_states_topic)
+    if not _has(bag, joints, (JOINT_STATE,)):
+        raise _absent(bag, "joint states", joints, (JOINT_STATE,), "joint_states_topic")
+    command, missing = None, None
+    if reference == "command":
+        wanted = session.topics.command if session else settings.command_topic
+        command = resolve(reference_topic or wanted)
+        if not _has(bag, command, (TRAJECTORY, POSITIONS)):
+            kinds = f"{TRAJECTORY} or {POSITIONS}"
+            missing = f"reference: no {kinds} on {command}; {_candidates(bag, command, (TRAJECTORY, POSITIONS))}"
+            command = None
+    elif reference is None:
+        missing = "reference: none was asked for (--reference none)"
+    instruction = session.topics.instruction if session else f"{node}/instruction"
+    tick = session.topics.tick if session else f"{node}/tick"
+    chunk = session.topics.chunk if session else f"{node}/chunk"
+    own = session.topic if session else session_topic(node)
+    return ReplayTopics(
+        cameras=cameras,
+        joint_states=joints,
+        instruction=instruction if _has(bag, instruction, (TEXT,)) else None,
+        command=command,
+        chunk=chunk if _has(bag, chunk, (TRAJECTORY,)) else None,
+        tick=tick if _has(bag, tick, (TEXT,)) else None,
+        session=own if session is not None and _has(bag, own, (TEXT,)) else None,
+        missing_reference=missing,
+        notes=tuple(notes),
+    )
+
+
+def _has(bag: Bag, topic: str, types: Iterable[str]) -> bool:
+    found = bag.topics.get(topic)
+    return found is not None and found.type in types and found.count != 0
+
+
+def _absent(bag: Bag, what: str, topic: str, types: tuple[str, ...], parameter: str) -> ConfigurationError:
+    found = bag.topics.get(topic)
+    if found is None:
+        got = "which is not there"
+    elif found.type not in types:
+        got = f"which has {found.type}"
+    else:
+        got = "which has no messages"
+    return ConfigurationError(
+        f"bag {bag.path}: {what}: expected {' or '.join(types)} on {topic}, {got}; {_candidates(bag, topic, types)}; "
+        f"set {parameter} in --params"
+    )
+
+
+def _candidates(bag: Bag, topic: str, types: Iterable[str]) -> str:
+    fitting = [name for name, found in bag.topics.items() if found.type in types and found.count != 0]
+    nearest = difflib.get_close_matches(topic, fitting, n=5, cutoff=0.0)
+    return f"of that type it has {', '.join(nearest)}" if nearest else "it has none of that type"
+
+
+def read_later_session(text: str) -> Session | None:
+    """A session that replaces the one before; None if it cannot be read (the one before stays in force)."""
+    try:
+        return read_session(text)
+    except InputError:
+        return None

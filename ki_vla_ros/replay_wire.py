@@ -1,0 +1,94 @@
+"""Where the loop's commands go in a replay, and the clock that it reads there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ki_vla_ros.diagnostics import Diagnostics
+from ki_vla_ros.latency import Latency
+from ki_vla_ros.records import ActionChunk, Motion
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the loop said of a tick: why it holds, when the command went out, how long the stages took."""
+
+    hold: str | None = None
+    command_ns: int | None = None
+    stage_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+class ReplayWire:
+    """Within a tick the clock shows its start and what the latency model says has passed since."""
+
+    def __init__(self, latency: Latency) -> None:
+        self._latency = latency
+        self._tick_ns: int | None = None
+        self._standing_ns: int | None = None
+        self.clock_ns = 0
+        self.outcome = Outcome()
+        self._motions: list[Motion] = []
+
+    def begin_tick(self, tick_ns: int) -> None:
+        self._tick_ns, self.outcome = tick_ns, Outcome()
+
+    def end_tick(self) -> int:
+        """When it ended."""
+        self.clock_ns = self.now_ns()
+        self._tick_ns = None
+        return self.clock_ns
+
+    @contextmanager
+    def standing_at(self, time_ns: int) -> Iterator[None]:
+        """For who looks on while a tick computes (the watchdog)."""
+        self._standing_ns = time_ns
+        try:
+            yield
+        finally:
+            self._standing_ns = None
+
+    def take_motions(self) -> tuple[Motion, ...]:
+        """Those sent since the last call."""
+        motions, self._motions = tuple(self._motions), []
+        return motions
+
+    def now_ns(self) -> int:
+        if self._standing_ns is not None:
+            return self._standing_ns
+        return self.clock_ns if self._tick_ns is None else self._tick_ns + self._latency.elapsed_ns()
+
+    def simulated_clock(self) -> bool:
+        return True
+
+    def send_command(self, motion: Motion, now_ns: int) -> None:
+        self._motions.append(motion)
+
+    def report_chunk(self, chunk: ActionChunk) -> None: ...
+
+    def report_tick(self, fields: Mapping[str, object]) -> None:
+        hold, command_ns, stage_ms = fields["hold"], fields["command_ns"], fields["stage_ms"]
+        assert isinstance(hold, str | None) and isinstance(command_ns, int | None) and isinstance(stage_ms, Mapping)
+        self.outcome = Outcome(hold, command_ns, stage_ms)
+
+    def log(self, message: str, cause: str) -> None: ...
+
+
+class ReplayDiagnostics(Diagnostics):
+    """Keeps what the gate corrected in the last chunk; a replay's own figures (metrics.py) cover the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.corrections: tuple[str, ...] = ()
+
+    def record_chunk(
+        self,
+        stage_ms: Mapping[str, float],
+        corrections: tuple[str, ...],
+        time_s: float,
+        age_ms: float = 0.0,
+        skew_ms: float = 0.0,
+        delay: int = 0,
+    ) -> None:
+        self.corrections = corrections

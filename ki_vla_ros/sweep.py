@@ -1,0 +1,147 @@
+"""Many settings over one bag: all cores, each process drives its share side by side, tick by tick.
+
+Side by side, they read the bag once and share what they have in common (shared_prefix.py). All start a tick's chunk
+from the same noise, so that settings are compared and not noise. With a latency that is not measured anew, two sweeps
+give the same bytes, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ki_vla_ros.bags import Bag, BagMessage, joint_reading, open_bag
+from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.engines import open_engine
+from ki_vla_ros.latency import Latency
+from ki_vla_ros.replay_inputs import bag_frame
+from ki_vla_ros.replay_options import ReplayOptions
+from ki_vla_ros.replay_records import TickRecord
+from ki_vla_ros.replay_run import Replay
+from ki_vla_ros.replay_topics import ReplayTopics
+from ki_vla_ros.shared_prefix import SharedEngine
+from ki_vla_ros.sweep_figures import Execution, Outcome
+from ki_vla_ros.sweep_grid import Candidate
+
+# Messages that are decoded once for all: of about two seconds.
+FRAMES_KEPT, READINGS_KEPT = 128, 1024
+REPORT_PERIOD_S = 0.5
+
+
+@dataclass(frozen=True)
+class SweepInputs:
+    """What every process needs to begin. `latency` makes a model of its own for each setting."""
+
+    bag: Path
+    bundle: Path
+    topics: ReplayTopics
+    latency: Callable[[], Latency]
+    segment_s: float
+    instruction: str = ""
+
+
+def sweep(
+    inputs: SweepInputs,
+    candidates: Sequence[Candidate],
+    processes: int | None = None,
+    report: Callable[[float], None] = lambda share: None,
+) -> list[Outcome]:
+    """Outcomes in the candidates' order. `report` gets the share of the bag that is done."""
+    count = max(1, min(processes or os.cpu_count() or 1, len(candidates)))
+    if count == 1:
+        return _drive(inputs, candidates, report)
+    # Those that infer most often cost most: dealt out in turn, so that no process gets them all.
+    order = sorted(range(len(candidates)), key=lambda i: _cost(candidates[i]), reverse=True)
+    shares = [order[first::count] for first in range(count)]
+    outcomes: list[Outcome | None] = [None] * len(candidates)
+    context = multiprocessing.get_context("spawn")  # an engine's threads do not survive a fork
+    done = context.Array("d", count)
+    with context.Pool(count, _remember, (done,)) as pool:
+        jobs = [
+            pool.apply_async(_drive_share, (place, inputs, [candidates[i] for i in share]))
+            for place, share in enumerate(shares)
+        ]
+        while not all(job.ready() for job in jobs):
+            jobs[0].wait(REPORT_PERIOD_S)
+            report(min(done[place] for place in range(count)))
+        for share, job in zip(shares, jobs, strict=True):
+            for i, outcome in zip(share, job.get(), strict=True):
+                outcomes[i] = outcome
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+_done: Any = None
+"""In each process: how far every process is."""
+
+
+def _remember(done: Any) -> None:
+    global _done  # a pool hands shared memory on at its processes' start alone
+    _done = done
+
+
+def _drive_share(place: int, inputs: SweepInputs, candidates: Sequence[Candidate]) -> list[Outcome]:
+    return _drive(inputs, candidates, functools.partial(_done.__setitem__, place))
+
+
+def _cost(candidate: Candidate) -> tuple[bool, float]:
+    """Guided chunks share nothing but the prefix."""
+    settings = candidate.settings
+    guided = settings.executor in ("rtc", "rtc_trained")
+    period_s = 0.0 if settings.executor == "temporal_ensemble" else settings.execution_horizon_s
+    return guided, -period_s
+
+
+def _drive(
+    inputs: SweepInputs, candidates: Sequence[Candidate], report: Callable[[float], None] = lambda share: None
+) -> list[Outcome]:
+    """All candidates through one engine and one reading of the bag, each a tick further in turn."""
+    bundle = load_bundle(inputs.bundle)
+    engine = open_engine(bundle, candidates[0].settings, lambda text: None)
+    with closing(engine), open_bag(inputs.bag) as whole:
+        shared, bag = SharedEngine(engine), _SharedBag(whole, len(candidates))
+        read_frame = functools.lru_cache(FRAMES_KEPT)(bag_frame)
+        read_joints = functools.lru_cache(READINGS_KEPT)(joint_reading)
+        running: dict[Execution, Iterator[Sequence[TickRecord]]] = {}
+        for candidate in candidates:
+            options = ReplayOptions(
+                instruction=inputs.instruction,
+                probe_every_s=0.0,
+                follow_session=False,
+                latency=inputs.latency(),
+                noise_by_tick=True,
+                read_frame=read_frame,
+                read_joints=read_joints,
+            )
+            replay = Replay(bag, bundle, shared, candidate.settings, inputs.topics, options)
+            running[Execution(bundle.manifest, inputs.segment_s)] = replay.steps()
+        executions = list(running)
+        span_ns = max((whole.end_ns or 0) - replay.start_ns, 1)
+        while running:
+            for execution, steps in list(running.items()):
+                known = next(steps, None)
+                if known is None:
+                    del running[execution]
+                for tick in known or ():
+                    execution.add(tick)
+            report(min(1.0, (replay.now_ns - replay.start_ns) / span_ns))
+        return [execution.finish() for execution in executions]
+
+
+class _SharedBag:
+    """A bag whose messages are read once for several readers that keep abreast of each other."""
+
+    def __init__(self, bag: Bag, readers: int) -> None:
+        self._bag, self._readers, self.path = bag, readers, bag.path
+        self._streams: list[Iterator[BagMessage]] = []
+
+    def messages(self, topics: Collection[str] | None = None) -> Iterator[BagMessage]:
+        if not self._streams:
+            self._streams = list(itertools.tee(self._bag.messages(topics), self._readers))
+        return self._streams.pop()

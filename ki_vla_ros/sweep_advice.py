@@ -1,0 +1,294 @@
+"""What a sweep found: the trade-off as a table and a plot, and the settings that it recommends, with the reason.
+
+Legend: C candidates, G segments of time, J joints, R draws.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.bootstrap import Draws
+from ki_vla_ros.manifest import PolicySpec
+from ki_vla_ros.pages import section, table
+from ki_vla_ros.parameter_file import NODE, PARAMETERS
+from ki_vla_ros.plots import Axes, Span, figure
+from ki_vla_ros.sweep_figures import Outcome
+from ki_vla_ros.sweep_grid import Changes, Grid, Value, is_used, parameters_of
+
+Array = NDArray[np.float64]
+# Of all ticks: holds, refusals and missed deadlines that are one candidate more than the best are still as good.
+FAILURES_ALIKE = 0.005
+# Seams this much rougher than the smoothest are as smooth.
+SMOOTH_ALIKE = 1.1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting's figures. `error`: rms of the commanded motion from the reference in the model's units (1: half of
+    an action's range); `error_main`: the same in rad, over the joints that turn (or in m where none does).
+    """
+
+    changes: Changes
+    failures: float
+    held: int
+    refused: int
+    missed: int
+    restarts: int
+    error: float | None
+    error_ci: Sequence[float] | None
+    error_main: float | None
+    as_good: bool
+    jump: float | None
+    jerk: float | None
+    age_ms: float | None
+    chunks_per_s: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """`rows` in the grid's order, the given settings first; `chosen` is the index of the recommended one."""
+
+    rows: Sequence[Row]
+    chosen: int
+    reason: str
+    unit: str
+
+
+def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int) -> Advice:
+    """Fewest failures, then least error as far as the bag can tell, then smoothest, then fewest inferences."""
+    scale_J = (np.array(spec.action.high) - np.array(spec.action.low)) / 2.0
+    turning_J = np.array([joint.unit == "rad" for joint in spec.joints])
+    main_J, unit = (turning_J, "rad") if turning_J.any() else (~turning_J, "m")
+    draws = _draws(outcomes, lambda square_J: float(np.sum(square_J / scale_J**2)), len(spec.joints), seed)
+    error_C, error_RC = _roots(draws.total, draws.count), None if draws.drawn is None else _roots(*draws.drawn)
+    failures_C = np.array([(o.held + o.refused + o.missed) / max(o.ticks + o.missed, 1) for o in outcomes])
+    able_C = (failures_C <= failures_C.min() + FAILURES_ALIKE) & np.isfinite(error_C)
+    if not able_C.any():  # no reference, so only failures and seams can be judged
+        able_C = failures_C <= failures_C.min() + FAILURES_ALIKE
+        good_C = able_C
+    else:
+        best = int(np.argmin(np.where(able_C, error_C, np.inf)))
+        good_C = able_C & _as_good(error_C, error_RC, best)
+    main = [_root(outcome, outcome.squares, main_J) for outcome in outcomes]
+    jumps = [_root(outcome, outcome.jumps, main_J) for outcome in outcomes]
+    rows = []
+    for c, (candidate, outcome) in enumerate(zip(grid.candidates, outcomes, strict=True)):
+        ci = None
+        if error_RC is not None and np.isfinite(error_RC[:, c]).any():
+            ci = np.nanpercentile(error_RC[:, c], [2.5, 97.5]).tolist()
+        jerk_J = outcome.jerk_square_J
+        rows.append(
+            Row(
+                changes=candidate.changes,
+                failures=float(failures_C[c]),
+                held=outcome.held,
+                refused=outcome.refused,
+                missed=outcome.missed,
+                restarts=outcome.restarts,
+                error=float(error_C[c]) if np.isfinite(error_C[c]) else None,
+                error_ci=ci,
+                error_main=main[c],
+                as_good=bool(good_C[c]),
+                jump=jumps[c],
+                jerk=None if jerk_J is None else float(np.sqrt(jerk_J[main_J].mean() / outcome.jerks)),
+                age_ms=1e3 * outcome.age_s / outcome.acted if outcome.acted else None,
+                chunks_per_s=candidate.settings.rate_hz * outcome.chunks / max(outcome.ticks, 1),
+            )
+        )
+    chosen = _choose(rows)
+    return Advice(rows, chosen, _reason(rows, chosen, unit), unit)
+
+
+def _choose(rows: Sequence[Row]) -> int:
+    good = [c for c, row in enumerate(rows) if row.as_good]
+    # An executor that comes to rest before each chunk has no seams, and none of this merit.
+    seams = [jump for c in good if (jump := rows[c].jump) is not None]
+    if seams:
+        limit = SMOOTH_ALIKE * min(seams)
+        smooth = [c for c in good if (jump := rows[c].jump) is not None and jump <= limit]
+    else:
+        smooth = good
+    fewest = min(rows[c].chunks_per_s for c in smooth)
+    # 2 % fewer chunks are a matter of where the bag ends.
+    return min((c for c in smooth if rows[c].chunks_per_s <= 1.02 * fewest), key=lambda c: (rows[c].error or 0.0, c))
+
+
+def _reason(rows: Sequence[Row], chosen: int, unit: str) -> str:
+    row, good = rows[chosen], sum(row.as_good for row in rows)
+    parts = []
+    least = min((other.error for other in rows if other.as_good and other.error is not None), default=None)
+    if row.error is None or least is None:
+        parts.append("The bag has no reference, so only holds, refusals and seams could be compared.")
+    else:
+        parts.append(
+            f"Its commanded motion is {row.error_main:.3g} {unit} (rms) from what the bag shows; {good} of {len(rows)} "
+            f"settings are as near as the bag can tell (least error {least:.3g}, this one {row.error:.3g}, in the "
+            "model's units)."
+        )
+    jumps = [other.jump for other in rows if other.as_good and other.jump is not None]
+    if row.jump is not None and jumps:
+        parts.append(
+            f"Among those it is one of the smoothest: {row.jump:.2g} {unit} from chunk to chunk (the roughest: "
+            f"{max(jumps):.2g}), and of the equally smooth it infers least, {row.chunks_per_s:.1f} chunks per second."
+        )
+    parts.append(
+        f"It was held, refused or late in {row.failures:.1%} of the ticks; the best setting in "
+        f"{min(other.failures for other in rows):.1%}."
+    )
+    given = rows[0]
+    if chosen and given.error_main is not None and row.error_main is not None:
+        parts.append(
+            f"The given settings: {given.error_main:.3g} {unit}, jump {_number(given.jump)}, "
+            f"{given.chunks_per_s:.1f} chunks per second."
+        )
+    return " ".join(parts)
+
+
+CAUTION = (
+    "A bag cannot answer back: the arm in it did what it did. How fast a setting reacts to what it causes is not in "
+    "these figures, only how old the images behind its actions are (age). Try it on the robot before you keep it."
+)
+
+
+def recommended_yaml(grid: Grid, advice: Advice, source: str) -> str:
+    """A parameter file with the differences from the given settings alone; `source` says what was swept over what."""
+    row = advice.rows[advice.chosen]
+    lines = [f"Recommended by a sweep of {len(advice.rows)} settings over {source}.", ""]
+    lines += [advice.reason, "", CAUTION]
+    if not row.changes:
+        lines += ["", "The given settings are already the ones to take: nothing to change."]
+    comment = [f"# {part}".rstrip() for line in lines for part in (textwrap.wrap(line, 116) or [""])]
+    values = [f"    {name}: {_yaml(value)}" for name, value in sorted(row.changes.items())]
+    body = [f"/**{NODE}:", f"  {PARAMETERS}:{'' if values else ' {}'}", *values]
+    return "\n".join([*comment, "", *body]) + "\n"
+
+
+def sweep_section(grid: Grid, advice: Advice) -> str:
+    """For the report."""
+    unit, chosen = advice.unit, advice.rows[advice.chosen]
+    given = parameters_of(grid.candidates[0].settings)
+    swept = [name for name in grid.names if name in {n for row in advice.rows for n in row.changes}]
+    names = [*swept, f"error, {unit}", "error, model's units", f"jump, {unit}", "age, ms", "chunks/s", "failures"]
+    order = sorted(range(len(advice.rows)), key=lambda c: (not advice.rows[c].as_good, advice.rows[c].error or 0.0, c))
+    rows = []
+    for c in order:
+        row, settings = advice.rows[c], parameters_of(grid.candidates[c].settings)
+        mark = " (given)" if c == 0 else " (recommended)" if c == advice.chosen else ""
+        executor = str(settings["executor"])
+        cells = [html.escape(_yaml(settings[name])) if is_used(name, executor) else "-" for name in swept]
+        cells[0] += f"<br><small>{mark.strip()}</small>" if mark else ""
+        ci = "" if row.error_ci is None else f"<br><small>{row.error_ci[0]:.3g} to {row.error_ci[1]:.3g}</small>"
+        cells += [_number(row.error_main), _number(row.error) + ci, _number(row.jump)]
+        cells += [_number(row.age_ms), _number(row.chunks_per_s), f"{row.failures:.1%}"]
+        rows.append(cells)
+    changes = ", ".join(f"{name}: {_yaml(value)}" for name, value in sorted(chosen.changes.items()))
+    told = f"<p><b>{html.escape(changes or 'Keep the given settings.')}</b></p><p>{html.escape(advice.reason)}</p>"
+    refused = "".join(f"<li>{count} x {html.escape(why)}</li>" for why, count in grid.refused.items())
+    left_out = f"{grid.asked} asked for, {grid.same} of them do the same as another" + (":" if refused else ".")
+    listed = f"<details><summary>{left_out}</summary><ul>{refused}</ul></details>" if refused else f"<p>{left_out}</p>"
+    note = (
+        "Error: the commanded motion against what the bag shows. Settings whose error the bag cannot tell from the "
+        f"least come first. {CAUTION}"
+    )
+    drawn = _trade_off(advice, given)
+    position = order.index(advice.chosen)
+    return section("Sweep", told, drawn, table(names, rows, marked=position), listed, note=note)
+
+
+def sweep_metrics(grid: Grid, advice: Advice) -> dict[str, Any]:
+    """For metrics.json."""
+    return {
+        "asked": grid.asked,
+        "same": grid.same,
+        "refused": dict(grid.refused),
+        "recommended": dict(advice.rows[advice.chosen].changes),
+        "reason": advice.reason,
+        "unit": advice.unit,
+        "settings": [_plain(row) for row in advice.rows],
+    }
+
+
+def _trade_off(advice: Advice, given: Mapping[str, Value]) -> str:
+    """Error against seams, and against the rate of inferences; a colour per executor."""
+    executors = sorted({str(row.changes.get("executor", given["executor"])) for row in advice.rows})
+    figures = []
+    for title, x_unit, values in (
+        (f"error over jump at the seams, {advice.unit}", advice.unit, [row.jump for row in advice.rows]),
+        ("error over chunks per second", "1/s", [row.chunks_per_s for row in advice.rows]),
+    ):
+        points = [(c, x, row.error) for c, (x, row) in enumerate(zip(values, advice.rows, strict=True))]
+        known = [(c, x, y) for c, x, y in points if x is not None and y is not None]
+        axes = Axes(
+            Span.of([x for _, x, _ in known], margin=0.1, zero=True), Span.of([y for *_, y in known], margin=0.1)
+        )
+        layers = []
+        for c, x, y in sorted(known, key=lambda point: point[0] == advice.chosen):
+            row = advice.rows[c]
+            colour = executors.index(str(row.changes.get("executor", given["executor"]))) % 5
+            kind = f"c{colour}{' chosen' if c == advice.chosen else ''}"
+            label = ", ".join(f"{name} {_yaml(value)}" for name, value in row.changes.items()) or "given"
+            layers.append(axes.dot(x, y, kind, label))
+        figures.append(figure(title, "model's units; large: recommended", axes, layers, x_unit=x_unit, height=190))
+    colours = ("blue", "violet", "green", "orange", "red")
+    keys = "".join(
+        f'<span><i class="key" style="border-color:var(--{colours[k % 5]})"></i>{html.escape(name)}</span>'
+        for k, name in enumerate(executors)
+    )
+    return f'<div class="legend">{keys}</div><div class="plots">{"".join(figures)}</div>'
+
+
+def _draws(outcomes: Sequence[Outcome], weigh: Callable[[Array], float], joints: int, seed: int) -> Draws:
+    """Sums and counts [G, C]: the same segments are drawn for all candidates, so that they can be compared in pairs."""
+    segments = sorted({segment for outcome in outcomes for segment in outcome.squares})
+    total_GC, count_GC = np.zeros((len(segments), len(outcomes))), np.zeros((len(segments), len(outcomes)))
+    for c, outcome in enumerate(outcomes):
+        for g, segment in enumerate(segments):
+            if segment in outcome.squares:
+                square_J, count = outcome.squares[segment]
+                total_GC[g, c], count_GC[g, c] = weigh(square_J), count * joints
+    return Draws(total_GC, count_GC, seed)
+
+
+def _roots(total: Array, count: Array) -> Array:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.sqrt(total / count))
+
+
+def _as_good(error_C: Array, error_RC: Array | None, best: int) -> NDArray[np.bool_]:
+    """Not worse than `best` in more than 97.5 % of the draws; without draws only what is not worse at all."""
+    if error_RC is None:
+        return np.asarray(error_C <= error_C[best])
+    worse_RC = error_RC - error_RC[:, [best]]
+    return np.asarray(np.nanpercentile(worse_RC, 2.5, axis=0) <= 0.0)
+
+
+def _root(outcome: Outcome, sums: Mapping[int, tuple[Array, int]], main_J: NDArray[np.bool_]) -> float | None:
+    count = sum(count for _, count in sums.values())
+    if not count:
+        return None
+    total_J = np.sum([square_J for square_J, _ in sums.values()], axis=0)
+    return float(np.sqrt(total_J[main_J].mean() / count))
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    fields = {name: getattr(row, name) for name in Row.__dataclass_fields__}
+    return fields | {"changes": dict(row.changes)}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _yaml(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value == int(value):
+        return f"{value:.1f}"  # ROS tells 1 from 1.0
+    return str(value)

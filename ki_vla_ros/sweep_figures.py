@@ -1,0 +1,123 @@
+"""What a sweep measures of one setting: how well the arm would have been where the bag's was, and at what price.
+
+The chunk's own error (metrics.json) hardly depends on these settings. What does is which of its actions count: so the
+commanded motion, after executor, gate and governor, is compared with the reference at each instant that an action is
+due, until the next chunk takes over. Legend: J joints, G segments of time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.manifest import PolicySpec
+from ki_vla_ros.records import NS_PER_S, Motion
+from ki_vla_ros.replay_records import Prediction, TickRecord
+
+Array = NDArray[np.float64]
+
+
+@dataclass
+class Outcome:
+    """Of one setting. `squares` (errors) and `jumps`: by segment of time, sums [J] of squares and how many there were.
+    `age_s`: summed over the `acted` actions, since the observations they came from.
+    """
+
+    ticks: int = 0
+    chunks: int = 0
+    held: int = 0
+    refused: int = 0
+    restarts: int = 0
+    missed: int = 0
+    squares: dict[int, tuple[Array, int]] = field(default_factory=dict)
+    jumps: dict[int, tuple[Array, int]] = field(default_factory=dict)
+    jerk_square_J: Array | None = None
+    jerks: int = 0
+    age_s: float = 0.0
+    acted: int = 0
+
+
+class Execution:
+    """`add` each tick of one replay, then `finish`."""
+
+    def __init__(self, spec: PolicySpec, segment_s: float) -> None:
+        self.outcome = Outcome()
+        self._segment_ns = round(segment_s * NS_PER_S)
+        self._joints = len(spec.joints)
+        self._first_ns: int | None = None
+        self._chunk: Prediction | None = None  # the one whose actions count at present
+        self._motions: list[Motion] = []  # since it was made, and the one before
+        self._last: Motion | None = None
+
+    def add(self, tick: TickRecord) -> None:
+        outcome = self.outcome
+        if self._first_ns is None:
+            self._first_ns = tick.stamp_ns
+        outcome.ticks += 1
+        outcome.held += tick.hold is not None and tick.prediction is None
+        outcome.missed = tick.missed
+        for motion in tick.motions:
+            self._add_jerk(motion)
+        chunk = tick.prediction
+        if chunk is not None:
+            outcome.chunks += 1
+            outcome.refused += chunk.command_ns is None
+            if (seam := chunk.seam) is not None:
+                outcome.restarts += seam.restarted
+                _accumulate(outcome.jumps, self._segment(seam.time_ns), seam.jump_J[None] ** 2)
+            if tick.motions:
+                self._settle(tick.motions[0].from_ns)
+                self._chunk, self._motions = chunk, self._motions[-1:]
+        self._motions.extend(tick.motions)
+
+    def finish(self) -> Outcome:
+        self._settle(None)
+        return self.outcome
+
+    def _settle(self, until_ns: int | None) -> None:
+        """The actions of the present chunk that count, now that it is known when it was replaced."""
+        chunk = self._chunk
+        if chunk is None or not self._motions:
+            return
+        horizon = len(chunk.position_HJ)
+        begin_ns = self._motions[min(1, len(self._motions) - 1)].from_ns
+        due_N = np.array([chunk.due_ns(k) for k in range(horizon)])
+        counts_N = (due_N >= begin_ns) & np.isfinite(chunk.reference_HJ).all(axis=1)
+        if until_ns is not None:
+            counts_N &= due_N < until_ns
+        if not counts_N.any():
+            return
+        due_N, reference_NJ = due_N[counts_N], chunk.reference_HJ[counts_N]
+        reached_NJ = np.stack([self._motion_at(int(due_ns)).at(int(due_ns))[0] for due_ns in due_N])
+        _accumulate(self.outcome.squares, self._segment(chunk.start_ns), (reached_NJ - reference_NJ) ** 2)
+        self.outcome.age_s += float(np.sum(due_N - chunk.start_ns)) / NS_PER_S
+        self.outcome.acted += len(due_N)
+
+    def _motion_at(self, time_ns: int) -> Motion:
+        return next((m for m in reversed(self._motions) if m.from_ns <= time_ns), self._motions[0])
+
+    def _add_jerk(self, motion: Motion) -> None:
+        """Of the motion before, as far as it ran: changes of its constant accelerations."""
+        before, self._last = self._last, motion
+        if before is None:
+            return
+        runs_N = (before.time_N >= before.from_ns) & (before.time_N <= motion.from_ns)
+        time_s, velocity_NJ = before.time_N[runs_N] / NS_PER_S, before.velocity_NJ[runs_N]
+        if len(time_s) < 3:
+            return
+        acceleration_NJ = np.diff(velocity_NJ, axis=0) / np.diff(time_s)[:, None]
+        jerk_NJ = np.diff(acceleration_NJ, axis=0) / np.diff(time_s)[1:, None]
+        square_J = np.sum(jerk_NJ**2, axis=0)
+        known_J = self.outcome.jerk_square_J
+        self.outcome.jerk_square_J = square_J if known_J is None else known_J + square_J
+        self.outcome.jerks += len(jerk_NJ)
+
+    def _segment(self, time_ns: int) -> int:
+        return (time_ns - (self._first_ns or 0)) // self._segment_ns
+
+
+def _accumulate(sums: dict[int, tuple[Array, int]], segment: int, squares_NJ: Array) -> None:
+    total_J, count = sums.get(segment, (np.zeros(squares_NJ.shape[1]), 0))
+    sums[segment] = total_J + squares_NJ.sum(axis=0), count + len(squares_NJ)
