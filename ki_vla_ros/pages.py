@@ -70,7 +70,8 @@ h1 { margin: 0; font-size: 26px; } h2 { font-size: 19px; margin: 34px 0 4px; } h
 .note { margin: 0 0 12px; font-size: 13px; max-width: 46em; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); gap: 10px; }
 .tile { background: var(--card); border-radius: 10px; padding: 11px 13px; }
-.tile b { display: block; font-size: 20px; line-height: 1.2; } .tile span, .tile small { display: block; }
+.tile b { display: block; font-size: 19px; line-height: 1.3; white-space: nowrap; }
+.tile span, .tile small { display: block; }
 .tile small { font-size: 12.5px; }
 .warning { border-left: 4px solid var(--orange); background: var(--card); border-radius: 4px; padding: 8px 12px;
  margin: 10px 0; font-size: 14px; } .told { border-color: var(--line); }
