@@ -10,21 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import bad_bags
 import numpy as np
 import pytest
-from bad_bags import (
-    CASES,
-    COMMAND_TOPIC,
-    JOINT_TOPIC,
-    JOINTS,
-    SCENE,
-    Messages,
-    change,
-    recording,
-    with_data,
-    write_mcap,
-)
+import sample_bags
+from bad_bags import CASES, change, with_data
+from sample_bags import COMMAND_TOPIC, JOINT_TOPIC, JOINTS, SCENE, Messages, jpeg, recording, write_mcap
 
 from ki_vla_ros.bag_records import BagMessage
 from ki_vla_ros.bags import COMPRESSED_IMAGE, TYPESTORE
@@ -74,7 +64,7 @@ def positions(to: Callable[[np.ndarray], np.ndarray], names: tuple[str, ...] = J
     def changed(_k: int, message: BagMessage) -> BagMessage:
         state = TYPESTORE.deserialize_cdr(message.data, message.type)
         stamp_ns = state.header.stamp.sec * NS_PER_S + state.header.stamp.nanosec
-        return with_data(message, bad_bags.joint_state(stamp_ns, to(state.position), names))
+        return with_data(message, sample_bags.joint_state(stamp_ns, to(state.position), names))
 
     return changed
 
@@ -108,11 +98,11 @@ PLANTS: dict[str, Plant] = {
     "only compressed images": Plant("transport", SCENE, "transport to compressed",
         recorded={"transport": "compressed"}),
     "compressed images on the raw topic": Plant("transport", SCENE, "cameras.scene.transport: compressed",
-        bag=change(SCENE, lambda k, m: with_data(m, bad_bags.jpeg(m.log_ns - NS_PER_S // 500), type=COMPRESSED_IMAGE))),
+        bag=change(SCENE, lambda k, m: with_data(m, jpeg(m.log_ns - NS_PER_S // 500), type=COMPRESSED_IMAGE))),
     "raw images, compressed expected": Plant("transport", SCENE, "cameras.scene.transport: raw",
         parameters={"cameras": {"scene": {"topic": SCENE, "transport": "compressed"}}}),
     "strings on the camera's topic": Plant("type", SCENE, "rename one", also=("bag",),
-        bag=change(SCENE, lambda k, m: with_data(m, bad_bags.text("x"), type=bad_bags.STRING) if k % 2 else m)),
+        bag=change(SCENE, lambda k, m: with_data(m, sample_bags.text("x"), type=sample_bags.STRING) if k % 2 else m)),
     "slow camera": Plant("camera rate", SCENE, "lower rate_hz", level="warning",
         bag=change(SCENE, lambda k, m: m if k % 4 == 0 else None)),
     "lost images": Plant("image loss", SCENE, "FASTDDS_DEFAULT_PROFILES_FILE",
@@ -124,11 +114,11 @@ PLANTS: dict[str, Plant] = {
         bag=change(SCENE, stamped(lambda k, ns: ns + NS_PER_S))),
     "old stamps": Plant("stamps", JOINT_TOPIC, "chrony", bag=change(JOINT_TOPIC, stamped(lambda k, ns: ns - NS_PER_S))),
     "frozen stamps": Plant("stamps", SCENE, "frozen", also=("image loss", "camera skew", "stamps"),
-        bag=change(SCENE, stamped(lambda k, ns: ns if k < 40 else bad_bags.START_NS + 2 * NS_PER_S))),
+        bag=change(SCENE, stamped(lambda k, ns: ns if k < 40 else sample_bags.START_NS + 2 * NS_PER_S))),
     "stamps go back": Plant("stamps", SCENE, "clock was set", level="warning",
         bag=change(SCENE, stamped(lambda k, ns: ns - (300_000_000 if k > 40 else 0)))),
     "simulated stamps": Plant("clock", JOINT_TOPIC, "use_sim_time", also=("clock",),
-        bag=change(JOINT_TOPIC, stamped(lambda k, ns: ns - bad_bags.START_NS))),
+        bag=change(JOINT_TOPIC, stamped(lambda k, ns: ns - sample_bags.START_NS))),
     "a gap": Plant("gap", JOINT_TOPIC, "stalled", level="warning",
         bag=change(JOINT_TOPIC, lambda k, m: None if 100 < k < 220 else m)),
     "another robot's joints": Plant("unreadable", JOINT_TOPIC, "joint_states_topic",
@@ -173,7 +163,7 @@ PLANTS: dict[str, Plant] = {
     "profile is not there": Plant("fast dds", "FASTDDS_DEFAULT_PROFILES_FILE=/no/file", "fastdds.xml",
         machine=machine(FASTDDS_DEFAULT_PROFILES_FILE="/no/file")),
     "mixed encodings": Plant("encoding", SCENE, "colours", level="warning",
-        bag=change(SCENE, lambda k, m: with_data(m, bad_bags.image(m.log_ns - 2_000_000, ("rgb8", "bgr8")[k % 2])))),
+        bag=change(SCENE, lambda k, m: with_data(m, sample_bags.image(m.log_ns - 2_000_000, ("rgb8", "bgr8")[k % 2])))),
 }  # fmt: skip
 
 
@@ -192,14 +182,16 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
 def test_a_healthy_recording_gets_no_finding(tmp_path: Path) -> None:
     assert examine(tmp_path) == []
     bag = write_mcap(tmp_path / "other.mcap", recording(4.0, transport="compressed"))
-    compressed = {n: {"transport": "compressed"} for n in bad_bags.CAMERAS}
+    compressed = {n: {"transport": "compressed"} for n in sample_bags.CAMERAS}
     assert examine(tmp_path, bag=bag, cameras=compressed) == []
 
 
 def test_images_that_the_recorder_compressed_are_no_fault(tmp_path: Path) -> None:
     """Where there are chunks, the node had its images."""
     messages = recording(4.0, transport="compressed")
-    chunk = BagMessage("/policy/chunk", bad_bags.TRAJECTORY, messages[-1].log_ns, bad_bags.command(bad_bags.MIDDLE_J))
+    chunk = BagMessage(
+        "/policy/chunk", sample_bags.TRAJECTORY, messages[-1].log_ns, sample_bags.command(sample_bags.MIDDLE_J)
+    )
     assert examine(tmp_path, [*messages, chunk]) == []
 
 
@@ -221,7 +213,7 @@ JUDGED = {
 def test_no_bag_makes_it_fail(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bag = CASES[name].make(tmp_path)
     transport = "compressed" if "jpegs" in name else "raw"
-    params = params_file(tmp_path, cameras={camera: {"transport": transport} for camera in bad_bags.CAMERAS})
+    params = params_file(tmp_path, cameras={camera: {"transport": transport} for camera in sample_bags.CAMERAS})
     checks = {finding.check for finding in diagnose(Request(bag=bag, params=params), HEALTHY)[0]}
     assert ("bag" in checks) == bool(CASES[name].faults)
     if name in JUDGED:
@@ -233,11 +225,11 @@ def test_no_bag_makes_it_fail(name: str, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_parameters_and_topics_come_from_the_session_in_the_bag(tmp_path: Path) -> None:
-    cameras = {name: f"/robot/{name}" for name in bad_bags.CAMERAS}
+    cameras = {name: f"/robot/{name}" for name in sample_bags.CAMERAS}
     topics = SessionTopics(
         cameras=cameras,
         joint_states=JOINT_TOPIC,
-        instruction=bad_bags.INSTRUCTION_TOPIC,
+        instruction=sample_bags.INSTRUCTION_TOPIC,
         command=COMMAND_TOPIC,
         chunk="/policy/chunk",
         tick="/policy/tick",
@@ -250,7 +242,7 @@ def test_parameters_and_topics_come_from_the_session_in_the_bag(tmp_path: Path) 
     )
     renamed = {f"/camera/{name}/image_raw": topic for name, topic in cameras.items()}
     messages = [replace(m, topic=renamed.get(m.topic, m.topic)) for m in recording(4.0)]
-    said = BagMessage("/policy/session", bad_bags.STRING, bad_bags.START_NS, bad_bags.text(session.text()))
+    said = BagMessage("/policy/session", sample_bags.STRING, sample_bags.START_NS, sample_bags.text(session.text()))
     bag = write_mcap(tmp_path / "b.mcap", [said, *messages])
     findings, looked_at = diagnose(Request(bag=bag), HEALTHY)
     assert [f.check for f in findings] == ["horizon"] and "parameters as recorded" in looked_at

@@ -8,7 +8,9 @@ from typing import Any
 
 import bad_bags
 import pytest
-from bad_bags import CASES, Case, change, recording, with_data, write_mcap
+import sample_bags
+from bad_bags import CASES, Case, change, with_data
+from sample_bags import recording, write_mcap
 from test_doctor import params_file
 
 from ki_vla_ros.replay import main
@@ -25,24 +27,24 @@ NOTHING = {
 
 
 def of_another_type(topic: str) -> Case:
-    to_text = change(topic, lambda k, m: with_data(m, bad_bags.text("?"), type=bad_bags.STRING) if k % 2 else m)
+    to_text = change(topic, lambda k, m: with_data(m, sample_bags.text("?"), type=sample_bags.STRING) if k % 2 else m)
     to_state = change(
-        topic, lambda k, m: with_data(m, bad_bags.joint_state(0, bad_bags.MIDDLE_J), type=bad_bags.JOINT_STATE)
+        topic, lambda k, m: with_data(m, sample_bags.joint_state(0, sample_bags.MIDDLE_J), type=sample_bags.JOINT_STATE)
     )
-    changed = to_state if topic == bad_bags.INSTRUCTION_TOPIC else to_text
+    changed = to_state if topic == sample_bags.INSTRUCTION_TOPIC else to_text
     faults = (f"{topic}: has messages of ",) if changed is to_text else ()
     return Case(lambda folder: write_mcap(folder / "b.mcap", changed(recording())), faults)
 
 
 MORE = {
-    "other types of joint states": of_another_type(bad_bags.JOINT_TOPIC),
-    "other types of commands": of_another_type(bad_bags.COMMAND_TOPIC),
-    "another type of instruction": of_another_type(bad_bags.INSTRUCTION_TOPIC),
+    "other types of joint states": of_another_type(sample_bags.JOINT_TOPIC),
+    "other types of commands": of_another_type(sample_bags.COMMAND_TOPIC),
+    "another type of instruction": of_another_type(sample_bags.INSTRUCTION_TOPIC),
 }
 
 
 def replay(bag: Path, folder: Path, transport: str, reference: str) -> tuple[int, dict[str, Any]]:
-    cameras = {camera: {"transport": transport} for camera in bad_bags.CAMERAS}
+    cameras = {camera: {"transport": transport} for camera in sample_bags.CAMERAS}
     params = params_file(folder, cameras=cameras, instruction="touch the red cube")
     out = folder / "out"
     code = main([str(bag), "--params", str(params), "--out", str(out), "--latency", "0.01", "--reference", reference])
