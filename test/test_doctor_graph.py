@@ -49,14 +49,17 @@ def test_a_running_policy(robot: Robot, start: Callable[..., PolicyProcess], bun
     for name, value in values.items():
         controller.declare_parameter(name, value)
     robot._executor.add_node(controller)
-    findings, _ = diagnose(Request(seconds=SECONDS), MACHINE)
-    cameras = {("missing", f"/camera/{name}/image_raw") for name in robot.image}
-    assert found(findings) == cameras | {
+    expected = {("missing", f"/camera/{name}/image_raw") for name in robot.image} | {
         ("qos", "/policy/instruction"),
         ("command", "/arm_controller/joint_trajectory"),
         ("clock", "/policy"),
         ("controller", "/arm_controller"),
     }
+    for _ in range(5):  # on a busy machine what was just added is discovered, or answers, late
+        findings, _ = diagnose(Request(seconds=SECONDS), MACHINE)
+        if found(findings) >= expected:
+            break
+    assert found(findings) == expected
     told = [f.found for f in findings if f.check == "controller"]
     assert len(told) == 4 and any(f"does not move {JOINTS[-1]}" in t for t in told) and any("rail" in t for t in told)
     robot._executor.remove_node(controller)
