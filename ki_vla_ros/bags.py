@@ -11,7 +11,6 @@ What can be read is given, by log time and in bounded memory; what cannot is in 
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -129,7 +128,7 @@ class Bag:
         return announced
 
     def _files_of_folder(self) -> tuple[list[Path], dict[str, str]]:
-        there = sorted((file for file in self.path.iterdir() if _storage_suffix(file)), key=_natural)
+        there = sorted(file for file in self.path.iterdir() if _storage_suffix(file))
         metadata = self._metadata()
         if metadata is None:
             if not there:
@@ -222,12 +221,15 @@ def open_bag(path: str | Path) -> Bag:
 # --- messages
 
 
-def decode(message: BagMessage) -> Any:
+def decode(message: BagMessage, *expected: str) -> Any:
     """The message as an object with ROS's field names; bytes after it, as rclpy writes them, do not matter.
 
-    InputError if its type is not known or the bytes are no such message. Not for images: `camera_frame` is.
+    InputError if its type is not known, or none of those `expected` (a topic may have messages of several), or if the
+    bytes are no such message. Not for images: `camera_frame` is.
     """
     where = f"{message.topic} at {message.log_ns}"
+    if expected and message.type not in expected:
+        raise InputError(f"{message.topic}: expected {' or '.join(expected)}, got a message of {message.type}")
     if message.data[:2] not in (b"\0\0", b"\0\1") or len(message.data) < 4:
         raise InputError(f"{where}: expected CDR, got bytes that begin with {message.data[:4].hex()!r}")
     try:
@@ -257,9 +259,7 @@ def camera_frame(message: BagMessage, camera: str) -> CameraFrame:
 
 def joint_reading(message: BagMessage) -> JointReading:
     """A JointState as the node sees it; InputError as there."""
-    if message.type != "sensor_msgs/msg/JointState":
-        raise InputError(f"joint state: expected sensor_msgs/msg/JointState on {message.topic}, got {message.type}")
-    state = decode(message)
+    state = decode(message, "sensor_msgs/msg/JointState")
     return JointReading.from_fields(header_ns(state), state.name, state.position)
 
 
@@ -270,8 +270,3 @@ def header_ns(message: Any) -> int:
 def _storage_suffix(file: Path) -> str | None:
     suffix = Path(file.stem).suffix if file.suffix == ".zstd" else file.suffix
     return suffix if suffix in STORAGES else None
-
-
-def _natural(file: Path) -> list[tuple[bool, int, str]]:
-    """bag_2 before bag_10."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", file.name)]

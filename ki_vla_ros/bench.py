@@ -46,7 +46,9 @@ def _node(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _model(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    figures = bench_model(_set_up(chosen, chosen.engine), _calls(chosen), chosen.roofline, _progress)
+    figures = bench_model(
+        _set_up(chosen, chosen.engine), _calls(chosen), chosen.roofline, _progress, chosen.processor_time
+    )
     return figures, model_table(figures)
 
 
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     model = commands.add_parser("model", help="a bundle's graphs on an engine, and the device's roofline")
     model.add_argument("--engine", choices=_choices("engine"), default="onnx")
     model.add_argument("--no-roofline", action="store_false", dest="roofline", help="leave the device unmeasured")
+    model.add_argument("--processor-time", action="store_true", help="for a busy machine; provider cpu, one thread")
     compare = commands.add_parser("compare", help="two set-ups in turns")
     for name in ("a", "b"):
         compare.add_argument(name, help="engine, then perhaps :bundle=...,provider=...,threads=...,torch_mode=...")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, load_bundle
 from ki_vla_ros.engines import open_engine
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.manifest import Manifest
 from ki_vla_ros.onnx_header import GraphHeader, read_header
 from ki_vla_ros.policy import Policy, widen
@@ -24,7 +26,7 @@ from ki_vla_ros.preprocess import ModelInput
 from ki_vla_ros.roofline import Ceiling, Work, measure_ceiling
 from ki_vla_ros.settings import settings_from_parameters
 from ki_vla_ros.share import find_bundle
-from ki_vla_ros.timing import spread, time_alternating
+from ki_vla_ros.timing import choose_clock, spread, time_alternating
 
 CALLS = 1000
 """Fewer give no 99th percentile worth the name."""
@@ -69,12 +71,19 @@ class SetUp:
 
 
 def bench_model(
-    set_up: SetUp, calls: int, roofline: bool = True, say: Callable[[str], None] = lambda line: None
+    set_up: SetUp,
+    calls: int,
+    roofline: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+    processor_time: bool = False,
 ) -> dict[str, Any]:
-    """Figures of one set-up; all durations in ms. What is in them: `figures`."""
+    """Figures of one set-up; all durations in ms, on the clock that `choose_clock` describes."""
+    if processor_time and set_up.provider != "cpu":
+        raise ConfigurationError(f"--processor-time: expected provider cpu, got {set_up.provider}; leave it out")
+    clock_ns = choose_clock(processor_time, set_up.threads)
     policy = set_up.open()
     try:
-        parts = time_parts(policy, calls, say)
+        parts = time_parts(policy, calls, say, clock_ns)
         engine = policy.engine.description
     finally:
         policy.engine.close()
@@ -92,6 +101,7 @@ def bench_model(
         "prompt_tokens": manifest.prompt.length,
         "horizon": manifest.horizon,
         "flow_steps": policy.flow_steps,
+        "clock": "processor" if processor_time else "wall",
         "calls": calls,
         "too_few_calls": calls < CALLS,
         "graphs": graphs,
@@ -100,7 +110,9 @@ def bench_model(
     }
 
 
-def time_parts(policy: Policy, calls: int, say: Callable[[str], None]) -> dict[str, np.ndarray[Any, Any]]:
+def time_parts(
+    policy: Policy, calls: int, say: Callable[[str], None], clock_ns: Callable[[], int] = time.perf_counter_ns
+) -> dict[str, np.ndarray[Any, Any]]:
     """ms of each of PARTS, `calls` times. A chunk is a prefill and all its steps, without a pause between them."""
     model_input, noise_HA = longest_input(policy.bundle.manifest), policy.noise(0)
     state_S = state_token(policy.bundle.manifest, model_input)
@@ -129,7 +141,7 @@ def time_parts(policy: Policy, calls: int, say: Callable[[str], None]) -> dict[s
             say(f"{n} of {calls}")
 
     timed = dict(zip(PARTS, (prefill, one_step, all_steps, chunk), strict=True))
-    return time_alternating(timed, calls, WARM_UP, after_round)
+    return time_alternating(timed, calls, WARM_UP, after_round, clock_ns)
 
 
 def longest_input(manifest: Manifest, seed: int = 0) -> ModelInput:
@@ -206,8 +218,8 @@ def table(figures: Mapping[str, Any]) -> str:
     lines = [
         f"{figures['bundle']}: {figures['cameras']} cameras, {figures['prompt_tokens']} prompt tokens, horizon "
         f"{figures['horizon']}, {figures['flow_steps']} steps; {figures['engine']}",
-        f"{figures['machine']}; {figures['calls']} calls of each after {WARM_UP} of warm-up"
-        + (f" (fewer than {CALLS}: too few for a p99)" if figures["too_few_calls"] else ""),
+        f"{figures['machine']}; {figures['calls']} calls of each after {WARM_UP} of warm-up, "
+        f"{figures['clock']} time" + (f" (fewer than {CALLS}: too few for a p99)" if figures["too_few_calls"] else ""),
         f"{'ms':<10}{'p50':>9}{'p90':>9}{'p99':>9}{'max':>9}{'roofline':>10}{'ratio':>7}",
     ]
     for name, row in figures["ms"].items():

@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ki_vla_ros.bags import COMPRESSED_IMAGE, Bag, decode, open_bag
+from ki_vla_ros.bags import COMPRESSED_IMAGE, Bag, open_bag
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.doctor_checks import check_inputs
 from ki_vla_ros.doctor_findings import Findings, as_json, as_table, errors
@@ -30,11 +29,11 @@ from ki_vla_ros.doctor_setup import (
     read_bundle,
     read_settings,
 )
-from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
-from ki_vla_ros.parameter_file import NODE, settings_from_session
+from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.parameter_file import NODE
+from ki_vla_ros.replay_topics import find_session
+from ki_vla_ros.session import Session
 from ki_vla_ros.settings import Settings
-
-STRING = "std_msgs/msg/String"
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,12 @@ def diagnose(request: Request, machine: Machine | None = None) -> tuple[Findings
         looked_at += doctor_graph.examine(request, findings)
         return findings, looked_at
     with open_bag(request.bag) as bag:
-        settings = _settings_for(bag, request, findings, looked_at)
+        session = find_session(bag, request.node)
+        settings = _settings_for(bag, session, request, findings, looked_at)
         if settings is not None:
             bundle = examine_setup(settings, request, findings, looked_at)
             if bundle is not None:
-                _examine_bag(bag, settings, bundle, request.node, findings)
+                _examine_bag(bag, settings, bundle, session, request, findings)
         looked_at.append(f"bag {request.bag} ({_extent(bag)})")
         for fault in bag.faults:
             findings.warning(
@@ -83,34 +83,31 @@ def examine_setup(settings: Settings, request: Request, findings: Findings, look
     return bundle
 
 
-def _settings_for(bag: Bag, request: Request, findings: Findings, looked_at: list[str]) -> Settings | None:
+def _settings_for(
+    bag: Bag, session: Session | None, request: Request, findings: Findings, looked_at: list[str]
+) -> Settings | None:
     """Of the parameter file, or of the session that was recorded with the bag."""
     if request.params is not None:
         looked_at.append(f"parameters {request.params}")
         return read_settings(request.params, findings, request.node)
-    if (session := read_session(bag, request.node)) is not None:
+    if session is not None:
         looked_at.append("parameters as recorded")
-        return settings_from_session(session)
+        return session.settings
     if request.bundle:
         looked_at.append("default parameters")
         return Settings(bundle=request.bundle)
     raise ConfigurationError(f"bag {bag.path}: has no {request.node}/session; give --params, or at least --bundle")
 
 
-def read_session(bag: Bag, node: str) -> Mapping[str, Any] | None:
-    """The node's last description of itself."""
-    found = None
-    for message in bag.messages([f"{node}/session"]) if f"{node}/session" in bag.topics else ():
-        try:
-            found = json.loads(decode(message).data)
-        except (InputError, ValueError) as error:
-            raise ConfigurationError(f"bag {bag.path}: {message.topic} cannot be read: {error}") from error
-    return found if isinstance(found, dict) else None
-
-
-def _examine_bag(bag: Bag, settings: Settings, bundle: Bundle, node: str, findings: Findings) -> None:
-    manifest = bundle.manifest
+def _examine_bag(
+    bag: Bag, settings: Settings, bundle: Bundle, session: Session | None, request: Request, findings: Findings
+) -> None:
+    manifest, node = bundle.manifest, request.node
     cameras = {c.name: resolve(settings.camera(c.name).topic, node) for c in manifest.cameras}
+    joints, command = resolve(settings.joint_states_topic, node), resolve(settings.command_topic, node)
+    if session is not None and request.params is None:  # names after remapping
+        cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
+        joints, command = session.topics.joint_states, session.topics.command
     # Where the node made chunks it had images: then it is the recorder that compressed them.
     chunks = bag.topics.get(f"{node}/chunk")
     recorded_compressed = {}
@@ -133,8 +130,8 @@ def _examine_bag(bag: Bag, settings: Settings, bundle: Bundle, node: str, findin
         manifest,
         settings,
         {**cameras, **recorded_compressed},
-        resolve(settings.joint_states_topic, node),
-        resolve(settings.command_topic, node),
+        joints,
+        command,
         counts,
     )
     watch.image_types.update(dict.fromkeys(recorded_compressed, COMPRESSED_IMAGE))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import rclpy
 from rcl_interfaces.srv import GetParameters, ListParameters
+from rclpy.duration import Infinite
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter, parameter_value_to_python
@@ -34,8 +35,8 @@ from ki_vla_ros.settings import Settings
 if TYPE_CHECKING:
     from ki_vla_ros.doctor import Request
 
-# How long discovery, and an answer of a service, may take.
-DISCOVERY_S, ANSWER_S = 2.0, 3.0
+# How long discovery of the node, of all the rest, and an answer of a service may take.
+FIRST_S, DISCOVERY_S, ANSWER_S = 5.0, 2.0, 3.0
 KINDS: Mapping[str, Any] = {
     IMAGE: Image,
     COMPRESSED_IMAGE: CompressedImage,
@@ -48,6 +49,8 @@ CONTROLLER_PARAMETERS = (
     "interpolate_from_desired_state",
     "allow_partial_joints_goal",
 )
+# What the node's publisher of commands offers. rclpy's zero durations mean "as usual", its check does not know.
+COMMAND_QOS = QoSProfile(depth=10, deadline=Infinite, lifespan=Infinite, liveliness_lease_duration=Infinite)
 QOS_FIX = "give both sides a fitting QoS: a reliable, volatile publisher fits every subscription of this package"
 
 
@@ -56,6 +59,11 @@ class Graph:
 
     def __init__(self, node: Node, spin_until: Callable[[Callable[[], bool], float], None]) -> None:
         self.node, self._spin_until = node, spin_until
+
+    def wait_for(self, node: str) -> None:
+        """Until it is discovered, and then for the rest of what there is."""
+        self._spin_until(lambda: node in self.nodes, FIRST_S)
+        self.wait(DISCOVERY_S)
 
     def wait(self, seconds: float) -> None:
         self._spin_until(lambda: False, seconds)
@@ -73,16 +81,15 @@ class Graph:
 
     def parameters(self, node: str, names: Sequence[str] | None = None) -> dict[str, Any] | None:
         """All, or those named that are set; None if the node does not answer."""
-        if names is None:
-            listed = self._call(ListParameters, f"{node}/list_parameters", ListParameters.Request())
-            if listed is None:
-                return None
-            names = list(listed.result.names)
-        found = self._call(GetParameters, f"{node}/get_parameters", GetParameters.Request(names=list(names)))
+        listed = self._call(ListParameters, f"{node}/list_parameters", ListParameters.Request())
+        if listed is None:
+            return None
+        # Asked for one that it does not have, a node may answer with none at all.
+        known = [name for name in listed.result.names if names is None or name in names]
+        found = self._call(GetParameters, f"{node}/get_parameters", GetParameters.Request(names=known))
         if found is None:
             return None
-        # A node that does not know one of them may answer with none at all.
-        values = zip(names, found.values, strict=False)
+        values = zip(known, found.values, strict=True)
         return {name: value for name, v in values if (value := parameter_value_to_python(v)) is not None}
 
     def _call(self, kind: Any, service: str, request: Any) -> Any:
@@ -104,7 +111,7 @@ def examine(request: Request, findings: Findings) -> list[str]:
 
     looked_at: list[str] = []
     with open_graph() as graph:
-        graph.wait(DISCOVERY_S)
+        graph.wait_for(request.node)
         running = _check_node(graph, request.node, findings)
         values = graph.parameters(request.node) if running else None
         if request.params is not None:
@@ -207,7 +214,7 @@ def _check_endpoints(graph: Graph, watch: InputWatch, node: str, running: bool, 
     expected = command_type(watch.settings)
     listeners = graph.node.get_subscriptions_info_by_topic(command)
     for end in listeners:
-        _check_qos(command, end, QoSProfile(depth=10), end.qos_profile, "commands do not reach it", findings)
+        _check_qos(command, end, COMMAND_QOS, end.qos_profile, "commands do not reach it", findings)
     if not any(end.topic_type == expected for end in listeners):
         others = sorted({end.topic_type for end in listeners})
         likely = [
@@ -322,11 +329,11 @@ def with_node_environment(machine: Machine) -> Machine:
             arguments = (process / "cmdline").read_bytes().split(b"\0")
             if not any(a == b"ki_vla_ros.node" or a.endswith(b"/policy_node") for a in arguments):
                 continue
-            pairs = (
-                entry.decode(errors="replace").partition("=")
-                for entry in (process / "environ").read_bytes().split(b"\0")
-            )
-            own = {name: value for name, _, value in pairs if name in PROFILE_VARIABLES}
+            entries = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+            environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+            if environment.get("ROS_DOMAIN_ID", "0") != machine.environment.get("ROS_DOMAIN_ID", "0"):
+                continue
+            own = {name: environment[name] for name in PROFILE_VARIABLES if name in environment}
             if own:
                 return replace(machine, environment={**machine.environment, **own})
     return machine

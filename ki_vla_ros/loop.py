@@ -6,8 +6,7 @@ import dataclasses
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from ki_vla_ros.preprocess import make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
 from ki_vla_ros.safety import SafetyGate, joint_bounds
 from ki_vla_ros.settings import Settings
+from ki_vla_ros.wire import Wire
 
 # Simulated time may run at any speed, so a waiting loop looks at it this often.
 SIMULATED_CLOCK_POLL_S = 0.005
@@ -33,28 +33,6 @@ MOVED_SHARE = 0.02
 FIRST_SHARE = 0.1
 # Before the loop tries again after a fault of its own.
 FAILED_TICK_S = 0.1
-
-
-class Wire(Protocol):
-    """Where commands and reports go, and the node's clock."""
-
-    def now_ns(self) -> int:
-        """0 while there is no time yet (simulated time before the first message on /clock)."""
-        ...
-
-    def simulated_clock(self) -> bool: ...
-
-    def send_command(self, motion: Motion, now_ns: int) -> None: ...
-
-    def report_chunk(self, chunk: ActionChunk) -> None:
-        """The whole chunk as predicted, before anything is dropped or corrected."""
-        ...
-
-    def report_tick(self, fields: Mapping[str, object]) -> None: ...
-
-    def log(self, message: str, cause: str) -> None:
-        """A warning; repetitions with the same cause may be thinned out."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -70,7 +70,8 @@ h1 { margin: 0; font-size: 26px; } h2 { font-size: 19px; margin: 34px 0 4px; } h
 .note { margin: 0 0 12px; font-size: 13px; max-width: 46em; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); gap: 10px; }
 .tile { background: var(--card); border-radius: 10px; padding: 11px 13px; }
-.tile b { display: block; font-size: 20px; line-height: 1.2; } .tile span, .tile small { display: block; }
+.tile b { display: block; font-size: 19px; line-height: 1.3; white-space: nowrap; }
+.tile span, .tile small { display: block; }
 .tile small { font-size: 12.5px; }
 .warning { border-left: 4px solid var(--orange); background: var(--card); border-radius: 4px; padding: 8px 12px;
  margin: 10px 0; font-size: 14px; } .told { border-color: var(--line); }
@@ -101,9 +102,10 @@ svg .mark { stroke-width: 1.4; } svg .fine { stroke-width: 1.2; }
 .lane .plot.scale { background: none; height: 16px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12.5px; color: var(--soft); margin: 0 0 8px; }
 .moment { margin-bottom: 14px; } .moment p { margin: 1px 0 8px; font-size: 13px; color: var(--soft); }
-.thumbs { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 8px; }
-.thumbs figure { padding: 0; background: none; } .thumbs img { display: block; border-radius: 6px; width: 168px;
- max-width: 100%; image-rendering: auto; } .thumbs figcaption { font-weight: 400; color: var(--soft); margin: 2px 0; }
+.thumbs { display: flex; gap: 8px; margin-bottom: 8px; overflow-x: auto; }
+.thumbs figure { padding: 0; background: none; flex: 0 1 168px; min-width: 96px; }
+.thumbs img { display: block; border-radius: 6px; width: 100%; }
+.thumbs figcaption { font-weight: 400; color: var(--soft); margin: 2px 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: right; padding: 5px 9px; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: 4px; }

@@ -98,14 +98,6 @@ def settings_from_values(values: Mapping[str, object]) -> Settings:
     return settings_from_parameters(values)
 
 
-def settings_from_session(session: Mapping[str, object]) -> Settings:
-    """Of the node's ~/session as it is recorded: `parameters` holds every setting by its parameter name."""
-    parameters = session.get("parameters")
-    if not isinstance(parameters, Mapping):
-        raise ConfigurationError(f"session: expected parameters by name, got {parameters!r:.80}")
-    return settings_from_values(parameters)
-
-
 def _ours(values: Mapping[str, object]) -> dict[str, object]:
     """Without those that rclpy declares in every node."""
     of_ros = ("use_sim_time", "start_type_description_service")

@@ -148,12 +148,12 @@ def decode_raw(where: str, encoding: str, height: int, width: int, step: int, bi
 def decode_compressed(where: str, data: Any) -> Pixels:
     """[H, W, 3] of a jpeg or png file; InputError, beginning with `where`, if it is none."""
     content = np.frombuffer(data, dtype=np.uint8)
+    # OpenCV 4 fills what a cut jpeg lacks with black and says nothing; every whole one has an end.
+    if content[:2].tobytes() == JPEG_BEGIN and JPEG_END not in content.tobytes():
+        raise InputError(f"{where}: expected a whole jpeg image, got the first {content.size} bytes of one")
     # The pixels as the camera has them: a rotation noted in the file is for viewers.
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     bgr_HWC = cv2.imdecode(content, flags) if content.size else None
-    # OpenCV fills what a cut jpeg lacks with grey and says nothing; every whole one has an end.
-    if bgr_HWC is not None and content[:2].tobytes() == JPEG_BEGIN and JPEG_END not in content.tobytes():
-        raise InputError(f"{where}: expected a whole jpeg image, got the first {content.size} bytes of one")
     if bgr_HWC is None:
         raise InputError(f"{where}: expected a jpeg or png image, got {content.size} bytes that are neither")
     rgb_HWC: Pixels = np.asarray(cv2.cvtColor(bgr_HWC, cv2.COLOR_BGR2RGB), dtype=np.uint8)

@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KiVlaError as error:
         print(f"replay: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     if result.metrics["stopped"] == Progress.INTERRUPTED:
@@ -126,11 +128,19 @@ def run(chosen: argparse.Namespace) -> ReplayResult:
         )
         replay = Replay(bag, plan.bundle, engine, plan.settings, plan.topics, options)
         result = _measure(bag, plan, replay, trace, progress, chosen.out)
-        sections = []
+        sections, interrupted = [], False
         if grid is not None and result.complete:
-            sections.append(tune(bag, plan, grid, options, result.metrics, chosen.out, Progress(bag)))
+            try:
+                sweeping = Progress(bag)
+                resources.enter_context(sweeping.interruptible())
+                sections.append(tune(bag, plan, grid, options, result.metrics, chosen.out, sweeping))
+            except KeyboardInterrupt:
+                interrupted = True
         command = shlex.join(["python", "-m", "ki_vla_ros.replay", *chosen.arguments])
         (chosen.out / REPORT).write_text(report(trace, result.metrics, command, sections), encoding="utf-8")
+        if interrupted:
+            print("sweep: interrupted; nothing is recommended", file=sys.stderr)
+            raise KeyboardInterrupt
         return result
 
 

@@ -14,7 +14,7 @@ from ki_vla_ros.records import CameraFrame, JointReading
 from ki_vla_ros.reference import CommandedPath, MeasuredPath, Reference
 from ki_vla_ros.replay_inputs import Parity, ReplayBuffer
 from ki_vla_ros.replay_options import ReplayOptions
-from ki_vla_ros.replay_topics import ReplayTopics
+from ki_vla_ros.replay_topics import POSITIONS, ReplayTopics
 from ki_vla_ros.session import TRAJECTORY
 
 
@@ -60,9 +60,9 @@ class Inbox:
             self._measured.add(reading)
         elif topic == topics.command:
             add = self._commanded.add_trajectory if message.type == TRAJECTORY else self._commanded.add_positions
-            add(message.log_ns, decode(message))
+            add(message.log_ns, decode(message, TRAJECTORY, POSITIONS))
         elif topic == topics.chunk and self._options.as_recorded:
-            published = decode(message)
+            published = decode(message, TRAJECTORY)
             positions = np.array([point.positions for point in published.points], dtype=np.float64)
             self.parity.add_published(header_ns(published), positions)
 

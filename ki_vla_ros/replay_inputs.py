@@ -19,7 +19,7 @@ from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.pixels import read_image
 from ki_vla_ros.preprocess import resize_with_pad
 from ki_vla_ros.records import CameraFrame, JointReading, Observation
-from ki_vla_ros.session import IMAGE
+from ki_vla_ros.session import COMPRESSED_IMAGE, IMAGE
 
 # A recorder may get a message so much later than the node did. Not longer than the frames that a buffer keeps.
 RECORDER_LAG_NS = 200_000_000
@@ -56,7 +56,7 @@ def bag_frame(message: BagMessage, camera: str, size: int, use_receive_time: boo
     elif message.type == IMAGE:
         stamp_ns = read_image(f"camera {camera!r}", message.data).stamp_ns
     else:
-        stamp_ns = header_ns(decode(message))
+        stamp_ns = header_ns(decode(message, IMAGE, COMPRESSED_IMAGE))
     return BagFrame(camera, stamp_ns, message, size)
 
 

@@ -68,7 +68,7 @@ def _summary(metrics: Metrics) -> str:
             _value(latency and latency["p50"], "ms"),
             f"{deadlines['missed']} deadlines of {deadlines['period_ms']:g} ms missed",
         ),
-        ("jump at seams, rms", _value(seam["jump_rms"], unit), f"{seam['executor']}, {seam['count']} seams"),
+        ("jump at seams, rms", _value(seam["jump_rms"], unit, digits=2), f"{seam['executor']}, {seam['count']} seams"),
     ]
     if metrics.get("realtime_factor"):
         entries.append(("speed", f"{metrics['realtime_factor']:.0f} x", "real time, on this machine"))
@@ -97,10 +97,10 @@ def _joints(trace: Trace, metrics: Metrics) -> str:
     for j, joint in enumerate(trace.spec.joints):
         curves = [_curve(trace, chunk, j) for chunk in trace.chunks]
         axes = Axes(span, Span.of(trace.state_JT[j], *(y for _, y in curves), margin=0.06))
-        layers = [axes.lines(curves, "predicted")]
+        layers = [axes.line(trace.state_s, trace.state_JT[j], "recorded")]
         if commanded:
             layers.append(axes.lines((_reference(trace, chunk, j) for chunk in trace.chunks), "c3 fine"))
-        layers.append(axes.line(trace.state_s, trace.state_JT[j], "recorded"))
+        layers.append(axes.lines(curves, "predicted"))
         figures.append(figure(joint.name, _joint_note(joint, metrics), axes, layers, times=True))
     legend = _legend(
         ("var(--ink)", "recorded joint"),
@@ -305,8 +305,8 @@ def _legend(*entries: tuple[str, str]) -> str:
     return f'<div class="legend">{"".join(keys)}</div>'
 
 
-def _value(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.3g} {unit}".rstrip()
+def _value(value: float | None, unit: str = "", digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}g} {unit}".rstrip()
 
 
 def _interval(ci: Sequence[float] | None, unit: str = "") -> str:

@@ -36,6 +36,7 @@ from ki_vla_ros.replay_policy import ReplayPolicy
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay_topics import ReplayTopics, read_later_session
 from ki_vla_ros.replay_wire import ReplayDiagnostics, ReplayWire
+from ki_vla_ros.session import TEXT
 from ki_vla_ros.settings import Settings
 
 # The first tick waits for the first message of every input, at most so long.
@@ -339,7 +340,7 @@ class Replay:
         if message.topic != self.topics.tick:
             return
         try:
-            tick = read_tick(decode(message).data)
+            tick = read_tick(decode(message, TEXT).data)
         except InputError as refusal:
             self._count_refusal(refusal)
             return
@@ -360,9 +361,9 @@ class Replay:
     def _take(self, message: BagMessage) -> None:
         if message.topic == self.topics.instruction:
             if not self.options.instruction:
-                self._instruct(decode(message).data)
+                self._instruct(decode(message, TEXT).data)
         elif message.topic == self.topics.session:
-            session = read_later_session(decode(message).data)
+            session = read_later_session(decode(message, TEXT).data)
             if session is not None and self.options.follow_session:
                 settings = session.settings
                 settings.validate_against(self.bundle.manifest)

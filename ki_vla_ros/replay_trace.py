@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -176,7 +177,7 @@ class Trace:
             if now_ns is not None and now_ns - start_ns < around_ns:
                 return
             near = [other for other in self._latest if abs(other.prediction.start_ns - start_ns) <= around_ns]
-            highest = max((other for other in near if np.isfinite(other.error)), key=lambda o: o.error, default=None)
+            highest = max((other for other in near if math.isfinite(other.error)), key=lambda o: o.error, default=None)
             if kept is highest:
                 self._keep(kept, [other.prediction for other in near])
             self._waiting += 1
@@ -194,7 +195,7 @@ class Trace:
             heapq.heappop(self._moments)
 
     def _is_candidate(self, error: float) -> bool:
-        return np.isfinite(error) and (len(self._moments) < MOMENTS or error > self._moments[0][0])
+        return math.isfinite(error) and (len(self._moments) < MOMENTS or error > self._moments[0][0])
 
     def _mark(self, kind: str, why: str, at_s: float) -> None:
         self.lanes.setdefault((kind, why), Lane()).add(at_s)

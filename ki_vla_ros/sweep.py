@@ -11,6 +11,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def sweep(
     processes: int | None = None,
     report: Callable[[float], None] = lambda share: None,
 ) -> list[Outcome]:
-    """Outcomes in the candidates' order. `report` gets the share of the bag that is done."""
+    """Outcomes in the candidates' order. `report` gets the share of the bag that is done; what it raises ends all."""
     count = max(1, min(processes or os.cpu_count() or 1, len(candidates)))
     if count == 1:
         return _drive(inputs, candidates, report)
@@ -82,6 +83,7 @@ _done: Any = None
 
 
 def _remember(done: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; only the first one acts on it
     global _done  # a pool hands shared memory on at its processes' start alone
     _done = done
 

@@ -22,6 +22,10 @@ SWEEP, RECOMMENDED = "sweep.json", "recommended.yaml"
 
 
 class Progress(Protocol):
+    def check(self) -> None:
+        """KeyboardInterrupt after Ctrl-C."""
+        ...
+
     def show(self, now_ns: int) -> None:
         """Log time of the bag."""
         ...
@@ -48,9 +52,12 @@ def tune(
         instruction=options.instruction,
     )
     start_ns, end_ns = bag.start_ns or 0, bag.end_ns or 0
-    outcomes = sweep(
-        inputs, grid.candidates, report=lambda share: progress.show(start_ns + round(share * (end_ns - start_ns)))
-    )
+
+    def show(share: float) -> None:
+        progress.check()
+        progress.show(start_ns + round(share * (end_ns - start_ns)))
+
+    outcomes = sweep(inputs, grid.candidates, report=show)
     progress.end()
     advice = advise(grid, outcomes, plan.bundle.manifest, plan.settings.noise_seed)
     source = (

@@ -50,6 +50,15 @@ def time_alternating(
     return taken_ms
 
 
+def choose_clock(processor_time: bool, threads: int) -> Callable[[], int]:
+    """The wall's clock, or this process's processor time: for a machine that others use at the same time. The latter
+    needs one thread: the times of more add up, and waiting counts.
+    """
+    if processor_time and threads != 1:
+        raise ConfigurationError(f"--processor-time: expected one thread, got {threads}; their times would add up")
+    return time.process_time_ns if processor_time else time.perf_counter_ns
+
+
 def ratio_of_medians(numerator_ms: Durations, denominator_ms: Durations, seed: int = 0) -> dict[str, float]:
     """`ratio` and the ends, `low` and `high`, of its 95 % interval.
 

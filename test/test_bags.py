@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import bad_bags
 import numpy as np
 import pytest
-from bad_bags import CASES, JOINT_TOPIC, SCENE, counts, fits, recording, write_bag, write_mcap
+import sample_bags
+from bad_bags import CASES, counts, fits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rosbags.rosbag2 import CompressionMode
+from sample_bags import JOINT_TOPIC, SCENE, recording, write_bag, write_mcap
 
 from ki_vla_ros import bag_mcap
 from ki_vla_ros.bag_records import FAULTS_LISTED, Faults
@@ -35,9 +39,11 @@ def test_what_can_be_read_is_read_and_the_rest_is_named(name: str, tmp_path: Pat
     assert times == sorted(times)
     whole = recording(transport="compressed" if "jpegs" in name else "raw")
     if case.lost is not None:
-        assert counts(found) == counts(whole) - bad_bags.Counter(case.lost)
+        assert counts(found) == counts(whole) - Counter(case.lost)
         assert {topic: t.count for topic, t in bag.topics.items()} == counts(found)
         assert (bag.start_ns, bag.end_ns) == (times[0], times[-1])
+        if name.startswith("good"):
+            assert {(m.topic, m.log_ns, m.data) for m in found} == {(m.topic, m.log_ns, m.data) for m in whole}
     else:
         assert counts(found) <= counts(whole)
         original = {(m.topic, m.log_ns): m.data for m in whole}
@@ -72,9 +78,9 @@ def test_topics_are_chosen_and_typed(tmp_path: Path) -> None:
         found = list(bag.messages([SCENE, JOINT_TOPIC, "/not/there"]))
         assert counts(found) == {SCENE: 40, JOINT_TOPIC: 200}
         frame = camera_frame(next(m for m in found if m.topic == SCENE), "scene")
-        assert frame.rgb_HWC.shape == (32, 32, 3) and frame.stamp_ns == bad_bags.START_NS
+        assert frame.rgb_HWC.shape == (32, 32, 3) and frame.stamp_ns == sample_bags.START_NS
         reading = joint_reading(next(m for m in found if m.topic == JOINT_TOPIC))
-        assert reading.names == bad_bags.JOINTS and np.array_equal(reading.position_J, bad_bags.where(0.0))
+        assert reading.names == sample_bags.JOINTS and np.array_equal(reading.position_J, sample_bags.where(0.0))
 
 
 def test_no_bag(tmp_path: Path) -> None:
@@ -92,24 +98,24 @@ def message(kind: str, data: bytes) -> BagMessage:
 
 
 def test_trailing_bytes_do_not_matter() -> None:
-    data = bad_bags.joint_state(7, bad_bags.MIDDLE_J)
+    data = sample_bags.joint_state(7, sample_bags.MIDDLE_J)
     for trailing in (0, 1, 4, 100):
-        reading = joint_reading(message(bad_bags.JOINT_STATE, data + bytes(trailing)))
-        assert np.array_equal(reading.position_J, bad_bags.MIDDLE_J) and reading.stamp_ns == 7
+        reading = joint_reading(message(sample_bags.JOINT_STATE, data + bytes(trailing)))
+        assert np.array_equal(reading.position_J, sample_bags.MIDDLE_J) and reading.stamp_ns == 7
 
 
 @pytest.mark.parametrize(
     "kind, data, fault",
     [
-        (bad_bags.JOINT_STATE, b"", "expected CDR, got bytes that begin with ''"),
-        (bad_bags.JOINT_STATE, b"{}{}{}{}", "expected CDR"),
+        (sample_bags.JOINT_STATE, b"", "expected CDR, got bytes that begin with ''"),
+        (sample_bags.JOINT_STATE, b"{}{}{}{}", "expected CDR"),
         (
-            bad_bags.JOINT_STATE,
-            bad_bags.joint_state(7, bad_bags.MIDDLE_J)[:60],
+            sample_bags.JOINT_STATE,
+            sample_bags.joint_state(7, sample_bags.MIDDLE_J)[:60],
             "expected a sensor_msgs/msg/JointState",
         ),
         ("my_msgs/msg/Thing", b"\0\1\0\0", "message type 'my_msgs/msg/Thing' is not known"),
-        (bad_bags.STRING, b"\0\1\0\0\xff\xff\xff\xff", "expected a std_msgs/msg/String"),
+        (sample_bags.STRING, b"\0\1\0\0\xff\xff\xff\xff", "expected a std_msgs/msg/String"),
     ],
 )
 def test_what_is_no_message_is_refused(kind: str, data: bytes, fault: str) -> None:
@@ -119,10 +125,14 @@ def test_what_is_no_message_is_refused(kind: str, data: bytes, fault: str) -> No
 
 def test_images_that_are_none_are_refused() -> None:
     with pytest.raises(InputError, match="expected sensor_msgs/msg/Image or"):
-        camera_frame(message(bad_bags.STRING, bad_bags.text("x")), "scene")
-    for content in (b"", b"\xff\xd8 no jpeg", bad_bags._half_jpeg()):
-        with pytest.raises(InputError, match="camera 'scene'"):
-            camera_frame(message(bad_bags.COMPRESSED_IMAGE, bad_bags.jpeg(0, content)), "scene")
+        camera_frame(message(sample_bags.STRING, sample_bags.text("x")), "scene")
+    for content, fault in [
+        (b"", "got 0 bytes that are neither"),
+        (b"\xff\xd8 no jpeg \xff\xd9", "got 13 bytes that are neither"),
+        (bad_bags._half_jpeg(), "expected a whole jpeg image, got the first"),
+    ]:
+        with pytest.raises(InputError, match=f"camera 'scene': .*{fault}"):
+            camera_frame(message(sample_bags.COMPRESSED_IMAGE, sample_bags.jpeg(0, content)), "scene")
 
 
 def test_faults_are_not_listed_without_end() -> None:
@@ -176,7 +186,8 @@ def small_bags(folder: Path) -> list[bytes]:
     plain = write_mcap(folder / "plain.mcap", SMALL, "", per_chunk=20).read_bytes()
     loose = write_mcap(folder / "loose.mcap", SMALL, per_chunk=0).read_bytes()
     sqlite = next(write_bag(folder / "bag", SMALL, "sqlite3").glob("*.db3")).read_bytes()
-    return [mcap, plain, loose, sqlite]
+    packed = next(write_bag(folder / "packed", SMALL, compression=CompressionMode.FILE).glob("*.zstd"))
+    return [mcap, plain, loose, sqlite, packed.read_bytes(), (folder / "bag" / "metadata.yaml").read_bytes()]
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +217,22 @@ def damage(content: bytes, chance: random.Random) -> bytes:
 
 def try_damaged(original: bytes, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "b.db3" if original.startswith(b"SQLite") else "b.mcap")
-        path.write_bytes(damage(original, random.Random(seed)))
-        read_all(path)
+        damaged, chance = Path(folder, _name(original)), random.Random(seed)
+        damaged.write_bytes(damage(original, chance))
+        if damaged.suffix == ".yaml":
+            (damaged.parent / "bag.mcap").write_bytes(b"")
+            read_all(damaged.parent)
+        else:
+            read_all(damaged)
 
 
-@settings(max_examples=60, deadline=None)
-@given(which=st.integers(0, 3), seed=st.integers(0, 2**32))
+def _name(original: bytes) -> str:
+    names = {b"SQLi": "b.db3", b"\x28\xb5\x2f\xfd": "b.mcap.zstd", b"rosb": "metadata.yaml"}
+    return names.get(original[:4], "b.mcap")
+
+
+@settings(max_examples=90, deadline=None)
+@given(which=st.integers(0, 5), seed=st.integers(0, 2**32))
 def test_no_bytes_make_it_fail(originals: list[bytes], which: int, seed: int) -> None:
     try_damaged(originals[which], seed)
 

@@ -146,7 +146,18 @@ def test_bench_model_needs_no_ros(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found.keys() == {
-        *("bundle", "engine", "machine", "cameras", "prompt_tokens", "horizon", "flow_steps", "calls", "too_few_calls"),
+        *(
+            "bundle",
+            "engine",
+            "machine",
+            "cameras",
+            "prompt_tokens",
+            "horizon",
+            "flow_steps",
+            "calls",
+            "too_few_calls",
+            "clock",
+        ),
         *("graphs", "ms", "roofline"),
     }
     assert found["flow_steps"] == 4 and found["calls"] == 3 and found["too_few_calls"] is True
@@ -190,6 +201,8 @@ def test_set_ups_are_read_and_refused() -> None:
         (["model", "--engine", "torch"], "expert.pt2|prefill.pt2"),
         (["model", "--threads", "0"], "threads"),
         (["model", "--provider", "cuda"], "CUDAExecutionProvider"),
+        (["model", "--processor-time", "--threads", "2"], "--processor-time: expected one thread, got 2"),
+        (["model", "--processor-time", "--provider", "cuda"], "--processor-time: expected provider cpu, got cuda"),
         (["model", "--engine", "tensorrt"], "expected cuda for engine tensorrt"),
         (["compare", "onnx", "tensorflow"], "tensorflow"),
     ],

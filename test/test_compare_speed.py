@@ -54,6 +54,18 @@ def test_a_bundle_of_other_weights_is_no_contest(folders: tuple[Path, Path], tmp
         compare(tmp_path / "other", folders[1], torch.get_num_threads(), 1, 1, lambda line: None)
 
 
+def test_processor_time_is_of_one_thread(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--checkpoint", str(folders[0]), "--bundle", str(folders[1]), "--rounds", "1", "--slow-rounds", "1"]
+    assert compare_speed.main([*command, "--processor-time", "--threads", "2"]) == 1
+    assert "--processor-time: expected one thread, got 2" in capsys.readouterr().err
+    threads = torch.get_num_threads()
+    try:
+        assert compare_speed.main([*command, "--processor-time"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "| ms (processor time) |" in capsys.readouterr().out
+
+
 def test_the_peer_has_our_weights(folders: tuple[Path, Path]) -> None:
     model = load_checkpoint(folders[0]).eval().requires_grad_(False)
     images_BVCSS, mask, tokens_BL, token_mask = make_inputs(POLICY, SMALL, 3).prefix

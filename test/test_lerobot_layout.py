@@ -272,6 +272,7 @@ def change_info(folder: Path, **changes: Any) -> None:
         ({"total_frames": 8}, "expected 2 episodes of 8 frames as meta/info.json says, got 2 of 7"),
         ({"fps": 0}, "fps: .*greater than 0, got 0"),
         ({"data_path": "../{chunk_index}/{file_index}"}, "leads to ../0/0, outside of it"),
+        ({"features": {"top": {"dtype": "image", "shape": [4, 4, 3]}}}, "expected images as videos, got top inside"),
         ({"fps": 6}, "expected a timestamp every 1 / 6 s"),
     ],
 )

@@ -78,8 +78,13 @@ def test_jpeg_is_read_as_the_camera_sees_it() -> None:
     rgb = decode_compressed("camera", jpeg.tobytes())
     assert rgb.shape == (48, 64, 3) and not rgb.flags.writeable
     assert np.abs(rgb.astype(int) - smooth).mean() < 4
-    for nothing in (b"", jpeg.tobytes()[:20]):
-        with pytest.raises(InputError, match=f"camera: expected a jpeg or png image, got {len(nothing)} bytes"):
+    for nothing, expected in (
+        (b"", "a jpeg or png image, got 0 bytes"),
+        (b"no image", "a jpeg or png image, got 8 bytes"),
+        (jpeg.tobytes()[:20], "a whole jpeg image, got the first 20 bytes"),
+        (jpeg.tobytes()[:-2], f"a whole jpeg image, got the first {jpeg.size - 2} bytes"),
+    ):
+        with pytest.raises(InputError, match=f"camera: expected {expected}"):
             decode_compressed("camera", nothing)
 
 

@@ -147,6 +147,7 @@ def test_a_robot_that_loses_power_keeps_what_was_recorded(
     robot: Robot, start: Callable[..., PolicyProcess], record: Callable[..., Recording], bundle_path: str
 ) -> None:
     start(bundle=bundle_path, autostart=True, instruction=TASK)
+    until(lambda: robot.chunks)  # a recorder that comes later than the session is given it still
     recording = record("--writer", "own")
     until(lambda: all(recording.counts()[topic] >= 10 for topic in (*INPUTS, *OUTPUTS[:3])))
     before = recording.counts()

@@ -129,8 +129,10 @@ def test_two_runs_with_a_fixed_latency_are_the_same_to_the_byte(tmp_path: Path, 
 
 
 def test_computing_ahead_changes_nothing_but_the_time(
-    tmp_path: Path, demo: Bundle, inputs: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, demo: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    inputs = tmp_path / "bag"
+    record_inputs(inputs, 6.0, halfway="touch the blue ball")  # nobody can guess that
     arguments = ["--latency", "0.07", "--sensitivity-every", "0.5"]
     ahead = replay(inputs, tmp_path / "ahead", demo, *arguments)
     assert ahead["timing"]["computed_ahead"] > 0.8 * ahead["ticks"]["chunks"]

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import JOINTS
+from bundles import JOINTS, demo_policy
 from robots import TASK, PolicyProcess, Robot, until
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.manifest import JointSpec
+from ki_vla_ros.metrics import Figures
 from ki_vla_ros.records import ActionChunk, JointReading
 from ki_vla_ros.reference import ReferenceName
+from ki_vla_ros.replay_records import Prediction, TickRecord
 from ki_vla_ros.session import read_session
 from ki_vla_ros.shadow import ShadowComparison
 
@@ -98,6 +100,46 @@ def test_a_clock_that_is_set_back_begins_anew() -> None:
             assert shadow.values(start_ns + 1000 * MS)["shadow rms"] == "1.0000"
             assert shadow.values(0)["shadow chunks compared"] == "0"
     assert shadow.values(1000 * MS)["shadow chunks compared"] == "1"
+
+
+def test_the_figures_are_those_of_a_replay() -> None:
+    manifest, horizon = demo_policy(), 16
+    rng = np.random.default_rng(0)
+    shadow = ShadowComparison(manifest.joints, "joint_states")
+    figures = Figures(manifest, "", 0.0, seed=0)
+    names = tuple(joint.name for joint in manifest.joints)
+    for k in range(600):
+        shadow.add_joints(JointReading(k * 10 * MS, names, np.full(len(names), k * 0.01)))
+    for n in range(4):
+        start_ns, wanted_HJ = n * 1000 * MS, rng.normal(0.0, 1.0, (horizon, len(names)))
+        due_s = (start_ns + (np.arange(horizon) + 1) * 50 * MS) / 1e9
+        shadow.add_chunk(ActionChunk(start_ns, 50 * MS, names, wanted_HJ, np.zeros_like(wanted_HJ)))
+        reference_HJ = np.repeat(due_s[:, None], len(names), axis=1)
+        prediction = Prediction(
+            n,
+            start_ns,
+            50 * MS,
+            wanted_HJ,
+            reference_HJ,
+            wanted_HJ[0],
+            {"scene": start_ns},
+            (),
+            0,
+            None,
+            (),
+            0,
+            None,
+            {},
+        )
+        figures.add(TickRecord(n, start_ns, TASK, None, {}, 0, 0, {"total": 1.0}, (), prediction))
+    error = figures.summary("asynchronous", 0.1, "joint_states", None)["error"]
+    values = shadow.values(10_000 * MS)
+    assert values["shadow rms"] == f"{error['rms']:.4f}" and values["shadow chunks compared"] == "4"
+    assert {name: values[f"shadow rms {name}"] for name in names} == {
+        name: f"{of_joint['rms']:.4f}" for name, of_joint in error["by_joint"].items()
+    }
+    for k in (1, horizon // 2 + 1, horizon):
+        assert values[f"shadow rms action {k}"] == f"{error['by_step'][k - 1]['rms']:.4f}"
 
 
 # --- the node

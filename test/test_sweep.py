@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,6 +67,18 @@ def test_processes_do_not_matter(prepared: tuple[SweepInputs, Sequence[Candidate
     inputs, candidates = prepared
     one, two = sweep(inputs, candidates, processes=1), sweep(inputs, candidates, processes=2)
     assert [told(outcome) for outcome in one] == [told(outcome) for outcome in two]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_the_report_raises_ends_all_processes(
+    prepared: tuple[SweepInputs, Sequence[Candidate]], processes: int
+) -> None:
+    def interrupted(share: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(*prepared, processes=processes, report=interrupted)
+    assert not multiprocessing.active_children()
 
 
 def test_longer_horizons_infer_less_and_act_on_older_images(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.timing import alternating, ratio_of_medians, spread, time_alternating
+from ki_vla_ros.timing import alternating, choose_clock, ratio_of_medians, spread, time_alternating
 
 
 def test_spread_is_percentiles() -> None:
@@ -33,6 +35,12 @@ def test_calls_are_timed_in_turns_without_the_warm_up() -> None:
     assert taken_ms["a"].tolist() == [12, 13, 14] and taken_ms["b"].tolist() == [102, 103, 104]
     with pytest.raises(ConfigurationError, match="at least 1 round"):
         time_alternating({}, 0, 0)
+
+
+def test_processor_time_is_of_one_thread() -> None:
+    assert choose_clock(True, 1) is time.process_time_ns and choose_clock(False, 2) is time.perf_counter_ns
+    with pytest.raises(ConfigurationError, match="expected one thread, got 2"):
+        choose_clock(True, 2)
 
 
 def test_the_interval_holds_the_ratio_and_knows_common_disturbance() -> None:

@@ -272,7 +272,11 @@ def fingerprint(folder: Path) -> str:
 def make_data(config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
     """All sources, or what is in `config.folder` when it was made from the same settings; returns `meta.json`."""
     meta_path = config.folder / "meta.json"
-    settings = json.loads(config.model_dump_json(exclude={"folder", "workers", "recorded"})) | vars(timing) | {"format": FORMAT}
+    settings = (
+        json.loads(config.model_dump_json(exclude={"folder", "workers", "recorded"}))
+        | vars(timing)
+        | {"format": FORMAT}
+    )
     if meta_path.exists() and (meta := json.loads(meta_path.read_text()))["settings"] == settings:
         return dict(meta)
     counts = {

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lerobot: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("lerobot: stopped; what was written until then is a valid dataset", file=sys.stderr)
+        print("lerobot: stopped; the frames written until then are a valid dataset", file=sys.stderr)
         return 130
     return 0
 
@@ -66,6 +66,7 @@ def convert_bags(arguments: argparse.Namespace) -> None:
         "sync_slop_s": first.slop_ns / 1e9,
         "max_age_s": first.max_age_ns / 1e9,
     }
+    marker = Marker(*arguments.marker) if arguments.marker else None
     with DatasetWriter(
         arguments.out,
         fps=arguments.fps,
@@ -76,14 +77,17 @@ def convert_bags(arguments: argparse.Namespace) -> None:
     ) as writer:
         for path in arguments.bags:
             with open_bag(path) as bag:
-                sources = choose_sources(arguments, bag)
-                if (sources.joints, list(sources.cameras)) != (first.joints, list(first.cameras)):
-                    raise ConfigurationError(f"bag {path}: its joints or cameras are not those of {arguments.bags[0]}")
-                marker = Marker(*arguments.marker) if arguments.marker else None
-                done = convert(bag, sources, writer, marker=marker, least_frames=arguments.least_frames, **cut)
-                print(f"{path}: {describe(done)}")
-                for fault in bag.faults:
-                    print(f"  {fault}")
+                try:
+                    sources = choose_sources(arguments, bag)
+                    if (sources.joints, list(sources.cameras)) != (first.joints, list(first.cameras)):
+                        raise ConfigurationError(
+                            f"bag {path}: its joints or cameras are not those of {arguments.bags[0]}"
+                        )
+                    done = convert(bag, sources, writer, marker=marker, least_frames=arguments.least_frames, **cut)
+                    print(f"{path}: {describe(done)}")
+                finally:
+                    for fault in bag.faults:
+                        print(f"  {path}: {fault}")
     print(f"{arguments.out}: {writer.info.fps} frames per second, {len(writer.episodes)} episodes")
 
 

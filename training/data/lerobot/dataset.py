@@ -33,6 +33,11 @@ class Dataset:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info: Info = read_info(folder)
+        if inside := [key for key, feature in self.info.features.items() if feature.dtype == "image"]:
+            raise ConfigurationError(
+                f"dataset {folder}: expected images as videos, got {', '.join(inside)} inside the tables; LeRobot's "
+                "own tools make videos of them"
+            )
         self.tasks = self._read_tasks()
         self.episodes = self._read_episodes()
         self._table: tuple[Path, pa.Table] | None = None  # the last file that was read

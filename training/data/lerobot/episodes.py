@@ -33,7 +33,7 @@ class Marker:
     """A topic (std_msgs/String, JSON) on which a new value of `key` begins an episode; null only ends one.
 
     The JSON may also say "instruction", the episode's until another arrives, and "begin_ns", the stamp from which on
-    images are of the episode (else the time of arrival).
+    images and joint states are of the episode (else the time of arrival).
     """
 
     topic: str
@@ -102,13 +102,14 @@ def convert(
             f"bag {bag.path}: expected commands on {sources.command_topic}, but it has only "
             f"{', '.join(sorted(bag.topics))}; name their topic (--command), or take --actions states"
         )
-    if task is None and sources.instruction_topic not in bag.topics and marker is None:
+    if sources.instruction_topic not in bag.topics and (cut == "instruction" or (task is None and marker is None)):
         raise ConfigurationError(
             f"bag {bag.path}: expected instructions on {sources.instruction_topic}, found none; say what was done with "
             "--task, or name the topic with --instruction"
         )
     marker = choose_marker(bag, cut, marker, sources.instruction_topic)
-    cutter = _Cutter(sources, writer, fps, actions, cut, marker, task, least_frames)
+    at_instructions = marker is None and cut != "bag" and sources.instruction_topic in bag.topics
+    cutter = _Cutter(sources, writer, fps, actions, at_instructions, marker, task, least_frames)
     topics = {*sources.cameras.values(), sources.joint_topic, sources.instruction_topic, sources.command_topic}
     return cutter.run(bag.messages(topics | ({marker.topic} if marker else set())))
 
@@ -140,14 +141,13 @@ class _Cutter:
         writer: FrameWriter,
         fps: int,
         actions: Actions,
-        cut: Cut,
+        cut_at_instructions: bool,
         marker: Marker | None,
         task: str | None,
         least_frames: int,
     ) -> None:
         self.sources, self.writer, self.actions, self.marker = sources, writer, actions, marker
-        self.cut_at_instructions = marker is None and cut in ("auto", "instruction")
-        self.task, self.least_frames = task, least_frames
+        self.cut_at_instructions, self.task, self.least_frames = cut_at_instructions, task, least_frames
         self.fps, self.period_ns = fps, round(NS_PER_S / fps)
         self.buffer = ObservationBuffer(
             [CameraSource(n, t, max_age_ns=sources.camera_age_ns.get(n)) for n, t in sources.cameras.items()],
@@ -162,7 +162,7 @@ class _Cutter:
         self.marked: Any = None
         self.begin_ns: int | None = None  # of the grid of ticks; None: no episode yet
         self.ticks = 0
-        self.taken_ns: int | None = None  # images of before are not of the episode
+        self.taken_ns: int | None = None  # what was measured before is not of the episode
         self.waiting: deque[_Pending | str] = deque()  # frames, and reasons of gaps between them
         self.held: list[Frame] = []  # the first frames of a piece, until there are enough of them
         self.written = 0  # frames of the piece
@@ -193,6 +193,8 @@ class _Cutter:
                 self.buffer.refuse(name, str(error))
                 raise
             stamp_ns = message.log_ns if sources.use_receive_time else frame.stamp_ns
+            if self._is_of_before(stamp_ns):
+                return
             self.buffer.add_frame(replace(frame, stamp_ns=stamp_ns))
         elif topic == sources.joint_topic:
             self._take_joints(message)
@@ -210,11 +212,20 @@ class _Cutter:
             reading = joint_reading(message)
             if self.sources.use_receive_time:
                 reading = replace(reading, stamp_ns=message.log_ns)
+            if self._is_of_before(reading.stamp_ns):
+                return
             self.buffer.add_joints(reading)
         except InputError as error:
             self.buffer.refuse("joint state", str(error))
             raise
         self.readings.add(reading)
+
+    def _is_of_before(self, stamp_ns: int) -> bool:
+        """Late, and from where the robot was before the mark."""
+        of_before = self.taken_ns is not None and stamp_ns < self.taken_ns
+        if of_before:
+            self.done.leave_out("late message, of before the episode")
+        return of_before
 
     def _take_instruction(self, text: str, log_ns: int) -> None:
         changed, self.task = text != self.task, text
@@ -268,8 +279,6 @@ class _Cutter:
             return
         if self.task is None:
             self.done.leave_out("before the first instruction")
-        elif self.taken_ns is not None and observation.stamp_ns < self.taken_ns:
-            self.done.leave_out("images of before the episode")
         else:
             self.waiting.append(_Pending(observation, self.task, observation.stamp_ns + self.period_ns))
 
