@@ -112,10 +112,6 @@ class Replay:
         return self._inbox.parity
 
     @property
-    def instruction(self) -> str:
-        return self._loop.instruction
-
-    @property
     def stopped(self) -> str | None:
         return self._loop.latched
 

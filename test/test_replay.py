@@ -202,6 +202,27 @@ def test_a_missing_reference_is_said(tmp_path: Path, bundle: Bundle, inputs: Pat
     assert "--reference none" in none["error"]["missing"]
 
 
+def test_the_parameter_file_chooses_the_reference(tmp_path: Path, bundle: Bundle) -> None:
+    published = record_run(tmp_path / "run", bundle, 3.0, LOOSE)
+    writer = BagWriter(tmp_path / "bag")
+    with open_bag(tmp_path / "run") as run:
+        for message in run.messages(["/camera/scene/image_raw", "/camera/wrist/image_raw", "/joint_states"]):
+            copy(message, writer)
+    for chunk in published:
+        writer.chunk(chunk.start_ns + 40 * MS, chunk, "/teleoperation/command")
+    writer.close()
+    params = tmp_path / "params.yaml"
+    policy = {"bundle": str(bundle.path), "instruction": TASK}
+    told = {"reference": "command", "reference_topic": "/teleoperation/command"}
+    tables = {"/**/policy": policy, "/**/replay": told}
+    params.write_text(json.dumps({name: {"ros__parameters": values} for name, values in tables.items()}))
+    arguments = ["--params", str(params), "--latency", "0.03", "--no-mcap"]
+    found = replay(tmp_path / "bag", tmp_path / "out", bundle, *arguments)["error"]
+    assert found["reference"] == "command" and found["chunks"] > 15
+    measured = replay(tmp_path / "bag", tmp_path / "other", bundle, *arguments, "--reference", "joint_states")["error"]
+    assert measured["reference"] == "joint_states" and measured["rms"] != found["rms"]
+
+
 def test_thresholds_give_an_exit_code(tmp_path: Path, bundle: Bundle, inputs: Path) -> None:
     arguments = ["--latency", "0.02", "--no-mcap"]
     metrics = replay(inputs, tmp_path / "out", bundle, *arguments, "--fail-if", "deadlines.missed>0")
