@@ -24,10 +24,11 @@ from typing import Any
 from ki_vla_ros.bags import Bag, BagMessage, open_bag
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.latency import MEASURED, RECORDED, parse_latency
+from ki_vla_ros.latency import MEASURED, RECORDED, MeasuredLatency, parse_latency
 from ki_vla_ros.metrics import Figures
 from ki_vla_ros.prediction_bag import PredictionBag
 from ki_vla_ros.records import NS_PER_S, Observation
+from ki_vla_ros.replay_ahead import Ahead, can_guess
 from ki_vla_ros.replay_document import METRICS, make_metrics, write_metrics
 from ki_vla_ros.replay_options import ReplayOptions
 from ki_vla_ros.replay_records import ReplayResult, TickRecord
@@ -91,6 +92,11 @@ def run(chosen: argparse.Namespace) -> ReplayResult:
         # Before anything takes long.
         grid = make_grid(chosen.sweep, plan.settings, plan.bundle.manifest) if chosen.sweep else None
         trace = Trace(plan.bundle.manifest)
+        ahead = None
+        if not isinstance(latency, MeasuredLatency) and not as_recorded and can_guess(plan.settings):
+            second = open_engine(plan.bundle, plan.settings)
+            resources.callback(second.close)
+            ahead = resources.enter_context(Ahead(plan.bundle, second))
         progress = Progress(bag)
         resources.enter_context(progress.interruptible())
         predicted = None
@@ -118,6 +124,7 @@ def run(chosen: argparse.Namespace) -> ReplayResult:
             on_message=on_message,
             on_tick=on_tick,
             on_observation=trace.see,
+            ahead=ahead,
         )
         replay = Replay(bag, plan.bundle, engine, plan.settings, plan.topics, options)
         result = _measure(bag, plan, replay, trace, progress, chosen.out)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ki_vla_ros.bags import BagMessage, decode, header_ns
+from ki_vla_ros.bags import BagMessage, decode
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.chunking import cubic
 from ki_vla_ros.engines.base import Engine
@@ -26,15 +26,17 @@ from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import BURST_WAIT_NS
 from ki_vla_ros.pacing import Pacer, alignment_ns
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
-from ki_vla_ros.reference import LONGEST_GAP_NS, CommandedPath, MeasuredPath, Reference
+from ki_vla_ros.reference import LONGEST_GAP_NS
 from ki_vla_ros.replay_activity import Activity
+from ki_vla_ros.replay_ahead import can_guess
+from ki_vla_ros.replay_inbox import Inbox
 from ki_vla_ros.replay_inputs import Feed, Parity, RecordedTick, ReplayBuffer, read_tick
 from ki_vla_ros.replay_options import MessageSource, ReplayOptions
 from ki_vla_ros.replay_policy import ReplayPolicy
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
-from ki_vla_ros.replay_topics import POSITIONS, ReplayTopics, read_later_session
+from ki_vla_ros.replay_topics import ReplayTopics, read_later_session
 from ki_vla_ros.replay_wire import ReplayDiagnostics, ReplayWire
-from ki_vla_ros.session import TEXT, TRAJECTORY
+from ki_vla_ros.session import TEXT
 from ki_vla_ros.settings import Settings
 
 # The first tick waits for the first message of every input, at most so long.
@@ -61,13 +63,11 @@ class Replay:
         self.refused: Counter[str] = Counter()
         self.messages: Counter[str] = Counter()
         self.not_reproduced: Counter[str] = Counter()
-        self.parity = Parity()
         self._latency, manifest = options.latency, bundle.manifest
         self._diagnostics = ReplayDiagnostics()
         self._wire = ReplayWire(self._latency)
-        self._policy = ReplayPolicy(bundle, engine, self._latency, settings.guidance_jacobian)
+        self._policy = ReplayPolicy(bundle, engine, self._latency, settings.guidance_jacobian, options.ahead)
         self._policy.warm_up()
-        self._cameras = {topic: name for name, topic in topics.cameras.items()}
         self._buffer = ReplayBuffer(
             camera_sources(manifest, settings, lambda name: name, topics.cameras),
             manifest.joint_names,
@@ -84,10 +84,9 @@ class Replay:
             raise ConfigurationError(f"bag {bag.path}: it has no instruction; give one with --instruction")
         if options.as_recorded and topics.tick is None:
             raise ConfigurationError(f"bag {bag.path}: it has no recorded ticks; replay without --ticks recorded")
-        self._measured, self._commanded = MeasuredPath(manifest.joint_names), CommandedPath(manifest.joint_names)
-        self._reference: Reference | None = None
-        if topics.missing_reference is None:
-            self._reference = self._commanded if topics.command else self._measured
+        self._inbox = Inbox(
+            topics, options, self._buffer, manifest.joint_names, manifest.image.size, settings.use_receive_time
+        )
         self._recorded: deque[RecordedTick] = deque()
         self._activity = Activity(settings.rate_hz)
         self._pending: deque[TickRecord] = deque()
@@ -104,8 +103,13 @@ class Replay:
         return self._feed.now_ns
 
     @property
-    def instruction(self) -> str:
-        return self._loop.instruction
+    def computed_ahead(self) -> int:
+        """Chunks that were there when they were asked for."""
+        return self._policy.computed_ahead
+
+    @property
+    def parity(self) -> Parity:
+        return self._inbox.parity
 
     @property
     def stopped(self) -> str | None:
@@ -152,6 +156,7 @@ class Replay:
                 behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
                 if settings.align_to_cameras and behind_ns is not None and abs(behind_ns) <= BURST_WAIT_NS:
                     self._feed.advance(now_ns + BURST_WAIT_NS, until=lambda at=now_ns: self._buffer.has_burst(at))  # type: ignore[misc]
+                self._guess(pacer.due_ns + round(NS_PER_S / settings.rate_hz))
                 record, ended_ns = self._tick(self._feed.now_ns, pacer.missed, None)
                 if record.hold is not None and self._feed.ended:
                     return  # the bag ended while it computed: nobody knows what would have come of it
@@ -161,6 +166,19 @@ class Replay:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))
             missed = pacer.missed
             self._loop.rest()
+
+    def _guess(self, next_ns: int) -> None:
+        """Has the next tick's chunk computed while this one's is worked on."""
+        settings = self.settings
+        if self.options.ahead is None or not can_guess(settings):
+            return
+        max_age_ns, slop_ns = (round(limit * NS_PER_S) for limit in (settings.max_age_s, settings.sync_slop_s))
+        self._feed.foresee(next_ns)
+        try:
+            observation = self._inbox.foresee(self._feed.upcoming(next_ns)).observe(next_ns, max_age_ns, slop_ns)
+        except InputError:
+            return  # when its time has come, it will be said
+        self._policy.upcoming = observation, self._loop.instruction
 
     def _recorded_ticks(self) -> Iterator[TickRecord]:
         last_ns: int | None = None
@@ -205,7 +223,7 @@ class Replay:
             seam = self._seam(wish_before, motions, outcome.command_ns)
             prediction = self._prediction(*self._policy.decoded, tick_ns, ended_ns, seam)
             if recorded is not None and outcome.command_ns is not None:
-                self.parity.add_made(prediction.start_ns, prediction.position_HJ)
+                self._inbox.parity.add_made(prediction.start_ns, prediction.position_HJ)
         elif recorded is not None and recorded.chunk_index is not None:
             self.not_reproduced[outcome.hold or "executor: no chunk was due"] += 1
         if motions:
@@ -337,43 +355,17 @@ class Replay:
             self._count_refusal(refusal)
 
     def _take(self, message: BagMessage) -> None:
-        topic, topics = message.topic, self.topics
-        if (camera := self._cameras.get(topic)) is not None:
-            try:
-                frame = self.options.read_frame(
-                    message, camera, self.bundle.manifest.image.size, self.settings.use_receive_time
-                )
-                self._buffer.add_frame(frame, message.log_ns)
-            except InputError as refusal:
-                self._buffer.refuse(camera, str(refusal))
-                raise
-        elif topic == topics.joint_states:
-            try:
-                reading = self.options.read_joints(message)
-                if self.settings.use_receive_time:
-                    reading = dataclasses.replace(reading, stamp_ns=message.log_ns)
-                self._buffer.add_joints(reading)
-            except InputError as refusal:
-                self._buffer.refuse("joint state", str(refusal))
-                raise
-            self._measured.add(reading)
-        elif topic == topics.command:
-            add = self._commanded.add_trajectory if message.type == TRAJECTORY else self._commanded.add_positions
-            add(message.log_ns, decode(message, TRAJECTORY, POSITIONS))
-        elif topic == topics.instruction:
+        if message.topic == self.topics.instruction:
             if not self.options.instruction:
                 self._instruct(decode(message, TEXT).data)
-        elif topic == topics.chunk:
-            if self.options.as_recorded:
-                published = decode(message, TRAJECTORY)
-                positions = np.array([point.positions for point in published.points], dtype=np.float64)
-                self.parity.add_published(header_ns(published), positions)
-        elif topic == topics.session:
+        elif message.topic == self.topics.session:
             session = read_later_session(decode(message, TEXT).data)
             if session is not None and self.options.follow_session:
                 settings = session.settings
                 settings.validate_against(self.bundle.manifest)
                 self.settings = settings.model_copy(update={"dry_run": False})
+        else:
+            self._inbox.take(message)
 
     def _instruct(self, instruction: str) -> None:
         if instruction == self._loop.instruction:
@@ -398,11 +390,11 @@ class Replay:
 
     def _with_reference(self, record: TickRecord) -> TickRecord:
         chunk = record.prediction
-        if chunk is None or self._reference is None:
+        if chunk is None or self._inbox.reference is None:
             return record
         due_H = chunk.start_ns + (np.arange(len(chunk.position_HJ)) + 1) * chunk.period_ns
-        reference_HJ = self._reference.at(due_H)
+        reference_HJ = self._inbox.reference.at(due_H)
         if self.topics.tick is not None:  # what the arm did after the node had stopped is no answer to the chunk
             reference_HJ[due_H > self._activity.end_of(record.stamp_ns)] = np.nan
-        self._reference.forget(chunk.start_ns - NS_PER_S)
+        self._inbox.reference.forget(chunk.start_ns - NS_PER_S)
         return dataclasses.replace(record, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))

@@ -128,6 +128,21 @@ def test_two_runs_with_a_fixed_latency_are_the_same_to_the_byte(tmp_path: Path, 
     assert read_bytes(tmp_path / "three" / "predicted") != runs[0][1]
 
 
+def test_computing_ahead_changes_nothing_but_the_time(
+    tmp_path: Path, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = tmp_path / "bag"
+    record_inputs(inputs, 6.0, halfway="touch the blue ball")  # nobody can guess that
+    arguments = ["--latency", "0.07", "--sensitivity-every", "0.5"]
+    ahead = replay(inputs, tmp_path / "ahead", demo, *arguments)
+    assert ahead["timing"]["computed_ahead"] > 0.8 * ahead["ticks"]["chunks"]
+    monkeypatch.setattr("ki_vla_ros.replay.can_guess", lambda settings: False)
+    alone = replay(inputs, tmp_path / "alone", demo, *arguments)
+    assert alone["timing"]["computed_ahead"] == 0
+    assert alone["fingerprint"] == ahead["fingerprint"]
+    assert read_bytes(tmp_path / "alone" / "predicted") == read_bytes(tmp_path / "ahead" / "predicted")
+
+
 def read_bytes(folder: Path) -> bytes:
     return next(folder.glob("*.mcap")).read_bytes()
 
@@ -185,6 +200,27 @@ def test_a_missing_reference_is_said(tmp_path: Path, bundle: Bundle, inputs: Pat
         inputs, tmp_path / "none", bundle, "--reference", "none", "--no-mcap", "--fail-if", "error.rms>9", code=FAILED
     )
     assert "--reference none" in none["error"]["missing"]
+
+
+def test_the_parameter_file_chooses_the_reference(tmp_path: Path, bundle: Bundle) -> None:
+    published = record_run(tmp_path / "run", bundle, 3.0, LOOSE)
+    writer = BagWriter(tmp_path / "bag")
+    with open_bag(tmp_path / "run") as run:
+        for message in run.messages(["/camera/scene/image_raw", "/camera/wrist/image_raw", "/joint_states"]):
+            copy(message, writer)
+    for chunk in published:
+        writer.chunk(chunk.start_ns + 40 * MS, chunk, "/teleoperation/command")
+    writer.close()
+    params = tmp_path / "params.yaml"
+    policy = {"bundle": str(bundle.path), "instruction": TASK}
+    told = {"reference": "command", "reference_topic": "/teleoperation/command"}
+    tables = {"/**/policy": policy, "/**/replay": told}
+    params.write_text(json.dumps({name: {"ros__parameters": values} for name, values in tables.items()}))
+    arguments = ["--params", str(params), "--latency", "0.03", "--no-mcap"]
+    found = replay(tmp_path / "bag", tmp_path / "out", bundle, *arguments)["error"]
+    assert found["reference"] == "command" and found["chunks"] > 15
+    measured = replay(tmp_path / "bag", tmp_path / "other", bundle, *arguments, "--reference", "joint_states")["error"]
+    assert measured["reference"] == "joint_states" and measured["rms"] != found["rms"]
 
 
 def test_thresholds_give_an_exit_code(tmp_path: Path, bundle: Bundle, inputs: Path) -> None:

@@ -1,0 +1,93 @@
+"""What becomes of a bag's messages in a replay: inputs of the policy, the reference, the chunks that were published."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from ki_vla_ros.bags import BagMessage, decode, header_ns
+from ki_vla_ros.errors import InputError
+from ki_vla_ros.observation import ObservationBuffer
+from ki_vla_ros.records import CameraFrame, JointReading
+from ki_vla_ros.reference import CommandedPath, MeasuredPath, Reference
+from ki_vla_ros.replay_inputs import Parity, ReplayBuffer
+from ki_vla_ros.replay_options import ReplayOptions
+from ki_vla_ros.replay_topics import POSITIONS, ReplayTopics
+from ki_vla_ros.session import TRAJECTORY
+
+
+class Inbox:
+    """`reference` is None where the bag has none."""
+
+    def __init__(
+        self,
+        topics: ReplayTopics,
+        options: ReplayOptions,
+        buffer: ReplayBuffer,
+        joints: tuple[str, ...],
+        image_size: int,
+        use_receive_time: bool,
+    ) -> None:
+        self.parity = Parity()
+        self._topics, self._options, self._buffer = topics, options, buffer
+        self._image_size, self._use_receive_time = image_size, use_receive_time
+        self._cameras = {topic: name for name, topic in topics.cameras.items()}
+        self._measured, self._commanded = MeasuredPath(joints), CommandedPath(joints)
+        self.reference: Reference | None = None
+        if topics.missing_reference is None:
+            self.reference = self._commanded if topics.command else self._measured
+        # Of messages that were looked at before their time came, by the identity that they keep until then.
+        self._read_early: dict[int, CameraFrame | JointReading] = {}
+
+    def take(self, message: BagMessage) -> None:
+        """InputError where it cannot be used."""
+        topic, topics = message.topic, self._topics
+        if (camera := self._cameras.get(topic)) is not None:
+            try:
+                self._buffer.add_frame(self._frame(message), message.log_ns)
+            except InputError as refusal:
+                self._buffer.refuse(camera, str(refusal))
+                raise
+        elif topic == topics.joint_states:
+            try:
+                reading = self._reading(message)
+                self._buffer.add_joints(reading)
+            except InputError as refusal:
+                self._buffer.refuse("joint state", str(refusal))
+                raise
+            self._measured.add(reading)
+        elif topic == topics.command:
+            add = self._commanded.add_trajectory if message.type == TRAJECTORY else self._commanded.add_positions
+            add(message.log_ns, decode(message, TRAJECTORY, POSITIONS))
+        elif topic == topics.chunk and self._options.as_recorded:
+            published = decode(message, TRAJECTORY)
+            positions = np.array([point.positions for point in published.points], dtype=np.float64)
+            self.parity.add_published(header_ns(published), positions)
+
+    def foresee(self, coming: Iterable[BagMessage]) -> ObservationBuffer:
+        """The buffer as it will be when these have come; InputError where one cannot be used."""
+        frames, readings = [], []
+        for message in coming:
+            if message.topic in self._cameras:
+                frames.append(self._frame(message))
+                self._read_early[id(message)] = frames[-1]
+            elif message.topic == self._topics.joint_states:
+                readings.append(self._reading(message))
+                self._read_early[id(message)] = readings[-1]
+        return self._buffer.with_upcoming(frames, readings)
+
+    def _frame(self, message: BagMessage) -> CameraFrame:
+        early = self._read_early.pop(id(message), None)
+        if isinstance(early, CameraFrame):
+            return early
+        camera = self._cameras[message.topic]
+        return self._options.read_frame(message, camera, self._image_size, self._use_receive_time)
+
+    def _reading(self, message: BagMessage) -> JointReading:
+        early = self._read_early.pop(id(message), None)
+        if isinstance(early, JointReading):
+            return early
+        reading = self._options.read_joints(message)
+        return dataclasses.replace(reading, stamp_ns=message.log_ns) if self._use_receive_time else reading
