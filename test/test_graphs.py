@@ -10,7 +10,7 @@ from checkpoints import small_policy
 from test_model import CONFIG, make_batch, make_model, prefix_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.graphs import StepTime, arrange, describe_graphs, modulations, on_meta
+from training.graphs import StepTime, arrange, cast_weights, describe_graphs, modulations, on_meta
 from training.model.expert import Conditioning
 from training.model.vla import VLA
 
@@ -79,3 +79,14 @@ def test_operations_are_counted_for_each_graph() -> None:
     # The model computes the time's layers too, which the graph looks up.
     width, horizon, layers = CONFIG.expert.width, CONFIG.horizon, 2 * CONFIG.expert.depth + 1
     assert graph.step_flops == counter.get_total_flops() - 2 * horizon * width * (2 * width + layers * 3 * width)
+
+
+@pytest.mark.parametrize(("conditioning", "state_dim"), [("adarms", None), ("concat", 4)])
+def test_the_model_itself_runs_in_bfloat16(conditioning: Conditioning, state_dim: int | None) -> None:
+    model, batch = small_model(conditioning, state_dim), make_batch(state_dim)
+    with torch.no_grad():
+        wide = model.sample_actions(model.prefill(*prefix_of(batch)), batch["x_t"], 4, batch.get("state"))
+        half = cast_weights(model, torch.bfloat16)
+        found = half.sample_actions(half.prefill(*prefix_of(batch)), batch["x_t"], 4, batch.get("state"))
+    assert found.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(wide.flatten(1), found.flatten(1)).min() > 0.999

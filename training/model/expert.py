@@ -128,7 +128,7 @@ class Expert(nn.Module):
             return None
         time_RE = F.pad(time_RH, (1, 0)) if with_state else time_RH
         time_REW = embed_time(time_RE, self.config.width).to(self.time_in.weight.dtype)
-        return F.silu(self.time_out(F.silu(self.time_in(time_REW))))
+        return F.silu(self.time_out(F.silu(self.time_in(time_REW)))).to(self.norm.dense.weight.dtype)
 
     def forward(
         self,
