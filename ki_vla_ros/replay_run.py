@@ -42,6 +42,8 @@ from ki_vla_ros.settings import Settings
 # The first tick waits for the first message of every input, at most so long.
 START_WAIT_NS = 1_000_000_000
 WATCHDOG_NS = 20_000_000
+# Frames of the next tick may come so much later after its time; of 0, 1 and 2.5 ms this foresees most ticks.
+FRAMES_LATE_NS = 1_000_000
 
 
 class Replay:
@@ -60,9 +62,7 @@ class Replay:
         # Nothing is sent anywhere, and a dry run would begin each motion at the arm.
         self.settings = settings.model_copy(update={"dry_run": False})
         self.topics, self.options, self.bundle = topics, options, bundle
-        self.refused: Counter[str] = Counter()
-        self.messages: Counter[str] = Counter()
-        self.not_reproduced: Counter[str] = Counter()
+        self.refused, self.messages, self.not_reproduced = (Counter[str]() for _ in range(3))
         self._latency, manifest = options.latency, bundle.manifest
         self._diagnostics = ReplayDiagnostics()
         self._wire = ReplayWire(self._latency)
@@ -156,7 +156,7 @@ class Replay:
                 behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
                 if settings.align_to_cameras and behind_ns is not None and abs(behind_ns) <= BURST_WAIT_NS:
                     self._feed.advance(now_ns + BURST_WAIT_NS, until=lambda at=now_ns: self._buffer.has_burst(at))  # type: ignore[misc]
-                self._guess(pacer.due_ns + round(NS_PER_S / settings.rate_hz))
+                self._guess(self._feed.now_ns + round(NS_PER_S / settings.rate_hz) + FRAMES_LATE_NS)
                 record, ended_ns = self._tick(self._feed.now_ns, pacer.missed, None)
                 if record.hold is not None and self._feed.ended:
                     return  # the bag ended while it computed: nobody knows what would have come of it
