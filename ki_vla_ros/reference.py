@@ -19,6 +19,9 @@ from ki_vla_ros.records import NS_PER_S, JointReading
 ReferenceName = Literal["joint_states", "command"]
 # Joint states farther apart than this say nothing of the time between them.
 LONGEST_GAP_NS = 250_000_000
+# An arm that is farther from its last reading than its joints can turn in the time between, and this, was set
+# elsewhere: a simulator's reset, or a bag made of pieces.
+JUMP_S = 0.05
 
 
 class Reference(Protocol):
@@ -32,10 +35,16 @@ class Reference(Protocol):
 
 
 class MeasuredPath:
-    """The joint states that followed: linear between readings at most 250 ms apart."""
+    """The joint states that followed: linear between readings at most 250 ms apart.
 
-    def __init__(self, joints: Sequence[str]) -> None:
+    `max_velocity_J` (per second): what is faster was not a motion. `jump_after` says where.
+    """
+
+    def __init__(self, joints: Sequence[str], max_velocity_J: Sequence[float]) -> None:
         self._joints = tuple(joints)
+        self._max_velocity_J = np.asarray(max_velocity_J)
+        self._jumps: deque[int] = deque()  # stamps of the readings before
+        self.jumps = 0
         self._stamps: deque[int] = deque()
         self._positions: deque[NDArray[np.float64]] = deque()
         self._names: tuple[str, ...] = ()
@@ -47,8 +56,18 @@ class MeasuredPath:
             return
         if reading.names != self._names:
             self._names, self._index = reading.names, [reading.names.index(name) for name in self._joints]
+        position_J = reading.position_J[self._index]
+        if self._stamps:
+            passed_s = (reading.stamp_ns - self._stamps[-1]) / NS_PER_S
+            if np.any(np.abs(position_J - self._positions[-1]) > self._max_velocity_J * (passed_s + JUMP_S)):
+                self._jumps.append(self._stamps[-1])
+                self.jumps += 1
         self._stamps.append(reading.stamp_ns)
-        self._positions.append(reading.position_J[self._index])
+        self._positions.append(position_J)
+
+    def jump_after(self, since_ns: int) -> int | None:
+        """The last instant before the arm was set elsewhere, if it was after `since_ns`."""
+        return next((stamp_ns for stamp_ns in self._jumps if stamp_ns >= since_ns), None)
 
     def at(self, time_N: NDArray[np.int64]) -> NDArray[np.float64]:
         path_NJ = np.full((len(time_N), len(self._joints)), np.nan)
@@ -71,6 +90,8 @@ class MeasuredPath:
         while len(self._stamps) > 1 and self._stamps[1] < before_ns:
             self._stamps.popleft()
             self._positions.popleft()
+        while self._jumps and self._jumps[0] < before_ns:
+            self._jumps.popleft()
 
 
 class CommandedPath:

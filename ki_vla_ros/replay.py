@@ -24,7 +24,7 @@ from typing import Any
 from ki_vla_ros.bags import Bag, BagMessage, open_bag
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.latency import MEASURED, RECORDED, MeasuredLatency, parse_latency
+from ki_vla_ros.latency import MEASURED, RECORDED, MeasuredLatency, RecordedLatency, parse_latency
 from ki_vla_ros.metrics import Figures
 from ki_vla_ros.prediction_bag import PredictionBag
 from ki_vla_ros.records import NS_PER_S, Observation
@@ -89,6 +89,11 @@ def run(chosen: argparse.Namespace) -> ReplayResult:
         resources.callback(engine.close)
         as_recorded = chosen.ticks == "recorded"
         latency = parse_latency(chosen.latency or (RECORDED if as_recorded else MEASURED), plan.settings.noise_seed)
+        if isinstance(latency, RecordedLatency) and not as_recorded:
+            raise ConfigurationError(
+                "--latency recorded: expected --ticks recorded beside it, whose ticks took that long; for other ticks "
+                "give seconds, or the metrics.json of a replay"
+            )
         # Before anything takes long.
         grid = make_grid(chosen.sweep, plan.settings, plan.bundle.manifest) if chosen.sweep else None
         trace = Trace(plan.bundle.manifest)

@@ -22,6 +22,9 @@ MACHINE = ("realtime_factor", "timing")
 CAUSES_LISTED = 20
 
 
+JUMPS = "the arm was set elsewhere {} times (faster than its joints turn): no action is compared beyond that"
+
+
 def make_metrics(
     bag: Bag, chosen: SetUp, replay: Replay, figures: Figures, wall_s: float, stopped: str | None
 ) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def make_metrics(
             },
             "messages": dict(sorted(replay.messages.items())),
             "faults": [dataclasses.asdict(fault) for fault in bag.faults],
-            "notes": list(chosen.notes),
+            "notes": [*chosen.notes, *([JUMPS.format(replay.jumps)] if replay.jumps else [])],
         },
         "bundle": {"name": chosen.bundle.manifest.name, "manifest_sha256": chosen.manifest_sha256},
         "settings": chosen.parameters(),

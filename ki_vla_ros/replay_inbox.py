@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ki_vla_ros.bags import BagMessage, decode, header_ns
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.manifest import JointSpec
 from ki_vla_ros.observation import ObservationBuffer
-from ki_vla_ros.records import CameraFrame, JointReading
+from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading
 from ki_vla_ros.reference import CommandedPath, MeasuredPath, Reference
 from ki_vla_ros.replay_inputs import Parity, ReplayBuffer
 from ki_vla_ros.replay_options import ReplayOptions
@@ -26,7 +28,7 @@ class Inbox:
         topics: ReplayTopics,
         options: ReplayOptions,
         buffer: ReplayBuffer,
-        joints: tuple[str, ...],
+        joints: Sequence[JointSpec],
         image_size: int,
         use_receive_time: bool,
     ) -> None:
@@ -34,10 +36,12 @@ class Inbox:
         self._topics, self._options, self._buffer = topics, options, buffer
         self._image_size, self._use_receive_time = image_size, use_receive_time
         self._cameras = {topic: name for name, topic in topics.cameras.items()}
-        self._measured, self._commanded = MeasuredPath(joints), CommandedPath(joints)
+        names = [joint.name for joint in joints]
+        self.measured = MeasuredPath(names, [joint.max_velocity for joint in joints])
+        self._commanded = CommandedPath(names)
         self.reference: Reference | None = None
         if topics.missing_reference is None:
-            self.reference = self._commanded if topics.command else self._measured
+            self.reference = self._commanded if topics.command else self.measured
         # Of messages that were looked at before their time came, by the identity that they keep until then.
         self._read_early: dict[int, CameraFrame | JointReading] = {}
 
@@ -57,7 +61,7 @@ class Inbox:
             except InputError as refusal:
                 self._buffer.refuse("joint state", str(refusal))
                 raise
-            self._measured.add(reading)
+            self.measured.add(reading)
         elif topic == topics.command:
             add = self._commanded.add_trajectory if message.type == TRAJECTORY else self._commanded.add_positions
             add(message.log_ns, decode(message, TRAJECTORY, POSITIONS))
@@ -65,6 +69,18 @@ class Inbox:
             published = decode(message, TRAJECTORY)
             positions = np.array([point.positions for point in published.points], dtype=np.float64)
             self.parity.add_published(header_ns(published), positions)
+
+    def answer(self, reference: Reference, due_N: NDArray[np.int64], since_ns: int) -> NDArray[np.float64]:
+        """[N, J]: what the arm did at these instants, in answer to what began at `since_ns`; earlier ones are not asked
+        for any more. NaN where nothing says so, and after the arm was set elsewhere.
+        """
+        answer_NJ = reference.at(due_N)
+        jump_ns = self.measured.jump_after(since_ns)
+        if jump_ns is not None:
+            answer_NJ[due_N > jump_ns] = np.nan
+        for path in (self.measured, self._commanded):
+            path.forget(since_ns - NS_PER_S)
+        return answer_NJ
 
     def foresee(self, coming: Iterable[BagMessage]) -> ObservationBuffer:
         """The buffer as it will be when these have come; InputError where one cannot be used."""

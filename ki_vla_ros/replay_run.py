@@ -85,7 +85,7 @@ class Replay:
         if options.as_recorded and topics.tick is None:
             raise ConfigurationError(f"bag {bag.path}: it has no recorded ticks; replay without --ticks recorded")
         self._inbox = Inbox(
-            topics, options, self._buffer, manifest.joint_names, manifest.image.size, settings.use_receive_time
+            topics, options, self._buffer, manifest.joints, manifest.image.size, settings.use_receive_time
         )
         self._recorded: deque[RecordedTick] = deque()
         self._activity = Activity(settings.rate_hz)
@@ -96,6 +96,11 @@ class Replay:
         self._buffer.feed, self._buffer.watch, self._buffer.paused = self._feed, self._watch, self._latency.paused
         self._buffer.count_refusal = self._count_refusal
         self.start_ns = self._feed.now_ns
+
+    @property
+    def jumps(self) -> int:
+        """How often the arm was set elsewhere, by a simulator's reset say."""
+        return self._inbox.measured.jumps
 
     @property
     def now_ns(self) -> int:
@@ -182,6 +187,7 @@ class Replay:
 
     def _recorded_ticks(self) -> Iterator[TickRecord]:
         last_ns: int | None = None
+        missed, period_ns = 0, round(NS_PER_S / self.settings.rate_hz)
         while True:
             self._feed.foresee(self._feed.now_ns + self._activity.gap_ns)
             if not self._recorded:
@@ -199,7 +205,9 @@ class Replay:
             self._loop.adopt(self.settings)
             if not self.options.instruction:
                 self._instruct(tick.instruction)
-            yield self._tick(tick.stamp_ns, 0, tick)[0]
+            record, ended_ns = self._tick(tick.stamp_ns, missed, tick)
+            missed += (ended_ns - tick.stamp_ns) // period_ns
+            yield record
 
     def _tick(self, tick_ns: int, missed: int, recorded: RecordedTick | None) -> tuple[TickRecord, int]:
         """The record, and when the tick ended."""
@@ -393,8 +401,7 @@ class Replay:
         if chunk is None or self._inbox.reference is None:
             return record
         due_H = chunk.start_ns + (np.arange(len(chunk.position_HJ)) + 1) * chunk.period_ns
-        reference_HJ = self._inbox.reference.at(due_H)
+        reference_HJ = self._inbox.answer(self._inbox.reference, due_H, chunk.start_ns)
         if self.topics.tick is not None:  # what the arm did after the node had stopped is no answer to the chunk
             reference_HJ[due_H > self._activity.end_of(record.stamp_ns)] = np.nan
-        self._inbox.reference.forget(chunk.start_ns - NS_PER_S)
         return dataclasses.replace(record, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))

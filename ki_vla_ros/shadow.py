@@ -55,7 +55,10 @@ class ShadowComparison:
 
     def _clear(self) -> None:
         names = [joint.name for joint in self._joints]
-        self._measured, self._commanded = MeasuredPath(names), CommandedPath(names)
+        self._measured, self._commanded = (
+            MeasuredPath(names, [j.max_velocity for j in self._joints]),
+            CommandedPath(names),
+        )
         self._waiting: deque[ActionChunk] = deque(maxlen=WINDOW)
         self._errors: deque[NDArray[np.float64]] = deque(maxlen=WINDOW)  # [H, J], NaN where the reference has nothing
 

@@ -69,7 +69,7 @@ def test_a_latency_that_is_none_is_refused(text: str) -> None:
 
 
 def test_joint_states_are_interpolated_but_not_over_gaps() -> None:
-    path = MeasuredPath(JOINTS)
+    path = MeasuredPath(JOINTS, [5e4] * 7)
     names = tuple(reversed(JOINTS))
     for at_ms in (0, 100, 200, 700, 800):
         path.add(JointReading(at_ms * MS, names, np.arange(7.0)[::-1] + at_ms))
@@ -79,6 +79,23 @@ def test_joint_states_are_interpolated_but_not_over_gaps() -> None:
     assert np.isnan(found_NJ[[0, 4, 7]]).all()
     path.forget(650 * MS)
     assert np.isnan(path.at(np.array([50 * MS]))).all() and np.isfinite(path.at(np.array([750 * MS]))).all()
+
+
+def test_an_arm_that_is_set_elsewhere_has_not_moved_there() -> None:
+    path = MeasuredPath(JOINTS, [3.0] * 7)
+    turning = [0.03 * n for n in range(10)]  # at the limit of 3 rad/s
+    for n, value in enumerate([*turning, *(2.0 + v for v in turning), *turning]):
+        path.add(JointReading(n * 10 * MS, JOINTS, np.full(7, value)))
+    assert path.jumps == 2
+    assert [path.jump_after(at_ms * MS) for at_ms in (0, 90, 91, 190, 191)] == [
+        90 * MS,
+        90 * MS,
+        190 * MS,
+        190 * MS,
+        None,
+    ]
+    path.forget(150 * MS)
+    assert path.jump_after(0) == 190 * MS
 
 
 def trajectory(stamp_ms: int, *points: tuple[int, float], names: tuple[str, ...] = JOINTS) -> Any:
