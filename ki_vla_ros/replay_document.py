@@ -54,7 +54,10 @@ def make_metrics(
             },
             "messages": dict(sorted(replay.messages.items())),
             "faults": [dataclasses.asdict(fault) for fault in bag.faults],
-            "notes": [*chosen.notes, *([JUMPS.format(replay.jumps)] if replay.jumps else [])],
+            "notes": [
+                *chosen.notes,
+                *([JUMPS.format(replay.inbox.measured.jumps)] if replay.inbox.measured.jumps else []),
+            ],
         },
         "bundle": {"name": chosen.bundle.manifest.name, "manifest_sha256": chosen.manifest_sha256},
         "settings": chosen.parameters(),
@@ -68,7 +71,7 @@ def make_metrics(
     }
     if options.as_recorded:
         causes = sorted(replay.not_reproduced.items(), key=lambda item: (-item[1], item[0]))
-        metrics["parity"] = {**replay.parity.summary(), "not_reproduced": dict(causes[:CAUSES_LISTED])}
+        metrics["parity"] = {**replay.inbox.parity.summary(), "not_reproduced": dict(causes[:CAUSES_LISTED])}
     metrics["fingerprint"] = hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
     metrics["realtime_factor"] = duration_s / wall_s if wall_s > 0.0 else None
     timing = figures.timing()

@@ -30,7 +30,7 @@ from ki_vla_ros.reference import LONGEST_GAP_NS
 from ki_vla_ros.replay_activity import Activity
 from ki_vla_ros.replay_ahead import can_guess
 from ki_vla_ros.replay_inbox import Inbox
-from ki_vla_ros.replay_inputs import Feed, Parity, RecordedTick, ReplayBuffer, read_tick
+from ki_vla_ros.replay_inputs import Feed, RecordedTick, ReplayBuffer, read_tick
 from ki_vla_ros.replay_options import MessageSource, ReplayOptions
 from ki_vla_ros.replay_policy import ReplayPolicy
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
@@ -84,7 +84,7 @@ class Replay:
             raise ConfigurationError(f"bag {bag.path}: it has no instruction; give one with --instruction")
         if options.as_recorded and topics.tick is None:
             raise ConfigurationError(f"bag {bag.path}: it has no recorded ticks; replay without --ticks recorded")
-        self._inbox = Inbox(
+        self.inbox = Inbox(
             topics, options, self._buffer, manifest.joints, manifest.image.size, settings.use_receive_time
         )
         self._recorded: deque[RecordedTick] = deque()
@@ -98,11 +98,6 @@ class Replay:
         self.start_ns = self._feed.now_ns
 
     @property
-    def jumps(self) -> int:
-        """How often the arm was set elsewhere, by a simulator's reset say."""
-        return self._inbox.measured.jumps
-
-    @property
     def now_ns(self) -> int:
         """How far the bag has been read, in its own time."""
         return self._feed.now_ns
@@ -111,10 +106,6 @@ class Replay:
     def computed_ahead(self) -> int:
         """Chunks that were there when they were asked for."""
         return self._policy.computed_ahead
-
-    @property
-    def parity(self) -> Parity:
-        return self._inbox.parity
 
     @property
     def stopped(self) -> str | None:
@@ -180,7 +171,7 @@ class Replay:
         max_age_ns, slop_ns = (round(limit * NS_PER_S) for limit in (settings.max_age_s, settings.sync_slop_s))
         self._feed.foresee(next_ns)
         try:
-            observation = self._inbox.foresee(self._feed.upcoming(next_ns)).observe(next_ns, max_age_ns, slop_ns)
+            observation = self.inbox.foresee(self._feed.upcoming(next_ns)).observe(next_ns, max_age_ns, slop_ns)
         except InputError:
             return  # when its time has come, it will be said
         self._policy.upcoming = observation, self._loop.instruction
@@ -231,7 +222,7 @@ class Replay:
             seam = self._seam(wish_before, motions, outcome.command_ns)
             prediction = self._prediction(*self._policy.decoded, tick_ns, ended_ns, seam)
             if recorded is not None and outcome.command_ns is not None:
-                self._inbox.parity.add_made(prediction.start_ns, prediction.position_HJ)
+                self.inbox.parity.add_made(prediction.start_ns, prediction.position_HJ)
         elif recorded is not None and recorded.chunk_index is not None:
             self.not_reproduced[outcome.hold or "executor: no chunk was due"] += 1
         if motions:
@@ -373,7 +364,7 @@ class Replay:
                 settings.validate_against(self.bundle.manifest)
                 self.settings = settings.model_copy(update={"dry_run": False})
         else:
-            self._inbox.take(message)
+            self.inbox.take(message)
 
     def _instruct(self, instruction: str) -> None:
         if instruction == self._loop.instruction:
@@ -398,10 +389,10 @@ class Replay:
 
     def _with_reference(self, record: TickRecord) -> TickRecord:
         chunk = record.prediction
-        if chunk is None or self._inbox.reference is None:
+        if chunk is None or self.inbox.reference is None:
             return record
         due_H = chunk.start_ns + (np.arange(len(chunk.position_HJ)) + 1) * chunk.period_ns
-        reference_HJ = self._inbox.answer(self._inbox.reference, due_H, chunk.start_ns)
+        reference_HJ = self.inbox.answer(self.inbox.reference, due_H, chunk.start_ns)
         if self.topics.tick is not None:  # what the arm did after the node had stopped is no answer to the chunk
             reference_HJ[due_H > self._activity.end_of(record.stamp_ns)] = np.nan
         return dataclasses.replace(record, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))
