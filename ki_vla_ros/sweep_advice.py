@@ -55,8 +55,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Advice:
-    """`rows` in the grid's order, the given settings first; `chosen` is the index of the recommended one. `period_s`: of
-    the actions.
+    """`rows` in the grid's order, the given settings first; `chosen` is the index of the recommended one. `period_s`:
+    of the actions.
     """
 
     rows: Sequence[Row]

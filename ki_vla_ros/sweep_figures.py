@@ -23,8 +23,8 @@ Array = NDArray[np.float64]
 @dataclass
 class Outcome:
     """Of one setting. `squares` (errors) and `jumps`: by segment of time, sums [J] of squares and how many there were.
-    `jerk_rms`: as `seam.jerk_rms` of metrics.json. `age_s`: summed over the `acted` actions, since the observations they
-    came from.
+    `jerk_rms`: as `seam.jerk_rms` of metrics.json. `age_s`: summed over the `acted` actions, since the observations
+    they came from.
     """
 
     ticks: int = 0
