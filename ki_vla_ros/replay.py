@@ -39,13 +39,15 @@ from ki_vla_ros.replay_trace import Trace
 from ki_vla_ros.settings import parameter_specs
 from ki_vla_ros.sweep_grid import make_grid
 from ki_vla_ros.sweep_output import tune
-from ki_vla_ros.thresholds import Threshold, parse_threshold
+from ki_vla_ros.thresholds import Threshold, check_figure, parse_threshold
 
 PREDICTED, REPORT = "predicted", "report.html"
 # metrics.json is written so often while a long bag is read, and for the first time after the first of these.
 FIRST_FIGURES_S, FIGURES_EVERY_S = 3.0, 15.0
 PROGRESS_EVERY_S, LINE_EVERY_S = 0.2, 10.0
 FAILED, INTERRUPTED = 3, 130
+FAIL_HELP = 'e.g. "error.rms>0.1" or "error.by_step.0.rms>0.05": then exit code 3; an unknown name lists all'
+OUT_HELP = "folder for the results; default: out/replay. What an earlier replay left in it is overwritten"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = _parser().parse_args(arguments)
         chosen.arguments = list(sys.argv[1:] if arguments is None else arguments)
         thresholds = [parse_threshold(text) for text in chosen.fail_if]
-        result = run(chosen)
-        _report(chosen.out, result)
+        result = run(chosen, thresholds)
         failures = _failures(thresholds, result)
     except KiVlaError as error:
         print(f"replay: {error}", file=sys.stderr)
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return FAILED if failures else 0
 
 
-def run(chosen: argparse.Namespace) -> ReplayResult:
+def run(chosen: argparse.Namespace, thresholds: Sequence[Threshold] = ()) -> ReplayResult:
     with ExitStack() as resources:
         bag = resources.enter_context(open_bag(chosen.bag))
         plan = set_up(
@@ -81,6 +82,8 @@ def run(chosen: argparse.Namespace) -> ReplayResult:
             chosen.reference_topic,
             dict(_change(pair) for pair in chosen.set),
         )
+        for threshold in thresholds:  # before anything takes long
+            check_figure(threshold, plan.bundle.manifest, chosen.ticks == "recorded")
         for note in (*plan.notes, plan.topics.missing_reference):
             if note:
                 print(f"note: {note}", file=sys.stderr)
@@ -133,6 +136,7 @@ def run(chosen: argparse.Namespace) -> ReplayResult:
         )
         replay = Replay(bag, plan.bundle, engine, plan.settings, plan.topics, options)
         result = _measure(bag, plan, replay, trace, progress, chosen.out)
+        _report(chosen.out, result)
         sections, interrupted = [], False
         if grid is not None and result.complete:
             try:
@@ -270,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("bag", type=Path, help="a rosbag2 folder or file, sqlite3 or mcap")
     parser.add_argument("--bundle", default="", help="folder, or the name of a shipped one; default: as recorded")
     parser.add_argument("--params", type=Path, help="the node's ROS parameter file; default: the recorded parameters")
-    parser.add_argument("--out", type=Path, default=Path("out/replay"), help="folder for the results")
+    parser.add_argument("--out", type=Path, default=Path("out/replay"), help=OUT_HELP)
     parser.add_argument("--node", help="the policy's full name; default: of the bag's session, else /policy")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, e.g. rate_hz=5")
     parser.add_argument("--instruction", default="", help="instead of those in the bag")
@@ -293,9 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         help="e.g. execution_horizon=1..H executor=rtc,asynchronous",
     )
     parser.add_argument("--no-mcap", dest="mcap", action="store_false", help=f"do not write OUT/{PREDICTED}")
-    parser.add_argument(
-        "--fail-if", action="append", default=[], metavar="CONDITION", help='e.g. "error.rms>0.1": then exit code 3'
-    )
+    parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help=FAIL_HELP)
     return parser
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ki_vla_ros.limits import UNLIMITED
 from ki_vla_ros.manifest import JointSpec
 from ki_vla_ros.pages import page, remark, section, table, tiles, warning
 from ki_vla_ros.plots import Axes, Span, clock, figure, lanes, spark
@@ -328,5 +329,7 @@ def _duration(seconds: float | None) -> str:
 
 def _short(value: object) -> str:
     """As JSON, and cut where it is long (a URDF)."""
+    if isinstance(value, float) and abs(value) == UNLIMITED:
+        return "not set"
     told = value if isinstance(value, str) else json.dumps(value)
     return told if len(told) <= 300 else f"{told[:300]}… ({len(told)} characters)"

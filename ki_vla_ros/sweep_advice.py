@@ -14,25 +14,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bootstrap import Draws
+from ki_vla_ros.bootstrap import FEWEST_SEGMENTS, Draws
 from ki_vla_ros.manifest import PolicySpec
 from ki_vla_ros.pages import section, table
 from ki_vla_ros.parameter_file import NODE, PARAMETERS
 from ki_vla_ros.plots import Axes, Span, figure
 from ki_vla_ros.sweep_figures import Outcome
-from ki_vla_ros.sweep_grid import Changes, Grid, Value, is_used, parameters_of
+from ki_vla_ros.sweep_grid import HORIZON, HORIZON_S, Changes, Grid, Value, is_used, parameters_of
 
 Array = NDArray[np.float64]
 # Of all ticks: holds, refusals and missed deadlines that are one candidate more than the best are still as good.
 FAILURES_ALIKE = 0.005
 # Seams this much rougher than the smoothest are as smooth.
 SMOOTH_ALIKE = 1.1
+KEEP = "keep the given settings"
 
 
 @dataclass(frozen=True)
 class Row:
     """One setting's figures. `error`: rms of the commanded motion from the reference in the model's units (1: half of
-    an action's range); `error_main`: the same in rad, over the joints that turn (or in m where none does).
+    an action's range); `error_main`: the same in rad, over the joints that turn (or in m where none does); `jerk`:
+    of the commanded motion, in rad/s^3 over these, in the sweep's run.
     """
 
     changes: Changes
@@ -53,12 +55,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Advice:
-    """`rows` in the grid's order, the given settings first; `chosen` is the index of the recommended one."""
+    """`rows` in the grid's order, the given settings first; `chosen` is the index of the recommended one. `period_s`:
+    of the actions.
+    """
 
     rows: Sequence[Row]
     chosen: int
     reason: str
     unit: str
+    period_s: float
+
+    @property
+    def verdict(self) -> str:
+        """What to do, as "take executor rtc, execution_horizon 6 actions (0.3 s)"."""
+        return f"take {told}" if (told := _told(self.rows[self.chosen].changes, self.period_s)) else KEEP
 
 
 def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int) -> Advice:
@@ -83,7 +93,6 @@ def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int)
         ci = None
         if error_RC is not None and np.isfinite(error_RC[:, c]).any():
             ci = np.nanpercentile(error_RC[:, c], [2.5, 97.5]).tolist()
-        jerk_J = outcome.jerk_square_J
         rows.append(
             Row(
                 changes=candidate.changes,
@@ -97,13 +106,14 @@ def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int)
                 error_main=main[c],
                 as_good=bool(good_C[c]),
                 jump=jumps[c],
-                jerk=None if jerk_J is None else float(np.sqrt(jerk_J[main_J].mean() / outcome.jerks)),
+                jerk=outcome.jerk_rms,
                 age_ms=1e3 * outcome.age_s / outcome.acted if outcome.acted else None,
                 chunks_per_s=candidate.settings.rate_hz * outcome.chunks / max(outcome.ticks, 1),
             )
         )
     chosen = _choose(rows)
-    return Advice(rows, chosen, _reason(rows, chosen, unit), unit)
+    reason = _reason(rows, chosen, unit, _untold(rows, able_C, draws))
+    return Advice(rows, chosen, reason, unit, spec.action_period_s)
 
 
 def _choose(rows: Sequence[Row]) -> int:
@@ -120,7 +130,24 @@ def _choose(rows: Sequence[Row]) -> int:
     return min((c for c in smooth if rows[c].chunks_per_s <= 1.02 * fewest), key=lambda c: (rows[c].error or 0.0, c))
 
 
-def _reason(rows: Sequence[Row], chosen: int, unit: str) -> str:
+def _untold(rows: Sequence[Row], able_C: NDArray[np.bool_], draws: Draws) -> str:
+    """Where the intervals tell no two settings apart though their errors differ; "" where they do."""
+    able = [row for row, is_able in zip(rows, able_C, strict=True) if is_able]
+    if len({row.error for row in able} - {None}) < 2:
+        return ""
+    if draws.drawn is None:
+        return (
+            f"The bag is too short to tell: intervals need {FEWEST_SEGMENTS} segments of time, so the errors count as "
+            "they are."
+        )
+    if all(row.as_good for row in able):
+        return (
+            "The bag is too short to tell which setting has the least error: none differs from the least beyond chance."
+        )
+    return ""
+
+
+def _reason(rows: Sequence[Row], chosen: int, unit: str, untold: str) -> str:
     row, good = rows[chosen], sum(row.as_good for row in rows)
     parts = []
     least = min((other.error for other in rows if other.as_good and other.error is not None), default=None)
@@ -128,18 +155,20 @@ def _reason(rows: Sequence[Row], chosen: int, unit: str) -> str:
         parts.append("The bag has no reference, so only holds, refusals and seams could be compared.")
     else:
         parts.append(
-            f"Its commanded motion is {row.error_main:.3g} {unit} (rms) from what the bag shows; {good} of {len(rows)} "
-            f"settings are as near as the bag can tell (least error {least:.3g}, this one {row.error:.3g}, in the "
-            "model's units)."
+            f"With these settings the commanded motion is {row.error_main:.3g} {unit} (rms) from what the bag shows; "
+            f"{good} of {len(rows)} settings are as near as the bag can tell (least error {least:.3g}, this one "
+            f"{row.error:.3g}, in the model's units)."
         )
+    if untold:
+        parts.append(untold)
     jumps = [other.jump for other in rows if other.as_good and other.jump is not None]
     if row.jump is not None and jumps:
         parts.append(
-            f"Among those it is one of the smoothest: {row.jump:.2g} {unit} from chunk to chunk (the roughest: "
-            f"{max(jumps):.2g}), and of the equally smooth it infers least, {row.chunks_per_s:.1f} chunks per second."
+            f"Among those they are one of the smoothest: {row.jump:.2g} {unit} from chunk to chunk (the roughest: "
+            f"{max(jumps):.2g}), and of the equally smooth they infer least, {row.chunks_per_s:.1f} chunks per second."
         )
     parts.append(
-        f"It was held, refused or late in {row.failures:.1%} of the ticks; the best setting in "
+        f"The arm was held, refused or the deadline missed in {row.failures:.1%} of the ticks; the best setting in "
         f"{min(other.failures for other in rows):.1%}."
     )
     given = rows[0]
@@ -161,9 +190,7 @@ def recommended_yaml(grid: Grid, advice: Advice, source: str) -> str:
     """A parameter file with the differences from the given settings alone; `source` says what was swept over what."""
     row = advice.rows[advice.chosen]
     lines = [f"Recommended by a sweep of {len(advice.rows)} settings over {source}.", ""]
-    lines += [advice.reason, "", CAUTION]
-    if not row.changes:
-        lines += ["", "The given settings are already the ones to take: nothing to change."]
+    lines += [f"{_sentence(advice.verdict)}.", "", advice.reason, "", CAUTION]
     comment = [f"# {part}".rstrip() for line in lines for part in (textwrap.wrap(line, 116) or [""])]
     values = [f"    {name}: {_yaml(value)}" for name, value in sorted(row.changes.items())]
     body = [f"/**{NODE}:", f"  {PARAMETERS}:{'' if values else ' {}'}", *values]
@@ -172,30 +199,38 @@ def recommended_yaml(grid: Grid, advice: Advice, source: str) -> str:
 
 def sweep_section(grid: Grid, advice: Advice) -> str:
     """For the report."""
-    unit, chosen = advice.unit, advice.rows[advice.chosen]
+    unit = advice.unit
     given = parameters_of(grid.candidates[0].settings)
     swept = [name for name in grid.names if name in {n for row in advice.rows for n in row.changes}]
-    names = [*swept, f"error, {unit}", "error, model's units", f"jump, {unit}", "age, ms", "chunks/s", "failures"]
+    names = [
+        *(HORIZON if name == HORIZON_S else name for name in swept),
+        f"error, {unit}",
+        "error, model's units",
+        f"jump, {unit}",
+        f"jerk, {unit}/s^3",
+        "age, ms",
+        "chunks/s",
+        "failures",
+    ]
     order = sorted(range(len(advice.rows)), key=lambda c: (not advice.rows[c].as_good, advice.rows[c].error or 0.0, c))
     rows = []
     for c in order:
         row, settings = advice.rows[c], parameters_of(grid.candidates[c].settings)
-        mark = " (given)" if c == 0 else " (recommended)" if c == advice.chosen else ""
+        marks = [mark for mark, at in (("given", 0), ("recommended", advice.chosen)) if at == c]
         executor = str(settings["executor"])
-        cells = [html.escape(_yaml(settings[name])) if is_used(name, executor) else "-" for name in swept]
-        cells[0] += f"<br><small>{mark.strip()}</small>" if mark else ""
+        cells = [_cell(name, settings[name], is_used(name, executor), c == 0, advice.period_s) for name in swept]
+        cells[0] += f"<br><small>({', '.join(marks)})</small>" if marks else ""
         ci = "" if row.error_ci is None else f"<br><small>{row.error_ci[0]:.3g} to {row.error_ci[1]:.3g}</small>"
-        cells += [_number(row.error_main), _number(row.error) + ci, _number(row.jump)]
+        cells += [_number(row.error_main), _number(row.error) + ci, _number(row.jump), _number(row.jerk)]
         cells += [_number(row.age_ms), _number(row.chunks_per_s), f"{row.failures:.1%}"]
         rows.append(cells)
-    changes = ", ".join(f"{name}: {_yaml(value)}" for name, value in sorted(chosen.changes.items()))
-    told = f"<p><b>{html.escape(changes or 'Keep the given settings.')}</b></p><p>{html.escape(advice.reason)}</p>"
+    told = f"<p><b>{html.escape(_sentence(advice.verdict))}.</b></p><p>{html.escape(advice.reason)}</p>"
     refused = "".join(f"<li>{count} x {html.escape(why)}</li>" for why, count in grid.refused.items())
     left_out = f"{grid.asked} asked for, {grid.same} of them do the same as another" + (":" if refused else ".")
     listed = f"<details><summary>{left_out}</summary><ul>{refused}</ul></details>" if refused else f"<p>{left_out}</p>"
     note = (
         "Error: the commanded motion against what the bag shows. Settings whose error the bag cannot tell from the "
-        f"least come first. {CAUTION}"
+        f"least come first. Jerk is of the sweep's own run; the replay above draws other noise. {CAUTION}"
     )
     drawn = _trade_off(advice, given)
     position = order.index(advice.chosen)
@@ -233,7 +268,7 @@ def _trade_off(advice: Advice, given: Mapping[str, Value]) -> str:
             row = advice.rows[c]
             colour = executors.index(str(row.changes.get("executor", given["executor"]))) % 5
             kind = f"c{colour}{' chosen' if c == advice.chosen else ''}"
-            label = ", ".join(f"{name} {_yaml(value)}" for name, value in row.changes.items()) or "given"
+            label = _told(row.changes, advice.period_s) or "given"
             layers.append(axes.dot(x, y, kind, label))
         figures.append(figure(title, "model's units; large: recommended", axes, layers, x_unit=x_unit, height=190))
     colours = ("blue", "violet", "green", "orange", "red")
@@ -280,6 +315,33 @@ def _root(outcome: Outcome, sums: Mapping[int, tuple[Array, int]], main_J: NDArr
 def _plain(row: Row) -> dict[str, Any]:
     fields = {name: getattr(row, name) for name in Row.__dataclass_fields__}
     return fields | {"changes": dict(row.changes)}
+
+
+def _cell(name: str, value: Value, used: bool, given: bool, period_s: float) -> str:
+    """Of the table. What its executor does not look at is no difference; of the given settings it is shown anyway."""
+    if not used and not given:
+        return "-"
+    told = html.escape(_value(name, value, period_s))
+    return told if used else f"{told}<br><small>not used by this executor</small>"
+
+
+def _told(changes: Changes, period_s: float) -> str:
+    named = sorted(changes.items(), key=lambda change: (change[0] != "executor", change[0]))
+    return ", ".join(
+        f"{HORIZON if name == HORIZON_S else name} {_value(name, value, period_s)}" for name, value in named
+    )
+
+
+def _value(name: str, value: Value, period_s: float) -> str:
+    """As in a parameter file; a horizon also in actions, as --sweep counts it."""
+    if name != HORIZON_S:
+        return _yaml(value)
+    actions = round(float(value) / period_s, 2)
+    return f"{actions:g} action{'' if actions == 1.0 else 's'} ({float(value):g} s)"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _number(value: float | None) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.manifest import PolicySpec
+from ki_vla_ros.metrics import _Jerk
 from ki_vla_ros.records import NS_PER_S, Motion
 from ki_vla_ros.replay_records import Prediction, TickRecord
 
@@ -22,7 +23,8 @@ Array = NDArray[np.float64]
 @dataclass
 class Outcome:
     """Of one setting. `squares` (errors) and `jumps`: by segment of time, sums [J] of squares and how many there were.
-    `age_s`: summed over the `acted` actions, since the observations they came from.
+    `jerk_rms`: as `seam.jerk_rms` of metrics.json. `age_s`: summed over the `acted` actions, since the observations
+    they came from.
     """
 
     ticks: int = 0
@@ -33,8 +35,7 @@ class Outcome:
     missed: int = 0
     squares: dict[int, tuple[Array, int]] = field(default_factory=dict)
     jumps: dict[int, tuple[Array, int]] = field(default_factory=dict)
-    jerk_square_J: Array | None = None
-    jerks: int = 0
+    jerk_rms: float | None = None
     age_s: float = 0.0
     acted: int = 0
 
@@ -49,7 +50,8 @@ class Execution:
         self._first_ns: int | None = None
         self._chunk: Prediction | None = None  # the one whose actions count at present
         self._motions: list[Motion] = []  # since it was made, and the one before
-        self._last: Motion | None = None
+        turning_J = np.array([joint.unit == "rad" for joint in spec.joints])
+        self._jerk = _Jerk(np.flatnonzero(turning_J if turning_J.any() else ~turning_J))
 
     def add(self, tick: TickRecord) -> None:
         outcome = self.outcome
@@ -59,7 +61,7 @@ class Execution:
         outcome.held += tick.hold is not None and tick.prediction is None
         outcome.missed = tick.missed
         for motion in tick.motions:
-            self._add_jerk(motion)
+            self._jerk.add(motion)
         chunk = tick.prediction
         if chunk is not None:
             outcome.chunks += 1
@@ -74,6 +76,7 @@ class Execution:
 
     def finish(self) -> Outcome:
         self._settle(None)
+        self.outcome.jerk_rms = self._jerk.rms
         return self.outcome
 
     def _settle(self, until_ns: int | None) -> None:
@@ -97,22 +100,6 @@ class Execution:
 
     def _motion_at(self, time_ns: int) -> Motion:
         return next((m for m in reversed(self._motions) if m.from_ns <= time_ns), self._motions[0])
-
-    def _add_jerk(self, motion: Motion) -> None:
-        """Of the motion before, as far as it ran: changes of its constant accelerations."""
-        before, self._last = self._last, motion
-        if before is None:
-            return
-        runs_N = (before.time_N >= before.from_ns) & (before.time_N <= motion.from_ns)
-        time_s, velocity_NJ = before.time_N[runs_N] / NS_PER_S, before.velocity_NJ[runs_N]
-        if len(time_s) < 3:
-            return
-        acceleration_NJ = np.diff(velocity_NJ, axis=0) / np.diff(time_s)[:, None]
-        jerk_NJ = np.diff(acceleration_NJ, axis=0) / np.diff(time_s)[1:, None]
-        square_J = np.sum(jerk_NJ**2, axis=0)
-        known_J = self.outcome.jerk_square_J
-        self.outcome.jerk_square_J = square_J if known_J is None else known_J + square_J
-        self.outcome.jerks += len(jerk_NJ)
 
     def _segment(self, time_ns: int) -> int:
         return (time_ns - (self._first_ns or 0)) // self._segment_ns

@@ -21,7 +21,7 @@ from ki_vla_ros.settings import ParameterSpec, Settings, check_names, parameter_
 
 Value = bool | int | float | str
 Changes = Mapping[str, Value]
-HORIZON = "execution_horizon"
+HORIZON, HORIZON_S = "execution_horizon", "execution_horizon_s"
 _RANGE = re.compile(r"^(-?[0-9.]+)\.\.(-?[0-9.]+|H)(?:/([0-9.]+))?$")
 # What only one executor, or two, look at. Elsewhere a sweep leaves them as they were.
 _ONLY_FOR = {
@@ -97,7 +97,7 @@ def _axis(text: str, manifest: PolicySpec) -> tuple[str, tuple[Value, ...]]:
     parts = [value for part in listed.split(",") for value in _values(part, manifest.horizon, text)]
     if name == HORIZON:
         numbers = [_typed(part, 1, text) for part in parts]
-        return "execution_horizon_s", tuple(round(int(n) * manifest.action_period_s, 9) for n in numbers)
+        return HORIZON_S, tuple(round(int(n) * manifest.action_period_s, 9) for n in numbers)
     check_names([name])
     if _FIXED.match(name):
         raise ConfigurationError(f"--sweep {text}: {name} cannot be swept; it is not how chunks are made or executed")

@@ -66,7 +66,9 @@ def tune(
     )
     (out / SWEEP).write_text(json.dumps(sweep_metrics(grid, advice), indent=2) + "\n", encoding="utf-8")
     (out / RECOMMENDED).write_text(recommended_yaml(grid, advice, source), encoding="utf-8")
-    print(f"sweep of {len(grid.candidates)} settings: {advice.reason}\n{out / RECOMMENDED}")
+    others = len(grid.candidates) - 1
+    print(f"sweep: {others} setting{'' if others == 1 else 's'} and the given one; {advice.verdict}: {advice.reason}")
+    print(f"see {out / RECOMMENDED}")
     return sweep_section(grid, advice)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.manifest import PolicySpec
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -18,6 +20,39 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
 }
 _CONDITION = re.compile(r"^\s*(?P<name>[^<>=]+?)\s*(?P<operator>>=|<=|>|<)\s*(?P<limit>[^<>=\s]+)\s*$")
+
+_SPREAD = ("p50", "p90", "p99", "max")
+_RMS = ("rms", "rms_ci.BOUND")
+# The numbers of metrics.json (docs/replay.md) by where they stand. In capitals: what the bundle or the bag names.
+_FIGURES: Mapping[str, Sequence[str]] = {
+    "": ("schema", "realtime_factor"),
+    "bag": ("start_ns", "end_ns", "duration_s", "messages.TOPIC"),
+    "settings": ("PARAMETER",),
+    "replay": ("seed", "segment_s"),
+    "ticks": ("count", "chunks", "sent", "refused", "held", "idle"),
+    "error": (
+        *("chunks", "segments", "max", *_RMS, "rms_m", "rms_m_ci.BOUND", "rms_normalized", "rms_normalized_ci.BOUND"),
+        "by_joint_step.JOINT.STEP",
+    ),
+    "error.by_joint.JOINT": (*_RMS, "bias", "max"),
+    "error.by_step.STEP": ("step", "time_s", *_RMS, "rms_normalized"),
+    "seam": (
+        *("count", "restarts", "jump_rms", "jump_rms_ci.BOUND", "jump_max", "position_step_max", "speed_step_max"),
+        *("jerk_rms", "jerk_max"),
+    ),
+    "safety": ("holds.CAUSE", "refusals.CAUSE", "corrections.CAUSE", "messages_refused.CAUSE"),
+    "inputs.age_ms.INPUT": _SPREAD,
+    "inputs.skew_ms": _SPREAD,
+    "inputs.observation_to_command_ms": _SPREAD,
+    "deadlines": ("period_ms", "missed", "share"),
+    "deadlines.latency_ms": _SPREAD,
+    "sensitivity": ("every_s", "chunks"),
+    "sensitivity.probes.PROBE": (*_RMS, "ratio", "ratio_ci.BOUND", "by_joint.JOINT"),
+    "parity": ("chunks", "max_difference", "unmatched", "not_reproduced.CAUSE"),
+    "timing": ("wall_s", "computed_ahead", "latency_s.NUMBER"),
+    "timing.stage_ms.STAGE": _SPREAD,
+}
+_PLACEHOLDER = re.compile(r"[A-Z]+")
 
 
 @dataclass(frozen=True)
@@ -58,6 +93,42 @@ def parse_threshold(text: str) -> Threshold:
         raise ConfigurationError(f"--fail-if {text!r}: expected NAME>NUMBER (or >=, <, <=), as error.rms>0.1") from None
     assert match is not None
     return Threshold(text, match["name"], match["operator"], limit)
+
+
+def check_figure(threshold: Threshold, spec: PolicySpec, recorded_ticks: bool) -> None:
+    """ConfigurationError, with all names, if metrics.json of a replay of this policy can have no such figure."""
+    cameras = [camera.name for camera in spec.cameras]
+    named: Mapping[str, Sequence[str]] = {
+        "JOINT": spec.joint_names,
+        "STEP": [str(step) for step in range(spec.horizon)],
+        "BOUND": ("0", "1"),
+        "INPUT": (*cameras, "joint state"),
+        "PROBE": ("noise", "instruction", *(f"camera.{name}" for name in cameras)),
+    }
+
+    def names(found: re.Match[str]) -> str:
+        return f"({'|'.join(map(re.escape, named[found[0]]))})" if found[0] in named else ".+"
+
+    known = [name for name in figure_names() if recorded_ticks or not name.startswith("parity.")]
+    for name in known:
+        if re.fullmatch(_PLACEHOLDER.sub(names, name.replace(".", r"\.")), threshold.name):
+            return
+    close = difflib.get_close_matches(threshold.name, known, n=1)
+    told = "".join(
+        f"; {placeholder}: {', '.join(values) if placeholder != 'STEP' else f'0 to {spec.horizon - 1}'}"
+        for placeholder, values in named.items()
+    )
+    raise ConfigurationError(
+        f"--fail-if {threshold.text!r}: no figure {threshold.name!r}"
+        f"{f', did you mean {close[0]}?' if close else ''}; there are {', '.join(known)}{told}"
+    )
+
+
+def figure_names() -> Iterator[str]:
+    """All that a threshold may name, with placeholders in capitals."""
+    for place, leaves in _FIGURES.items():
+        for leaf in leaves:
+            yield f"{place}.{leaf}" if place else leaf
 
 
 def _find(tree: Any, name: str) -> Iterator[Any]:

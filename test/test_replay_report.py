@@ -157,3 +157,12 @@ def test_lines_stop_where_the_node_was_not_active() -> None:
     gaps = [k for k, value in enumerate(trace.ages_ms["wrist"]) if np.isnan(value)]
     assert gaps == [3] and len(trace.time_s) == 6
     assert [k for k, value in enumerate(trace.state_JT[0]) if np.isnan(value)] == [3]
+
+
+def test_limits_that_override_nothing_are_not_set() -> None:
+    spec, metrics = demo_policy(), made_up_metrics(demo_policy())
+    metrics["settings"]["limits.joints.elbow.velocity"] = 1.5
+    text = Page(report(made_up_trace(spec), metrics, "")).text
+    assert "1000000000" not in text
+    for name, told in (("velocity", "1.5"), ("acceleration", "not set"), ("lower", "not set"), ("upper", "not set")):
+        assert f"limits.joints.elbow.{name}{told}" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from ki_vla_ros.shared_prefix import SharedEngine
 from ki_vla_ros.sweep import SweepInputs, sweep
 from ki_vla_ros.sweep_figures import Outcome
 from ki_vla_ros.sweep_grid import Candidate, make_grid
+from ki_vla_ros.sweep_output import RECOMMENDED
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,8 @@ def told(outcome: Outcome) -> tuple[object, ...]:
     """Everything, bit by bit."""
     squares = [(segment, total_J.tobytes(), count) for segment, (total_J, count) in outcome.squares.items()]
     jumps = [(segment, total_J.tobytes(), count) for segment, (total_J, count) in outcome.jumps.items()]
-    jerk = None if outcome.jerk_square_J is None else outcome.jerk_square_J.tobytes()
     counts = (outcome.ticks, outcome.chunks, outcome.held, outcome.refused, outcome.restarts, outcome.missed)
-    return (*counts, tuple(squares), tuple(jumps), jerk, outcome.jerks, outcome.age_s, outcome.acted)
+    return (*counts, tuple(squares), tuple(jumps), outcome.jerk_rms, outcome.age_s, outcome.acted)
 
 
 def test_side_by_side_as_alone(prepared: tuple[SweepInputs, Sequence[Candidate]]) -> None:
@@ -151,4 +152,12 @@ def test_command_writes_report_and_recommendation(
         page = (out / "report.html").read_text()
         assert "Sweep" in page and "temporal_ensemble" in page and "data:image/jpeg" in page
     assert written[0] == written[1]
-    assert "recommended.yaml" in capsys.readouterr().out
+    found, metrics = (json.loads((out / file).read_text()) for file in ("sweep.json", "metrics.json"))
+    # The given settings make a chunk at every tick, so both runs draw the same noise.
+    assert found["settings"][0]["jerk"] == metrics["seam"]["jerk_rms"] > 0.0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].startswith("realtime_factor")  # the replay's summary comes first
+    assert lines[-2].startswith("sweep: 2 settings and the given one; ") and lines[-1] == f"see {out / RECOMMENDED}"
+    assert (
+        lines[-2].partition("; ")[2].startswith(("keep the given settings: With", "take executor ", "take execution_h"))
+    )
