@@ -54,7 +54,7 @@ class Figures:
         rad = [joint.unit == "rad" for joint in manifest.joints]
         self._main = np.flatnonzero(rad) if any(rad) else np.arange(len(rad))
         self._metres = np.flatnonzero(~np.array(rad)) if any(rad) else np.array([], dtype=np.int64)
-        self._jerk = _Jerk(self._main)
+        self._jerk = Jerk(self._main)
 
     def add(self, tick: TickRecord) -> None:
         self._counts["count"] += 1
@@ -221,7 +221,7 @@ class Figures:
         return {"every_s": self._probe_every_s, "chunks": self._counts["probed"], "probes": probes}
 
 
-class _Jerk:
+class Jerk:
     """Of the commanded motion as one motion after the other takes over, from its speed at 100 Hz."""
 
     def __init__(self, columns: NDArray[np.intp]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.manifest import PolicySpec
-from ki_vla_ros.metrics import _Jerk
+from ki_vla_ros.metrics import Jerk
 from ki_vla_ros.records import NS_PER_S, Motion
 from ki_vla_ros.replay_records import Prediction, TickRecord
 
@@ -51,7 +51,7 @@ class Execution:
         self._chunk: Prediction | None = None  # the one whose actions count at present
         self._motions: list[Motion] = []  # since it was made, and the one before
         turning_J = np.array([joint.unit == "rad" for joint in spec.joints])
-        self._jerk = _Jerk(np.flatnonzero(turning_J if turning_J.any() else ~turning_J))
+        self._jerk = Jerk(np.flatnonzero(turning_J if turning_J.any() else ~turning_J))
 
     def add(self, tick: TickRecord) -> None:
         outcome = self.outcome

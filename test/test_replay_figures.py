@@ -162,7 +162,13 @@ def test_a_threshold_that_is_none_is_refused(text: str) -> None:
         parse_threshold(text)
 
 
-@pytest.mark.parametrize("text", ["error.typo>1", "complete>0", "error.by_step.7.rms>1", "error>1"])
+def test_a_figure_that_is_not_known_fails_and_a_cause_that_never_occurred_counts_zero() -> None:
+    assert "is not known" in str(parse_threshold("error.by_step.7.rms>1").verdict(METRICS))
+    assert parse_threshold("safety.holds.never>0").verdict(METRICS) is None
+    assert parse_threshold("safety.holds.never<1").verdict(METRICS) is not None
+
+
+@pytest.mark.parametrize("text", ["complete>0", "error>1"])
 def test_a_threshold_on_no_figure_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="--fail-if"):
         parse_threshold(text).verdict(METRICS)
