@@ -137,7 +137,7 @@ def _examine_bag(
     watch.image_types.update(dict.fromkeys(recorded_compressed, COMPRESSED_IMAGE))
     for message in bag.messages(watch.topics):
         watch.add(message)
-    check_inputs(watch, findings, [name for name, count in counts.items() if count])
+    check_inputs(watch, findings, {name: [topic.type] for name, topic in bag.topics.items() if counts[name]})
 
 
 def resolve(topic: str, node: str) -> str:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
-from itertools import combinations
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bags import COMPRESSED_IMAGE, IMAGE
+from ki_vla_ros.doctor_ages import Limit, check_period, check_skew, check_stamps, period_s
 from ki_vla_ros.doctor_findings import Findings
 from ki_vla_ros.doctor_inputs import JOINT_STATE, InputWatch, Stream, command_type
 from ki_vla_ros.records import NS_PER_S
 
 # Share of the images that may be missing between the first and the last.
 LOSS = 0.05
-# Share of anything else that is passed over: single events are the node's to refuse.
-RARE = 0.01
-# Stamps farther from the time of arrival were not taken by this clock at all.
-OTHER_CLOCK_S = 3600.0
 # Correlation of where a joint was told to be and where it was, below which it goes the wrong way.
 OPPOSED = -0.5
 # A joint that moved by less than this share of its range says nothing about its direction.
@@ -30,19 +26,21 @@ PROFILE_FIX = (
 )
 
 
-def check_inputs(watch: InputWatch, findings: Findings, others: Collection[str] = ()) -> None:
-    """`others`: all topics that exist, to name the likely one where one is missing."""
+def check_inputs(watch: InputWatch, findings: Findings, others: Mapping[str, Sequence[str]]) -> None:
+    """`others`: types by name of all topics that have messages, to name the likely ones where one is missing."""
     for name, stream in watch.cameras.items():
         optional = next(camera.optional for camera in watch.manifest.cameras if camera.name == name)
         expected = watch.image_types[name]
         if _present(stream, f"camera {name!r}", f"cameras.{name}.topic", expected, others, findings, optional):
-            _check_camera(watch, name, stream, findings)
+            _check_camera(watch, name, stream, optional, findings)
     if _present(watch.joints, "joint state", "joint_states_topic", JOINT_STATE, others, findings):
-        _check_stamps(watch, watch.joints, watch.settings.joint_max_age_s or watch.settings.max_age_s, findings)
+        limit = Limit.of("joint_max_age_s", watch.settings.joint_max_age_s, watch.settings)
+        check_period(watch, watch.joints, limit, findings)
+        check_stamps(watch, watch.joints, limit, findings)
         _check_joints(watch, findings)
     _check_command_type(watch, findings)
     if not watch.settings.use_receive_time:
-        _check_skew(watch, findings)
+        check_skew(watch, findings)
     _check_direction(watch, findings)
 
 
@@ -51,7 +49,7 @@ def _present(
     subject: str,
     parameter: str,
     expected: str,
-    others: Collection[str],
+    others: Mapping[str, Sequence[str]],
     findings: Findings,
     optional: bool = False,
 ) -> bool:
@@ -72,12 +70,14 @@ def _present(
             f"set {parameter} to the right topic; if two programs publish on this one, rename one of them",
         )
     elif not stream.count and not optional:
-        near = difflib.get_close_matches(stream.topic, others, n=1, cutoff=0.6)
-        hint = f"; there is {near[0]}" if near else ""
+        family = (IMAGE, COMPRESSED_IMAGE) if expected in (IMAGE, COMPRESSED_IMAGE) else (expected,)
+        fitting = sorted(name for name, types in others.items() if not set(family).isdisjoint(types))
+        near = difflib.get_close_matches(stream.topic, fitting, n=1, cutoff=0.6)
+        noun = "image" if IMAGE in family else subject
         findings.error(
             "missing",
             stream.topic,
-            f"no message for {subject}{hint}",
+            f"no message for {subject}; {noun} topics that are there: {', '.join(fitting) or 'none'}",
             f"start the driver, or set {parameter} to its topic" + ("" if not near else f" (perhaps {near[0]})"),
         )
     for kind, count in stream.refused.most_common(3):
@@ -107,10 +107,12 @@ def _refusal_fix(reason: str) -> str:
     return "look at the publisher of this topic"
 
 
-def _check_camera(watch: InputWatch, name: str, stream: Stream, findings: Findings) -> None:
+def _check_camera(watch: InputWatch, name: str, stream: Stream, optional: bool, findings: Findings) -> None:
     settings = watch.settings
-    limit_s = settings.camera(name).max_age_s or settings.max_age_s
-    _check_stamps(watch, stream, limit_s, findings)
+    limit = Limit.of(f"cameras.{name}.max_age_s", settings.camera(name).max_age_s, settings)
+    if not optional:  # without an optional camera's image the node goes on
+        check_period(watch, stream, limit, findings)
+    check_stamps(watch, stream, limit, findings)
     if len(stream.encodings) > 1:
         findings.warning(
             "encoding",
@@ -118,14 +120,14 @@ def _check_camera(watch: InputWatch, name: str, stream: Stream, findings: Findin
             f"images come in {', '.join(sorted(stream.encodings))}",
             "colours are right in each, but something reconfigures the camera, or two drivers publish here: find out",
         )
-    period_s = _period_s(stream.received)
-    if period_s is None:
+    every_s = period_s(stream.received)
+    if every_s is None:
         return
-    if 1.0 / period_s < settings.rate_hz * (1.0 - LOSS):
+    if 1.0 / every_s < settings.rate_hz * (1.0 - LOSS):
         findings.warning(
             "camera rate",
             stream.topic,
-            f"{1.0 / period_s:.1f} images per second, fewer than rate_hz ({settings.rate_hz:g})",
+            f"{1.0 / every_s:.1f} images per second, fewer than rate_hz ({settings.rate_hz:g})",
             "raise the camera's rate, or lower rate_hz",
         )
     lost = _lost(stream.received if settings.use_receive_time else stream.stamps)
@@ -133,101 +135,14 @@ def _check_camera(watch: InputWatch, name: str, stream: Stream, findings: Findin
         findings.error("image loss", stream.topic, f"{100 * lost:.0f} % of the images are missing", PROFILE_FIX)
 
 
-def _check_stamps(watch: InputWatch, stream: Stream, limit_s: float, findings: Findings) -> None:
-    settings = watch.settings
-    stamps, received = np.array(stream.stamps, dtype=np.int64), np.array(stream.received, dtype=np.int64)
-    if len(received) > 1:
-        gaps_s = np.diff(received) / NS_PER_S
-        if gaps_s.max() > max(limit_s, settings.hold_after_s):
-            at_s = (received[int(gaps_s.argmax())] - received[0]) / NS_PER_S
-            findings.warning(
-                "gap",
-                stream.topic,
-                f"{(gaps_s > limit_s).sum()} gaps longer than {limit_s:g} s, the longest {gaps_s.max():.1f} s after "
-                f"{at_s:.1f} s",
-                "the arm is held meanwhile; see whether driver, network or recorder stalled",
-            )
-    if settings.use_receive_time or not len(stamps):
-        return
-    if (stamps == 0).mean() > RARE:
-        findings.error(
-            "stamps",
-            stream.topic,
-            f"{(stamps == 0).sum()} of {len(stamps)} messages have no stamp",
-            "let the driver stamp its messages, or set use_receive_time: true",
-        )
-        return
-    age_s = (received - stamps) / NS_PER_S
-    median_s = float(np.median(age_s))
-    if abs(median_s) > OTHER_CLOCK_S:
-        findings.error(
-            "clock",
-            stream.topic,
-            f"stamps are {median_s:+.0f} s from the time of arrival: two clocks, one of them perhaps simulated",
-            "run all nodes with the same use_sim_time (record a simulation with --use-sim-time)",
-        )
-        return
-    if median_s < -settings.sync_slop_s:
-        findings.error(
-            "stamps",
-            stream.topic,
-            f"stamps lie {-median_s:.3f} s in the future",
-            "synchronise the clocks of the two machines (chrony, PTP)",
-        )
-    elif median_s > limit_s:
-        findings.error(
-            "stamps",
-            stream.topic,
-            f"messages are {median_s:.3f} s old when they arrive, limit {limit_s:g} s",
-            "synchronise the clocks of the two machines (chrony, PTP); if they are, shorten the driver's queue or "
-            "raise max_age_s",
-        )
-    steps = np.diff(stamps)
-    if len(steps) and (steps == 0).mean() > RARE:
-        findings.error(
-            "stamps",
-            stream.topic,
-            f"{(steps == 0).sum()} of {len(stamps)} messages repeat the stamp of the one before",
-            "frozen driver, or one that stamps once: restart or mend it, or set use_receive_time: true",
-        )
-    back_s = -steps.min() / NS_PER_S if len(steps) else 0.0
-    if back_s > settings.sync_slop_s:
-        findings.warning(
-            "stamps",
-            stream.topic,
-            f"{(steps < 0).sum()} stamps go backwards, by up to {back_s:.3f} s",
-            "the driver's clock was set while it ran, or two drivers publish here",
-        )
-
-
-def _check_skew(watch: InputWatch, findings: Findings) -> None:
-    """Stamps of any two required cameras, by the distance to the nearest of the other one."""
-    optional = {camera.name for camera in watch.manifest.cameras if camera.optional}
-    required = [(name, stream) for name, stream in watch.cameras.items() if name not in optional and stream.stamps]
-    limit_s = watch.settings.sync_slop_s
-    for (one, first), (two, second) in combinations(required, 2):
-        a, b = np.sort(np.array(first.stamps)), np.sort(np.array(second.stamps))
-        after = np.clip(np.searchsorted(b, a), 1, max(1, len(b) - 1))
-        distance_s = np.minimum(np.abs(a - b[after - 1]), np.abs(a - b[np.minimum(after, len(b) - 1)])) / NS_PER_S
-        apart_s = float(np.median(distance_s))
-        if limit_s < apart_s < OTHER_CLOCK_S:
-            findings.error(
-                "camera skew",
-                f"{first.topic}, {second.topic}",
-                f"stamps of {one!r} and {two!r} are {apart_s * 1e3:.0f} ms apart, limit {limit_s * 1e3:.0f} ms "
-                "(sync_slop_s)",
-                "trigger the cameras together, raise their rates, or raise sync_slop_s by what the task can bear",
-            )
-
-
 def _check_joints(watch: InputWatch, findings: Findings) -> None:
     manifest, settings, topic = watch.manifest, watch.settings, watch.joints.topic
-    period_s = _period_s(watch.joints.received)
-    if period_s is not None and 1.0 / period_s < settings.rate_hz:
+    every_s = period_s(watch.joints.received)
+    if every_s is not None and 1.0 / every_s < settings.rate_hz:
         findings.error(
             "joint rate",
             topic,
-            f"{1.0 / period_s:.1f} joint states per second, fewer than rate_hz ({settings.rate_hz:g})",
+            f"{1.0 / every_s:.1f} joint states per second, fewer than rate_hz ({settings.rate_hz:g})",
             "raise the rate of joint_state_broadcaster (controller_manager's update_rate)",
         )
     if len(watch.orders) > 1:
@@ -325,13 +240,6 @@ def _check_direction(watch: InputWatch, findings: Findings) -> None:
                 f"moves against its commands (correlation {together:.2f})" + (": open is closed" if gripper else ""),
                 "turn the sign in the controller or in the joint state publisher, so that both count the same way",
             )
-
-
-def _period_s(received: object) -> float | None:
-    times = np.array(received, dtype=np.int64)
-    if len(times) < 10:
-        return None
-    return max(float(np.median(np.diff(times))) / NS_PER_S, 1e-6)
 
 
 def _lost(times: object) -> float:

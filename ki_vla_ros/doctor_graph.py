@@ -140,7 +140,7 @@ def examine(request: Request, findings: Findings) -> list[str]:
         _check_endpoints(graph, watch, request.node, running, findings)
         _check_controller(graph, watch, manifest, settings, findings)
         _listen(graph, watch, simulated, request.seconds)
-        check_inputs(watch, findings, list(graph.topics()))
+        check_inputs(watch, findings, graph.topics())
         looked_at.append(f"topics for {request.seconds:g} s")
     return looked_at
 

@@ -16,7 +16,7 @@ from ki_vla_ros.bundle import Bundle, load_bundle
 from ki_vla_ros.doctor_checks import PROFILE_FIX
 from ki_vla_ros.doctor_findings import Findings
 from ki_vla_ros.engines.cuda import CudaDevice
-from ki_vla_ros.errors import ConfigurationError, EngineError, InputError
+from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
 from ki_vla_ros.inputs import check_instruction
 from ki_vla_ros.manifest import Manifest
 from ki_vla_ros.parameter_file import NODE, load_settings
@@ -33,6 +33,7 @@ SUPPORTED = ("jazzy", "kilted")
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 # An image of 640 x 480 rgb8, twice: what is being written and what is being read.
 LEAST_SEGMENT = 2 * 640 * 480 * 3
+START_FIX = "the node does not start with this; config/demo.yaml explains every parameter"
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,17 @@ def check_profile_is_set(machine: Machine, findings: Findings) -> None:
 def read_settings(path: Path, findings: Findings, node: str = NODE) -> Settings | None:
     try:
         return load_settings(path, node)
+    except ParameterError as error:
+        for problem in error.problems:
+            findings.error("parameters", str(path), problem, START_FIX)
+        return None
     except ConfigurationError as error:
         message = str(error).removeprefix(f"{path}: ")
         check = "node name" if "no parameters for node" in message else "parameters"
         fix = (
             "ROS ignores the whole file without a word: correct the name at its top"
             if check == "node name"
-            else "the node does not start with this; config/demo.yaml explains every parameter"
+            else START_FIX
         )
         findings.error(check, str(path), message, fix)
         return None
@@ -138,8 +143,9 @@ def check_fit(settings: Settings, bundle: Bundle, findings: Findings) -> None:
     manifest = bundle.manifest
     try:
         settings.validate_against(manifest)
-    except ConfigurationError as error:
-        findings.error("parameters", manifest.name, str(error), "the node does not configure with this")
+    except ParameterError as error:
+        for problem in error.problems:
+            findings.error("parameters", manifest.name, problem, "the node does not configure with this")
     for name in ("execution_horizon_s", "prefill_period_s"):
         ticks = getattr(settings, name) * settings.rate_hz
         if abs(ticks - round(ticks)) > 1e-6:

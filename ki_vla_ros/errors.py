@@ -4,6 +4,10 @@ Every message says what was expected, what was got, where, and what to do about 
 a user (`ConfigurationError`, `BundleError`), the robot's inputs (`InputError`), or the machine (`EngineError`).
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class KiVlaError(Exception):
     """Base of everything this package raises on purpose."""
@@ -11,6 +15,14 @@ class KiVlaError(Exception):
 
 class ConfigurationError(KiVlaError):
     """A setting, argument or environment is wrong; nothing has moved."""
+
+
+class ParameterError(ConfigurationError):
+    """Wrong parameters, one sentence each in `problems`; as text a line each, `where` (a file) before it."""
+
+    def __init__(self, problems: Sequence[str], where: str = "") -> None:
+        super().__init__("\n".join(f"{where}: {problem}" if where else problem for problem in problems))
+        self.problems = tuple(problems)
 
 
 class BundleError(ConfigurationError):

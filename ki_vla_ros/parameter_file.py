@@ -9,8 +9,8 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.settings import Settings, check_names, parameter_specs, settings_from_parameters
+from ki_vla_ros.errors import ConfigurationError, ParameterError
+from ki_vla_ros.settings import Settings, parameter_specs, settings_from_parameters, sort_names
 
 PARAMETERS = "ros__parameters"
 # The node's name where nobody gives it another.
@@ -34,19 +34,24 @@ def load_parameters(path: Path, node: str = NODE) -> dict[str, object]:
 
 
 def load_settings(path: Path, node: str = NODE) -> Settings:
-    """ConfigurationError where the node would refuse to start with this file."""
+    """ConfigurationError with all for which the node would refuse to start with this file."""
     values = _ours(load_parameters(path, node))
+    cameras, joints, _ = sort_names(values)
+    problems = []
+    for spec in parameter_specs(cameras, joints):
+        # ROS does not turn 10 into 10.0: the node would not start.
+        if spec.name in values and type(values[spec.name]) is not type(spec.default):
+            got = values.pop(spec.name)
+            problems.append(
+                f"parameter {spec.name!r}: expected {type(spec.default).__name__}, got {type(got).__name__} {got!r}"
+            )
     try:
-        for spec in parameter_specs(*check_names(values)):
-            # ROS does not turn 10 into 10.0: the node would not start.
-            if spec.name in values and type(values[spec.name]) is not type(spec.default):
-                got = values[spec.name]
-                raise ConfigurationError(
-                    f"parameter {spec.name!r}: expected {type(spec.default).__name__}, got {type(got).__name__} {got!r}"
-                )
-        return settings_from_parameters(values)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{path}: {error}") from error
+        settings = settings_from_parameters(values)
+    except ParameterError as error:
+        problems += error.problems
+    if problems:
+        raise ParameterError(problems, str(path))
+    return settings
 
 
 def matches(pattern: str, node: str) -> bool:
@@ -93,9 +98,7 @@ def _dotted(table: Mapping[str, object], prefix: str) -> Iterator[tuple[str, obj
 
 def settings_from_values(values: Mapping[str, object]) -> Settings:
     """Of a running node's parameters."""
-    values = _ours(values)
-    check_names(values)
-    return settings_from_parameters(values)
+    return settings_from_parameters(_ours(values))
 
 
 def _ours(values: Mapping[str, object]) -> dict[str, object]:

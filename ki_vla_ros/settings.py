@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from ki_vla_ros.chunking import ExecutorName, JacobianName
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, ParameterError
 from ki_vla_ros.limits import JointLimitSettings, LimitSettings, SettingsModel, setting
 from ki_vla_ros.reference import ReferenceName
 
@@ -228,33 +228,37 @@ class Settings(SettingsModel):
         return chosen.model_copy(update={"topic": chosen.topic or f"camera/{name}/image_raw{suffix}"})
 
     def validate_against(self, manifest: PolicySpec) -> None:
-        """Raises ConfigurationError where a setting does not fit the loaded bundle."""
+        """Raises ParameterError with all settings that do not fit the loaded bundle."""
+        if problems := list(self._misfits(manifest)):
+            raise ParameterError(problems)
+
+    def _misfits(self, manifest: PolicySpec) -> Iterator[str]:
         cameras, joints = [camera.name for camera in manifest.cameras], list(manifest.joint_names)
         for table, known, used in (("cameras", cameras, self.cameras), ("limits.joints", joints, self.limits.joints)):
             for name in used:
                 if name not in known:
-                    raise ConfigurationError(
+                    yield (
                         f"parameter '{table}.{name}.*': bundle {manifest.name!r} has only "
                         f"{', '.join(known)}{_nearest(name, known)}"
                     )
         if self.provider == "tensorrt" and self.engine != "onnx":
-            raise ConfigurationError(
+            yield (
                 f"parameter 'provider': expected cpu or cuda for engine {self.engine}, got tensorrt, which is a part "
                 "of onnxruntime; for TensorRT itself set engine to tensorrt and provider to cuda"
             )
         if self.engine in ("tensorrt", "tensorrt_rtx") and self.provider != "cuda":
-            raise ConfigurationError(
+            yield (
                 f"parameter 'provider': expected cuda for engine {self.engine}, which runs on NVIDIA cards alone, got "
                 f"{self.provider}"
             )
         if self.guidance_jacobian == "exact" and self.engine != "torch":
-            raise ConfigurationError(
+            yield (
                 f"parameter 'guidance_jacobian': exact needs an engine with a backward pass, got engine {self.engine}; "
                 "set engine to torch, or guidance_jacobian to identity"
             )
         chunk_s = manifest.horizon * manifest.action_period_s
         if self.execution_horizon_s + 1.0 / self.rate_hz > chunk_s + 1e-9:
-            raise ConfigurationError(
+            yield (
                 f"parameter 'execution_horizon_s': got {self.execution_horizon_s:g} s at rate_hz {self.rate_hz:g}, "
                 f"but a chunk of bundle {manifest.name!r} lasts {chunk_s:g} s and must outlast execution_horizon_s by "
                 f"one tick; set at most {chunk_s - 1.0 / self.rate_hz:g}"
@@ -262,27 +266,27 @@ class Settings(SettingsModel):
         executed = round(self.execution_horizon_s / manifest.action_period_s)
         delay = self.inference_delay
         if delay >= 0 and not delay <= max(executed, 1) <= manifest.horizon - delay:
-            raise ConfigurationError(
+            yield (
                 f"parameter 'inference_delay': expected d <= s <= H - d, got d = {delay}, s = {executed} "
                 f"(execution_horizon_s {self.execution_horizon_s:g}), H = {manifest.horizon} actions"
             )
         if self.guidance_horizon_s > chunk_s + 1e-9:
-            raise ConfigurationError(
+            yield (
                 f"parameter 'guidance_horizon_s': got {self.guidance_horizon_s:g} s, but a chunk of bundle "
                 f"{manifest.name!r} lasts {chunk_s:g} s"
             )
         if self.prefill_period_s > 0.0 and not manifest.state.as_token:
-            raise ConfigurationError(
+            yield (
                 f"parameter 'prefill_period_s': got {self.prefill_period_s:g} s, but bundle {manifest.name!r} has the "
                 "joint state in the prompt alone, so every new state needs a prefill; set 0, or train with state_token"
             )
         if self.prefill_period_s > self.max_kv_age_s:
-            raise ConfigurationError(
+            yield (
                 f"parameter 'prefill_period_s': expected at most max_kv_age_s ({self.max_kv_age_s:g} s), got "
                 f"{self.prefill_period_s:g} s"
             )
         if self.executor == "rtc_trained" and max(delay, 1) > manifest.max_prefix_delay:
-            raise ConfigurationError(
+            yield (
                 f"parameter 'executor': rtc_trained needs a model trained on clean prefixes of {max(delay, 1)} or more "
                 f"actions, bundle {manifest.name!r} was trained on up to {manifest.max_prefix_delay}; use rtc, or "
                 "train with max_prefix_delay"
@@ -321,8 +325,17 @@ def parameter_specs(cameras: Iterable[str] = (), joints: Iterable[str] = ()) -> 
 
 def check_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The cameras and joints among the names; refuses those that no parameter has, which rclpy would ignore."""
+    cameras, joints, unknown = sort_names(names)
+    if unknown:
+        raise ParameterError(list(unknown.values()))
+    return cameras, joints
+
+
+def sort_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
+    """The cameras and joints among the names, and by name what is wrong with those that no parameter has."""
     known = [spec.name for spec in parameter_specs()]
     found: dict[str, dict[str, None]] = {"cameras": {}, "limits.joints": {}}
+    unknown = {}
     for name in names:
         match = _NAMED.match(name)
         fields = (CameraSettings if match["table"] == "cameras" else JointLimitSettings).model_fields if match else {}
@@ -330,26 +343,30 @@ def check_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]
             found[match["table"]][match["name"]] = None
         elif name not in known:
             candidates = [*known, *(f"{match['table']}.{match['name']}.{f}" for f in fields if match)]
-            raise ConfigurationError(f"parameter {name!r}: no such parameter{_nearest(name, candidates)}")
-    return tuple(found["cameras"]), tuple(found["limits.joints"])
+            unknown[name] = f"parameter {name!r}: no such parameter{_nearest(name, candidates)}"
+    return tuple(found["cameras"]), tuple(found["limits.joints"]), unknown
 
 
 def settings_from_parameters(values: Mapping[str, object]) -> Settings:
-    """Values by dotted parameter name -> Settings, or ConfigurationError naming the parameter."""
+    """Values by dotted parameter name -> Settings, or ParameterError naming all that are wrong."""
+    unknown = sort_names(values)[2]
     tree: dict[str, Any] = {}
-    for name, value in values.items():
+    for name in [name for name in values if name not in unknown]:
         match = _NAMED.match(name)
         path = [*match["table"].split("."), match["name"], match["field"]] if match else name.split(".")
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = value
+        node[path[-1]] = values[name]
+    problems = list(unknown.values())
     try:
-        return Settings.model_validate(tree)
+        settings = Settings.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise ConfigurationError(f"parameter {name!r}: {first['msg']}, got {first['input']!r}") from error
+        paths = [(".".join(map(str, found["loc"])), found) for found in error.errors()]
+        problems += [f"parameter {path!r}: {found['msg']}, got {found['input']!r}" for path, found in paths]
+    if problems:
+        raise ParameterError(problems)
+    return settings
 
 
 def _specs(model: type[BaseModel], prefix: str) -> Iterator[ParameterSpec]:

@@ -109,6 +109,18 @@ PLANTS: dict[str, Plant] = {
         bag=change(SCENE, lambda k, m: None if k % 7 in (2, 3) else m)),
     "camera skew": Plant("camera skew", f"{WRIST}, {SCENE}", "sync_slop_s", parameters={"sync_slop_s": 0.01},
         bag=change(SCENE, stamped(lambda k, ns: ns - 25_000_000))),
+    "camera skew in a tenth of the images": Plant("camera skew", f"{WRIST}, {SCENE}", "raise sync_slop_s to 0.02 or",
+        parameters={"sync_slop_s": 0.01}, also=("image loss", "stamps"),
+        bag=change(SCENE, stamped(lambda k, ns: ns - (20_000_000 if k % 5 == 0 else 0)))),
+    "images rarer than max_age_s": Plant("max age", SCENE, "raise max_age_s to 0.052 or", also=("max age",),
+        parameters={"max_age_s": 0.04}),
+    "images rarer than their own max_age_s": Plant("max age", SCENE, "raise cameras.scene.max_age_s to 0.052 or",
+        parameters={"cameras": {"scene": {"max_age_s": 0.03}}}),
+    "joint states rarer than their own max_age_s": Plant("max age", JOINT_TOPIC, "raise joint_max_age_s to 0.012 or",
+        parameters={"joint_max_age_s": 0.005}),
+    "a fifth of the images too old on arrival": Plant("stamps", SCENE, "raise cameras.scene.max_age_s to 0.202 or",
+        parameters={"cameras": {"scene": {"max_age_s": 0.1}}, "sync_slop_s": 0.2},
+        also=("image loss",), bag=change(SCENE, stamped(lambda k, ns: ns - (150_000_000 if k % 5 == 0 else 0)))),
     "no stamps": Plant("stamps", SCENE, "use_receive_time", bag=change(SCENE, stamped(lambda k, ns: 0))),
     "stamps in the future": Plant("stamps", SCENE, "chrony", also=("camera skew",),
         bag=change(SCENE, stamped(lambda k, ns: ns + NS_PER_S))),
@@ -177,6 +189,38 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
     assert any(f.level == plant.level and plant.fix in f.fix for f in found), found
     assert {f.check for f in findings} <= {plant.check, *plant.also}, findings
     assert "Traceback" not in as_table(findings, [])
+
+
+@pytest.mark.parametrize("own_s, found", [(0.0, {JOINT_TOPIC}), (0.4, set())])
+def test_an_own_limit_counts_in_place_of_the_common_one(own_s: float, found: set[str], tmp_path: Path) -> None:
+    cameras = {name: {"max_age_s": 0.4} for name in sample_bags.CAMERAS}
+    slow = change(JOINT_TOPIC, lambda k, m: m if k % 5 == 0 else None)(recording(4.0))
+    findings = examine(tmp_path, slow, max_age_s=0.04, cameras=cameras, joint_max_age_s=own_s)
+    assert {f.where for f in findings if f.check == "max age"} == found
+
+
+def test_all_mistakes_in_the_parameters_are_found_at_once(tmp_path: Path) -> None:
+    wrong = {"rate": 5.0, "engin": "onnx", "max_age_s": 99.0, "executor": "rct", "threads": 1.5}
+    findings = examine(tmp_path, **wrong)
+    assert len(findings) == len(wrong) and {f.check for f in findings} == {"parameters"}
+    said = "\n".join(f.found for f in findings)
+    assert all(f"parameter '{name}': " in said for name in wrong), said
+    assert "did you mean 'rate_hz'?" in said and "did you mean 'engine'?" in said
+
+
+def test_all_that_does_not_fit_the_bundle_is_found_at_once(tmp_path: Path) -> None:
+    findings = examine(tmp_path, cameras={"front": {"topic": "/front"}}, limits={"joints": {"knee": {"upper": 1.0}}})
+    assert [f.check for f in findings] == ["parameters"] * 2
+    assert "cameras.front" in findings[0].found and "limits.joints.knee" in findings[1].found
+
+
+def test_where_a_camera_is_missing_the_image_topics_are_listed(tmp_path: Path) -> None:
+    (finding,) = examine(tmp_path, cameras={"scene": {"topic": "/front/color/image_raw"}})
+    assert finding.check == "missing" and finding.where == "/front/color/image_raw"
+    assert finding.found.endswith(f"image topics that are there: {SCENE}, {WRIST}")
+    only_joints = [message for message in recording(4.0) if message.type != sample_bags.IMAGE]
+    missing = examine(tmp_path, only_joints)
+    assert [f.found.endswith("image topics that are there: none") for f in missing] == [True, True]
 
 
 def test_a_healthy_recording_gets_no_finding(tmp_path: Path) -> None:

@@ -193,6 +193,15 @@ def test_faults_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest
     refused("--stats and --robot: expected both with --as pi05, got ['robot']")
 
 
+@pytest.mark.parametrize("kind", ["pi0", "paligemma"])
+def test_the_weights_are_looked_for_first(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    files["--stats"].unlink()
+    assert run(files, kind, "--from", str(tmp_path / "nope")) == 1
+    assert f"{tmp_path}/nope: expected the weights" in capsys.readouterr().err
+
+
 def short_tokenizer(folder: Path) -> Path:
     model = train()
     del model.pieces[-1]

@@ -267,6 +267,7 @@ def test_a_broken_image_is_refused_and_the_one_before_is_used(tmp_path: Path, bu
         ("/policy/instruction", [], "give one with --instruction"),
         ("", ["--set", "cameras.wrist.topic=/wrong"], "/wrong"),
         ("", ["--set", "rate_hz=fast"], "rate_hz"),
+        ("", ["--set", "rate=5"], "parameter 'rate': no such parameter; did you mean 'rate_hz'?"),
         ("", ["--latency", "-1"], "--latency"),
         ("", ["--ticks", "recorded"], "no recorded ticks"),
         ("", ["--fail-if", "error.rsm>0.1"], "error.rsm"),

@@ -8,7 +8,7 @@ import pytest
 from bundles import both_ways_policy, demo_policy
 from pydantic import ValidationError
 
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, ParameterError
 from ki_vla_ros.settings import Settings, check_names, parameter_specs, settings_from_parameters
 from ki_vla_ros.share import find_bundle, find_share
 
@@ -62,6 +62,18 @@ def test_changeable_settings() -> None:
 def test_bad_values_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ConfigurationError, match=f"parameter '{name}'.*got"):
         settings_from_parameters({name: value})
+
+
+def test_all_mistakes_are_told_at_once_a_line_each() -> None:
+    with pytest.raises(ParameterError) as error:
+        settings_from_parameters({"rate": 5, "limits.velocity": 1.0, "flow_steps": -1, "engine": "abacus"})
+    assert len(error.value.problems) == 4 and str(error.value).splitlines() == list(error.value.problems)
+    assert error.value.problems[:2] == (
+        "parameter 'rate': no such parameter; did you mean 'rate_hz'?",
+        "parameter 'limits.velocity': no such parameter; did you mean 'limits.velocity_scale'?",
+    )
+    with pytest.raises(ParameterError, match=r"(?s)'rate'.*'engin'"):
+        check_names(["rate", "rate_hz", "engin"])
 
 
 @pytest.mark.parametrize(

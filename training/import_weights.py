@@ -42,6 +42,7 @@ from training.normalization_files import FIELDS, Method, read_ranges
 from training.paligemma import paligemma_3b
 from training.paligemma_tokenizer import read_tokenizer
 from training.policy_spec import commit
+from training.weight_files import find_weights
 
 POLICY = "policy.json"
 PROMPTS = {
@@ -140,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, help="folder of the checkpoint")
     chosen = parser.parse_args(arguments)
     try:
+        find_weights(chosen.source)  # the download comes first: nothing else is worth mending without it
         given = [name for name in ("stats", "robot") if getattr(chosen, name) is not None]
         config, policy = paligemma_3b("pi0" if chosen.kind == "pi0" else "pi05", chosen.action_ids), None
         if chosen.kind == "paligemma":

@@ -1,0 +1,158 @@
+"""When messages come and how old they are then, against the limits by which the node holds. All durations in s."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.doctor_findings import Findings
+from ki_vla_ros.doctor_inputs import InputWatch, Stream
+from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.settings import Settings
+
+# Share of anything else that is passed over: single events are the node's to refuse.
+RARE = 0.01
+# Stamps farther from the time of arrival were not taken by this clock at all.
+OTHER_CLOCK_S = 3600.0
+
+
+class Limit(NamedTuple):
+    """Oldest message that may be acted upon, and the parameter that says so."""
+
+    name: str
+    value_s: float
+
+    @classmethod
+    def of(cls, own: str, own_s: float, settings: Settings) -> Limit:
+        """An input's own limit, 0 where it has none."""
+        return cls(own, own_s) if own_s else cls("max_age_s", settings.max_age_s)
+
+
+def check_period(watch: InputWatch, stream: Stream, limit: Limit, findings: Findings) -> None:
+    """Whether the newest message is always too old shortly before the next one comes."""
+    every_s = period_s(stream.received)
+    if every_s is None or every_s <= limit.value_s:
+        return
+    age_s = 0.0 if watch.settings.use_receive_time else _p90(_ages_s(stream))
+    needed_s = every_s + (age_s if 0.0 < age_s < OTHER_CLOCK_S else 0.0)
+    findings.error(
+        "max age",
+        stream.topic,
+        f"a message comes every {every_s * 1e3:.1f} ms, but {limit.name} is {limit.value_s * 1e3:g} ms: until "
+        "the next one comes the newest is too old, and the arm is held",
+        f"raise {limit.name} to {_rounded_up(needed_s):g} or more, or the rate of this topic",
+    )
+
+
+def check_stamps(watch: InputWatch, stream: Stream, limit: Limit, findings: Findings) -> None:
+    settings, limit_s = watch.settings, limit.value_s
+    stamps, received = np.array(stream.stamps, dtype=np.int64), np.array(stream.received, dtype=np.int64)
+    if len(received) > 1:
+        gaps_s = np.diff(received) / NS_PER_S
+        if gaps_s.max() > max(limit_s, settings.hold_after_s):
+            at_s = (received[int(gaps_s.argmax())] - received[0]) / NS_PER_S
+            findings.warning(
+                "gap",
+                stream.topic,
+                f"{(gaps_s > limit_s).sum()} gaps longer than {limit_s:g} s, the longest {gaps_s.max():.1f} s after "
+                f"{at_s:.1f} s",
+                "the arm is held meanwhile; see whether driver, network or recorder stalled",
+            )
+    if settings.use_receive_time or not len(stamps):
+        return
+    if (stamps == 0).mean() > RARE:
+        findings.error(
+            "stamps",
+            stream.topic,
+            f"{(stamps == 0).sum()} of {len(stamps)} messages have no stamp",
+            "let the driver stamp its messages, or set use_receive_time: true",
+        )
+        return
+    age_s = _ages_s(stream)
+    median_s, late_s = float(np.median(age_s)), _p90(age_s)
+    if abs(median_s) > OTHER_CLOCK_S:
+        findings.error(
+            "clock",
+            stream.topic,
+            f"stamps are {median_s:+.0f} s from the time of arrival: two clocks, one of them perhaps simulated",
+            "run all nodes with the same use_sim_time (record a simulation with --use-sim-time)",
+        )
+        return
+    if median_s < -settings.sync_slop_s:
+        findings.error(
+            "stamps",
+            stream.topic,
+            f"stamps lie {-median_s:.3f} s in the future",
+            "synchronise the clocks of the two machines (chrony, PTP)",
+        )
+    elif late_s > limit_s:
+        findings.error(
+            "stamps",
+            stream.topic,
+            f"messages are {median_s:.3f} s (90th percentile {late_s:.3f} s) old when they arrive, {limit.name} is "
+            f"{limit_s:g} s",
+            "synchronise the clocks of the two machines (chrony, PTP); if they are, shorten the driver's queue or "
+            f"raise {limit.name} to {_rounded_up(late_s + (period_s(stream.received) or 0.0)):g} or more",
+        )
+    steps = np.diff(stamps)
+    if len(steps) and (steps == 0).mean() > RARE:
+        findings.error(
+            "stamps",
+            stream.topic,
+            f"{(steps == 0).sum()} of {len(stamps)} messages repeat the stamp of the one before",
+            "frozen driver, or one that stamps once: restart or mend it, or set use_receive_time: true",
+        )
+    back_s = -steps.min() / NS_PER_S if len(steps) else 0.0
+    if back_s > settings.sync_slop_s:
+        findings.warning(
+            "stamps",
+            stream.topic,
+            f"{(steps < 0).sum()} stamps go backwards, by up to {back_s:.3f} s",
+            "the driver's clock was set while it ran, or two drivers publish here",
+        )
+
+
+def check_skew(watch: InputWatch, findings: Findings) -> None:
+    """Stamps of any two required cameras: from each of the one with fewer images to the nearest of the other one."""
+    optional = {camera.name for camera in watch.manifest.cameras if camera.optional}
+    required = [(name, stream) for name, stream in watch.cameras.items() if name not in optional and stream.stamps]
+    limit_s = watch.settings.sync_slop_s
+    for pair in combinations(required, 2):
+        (one, first), (two, second) = sorted(pair, key=lambda camera: len(camera[1].stamps))
+        a, b = np.sort(np.array(first.stamps)), np.sort(np.array(second.stamps))
+        after = np.clip(np.searchsorted(b, a), 1, max(1, len(b) - 1))
+        distance_s = np.minimum(np.abs(a - b[after - 1]), np.abs(a - b[np.minimum(after, len(b) - 1)])) / NS_PER_S
+        apart_s = _p90(distance_s)
+        if limit_s < apart_s < OTHER_CLOCK_S:
+            findings.error(
+                "camera skew",
+                f"{first.topic}, {second.topic}",
+                f"stamps of {one!r} and {two!r} are {apart_s * 1e3:.1f} ms apart (90th percentile), limit "
+                f"{limit_s * 1e3:g} ms (sync_slop_s)",
+                f"trigger the cameras together, raise their rates, or raise sync_slop_s to {_rounded_up(apart_s):g} or "
+                "more, if the task can bear it",
+            )
+
+
+def _ages_s(stream: Stream) -> NDArray[np.float64]:
+    """From stamp to arrival [N]."""
+    return (np.array(stream.received, dtype=np.int64) - np.array(stream.stamps, dtype=np.int64)) / NS_PER_S
+
+
+def _p90(values_N: NDArray[np.float64]) -> float:
+    return float(np.percentile(values_N, 90))
+
+
+def _rounded_up(duration_s: float) -> float:
+    """To whole milliseconds, for a setting to be proposed."""
+    return float(np.ceil(duration_s * 1e3 - 1e-6)) / 1e3
+
+
+def period_s(received: object) -> float | None:
+    times = np.array(received, dtype=np.int64)
+    if len(times) < 10:
+        return None
+    return max(float(np.median(np.diff(times))) / NS_PER_S, 1e-6)
