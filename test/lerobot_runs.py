@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bad_bags import Messages, write_bag
+from sample_bags import Messages, write_bag
 
 from training.data.lerobot.__main__ import main
 from training.data.lerobot.dataset import Dataset

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from bad_bags import (
+from lerobot_runs import convert, run
+from sample_bags import (
     CAMERAS,
     COMMAND_TOPIC,
     COMPRESSED_IMAGE,
@@ -25,7 +26,6 @@ from bad_bags import (
     text,
     where,
 )
-from lerobot_runs import convert, run
 
 from ki_vla_ros.bag_records import BagMessage
 from ki_vla_ros.bags import camera_frame, decode, header_ns, joint_reading, open_bag

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_bags import (
-    CASES,
+from bad_bags import CASES
+from lerobot_runs import convert, run
+from sample_bags import (
     COMMAND_TOPIC,
     INSTRUCTION_TOPIC,
     JOINT_TOPIC,
@@ -23,7 +24,6 @@ from bad_bags import (
     where,
     write_bag,
 )
-from lerobot_runs import convert, run
 
 from ki_vla_ros.bag_records import BagMessage
 from ki_vla_ros.records import NS_PER_S

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_bags import JOINTS, START_NS, recording, where, write_bag
+from sample_bags import JOINTS, START_NS, recording, where, write_bag
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.preprocess import normalize, tokenize
