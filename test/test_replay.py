@@ -110,7 +110,10 @@ def test_a_tick_whose_frame_is_not_in_the_bag_is_said_and_not_made_up(tmp_path: 
             if not (in_gap and message.topic == "/camera/wrist/image_raw"):
                 copy(message, writer)
     writer.close()
+    slow = replay(tmp_path / "bag", tmp_path / "slow", bundle, "--ticks", "recorded", "--no-mcap", "--latency", "0.15")
+    assert slow["deadlines"]["missed"] >= slow["ticks"]["chunks"] - 1 > 0, "each chunk takes one period too long"
     metrics = replay(tmp_path / "bag", tmp_path / "out", bundle, "--ticks", "recorded", "--no-mcap")
+    assert metrics["deadlines"]["missed"] == 0
     assert metrics["parity"]["not_reproduced"] and metrics["parity"]["unmatched"]
     assert metrics["parity"]["max_difference"] < 1e-5
     assert {why.partition(": the")[0] for why in metrics["parity"]["not_reproduced"]} == {"recorded: camera 'wrist'"}
@@ -270,6 +273,7 @@ def test_a_broken_image_is_refused_and_the_one_before_is_used(tmp_path: Path, bu
         ("", ["--set", "rate=5"], "parameter 'rate': no such parameter; did you mean 'rate_hz'?"),
         ("", ["--latency", "-1"], "--latency"),
         ("", ["--ticks", "recorded"], "no recorded ticks"),
+        ("", ["--latency", "recorded"], "expected --ticks recorded beside it"),
         ("", ["--fail-if", "error.rsm>0.1"], "error.rsm"),
         ("", ["--instruction", "zyx"], "zyx"),
     ],

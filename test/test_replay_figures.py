@@ -20,6 +20,7 @@ from ki_vla_ros.latency import parse_latency
 from ki_vla_ros.metrics import Figures
 from ki_vla_ros.records import NS_PER_S, JointReading
 from ki_vla_ros.reference import CommandedPath, MeasuredPath
+from ki_vla_ros.replay_inbox import Inbox
 from ki_vla_ros.thresholds import parse_threshold
 
 MS = 1_000_000
@@ -96,6 +97,17 @@ def test_an_arm_that_is_set_elsewhere_has_not_moved_there() -> None:
     ]
     path.forget(150 * MS)
     assert path.jump_after(0) == 190 * MS
+
+
+def test_what_follows_a_reset_is_no_answer_to_what_began_before_it() -> None:
+    inbox = Inbox.__new__(Inbox)  # of all its parts only the paths
+    inbox.measured, inbox._commanded = MeasuredPath(JOINTS, [3.0] * 7), CommandedPath(JOINTS)
+    for n in range(20):
+        inbox.measured.add(JointReading(n * 10 * MS, JOINTS, np.full(7, 0.0 if n < 10 else 2.0)))
+    due_N = np.array([50, 90, 95, 100, 150]) * MS
+    before_NJ = inbox.answer(inbox.measured, due_N, 0)
+    assert np.isfinite(before_NJ[:2]).all() and np.isnan(before_NJ[2:]).all()
+    assert np.isfinite(inbox.answer(inbox.measured, due_N[3:], 100 * MS)).all()
 
 
 def trajectory(stamp_ms: int, *points: tuple[int, float], names: tuple[str, ...] = JOINTS) -> Any:
