@@ -368,12 +368,10 @@ def test_without_a_gpu_the_choice_is_refused(bundle: Bundle, tmp_path: Path) -> 
 
 
 def test_the_engine_runs_on_nvidia_cards_alone(bundle: Bundle) -> None:
-    for name in ("tensorrt", "tensorrt_rtx"):
-        with pytest.raises(ConfigurationError, match=rf"'provider': expected cuda for engine {name}.*, got cpu"):
-            settings_from_parameters({"engine": name}).validate_against(bundle.manifest)
-    for name in ("torch", "tensorrt"):
-        with pytest.raises(ConfigurationError, match=rf"expected cpu or cuda for engine {name}, got tensorrt"):
-            settings_from_parameters({"engine": name, "provider": "tensorrt"}).validate_against(bundle.manifest)
+    refused = [(name, "cpu", "cuda") for name in ("tensorrt", "tensorrt_rtx")]
+    for name, provider, wanted in [*refused, *((name, "tensorrt", "cpu or cuda") for name in ("torch", "tensorrt"))]:
+        with pytest.raises(ConfigurationError, match=rf"expected {wanted} for engine {name},.* got {provider}"):
+            settings_from_parameters({"engine": name, "provider": provider}).validate_against(bundle.manifest)
 
 
 @no_gpu
