@@ -16,11 +16,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, load_bundle
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
+from ki_vla_ros.bundle.manifest import Manifest
+from ki_vla_ros.bundle.onnx_header import GraphHeader, read_header
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.manifest import Manifest
-from ki_vla_ros.onnx_header import GraphHeader, read_header
 from ki_vla_ros.policy import Policy, widen
 from ki_vla_ros.preprocess import ModelInput
 from ki_vla_ros.roofline import Ceiling, Work, measure_ceiling

@@ -28,11 +28,11 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.convert import ns_to_stamp
 from ki_vla_ros.demo_processes import Child, Children, prepare_environment
 from ki_vla_ros.errors import KiVlaError
-from ki_vla_ros.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message

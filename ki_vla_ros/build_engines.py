@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, load_bundle
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
 from ki_vla_ros.engines.cuda import CudaDevice
 from ki_vla_ros.engines.plans import PlanCache, default_folder
 from ki_vla_ros.engines.tensorrt_builder import BuildOptions, Say, check_gpu, find_or_build, gpu_of, plan_key

@@ -21,7 +21,7 @@ from typing import Any, Final, get_args
 
 import numpy as np
 
-from ki_vla_ros.bundle import file_sha256, load_bundle
+from ki_vla_ros.bundle.folder import file_sha256, load_bundle
 from ki_vla_ros.demo_driver import ARM, POLICY, TOPICS, Driver, Observed
 from ki_vla_ros.demo_processes import Child, ChildError, Children, prepare_environment
 from ki_vla_ros.demo_report import Episode, Run, percentiles, rate_hz, write_report

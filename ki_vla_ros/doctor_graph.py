@@ -22,12 +22,12 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bags import COMPRESSED_IMAGE, IMAGE, BagMessage
+from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.doctor_checks import check_inputs
 from ki_vla_ros.doctor_findings import Findings
 from ki_vla_ros.doctor_inputs import JOINT_STATE, TRAJECTORY, InputWatch, command_type, image_type
 from ki_vla_ros.doctor_setup import PROFILE_VARIABLES, Machine, read_settings
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.manifest import Manifest
 from ki_vla_ros.parameter_file import settings_from_values
 from ki_vla_ros.process import check_domain
 from ki_vla_ros.settings import Settings

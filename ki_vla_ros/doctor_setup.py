@@ -12,13 +12,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ki_vla_ros.bundle import Bundle, load_bundle
+from ki_vla_ros.bundle.folder import Bundle, load_bundle
+from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.doctor_checks import PROFILE_FIX
 from ki_vla_ros.doctor_findings import Findings
 from ki_vla_ros.engines.cuda import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
 from ki_vla_ros.inputs import check_instruction
-from ki_vla_ros.manifest import Manifest
 from ki_vla_ros.parameter_file import NODE, load_settings
 from ki_vla_ros.settings import Settings
 from ki_vla_ros.share import find_bundle

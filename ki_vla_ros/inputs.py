@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ki_vla_ros.bundle import Bundle
-from ki_vla_ros.manifest import PolicySpec
+from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.observation import CameraSource
 from ki_vla_ros.preprocess import make_model_input
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation

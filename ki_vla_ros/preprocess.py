@@ -20,8 +20,8 @@ from ki_vla_ros.errors import InputError, InstructionError
 from ki_vla_ros.records import Observation
 
 if TYPE_CHECKING:
-    from ki_vla_ros.bundle import PolicySpec
-    from ki_vla_ros.manifest import PromptStyle
+    from ki_vla_ros.bundle.folder import PolicySpec
+    from ki_vla_ros.bundle.manifest import PromptStyle
 
 PAD_TOKEN = "<pad>"
 UNKNOWN_TOKEN = "<unk>"

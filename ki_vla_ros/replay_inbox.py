@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bags import BagMessage, decode, header_ns
+from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.manifest import JointSpec
 from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading
 from ki_vla_ros.reference import CommandedPath, MeasuredPath, Reference

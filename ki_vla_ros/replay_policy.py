@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.chunking import JacobianName
 from ki_vla_ros.engines.base import Engine, KVCache
 from ki_vla_ros.errors import EngineError

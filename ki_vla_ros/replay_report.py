@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.limits import UNLIMITED
-from ki_vla_ros.manifest import JointSpec
 from ki_vla_ros.pages import page, remark, section, table, tiles, warning
 from ki_vla_ros.plots import Axes, Span, clock, figure, lanes, spark
 from ki_vla_ros.replay_records import Prediction

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from ki_vla_ros.bags import Bag
-from ki_vla_ros.bundle import MANIFEST, Bundle, file_sha256, load_bundle
+from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.parameter_file import NODE, load_settings, load_tables
 from ki_vla_ros.reference import ReferenceName

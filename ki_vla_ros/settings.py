@@ -21,7 +21,7 @@ from ki_vla_ros.limits import JointLimitSettings, LimitSettings, SettingsModel, 
 from ki_vla_ros.reference import ReferenceName
 
 if TYPE_CHECKING:
-    from ki_vla_ros.manifest import PolicySpec
+    from ki_vla_ros.bundle.manifest import PolicySpec
 
 TorchModeName = Literal["auto", "eager", "compile", "graph", "compile_graph"]
 

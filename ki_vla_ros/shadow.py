@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.diagnostics import WINDOW
-from ki_vla_ros.manifest import JointSpec
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
 from ki_vla_ros.reference import LONGEST_GAP_NS, CommandedPath, MeasuredPath, ReferenceName
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bootstrap import FEWEST_SEGMENTS, Draws
-from ki_vla_ros.manifest import PolicySpec
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.pages import section, table
 from ki_vla_ros.parameter_file import NODE, PARAMETERS
 from ki_vla_ros.plots import Axes, Span, figure

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ki_vla_ros.bundle import Bundle, PolicySpec
+from ki_vla_ros.bundle.folder import Bundle, PolicySpec
 from ki_vla_ros.records import CameraFrame, Observation
 from training.tiny_bundle import write_tiny_bundle
 from training.vocabulary import DEMO_PROMPT

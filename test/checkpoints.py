@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from bundles import demo_policy, state_token_policy
 
-from ki_vla_ros.bundle import TOKENIZER, PolicySpec
+from ki_vla_ros.bundle.folder import TOKENIZER, PolicySpec
 from training.checkpoints import save_checkpoint
 from training.export import POLICY
 from training.model.gemma import GemmaConfig

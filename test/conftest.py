@@ -60,7 +60,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def bench(bundle_path: str) -> Iterator[Bench]:
     from loop_bench import Bench
 
-    from ki_vla_ros.bundle import load_bundle
+    from ki_vla_ros.bundle.folder import load_bundle
 
     bench = Bench(load_bundle(bundle_path))
     yield bench

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from bundles import CAMERAS, JOINTS, demo_observation
 
-from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.loop import PolicyLoop

@@ -17,7 +17,7 @@ from loop_bench import START, TASK, Bench, FakeWire
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
-from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
 
 MS = 1_000_000

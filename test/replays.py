@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from bundles import CAMERAS, JOINTS
 
-from ki_vla_ros.manifest import PolicySpec
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay_trace import Trace

@@ -24,11 +24,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, graph_interface
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, graph_interface
+from ki_vla_ros.bundle.onnx_header import TensorType
 from ki_vla_ros.engines.cuda import ALIGNMENT
 from ki_vla_ros.engines.tensorrt_engine import LoadedPlans
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.onnx_header import TensorType
 
 _CODES = {"float32": "FLOAT", "bool": "BOOL", "int64": "INT64", "bfloat16": "BF16"}
 

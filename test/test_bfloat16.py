@@ -15,15 +15,15 @@ from exported import NONE, A, Made, draw, make
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, PROGRAMS, TIME
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, PROGRAMS, TIME
+from ki_vla_ros.bundle.pt2 import read_program
+from ki_vla_ros.bundle.time_table import TimeTable, step_times
 from ki_vla_ros.engines.base import prefill_inputs
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import ModelInput, make_model_input
-from ki_vla_ros.pt2 import read_program
-from ki_vla_ros.time_table import TimeTable, step_times
 from training import export
 from training.export import COSINE, ExportError, export_bundle
 from training.parity import answer, lowest_cosine

@@ -20,7 +20,8 @@ import torch
 from onnx import TensorProto, helper
 
 from ki_vla_ros import build_engines
-from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, graph_interface, load_bundle
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, graph_interface, load_bundle
+from ki_vla_ros.bundle.onnx_header import TensorType, read_header
 from ki_vla_ros.engines import tensorrt_builder
 from ki_vla_ros.engines.plans import PlanCache, PlanKey, graph_sha256
 from ki_vla_ros.engines.tensorrt_builder import (
@@ -35,7 +36,6 @@ from ki_vla_ros.engines.tensorrt_builder import (
 )
 from ki_vla_ros.engines.tensorrt_library import Library
 from ki_vla_ros.errors import ConfigurationError, EngineError
-from ki_vla_ros.onnx_header import TensorType, read_header
 from ki_vla_ros.share import find_bundle
 from training.export import export_bundle
 from training.random_bundle import PROMPT_LENGTH, pi05_slice, policy_spec, write_checkpoint

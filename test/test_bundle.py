@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from pydantic import ValidationError
 
-from ki_vla_ros.bundle import (
+from ki_vla_ros.bundle.folder import (
     EXPERT,
     MANIFEST,
     MODEL_CARD,
@@ -29,8 +29,8 @@ from ki_vla_ros.bundle import (
     graph_interface,
     load_bundle,
 )
+from ki_vla_ros.bundle.onnx_header import TensorType, read_header
 from ki_vla_ros.errors import BundleError
-from ki_vla_ros.onnx_header import TensorType, read_header
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import torch
 from bundles import demo_observation
 from checkpoints import write_checkpoint
 
-from ki_vla_ros.bundle import EXPERT, MODEL_CARD, PREFILL, TOKENIZER, Bundle, PolicySpec, load_bundle
+from ki_vla_ros.bundle.folder import EXPERT, MODEL_CARD, PREFILL, TOKENIZER, Bundle, PolicySpec, load_bundle
+from ki_vla_ros.bundle.onnx_header import read_header
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.onnx_header import read_header
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import make_model_input
 from training.checkpoints import load_checkpoint

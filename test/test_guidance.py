@@ -9,7 +9,7 @@ import pytest
 from bundles import HORIZON, demo_observation, write_test_bundle
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.chunking import Condition
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.policy import Guide, Policy, guidance

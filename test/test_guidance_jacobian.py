@@ -14,7 +14,7 @@ from exported import A, Made, draw
 from numpy.typing import NDArray
 from robots import PolicyProcess, Robot, until
 
-from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.chunking import soft_mask
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sentencepieces import train
 from test_golden import CONFIG
 
-from ki_vla_ros.bundle import BundleError, PolicySpec, load_bundle
+from ki_vla_ros.bundle.folder import BundleError, PolicySpec, load_bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import make_model_input, render_prompt

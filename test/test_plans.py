@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, load_bundle
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
 from ki_vla_ros.engines import plans, tensorrt_builder
 from ki_vla_ros.engines.plans import PlanCache, PlanKey, default_folder
 from ki_vla_ros.engines.tensorrt_builder import find_or_build, plan_key

@@ -13,14 +13,14 @@ import pytest
 from bundles import HORIZON, both_ways_policy, demo_observation, demo_policy, state_token_policy, write_test_bundle
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, TIME, Bundle
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, TIME, Bundle
+from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.chunking import Condition
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import ModelInput, make_model_input, unnormalize
-from ki_vla_ros.time_table import TimeTable
 
 TEXT = "touch the red cube"
 

@@ -19,9 +19,9 @@ from checkpoints import write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ki_vla_ros.bundle import EXPERT, MANIFEST, PREFILL, PROGRAMS, Bundle, file_sha256, load_bundle
+from ki_vla_ros.bundle.folder import EXPERT, MANIFEST, PREFILL, PROGRAMS, Bundle, file_sha256, load_bundle
+from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.errors import BundleError
-from ki_vla_ros.pt2 import read_program
 from training.checkpoints import load_checkpoint
 from training.export import ExportError, check_left_behind, export_bundle, save_program
 

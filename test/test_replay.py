@@ -19,7 +19,7 @@ from loop_bench import START, TASK
 from recordings import MS, BagWriter, path_J, picture, record_inputs, record_run
 
 from ki_vla_ros.bags import BagMessage, decode, open_bag
-from ki_vla_ros.bundle import Bundle, load_bundle
+from ki_vla_ros.bundle.folder import Bundle, load_bundle
 from ki_vla_ros.replay import FAILED, INTERRUPTED, main
 from ki_vla_ros.replay_document import MACHINE
 

@@ -21,10 +21,10 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros import convert
 from ki_vla_ros import loop as loop_module
+from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.errors import StaleInput
 from ki_vla_ros.loop import PolicyLoop
-from ki_vla_ros.manifest import JointSpec
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.safety import extremes
 from ki_vla_ros.settings import Settings, settings_from_parameters

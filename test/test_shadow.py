@@ -13,8 +13,8 @@ from robots import TASK, PolicyProcess, Robot, until
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
+from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.manifest import JointSpec
 from ki_vla_ros.metrics import Figures
 from ki_vla_ros.records import ActionChunk, JointReading
 from ki_vla_ros.reference import ReferenceName

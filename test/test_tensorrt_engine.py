@@ -19,7 +19,9 @@ from cuda.bindings import runtime as cuda
 from numpy.typing import NDArray
 from tensorrt_double import FakeDevice, FakeEngine, Work, fake_plans
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, load_bundle
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
+from ki_vla_ros.bundle.onnx_header import TensorType
+from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.engines import open_engine, tensorrt_engine
 from ki_vla_ros.engines.base import IntegratingEngine
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
@@ -27,12 +29,10 @@ from ki_vla_ros.engines.plans import PlanCache
 from ki_vla_ros.engines.tensorrt_engine import TensorRTEngine, load_plans
 from ki_vla_ros.engines.tensorrt_library import Library
 from ki_vla_ros.errors import ConfigurationError, EngineError
-from ki_vla_ros.onnx_header import TensorType
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import ModelInput, make_model_input
 from ki_vla_ros.settings import settings_from_parameters
 from ki_vla_ros.share import find_bundle
-from ki_vla_ros.time_table import step_times
 
 Array = NDArray[np.float32]
 no_gpu = pytest.mark.skipif(

@@ -11,8 +11,8 @@ import torch
 from checkpoints import write_checkpoint
 from test_model import CONFIG, make_model
 
+from ki_vla_ros.bundle.time_table import MOST_ROWS, TimeTable, step_times
 from ki_vla_ros.errors import BundleError, EngineError
-from ki_vla_ros.time_table import MOST_ROWS, TimeTable, step_times
 from training.checkpoints import load_checkpoint
 from training.graphs import cast_weights, expert_norms, modulation_size, modulations, time_file
 from training.model.expert import Conditioning, Expert, embed_time

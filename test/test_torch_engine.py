@@ -14,7 +14,7 @@ from bundles import HORIZON, demo_observation, write_test_bundle
 from checkpoints import write_checkpoint
 from exported import NONE, A, Made, draw
 
-from ki_vla_ros.bundle import PREFILL, Bundle
+from ki_vla_ros.bundle.folder import PREFILL, Bundle
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import DifferentiableEngine, KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, PROGRAMS
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, PROGRAMS
+from ki_vla_ros.bundle.pt2 import Operation, Program, read_program
+from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.engines import torch_engine
 from ki_vla_ros.engines.base import IntegratingEngine
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
@@ -28,9 +30,7 @@ from ki_vla_ros.engines.torch_program import Interpreter, compile_program, graph
 from ki_vla_ros.engines.torch_stream import HostStream, Work
 from ki_vla_ros.errors import BundleError, EngineError
 from ki_vla_ros.policy import Guide, Policy
-from ki_vla_ros.pt2 import Operation, Program, read_program
 from ki_vla_ros.settings import parameter_specs
-from ki_vla_ros.time_table import step_times
 
 pytestmark = pytest.mark.timeout(600)  # torch traces and compiles in tens of seconds of one core
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_a_missing_compiler_is_named(made: Made, tmp_path: Path) -> None:
     program = (
         "import sys, torch\n"
         "from ki_vla_ros.engines.torch_program import Interpreter, compile_program\n"
-        "from ki_vla_ros.pt2 import read_program\n"
+        "from ki_vla_ros.bundle.pt2 import read_program\n"
         "program = read_program(__import__('pathlib').Path(sys.argv[1]))\n"
         "run = compile_program(Interpreter(program, torch.device('cpu')))\n"
         "run({name: torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for name, t in program.inputs.items()})\n"

@@ -13,8 +13,8 @@ import pytest
 import torch
 from exported import draw
 
+from ki_vla_ros.bundle.onnx_header import TensorType
 from ki_vla_ros.engines.torch_stream import WARM_UP, CudaStream
-from ki_vla_ros.onnx_header import TensorType
 
 REAL = {name: getattr(torch.cuda, name) for name in ("graph", "Stream", "Event", "CUDAGraph")}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.sim.task import HELD_OUT

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
-from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.chunking import ExecutorName
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError

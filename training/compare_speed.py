@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ki_vla_ros.bench_model import longest_input, state_token
-from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError

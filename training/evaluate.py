@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.loop import PolicyLoop

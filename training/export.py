@@ -33,12 +33,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 
-from ki_vla_ros.bundle import EXPERT, MANIFEST, PREFILL, PROGRAMS, TIME, TOKENIZER, Bundle, write_bundle
+from ki_vla_ros.bundle.folder import EXPERT, MANIFEST, PREFILL, PROGRAMS, TIME, TOKENIZER, Bundle, write_bundle
+from ki_vla_ros.bundle.manifest import PolicySpec, describe_validation
+from ki_vla_ros.bundle.onnx_header import read_header
+from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.manifest import PolicySpec, describe_validation
-from ki_vla_ros.onnx_header import read_header
-from ki_vla_ros.pt2 import read_program
 from training.checkpoints import load_checkpoint
 from training.graphs import (
     Inputs,

@@ -1,7 +1,7 @@
 """The two graphs of a bundle, as modules made of a trained model: what runs on the robot, and nothing else.
 
 They compute what `VLA.prefill` and `VLA.velocity` compute, arranged for speed: one matrix for queries, keys and values,
-one for gate and up, and the flow time as a `modulation` that the robot looks up (ki_vla_ros/time_table.py).
+one for gate and up, and the flow time as a `modulation` that the robot looks up (ki_vla_ros/bundle/time_table.py).
 
 Legend: V cameras, S image size, L prompt tokens, P prefix length, N layers, K kv heads, D head dim, H horizon,
 A action dim, M modulation, W width, Q query heads.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ki_vla_ros.manifest import GraphSpec, PolicySpec
+from ki_vla_ros.bundle.manifest import GraphSpec, PolicySpec
 from training.model.attention import Rotation, rotate
 from training.model.expert import AdaRMSNorm, Expert, time_periods
 from training.model.gemma import MLP, Projections, RMSNorm
@@ -232,7 +232,7 @@ def time_layers(expert: Expert) -> list[tuple[Tensor, Tensor]]:
 
 
 def modulations(expert: Expert, time_N: Tensor) -> Tensor:
-    """[N, M] in float32: what the robot's table (ki_vla_ros/time_table.py) has for these times."""
+    """[N, M] in float32: what the robot's table (ki_vla_ros/bundle/time_table.py) has for these times."""
     with torch.no_grad():
         angle = time_N.double()[:, None] * (2.0 * torch.pi / time_periods(expert.config.width))
         x = torch.cat((angle.sin(), angle.cos()), dim=-1).float()

@@ -21,9 +21,8 @@ from typing import get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ki_vla_ros.bundle import TOKENIZER
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.manifest import (
+from ki_vla_ros.bundle.folder import TOKENIZER
+from ki_vla_ros.bundle.manifest import (
     ActionStats,
     CameraSpec,
     FlowSpec,
@@ -35,6 +34,7 @@ from ki_vla_ros.manifest import (
     StateSpec,
     describe_validation,
 )
+from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from training.checkpoints import CONFIG, WEIGHTS, save_checkpoint
 from training.imports import Kind, import_weights
 from training.model.vla import VLAConfig

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from ki_vla_ros.bundle import PREFILL, Bundle
+from ki_vla_ros.bundle.folder import PREFILL, Bundle
 from ki_vla_ros.engines.base import prefill_inputs
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine

@@ -7,7 +7,7 @@ from __future__ import annotations
 import subprocess
 from datetime import datetime, timezone
 
-from ki_vla_ros.bundle import (
+from ki_vla_ros.bundle.folder import (
     ActionStats,
     CameraSpec,
     FlowSpec,

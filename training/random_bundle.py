@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ki_vla_ros.bundle import TOKENIZER
+from ki_vla_ros.bundle.folder import TOKENIZER
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.manifest import PolicySpec
 from training.checkpoints import CONFIG, WEIGHTS, shapes
 from training.export import POLICY, export_bundle
 from training.model.gemma import GemmaConfig

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ki_vla_ros.bundle import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
+from ki_vla_ros.bundle.folder import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
 from training.vocabulary import DEMO_PROMPT, build_tokenizer, prompt_tokenizer
 
 _GRID = 2  # image tokens per side

@@ -13,7 +13,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, TIME, Bundle, graph_interface
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, TIME, Bundle, graph_interface
+from ki_vla_ros.bundle.onnx_header import TensorType
+from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.engines.base import (
     KVCache,
     check_cache,
@@ -24,9 +26,7 @@ from ki_vla_ros.engines.base import (
     prefill_inputs,
 )
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.onnx_header import TensorType
 from ki_vla_ros.preprocess import ModelInput
-from ki_vla_ros.time_table import TimeTable
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.bundle.onnx_header import read_header
 from ki_vla_ros.errors import ConfigurationError, EngineError
-from ki_vla_ros.onnx_header import read_header
 
 
 class PlanKey(BaseModel):

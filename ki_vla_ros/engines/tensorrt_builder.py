@@ -13,12 +13,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-from ki_vla_ros.bundle import Bundle, graph_interface
+from ki_vla_ros.bundle.folder import Bundle, graph_interface
+from ki_vla_ros.bundle.onnx_header import TensorType, read_header
 from ki_vla_ros.engines.cuda import Device
 from ki_vla_ros.engines.plans import PlanCache, PlanKey, PlanRecord, graph_sha256
 from ki_vla_ros.engines.tensorrt_library import Builder, BuilderConfig, Library, Log, Named, Network, Tensor
 from ki_vla_ros.errors import ConfigurationError, EngineError
-from ki_vla_ros.onnx_header import TensorType, read_header
 
 _DTYPES = {
     "FLOAT": "float32",

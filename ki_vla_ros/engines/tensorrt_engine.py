@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, TIME, Bundle, graph_interface
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, TIME, Bundle, graph_interface
+from ki_vla_ros.bundle.onnx_header import TensorType
+from ki_vla_ros.bundle.time_table import TimeTable, step_times
 from ki_vla_ros.engines.base import (
     KVCache,
     check_cache,
@@ -34,9 +36,7 @@ from ki_vla_ros.engines.plans import PlanCache
 from ki_vla_ros.engines.tensorrt_builder import Say, dtype_name, find_or_build, gpu_of, plan_key
 from ki_vla_ros.engines.tensorrt_library import CudaEngine, Library, LibraryName, Log, load_library
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.onnx_header import TensorType
 from ki_vla_ros.preprocess import ModelInput
-from ki_vla_ros.time_table import TimeTable, step_times
 
 _BYTES = {"float32": 4, "bfloat16": 2, "int64": 8, "bool": 1}
 _PREFILL_INPUTS = ("images", "image_mask", "tokens", "token_mask")

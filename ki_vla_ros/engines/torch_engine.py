@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bundle import EXPERT, PREFILL, PROGRAMS, TIME, Bundle, graph_interface
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, PROGRAMS, TIME, Bundle, graph_interface
+from ki_vla_ros.bundle.pt2 import read_program
+from ki_vla_ros.bundle.time_table import TimeTable, step_times
 from ki_vla_ros.engines.base import (
     KVCache,
     check_cache,
@@ -30,9 +32,7 @@ from ki_vla_ros.engines.torch_program import Interpreter, Run, compile_program
 from ki_vla_ros.engines.torch_stream import CudaStream, HostStream, Stream, Work
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.preprocess import ModelInput
-from ki_vla_ros.pt2 import read_program
 from ki_vla_ros.settings import TorchModeName
-from ki_vla_ros.time_table import TimeTable, step_times
 
 VELOCITY, LOOP = "velocity", "loop"  # what is captured beside the prefill: one step, and all steps of a chunk
 CACHE = ("keys", "values", "prefix_mask")

@@ -1,4 +1,4 @@
-"""A program (pt2.py) with its weights on a device: run operation by operation, or compiled by torch."""
+"""A program (bundle/pt2.py) with its weights on a device: run operation by operation, or compiled by torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ki_vla_ros.bundle.pt2 import Constant, Device, Name, Operation, Program
 from ki_vla_ros.errors import BundleError, EngineError
-from ki_vla_ros.pt2 import Constant, Device, Name, Operation, Program
 
 Run = Callable[[Mapping[str, Tensor]], list[Tensor]]
 """From at least the program's inputs, by name, to its outputs in order."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ki_vla_ros.bundle import file_sha256
+from ki_vla_ros.bundle.folder import file_sha256
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.preprocess import resize_with_pad
 from training.data.lerobot.dataset import Dataset

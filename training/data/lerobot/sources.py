@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ki_vla_ros.bags import Bag, decode
-from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.manifest import Manifest
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.session import Session, read_session
 from ki_vla_ros.settings import Settings

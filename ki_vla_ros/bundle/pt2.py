@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ki_vla_ros.bundle.onnx_header import TensorType
 from ki_vla_ros.errors import BundleError
-from ki_vla_ros.onnx_header import TensorType
 
 SCHEMA = 8  # major version of torch's serialised programs; torch 2.13 writes it
 # All that prefill and expert use. A list, because torch.ops.aten also has operators that read and write files.

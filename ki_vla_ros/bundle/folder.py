@@ -1,8 +1,8 @@
 """The bundle: the folder that training writes and the robot reads, and the checks that it passes before anything moves.
 
 A bundle holds `manifest.json`, `prefill.onnx`, `expert.onnx` (perhaps with weight files beside them), `time.npz`
-(time_table.py), `tokenizer.json` and `README.md`; no pickle, no code. For the torch engine it may hold both graphs once
-more, as `prefill.pt2` and `expert.pt2`: numbers and a list of known operations (pt2.py), which torch's own loader, a
+(bundle/time_table.py), `tokenizer.json` and `README.md`; no pickle, no code. For the torch engine it may hold both graphs once
+more, as `prefill.pt2` and `expert.pt2`: numbers and a list of known operations (bundle/pt2.py), which torch's own loader, a
 user of pickle, never opens.
 """
 
@@ -17,8 +17,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from ki_vla_ros.errors import BundleError
-from ki_vla_ros.manifest import (
+from ki_vla_ros.bundle.manifest import (
     ActionStats,
     CameraSpec,
     FlowSpec,
@@ -32,10 +31,11 @@ from ki_vla_ros.manifest import (
     StateSpec,
     describe_validation,
 )
-from ki_vla_ros.onnx_header import GraphHeader, TensorType, read_header
+from ki_vla_ros.bundle.onnx_header import GraphHeader, TensorType, read_header
+from ki_vla_ros.bundle.pt2 import read_program
+from ki_vla_ros.bundle.time_table import TimeTable
+from ki_vla_ros.errors import BundleError
 from ki_vla_ros.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
-from ki_vla_ros.pt2 import read_program
-from ki_vla_ros.time_table import TimeTable
 
 __all__ = [
     "ActionStats",
@@ -78,7 +78,7 @@ class Bundle:
 def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType], dict[str, TensorType]]]:
     """Inputs and outputs that each graph file must have, by name.
 
-    One expert step: `modulation` stands for the flow time (time_table.py), `clean` marks actions that are known already
+    One expert step: `modulation` stands for the flow time (bundle/time_table.py), `clean` marks actions that are known already
     (their time is 0), and x_next = x_t - step * velocity, for clean ones x_t: so an engine chains steps by addresses.
     """
     size, graph = manifest.image.size, manifest.graph
