@@ -32,7 +32,7 @@ from ki_vla_ros.bag_mcap import LARGEST_CHUNK, McapFile
 from ki_vla_ros.bag_records import BagFault, BagMessage, Faults, Part, Storage, Topic, in_time_order
 from ki_vla_ros.bag_sqlite import SqliteFile
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.pixels import decode_compressed, decode_raw, read_image
+from ki_vla_ros.messages.pixels import decode_compressed, decode_raw, read_image
 from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading
 
 __all__ = ["Bag", "BagFault", "BagMessage", "Topic", "camera_frame", "decode", "joint_reading", "open_bag"]

@@ -22,7 +22,7 @@ from std_msgs.msg import Float64MultiArray, String
 
 from ki_vla_ros.diagnostics import Report
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
+from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
 
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from ki_vla_ros.bags import COMPRESSED_IMAGE, IMAGE, BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.messages.pixels import read_image
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
-from ki_vla_ros.pixels import read_image
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.settings import Settings
 

@@ -19,7 +19,7 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 from ki_vla_ros import convert
 from ki_vla_ros.diagnostics import Level, Report
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.pixels import read_image
+from ki_vla_ros.messages.pixels import read_image
 from ki_vla_ros.records import ActionChunk, Motion
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)

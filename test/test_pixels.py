@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.pixels import ENCODINGS, decode_compressed, decode_raw
+from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw
 
 HEIGHT, WIDTH = 6, 8
 
