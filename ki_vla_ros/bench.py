@@ -22,7 +22,7 @@ from ki_vla_ros.bench_compare import table as compare_table
 from ki_vla_ros.bench_model import CALLS, SetUp, bench_model
 from ki_vla_ros.bench_model import table as model_table
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.settings import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

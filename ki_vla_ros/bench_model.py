@@ -24,7 +24,7 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy import Policy, widen
 from ki_vla_ros.preprocess import ModelInput
 from ki_vla_ros.roofline import Ceiling, Work, measure_ceiling
-from ki_vla_ros.settings import settings_from_parameters
+from ki_vla_ros.settings.settings import settings_from_parameters
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.timing import choose_clock, spread, time_alternating
 

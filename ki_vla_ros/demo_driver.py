@@ -32,7 +32,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.session import session_topic
+from ki_vla_ros.settings.session import session_topic
 
 POLICY: Final = "policy"
 ARM: Final = "sim_arm"

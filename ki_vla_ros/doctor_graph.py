@@ -28,9 +28,9 @@ from ki_vla_ros.doctor_findings import Findings
 from ki_vla_ros.doctor_inputs import JOINT_STATE, TRAJECTORY, InputWatch, command_type, image_type
 from ki_vla_ros.doctor_setup import PROFILE_VARIABLES, Machine, read_settings
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.parameter_file import settings_from_values
 from ki_vla_ros.process import check_domain
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.parameter_file import settings_from_values
+from ki_vla_ros.settings.settings import Settings
 
 if TYPE_CHECKING:
     from ki_vla_ros.doctor import Request

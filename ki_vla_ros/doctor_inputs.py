@@ -22,7 +22,7 @@ from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages.pixels import read_image
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.settings import Settings
 
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
 FLOATS = "std_msgs/msg/Float64MultiArray"

@@ -19,8 +19,8 @@ from ki_vla_ros.doctor_findings import Findings
 from ki_vla_ros.engines.cuda import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
 from ki_vla_ros.inputs import check_instruction
-from ki_vla_ros.parameter_file import NODE, load_settings
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.parameter_file import NODE, load_settings
+from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_bundle
 
 # The Python that each ROS 2 release is built for (its Ubuntu's), and the major version of numpy that comes with it.

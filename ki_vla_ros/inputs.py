@@ -11,7 +11,7 @@ from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.observation import CameraSource
 from ki_vla_ros.preprocess import make_model_input
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.settings import Settings
 
 
 def camera_sources(

@@ -22,7 +22,7 @@ from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
 from ki_vla_ros.safety import SafetyGate, joint_bounds
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.wire import Wire
 
 # Simulated time may run at any speed, so a waiting loop looks at it this often.

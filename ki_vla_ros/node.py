@@ -44,7 +44,7 @@ from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import resize_with_pad
 from ki_vla_ros.process import run_node
-from ki_vla_ros.session import BundleIdentity, Session, SessionTopics, session_topic
+from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, session_topic
 from ki_vla_ros.shadow import ShadowComparison
 from ki_vla_ros.share import find_bundle
 

@@ -21,7 +21,7 @@ from ki_vla_ros.records import NS_PER_S, CameraFrame, Motion, Observation
 from ki_vla_ros.replay_inputs import BagFrame
 from ki_vla_ros.replay_records import Prediction, TickRecord
 from ki_vla_ros.replay_topics import JOINT_STATE, ReplayTopics
-from ki_vla_ros.session import COMPRESSED_IMAGE, IMAGE, TEXT, TRAJECTORY
+from ki_vla_ros.settings.session import COMPRESSED_IMAGE, IMAGE, TEXT, TRAJECTORY
 
 TYPESTORE = get_typestore(Stores.ROS2_JAZZY)
 LARGEST_SIDE, JPEG_QUALITY = 480, 85

@@ -33,11 +33,11 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros import session
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.process import run_node
 from ki_vla_ros.recorder import Recorder
-from ki_vla_ros.session import Session, read_session, session_topic
+from ki_vla_ros.settings import session
+from ki_vla_ros.settings.session import Session, read_session, session_topic
 
 MESSAGES: Final[dict[str, Any]] = {
     session.IMAGE: Image,

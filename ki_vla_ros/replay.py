@@ -36,7 +36,7 @@ from ki_vla_ros.replay_report import report
 from ki_vla_ros.replay_run import Replay
 from ki_vla_ros.replay_setup import REFERENCES, SetUp, set_up
 from ki_vla_ros.replay_trace import Trace
-from ki_vla_ros.settings import parameter_specs
+from ki_vla_ros.settings.settings import parameter_specs
 from ki_vla_ros.sweep_grid import make_grid
 from ki_vla_ros.sweep_output import tune
 from ki_vla_ros.thresholds import Threshold, check_figure, parse_threshold

@@ -20,7 +20,7 @@ from ki_vla_ros.errors import KiVlaError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import ModelInput, make_model_input
 from ki_vla_ros.records import Observation
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.settings import Settings
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from ki_vla_ros.reference import CommandedPath, MeasuredPath, Reference
 from ki_vla_ros.replay_inputs import Parity, ReplayBuffer
 from ki_vla_ros.replay_options import ReplayOptions
 from ki_vla_ros.replay_topics import POSITIONS, ReplayTopics
-from ki_vla_ros.session import TRAJECTORY
+from ki_vla_ros.settings.session import TRAJECTORY
 
 
 class Inbox:

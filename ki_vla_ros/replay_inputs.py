@@ -19,7 +19,7 @@ from ki_vla_ros.messages.pixels import read_image
 from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.preprocess import resize_with_pad
 from ki_vla_ros.records import CameraFrame, JointReading, Observation
-from ki_vla_ros.session import COMPRESSED_IMAGE, IMAGE
+from ki_vla_ros.settings.session import COMPRESSED_IMAGE, IMAGE
 
 # A recorder may get a message so much later than the node did. Not longer than the frames that a buffer keeps.
 RECORDER_LAG_NS = 200_000_000

@@ -36,8 +36,8 @@ from ki_vla_ros.replay_policy import ReplayPolicy
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay_topics import ReplayTopics, read_later_session
 from ki_vla_ros.replay_wire import ReplayDiagnostics, ReplayWire
-from ki_vla_ros.session import TEXT
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.session import TEXT
+from ki_vla_ros.settings.settings import Settings
 
 # The first tick waits for the first message of every input, at most so long.
 START_WAIT_NS = 1_000_000_000

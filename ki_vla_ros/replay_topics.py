@@ -10,10 +10,10 @@ from ki_vla_ros.bags import Bag, decode
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.inputs import camera_sources
-from ki_vla_ros.parameter_file import NODE
 from ki_vla_ros.reference import ReferenceName
-from ki_vla_ros.session import COMPRESSED_IMAGE, IMAGE, TEXT, TRAJECTORY, Session, read_session, session_topic
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.parameter_file import NODE
+from ki_vla_ros.settings.session import COMPRESSED_IMAGE, IMAGE, TEXT, TRAJECTORY, Session, read_session, session_topic
+from ki_vla_ros.settings.settings import Settings
 
 JOINT_STATE = "sensor_msgs/msg/JointState"
 POSITIONS = "std_msgs/msg/Float64MultiArray"

@@ -14,7 +14,7 @@ from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
-from ki_vla_ros.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 
 MS = 1_000_000
 START = 1_000 * NS_PER_S

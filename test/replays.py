@@ -11,7 +11,7 @@ from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay_trace import Trace
-from ki_vla_ros.settings import parameter_specs
+from ki_vla_ros.settings.settings import parameter_specs
 
 START_NS = 1_700_000_000 * NS_PER_S
 PERIOD_NS = NS_PER_S // 10

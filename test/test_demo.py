@@ -23,7 +23,7 @@ from ki_vla_ros.demo_driver import SESSION, TOPICS, Observed
 from ki_vla_ros.demo_processes import is_free
 from ki_vla_ros.demo_report import Episode
 from ki_vla_ros.errors import BundleError, ConfigurationError, InstructionError, KiVlaError, SimulationError
-from ki_vla_ros.session import read_session
+from ki_vla_ros.settings.session import read_session
 from ki_vla_ros.share import find_share
 
 LIMIT_S = 150.0

@@ -21,10 +21,10 @@ from ki_vla_ros.bags import COMPRESSED_IMAGE, TYPESTORE
 from ki_vla_ros.doctor import Request, diagnose, main
 from ki_vla_ros.doctor_findings import Finding, as_json, as_table
 from ki_vla_ros.doctor_setup import Machine
-from ki_vla_ros.parameter_file import load_settings, matches
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.session import BundleIdentity, Session, SessionTopics
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.parameter_file import load_settings, matches
+from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics
+from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_bundle, find_share
 
 HEALTHY = Machine((3, 11), "2.1.0", {})

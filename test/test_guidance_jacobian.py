@@ -22,7 +22,7 @@ from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy import Guide, Policy, guidance
 from ki_vla_ros.preprocess import ModelInput
-from ki_vla_ros.settings import settings_from_parameters
+from ki_vla_ros.settings.settings import settings_from_parameters
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 Array = NDArray[np.float32]

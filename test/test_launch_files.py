@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ki_vla_ros.settings import check_names, parameter_specs, settings_from_parameters
+from ki_vla_ros.settings.settings import check_names, parameter_specs, settings_from_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))

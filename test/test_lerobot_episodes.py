@@ -27,7 +27,7 @@ from sample_bags import (
 
 from ki_vla_ros.bag_records import BagMessage
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.session import BundleIdentity, Session, SessionTopics
+from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics
 from training.data.lerobot.dataset import Dataset
 
 MS = 1_000_000

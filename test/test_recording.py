@@ -17,7 +17,7 @@ from robots import PATIENCE_S, ROOT, TASK, PolicyProcess, Robot, ns_of, until
 
 from ki_vla_ros.bags import camera_frame, decode, open_bag
 from ki_vla_ros.bundle.folder import load_bundle
-from ki_vla_ros.session import read_session
+from ki_vla_ros.settings.session import read_session
 
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py
 

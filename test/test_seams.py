@@ -27,7 +27,7 @@ from ki_vla_ros.errors import StaleInput
 from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.safety import extremes
-from ki_vla_ros.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message
 
 # rclpy's parser of IDL files, loaded with the first message, uses a module that Python 3.11 deprecates.

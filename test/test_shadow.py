@@ -19,7 +19,7 @@ from ki_vla_ros.metrics import Figures
 from ki_vla_ros.records import ActionChunk, JointReading
 from ki_vla_ros.reference import ReferenceName
 from ki_vla_ros.replay_records import Prediction, TickRecord
-from ki_vla_ros.session import read_session
+from ki_vla_ros.settings.session import read_session
 from ki_vla_ros.shadow import ShadowComparison
 
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py

@@ -17,13 +17,13 @@ from ki_vla_ros.bags import open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.latency import parse_latency
-from ki_vla_ros.parameter_file import load_settings
 from ki_vla_ros.preprocess import make_model_input
 from ki_vla_ros.replay import main
 from ki_vla_ros.replay_options import ReplayOptions
 from ki_vla_ros.replay_run import Replay
 from ki_vla_ros.replay_setup import set_up
-from ki_vla_ros.settings import settings_from_parameters
+from ki_vla_ros.settings.parameter_file import load_settings
+from ki_vla_ros.settings.settings import settings_from_parameters
 from ki_vla_ros.shared_prefix import SharedEngine
 from ki_vla_ros.sweep import SweepInputs, sweep
 from ki_vla_ros.sweep_figures import Outcome

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from bundles import demo_policy
 
-from ki_vla_ros.parameter_file import load_parameters
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.parameter_file import load_parameters
+from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.sweep_advice import Advice, advise, recommended_yaml, sweep_section
 from ki_vla_ros.sweep_figures import Outcome
 from ki_vla_ros.sweep_grid import make_grid

@@ -31,7 +31,7 @@ from ki_vla_ros.engines.tensorrt_library import Library
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.preprocess import ModelInput, make_model_input
-from ki_vla_ros.settings import settings_from_parameters
+from ki_vla_ros.settings.settings import settings_from_parameters
 from ki_vla_ros.share import find_bundle
 
 Array = NDArray[np.float32]

@@ -24,7 +24,7 @@ from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
-from ki_vla_ros.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 from ki_vla_ros.sim.task import Scene, sample_scene
 from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
 from ki_vla_ros.sim.world import TIMESTEP_S, World

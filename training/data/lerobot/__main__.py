@@ -17,8 +17,8 @@ from typing import get_args
 
 from ki_vla_ros.bags import Bag, open_bag
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.parameter_file import NODE, load_settings
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.parameter_file import NODE, load_settings
+from ki_vla_ros.settings.settings import Settings
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.episodes import Actions, Conversion, Cut, Marker, convert
 from training.data.lerobot.playback import write_bag

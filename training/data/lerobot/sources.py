@@ -15,8 +15,8 @@ from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.session import Session, read_session
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings.session import Session, read_session
+from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_bundle
 
 SESSION_SUFFIX: Final = "/session"

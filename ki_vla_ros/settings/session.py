@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 
 ParameterValue = bool | int | float | str
 

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ki_vla_ros.errors import ConfigurationError, ParameterError
-from ki_vla_ros.settings import Settings, parameter_specs, settings_from_parameters, sort_names
+from ki_vla_ros.settings.settings import Settings, parameter_specs, settings_from_parameters, sort_names
 
 PARAMETERS = "ros__parameters"
 # The node's name where nobody gives it another.

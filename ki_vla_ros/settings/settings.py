@@ -17,8 +17,8 @@ from pydantic.fields import FieldInfo
 
 from ki_vla_ros.chunking import ExecutorName, JacobianName
 from ki_vla_ros.errors import ConfigurationError, ParameterError
-from ki_vla_ros.limits import JointLimitSettings, LimitSettings, SettingsModel, setting
 from ki_vla_ros.reference import ReferenceName
+from ki_vla_ros.settings.limits import JointLimitSettings, LimitSettings, SettingsModel, setting
 
 if TYPE_CHECKING:
     from ki_vla_ros.bundle.manifest import PolicySpec

@@ -1,4 +1,4 @@
-"""The limits' settings: what a command may be. `settings.py` has all others, and how they become ROS parameters."""
+"""The limits' settings: what a command may be. `settings/settings.py` has all others, and how they become ROS parameters."""
 
 from __future__ import annotations
 
