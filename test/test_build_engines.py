@@ -19,9 +19,9 @@ import tensorrt_rtx
 import torch
 from onnx import TensorProto, helper
 
-from ki_vla_ros import build_engines
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, graph_interface, load_bundle
 from ki_vla_ros.bundle.onnx_header import TensorType, read_header
+from ki_vla_ros.engines import build as build_engines
 from ki_vla_ros.engines import tensorrt_builder
 from ki_vla_ros.engines.plans import PlanCache, PlanKey, graph_sha256
 from ki_vla_ros.engines.tensorrt_builder import (

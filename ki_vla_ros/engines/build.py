@@ -1,7 +1,7 @@
 """Build the TensorRT engines of a bundle: on the robot, or with TensorRT for RTX ahead of time for other GPUs.
 
-    python -m ki_vla_ros.build_engines --bundle demo                                  # for this machine's GPU
-    python -m ki_vla_ros.build_engines --bundle demo --library tensorrt_rtx --compute sm89,sm120 --out engines/
+    python -m ki_vla_ros.engines.build --bundle demo                                  # for this machine's GPU
+    python -m ki_vla_ros.engines.build --bundle demo --library tensorrt_rtx --compute sm89,sm120 --out engines/
 
 The node builds what it lacks by itself; this command does it beforehand. docs/tensorrt.md has the rest.
 """
