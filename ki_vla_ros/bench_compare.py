@@ -8,7 +8,7 @@ from typing import Any
 
 from ki_vla_ros.bench_model import CALLS, WARM_UP, SetUp, longest_input
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy import Policy
+from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.timing import ratio_of_medians, spread, time_alternating
 
 

@@ -18,8 +18,8 @@ from ki_vla_ros.errors import EmergencyStop, InstructionError, KiVlaError, Safet
 from ki_vla_ros.governor import Bounds, Governor
 from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.pacing import Pacer, alignment_ns
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import make_model_input, state_token
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy.preprocess import make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
 from ki_vla_ros.safety import SafetyGate, joint_bounds
 from ki_vla_ros.settings.settings import Settings

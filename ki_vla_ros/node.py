@@ -41,8 +41,8 @@ from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.node_wire import SHADOW_COMMAND, NodeWire
 from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.parameters import Parameters
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import resize_with_pad
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy.preprocess import resize_with_pad
 from ki_vla_ros.process import run_node
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, session_topic
 from ki_vla_ros.shadow import ShadowComparison

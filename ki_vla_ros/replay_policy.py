@@ -13,8 +13,8 @@ from ki_vla_ros.chunking import JacobianName
 from ki_vla_ros.engines.base import Engine, KVCache
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.latency import Latency
-from ki_vla_ros.policy import Guide, Policy
-from ki_vla_ros.preprocess import ModelInput, make_model_input
+from ki_vla_ros.policy.policy import Guide, Policy
+from ki_vla_ros.policy.preprocess import ModelInput, make_model_input
 from ki_vla_ros.records import ActionChunk, Observation
 from ki_vla_ros.replay_ahead import Ahead, Guess
 

@@ -11,7 +11,7 @@ from checkpoints import write_checkpoint
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.preprocess import ModelInput, make_model_input
+from ki_vla_ros.policy.preprocess import ModelInput, make_model_input
 from training.checkpoints import load_checkpoint
 from training.export import export_bundle
 from training.model.vla import VLA

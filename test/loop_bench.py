@@ -12,7 +12,7 @@ from ki_vla_ros.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
-from ki_vla_ros.policy import Policy
+from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
 from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 

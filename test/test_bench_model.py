@@ -31,8 +31,8 @@ from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.bundle.onnx_header import GraphHeader, read_header
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import ModelInput
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy.preprocess import ModelInput
 from ki_vla_ros.roofline import Ceiling
 from training.tiny_bundle import write_tiny_bundle
 

@@ -22,8 +22,8 @@ from ki_vla_ros.engines.base import prefill_inputs
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import ModelInput, make_model_input
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy.preprocess import ModelInput, make_model_input
 from training import export
 from training.export import COSINE, ExportError, export_bundle
 from training.parity import answer, lowest_cosine

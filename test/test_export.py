@@ -18,8 +18,8 @@ from ki_vla_ros.bundle.folder import EXPERT, MODEL_CARD, PREFILL, TOKENIZER, Bun
 from ki_vla_ros.bundle.onnx_header import read_header
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import make_model_input
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy.preprocess import make_model_input
 from training.checkpoints import load_checkpoint
 from training.export import (
     POLICY,

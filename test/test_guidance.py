@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.chunking import Condition
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
-from ki_vla_ros.policy import Guide, Policy, guidance
-from ki_vla_ros.preprocess import make_model_input
+from ki_vla_ros.policy.policy import Guide, Policy, guidance
+from ki_vla_ros.policy.preprocess import make_model_input
 
 TEXT = "touch the red cube"
 

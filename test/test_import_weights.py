@@ -19,8 +19,8 @@ from test_golden import CONFIG
 
 from ki_vla_ros.bundle.folder import BundleError, PolicySpec, load_bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import make_model_input, render_prompt
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy.preprocess import make_model_input, render_prompt
 from ki_vla_ros.records import CameraFrame, Observation
 from training import import_weights, tiny_bundle
 from training.checkpoints import load_checkpoint, read_config, shapes

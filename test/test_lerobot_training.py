@@ -8,7 +8,7 @@ import torch
 from sample_bags import JOINTS, START_NS, recording, where, write_bag
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.preprocess import normalize, tokenize
+from ki_vla_ros.policy.preprocess import normalize, tokenize
 from ki_vla_ros.records import NS_PER_S
 from training.config import TrainingConfig
 from training.data.batches import NO_TARGET

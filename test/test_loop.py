@@ -16,7 +16,7 @@ from loop_bench import MS, START, TASK, Bench, is_hold
 from ki_vla_ros.errors import InstructionError, SafetyRefusal, StaleInput
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.pacing import Pacer, alignment_ns
-from ki_vla_ros.preprocess import make_model_input, state_token
+from ki_vla_ros.policy.preprocess import make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
 
 STAGES = ["observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish"]

@@ -14,7 +14,7 @@ from sentencepieces import PLACES, SEGMENTS, TEXT, train
 from tokenizers import AddedToken, Tokenizer
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.preprocess import render_prompt, state_to_bins, tokenize
+from ki_vla_ros.policy.preprocess import render_prompt, state_to_bins, tokenize
 from training.paligemma_tokenizer import read_tokenizer
 from training.vocabulary import fast_id, prompt_tokenizer, prompt_vocab_size
 

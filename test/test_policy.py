@@ -19,8 +19,8 @@ from ki_vla_ros.chunking import Condition
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, EngineError
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import ModelInput, make_model_input, unnormalize
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy.preprocess import ModelInput, make_model_input, unnormalize
 
 TEXT = "touch the red cube"
 
@@ -362,7 +362,7 @@ def test_warming_up_changes_nothing(bundle: Bundle, state_bundle: Bundle, kind: 
 
 def test_the_robot_needs_neither_torch_nor_onnx() -> None:
     code = (
-        "import sys, ki_vla_ros.policy, ki_vla_ros.engines.onnx_engine\n"
+        "import sys, ki_vla_ros.policy.policy, ki_vla_ros.engines.onnx_engine\n"
         "print([name for name in ('torch', 'onnx', 'training', 'rclpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from ki_vla_ros.errors import InputError, InstructionError
-from ki_vla_ros.preprocess import (
+from ki_vla_ros.policy.preprocess import (
     clean_instruction,
     images_to_input,
     make_model_input,

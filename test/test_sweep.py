@@ -17,7 +17,7 @@ from ki_vla_ros.bags import open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.latency import parse_latency
-from ki_vla_ros.preprocess import make_model_input
+from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.replay import main
 from ki_vla_ros.replay_options import ReplayOptions
 from ki_vla_ros.replay_run import Replay

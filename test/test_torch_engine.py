@@ -20,8 +20,8 @@ from ki_vla_ros.engines.base import DifferentiableEngine, KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.preprocess import make_model_input
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.settings.settings import settings_from_parameters
 from training.export import TOLERANCE, ExportError, export_bundle
 from training.model.vla import VLA

@@ -14,7 +14,7 @@ from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.chunking import ExecutorName
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy import Policy
+from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.settings.settings import settings_from_parameters
 from ki_vla_ros.sim.task import sample_scene
 from training.evaluate import FIRST_SCENE, evaluate

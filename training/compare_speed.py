@@ -34,7 +34,7 @@ from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.policy import Policy
+from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.timing import Durations, choose_clock, ratio_of_medians, spread, time_alternating
 from training.checkpoints import load_checkpoint
 from training.model.vla import VLA, Cache

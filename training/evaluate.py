@@ -2,7 +2,7 @@
 
     python -m training.evaluate models/demo --episodes 100
 
-The policy is the robot's own code (`ki_vla_ros.policy` on the chosen engine), the arm executes trajectories as a real
+The policy is the robot's own code (`ki_vla_ros.policy.policy` on the chosen engine), the arm executes trajectories as a real
 controller does, and a chunk arrives a fixed delay after the observation it was made from. The demo measures the same
 over real topics and in real time; here an episode takes about a second.
 """
@@ -22,7 +22,7 @@ from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.observation import CameraSource, ObservationBuffer
-from ki_vla_ros.policy import Policy
+from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
 from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 from ki_vla_ros.sim.task import Scene, sample_scene

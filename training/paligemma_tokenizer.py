@@ -19,7 +19,7 @@ from tokenizers.normalizers import Replace as ReplaceText
 from tokenizers.processors import TemplateProcessing
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
+from ki_vla_ros.policy.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
 from training.paligemma import VOCABULARY
 from training.vocabulary import BOS_TOKEN, EOS_TOKEN, fast_token, paligemma_loc_token
 

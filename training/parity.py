@@ -15,8 +15,8 @@ from ki_vla_ros.bundle.folder import PREFILL, Bundle
 from ki_vla_ros.engines.base import prefill_inputs
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
-from ki_vla_ros.policy import Policy, widen
-from ki_vla_ros.preprocess import ModelInput
+from ki_vla_ros.policy.policy import Policy, widen
+from ki_vla_ros.policy.preprocess import ModelInput
 from training.checkpoints import load_checkpoint
 from training.model.vla import VLA, Cache
 

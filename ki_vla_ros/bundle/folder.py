@@ -35,7 +35,7 @@ from ki_vla_ros.bundle.onnx_header import GraphHeader, TensorType, read_header
 from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.errors import BundleError
-from ki_vla_ros.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
+from ki_vla_ros.policy.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
 
 __all__ = [
     "ActionStats",

@@ -1,6 +1,6 @@
 """Both graphs on torch, with a backward pass through the expert; it needs a bundle exported with `--torch`.
 
-For parity with the model, for real-time chunking with the true Jacobian (policy.py), and for speed on NVIDIA cards
+For parity with the model, for real-time chunking with the true Jacobian (policy/policy.py), and for speed on NVIDIA cards
 without TensorRT: as CUDA graphs, compiled, or both. It runs the operations of the .pt2 files: no model code.
 
 Legend: H horizon, A action dim, S width of the state token, M modulation.
@@ -31,7 +31,7 @@ from ki_vla_ros.engines.base import (
 from ki_vla_ros.engines.torch_program import Interpreter, Run, compile_program
 from ki_vla_ros.engines.torch_stream import CudaStream, HostStream, Stream, Work
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.preprocess import ModelInput
+from ki_vla_ros.policy.preprocess import ModelInput
 from ki_vla_ros.settings.settings import TorchModeName
 
 VELOCITY, LOOP = "velocity", "loop"  # what is captured beside the prefill: one step, and all steps of a chunk

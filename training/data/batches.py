@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ki_vla_ros.preprocess import images_to_input, normalize, render_prompt, state_to_bins, tokenize
+from ki_vla_ros.policy.preprocess import images_to_input, normalize, render_prompt, state_to_bins, tokenize
 from ki_vla_ros.sim.task import VERBS, Task
 from training.data.language import COMBINATIONS, SeenObject, draw_sample
 from training.data.simulated import CAMERAS, Arrays, seen_objects

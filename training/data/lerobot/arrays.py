@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ki_vla_ros.bundle.folder import file_sha256
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.preprocess import resize_with_pad
+from ki_vla_ros.policy.preprocess import resize_with_pad
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.layout import ACTION, STATE
 from training.data.simulated import CAMERAS, Arrays, ChunkTiming

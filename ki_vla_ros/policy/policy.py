@@ -16,7 +16,7 @@ from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.chunking import Condition, JacobianName
 from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache
 from ki_vla_ros.errors import ConfigurationError, EngineError
-from ki_vla_ros.preprocess import ModelInput, make_model_input, normalize, unnormalize
+from ki_vla_ros.policy.preprocess import ModelInput, make_model_input, normalize, unnormalize
 from ki_vla_ros.records import ActionChunk, Observation
 
 
