@@ -34,8 +34,8 @@ from ki_vla_ros.convert import ns_to_stamp
 from ki_vla_ros.demo_processes import Child, Children, prepare_environment
 from ki_vla_ros.errors import KiVlaError
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.share import find_bundle
-from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.timing import spread
 
 IMAGE_WIDTH, IMAGE_HEIGHT = 640, 480

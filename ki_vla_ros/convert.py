@@ -20,10 +20,10 @@ from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 
-from ki_vla_ros.diagnostics import Report
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
+from ki_vla_ros.runtime.diagnostics import Report
 
 
 def stamp_to_ns(stamp: Time) -> int:

@@ -20,8 +20,8 @@ from ki_vla_ros.bags import COMPRESSED_IMAGE, IMAGE, BagMessage, camera_frame, d
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages.pixels import read_image
-from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.settings.settings import Settings
 
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"

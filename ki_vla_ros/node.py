@@ -1,7 +1,7 @@
 """The policy as a ROS 2 lifecycle node: parameters, topics, transitions; no arithmetic.
 
 The executor thread turns messages into records and serves parameters, services and transitions. While the node is
-active, the policy loop (loop.py) runs beside it in a thread of its own.
+active, the policy loop (runtime/loop.py) runs beside it in a thread of its own.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros import convert
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
-from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
-from ki_vla_ros.inputs import camera_sources, check_instruction, own_limit_ns
-from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.node_wire import SHADOW_COMMAND, NodeWire
-from ki_vla_ros.observation import ObservationBuffer
 from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import resize_with_pad
 from ki_vla_ros.process import run_node
+from ki_vla_ros.runtime.diagnostics import Diagnostics
+from ki_vla_ros.runtime.inputs import camera_sources, check_instruction, own_limit_ns
+from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.observation import ObservationBuffer
+from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, session_topic
-from ki_vla_ros.shadow import ShadowComparison
 from ki_vla_ros.share import find_bundle
 
 # How often the watchdog looks.

@@ -15,8 +15,8 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros import convert
 from ki_vla_ros.records import ActionChunk, Motion
+from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.settings import Settings
-from ki_vla_ros.shadow import ShadowComparison
 from ki_vla_ros.stream import Stream
 
 # Seconds between two log lines about one and the same cause.

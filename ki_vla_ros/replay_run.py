@@ -18,15 +18,9 @@ import numpy as np
 
 from ki_vla_ros.bags import BagMessage, decode
 from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.chunking import cubic
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
-from ki_vla_ros.inputs import camera_sources, check_instruction, own_limit_ns
-from ki_vla_ros.loop import PolicyLoop
-from ki_vla_ros.observation import BURST_WAIT_NS
-from ki_vla_ros.pacing import Pacer, alignment_ns
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
-from ki_vla_ros.reference import LONGEST_GAP_NS
 from ki_vla_ros.replay_activity import Activity
 from ki_vla_ros.replay_ahead import can_guess
 from ki_vla_ros.replay_inbox import Inbox
@@ -36,6 +30,12 @@ from ki_vla_ros.replay_policy import ReplayPolicy
 from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay_topics import ReplayTopics, read_later_session
 from ki_vla_ros.replay_wire import ReplayDiagnostics, ReplayWire
+from ki_vla_ros.runtime.chunking import cubic
+from ki_vla_ros.runtime.inputs import camera_sources, check_instruction, own_limit_ns
+from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.observation import BURST_WAIT_NS
+from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
+from ki_vla_ros.runtime.paths import LONGEST_GAP_NS
 from ki_vla_ros.settings.session import TEXT
 from ki_vla_ros.settings.settings import Settings
 

@@ -10,8 +10,8 @@ from typing import get_args
 from ki_vla_ros.bags import Bag
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.reference import ReferenceName
 from ki_vla_ros.replay_topics import ReplayTopics, find_session, resolve_topics
+from ki_vla_ros.runtime.paths import ReferenceName
 from ki_vla_ros.settings.parameter_file import NODE, load_settings, load_tables
 from ki_vla_ros.settings.session import Session
 from ki_vla_ros.settings.settings import Settings, parameter_specs, settings_from_parameters

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ki_vla_ros.bags import Bag, decode
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.inputs import camera_sources
-from ki_vla_ros.reference import ReferenceName
+from ki_vla_ros.runtime.inputs import camera_sources
+from ki_vla_ros.runtime.paths import ReferenceName
 from ki_vla_ros.settings.parameter_file import NODE
 from ki_vla_ros.settings.session import COMPRESSED_IMAGE, IMAGE, TEXT, TRAJECTORY, Session, read_session, session_topic
 from ki_vla_ros.settings.settings import Settings

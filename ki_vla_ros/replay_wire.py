@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.latency import Latency
 from ki_vla_ros.records import ActionChunk, Motion
+from ki_vla_ros.runtime.diagnostics import Diagnostics
 
 
 @dataclass(frozen=True)

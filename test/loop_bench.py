@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from bundles import CAMERAS, JOINTS, demo_observation
 
 from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
-from ki_vla_ros.loop import PolicyLoop
-from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
+from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
+from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 
 MS = 1_000_000

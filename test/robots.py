@@ -32,7 +32,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message
+from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 
 TASK = "touch the red cube"
 PATIENCE_S = 40.0

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ki_vla_ros.chunking import WARM_UP, ChunkExecutor, cubic, ensemble, resample, soft_mask
 from ki_vla_ros.errors import SafetyRefusal
 from ki_vla_ros.records import ActionChunk
+from ki_vla_ros.runtime.chunking import WARM_UP, ChunkExecutor, cubic, ensemble, resample, soft_mask
 from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 
 MS = 1_000_000

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from loop_bench import TASK, Bench
 
-from ki_vla_ros.diagnostics import Diagnostics, Level
-from ki_vla_ros.observation import InputStatus
+from ki_vla_ros.runtime.diagnostics import Diagnostics, Level
+from ki_vla_ros.runtime.observation import InputStatus
 
 
 def test_diagnostics_report(bench: Bench) -> None:

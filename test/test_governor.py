@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ki_vla_ros.governor import Bounds, follow
+from ki_vla_ros.runtime.governor import Bounds, follow
 
 PERIOD = 0.02
 BOUNDS = Bounds(np.array([-2.0, 0.0]), np.array([2.0, 0.04]), np.array([1.0, 0.1]), np.array([8.0, 1.0]))

@@ -10,10 +10,10 @@ from bundles import HORIZON, demo_observation, write_test_bundle
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.chunking import Condition
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.policy.policy import Guide, Policy, guidance
 from ki_vla_ros.policy.preprocess import make_model_input
+from ki_vla_ros.runtime.chunking import Condition
 
 TEXT = "touch the red cube"
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from robots import PolicyProcess, Robot, until
 
 from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.chunking import soft_mask
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Guide, Policy, guidance
 from ki_vla_ros.policy.preprocess import ModelInput
+from ki_vla_ros.runtime.chunking import soft_mask
 from ki_vla_ros.settings.settings import settings_from_parameters
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine

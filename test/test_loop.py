@@ -14,10 +14,10 @@ from bundles import CAMERAS, JOINTS, both_ways_policy, demo_observation, write_t
 from loop_bench import MS, START, TASK, Bench, is_hold
 
 from ki_vla_ros.errors import InstructionError, SafetyRefusal, StaleInput
-from ki_vla_ros.observation import CameraSource, ObservationBuffer
-from ki_vla_ros.pacing import Pacer, alignment_ns
 from ki_vla_ros.policy.preprocess import make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
+from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
 
 STAGES = ["observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish"]
 

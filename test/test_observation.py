@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ki_vla_ros.errors import InputError, StaleInput
-from ki_vla_ros.observation import FRAMES_KEPT, CameraSource, ObservationBuffer
 from ki_vla_ros.records import CameraFrame, JointReading
+from ki_vla_ros.runtime.observation import FRAMES_KEPT, CameraSource, ObservationBuffer
 
 MS = 1_000_000
 NOW = 10_000 * MS

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, TIME, Bundle
 from ki_vla_ros.bundle.time_table import TimeTable
-from ki_vla_ros.chunking import Condition
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import ModelInput, make_model_input, unnormalize
+from ki_vla_ros.runtime.chunking import Condition
 
 TEXT = "touch the red cube"
 

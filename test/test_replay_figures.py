@@ -19,8 +19,8 @@ from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.latency import parse_latency
 from ki_vla_ros.metrics import Figures
 from ki_vla_ros.records import NS_PER_S, JointReading
-from ki_vla_ros.reference import CommandedPath, MeasuredPath
 from ki_vla_ros.replay_inbox import Inbox
+from ki_vla_ros.runtime.paths import CommandedPath, MeasuredPath
 from ki_vla_ros.thresholds import parse_threshold
 
 MS = 1_000_000

@@ -20,15 +20,15 @@ from rclpy.serialization import deserialize_message
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros import convert
-from ki_vla_ros import loop as loop_module
 from ki_vla_ros.bundle.manifest import JointSpec
-from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.errors import StaleInput
-from ki_vla_ros.loop import PolicyLoop
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
-from ki_vla_ros.safety import extremes
+from ki_vla_ros.runtime import loop as loop_module
+from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
+from ki_vla_ros.runtime.diagnostics import Diagnostics
+from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.safety import extremes
 from ki_vla_ros.settings.settings import Settings, settings_from_parameters
-from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message
 
 # rclpy's parser of IDL files, loaded with the first message, uses a module that Python 3.11 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")

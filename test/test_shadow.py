@@ -17,10 +17,10 @@ from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.metrics import Figures
 from ki_vla_ros.records import ActionChunk, JointReading
-from ki_vla_ros.reference import ReferenceName
 from ki_vla_ros.replay_records import Prediction, TickRecord
+from ki_vla_ros.runtime.paths import ReferenceName
+from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.session import read_session
-from ki_vla_ros.shadow import ShadowComparison
 
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
+from ki_vla_ros.runtime.controller import Trajectory, TrajectoryExecutor, TrajectoryPoint
 
 MS = 1_000_000
 NOW = 1_000_000 * MS

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import get_args
 
 from ki_vla_ros.bundle.folder import load_bundle
-from ki_vla_ros.chunking import ExecutorName
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.runtime.chunking import ExecutorName
 from ki_vla_ros.settings.settings import settings_from_parameters
 from ki_vla_ros.sim.task import sample_scene
 from training.evaluate import FIRST_SCENE, evaluate

@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.folder import load_bundle
-from ki_vla_ros.diagnostics import Diagnostics
 from ki_vla_ros.engines import open_engine
-from ki_vla_ros.loop import PolicyLoop
-from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
+from ki_vla_ros.runtime.controller import Trajectory, TrajectoryExecutor, TrajectoryPoint
+from ki_vla_ros.runtime.diagnostics import Diagnostics
+from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 from ki_vla_ros.sim.task import Scene, sample_scene
-from ki_vla_ros.sim.trajectory import Trajectory, TrajectoryExecutor, TrajectoryPoint
 from ki_vla_ros.sim.world import TIMESTEP_S, World
 
 FIRST_SCENE = 900_000_000  # training draws its scenes from smaller numbers

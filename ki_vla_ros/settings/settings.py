@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from ki_vla_ros.chunking import ExecutorName, JacobianName
 from ki_vla_ros.errors import ConfigurationError, ParameterError
-from ki_vla_ros.reference import ReferenceName
+from ki_vla_ros.runtime.chunking import ExecutorName, JacobianName
+from ki_vla_ros.runtime.paths import ReferenceName
 from ki_vla_ros.settings.limits import JointLimitSettings, LimitSettings, SettingsModel, setting
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Settings(SettingsModel):
         changeable=True,
     )
     executor: ExecutorName = setting(
-        "asynchronous", "how chunks are executed and joined; see chunking.py", changeable=True
+        "asynchronous", "how chunks are executed and joined; see runtime/chunking.py", changeable=True
     )
     publish_mode: Literal["replace", "splice", "stream"] = setting(
         "replace",

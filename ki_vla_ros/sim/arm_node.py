@@ -34,8 +34,8 @@ from trajectory_msgs.msg import JointTrajectory
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, SimulationError
 from ki_vla_ros.process import run_node
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.sim.task import Scene, Task, sample_scene
-from ki_vla_ros.sim.trajectory import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, Verdict, World
 
 NODE_NAME: Final = "sim_arm"

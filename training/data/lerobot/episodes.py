@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bags import Bag, BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
-from ki_vla_ros.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.records import NS_PER_S, Observation
+from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 from training.data.lerobot.commands import Commands, Readings, Reference
 from training.data.lerobot.sources import Sources
 

@@ -11,19 +11,19 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.chunking import ChunkExecutor
-from ki_vla_ros.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import EmergencyStop, InstructionError, KiVlaError, SafetyRefusal, StaleInput
-from ki_vla_ros.governor import Bounds, Governor
-from ki_vla_ros.observation import ObservationBuffer
-from ki_vla_ros.pacing import Pacer, alignment_ns
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
-from ki_vla_ros.safety import SafetyGate, joint_bounds
+from ki_vla_ros.runtime.chunking import ChunkExecutor
+from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
+from ki_vla_ros.runtime.governor import Bounds, Governor
+from ki_vla_ros.runtime.observation import ObservationBuffer
+from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
+from ki_vla_ros.runtime.safety import SafetyGate, joint_bounds
+from ki_vla_ros.runtime.wire import Wire
 from ki_vla_ros.settings.settings import Settings
-from ki_vla_ros.wire import Wire
 
 # Simulated time may run at any speed, so a waiting loop looks at it this often.
 SIMULATED_CLOCK_POLL_S = 0.005

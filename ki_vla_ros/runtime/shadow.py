@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.manifest import JointSpec
-from ki_vla_ros.diagnostics import WINDOW
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
-from ki_vla_ros.reference import LONGEST_GAP_NS, CommandedPath, MeasuredPath, ReferenceName
+from ki_vla_ros.runtime.diagnostics import WINDOW
+from ki_vla_ros.runtime.paths import LONGEST_GAP_NS, CommandedPath, MeasuredPath, ReferenceName
 
 # What happened is kept for so long after it: a chunk speaks from its images' stamp on, which may be some time ago.
 KEPT_NS = 10 * NS_PER_S

@@ -8,9 +8,9 @@ import numpy as np
 
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.observation import CameraSource
 from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
+from ki_vla_ros.runtime.observation import CameraSource
 from ki_vla_ros.settings.settings import Settings
 
 

@@ -16,7 +16,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from ki_vla_ros.observation import InputStatus
+from ki_vla_ros.runtime.observation import InputStatus
 
 # Ticks that percentiles and rates are taken over: half a minute at 10 Hz.
 WINDOW = 300

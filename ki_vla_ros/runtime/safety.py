@@ -1,7 +1,7 @@
 """The last gate before the wire. It looks twice: at what the policy asks for, and at what the wire will carry.
 
 `screen` judges a chunk by rules: each fault is corrected, refuses the chunk, or stops the arm for good, as the settings
-say. `judge` then verifies the motion that was made of it (governor.py), independently of how it was made: joined as
+say. `judge` then verifies the motion that was made of it (runtime/governor.py), independently of how it was made: joined as
 joint_trajectory_controller joins it, every position, speed and acceleration lies within the bounds. Legend: H actions,
 N instants, J joints. Positions in rad or m, times in ns on the node's clock.
 """
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
-from ki_vla_ros.governor import Bounds
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.runtime.governor import Bounds
 from ki_vla_ros.settings.limits import LimitSettings, RuleAction
 
 # Slack for rounding in the final verification, as a share of a limit.

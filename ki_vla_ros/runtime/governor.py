@@ -16,8 +16,8 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.chunking import cubic
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.runtime.chunking import cubic
 
 Array = NDArray[np.float64]
 
