@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ki_vla_ros.bags import COMPRESSED_IMAGE, Bag, open_bag
+from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, Bag, open_bag
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.doctor_checks import check_inputs
 from ki_vla_ros.doctor_findings import Findings, as_json, as_table, errors

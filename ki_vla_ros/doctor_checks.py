@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags import COMPRESSED_IMAGE, IMAGE
+from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, IMAGE
 from ki_vla_ros.doctor_ages import Limit, check_period, check_skew, check_stamps, period_s
 from ki_vla_ros.doctor_findings import Findings
 from ki_vla_ros.doctor_inputs import JOINT_STATE, InputWatch, Stream, command_type

@@ -21,7 +21,7 @@ from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible, qos_pr
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.bags import COMPRESSED_IMAGE, IMAGE, BagMessage
+from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, IMAGE, BagMessage
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.doctor_checks import check_inputs
 from ki_vla_ros.doctor_findings import Findings

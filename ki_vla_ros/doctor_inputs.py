@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags import COMPRESSED_IMAGE, IMAGE, BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, IMAGE, BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages.pixels import read_image

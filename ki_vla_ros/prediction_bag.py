@@ -15,7 +15,7 @@ import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
-from ki_vla_ros.bags import BagMessage, camera_frame
+from ki_vla_ros.bags.bag import BagMessage, camera_frame
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Motion, Observation
 from ki_vla_ros.replay_inputs import BagFrame

@@ -4,7 +4,7 @@
 
 Bundle, parameters and the names of the topics come from the policy itself, out of the text on its ~/session; until that
 is there it waits. Where `ros2 bag` and its mcap storage are installed, this process becomes `ros2 bag record`;
-otherwise it records by itself (recorder.py). Images are neither decoded nor changed. It ends on SIGINT and SIGTERM.
+otherwise it records by itself (bags/writer.py). Images are neither decoded nor changed. It ends on SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory
 
+from ki_vla_ros.bags.writer import Recorder
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.process import run_node
-from ki_vla_ros.recorder import Recorder
 from ki_vla_ros.settings import session
 from ki_vla_ros.settings.session import Session, read_session, session_topic
 

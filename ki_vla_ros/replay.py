@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ki_vla_ros.bags import Bag, BagMessage, open_bag
+from ki_vla_ros.bags.bag import Bag, BagMessage, open_bag
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.latency import MEASURED, RECORDED, MeasuredLatency, RecordedLatency, parse_latency

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags import BagMessage, decode, header_ns
+from ki_vla_ros.bags.bag import BagMessage, decode, header_ns
 from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading

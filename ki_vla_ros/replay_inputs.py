@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags import BagMessage, camera_frame, decode, header_ns
+from ki_vla_ros.bags.bag import BagMessage, camera_frame, decode, header_ns
 from ki_vla_ros.errors import InputError, StaleInput
 from ki_vla_ros.messages.pixels import read_image
 from ki_vla_ros.policy.preprocess import resize_with_pad

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ki_vla_ros.bags import BagMessage, decode
+from ki_vla_ros.bags.bag import BagMessage, decode
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError

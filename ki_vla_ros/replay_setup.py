@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ki_vla_ros.bags import Bag
+from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.replay_topics import ReplayTopics, find_session, resolve_topics

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ki_vla_ros.bags import Bag, decode
+from ki_vla_ros.bags.bag import Bag, decode
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.runtime.inputs import camera_sources

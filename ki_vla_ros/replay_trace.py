@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags import camera_frame
+from ki_vla_ros.bags.bag import camera_frame
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
 from ki_vla_ros.replay_inputs import BagFrame

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ki_vla_ros.bags import Bag, BagMessage, joint_reading, open_bag
+from ki_vla_ros.bags.bag import Bag, BagMessage, joint_reading, open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.latency import Latency

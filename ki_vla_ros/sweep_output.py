@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ki_vla_ros.bags import Bag
+from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.latency import DrawnLatency, Latency, MeasuredLatency
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.replay_options import ReplayOptions

@@ -23,7 +23,7 @@ import numpy as np
 from rosbags.rosbag2 import CompressionMode
 from sample_bags import JOINT_TOPIC, SCENE, STRING, Messages, image, jpeg, recording, text, write_bag, write_mcap
 
-from ki_vla_ros.bag_records import BagMessage
+from ki_vla_ros.bags.records import BagMessage
 from ki_vla_ros.records import NS_PER_S
 
 

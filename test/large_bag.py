@@ -19,7 +19,7 @@ import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 from sample_bags import CAMERAS, INSTRUCTION_TOPIC, JOINT_STATE, JOINT_TOPIC, START_NS, STRING, joint_state, text, where
 
-from ki_vla_ros.bags import IMAGE, TYPESTORE, camera_frame, joint_reading, open_bag
+from ki_vla_ros.bags.bag import IMAGE, TYPESTORE, camera_frame, joint_reading, open_bag
 from ki_vla_ros.records import NS_PER_S
 
 WIDTH, HEIGHT, FPS, JOINT_HZ = 640, 480, 30, 200

@@ -14,8 +14,8 @@ import numpy as np
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.rosbag2.storage_mcap import zstd
 
-from ki_vla_ros.bag_records import BagMessage
-from ki_vla_ros.bags import COMPRESSED_IMAGE, IMAGE, TYPESTORE
+from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, IMAGE, TYPESTORE
+from ki_vla_ros.bags.records import BagMessage
 from ki_vla_ros.records import NS_PER_S
 
 START_NS = 1_790_000_000 * NS_PER_S

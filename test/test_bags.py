@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from rosbags.rosbag2 import CompressionMode
 from sample_bags import JOINT_TOPIC, SCENE, recording, write_bag, write_mcap
 
-from ki_vla_ros import bag_mcap
-from ki_vla_ros.bag_records import FAULTS_LISTED, Faults
-from ki_vla_ros.bags import BagMessage, camera_frame, decode, joint_reading, open_bag
+from ki_vla_ros.bags.bag import BagMessage, camera_frame, decode, joint_reading, open_bag
+from ki_vla_ros.bags.bag import mcap as bag_mcap
+from ki_vla_ros.bags.records import FAULTS_LISTED, Faults
 from ki_vla_ros.errors import ConfigurationError, InputError
 
 

@@ -18,7 +18,7 @@ from bundles import write_test_bundle
 from demo_runs import episode, observed, tick
 
 from ki_vla_ros import demo
-from ki_vla_ros.bags import decode, open_bag
+from ki_vla_ros.bags.bag import decode, open_bag
 from ki_vla_ros.demo_driver import SESSION, TOPICS, Observed
 from ki_vla_ros.demo_processes import is_free
 from ki_vla_ros.demo_report import Episode

@@ -16,8 +16,8 @@ import sample_bags
 from bad_bags import CASES, change, with_data
 from sample_bags import COMMAND_TOPIC, JOINT_TOPIC, JOINTS, SCENE, Messages, jpeg, recording, write_mcap
 
-from ki_vla_ros.bag_records import BagMessage
-from ki_vla_ros.bags import COMPRESSED_IMAGE, TYPESTORE
+from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, TYPESTORE
+from ki_vla_ros.bags.records import BagMessage
 from ki_vla_ros.doctor import Request, diagnose, main
 from ki_vla_ros.doctor_findings import Finding, as_json, as_table
 from ki_vla_ros.doctor_setup import Machine

@@ -27,8 +27,8 @@ from sample_bags import (
     where,
 )
 
-from ki_vla_ros.bag_records import BagMessage
-from ki_vla_ros.bags import camera_frame, decode, header_ns, joint_reading, open_bag
+from ki_vla_ros.bags.bag import camera_frame, decode, header_ns, joint_reading, open_bag
+from ki_vla_ros.bags.records import BagMessage
 from ki_vla_ros.records import NS_PER_S
 from training.data.lerobot.dataset import Dataset
 

@@ -1,4 +1,4 @@
-"""The recorder's bags, also of recorders that were killed or ran out of disk. What they say is read by bags.py."""
+"""The recorder's bags, also of recorders that were killed or ran out of disk. What they say is read by bags/bag.py."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from robots import ROOT, until
 
-from ki_vla_ros.bags import decode, open_bag
+from ki_vla_ros.bags.bag import decode, open_bag
+from ki_vla_ros.bags.writer import TYPESTORE, Recorder
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.recorder import TYPESTORE, Recorder
 
 TOPICS = {"/image": "sensor_msgs/msg/Image", "/text": "std_msgs/msg/String"}
 SERIALIZED_IMAGE = b"\0\1\0\0" + bytes(100_000)
@@ -73,7 +73,7 @@ RECORD_FOREVER = """
 import sys, time
 from pathlib import Path
 from test_recorder import SERIALIZED_IMAGE, TOPICS, text
-from ki_vla_ros.recorder import Recorder
+from ki_vla_ros.bags.writer import Recorder
 recorder = Recorder(Path(sys.argv[1]), TOPICS)
 for k in range(1, 1_000_000):
     recorder.record("/text", k, text(str(k)))

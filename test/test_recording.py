@@ -15,7 +15,7 @@ import pytest
 from bundles import demo_observation
 from robots import PATIENCE_S, ROOT, TASK, PolicyProcess, Robot, ns_of, until
 
-from ki_vla_ros.bags import camera_frame, decode, open_bag
+from ki_vla_ros.bags.bag import camera_frame, decode, open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.settings.session import read_session
 

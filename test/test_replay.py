@@ -18,7 +18,7 @@ from bundles import CAMERAS, state_token_policy, write_test_bundle
 from loop_bench import START, TASK
 from recordings import MS, BagWriter, path_J, picture, record_inputs, record_run
 
-from ki_vla_ros.bags import BagMessage, decode, open_bag
+from ki_vla_ros.bags.bag import BagMessage, decode, open_bag
 from ki_vla_ros.bundle.folder import Bundle, load_bundle
 from ki_vla_ros.replay import FAILED, INTERRUPTED, main
 from ki_vla_ros.replay_document import MACHINE

@@ -13,7 +13,7 @@ import pytest
 from bad_bags import recording, write_bag
 from loop_bench import demo_observation
 
-from ki_vla_ros.bags import open_bag
+from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.latency import parse_latency

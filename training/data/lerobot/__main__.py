@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from ki_vla_ros.bags import Bag, open_bag
+from ki_vla_ros.bags.bag import Bag, open_bag
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.settings.parameter_file import NODE, load_settings
 from ki_vla_ros.settings.settings import Settings

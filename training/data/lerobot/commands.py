@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags import header_ns
+from ki_vla_ros.bags.bag import header_ns
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import NS_PER_S, JointReading
 

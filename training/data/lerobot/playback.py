@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rosbags.rosbag2 import StoragePlugin, Writer
 
-from ki_vla_ros.bags import TYPESTORE
+from ki_vla_ros.bags.bag import TYPESTORE
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S
 from training.data.lerobot.commands import TRAJECTORY

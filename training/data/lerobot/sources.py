@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ki_vla_ros.bags import Bag, decode
+from ki_vla_ros.bags.bag import Bag, decode
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import ConfigurationError

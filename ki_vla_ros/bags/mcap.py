@@ -17,8 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ki_vla_ros.bag_records import CLOCK_STEP_NS, BagMessage, Faults, Part, Pending, Topic, in_time_order
-from ki_vla_ros.mcap_format import (
+from ki_vla_ros.bags.mcap_format import (
     CHANNEL,
     CHUNK,
     CHUNK_INDEX,
@@ -38,6 +37,7 @@ from ki_vla_ros.mcap_format import (
     records,
     text_at,
 )
+from ki_vla_ros.bags.records import CLOCK_STEP_NS, BagMessage, Faults, Part, Pending, Topic, in_time_order
 
 # A larger chunk is refused: recorders write some 1 MB, and a damaged size must not fill the memory.
 LARGEST_CHUNK = 128 << 20

@@ -2,7 +2,7 @@
 
 Messages come in serialised and are written as they are, in chunks compressed with zstd. At least once a second all that
 came in is on the disk, so that a machine which loses power, or a process that is killed, loses no more than that; such
-a bag has neither index nor metadata.yaml, and bags.py reads it.
+a bag has neither index nor metadata.yaml, and bags/bag.py reads it.
 """
 
 from __future__ import annotations

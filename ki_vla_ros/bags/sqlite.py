@@ -19,7 +19,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bag_records import CLOCK_STEP_NS, BagMessage, Faults, Pending, Topic
+from ki_vla_ros.bags.records import CLOCK_STEP_NS, BagMessage, Faults, Pending, Topic
 
 # Rows between two places where reading can go on after an error.
 ROWS = 4096

@@ -28,9 +28,9 @@ if sys.version_info >= (3, 14):
 else:
     from backports.zstd import ZstdDecompressor, ZstdError
 
-from ki_vla_ros.bag_mcap import LARGEST_CHUNK, McapFile
-from ki_vla_ros.bag_records import BagFault, BagMessage, Faults, Part, Storage, Topic, in_time_order
-from ki_vla_ros.bag_sqlite import SqliteFile
+from ki_vla_ros.bags.mcap import LARGEST_CHUNK, McapFile
+from ki_vla_ros.bags.records import BagFault, BagMessage, Faults, Part, Storage, Topic, in_time_order
+from ki_vla_ros.bags.sqlite import SqliteFile
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.messages.pixels import decode_compressed, decode_raw, read_image
 from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading
