@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bootstrap import FEWEST_SEGMENTS, Draws
 from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.pages import section, table
-from ki_vla_ros.plots import Axes, Span, figure
+from ki_vla_ros.report.pages import section, table
+from ki_vla_ros.report.plots import Axes, Span, figure
 from ki_vla_ros.settings.parameter_file import NODE, PARAMETERS
 from ki_vla_ros.sweep_figures import Outcome
 from ki_vla_ros.sweep_grid import HORIZON, HORIZON_S, Changes, Grid, Value, is_used, parameters_of

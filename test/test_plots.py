@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ki_vla_ros.plots import HEIGHT, MOST_POINTS, WIDTH, Axes, Span, clock, number, thinned
+from ki_vla_ros.report.plots import HEIGHT, MOST_POINTS, WIDTH, Axes, Span, clock, number, thinned
 
 FINITE = st.floats(-1e6, 1e6)
 
