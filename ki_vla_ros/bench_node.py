@@ -30,10 +30,10 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.convert import ns_to_stamp
-from ki_vla_ros.demo_processes import Child, Children, prepare_environment
 from ki_vla_ros.errors import KiVlaError
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.ros.children import Child, Children, prepare_environment
+from ki_vla_ros.ros.convert import ns_to_stamp
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.timing import spread
@@ -159,7 +159,7 @@ def bench_node(bundle: str, instruction: str, seconds: float, hogs: int, say: Ca
             arguments = ["--ros-args"]
             for name, value in parameters.items():
                 arguments += ["-p", f"{name}:={json.dumps(value)}"]
-            child = children.start("policy", "ki_vla_ros.node", arguments)
+            child = children.start("policy", "ki_vla_ros.ros.node", arguments)
             robot.wait_until(lambda: robot.status.get("state") == "active", child, "become active")
             for process in busy:
                 process.start()

@@ -24,10 +24,10 @@ import numpy as np
 from ki_vla_ros.bags.writer import Recorder
 from ki_vla_ros.bundle.folder import file_sha256, load_bundle
 from ki_vla_ros.demo_driver import ARM, POLICY, TOPICS, Driver, Observed
-from ki_vla_ros.demo_processes import Child, ChildError, Children, prepare_environment
 from ki_vla_ros.demo_report import Episode, Run, percentiles, rate_hz, write_report
 from ki_vla_ros.demo_video import import_av, make_video
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.ros.children import Child, ChildError, Children, prepare_environment
 from ki_vla_ros.share import find_bundle, find_share
 from ki_vla_ros.sim.expert import Expert
 from ki_vla_ros.sim.task import Split, Task, sample_scene
@@ -119,7 +119,7 @@ def run(options: Options) -> dict[str, Any]:
         arguments = ["--ros-args", "--params-file", str(options.params)]
         children.start(ARM, "ki_vla_ros.sim.arm_node", arguments)
         chosen = ["-p", f"bundle:={options.bundle.resolve()}", "-p", "autostart:=false", "-p", "instruction:=''"]
-        policy = children.start(POLICY, "ki_vla_ros.node", [*arguments, *chosen])
+        policy = children.start(POLICY, "ki_vla_ros.ros.node", [*arguments, *chosen])
         driver.wait_until_up()
         with naming_the_cause(policy):
             driver.configure()

@@ -28,7 +28,7 @@ from ki_vla_ros.doctor_findings import Findings
 from ki_vla_ros.doctor_inputs import JOINT_STATE, TRAJECTORY, InputWatch, command_type, image_type
 from ki_vla_ros.doctor_setup import PROFILE_VARIABLES, Machine, read_settings
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.process import check_domain
+from ki_vla_ros.ros.process import check_domain
 from ki_vla_ros.settings.parameter_file import settings_from_values
 from ki_vla_ros.settings.settings import Settings
 
@@ -327,7 +327,7 @@ def with_node_environment(machine: Machine) -> Machine:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             arguments = (process / "cmdline").read_bytes().split(b"\0")
-            if not any(a == b"ki_vla_ros.node" or a.endswith(b"/policy_node") for a in arguments):
+            if not any(a == b"ki_vla_ros.ros.node" or a.endswith(b"/policy_node") for a in arguments):
                 continue
             entries = (process / "environ").read_bytes().decode(errors="replace").split("\0")
             environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ki_vla_ros import node
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import EngineError
+from ki_vla_ros.ros import node
 
 
 def fault() -> str:

@@ -188,14 +188,14 @@ def until(condition: Callable[[], object]) -> None:
 
 
 class PolicyProcess:
-    """`python -m ki_vla_ros.node` with parameters; its output goes to a file."""
+    """`python -m ki_vla_ros.ros.node` with parameters; its output goes to a file."""
 
     def __init__(
         self,
         environment: dict[str, str],
         folder: Path,
         *arguments: str,
-        program: tuple[str, ...] = ("-m", "ki_vla_ros.node"),
+        program: tuple[str, ...] = ("-m", "ki_vla_ros.ros.node"),
         output: Path | None = None,
         **parameters: object,
     ) -> None:

@@ -16,10 +16,10 @@ from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from ki_vla_ros import convert
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages.pixels import read_image
 from ki_vla_ros.records import ActionChunk, Motion
+from ki_vla_ros.ros import convert
 from ki_vla_ros.runtime.diagnostics import Level, Report
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)

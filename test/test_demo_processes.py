@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ki_vla_ros.demo_processes import ChildError, Children, free_domain, prepare_environment
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.ros.children import ChildError, Children, free_domain, prepare_environment
 
 
 def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> str:
@@ -37,7 +37,7 @@ def test_children_get_sigint_first_and_are_killed_if_they_ignore_everything(
         "import signal, time\nfor s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)\n"
         "print('up', flush=True)\ntime.sleep(60)\n"
     )
-    monkeypatch.setattr("ki_vla_ros.demo_processes.STOP_LIMIT_S", 3.0)
+    monkeypatch.setattr("ki_vla_ros.ros.children.STOP_LIMIT_S", 3.0)
     with Children(tmp_path) as children:
         gentle = children.start("gentle", module(tmp_path, monkeypatch, "polite_child", polite), [])
         hard = children.start("hard", module(tmp_path, monkeypatch, "stubborn_child", stubborn), [])
@@ -60,7 +60,7 @@ def test_a_dead_child_is_reported_with_the_end_of_its_log(tmp_path: Path, monkey
 
 def test_a_domain_with_a_participant_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     free = free_domain()
-    monkeypatch.setattr("ki_vla_ros.demo_processes.DOMAINS", range(free, free + 1))
+    monkeypatch.setattr("ki_vla_ros.ros.children.DOMAINS", range(free, free + 1))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as participant:
         participant.bind(("", 7400 + 250 * free + 10))
         with pytest.raises(ConfigurationError, match="no free ROS domain"):

@@ -187,7 +187,7 @@ def test_both_forms_draw_a_chunk_to_the_running_one(made: Made, engine: TorchEng
 def test_the_node_runs_the_true_form(
     robot: Robot, start: Callable[..., PolicyProcess], made: Made, tmp_path: Path
 ) -> None:
-    program = tmp_path / "node.py"
+    program = tmp_path / "ros/node.py"
     program.write_text(
         "import sys\n"
         "from ki_vla_ros import node\n"

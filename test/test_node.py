@@ -276,7 +276,7 @@ def test_the_demo_file_and_a_namespace(
 
 
 def test_the_node_needs_neither_simulator_nor_trainer() -> None:
-    modules = "ki_vla_ros.node, ki_vla_ros.engines.onnx_engine"
+    modules = "ki_vla_ros.ros.node, ki_vla_ros.engines.onnx_engine"
     code = f"import sys, {modules}; print({{'mujoco', 'torch'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

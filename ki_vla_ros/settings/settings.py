@@ -1,6 +1,6 @@
 """Every runtime setting once: default, unit, range, and whether it may change while the node is configured.
 
-ROS parameters are declared from this model (see node.py), so a name, a bound or a description stands nowhere else.
+ROS parameters are declared from this model (see ros/node.py), so a name, a bound or a description stands nowhere else.
 Nested models become dotted names: `limits.velocity_scale`, `cameras.<camera>.topic`.
 """
 

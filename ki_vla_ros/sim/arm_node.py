@@ -32,8 +32,8 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, SimulationError
-from ki_vla_ros.process import run_node
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.sim.task import Scene, Task, sample_scene
 from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, Verdict, World

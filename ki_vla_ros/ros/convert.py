@@ -1,4 +1,4 @@
-"""ROS messages <-> records. With node.py and sim/ the only file that imports ROS.
+"""ROS messages <-> records. With ros/node.py and sim/ the only file that imports ROS.
 
 Legend: H image height or horizon (by name), W width, C channel, J joints.
 """

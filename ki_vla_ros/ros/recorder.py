@@ -35,7 +35,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bags.writer import Recorder
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
-from ki_vla_ros.process import run_node
+from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.settings import session
 from ki_vla_ros.settings.session import Session, read_session, session_topic
 

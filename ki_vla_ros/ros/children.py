@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.process import LARGEST_DOMAIN
+from ki_vla_ros.ros.process import LARGEST_DOMAIN
 from ki_vla_ros.share import find_share
 
 # Each gets this long to end after SIGINT, and again after SIGTERM.

@@ -13,11 +13,11 @@ from rclpy.lifecycle import LifecycleNode, LifecyclePublisher
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros import convert
 from ki_vla_ros.records import ActionChunk, Motion
+from ki_vla_ros.ros import convert
+from ki_vla_ros.ros.stream import Stream
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.settings import Settings
-from ki_vla_ros.stream import Stream
 
 # Seconds between two log lines about one and the same cause.
 REPEAT_LOG_S = 5.0

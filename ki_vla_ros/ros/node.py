@@ -30,16 +30,16 @@ from std_msgs.msg import Empty, Float64MultiArray, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros import convert
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
-from ki_vla_ros.node_wire import SHADOW_COMMAND, NodeWire
-from ki_vla_ros.parameters import Parameters
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import resize_with_pad
-from ki_vla_ros.process import run_node
+from ki_vla_ros.ros import convert
+from ki_vla_ros.ros.parameters import Parameters
+from ki_vla_ros.ros.process import run_node
+from ki_vla_ros.ros.publishers import SHADOW_COMMAND, NodeWire
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.inputs import camera_sources, check_instruction, own_limit_ns
 from ki_vla_ros.runtime.loop import PolicyLoop
