@@ -30,7 +30,7 @@ from ki_vla_ros.doctor_setup import (
     read_settings,
 )
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.replay_topics import find_session
+from ki_vla_ros.replay.topics import find_session
 from ki_vla_ros.settings.parameter_file import NODE
 from ki_vla_ros.settings.session import Session
 from ki_vla_ros.settings.settings import Settings

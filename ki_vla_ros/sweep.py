@@ -21,12 +21,12 @@ from typing import Any
 from ki_vla_ros.bags.bag import Bag, BagMessage, joint_reading, open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines import open_engine
-from ki_vla_ros.latency import Latency
-from ki_vla_ros.replay_inputs import bag_frame
-from ki_vla_ros.replay_options import ReplayOptions
-from ki_vla_ros.replay_records import TickRecord
-from ki_vla_ros.replay_run import Replay
-from ki_vla_ros.replay_topics import ReplayTopics
+from ki_vla_ros.replay.inputs import bag_frame
+from ki_vla_ros.replay.latency import Latency
+from ki_vla_ros.replay.options import ReplayOptions
+from ki_vla_ros.replay.records import TickRecord
+from ki_vla_ros.replay.run import Replay
+from ki_vla_ros.replay.topics import ReplayTopics
 from ki_vla_ros.shared_prefix import SharedEngine
 from ki_vla_ros.sweep_figures import Execution, Outcome
 from ki_vla_ros.sweep_grid import Candidate

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.metrics import Jerk
 from ki_vla_ros.records import NS_PER_S, Motion
-from ki_vla_ros.replay_records import Prediction, TickRecord
+from ki_vla_ros.replay.figures import Jerk
+from ki_vla_ros.replay.records import Prediction, TickRecord
 
 Array = NDArray[np.float64]
 

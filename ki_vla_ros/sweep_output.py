@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ki_vla_ros.bags.bag import Bag
-from ki_vla_ros.latency import DrawnLatency, Latency, MeasuredLatency
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.replay_options import ReplayOptions
-from ki_vla_ros.replay_setup import SetUp
+from ki_vla_ros.replay.latency import DrawnLatency, Latency, MeasuredLatency
+from ki_vla_ros.replay.options import ReplayOptions
+from ki_vla_ros.replay.setup import SetUp
 from ki_vla_ros.sweep import SweepInputs, sweep
 from ki_vla_ros.sweep_advice import advise, recommended_yaml, sweep_metrics, sweep_section
 from ki_vla_ros.sweep_grid import Grid

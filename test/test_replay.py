@@ -20,8 +20,8 @@ from recordings import MS, BagWriter, path_J, picture, record_inputs, record_run
 
 from ki_vla_ros.bags.bag import BagMessage, decode, open_bag
 from ki_vla_ros.bundle.folder import Bundle, load_bundle
-from ki_vla_ros.replay import FAILED, INTERRUPTED, main
-from ki_vla_ros.replay_document import MACHINE
+from ki_vla_ros.replay.__main__ import FAILED, INTERRUPTED, main
+from ki_vla_ros.replay.document import MACHINE
 
 ROOT = Path(__file__).resolve().parents[1]
 # Random weights leave the arm's reach now and then; these tests are not about that.
@@ -139,7 +139,7 @@ def test_computing_ahead_changes_nothing_but_the_time(
     arguments = ["--latency", "0.07", "--sensitivity-every", "0.5"]
     ahead = replay(inputs, tmp_path / "ahead", demo, *arguments)
     assert ahead["timing"]["computed_ahead"] > 0.8 * ahead["ticks"]["chunks"]
-    monkeypatch.setattr("ki_vla_ros.replay.can_guess", lambda settings: False)
+    monkeypatch.setattr("ki_vla_ros.replay.__main__.can_guess", lambda settings: False)
     alone = replay(inputs, tmp_path / "alone", demo, *arguments)
     assert alone["timing"]["computed_ahead"] == 0
     assert alone["fingerprint"] == ahead["fingerprint"]

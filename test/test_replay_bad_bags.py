@@ -13,7 +13,7 @@ from bad_bags import CASES, Case, change, with_data
 from sample_bags import recording, write_mcap
 from test_doctor import params_file
 
-from ki_vla_ros.replay import main
+from ki_vla_ros.replay.__main__ import main
 
 # Nothing to replay: each says which input is missing.
 NOTHING = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ki_vla_ros.replay import main
+from ki_vla_ros.replay.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py

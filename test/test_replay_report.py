@@ -13,8 +13,8 @@ import pytest
 from bundles import CAMERAS, demo_policy
 from replays import made_up_metrics, made_up_tick, made_up_trace
 
-from ki_vla_ros.replay_report import report
-from ki_vla_ros.replay_trace import MOMENTS, MOST_CHUNKS, Trace
+from ki_vla_ros.replay.report import report
+from ki_vla_ros.replay.trace import MOMENTS, MOST_CHUNKS, Trace
 
 VOID = {"meta", "img", "br"}
 

@@ -15,9 +15,9 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.metrics import Figures
 from ki_vla_ros.records import ActionChunk, JointReading
-from ki_vla_ros.replay_records import Prediction, TickRecord
+from ki_vla_ros.replay.figures import Figures
+from ki_vla_ros.replay.records import Prediction, TickRecord
 from ki_vla_ros.runtime.paths import ReferenceName
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.session import read_session

@@ -16,12 +16,12 @@ from loop_bench import demo_observation
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
-from ki_vla_ros.latency import parse_latency
 from ki_vla_ros.policy.preprocess import make_model_input
-from ki_vla_ros.replay import main
-from ki_vla_ros.replay_options import ReplayOptions
-from ki_vla_ros.replay_run import Replay
-from ki_vla_ros.replay_setup import set_up
+from ki_vla_ros.replay.__main__ import main
+from ki_vla_ros.replay.latency import parse_latency
+from ki_vla_ros.replay.options import ReplayOptions
+from ki_vla_ros.replay.run import Replay
+from ki_vla_ros.replay.setup import set_up
 from ki_vla_ros.settings.parameter_file import load_settings
 from ki_vla_ros.settings.settings import settings_from_parameters
 from ki_vla_ros.shared_prefix import SharedEngine

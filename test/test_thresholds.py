@@ -11,9 +11,9 @@ import pytest
 from bundles import demo_policy
 from recordings import record_inputs
 
-from ki_vla_ros import replay
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.thresholds import check_figure, parse_threshold
+from ki_vla_ros.replay import __main__ as replay
+from ki_vla_ros.replay.thresholds import check_figure, parse_threshold
 
 SPEC = demo_policy()
 

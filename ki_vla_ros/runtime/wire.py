@@ -1,4 +1,4 @@
-"""Where the loop's line ends: ROS topics (ros/publishers.py), a replay (replay_wire.py), or a simulation (training)."""
+"""Where the loop's line ends: ROS topics (ros/publishers.py), a replay (replay/wire.py), or a simulation (training)."""
 
 from __future__ import annotations
 

@@ -21,15 +21,15 @@ from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
-from ki_vla_ros.replay_activity import Activity
-from ki_vla_ros.replay_ahead import can_guess
-from ki_vla_ros.replay_inbox import Inbox
-from ki_vla_ros.replay_inputs import Feed, RecordedTick, ReplayBuffer, read_tick
-from ki_vla_ros.replay_options import MessageSource, ReplayOptions
-from ki_vla_ros.replay_policy import ReplayPolicy
-from ki_vla_ros.replay_records import Prediction, Seam, TickRecord
-from ki_vla_ros.replay_topics import ReplayTopics, read_later_session
-from ki_vla_ros.replay_wire import ReplayDiagnostics, ReplayWire
+from ki_vla_ros.replay.activity import Activity
+from ki_vla_ros.replay.ahead import can_guess
+from ki_vla_ros.replay.inbox import Inbox
+from ki_vla_ros.replay.inputs import Feed, RecordedTick, ReplayBuffer, read_tick
+from ki_vla_ros.replay.options import MessageSource, ReplayOptions
+from ki_vla_ros.replay.policy import ReplayPolicy
+from ki_vla_ros.replay.records import Prediction, Seam, TickRecord
+from ki_vla_ros.replay.topics import ReplayTopics, read_later_session
+from ki_vla_ros.replay.wire import ReplayDiagnostics, ReplayWire
 from ki_vla_ros.runtime.chunking import cubic
 from ki_vla_ros.runtime.inputs import camera_sources, check_instruction, own_limit_ns
 from ki_vla_ros.runtime.loop import PolicyLoop

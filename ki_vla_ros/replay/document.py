@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ki_vla_ros.bags.bag import Bag
-from ki_vla_ros.latency import MeasuredLatency
-from ki_vla_ros.metrics import Figures
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.replay_records import METRICS_SCHEMA
-from ki_vla_ros.replay_run import Replay
-from ki_vla_ros.replay_setup import SetUp
+from ki_vla_ros.replay.figures import Figures
+from ki_vla_ros.replay.latency import MeasuredLatency
+from ki_vla_ros.replay.records import METRICS_SCHEMA
+from ki_vla_ros.replay.run import Replay
+from ki_vla_ros.replay.setup import SetUp
 
 METRICS = "metrics.json"
 # Of this machine and this run; everything else is the same for the same bag, settings and fixed latency.

@@ -24,22 +24,22 @@ from typing import Any
 from ki_vla_ros.bags.bag import Bag, BagMessage, open_bag
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.latency import MEASURED, RECORDED, MeasuredLatency, RecordedLatency, parse_latency
-from ki_vla_ros.metrics import Figures
-from ki_vla_ros.prediction_bag import PredictionBag
 from ki_vla_ros.records import NS_PER_S, Observation
-from ki_vla_ros.replay_ahead import Ahead, can_guess
-from ki_vla_ros.replay_document import METRICS, make_metrics, write_metrics
-from ki_vla_ros.replay_options import ReplayOptions
-from ki_vla_ros.replay_records import ReplayResult, TickRecord
-from ki_vla_ros.replay_report import report
-from ki_vla_ros.replay_run import Replay
-from ki_vla_ros.replay_setup import REFERENCES, SetUp, set_up
-from ki_vla_ros.replay_trace import Trace
+from ki_vla_ros.replay.ahead import Ahead, can_guess
+from ki_vla_ros.replay.document import METRICS, make_metrics, write_metrics
+from ki_vla_ros.replay.figures import Figures
+from ki_vla_ros.replay.latency import MEASURED, RECORDED, MeasuredLatency, RecordedLatency, parse_latency
+from ki_vla_ros.replay.options import ReplayOptions
+from ki_vla_ros.replay.predicted import PredictionBag
+from ki_vla_ros.replay.records import ReplayResult, TickRecord
+from ki_vla_ros.replay.report import report
+from ki_vla_ros.replay.run import Replay
+from ki_vla_ros.replay.setup import REFERENCES, SetUp, set_up
+from ki_vla_ros.replay.thresholds import Threshold, check_figure, parse_threshold
+from ki_vla_ros.replay.trace import Trace
 from ki_vla_ros.settings.settings import parameter_specs
 from ki_vla_ros.sweep_grid import make_grid
 from ki_vla_ros.sweep_output import tune
-from ki_vla_ros.thresholds import Threshold, check_figure, parse_threshold
 
 PREDICTED, REPORT = "predicted", "report.html"
 # metrics.json is written so often while a long bag is read, and for the first time after the first of these.

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ki_vla_ros.bags.bag import camera_frame
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
-from ki_vla_ros.replay_inputs import BagFrame
-from ki_vla_ros.replay_records import Prediction, TickRecord
+from ki_vla_ros.replay.inputs import BagFrame
+from ki_vla_ros.replay.records import Prediction, TickRecord
 
 # Chunks drawn over the whole bag, and around each of the worst moments.
 MOST_CHUNKS = 240

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 from ki_vla_ros.bags.bag import BagMessage, joint_reading
-from ki_vla_ros.latency import Latency, MeasuredLatency
 from ki_vla_ros.records import CameraFrame, JointReading, Observation
-from ki_vla_ros.replay_ahead import Ahead
-from ki_vla_ros.replay_inputs import bag_frame
-from ki_vla_ros.replay_records import TickRecord
+from ki_vla_ros.replay.ahead import Ahead
+from ki_vla_ros.replay.inputs import bag_frame
+from ki_vla_ros.replay.latency import Latency, MeasuredLatency
+from ki_vla_ros.replay.records import TickRecord
 
 
 @dataclass(frozen=True)

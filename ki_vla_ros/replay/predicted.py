@@ -18,9 +18,9 @@ from rosbags.typesys import Stores, get_typestore
 from ki_vla_ros.bags.bag import BagMessage, camera_frame
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Motion, Observation
-from ki_vla_ros.replay_inputs import BagFrame
-from ki_vla_ros.replay_records import Prediction, TickRecord
-from ki_vla_ros.replay_topics import JOINT_STATE, ReplayTopics
+from ki_vla_ros.replay.inputs import BagFrame
+from ki_vla_ros.replay.records import Prediction, TickRecord
+from ki_vla_ros.replay.topics import JOINT_STATE, ReplayTopics
 from ki_vla_ros.settings.session import COMPRESSED_IMAGE, IMAGE, TEXT, TRAJECTORY
 
 TYPESTORE = get_typestore(Stores.ROS2_JAZZY)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ki_vla_ros.latency import Latency
 from ki_vla_ros.records import ActionChunk, Motion
+from ki_vla_ros.replay.latency import Latency
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 
 
@@ -76,7 +76,7 @@ class ReplayWire:
 
 
 class ReplayDiagnostics(Diagnostics):
-    """Keeps what the gate corrected in the last chunk; a replay's own figures (metrics.py) cover the rest."""
+    """Keeps what the gate corrected in the last chunk; a replay's own figures (replay/figures.py) cover the rest."""
 
     def __init__(self) -> None:
         super().__init__()
