@@ -22,13 +22,13 @@ from ki_vla_ros.replay.latency import parse_latency
 from ki_vla_ros.replay.options import ReplayOptions
 from ki_vla_ros.replay.run import Replay
 from ki_vla_ros.replay.setup import set_up
+from ki_vla_ros.replay.sweep.figures import Outcome
+from ki_vla_ros.replay.sweep.grid import Candidate, make_grid
+from ki_vla_ros.replay.sweep.output import RECOMMENDED
+from ki_vla_ros.replay.sweep.run import SweepInputs, sweep
+from ki_vla_ros.replay.sweep.shared_engine import SharedEngine
 from ki_vla_ros.settings.parameter_file import load_settings
 from ki_vla_ros.settings.settings import settings_from_parameters
-from ki_vla_ros.shared_prefix import SharedEngine
-from ki_vla_ros.sweep import SweepInputs, sweep
-from ki_vla_ros.sweep_figures import Outcome
-from ki_vla_ros.sweep_grid import Candidate, make_grid
-from ki_vla_ros.sweep_output import RECOMMENDED
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from bundles import demo_policy
 
+from ki_vla_ros.replay.sweep.advice import Advice, advise, recommended_yaml, sweep_section
+from ki_vla_ros.replay.sweep.figures import Outcome
+from ki_vla_ros.replay.sweep.grid import make_grid
 from ki_vla_ros.settings.parameter_file import load_parameters
 from ki_vla_ros.settings.settings import Settings
-from ki_vla_ros.sweep_advice import Advice, advise, recommended_yaml, sweep_section
-from ki_vla_ros.sweep_figures import Outcome
-from ki_vla_ros.sweep_grid import make_grid
 
 SPEC = demo_policy()
 # Given, rtc with 2, 4 and 6 actions.

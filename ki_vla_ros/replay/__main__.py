@@ -35,11 +35,11 @@ from ki_vla_ros.replay.records import ReplayResult, TickRecord
 from ki_vla_ros.replay.report import report
 from ki_vla_ros.replay.run import Replay
 from ki_vla_ros.replay.setup import REFERENCES, SetUp, set_up
+from ki_vla_ros.replay.sweep.grid import make_grid
+from ki_vla_ros.replay.sweep.output import tune
 from ki_vla_ros.replay.thresholds import Threshold, check_figure, parse_threshold
 from ki_vla_ros.replay.trace import Trace
 from ki_vla_ros.settings.settings import parameter_specs
-from ki_vla_ros.sweep_grid import make_grid
-from ki_vla_ros.sweep_output import tune
 
 PREDICTED, REPORT = "predicted", "report.html"
 # metrics.json is written so often while a long bag is read, and for the first time after the first of these.

@@ -14,9 +14,9 @@ from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.replay.latency import DrawnLatency, Latency, MeasuredLatency
 from ki_vla_ros.replay.options import ReplayOptions
 from ki_vla_ros.replay.setup import SetUp
-from ki_vla_ros.sweep import SweepInputs, sweep
-from ki_vla_ros.sweep_advice import advise, recommended_yaml, sweep_metrics, sweep_section
-from ki_vla_ros.sweep_grid import Grid
+from ki_vla_ros.replay.sweep.advice import advise, recommended_yaml, sweep_metrics, sweep_section
+from ki_vla_ros.replay.sweep.grid import Grid
+from ki_vla_ros.replay.sweep.run import SweepInputs, sweep
 
 SWEEP, RECOMMENDED = "sweep.json", "recommended.yaml"
 

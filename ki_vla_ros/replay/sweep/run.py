@@ -1,6 +1,6 @@
 """Many settings over one bag: all cores, each process drives its share side by side, tick by tick.
 
-Side by side, they read the bag once and share what they have in common (shared_prefix.py). All start a tick's chunk
+Side by side, they read the bag once and share what they have in common (replay/sweep/shared_engine.py). All start a tick's chunk
 from the same noise, so that settings are compared and not noise. With a latency that is not measured anew, two sweeps
 give the same bytes, whatever the number of processes.
 """
@@ -26,10 +26,10 @@ from ki_vla_ros.replay.latency import Latency
 from ki_vla_ros.replay.options import ReplayOptions
 from ki_vla_ros.replay.records import TickRecord
 from ki_vla_ros.replay.run import Replay
+from ki_vla_ros.replay.sweep.figures import Execution, Outcome
+from ki_vla_ros.replay.sweep.grid import Candidate
+from ki_vla_ros.replay.sweep.shared_engine import SharedEngine
 from ki_vla_ros.replay.topics import ReplayTopics
-from ki_vla_ros.shared_prefix import SharedEngine
-from ki_vla_ros.sweep_figures import Execution, Outcome
-from ki_vla_ros.sweep_grid import Candidate
 
 # Messages that are decoded once for all: of about two seconds.
 FRAMES_KEPT, READINGS_KEPT = 128, 1024
