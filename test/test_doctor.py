@@ -18,9 +18,9 @@ from sample_bags import COMMAND_TOPIC, JOINT_TOPIC, JOINTS, SCENE, Messages, jpe
 
 from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, TYPESTORE
 from ki_vla_ros.bags.records import BagMessage
-from ki_vla_ros.doctor import Request, diagnose, main
-from ki_vla_ros.doctor_findings import Finding, as_json, as_table
-from ki_vla_ros.doctor_setup import Machine
+from ki_vla_ros.doctor.__main__ import Request, diagnose, main
+from ki_vla_ros.doctor.findings import Finding, as_json, as_table
+from ki_vla_ros.doctor.setup import Machine
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.settings.parameter_file import load_settings, matches
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics

@@ -15,9 +15,9 @@ from std_msgs.msg import String
 from test_doctor import params_file
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.doctor import Request, diagnose, main
-from ki_vla_ros.doctor_findings import Findings
-from ki_vla_ros.doctor_setup import Machine
+from ki_vla_ros.doctor.__main__ import Request, diagnose, main
+from ki_vla_ros.doctor.findings import Findings
+from ki_vla_ros.doctor.setup import Machine
 from ki_vla_ros.share import find_share
 
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")

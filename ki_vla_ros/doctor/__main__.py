@@ -17,10 +17,10 @@ from pathlib import Path
 
 from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, Bag, open_bag
 from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.doctor_checks import check_inputs
-from ki_vla_ros.doctor_findings import Findings, as_json, as_table, errors
-from ki_vla_ros.doctor_inputs import InputWatch
-from ki_vla_ros.doctor_setup import (
+from ki_vla_ros.doctor.checks import check_inputs
+from ki_vla_ros.doctor.findings import Findings, as_json, as_table, errors
+from ki_vla_ros.doctor.inputs import InputWatch
+from ki_vla_ros.doctor.setup import (
     Machine,
     check_engine,
     check_fit,
@@ -53,7 +53,7 @@ def diagnose(request: Request, machine: Machine | None = None) -> tuple[Findings
     findings, looked_at = Findings(), [f"Python {machine.python[0]}.{machine.python[1]}, numpy {machine.numpy}"]
     check_machine(machine, findings)
     if request.bag is None:
-        from ki_vla_ros import doctor_graph  # the only part that needs ROS
+        from ki_vla_ros.doctor.__main__ import graph as doctor_graph  # the only part that needs ROS
 
         check_profile_is_set(doctor_graph.with_node_environment(machine), findings)
         looked_at += doctor_graph.examine(request, findings)

@@ -14,8 +14,8 @@ import numpy as np
 
 from ki_vla_ros.bundle.folder import Bundle, load_bundle
 from ki_vla_ros.bundle.manifest import Manifest
-from ki_vla_ros.doctor_checks import PROFILE_FIX
-from ki_vla_ros.doctor_findings import Findings
+from ki_vla_ros.doctor.checks import PROFILE_FIX
+from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.engines.cuda import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
 from ki_vla_ros.runtime.inputs import check_instruction

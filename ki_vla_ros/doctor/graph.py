@@ -23,17 +23,17 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, IMAGE, BagMessage
 from ki_vla_ros.bundle.manifest import Manifest
-from ki_vla_ros.doctor_checks import check_inputs
-from ki_vla_ros.doctor_findings import Findings
-from ki_vla_ros.doctor_inputs import JOINT_STATE, TRAJECTORY, InputWatch, command_type, image_type
-from ki_vla_ros.doctor_setup import PROFILE_VARIABLES, Machine, read_settings
+from ki_vla_ros.doctor.checks import check_inputs
+from ki_vla_ros.doctor.findings import Findings
+from ki_vla_ros.doctor.inputs import JOINT_STATE, TRAJECTORY, InputWatch, command_type, image_type
+from ki_vla_ros.doctor.setup import PROFILE_VARIABLES, Machine, read_settings
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.ros.process import check_domain
 from ki_vla_ros.settings.parameter_file import settings_from_values
 from ki_vla_ros.settings.settings import Settings
 
 if TYPE_CHECKING:
-    from ki_vla_ros.doctor import Request
+    from ki_vla_ros.doctor.__main__ import Request
 
 # How long discovery of the node, of all the rest, and an answer of a service may take.
 FIRST_S, DISCOVERY_S, ANSWER_S = 5.0, 2.0, 3.0
@@ -107,7 +107,7 @@ class Graph:
 
 def examine(request: Request, findings: Findings) -> list[str]:
     """What was looked at."""
-    from ki_vla_ros.doctor import examine_setup, resolve
+    from ki_vla_ros.doctor.__main__ import examine_setup, resolve
 
     looked_at: list[str] = []
     with open_graph() as graph:

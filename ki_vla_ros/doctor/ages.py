@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.doctor_findings import Findings
-from ki_vla_ros.doctor_inputs import InputWatch, Stream
+from ki_vla_ros.doctor.findings import Findings
+from ki_vla_ros.doctor.inputs import InputWatch, Stream
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.settings.settings import Settings
 

@@ -1,4 +1,4 @@
-"""Judges what came in (doctor_inputs.py). Limits are the settings', the bundle's, or stand here by name."""
+"""Judges what came in (doctor/inputs.py). Limits are the settings', the bundle's, or stand here by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, IMAGE
-from ki_vla_ros.doctor_ages import Limit, check_period, check_skew, check_stamps, period_s
-from ki_vla_ros.doctor_findings import Findings
-from ki_vla_ros.doctor_inputs import JOINT_STATE, InputWatch, Stream, command_type
+from ki_vla_ros.doctor.ages import Limit, check_period, check_skew, check_stamps, period_s
+from ki_vla_ros.doctor.findings import Findings
+from ki_vla_ros.doctor.inputs import JOINT_STATE, InputWatch, Stream, command_type
 from ki_vla_ros.records import NS_PER_S
 
 # Share of the images that may be missing between the first and the last.
