@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ki_vla_ros.bench_node import WARM_UP_S, summarize, table
+from ki_vla_ros.bench.node import WARM_UP_S, summarize, table
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.errors import KiVlaError
 from training.tiny_bundle import bench_policy

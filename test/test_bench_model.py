@@ -15,9 +15,9 @@ from bundles import demo_policy
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from ki_vla_ros import bench
-from ki_vla_ros.bench_compare import parse_set_up
-from ki_vla_ros.bench_model import (
+from ki_vla_ros.bench import __main__ as bench
+from ki_vla_ros.bench.compare import parse_set_up
+from ki_vla_ros.bench.model import (
     PARTS,
     SetUp,
     graph_figures,
@@ -27,13 +27,13 @@ from ki_vla_ros.bench_model import (
     time_parts,
     weights_read,
 )
+from ki_vla_ros.bench.roofline import Ceiling
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.bundle.onnx_header import GraphHeader, read_header
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import ModelInput
-from ki_vla_ros.roofline import Ceiling
 from training.tiny_bundle import write_tiny_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ DEMO = ROOT / "models" / "demo"
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Without ROS, as on a machine that has none."""
-    code = "import sys; sys.modules['rclpy'] = None; from ki_vla_ros.bench import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; sys.modules['rclpy'] = None; from ki_vla_ros.bench.__main__ import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -7,9 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from ki_vla_ros import roofline
+from ki_vla_ros.bench.__main__ import roofline
+from ki_vla_ros.bench.roofline import Ceiling, Work, measure_ceiling, product_model
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.roofline import Ceiling, Work, measure_ceiling, product_model
 
 CEILING = Ceiling(1e12, {1_000_000: 100e9, 1_000_000_000: 10e9}, "made up")
 

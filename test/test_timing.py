@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
+from ki_vla_ros.bench.timing import alternating, choose_clock, ratio_of_medians, spread, time_alternating
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.timing import alternating, choose_clock, ratio_of_medians, spread, time_alternating
 
 
 def test_spread_is_percentiles() -> None:

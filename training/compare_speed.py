@@ -29,13 +29,13 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bench_model import longest_input, state_token
+from ki_vla_ros.bench.model import longest_input, state_token
+from ki_vla_ros.bench.timing import Durations, choose_clock, ratio_of_medians, spread, time_alternating
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.timing import Durations, choose_clock, ratio_of_medians, spread, time_alternating
 from training.checkpoints import load_checkpoint
 from training.model.vla import VLA, Cache
 from training.peer_paligemma import build_peer, peer_prefill

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ki_vla_ros.bench_model import SetUp, longest_input
+from ki_vla_ros.bench.model import SetUp, longest_input
+from ki_vla_ros.bench.roofline import Ceiling, Work, measure_ceiling
+from ki_vla_ros.bench.timing import Durations, spread, time_alternating
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.roofline import Ceiling, Work, measure_ceiling
-from ki_vla_ros.timing import Durations, spread, time_alternating
 from training.checkpoints import assemble
 from training.graphs import arrange, cast_weights, describe_graphs, modulations
 from training.model.vla import VLA, Cache, VLAConfig

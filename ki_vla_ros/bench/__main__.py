@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from ki_vla_ros.bench_compare import bench_compare, parse_set_up
-from ki_vla_ros.bench_compare import table as compare_table
-from ki_vla_ros.bench_model import CALLS, SetUp, bench_model
-from ki_vla_ros.bench_model import table as model_table
+from ki_vla_ros.bench.compare import bench_compare, parse_set_up
+from ki_vla_ros.bench.compare import table as compare_table
+from ki_vla_ros.bench.model import CALLS, SetUp, bench_model
+from ki_vla_ros.bench.model import table as model_table
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.settings.settings import Settings
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _node(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from ki_vla_ros import bench_node  # the only one that needs ROS
+    from ki_vla_ros.bench.__main__ import node as bench_node  # the only one that needs ROS
 
     figures = bench_node.bench_node(chosen.bundle, chosen.instruction, chosen.seconds, chosen.hogs, _say)
     return figures, bench_node.table(figures)

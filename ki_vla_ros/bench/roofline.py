@@ -94,7 +94,15 @@ def _measure_cpu(threads: int, sizes: Sequence[int]) -> Ceiling:
     """In a process of its own: numpy's library reads its number of threads when it is loaded, and only then."""
     names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
     environment = os.environ | {name: str(threads) for name in names}
-    command = [sys.executable, "-m", "ki_vla_ros.roofline", "--threads", str(threads), "--sizes", *map(str, sizes)]
+    command = [
+        sys.executable,
+        "-m",
+        "ki_vla_ros.bench.roofline",
+        "--threads",
+        str(threads),
+        "--sizes",
+        *map(str, sizes),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=MEASURING_LIMIT_S)
     if done.returncode != 0:
         raise EngineError(f"roofline: expected figures of this processor, got {done.stderr.strip()[-500:]!r}")
