@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ki_vla_ros.demo_driver import SCENE_IMAGE, WRIST_IMAGE, Observed
-from ki_vla_ros.demo_report import Episode
+from ki_vla_ros.demo.driver import SCENE_IMAGE, WRIST_IMAGE, Observed
+from ki_vla_ros.demo.report import Episode
 
 
 def tick(total_ms: float, *, chunk_index: int | None = 0, misses: int = 0, instruction: str = "") -> dict[str, Any]:

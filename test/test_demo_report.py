@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from demo_runs import episode, observed, tick
 
-from ki_vla_ros.demo_driver import SCENE_IMAGE, WRIST_IMAGE, Observed
-from ki_vla_ros.demo_report import Run, rate_hz, summarise, write_report
+from ki_vla_ros.demo.driver import SCENE_IMAGE, WRIST_IMAGE, Observed
+from ki_vla_ros.demo.report import Run, rate_hz, summarise, write_report
 
 
 def a_run() -> Run:

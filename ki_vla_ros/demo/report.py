@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ki_vla_ros.demo_driver import Observed
+from ki_vla_ros.demo.driver import Observed
 
 PERCENTILES: Final = (50, 90, 99)
 

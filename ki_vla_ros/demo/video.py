@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bags.bag import BagMessage, camera_frame, decode, header_ns, open_bag
-from ki_vla_ros.demo_driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, WRIST_IMAGE
+from ki_vla_ros.demo.driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, WRIST_IMAGE
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S, CameraFrame
 from ki_vla_ros.sim.expert import joints_to_tip

@@ -23,9 +23,9 @@ import numpy as np
 
 from ki_vla_ros.bags.writer import Recorder
 from ki_vla_ros.bundle.folder import file_sha256, load_bundle
-from ki_vla_ros.demo_driver import ARM, POLICY, TOPICS, Driver, Observed
-from ki_vla_ros.demo_report import Episode, Run, percentiles, rate_hz, write_report
-from ki_vla_ros.demo_video import import_av, make_video
+from ki_vla_ros.demo.driver import ARM, POLICY, TOPICS, Driver, Observed
+from ki_vla_ros.demo.report import Episode, Run, percentiles, rate_hz, write_report
+from ki_vla_ros.demo.video import import_av, make_video
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.ros.children import Child, ChildError, Children, prepare_environment
 from ki_vla_ros.share import find_bundle, find_share
