@@ -14,7 +14,6 @@ import pytest
 from bundles import JOINTS, demo_policy
 from replays import made_up_tick
 
-from ki_vla_ros.bootstrap import SegmentSums, root_mean
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.records import NS_PER_S, JointReading
 from ki_vla_ros.replay.figures import Figures
@@ -22,6 +21,7 @@ from ki_vla_ros.replay.inbox import Inbox
 from ki_vla_ros.replay.latency import parse_latency
 from ki_vla_ros.replay.thresholds import parse_threshold
 from ki_vla_ros.runtime.paths import CommandedPath, MeasuredPath
+from ki_vla_ros.statistics import SegmentSums, root_mean
 
 MS = 1_000_000
 

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bench.timing import spread
-from ki_vla_ros.bootstrap import Draws, SegmentSums, root_mean
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, Motion
 from ki_vla_ros.replay.records import Prediction, TickRecord
+from ki_vla_ros.statistics import Draws, SegmentSums, root_mean
 
 Array = NDArray[np.float64]
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bootstrap import FEWEST_SEGMENTS, Draws
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.replay.sweep.figures import Outcome
 from ki_vla_ros.replay.sweep.grid import HORIZON, HORIZON_S, Changes, Grid, Value, is_used, parameters_of
 from ki_vla_ros.report.pages import section, table
 from ki_vla_ros.report.plots import Axes, Span, figure
 from ki_vla_ros.settings.parameter_file import NODE, PARAMETERS
+from ki_vla_ros.statistics import FEWEST_SEGMENTS, Draws
 
 Array = NDArray[np.float64]
 # Of all ticks: holds, refusals and missed deadlines that are one candidate more than the best are still as good.
