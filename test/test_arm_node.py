@@ -28,7 +28,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.sim.arm_node import Pace, image_message, trajectory_from_message
-from ki_vla_ros.sim.expert import Expert
+from ki_vla_ros.sim.demonstrator import Expert
 from ki_vla_ros.sim.task import Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, JOINTS, World
 

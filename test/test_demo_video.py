@@ -13,7 +13,7 @@ import pytest
 from ki_vla_ros.bags.writer import TYPESTORE, Recorder
 from ki_vla_ros.demo.driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, TOPICS, WRIST_IMAGE
 from ki_vla_ros.demo.video import HEADER, SIDE, Film, frames, make_video
-from ki_vla_ros.sim.expert import tip_to_joints
+from ki_vla_ros.sim.demonstrator import tip_to_joints
 from ki_vla_ros.sim.task import sample_scene
 from ki_vla_ros.sim.world import JOINTS, World
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ki_vla_ros.errors import SimulationError
-from ki_vla_ros.sim.expert import Expert, Reference, joints_to_tip, tip_to_joints
+from ki_vla_ros.sim.demonstrator import Expert, Reference, joints_to_tip, tip_to_joints
 from ki_vla_ros.sim.task import Scene, SceneObject, Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, TIMESTEP_S, World
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ki_vla_ros.errors import SimulationError
-from ki_vla_ros.sim.expert import Expert, tip_to_joints
+from ki_vla_ros.sim.demonstrator import Expert, tip_to_joints
 from ki_vla_ros.sim.task import COLOURS, Scene, SceneObject, Task, sample_scene
 from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, RGBA, TIMESTEP_S, World
 

@@ -29,7 +29,7 @@ from ki_vla_ros.demo.video import import_av, make_video
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.ros.children import Child, ChildError, Children, prepare_environment
 from ki_vla_ros.share import find_bundle, find_share
-from ki_vla_ros.sim.expert import Expert
+from ki_vla_ros.sim.demonstrator import Expert
 from ki_vla_ros.sim.task import Split, Task, sample_scene
 from ki_vla_ros.sim.world import TIME_LIMIT_S, TIMESTEP_S, World
 

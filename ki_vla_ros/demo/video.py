@@ -21,7 +21,7 @@ from ki_vla_ros.bags.bag import BagMessage, camera_frame, decode, header_ns, ope
 from ki_vla_ros.demo.driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, WRIST_IMAGE
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S, CameraFrame
-from ki_vla_ros.sim.expert import joints_to_tip
+from ki_vla_ros.sim.demonstrator import joints_to_tip
 from ki_vla_ros.sim.task import sample_scene
 from ki_vla_ros.sim.world import World
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ki_vla_ros.errors import SimulationError
 from ki_vla_ros.policy.preprocess import resize_with_pad
-from ki_vla_ros.sim.expert import Expert, Reference, tip_to_joints
+from ki_vla_ros.sim.demonstrator import Expert, Reference, tip_to_joints
 from ki_vla_ros.sim.task import Scene, Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, TIMESTEP_S, World
 from training.config import DataConfig, load_config
