@@ -1,4 +1,4 @@
-"""What tests take for a bundle, a policy and an observation; the bundle is training/tiny_bundle.py's."""
+"""What tests take for a bundle, a policy and an observation; the bundle is training/export/tiny.py's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from ki_vla_ros.bundle.folder import Bundle, PolicySpec
 from ki_vla_ros.records import CameraFrame, Observation
-from training.tiny_bundle import write_tiny_bundle
-from training.vocabulary import DEMO_PROMPT
+from training.export.tiny import write_tiny_bundle
+from training.tokens.words import DEMO_PROMPT
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow", "forearm_roll", "wrist_pitch", "wrist_roll", "gripper")
 CAMERAS = ("scene", "wrist")

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.policy.preprocess import ModelInput, make_model_input
-from training.checkpoints import load_checkpoint
-from training.export import export_bundle
+from training.export.__main__ import export_bundle
 from training.model.vla import VLA
+from training.weights.checkpoints import load_checkpoint
 
 A = 7
 NONE = np.zeros(HORIZON, dtype=np.bool_)  # no action is clean

@@ -21,9 +21,9 @@ from sentencepieces import PLACES, SEGMENTS, train
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training.checkpoints import shapes  # noqa: E402
-from training.imports import their_name  # noqa: E402
-from training.paligemma import paligemma_3b  # noqa: E402
+from training.model.sizes import paligemma_3b  # noqa: E402
+from training.weights.checkpoints import shapes  # noqa: E402
+from training.weights.foreign import their_name  # noqa: E402
 
 SHARD = 2e9
 MEASURE = """

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sample_bags import Messages, write_bag
 
-from training.data.lerobot.__main__ import main
+from training.convert.__main__ import main
 from training.data.lerobot.dataset import Dataset
 
 

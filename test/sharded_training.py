@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from training import losses, measure
-from training.checkpoints import load_checkpoint
 from training.config import StageConfig, TrainingConfig
+from training.evaluate import offline as measure
+from training.losses import losses
 from training.optimizer import clip_gradients, select_parameters
-from training.parallel import average_gradients
-from training.sharding import gather
+from training.parallel.group import average_gradients
+from training.parallel.sharding import gather
 from training.train import Trainer
+from training.weights.checkpoints import load_checkpoint
 
 measure.FRAMES = 4
 CHECKPOINTED = {"shard": True, "activation_checkpointing": True}

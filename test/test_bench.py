@@ -13,7 +13,7 @@ import pytest
 from ki_vla_ros.bench.node import WARM_UP_S, summarize, table
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.errors import KiVlaError
-from training.tiny_bundle import bench_policy
+from training.export.tiny import bench_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 MS = 1_000_000
@@ -90,6 +90,6 @@ def test_what_cannot_run_says_why() -> None:
 
 
 def test_the_shipped_bundle_is_what_its_command_makes(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "training.tiny_bundle", str(tmp_path / "b")], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "training.export.tiny", str(tmp_path / "b")], cwd=ROOT, check=True)
     made, shipped = load_bundle(tmp_path / "b").manifest, load_bundle(ROOT / "models" / "bench").manifest
     assert made == shipped

@@ -34,7 +34,7 @@ from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import ModelInput
-from training.tiny_bundle import write_tiny_bundle
+from training.export.tiny import write_tiny_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "models" / "demo"

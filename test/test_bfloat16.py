@@ -24,9 +24,9 @@ from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import ModelInput, make_model_input
-from training import export
-from training.export import COSINE, ExportError, export_bundle
-from training.parity import answer, lowest_cosine
+from training.export import __main__ as export
+from training.export.__main__ import COSINE, ExportError, export_bundle
+from training.export.parity import answer, lowest_cosine
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 STEPS = 10

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_model import CONFIG, make_model
 
 from ki_vla_ros.errors import ConfigurationError
-from training.checkpoints import load_checkpoint, load_resume, read_config, save_checkpoint
+from training.weights.checkpoints import load_checkpoint, load_resume, read_config, save_checkpoint
 
 
 def test_weights_and_sizes_come_back(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from test_random_bundle import SMALL
 
-from training import compare_speed, compare_speed_gpu
-from training.checkpoints import load_checkpoint
-from training.compare_speed import RATIOS, Ratio, compare, judge
-from training.compare_speed_gpu import arranged, build_model, make_inputs, plain
-from training.export import export_bundle
-from training.peer_paligemma import build_peer, peer_prefill
-from training.random_bundle import policy_spec, write_checkpoint
+from training.export.__main__ import export_bundle
+from training.export.random_weights import policy_spec, write_checkpoint
+from training.speed import __main__ as compare_speed
+from training.speed import gpu as compare_speed_gpu
+from training.speed.__main__ import RATIOS, Ratio, compare, judge
+from training.speed.gpu import arranged, build_model, make_inputs, plain
+from training.speed.peer import build_peer, peer_prefill
+from training.weights.checkpoints import load_checkpoint
 
 POLICY = policy_spec(SMALL, "small", 2, 20, 0)
 

@@ -20,8 +20,7 @@ from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input
-from training.checkpoints import load_checkpoint
-from training.export import (
+from training.export.__main__ import (
     POLICY,
     TOLERANCE,
     ExportError,
@@ -30,8 +29,9 @@ from training.export import (
     main,
     parity_error,
 )
-from training.graphs import arrange
-from training.vocabulary import build_tokenizer
+from training.export.graphs import arrange
+from training.tokens.words import build_tokenizer
+from training.weights.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 
@@ -152,12 +152,12 @@ def test_an_export_replaces_an_earlier_bundle_only_when_it_is_whole(
         for name in (PREFILL, EXPERT):
             shutil.copy(bundle.path / name, folder)
 
-    monkeypatch.setattr("training.export.write_graphs", copy_graphs)
-    monkeypatch.setattr("training.export.parity_error", lambda model, bundle: math.nan)
+    monkeypatch.setattr("training.export.__main__.write_graphs", copy_graphs)
+    monkeypatch.setattr("training.export.__main__.parity_error", lambda model, bundle: math.nan)
     with pytest.raises(ExportError, match=r"parity: expected the graphs within 0\.0001 of torch, got nan"):
         export_bundle(checkpoint, out)
     assert (out / MODEL_CARD).read_text() == "an earlier one"
-    monkeypatch.setattr("training.export.parity_error", lambda model, bundle: 0.0)
+    monkeypatch.setattr("training.export.__main__.parity_error", lambda model, bundle: 0.0)
     again = export_bundle(checkpoint, out)
     assert again.path == out and load_bundle(out).manifest == again.manifest
     assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"], "no scratch is left"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from training.fast_tokenizer import FastDecodeError, FastTokenizer, cosine_basis
+from training.tokens.fast import FastDecodeError, FastTokenizer, cosine_basis
 
 HORIZON, ACTION_DIM = 16, 7
 

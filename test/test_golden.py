@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.imports import import_weights
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 from training.model.vla import VLA, Cache, VLAConfig
+from training.weights.foreign import import_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = VLAConfig(

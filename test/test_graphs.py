@@ -10,7 +10,7 @@ from checkpoints import small_policy
 from test_model import CONFIG, make_batch, make_model, prefix_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.graphs import StepTime, arrange, cast_weights, describe_graphs, modulations, on_meta
+from training.export.graphs import StepTime, arrange, cast_weights, describe_graphs, modulations, on_meta
 from training.model.expert import Conditioning
 from training.model.vla import VLA
 

@@ -22,13 +22,14 @@ from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input, render_prompt
 from ki_vla_ros.records import CameraFrame, Observation
-from training import import_weights, tiny_bundle
-from training.checkpoints import load_checkpoint, read_config, shapes
-from training.export import export_bundle
-from training.imports import PALIGEMMA, their_name
+from training import import_weights
+from training.export.__main__ import export_bundle
+from training.export.__main__ import tiny as tiny_bundle
 from training.model.vla import VLAConfig
-from training.paligemma_tokenizer import read_tokenizer
-from training.vocabulary import prompt_tokenizer
+from training.tokens.paligemma import read_tokenizer
+from training.tokens.words import prompt_tokenizer
+from training.weights.checkpoints import load_checkpoint, read_config, shapes
+from training.weights.foreign import PALIGEMMA, their_name
 
 EXAMPLE = Path(__file__).parent.parent / "config" / "training" / "imported_arm.yaml"
 SENTENCEPIECE = train()

@@ -17,8 +17,8 @@ from test_golden import CONFIG, draw_weights
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
-from training.imports import HEAD, PALIGEMMA, TABLE, import_weights, shapes, their_name
 from training.model.vla import VLAConfig
+from training.weights.foreign import HEAD, PALIGEMMA, TABLE, import_weights, shapes, their_name
 
 Weights = dict[str, Tensor]
 PI0 = dataclasses.replace(CONFIG, conditioning="concat", state_dim=7)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.data.language import (
+from training.data.simulated.questions import (
     COMBINATIONS,
     QUESTIONS,
     SeenObject,
@@ -16,7 +16,7 @@ from training.data.language import (
     draw_sample,
     location_text,
 )
-from training.vocabulary import build_tokenizer
+from training.tokens.words import build_tokenizer
 
 OBJECTS = [
     SeenObject("red", "cube", 0.8, 0.5),

@@ -8,7 +8,7 @@ import pytest
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import NS_PER_S, JointReading, Motion
-from training.data.lerobot.commands import POSITIONS, TRAJECTORY, Commands, Readings
+from training.convert.commands import POSITIONS, TRAJECTORY, Commands, Readings
 
 MS = 1_000_000
 NAMES = ("a", "b")

@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from ki_vla_ros.errors import ConfigurationError, InputError
-from training.data.lerobot import video, writer
+from training.convert import writer
+from training.convert.episodes import Frame
+from training.convert.statistics import PixelCounts, describe_values
+from training.convert.writer import DatasetWriter
+from training.data.lerobot import video
 from training.data.lerobot.dataset import Dataset
-from training.data.lerobot.episodes import Frame
-from training.data.lerobot.statistics import PixelCounts, describe_values
-from training.data.lerobot.writer import DatasetWriter
 
 FPS = 5
 JOINTS = ["shoulder", "elbow"]

@@ -11,11 +11,11 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.preprocess import normalize, tokenize
 from ki_vla_ros.records import NS_PER_S
 from training.config import TrainingConfig
-from training.data.batches import NO_TARGET
-from training.data.lerobot.__main__ import main
+from training.convert.__main__ import main
 from training.data.lerobot.arrays import load_dataset, load_recorded, make_chunks
 from training.data.lerobot.dataset import Dataset
-from training.data.simulated import ChunkTiming
+from training.data.simulated.draw import NO_TARGET
+from training.data.simulated.generate import ChunkTiming
 from training.train import Trainer
 
 HORIZON, PERIOD_S = 16, 0.05

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from training import losses
-from training.data.batches import NO_TARGET
-from training.losses import TrainingHeads
+from training.data.simulated.draw import NO_TARGET
+from training.losses import losses
+from training.losses.losses import TrainingHeads
 
 GENERATOR = torch.Generator
 

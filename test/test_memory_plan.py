@@ -8,12 +8,12 @@ from functools import cache
 import pytest
 import torch
 
-from training import memory_plan
 from training.config import ParallelConfig
-from training.memory_plan import Step, cards, empty_model
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 from training.model.vla import VLAConfig
+from training.speed import memory as memory_plan
+from training.speed.memory import Step, cards, empty_model
 
 MODEL = VLAConfig(
     vision=VisionConfig(image_size=28, patch_size=14, width=32, depth=4, heads=2, mlp=128),

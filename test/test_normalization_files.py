@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.preprocess import normalize, unnormalize
-from training.normalization_files import Method, read_ranges
+from training.weights.statistics import Method, read_ranges
 
 RNG = np.random.default_rng(0)
 JOINTS = 7

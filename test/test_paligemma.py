@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ki_vla_ros.errors import ConfigurationError
-from training.checkpoints import empty_model, save_checkpoint
-from training.imports import import_weights, their_name
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
+from training.model.sizes import paligemma_3b
 from training.model.vla import VLA, VLAConfig
-from training.paligemma import paligemma_3b
+from training.weights.checkpoints import empty_model, save_checkpoint
+from training.weights.foreign import import_weights, their_name
 
 CONFIG = VLAConfig(
     vision=VisionConfig(image_size=28, patch_size=14, width=48, depth=2, heads=4, mlp=96),
@@ -187,8 +187,8 @@ MEASURE = """
 import re, sys, torch
 from pathlib import Path
 from test_paligemma import CONFIG, LARGE
-from training.checkpoints import empty_model, load_checkpoint, save_checkpoint
-from training.imports import import_weights
+from training.weights.checkpoints import empty_model, load_checkpoint, save_checkpoint
+from training.weights.foreign import import_weights
 import dataclasses
 folder, task = Path(sys.argv[1]), sys.argv[2]
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from training.parallel import average_gradients, join_group, wait_for_all
+from training.parallel.group import average_gradients, join_group, wait_for_all
 
 SCRIPT = """
 import sys
 import torch
 from torch import nn
-from training.parallel import average_gradients, join_group, wait_for_all
+from training.parallel.group import average_gradients, join_group, wait_for_all
 
 rank, size = join_group()
 torch.manual_seed(0)

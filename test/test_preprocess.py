@@ -23,7 +23,7 @@ from ki_vla_ros.policy.preprocess import (
     tokenize,
     unnormalize,
 )
-from training.vocabulary import (
+from training.tokens.words import (
     DEMO_PROMPT,
     LOCATIONS,
     act_query_ids,

@@ -10,12 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.checkpoints import WEIGHTS, load_checkpoint, shapes
-from training.export import check_policy, read_policy
-from training.model.gemma import GemmaConfig
-from training.model.siglip import VisionConfig
-from training.model.vla import VLAConfig
-from training.random_bundle import (
+from training.export.__main__ import check_policy, read_policy
+from training.export.random_weights import (
     PROMPT_LENGTH,
     SIZES,
     draw_weights,
@@ -24,7 +20,11 @@ from training.random_bundle import (
     stand_in_tokenizer,
     write_checkpoint,
 )
-from training.vocabulary import prompt_tokenizer, prompt_vocab_size
+from training.model.gemma import GemmaConfig
+from training.model.siglip import VisionConfig
+from training.model.vla import VLAConfig
+from training.tokens.words import prompt_tokenizer, prompt_vocab_size
+from training.weights.checkpoints import WEIGHTS, load_checkpoint, shapes
 
 SMALL = VLAConfig(
     vision=VisionConfig(image_size=56, patch_size=28, width=64, depth=6, heads=2, mlp=128),

@@ -13,9 +13,9 @@ from test_model import CONFIG, make_model
 
 from ki_vla_ros.bundle.time_table import MOST_ROWS, TimeTable, step_times
 from ki_vla_ros.errors import BundleError, EngineError
-from training.checkpoints import load_checkpoint
-from training.graphs import cast_weights, expert_norms, modulation_size, modulations, time_file
+from training.export.graphs import cast_weights, expert_norms, modulation_size, modulations, time_file
 from training.model.expert import Conditioning, Expert, embed_time
+from training.weights.checkpoints import load_checkpoint
 
 TIMES = (1.0, 0.75, 0.125, 0.0)  # exact in float32, which the layers get
 

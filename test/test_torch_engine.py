@@ -23,9 +23,9 @@ from ki_vla_ros.errors import EngineError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.settings.settings import settings_from_parameters
-from training.export import TOLERANCE, ExportError, export_bundle
+from training.export.__main__ import TOLERANCE, ExportError, export_bundle
+from training.export.parity import parity_error
 from training.model.vla import VLA
-from training.parity import parity_error
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 

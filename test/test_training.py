@@ -13,15 +13,16 @@ from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.sim.task import HELD_OUT
-from training import losses, train
-from training.compare_executors import main as compare_main
+from training import train
 from training.config import StageConfig, TrainingConfig, load_config
-from training.data.language import COMBINATIONS
-from training.data.simulated import BACKGROUND, MAX_OBJECTS, load_arrays, make_data
-from training.evaluate import main as evaluate_main
-from training.export import main as export_main
-from training.losses import draw_flow_time
-from training.measure import measure
+from training.data.simulated.generate import BACKGROUND, MAX_OBJECTS, load_arrays, make_data
+from training.data.simulated.questions import COMBINATIONS
+from training.evaluate.__main__ import main as evaluate_main
+from training.evaluate.executors import main as compare_main
+from training.evaluate.offline import measure
+from training.export.__main__ import main as export_main
+from training.losses import losses
+from training.losses.losses import draw_flow_time
 from training.train import Trainer, chunk_timing, last_token, take_rows
 
 SIZES = {
@@ -178,7 +179,7 @@ def test_missed_gate_stops_the_run_and_names_the_figure(settings: dict[str, Any]
 
 
 def test_figures_of_a_perfect_prediction_are_perfect(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from training import measure as module
+    from training.evaluate import offline as module
 
     trainer = Trainer(configure(settings))
     monkeypatch.setattr(module, "FRAMES", 6)

@@ -35,14 +35,14 @@ from ki_vla_ros.bundle.manifest import (
     describe_validation,
 )
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from training.checkpoints import CONFIG, WEIGHTS, save_checkpoint
-from training.imports import Kind, import_weights
+from training.data.simulated.robot import commit
+from training.model.sizes import paligemma_3b
 from training.model.vla import VLAConfig
-from training.normalization_files import FIELDS, Method, read_ranges
-from training.paligemma import paligemma_3b
-from training.paligemma_tokenizer import read_tokenizer
-from training.policy_spec import commit
-from training.weight_files import find_weights
+from training.tokens.paligemma import read_tokenizer
+from training.weights.checkpoints import CONFIG, WEIGHTS, save_checkpoint
+from training.weights.files import find_weights
+from training.weights.foreign import Kind, import_weights
+from training.weights.statistics import FIELDS, Method, read_ranges
 
 POLICY = "policy.json"
 PROMPTS = {

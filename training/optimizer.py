@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from ki_vla_ros.errors import ConfigurationError
 from training.config import Part, StageConfig
-from training.losses import TrainingHeads
+from training.losses.losses import TrainingHeads
 from training.model.vla import VLA
-from training.sharding import like
+from training.parallel.sharding import like
 
 
 def select_parameters(model: VLA, heads: TrainingHeads, parts: tuple[Part, ...]) -> list[nn.Parameter]:

@@ -26,24 +26,24 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ki_vla_ros.errors import ConfigurationError
-from training import losses
-from training.checkpoints import RESUME, load_checkpoint, load_resume, save_checkpoint
+from training.action_space import ActionSpace
 from training.config import Loss, StageConfig, TrainingConfig, load_config
-from training.data.batches import Batch, BatchMaker
-from training.data.language import COMBINATIONS
 from training.data.lerobot.arrays import load_recorded
-from training.data.simulated import Arrays, ChunkTiming, load_arrays, make_data
-from training.fast_tokenizer import FastTokenizer
-from training.initialization import order_embeddings
-from training.losses import TrainingHeads
-from training.measure import measure
+from training.data.simulated.draw import Batch, BatchMaker
+from training.data.simulated.generate import Arrays, ChunkTiming, load_arrays, make_data
+from training.data.simulated.questions import COMBINATIONS
+from training.data.simulated.robot import ACTION_PERIOD_S, HORIZON, describe_policy
+from training.evaluate.offline import measure
+from training.losses import losses
+from training.losses.losses import TrainingHeads
+from training.model.initialization import order_embeddings
 from training.model.vla import VLA, Output, VLAConfig
 from training.optimizer import clip_gradients, learning_rate, load_optimizer, make_optimizer, select_parameters
-from training.parallel import average_gradients, choose_device, join_group, wait_for_all
-from training.policy_spec import ACTION_PERIOD_S, HORIZON, describe_policy
-from training.sharding import checkpoint_activations, free_gathered, gather, load_whole, shard
-from training.stats import ActionSpace
-from training.vocabulary import act_query_ids, build_tokenizer
+from training.parallel.group import average_gradients, choose_device, join_group, wait_for_all
+from training.parallel.sharding import checkpoint_activations, free_gathered, gather, load_whole, shard
+from training.tokens.fast import FastTokenizer
+from training.tokens.words import act_query_ids, build_tokenizer
+from training.weights.checkpoints import RESUME, load_checkpoint, load_resume, save_checkpoint
 
 FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
 

@@ -19,7 +19,7 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.preprocess import resize_with_pad
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.layout import ACTION, STATE
-from training.data.simulated import CAMERAS, Arrays, ChunkTiming
+from training.data.simulated.generate import CAMERAS, Arrays, ChunkTiming
 
 Ends = Literal["drop", "hold"]
 

@@ -1,0 +1,337 @@
+"""A bag -> frames of episodes: what the node would have looked at, tick by tick, and the action that followed.
+
+The bag's messages go through the node's own `ObservationBuffer` in the order of their arrival, and every 1 / fps
+seconds it is asked as the node's tick asks it. So state and images of a frame belong together exactly as at run time.
+The action of a frame is the position one period after its stamp: as commanded, or as it was then.
+Legend: J joints, H W C of an image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.bags.bag import Bag, BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
+from ki_vla_ros.records import NS_PER_S, Observation
+from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
+from training.convert.commands import Commands, Readings, Reference
+from training.convert.sources import Sources
+
+Actions = Literal["commands", "states"]
+Cut = Literal["auto", "marker", "instruction", "bag"]
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A topic (std_msgs/String, JSON) on which a new value of `key` begins an episode; null only ends one.
+
+    The JSON may also say "instruction", the episode's until another arrives, and "begin_ns", the stamp from which on
+    images and joint states are of the episode (else the time of arrival).
+    """
+
+    topic: str
+    key: str
+
+
+MARKERS: Final = (Marker("/sim_arm/status", "reset_id"), Marker("/dataset/episode", "episode_index"))
+"""The demo's, and what our own bags made from datasets have."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One row of a dataset; images by camera name."""
+
+    stamp_ns: int
+    task: str
+    state_J: NDArray[np.float64]
+    action_J: NDArray[np.float64]
+    images: Mapping[str, NDArray[np.uint8]]
+
+
+class FrameWriter(Protocol):
+    def add(self, frame: Frame) -> None: ...
+
+    def end_episode(self) -> None:
+        """Nothing happens where no frame was added since the last."""
+        ...
+
+
+@dataclass
+class Conversion:
+    """What came of a bag: frames and episodes written, and what was left out for which reason."""
+
+    frames: int = 0
+    episodes: int = 0
+    repeated: int = 0  # frames with the same observation as the one before
+    left_out: Counter[str] = field(default_factory=Counter)  # ticks, and messages, by reason
+    first_reason: dict[str, str] = field(default_factory=dict)  # an example of each
+
+    def leave_out(self, cause: str, example: str | None = None) -> None:
+        self.left_out[cause] += 1
+        if example is not None:
+            self.first_reason.setdefault(cause, example)
+
+
+def convert(
+    bag: Bag,
+    sources: Sources,
+    writer: FrameWriter,
+    *,
+    fps: int,
+    actions: Actions,
+    cut: Cut = "auto",
+    marker: Marker | None = None,
+    task: str | None = None,
+    least_frames: int = 2,
+) -> Conversion:
+    """Writes the bag's frames; ConfigurationError where it lacks what was asked for.
+
+    `task` counts where the bag has no instruction. A gap, an instant at which the node would have held, ends an
+    episode, as frames of one are evenly spaced; one of fewer than `least_frames` is left out.
+    """
+    sources = sources.within(bag)
+    if actions == "commands" and sources.command_topic not in bag.topics:
+        raise ConfigurationError(
+            f"bag {bag.path}: expected commands on {sources.command_topic}, but it has only "
+            f"{', '.join(sorted(bag.topics))}; name their topic (--command), or take --actions states"
+        )
+    if sources.instruction_topic not in bag.topics and (cut == "instruction" or (task is None and marker is None)):
+        raise ConfigurationError(
+            f"bag {bag.path}: expected instructions on {sources.instruction_topic}, found none; say what was done with "
+            "--task, or name the topic with --instruction"
+        )
+    marker = choose_marker(bag, cut, marker, sources.instruction_topic)
+    at_instructions = marker is None and cut != "bag" and sources.instruction_topic in bag.topics
+    cutter = _Cutter(sources, writer, fps, actions, at_instructions, marker, task, least_frames)
+    topics = {*sources.cameras.values(), sources.joint_topic, sources.instruction_topic, sources.command_topic}
+    return cutter.run(bag.messages(topics | ({marker.topic} if marker else set())))
+
+
+def choose_marker(bag: Bag, cut: Cut, given: Marker | None, instruction_topic: str) -> Marker | None:
+    """The marker to cut at; None: at instructions, or not at all. ConfigurationError where it is not in the bag."""
+    if cut in ("instruction", "bag"):
+        return None
+    found = next((m for m in ((given,) if given else MARKERS) if m.topic in bag.topics), None)
+    if found is None and (given or cut == "marker"):
+        wanted = ", ".join(m.topic for m in ((given,) if given else MARKERS))
+        raise ConfigurationError(f"bag {bag.path}: expected markers of episodes on {wanted}, found none")
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pending:
+    """A frame whose action lies ahead."""
+
+    observation: Observation
+    task: str
+    due_ns: int
+
+
+class _Cutter:
+    def __init__(
+        self,
+        sources: Sources,
+        writer: FrameWriter,
+        fps: int,
+        actions: Actions,
+        cut_at_instructions: bool,
+        marker: Marker | None,
+        task: str | None,
+        least_frames: int,
+    ) -> None:
+        self.sources, self.writer, self.actions, self.marker = sources, writer, actions, marker
+        self.cut_at_instructions, self.task, self.least_frames = cut_at_instructions, task, least_frames
+        self.fps, self.period_ns = fps, round(NS_PER_S / fps)
+        self.buffer = ObservationBuffer(
+            [CameraSource(n, t, max_age_ns=sources.camera_age_ns.get(n)) for n, t in sources.cameras.items()],
+            sources.joints,
+            sources.joint_topic,
+            sources.trained,
+            sources.joint_age_ns,
+        )
+        self.commands, self.readings = Commands(sources.joints), Readings(sources.joints, sources.max_age_ns)
+        self.reference: Reference = self.commands if actions == "commands" else self.readings
+        self.camera_of = {topic: name for name, topic in sources.cameras.items()}
+        self.marked: Any = None
+        self.begin_ns: int | None = None  # of the grid of ticks; None: no episode yet
+        self.ticks = 0
+        self.taken_ns: int | None = None  # what was measured before is not of the episode
+        self.waiting: deque[_Pending | str] = deque()  # frames, and reasons of gaps between them
+        self.held: list[Frame] = []  # the first frames of a piece, until there are enough of them
+        self.written = 0  # frames of the piece
+        self.last_ns: int | None = None
+        self.done = Conversion()
+
+    def run(self, messages: Iterable[BagMessage]) -> Conversion:
+        log_ns = 0
+        for message in messages:
+            log_ns = message.log_ns
+            self._advance(log_ns)
+            try:
+                self._take(message)
+            except InputError as error:
+                self.done.leave_out(f"message on {message.topic}", str(error))
+        self._end_episode(log_ns)
+        return self.done
+
+    # --- messages
+
+    def _take(self, message: BagMessage) -> None:
+        sources, topic = self.sources, message.topic
+        if topic in self.camera_of:
+            name = self.camera_of[topic]
+            try:
+                frame = camera_frame(message, name)
+            except InputError as error:
+                self.buffer.refuse(name, str(error))
+                raise
+            stamp_ns = message.log_ns if sources.use_receive_time else frame.stamp_ns
+            if self._is_of_before(stamp_ns):
+                return
+            self.buffer.add_frame(replace(frame, stamp_ns=stamp_ns))
+        elif topic == sources.joint_topic:
+            self._take_joints(message)
+        elif topic == sources.command_topic and self.actions == "commands":
+            self.commands.add(decode(message), message.type, message.log_ns)
+        elif topic == sources.instruction_topic:
+            self._take_instruction(decode(message).data, message.log_ns)
+        if self.marker is not None and topic == self.marker.topic:
+            self._take_marker(decode(message).data, message.log_ns)
+        if self.begin_ns is None and self.marker is None and not self.cut_at_instructions:
+            self._begin(message.log_ns)
+
+    def _take_joints(self, message: BagMessage) -> None:
+        try:
+            reading = joint_reading(message)
+            if self.sources.use_receive_time:
+                reading = replace(reading, stamp_ns=message.log_ns)
+            if self._is_of_before(reading.stamp_ns):
+                return
+            self.buffer.add_joints(reading)
+        except InputError as error:
+            self.buffer.refuse("joint state", str(error))
+            raise
+        self.readings.add(reading)
+
+    def _is_of_before(self, stamp_ns: int) -> bool:
+        """Late, and from where the robot was before the mark."""
+        of_before = self.taken_ns is not None and stamp_ns < self.taken_ns
+        if of_before:
+            self.done.leave_out("late message, of before the episode")
+        return of_before
+
+    def _take_instruction(self, text: str, log_ns: int) -> None:
+        changed, self.task = text != self.task, text
+        if self.cut_at_instructions and (changed or self.begin_ns is None):
+            self._end_episode(log_ns)
+            self.commands.clear()
+            self._begin(log_ns)
+
+    def _take_marker(self, text: str, log_ns: int) -> None:
+        assert self.marker is not None
+        try:
+            fields = json.loads(text)
+            value = fields[self.marker.key]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise InputError(
+                f"marker: expected JSON with {self.marker.key!r} on {self.marker.topic}, got {text[:80]!r}"
+            ) from None
+        if value == self.marked:
+            return
+        self._end_episode(log_ns)
+        # The robot may have been moved: nothing of before is near in place, however near in time.
+        for of_before in (self.buffer, self.commands, self.readings):
+            of_before.clear()
+        self.marked = value
+        if value is not None:
+            self.task = fields.get("instruction", self.task)
+            self._begin(log_ns, fields.get("begin_ns", log_ns))
+
+    # --- ticks
+
+    def _begin(self, log_ns: int, taken_ns: int | None = None) -> None:
+        self.begin_ns, self.ticks, self.taken_ns = log_ns, 0, taken_ns
+
+    def _advance(self, log_ns: int) -> None:
+        """The ticks before `log_ns`: what arrives at the time of a tick is there for it."""
+        while self.begin_ns is not None:
+            tick_ns = self.begin_ns + self.ticks * NS_PER_S // self.fps
+            if tick_ns >= log_ns:
+                return
+            self.ticks += 1
+            self._settle(tick_ns)
+            self._tick(tick_ns)
+        self._settle(log_ns)
+
+    def _tick(self, tick_ns: int) -> None:
+        sources = self.sources
+        try:
+            observation = self.buffer.observe(tick_ns, sources.max_age_ns, sources.slop_ns)
+        except StaleInput as error:
+            self.waiting.append(str(error))
+            return
+        if self.task is None:
+            self.done.leave_out("before the first instruction")
+        else:
+            self.waiting.append(_Pending(observation, self.task, observation.stamp_ns + self.period_ns))
+
+    def _settle(self, now_ns: int) -> None:
+        """Hands on what has its action now."""
+        while self.waiting:
+            first = self.waiting[0]
+            if isinstance(first, _Pending) and not self.reference.known(first.due_ns, now_ns):
+                return
+            self.waiting.popleft()
+            if isinstance(first, str):
+                self._gap("no observation", first)
+            elif (action_J := self.reference.at(first.due_ns)) is None:
+                self._gap("no action", f"no {self.actions} at {first.due_ns}")
+            else:
+                frames = first.observation.frames
+                images = {name: frames[name].rgb_HWC for name in self.sources.cameras}
+                self._hand_on(
+                    Frame(first.observation.stamp_ns, first.task, first.observation.state_J, action_J, images)
+                )
+
+    def _hand_on(self, frame: Frame) -> None:
+        self.done.repeated += frame.stamp_ns == self.last_ns
+        self.last_ns = frame.stamp_ns
+        if self.written == 0 and len(self.held) + 1 < self.least_frames:
+            self.held.append(frame)
+            return
+        for ready in (*self.held, frame):
+            self.writer.add(ready)
+            self.written += 1
+        self.held = []
+
+    def _gap(self, cause: str, example: str) -> None:
+        """At an episode's beginning there is none: it begins later."""
+        began = self.written or self.held
+        self.done.leave_out(cause if began else f"{cause} yet, at an episode's beginning", example)
+        self._close_piece()
+
+    def _close_piece(self) -> None:
+        for _ in self.held:
+            self.done.leave_out(f"in a piece of fewer than {self.least_frames} frames")
+        if self.written:
+            self.writer.end_episode()
+            self.done.episodes += 1
+            self.done.frames += self.written
+        self.held, self.written = [], 0
+
+    def _end_episode(self, log_ns: int) -> None:
+        """After all messages up to `log_ns`: what then still waits for its action has none in this episode."""
+        self._settle(log_ns + 1)
+        for waiting in self.waiting:
+            if isinstance(waiting, _Pending):
+                self.done.leave_out("action after the episode's end")
+        self.waiting.clear()
+        self._close_piece()
+        self.begin_ns = None

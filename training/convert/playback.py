@@ -1,0 +1,160 @@
+"""A dataset -> a bag (mcap) as a robot would have recorded it: images, joint states, instructions, commands.
+
+Images are PNG, so that the video's loss stays the only one. What the dataset took from a bag of ours goes back under
+the same topics with the same stamps; datasets of others say neither, so they get the names below, and stamps that
+count from `START_NS`. A topic of markers tells the episodes apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rosbags.rosbag2 import StoragePlugin, Writer
+
+from ki_vla_ros.bags.bag import TYPESTORE
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.records import NS_PER_S
+from training.convert.commands import TRAJECTORY
+from training.convert.episodes import MARKERS
+from training.data.lerobot.dataset import Dataset, Episode
+from training.data.lerobot.layout import ACTION, SOURCE, STAMP, STATE
+
+START_NS: Final = 1_700_000_000 * NS_PER_S
+PAUSE_NS: Final = NS_PER_S  # between episodes whose stamps are not known
+MARKER: Final = MARKERS[-1]
+TYPES: Final = {
+    "image": "sensor_msgs/msg/CompressedImage",
+    "joints": "sensor_msgs/msg/JointState",
+    "command": TRAJECTORY,
+    "text": "std_msgs/msg/String",
+}
+
+
+@dataclass(frozen=True)
+class Topics:
+    cameras: Mapping[str, str]
+    joint_states: str = "/joint_states"
+    instruction: str = "/policy/instruction"
+    command: str = "/arm_controller/joint_trajectory"
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Topics:
+        """As in the bags that the dataset was made from, where it says so."""
+        path = dataset.folder / SOURCE
+        given = json.loads(path.read_text())["topics"] if path.exists() else {"cameras": {}}
+        named = {camera: f"/camera/{camera}/image_raw" for camera in dataset.cameras} | given.pop("cameras")
+        compressed = {camera: f"{topic.removesuffix('/compressed')}/compressed" for camera, topic in named.items()}
+        return cls(compressed, **given)
+
+
+def write_bag(dataset: Dataset, out: Path) -> int:
+    """Returns the number of messages; ConfigurationError where `out` exists, or state or action have no names."""
+    if out.exists():
+        raise ConfigurationError(f"bag {out} exists already; remove it or choose another --out")
+    joints = _names(dataset, STATE)
+    if ACTION in dataset.info.features and _names(dataset, ACTION) != joints:
+        raise ConfigurationError(
+            f"dataset {dataset.folder}: expected the names of {STATE} for {ACTION}, too, got "
+            f"{', '.join(_names(dataset, ACTION))}: these actions are no joint positions that a controller takes"
+        )
+    topics, written = Topics.of(dataset), 0
+    kinds = dict.fromkeys(topics.cameras.values(), TYPES["image"])
+    kinds |= {topics.joint_states: TYPES["joints"], topics.command: TYPES["command"]}
+    kinds |= dict.fromkeys((topics.instruction, MARKER.topic), TYPES["text"])
+    with Writer(out, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP) as writer:
+        connections = {name: writer.add_connection(name, kind, typestore=TYPESTORE) for name, kind in kinds.items()}
+        end_ns = 0
+        for episode in dataset.episodes:
+            for topic, log_ns, message in _messages(dataset, episode, topics, joints, end_ns):
+                data = TYPESTORE.serialize_cdr(message, kinds[topic])
+                writer.write(connections[topic], log_ns, bytes(data))
+                written, end_ns = written + 1, log_ns
+    return written
+
+
+def _messages(
+    dataset: Dataset, episode: Episode, topics: Topics, joints: tuple[str, ...], end_ns: int
+) -> Iterator[tuple[str, int, Any]]:
+    """Topic, log time and message, in order, not before `end_ns`; log times are evenly spaced, whatever the stamps are.
+
+    So reading them at the dataset's rate gives the same frames, however the cameras' stamps lay to the ticks.
+    """
+    columns, period_ns = dataset.columns(episode), NS_PER_S // dataset.info.fps
+    grid_N = np.arange(episode.length, dtype=np.int64) * NS_PER_S // dataset.info.fps
+    stamp_N = columns[STAMP] if STAMP in columns else max(START_NS, end_ns + PAUSE_NS) + grid_N
+    first_ns = max(int((stamp_N - grid_N).max()), end_ns)  # no frame before it was taken
+    images = {camera: dataset.images(episode, camera) for camera in topics.cameras}
+    tasks, task = dataset.task_of(columns), None
+    marker = {MARKER.key: episode.index, "instruction": tasks[0], "begin_ns": int(stamp_N[0])}
+    yield MARKER.topic, first_ns, _text(json.dumps(marker))
+    for i, (stamp_ns, log_ns) in enumerate(zip(stamp_N.tolist(), (first_ns + grid_N).tolist(), strict=True)):
+        if tasks[i] != task:
+            task = tasks[i]
+            yield topics.instruction, log_ns, _text(task)
+        yield topics.joint_states, log_ns, _joint_state(stamp_ns, joints, columns[STATE][i])
+        if ACTION in columns:
+            yield topics.command, log_ns, _command(stamp_ns + period_ns, joints, columns[ACTION][i])
+        for camera, topic in topics.cameras.items():
+            yield topic, log_ns, _image(stamp_ns, camera, next(images[camera]))
+    # A tick later, when the last action is due.
+    last_ns = first_ns + episode.length * NS_PER_S // dataset.info.fps
+    yield MARKER.topic, last_ns, _text(json.dumps({MARKER.key: None}))
+
+
+def _names(dataset: Dataset, key: str) -> tuple[str, ...]:
+    feature = dataset.info.features.get(key)
+    names = feature.element_names if feature else ()
+    if feature is None or len(names) != feature.shape[0]:
+        raise ConfigurationError(
+            f"dataset {dataset.folder}: expected a feature {key!r} with a name for each element, got "
+            f"{list(names) if feature else 'no such feature'}"
+        )
+    return names
+
+
+def _text(text: str) -> Any:
+    return TYPESTORE.types[TYPES["text"]](data=text)
+
+
+def _header(stamp_ns: int, frame_id: str = "") -> Any:
+    sec, nanosec = divmod(stamp_ns, NS_PER_S)
+    stamp = TYPESTORE.types["builtin_interfaces/msg/Time"](sec=sec, nanosec=nanosec)
+    return TYPESTORE.types["std_msgs/msg/Header"](stamp=stamp, frame_id=frame_id)
+
+
+def _joint_state(stamp_ns: int, joints: tuple[str, ...], position_J: NDArray[np.floating]) -> Any:
+    nothing = np.zeros(0)
+    return TYPESTORE.types[TYPES["joints"]](
+        header=_header(stamp_ns),
+        name=list(joints),
+        position=position_J.astype(np.float64),
+        velocity=nothing,
+        effort=nothing,
+    )
+
+
+def _command(due_ns: int, joints: tuple[str, ...], position_J: NDArray[np.floating]) -> Any:
+    """In force from `due_ns` on, and there at once: what lies before is the frame's before."""
+    nothing = np.zeros(0)
+    zero = TYPESTORE.types["builtin_interfaces/msg/Duration"](sec=0, nanosec=0)
+    point = TYPESTORE.types["trajectory_msgs/msg/JointTrajectoryPoint"](
+        positions=position_J.astype(np.float64),
+        velocities=nothing,
+        accelerations=nothing,
+        effort=nothing,
+        time_from_start=zero,
+    )
+    return TYPESTORE.types[TRAJECTORY](header=_header(due_ns), joint_names=list(joints), points=[point])
+
+
+def _image(stamp_ns: int, camera: str, rgb_HWC: NDArray[np.uint8]) -> Any:
+    _, png = cv2.imencode(".png", cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    kind = TYPESTORE.types[TYPES["image"]]
+    return kind(header=_header(stamp_ns, camera), format="rgb8; png compressed bgr8", data=png.ravel())

@@ -1,0 +1,215 @@
+"""Frames of episodes -> a dataset's folder.
+
+Nobody can read it before `close`, which writes what meta/ says. Rows are kept until their episode ends; images go
+straight to their video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ki_vla_ros.errors import ConfigurationError, InputError
+from training.convert.episodes import Frame
+from training.convert.statistics import Figures, PixelCounts, describe_values
+from training.data.lerobot.layout import (
+    ACTION,
+    EPISODES,
+    IMAGES,
+    MIB,
+    SOURCE,
+    STAMP,
+    STATE,
+    STATS,
+    TASKS,
+    VERSION,
+    Info,
+    arrow_schema,
+    make_features,
+    next_file,
+    tasks_table,
+    write_json,
+)
+from training.data.lerobot.video import VideoWriter
+
+Row = dict[str, Any]
+
+
+class DatasetWriter:
+    """Use as a context manager: leaving it, even by an exception, makes what was written so far a valid dataset."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        fps: int,
+        joints: Sequence[str],
+        cameras: Sequence[str],
+        source: Mapping[str, Any],
+        robot_type: str | None = None,
+        info: Info | None = None,
+    ) -> None:
+        """`folder` must not exist. `source` is what the dataset is made from; of `info` the sizes of files count."""
+        if folder.exists():
+            raise ConfigurationError(f"dataset {folder} exists already; remove it or choose another --out")
+        if not cameras:
+            raise ConfigurationError("dataset: expected at least one camera, got none; name one with --camera")
+        self.folder, self.joints, self.source = folder, tuple(joints), source
+        features = make_features(joints, {})
+        base = info or Info(fps=fps, features=features)
+        self.info = base.model_copy(update={"fps": fps, "features": features, "robot_type": robot_type})
+        self.videos = {name: VideoWriter(folder, IMAGES + name, self.info) for name in cameras}
+        self.pixels = {name: PixelCounts() for name in cameras}
+        self.tasks: dict[str, int] = {}
+        self.episodes: list[Row] = []
+        self._columns: dict[str, list[Any]] = {name: [] for name in arrow_schema(features).names}
+        self._episode_pixels = {name: PixelCounts() for name in cameras}
+        self._all: dict[str, list[Any]] = {name: [] for name in self._columns}  # arrays, one per episode
+        self._frames = self._rows_in_file = 0
+        self._place = (0, 0)
+        self._file: BinaryIO | None = None
+        self._parquet: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        if kind is None or self.episodes or self._columns["index"]:
+            self.close()
+
+    def add(self, frame: Frame) -> None:
+        """InputError where the images' sizes change, or names of cameras or numbers of joints do not fit."""
+        if set(frame.images) != set(self.videos) or len(frame.state_J) != len(self.joints):
+            raise InputError(
+                f"frame: expected cameras {sorted(self.videos)} and {len(self.joints)} joints, got "
+                f"{sorted(frame.images)} and {len(frame.state_J)}"
+            )
+        row = len(self._columns["index"])
+        if row == 0:
+            for video in self.videos.values():
+                video.begin_episode()
+        for name, rgb_HWC in frame.images.items():
+            self.videos[name].add(rgb_HWC)
+            self._episode_pixels[name].add(rgb_HWC)
+        values = {
+            STATE: frame.state_J.astype(np.float32),
+            ACTION: frame.action_J.astype(np.float32),
+            STAMP: frame.stamp_ns,
+            "timestamp": row / self.info.fps,
+            "frame_index": row,
+            "episode_index": len(self.episodes),
+            "index": self._frames + row,
+            "task_index": self.tasks.setdefault(frame.task, len(self.tasks)),
+        }
+        for name, value in values.items():
+            self._columns[name].append(value)
+
+    def end_episode(self) -> None:
+        rows = len(self._columns["index"])
+        if rows == 0:
+            return
+        schema = arrow_schema(self.info.features)
+        arrays = {name: np.array(values) for name, values in self._columns.items()}
+        names = list(self.tasks)
+        place = self._write_rows(pa.table({n: _column(arrays[n], schema.field(n).type) for n in schema.names}, schema))
+        self.episodes.append(
+            {
+                "episode_index": len(self.episodes),
+                "tasks": [names[i] for i in dict.fromkeys(self._columns["task_index"])],
+                "length": rows,
+                "data/chunk_index": place[0],
+                "data/file_index": place[1],
+                "dataset_from_index": self._frames,
+                "dataset_to_index": self._frames + rows,
+            }
+            | {key: value for video in self.videos.values() for key, value in video.end_episode().items()}
+            | _flat(self._figures(arrays, self._episode_pixels))
+        )
+        for name, counts in self._episode_pixels.items():
+            self.pixels[name].merge(counts)
+        for name, array in arrays.items():
+            self._all[name].append(array)
+        self._frames += rows
+        self._columns = {name: [] for name in self._columns}
+        self._episode_pixels = {name: PixelCounts() for name in self.pixels}
+
+    def close(self) -> None:
+        """Ends an episode that has begun; InputError if there is not one frame."""
+        self.end_episode()
+        for video in self.videos.values():
+            video.close()
+        self._close_rows()
+        if not self.episodes:
+            raise InputError(f"dataset {self.folder}: not one frame to write; nothing was written")
+        images = {IMAGES + name: video.feature for name, video in self.videos.items()}
+        info = self.info.model_copy(
+            update={
+                "features": make_features(self.joints, images),
+                "total_episodes": len(self.episodes),
+                "total_frames": self._frames,
+                "total_tasks": len(self.tasks),
+                "splits": {"train": f"0:{len(self.episodes)}"},
+            }
+        )
+        whole = {name: np.concatenate(arrays) for name, arrays in self._all.items()}
+        write_json(self.folder / STATS, self._figures(whole, self.pixels))
+        write_json(self.folder / SOURCE, {"format": VERSION, **self.source})
+        pq.write_table(tasks_table(list(self.tasks)), self.folder / TASKS)
+        self._write_episodes()
+        info.write(self.folder)
+
+    def _write_rows(self, table: pa.Table) -> tuple[int, int]:
+        """One row group; in a new file, where another episode like those in it would make this one too large."""
+        if self._file is not None:
+            size = self._file.tell()
+            if size + size / self._rows_in_file * len(table) >= self.info.data_files_size_in_mb * MIB:
+                self._close_rows()
+                self._place = next_file(*self._place, self.info.chunks_size)
+        if self._parquet is None:
+            chunk_index, file_index = self._place
+            path = self.folder / self.info.data_path.format(chunk_index=chunk_index, file_index=file_index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb")
+            self._parquet = pq.ParquetWriter(self._file, table.schema, compression="snappy")
+        self._parquet.write_table(table)
+        self._rows_in_file += len(table)
+        return self._place
+
+    def _close_rows(self) -> None:
+        if self._parquet is not None and self._file is not None:
+            self._parquet.close()
+            self._file.close()
+            self._parquet = self._file = None
+        self._rows_in_file = 0
+
+    def _write_episodes(self) -> None:
+        table = pa.Table.from_pylist(self.episodes)
+        rows_per_file = max(1, int(self.info.data_files_size_in_mb * MIB / (table.nbytes / len(table))))
+        place = (0, 0)
+        for start in range(0, len(table), rows_per_file):
+            part = table.slice(start, rows_per_file)
+            for name, index in zip(("chunk_index", "file_index"), place, strict=True):
+                part = part.append_column(f"meta/episodes/{name}", pa.array([index] * len(part), pa.int64()))
+            path = self.folder / EPISODES.format(chunk_index=place[0], file_index=place[1])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(part, path, compression="snappy")
+            place = next_file(*place, self.info.chunks_size)
+
+    def _figures(self, arrays: Mapping[str, Any], pixels: Mapping[str, PixelCounts]) -> dict[str, Figures]:
+        values = {name: describe_values(array) for name, array in arrays.items()}
+        return values | {IMAGES + name: counts.describe() for name, counts in pixels.items()}
+
+
+def _column(array: Any, kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_fixed_size_list(kind):
+        return pa.array(array.astype(kind.to_pandas_dtype()), kind)
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel(), kind.value_type), type=kind)
+
+
+def _flat(figures: Mapping[str, Figures]) -> Row:
+    return {f"stats/{name}/{key}": value for name, entry in figures.items() for key, value in entry.items()}

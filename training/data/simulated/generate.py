@@ -1,0 +1,302 @@
+"""Simulated data: robot episodes by the scripted expert, and vision-language frames of random scenes.
+
+Legend: F frames, V cameras, S image size, J joints, H horizon, O objects (at most `MAX_OBJECTS`, unused rows are -1).
+Arrays lie in a folder as plain `.npy` files; `meta.json` holds what they were made from.
+
+    python -m training.data.simulated.generate config/training/demo.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ki_vla_ros.errors import SimulationError
+from ki_vla_ros.policy.preprocess import resize_with_pad
+from ki_vla_ros.sim.demonstrator import Expert, Reference, tip_to_joints
+from ki_vla_ros.sim.task import Scene, Task, sample_scene
+from ki_vla_ros.sim.world import HOME_J, TIMESTEP_S, World
+from training.config import DataConfig, load_config
+from training.data.simulated.questions import COMBINATIONS, SeenObject
+
+FORMAT = 3
+CAMERAS = ("wrist", "scene")  # the scene last: its tokens lie next to the text, with and without a wrist image
+MAX_OBJECTS = 5
+RENDER_SIZE = 288  # what the robot's cameras publish; the model's size is a whole fraction of it
+SETTLE_S = 0.6  # so much of an episode lies after the arm has arrived, so that the policy learns to stay
+LAG_S = 0.007  # by which the simulated arm trails its command (arm.xml)
+UNDER_WAY_S = 0.3
+LOWEST_TIP_M = 0.01
+BACKGROUND = len(COMBINATIONS)
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ChunkTiming:
+    """Size of the model's inputs and outputs, as far as the data depend on it."""
+
+    image_size: int
+    horizon: int
+    period_s: float
+    grid: int  # image tokens along one side
+
+
+def load_arrays(folder: Path) -> Arrays:
+    """The arrays of one source (`folder/robot`, `folder/validation` or `folder/scenes`), in memory.
+
+    Memory-mapped, the random reads of a batch took as long as its gradients wherever the page cache is short.
+    """
+    return {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
+
+
+def seen_objects(arrays: Arrays, frame: int, *, least_pixels: int = 0) -> list[SeenObject]:
+    """Objects of a frame whose centre is in the scene image and of which at least `least_pixels` are visible."""
+    seen = []
+    for kind, (u, v), pixels in zip(arrays["kind"][frame], arrays["uv"][frame], arrays["pixels"][frame], strict=True):
+        if kind >= 0 and pixels >= least_pixels and 0 <= u < 1 and 0 <= v < 1:
+            seen.append(SeenObject(*COMBINATIONS[kind], float(u), float(v)))
+    return seen
+
+
+def record_episode(
+    world: World, seed: int, split: str, frames: int, timing: ChunkTiming, with_rivals: bool
+) -> Arrays | None:
+    """Frames of one demonstration; None when the expert did not solve it (the caller counts these).
+
+    The frames are not what the flawless demonstration passes through, but positions around it (see `_draw_position`),
+    each with the chunk that the expert would do from there: a policy must know the way back from its own mistakes.
+    `with_rivals` adds, for each frame, the chunks that the expert would do for every object of the scene.
+    """
+    rng = np.random.default_rng([seed, 7])
+    scene = sample_scene(seed, split=split)
+    decoy = scene.objects[rng.integers(len(scene.objects))]
+    wrong = replace(scene, task=Task(scene.task.verb, decoy.colour, decoy.shape))
+    expert = Expert(world)
+    start_J = _random_start(rng)
+    reference, astray = expert.plan(start_J, None, scene), expert.plan(start_J, None, wrong)
+    due_s = LAG_S + (np.arange(timing.horizon) + 1) * timing.period_s
+    rows: dict[str, list[Any]] = {name: [] for name in ("images", "state", "chunk", "uv", "rivals")}
+    while len(rows["state"]) < frames:
+        position_J = _draw_position(rng, astray if rng.random() < 0.3 else reference, world)
+        if not _is_free(world, scene, position_J):
+            continue
+        try:
+            chunks = [_plan_chunk(expert, scene, position_J, due_s)]
+            if with_rivals:
+                rows["rivals"].append(_plan_rivals(expert, scene, position_J, due_s))
+        except SimulationError:  # the way would lead out of the arm's reach
+            continue
+        rows["images"].append(render_views(world, timing.image_size))
+        rows["state"].append(position_J.astype(np.float32))
+        rows["chunk"] += chunks
+        rows["uv"].append(_project_objects(world, scene))
+    world.reset(scene, start_J)
+    _follow(world, reference)
+    if not world.judge.success:
+        return None
+    arrays = {name: np.stack(values) for name, values in rows.items() if values}
+    arrays["kind"] = np.tile(_kinds(scene), (frames, 1))
+    arrays["pixels"] = np.where(arrays["kind"] >= 0, 999, -1).astype(np.int16)
+    arrays["target"] = np.full(frames, scene.target, np.int8)
+    arrays["verb"] = np.full(frames, scene.task.verb == "point at", np.int8)
+    arrays["episode"] = np.full(frames, seed, np.int64)
+    return arrays
+
+
+def record_scene(world: World, seed: int, timing: ChunkTiming) -> Arrays:
+    """One vision-language frame:
+
+    any objects, the arm anywhere. `cells` names what each image cell shows (24 kinds, or background).
+    """
+    rng = np.random.default_rng([seed, 11])
+    scene = sample_scene(seed, split="all")
+    world.reset(scene, _random_start(rng, away=0.7))
+    views, cells, pixels = [], [], np.full(MAX_OBJECTS, -1, np.int16)
+    for camera in CAMERAS:
+        views.append(resize_with_pad(world.render(camera), timing.image_size))
+        mask = world.segment(camera)
+        cells.append(_label_cells(mask, _kinds(scene), timing.grid))
+        if camera == "scene":
+            pixels[: len(scene.objects)] = [(mask == i).sum() // 9 for i in range(len(scene.objects))]
+    return {
+        "images": np.stack(views)[None],
+        "cells": np.stack(cells)[None],
+        "uv": _project_objects(world, scene)[None],
+        "kind": _kinds(scene)[None],
+        "pixels": pixels[None],
+    }
+
+
+def render_views(world: World, size: int) -> NDArray[np.uint8]:
+    """[V, S, S, 3], in the order of `CAMERAS`, through the robot's own resizing."""
+    return np.stack([resize_with_pad(world.render(camera), size) for camera in CAMERAS])
+
+
+def _random_start(rng: np.random.Generator, away: float = 0.35) -> NDArray[np.float64]:
+    if rng.random() >= away:
+        start = HOME_J + rng.normal(0.0, 0.03, HOME_J.shape)
+    else:
+        tip = np.array([rng.uniform(0.26, 0.54), rng.uniform(-0.24, 0.24), rng.uniform(0.13, 0.32)])
+        start = np.array(tip_to_joints(tip)) + rng.normal(0.0, 0.02, HOME_J.shape)
+    start[-1] = rng.uniform(0.0, 0.04)
+    return start
+
+
+def _draw_position(rng: np.random.Generator, path: Reference, world: World) -> NDArray[np.float64]:
+    """Somewhere on `path`, or at rest at its end, displaced in every joint."""
+    moment_s = rng.uniform(0.0, path.duration_s + SETTLE_S)
+    spread = rng.choice((0.0, 0.01, 0.04, 0.12), p=(0.1, 0.4, 0.35, 0.15))
+    displacement_J = rng.normal(0.0, spread, HOME_J.shape)
+    displacement_J[-1] /= 10.0  # the gripper's metres
+    return np.clip(path.position(moment_s) + displacement_J, world.lower_J, world.upper_J)
+
+
+def _is_free(world: World, scene: Scene, position_J: NDArray[np.float64]) -> bool:
+    """Places scene and arm; whether the gripper touches nothing there."""
+    world.reset(scene, position_J)
+    world.step(position_J)
+    return not world.judge.done and bool(world.tip_position[2] > LOWEST_TIP_M)
+
+
+def _follow(world: World, reference: Reference) -> None:
+    for command_J in reference.sample(np.arange(0.0, reference.duration_s + SETTLE_S, TIMESTEP_S)):
+        world.step(command_J)
+
+
+def _plan_chunk(
+    expert: Expert, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """The expert's motion from here, under way already: with the velocity that it has `UNDER_WAY_S` after a start here.
+
+    A policy sees where the arm is, not how fast it moves. If the chunks began at rest, one that is executed for a
+    tenth of a second would lead nowhere; if they began at whatever velocity a recording had, the policy could only
+    guess it. So the velocity is a function of the place. Actions lead the motion by the arm's lag.
+    """
+    velocity_J = expert.plan(position_J, None, scene).velocity(UNDER_WAY_S)
+    return expert.plan(position_J, velocity_J, scene).sample(due_s).astype(np.float32)
+
+
+def _plan_rivals(
+    expert: Expert, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    rivals = np.full((MAX_OBJECTS, len(due_s), len(position_J)), np.nan, np.float32)
+    for index, other in enumerate(scene.objects):
+        task = Task(scene.task.verb, other.colour, other.shape)
+        rivals[index] = _plan_chunk(expert, replace(scene, task=task), position_J, due_s)
+    return rivals
+
+
+def _project_objects(world: World, scene: Scene) -> NDArray[np.float32]:
+    uv = np.full((MAX_OBJECTS, 2), -1.0, np.float32)
+    for index, centre in enumerate(world.object_positions):
+        uv[index] = np.array(world.project("scene", centre)) / RENDER_SIZE
+    return uv
+
+
+def _kinds(scene: Scene) -> NDArray[np.int8]:
+    kinds = np.full(MAX_OBJECTS, -1, np.int8)
+    kinds[: len(scene.objects)] = [COMBINATIONS.index((item.colour, item.shape)) for item in scene.objects]
+    return kinds
+
+
+def _label_cells(mask: NDArray[np.int8], kinds: NDArray[np.int8], grid: int) -> NDArray[np.int8]:
+    """For each of grid x grid cells the kind of the object with most pixels, if it covers an eighth of the cell."""
+    side = mask.shape[0] // grid
+    blocks = mask.reshape(grid, side, grid, side).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
+    counts = np.stack([(blocks == index).sum(axis=1) for index in range(MAX_OBJECTS)], axis=1)
+    best = counts.argmax(axis=1)
+    return np.where(counts.max(axis=1) * 8 >= blocks.shape[1], kinds[best], BACKGROUND).astype(np.int8)
+
+
+def _record_many(job: tuple[str, Sequence[int], DataConfig, ChunkTiming]) -> tuple[Arrays, int]:
+    source, seeds, config, timing = job
+    world = World(render_size=RENDER_SIZE)
+    parts: list[Arrays] = []
+    failed = 0
+    for seed in seeds:
+        if source == "scenes":
+            parts.append(record_scene(world, seed, timing))
+            continue
+        split, rivals = ("held_out", True) if source == "validation" else ("train", False)
+        frames = 6 if source == "validation" else config.frames_per_episode
+        episode = record_episode(world, seed, split, frames, timing, rivals)
+        failed += episode is None
+        parts += [episode] if episode else []
+    if not parts:
+        raise SimulationError(f"simulated data: the expert solved none of {len(seeds)} episodes of '{source}'")
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, failed
+
+
+def make_source(source: str, count: int, config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
+    """Write one source to `config.folder / source`; returns its counts. Deterministic in `config.seed`."""
+    offset = {"robot": 0, "scenes": 10_000_000, "validation": 20_000_000}[source] + config.seed * 100_000_000
+    seeds = [range(offset + start, offset + min(start + 50, count)) for start in range(0, count, 50)]
+    jobs = [(source, block, config, timing) for block in seeds]
+    folder = config.folder / source
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks: list[Arrays] = []
+    failed = 0
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        for block, misses in tqdm(pool.map(_record_many, jobs), total=len(jobs), desc=f"simulate {source}", unit="50"):
+            blocks.append(block)
+            failed += misses
+    for name in list(blocks[0]):  # popped as they are written, or everything would lie in memory twice
+        np.save(folder / f"{name}.npy", np.concatenate([block.pop(name) for block in blocks]))
+    frames = len(np.load(folder / "uv.npy", mmap_mode="r"))
+    return {"episodes" if source != "scenes" else "scenes": count, "frames": frames, "expert_failed": failed}
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over all arrays, names included: two runs trained on the same data if and only if these agree."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*/*.npy")):
+        digest.update(f"{path.parent.name}/{path.name}".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def make_data(config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
+    """All sources, or what is in `config.folder` when it was made from the same settings; returns `meta.json`."""
+    meta_path = config.folder / "meta.json"
+    settings = (
+        json.loads(config.model_dump_json(exclude={"folder", "workers", "recorded"}))
+        | vars(timing)
+        | {"format": FORMAT}
+    )
+    if meta_path.exists() and (meta := json.loads(meta_path.read_text()))["settings"] == settings:
+        return dict(meta)
+    counts = {
+        "scenes": make_source("scenes", config.scenes, config, timing),
+        "robot": make_source("robot", config.robot_episodes, config, timing),
+        "validation": make_source("validation", config.validation_episodes, config, timing),
+    }
+    meta = {"settings": settings, "counts": counts, "fingerprint": fingerprint(config.folder)}
+    meta_path.write_text(json.dumps(meta, indent=1))
+    return meta
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    config = load_config(parser.parse_args().config)
+    from training.train import chunk_timing  # the one place that derives it from the model's sizes
+
+    print(json.dumps(make_data(config.data, chunk_timing(config)), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Checkpoints with random weights, of named sizes: to export, build and time what is not trained; never for an arm.
+
+    python -m training.export.random_weights --size pi05 --out out/random/pi05
+
+writes a checkpoint folder that `training.export` reads; `--bundle FOLDER` exports it too. The weights are drawn so that
+activations keep about unit size in every layer, every residual branch is open and time conditioning has an effect: a
+wrong layer then shows in the chunk, which with freshly initialised weights (closed branches) it would not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ki_vla_ros.bundle.folder import TOKENIZER
+from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from training.export.__main__ import POLICY, export_bundle
+from training.model.gemma import GemmaConfig
+from training.model.siglip import VisionConfig
+from training.model.sizes import VOCABULARY, paligemma_3b
+from training.model.vla import VLAConfig
+from training.tokens.words import DEMO_PROMPT, build_tokenizer, prompt_vocab_size
+from training.weights.checkpoints import CONFIG, WEIGHTS, shapes
+
+PROMPT_ROWS = 256_000  # of PaliGemma's token table; the rest are places and segments, which no prompt holds
+PLAIN_PROMPT = "{task}\n"  # pi0's
+OUTLIERS = 3.0  # weights are cut there, in standard deviations
+
+
+def pi05_slice() -> VLAConfig:
+    """Two layers of each part of pi0.5 at full width, for builders that care for widths and types only."""
+    config = paligemma_3b("pi05")
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, depth=2),
+        backbone=dataclasses.replace(config.backbone, depth=2),
+        expert=dataclasses.replace(config.expert, depth=2),
+        vocab_size=1024,
+    )
+
+
+def hundred_million() -> VLAConfig:
+    """About 100 M weights: large enough that arithmetic decides on a CPU, small enough for a thousand calls."""
+    return VLAConfig(
+        VisionConfig(image_size=224, patch_size=28, width=384, depth=12, heads=6, mlp=1536),
+        GemmaConfig(width=768, depth=10, mlp=2304, heads=8, kv_heads=1, head_dim=64),
+        GemmaConfig(width=320, depth=10, mlp=1280, heads=8, kv_heads=1, head_dim=64),
+        vocab_size=1024,
+        action_dim=7,
+        horizon=50,
+    )
+
+
+SIZES: dict[str, Callable[[], VLAConfig]] = {
+    "100m": hundred_million,
+    "pi05-slice": pi05_slice,
+    "pi05": lambda: paligemma_3b("pi05"),
+    "pi0": lambda: paligemma_3b("pi0"),
+}
+PROMPT_LENGTH = {"100m": 48, "pi05-slice": 200, "pi05": 200, "pi0": 48}
+
+
+def policy_spec(config: VLAConfig, name: str, cameras: int, prompt_length: int, seed: int) -> PolicySpec:
+    """Of an arm that does not exist: `action_dim` joints, absolute actions over their whole range."""
+    joints = config.action_dim
+    joint = {"unit": "rad", "lower": -3.0, "upper": 3.0, "max_velocity": 3.0, "relative": False}
+    everywhere = {"low": [-3.0] * joints, "high": [3.0] * joints}
+    return PolicySpec.model_validate(
+        {
+            "name": f"random {name}",
+            "created": "2026-11-21",
+            "cameras": [{"name": camera} for camera in ("base", "left_wrist", "right_wrist")[:cameras]],
+            "image": {"size": config.vision.image_size},
+            "prompt": {
+                "template": DEMO_PROMPT if config.state_dim is None else PLAIN_PROMPT,
+                "length": prompt_length,
+            },
+            "joints": [{"name": f"joint{n + 1}", **joint} for n in range(joints)],
+            "state": {"encoding": "text" if config.state_dim is None else "token", **everywhere},
+            "action": everywhere,
+            "horizon": config.horizon,
+            "action_period_s": 0.02,
+            "provenance": {"recipe": "random weights", "seed": seed, "commit": "none", "data_fingerprint": "none"},
+        }
+    )
+
+
+def stand_in_tokenizer(vocab_size: int) -> Tokenizer:
+    """The demo's words in a vocabulary of the model's size; what is left over becomes filler that no text yields.
+
+    At PaliGemma's size a prompt can hold 256000 ids, as there; the rest stays behind at export.
+    """
+    smallest = build_tokenizer(fast_vocab=1)
+    answers = smallest.get_vocab_size() - prompt_vocab_size(smallest) - 1
+    rows = PROMPT_ROWS if vocab_size == VOCABULARY else prompt_vocab_size(smallest)
+    fast = vocab_size - rows - answers
+    if fast < 1:
+        raise ConfigurationError(
+            f"vocab_size: expected at least {rows + answers + 1} for the words of the demo, got {vocab_size}"
+        )
+    tokenizer = build_tokenizer(fast)
+    description = json.loads(tokenizer.to_str())
+    first, shift = prompt_vocab_size(tokenizer), rows - prompt_vocab_size(tokenizer)
+    vocabulary = {token: i + shift * (i >= first) for token, i in description["model"]["vocab"].items()}
+    vocabulary |= {f"<filler {n}>": first + n for n in range(shift)}
+    description["model"]["vocab"] = vocabulary
+    for token in description["added_tokens"]:
+        token["id"] = vocabulary[token["content"]]
+    return Tokenizer.from_str(json.dumps(description))
+
+
+def draw_weights(config: VLAConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """One tensor of `dtype` per weight of the model, which itself is never built; needs their size in memory, once."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in shapes(config).items():
+        mean, std = _distribution(name, shape)
+        weight = torch.empty(shape, dtype=dtype)
+        torch.nn.init.normal_(weight, mean, std, generator=generator)
+        weights[name] = weight.clamp_(mean - OUTLIERS * std, mean + OUTLIERS * std)
+    return weights
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    fan_in = math.prod(shape[1:])
+    if ".dense.bias" in name:
+        return 0.0, 0.3  # gates, scales and shifts: the branches of the expert are open
+    if ".dense.weight" in name:
+        return 0.0, 0.3 * fan_in**-0.5
+    if name.startswith("vision.") and "norm" in name and name.endswith("weight"):
+        return 1.0, 0.1  # LayerNorm; Gemma's norms store the distance from 1
+    if name.startswith("backbone.embedding") or name.startswith("vision.position"):
+        return 0.0, shape[1] ** -0.5
+    if len(shape) == 1:
+        return 0.0, 0.1
+    return 0.0, fan_in**-0.5
+
+
+def write_checkpoint(
+    folder: Path, config: VLAConfig, policy: PolicySpec, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
+    """A folder that `training.export` and `training.weights.checkpoints.load_checkpoint` read."""
+    tokenizer = stand_in_tokenizer(config.vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(draw_weights(config, seed, dtype), folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    (folder / POLICY).write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(str(folder / TOKENIZER), pretty=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--bundle", type=Path, help="export it to this folder as well")
+    parser.add_argument("--cameras", type=int, choices=(1, 2, 3), default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--torch", action="store_true", help="with --bundle: both graphs for the torch engine as well")
+    chosen = parser.parse_args(arguments)
+    config = SIZES[chosen.size]()
+    policy = policy_spec(config, chosen.size, chosen.cameras, PROMPT_LENGTH[chosen.size], chosen.seed)
+    dtypes: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    try:
+        write_checkpoint(chosen.out, config, policy, chosen.seed, dtypes[chosen.dtype])
+        if chosen.bundle is not None:
+            export_bundle(
+                chosen.out, chosen.bundle, "Random weights: **never for an arm**.", chosen.torch, chosen.dtype
+            )
+    except (KiVlaError, OSError) as error:
+        print(f"random_bundle: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

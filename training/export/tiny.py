@@ -1,0 +1,204 @@
+"""A bundle with random weights that costs next to nothing to run: for tests, and for measuring what is not the model.
+
+    python -m training.export.tiny models/bench
+
+Made with onnx alone. Its prefill mixes pixels and tokens into keys and values; its expert attends to them, and its
+flow leads straight to a smooth, small motion whose size depends on images and prompt. So chunks look like a policy's,
+are the same for the same input and differ for another. `models/bench` has three cameras of 224 pixels and a horizon of
+50, as pi0 has.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ki_vla_ros.bundle.folder import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
+from training.tokens.words import DEMO_PROMPT, build_tokenizer, prompt_tokenizer
+
+_GRID = 2  # image tokens per side
+_PERIOD = 1e6
+_LAYERS, _KV_HEADS, _HEAD_DIM = 2, 1, 8
+_CARD = "Random weights: for tests and benchmarks only, **never for an arm**.\n"
+
+
+def bench_policy() -> PolicySpec:
+    """Three cameras; absolute actions, so that an arm that follows them stays in one place."""
+    joint = {"unit": "rad", "lower": -3.0, "upper": 3.0, "max_velocity": 3.0, "relative": False}
+    return PolicySpec.model_validate(
+        {
+            "name": "bench",
+            "created": "2026-11-21T00:00:00Z",
+            "cameras": [{"name": "front"}, {"name": "left"}, {"name": "right"}],
+            "image": {"size": 224},
+            "prompt": {"template": DEMO_PROMPT, "length": 48},
+            "joints": [{"name": f"joint{n}", **joint} for n in range(1, 8)],
+            "state": {"encoding": "both", "low": [-3.0] * 7, "high": [3.0] * 7},
+            "action": {"low": [-0.4] * 7, "high": [0.4] * 7},
+            "horizon": 50,
+            "action_period_s": 0.02,
+            "provenance": {"recipe": "random weights", "seed": 0, "commit": "none", "data_fingerprint": "none"},
+        }
+    )
+
+
+def write_tiny_bundle(folder: Path, policy: PolicySpec, seed: int = 0) -> Bundle:
+    """Make `folder` a valid bundle with random weights drawn from `seed`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = prompt_tokenizer(build_tokenizer(fast_vocab=8))
+    prefix = len(policy.cameras) * _GRID**2 + policy.prompt.length
+    graph = GraphSpec(
+        layers=_LAYERS,
+        kv_heads=_KV_HEADS,
+        head_dim=_HEAD_DIM,
+        image_tokens=_GRID**2,
+        prefix_length=prefix,
+        action_dim=policy.width,
+        state_dim=policy.width if policy.state.as_token else None,
+        modulation=1,
+        prefill_flops=prefix * _LAYERS * _KV_HEADS * 4 * _HEAD_DIM**2,
+        step_flops=prefix * _LAYERS * _KV_HEADS * 4 * _HEAD_DIM,
+        vocab_size=tokenizer.get_vocab_size(),
+    )
+    rng = np.random.default_rng(seed)
+    onnx.save(prefill_graph(policy, graph, rng), str(folder / "prefill.onnx"))
+    onnx.save(expert_graph(policy, graph, rng), str(folder / "expert.onnx"))
+    # The modulation is the time itself: a wave so long that its sine is a straight line.
+    np.savez(folder / TIME, periods=[_PERIOD], weight0=[[_PERIOD / (2.0 * np.pi), 0.0]], bias0=[0.0])
+    return write_bundle(folder, policy, graph, tokenizer, f"# {policy.name}\n\n{_CARD}")
+
+
+def prefill_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator) -> onnx.ModelProto:
+    cameras, size, cell = len(policy.cameras), policy.image.size, policy.image.size // _GRID
+    layers, heads, dim = graph.layers, graph.kv_heads, graph.head_dim
+    weights = {
+        "table": rng.standard_normal((graph.vocab_size, dim)),
+        "w_image": rng.standard_normal((3, dim)),
+        "w_keys": rng.standard_normal((layers, heads, dim, dim)),
+        "w_values": rng.standard_normal((layers, heads, dim, dim)),
+    }
+    integers = {
+        "cells_shape": [cameras, 3, _GRID, cell, _GRID, cell],
+        "cell_axes": [3, 5],
+        "image_tokens_shape": [cameras * graph.image_tokens, 3],
+        "per_camera": [cameras, graph.image_tokens],
+        "flat": [-1],
+        "last": [1],
+    }
+    nodes = [
+        helper.make_node("Reshape", ["images", "cells_shape"], ["cells"]),
+        helper.make_node("ReduceMean", ["cells", "cell_axes"], ["means"], keepdims=0),
+        helper.make_node("Transpose", ["means"], ["means_last"], perm=[0, 2, 3, 1]),
+        helper.make_node("Reshape", ["means_last", "image_tokens_shape"], ["pixels"]),
+        helper.make_node("MatMul", ["pixels", "w_image"], ["image_embed"]),
+        helper.make_node("Gather", ["table", "tokens"], ["text_embed"]),
+        helper.make_node("Concat", ["image_embed", "text_embed"], ["embed"], axis=0),
+        helper.make_node("MatMul", ["embed", "w_keys"], ["keys"]),
+        helper.make_node("MatMul", ["embed", "w_values"], ["values"]),
+        helper.make_node("Unsqueeze", ["image_mask", "last"], ["image_mask_column"]),
+        helper.make_node("Expand", ["image_mask_column", "per_camera"], ["image_mask_wide"]),
+        helper.make_node("Reshape", ["image_mask_wide", "flat"], ["image_token_mask"]),
+        helper.make_node("Concat", ["image_token_mask", "token_mask"], ["prefix_mask"], axis=0),
+    ]
+    kv, prefix = [layers, heads, graph.prefix_length, dim], [graph.prefix_length]
+    inputs = [
+        ("images", TensorProto.FLOAT, [cameras, 3, size, size]),
+        ("image_mask", TensorProto.BOOL, [cameras]),
+        ("tokens", TensorProto.INT64, [policy.prompt.length]),
+        ("token_mask", TensorProto.BOOL, [policy.prompt.length]),
+    ]
+    outputs = [
+        ("keys", TensorProto.FLOAT, kv),
+        ("values", TensorProto.FLOAT, kv),
+        ("prefix_mask", TensorProto.BOOL, prefix),
+    ]
+    return _model("prefill", nodes, inputs, outputs, weights, integers)
+
+
+def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator) -> onnx.ModelProto:
+    """velocity = (x_t - target) / time: any number of Euler steps ends on the target, which depends on the prefix.
+
+    `modulation` is the time.
+    """
+    horizon, action_dim, dim = policy.horizon, graph.action_dim, graph.head_dim
+    phase = np.linspace(1.0 / horizon, 1.0, horizon)[:, np.newaxis]
+    motion = 0.5 * np.sin(np.pi * phase) * rng.uniform(0.5, 1.0, (1, action_dim))
+    motion[:, -1] = 0.0  # the gripper stays where it is
+    with_state = policy.state.as_token
+    weights = {
+        "query": rng.standard_normal((graph.layers, graph.kv_heads, 1, dim)) / dim**0.5,
+        "w_out": rng.standard_normal((dim, action_dim)),
+        "motion": motion,
+        "hidden": np.array(-1e9),
+        "zero": np.array(0.0),
+        "one": np.array(1.0),
+        "half": np.array(0.5),
+        "time_floor": np.array(1e-3),
+    }
+    nodes = [
+        helper.make_node("Transpose", ["keys"], ["keys_t"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["query", "keys_t"], ["scores"]),
+        helper.make_node("Where", ["prefix_mask", "zero", "hidden"], ["bias"]),
+        helper.make_node("Add", ["scores", "bias"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["attention"], axis=-1),
+        helper.make_node("MatMul", ["attention", "values"], ["read"]),
+        helper.make_node("ReduceMean", ["read", "outer_axes"], ["context"], keepdims=0),
+        helper.make_node("MatMul", ["context", "w_out"], ["drive"]),
+        helper.make_node("Add", ["drive", "state" if with_state else "zero"], ["drive_state"]),
+        helper.make_node("Tanh", ["drive_state"], ["bounded"]),
+        helper.make_node("Mul", ["bounded", "half"], ["halved"]),
+        helper.make_node("Add", ["halved", "one"], ["gain"]),
+        helper.make_node("Mul", ["motion", "gain"], ["target"]),
+        helper.make_node("Sub", ["x_t", "target"], ["distance"]),
+        helper.make_node("Where", ["clean", "zero", "modulation"], ["time"]),
+        helper.make_node("Max", ["time", "time_floor"], ["time_safe"]),
+        helper.make_node("Unsqueeze", ["time_safe", "last"], ["time_column"]),
+        helper.make_node("Div", ["distance", "time_column"], ["velocity"]),
+        helper.make_node("Mul", ["velocity", "step"], ["way"]),
+        helper.make_node("Sub", ["x_t", "way"], ["moved"]),
+        helper.make_node("Unsqueeze", ["clean", "last"], ["clean_column"]),
+        helper.make_node("Where", ["clean_column", "x_t", "moved"], ["x_next"]),
+    ]
+    kv = [graph.layers, graph.kv_heads, graph.prefix_length, dim]
+    inputs = [
+        ("keys", TensorProto.FLOAT, kv),
+        ("values", TensorProto.FLOAT, kv),
+        ("prefix_mask", TensorProto.BOOL, [graph.prefix_length]),
+        *([("state", TensorProto.FLOAT, [action_dim])] if with_state else []),
+        ("x_t", TensorProto.FLOAT, [horizon, action_dim]),
+        ("modulation", TensorProto.FLOAT, [1]),
+        ("clean", TensorProto.BOOL, [horizon]),
+        ("step", TensorProto.FLOAT, [1]),
+    ]
+    outputs = [(name, TensorProto.FLOAT, [horizon, action_dim]) for name in ("velocity", "x_next")]
+    return _model("expert", nodes, inputs, outputs, weights, {"outer_axes": [0, 1, 2], "last": [1]})
+
+
+def _model(
+    name: str,
+    nodes: list[onnx.NodeProto],
+    inputs: list[tuple[str, int, list[int]]],
+    outputs: list[tuple[str, int, list[int]]],
+    weights: dict[str, np.ndarray],
+    integers: dict[str, list[int]],
+) -> onnx.ModelProto:
+    constants = [numpy_helper.from_array(np.asarray(w, dtype=np.float32), key) for key, w in weights.items()]
+    constants += [numpy_helper.from_array(np.array(values, dtype=np.int64), key) for key, values in integers.items()]
+    graph = helper.make_graph(
+        nodes,
+        name,
+        [helper.make_tensor_value_info(*entry) for entry in inputs],
+        [helper.make_tensor_value_info(*entry) for entry in outputs],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+if __name__ == "__main__":
+    write_tiny_bundle(Path(sys.argv[1]), bench_policy())

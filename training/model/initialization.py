@@ -1,0 +1,48 @@
+"""A head start for what has an order: numbers, places and FAST tokens begin as smooth features of their value.
+
+From random rows a small model would have to learn one by one that 127 is next to 128 and which cell lies left of which;
+minutes of training do not suffice for that. All of them are learned on from there.
+"""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from training.model.vla import VLA
+from training.tokens.fast import FastTokenizer
+from training.tokens.words import LOCATIONS, STATE_BINS, fast_id, loc_id, token_id
+
+
+def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
+    """[N, width] sines and cosines of values in 0..1, half a period up to `finest` periods over that range; mean
+    square 1.
+    """
+    frequency = torch.logspace(-1, torch.log2(torch.tensor(finest)).item(), width // 2, base=2.0)
+    angle = 2 * torch.pi * value_N[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1) * 2**0.5
+
+
+@torch.no_grad()
+def order_embeddings(model: VLA, tokenizer: Tokenizer, fast: FastTokenizer) -> None:
+    """Give neighbouring numbers, locations, image cells and FAST coefficients similar embeddings, in place.
+
+    Of a FAST token the first coefficient counts half; the random half that stays tells merged ones apart.
+    """
+    table, width = model.backbone.embedding.weight, model.config.backbone.width
+    first_number = token_id(tokenizer, "0")
+    for first, count, finest in ((first_number, STATE_BINS, 32.0), (loc_id(tokenizer, 0), LOCATIONS, 8.0)):
+        features = wave_features(torch.linspace(0, 1, count), width, finest=finest)
+        table[first : first + count] = features * width**-0.5  # the backbone multiplies by sqrt(width)
+    first = torch.tensor([fast.integers(token)[0] for token in range(fast.vocab_size)])
+    share = (first - fast.lowest) / (fast.highest - fast.lowest)
+    rows = slice(fast_id(tokenizer, 0), fast_id(tokenizer, 0) + fast.vocab_size)
+    features = wave_features(share, width, finest=32.0) * width**-0.5
+    table[rows] = (table[rows] + features) * 0.5**0.5
+    vision = model.config.vision
+    grid = vision.image_size // vision.patch_size
+    middle = (torch.arange(grid) + 0.5) / grid
+    rows = wave_features(middle, vision.width // 2, finest=grid / 2)
+    places = torch.cat([rows[:, None].expand(-1, grid, -1), rows[None, :].expand(grid, -1, -1)], dim=2)
+    model.vision.position.weight.copy_(places.flatten(0, 1))

@@ -1,0 +1,338 @@
+"""How much memory an optimizer step of the full-size recipe takes on each GPU, and on which GPUs it fits.
+
+    python -m training.speed.memory                              # 1, 4, 8 GPUs: the tables of docs/memory.md
+    python -m training.speed.memory --measure --depth 2 --vocabulary 32000    # a real step, against its prediction
+
+The plan runs the step itself (FSDP2, mixed precision, both losses, insulated, clipping, fused AdamW) on fake tensors in
+a fake process group, and torch's FSDPMemTracker adds up every tensor's storage while it lives. So nothing is assumed
+about layers or autograd, but kernels are the CPU's: their attention keeps what the GPU's fused ones keep (output and
+one number per row), their scratch memory is not seen, nor are CUDA context, NCCL and fragmentation (`RESERVE`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from training.config import ParallelConfig
+from training.losses import losses
+from training.model.sizes import paligemma_3b
+from training.model.vla import VLA, VLAConfig
+from training.optimizer import clip_gradients, make_optimizer
+from training.parallel.sharding import checkpoint_activations, layers, shard
+
+GIB = 2**30
+RESERVE = 0.1
+"""Share of a card that is left for CUDA context, NCCL buffers and the allocator's fragmentation: an assumption."""
+CARDS_GB = (24, 40, 48, 80, 141)
+PROMPT, VIEWS, FAST = 200, 3, 250
+SGD_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step is of. `batch` samples on each GPU, one noise sample each."""
+
+    model: VLAConfig
+    gpus: int
+    batch: int
+    parallel: ParallelConfig
+    prompt: int = PROMPT
+    views: int = VIEWS
+    fast: int = FAST
+    recipe: bool = True
+    """False: weights in bfloat16, each moved against its gradient (SGD) as soon as that is there, which is then freed;
+    no moments, no clipping. Not how to train, but the real step of the whole model fits this way in 24 GiB."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one GPU. The first three at rest, the other three when the total is largest."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    """Weights of the layers at work in `dtype`, and buffers of their communication."""
+    activations: int
+    """And gradients of activations and of gathered weights."""
+    peak: int
+    offloaded_peak: int
+    """The largest total if parameters, gradients and optimizer are in host memory. Here that is the same memory, so the
+    copies on their way to the GPU (the layer at work and the next) are added by hand."""
+
+
+class Tracker(FSDPMemTracker):  # type: ignore[misc]
+    """Also the largest sum of what stays on the GPU with CPU offload."""
+
+    HOST = ("Sharded Param", "Sharded Grad", "OptState")
+    offloaded_peak = 0
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        super()._update_peak_stats(peak_state)
+        for sizes in self._curr_mem_snap.values():
+            now = sizes["Total"] - sum(size for kind, size in sizes.items() if label(kind) in self.HOST)
+            self.offloaded_peak = max(self.offloaded_peak, now)
+
+
+def label(kind: Any) -> str:
+    return str(getattr(kind, "value", kind))
+
+
+@contextmanager
+def group(gpus: int, backend: str) -> Iterator[DeviceMesh]:
+    """Processes to shard over: fake ones in any number, or this one alone."""
+    store = FakeStore() if backend == "fake" else dist.HashStore()
+    dist.init_process_group(backend, rank=0, world_size=gpus, store=store)
+    try:
+        yield init_device_mesh("cpu", (gpus,))
+    finally:
+        dist.destroy_process_group()
+
+
+def empty_model(step: Step) -> VLA:
+    """Without memory for its weights."""
+    with torch.device("meta"):
+        model = VLA(step.model)
+    return model if step.recipe else model.bfloat16()
+
+
+def prepare(model: VLA, step: Step, mesh: DeviceMesh) -> torch.optim.Optimizer | None:
+    """Fill and shard an empty model; its optimizer, with both moments."""
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    if step.parallel.activation_checkpointing:
+        checkpoint_activations(model)
+    shard(model, step.parallel, mesh)
+    if not step.recipe:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(descend)
+        return None
+    optimizer = make_optimizer(list(model.parameters()), learning_rate=1e-5, weight_decay=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    clip_gradients(list(model.parameters()), 1.0)  # DTensor's first use of an operation takes whole fake tensors
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def descend(parameter: Tensor) -> None:
+    """One step of SGD; the gradient is freed."""
+    parameter.to_local().sub_(parameter.grad.to_local(), alpha=SGD_RATE)
+    parameter.grad = None
+
+
+def make_inputs(step: Step) -> dict[str, Tensor]:
+    """A batch at its largest: all views present, no padding."""
+    model, batch = step.model, step.batch
+    inputs = {
+        "images_BVCSS": torch.zeros(batch, step.views, 3, model.vision.image_size, model.vision.image_size),
+        "image_mask_BV": torch.ones(batch, step.views, dtype=torch.bool),
+        "tokens_BL": torch.zeros(batch, step.prompt, dtype=torch.int64),
+        "token_mask_BL": torch.ones(batch, step.prompt, dtype=torch.bool),
+        "postfix_BT": torch.zeros(batch, step.fast, dtype=torch.int64),
+        "postfix_mask_BT": torch.ones(batch, step.fast, dtype=torch.bool),
+        "x_t": torch.zeros(batch, model.horizon, model.action_dim),
+        "time": torch.zeros(batch, model.horizon),
+    }
+    return inputs | ({} if model.state_dim is None else {"state": torch.zeros(batch, model.state_dim)})
+
+
+def everything(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Indices of all [batch, length] elements: what a mask without padding selects, without looking at its values."""
+    return torch.arange(batch).repeat_interleave(length), torch.arange(length).repeat(batch)
+
+
+def compute_loss(model: VLA, step: Step, inputs: dict[str, Tensor]) -> Tensor:
+    """Next-token loss of the FAST tokens plus insulated flow loss, from one forward pass."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=step.parallel.dtype == "bfloat16"):
+        output = model(**inputs, prefix_rows=step.prompt)
+        last = torch.full((step.batch,), step.prompt - 1)
+        hidden = losses.next_token_hidden(output.prefix_hidden_BPD, last, output.postfix_hidden_BTD)
+        tokens, counted = inputs["postfix_BT"], everything(step.batch, step.fast)
+        if step.parallel.activation_checkpointing:
+            text = losses.predict_in_pieces(model.logits, hidden, tokens, counted)
+        else:
+            text = losses.predict_postfix(model.logits(hidden), tokens, counted)
+        flow = losses.match_flow(output.velocity_RHA, inputs["x_t"], everything(step.batch, step.model.horizon))
+    return text + flow
+
+
+def take_step(
+    model: VLA, optimizer: torch.optim.Optimizer | None, step: Step, inputs: dict[str, Tensor]
+) -> float | None:
+    """Forward and backward pass, clipping, AdamW; the loss before, if tensors have values."""
+    loss = compute_loss(model, step, inputs)
+    loss.backward()
+    value = None if isinstance(loss, FakeTensor) else float(loss.detach())
+    if optimizer is None:
+        return value
+    clip_gradients(list(model.parameters()), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value
+
+
+def predict(step: Step) -> Footprint:
+    """The step on fake tensors."""
+    model = empty_model(step)
+    with group(step.gpus, "fake") as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        optimizer = prepare(model, step, mesh)
+        inputs = make_inputs(step)
+        parameters = sum(parameter.to_local().nbytes for parameter in model.parameters())
+        tracker = Tracker(model, optimizer)
+        tracker.track_inputs(tuple(inputs.values()))
+        with tracker:
+            take_step(model, optimizer, step, inputs)
+        (found,) = tracker.get_tracker_snapshot("peak").values()
+        (rest,) = tracker.get_tracker_snapshot("current").values()
+    peak = {label(kind): size for kind, size in found.items()}
+    copied = 2 * max(sum(parameter.to_local().nbytes for parameter in layer.parameters()) for layer in layers(model))
+    return Footprint(
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=0 if optimizer is None else {label(kind): size for kind, size in rest.items()}["OptState"],
+        gathered=sum(peak[kind] for kind in ("Unsharded Param", "All Gather", "Reduce Scatter")),
+        activations=sum(peak[kind] for kind in ("Activation", "Temp", "Unsharded Grad", "Inputs", "Buffer")),
+        peak=peak["Total"],
+        offloaded_peak=tracker.offloaded_peak + copied,
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A real step: peak of this process's resident memory beyond what it was before the model, loss before and after
+    on the same batch, and how long it took.
+    """
+
+    peak: int
+    loss_before: float
+    loss_after: float
+    seconds: float
+
+
+def measure(step: Step) -> Measured:
+    before = resident("VmRSS")
+    model = empty_model(step)
+    with group(1, "gloo") as mesh:
+        optimizer = prepare(model, step, mesh)
+        inputs = make_inputs(step)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: building needs other memory
+        began_s = time.monotonic()
+        loss_before = take_step(model, optimizer, step, inputs)
+        seconds, peak = time.monotonic() - began_s, resident("VmHWM") - before
+        assert loss_before is not None
+        with torch.no_grad():
+            return Measured(peak, loss_before, float(compute_loss(model, step, inputs)), seconds)
+
+
+def resident(name: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def cut(model: VLAConfig, depth: int | None, vocabulary: int | None) -> VLAConfig:
+    """The same widths with fewer layers and tokens."""
+    if depth is not None:
+        parts = ("vision", "backbone", "expert")
+        model = replace(model, **{part: replace(getattr(model, part), depth=depth) for part in parts})
+    return model if vocabulary is None else replace(model, vocab_size=vocabulary)
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def yes(answer: bool) -> str:
+    return "yes" if answer else "no"
+
+
+def cards(size: int) -> str:
+    """The smallest card that it fits."""
+    return next((f"{card} GB" for card in CARDS_GB if size <= (1 - RESERVE) * card * GIB), "none")
+
+
+def print_row(*cells: object) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def print_plan(steps: list[Step]) -> None:
+    heads = ["GPUs", "batch per GPU", "activation checkpointing", "parameters", "gradients", "optimizer"]
+    heads += ["gathered", "activations", "peak", "smallest card", "peak with CPU offload", "smallest card"]
+    print_row(*heads)
+    print_row(*["---"] * len(heads))
+    for step in steps:
+        found = predict(step)
+        sizes = [gib(getattr(found, field.name)) for field in dataclasses.fields(found)]
+        *rest, peak, offloaded = sizes
+        row = [step.gpus, step.batch, yes(step.parallel.activation_checkpointing), *rest, peak, cards(found.peak)]
+        print_row(*row, offloaded, cards(found.offloaded_peak))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = {"type": lambda text: [int(part) for part in text.split(",")]}
+    parser.add_argument("--policy", choices=("pi0", "pi05"), default="pi05")
+    parser.add_argument("--gpus", default="1,4,8", **numbers)
+    parser.add_argument("--batch", default="1,8,32", help="samples on each GPU", **numbers)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--depth", type=int, help="layers of each part, instead of 27 and 18")
+    parser.add_argument("--vocabulary", type=int, help="tokens, instead of 257152")
+    parser.add_argument("--measure", action="store_true", help="take a real step in this process and compare")
+    parser.add_argument(
+        "--checkpointing", default="yes,no", type=lambda text: [part == "yes" for part in text.split(",")]
+    )
+    parser.add_argument("--sgd", action="store_true", help="bfloat16 weights, SGD during the backward pass; see Step")
+    given = parser.parse_args(argv)
+    model = cut(paligemma_3b(given.policy), given.depth, given.vocabulary)
+    steps = [
+        Step(
+            model,
+            gpus,
+            batch,
+            ParallelConfig(shard=True, cpu_offload=True, activation_checkpointing=checkpointing, dtype=given.dtype),
+            recipe=not given.sgd,
+        )
+        for gpus in given.gpus
+        for batch in given.batch
+        for checkpointing in given.checkpointing
+    ]
+    count = sum(parameter.numel() for parameter in empty_model(steps[0]).parameters())
+    print(f"{count / 1e9:.3f} G parameters; {platform.machine()}, torch {torch.__version__}; all in GiB\n")
+    if not given.measure:
+        print_plan(steps)
+        return
+    heads = ["batch", "activation checkpointing", "predicted peak", "measured peak", "measured / predicted"]
+    heads += ["loss before", "after", "seconds"]
+    print_row(*heads)
+    print_row(*["---"] * len(heads))
+    # A new process for each: what the last one has left in its memory pools would count.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for step in (step for step in steps if step.gpus == 1):
+            predicted, measured = predict(step).peak, pool.apply(measure, (step,))
+            row = [step.batch, yes(step.parallel.activation_checkpointing), gib(predicted), gib(measured.peak)]
+            row += [f"{measured.peak / predicted:.2f}", f"{measured.loss_before:.3f}", f"{measured.loss_after:.3f}"]
+            print_row(*row, f"{measured.seconds:.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Normalisation statistics of others, as the linear maps of a bundle: low..high of each dimension goes to -1..1.
+
+Read are openpi's `norm_stats.json`, and of LeRobot a data set's `meta/stats.json` and the file beside a policy's
+weights (`policy_preprocessor_step_*_normalizer_processor.safetensors`). Quantiles (pi0.5) map q01..q99, mean and
+standard deviation (pi0) mean - std..mean + std, each with the epsilon that its source adds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.errors import ConfigurationError
+from training.weights.files import open_safetensors
+
+Method = Literal["quantiles", "mean_std"]
+FIELDS: dict[Method, tuple[str, str]] = {"quantiles": ("q01", "q99"), "mean_std": ("mean", "std")}
+OPENPI, LEROBOT = ("state", "actions"), ("observation.state", "action")
+OPENPI_EPSILON, LEROBOT_EPSILON = 1e-6, 1e-8
+
+
+class Range(NamedTuple):
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+class Ranges(NamedTuple):
+    state: Range
+    action: Range
+
+
+def read_ranges(path: Path, method: Method, joints: int) -> Ranges:
+    """Of the first `joints` dimensions (models pad to 32); ConfigurationError names field and fault."""
+    statistics = read_safetensors(path) if path.suffix == ".safetensors" else read_json(path)
+    openpi = isinstance(statistics.get("norm_stats"), dict)
+    if openpi:
+        statistics = statistics["norm_stats"]
+    found = []
+    for feature in OPENPI if openpi else LEROBOT:
+        if not isinstance(statistics.get(feature), Mapping):
+            raise ConfigurationError(
+                f"{path}: expected statistics of {feature!r}, got only those of {sorted(statistics)}; wanted are "
+                "openpi's norm_stats.json, or LeRobot's meta/stats.json or the policy's "
+                "policy_preprocessor_step_*_normalizer_processor.safetensors"
+            )
+        where = f"{path}: {feature}"
+        first, second = (read_field(statistics[feature], name, where, joints) for name in FIELDS[method])
+        found.append(openpi_range(first, second, method) if openpi else lerobot_range(first, second, method))
+        check_order(first, second, method, where)
+    return Ranges(*(Range(tuple(low.tolist()), tuple(high.tolist())) for low, high in found))
+
+
+def openpi_range(first: NDArray[np.float64], second: NDArray[np.float64], method: Method) -> tuple[Any, Any]:
+    """openpi adds its epsilon to the scale."""
+    if method == "mean_std":
+        return first - (second + OPENPI_EPSILON), first + (second + OPENPI_EPSILON)
+    return first, second + OPENPI_EPSILON
+
+
+def lerobot_range(first: NDArray[np.float64], second: NDArray[np.float64], method: Method) -> tuple[Any, Any]:
+    """LeRobot adds its epsilon to the standard deviation, and takes it for a range that is zero."""
+    if method == "mean_std":
+        return first - (second + LEROBOT_EPSILON), first + (second + LEROBOT_EPSILON)
+    return first, np.where(second == first, first + LEROBOT_EPSILON, second)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: expected normalisation statistics as JSON, got none ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """`feature.field` -> {feature: {field: values}}."""
+    found: dict[str, Any] = {}
+    with open_safetensors(path) as handle:
+        for key in handle.keys():  # noqa: SIM118 (no mapping)
+            feature, _, field = key.rpartition(".")
+            found.setdefault(feature, {})[field] = handle.get_tensor(key).double().tolist()
+    return found
+
+
+def read_field(fields: Mapping[str, Any], name: str, where: str, joints: int) -> NDArray[np.float64]:
+    if fields.get(name) is None:
+        remedy = "" if name in ("mean", "std") else "; older files have none: compute them anew on the training data"
+        raise ConfigurationError(f"{where}: expected {name}, got only {sorted(fields)}{remedy}")
+    try:
+        values = np.asarray(fields[name], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{where}.{name}: expected a list of numbers ({error})") from error
+    if values.ndim != 1 or len(values) < joints:
+        raise ConfigurationError(
+            f"{where}.{name}: expected at least {joints} numbers (one per joint of the robot), got shape "
+            f"{list(values.shape)}; do the robot's joints and the weights belong together?"
+        )
+    if not np.all(np.isfinite(values[:joints])):
+        raise ConfigurationError(f"{where}.{name}: expected finite numbers, got {values[:joints].tolist()}")
+    return values[:joints]
+
+
+def check_order(first: NDArray[np.float64], second: NDArray[np.float64], method: Method, where: str) -> None:
+    wrong = second < (0.0 if method == "mean_std" else first)
+    if wrong.any():
+        j = int(wrong.argmax())
+        names = FIELDS[method]
+        raise ConfigurationError(
+            f"{where}: expected {'std >= 0' if method == 'mean_std' else 'q01 <= q99'}, got in dimension {j} "
+            f"{names[0]} {first[j]}, {names[1]} {second[j]}"
+        )
