@@ -26,7 +26,7 @@ help: ## list the targets
 demo: $(VENV)/robot ## a simulated arm follows instructions over ROS 2; results in out/demo (ARGS="--episodes 3 --help ...")
 	$(RUN) ki_vla_ros.demo $(ARGS)
 
-test: lint ## every test, with coverage (ARGS="test/test_bundle.py" for some, JOBS=2 workers)
+test: lint ## every test, with coverage (ARGS="test/bad/test_bundles.py" for some, JOBS=2 workers)
 	$(RUN) coverage erase
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
 	$(RUN) coverage combine --quiet

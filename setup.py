@@ -41,14 +41,14 @@ setup(
     zip_safe=False,
     entry_points={
         "console_scripts": [
-            f"policy_node = {NAME}.node:main",
+            f"policy_node = {NAME}.ros.node:main",
             f"sim_arm = {NAME}.sim.arm_node:main",
-            f"demo = {NAME}.demo:main",
-            f"bench = {NAME}.bench:main",
-            f"doctor = {NAME}.doctor:main",
-            f"replay = {NAME}.replay:main",
-            f"build_engines = {NAME}.build_engines:main",
-            f"record = {NAME}.record:main",
+            f"demo = {NAME}.demo.__main__:main",
+            f"bench = {NAME}.bench.__main__:main",
+            f"doctor = {NAME}.doctor.__main__:main",
+            f"replay = {NAME}.replay.__main__:main",
+            f"build_engines = {NAME}.engines.build:main",
+            f"record = {NAME}.ros.recorder:main",
         ]
     },
 )

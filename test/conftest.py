@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from exported import Made
-    from loop_bench import Bench
-    from robots import PolicyProcess, Robot
+    from support.exported import Made
+    from support.loop_bench import Bench
+    from support.robots import PolicyProcess, Robot
 
 # From 61 on the demo looks for a free domain of its own.
 _DOMAINS = 60
@@ -41,7 +41,7 @@ def ros_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str
 
 @pytest.fixture(scope="module")
 def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from bundles import write_test_bundle
+    from support.bundles import write_test_bundle
 
     folder = tmp_path_factory.mktemp("bundle") / "test"
     write_test_bundle(folder)
@@ -51,14 +51,14 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session", params=["text", "token"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """By how the model gets the joint state. Once per process: an export takes several seconds of one core."""
-    from exported import make
+    from support.exported import make
 
     return make(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture
 def bench(bundle_path: str) -> Iterator[Bench]:
-    from loop_bench import Bench
+    from support.loop_bench import Bench
 
     from ki_vla_ros.bundle.folder import load_bundle
 
@@ -70,7 +70,7 @@ def bench(bundle_path: str) -> Iterator[Bench]:
 @pytest.fixture
 def start(ros_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., PolicyProcess]]:
     """Starts policy nodes as processes; those still alive at the end are killed."""
-    from robots import PolicyProcess  # only tests of the node need ROS
+    from support.robots import PolicyProcess  # only tests of the node need ROS
 
     started: list[PolicyProcess] = []
 
@@ -87,7 +87,7 @@ def start(ros_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[
 
 @pytest.fixture
 def robot(ros_environment: dict[str, str]) -> Iterator[Robot]:
-    from robots import Robot
+    from support.robots import Robot
 
     robot = Robot(int(ros_environment["ROS_DOMAIN_ID"]))
     yield robot

@@ -68,8 +68,8 @@ class StageConfig(Strict):
     """One stretch of training: which losses count, which parts learn, for how long.
 
     `text` and `pointing` on vision-language samples are drawn with `scene_batch`, the robot's losses with
-    `robot_batch`; a batch of 0 leaves that source out. `gates` are figures of `training.evaluate.offline.measure` that must be
-    reached to go on.
+    `robot_batch`; a batch of 0 leaves that source out. `gates` are figures of `training.evaluate.offline.measure` that
+    must be reached to go on.
     """
 
     name: str

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _node(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from ki_vla_ros.bench.__main__ import node as bench_node  # the only one that needs ROS
+    from ki_vla_ros.bench import node as bench_node  # the only one that needs ROS
 
     figures = bench_node.bench_node(chosen.bundle, chosen.instruction, chosen.seconds, chosen.hogs, _say)
     return figures, bench_node.table(figures)

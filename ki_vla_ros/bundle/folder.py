@@ -1,9 +1,9 @@
 """The bundle: the folder that training writes and the robot reads, and the checks that it passes before anything moves.
 
 A bundle holds `manifest.json`, `prefill.onnx`, `expert.onnx` (perhaps with weight files beside them), `time.npz`
-(bundle/time_table.py), `tokenizer.json` and `README.md`; no pickle, no code. For the torch engine it may hold both graphs once
-more, as `prefill.pt2` and `expert.pt2`: numbers and a list of known operations (bundle/pt2.py), which torch's own loader, a
-user of pickle, never opens.
+(bundle/time_table.py), `tokenizer.json` and `README.md`; no pickle, no code. For the torch engine it may hold both
+graphs once more, as `prefill.pt2` and `expert.pt2`: numbers and a list of known operations (bundle/pt2.py), which
+torch's own loader, a user of pickle, never opens.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ class Bundle:
 def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType], dict[str, TensorType]]]:
     """Inputs and outputs that each graph file must have, by name.
 
-    One expert step: `modulation` stands for the flow time (bundle/time_table.py), `clean` marks actions that are known already
-    (their time is 0), and x_next = x_t - step * velocity, for clean ones x_t: so an engine chains steps by addresses.
+    One expert step: `modulation` stands for the flow time (bundle/time_table.py), `clean` marks actions that are known
+    already (their time is 0), and x_next = x_t - step * velocity, for clean ones x_t: so an engine chains steps by
+    addresses.
     """
     size, graph = manifest.image.size, manifest.graph
     cameras, length = len(manifest.cameras), manifest.prompt.length

@@ -53,7 +53,7 @@ def diagnose(request: Request, machine: Machine | None = None) -> tuple[Findings
     findings, looked_at = Findings(), [f"Python {machine.python[0]}.{machine.python[1]}, numpy {machine.numpy}"]
     check_machine(machine, findings)
     if request.bag is None:
-        from ki_vla_ros.doctor.__main__ import graph as doctor_graph  # the only part that needs ROS
+        from ki_vla_ros.doctor import graph as doctor_graph  # the only part that needs ROS
 
         check_profile_is_set(doctor_graph.with_node_environment(machine), findings)
         looked_at += doctor_graph.examine(request, findings)

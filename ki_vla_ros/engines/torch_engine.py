@@ -1,7 +1,7 @@
 """Both graphs on torch, with a backward pass through the expert; it needs a bundle exported with `--torch`.
 
-For parity with the model, for real-time chunking with the true Jacobian (policy/policy.py), and for speed on NVIDIA cards
-without TensorRT: as CUDA graphs, compiled, or both. It runs the operations of the .pt2 files: no model code.
+For parity with the model, for real-time chunking with the true Jacobian (policy/policy.py), and for speed on NVIDIA
+cards without TensorRT: as CUDA graphs, compiled, or both. It runs the operations of the .pt2 files: no model code.
 
 Legend: H horizon, A action dim, S width of the state token, M modulation.
 """

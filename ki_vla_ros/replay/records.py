@@ -2,7 +2,8 @@
 
 `Replay.ticks()` (replay/run.py) yields one `TickRecord` per tick of the loop, in order and some time behind the bag's
 clock: a chunk is only handed on when the bag has shown what really happened until its last action was due. Nobody keeps
-all of them; figures (replay/figures.py) and report take what they need from each. `ReplayResult` is what is left at the end.
+all of them; figures (replay/figures.py) and report take what they need from each. `ReplayResult` is what is left at the
+end.
 
 Legend: H horizon, J joints in the manifest's order. Positions in rad or m, as the manifest says; stamps in ns on the
 node's clock, which a replay takes from the bag.

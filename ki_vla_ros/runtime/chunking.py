@@ -1,8 +1,8 @@
 """When to infer, what the next chunk is told of the running one, and which actions then count: the executors.
 
 An executor is fed by the policy loop: `wants_chunk` at each tick; if so, `condition` before the flow is integrated, and
-`join` with the finished chunk. What `join` returns is a wish: the governor (runtime/governor.py) turns it into a motion that
-continues the running one without a seam, whichever executor it came from.
+`join` with the finished chunk. What `join` returns is a wish: the governor (runtime/governor.py) turns it into a motion
+that continues the running one without a seam, whichever executor it came from.
 
     synchronous        execute s seconds, come to rest, then infer again
     asynchronous       infer while executing; what time has consumed is dropped

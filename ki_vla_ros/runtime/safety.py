@@ -1,9 +1,9 @@
 """The last gate before the wire. It looks twice: at what the policy asks for, and at what the wire will carry.
 
 `screen` judges a chunk by rules: each fault is corrected, refuses the chunk, or stops the arm for good, as the settings
-say. `judge` then verifies the motion that was made of it (runtime/governor.py), independently of how it was made: joined as
-joint_trajectory_controller joins it, every position, speed and acceleration lies within the bounds. Legend: H actions,
-N instants, J joints. Positions in rad or m, times in ns on the node's clock.
+say. `judge` then verifies the motion that was made of it (runtime/governor.py), independently of how it was made:
+joined as joint_trajectory_controller joins it, every position, speed and acceleration lies within the bounds. Legend: H
+actions, N instants, J joints. Positions in rad or m, times in ns on the node's clock.
 """
 
 from __future__ import annotations

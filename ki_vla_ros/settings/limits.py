@@ -1,4 +1,4 @@
-"""The limits' settings: what a command may be. `settings/settings.py` has all others, and how they become ROS parameters."""
+"""The settings of limits: what a command may be. All others, and how they become ROS parameters: settings.py."""
 
 from __future__ import annotations
 

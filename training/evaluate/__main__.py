@@ -2,9 +2,9 @@
 
     python -m training.evaluate models/demo --episodes 100
 
-The policy is the robot's own code (`ki_vla_ros.policy.policy` on the chosen engine), the arm executes trajectories as a real
-controller does, and a chunk arrives a fixed delay after the observation it was made from. The demo measures the same
-over real topics and in real time; here an episode takes about a second.
+The policy is the robot's own code (`ki_vla_ros.policy.policy` on the chosen engine), the arm executes trajectories as a
+real controller does, and a chunk arrives a fixed delay after the observation it was made from. The demo measures the
+same over real topics and in real time; here an episode takes about a second.
 """
 
 from __future__ import annotations

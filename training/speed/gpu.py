@@ -4,8 +4,8 @@
     python -m training.compare_speed --gpu --bundles out/random/pi05 --calls 10000
 
 Random weights, bfloat16, batch 1, one to three views, 200 prompt tokens, 50 actions, 10 steps. Compared: the training
-classes eagerly, compiled, and compiled within CUDA graphs; the graphs as they are exported (training.export.graphs: merged
-matrices, flow time looked up), compiled within CUDA graphs; and, with `--bundles FOLDER`, the tensorrt engine on
+classes eagerly, compiled, and compiled within CUDA graphs; the graphs as they are exported (training.export.graphs:
+merged matrices, flow time looked up), compiled within CUDA graphs; and, with `--bundles FOLDER`, the tensorrt engine on
 FOLDER/1, /2 and /3 (by number of views, exported from the same seed). A way that cannot run here is a row that says
 why.
 

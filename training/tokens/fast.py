@@ -1,8 +1,8 @@
 """FAST action tokens (arXiv 2501.09747): cosine transform, rounding, byte-pair encoding.
 
 Legend: N chunks, H horizon, A action dim. A chunk in about [-1, 1] becomes H x A integer coefficients, lowest frequency
-of all dimensions first, and then a short sequence of ids in [0, vocab_size). Ids are FAST's own; `training.tokens.words`
-places them in the language model's vocabulary, apart from the location tokens.
+of all dimensions first, and then a short sequence of ids in [0, vocab_size). Ids are FAST's own;
+`training.tokens.words` places them in the language model's vocabulary, apart from the location tokens.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Many settings over one bag: all cores, each process drives its share side by side, tick by tick.
 
-Side by side, they read the bag once and share what they have in common (replay/sweep/shared_engine.py). All start a tick's chunk
-from the same noise, so that settings are compared and not noise. With a latency that is not measured anew, two sweeps
-give the same bytes, whatever the number of processes.
+Side by side, they read the bag once and share what they have in common (replay/sweep/shared_engine.py). All start a
+tick's chunk from the same noise, so that settings are compared and not noise. With a latency that is not measured anew,
+two sweeps give the same bytes, whatever the number of processes.
 """
 
 from __future__ import annotations

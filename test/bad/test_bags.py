@@ -1,0 +1,252 @@
+"""Bags as robots leave them: what can be read is read, what cannot is said, and nothing else is."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rosbags.rosbag2 import CompressionMode
+from support import bad_bags, sample_bags
+from support.bad_bags import CASES, counts, fits
+from support.sample_bags import JOINT_TOPIC, SCENE, recording, write_bag, write_mcap
+
+from ki_vla_ros.bags import mcap as bag_mcap
+from ki_vla_ros.bags.bag import BagMessage, camera_frame, decode, joint_reading, open_bag
+from ki_vla_ros.bags.records import FAULTS_LISTED, Faults
+from ki_vla_ros.errors import ConfigurationError, InputError
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_can_be_read_is_read_and_the_rest_is_named(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    path = case.make(tmp_path)
+    before = {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
+    with open_bag(path) as bag:
+        found = list(bag.messages())
+        faults = list(bag.faults)
+        again = list(bag.messages())
+        assert bag.faults == faults  # reading once more finds nothing new
+    assert fits(faults, case.faults), [str(fault) for fault in faults]
+    assert [(m.topic, m.log_ns, m.data) for m in again] == [(m.topic, m.log_ns, m.data) for m in found]
+    times = [message.log_ns for message in found]
+    assert times == sorted(times)
+    whole = recording(transport="compressed" if "jpegs" in name else "raw")
+    if case.lost is not None:
+        assert counts(found) == counts(whole) - Counter(case.lost)
+        assert {topic: t.count for topic, t in bag.topics.items()} == counts(found)
+        assert (bag.start_ns, bag.end_ns) == (times[0], times[-1])
+        if name.startswith("good"):
+            assert {(m.topic, m.log_ns, m.data) for m in found} == {(m.topic, m.log_ns, m.data) for m in whole}
+    else:
+        assert counts(found) <= counts(whole)
+        original = {(m.topic, m.log_ns): m.data for m in whole}
+        assert all(original[m.topic, m.log_ns] == m.data for m in found)  # never a wrong message
+    assert {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "name, least",
+    [
+        ("truncated mcap, zstd", 0.55),
+        ("truncated mcap, lz4", 0.55),
+        ("truncated mcap, not compressed", 0.55),
+        ("truncated mcap, no chunks", 0.55),
+        ("truncated mcap, zeros behind", 0.5),
+        ("a damaged chunk", 0.8),
+        ("a flipped bit, no compression", 0.8),
+        ("a damaged record length", 0.8),
+        ("truncated sqlite", 0.3),
+        ("damaged sqlite", 0.8),
+        ("truncated compressed file", 0.0),
+    ],
+)
+def test_most_of_what_is_there_is_read(name: str, least: float, tmp_path: Path) -> None:
+    with open_bag(CASES[name].make(tmp_path)) as bag:
+        assert len(list(bag.messages())) >= least * len(recording())
+
+
+def test_topics_are_chosen_and_typed(tmp_path: Path) -> None:
+    with open_bag(write_bag(tmp_path / "bag", recording())) as bag:
+        assert bag.topics[SCENE].type == "sensor_msgs/msg/Image" and bag.topics[SCENE].count == 40
+        found = list(bag.messages([SCENE, JOINT_TOPIC, "/not/there"]))
+        assert counts(found) == {SCENE: 40, JOINT_TOPIC: 200}
+        frame = camera_frame(next(m for m in found if m.topic == SCENE), "scene")
+        assert frame.rgb_HWC.shape == (32, 32, 3) and frame.stamp_ns == sample_bags.START_NS
+        reading = joint_reading(next(m for m in found if m.topic == JOINT_TOPIC))
+        assert reading.names == sample_bags.JOINTS and np.array_equal(reading.position_J, sample_bags.where(0.0))
+
+
+def test_no_bag(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="nowhere: no such file or folder"):
+        open_bag(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigurationError, match=r"notes\.txt: expected a folder or a file"):
+        open_bag(tmp_path / "notes.txt")
+    with pytest.raises(ConfigurationError, match=r"expected metadata\.yaml or files \.mcap or \.db3 in it, got none"):
+        open_bag(tmp_path)
+
+
+def message(kind: str, data: bytes) -> BagMessage:
+    return BagMessage("/topic", kind, 5, data)
+
+
+def test_trailing_bytes_do_not_matter() -> None:
+    data = sample_bags.joint_state(7, sample_bags.MIDDLE_J)
+    for trailing in (0, 1, 4, 100):
+        reading = joint_reading(message(sample_bags.JOINT_STATE, data + bytes(trailing)))
+        assert np.array_equal(reading.position_J, sample_bags.MIDDLE_J) and reading.stamp_ns == 7
+
+
+@pytest.mark.parametrize(
+    "kind, data, fault",
+    [
+        (sample_bags.JOINT_STATE, b"", "expected CDR, got bytes that begin with ''"),
+        (sample_bags.JOINT_STATE, b"{}{}{}{}", "expected CDR"),
+        (
+            sample_bags.JOINT_STATE,
+            sample_bags.joint_state(7, sample_bags.MIDDLE_J)[:60],
+            "expected a sensor_msgs/msg/JointState",
+        ),
+        ("my_msgs/msg/Thing", b"\0\1\0\0", "message type 'my_msgs/msg/Thing' is not known"),
+        (sample_bags.STRING, b"\0\1\0\0\xff\xff\xff\xff", "expected a std_msgs/msg/String"),
+    ],
+)
+def test_what_is_no_message_is_refused(kind: str, data: bytes, fault: str) -> None:
+    with pytest.raises(InputError, match=fault):
+        decode(message(kind, data))
+
+
+def test_images_that_are_none_are_refused() -> None:
+    with pytest.raises(InputError, match="expected sensor_msgs/msg/Image or"):
+        camera_frame(message(sample_bags.STRING, sample_bags.text("x")), "scene")
+    for content, fault in [
+        (b"", "got 0 bytes that are neither"),
+        (b"\xff\xd8 no jpeg \xff\xd9", "got 13 bytes that are neither"),
+        (bad_bags._half_jpeg(), "expected a whole jpeg image, got the first"),
+    ]:
+        with pytest.raises(InputError, match=f"camera 'scene': .*{fault}"):
+            camera_frame(message(sample_bags.COMPRESSED_IMAGE, sample_bags.jpeg(0, content)), "scene")
+
+
+def test_faults_are_not_listed_without_end() -> None:
+    faults = Faults()
+    for i in range(10 * FAULTS_LISTED):
+        faults.add("message", f"message {i}", "is broken")
+    assert len(faults.found) == FAULTS_LISTED + 1
+    assert "from here on they are not listed" in str(faults.found[-1])
+
+
+def test_chunks_that_overlap_are_read_again_rather_than_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk has a message from the end of the recording, so all are begun when the first is not yet over."""
+    messages = recording()
+    chunk = 20
+    last = messages[-len(messages) // chunk :]
+    mixed = [m for k, end in enumerate(last) for m in [*messages[k * chunk : (k + 1) * chunk - 1], end]]
+    path = write_mcap(tmp_path / "b.mcap", mixed, per_chunk=chunk)
+    monkeypatch.setattr(bag_mcap, "CONTENT_KEPT", 100_000)
+    with open_bag(path) as bag:
+        kept = []
+        for _ in bag.messages():
+            storage = bag._storages[0]
+            kept.append(sum(map(len, storage._content.values())))
+        assert len(kept) == len(mixed) and {fault.kind for fault in bag.faults} == {"clock"}
+    assert max(kept) < 300_000
+
+
+def read_all(path: Path) -> None:
+    """Nothing but messages, in order, and faults; nothing but InputError from what is in them."""
+    with open_bag(path) as bag:
+        last_ns = 0
+        for found in bag.messages():
+            assert found.log_ns >= last_ns
+            last_ns = found.log_ns
+            try:
+                if "Image" in found.type:
+                    camera_frame(found, "scene")
+                else:
+                    decode(found)
+            except InputError:
+                pass
+        for fault in bag.faults:
+            assert str(fault) and "\n" not in str(fault)
+
+
+SMALL = recording(seconds=0.2)
+
+
+def small_bags(folder: Path) -> list[bytes]:
+    mcap = write_mcap(folder / "zstd.mcap", SMALL, per_chunk=20).read_bytes()
+    plain = write_mcap(folder / "plain.mcap", SMALL, "", per_chunk=20).read_bytes()
+    loose = write_mcap(folder / "loose.mcap", SMALL, per_chunk=0).read_bytes()
+    sqlite = next(write_bag(folder / "bag", SMALL, "sqlite3").glob("*.db3")).read_bytes()
+    packed = next(write_bag(folder / "packed", SMALL, compression=CompressionMode.FILE).glob("*.zstd"))
+    return [mcap, plain, loose, sqlite, packed.read_bytes(), (folder / "bag" / "metadata.yaml").read_bytes()]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    return small_bags(tmp_path_factory.mktemp("small"))
+
+
+def damage(content: bytes, chance: random.Random) -> bytes:
+    """Some bytes changed, taken out, put in or repeated; perhaps the end cut off."""
+    damaged = bytearray(content)
+    for _ in range(chance.randint(1, 8)):
+        at = chance.randrange(len(damaged))
+        size = chance.choice([1, 1, 1, 4, 8, 64, 4096])
+        kind = chance.randrange(5)
+        if kind == 0:
+            damaged[at] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            damaged[at : at + size] = chance.randbytes(min(size, len(damaged) - at))
+        elif kind == 2:
+            damaged[at : at + size] = bytes([chance.choice([0, 255])]) * min(size, len(damaged) - at)
+        elif kind == 3 and len(damaged) > 2 * size:
+            del damaged[at : at + size]
+        else:
+            damaged[at:at] = damaged[:size]
+    return bytes(damaged[: chance.randrange(len(damaged))] if chance.random() < 0.3 else damaged)
+
+
+def try_damaged(original: bytes, seed: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        damaged, chance = Path(folder, _name(original)), random.Random(seed)
+        damaged.write_bytes(damage(original, chance))
+        if damaged.suffix == ".yaml":
+            (damaged.parent / "bag.mcap").write_bytes(b"")
+            read_all(damaged.parent)
+        else:
+            read_all(damaged)
+
+
+def _name(original: bytes) -> str:
+    names = {b"SQLi": "b.db3", b"\x28\xb5\x2f\xfd": "b.mcap.zstd", b"rosb": "metadata.yaml"}
+    return names.get(original[:4], "b.mcap")
+
+
+@settings(max_examples=90, deadline=None)
+@given(which=st.integers(0, 5), seed=st.integers(0, 2**32))
+def test_no_bytes_make_it_fail(originals: list[bytes], which: int, seed: int) -> None:
+    try_damaged(originals[which], seed)
+
+
+if __name__ == "__main__":  # python test/bad/test_bags.py 20000: a longer run, see docs/bags.md
+    import sys
+    import time
+
+    began_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as fresh:
+        bags = small_bags(Path(fresh))
+    for number in range(int(sys.argv[1])):
+        try:
+            try_damaged(bags[number % len(bags)], number)
+        except BaseException:
+            print(f"seed {number}, bag {number % len(bags)}", file=sys.stderr)
+            raise
+    print(f"{sys.argv[1]} damaged bags read in {time.monotonic() - began_s:.0f} s, none raised")

@@ -1,0 +1,124 @@
+"""The contestants compute the same; the ratios are of the right pairs. How fast they are is not judged here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.sizes import SMALL
+
+from training.export.__main__ import export_bundle
+from training.export.random_weights import policy_spec, write_checkpoint
+from training.speed import __main__ as compare_speed
+from training.speed import gpu as compare_speed_gpu
+from training.speed.__main__ import RATIOS, Ratio, compare, judge
+from training.speed.gpu import arranged, build_model, make_inputs, plain
+from training.speed.peer import build_peer, peer_prefill
+from training.weights.checkpoints import load_checkpoint
+
+POLICY = policy_spec(SMALL, "small", 2, 20, 0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint and its bundle."""
+    folder = tmp_path_factory.mktemp("speed")
+    write_checkpoint(folder / "checkpoint", SMALL, POLICY)
+    export_bundle(folder / "checkpoint", folder / "bundle")
+    return folder / "checkpoint", folder / "bundle"
+
+
+def test_everything_compared_computes_the_same(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "speed.json"
+    command = ["--checkpoint", str(folders[0]), "--bundle", str(folders[1]), "--rounds", "2", "--slow-rounds", "2"]
+    threads = torch.get_num_threads()
+    try:
+        assert compare_speed.main([*command, "--json", str(out)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(out.read_text())
+    assert all(difference < 1e-4 for difference in found["differences"].values()) and len(found["differences"]) == 5
+    assert [row["what"] for row in found["ratios"]] == [ratio.what for ratio in RATIOS]
+    assert {name for ratio in RATIOS for name in (ratio.slow, ratio.fast)} == set(found["ms"])
+    said = capsys.readouterr().out
+    assert "| ratio of medians | found | 95 % interval | goal | |" in said and RATIOS[0].what in said
+
+
+def test_a_bundle_of_other_weights_is_no_contest(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "other", SMALL, POLICY, seed=1)
+    with pytest.raises(compare_speed.ConfigurationError, match="is the bundle an export of this checkpoint"):
+        compare(tmp_path / "other", folders[1], torch.get_num_threads(), 1, 1, lambda line: None)
+
+
+def test_processor_time_is_of_one_thread(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--checkpoint", str(folders[0]), "--bundle", str(folders[1]), "--rounds", "1", "--slow-rounds", "1"]
+    assert compare_speed.main([*command, "--processor-time", "--threads", "2"]) == 1
+    assert "--processor-time: expected one thread, got 2" in capsys.readouterr().err
+    threads = torch.get_num_threads()
+    try:
+        assert compare_speed.main([*command, "--processor-time"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "| ms (processor time) |" in capsys.readouterr().out
+
+
+def test_the_peer_has_our_weights(folders: tuple[Path, Path]) -> None:
+    model = load_checkpoint(folders[0]).eval().requires_grad_(False)
+    images_BVCSS, mask, tokens_BL, token_mask = make_inputs(POLICY, SMALL, 3).prefix
+    tokens_BL = tokens_BL % 200
+    ours = model.prefill(images_BVCSS, mask, tokens_BL, token_mask)
+    theirs = peer_prefill(build_peer(model), images_BVCSS[0], tokens_BL)()
+    torch.testing.assert_close(theirs.keys_NBKPD, ours.keys_NBKPD, atol=1e-4, rtol=0)
+    torch.testing.assert_close(theirs.values_NBKPD, ours.values_NBKPD, atol=1e-4, rtol=0)
+    with pytest.raises(compare_speed.ConfigurationError, match="mark of an image"):
+        peer_prefill(build_peer(model), images_BVCSS[0], torch.full_like(tokens_BL, SMALL.vocab_size - 1))
+
+
+def test_a_ratio_is_of_calls_of_the_same_rounds() -> None:
+    quick = {"a": np.full(5, 10.0), "b": np.full(5, 5.0)}
+    slow = {"a": np.full(3, 12.0), "c": np.full(3, 60.0)}
+    assert judge(Ratio("x", "a", "b", 1.5), quick, slow) == {
+        "what": "x", "goal": 1.5, "reached": True, "ratio": 2.0, "low": 2.0, "high": 2.0
+    }  # fmt: skip
+    found = judge(Ratio("y", "c", "a", 5.5), quick, slow)
+    assert found["ratio"] == 5.0 and found["reached"] is False
+
+
+@torch.no_grad()
+def test_what_runs_on_a_card_agrees_where_there_is_none() -> None:
+    inputs = make_inputs(POLICY, SMALL, 0)
+    exact = build_model(SMALL, 0, torch.float32)
+    reference_RHA = plain(exact, inputs).chunk()
+    torch.testing.assert_close(arranged(exact, inputs).chunk(), reference_RHA, atol=1e-4, rtol=0)
+    half = build_model(SMALL, 0, torch.bfloat16)
+    assert half.backbone.layers[0].mlp.up.weight.dtype == torch.bfloat16
+    for way in (plain(half, inputs), arranged(half, inputs)):
+        assert 0.99 < compare_speed_gpu.cosine_of(way.chunk(), reference_RHA) < 1.0
+
+
+def test_the_card_comparison_runs_as_far_as_it_can_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(compare_speed_gpu.SIZES, "100m", lambda: SMALL)
+    out = tmp_path / "gpu.json"
+    command = ["--gpu", "--device", "cpu", "--size", "100m", "--views", "1", "2", "--calls", "2", "--rounds", "1"]
+    assert compare_speed.main([*command, "--bundles", str(tmp_path), "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [views["views"] for views in found["views"]] == [1, 2]
+    rows = found["views"][1]["rows"]
+    assert rows["eager"]["calls"] == 1 and rows["arranged graphs, eager"]["calls"] == 2
+    assert rows["tensorrt engine"].keys() == {"failed"}
+    roof = found["views"][1]["roofline_ms"]
+    assert roof["chunk"] > roof["steps"] > 0
+    assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare_speed.main(["--gpu"]) == 1
+    assert "--gpu: expected an NVIDIA card" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""The doctor beside a running policy on real Fast DDS: healthy, and with what others do wrong around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import rclpy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rosgraph_msgs.msg import Clock
+from std_msgs.msg import String
+from support.bundles import JOINTS, params_file
+from support.robots import TASK, PolicyProcess, Robot, until
+from trajectory_msgs.msg import JointTrajectory
+
+from ki_vla_ros.doctor.__main__ import Request, diagnose, main
+from ki_vla_ros.doctor.findings import Findings
+from ki_vla_ros.doctor.setup import Machine
+from ki_vla_ros.share import find_share
+
+pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
+MACHINE = Machine((3, 11), "2.1.0", {"FASTDDS_DEFAULT_PROFILES_FILE": str(find_share("config/fastdds.xml"))})
+SECONDS = 2.0
+
+
+def found(findings: Findings) -> set[tuple[str, str]]:
+    return {(finding.check, finding.where) for finding in findings}
+
+
+# rclpy itself tells the careless publisher of its fault in a way that rclpy has deprecated.
+@pytest.mark.filterwarnings("ignore:Deprecated in favor of:DeprecationWarning")
+def test_a_running_policy(robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str, tmp_path: Path) -> None:
+    robot.node.destroy_publisher(robot._clock)
+    start(bundle=bundle_path, autostart=True, instruction=TASK, max_age_s=1.0)
+    until(lambda: len(robot.commands) >= 5)
+    for _ in range(5):  # on a busy machine discovery takes longer
+        findings, looked_at = diagnose(Request(seconds=SECONDS), MACHINE)
+        if findings == []:
+            break
+    assert findings == [] and "parameters of /policy" in looked_at
+
+    # What others may do wrong, all at once.
+    careless = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+    robot.node.create_publisher(String, "policy/instruction", careless)
+    robot.node.create_publisher(JointTrajectory, "arm_controller/joint_trajectory", 1)
+    robot.node.create_publisher(Clock, "/clock", 1)
+    robot.imaging = False
+    controller = rclpy.create_node("arm_controller", context=robot.context)
+    values = {"joints": [*JOINTS[:-1], "rail"], "interpolation_method": "none", "interpolate_from_desired_state": False}
+    for name, value in values.items():
+        controller.declare_parameter(name, value)
+    robot._executor.add_node(controller)
+    expected = {("missing", f"/camera/{name}/image_raw") for name in robot.image} | {
+        ("qos", "/policy/instruction"),
+        ("command", "/arm_controller/joint_trajectory"),
+        ("clock", "/policy"),
+        ("controller", "/arm_controller"),
+    }
+    for _ in range(5):  # on a busy machine what was just added is discovered, or answers, late
+        findings, _ = diagnose(Request(seconds=SECONDS), MACHINE)
+        if found(findings) >= expected:
+            break
+    assert found(findings) == expected
+    told = [f.found for f in findings if f.check == "controller"]
+    assert len(told) == 4 and any(f"does not move {JOINTS[-1]}" in t for t in told) and any("rail" in t for t in told)
+    robot._executor.remove_node(controller)
+    controller.destroy_node()
+
+    # The parameters of a file, not the running node's.
+    robot.imaging = True
+    params = params_file(tmp_path, command_topic="arm/joint_trajectory", bundle=bundle_path, max_age_s=1.0)
+    findings, _ = diagnose(Request(params=params, seconds=SECONDS), MACHINE)
+    (command,) = [f for f in findings if f.check == "command"]
+    assert command.where == "/arm/joint_trajectory" and "there is /arm_controller/joint_trajectory" in command.fix
+
+
+def test_simulated_time_without_a_clock(robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str) -> None:
+    robot.node.destroy_publisher(robot._clock)
+    start(bundle=bundle_path, autostart=True, use_sim_time=True)
+    until(lambda: robot.diagnostics)
+    findings, _ = diagnose(Request(seconds=SECONDS), MACHINE)
+    assert ("clock", "/policy") in found(findings)
+
+
+def test_nothing_runs(ros_environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    findings, _ = diagnose(
+        Request(seconds=0.1), Machine((3, 11), "2.1.0", {"ROS_DOMAIN_ID": ros_environment["ROS_DOMAIN_ID"]})
+    )
+    assert found(findings) == {("node", "/policy"), ("fast dds", "FASTDDS_DEFAULT_PROFILES_FILE")}
+    assert main(["--seconds", "0.1"]) == 1
+    assert "does not run in this ROS domain, where there are no nodes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_domain_that_cannot_be(
+    ros_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ROS_DOMAIN_ID", "4000")
+    assert main([]) == 2
+    assert "ROS_DOMAIN_ID: expected 0 to 232" in capsys.readouterr().err

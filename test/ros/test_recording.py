@@ -1,0 +1,226 @@
+"""What the node says for the record, and the process that records it, over real ROS; each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import ROOT
+from support.bundles import demo_observation
+from support.robots import PATIENCE_S, TASK, PolicyProcess, Robot, ns_of, until
+
+from ki_vla_ros.bags.bag import camera_frame, decode, open_bag
+from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.settings.session import read_session
+
+pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py
+
+
+def test_the_session_says_what_runs(robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str) -> None:
+    start("-r", "camera/wrist/image_raw:=/hand/image", bundle=bundle_path, instruction=TASK, limits__velocity_scale=0.5)
+    assert robot.state == "unconfigured" and not robot.sessions
+    assert robot.change("configure")
+    until(lambda: robot.sessions)
+    session = read_session(robot.sessions[-1])
+    assert session.bundle.name == load_bundle(bundle_path).manifest.name
+    assert len(session.bundle.manifest_sha256) == 64
+    assert session.topics.cameras == {"scene": "/camera/scene/image_raw", "wrist": "/hand/image"}
+    assert session.topic == "/policy/session" and session.topics.command == "/arm_controller/joint_trajectory"
+    assert (session.settings.bundle, session.settings.limits.velocity_scale) == (bundle_path, 0.5)
+
+    assert robot.set(execution_horizon_s=0.3) == ""
+    until(lambda: read_session(robot.sessions[-1]).settings.execution_horizon_s == 0.3)
+    assert robot.set(execution_horizon_s=30.0) != ""  # refused, so nothing to report
+    count = len(robot.sessions)
+    assert robot.change("activate")
+    until(lambda: len(robot.sessions) > count)
+    assert read_session(robot.sessions[-1]).settings.execution_horizon_s == 0.3
+
+
+def test_who_comes_later_gets_the_session_too(
+    ros_environment: dict[str, str], start: Callable[..., PolicyProcess], bundle_path: str
+) -> None:
+    start("-r", "__ns:=/left", bundle=bundle_path, autostart=True)
+    domain = int(ros_environment["ROS_DOMAIN_ID"])
+    first = Robot(domain, "/left")
+    second = None
+    try:
+        until(lambda: first.sessions)
+        second = Robot(domain, "/left")
+        until(lambda: second and second.sessions)
+        session = read_session(second.sessions[-1])
+        assert session.node == "/left/policy"
+        assert session.topics.cameras["scene"] == "/left/camera/scene/image_raw"
+        assert session.message_types["/left/policy/tick"] == "std_msgs/msg/String"
+    finally:
+        first.close()
+        if second is not None:
+            second.close()
+
+
+# --- the command `record`
+
+INPUTS = ("/camera/scene/image_raw", "/camera/wrist/image_raw", "/joint_states")
+OUTPUTS = ("/arm_controller/joint_trajectory", "/policy/chunk", "/policy/tick", "/diagnostics", "/policy/session")
+
+
+class Recording:
+    """`python -m ki_vla_ros.ros.recorder` as a process."""
+
+    def __init__(self, environment: dict[str, str], folder: Path, *arguments: str) -> None:
+        self.bag = folder / "bag"
+        self._log = folder / "record.log"
+        command = [sys.executable, "-m", "ki_vla_ros.ros.recorder", "--out", str(self.bag), *arguments]
+        environment = {**environment, "PYTHONPATH": f"{ROOT}:{environment.get('PYTHONPATH', '')}"}
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def counts(self) -> Counter[str]:
+        """Messages by topic that are on the disk."""
+        if not self.bag.exists():
+            return Counter()
+        with open_bag(self.bag) as bag:
+            return Counter(message.topic for message in bag.messages())
+
+    def end(self, number: signal.Signals = signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def record(ros_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Recording]]:
+    started: list[Recording] = []
+
+    def start_recording(*arguments: str) -> Recording:
+        started.append(Recording(ros_environment, tmp_path, *arguments))
+        return started[-1]
+
+    yield start_recording
+    for recording in started:
+        if recording.process.poll() is None:
+            recording.process.kill()
+            recording.process.wait()
+
+
+def test_a_recording_has_all_that_replay_needs(
+    robot: Robot, start: Callable[..., PolicyProcess], record: Callable[..., Recording], bundle_path: str
+) -> None:
+    recording = record("--writer", "own")
+    until(lambda: "waiting for /policy/session" in recording.output)
+    assert not recording.bag.exists()
+    # Not by topic: the recorder may be there to hear it before the node is.
+    start(bundle=bundle_path, autostart=True, instruction=TASK)
+    until(lambda: all(recording.counts()[topic] >= 10 for topic in (*INPUTS, *OUTPUTS[:3])))
+    robot.say("point at the blue ball")
+    until(lambda: recording.counts()["/policy/instruction"])
+    assert recording.end() == 0, recording.output
+    with open_bag(recording.bag) as bag:
+        assert bag.faults == [] and (recording.bag / "metadata.yaml").exists()
+        messages = list(bag.messages())
+        session = read_session(next(decode(m).data for m in messages if m.topic == "/policy/session"))
+        assert {name: topic.type for name, topic in bag.topics.items()} == {
+            **session.message_types,
+            "/diagnostics": "diagnostic_msgs/msg/DiagnosticArray",
+        }
+    of = {topic: [m for m in messages if m.topic == topic] for topic in bag.topics}
+    assert session.bundle.name == load_bundle(bundle_path).manifest.name
+    frame = camera_frame(of["/camera/scene/image_raw"][0], "scene")
+    np.testing.assert_array_equal(frame.rgb_HWC, demo_observation(image_size=96).frames["scene"].rgb_HWC)
+    assert decode(of["/policy/instruction"][-1]).data == "point at the blue ball"
+    sent = {ns_of(chunk.header.stamp): chunk.points[3].positions for chunk in robot.chunks}
+    kept = {ns_of(chunk.header.stamp): chunk.points[3].positions for chunk in map(decode, of["/policy/chunk"])}
+    assert len(kept) >= 10
+    assert all(np.array_equal(sent[stamp_ns], positions) for stamp_ns, positions in kept.items())
+
+
+def test_a_robot_that_loses_power_keeps_what_was_recorded(
+    robot: Robot, start: Callable[..., PolicyProcess], record: Callable[..., Recording], bundle_path: str
+) -> None:
+    start(bundle=bundle_path, autostart=True, instruction=TASK)
+    until(lambda: robot.chunks)  # a recorder that comes later than the session is given it still
+    recording = record("--writer", "own")
+    until(lambda: all(recording.counts()[topic] >= 10 for topic in (*INPUTS, *OUTPUTS[:3])))
+    before = recording.counts()
+    recording.end(signal.SIGKILL)
+    assert not (recording.bag / "metadata.yaml").exists()
+    after = recording.counts()
+    assert all(after[topic] >= before[topic] for topic in before)
+    assert set(after) == {*INPUTS, *OUTPUTS}
+
+
+def test_a_policy_in_a_namespace(
+    ros_environment: dict[str, str],
+    start: Callable[..., PolicyProcess],
+    record: Callable[..., Recording],
+    bundle_path: str,
+) -> None:
+    start("-r", "__ns:=/left", bundle=bundle_path, autostart=True, instruction=TASK)
+    recording = record("--writer", "own", "--ros-args", "-r", "__ns:=/left")
+    robot = Robot(int(ros_environment["ROS_DOMAIN_ID"]), "/left")
+    try:
+        until(lambda: recording.counts()["/left/policy/chunk"] and recording.counts()["/left/joint_states"])
+        assert recording.end(signal.SIGTERM) == 0, recording.output
+    finally:
+        robot.close()
+
+
+def test_where_ros2_bag_is_installed_it_records(
+    robot: Robot, start: Callable[..., PolicyProcess], record: Callable[..., Recording], bundle_path: str,
+    ros_environment: dict[str, str], tmp_path: Path,
+) -> None:  # fmt: skip
+    """`ros2 bag` cannot be installed beside the wheels: a STAND-IN takes its place, which writes down its arguments."""
+    index = tmp_path / "share" / "ament_index" / "resource_index" / "packages"
+    for folder in (index, tmp_path / "bin", tmp_path / "ros2bag"):
+        folder.mkdir(parents=True)
+    (index / "rosbag2_storage_mcap").touch()
+    (tmp_path / "ros2bag" / "__init__.py").touch()
+    ros2 = tmp_path / "bin" / "ros2"
+    ros2.write_text(
+        f'#!/bin/sh\nfor a in "$@"; do echo "$a"; done > {tmp_path}/part && mv {tmp_path}/part {tmp_path}/given\n'
+    )
+    ros2.chmod(0o755)
+    ros_environment["PATH"] = f"{ros2.parent}:{os.environ['PATH']}"
+    ros_environment["AMENT_PREFIX_PATH"] = ros_environment["PYTHONPATH"] = str(tmp_path)
+    recording = record("--ros-args", "-p", "use_sim_time:=true")
+    start(bundle=bundle_path, autostart=True)
+    assert recording.process.wait(PATIENCE_S) == 0, recording.output
+    options, _, topics = (tmp_path / "given").read_text().partition("--topics\n")
+    assert options.split() == [
+        "bag", "record", "--storage", "mcap", "--storage-preset-profile", "zstd_fast",
+        "--output", str(recording.bag), "--disable-keyboard-controls", "--use-sim-time",
+    ]  # fmt: skip
+    assert set(topics.split()) == {*INPUTS, *OUTPUTS, "/policy/instruction"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ((), "bag exists already; remove it or choose another --out"),
+        (("--out", "new", "--writer", "ros2bag"), "ros2bag is not installed; install it, or take --writer own"),
+    ],
+)
+def test_what_cannot_be_recorded_is_said_at_once(
+    record: Callable[..., Recording], tmp_path: Path, arguments: tuple[str, ...], fault: str
+) -> None:
+    (tmp_path / "bag").mkdir()
+    recording = record(*arguments)
+    assert recording.process.wait(PATIENCE_S) == 1
+    assert recording.output.startswith("record: ") and fault in recording.output
+
+
+def test_no_policy_no_bag(record: Callable[..., Recording]) -> None:
+    recording = record("--writer", "own")
+    until(lambda: "waiting for /policy/session" in recording.output)
+    assert recording.end() == 0
+    assert "nothing was recorded: /policy/session never came" in recording.output and not recording.bag.exists()

@@ -1,0 +1,5 @@
+"""What tests share: made-up robots, bags, bundles, and the far side of what is tested."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout

@@ -1,0 +1,82 @@
+"""What tests take for a bundle, a policy and an observation; the bundle is training/export/tiny.py's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ki_vla_ros.bundle.folder import Bundle, PolicySpec
+from ki_vla_ros.records import CameraFrame, Observation
+from training.export.tiny import write_tiny_bundle
+from training.tokens.words import DEMO_PROMPT
+
+JOINTS = ("shoulder_pan", "shoulder_lift", "elbow", "forearm_roll", "wrist_pitch", "wrist_roll", "gripper")
+CAMERAS = ("scene", "wrist")
+HORIZON = 16
+IMAGE_SIZE = 96
+PROMPT_LENGTH = 32
+
+
+def demo_policy(**changes: Any) -> PolicySpec:
+    """The demo robot's policy; `changes` replace whole fields."""
+    arm = [
+        {"name": name, "unit": "rad", "lower": -3.1, "upper": 3.1, "max_velocity": 3.0, "relative": True}
+        for name in JOINTS[:-1]
+    ]
+    gripper = {"name": "gripper", "unit": "m", "lower": 0.0, "upper": 0.04, "max_velocity": 0.1, "relative": True}
+    fields: dict[str, Any] = {
+        "name": "test-policy",
+        "created": "2026-01-01T00:00:00Z",
+        "cameras": [{"name": name} for name in CAMERAS],
+        "image": {"size": IMAGE_SIZE},
+        "prompt": {"template": DEMO_PROMPT, "length": PROMPT_LENGTH},
+        "joints": [*arm, gripper],
+        "state": {"encoding": "text", "low": [-3.1] * 6 + [0.0], "high": [3.1] * 6 + [0.04]},
+        "action": {"low": [-0.4] * 6 + [-0.04], "high": [0.4] * 6 + [0.04]},
+        "horizon": HORIZON,
+        "action_period_s": 0.05,
+        "max_prefix_delay": 4,
+        "provenance": {"recipe": "random", "seed": 0, "commit": "none", "data_fingerprint": "none"},
+    }
+    return PolicySpec.model_validate({**fields, **changes})
+
+
+def state_token_policy() -> PolicySpec:
+    """As `demo_policy`, with the state as a token of the expert instead of text."""
+    low, high = demo_policy().state.low, demo_policy().state.high
+    return demo_policy(
+        prompt={"template": "Task: {task};\nAction: ", "length": PROMPT_LENGTH},
+        state={"encoding": "token", "low": low, "high": high},
+    )
+
+
+def both_ways_policy() -> PolicySpec:
+    """As `demo_policy`, with the state as text and as a token."""
+    low, high = demo_policy().state.low, demo_policy().state.high
+    return demo_policy(state={"encoding": "both", "low": low, "high": high})
+
+
+def write_test_bundle(folder: Path, policy: PolicySpec | None = None, seed: int = 0) -> Bundle:
+    """Make `folder` a valid bundle with random weights drawn from `seed`."""
+    return write_tiny_bundle(folder, policy or demo_policy(), seed)
+
+
+def demo_observation(stamp_ns: int = 1_000_000_000, image_size: int = 288, seed: int = 0) -> Observation:
+    """Pictures of random colours (both cameras) and a state within the limits."""
+    rng = np.random.default_rng(seed)
+    frames = {}
+    for name in CAMERAS:
+        tint = rng.integers(0, 226, 3)
+        grain = rng.integers(0, 30, (image_size, image_size, 3))
+        frames[name] = CameraFrame(name, stamp_ns, (tint + grain).astype(np.uint8))
+    return Observation(stamp_ns, frames, np.array([0.1, -0.5, 0.8, 0.0, 0.9, -0.2, 0.0]))
+
+
+def params_file(folder: Path, node: str = "/**/policy", **values: Any) -> Path:
+    """JSON is YAML."""
+    path = folder / "robot.yaml"
+    path.write_text(json.dumps({node: {"ros__parameters": {"bundle": "demo", "max_age_s": 0.4, **values}}}))
+    return path

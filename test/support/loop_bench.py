@@ -1,0 +1,105 @@
+"""The policy loop without ROS: a real bundle, a clock in our hand, a wire that remembers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.engines.onnx_engine import OnnxEngine
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
+from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
+from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.settings.settings import Settings, settings_from_parameters
+from support.bundles import CAMERAS, JOINTS, demo_observation
+
+MS = 1_000_000
+START = 1_000 * NS_PER_S
+TASK = "touch the red cube"
+
+
+class FakeWire:
+    """Remembers what went out. `now_ns` stands still unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.time_ns = START
+        self.commands: list[tuple[Motion, int]] = []
+        self.chunks: list[ActionChunk] = []
+        self.ticks: list[Mapping[str, object]] = []
+        self.lines: list[str] = []
+        self.on_tick: Callable[[], None] = lambda: None
+
+    def now_ns(self) -> int:
+        return self.time_ns
+
+    def simulated_clock(self) -> bool:
+        return True
+
+    def send_command(self, motion: Motion, now_ns: int) -> None:
+        self.commands.append((motion, now_ns))
+
+    def report_chunk(self, chunk: ActionChunk) -> None:
+        self.chunks.append(chunk)
+
+    def report_tick(self, fields: Mapping[str, object]) -> None:
+        self.ticks.append(fields)
+        self.on_tick()
+
+    def log(self, message: str, cause: str) -> None:
+        self.lines.append(message)
+
+
+class Bench:
+    """A loop with everything that it needs; `give_inputs` makes an observation of the present moment."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.engine = OnnxEngine(bundle)
+        self.policy = Policy(bundle, self.engine)
+        self.wire = FakeWire()
+        self.settings = settings_from_parameters({"ramp_in_s": 0.0})
+        self.diagnostics = Diagnostics()
+        self.buffer = ObservationBuffer([CameraSource(c, f"/{c}") for c in CAMERAS], JOINTS, "/joint_states")
+        self.loop = PolicyLoop(self.policy, self.buffer, self.wire, self.diagnostics, lambda: self.settings)
+        self.loop.instruction = TASK
+
+    def give_inputs(self, age_ms: int = 0) -> None:
+        observation = demo_observation(self.wire.time_ns - age_ms * MS)
+        for frame in observation.frames.values():
+            self.buffer.add_frame(frame)
+        self.buffer.add_joints(JointReading(observation.stamp_ns, JOINTS, observation.state_J))
+
+    def change(self, **changes: object) -> Settings:
+        self.settings = settings_from_parameters({**self.settings.model_dump(exclude={"limits", "cameras"}), **changes})
+        return self.settings
+
+    def tick(self) -> tuple[int | None, Stopwatch]:
+        watch = Stopwatch()
+        sent = self.loop.tick(self.settings, self.wire.time_ns, watch)
+        return None if sent is None else sent.index, watch
+
+    def run_ticks(self, count: int, before: Callable[[int], None]) -> None:
+        """Through the thread: after each tick time goes on by one period, and `before(n)` sets the stage for tick n."""
+        done = threading.Event()
+
+        def next_tick() -> None:
+            if len(self.wire.ticks) >= count:
+                done.set()
+                self.wire.on_tick = lambda: None
+                return
+            self.wire.time_ns += round(NS_PER_S / self.settings.rate_hz)
+            before(len(self.wire.ticks))
+
+        self.wire.on_tick = next_tick
+        before(0)
+        self.loop.start()
+        try:
+            assert done.wait(60.0)
+        finally:
+            self.loop.stop()
+
+
+def is_hold(motion: Motion) -> bool:
+    """The last quarter of a second of a chunk's motion moves; a hold is over by then."""
+    return bool(motion.end_ns - motion.from_ns < 550 * MS)

@@ -1,0 +1,146 @@
+"""What test_sharding.py runs in every process of a group: `torchrun ... support/sharded_training.py SETTINGS.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from training.config import StageConfig, TrainingConfig
+from training.evaluate import offline as measure
+from training.losses import losses
+from training.optimizer import clip_gradients, select_parameters
+from training.parallel.group import average_gradients
+from training.parallel.sharding import gather
+from training.train import Trainer
+from training.weights.checkpoints import load_checkpoint
+
+measure.FRAMES = 4
+CHECKPOINTED = {"shard": True, "activation_checkpointing": True}
+OFFLOADED = {"shard": True, "cpu_offload": True, "activation_checkpointing": True, "dtype": "bfloat16"}
+
+
+def configure(settings: dict[str, Any], parallel: dict[str, Any], **changes: Any) -> TrainingConfig:
+    return TrainingConfig.model_validate(settings | {"parallel": parallel} | changes)
+
+
+def opened(config: TrainingConfig) -> Trainer:
+    """A trainer whose expert reads the prefix: at its start the gates of all its branches are closed."""
+    trainer = Trainer(config)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if name.endswith("dense.bias"):
+                parameter.fill_(0.5)
+    return trainer
+
+
+def named(trainer: Trainer) -> dict[str, nn.Parameter]:
+    return dict([*trainer.model.named_parameters(), *trainer.heads.named_parameters(prefix="heads")])
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor | None]:
+    found = {name: parameter.grad for name, parameter in named(trainer).items()}
+    whole: dict[str, torch.Tensor | None] = gather(found, keep=True)
+    return {name: None if gradient is None else gradient.clone() for name, gradient in whole.items()}
+
+
+def gradients_of(trainer: Trainer, stage: StageConfig) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
+    """Of all losses of the stage, and their norm as clipping reports it."""
+    parameters = select_parameters(trainer.model, trainer.heads, stage.train)
+    trainer.accumulate_gradients(stage, np.random.default_rng([1, trainer.rank]))
+    average_gradients(parameters)
+    found = gradients(trainer)
+    return found, clip_gradients(parameters, 1.0)
+
+
+def check_gradients(plain: Trainer, sharded: Trainer) -> None:
+    """All stages: the weights are shards, and their gradients and norm those of the model that is whole everywhere."""
+    assert sum(isinstance(parameter, DTensor) for parameter in sharded.model.parameters()) > 0
+    for stage in plain.config.stages:
+        expected, norm = gradients_of(plain, stage)
+        got, sharded_norm = gradients_of(sharded, stage)
+        torch.testing.assert_close(sharded_norm, norm)
+        assert expected.keys() == got.keys()
+        for name, gradient in expected.items():
+            assert (gradient is None) == (got[name] is None), (stage.name, name)
+            if gradient is not None:
+                torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        for trainer in (plain, sharded):
+            for parameter in named(trainer).values():
+                parameter.grad = None
+
+
+def check_bfloat16(plain: Trainer, rounded: Trainer) -> None:
+    """Gradients are float32 shards in host memory and point where the exact ones do."""
+    stage = plain.config.stages[2]
+    expected, _ = gradients_of(plain, stage)
+    got, _ = gradients_of(rounded, stage)
+    for part in ("vision", "backbone", "expert", "heads"):
+        names = [name for name, gradient in expected.items() if name.startswith(part) and gradient is not None]
+        one, two = (torch.cat([grads[name].flatten() for name in names]) for grads in (expected, got))
+        assert two.dtype == torch.float32 and not torch.equal(one, two)
+        assert torch.cosine_similarity(one, two, dim=0) > 0.98, part
+
+
+def check_insulation(trainer: Trainer) -> None:
+    for insulate in (True, False):
+        stage = trainer.config.stages[3].model_copy(update={"insulate": insulate})
+        select_parameters(trainer.model, trainer.heads, ("vision", "backbone", "expert"))
+        batch = trainer.maker.draw_robot(trainer.robot, 2, np.random.default_rng(trainer.rank))
+        losses.backpropagate(trainer.robot_losses(batch, stage, torch.Generator().manual_seed(0)), {"flow": 1.0}, {})
+        nonzero = {name for name, g in gradients(trainer).items() if g is not None and g.count_nonzero()}
+        knowledge = {name for name in nonzero if name.startswith(("vision", "projector", "backbone"))}
+        assert "expert.layers.0.mlp.up.weight" in nonzero and bool(knowledge) != insulate, knowledge
+        for parameter in named(trainer).values():
+            parameter.grad = None
+
+
+def check_resuming(settings: dict[str, Any], out: Path) -> None:
+    """A run that stops in its third of four steps goes on to the weights of one that does not; both end in a policy."""
+    stages = [stage | {"steps": 4, "checkpoint_every": 2} for stage in settings["stages"][2:]]
+    whole = configure(settings, CHECKPOINTED, stages=stages, out=out / "whole")
+    Trainer(whole).run()
+    config = configure(settings, CHECKPOINTED, stages=stages, out=out / "broken")
+    broken = Trainer(config)
+    real, calls = broken.accumulate_gradients, iter(range(100))
+
+    def stop(stage: StageConfig, rng: np.random.Generator) -> dict[str, float]:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(stage, rng)
+
+    broken.accumulate_gradients = stop  # type: ignore[method-assign]
+    try:
+        broken.run()
+    except KeyboardInterrupt:
+        dist.barrier()
+    resumed = Trainer(config)
+    assert resumed.load().step == 2
+    resumed.run()
+    one, two = (load_checkpoint(folder / "policy").state_dict() for folder in (whole.out, config.out))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    out = Path(settings["out"])
+    plain = opened(configure(settings, {}))
+    check_gradients(plain, opened(configure(settings, {"shard": True})))
+    sharded = opened(configure(settings, CHECKPOINTED))
+    check_gradients(plain, sharded)
+    check_insulation(sharded)
+    check_bfloat16(plain, opened(configure(settings, OFFLOADED)))
+    check_resuming(settings, out)
+    dist.destroy_process_group()
+    (out / f"{plain.rank}.passed").touch()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The package as others get it: installed files, declared dependencies, pinned versions, the Makefile's commands."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from support import ROOT
+
+NOT_SOURCES = shutil.ignore_patterns(".*", "__pycache__", "build", "install", "log", "out", "test", "*.egg-info")
+# Modules whose rosdep key, as it stands in package.xml, has another name.
+ROSDEP_KEYS = {"cv2": "python3-opencv", "numpy": "python3-numpy", "pydantic": "python3-pydantic"}
+# Not to be had from rosdep, or for the demo alone: from pip, as package.xml and the README say.
+FROM_PIP = {"av", "backports", "lz4", "mujoco", "onnxruntime", "rosbags", "ruamel", "tokenizers"}
+# Imported only when a parameter asks for it.
+OPTIONAL = {"cuda", "torch"}
+
+
+def requirements(name: str) -> list[Requirement]:
+    lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def imported_modules(folder: Path) -> set[str]:
+    """Top-level names imported anywhere below `folder`, the standard library left out."""
+    found: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    # compression: in the standard library from Python 3.14 on.
+    return found - set(sys.stdlib_module_names) - {"compression"}
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pip install` puts below its prefix; built from a copy, because building writes beside the sources."""
+    source = tmp_path_factory.mktemp("source") / "checkout"
+    shutil.copytree(ROOT, source, ignore=NOT_SOURCES)
+    target = tmp_path_factory.mktemp("prefix")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    done = subprocess.run([*pip, "--ignore-installed", "--prefix", target, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def site_packages(prefix: Path) -> Path:
+    return Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(prefix), "platbase": str(prefix)}))
+
+
+def test_share_files_land_where_ros_looks(prefix: Path) -> None:
+    share = prefix / "share" / "ki_vla_ros"
+    assert (prefix / "share/ament_index/resource_index/packages/ki_vla_ros").is_file()
+    assert (share / "package.xml").is_file()
+    for folder, pattern in (("launch", "*.launch.py"), ("config", "*.*"), ("models", "**/*.*")):
+        for path in (ROOT / folder).glob(pattern):
+            assert (share / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
+    assert not (share / "config" / "training").exists(), "the trainer's settings are of no use on a robot"
+    assert not (site_packages(prefix) / "training").exists()
+
+
+def test_installed_package_is_complete(prefix: Path, tmp_path: Path) -> None:
+    """Every module of the checkout and each data file beside them, and each command can be loaded from elsewhere."""
+    installed = site_packages(prefix) / "ki_vla_ros"
+    for path in (ROOT / "ki_vla_ros").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert (installed / path.relative_to(ROOT / "ki_vla_ros")).is_file(), path
+    code = (
+        "import importlib.metadata as m, ki_vla_ros;"
+        "print(ki_vla_ros.__file__);"
+        "print(*(e.name for e in m.distribution('ki_vla_ros').entry_points if callable(e.load())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site_packages(prefix))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    where, commands = done.stdout.splitlines()
+    assert Path(where).is_relative_to(prefix)
+    expected = {"bench", "build_engines", "demo", "doctor", "policy_node", "record", "replay", "sim_arm"}
+    assert set(commands.split()) == expected
+
+
+def test_name_and_version_agree(prefix: Path) -> None:
+    manifest = ElementTree.parse(ROOT / "package.xml").getroot()
+    name, version = manifest.findtext("name"), manifest.findtext("version")
+    assert (site_packages(prefix) / f"{name}-{version}.dist-info").is_dir()
+    assert (ROOT / "resource" / str(name)).is_file()
+
+
+def test_everything_imported_is_declared_for_rosdep() -> None:
+    manifest = ElementTree.parse(ROOT / "package.xml").getroot()
+    declared = {depend.text for depend in manifest.findall("exec_depend")}
+    modules = imported_modules(ROOT / "ki_vla_ros") | imported_modules(ROOT / "launch")
+    modules -= {"ki_vla_ros"} | FROM_PIP | OPTIONAL
+    assert {ROSDEP_KEYS.get(module, module) for module in modules} <= declared
+    ros_wheels = {wheel.name.removeprefix("ros-").replace("-", "_") for wheel in requirements("ros")}
+    assert ros_wheels <= declared
+
+
+def test_everything_imported_is_required_from_pip() -> None:
+    """Also where a package comes along with another one today."""
+    ours = {"ki_vla_ros", "training"}
+    distributions = {"cv2": "opencv-python-headless", "google": "protobuf", "yaml": "pyyaml"}
+    distributions |= {"backports": "backports.zstd", "ruamel": "ruamel.yaml"}
+    # Dependencies of rclpy's wheel, and cv_bridge, which is used where a ROS installation brings it.
+    from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge"}
+    robot = {canonicalize_name(r.name) for name in ("robot", "simulation", "ros") for r in requirements(name)}
+    trainer = robot | {canonicalize_name(r.name) for r in requirements("training")}
+    for folder, names in (("ki_vla_ros", robot | OPTIONAL), ("training", trainer)):
+        for module in imported_modules(ROOT / folder) - ours - from_ros:
+            name = canonicalize_name(distributions.get(module, module))
+            assert name in names or f"ros-{name}" in names, f"{folder} imports {module}"
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13", "3.14"])
+def test_each_requirement_has_one_pinned_version(version: str) -> None:
+    pins: dict[str, list[str]] = {}
+    for pin in requirements("constraints"):
+        assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), pin
+        if pin.marker is None or pin.marker.evaluate({"python_version": version}):
+            pins.setdefault(canonicalize_name(pin.name), []).append(str(pin.specifier))
+    assert not [name for name, versions in pins.items() if len(versions) > 1]
+    for name in ("robot", "ros", "simulation", "training", "test"):
+        # A torch with CUDA pins cuda-bindings itself: a second pin might not agree with it.
+        assert {canonicalize_name(r.name) for r in requirements(name)} - {"cuda-bindings"} <= pins.keys()
+
+
+def test_robot_needs_no_trainer_and_the_trainer_no_ros() -> None:
+    modules = "[m.name for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if '.torch_' not in m.name]"
+    code = (
+        "import importlib, pkgutil, sys, {0} as p;"
+        f"[importlib.import_module(name) for name in {modules}];"
+        "print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    )
+    robot = set(run_python(code.format("ki_vla_ros")).split())
+    assert not robot & {"torch", "training", "onnx"}
+    trainer = set(run_python(code.format("training")).split())
+    assert "rclpy" not in trainer
+    # Bags are read to make datasets; training itself reads the datasets.
+    training = "import sys, training.train; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    assert not set(run_python(training).split()) & {"rclpy", "rosbags"}
+
+
+def test_help_lists_every_target() -> None:
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony
+    # Not as a part of the make that may be running this test.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    said = subprocess.run(["make", "help"], cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in said.splitlines()] == phony[1].split()
+
+
+def fake_python(folder: Path, version: str = "3.11", fails_on: str = "") -> Path:
+    """An interpreter that claims a version and fails on code that contains `fails_on`."""
+    path = folder / "python"
+    cases = f'*version_info*) echo {version} ;; *"{fails_on or "nothing"}"*) exit 1 ;;'
+    path.write_text(f'#!/bin/sh\ncase "$*" in {cases} esac\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("version", "fails_on", "variables", "expected"),
+    [
+        ("3.9", "", {}, "is Python 3.9: expected >= 3.10"),
+        ("3.11", "import ensurepip", {}, "sudo apt-get update && sudo apt-get install -y python3.11-venv"),
+        ("3.11", "rclpy", {"ROS_DISTRO": "jazzy"}, "ROS_DISTRO is 'jazzy'"),
+        ("3.11", "", {"MACHINE": "aarch64"}, "Linux x86_64 only, this is Linux aarch64; install ROS 2"),
+    ],
+)
+def test_environment_names_what_is_missing(
+    tmp_path: Path, version: str, fails_on: str, variables: dict[str, str], expected: str
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, prints in (("id", "1000"), ("uname", f"Linux {variables.get('MACHINE', 'x86_64')}")):
+        (tools / name).write_text(f"#!/bin/sh\necho {prints}\n")
+        (tools / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tools}:{os.defpath}",
+        "PYTHON": str(fake_python(tmp_path, version, fails_on)),
+        **variables,
+    }
+    venv = tmp_path / "venv"
+    done = subprocess.run(
+        [ROOT / "scripts/environment", venv, "robot"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert not venv.exists()

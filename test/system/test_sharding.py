@@ -1,0 +1,52 @@
+"""FSDP2 in two real processes against the model that is whole in each of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support import ROOT
+from support.recipes import SIZES, STAGES
+
+
+def test_sharded_training_is_training(tmp_path: Path) -> None:
+    """Gradients of every stage, insulation, BFloat16 with offload, resuming: see support/sharded_training.py."""
+    settings = {
+        "name": "tiny",
+        "out": str(tmp_path / "run"),
+        "data": {
+            "folder": str(tmp_path / "data"),
+            "robot_episodes": 3,
+            "frames_per_episode": 4,
+            "scenes": 8,
+            "validation_episodes": 2,
+        },
+        "model": SIZES,
+        "prompt_length": 32,
+        "readout_frequencies": 4,
+        "probe_layer": 1,
+        "max_prefix_delay": 3,
+        "stages": [{"steps": 1, "learning_rate": 1e-2, "warmup_steps": 1, **stage} for stage in STAGES],
+    }
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "test/support/sharded_training.py",
+    ]
+    done = subprocess.run(
+        [*command, str(path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'test'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / "run" / f"{rank}.passed").exists() for rank in (0, 1))

@@ -1,0 +1,160 @@
+"""The recorder's bags, also of recorders that were killed or ran out of disk. What they say is read by bags/bag.py."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import ROOT
+from support.robots import until
+
+from ki_vla_ros.bags.bag import decode, open_bag
+from ki_vla_ros.bags.writer import TYPESTORE, Recorder
+from ki_vla_ros.errors import ConfigurationError, KiVlaError
+
+TOPICS = {"/image": "sensor_msgs/msg/Image", "/text": "std_msgs/msg/String"}
+SERIALIZED_IMAGE = b"\0\1\0\0" + bytes(100_000)
+
+
+def text(content: str) -> bytes:
+    return bytes(TYPESTORE.serialize_cdr(TYPESTORE.types["std_msgs/msg/String"](data=content), "std_msgs/msg/String"))
+
+
+def contents(bag: Path) -> list[tuple[str, int, Any]]:
+    with open_bag(bag) as opened:
+        return [(m.topic, m.log_ns, decode(m).data if m.topic == "/text" else m.data) for m in opened.messages()]
+
+
+def test_every_message_as_it_came_and_when(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "bag", TOPICS)
+    recorder.record("/text", 10, text("first"))
+    recorder.record("/image", 20, SERIALIZED_IMAGE)
+    recorder.add_topic("/late", "std_msgs/msg/String")
+    recorder.record("/late", 30, text("late") + b"\0\0\0\0")  # as rclpy writes it
+    recorder.close()
+    first, image, (topic, time_ns, late) = contents(tmp_path / "bag")
+    assert first == ("/text", 10, "first") and image == ("/image", 20, SERIALIZED_IMAGE)
+    assert (topic, time_ns, late) == ("/late", 30, text("late") + b"\0\0\0\0")
+    metadata = (tmp_path / "bag" / "metadata.yaml").read_text()
+    assert "storage_identifier: mcap" in metadata and "/late" in metadata
+
+
+def test_images_are_compressed_without_loss(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "bag", TOPICS)
+    for k in range(20):
+        recorder.record("/image", k, SERIALIZED_IMAGE)
+    recorder.close()
+    assert [data for _, _, data in contents(tmp_path / "bag")] == [SERIALIZED_IMAGE] * 20
+    assert (tmp_path / "bag" / "bag.mcap").stat().st_size < len(SERIALIZED_IMAGE)
+
+
+def test_recording_over_an_old_bag_is_refused(tmp_path: Path) -> None:
+    Recorder(tmp_path / "bag", TOPICS).close()
+    with pytest.raises(ConfigurationError, match="exists already; remove it or choose another --out"):
+        Recorder(tmp_path / "bag", TOPICS)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"file/bag cannot be made: .*Not a directory"):
+        Recorder(tmp_path / "file" / "bag", TOPICS)
+
+
+RECORD_FOREVER = """
+import sys, time
+from pathlib import Path
+from test_writer import SERIALIZED_IMAGE, TOPICS, text
+from ki_vla_ros.bags.writer import Recorder
+recorder = Recorder(Path(sys.argv[1]), TOPICS)
+for k in range(1, 1_000_000):
+    recorder.record("/text", k, text(str(k)))
+    recorder.record("/image", k, SERIALIZED_IMAGE)
+    time.sleep(0.002)
+"""
+
+
+def test_a_killed_recorder_leaves_what_it_had_on_the_disk(tmp_path: Path) -> None:
+    bag = tmp_path / "bag"
+    process = subprocess.Popen(
+        [sys.executable, "-c", RECORD_FOREVER, str(bag)], cwd=Path(__file__).parent, env=environment()
+    )
+    try:
+        until(lambda: len(so_far(bag)) > 100)
+        before = contents(bag)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (bag / "metadata.yaml").exists()
+    after = contents(bag)
+    assert after[: len(before)] == before
+    assert [time_ns for topic, time_ns, _ in after if topic == "/text"] == list(range(1, after[-1][1] + 1))
+
+
+def so_far(bag: Path) -> list[tuple[str, int, Any]]:
+    """Of a bag that is being made: its first bytes may not be there yet."""
+    try:
+        return contents(bag)
+    except ConfigurationError:
+        return []
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'test'}"}
+
+
+def test_a_single_small_message_does_not_wait_for_others(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "bag", TOPICS)
+    recorder.record("/text", 1, text("alone"))
+    until(lambda: so_far(tmp_path / "bag") == [("/text", 1, "alone")])
+    recorder.close()
+    assert contents(tmp_path / "bag") == [("/text", 1, "alone")]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """As if the disk were full: no file grows beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_reported_at_once_and_what_was_written_stays(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    recorder = Recorder(tmp_path / "bag", TOPICS, warnings.append)
+    recorder.record("/text", 1, text("before"))
+    until(lambda: contents(tmp_path / "bag"))
+    noise = np.random.default_rng(0)
+    with largest_file(100_000):
+        recorder.record("/image", 2, b"\0\1\0\0" + noise.bytes(300_000))
+        until(lambda: recorder.failure)
+        recorder.record("/text", 3, text("after"))
+        with pytest.raises(KiVlaError, match=r"recording to .*bag failed: .*too large; is the disk full\?"):
+            recorder.close()
+    assert warnings == [str(w) for w in warnings if "failed" in w] != []
+    assert contents(tmp_path / "bag") == [("/text", 1, "before")]
+
+
+def test_what_the_disk_cannot_take_is_dropped_and_counted(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    recorder = Recorder(tmp_path / "bag", TOPICS, warnings.append, largest_backlog=250_000)
+    with recorder._writing:  # a disk that hangs
+        for k in range(6):
+            recorder.record("/image", k, SERIALIZED_IMAGE)
+    recorder.close()
+    kept = [time_ns for _, time_ns, _ in contents(tmp_path / "bag")]
+    assert kept[:2] == [0, 1] and 2 <= len(kept) <= 3
+    assert warnings == [f"recording: messages were dropped, the disk is too slow: {6 - len(kept)} of /image"]
+    assert "recorder" not in {thread.name for thread in threading.enumerate()}

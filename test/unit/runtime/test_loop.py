@@ -1,0 +1,298 @@
+"""The line from inputs to command without ROS, tick by tick."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.bundles import CAMERAS, JOINTS, both_ways_policy, demo_observation, write_test_bundle
+from support.loop_bench import MS, START, TASK, Bench, is_hold
+
+from ki_vla_ros.errors import InstructionError, SafetyRefusal, StaleInput
+from ki_vla_ros.policy.preprocess import make_model_input, state_token
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
+from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
+
+STAGES = ["observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish"]
+
+
+def test_a_tick_sends_what_is_left_of_the_policys_chunk(bench: Bench) -> None:
+    bench.give_inputs(age_ms=60)
+    index, watch = bench.tick()
+    assert index == 0
+    assert list(watch.stage_ms) == STAGES
+    ((command, sent_ns),) = bench.wire.commands
+    (chunk,) = bench.wire.chunks
+    expected = bench.policy.infer(demo_observation(START - 60 * MS), TASK, 0)
+    np.testing.assert_array_equal(chunk.position_HJ, expected.position_HJ)
+    assert chunk.start_ns == START - 60 * MS
+    # It takes over after the lead, from where the arm is; 60 ms have gone, so the first action is in the past.
+    assert (sent_ns, command.from_ns) == (START, START + 10 * MS)
+    np.testing.assert_array_equal(command.position_NJ[0], demo_observation().state_J)
+    for k in range(8, 16):
+        np.testing.assert_allclose(command.at(chunk.due_ns(k))[0], chunk.position_HJ[k], atol=2e-3)
+    np.testing.assert_array_equal(command.velocity_NJ[-1], 0.0)
+
+
+def test_each_chunk_has_its_own_noise_and_index(bench: Bench) -> None:
+    for n in range(3):
+        bench.give_inputs()
+        assert bench.tick()[0] == n
+        bench.wire.time_ns += 100 * MS
+    assert len(bench.wire.chunks) == 3
+
+
+def test_no_inference_before_the_execution_horizon_is_over(bench: Bench) -> None:
+    bench.change(execution_horizon_s=0.3)
+    indices = []
+    for _ in range(7):
+        bench.give_inputs()
+        indices.append(bench.tick()[0])
+        bench.wire.time_ns += 100 * MS
+    assert indices == [0, None, None, 1, None, None, 2]
+
+
+def test_stale_inputs_are_refused_even_when_no_chunk_is_due(bench: Bench) -> None:
+    bench.change(execution_horizon_s=0.7)
+    bench.give_inputs()
+    bench.tick()
+    bench.wire.time_ns += 300 * MS
+    with pytest.raises(StaleInput, match="camera 'scene': newest frame 300 ms old"):
+        bench.tick()
+
+
+def test_without_instruction_nothing_is_sent(bench: Bench) -> None:
+    bench.loop.instruction = ""
+    bench.give_inputs()
+    with pytest.raises(InstructionError, match="instruction: none yet"):
+        bench.tick()
+    assert not bench.wire.commands
+
+
+def test_inference_slower_than_the_chunk_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = bench.policy.decode
+
+    def slow(*arguments: object) -> ActionChunk:
+        bench.wire.time_ns += 900 * MS
+        bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, demo_observation().state_J))
+        return decode(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench.policy, "decode", slow)
+    bench.give_inputs()
+    with pytest.raises(SafetyRefusal, match="its observation is 900 ms old"):
+        bench.tick()
+    bench.give_inputs()
+    bench.change(**{"limits.max_chunk_age_s": 5.0})
+    bench.loop.adopt(bench.settings)
+    with pytest.raises(SafetyRefusal, match="inference is slower than the chunk lasts"):
+        bench.tick()
+    assert not bench.wire.commands
+
+
+def test_ticks_are_paced_and_reported(bench: Bench) -> None:
+    bench.run_ticks(5, lambda n: bench.give_inputs())
+    assert [tick["stamp_ns"] for tick in bench.wire.ticks] == [START + n * 100 * MS for n in range(5)]
+    assert [tick["chunk_index"] for tick in bench.wire.ticks] == list(range(5))
+    last = bench.wire.ticks[-1]
+    assert (last["instruction"], last["hold"], last["deadline_misses"]) == (TASK, None, 0)
+    stages = last["stage_ms"]
+    assert isinstance(stages, dict) and list(stages) == [*STAGES, "total"]
+    assert stages["total"] == pytest.approx(sum(stages[name] for name in STAGES))
+
+
+def test_changed_settings_apply_from_the_next_tick_on(bench: Bench) -> None:
+    def before(n: int) -> None:
+        bench.give_inputs()
+        if n == 2:
+            changes = {"limits.velocity_scale": 0.01, "limits.max_overspeed": 1.0, "limits.max_jump_s": 10.0}
+            bench.change(**changes, flow_steps=3, noise_seed=9, rate_hz=20.0)
+
+    bench.run_ticks(4, before)
+    assert (bench.policy.flow_steps, bench.policy.noise_seed) == (3, 9)
+    holds = [tick["hold"] for tick in bench.wire.ticks]
+    assert holds[:2] == [None, None]
+    assert all("more than limits.max_overspeed" in str(hold) for hold in holds[2:])
+    stamps = [int(str(tick["stamp_ns"])) for tick in bench.wire.ticks]
+    assert stamps[3] - stamps[2] == 50 * MS
+
+
+def test_a_clock_that_is_set_back_drops_buffers_and_the_running_chunk(bench: Bench) -> None:
+    def before(n: int) -> None:
+        if n == 2:
+            bench.wire.time_ns -= 100 * NS_PER_S
+        if n < 2:
+            bench.give_inputs()
+
+    bench.run_ticks(3, before)
+    assert str(bench.wire.ticks[2]["hold"]).startswith("camera 'scene': no image yet")
+    assert len(bench.wire.commands) == 2 and not any(is_hold(motion) for motion, _ in bench.wire.commands)
+    assert any("set back" in line for line in bench.wire.lines)
+
+
+def test_without_a_clock_the_loop_waits(bench: Bench) -> None:
+    bench.wire.time_ns = 0
+    bench.loop.start()
+    bench.loop.stop()
+    assert bench.wire.ticks == []
+
+
+def test_pacer_keeps_to_its_grid_and_counts_missed_deadlines() -> None:
+    pacer = Pacer(1000)
+    pacer.advance(1030, 100)
+    assert (pacer.due_ns, pacer.missed) == (1100, 0)
+    pacer.advance(1200, 100)  # exactly in time
+    assert (pacer.due_ns, pacer.missed) == (1200, 0)
+    pacer.advance(1301, 100)  # a little late: the next one is lost
+    assert (pacer.due_ns, pacer.missed) == (1400, 1)
+    pacer.advance(1850, 100)
+    assert (pacer.due_ns, pacer.missed) == (1900, 5)
+    assert not pacer.set_back(1850)
+    assert pacer.set_back(900)
+    assert pacer.due_ns == 900
+
+
+@pytest.fixture
+def dual_bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(write_test_bundle(tmp_path / "bundle", both_ways_policy()))
+    bench.change(prefill_period_s=0.3)
+    yield bench
+    bench.engine.close()
+
+
+def test_the_backbone_may_run_less_often_than_the_expert(dual_bench: Bench) -> None:
+    """Between two prefills a tick needs no images, and its chunk is anchored at the newest joint state."""
+    bench, ran = dual_bench, ""
+    step_J = np.array([0.02] * 6 + [0.0])
+    for n in range(7):
+        if n % 3 == 0:
+            bench.give_inputs()
+        moved_J = demo_observation().state_J + n * step_J
+        bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, moved_J))
+        _, watch = bench.tick()
+        ran += "P" if "prefill" in watch.stage_ms else "-"
+        assert bench.wire.chunks[n].start_ns == bench.wire.time_ns
+        bench.wire.time_ns += 100 * MS
+    assert ran == "P--P--P"
+    spec = bench.policy.bundle.manifest
+    given = make_model_input(spec, bench.policy.bundle.tokenizer, demo_observation(), TASK)
+    token_J = state_token(spec, demo_observation().state_J + 5 * step_J)
+    actions_HA = bench.policy.denoise(bench.policy.prefill(given), bench.policy.noise(5), token_J)
+    moved = dataclasses.replace(demo_observation(), state_J=demo_observation().state_J + 5 * step_J)
+    np.testing.assert_array_equal(bench.wire.chunks[5].position_HJ, bench.policy.decode(actions_HA, moved).position_HJ)
+
+
+def test_a_new_instruction_or_a_hold_or_old_images_need_a_new_prefill(dual_bench: Bench) -> None:
+    bench = dual_bench
+    bench.change(prefill_period_s=0.5)
+
+    def tick() -> bool:
+        bench.wire.time_ns += 100 * MS
+        bench.give_inputs()
+        bench.loop.step(bench.settings, bench.wire.time_ns, 0)
+        stages = bench.wire.ticks[-1]["stage_ms"]
+        assert isinstance(stages, dict)
+        return "prefill" in stages
+
+    assert [tick(), tick()] == [True, False]
+    bench.loop.instruction = "touch the blue ball"
+    assert [tick(), tick()] == [True, False]
+    bench.loop.latch("a test")
+    bench.wire.time_ns += 100 * MS
+    bench.loop.step(bench.settings, bench.wire.time_ns, 0)
+    bench.loop.reset()
+    assert tick()
+    bench.loop._prefix = dataclasses.replace(
+        bench.loop._prefix, observation=demo_observation(bench.wire.time_ns - 450 * MS)
+    )
+    assert tick()
+
+
+@pytest.mark.parametrize(
+    ("before_ms", "behind_ms", "moves_ms"),
+    [
+        (20, 20, -2.0),
+        (2, 2, -1.0),
+        (0, 0, 0.0),
+        (-2, -2, 1.0),
+        (2, 30, 0.0),
+        (None, 20, 0.0),
+        (20, None, 0.0),
+    ],
+)
+def test_ticks_move_to_the_frames_gently_and_only_while_they_lie_steadily_behind(
+    before_ms: float | None, behind_ms: float | None, moves_ms: float
+) -> None:
+    before_ns, behind_ns = (None if ms is None else round(ms * MS) for ms in (before_ms, behind_ms))
+    assert alignment_ns(before_ns, behind_ns) == round(moves_ms * MS)
+
+
+@pytest.mark.parametrize(("camera_ms", "aligned"), [(33.34, True), (33.4, True), (33.3, True), (66.7, False)])
+def test_ticks_find_the_end_of_the_frames_burst_where_the_periods_go_together(camera_ms: float, aligned: bool) -> None:
+    """Two cameras at about 30 Hz, 2 ms apart, and at 15 Hz, where every other tick at 10 Hz lies elsewhere."""
+    buffer = ObservationBuffer([CameraSource(name, name) for name in CAMERAS], JOINTS, "joint_states")
+    arrivals = [(START + round((n * camera_ms + 2 * c) * MS), CAMERAS[c]) for n in range(800) for c in (0, 1)]
+    pacer, before_ns, ticks_ns, since_end_ms = Pacer(START + 20 * MS), None, [], []
+    for _ in range(100):
+        ticks_ns.append(pacer.due_ns)
+        while arrivals[0][0] <= pacer.due_ns:
+            arrived_ns, camera = arrivals.pop(0)
+            buffer.add_frame(CameraFrame(camera, arrived_ns, np.zeros((1, 1, 3), np.uint8)), arrived_ns)
+        since_end_ms.append((pacer.due_ns - START - 2 * MS) / MS % camera_ms)
+        behind_ns = buffer.since_burst_ns(pacer.due_ns)
+        pacer.advance(pacer.due_ns + 20 * MS, 100 * MS)
+        pacer.shift(alignment_ns(before_ns, behind_ns))
+        before_ns = behind_ns
+    periods_ms = np.diff(ticks_ns) / MS
+    assert periods_ms.min() >= 98.0 and periods_ms.max() <= 102.0 and pacer.missed == 0
+    if aligned:
+        # The 2 ms that the period differs by in a second leave their mark.
+        assert all(since < 0.6 or since > camera_ms - 0.6 for since in since_end_ms[-20:])
+    else:
+        assert np.all(periods_ms == 100.0)
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_ticks_are_aligned_unless_told_otherwise(bench: Bench, monkeypatch: pytest.MonkeyPatch, align: bool) -> None:
+    moves: list[int] = []
+    monkeypatch.setattr(Pacer, "shift", lambda _self, by_ns: moves.append(by_ns))
+
+    def before(n: int) -> None:
+        bench.give_inputs()
+        for back in (3, 2, 1):
+            arrived_ns = bench.wire.time_ns + (23 - 33 * back) * MS
+            frame = CameraFrame("scene", arrived_ns, np.zeros((1, 1, 3), np.uint8))
+            bench.buffer.add_frame(frame, arrived_ns)
+
+    bench.change(align_to_cameras=align)
+    bench.run_ticks(3, before)
+    assert moves[:3] == ([0, -2 * MS, -2 * MS] if align else [])
+
+
+def test_a_burst_that_is_about_to_end_is_waited_for() -> None:
+    buffer = ObservationBuffer([CameraSource(name, name) for name in CAMERAS], JOINTS, "joint_states")
+
+    def add(camera: str, arrived_ns: int) -> None:
+        buffer.add_frame(CameraFrame(camera, arrived_ns, np.zeros((1, 1, 3), np.uint8)), arrived_ns)
+
+    for n in range(3):
+        for c, camera in enumerate(CAMERAS):
+            add(camera, START + (33 * n + 2 * c) * MS)
+    due_ns = START + 100 * MS
+    add(CAMERAS[0], due_ns - 1 * MS)
+    late = threading.Timer(0.001, add, (CAMERAS[1], due_ns + 1 * MS))
+    late.start()
+    buffer.await_burst(due_ns, -1 * MS)
+    assert buffer.status(due_ns)[CAMERAS[1]].count == 4
+    late.join()
+    began_s = time.monotonic()
+    for since_ns in (None, 5 * MS):
+        buffer.await_burst(due_ns + 50 * MS, since_ns)
+    assert time.monotonic() - began_s < 1.0  # and a frame that never comes ends the wait too:
+    buffer.await_burst(due_ns + 33 * MS, 0)
+    assert buffer.status(due_ns)[CAMERAS[1]].count == 4

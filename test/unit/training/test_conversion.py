@@ -1,0 +1,189 @@
+"""Bags -> LeRobot datasets and back: what belongs together, where episodes begin, and what stays the same."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from support.lerobot_runs import convert, run
+from support.sample_bags import (
+    CAMERAS,
+    COMMAND_TOPIC,
+    COMPRESSED_IMAGE,
+    INSTRUCTION_TOPIC,
+    JOINT_TOPIC,
+    JOINTS,
+    START_NS,
+    STRING,
+    Messages,
+    jpeg,
+    recording,
+    text,
+    where,
+)
+
+from ki_vla_ros.bags.bag import camera_frame, decode, header_ns, joint_reading, open_bag
+from ki_vla_ros.bags.records import BagMessage
+from ki_vla_ros.records import NS_PER_S
+from training.data.lerobot.dataset import Dataset
+
+MS = 1_000_000
+
+
+def shown(stamp_ns: int) -> int:
+    """The grey of the recording's images of this time."""
+    return stamp_ns // 10**7 % 251
+
+
+def test_frames_have_the_images_the_state_and_the_later_state_of_their_stamps(tmp_path: Path) -> None:
+    dataset = convert(tmp_path, recording(seconds=1.5))
+    (episode,) = dataset.episodes
+    columns = dataset.columns(episode)
+    since_N = (columns["stamp_ns"] - START_NS) / NS_PER_S
+    assert len(since_N) >= 12 and np.allclose(np.diff(since_N), 0.1)
+    assert dataset.task_of(columns) == ["touch the red cube"] * episode.length
+    for column, later_s in (("observation.state", 0.0), ("action", 0.1)):
+        expected = np.array([where(t + later_s) for t in since_N])
+        np.testing.assert_allclose(columns[column], expected, atol=1e-7)
+    for camera in CAMERAS:
+        for stamp_ns, rgb_HWC in zip(columns["stamp_ns"].tolist(), dataset.images(episode, camera), strict=True):
+            assert np.abs(rgb_HWC.astype(int) - shown(stamp_ns)).max() <= 3
+
+
+def test_a_state_between_two_readings_lies_on_the_line_between_them(tmp_path: Path) -> None:
+    """The images are stamped 4 ms after a reading."""
+    messages = [
+        replace(m, data=jpeg(m.log_ns + 2 * MS)) if m.type == COMPRESSED_IMAGE else m
+        for m in recording(seconds=1.0, transport="compressed", joint_hz=50.0)
+    ]
+    dataset = convert(tmp_path, messages)
+    columns = dataset.columns(dataset.episodes[0])
+    for stamp_ns, state_J in zip(columns["stamp_ns"].tolist(), columns["observation.state"], strict=True):
+        before_s = (stamp_ns - START_NS) // (20 * MS) * 0.02
+        share = (stamp_ns - START_NS) / NS_PER_S / 0.02 % 1.0
+        assert min(abs(share - 0.2), abs(share - 0.7)) < 1e-6
+        expected = (1 - share) * where(before_s) + share * where(before_s + 0.02)
+        np.testing.assert_allclose(state_J, expected, atol=1e-7)
+
+
+def test_commanded_actions_are_what_the_controller_was_told_for_one_period_later(tmp_path: Path) -> None:
+    """Every tenth of a second the recording commands where to be a tenth of a second later."""
+    dataset = convert(tmp_path, recording(seconds=1.5), actions="commands")
+    columns = dataset.columns(dataset.episodes[0])
+    due_N = (columns["stamp_ns"] - START_NS) / NS_PER_S + 0.1
+    knots = np.arange(1, 16) * 0.1
+    expected = np.array([[np.interp(t, knots, [where(k)[j] for k in knots]) for j in range(7)] for t in due_N])
+    assert np.all(due_N >= 0.1 - 1e-9) and len(due_N) >= 12
+    np.testing.assert_allclose(columns["action"], expected, atol=1e-6)
+
+
+def stepped(messages: Sequence[BagMessage], late_ns: int) -> Messages:
+    return [replace(message, log_ns=message.log_ns + late_ns) for message in messages]
+
+
+def shaken_recording() -> Messages:
+    """Compressed, textured images with skew, jitter and delay; two instructions; half a second without one camera."""
+    rng, found = np.random.default_rng(3), recording(seconds=4.0, transport="compressed")
+    messages = []
+    for message in found:
+        if message.type == COMPRESSED_IMAGE:
+            number = (message.log_ns - START_NS) // (50 * MS)
+            if "wrist" in message.topic and 40 <= number < 52:
+                continue
+            stamp_ns = (
+                message.log_ns - 2 * MS + int(rng.integers(-4 * MS, 4 * MS)) + 10 * MS * ("wrist" in message.topic)
+            )
+            y, x = np.mgrid[0:64, 0:64] / 64.0
+            waves = [np.sin(3 * x + number / 5), np.cos(4 * y - number / 7), np.sin(2 * (x + y))]
+            picture = (127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
+            content = cv2.imencode(".png", picture)[1].tobytes()
+            log_ns = stamp_ns + int(rng.integers(5 * MS, 40 * MS))
+            message = replace(message, data=jpeg(stamp_ns, content), log_ns=log_ns)
+        messages.append(message)
+    messages.append(BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + NS_PER_S, text("point at the blue ball")))
+    return sorted(messages, key=lambda message: message.log_ns)
+
+
+def test_dataset_to_bag_and_back_is_the_same_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = convert(tmp_path, shaken_recording(), "--episodes", "instruction", fps=20, actions="commands")
+    report = capsys.readouterr().out
+    assert "in 3 episodes" in report and "x no observation (the first: camera" in report
+    assert [episode.tasks[0] for episode in first.episodes] == ["touch the red cube"] + 2 * ["point at the blue ball"]
+    assert run("to-bag", first.folder, "--out", tmp_path / "back") == 0
+    again = ("from-bag", tmp_path / "back", "--bundle", "demo", "--fps", 20, "--actions", "commands")
+    assert run(*again, "--out", tmp_path / "second") == 0
+    second = Dataset(tmp_path / "second")
+    assert second.tasks == first.tasks and second.info == first.info
+    for one, two in zip(first.episodes, second.episodes, strict=True):
+        mine, theirs = first.columns(one), second.columns(two)
+        for name in mine:
+            np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+        for camera in CAMERAS:
+            pairs = zip(first.images(one, camera), second.images(two, camera), strict=True)
+            errors = [np.mean((a.astype(float) - b) ** 2) for a, b in pairs]
+            assert 10 * np.log10(255**2 / max(errors)) > 38.0
+
+
+def test_bag_of_a_dataset_has_exact_states_stamps_instructions_and_commands(tmp_path: Path) -> None:
+    dataset = convert(tmp_path, shaken_recording(), fps=20, actions="commands")
+    run("to-bag", dataset.folder, "--out", tmp_path / "back")
+    with open_bag(tmp_path / "back") as bag:
+        messages = list(bag.messages())
+        assert not bag.faults
+    rows = [dataset.columns(episode) for episode in dataset.episodes]
+    stamps = np.concatenate([row["stamp_ns"] for row in rows])
+    readings = [joint_reading(m) for m in messages if m.topic == JOINT_TOPIC]
+    assert [reading.stamp_ns for reading in readings] == stamps.tolist() and readings[0].names == JOINTS
+    states = np.concatenate([row["observation.state"] for row in rows])
+    np.testing.assert_array_equal([reading.position_J for reading in readings], states.astype(np.float64))
+    commands = [decode(m) for m in messages if m.topic == COMMAND_TOPIC]
+    assert [header_ns(command) for command in commands] == (stamps + 50 * MS).tolist()
+    actions = np.concatenate([row["action"] for row in rows])
+    np.testing.assert_array_equal([c.points[0].positions for c in commands], actions.astype(np.float64))
+    said = [(m.log_ns, decode(m).data) for m in messages if m.topic == INSTRUCTION_TOPIC]
+    assert [task for _, task in said] == [episode.tasks[0] for episode in dataset.episodes]
+    assert all(abs(log_ns - row["stamp_ns"][0]) <= 50 * MS for (log_ns, _), row in zip(said, rows, strict=True))
+    for camera in CAMERAS:
+        frames = [camera_frame(m, camera) for m in messages if m.topic == f"/camera/{camera}/image_raw/compressed"]
+        assert [frame.stamp_ns for frame in frames] == stamps.tolist()
+        videos = [rgb for episode in dataset.episodes for rgb in dataset.images(episode, camera)]
+        assert all(np.array_equal(frame.rgb_HWC, rgb) for frame, rgb in zip(frames, videos, strict=True))
+
+
+# --- datasets of others
+
+
+def test_a_dataset_that_says_no_stamps_becomes_a_bag_with_its_own_clock(tmp_path: Path) -> None:
+    """As LeRobot writes them: no stamps, no file of ours, joint names with a suffix, tasks by an index without name."""
+    dataset = convert(tmp_path, shaken_recording(), fps=20)
+    (dataset.folder / "meta/ki_vla_ros.json").unlink()
+    info = json.loads((dataset.folder / "meta/info.json").read_text())
+    del info["features"]["stamp_ns"]
+    info["total_videos"] = 2
+    (dataset.folder / "meta/info.json").write_text(json.dumps(info))
+    path = dataset.folder / "meta/tasks.parquet"
+    pq.write_table(pq.ParquetFile(path).read().rename_columns(["task_index", "__index_level_0__"]), path)
+    assert run("to-bag", dataset.folder, "--out", tmp_path / "back") == 0
+    again = ("from-bag", tmp_path / "back", "--bundle", "demo", "--actions", "commands", "--fps", 20)
+    assert run(*again, "--out", tmp_path / "second") == 0
+    second = Dataset(tmp_path / "second")
+    assert second.tasks == dataset.tasks
+    starts = [second.columns(episode)["stamp_ns"] for episode in second.episodes]
+    assert all(after[0] - before[-1] >= NS_PER_S for before, after in pairwise(starts))
+    for one, two in zip(dataset.episodes, second.episodes, strict=True):
+        for name in ("observation.state", "action"):
+            np.testing.assert_array_equal(dataset.columns(one)[name], second.columns(two)[name])
+
+
+def test_a_dataset_of_other_actions_becomes_no_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = convert(tmp_path, recording(seconds=1.0))
+    info = json.loads((dataset.folder / "meta/info.json").read_text())
+    info["features"]["action"]["names"] = {"motors": ["x", "y", "z", "roll", "pitch", "yaw", "open"]}
+    (dataset.folder / "meta/info.json").write_text(json.dumps(info))
+    assert run("to-bag", dataset.folder, "--out", tmp_path / "back") == 2
+    assert "got x, y, z, roll, pitch, yaw, open: these actions are no joint positions" in capsys.readouterr().err

@@ -1,0 +1,242 @@
+"""Which frames of a bag become which episodes, and what a bag is refused for."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.bad_bags import CASES
+from support.lerobot_runs import convert, run
+from support.sample_bags import (
+    COMMAND_TOPIC,
+    INSTRUCTION_TOPIC,
+    JOINT_TOPIC,
+    JOINTS,
+    START_NS,
+    STRING,
+    joint_state,
+    jpeg,
+    recording,
+    text,
+    where,
+    write_bag,
+)
+
+from ki_vla_ros.bags.records import BagMessage
+from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics
+from training.data.lerobot.dataset import Dataset
+
+MS = 1_000_000
+STATUS = "/sim_arm/status"
+
+
+# --- where episodes begin
+
+
+def status(reset: int | None, **more: Any) -> bytes:
+    return text(json.dumps({"reset_id": reset, **more}))
+
+
+def test_markers_cut_where_the_robot_was_moved_and_nothing_of_before_remains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second recording begins 30 ms after the first ends, elsewhere, with the same instruction.
+
+    Its joint states begin later than its images, so that nothing but the first's lie before those; and the first's last
+    images and joint state arrive late.
+    """
+    first = recording(seconds=1.0)
+    moved_ns = START_NS + NS_PER_S + 30 * MS
+    second = [
+        replace(m, data=joint_state(m.log_ns - 2 * MS, where(0.0) + 0.05)) if m.topic == JOINT_TOPIC else m
+        for m in recording(seconds=1.0, start_ns=moved_ns)
+        if m.topic != JOINT_TOPIC or m.log_ns > moved_ns + 15 * MS
+    ]
+    late = [replace(m, log_ns=moved_ns + 1) for m in first if m.log_ns == START_NS + 952 * MS]
+    assert len(late) == 3
+    marks = [
+        BagMessage(STATUS, STRING, START_NS - 1, status(1, instruction="touch the red cube")),
+        BagMessage(STATUS, STRING, START_NS + NS_PER_S // 2, status(1, success=True)),
+        BagMessage(STATUS, STRING, moved_ns - 1, status(2, instruction="touch the red cube")),
+    ]
+    messages = sorted([*first, *second, *marks, *late], key=lambda message: message.log_ns)
+    dataset = convert(tmp_path, messages, fps=20)
+    assert len(dataset.episodes) == 2
+    one, two = (dataset.columns(episode) for episode in dataset.episodes)
+    assert one["stamp_ns"].max() + 50 * MS <= START_NS + NS_PER_S and two["stamp_ns"].min() >= moved_ns
+    np.testing.assert_allclose(
+        one["action"], [where((t - START_NS) / NS_PER_S + 0.05) for t in one["stamp_ns"].tolist()]
+    )
+    np.testing.assert_allclose(
+        two["observation.state"], np.broadcast_to(where(0.0) + 0.05, two["action"].shape), atol=1e-7
+    )
+    np.testing.assert_allclose(two["action"], np.broadcast_to(where(0.0) + 0.05, two["action"].shape), atol=1e-7)
+    assert "x action after the episode's end" in capsys.readouterr().out
+
+
+def test_a_repeated_instruction_begins_nothing_but_another_does(tmp_path: Path) -> None:
+    repeats = [
+        BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + k * 300 * MS, text("touch the red cube")) for k in range(1, 4)
+    ]
+    other = BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + NS_PER_S, text("touch the blue ball"))
+    messages = sorted([*recording(), *repeats, other], key=lambda message: message.log_ns)
+    cut = convert(tmp_path / "cut", messages)
+    assert [episode.tasks for episode in cut.episodes] == [("touch the red cube",), ("touch the blue ball",)]
+    whole = convert(tmp_path / "whole", messages, "--episodes", "bag")
+    assert [episode.tasks for episode in whole.episodes] == [("touch the red cube", "touch the blue ball")]
+    columns = whole.columns(whole.episodes[0])
+    tasks = whole.task_of(columns)
+    assert tasks == sorted(tasks, reverse=True) and 8 <= tasks.count("touch the red cube") <= 11
+
+
+def test_another_instruction_waits_for_a_command_of_its_own(tmp_path: Path) -> None:
+    """The first after it, which comes 50 ms later, says nothing about the time before its point in 100 ms."""
+    other = BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + 1050 * MS, text("touch the blue ball"))
+    messages = sorted([*recording(), other], key=lambda message: message.log_ns)
+    dataset = convert(tmp_path, messages, actions="commands", fps=20)
+    stamps = dataset.columns(dataset.episodes[1])["stamp_ns"]
+    assert stamps[0] == START_NS + 1150 * MS
+
+
+def test_what_arrives_at_the_instant_of_a_tick_is_there_for_it(tmp_path: Path) -> None:
+    messages = [replace(m, log_ns=m.log_ns - 2 * MS) if m.topic != INSTRUCTION_TOPIC else m for m in recording(1.0)]
+    dataset = convert(tmp_path, sorted(messages, key=lambda m: (m.log_ns, m.topic != INSTRUCTION_TOPIC)))
+    stamps = dataset.columns(dataset.episodes[0])["stamp_ns"]
+    assert ((stamps - START_NS) / 1e8).tolist() == list(range(len(stamps)))
+
+
+def test_a_bag_without_instructions_needs_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    messages = [m for m in recording() if m.topic != INSTRUCTION_TOPIC]
+    bag = write_bag(tmp_path / "quiet", messages)
+    asked = ("from-bag", bag, "--bundle", "demo", "--actions", "states", "--out", tmp_path / "none")
+    assert run(*asked) == 2
+    assert f"expected instructions on {INSTRUCTION_TOPIC}, found none" in capsys.readouterr().err
+    assert convert(tmp_path, messages, "--task", "wipe").tasks == {0: "wipe"}
+
+
+# --- what is asked of a bag
+
+
+def test_a_bag_that_says_its_session_needs_no_parameters(tmp_path: Path) -> None:
+    topics = {"scene": "/front/image", "wrist": "/hand/image"}
+    session = Session(
+        node="/left/policy",
+        bundle=BundleIdentity(name="demo", manifest_sha256="0" * 64),
+        parameters={"bundle": "demo", "max_age_s": 0.3},
+        topics=SessionTopics(
+            cameras=topics, joint_states="/left/joints", instruction="/say", command="/go", chunk="/c", tick="/t"
+        ),
+    )
+    names = {f"/camera/{camera}/image_raw": topic for camera, topic in topics.items()}
+    names |= {JOINT_TOPIC: "/left/joints", INSTRUCTION_TOPIC: "/say", COMMAND_TOPIC: "/go"}
+    messages = [replace(m, topic=names[m.topic]) for m in recording()]
+    messages.insert(0, BagMessage(session.topic, STRING, START_NS - 1, text(session.text())))
+    out = tmp_path / "dataset"
+    bag = write_bag(tmp_path / "bag", messages)
+    assert run("from-bag", bag, "--actions", "commands", "--out", out) == 0
+    source = json.loads((out / "meta/ki_vla_ros.json").read_text())
+    assert source["topics"]["cameras"] == topics and source["topics"]["command"] == "/go"
+    assert source["max_age_s"] == 0.3 and source["actions"] == "commands"
+    assert Dataset(out).info.total_frames > 15
+
+
+def test_a_robot_without_a_bundle_names_its_cameras_and_joints(tmp_path: Path) -> None:
+    chosen = ("--camera", "top=/camera/scene/image_raw", "--joints", "elbow", "gripper", "--robot-type", "one_hand")
+    dataset = convert(tmp_path, recording(), *chosen)
+    assert dataset.cameras == ("top",) and dataset.info.robot_type == "one_hand"
+    assert dataset.info.features["observation.state"].names == ["elbow", "gripper"]
+    columns = dataset.columns(dataset.episodes[0])
+    since_N = (columns["stamp_ns"] - START_NS) / NS_PER_S
+    order = [JOINTS.index("elbow"), JOINTS.index("gripper")]
+    np.testing.assert_allclose(columns["observation.state"], [where(t)[order] for t in since_N], atol=1e-7)
+
+
+def test_several_bags_become_one_dataset(tmp_path: Path) -> None:
+    bags = [
+        write_bag(tmp_path / name, recording(start_ns=START_NS + k * 100 * NS_PER_S)) for k, name in enumerate("ab")
+    ]
+    out = tmp_path / "both"
+    assert run("from-bag", *bags, "--bundle", "demo", "--actions", "states", "--out", out) == 0
+    dataset = Dataset(out)
+    assert len(dataset.episodes) == 2 and len(dataset.tasks) == 1
+    assert dataset.episodes[1].row["dataset_from_index"] == dataset.episodes[0].length
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--joint-states", "/arm/joints"), "expected /arm/joints .joint states., but it has only /arm_controller"),
+        (("--camera", "top=/top"), "expected /top .camera 'top'."),
+        (("--actions", "commands", "--command", "/go"), "expected commands on /go, .*or take --actions states"),
+        (("--marker", "/marks", "id"), "expected markers of episodes on /marks, found none"),
+        (("--episodes", "marker"), "expected markers of episodes on /sim_arm/status, /dataset/episode, found none"),
+        (("--episodes", "instruction", "--instruction", "/say"), "expected instructions on /say, found none"),
+        (("--node", "/other"), "no parameters for node /other"),
+    ],
+)
+def test_what_the_bag_lacks_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    bag = write_bag(tmp_path / "bag", recording(seconds=0.5))
+    usual = ("--params", "config/demo.yaml", "--actions", "states", "--out", tmp_path / "out")
+    assert run("from-bag", bag, *usual, *arguments) == 2
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err), captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bag = write_bag(tmp_path / "bag", recording(seconds=0.5))
+    assert run("from-bag", bag, "--actions", "states", "--out", tmp_path / "out") == 2
+    assert "expected to be told cameras and joints, as it has no ~/session" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("from-bag", bag, "--bundle", "demo", "--out", tmp_path / "out")
+    assert "--actions" in capsys.readouterr().err
+
+
+def test_messages_that_cannot_be_used_are_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    messages = recording(transport="compressed")
+    broken = [i for i, m in enumerate(messages) if "wrist" in m.topic][5]
+    messages[broken] = replace(messages[broken], data=jpeg(START_NS, b"no image"))
+    dataset = convert(tmp_path, messages)
+    report = capsys.readouterr().out
+    assert "1 x message on /camera/wrist/image_raw/compressed" in report and "neither" in report
+    assert len(dataset.episodes) == 1  # the frame before it was young enough
+
+
+@pytest.mark.parametrize(
+    ("case", "frames"),
+    [
+        ("good sqlite", 19),
+        ("truncated mcap, zstd", 12),
+        ("truncated sqlite", None),  # as much as is left of it
+        ("a gap of minutes", None),
+        ("stamps go back", None),
+        ("corrupt jpegs", None),
+        ("zero messages", 0),
+        ("another serialization", 0),
+        ("cut messages", 0),
+    ],
+)
+def test_of_a_bad_bag_what_can_be_used_is_used_and_its_faults_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, frames: int | None
+) -> None:
+    bag, out = CASES[case].make(tmp_path), tmp_path / "dataset"
+    result = run("from-bag", bag, "--bundle", "demo", "--actions", "commands", "--out", out)
+    captured = capsys.readouterr()
+    assert all(re.search(fault, captured.out) for fault in CASES[case].faults), captured.out
+    if frames == 0:
+        assert result == 2 and captured.err.startswith("lerobot: ")
+        return
+    dataset = Dataset(out)
+    assert result == 0 and dataset.info.total_frames == (frames or dataset.info.total_frames) > 2
+    for episode in dataset.episodes:
+        rows = dataset.columns(episode)
+        expected = [where((stamp_ns - START_NS) / NS_PER_S) for stamp_ns in rows["stamp_ns"].tolist()]
+        if case not in ("a gap of minutes", "stamps go back"):
+            np.testing.assert_allclose(rows["observation.state"], expected, atol=1e-7)
+        assert len(list(dataset.images(episode, "wrist"))) == episode.length

@@ -1,0 +1,224 @@
+"""From downloaded files to a bundle: the robot's chunk is the model's, prompt and padding as openpi has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import save_file
+from support import ROOT
+from support.bundles import demo_policy
+from support.golden import CONFIG
+from support.sentencepieces import train
+
+from ki_vla_ros.bundle.folder import BundleError, PolicySpec, load_bundle
+from ki_vla_ros.engines.onnx_engine import OnnxEngine
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy.preprocess import make_model_input, render_prompt
+from ki_vla_ros.records import CameraFrame, Observation
+from training import import_weights
+from training.export import tiny as tiny_bundle
+from training.export.__main__ import export_bundle
+from training.model.vla import VLAConfig
+from training.tokens.paligemma import read_tokenizer
+from training.tokens.words import prompt_tokenizer
+from training.weights.checkpoints import load_checkpoint, read_config, shapes
+from training.weights.foreign import PALIGEMMA, their_name
+
+EXAMPLE = ROOT / "config" / "training" / "imported_arm.yaml"
+SENTENCEPIECE = train()
+JOINTS = 7
+WIDTH = {"pi0": 12, "pi05": 12, "paligemma": 12}  # of the model: wider than the robot
+
+
+def small(kind: str, action_ids: int = 0) -> VLAConfig:
+    """A small configuration of the kind's form in place of the published one."""
+    pi0 = kind == "pi0"
+    return dataclasses.replace(
+        CONFIG,
+        vocab_size=len(SENTENCEPIECE.pieces) + action_ids,
+        action_dim=WIDTH[kind],
+        state_dim=WIDTH[kind] if pi0 else None,
+        conditioning="concat" if pi0 else "adarms",
+    )
+
+
+def write_weights(folder: Path, kind: str) -> None:
+    config = small("pi05" if kind == "paligemma" else kind)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        their_name(name, config): (0.1 * torch.randn(shape, generator=generator)).bfloat16()
+        for name, shape in shapes(config).items()
+    }
+    if kind == "paligemma":
+        weights = {key.removeprefix(PALIGEMMA): w for key, w in weights.items() if key.startswith(PALIGEMMA)}
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """A user's downloads, and the robot's YAML."""
+    monkeypatch.setattr(import_weights, "paligemma_3b", small)
+    for kind in ("pi0", "pi05", "paligemma"):
+        write_weights(tmp_path / kind, kind)
+    (tmp_path / "paligemma.model").write_bytes(SENTENCEPIECE.SerializeToString())
+    statistics = {"mean": 0.1, "std": 0.5, "q01": -1.0, "q99": 1.25}
+    padded = {name: [value] * 32 for name, value in statistics.items()}
+    (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": {"state": padded, "actions": padded}}))
+    robot = yaml.safe_load(EXAMPLE.read_text())
+    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(robot | {"horizon": 10}))
+    return {
+        "--tokenizer": tmp_path / "paligemma.model",
+        "--stats": tmp_path / "norm_stats.json",
+        "--robot": tmp_path / "robot.yaml",
+        "--out": tmp_path / "checkpoint",
+    }
+
+
+def run(files: dict[str, Path], kind: str, *more: str) -> int:
+    options = [str(part) for pair in files.items() for part in pair]
+    return import_weights.main(["--from", str(files["--out"].parent / kind), "--as", kind, *options, *more])
+
+
+def observe() -> Observation:
+    rng = np.random.default_rng(0)
+    frames = {
+        name: CameraFrame(name, 0, rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for name in ("base", "left_wrist")
+    }
+    return Observation(0, frames, np.array([0.1, -0.4, 0.3, -1.5, 0.2, 1.0, 0.04]))
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_from_download_to_robot(files: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    assert run(files, kind) == 0
+    export_bundle(files["--out"], tmp_path / "bundle")
+    bundle = load_bundle(tmp_path / "bundle")
+    observation = observe()
+    given = make_model_input(bundle.manifest, bundle.tokenizer, observation, "Pick up the red_cube")
+    normal = 2 * (observation.state_J + 1) / (2.25 + 1e-6) - 1
+    bins = " ".join(str(int(i)) for i in np.digitize(normal, np.linspace(-1, 1, 257)[:-1]) - 1)
+    expected = {"pi0": "Pick up the red cube\n", "pi05": f"Task: Pick up the red cube, State: {bins};\nAction: "}[kind]
+    assert bundle.tokenizer.decode(given.tokens_L[given.token_mask_L].tolist()) == "<bos>" + expected
+    assert len(given.tokens_L) == {"pi0": 48, "pi05": 200}[kind]
+    assert given.image_mask_V.tolist() == [True, True, False]
+    if kind == "pi0":
+        assert given.state_J is not None
+        assert given.state_J == pytest.approx((observation.state_J - 0.1) / (0.5 + 1e-6), rel=1e-6)
+    model = load_checkpoint(files["--out"]).eval()
+    policy = Policy(bundle, OnnxEngine(bundle))
+    arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
+    with torch.no_grad():
+        cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
+        state = (
+            None if given.state_J is None else F.pad(torch.from_numpy(given.state_J), (0, WIDTH[kind] - JOINTS))[None]
+        )
+        whole = model.sample_actions(cache, torch.from_numpy(policy.noise(0))[None], 10, state)[0].double().numpy()
+    chunk = whole[:, :JOINTS]
+    action = chunk * 0.5 + 0.1 if kind == "pi0" else (chunk + 1) / 2 * 2.25 - 1
+    relative = np.array([joint.relative for joint in bundle.manifest.joints])
+    got = policy.infer(observation, "Pick up the red_cube", 0)
+    assert got.position_HJ == pytest.approx(action + relative * observation.state_J, abs=1e-3)
+
+
+def test_weights_keep_their_type_on_disk(files: dict[str, Path]) -> None:
+    assert run(files, "pi05") == 0
+    assert {p.dtype for p in load_checkpoint(files["--out"], dtype=None).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_checkpoint(files["--out"]).parameters()} == {torch.float32}
+    assert read_config(files["--out"]) == small("pi05")
+
+
+def test_room_for_the_longest_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digits are tokens of their own, so a bundle must have room for the state that takes most of them."""
+    (tmp_path / "paligemma.model").write_bytes(SENTENCEPIECE.SerializeToString())
+    robot = prompt_tokenizer(read_tokenizer(tmp_path / "paligemma.model", vocabulary=len(SENTENCEPIECE.pieces)))
+    monkeypatch.setattr(tiny_bundle, "prompt_tokenizer", lambda _: robot)
+    template = import_weights.PROMPTS["pi05"].template
+    prompts = [render_prompt(template, "a", [i] * JOINTS, "openpi") for i in range(-1, 256)]
+    longest = max(len(robot.encode(prompt).ids) for prompt in prompts)
+
+    def policy(length: int) -> PolicySpec:
+        return demo_policy(prompt={"template": template, "length": length, "style": "openpi"})
+
+    tiny_bundle.write_tiny_bundle(tmp_path / "enough", policy(longest + 1))
+    with pytest.raises(BundleError, match="room for an instruction"):
+        tiny_bundle.write_tiny_bundle(tmp_path / "short", policy(longest - 1))
+
+
+def test_paligemma_is_for_training_alone(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(files, "paligemma") == 1
+    assert "untrained" in capsys.readouterr().err
+    del files["--stats"], files["--robot"]
+    assert run(files, "paligemma", "--action-ids", "16") == 0
+    assert sorted(file.name for file in files["--out"].iterdir()) == [
+        "config.json",
+        "tokenizer.json",
+        "weights.safetensors",
+    ]
+    model = load_checkpoint(files["--out"])
+    assert model.backbone.embedding.weight.shape[0] == len(SENTENCEPIECE.pieces) + 16
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+
+
+def test_faults_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(message: str, kind: str = "pi05", *more: str) -> None:
+        assert run(files, kind, *more) == 1
+        assert message in capsys.readouterr().err
+        assert not files["--out"].exists()
+
+    original = files["--robot"].read_text()
+    edit(files["--robot"], joints=yaml.safe_load(original)["joints"] * 2)
+    refused("robot: expected at most 12 joints, got 14")
+    edit(files["--robot"], speed=3)
+    refused("speed: Extra inputs are not permitted")
+    files["--robot"].write_text("a: [")
+    refused("expected a YAML file that describes the robot")
+    files["--robot"].write_text(original)
+    edit(files["--robot"], cameras=[{"name": "base"}, {"name": "base"}])
+    refused("cameras: expected distinct names")
+    files["--robot"].write_text(original)
+    refused("expected the weights of pi0, got those of pi05", "pi0", "--from", str(tmp_path / "pi05"))
+    refused("expected the tokens 0..", "pi05", "--tokenizer", str(short_tokenizer(tmp_path)))
+    (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": {"state": {"mean": [0.0] * 7}}}))
+    refused("norm_stats.json: state: expected q01, got only ['mean']")
+    del files["--stats"]
+    refused("--stats and --robot: expected both with --as pi05, got ['robot']")
+
+
+@pytest.mark.parametrize("kind", ["pi0", "paligemma"])
+def test_the_weights_are_looked_for_first(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    files["--stats"].unlink()
+    assert run(files, kind, "--from", str(tmp_path / "nope")) == 1
+    assert f"{tmp_path}/nope: expected the weights" in capsys.readouterr().err
+
+
+def short_tokenizer(folder: Path) -> Path:
+    model = train()
+    del model.pieces[-1]
+    path = folder / "short.model"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_an_earlier_checkpoint_is_not_written_over(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(files, "pi05") == 0
+    assert run(files, "pi05") == 1
+    assert "expected an empty place" in capsys.readouterr().err
+
+
+def test_the_normalization_can_be_chosen(files: dict[str, Path]) -> None:
+    assert run(files, "pi05", "--normalization", "mean_std") == 0
+    policy = json.loads((files["--out"] / "policy.json").read_text())
+    assert policy["state"]["low"][0] == pytest.approx(0.1 - 0.5 - 1e-6, abs=1e-9)
