@@ -123,3 +123,28 @@ class Motion:
         change_J = (self.velocity_NJ[k] - self.velocity_NJ[k - 1]) / whole_s
         velocity_J = self.velocity_NJ[k - 1] + change_J * since_s
         return self.position_NJ[k - 1] + (self.velocity_NJ[k - 1] + velocity_J) * (since_s / 2.0), velocity_J
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelInput:
+    """What the model reads for one chunk; `state_J` (normalised) only where the bundle feeds the state as a token."""
+
+    images_VCHW: NDArray[np.float32]
+    image_mask_V: NDArray[np.bool_]
+    tokens_L: NDArray[np.int64]
+    token_mask_L: NDArray[np.bool_]
+    state_J: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What a new chunk is told: actions of the running one (absolute positions) and how firmly each one holds.
+
+    `clean`: rows with weight 1 are given to the model as finished actions (time 0). Otherwise the flow is guided
+    towards them with at most `strength`. Rows with weight 0 are arbitrary.
+    """
+
+    position_HJ: NDArray[np.float64]
+    weight_H: NDArray[np.float64]
+    clean: bool
+    strength: float = 0.0

@@ -17,9 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any
 
-from rosbags.typesys import Stores, get_typestore
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -29,18 +27,13 @@ else:
     from backports.zstd import ZstdDecompressor, ZstdError
 
 from ki_vla_ros.bags.mcap import LARGEST_CHUNK, McapFile
-from ki_vla_ros.bags.records import BagFault, BagMessage, Faults, Part, Storage, Topic, in_time_order
+from ki_vla_ros.bags.records import BagFault, Faults, Part, Storage, Topic, in_time_order
 from ki_vla_ros.bags.sqlite import SqliteFile
-from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.messages.pixels import decode_compressed, decode_raw, read_image
-from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.messages.decode import BagMessage
 
-__all__ = ["Bag", "BagFault", "BagMessage", "Topic", "camera_frame", "decode", "joint_reading", "open_bag"]
-
-TYPESTORE = get_typestore(Stores.ROS2_JAZZY)
 METADATA = "metadata.yaml"
 STORAGES: Mapping[str, Callable[[Path, Faults, str], Storage]] = {".mcap": McapFile, ".db3": SqliteFile}
-IMAGE, COMPRESSED_IMAGE = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
 # How a zstd frame begins; CDR begins with a zero byte.
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 BLOCK = 1 << 20
@@ -219,52 +212,6 @@ def open_bag(path: str | Path) -> Bag:
 
 
 # --- messages
-
-
-def decode(message: BagMessage, *expected: str) -> Any:
-    """The message as an object with ROS's field names; bytes after it, as rclpy writes them, do not matter.
-
-    InputError if its type is not known, or none of those `expected` (a topic may have messages of several), or if the
-    bytes are no such message. Not for images: `camera_frame` is.
-    """
-    where = f"{message.topic} at {message.log_ns}"
-    if expected and message.type not in expected:
-        raise InputError(f"{message.topic}: expected {' or '.join(expected)}, got a message of {message.type}")
-    if message.data[:2] not in (b"\0\0", b"\0\1") or len(message.data) < 4:
-        raise InputError(f"{where}: expected CDR, got bytes that begin with {message.data[:4].hex()!r}")
-    try:
-        definition = TYPESTORE.get_msgdef(message.type)
-    except Exception as error:  # the library's own errors, and KeyError
-        raise InputError(f"{where}: message type {message.type!r} is not known") from error
-    read = definition.deserialize_cdr_le if message.data[1] else definition.deserialize_cdr_be
-    try:
-        return read(message.data[4:], 0, definition.cls, TYPESTORE)[0]
-    except Exception as error:  # from generated code, which raises whatever a wrong length leads to
-        raise InputError(f"{where}: expected a {message.type}, got {len(message.data)} bytes: {error}") from error
-
-
-def camera_frame(message: BagMessage, camera: str) -> CameraFrame:
-    """An Image or CompressedImage as the node sees it; InputError as there."""
-    where = f"camera {camera!r}"
-    if message.type == IMAGE:
-        image = read_image(where, message.data)
-        size = (image.height, image.width, image.step)
-        pixels = decode_raw(where, image.encoding, *size, image.is_bigendian, image.data)
-        return CameraFrame(camera, image.stamp_ns, pixels)
-    if message.type == COMPRESSED_IMAGE:
-        compressed = decode(message)
-        return CameraFrame(camera, header_ns(compressed), decode_compressed(where, compressed.data))
-    raise InputError(f"{where}: expected {IMAGE} or {COMPRESSED_IMAGE} on {message.topic}, got {message.type}")
-
-
-def joint_reading(message: BagMessage) -> JointReading:
-    """A JointState as the node sees it; InputError as there."""
-    state = decode(message, "sensor_msgs/msg/JointState")
-    return JointReading.from_fields(header_ns(state), state.name, state.position)
-
-
-def header_ns(message: Any) -> int:
-    return int(message.header.stamp.sec) * NS_PER_S + int(message.header.stamp.nanosec)
 
 
 def _storage_suffix(file: Path) -> str | None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from ki_vla_ros.messages.decode import BagMessage
+
 FaultKind = Literal["metadata", "file", "truncated", "damaged", "database", "message", "type", "clock", "count"]
 # Listed of one kind; a bag of a million broken messages shall not need memory for a million complaints.
 FAULTS_LISTED = 50
@@ -22,16 +24,6 @@ class Topic:
     name: str
     type: str
     count: int | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BagMessage:
-    """`data` is CDR as it was received at `log_ns` (the recorder's clock); `type` as "sensor_msgs/msg/Image"."""
-
-    topic: str
-    type: str
-    log_ns: int
-    data: bytes
 
 
 @dataclass(frozen=True, slots=True)

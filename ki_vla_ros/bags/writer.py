@@ -19,11 +19,10 @@ from typing import Final
 from rosbags.interfaces import Connection
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.rosbag2.storage_mcap import McapWriter
-from rosbags.typesys import Stores, get_typestore
 
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.messages.decode import typestore
 
-TYPESTORE: Final = get_typestore(Stores.ROS2_JAZZY)
 FLUSH_PERIOD_S: Final = 1.0
 # What may wait in memory for the disk; beyond it messages are dropped, and counted. Seconds of several cameras.
 LARGEST_BACKLOG: Final = 256 * 1024 * 1024
@@ -62,7 +61,7 @@ class Recorder:
 
     def add_topic(self, topic: str, kind: str) -> None:
         with self._writing:
-            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=TYPESTORE)
+            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=typestore())
 
     def record(self, topic: str, time_ns: int, serialised: bytes) -> None:
         """Keeps a message received at `time_ns`."""

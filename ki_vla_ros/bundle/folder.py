@@ -18,6 +18,8 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from ki_vla_ros.bundle.manifest import (
+    PAD_TOKEN,
+    UNKNOWN_TOKEN,
     ActionStats,
     CameraSpec,
     FlowSpec,
@@ -35,7 +37,6 @@ from ki_vla_ros.bundle.onnx_header import GraphHeader, TensorType, read_header
 from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.errors import BundleError
-from ki_vla_ros.policy.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
 
 __all__ = [
     "ActionStats",

@@ -32,6 +32,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.messages import type_names
 from ki_vla_ros.settings.session import session_topic
 
 POLICY: Final = "policy"
@@ -45,16 +46,16 @@ INSTRUCTION: Final = f"/{POLICY}/instruction"
 SESSION: Final = session_topic(f"/{POLICY}")
 DIAGNOSTICS: Final = "/diagnostics"
 TOPICS: Final[Mapping[str, tuple[type[Any], str]]] = {
-    SCENE_IMAGE: (Image, "sensor_msgs/msg/Image"),
-    WRIST_IMAGE: (Image, "sensor_msgs/msg/Image"),
-    "/joint_states": (JointState, "sensor_msgs/msg/JointState"),
-    "/arm_controller/joint_trajectory": (JointTrajectory, "trajectory_msgs/msg/JointTrajectory"),
-    CHUNK: (JointTrajectory, "trajectory_msgs/msg/JointTrajectory"),
-    TICK: (String, "std_msgs/msg/String"),
-    STATUS: (String, "std_msgs/msg/String"),
-    DIAGNOSTICS: (DiagnosticArray, "diagnostic_msgs/msg/DiagnosticArray"),
-    INSTRUCTION: (String, "std_msgs/msg/String"),
-    SESSION: (String, "std_msgs/msg/String"),
+    SCENE_IMAGE: (Image, type_names.IMAGE),
+    WRIST_IMAGE: (Image, type_names.IMAGE),
+    "/joint_states": (JointState, type_names.JOINT_STATE),
+    "/arm_controller/joint_trajectory": (JointTrajectory, type_names.TRAJECTORY),
+    CHUNK: (JointTrajectory, type_names.TRAJECTORY),
+    TICK: (String, type_names.TEXT),
+    STATUS: (String, type_names.TEXT),
+    DIAGNOSTICS: (DiagnosticArray, type_names.DIAGNOSTICS),
+    INSTRUCTION: (String, type_names.TEXT),
+    SESSION: (String, type_names.TEXT),
 }
 # Participants that missed each other's first announcements meet at the next one, 3 s later.
 DISCOVERY_LIMIT_S: Final = 5.0

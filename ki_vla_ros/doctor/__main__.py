@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, Bag, open_bag
+from ki_vla_ros.bags.bag import Bag, open_bag
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings, as_json, as_table, errors
@@ -30,6 +30,7 @@ from ki_vla_ros.doctor.setup import (
     read_settings,
 )
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.replay.topics import find_session
 from ki_vla_ros.settings.parameter_file import NODE
 from ki_vla_ros.settings.session import Session

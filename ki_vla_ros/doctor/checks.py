@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, IMAGE
 from ki_vla_ros.doctor.ages import Limit, check_period, check_skew, check_stamps, period_s
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.doctor.inputs import JOINT_STATE, InputWatch, Stream, command_type
+from ki_vla_ros.doctor.inputs import InputWatch, Stream, command_type
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE
 from ki_vla_ros.records import NS_PER_S
 
 # Share of the images that may be missing between the first and the last.

@@ -21,13 +21,14 @@ from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible, qos_pr
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, IMAGE, BagMessage
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.doctor.inputs import JOINT_STATE, TRAJECTORY, InputWatch, command_type, image_type
+from ki_vla_ros.doctor.inputs import InputWatch, command_type, image_type
 from ki_vla_ros.doctor.setup import PROFILE_VARIABLES, Machine, read_settings
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.messages.decode import BagMessage
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY
 from ki_vla_ros.ros.process import check_domain
 from ki_vla_ros.settings.parameter_file import settings_from_values
 from ki_vla_ros.settings.settings import Settings

@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, IMAGE, BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.messages.pixels import read_image
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TRAJECTORY
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.settings.settings import Settings
 
-JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
-FLOATS = "std_msgs/msg/Float64MultiArray"
 # Images per camera that are decoded; of all others the header is read.
 IMAGES_DECODED = 200
 # Joint positions and commands that are kept; when there are more, every other one goes.
@@ -59,7 +58,7 @@ def image_type(settings: Settings, camera: str) -> str:
 
 
 def command_type(settings: Settings) -> str:
-    return FLOATS if settings.publish_mode == "stream" else TRAJECTORY
+    return POSITIONS if settings.publish_mode == "stream" else TRAJECTORY
 
 
 class Rows:

@@ -18,7 +18,7 @@ from ki_vla_ros.doctor.checks import PROFILE_FIX
 from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.engines.cuda import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
-from ki_vla_ros.runtime.inputs import check_instruction
+from ki_vla_ros.policy.preprocess import check_instruction
 from ki_vla_ros.settings.parameter_file import NODE, load_settings
 from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_bundle

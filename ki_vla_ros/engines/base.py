@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.bundle.folder import EXPERT
 from ki_vla_ros.bundle.onnx_header import TensorType
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.policy.preprocess import ModelInput
+from ki_vla_ros.records import ModelInput
 
 
 @dataclass(frozen=True, slots=True, eq=False)

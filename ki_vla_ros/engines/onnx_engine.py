@@ -26,7 +26,7 @@ from ki_vla_ros.engines.base import (
     prefill_inputs,
 )
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.policy.preprocess import ModelInput
+from ki_vla_ros.records import ModelInput
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}

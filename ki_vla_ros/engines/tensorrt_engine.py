@@ -36,7 +36,7 @@ from ki_vla_ros.engines.plans import PlanCache
 from ki_vla_ros.engines.tensorrt_builder import Say, dtype_name, find_or_build, gpu_of, plan_key
 from ki_vla_ros.engines.tensorrt_library import CudaEngine, Library, LibraryName, Log, load_library
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.policy.preprocess import ModelInput
+from ki_vla_ros.records import ModelInput
 
 _BYTES = {"float32": 4, "bfloat16": 2, "int64": 8, "bool": 1}
 _PREFILL_INPUTS = ("images", "image_mask", "tokens", "token_mask")

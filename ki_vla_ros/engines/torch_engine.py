@@ -31,7 +31,7 @@ from ki_vla_ros.engines.base import (
 from ki_vla_ros.engines.torch_program import Interpreter, Run, compile_program
 from ki_vla_ros.engines.torch_stream import CudaStream, HostStream, Stream, Work
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.policy.preprocess import ModelInput
+from ki_vla_ros.records import ModelInput
 from ki_vla_ros.settings.settings import TorchModeName
 
 VELOCITY, LOOP = "velocity", "loop"  # what is captured beside the prefill: one step, and all steps of a chunk

@@ -15,9 +15,9 @@ from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache
 from ki_vla_ros.errors import ConfigurationError, EngineError
-from ki_vla_ros.policy.preprocess import ModelInput, make_model_input, normalize, unnormalize
-from ki_vla_ros.records import ActionChunk, Observation
-from ki_vla_ros.runtime.chunking import Condition, JacobianName
+from ki_vla_ros.policy.preprocess import make_model_input, normalize, unnormalize
+from ki_vla_ros.records import ActionChunk, Condition, ModelInput, Observation
+from ki_vla_ros.settings.settings import JacobianName
 
 
 def _ignore(stage: str) -> None:

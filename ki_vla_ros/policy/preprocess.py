@@ -8,34 +8,16 @@ Legend: V cameras, C channel, H W image rows and columns, S model image size, L 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.bundle.manifest import PAD_TOKEN, UNKNOWN_TOKEN, PolicySpec, PromptStyle
 from ki_vla_ros.errors import InputError, InstructionError
-from ki_vla_ros.records import Observation
-
-if TYPE_CHECKING:
-    from ki_vla_ros.bundle.folder import PolicySpec
-    from ki_vla_ros.bundle.manifest import PromptStyle
-
-PAD_TOKEN = "<pad>"
-UNKNOWN_TOKEN = "<unk>"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ModelInput:
-    """What the model reads for one chunk; `state_J` (normalised) only where the bundle feeds the state as a token."""
-
-    images_VCHW: NDArray[np.float32]
-    image_mask_V: NDArray[np.bool_]
-    tokens_L: NDArray[np.int64]
-    token_mask_L: NDArray[np.bool_]
-    state_J: NDArray[np.float32] | None = None
+from ki_vla_ros.records import CameraFrame, ModelInput, Observation
 
 
 def resize_with_pad(rgb_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -203,3 +185,12 @@ def state_token(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[n
     if not manifest.state.as_token:
         return None
     return normalize(state_J, manifest.state.low, manifest.state.high).astype(np.float32)
+
+
+def check_instruction(bundle: Bundle, instruction: str) -> None:
+    """InstructionError unless a tick can use it: it goes a tick's way, with black images and a middle state."""
+    manifest = bundle.manifest
+    black_HWC = np.zeros((1, 1, 3), dtype=np.uint8)
+    frames = {camera.name: CameraFrame(camera.name, 0, black_HWC) for camera in manifest.cameras}
+    middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
+    make_model_input(manifest, bundle.tokenizer, Observation(0, frames, middle_J), instruction)

@@ -21,9 +21,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ki_vla_ros.bags.bag import Bag, BagMessage, open_bag
+from ki_vla_ros.bags.bag import Bag, open_bag
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.messages.decode import BagMessage
 from ki_vla_ros.records import NS_PER_S, Observation
 from ki_vla_ros.replay.ahead import Ahead, can_guess
 from ki_vla_ros.replay.document import METRICS, make_metrics, write_metrics

@@ -18,8 +18,8 @@ from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import KiVlaError
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.policy.preprocess import ModelInput, make_model_input
-from ki_vla_ros.records import Observation
+from ki_vla_ros.policy.preprocess import make_model_input
+from ki_vla_ros.records import ModelInput, Observation
 from ki_vla_ros.settings.settings import Settings
 
 

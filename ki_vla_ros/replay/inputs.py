@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags.bag import BagMessage, camera_frame, decode, header_ns
 from ki_vla_ros.errors import InputError, StaleInput
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, header_ns
 from ki_vla_ros.messages.pixels import read_image
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE
 from ki_vla_ros.policy.preprocess import resize_with_pad
 from ki_vla_ros.records import CameraFrame, JointReading, Observation
 from ki_vla_ros.runtime.observation import ObservationBuffer
-from ki_vla_ros.settings.session import COMPRESSED_IMAGE, IMAGE
 
 # A recorder may get a message so much later than the node did. Not longer than the frames that a buffer keeps.
 RECORDER_LAG_NS = 200_000_000

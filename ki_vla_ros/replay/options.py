@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ki_vla_ros.bags.bag import BagMessage, joint_reading
+from ki_vla_ros.messages.decode import BagMessage, joint_reading
 from ki_vla_ros.records import CameraFrame, JointReading, Observation
 from ki_vla_ros.replay.ahead import Ahead
 from ki_vla_ros.replay.inputs import bag_frame

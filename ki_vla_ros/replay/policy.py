@@ -12,11 +12,11 @@ from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.base import Engine, KVCache
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.policy.policy import Guide, Policy
-from ki_vla_ros.policy.preprocess import ModelInput, make_model_input
-from ki_vla_ros.records import ActionChunk, Observation
+from ki_vla_ros.policy.preprocess import make_model_input
+from ki_vla_ros.records import ActionChunk, ModelInput, Observation
 from ki_vla_ros.replay.ahead import Ahead, Guess
 from ki_vla_ros.replay.latency import Latency
-from ki_vla_ros.runtime.chunking import JacobianName
+from ki_vla_ros.settings.settings import JacobianName
 
 Array = NDArray[np.float64]
 

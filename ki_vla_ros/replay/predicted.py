@@ -13,17 +13,15 @@ from typing import Any
 import cv2
 import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
-from rosbags.typesys import Stores, get_typestore
 
-from ki_vla_ros.bags.bag import BagMessage, camera_frame
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, typestore
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TEXT, TRAJECTORY
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Motion, Observation
 from ki_vla_ros.replay.inputs import BagFrame
 from ki_vla_ros.replay.records import Prediction, TickRecord
-from ki_vla_ros.replay.topics import JOINT_STATE, ReplayTopics
-from ki_vla_ros.settings.session import COMPRESSED_IMAGE, IMAGE, TEXT, TRAJECTORY
+from ki_vla_ros.replay.topics import ReplayTopics
 
-TYPESTORE = get_typestore(Stores.ROS2_JAZZY)
 LARGEST_SIDE, JPEG_QUALITY = 480, 85
 # The commanded motion is written so often, as joint states.
 SAMPLE_NS = 20_000_000
@@ -78,7 +76,7 @@ class PredictionBag:
         self._writer.close()
 
     def _add_chunk(self, chunk: Prediction, log_ns: int) -> None:
-        types = TYPESTORE.types
+        types = typestore().types
         empty = np.array([], dtype=np.float64)
         points = []
         for k, position_J in enumerate(chunk.position_HJ):
@@ -133,16 +131,16 @@ class PredictionBag:
 
     def _header(self, stamp_ns: int) -> Any:
         sec, nanosec = divmod(stamp_ns, NS_PER_S)
-        stamp = TYPESTORE.types["builtin_interfaces/msg/Time"](sec=sec, nanosec=nanosec)
-        return TYPESTORE.types["std_msgs/msg/Header"](stamp=stamp, frame_id="")
+        stamp = typestore().types["builtin_interfaces/msg/Time"](sec=sec, nanosec=nanosec)
+        return typestore().types["std_msgs/msg/Header"](stamp=stamp, frame_id="")
 
     def _message(self, topic: str, kind: str, log_ns: int, **fields: Any) -> None:
-        message = TYPESTORE.types[kind](**fields)
-        self._write(topic, kind, log_ns, bytes(TYPESTORE.serialize_cdr(message, kind)))
+        message = typestore().types[kind](**fields)
+        self._write(topic, kind, log_ns, bytes(typestore().serialize_cdr(message, kind)))
 
     def _connect(self, topic: str, kind: str) -> Any:
         if topic not in self._connections:
-            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=TYPESTORE)
+            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=typestore())
         return self._connections[topic]
 
     def _write(self, topic: str, kind: str, log_ns: int, data: bytes) -> None:

@@ -16,10 +16,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ki_vla_ros.bags.bag import BagMessage, decode
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
+from ki_vla_ros.messages.decode import BagMessage, decode
+from ki_vla_ros.messages.type_names import TEXT
+from ki_vla_ros.policy.preprocess import check_instruction
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
 from ki_vla_ros.replay.activity import Activity
 from ki_vla_ros.replay.ahead import can_guess
@@ -31,12 +33,10 @@ from ki_vla_ros.replay.records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay.topics import ReplayTopics, read_later_session
 from ki_vla_ros.replay.wire import ReplayDiagnostics, ReplayWire
 from ki_vla_ros.runtime.chunking import cubic
-from ki_vla_ros.runtime.inputs import camera_sources, check_instruction, own_limit_ns
 from ki_vla_ros.runtime.loop import PolicyLoop
-from ki_vla_ros.runtime.observation import BURST_WAIT_NS
+from ki_vla_ros.runtime.observation import BURST_WAIT_NS, camera_sources, own_limit_ns
 from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS
-from ki_vla_ros.settings.session import TEXT
 from ki_vla_ros.settings.settings import Settings
 
 # The first tick waits for the first message of every input, at most so long.

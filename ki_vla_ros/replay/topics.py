@@ -6,17 +6,15 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ki_vla_ros.bags.bag import Bag, decode
+from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.runtime.inputs import camera_sources
-from ki_vla_ros.runtime.paths import ReferenceName
+from ki_vla_ros.messages.decode import decode
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
+from ki_vla_ros.runtime.observation import camera_sources
 from ki_vla_ros.settings.parameter_file import NODE
-from ki_vla_ros.settings.session import COMPRESSED_IMAGE, IMAGE, TEXT, TRAJECTORY, Session, read_session, session_topic
-from ki_vla_ros.settings.settings import Settings
-
-JOINT_STATE = "sensor_msgs/msg/JointState"
-POSITIONS = "std_msgs/msg/Float64MultiArray"
+from ki_vla_ros.settings.session import Session, read_session, session_topic
+from ki_vla_ros.settings.settings import ReferenceName, Settings
 
 
 @dataclass(frozen=True)

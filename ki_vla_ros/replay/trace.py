@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags.bag import camera_frame
 from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.messages.decode import camera_frame
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
 from ki_vla_ros.replay.inputs import BagFrame
 from ki_vla_ros.replay.records import Prediction, TickRecord

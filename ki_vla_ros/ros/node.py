@@ -35,15 +35,14 @@ from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.policy.preprocess import resize_with_pad
+from ki_vla_ros.policy.preprocess import check_instruction, resize_with_pad
 from ki_vla_ros.ros import convert
 from ki_vla_ros.ros.parameters import Parameters
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.publishers import SHADOW_COMMAND, NodeWire
 from ki_vla_ros.runtime.diagnostics import Diagnostics
-from ki_vla_ros.runtime.inputs import camera_sources, check_instruction, own_limit_ns
 from ki_vla_ros.runtime.loop import PolicyLoop
-from ki_vla_ros.runtime.observation import ObservationBuffer
+from ki_vla_ros.runtime.observation import ObservationBuffer, camera_sources, own_limit_ns
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, session_topic
 from ki_vla_ros.share import find_bundle

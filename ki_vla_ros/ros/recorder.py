@@ -35,22 +35,30 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bags.writer import Recorder
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
+from ki_vla_ros.messages.type_names import (
+    COMPRESSED_IMAGE,
+    DIAGNOSTICS,
+    IMAGE,
+    JOINT_STATE,
+    POSITIONS,
+    TEXT,
+    TRAJECTORY,
+)
 from ki_vla_ros.ros.process import run_node
-from ki_vla_ros.settings import session
 from ki_vla_ros.settings.session import Session, read_session, session_topic
 
 MESSAGES: Final[dict[str, Any]] = {
-    session.IMAGE: Image,
-    session.COMPRESSED_IMAGE: CompressedImage,
-    session.TRAJECTORY: JointTrajectory,
-    session.TEXT: String,
-    "sensor_msgs/msg/JointState": JointState,
-    "std_msgs/msg/Float64MultiArray": Float64MultiArray,
-    "diagnostic_msgs/msg/DiagnosticArray": DiagnosticArray,
+    IMAGE: Image,
+    COMPRESSED_IMAGE: CompressedImage,
+    TRAJECTORY: JointTrajectory,
+    TEXT: String,
+    JOINT_STATE: JointState,
+    POSITIONS: Float64MultiArray,
+    DIAGNOSTICS: DiagnosticArray,
 }
-DIAGNOSTICS: Final = {"/diagnostics": "diagnostic_msgs/msg/DiagnosticArray"}
+TOPIC_TYPES_BESIDE: Final = {"/diagnostics": DIAGNOSTICS}
 # What sensors send without waiting for anyone is taken likewise; of the rest no message may be lost.
-SENSORS: Final = (session.IMAGE, session.COMPRESSED_IMAGE, "sensor_msgs/msg/JointState")
+SENSORS: Final = (IMAGE, COMPRESSED_IMAGE, JOINT_STATE)
 LATCHED: Final = QoSProfile(depth=10, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 # The policy goes first where the processor is short.
 NICENESS: Final = 5
@@ -87,7 +95,7 @@ class RecorderNode(Node):
     def _on_session(self, serialised: bytes) -> None:
         try:
             self.session = read_session(deserialize_message(serialised, String).data)
-            types = {**self.session.message_types, **DIAGNOSTICS}
+            types = {**self.session.message_types, **TOPIC_TYPES_BESIDE}
             if self._options.writer == "own":
                 self._record_session(types, serialised)
         except InputError as error:
@@ -98,7 +106,7 @@ class RecorderNode(Node):
     def _record_session(self, types: dict[str, str], serialised: bytes) -> None:
         if self.recorder is None:
             self.recorder = Recorder(self._options.out, {}, self._warn)
-            self.recorder.add_topic(self._session_topic, session.TEXT)
+            self.recorder.add_topic(self._session_topic, TEXT)
             self._topics.add(self._session_topic)
             self.get_logger().info(f"recording into {self._options.out}: {', '.join(sorted(types))}")
         self._on_message(self._session_topic, serialised)
@@ -199,7 +207,7 @@ def _run(options: Options, command: list[str], stop: threading.Event) -> int:
             executor.spin_once(timeout_sec=0.1)
             node.check()
             if node.session is not None and options.writer == "ros2bag":
-                topics = sorted({**node.session.message_types, **DIAGNOSTICS})
+                topics = sorted({**node.session.message_types, **TOPIC_TYPES_BESIDE})
                 command += ros2_bag_command(options, topics, bool(node.get_parameter("use_sim_time").value))
                 node.get_logger().info(f"ros2 bag record takes over: {', '.join(topics)}")
     finally:

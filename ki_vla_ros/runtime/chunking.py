@@ -21,34 +21,18 @@ import dataclasses
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import SafetyRefusal
-from ki_vla_ros.records import ActionChunk
-
-ExecutorName = Literal["synchronous", "asynchronous", "temporal_ensemble", "rtc", "rtc_trained"]
-JacobianName = Literal["identity", "exact"]
+from ki_vla_ros.records import ActionChunk, Condition
+from ki_vla_ros.settings.settings import ExecutorName
 
 # What `inference_delay` "auto" is taken from: the last five seconds' delays at 10 Hz, without the first ones, because
 # caches and clocks of the processor are still cold then.
 DELAYS_KEPT, WARM_UP, DELAY_PERCENTILE = 50, 3, 95.0
-
-
-@dataclass(frozen=True, eq=False)
-class Condition:
-    """What a new chunk is told: actions of the running one (absolute positions) and how firmly each one holds.
-
-    `clean`: rows with weight 1 are given to the model as finished actions (time 0). Otherwise the flow is guided
-    towards them with at most `strength`. Rows with weight 0 are arbitrary.
-    """
-
-    position_HJ: NDArray[np.float64]
-    weight_H: NDArray[np.float64]
-    clean: bool
-    strength: float = 0.0
 
 
 class ChunkSettings(Protocol):

@@ -10,15 +10,17 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import InputError, StaleInput
-from ki_vla_ros.records import CameraFrame, JointReading, Observation
+from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, Observation
+from ki_vla_ros.settings.settings import Settings
 
 # Frames per camera that an observation may be chosen from: at 30 Hz the last 0.27 s. Full images, so not more.
 FRAMES_KEPT = 8
@@ -370,3 +372,25 @@ def _insert(kept: deque, place: int, item: object) -> None:  # type: ignore[type
 
 def _ms(duration_ns: int) -> str:
     return f"{duration_ns / 1e6:.0f}"
+
+
+def camera_sources(
+    manifest: PolicySpec,
+    settings: Settings,
+    resolve: Callable[[str], str],
+    topics: Mapping[str, str] | None = None,
+) -> list[CameraSource]:
+    """The bundle's cameras with their full topic names: those in `topics`, others as `resolve` makes them of the
+    settings' names.
+    """
+    sources = []
+    for camera in manifest.cameras:
+        chosen = settings.camera(camera.name)
+        topic = (topics or {}).get(camera.name) or resolve(chosen.topic)
+        sources.append(CameraSource(camera.name, topic, camera.optional, own_limit_ns(chosen.max_age_s)))
+    return sources
+
+
+def own_limit_ns(max_age_s: float) -> int | None:
+    """An input's own `max_age_s`; None: it has none."""
+    return round(max_age_s * NS_PER_S) or None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import NS_PER_S, JointReading
 
-ReferenceName = Literal["joint_states", "command"]
 # Joint states farther apart than this say nothing of the time between them.
 LONGEST_GAP_NS = 250_000_000
 # An arm that is farther from its last reading than its joints can turn in the time between, and this, was set

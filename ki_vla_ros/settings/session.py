@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 
 ParameterValue = bool | int | float | str
@@ -65,23 +66,17 @@ class Session(_Part):
     def message_types(self) -> dict[str, str]:
         """ROS type by topic, of all that replay can use."""
         settings, topics = self.settings, self.topics
-        command = "std_msgs/msg/Float64MultiArray" if settings.publish_mode == "stream" else TRAJECTORY
+        command = POSITIONS if settings.publish_mode == "stream" else TRAJECTORY
         types = {
             topic: IMAGE if settings.camera(name).transport == "raw" else COMPRESSED_IMAGE
             for name, topic in topics.cameras.items()
         }
-        types |= {topics.joint_states: "sensor_msgs/msg/JointState", topics.command: command, topics.chunk: TRAJECTORY}
+        types |= {topics.joint_states: JOINT_STATE, topics.command: command, topics.chunk: TRAJECTORY}
         types |= dict.fromkeys((topics.instruction, topics.tick, self.topic), TEXT)
         return types if topics.shadow is None else types | {topics.shadow: command}
 
     def text(self) -> str:
         return self.model_dump_json()
-
-
-IMAGE = "sensor_msgs/msg/Image"
-COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
-TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
-TEXT = "std_msgs/msg/String"
 
 
 def session_topic(node: str) -> str:

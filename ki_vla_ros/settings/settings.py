@@ -10,18 +10,19 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, ParameterError
-from ki_vla_ros.runtime.chunking import ExecutorName, JacobianName
-from ki_vla_ros.runtime.paths import ReferenceName
 from ki_vla_ros.settings.limits import JointLimitSettings, LimitSettings, SettingsModel, setting
 
-if TYPE_CHECKING:
-    from ki_vla_ros.bundle.manifest import PolicySpec
+ReferenceName = Literal["joint_states", "command"]
+
+ExecutorName = Literal["synchronous", "asynchronous", "temporal_ensemble", "rtc", "rtc_trained"]
+JacobianName = Literal["identity", "exact"]
 
 TorchModeName = Literal["auto", "eager", "compile", "graph", "compile_graph"]
 

@@ -17,9 +17,10 @@ from support.bad_bags import CASES, counts, fits
 from support.sample_bags import JOINT_TOPIC, SCENE, recording, write_bag, write_mcap
 
 from ki_vla_ros.bags import mcap as bag_mcap
-from ki_vla_ros.bags.bag import BagMessage, camera_frame, decode, joint_reading, open_bag
+from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bags.records import FAULTS_LISTED, Faults
 from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -23,7 +23,8 @@ from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.policy.preprocess import ModelInput, make_model_input
+from ki_vla_ros.policy.preprocess import make_model_input
+from ki_vla_ros.records import ModelInput
 from training.export import __main__ as export
 from training.export.__main__ import COSINE, ExportError, export_bundle
 from training.export.parity import answer, lowest_cosine

@@ -20,7 +20,7 @@ from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Guide, Policy, guidance
-from ki_vla_ros.policy.preprocess import ModelInput
+from ki_vla_ros.records import ModelInput
 from ki_vla_ros.runtime.chunking import soft_mask
 from ki_vla_ros.settings.settings import settings_from_parameters
 

@@ -16,8 +16,9 @@ from support import ROOT
 from support.bundles import demo_observation
 from support.robots import PATIENCE_S, TASK, PolicyProcess, Robot, ns_of, until
 
-from ki_vla_ros.bags.bag import camera_frame, decode, open_bag
+from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.messages.decode import camera_frame, decode
 from ki_vla_ros.settings.session import read_session
 
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py

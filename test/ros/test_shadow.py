@@ -18,9 +18,9 @@ from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import ActionChunk, JointReading
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.records import Prediction, TickRecord
-from ki_vla_ros.runtime.paths import ReferenceName
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.session import read_session
+from ki_vla_ros.settings.settings import ReferenceName
 
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.policy.preprocess import ModelInput, make_model_input
+from ki_vla_ros.policy.preprocess import make_model_input
+from ki_vla_ros.records import ModelInput
 from support.bundles import HORIZON, demo_observation
 from support.checkpoints import write_checkpoint
 from training.export.__main__ import export_bundle

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 
-from ki_vla_ros.bags.bag import IMAGE, TYPESTORE, camera_frame, joint_reading, open_bag
+from ki_vla_ros.bags.bag import open_bag
+from ki_vla_ros.messages.decode import camera_frame, joint_reading, typestore
+from ki_vla_ros.messages.type_names import IMAGE
 from ki_vla_ros.records import NS_PER_S
 from support.sample_bags import (
     CAMERAS,
@@ -42,16 +44,16 @@ def write(folder: Path, gigabytes: float, storage: str, cut: bool) -> None:
         JOINT_TOPIC: JOINT_STATE,
         INSTRUCTION_TOPIC: STRING,
     }
-    types, fields = TYPESTORE.types, {"encoding": "rgb8", "is_bigendian": 0, "step": 3 * WIDTH}
+    types, fields = typestore().types, {"encoding": "rgb8", "is_bigendian": 0, "step": 3 * WIDTH}
     with Writer(folder, version=9, storage_plugin=plugin) as writer:
-        topics = {topic: writer.add_connection(topic, kind, typestore=TYPESTORE) for topic, kind in kinds.items()}
+        topics = {topic: writer.add_connection(topic, kind, typestore=typestore()) for topic, kind in kinds.items()}
         writer.write(topics[INSTRUCTION_TOPIC], START_NS, text("touch the red cube"))
         for k in range(round(gigabytes * 1e9 / (pixels.size * len(CAMERAS)))):
             time_ns = START_NS + k * NS_PER_S // FPS
             stamp = types["builtin_interfaces/msg/Time"](sec=time_ns // NS_PER_S, nanosec=time_ns % NS_PER_S)
             header = types["std_msgs/msg/Header"](stamp=stamp, frame_id="")
             image = types[IMAGE](header=header, height=HEIGHT, width=WIDTH, data=pixels, **fields)
-            data = TYPESTORE.serialize_cdr(image, IMAGE)
+            data = typestore().serialize_cdr(image, IMAGE)
             for name in CAMERAS:
                 writer.write(topics[f"/camera/{name}/image_raw"], time_ns, data)
             for j in range(k * JOINT_HZ // FPS, (k + 1) * JOINT_HZ // FPS):

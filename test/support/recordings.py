@@ -13,15 +13,14 @@ from typing import Any
 import cv2
 import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
-from rosbags.typesys import Stores, get_typestore
 
 from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.messages.decode import typestore
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
 from support.bundles import CAMERAS, JOINTS, demo_observation
 from support.loop_bench import START, TASK, Bench, FakeWire
 
 MS = 1_000_000
-TYPESTORE = get_typestore(Stores.ROS2_JAZZY)
 IMAGE, JPEG = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
 RECORDER_LAG_NS = 3 * MS
 CAMERA_DELAY_NS, TICK_NS = 8 * MS, 30 * MS
@@ -38,9 +37,9 @@ class BagWriter:
 
     def write(self, topic: str, kind: str, log_ns: int, **fields: Any) -> None:
         if topic not in self._connections:
-            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=TYPESTORE)
-        message = TYPESTORE.types[kind](**fields)
-        self._writer.write(self._connections[topic], log_ns, bytes(TYPESTORE.serialize_cdr(message, kind)))
+            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=typestore())
+        message = typestore().types[kind](**fields)
+        self._writer.write(self._connections[topic], log_ns, bytes(typestore().serialize_cdr(message, kind)))
 
     def close(self) -> None:
         self._writer.close()
@@ -67,12 +66,12 @@ class BagWriter:
     def chunk(self, log_ns: int, chunk: ActionChunk, topic: str = "/policy/chunk") -> None:
         nothing = np.array([], dtype=np.float64)
         points = [
-            TYPESTORE.types["trajectory_msgs/msg/JointTrajectoryPoint"](
+            typestore().types["trajectory_msgs/msg/JointTrajectoryPoint"](
                 positions=position_J,
                 velocities=velocity_J,
                 accelerations=nothing,
                 effort=nothing,
-                time_from_start=TYPESTORE.types["builtin_interfaces/msg/Duration"](
+                time_from_start=typestore().types["builtin_interfaces/msg/Duration"](
                     *divmod((k + 1) * chunk.period_ns, NS_PER_S)
                 ),
             )
@@ -83,8 +82,8 @@ class BagWriter:
 
 
 def header(stamp_ns: int) -> Any:
-    stamp = TYPESTORE.types["builtin_interfaces/msg/Time"](*divmod(stamp_ns, NS_PER_S))
-    return TYPESTORE.types["std_msgs/msg/Header"](stamp=stamp, frame_id="")
+    stamp = typestore().types["builtin_interfaces/msg/Time"](*divmod(stamp_ns, NS_PER_S))
+    return typestore().types["std_msgs/msg/Header"](stamp=stamp, frame_id="")
 
 
 def path_J(time_ns: int) -> Any:

@@ -14,8 +14,8 @@ import numpy as np
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.rosbag2.storage_mcap import zstd
 
-from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, IMAGE, TYPESTORE
-from ki_vla_ros.bags.records import BagMessage
+from ki_vla_ros.messages.decode import BagMessage, typestore
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE
 from ki_vla_ros.records import NS_PER_S
 
 START_NS = 1_790_000_000 * NS_PER_S
@@ -33,7 +33,7 @@ SCENE = "/camera/scene/image_raw"
 SECONDS = 2.0
 Messages = list[BagMessage]
 
-_T = TYPESTORE.types
+_T = typestore().types
 
 
 def header(stamp_ns: int) -> Any:
@@ -42,7 +42,7 @@ def header(stamp_ns: int) -> Any:
 
 
 def serialize(message: Any, kind: str) -> bytes:
-    return bytes(TYPESTORE.serialize_cdr(message, kind))
+    return bytes(typestore().serialize_cdr(message, kind))
 
 
 def image(stamp_ns: int, encoding: str = "rgb8", size: int = 32) -> bytes:
@@ -127,7 +127,7 @@ def write_bag(
         for message in messages:
             key = (message.topic, message.type)
             if key not in connections:
-                connections[key] = writer.add_connection(*key, typestore=TYPESTORE)
+                connections[key] = writer.add_connection(*key, typestore=typestore())
             writer.write(connections[key], message.log_ns, message.data)
     return folder
 

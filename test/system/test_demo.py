@@ -17,11 +17,12 @@ import pytest
 from support.bundles import write_test_bundle
 from support.demo_runs import episode, observed, tick
 
-from ki_vla_ros.bags.bag import decode, open_bag
+from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.demo import __main__ as demo
 from ki_vla_ros.demo.driver import SESSION, TOPICS, Observed
 from ki_vla_ros.demo.report import Episode
 from ki_vla_ros.errors import BundleError, ConfigurationError, InstructionError, KiVlaError, SimulationError
+from ki_vla_ros.messages.decode import decode
 from ki_vla_ros.ros.children import is_free
 from ki_vla_ros.settings.session import read_session
 from ki_vla_ros.share import find_share

@@ -15,12 +15,11 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags.bag import header_ns
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.messages.decode import header_ns
+from ki_vla_ros.messages.type_names import POSITIONS, TRAJECTORY
 from ki_vla_ros.records import NS_PER_S, JointReading
 
-TRAJECTORY: Final = "trajectory_msgs/msg/JointTrajectory"
-POSITIONS: Final = "std_msgs/msg/Float64MultiArray"
 KEPT: Final = 1024  # messages; of a stream of 500 a second the last two seconds
 
 

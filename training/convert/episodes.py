@@ -17,8 +17,9 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags.bag import Bag, BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.records import NS_PER_S, Observation
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 from training.convert.commands import Commands, Readings, Reference

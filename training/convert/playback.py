@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rosbags.rosbag2 import StoragePlugin, Writer
 
-from ki_vla_ros.bags.bag import TYPESTORE
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.messages.decode import typestore
+from ki_vla_ros.messages.type_names import TRAJECTORY
 from ki_vla_ros.records import NS_PER_S
-from training.convert.commands import TRAJECTORY
 from training.convert.episodes import MARKERS
 from training.data.lerobot.dataset import Dataset, Episode
 from training.data.lerobot.layout import ACTION, SOURCE, STAMP, STATE
@@ -69,11 +69,11 @@ def write_bag(dataset: Dataset, out: Path) -> int:
     kinds |= {topics.joint_states: TYPES["joints"], topics.command: TYPES["command"]}
     kinds |= dict.fromkeys((topics.instruction, MARKER.topic), TYPES["text"])
     with Writer(out, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP) as writer:
-        connections = {name: writer.add_connection(name, kind, typestore=TYPESTORE) for name, kind in kinds.items()}
+        connections = {name: writer.add_connection(name, kind, typestore=typestore()) for name, kind in kinds.items()}
         end_ns = 0
         for episode in dataset.episodes:
             for topic, log_ns, message in _messages(dataset, episode, topics, joints, end_ns):
-                data = TYPESTORE.serialize_cdr(message, kinds[topic])
+                data = typestore().serialize_cdr(message, kinds[topic])
                 writer.write(connections[topic], log_ns, bytes(data))
                 written, end_ns = written + 1, log_ns
     return written
@@ -120,18 +120,18 @@ def _names(dataset: Dataset, key: str) -> tuple[str, ...]:
 
 
 def _text(text: str) -> Any:
-    return TYPESTORE.types[TYPES["text"]](data=text)
+    return typestore().types[TYPES["text"]](data=text)
 
 
 def _header(stamp_ns: int, frame_id: str = "") -> Any:
     sec, nanosec = divmod(stamp_ns, NS_PER_S)
-    stamp = TYPESTORE.types["builtin_interfaces/msg/Time"](sec=sec, nanosec=nanosec)
-    return TYPESTORE.types["std_msgs/msg/Header"](stamp=stamp, frame_id=frame_id)
+    stamp = typestore().types["builtin_interfaces/msg/Time"](sec=sec, nanosec=nanosec)
+    return typestore().types["std_msgs/msg/Header"](stamp=stamp, frame_id=frame_id)
 
 
 def _joint_state(stamp_ns: int, joints: tuple[str, ...], position_J: NDArray[np.floating]) -> Any:
     nothing = np.zeros(0)
-    return TYPESTORE.types[TYPES["joints"]](
+    return typestore().types[TYPES["joints"]](
         header=_header(stamp_ns),
         name=list(joints),
         position=position_J.astype(np.float64),
@@ -143,18 +143,18 @@ def _joint_state(stamp_ns: int, joints: tuple[str, ...], position_J: NDArray[np.
 def _command(due_ns: int, joints: tuple[str, ...], position_J: NDArray[np.floating]) -> Any:
     """In force from `due_ns` on, and there at once: what lies before is the frame's before."""
     nothing = np.zeros(0)
-    zero = TYPESTORE.types["builtin_interfaces/msg/Duration"](sec=0, nanosec=0)
-    point = TYPESTORE.types["trajectory_msgs/msg/JointTrajectoryPoint"](
+    zero = typestore().types["builtin_interfaces/msg/Duration"](sec=0, nanosec=0)
+    point = typestore().types["trajectory_msgs/msg/JointTrajectoryPoint"](
         positions=position_J.astype(np.float64),
         velocities=nothing,
         accelerations=nothing,
         effort=nothing,
         time_from_start=zero,
     )
-    return TYPESTORE.types[TRAJECTORY](header=_header(due_ns), joint_names=list(joints), points=[point])
+    return typestore().types[TRAJECTORY](header=_header(due_ns), joint_names=list(joints), points=[point])
 
 
 def _image(stamp_ns: int, camera: str, rgb_HWC: NDArray[np.uint8]) -> Any:
     _, png = cv2.imencode(".png", cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    kind = TYPESTORE.types[TYPES["image"]]
+    kind = typestore().types[TYPES["image"]]
     return kind(header=_header(stamp_ns, camera), format="rgb8; png compressed bgr8", data=png.ravel())

@@ -16,7 +16,7 @@ from ki_vla_ros.engines.base import prefill_inputs
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.policy.policy import Policy, widen
-from ki_vla_ros.policy.preprocess import ModelInput
+from ki_vla_ros.records import ModelInput
 from training.model.vla import VLA, Cache
 from training.weights.checkpoints import load_checkpoint
 

@@ -18,8 +18,8 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Replace as ReplaceText
 from tokenizers.processors import TemplateProcessing
 
+from ki_vla_ros.bundle.manifest import PAD_TOKEN, UNKNOWN_TOKEN
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
 from training.model.sizes import VOCABULARY
 from training.tokens.words import BOS_TOKEN, EOS_TOKEN, fast_token, paligemma_loc_token
 

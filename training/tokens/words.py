@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
-from ki_vla_ros.policy.preprocess import PAD_TOKEN, UNKNOWN_TOKEN
+from ki_vla_ros.bundle.manifest import PAD_TOKEN, UNKNOWN_TOKEN
 
 BOS_TOKEN = "<bos>"
 EOS_TOKEN = "<eos>"

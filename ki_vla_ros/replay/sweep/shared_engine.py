@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache, prefill_inputs
-from ki_vla_ros.policy.preprocess import ModelInput
+from ki_vla_ros.records import ModelInput
 
 Array = NDArray[np.float32]
 

@@ -18,16 +18,19 @@ import pytest
 from support import ROOT
 from support.robots import until
 
-from ki_vla_ros.bags.bag import decode, open_bag
-from ki_vla_ros.bags.writer import TYPESTORE, Recorder
+from ki_vla_ros.bags.bag import open_bag
+from ki_vla_ros.bags.writer import Recorder, typestore
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.messages.decode import decode
 
 TOPICS = {"/image": "sensor_msgs/msg/Image", "/text": "std_msgs/msg/String"}
 SERIALIZED_IMAGE = b"\0\1\0\0" + bytes(100_000)
 
 
 def text(content: str) -> bytes:
-    return bytes(TYPESTORE.serialize_cdr(TYPESTORE.types["std_msgs/msg/String"](data=content), "std_msgs/msg/String"))
+    return bytes(
+        typestore().serialize_cdr(typestore().types["std_msgs/msg/String"](data=content), "std_msgs/msg/String")
+    )
 
 
 def contents(bag: Path) -> list[tuple[str, int, Any]]:

@@ -34,7 +34,7 @@ from ki_vla_ros.bundle.onnx_header import GraphHeader, read_header
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.policy.preprocess import ModelInput
+from ki_vla_ros.records import ModelInput
 from training.export.tiny import write_tiny_bundle
 
 DEMO = ROOT / "models" / "demo"

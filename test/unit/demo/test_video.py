@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from ki_vla_ros.bags.writer import TYPESTORE, Recorder
+from ki_vla_ros.bags.writer import Recorder, typestore
 from ki_vla_ros.demo.driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, TOPICS, WRIST_IMAGE
 from ki_vla_ros.demo.video import HEADER, SIDE, Film, frames, make_video
 from ki_vla_ros.sim.demonstrator import tip_to_joints
@@ -21,12 +21,12 @@ NS = 1_000_000_000
 
 
 def ros_message(kind: str, **fields: Any) -> bytes:
-    return bytes(TYPESTORE.serialize_cdr(TYPESTORE.types[kind](**fields), kind))
+    return bytes(typestore().serialize_cdr(typestore().types[kind](**fields), kind))
 
 
 def header(stamp_ns: int) -> Any:
-    stamp = TYPESTORE.types["builtin_interfaces/msg/Time"](sec=stamp_ns // NS, nanosec=stamp_ns % NS)
-    return TYPESTORE.types["std_msgs/msg/Header"](stamp=stamp, frame_id="camera")
+    stamp = typestore().types["builtin_interfaces/msg/Time"](sec=stamp_ns // NS, nanosec=stamp_ns % NS)
+    return typestore().types["std_msgs/msg/Header"](stamp=stamp, frame_id="camera")
 
 
 def image(colour: tuple[int, int, int], stamp_ns: int) -> bytes:
@@ -40,10 +40,10 @@ def text(content: str) -> bytes:
 
 
 def chunk(tips: list[tuple[float, float, float]], stamp_ns: int) -> bytes:
-    duration, kind = TYPESTORE.types["builtin_interfaces/msg/Duration"], "trajectory_msgs/msg/JointTrajectoryPoint"
+    duration, kind = typestore().types["builtin_interfaces/msg/Duration"], "trajectory_msgs/msg/JointTrajectoryPoint"
     none = np.zeros(0)
     points = [
-        TYPESTORE.types[kind](
+        typestore().types[kind](
             positions=tip_to_joints(tip)[::-1].copy(),
             velocities=none,
             accelerations=none,

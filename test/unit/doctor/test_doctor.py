@@ -17,11 +17,11 @@ from support.bad_bags import CASES, change, with_data
 from support.bundles import params_file
 from support.sample_bags import COMMAND_TOPIC, JOINT_TOPIC, JOINTS, SCENE, Messages, jpeg, recording, write_mcap
 
-from ki_vla_ros.bags.bag import COMPRESSED_IMAGE, TYPESTORE
-from ki_vla_ros.bags.records import BagMessage
 from ki_vla_ros.doctor.__main__ import Request, diagnose, main
 from ki_vla_ros.doctor.findings import Finding, as_json, as_table
 from ki_vla_ros.doctor.setup import Machine
+from ki_vla_ros.messages.decode import BagMessage, typestore
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.settings.parameter_file import load_settings, matches
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics
@@ -56,7 +56,7 @@ def stamped(shift: Callable[[int, int], int]) -> Callable[[int, BagMessage], Bag
 
 def positions(to: Callable[[np.ndarray], np.ndarray], names: tuple[str, ...] = JOINTS) -> Any:
     def changed(_k: int, message: BagMessage) -> BagMessage:
-        state = TYPESTORE.deserialize_cdr(message.data, message.type)
+        state = typestore().deserialize_cdr(message.data, message.type)
         stamp_ns = state.header.stamp.sec * NS_PER_S + state.header.stamp.nanosec
         return with_data(message, sample_bags.joint_state(stamp_ns, to(state.position), names))
 

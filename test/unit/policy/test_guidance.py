@@ -13,7 +13,7 @@ from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.policy.policy import Guide, Policy, guidance
 from ki_vla_ros.policy.preprocess import make_model_input
-from ki_vla_ros.runtime.chunking import Condition
+from ki_vla_ros.records import Condition
 
 TEXT = "touch the red cube"
 

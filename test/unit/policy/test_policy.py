@@ -26,8 +26,8 @@ from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.policy.preprocess import ModelInput, make_model_input, unnormalize
-from ki_vla_ros.runtime.chunking import Condition
+from ki_vla_ros.policy.preprocess import make_model_input, unnormalize
+from ki_vla_ros.records import Condition, ModelInput
 
 TEXT = "touch the red cube"
 

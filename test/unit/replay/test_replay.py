@@ -19,8 +19,9 @@ from support.bundles import CAMERAS, state_token_policy, write_test_bundle
 from support.loop_bench import START, TASK
 from support.recordings import MS, BagWriter, path_J, picture, record_inputs, record_run
 
-from ki_vla_ros.bags.bag import BagMessage, decode, open_bag
+from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import Bundle, load_bundle
+from ki_vla_ros.messages.decode import BagMessage, decode
 from ki_vla_ros.replay.__main__ import FAILED, INTERRUPTED, main
 from ki_vla_ros.replay.document import MACHINE
 

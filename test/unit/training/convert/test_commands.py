@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.messages.type_names import POSITIONS, TRAJECTORY
 from ki_vla_ros.records import NS_PER_S, JointReading, Motion
-from training.convert.commands import POSITIONS, TRAJECTORY, Commands, Readings
+from training.convert.commands import Commands, Readings
 
 MS = 1_000_000
 NAMES = ("a", "b")

@@ -27,8 +27,8 @@ from support.sample_bags import (
     where,
 )
 
-from ki_vla_ros.bags.bag import camera_frame, decode, header_ns, joint_reading, open_bag
-from ki_vla_ros.bags.records import BagMessage
+from ki_vla_ros.bags.bag import open_bag
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, header_ns, joint_reading
 from ki_vla_ros.records import NS_PER_S
 from training.data.lerobot.dataset import Dataset
 
