@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rclpy
 from rcl_interfaces.srv import GetParameters, ListParameters
@@ -25,16 +25,14 @@ from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import InputWatch, command_type, image_type
-from ki_vla_ros.doctor.setup import PROFILE_VARIABLES, Machine, read_settings
+from ki_vla_ros.doctor.setup import PROFILE_VARIABLES, Machine, Request, examine_setup, read_settings
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages.decode import BagMessage
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY
 from ki_vla_ros.ros.process import check_domain
 from ki_vla_ros.settings.parameter_file import settings_from_values
+from ki_vla_ros.settings.session import resolve
 from ki_vla_ros.settings.settings import Settings
-
-if TYPE_CHECKING:
-    from ki_vla_ros.doctor.__main__ import Request
 
 # How long discovery of the node, of all the rest, and an answer of a service may take.
 FIRST_S, DISCOVERY_S, ANSWER_S = 5.0, 2.0, 3.0
@@ -108,8 +106,6 @@ class Graph:
 
 def examine(request: Request, findings: Findings) -> list[str]:
     """What was looked at."""
-    from ki_vla_ros.doctor.__main__ import examine_setup, resolve
-
     looked_at: list[str] = []
     with open_graph() as graph:
         graph.wait_for(request.node)

@@ -37,6 +37,17 @@ START_FIX = "the node does not start with this; config/demo.yaml explains every 
 
 
 @dataclass(frozen=True)
+class Request:
+    """What the doctor shall look at; `node` is the policy node's full name."""
+
+    bag: Path | None = None
+    params: Path | None = None
+    bundle: str = ""
+    node: str = NODE
+    seconds: float = 5.0
+
+
+@dataclass(frozen=True)
 class Machine:
     """What `check_machine` looks at."""
 
@@ -109,6 +120,17 @@ def check_profile_is_set(machine: Machine, findings: Findings) -> None:
         return
     if not any(machine.environment.get(variable) for variable in PROFILE_VARIABLES):
         findings.warning("fast dds", PROFILE_VARIABLES[0], "is not set: images may be lost without a word", PROFILE_FIX)
+
+
+def examine_setup(settings: Settings, request: Request, findings: Findings, looked_at: list[str]) -> Bundle | None:
+    """Bundle, engine and how they fit the settings; None where the bundle cannot be read."""
+    name = request.bundle or settings.bundle
+    bundle = read_bundle(name, findings)
+    check_engine(settings, bundle, findings)
+    if bundle is not None:
+        looked_at.append(f"bundle {bundle.manifest.name}")
+        check_fit(settings, bundle, findings)
+    return bundle
 
 
 def read_settings(path: Path, findings: Findings, node: str = NODE) -> Settings | None:

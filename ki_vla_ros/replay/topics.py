@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.bundle.manifest import PolicySpec
@@ -13,7 +14,7 @@ from ki_vla_ros.messages.decode import decode
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.runtime.observation import camera_sources
 from ki_vla_ros.settings.parameter_file import NODE
-from ki_vla_ros.settings.session import Session, read_session, session_topic
+from ki_vla_ros.settings.session import Session, read_session, resolve, session_topic
 from ki_vla_ros.settings.settings import ReferenceName, Settings
 
 
@@ -64,14 +65,10 @@ def resolve_topics(
     in the bag.
     """
     node = session.node if session else node or NODE
-    namespace = node.rpartition("/")[0]
-
-    def resolve(name: str) -> str:
-        return name if name.startswith("/") else f"{namespace}/{name}"
-
+    full_name = partial(resolve, node=node)
     notes: list[str] = []
     cameras = {}
-    for source in camera_sources(manifest, settings, resolve, session.topics.cameras if session else None):
+    for source in camera_sources(manifest, settings, full_name, session.topics.cameras if session else None):
         topic = source.topic
         found = next((t for t in (topic, f"{topic}/compressed") if _has(bag, t, (IMAGE, COMPRESSED_IMAGE))), None)
         if found is not None:
@@ -82,13 +79,13 @@ def resolve_topics(
             notes.append(f"camera {source.name!r} (optional): no images on {topic}; the policy goes without it")
         else:
             raise _absent(bag, f"camera {source.name!r}", topic, (IMAGE, COMPRESSED_IMAGE), "cameras.*.topic")
-    joints = session.topics.joint_states if session else resolve(settings.joint_states_topic)
+    joints = session.topics.joint_states if session else full_name(settings.joint_states_topic)
     if not _has(bag, joints, (JOINT_STATE,)):
         raise _absent(bag, "joint states", joints, (JOINT_STATE,), "joint_states_topic")
     command, missing = None, None
     if reference == "command":
         wanted = session.topics.command if session else settings.command_topic
-        command = resolve(reference_topic or wanted)
+        command = full_name(reference_topic or wanted)
         if not _has(bag, command, (TRAJECTORY, POSITIONS)):
             kinds = f"{TRAJECTORY} or {POSITIONS}"
             missing = f"reference: no {kinds} on {command}; {_candidates(bag, command, (TRAJECTORY, POSITIONS))}"

@@ -6,15 +6,17 @@ parameter changes. A bag that holds it needs no parameter file to be replayed. N
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ki_vla_ros.errors import InputError
+from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.settings.settings import Settings, settings_from_parameters
 
 ParameterValue = bool | int | float | str
+FULL_NAME: Final = re.compile(r"(/[A-Za-z_][A-Za-z0-9_]*)+")
 
 
 class _Part(BaseModel):
@@ -77,6 +79,26 @@ class Session(_Part):
 
     def text(self) -> str:
         return self.model_dump_json()
+
+
+def resolve(topic: str, node: str) -> str:
+    """The full name that ROS gives `topic` in the node whose full name is `node`, before remapping.
+
+    `/arm/state` is full already, `state` lies in the node's namespace, `~/state` below the node itself; `{node}`,
+    `{ns}` and `{namespace}` stand for the node's name and namespace. ConfigurationError for what ROS refuses.
+    """
+    namespace, _, name = node.rpartition("/")
+    full = topic.replace("{node}", name).replace("{namespace}", namespace or "/").replace("{ns}", namespace or "/")
+    if full == "~" or full.startswith("~/"):
+        full = node + full[1:]
+    elif not full.startswith("/"):
+        full = f"{namespace}/{full}"
+    if not FULL_NAME.fullmatch(full):
+        raise ConfigurationError(
+            f"topic {topic!r} of node {node}: expected a ROS name such as state, ~/state or /arm/state (letters, "
+            f"digits, _; no digit after a slash), got {full!r}; correct it in the parameters"
+        )
+    return full
 
 
 def session_topic(node: str) -> str:

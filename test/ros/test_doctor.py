@@ -14,9 +14,9 @@ from support.bundles import JOINTS, params_file
 from support.robots import TASK, PolicyProcess, Robot, until
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.doctor.__main__ import Request, diagnose, main
+from ki_vla_ros.doctor.__main__ import diagnose, main
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.doctor.setup import Machine
+from ki_vla_ros.doctor.setup import Machine, Request
 from ki_vla_ros.share import find_share
 
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")

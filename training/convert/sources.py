@@ -17,7 +17,7 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages.decode import decode
 from ki_vla_ros.messages.type_names import TEXT
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.settings.session import Session, read_session
+from ki_vla_ros.settings.session import Session, read_session, resolve
 from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_bundle
 
@@ -66,19 +66,14 @@ class Sources:
 def from_settings(
     settings: Settings, cameras: Sequence[str], joints: Sequence[str], *, node: str, manifest: Manifest | None = None
 ) -> Sources:
-    """Names without a leading slash lie in the namespace of `node`, as for the node itself (without remappings)."""
-    namespace = node.rpartition("/")[0]
-
-    def full(topic: str) -> str:
-        return topic if topic.startswith("/") else f"{namespace}/{topic}"
-
+    """Topics as the node called `node` would resolve them, without remappings."""
     known = {name: settings.camera(name) for name in cameras}
     return Sources(
-        cameras={name: full(camera.topic) for name, camera in known.items()},
+        cameras={name: resolve(camera.topic, node) for name, camera in known.items()},
         joints=tuple(joints),
-        joint_topic=full(settings.joint_states_topic),
+        joint_topic=resolve(settings.joint_states_topic, node),
         instruction_topic=f"{node}/instruction",
-        command_topic=full(settings.command_topic),
+        command_topic=resolve(settings.command_topic, node),
         max_age_ns=_ns(settings.max_age_s),
         slop_ns=_ns(settings.sync_slop_s),
         camera_age_ns={name: _ns(camera.max_age_s) for name, camera in known.items() if camera.max_age_s},

@@ -17,9 +17,9 @@ from support.bad_bags import CASES, change, with_data
 from support.bundles import params_file
 from support.sample_bags import COMMAND_TOPIC, JOINT_TOPIC, JOINTS, SCENE, Messages, jpeg, recording, write_mcap
 
-from ki_vla_ros.doctor.__main__ import Request, diagnose, main
+from ki_vla_ros.doctor.__main__ import diagnose, main
 from ki_vla_ros.doctor.findings import Finding, as_json, as_table
-from ki_vla_ros.doctor.setup import Machine
+from ki_vla_ros.doctor.setup import Machine, Request
 from ki_vla_ros.messages.decode import BagMessage, typestore
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S

@@ -1,0 +1,99 @@
+"""The doctor's look at a recording: its settings and bundle, then what its topics say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ki_vla_ros.bags.bag import Bag, open_bag
+from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.doctor.checks import check_inputs
+from ki_vla_ros.doctor.findings import Findings
+from ki_vla_ros.doctor.inputs import InputWatch
+from ki_vla_ros.doctor.setup import Request, examine_setup, read_settings
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
+from ki_vla_ros.replay.topics import find_session
+from ki_vla_ros.settings.session import Session, resolve
+from ki_vla_ros.settings.settings import Settings
+
+
+def examine(path: Path, request: Request, findings: Findings) -> list[str]:
+    """What was looked at."""
+    looked_at: list[str] = []
+    with open_bag(path) as bag:
+        session = find_session(bag, request.node)
+        settings = _settings_for(bag, session, request, findings, looked_at)
+        if settings is not None:
+            bundle = examine_setup(settings, request, findings, looked_at)
+            if bundle is not None:
+                _examine_topics(bag, settings, bundle, session, request, findings)
+        looked_at.append(f"bag {path} ({_extent(bag)})")
+        for fault in bag.faults:
+            findings.warning(
+                "bag", fault.where, fault.message, "figures of this bag are of the rest; record again if it matters"
+            )
+    return looked_at
+
+
+def _settings_for(
+    bag: Bag, session: Session | None, request: Request, findings: Findings, looked_at: list[str]
+) -> Settings | None:
+    """Of the parameter file, or of the session that was recorded with the bag."""
+    if request.params is not None:
+        looked_at.append(f"parameters {request.params}")
+        return read_settings(request.params, findings, request.node)
+    if session is not None:
+        looked_at.append("parameters as recorded")
+        return session.settings
+    if request.bundle:
+        looked_at.append("default parameters")
+        return Settings(bundle=request.bundle)
+    raise ConfigurationError(f"bag {bag.path}: has no {request.node}/session; give --params, or at least --bundle")
+
+
+def _examine_topics(
+    bag: Bag, settings: Settings, bundle: Bundle, session: Session | None, request: Request, findings: Findings
+) -> None:
+    manifest, node = bundle.manifest, request.node
+    cameras = {c.name: resolve(settings.camera(c.name).topic, node) for c in manifest.cameras}
+    joints, command = resolve(settings.joint_states_topic, node), resolve(settings.command_topic, node)
+    if session is not None and request.params is None:  # names after remapping
+        cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
+        joints, command = session.topics.joint_states, session.topics.command
+    # Where the node made chunks it had images: then it is the recorder that compressed them.
+    chunks = bag.topics.get(f"{node}/chunk")
+    recorded_compressed = {}
+    for name, topic in cameras.items():
+        packed = f"{topic}/compressed"
+        if topic in bag.topics or packed not in bag.topics:
+            continue
+        if chunks is not None and chunks.count:
+            recorded_compressed[name] = packed
+        else:
+            findings.error(
+                "transport",
+                topic,
+                f"camera {name!r} is not in the bag as raw images, but {packed} is",
+                f"set cameras.{name}.transport to compressed and its topic to {packed}, or start a raw publisher",
+            )
+            recorded_compressed[name] = packed
+    counts = {name: topic.count or 0 for name, topic in bag.topics.items()}
+    watch = InputWatch(
+        manifest,
+        settings,
+        {**cameras, **recorded_compressed},
+        joints,
+        command,
+        counts,
+    )
+    watch.image_types.update(dict.fromkeys(recorded_compressed, COMPRESSED_IMAGE))
+    for message in bag.messages(watch.topics):
+        watch.add(message)
+    check_inputs(watch, findings, {name: [topic.type] for name, topic in bag.topics.items() if counts[name]})
+
+
+def _extent(bag: Bag) -> str:
+    count = sum(topic.count or 0 for topic in bag.topics.values())
+    if bag.start_ns is None or bag.end_ns is None:
+        return "no messages"
+    return f"{count} messages, {(bag.end_ns - bag.start_ns) / 1e9:.1f} s"
