@@ -39,12 +39,11 @@ from training.data.simulated.robot import commit
 from training.model.sizes import paligemma_3b
 from training.model.vla import VLAConfig
 from training.tokens.paligemma import read_tokenizer
-from training.weights.checkpoints import CONFIG, WEIGHTS, save_checkpoint
+from training.weights.checkpoints import CONFIG, POLICY, WEIGHTS, save_checkpoint
 from training.weights.files import find_weights
 from training.weights.foreign import Kind, import_weights
 from training.weights.statistics import FIELDS, Method, read_ranges
 
-POLICY = "policy.json"
 PROMPTS = {
     "pi0": PromptSpec(template="{task}\n", length=48, style="openpi"),
     "pi05": PromptSpec(template="Task: {task}, State: {state};\nAction: ", length=200, style="openpi"),
@@ -168,8 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             action_ids=chosen.action_ids,
         )
     except (KiVlaError, OSError) as error:
-        print(f"import: {error}", file=sys.stderr)
-        return 1
+        print(f"import_weights: {error}", file=sys.stderr)
+        return 2
     size = (chosen.out / WEIGHTS).stat().st_size / 1e9
     print(f"{chosen.out}: {size:.2f} GB of weights, {CONFIG}, {TOKENIZER}" + (f", {POLICY}" if policy else ""))
     if policy:

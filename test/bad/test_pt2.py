@@ -23,7 +23,8 @@ from support.checkpoints import write_checkpoint
 from ki_vla_ros.bundle.folder import EXPERT, MANIFEST, PREFILL, PROGRAMS, Bundle, file_sha256, load_bundle
 from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.errors import BundleError
-from training.export.__main__ import ExportError, check_left_behind, export_bundle, save_program
+from training.export.bundle import ExportError, check_left_behind, export_bundle
+from training.export.formats import save_program
 from training.weights.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine

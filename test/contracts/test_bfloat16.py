@@ -25,8 +25,8 @@ from ki_vla_ros.errors import EngineError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.records import ModelInput
-from training.export import __main__ as export
-from training.export.__main__ import COSINE, ExportError, export_bundle
+from training.export import bundle as export
+from training.export.bundle import COSINE, ExportError, export_bundle
 from training.export.parity import answer, lowest_cosine
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.sizes import SMALL
 
-from training.export.__main__ import export_bundle
+from training.export.bundle import export_bundle
 from training.export.random_weights import policy_spec, write_checkpoint
 from training.speed import __main__ as compare_speed
 from training.speed import gpu as compare_speed_gpu

@@ -21,18 +21,12 @@ from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input
-from training.export.__main__ import (
-    POLICY,
-    TOLERANCE,
-    ExportError,
-    check_left_behind,
-    export_bundle,
-    main,
-    parity_error,
-)
+from training.export.__main__ import main
+from training.export.bundle import TOLERANCE, ExportError, check_left_behind, export_bundle
 from training.export.graphs import arrange
+from training.export.parity import parity_error
 from training.tokens.words import build_tokenizer
-from training.weights.checkpoints import load_checkpoint
+from training.weights.checkpoints import POLICY, load_checkpoint
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 
@@ -153,12 +147,12 @@ def test_an_export_replaces_an_earlier_bundle_only_when_it_is_whole(
         for name in (PREFILL, EXPERT):
             shutil.copy(bundle.path / name, folder)
 
-    monkeypatch.setattr("training.export.__main__.write_graphs", copy_graphs)
-    monkeypatch.setattr("training.export.__main__.parity_error", lambda model, bundle: math.nan)
+    monkeypatch.setattr("training.export.bundle.write_graphs", copy_graphs)
+    monkeypatch.setattr("training.export.bundle.parity_error", lambda model, bundle: math.nan)
     with pytest.raises(ExportError, match=r"parity: expected the graphs within 0\.0001 of torch, got nan"):
         export_bundle(checkpoint, out)
     assert (out / MODEL_CARD).read_text() == "an earlier one"
-    monkeypatch.setattr("training.export.__main__.parity_error", lambda model, bundle: 0.0)
+    monkeypatch.setattr("training.export.bundle.parity_error", lambda model, bundle: 0.0)
     again = export_bundle(checkpoint, out)
     assert again.path == out and load_bundle(out).manifest == again.manifest
     assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"], "no scratch is left"
@@ -221,13 +215,25 @@ def test_the_command_ends_with_one_message(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checkpoint / POLICY).unlink()
-    assert main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "bundle")]) == 1
+    assert main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "bundle")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("export: ") and "expected the policy's description beside the weights" in error
     assert error.count("\n") == 1
     missing = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out"), "--notes", str(tmp_path / "none.md")]
-    assert main(missing) == 1
+    assert main(missing) == 2
     assert "none.md" in capsys.readouterr().err
+
+
+def test_the_command_tells_a_wrong_export_from_one_that_could_not_run(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.export.bundle.write_graphs", lambda graphs, folder: None)
+    monkeypatch.setattr("training.export.bundle.check_left_behind", fail_to_match)
+    assert main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "bundle")]) == 1
+
+
+def fail_to_match(*given: object) -> None:
+    raise ExportError("the graphs are another model's")
 
 
 def test_cutting_the_table_leaves_the_model_alone(checkpoint: Path) -> None:

@@ -37,7 +37,7 @@ from ki_vla_ros.engines.tensorrt_builder import (
 from ki_vla_ros.engines.tensorrt_library import Library
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.share import find_bundle
-from training.export.__main__ import export_bundle
+from training.export.bundle import export_bundle
 from training.export.random_weights import PROMPT_LENGTH, pi05_slice, policy_spec, write_checkpoint
 
 pytestmark = pytest.mark.timeout(600)  # the export of the slice takes half a minute of a core, more on a busy machine

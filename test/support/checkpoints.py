@@ -8,12 +8,11 @@ import torch
 
 from ki_vla_ros.bundle.folder import TOKENIZER, PolicySpec
 from support.bundles import demo_policy, state_token_policy
-from training.export.__main__ import POLICY
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 from training.model.vla import VLA, VLAConfig
 from training.tokens.words import build_tokenizer
-from training.weights.checkpoints import save_checkpoint
+from training.weights.checkpoints import POLICY, save_checkpoint
 
 FIGURES = {"follow_rate": 0.93}
 

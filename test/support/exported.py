@@ -13,7 +13,7 @@ from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.records import ModelInput
 from support.bundles import HORIZON, demo_observation
 from support.checkpoints import write_checkpoint
-from training.export.__main__ import export_bundle
+from training.export.bundle import export_bundle
 from training.model.vla import VLA
 from training.weights.checkpoints import load_checkpoint
 

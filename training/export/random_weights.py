@@ -16,7 +16,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,13 +25,13 @@ from torch import Tensor
 from ki_vla_ros.bundle.folder import TOKENIZER
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from training.export.__main__ import POLICY, export_bundle
+from training.export.bundle import DTYPES, export_bundle
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 from training.model.sizes import VOCABULARY, paligemma_3b
 from training.model.vla import VLAConfig
 from training.tokens.words import DEMO_PROMPT, build_tokenizer, prompt_vocab_size
-from training.weights.checkpoints import CONFIG, WEIGHTS, shapes
+from training.weights.checkpoints import CONFIG, POLICY, WEIGHTS, shapes
 
 PROMPT_ROWS = 256_000  # of PaliGemma's token table; the rest are places and segments, which no prompt holds
 PLAIN_PROMPT = "{task}\n"  # pi0's
@@ -162,27 +161,30 @@ def write_checkpoint(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.export.random_weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--bundle", type=Path, help="export it to this folder as well")
     parser.add_argument("--cameras", type=int, choices=(1, 2, 3), default=3)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--torch", action="store_true", help="with --bundle: both graphs for the torch engine as well")
     chosen = parser.parse_args(arguments)
     config = SIZES[chosen.size]()
     policy = policy_spec(config, chosen.size, chosen.cameras, PROMPT_LENGTH[chosen.size], chosen.seed)
-    dtypes: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     try:
-        write_checkpoint(chosen.out, config, policy, chosen.seed, dtypes[chosen.dtype])
+        write_checkpoint(chosen.out, config, policy, chosen.seed, DTYPES[chosen.dtype])
         if chosen.bundle is not None:
             export_bundle(
                 chosen.out, chosen.bundle, "Random weights: **never for an arm**.", chosen.torch, chosen.dtype
             )
     except (KiVlaError, OSError) as error:
-        print(f"random_bundle: {error}", file=sys.stderr)
-        return 1
+        print(f"random_weights: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Our own weights on disk: checkpoints, and training state to resume from. imports.py reads those of others.
+"""Our own weights on disk: checkpoints, and training state to resume from. foreign.py reads those of others.
 
 Nothing here executes code from a file: weights are safetensors, configs JSON, and optimizer state is loaded with
 `weights_only=True`.
@@ -21,6 +21,7 @@ from training.model.vla import VLA, VLAConfig
 from training.weights.files import WeightFiles, check_fit
 
 WEIGHTS, CONFIG, RESUME = "weights.safetensors", "config.json", "resume.pt"
+POLICY = "policy.json"  # a `PolicySpec`, beside the weights of a finished policy
 
 
 def save_checkpoint(

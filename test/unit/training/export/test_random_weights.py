@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support.sizes import SMALL
 
-from training.export.__main__ import check_policy, read_policy
+from training.export.bundle import check_policy, read_policy
 from training.export.random_weights import (
     PROMPT_LENGTH,
     SIZES,
@@ -96,5 +96,5 @@ def test_too_few_tokens_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SIZES, "100m", lambda: dataclasses.replace(SMALL, vocab_size=100))
-    assert main(["--size", "100m", "--out", str(tmp_path / "c")]) == 1
-    assert "random_bundle: vocab_size: expected at least" in capsys.readouterr().err
+    assert main(["--size", "100m", "--out", str(tmp_path / "c")]) == 2
+    assert "random_weights: vocab_size: expected at least" in capsys.readouterr().err

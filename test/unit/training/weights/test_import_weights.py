@@ -25,7 +25,7 @@ from ki_vla_ros.policy.preprocess import make_model_input, render_prompt
 from ki_vla_ros.records import CameraFrame, Observation
 from training import import_weights
 from training.export import tiny as tiny_bundle
-from training.export.__main__ import export_bundle
+from training.export.bundle import export_bundle
 from training.model.vla import VLAConfig
 from training.tokens.paligemma import read_tokenizer
 from training.tokens.words import prompt_tokenizer
@@ -153,7 +153,7 @@ def test_room_for_the_longest_state(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_paligemma_is_for_training_alone(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(files, "paligemma") == 1
+    assert run(files, "paligemma") == 2
     assert "untrained" in capsys.readouterr().err
     del files["--stats"], files["--robot"]
     assert run(files, "paligemma", "--action-ids", "16") == 0
@@ -172,7 +172,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_faults_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(message: str, kind: str = "pi05", *more: str) -> None:
-        assert run(files, kind, *more) == 1
+        assert run(files, kind, *more) == 2
         assert message in capsys.readouterr().err
         assert not files["--out"].exists()
 
@@ -200,7 +200,7 @@ def test_the_weights_are_looked_for_first(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     files["--stats"].unlink()
-    assert run(files, kind, "--from", str(tmp_path / "nope")) == 1
+    assert run(files, kind, "--from", str(tmp_path / "nope")) == 2
     assert f"{tmp_path}/nope: expected the weights" in capsys.readouterr().err
 
 
@@ -214,7 +214,7 @@ def short_tokenizer(folder: Path) -> Path:
 
 def test_an_earlier_checkpoint_is_not_written_over(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(files, "pi05") == 0
-    assert run(files, "pi05") == 1
+    assert run(files, "pi05") == 2
     assert "expected an empty place" in capsys.readouterr().err
 
 

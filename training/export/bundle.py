@@ -1,0 +1,156 @@
+"""From a checkpoint to a bundle, checked against torch.
+
+A checkpoint folder holds the weights and sizes (`training.weights.checkpoints`), `policy.json` (a `PolicySpec`) and
+`tokenizer.json`. Exported are the prefix up to its last keys and values, and one expert step; of the token table, only
+the rows that a prompt can hold. So the robot cannot decode answer, place or action tokens.
+
+The two graphs as modules are in graphs.py, how they become files in formats.py.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+from torch import nn
+
+from ki_vla_ros.bundle.folder import EXPERT, MANIFEST, PREFILL, PROGRAMS, TIME, TOKENIZER, Bundle, write_bundle
+from ki_vla_ros.bundle.manifest import PolicySpec, describe_validation
+from ki_vla_ros.bundle.onnx_header import read_header
+from ki_vla_ros.bundle.pt2 import read_program
+from ki_vla_ros.engines.torch_engine import TorchEngine
+from ki_vla_ros.errors import ConfigurationError
+from training.export.card import model_card
+from training.export.formats import write_graphs, write_programs
+from training.export.graphs import (
+    arrange,
+    cast_weights,
+    describe_graphs,
+    modulation_size,
+    sample_inputs,
+    time_file,
+    time_layers,
+)
+from training.export.parity import lowest_cosine, parity_error
+from training.model.vla import VLA
+from training.tokens.words import prompt_tokenizer, prompt_vocab_size
+from training.weights.checkpoints import POLICY, load_checkpoint
+
+TOLERANCE = 1e-4
+COSINE = 0.999  # of a bfloat16 bundle's chunks and the float32 model's
+CONSTANTS = 4096  # shapes, frequencies and the like in a graph, as numbers
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ExportError(RuntimeError):
+    """The exported graphs are not the model: they differ from torch, or hold what must stay behind."""
+
+
+def export_bundle(
+    checkpoint: Path, out: Path, notes: str = "", with_torch: bool = False, dtype: str = "float32"
+) -> Bundle:
+    """Write the bundle `out` and return it loaded; an earlier bundle there is replaced once the new one is whole.
+
+    `with_torch`: with the programs for the torch engine. A float32 bundle is run and compared with the model. bfloat16
+    graphs have no kernels in onnxruntime's CPU provider, so ONNX's own checker alone sees those; the programs are run
+    and compared with the model in float32, which then has to fit into memory.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise ConfigurationError(f"{out}: expected an empty place or an earlier bundle, got a folder of something else")
+    began_s = time.monotonic()
+    policy = read_policy(checkpoint / POLICY)
+    full_tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
+    model = cast_weights(load_checkpoint(checkpoint, dtype=None).eval().requires_grad_(False), DTYPES[dtype])
+    check_policy(policy, model, full_tokenizer)
+    prompt_rows = prompt_vocab_size(full_tokenizer)
+    tokenizer = prompt_tokenizer(full_tokenizer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        folder = Path(scratch).resolve() / out.name
+        folder.mkdir()
+        graphs = list(zip(arrange(model, prompt_rows), sample_inputs(model, policy), strict=True))
+        write_graphs(graphs, folder)
+        if with_torch:
+            write_programs(graphs, folder)
+        del graphs
+        (folder / TIME).write_bytes(time_file(model.expert))
+        check_left_behind(model, prompt_rows, folder)
+        graph = describe_graphs(model, policy, prompt_rows)
+        bundle = write_bundle(folder, policy, graph, tokenizer, model_card(policy, tokenizer, notes))
+        compared = "not compared with torch (bfloat16 does not run on a CPU's onnxruntime; --torch compares)"
+        if dtype == "float32":
+            errors = [parity_error(model, bundle)]
+            if with_torch:
+                errors.append(parity_error(model, bundle, engine=TorchEngine(bundle)))
+            for error in errors:
+                if not error <= TOLERANCE:
+                    raise ExportError(f"parity: expected the graphs within {TOLERANCE:g} of torch, got {error:.3g}")
+            compared = f"within {max(errors):.1e} of torch"
+        elif with_torch:
+            del model  # the one in float32 needs its place
+            cosine = lowest_cosine(checkpoint, bundle)
+            if not cosine >= COSINE:
+                raise ExportError(f"parity: expected a cosine of {COSINE:g} to float32 or more, got {cosine:.6f}")
+            compared = f"cosine {cosine:.6f} to torch in float32"
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    megabytes = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{out}: {megabytes:.1f} MB, {compared}; {time.monotonic() - began_s:.0f} s, peak memory {peak_gb:.1f} GiB")
+    return Bundle(out.resolve(), bundle.manifest, bundle.tokenizer)
+
+
+def read_policy(path: Path) -> PolicySpec:
+    """What training wrote beside the weights."""
+    try:
+        return PolicySpec.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{path}: expected the policy's description beside the weights, got none") from error
+    except ValidationError as error:
+        raise ConfigurationError(f"{path}: {describe_validation(error)}") from error
+
+
+def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:
+    """The policy's description, the tokenizer and the model's sizes must be of one thing."""
+    config = model.config
+    state_dim = policy.width if policy.state.as_token else None
+    for what, expected, got in (
+        ("image.size", config.vision.image_size, policy.image.size),
+        ("horizon", config.horizon, policy.horizon),
+        ("joints (or pad_to)", config.action_dim, policy.width),
+        ("width of the state token", config.state_dim, state_dim),
+        ("tokens in tokenizer.json", config.vocab_size, tokenizer.get_vocab_size()),
+    ):
+        if expected != got:
+            raise ConfigurationError(f"{POLICY}: {what}: expected {expected}, as the checkpoint has it, got {got}")
+
+
+def check_left_behind(model: VLA, prompt_rows: int, folder: Path) -> None:
+    """Refuse graphs with more weights than prefix and expert step have: they would hold a head or rows of answers."""
+
+    def size(*parts: nn.Module | None) -> int:
+        return sum(parameter.numel() for part in parts if part is not None for parameter in part.parameters())
+
+    last = model.backbone.layers[-1]
+    prefix = size(model.vision, model.projector, *model.backbone.layers)
+    prefix -= size(last.attention.q, last.attention.out, last.norm2, last.mlp)
+    prefix += prompt_rows * model.config.backbone.width
+    step = size(model.expert, model.action_in, model.action_out, model.state_in) + modulation_size(model)
+    step -= sum(weight.numel() + bias.numel() for weight, bias in time_layers(model.expert))
+    for name, expected in ((PREFILL, prefix), (EXPERT, step)):
+        found = {name: [*read_header(folder / name).weights.values()]}
+        program = folder / PROGRAMS[name]
+        if program.exists():
+            found[program.name] = [weight.shape for weight in read_program(program).weights.values()]
+        for file, shapes in found.items():
+            got = sum(math.prod(shape) for shape in shapes)
+            if got > expected + CONSTANTS:
+                raise ExportError(f"{file}: expected at most {expected} weights (and {CONSTANTS} constants), got {got}")

@@ -1,0 +1,95 @@
+"""One graph to one file: as ONNX, and as a torch.export program."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import onnx_ir
+import torch
+from torch import nn
+
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, PROGRAMS
+from training.export.graphs import Inputs
+
+OPSET = 20
+EMBEDDED_BYTES = 64 << 20  # larger weights lie in a file beside the graph; ONNX files themselves end at 2 GiB
+OUTPUTS = ("keys", "values", "prefix_mask"), ("velocity", "x_next")
+
+Graphs = Sequence[tuple[nn.Module, Inputs]]
+
+
+def write_graphs(graphs: Graphs, folder: Path) -> None:
+    """Both graphs as ONNX."""
+    for (graph, inputs), name, outputs in zip(graphs, (PREFILL, EXPERT), OUTPUTS, strict=True):
+        save_onnx(graph, inputs, outputs, folder / name)
+
+
+def write_programs(graphs: Graphs, folder: Path) -> None:
+    """Both graphs as torch.export programs."""
+    for (graph, inputs), name in zip(graphs, (PREFILL, EXPERT), strict=True):
+        save_program(graph, inputs, folder / PROGRAMS[name])
+
+
+def save_onnx(graph: nn.Module, inputs: Inputs, outputs: Sequence[str], path: Path) -> None:
+    """One graph to one file, without the trainer's file names and stack traces; large weights lie beside it."""
+    with torch_deprecations_ignored():
+        program = torch.onnx.export(
+            graph,
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    strip_remarks(program.model)
+    size = sum(weight.const_value.nbytes for weight in program.model.graph.initializers.values() if weight.const_value)
+    beside = f"{path.stem}.weights" if size > EMBEDDED_BYTES else None
+    onnx_ir.save(program.model, path, external_data=beside)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+@contextmanager
+def torch_deprecations_ignored() -> Iterator[None]:
+    """torch's exporter uses a class that torch itself has deprecated; here warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`isinstance\\(treespec", category=FutureWarning)
+        yield
+
+
+def save_program(graph: nn.Module, inputs: Inputs, path: Path) -> None:
+    """One graph to one file: what it reads, and nothing of the rest of the model or of the trainer's machine."""
+    with torch_deprecations_ignored():
+        program = torch.export.export(graph.eval(), tuple(inputs.values()))
+        names = program.graph_signature.inputs_to_parameters
+        unread = []
+        for node in list(program.graph.nodes):
+            # The device of each tensor as traced: on another one these assertions would fail.
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                program.graph.erase_node(node)
+        for node in list(program.graph.nodes):
+            node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}  # no stack trace, no names of files
+            if node.name in names and not node.users:
+                unread.append(node.name)
+                program.graph.erase_node(node)
+                del program.state_dict[names[node.name]]
+        specs = program.graph_signature.input_specs
+        specs[:] = [spec for spec in specs if spec.arg.name not in unread]
+        del program.module_call_graph[1:]  # the names of all submodules
+        program.example_inputs = None  # torch would pickle them
+        torch.export.save(program, path)
+
+
+def strip_remarks(model: onnx_ir.Model) -> None:
+    """torch notes a stack trace at every node: useless on a robot, and it names the trainer's files."""
+    graph = model.graph
+    values = [value for node in graph.all_nodes() for value in node.outputs]
+    for part in (model, graph, *graph.all_nodes(), *values, *graph.inputs, *graph.initializers.values()):
+        part.metadata_props.clear()
+        part.doc_string = None
