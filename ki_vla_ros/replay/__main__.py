@@ -26,10 +26,9 @@ from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.messages.decode import BagMessage
 from ki_vla_ros.records import NS_PER_S, Observation
-from ki_vla_ros.replay.ahead import Ahead, can_guess
 from ki_vla_ros.replay.document import METRICS, make_metrics, write_metrics
 from ki_vla_ros.replay.figures import Figures
-from ki_vla_ros.replay.latency import MEASURED, RECORDED, MeasuredLatency, RecordedLatency, parse_latency
+from ki_vla_ros.replay.latency import MEASURED, RECORDED, RecordedLatency, parse_latency
 from ki_vla_ros.replay.options import ReplayOptions
 from ki_vla_ros.replay.predicted import PredictionBag
 from ki_vla_ros.replay.records import ReplayResult, TickRecord
@@ -101,11 +100,6 @@ def run(chosen: argparse.Namespace, thresholds: Sequence[Threshold] = ()) -> Rep
         # Before anything takes long.
         grid = make_grid(chosen.sweep, plan.settings, plan.bundle.manifest) if chosen.sweep else None
         trace = Trace(plan.bundle.manifest)
-        ahead = None
-        if not isinstance(latency, MeasuredLatency) and not as_recorded and can_guess(plan.settings):
-            second = open_engine(plan.bundle, plan.settings)
-            resources.callback(second.close)
-            ahead = resources.enter_context(Ahead(plan.bundle, second))
         progress = Progress(bag)
         resources.enter_context(progress.interruptible())
         predicted = None
@@ -133,7 +127,6 @@ def run(chosen: argparse.Namespace, thresholds: Sequence[Threshold] = ()) -> Rep
             on_message=on_message,
             on_tick=on_tick,
             on_observation=trace.see,
-            ahead=ahead,
         )
         replay = Replay(bag, plan.bundle, engine, plan.settings, plan.topics, options)
         result = _measure(bag, plan, replay, trace, progress, chosen.out)

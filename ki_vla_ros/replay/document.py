@@ -11,7 +11,6 @@ from typing import Any
 from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.replay.figures import Figures
-from ki_vla_ros.replay.latency import MeasuredLatency
 from ki_vla_ros.replay.records import METRICS_SCHEMA
 from ki_vla_ros.replay.run import Replay
 from ki_vla_ros.replay.setup import SetUp
@@ -74,10 +73,7 @@ def make_metrics(
         metrics["parity"] = {**replay.inbox.parity.summary(), "not_reproduced": dict(causes[:CAUSES_LISTED])}
     metrics["fingerprint"] = hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
     metrics["realtime_factor"] = duration_s / wall_s if wall_s > 0.0 else None
-    timing = figures.timing()
-    if not isinstance(options.latency, MeasuredLatency):
-        timing["latency_s"] = None  # the next chunk is computed beside: no tick took what one takes on this machine
-    metrics["timing"] = {"wall_s": wall_s, "computed_ahead": replay.computed_ahead, **timing}
+    metrics["timing"] = {"wall_s": wall_s, **figures.timing()}
     return metrics
 
 

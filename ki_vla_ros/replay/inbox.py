@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading
 from ki_vla_ros.replay.inputs import Parity, ReplayBuffer
 from ki_vla_ros.replay.options import ReplayOptions
 from ki_vla_ros.replay.topics import ReplayTopics
-from ki_vla_ros.runtime.observation import ObservationBuffer
 from ki_vla_ros.runtime.paths import CommandedPath, MeasuredPath, Reference
 
 
@@ -42,8 +41,6 @@ class Inbox:
         self.reference: Reference | None = None
         if topics.missing_reference is None:
             self.reference = self._commanded if topics.command else self.measured
-        # Of messages that were looked at before their time came, by the identity that they keep until then.
-        self._read_early: dict[int, CameraFrame | JointReading] = {}
 
     def take(self, message: BagMessage) -> None:
         """InputError where it cannot be used."""
@@ -82,28 +79,10 @@ class Inbox:
             path.forget(since_ns - NS_PER_S)
         return answer_NJ
 
-    def foresee(self, coming: Iterable[BagMessage]) -> ObservationBuffer:
-        """The buffer as it will be when these have come; InputError where one cannot be used."""
-        frames, readings = [], []
-        for message in coming:
-            if message.topic in self._cameras:
-                frames.append(self._frame(message))
-                self._read_early[id(message)] = frames[-1]
-            elif message.topic == self._topics.joint_states:
-                readings.append(self._reading(message))
-                self._read_early[id(message)] = readings[-1]
-        return self._buffer.with_upcoming(frames, readings)
-
     def _frame(self, message: BagMessage) -> CameraFrame:
-        early = self._read_early.pop(id(message), None)
-        if isinstance(early, CameraFrame):
-            return early
         camera = self._cameras[message.topic]
         return self._options.read_frame(message, camera, self._image_size, self._use_receive_time)
 
     def _reading(self, message: BagMessage) -> JointReading:
-        early = self._read_early.pop(id(message), None)
-        if isinstance(early, JointReading):
-            return early
         reading = self._options.read_joints(message)
         return dataclasses.replace(reading, stamp_ns=message.log_ns) if self._use_receive_time else reading

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, header_
 from ki_vla_ros.messages.pixels import read_image
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE
 from ki_vla_ros.policy.preprocess import resize_with_pad
-from ki_vla_ros.records import CameraFrame, JointReading, Observation
+from ki_vla_ros.records import CameraFrame, Observation
 from ki_vla_ros.runtime.observation import ObservationBuffer
 
 # A recorder may get a message so much later than the node did. Not longer than the frames that a buffer keeps.
@@ -158,10 +157,6 @@ class Feed:
             self._ahead.append(message)
             self._foreseen(message)
 
-    def upcoming(self, until_ns: int) -> Iterator[BagMessage]:
-        """What will be handed on until then, as far as `foresee` has read."""
-        return takewhile(lambda message: message.log_ns <= until_ns, self._ahead)
-
     def advance(self, to_ns: int, until: Callable[[], bool] = lambda: False) -> None:
         """Sets the clock to `to_ns`, or to where `until` became true."""
         while not until():
@@ -212,18 +207,6 @@ class ReplayBuffer(ObservationBuffer):
             self.watch(now_ns)
             self.feed.advance(now_ns)
         return super().latest(now_ns, max_age_ns)[1]
-
-    def with_upcoming(self, frames: Iterable[CameraFrame], readings: Iterable[JointReading]) -> ObservationBuffer:
-        """A buffer as this one will be when these have come."""
-        foreseen = ObservationBuffer([camera.source for camera in self._cameras.values()], self._joints, "")
-        for name, camera in self._cameras.items():
-            foreseen._cameras[name].frames.extend(camera.frames)
-        foreseen._readings.extend(self._readings)
-        for frame in frames:
-            foreseen.add_frame(frame)
-        for reading in readings:
-            foreseen.add_joints(reading)
-        return foreseen
 
     def _broken(self, observation: Observation) -> CameraFrame | None:
         """The first frame whose pixels cannot be read; the node would have refused it when it came."""

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from ki_vla_ros.messages.decode import BagMessage, joint_reading
 from ki_vla_ros.records import CameraFrame, JointReading, Observation
-from ki_vla_ros.replay.ahead import Ahead
 from ki_vla_ros.replay.inputs import bag_frame
 from ki_vla_ros.replay.latency import Latency, MeasuredLatency
 from ki_vla_ros.replay.records import TickRecord
@@ -24,7 +23,7 @@ class ReplayOptions:
     the node's did. `on_message` gets each message read, `on_observation` what each chunk is made of, `on_tick` each
     tick at once, without reference, and the observation of its chunk. `noise_by_tick`: a chunk's noise belongs to its
     tick's number and not to the count of chunks, so that replays with other settings start from the same. `read_frame`
-    and `read_joints` make records of messages. `ahead` computes the next chunk meanwhile.
+    and `read_joints` make records of messages.
     """
 
     instruction: str = ""
@@ -38,7 +37,6 @@ class ReplayOptions:
     on_observation: Callable[[Observation], None] = lambda observation: None
     noise_by_tick: bool = False
     read_frame: Callable[[BagMessage, str, int, bool], CameraFrame] = bag_frame
-    ahead: Ahead | None = None
     read_joints: Callable[[BagMessage], JointReading] = joint_reading
 
 

@@ -14,7 +14,6 @@ from ki_vla_ros.errors import EngineError
 from ki_vla_ros.policy.policy import Guide, Policy
 from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.records import ActionChunk, ModelInput, Observation
-from ki_vla_ros.replay.ahead import Ahead, Guess
 from ki_vla_ros.replay.latency import Latency
 from ki_vla_ros.settings.settings import JacobianName
 
@@ -24,22 +23,12 @@ Array = NDArray[np.float64]
 class ReplayPolicy(Policy):
     """`decoded` is the last chunk with its observation, whether or not it went out; set it to None before a tick."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        engine: Engine,
-        latency: Latency,
-        guidance_jacobian: JacobianName,
-        ahead: Ahead | None = None,
-    ) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, latency: Latency, guidance_jacobian: JacobianName) -> None:
         super().__init__(bundle, engine, guidance_jacobian=guidance_jacobian)
-        self._latency, self._ahead = latency, ahead
-        self._guess: Guess | None = None
-        self.computed_ahead = 0
+        self._latency = latency
         self.decoded: tuple[ActionChunk, Observation] | None = None
         self.chunk_index: int | None = None  # instead of the loop's own count, for recorded ticks
         self.drawn_index = 0
-        self.upcoming: tuple[Observation, str] | None = None  # what the next tick is expected to see and be told
         self._input: ModelInput | None = None
         # The loop's ticket for keys and values, and ours, which differ after a probe has overwritten them.
         self._given: KVCache | None = None
@@ -48,19 +37,11 @@ class ReplayPolicy(Policy):
 
     def noise(self, chunk_index: int) -> NDArray[np.float32]:
         self.drawn_index = chunk_index if self.chunk_index is None else self.chunk_index
-        if self._ahead is not None and self.upcoming is not None:
-            self._ahead.begin(*self.upcoming, self.drawn_index + 1, self.flow_steps, self.noise_seed)
-            self.upcoming = None
         return super().noise(self.drawn_index)
 
     def prefill(self, model_input: ModelInput) -> KVCache:
         self._input = model_input
-        guess = None if self._ahead is None else self._ahead.take()
-        self._guess = guess if guess is not None and guess.is_of(model_input) else None
-        if self._guess is None:
-            self._given = self._held = super().prefill(model_input)
-        else:  # our own engine's buffers stay as they are until something needs them
-            self._given, self._held = KVCache(self, 0), None
+        self._given = self._held = super().prefill(model_input)
         self._latency.computed(prefill=True)
         return self._given
 
@@ -74,14 +55,7 @@ class ReplayPolicy(Policy):
         if cache is not self._given:
             raise EngineError("replay: expected the keys and values of the last prefill, got older ones")
         self._call = state_J, guide
-        guess = self._guess
-        # The state is a part of the input that was guessed: prefill_period_s is 0 then.
-        usable = guess is not None and guide is None and guess.flow_steps == self.flow_steps
-        if guess is not None and usable and np.array_equal(guess.noise_HA, noise_HA):
-            actions_HA = guess.actions_HA
-            self.computed_ahead += 1
-        else:
-            actions_HA = super().denoise(self._renewed(), noise_HA, state_J, guide)
+        actions_HA = super().denoise(self._renewed(), noise_HA, state_J, guide)
         self._latency.computed(prefill=False)
         return actions_HA
 

@@ -24,7 +24,6 @@ from ki_vla_ros.messages.type_names import TEXT
 from ki_vla_ros.policy.preprocess import check_instruction
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
 from ki_vla_ros.replay.activity import Activity
-from ki_vla_ros.replay.ahead import can_guess
 from ki_vla_ros.replay.inbox import Inbox
 from ki_vla_ros.replay.inputs import Feed, RecordedTick, ReplayBuffer, read_tick
 from ki_vla_ros.replay.options import MessageSource, ReplayOptions
@@ -42,8 +41,6 @@ from ki_vla_ros.settings.settings import Settings
 # The first tick waits for the first message of every input, at most so long.
 START_WAIT_NS = 1_000_000_000
 WATCHDOG_NS = 20_000_000
-# Frames of the next tick may come so much later after its time; of 0, 1 and 2.5 ms this foresees most ticks.
-FRAMES_LATE_NS = 1_000_000
 
 
 class Replay:
@@ -66,7 +63,7 @@ class Replay:
         self._latency, manifest = options.latency, bundle.manifest
         self._diagnostics = ReplayDiagnostics()
         self._wire = ReplayWire(self._latency)
-        self._policy = ReplayPolicy(bundle, engine, self._latency, settings.guidance_jacobian, options.ahead)
+        self._policy = ReplayPolicy(bundle, engine, self._latency, settings.guidance_jacobian)
         self._policy.warm_up()
         self._buffer = ReplayBuffer(
             camera_sources(manifest, settings, lambda name: name, topics.cameras),
@@ -101,11 +98,6 @@ class Replay:
     def now_ns(self) -> int:
         """How far the bag has been read, in its own time."""
         return self._feed.now_ns
-
-    @property
-    def computed_ahead(self) -> int:
-        """Chunks that were there when they were asked for."""
-        return self._policy.computed_ahead
 
     @property
     def stopped(self) -> str | None:
@@ -152,7 +144,6 @@ class Replay:
                 behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
                 if settings.align_to_cameras and behind_ns is not None and abs(behind_ns) <= BURST_WAIT_NS:
                     self._feed.advance(now_ns + BURST_WAIT_NS, until=lambda at=now_ns: self._buffer.has_burst(at))  # type: ignore[misc]
-                self._guess(self._feed.now_ns + round(NS_PER_S / settings.rate_hz) + FRAMES_LATE_NS)
                 record, ended_ns = self._tick(self._feed.now_ns, pacer.missed, None)
                 if record.hold is not None and self._feed.ended:
                     return  # the bag ended while it computed: nobody knows what would have come of it
@@ -162,19 +153,6 @@ class Replay:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))
             missed = pacer.missed
             self._loop.rest()
-
-    def _guess(self, next_ns: int) -> None:
-        """Has the next tick's chunk computed while this one's is worked on."""
-        settings = self.settings
-        if self.options.ahead is None or not can_guess(settings):
-            return
-        max_age_ns, slop_ns = (round(limit * NS_PER_S) for limit in (settings.max_age_s, settings.sync_slop_s))
-        self._feed.foresee(next_ns)
-        try:
-            observation = self.inbox.foresee(self._feed.upcoming(next_ns)).observe(next_ns, max_age_ns, slop_ns)
-        except InputError:
-            return  # when its time has come, it will be said
-        self._policy.upcoming = observation, self._loop.instruction
 
     def _recorded_ticks(self) -> Iterator[TickRecord]:
         last_ns: int | None = None

@@ -49,7 +49,7 @@ _FIGURES: Mapping[str, Sequence[str]] = {
     "sensitivity": ("every_s", "chunks"),
     "sensitivity.probes.PROBE": (*_RMS, "ratio", "ratio_ci.BOUND", "by_joint.JOINT"),
     "parity": ("chunks", "max_difference", "unmatched", "not_reproduced.CAUSE"),
-    "timing": ("wall_s", "computed_ahead", "latency_s.NUMBER"),
+    "timing": ("wall_s", "latency_s.NUMBER"),
     "timing.stage_ms.STAGE": _SPREAD,
 }
 _PLACEHOLDER = re.compile(r"[A-Z]+")

@@ -131,8 +131,8 @@ def record_run(folder: Path, bundle: Bundle, seconds: float, settings: Mapping[s
     return bench.wire.chunks
 
 
-def record_inputs(folder: Path, seconds: float, instruction: str = TASK, halfway: str = "") -> None:
-    """Only what a robot's drivers publish, and the task, with another one `halfway`; the arm moves on `path_J`."""
+def record_inputs(folder: Path, seconds: float, instruction: str = TASK) -> None:
+    """Only what a robot's drivers publish, and the task; the arm moves on `path_J`."""
     writer = BagWriter(folder)
     if instruction:
         writer.text("/policy/instruction", START - MS, instruction)
@@ -142,6 +142,4 @@ def record_inputs(folder: Path, seconds: float, instruction: str = TASK, halfway
             for camera in CAMERAS:
                 writer.image(camera, now_ns + CAMERA_DELAY_NS, now_ns, picture(camera, number))
         writer.joints(now_ns + MS, now_ns, path_J(now_ns))
-        if halfway and number == round(seconds * 50):
-            writer.text("/policy/instruction", now_ns + 2 * MS, halfway)
     writer.close()

@@ -132,21 +132,6 @@ def test_two_runs_with_a_fixed_latency_are_the_same_to_the_byte(tmp_path: Path, 
     assert read_bytes(tmp_path / "three" / "predicted") != runs[0][1]
 
 
-def test_computing_ahead_changes_nothing_but_the_time(
-    tmp_path: Path, demo: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = tmp_path / "bag"
-    record_inputs(inputs, 6.0, halfway="touch the blue ball")  # nobody can guess that
-    arguments = ["--latency", "0.07", "--sensitivity-every", "0.5"]
-    ahead = replay(inputs, tmp_path / "ahead", demo, *arguments)
-    assert ahead["timing"]["computed_ahead"] > 0.8 * ahead["ticks"]["chunks"]
-    monkeypatch.setattr("ki_vla_ros.replay.__main__.can_guess", lambda settings: False)
-    alone = replay(inputs, tmp_path / "alone", demo, *arguments)
-    assert alone["timing"]["computed_ahead"] == 0
-    assert alone["fingerprint"] == ahead["fingerprint"]
-    assert read_bytes(tmp_path / "alone" / "predicted") == read_bytes(tmp_path / "ahead" / "predicted")
-
-
 def read_bytes(folder: Path) -> bytes:
     return next(folder.glob("*.mcap")).read_bytes()
 
