@@ -18,6 +18,11 @@ from ki_vla_ros.errors import InputError
 NS_PER_S = 1_000_000_000
 
 
+def to_ns(duration_s: float) -> int:
+    """The nearest whole number of nanoseconds."""
+    return round(duration_s * NS_PER_S)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CameraFrame:
     """One image: `rgb_HWC` uint8, taken at `stamp_ns`."""

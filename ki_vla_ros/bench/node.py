@@ -32,7 +32,7 @@ from ki_vla_ros.bench.timing import spread
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import KiVlaError
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import NS_PER_S, to_ns
 from ki_vla_ros.ros.children import Child, Children, prepare_environment
 from ki_vla_ros.ros.convert import ns_to_stamp
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
@@ -199,7 +199,7 @@ def summarize(
     """
     if not ticks:
         raise KiVlaError("bench: expected ticks, got none")
-    first_ns = ticks[0]["stamp_ns"] + round(WARM_UP_S * NS_PER_S)
+    first_ns = ticks[0]["stamp_ns"] + to_ns(WARM_UP_S)
     counted = [tick for tick in ticks if tick["stamp_ns"] >= first_ns]
     sent = [tick for tick in counted if tick["chunk_index"] is not None]
     if len(sent) < 2:

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ki_vla_ros.records import to_ns
+
 PAD_TOKEN = "<pad>"
 UNKNOWN_TOKEN = "<unk>"
 
@@ -170,7 +172,7 @@ class PolicySpec(_Frozen):
 
     @property
     def action_period_ns(self) -> int:
-        return round(self.action_period_s * 1e9)
+        return to_ns(self.action_period_s)
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicySpec:

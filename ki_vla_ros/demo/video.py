@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.demo.driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, WRIST_IMAGE
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, header_ns
-from ki_vla_ros.records import NS_PER_S, CameraFrame
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, header_ns, time_to_ns
+from ki_vla_ros.records import CameraFrame
 from ki_vla_ros.sim.demonstrator import joints_to_tip
 from ki_vla_ros.sim.task import sample_scene
 from ki_vla_ros.sim.world import World
@@ -82,7 +82,7 @@ class Film:
         order = [message.joint_names.index(name) for name in self.projector.joints]
         position_HJ = np.array([point.positions for point in message.points])[:, order]
         self.path_HX = np.array([self.projector.project("scene", tip) for tip in joints_to_tip(position_HJ)])
-        offsets = [point.time_from_start.sec * NS_PER_S + point.time_from_start.nanosec for point in message.points]
+        offsets = [time_to_ns(point.time_from_start) for point in message.points]
         self.due_H = header_ns(message) + np.array(offsets)
 
     def _compose(self, scene: Picture, wrist: Picture, stamp_ns: int) -> Picture:

@@ -7,18 +7,16 @@ messages, J joints.
 from __future__ import annotations
 
 import re
-import struct
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading, read_stamp_ns, time_to_ns
 from ki_vla_ros.messages.pixels import read_image
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TRAJECTORY
 from ki_vla_ros.records import NS_PER_S
@@ -125,7 +123,7 @@ class InputWatch:
         if message.type not in (IMAGE, COMPRESSED_IMAGE):
             return
         try:
-            stamp_ns = _stamp_ns(message)
+            stamp_ns = read_stamp_ns(message)
             if message.type == IMAGE:
                 stream.encodings[read_image(f"camera {name!r}", message.data).encoding] += 1
             if stream.count % self._every[name] == 0:
@@ -161,7 +159,7 @@ class InputWatch:
         try:
             command = decode(message)
             names = list(command.joint_names)
-            points = [(_duration_ns(p.time_from_start), p.positions) for p in command.points]
+            points = [(time_to_ns(p.time_from_start), p.positions) for p in command.points]
             near = [p for p in points if p[0] <= NS_PER_S // 10] or points[:1]
             if not near or set(names) < set(self.manifest.joint_names):
                 return
@@ -169,16 +167,3 @@ class InputWatch:
             self.commands.add(message.log_ns + near[-1][0], np.array(near[-1][1], dtype=np.float64)[order])
         except (InputError, ValueError, IndexError) as error:
             self.command.refuse(InputError(f"command: {error}"))
-
-
-def _stamp_ns(message: BagMessage) -> int:
-    """The stamp of a message that begins with a header, without reading the rest."""
-    try:
-        sec, nanosec = struct.unpack_from("<iI" if message.data[1] else ">iI", message.data, 4)
-    except (struct.error, IndexError) as error:
-        raise InputError(f"{message.topic}: expected a header, got {len(message.data)} bytes") from error
-    return int(sec) * NS_PER_S + int(nanosec)
-
-
-def _duration_ns(duration: Any) -> int:
-    return int(duration.sec) * NS_PER_S + int(duration.nanosec)

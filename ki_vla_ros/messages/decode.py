@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -75,5 +76,20 @@ def joint_reading(message: BagMessage) -> JointReading:
     return JointReading.from_fields(header_ns(state), state.name, state.position)
 
 
+def time_to_ns(time: Any) -> int:
+    """A builtin_interfaces Time or Duration, rclpy's or rosbags', in nanoseconds."""
+    return int(time.sec) * NS_PER_S + int(time.nanosec)
+
+
 def header_ns(message: Any) -> int:
-    return int(message.header.stamp.sec) * NS_PER_S + int(message.header.stamp.nanosec)
+    """The stamp in a message's header."""
+    return time_to_ns(message.header.stamp)
+
+
+def read_stamp_ns(message: BagMessage) -> int:
+    """The stamp of a message that begins with a header, without reading the rest; InputError if it is too short."""
+    try:
+        sec, nanosec = struct.unpack_from("<iI" if message.data[1] else ">iI", message.data, 4)
+    except (struct.error, IndexError) as error:
+        raise InputError(f"{message.topic}: expected a header, got {len(message.data)} bytes") from error
+    return int(sec) * NS_PER_S + int(nanosec)

@@ -21,13 +21,10 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.messages.decode import header_ns
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
 from ki_vla_ros.runtime.diagnostics import Report
-
-
-def stamp_to_ns(stamp: Time) -> int:
-    return int(stamp.sec) * NS_PER_S + int(stamp.nanosec)
 
 
 def ns_to_stamp(time_ns: int) -> Time:
@@ -43,7 +40,7 @@ def frame_from_message(message: bytes | CompressedImage, camera: str, received_n
     """
     where = f"camera {camera!r}"
     if isinstance(message, CompressedImage):
-        stamp_ns = stamp_to_ns(message.header.stamp) if received_ns is None else received_ns
+        stamp_ns = header_ns(message) if received_ns is None else received_ns
         return CameraFrame(camera, stamp_ns, decode_compressed(where, message.data))
     image = read_image(where, message)
     stamp_ns = image.stamp_ns if received_ns is None else received_ns
@@ -68,7 +65,7 @@ def _cv_bridge() -> Any:
 
 def reading_from_message(message: JointState, received_ns: int | None = None) -> JointReading:
     """InputError as JointReading.from_fields."""
-    stamp_ns = stamp_to_ns(message.header.stamp) if received_ns is None else received_ns
+    stamp_ns = header_ns(message) if received_ns is None else received_ns
     return JointReading.from_fields(stamp_ns, message.name, message.position)
 
 

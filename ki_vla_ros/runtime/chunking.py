@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import SafetyRefusal
-from ki_vla_ros.records import ActionChunk, Condition
+from ki_vla_ros.records import ActionChunk, Condition, to_ns
 from ki_vla_ros.settings.settings import ExecutorName
 
 # What `inference_delay` "auto" is taken from: the last five seconds' delays at 10 Hz, without the first ones, because
@@ -84,7 +84,7 @@ class ChunkExecutor:
         if settings.executor == "temporal_ensemble":
             return True
         waited_ns = tick_ns - self._running.accepted_ns
-        return waited_ns >= _ns(settings.execution_horizon_s) - _ns(1.0 / settings.rate_hz) // 2
+        return waited_ns >= to_ns(settings.execution_horizon_s) - to_ns(1.0 / settings.rate_hz) // 2
 
     def delay(self, settings: ChunkSettings) -> int:
         """d: actions that will be consumed before the chunk now being computed takes over."""
@@ -103,7 +103,7 @@ class ChunkExecutor:
             delay = min(delay, self._max_prefix)
             weight_H = (np.arange(self._horizon) < delay).astype(np.float64)
         else:
-            end = math.floor(_ns(settings.guidance_horizon_s) / self._period_ns) or known
+            end = math.floor(to_ns(settings.guidance_horizon_s) / self._period_ns) or known
             weight_H = soft_mask(self._horizon, delay, min(end, known))
         if not weight_H.any():
             return None
@@ -117,7 +117,7 @@ class ChunkExecutor:
         """
         if settings.executor == "synchronous":
             # The arm has been waiting at rest: the chunk starts when it is there, not when it was asked for.
-            count = max(1, min(chunk.horizon, round(_ns(settings.execution_horizon_s) / chunk.period_ns)))
+            count = max(1, min(chunk.horizon, round(to_ns(settings.execution_horizon_s) / chunk.period_ns)))
             return dataclasses.replace(
                 chunk,
                 start_ns=now_ns + lead_ns,
@@ -195,7 +195,3 @@ def cubic(chunk: ActionChunk, time_N: NDArray[np.int64]) -> tuple[NDArray[np.flo
     before = s < 0.0
     slope = np.where((phase_N > chunk.horizon - 1)[:, None], 0.0, slope)
     return np.where(before, p0 + s * m0, inside), np.where(before, m0 / period_s, slope)
-
-
-def _ns(duration_s: float) -> int:
-    return round(duration_s * 1e9)

@@ -16,7 +16,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.records import ActionChunk, Motion, to_ns
 from ki_vla_ros.runtime.chunking import cubic
 
 Array = NDArray[np.float64]
@@ -55,7 +55,7 @@ class Governor:
     def __init__(self, joints: tuple[str, ...], period_s: float) -> None:
         self.running: Motion | None = None
         self._joints = joints
-        self._period_s, self._period_ns = period_s, round(period_s * NS_PER_S)
+        self._period_s, self._period_ns = period_s, to_ns(period_s)
 
     def handover_ns(self, now_ns: int, lead_ns: int) -> int:
         """The first instant of the running motion that is at least `lead_ns` away: there the next one takes over."""

@@ -15,7 +15,7 @@ from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import EmergencyStop, InstructionError, KiVlaError, SafetyRefusal, StaleInput
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input, state_token
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation, to_ns
 from ki_vla_ros.runtime.chunking import ChunkExecutor
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.runtime.governor import Bounds, Governor
@@ -99,14 +99,14 @@ class PolicyLoop:
         InputError, EngineError or SafetyRefusal when the arm must be held instead.
         """
         policy, wire = self._policy, self._wire
-        max_age_ns, lead_ns = _ns(settings.max_age_s), _ns(settings.lead_s)
+        max_age_ns, lead_ns = to_ns(settings.max_age_s), to_ns(settings.lead_s)
         if self._latched is not None:
             raise SafetyRefusal(f"stopped: {self._latched}; call ~/reset when nothing stands in the way")
         instruction = self.instruction
         prefix = self._usable_prefix(settings, tick_ns, instruction)
         with watch.stage("observation"):
             if prefix is None:
-                observation = self._buffer.observe(tick_ns, max_age_ns, _ns(settings.sync_slop_s))
+                observation = self._buffer.observe(tick_ns, max_age_ns, to_ns(settings.sync_slop_s))
             else:
                 stamp_ns, state_J = self._buffer.latest(tick_ns, max_age_ns)
                 observation = Observation(stamp_ns, prefix.observation.frames, state_J, (stamp_ns,))
@@ -162,8 +162,8 @@ class PolicyLoop:
         prefix = self._prefix
         if prefix is None or prefix.instruction != instruction:
             return None
-        due = tick_ns - prefix.tick_ns >= _ns(settings.prefill_period_s) - _ns(1.0 / settings.rate_hz) // 2
-        too_old = tick_ns - prefix.observation.stamp_ns > _ns(settings.max_kv_age_s)
+        due = tick_ns - prefix.tick_ns >= to_ns(settings.prefill_period_s) - to_ns(1.0 / settings.rate_hz) // 2
+        too_old = tick_ns - prefix.observation.stamp_ns > to_ns(settings.max_kv_age_s)
         return None if due or too_old else prefix
 
     def _prefill(self, observation: Observation, instruction: str, tick_ns: int, watch: Stopwatch) -> Prefix:
@@ -206,7 +206,7 @@ class PolicyLoop:
         with self._moving:
             now_ns = self._wire.now_ns()
             late_ns = now_ns - self._fresh_ns
-            if self._held or self._at_rest(now_ns) or late_ns <= _ns(settings.hold_after_s):
+            if self._held or self._at_rest(now_ns) or late_ns <= to_ns(settings.hold_after_s):
                 return
             reason = f"watchdog: no fresh chunk for {late_ns / 1e6:.0f} ms, limit {settings.hold_after_s * 1e3:.0f} ms"
             self._wire.log(f"holding: {reason} (hold_after_s)", "watchdog")
@@ -255,7 +255,7 @@ class PolicyLoop:
                 if settings.align_to_cameras:
                     self._buffer.await_burst(now_ns, behind_ns)
                 self.step(settings, self._wire.now_ns(), pacer.missed)
-                pacer.advance(self._wire.now_ns(), _ns(1.0 / settings.rate_hz))
+                pacer.advance(self._wire.now_ns(), to_ns(1.0 / settings.rate_hz))
                 if settings.align_to_cameras:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))
                 self._sleep_until_due(pacer)
@@ -356,9 +356,9 @@ class PolicyLoop:
             if self._held:
                 return
             bounds = self._gate.bounds
-            from_ns = self._governor.handover_ns(now_ns, _ns(settings.lead_s))
+            from_ns = self._governor.handover_ns(now_ns, to_ns(settings.lead_s))
             try:
-                measured_J = self._buffer.measured(now_ns, _ns(settings.max_age_s))
+                measured_J = self._buffer.measured(now_ns, to_ns(settings.max_age_s))
                 motion = self._governor.rest_at(measured_J, measured_J, from_ns, now_ns, bounds)
                 self._gate.judge(motion, measured_J)
             except (StaleInput, SafetyRefusal) as refusal:
@@ -384,7 +384,3 @@ class PolicyLoop:
             if not self._started:  # between deactivation and activation it may be anywhere
                 self._wire.log("arm: it is not where it was sent; going on from where it is", "moved")
             self._governor.running = None
-
-
-def _ns(duration_s: float) -> int:
-    return round(duration_s * NS_PER_S)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import InputError, StaleInput
-from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, Observation
+from ki_vla_ros.records import CameraFrame, JointReading, Observation, to_ns
 from ki_vla_ros.settings.settings import Settings
 
 # Frames per camera that an observation may be chosen from: at 30 Hz the last 0.27 s. Full images, so not more.
@@ -393,4 +393,4 @@ def camera_sources(
 
 def own_limit_ns(max_age_s: float) -> int | None:
     """An input's own `max_age_s`; None: it has none."""
-    return round(max_age_s * NS_PER_S) or None
+    return to_ns(max_age_s) or None
