@@ -31,7 +31,7 @@ setup(
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
     package_data={NAME: ["sim/*.xml"]},
     data_files=share_files(),
-    install_requires=["numpy", "pydantic>=2", "rosbags", "tokenizers"],
+    install_requires=["numpy", "pydantic>=2", "pyyaml", "rosbags", "tokenizers"],
     extras_require={
         # Beside a ROS installation python3-opencv is there already, and a robot may prefer onnxruntime-gpu.
         "demo": ["av", "mujoco", "onnxruntime", "opencv-python-headless"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -11,9 +11,9 @@ from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.replay.topics import ReplayTopics, find_session, resolve_topics
-from ki_vla_ros.settings.parameter_file import NODE, load_settings, load_tables
+from ki_vla_ros.settings.parameter_file import NODE, load_sections, load_settings, parameter_values
 from ki_vla_ros.settings.session import Session
-from ki_vla_ros.settings.settings import ReferenceName, Settings, parameter_specs, settings_from_parameters
+from ki_vla_ros.settings.settings import ReferenceName, Settings, settings_from_parameters
 from ki_vla_ros.share import find_bundle
 
 # In the parameter file, beside the policy's own parameters: `/**/replay: {ros__parameters: {reference: command}}`.
@@ -84,29 +84,12 @@ def set_up(
     )
 
 
-def parameter_values(settings: Settings, cameras: Sequence[str], joints: Sequence[str]) -> dict[str, object]:
-    """By dotted name."""
-    values: dict[str, object] = {}
-    for spec in parameter_specs(cameras, joints):
-        *path, last = spec.name.split(".")
-        owner: object = settings
-        if path[:1] == ["cameras"]:
-            owner = settings.camera(spec.name.removeprefix("cameras.").rpartition(".")[0])
-        elif path[:2] == ["limits", "joints"]:
-            owner = settings.limits.of(spec.name.removeprefix("limits.joints.").rpartition(".")[0])
-        else:
-            for part in path:
-                owner = getattr(owner, part)
-        values[spec.name] = getattr(owner, last)
-    return values
-
-
 def _replay_table(params: Path) -> Mapping[str, object]:
     """What the parameter file says for replays; empty if nothing."""
     return {
         name: value
-        for table, values in load_tables(params).items()
-        if table.rpartition("/")[2] == REPLAY
+        for section, values in load_sections(params).items()
+        if section.rpartition("/")[2] == REPLAY
         for name, value in values.items()
     }
 

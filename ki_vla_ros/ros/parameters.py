@@ -6,13 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
-from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.exceptions import (
+    InvalidParameterTypeException,
+    InvalidParameterValueException,
+    ParameterUninitializedException,
+)
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.settings.settings import ParameterSpec, Settings, check_names, parameter_specs, settings_from_parameters
+
+_REFUSALS = (InvalidParameterTypeException, InvalidParameterValueException, ParameterUninitializedException)
 
 
 class Parameters:
@@ -61,7 +67,8 @@ class Parameters:
         for spec in specs:
             try:
                 self._node.declare_parameter(spec.name, spec.default, _descriptor(spec))
-            except (InvalidParameterTypeException, InvalidParameterValueException) as error:
+                self._node.get_parameter(spec.name)  # raises where YAML gives an empty list, which rclpy declares
+            except _REFUSALS as error:
                 got = self._overrides[spec.name].value
                 bounds = "" if spec.minimum is None else f" from {spec.minimum:g} to {spec.maximum:g}"
                 expected = f"{type(spec.default).__name__}{bounds}"

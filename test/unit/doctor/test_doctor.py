@@ -23,9 +23,7 @@ from ki_vla_ros.doctor.setup import Machine, Request
 from ki_vla_ros.messages.decode import BagMessage, typestore
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.settings.parameter_file import load_settings, matches
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics
-from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_bundle, find_share
 
 HEALTHY = Machine((3, 11), "2.1.0", {})
@@ -326,27 +324,3 @@ def test_findings_are_ordered_and_told() -> None:
     assert table.index("error") < table.index("warning") and "-> do d" in table
     assert max(map(len, table.splitlines())) <= 110
     assert [f["check"] for f in as_json(findings, [])["findings"]] == ["c", "a"]
-
-
-@pytest.mark.parametrize(
-    "pattern, node, fits",
-    [
-        ("/**/policy", "/policy", True),
-        ("/**/policy", "/left/arm/policy", True),
-        ("policy", "/policy", True),
-        ("/*/policy", "/left/policy", True),
-        ("/*/policy", "/policy", False),
-        ("/**", "/left/policy", True),
-        ("/**/policy", "/left/policy_2", False),
-    ],
-)
-def test_node_names_in_parameter_files(pattern: str, node: str, fits: bool) -> None:
-    assert matches(pattern, node) == fits
-
-
-def test_parameter_files_of_the_package_are_read_as_the_node_reads_them(tmp_path: Path) -> None:
-    settings = load_settings(find_share("config/demo.yaml"))
-    assert settings.executor == "temporal_ensemble" and settings.max_age_s == 0.4
-    nested = tmp_path / "nested.yaml"
-    nested.write_text("left:\n  policy:\n    ros__parameters: {use_sim_time: true, limits.velocity_scale: 0.5}\n")
-    assert load_settings(nested, "/left/policy") == Settings.model_validate({"limits": {"velocity_scale": 0.5}})
