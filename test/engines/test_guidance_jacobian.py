@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from support.bundles import HORIZON, write_test_bundle
 from support.exported import A, Made, draw
-from support.robots import PolicyProcess, Robot, until
 
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.base import KVCache
@@ -180,35 +175,6 @@ def test_both_forms_draw_a_chunk_to_the_running_one(made: Made, engine: TorchEng
 
 
 # --- choosing it
-
-
-@pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py
-@pytest.mark.parametrize("made", ["text"], indirect=True)
-def test_the_node_runs_the_true_form(
-    robot: Robot, start: Callable[..., PolicyProcess], made: Made, tmp_path: Path
-) -> None:
-    program = tmp_path / "ros/node.py"
-    program.write_text(
-        "import sys\n"
-        "from ki_vla_ros import node\n"
-        "from ki_vla_ros.engines.torch_engine import TorchEngine\n"
-        "pullback = TorchEngine.pullback\n"
-        "TorchEngine.pullback = lambda *given: (print('pulled', flush=True), pullback(*given))[1]\n"
-        "sys.exit(node.main())\n"
-    )
-    chosen: dict[str, Any] = {"engine": "torch", "executor": "rtc", "guidance_jacobian": "exact"}
-    policy = start(
-        program=(str(program),),
-        bundle=str(made.bundle.path),
-        autostart=True,
-        instruction="touch the red cube",
-        limits__on_jump="clamp",
-        limits__on_speed="clamp",
-        limits__on_position="clamp",
-        **chosen,
-    )
-    until(lambda: len(robot.chunks) >= 3 and "pulled" in policy.output)
-    assert policy.stop() == 0, policy.output
 
 
 def test_the_true_jacobian_needs_a_backward_pass(made: Made, plain: Bundle) -> None:

@@ -11,7 +11,8 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from std_msgs.msg import String
 from support.bundles import JOINTS, params_file
-from support.robots import TASK, PolicyProcess, Robot, until
+from support.robots import TASK, PolicyProcess, Robot
+from support.waiting import until
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.doctor.__main__ import diagnose, main

@@ -21,7 +21,8 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import Empty, String
 from support import ROOT
 from support.bundles import JOINTS, demo_policy
-from support.robots import TASK, PolicyProcess, Robot, ns_of, until
+from support.robots import TASK, PolicyProcess, Robot, ns_of
+from support.waiting import until
 
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
 

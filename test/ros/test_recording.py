@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from support import ROOT
 from support.bundles import demo_observation
-from support.robots import PATIENCE_S, TASK, PolicyProcess, Robot, ns_of, until
+from support.robots import TASK, PolicyProcess, Robot, ns_of
+from support.waiting import PATIENCE_S, until
 
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import load_bundle

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ from ki_vla_ros.errors import InputError
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from support import ROOT
 from support.bundles import CAMERAS, JOINTS, demo_observation
+from support.waiting import PATIENCE_S, until
 
 TASK = "touch the red cube"
-PATIENCE_S = 40.0
 
 
 class Robot:
@@ -178,13 +177,6 @@ def ns_of(time_: Any) -> int:
 
 def stamp_of(time_ns: int) -> Time:
     return Time(sec=time_ns // 1_000_000_000, nanosec=time_ns % 1_000_000_000)
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 class PolicyProcess:

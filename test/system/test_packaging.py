@@ -149,6 +149,12 @@ def test_each_requirement_has_one_pinned_version(version: str) -> None:
         assert {canonicalize_name(r.name) for r in requirements(name)} - {"cuda-bindings"} <= pins.keys()
 
 
+def loaded_by(modules: str) -> set[str]:
+    """Top-level names of all that is loaded when `modules` are imported."""
+    code = f"import sys, {modules}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(run_python(code).split())
+
+
 def test_robot_needs_no_trainer_and_the_trainer_no_ros() -> None:
     modules = "[m.name for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if '.torch_' not in m.name]"
     code = (
@@ -158,11 +164,12 @@ def test_robot_needs_no_trainer_and_the_trainer_no_ros() -> None:
     )
     robot = set(run_python(code.format("ki_vla_ros")).split())
     assert not robot & {"torch", "training", "onnx"}
+    assert not loaded_by("ki_vla_ros.policy.policy, ki_vla_ros.engines.onnx_engine") & {"rclpy", "mujoco"}
+    assert "mujoco" not in loaded_by("ki_vla_ros.ros.node")
     trainer = set(run_python(code.format("training")).split())
     assert "rclpy" not in trainer
     # Bags are read to make datasets; training itself reads the datasets.
-    training = "import sys, training.train; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    assert not set(run_python(training).split()) & {"rclpy", "rosbags"}
+    assert not loaded_by("training.train") & {"rclpy", "rosbags"}
 
 
 def test_help_lists_every_target() -> None:

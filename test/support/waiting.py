@@ -1,0 +1,18 @@
+"""How tests wait for what must come: they look for it, and give up after a time that is set here alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+# For a process to start, ROS discovery to end, a message to come: seconds on a quiet machine. Only a test that fails
+# waits so long, so it may be generous to a busy machine; two of them fit into pytest's own limit (pyproject.toml).
+PATIENCE_S = 60.0
+
+
+def until(condition: Callable[[], object], what: str = "") -> None:
+    """Returns as soon as `condition()` is true; after `PATIENCE_S` the test fails and says what never came."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {PATIENCE_S:.0f} s in vain{what and ' for '}{what}"
+        time.sleep(0.01)
