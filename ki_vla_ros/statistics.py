@@ -1,17 +1,19 @@
-"""Means over time and how sure they are: sums by segment of time, and a bootstrap that draws whole segments.
+"""What is said of many values: their spread, ratios and means over time, and how sure these are.
 
+Means over time come from sums by segment of time, their intervals from a bootstrap that draws whole segments.
 Neighbouring ticks see nearly the same and err alike, so single ticks would make an interval far too narrow; segments
 that are longer than a chunk hardly know of each other (block bootstrap, Kuensch 1989). Legend: G segments, R draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S
 
 Array = NDArray[np.float64]
@@ -19,7 +21,40 @@ Interval = list[float] | None
 Figure = Callable[[Array, Array], Array]
 
 RESAMPLES = 1000
+# More than of segments: a median takes few values, and such a draw is cheap.
+RATIO_RESAMPLES = 2000
 FEWEST_SEGMENTS = 3
+
+
+def spread(values: Sequence[float] | NDArray[Any]) -> dict[str, float]:
+    """`p50`, `p90`, `p99` and `max` of at least one value; between two values they are linear."""
+    names = ("p50", "p90", "p99", "max")
+    return dict(zip(names, np.percentile(values, [50, 90, 99, 100]).tolist(), strict=True))
+
+
+def interval_95(drawn_R: Array) -> list[float]:
+    """The ends of the 95 % interval of a figure, from its values in all draws, those left out that are not finite: in such
+    a draw nothing counted.
+    """
+    low, high = np.percentile(drawn_R[np.isfinite(drawn_R)], [2.5, 97.5]).tolist()
+    return [low, high]
+
+
+def ratio_of_medians(numerator_ms: Array, denominator_ms: Array, seed: int = 0) -> dict[str, float]:
+    """`ratio` and the ends, `low` and `high`, of its 95 % interval.
+
+    The interval is a bootstrap over rounds (Efron 1979, percentiles): both calls of a drawn round go in together, since
+    what slowed one down is likely to have slowed down the other.
+    """
+    if numerator_ms.shape != denominator_ms.shape:
+        raise ConfigurationError(
+            f"ratio: expected as many rounds of both, got {len(numerator_ms)} and {len(denominator_ms)}"
+        )
+    rounds = len(numerator_ms)
+    drawn = np.random.default_rng(seed).integers(0, rounds, (RATIO_RESAMPLES, rounds))
+    ratio_R = np.median(numerator_ms[drawn], axis=1) / np.median(denominator_ms[drawn], axis=1)
+    low, high = interval_95(ratio_R)
+    return {"ratio": float(np.median(numerator_ms) / np.median(denominator_ms)), "low": low, "high": high}
 
 
 class SegmentSums:
@@ -76,9 +111,7 @@ class Draws:
             if self.drawn is None:
                 return value, None
             values_R = figure(*self.drawn)
-        known_R = values_R[np.isfinite(values_R)]
-        low, high = np.percentile(known_R, [2.5, 97.5]).tolist()
-        return value, [low, high]
+        return value, interval_95(values_R)
 
 
 def root_mean(rows: Any = slice(None), columns: Any = slice(None), weight_J: Array | float = 1.0) -> Figure:

@@ -7,9 +7,10 @@ from dataclasses import fields
 from typing import Any
 
 from ki_vla_ros.bench.model import CALLS, WARM_UP, SetUp, longest_input
-from ki_vla_ros.bench.timing import ratio_of_medians, spread, time_alternating
+from ki_vla_ros.bench.timing import time_alternating
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.statistics import ratio_of_medians, spread
 
 
 def parse_set_up(text: str, defaults: SetUp) -> SetUp:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bench.roofline import Ceiling, Work, measure_ceiling
-from ki_vla_ros.bench.timing import choose_clock, spread, time_alternating
+from ki_vla_ros.bench.timing import choose_clock, time_alternating
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.bundle.onnx_header import GraphHeader, read_header
@@ -27,6 +27,7 @@ from ki_vla_ros.policy.policy import Policy, widen
 from ki_vla_ros.records import ModelInput
 from ki_vla_ros.settings.settings import settings_from_parameters
 from ki_vla_ros.share import find_bundle
+from ki_vla_ros.statistics import spread
 
 CALLS = 1000
 """Fewer give no 99th percentile worth the name."""

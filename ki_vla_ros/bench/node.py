@@ -28,7 +28,6 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.bench.timing import spread
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import KiVlaError
@@ -37,6 +36,7 @@ from ki_vla_ros.ros.children import Child, Children, prepare_environment
 from ki_vla_ros.ros.convert import ns_to_stamp
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.share import find_bundle
+from ki_vla_ros.statistics import spread
 
 IMAGE_WIDTH, IMAGE_HEIGHT = 640, 480
 MODEL_STAGES = ("prefill", "denoise")

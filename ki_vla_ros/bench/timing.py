@@ -1,10 +1,9 @@
-"""Durations: taken in alternation, and what is said about them."""
+"""Durations, taken in turns; statistics.py has what is said about them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +11,6 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import ConfigurationError
 
 Durations = NDArray[np.float64]
-RESAMPLES = 2000
-
-
-def spread(values: Sequence[float] | NDArray[Any]) -> dict[str, float]:
-    names = ("p50", "p90", "p99", "max")
-    return dict(zip(names, np.percentile(values, [50, 90, 99, 100]).tolist(), strict=True))
 
 
 def alternating(names: Sequence[str], rounds: int) -> Iterator[tuple[str, ...]]:
@@ -57,20 +50,3 @@ def choose_clock(processor_time: bool, threads: int) -> Callable[[], int]:
     if processor_time and threads != 1:
         raise ConfigurationError(f"--processor-time: expected one thread, got {threads}; their times would add up")
     return time.process_time_ns if processor_time else time.perf_counter_ns
-
-
-def ratio_of_medians(numerator_ms: Durations, denominator_ms: Durations, seed: int = 0) -> dict[str, float]:
-    """`ratio` and the ends, `low` and `high`, of its 95 % interval.
-
-    The interval is a bootstrap over rounds (Efron 1979, percentiles): both calls of a drawn round go in together, since
-    what slowed one down is likely to have slowed down the other.
-    """
-    if numerator_ms.shape != denominator_ms.shape:
-        raise ConfigurationError(
-            f"ratio: expected as many rounds of both, got {len(numerator_ms)} and {len(denominator_ms)}"
-        )
-    rounds = len(numerator_ms)
-    drawn = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
-    ratios = np.median(numerator_ms[drawn], axis=1) / np.median(denominator_ms[drawn], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5]).tolist()
-    return {"ratio": float(np.median(numerator_ms) / np.median(denominator_ms)), "low": low, "high": high}

@@ -24,7 +24,7 @@ import numpy as np
 from ki_vla_ros.bags.writer import Recorder
 from ki_vla_ros.bundle.folder import file_sha256, load_bundle
 from ki_vla_ros.demo.driver import ARM, POLICY, TOPICS, Driver, Observed
-from ki_vla_ros.demo.report import Episode, Run, percentiles, rate_hz, write_report
+from ki_vla_ros.demo.report import Episode, Run, rate_hz, write_report
 from ki_vla_ros.demo.video import import_av, make_video
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.ros.children import Child, ChildError, Children, prepare_environment
@@ -32,6 +32,7 @@ from ki_vla_ros.share import find_bundle, find_share
 from ki_vla_ros.sim.demonstrator import Expert
 from ki_vla_ros.sim.task import Split, Task, sample_scene
 from ki_vla_ros.sim.world import TIME_LIMIT_S, TIMESTEP_S, World
+from ki_vla_ros.statistics import spread
 
 SEEDS_PER_RUN: Final = 100_000
 FIRST_CHUNK_LIMIT_S: Final = 5.0
@@ -208,7 +209,7 @@ class StatusLine:
     def update(self, instruction: str, seen: Observed) -> None:
         ticks_ms = [tick["stage_ms"]["total"] for tick in seen.ticks if tick["chunk_index"] is not None]
         if ticks_ms:
-            tick = percentiles(ticks_ms)
+            tick = spread(ticks_ms)
             self._figures = (
                 f"{rate_hz([seen.chunk_times_s]):4.1f} Hz, tick {tick['p50']:.0f}/{tick['p99']:.0f} ms p50/p99"
             )

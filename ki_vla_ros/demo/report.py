@@ -16,8 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from ki_vla_ros.demo.driver import Observed
-
-PERCENTILES: Final = (50, 90, 99)
+from ki_vla_ros.statistics import spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +63,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "chance_follow_rate": _mean(1.0 / episode.objects for episode in episodes),
         "expert_success_rate": _mean(run.expert_success),
         "chunk_rate_hz": rate_hz([observed.chunk_times_s for observed in run.observed]),
-        "tick_ms": percentiles(total_ms),
-        "stages_ms": {stage: percentiles(durations) for stage, durations in stages.items()},
+        "tick_ms": _rounded(total_ms),
+        "stages_ms": {stage: _rounded(durations) for stage, durations in stages.items()},
         "deadline_misses": sum(observed.ticks[-1]["deadline_misses"] for observed in run.observed if observed.ticks),
         "camera_rate_hz": min(
             rate_hz([observed.image_times_s[camera] for observed in run.observed]) for camera in cameras
@@ -90,8 +89,8 @@ def rate_hz(arrivals_s: Iterable[Sequence[float]]) -> float:
     return round(sum(len(times) - 1 for times in stretches) / span_s, 3) if span_s > 0.0 else 0.0
 
 
-def percentiles(durations_ms: Sequence[float]) -> dict[str, float]:
-    return {f"p{p}": round(float(np.percentile(durations_ms, p)), 2) for p in PERCENTILES}
+def _rounded(durations_ms: Sequence[float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in spread(durations_ms).items()}
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -12,6 +12,7 @@ from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import InputWatch, Stream
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.statistics import spread
 
 # Share of anything else that is passed over: single events are the node's to refuse.
 RARE = 0.01
@@ -143,7 +144,7 @@ def _ages_s(stream: Stream) -> NDArray[np.float64]:
 
 
 def _p90(values_N: NDArray[np.float64]) -> float:
-    return float(np.percentile(values_N, 90))
+    return spread(values_N)["p90"]
 
 
 def _rounded_up(duration_s: float) -> float:

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bench.timing import spread
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, Motion
 from ki_vla_ros.replay.records import Prediction, TickRecord
-from ki_vla_ros.statistics import Draws, SegmentSums, root_mean
+from ki_vla_ros.statistics import Draws, SegmentSums, interval_95, root_mean, spread
 
 Array = NDArray[np.float64]
 
@@ -268,7 +267,7 @@ def _ratio(drawn: Draws, noise: Draws, columns: NDArray[np.intp]) -> dict[str, A
         return {"ratio": None, "ratio_ci": None}
     interval = None
     if drawn.drawn is not None and noise.drawn is not None:
-        interval = np.percentile(figure(*drawn.drawn) / figure(*noise.drawn), [2.5, 97.5]).tolist()
+        interval = interval_95(figure(*drawn.drawn) / figure(*noise.drawn))
     return {"ratio": float(one / other), "ratio_ci": interval}
 
 

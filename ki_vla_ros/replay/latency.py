@@ -19,6 +19,7 @@ import numpy as np
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.statistics import spread
 
 MEASURED, RECORDED = "measured", "recorded"
 LONGEST_S = 60.0
@@ -110,8 +111,8 @@ class DrawnLatency(_Simulated):
         if len(durations_ns) == 0:
             raise ConfigurationError(f"latency: expected at least one duration in {source}, got none")
         self._durations_ns, self._seed, self._number = np.sort(np.asarray(durations_ns, dtype=np.int64)), seed, 0
-        p50, p99 = np.percentile(self._durations_ns, [50, 99]) / 1e6
-        self.description = f"drawn from {len(durations_ns)} of {source}, p50 {p50:.1f} ms, p99 {p99:.1f} ms"
+        ms = spread(self._durations_ns / 1e6)
+        self.description = f"drawn from {len(durations_ns)} of {source}, p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms"
 
     def begin(self, number: int, recorded_ns: int | None) -> None:
         self._number, self._elapsed_ns = number, 0

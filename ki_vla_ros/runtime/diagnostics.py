@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-import numpy as np
-
 from ki_vla_ros.runtime.observation import InputStatus
+from ki_vla_ros.statistics import spread
 
 # Ticks that percentiles and rates are taken over: half a minute at 10 Hz.
 WINDOW = 300
@@ -155,8 +154,8 @@ class Diagnostics:
                 **durations,
             }.items():
                 if kept:
-                    p50, p99 = np.percentile(kept, [50, 99])
-                    values[f"{name}_p50"], values[f"{name}_p99"] = f"{p50:.2f}", f"{p99:.2f}"
+                    found = spread(kept)
+                    values |= {f"{name}_{percentile}": f"{found[percentile]:.2f}" for percentile in ("p50", "p99")}
             values.update({f"refused {cause}": str(count) for cause, count in self._refusals.items()})
             values.update({f"corrected {what}": str(count) for what, count in self._corrections.items()})
             hold = self._hold

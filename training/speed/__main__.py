@@ -30,12 +30,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ki_vla_ros.bench.model import longest_input, state_token
-from ki_vla_ros.bench.timing import Durations, choose_clock, ratio_of_medians, spread, time_alternating
+from ki_vla_ros.bench.timing import Durations, choose_clock, time_alternating
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.statistics import ratio_of_medians, spread
 from training.model.vla import VLA, Cache
 from training.speed.peer import build_peer, peer_prefill
 from training.weights.checkpoints import load_checkpoint

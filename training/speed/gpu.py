@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from ki_vla_ros.bench.model import SetUp, longest_input
 from ki_vla_ros.bench.roofline import Ceiling, Work, measure_ceiling
-from ki_vla_ros.bench.timing import Durations, spread, time_alternating
+from ki_vla_ros.bench.timing import Durations, time_alternating
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.statistics import spread
 from training.export.graphs import arrange, cast_weights, describe_graphs, modulations
 from training.export.random_weights import PROMPT_LENGTH, SIZES, draw_weights, policy_spec
 from training.model.vla import VLA, Cache, VLAConfig

@@ -20,7 +20,7 @@ from ki_vla_ros.replay.sweep.grid import HORIZON, HORIZON_S, Changes, Grid, Valu
 from ki_vla_ros.report.pages import section, table
 from ki_vla_ros.report.plots import Axes, Span, figure
 from ki_vla_ros.settings.parameter_file import NODE, PARAMETERS
-from ki_vla_ros.statistics import FEWEST_SEGMENTS, Draws
+from ki_vla_ros.statistics import FEWEST_SEGMENTS, Draws, interval_95
 
 Array = NDArray[np.float64]
 # Of all ticks: holds, refusals and missed deadlines that are one candidate more than the best are still as good.
@@ -92,7 +92,7 @@ def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int)
     for c, (candidate, outcome) in enumerate(zip(grid.candidates, outcomes, strict=True)):
         ci = None
         if error_RC is not None and np.isfinite(error_RC[:, c]).any():
-            ci = np.nanpercentile(error_RC[:, c], [2.5, 97.5]).tolist()
+            ci = interval_95(error_RC[:, c])
         rows.append(
             Row(
                 changes=candidate.changes,
