@@ -33,8 +33,9 @@ def spread(values: Sequence[float] | NDArray[Any]) -> dict[str, float]:
 
 
 def interval_95(drawn_R: Array) -> list[float]:
-    """The ends of the 95 % interval of a figure, from its values in all draws, those left out that are not finite: in such
-    a draw nothing counted.
+    """The ends of a figure's 95 % interval, from its values in all draws.
+
+    A value that is not finite is left out: in its draw nothing counted.
     """
     low, high = np.percentile(drawn_R[np.isfinite(drawn_R)], [2.5, 97.5]).tolist()
     return [low, high]
