@@ -6,7 +6,8 @@ a user (`ConfigurationError`, `BundleError`), the robot's inputs (`InputError`),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class KiVlaError(Exception):
@@ -55,3 +56,9 @@ class EmergencyStop(SafetyRefusal):
 
 class SimulationError(KiVlaError):
     """The simulator cannot start or was asked for something it cannot do."""
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the end of a message, or "" where nothing is near."""
+    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""

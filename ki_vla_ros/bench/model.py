@@ -25,7 +25,7 @@ from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy, widen
 from ki_vla_ros.records import ModelInput
-from ki_vla_ros.settings.settings import settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.statistics import spread
 

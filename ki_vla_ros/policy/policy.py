@@ -6,7 +6,6 @@ Legend: L prompt tokens, H horizon, A action dim (the joints, perhaps more), J j
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache
 from ki_vla_ros.errors import ConfigurationError, EngineError
+from ki_vla_ros.policy.guidance import Guide, guidance
 from ki_vla_ros.policy.preprocess import make_model_input, normalize, unnormalize
 from ki_vla_ros.records import ActionChunk, Condition, ModelInput, Observation
 from ki_vla_ros.settings.settings import JacobianName
@@ -22,16 +22,6 @@ from ki_vla_ros.settings.settings import JacobianName
 
 def _ignore(stage: str) -> None:
     """No stopwatch."""
-
-
-@dataclass(frozen=True, eq=False)
-class Guide:
-    """Normalised actions that a new chunk is to begin with; see `chunking.Condition`."""
-
-    action_HA: NDArray[np.float32]
-    weight_H: NDArray[np.float32]
-    clean: bool
-    strength: float
 
 
 class Policy:
@@ -182,9 +172,3 @@ class Policy:
 def widen(values: NDArray[np.float32], width: int) -> NDArray[np.float32]:
     """Zeros after the joints: what models that are wider than the robot (pi0, pi0.5) were trained with."""
     return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
-
-
-def guidance(t: float, strongest: float) -> np.float32:
-    """Weight of the guidance at flow time t (1: noise): min(beta, t / (1 - t) * ((1 - t)^2 + t^2) / t^2)."""
-    done = 1.0 - t
-    return np.float32(strongest if done == 0.0 else min(strongest, (done**2 + t**2) / (done * t)))

@@ -39,7 +39,7 @@ from ki_vla_ros.replay.sweep.grid import make_grid
 from ki_vla_ros.replay.sweep.output import tune
 from ki_vla_ros.replay.thresholds import Threshold, check_figure, parse_threshold
 from ki_vla_ros.replay.trace import Trace
-from ki_vla_ros.settings.settings import parameter_specs
+from ki_vla_ros.settings.names import parameter_specs
 
 PREDICTED, REPORT = "predicted", "report.html"
 # metrics.json is written so often while a long bag is read, and for the first time after the first of these.

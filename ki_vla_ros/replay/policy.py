@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.base import Engine, KVCache
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.policy.policy import Guide, Policy
+from ki_vla_ros.policy.guidance import Guide
+from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.records import ActionChunk, ModelInput, Observation
 from ki_vla_ros.replay.latency import Latency

@@ -11,9 +11,10 @@ from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.replay.topics import ReplayTopics, find_session, resolve_topics
+from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.parameter_file import NODE, load_sections, load_settings, parameter_values
 from ki_vla_ros.settings.session import Session
-from ki_vla_ros.settings.settings import ReferenceName, Settings, settings_from_parameters
+from ki_vla_ros.settings.settings import ReferenceName, Settings
 from ki_vla_ros.share import find_bundle
 
 # In the parameter file, beside the policy's own parameters: `/**/replay: {ros__parameters: {reference: command}}`.

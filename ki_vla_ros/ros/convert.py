@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import array
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -22,6 +21,7 @@ from std_msgs.msg import Float64MultiArray, String
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages.decode import header_ns
+from ki_vla_ros.messages.encode import encode_trajectory
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
 from ki_vla_ros.runtime.diagnostics import Report
@@ -78,7 +78,7 @@ def command_message(motion: Motion, now_ns: int, splice: bool = False) -> bytes:
     start_ns = motion.from_ns if splice else now_ns
     # The last instant always: a motion that only says "stay" has no other.
     first = min(int(np.searchsorted(motion.time_N, start_ns, side="right")), len(motion.time_N) - 1)
-    return _trajectory(
+    return encode_trajectory(
         start_ns if splice else 0,
         motion.joints,
         motion.time_N[first:] - start_ns,
@@ -95,7 +95,7 @@ def stream_message(position_J: NDArray[np.float64]) -> Float64MultiArray:
 def chunk_message(chunk: ActionChunk) -> bytes:
     """The predicted chunk as a record of it, a serialized JointTrajectory: stamped with its observation, all of it."""
     due_H = (np.arange(chunk.horizon) + 1) * chunk.period_ns
-    return _trajectory(chunk.start_ns, chunk.joints, due_H, chunk.position_HJ, chunk.velocity_HJ)
+    return encode_trajectory(chunk.start_ns, chunk.joints, due_H, chunk.position_HJ, chunk.velocity_HJ)
 
 
 def text_message(fields: Mapping[str, object]) -> String:
@@ -114,52 +114,6 @@ def diagnostics_message(name: str, hardware: str, report: Report, now_ns: int) -
     message = DiagnosticArray(status=[status])
     message.header.stamp = ns_to_stamp(now_ns)
     return message
-
-
-def _trajectory(
-    stamp_ns: int,
-    joints: Sequence[str],
-    time_N: NDArray[np.int64],
-    position_NJ: NDArray[np.float64],
-    velocity_NJ: NDArray[np.float64],
-) -> bytes:
-    """A trajectory_msgs/JointTrajectory as CDR bytes, with times from its start.
-
-    Through message objects fifty points take a millisecond, half of it in rclpy, between model and arm.
-    """
-    head = bytearray(b"\0\1\0\0")  # CDR, little-endian
-    head += struct.pack("<iII4x", *divmod(stamp_ns, NS_PER_S), 1)  # no frame: an empty string, padded
-    head += struct.pack("<I", len(joints))
-    for name in joints:
-        text = name.encode() + b"\0"
-        head += struct.pack("<I", len(text)) + text + bytes(-len(text) % 4)
-    head += struct.pack("<I", len(time_N))
-    points = np.zeros(len(time_N), dtype=_point_type(len(joints)))
-    points["joints"] = points["joints_again"] = len(joints)
-    points["position"], points["velocity"] = position_NJ, velocity_NJ
-    points["sec"], points["nanosec"] = np.divmod(time_N, NS_PER_S)
-    body = points.tobytes()
-    # Doubles begin at a multiple of eight, counted from after the first four bytes: the first point's may need no gap.
-    return bytes(head) + (body if (len(head) - 4) % 8 == 0 else body[:4] + body[8:])
-
-
-@cache
-def _point_type(joints: int) -> np.dtype[np.void]:
-    """A JointTrajectoryPoint with positions and velocities, where it begins at a multiple of eight bytes."""
-    return np.dtype(
-        [
-            ("joints", "<u4"),
-            ("gap", "<u4"),
-            ("position", "<f8", (joints,)),
-            ("joints_again", "<u4"),
-            ("gap_again", "<u4"),
-            ("velocity", "<f8", (joints,)),
-            ("accelerations", "<u4"),
-            ("effort", "<u4"),
-            ("sec", "<i4"),
-            ("nanosec", "<u4"),
-        ]
-    )
 
 
 def _doubles(values: NDArray[np.float64] | Sequence[float]) -> Any:

@@ -44,6 +44,7 @@ from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import PolicyLoop
 from ki_vla_ros.runtime.observation import ObservationBuffer, camera_sources, own_limit_ns
 from ki_vla_ros.runtime.shadow import ShadowComparison
+from ki_vla_ros.runtime.thread import LoopThread
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, session_topic
 from ki_vla_ros.share import find_bundle
 
@@ -67,6 +68,7 @@ class Loaded:
     buffer: ObservationBuffer
     wire: NodeWire
     loop: PolicyLoop
+    thread: LoopThread
     identity: BundleIdentity
     shadow: ShadowComparison | None
 
@@ -253,7 +255,7 @@ class PolicyNode(LifecycleNode):
             loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)
             loop.instruction = settings.instruction
             identity = BundleIdentity(name=manifest.name, manifest_sha256=file_sha256(bundle.path / MANIFEST))
-            loaded = Loaded(bundle, engine, buffer, wire, loop, identity, shadow)
+            loaded = Loaded(bundle, engine, buffer, wire, loop, LoopThread(loop), identity, shadow)
             for source in sources:
                 raw = settings.camera(source.name).transport == "raw"
                 on_image = partial(self._on_image, source.name, loaded)
@@ -318,12 +320,12 @@ class PolicyNode(LifecycleNode):
     def _start_loop(self) -> None:
         assert self._loaded is not None  # the state machine lets only a configured node get here
         self._publish_session()
-        self._loaded.loop.start()
+        self._loaded.thread.start()
         self._activated_s = time.monotonic()
 
     def _halt(self) -> None:
         if self._loaded is not None:
-            self._loaded.loop.stop()
+            self._loaded.thread.stop()
             self._loaded.wire.wait_until_received()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The line from inputs to command, once per tick, in a thread of its own. No ROS: it ends at the `Wire`."""
+"""The line from inputs to command, once per tick. No ROS: it ends at the `Wire`. thread.py runs it in real time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +21,35 @@ from ki_vla_ros.runtime.chunking import ChunkExecutor
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.runtime.governor import Bounds, Governor
 from ki_vla_ros.runtime.observation import ObservationBuffer
-from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
 from ki_vla_ros.runtime.safety import SafetyGate, joint_bounds
-from ki_vla_ros.runtime.wire import Wire
 from ki_vla_ros.settings.settings import Settings
 
-# Simulated time may run at any speed, so a waiting loop looks at it this often.
-SIMULATED_CLOCK_POLL_S = 0.005
 # A resting arm farther from its last command than this share of a joint's range has been moved by others.
 MOVED_SHARE = 0.02
 # Share of the speed limits that ramp_in_s begins with.
 FIRST_SHARE = 0.1
-# Before the loop tries again after a fault of its own.
-FAILED_TICK_S = 0.1
+
+
+class Wire(Protocol):
+    """Where commands and reports go, and the node's clock: ROS topics, a replay or a simulation."""
+
+    def now_ns(self) -> int:
+        """0 while there is no time yet (simulated time before the first message on /clock)."""
+        ...
+
+    def simulated_clock(self) -> bool: ...
+
+    def send_command(self, motion: Motion, now_ns: int) -> None: ...
+
+    def report_chunk(self, chunk: ActionChunk) -> None:
+        """The whole chunk as predicted, before anything is dropped or corrected."""
+        ...
+
+    def report_tick(self, fields: Mapping[str, object]) -> None: ...
+
+    def log(self, message: str, cause: str) -> None:
+        """A warning; repetitions with the same cause may be thinned out."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,11 +73,11 @@ class Sent:
 
 
 class PolicyLoop:
-    """Runs from `start` to `stop`; may be started again.
+    """Between `begin` and `end` the caller calls `adopt` and `step` once per tick, and `watch` often; may begin again.
 
     `settings` is called once per tick, so that a change applies from one chunk to the next. `instruction` may be set at
-    any time to one that the bundle understands; "" means hold. `watch`, `latch` and `reset` may be called from another
-    thread: whatever the tick is doing then, nothing of it reaches the wire after a latched stop.
+    any time to one that the bundle understands; "" means hold. `end`, `watch`, `latch` and `reset` may be called from
+    another thread: whatever the tick is doing then, nothing of it reaches the wire after a latched stop or the end.
     """
 
     def __init__(
@@ -73,10 +90,10 @@ class PolicyLoop:
     ) -> None:
         self.instruction = ""
         self._policy = policy
-        self._buffer = buffer
-        self._wire = wire
-        self._diagnostics = diagnostics
-        self._settings = settings
+        self.buffer = buffer
+        self.wire = wire
+        self.diagnostics = diagnostics
+        self.settings = settings
         manifest = policy.bundle.manifest
         self._executor = ChunkExecutor(manifest.horizon, manifest.action_period_ns, manifest.max_prefix_delay)
         self._governor = Governor(manifest.joint_names, settings().command_period_s)
@@ -90,15 +107,14 @@ class PolicyLoop:
         self._started = False  # since then no chunk has gone out
         self._held = False  # the running motion is a hold already
         self._moving = threading.RLock()  # held by whoever changes what the arm does
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._ended = False
 
     def tick(self, settings: Settings, tick_ns: int, watch: Stopwatch) -> Sent | None:
         """One tick that starts at `tick_ns`; the chunk that went out, or None if none was due.
 
         InputError, EngineError or SafetyRefusal when the arm must be held instead.
         """
-        policy, wire = self._policy, self._wire
+        policy, wire = self._policy, self.wire
         max_age_ns, lead_ns = to_ns(settings.max_age_s), to_ns(settings.lead_s)
         if self._latched is not None:
             raise SafetyRefusal(f"stopped: {self._latched}; call ~/reset when nothing stands in the way")
@@ -106,9 +122,9 @@ class PolicyLoop:
         prefix = self._usable_prefix(settings, tick_ns, instruction)
         with watch.stage("observation"):
             if prefix is None:
-                observation = self._buffer.observe(tick_ns, max_age_ns, to_ns(settings.sync_slop_s))
+                observation = self.buffer.observe(tick_ns, max_age_ns, to_ns(settings.sync_slop_s))
             else:
-                stamp_ns, state_J = self._buffer.latest(tick_ns, max_age_ns)
+                stamp_ns, state_J = self.buffer.latest(tick_ns, max_age_ns)
                 observation = Observation(stamp_ns, prefix.observation.frames, state_J, (stamp_ns,))
         if not instruction:
             raise InstructionError("instruction: none yet; publish one on the policy's ~/instruction")
@@ -127,9 +143,9 @@ class PolicyLoop:
             now_ns = wire.now_ns()
             if self._latched is not None:
                 raise SafetyRefusal(f"stopped: {self._latched}")
-            if self._stop.is_set():
+            if self._ended:
                 return None
-            measured_J = self._buffer.measured(now_ns, max_age_ns)
+            measured_J = self.buffer.measured(now_ns, max_age_ns)
             with watch.stage("safety"):
                 wished, corrections = self._gate.screen(chunk, observation.stamp_ns, measured_J, now_ns)
             with watch.stage("chunking"):
@@ -147,7 +163,7 @@ class PolicyLoop:
                 self._fresh_ns, self._held, self._started = now_ns, False, False
                 wire.report_chunk(chunk)
         self._chunks += 1
-        self._diagnostics.record_chunk(
+        self.diagnostics.record_chunk(
             watch.stage_ms,
             corrections,
             time.monotonic(),
@@ -177,48 +193,45 @@ class PolicyLoop:
         return self._prefix
 
     def begin(self) -> None:
-        """What `start` does before the first tick; for who calls `adopt`, `step` and `watch` himself (replay)."""
-        self._stop.clear()
+        """Before the first tick: chunks may go out from now on."""
+        self._ended = False
         self._ramp_from_ns, self._started = None, True
 
-    def start(self) -> None:
-        self.begin()
-        self._thread = threading.Thread(target=self._run, name="policy loop")
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the thread, then brings the arm to rest; does nothing when not started."""
-        if self._thread is None:
-            return
-        self._stop.set()
-        self._hold(self._settings())  # at once: a tick that hangs in the engine must not keep the arm going
-        self._thread.join()
-        self._thread = None
-        self._hold(self._settings())
+    def end(self) -> None:
+        """No chunk goes out any more, not even that of a tick that is running, and the arm comes to rest."""
+        self._ended = True
+        self._hold(self.settings())
 
     def rest(self) -> None:
-        """What `stop` does to the arm; for who has called `begin`."""
-        self._hold(self._settings())
+        """Brings the arm to rest; the next tick may move it again."""
+        self._hold(self.settings())
+
+    def forget(self) -> None:
+        """The clock was set back: no input and no motion from before is of any use."""
+        with self._moving:
+            self.buffer.clear()
+            self._executor.stop()
+            self._governor.running = self._ramp_from_ns = self._prefix = None
 
     def watch(self) -> None:
         """The watchdog, to be called often: holds an arm that moves without a fresh chunk."""
-        settings = self._settings()
+        settings = self.settings()
         with self._moving:
-            now_ns = self._wire.now_ns()
+            now_ns = self.wire.now_ns()
             late_ns = now_ns - self._fresh_ns
             if self._held or self._at_rest(now_ns) or late_ns <= to_ns(settings.hold_after_s):
                 return
             reason = f"watchdog: no fresh chunk for {late_ns / 1e6:.0f} ms, limit {settings.hold_after_s * 1e3:.0f} ms"
-            self._wire.log(f"holding: {reason} (hold_after_s)", "watchdog")
-            self._diagnostics.record_refusal(reason)
+            self.wire.log(f"holding: {reason} (hold_after_s)", "watchdog")
+            self.diagnostics.record_refusal(reason)
             self._hold(settings)
 
     def latch(self, reason: str) -> None:
         """Stops the arm at once and keeps it stopped until `reset`."""
         with self._moving:
             self._latched = reason
-            self._wire.log(f"stopped: {reason}", "stop")
-            self._hold(self._settings())
+            self.wire.log(f"stopped: {reason}", "stop")
+            self._hold(self.settings())
 
     def describe_limits(self) -> str:
         """Of each joint, as they are in force: positions, speed and acceleration."""
@@ -240,30 +253,6 @@ class PolicyLoop:
     @property
     def latched(self) -> str | None:
         return self._latched
-
-    def _run(self) -> None:
-        while self._wire.now_ns() == 0 and not self._stop.wait(SIMULATED_CLOCK_POLL_S):
-            pass
-        pacer = Pacer(self._wire.now_ns())
-        behind_ns: int | None = None
-        while not self._stop.is_set():
-            try:
-                settings = self._settings()
-                self.adopt(settings)
-                now_ns = self._wire.now_ns()
-                behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
-                if settings.align_to_cameras:
-                    self._buffer.await_burst(now_ns, behind_ns)
-                self.step(settings, self._wire.now_ns(), pacer.missed)
-                pacer.advance(self._wire.now_ns(), to_ns(1.0 / settings.rate_hz))
-                if settings.align_to_cameras:
-                    pacer.shift(alignment_ns(behind_before_ns, behind_ns))
-                self._sleep_until_due(pacer)
-            except Exception:  # a bug between two ticks must not leave a node that is active and does nothing
-                self._wire.log(traceback.format_exc(), "internal error")
-                self._diagnostics.record_refusal("internal error")
-                self._hold(self._settings())
-                self._stop.wait(FAILED_TICK_S)
 
     def adopt(self, settings: Settings) -> None:
         """Between two ticks: what of the settings is not read at each."""
@@ -301,13 +290,13 @@ class PolicyLoop:
             hold = str(refusal)
         except Exception as error:  # whatever it is, the arm must come to rest, and the next tick may do better
             hold = f"internal error: {error!r}"
-            self._wire.log(traceback.format_exc(), "internal error")
+            self.wire.log(traceback.format_exc(), "internal error")
         if hold is not None:
-            self._wire.log(f"holding: {hold}", hold.partition(":")[0])
+            self.wire.log(f"holding: {hold}", hold.partition(":")[0])
             self._prefix = None
             self._hold(settings)
-        self._diagnostics.record_tick(hold, instruction, missed)
-        self._wire.report_tick(
+        self.diagnostics.record_tick(hold, instruction, missed)
+        self.wire.report_tick(
             {
                 "stamp_ns": tick_ns,
                 "chunk_index": sent and sent.index,
@@ -324,32 +313,18 @@ class PolicyLoop:
             }
         )
 
-    def _sleep_until_due(self, pacer: Pacer) -> None:
-        while not self._stop.is_set():
-            now_ns = self._wire.now_ns()
-            if pacer.set_back(now_ns):
-                self._wire.log("clock: it was set back; buffers and the running chunk are dropped", "clock")
-                with self._moving:
-                    self._buffer.clear()
-                    self._executor.stop()
-                    self._governor.running = self._ramp_from_ns = self._prefix = None
-            left_s = (pacer.due_ns - now_ns) / NS_PER_S
-            if left_s <= 0.0:
-                return
-            self._stop.wait(min(left_s, SIMULATED_CLOCK_POLL_S) if self._wire.simulated_clock() else left_s)
-
     def _at_rest(self, now_ns: int) -> bool:
         running = self._governor.running
         return running is None or now_ns >= running.end_ns
 
     def _send(self, motion: Motion, now_ns: int) -> None:
-        self._wire.send_command(motion, now_ns)
+        self.wire.send_command(motion, now_ns)
         self._governor.running = motion
 
     def _hold(self, settings: Settings) -> None:
         """Ends a running motion at the measured position, or, when that is not known, as soon as it can be braked."""
         with self._moving:
-            now_ns = self._wire.now_ns()
+            now_ns = self.wire.now_ns()
             self._executor.stop()
             if self._at_rest(now_ns):
                 return  # nothing of ours moves the arm
@@ -358,11 +333,11 @@ class PolicyLoop:
             bounds = self._gate.bounds
             from_ns = self._governor.handover_ns(now_ns, to_ns(settings.lead_s))
             try:
-                measured_J = self._buffer.measured(now_ns, to_ns(settings.max_age_s))
+                measured_J = self.buffer.measured(now_ns, to_ns(settings.max_age_s))
                 motion = self._governor.rest_at(measured_J, measured_J, from_ns, now_ns, bounds)
                 self._gate.judge(motion, measured_J)
             except (StaleInput, SafetyRefusal) as refusal:
-                self._wire.log(f"hold: braking on the commanded path, because {refusal}", "hold")
+                self.wire.log(f"hold: braking on the commanded path, because {refusal}", "hold")
                 position_J, _ = self._governor.running.at(now_ns)  # type: ignore[union-attr]  # not at rest
                 motion = self._governor.brake(position_J, from_ns, now_ns, bounds)
             self._send(motion, now_ns)  # in a dry run too: something sent before it is still moving the arm
@@ -382,5 +357,5 @@ class PolicyLoop:
         room_J = MOVED_SHARE * (bounds.upper_J - bounds.lower_J) if strict else trailing_J
         if np.any(np.abs(running.at(now_ns)[0] - measured_J) > room_J):
             if not self._started:  # between deactivation and activation it may be anywhere
-                self._wire.log("arm: it is not where it was sent; going on from where it is", "moved")
+                self.wire.log("arm: it is not where it was sent; going on from where it is", "moved")
             self._governor.running = None

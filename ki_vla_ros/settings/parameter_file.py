@@ -19,7 +19,8 @@ from typing import NoReturn
 import yaml
 
 from ki_vla_ros.errors import ConfigurationError, ParameterError
-from ki_vla_ros.settings.settings import Settings, parameter_specs, settings_from_parameters, sort_names
+from ki_vla_ros.settings.names import parameter_specs, settings_from_parameters, sort_names
+from ki_vla_ros.settings.settings import Settings
 
 PARAMETERS = "ros__parameters"
 # The node's name where nobody gives it another.

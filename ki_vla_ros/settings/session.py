@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
-from ki_vla_ros.settings.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
+from ki_vla_ros.settings.settings import Settings
 
 ParameterValue = bool | int | float | str
 FULL_NAME: Final = re.compile(r"(/[A-Za-z_][A-Za-z0-9_]*)+")

@@ -6,18 +6,14 @@ Nested models become dotted names: `limits.velocity_scale`, `cameras.<camera>.to
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
-from pydantic import BaseModel, Field, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import Field
 
 from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.errors import ConfigurationError, ParameterError
-from ki_vla_ros.settings.limits import JointLimitSettings, LimitSettings, SettingsModel, setting
+from ki_vla_ros.errors import ConfigurationError, ParameterError, did_you_mean
+from ki_vla_ros.settings.limits import LimitSettings, SettingsModel, setting
 
 ReferenceName = Literal["joint_states", "command"]
 
@@ -25,9 +21,6 @@ ExecutorName = Literal["synchronous", "asynchronous", "temporal_ensemble", "rtc"
 JacobianName = Literal["identity", "exact"]
 
 TorchModeName = Literal["auto", "eager", "compile", "graph", "compile_graph"]
-
-# Parameters of what has a name of its own; the names are in the bundle.
-_NAMED = re.compile(r"^(?P<table>cameras|limits\.joints)\.(?P<name>.+)\.(?P<field>[a-z_]+)$")
 
 
 class CameraSettings(SettingsModel):
@@ -240,7 +233,7 @@ class Settings(SettingsModel):
                 if name not in known:
                     yield (
                         f"parameter '{table}.{name}.*': bundle {manifest.name!r} has only "
-                        f"{', '.join(known)}{_nearest(name, known)}"
+                        f"{', '.join(known)}{did_you_mean(name, known)}"
                     )
         if self.provider == "tensorrt" and self.engine != "onnx":
             yield (
@@ -300,100 +293,3 @@ class Settings(SettingsModel):
                 f"parameter {name!r}: while a bundle is loaded limits may only become tighter than at configure; "
                 "clean up first"
             )
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """One parameter as ROS sees it; `minimum` and `maximum` are inclusive."""
-
-    name: str
-    default: bool | int | float | str
-    description: str
-    minimum: float | None
-    maximum: float | None
-    changeable: bool
-
-
-def parameter_specs(cameras: Iterable[str] = (), joints: Iterable[str] = ()) -> tuple[ParameterSpec, ...]:
-    """All parameters, with those of the named cameras and joints."""
-    specs = list(_specs(Settings, ""))
-    for camera in cameras:
-        specs.extend(_specs(CameraSettings, f"cameras.{camera}."))
-    for joint in joints:
-        specs.extend(_specs(JointLimitSettings, f"limits.joints.{joint}."))
-    return tuple(specs)
-
-
-def check_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The cameras and joints among the names; refuses those that no parameter has, which rclpy would ignore."""
-    cameras, joints, unknown = sort_names(names)
-    if unknown:
-        raise ParameterError(list(unknown.values()))
-    return cameras, joints
-
-
-def sort_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
-    """The cameras and joints among the names, and by name what is wrong with those that no parameter has."""
-    known = [spec.name for spec in parameter_specs()]
-    found: dict[str, dict[str, None]] = {"cameras": {}, "limits.joints": {}}
-    unknown = {}
-    for name in names:
-        match = _NAMED.match(name)
-        fields = (CameraSettings if match["table"] == "cameras" else JointLimitSettings).model_fields if match else {}
-        if match and match["field"] in fields:
-            found[match["table"]][match["name"]] = None
-        elif name not in known:
-            candidates = [*known, *(f"{match['table']}.{match['name']}.{f}" for f in fields if match)]
-            unknown[name] = f"parameter {name!r}: no such parameter{_nearest(name, candidates)}"
-    return tuple(found["cameras"]), tuple(found["limits.joints"]), unknown
-
-
-def settings_from_parameters(values: Mapping[str, object]) -> Settings:
-    """Values by dotted parameter name -> Settings, or ParameterError naming all that are wrong."""
-    unknown = sort_names(values)[2]
-    tree: dict[str, Any] = {}
-    for name in [name for name in values if name not in unknown]:
-        match = _NAMED.match(name)
-        path = [*match["table"].split("."), match["name"], match["field"]] if match else name.split(".")
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = values[name]
-    problems = list(unknown.values())
-    try:
-        settings = Settings.model_validate(tree)
-    except ValidationError as error:
-        paths = [(".".join(map(str, found["loc"])), found) for found in error.errors()]
-        problems += [f"parameter {path!r}: {found['msg']}, got {found['input']!r}" for path, found in paths]
-    if problems:
-        raise ParameterError(problems)
-    return settings
-
-
-def _specs(model: type[BaseModel], prefix: str) -> Iterator[ParameterSpec]:
-    for name, field in model.model_fields.items():
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            yield from _specs(nested, f"{prefix}{name}.")
-        elif isinstance(field.json_schema_extra, dict):
-            yield _spec(prefix + name, field, field.json_schema_extra)
-
-
-def _spec(name: str, field: FieldInfo, extra: Mapping[str, Any]) -> ParameterSpec:
-    details = [str(extra["unit"])] if extra["unit"] else []
-    if get_origin(field.annotation) is Literal:
-        details.append("one of " + ", ".join(get_args(field.annotation)))
-    details.append("may change at any time" if extra["changeable"] else "changes need cleanup and configure")
-    return ParameterSpec(
-        name=name,
-        default=field.default,
-        description=f"{field.description} ({'; '.join(details)})",
-        minimum=next((m.ge for m in field.metadata if hasattr(m, "ge")), None),
-        maximum=next((m.le for m in field.metadata if hasattr(m, "le")), None),
-        changeable=bool(extra["changeable"]),
-    )
-
-
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""

@@ -28,7 +28,8 @@ from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_me
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import PolicyLoop
 from ki_vla_ros.runtime.safety import extremes
-from ki_vla_ros.settings.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
+from ki_vla_ros.settings.settings import Settings
 
 # rclpy's parser of IDL files, loaded with the first message, uses a module that Python 3.11 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")

@@ -27,8 +27,8 @@ from ki_vla_ros.replay.sweep.grid import Candidate, make_grid
 from ki_vla_ros.replay.sweep.output import RECOMMENDED
 from ki_vla_ros.replay.sweep.run import SweepInputs, sweep
 from ki_vla_ros.replay.sweep.shared_engine import SharedEngine
+from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.parameter_file import load_settings
-from ki_vla_ros.settings.settings import settings_from_parameters
 
 
 @pytest.fixture(scope="module")

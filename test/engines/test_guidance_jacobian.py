@@ -14,10 +14,11 @@ from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy.policy import Guide, Policy, guidance
+from ki_vla_ros.policy.guidance import Guide, guidance
+from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import ModelInput
 from ki_vla_ros.runtime.chunking import soft_mask
-from ki_vla_ros.settings.settings import settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
 
 pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 Array = NDArray[np.float32]

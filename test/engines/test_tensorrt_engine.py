@@ -32,7 +32,7 @@ from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.records import ModelInput
-from ki_vla_ros.settings.settings import settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.share import find_bundle
 
 Array = NDArray[np.float32]

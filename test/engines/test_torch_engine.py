@@ -22,7 +22,7 @@ from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input
-from ki_vla_ros.settings.settings import settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
 from training.export.bundle import TOLERANCE, ExportError, export_bundle
 from training.export.parity import parity_error
 from training.model.vla import VLA

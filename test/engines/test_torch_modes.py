@@ -30,8 +30,9 @@ from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.engines.torch_program import Interpreter, compile_program, graph_module
 from ki_vla_ros.engines.torch_stream import HostStream, Work
 from ki_vla_ros.errors import BundleError, EngineError
-from ki_vla_ros.policy.policy import Guide, Policy
-from ki_vla_ros.settings.settings import parameter_specs
+from ki_vla_ros.policy.guidance import Guide
+from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.settings.names import parameter_specs
 
 pytestmark = pytest.mark.timeout(600)  # torch traces and compiles in tens of seconds of one core
 CPU = torch.device("cpu")

@@ -12,7 +12,9 @@ from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.runtime.loop import PolicyLoop
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
-from ki_vla_ros.settings.settings import Settings, settings_from_parameters
+from ki_vla_ros.runtime.thread import LoopThread
+from ki_vla_ros.settings.names import settings_from_parameters
+from ki_vla_ros.settings.settings import Settings
 from support.bundles import CAMERAS, JOINTS, demo_observation
 
 MS = 1_000_000
@@ -63,6 +65,7 @@ class Bench:
         self.buffer = ObservationBuffer([CameraSource(c, f"/{c}") for c in CAMERAS], JOINTS, "/joint_states")
         self.loop = PolicyLoop(self.policy, self.buffer, self.wire, self.diagnostics, lambda: self.settings)
         self.loop.instruction = TASK
+        self.thread = LoopThread(self.loop)
 
     def give_inputs(self, age_ms: int = 0) -> None:
         observation = demo_observation(self.wire.time_ns - age_ms * MS)
@@ -93,11 +96,11 @@ class Bench:
 
         self.wire.on_tick = next_tick
         before(0)
-        self.loop.start()
+        self.thread.start()
         try:
             assert done.wait(60.0)
         finally:
-            self.loop.stop()
+            self.thread.stop()
 
 
 def is_hold(motion: Motion) -> bool:

@@ -105,7 +105,7 @@ class _SlowWire(FakeWire):
 def record_run(folder: Path, bundle: Bundle, seconds: float, settings: Mapping[str, object]) -> list[ActionChunk]:
     """The run of a node with these settings, inputs and outputs recorded in `folder`; its chunks as published."""
     bench = Bench(bundle)
-    bench.wire = bench.loop._wire = _SlowWire()  # type: ignore[assignment]
+    bench.wire = bench.loop.wire = _SlowWire()  # type: ignore[assignment]
     bench.change(**settings)
     bench.loop.begin()
     writer = BagWriter(folder)

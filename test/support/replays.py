@@ -10,7 +10,7 @@ from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
 from ki_vla_ros.replay.records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay.trace import Trace
-from ki_vla_ros.settings.settings import parameter_specs
+from ki_vla_ros.settings.names import parameter_specs
 from support.bundles import CAMERAS, JOINTS
 
 START_NS = 1_700_000_000 * NS_PER_S

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from support import ROOT
 
-from ki_vla_ros.settings.settings import check_names, parameter_specs, settings_from_parameters
+from ki_vla_ros.settings.names import check_names, parameter_specs, settings_from_parameters
 
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
 STANDARD = {"ament_index_python", "launch", "launch_ros", "lifecycle_msgs", "pathlib"}

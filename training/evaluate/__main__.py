@@ -25,7 +25,8 @@ from ki_vla_ros.runtime.controller import Trajectory, TrajectoryExecutor, Trajec
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import PolicyLoop
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
-from ki_vla_ros.settings.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
+from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.sim.task import Scene, sample_scene
 from ki_vla_ros.sim.world import TIMESTEP_S, World
 

@@ -14,7 +14,8 @@ from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.settings.settings import ExecutorName, settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
+from ki_vla_ros.settings.settings import ExecutorName
 from ki_vla_ros.sim.task import sample_scene
 from training.evaluate.__main__ import FIRST_SCENE, evaluate
 

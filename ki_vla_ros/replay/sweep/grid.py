@@ -16,8 +16,9 @@ from typing import cast
 
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.settings.names import ParameterSpec, check_names, parameter_specs, settings_from_parameters
 from ki_vla_ros.settings.parameter_file import parameter_values
-from ki_vla_ros.settings.settings import ParameterSpec, Settings, check_names, parameter_specs, settings_from_parameters
+from ki_vla_ros.settings.settings import Settings
 
 Value = bool | int | float | str
 Changes = Mapping[str, Value]

@@ -11,7 +11,8 @@ from support.bundles import HORIZON, demo_observation, write_test_bundle
 
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
-from ki_vla_ros.policy.policy import Guide, Policy, guidance
+from ki_vla_ros.policy.guidance import Guide, guidance
+from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.records import Condition
 

@@ -7,7 +7,8 @@ from support.bundles import demo_policy
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.replay.sweep.grid import Grid, make_grid
-from ki_vla_ros.settings.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
+from ki_vla_ros.settings.settings import Settings
 
 
 def grid(*texts: str, base: Settings | None = None) -> Grid:

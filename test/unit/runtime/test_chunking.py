@@ -11,7 +11,8 @@ import pytest
 from ki_vla_ros.errors import SafetyRefusal
 from ki_vla_ros.records import ActionChunk
 from ki_vla_ros.runtime.chunking import WARM_UP, ChunkExecutor, cubic, ensemble, resample, soft_mask
-from ki_vla_ros.settings.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
+from ki_vla_ros.settings.settings import Settings
 
 MS = 1_000_000
 PERIOD = 50 * MS

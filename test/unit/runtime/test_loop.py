@@ -137,8 +137,8 @@ def test_a_clock_that_is_set_back_drops_buffers_and_the_running_chunk(bench: Ben
 
 def test_without_a_clock_the_loop_waits(bench: Bench) -> None:
     bench.wire.time_ns = 0
-    bench.loop.start()
-    bench.loop.stop()
+    bench.thread.start()
+    bench.thread.stop()
     assert bench.wire.ticks == []
 
 

@@ -47,7 +47,7 @@ def test_when_the_joints_are_lost_too_the_arm_brakes_on_its_path(bench: Bench) -
 def test_stopping_holds_a_running_chunk(bench: Bench) -> None:
     bench.run_ticks(1, lambda n: bench.give_inputs())
     assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, True]
-    bench.loop.stop()
+    bench.thread.stop()
     assert len(bench.wire.commands) == 2
 
 

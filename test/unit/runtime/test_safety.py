@@ -17,7 +17,7 @@ from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
 from ki_vla_ros.runtime.governor import Bounds, Governor
 from ki_vla_ros.runtime.safety import SafetyGate, extremes, joint_bounds, urdf_limits
-from ki_vla_ros.settings.settings import settings_from_parameters
+from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.sim.demonstrator import Expert
 from ki_vla_ros.sim.task import sample_scene
 from ki_vla_ros.sim.world import HOME_J, World

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from ki_vla_ros.errors import ConfigurationError, ParameterError
+from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.parameter_file import load_parameters, load_settings, matches, parameter_values
-from ki_vla_ros.settings.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_share
 
 

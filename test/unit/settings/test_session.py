@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.settings.names import parameter_specs
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, read_session
-from ki_vla_ros.settings.settings import parameter_specs
 
 
 def make_session(**parameters: Any) -> Session:

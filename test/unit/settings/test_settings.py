@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from support.bundles import both_ways_policy, demo_policy
 
 from ki_vla_ros.errors import ConfigurationError, ParameterError
-from ki_vla_ros.settings.settings import Settings, check_names, parameter_specs, settings_from_parameters
+from ki_vla_ros.settings.names import check_names, parameter_specs, settings_from_parameters
+from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_bundle, find_share
 
 

@@ -1,0 +1,77 @@
+"""The thread that runs the policy loop: one tick per period, on absolute deadlines, until it is stopped."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+
+from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
+
+# Simulated time may run at any speed, so a waiting thread looks at it this often.
+SIMULATED_CLOCK_POLL_S = 0.005
+# Before the thread tries again after a fault of its own.
+FAILED_TICK_S = 0.1
+
+
+class LoopThread:
+    """Runs a loop from `start` to `stop`; may be started again."""
+
+    def __init__(self, loop: PolicyLoop) -> None:
+        self._loop = loop
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._stop.clear()
+        self._loop.begin()
+        self._thread = threading.Thread(target=self._run, name="policy loop")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Brings the arm to rest and ends the thread; does nothing when not started."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._loop.end()  # before the join: a tick that hangs in the engine must not keep the arm going
+        self._thread.join()
+        self._thread = None
+        self._loop.rest()
+
+    def _run(self) -> None:
+        loop, wire = self._loop, self._loop.wire
+        while wire.now_ns() == 0 and not self._stop.wait(SIMULATED_CLOCK_POLL_S):
+            pass
+        pacer = Pacer(wire.now_ns())
+        behind_ns: int | None = None
+        while not self._stop.is_set():
+            try:
+                settings = loop.settings()
+                loop.adopt(settings)
+                now_ns = wire.now_ns()
+                behind_before_ns, behind_ns = behind_ns, loop.buffer.since_burst_ns(now_ns)
+                if settings.align_to_cameras:
+                    loop.buffer.await_burst(now_ns, behind_ns)
+                loop.step(settings, wire.now_ns(), pacer.missed)
+                pacer.advance(wire.now_ns(), round(NS_PER_S / settings.rate_hz))
+                if settings.align_to_cameras:
+                    pacer.shift(alignment_ns(behind_before_ns, behind_ns))
+                self._sleep_until_due(pacer)
+            except Exception:  # a bug between two ticks must not leave a node that is active and does nothing
+                wire.log(traceback.format_exc(), "internal error")
+                loop.diagnostics.record_refusal("internal error")
+                loop.rest()
+                self._stop.wait(FAILED_TICK_S)
+
+    def _sleep_until_due(self, pacer: Pacer) -> None:
+        wire = self._loop.wire
+        while not self._stop.is_set():
+            now_ns = wire.now_ns()
+            if pacer.set_back(now_ns):
+                wire.log("clock: it was set back; buffers and the running chunk are dropped", "clock")
+                self._loop.forget()
+            left_s = (pacer.due_ns - now_ns) / NS_PER_S
+            if left_s <= 0.0:
+                return
+            self._stop.wait(min(left_s, SIMULATED_CLOCK_POLL_S) if wire.simulated_clock() else left_s)
