@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+import yaml
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdDecompressor, ZstdError
@@ -141,7 +140,7 @@ class Bag:
         path = self.path / METADATA
         try:
             text = path.read_text()
-            information = YAML(typ="safe", pure=True).load(text)["rosbag2_bagfile_information"]
+            information = yaml.safe_load(text)["rosbag2_bagfile_information"]
             files = [str(file) for file in information["relative_file_paths"]]
             topics = [topic["topic_metadata"] for topic in information["topics_with_message_count"]]
             announced = {str(topic["name"]): str(topic["type"]) for topic in topics}
@@ -150,7 +149,7 @@ class Bag:
                 "metadata", METADATA, "is missing (the recorder did not close the bag); all files are read"
             )
             return None
-        except (OSError, YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:120]
             self._faults.add("metadata", METADATA, f"cannot be read, all files of the folder are: {reason}")
             return None

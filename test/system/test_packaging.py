@@ -19,9 +19,14 @@ from support import ROOT
 
 NOT_SOURCES = shutil.ignore_patterns(".*", "__pycache__", "build", "install", "log", "out", "test", "*.egg-info")
 # Modules whose rosdep key, as it stands in package.xml, has another name.
-ROSDEP_KEYS = {"cv2": "python3-opencv", "numpy": "python3-numpy", "pydantic": "python3-pydantic"}
+ROSDEP_KEYS = {
+    "cv2": "python3-opencv",
+    "numpy": "python3-numpy",
+    "pydantic": "python3-pydantic",
+    "yaml": "python3-yaml",
+}
 # Not to be had from rosdep, or for the demo alone: from pip, as package.xml and the README say.
-FROM_PIP = {"av", "backports", "lz4", "mujoco", "onnxruntime", "rosbags", "ruamel", "tokenizers"}
+FROM_PIP = {"av", "backports", "lz4", "mujoco", "onnxruntime", "rosbags", "tokenizers"}
 # Imported only when a parameter asks for it.
 OPTIONAL = {"cuda", "torch"}
 
@@ -124,8 +129,12 @@ def test_everything_imported_is_declared_for_rosdep() -> None:
 def test_everything_imported_is_required_from_pip() -> None:
     """Also where a package comes along with another one today."""
     ours = {"ki_vla_ros", "training"}
-    distributions = {"cv2": "opencv-python-headless", "google": "protobuf", "yaml": "pyyaml"}
-    distributions |= {"backports": "backports.zstd", "ruamel": "ruamel.yaml"}
+    distributions = {
+        "cv2": "opencv-python-headless",
+        "google": "protobuf",
+        "yaml": "pyyaml",
+        "backports": "backports.zstd",
+    }
     # Dependencies of rclpy's wheel, and cv_bridge, which is used where a ROS installation brings it.
     from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge"}
     robot = {canonicalize_name(r.name) for name in ("robot", "simulation", "ros") for r in requirements(name)}
