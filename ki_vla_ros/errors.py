@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class KiVlaError(Exception):
@@ -62,3 +66,13 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """ "; did you mean 'x'?" for the end of a message, or "" where nothing is near."""
     found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def describe_validation(error: ValidationError) -> str:
+    """pydantic's findings in one line: where, what was expected, what was got."""
+    parts = []
+    for finding in error.errors(include_url=False):
+        where = ".".join(str(part) for part in finding["loc"]) or "as a whole"
+        got = "" if finding["type"] in ("missing", "value_error") else f", got {finding['input']!r:.80}"
+        parts.append(f"{where}: {finding['msg'].removeprefix('Value error, ')}{got}")
+    return "; ".join(parts)

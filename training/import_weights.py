@@ -3,8 +3,8 @@
     python -m training.import_weights --from pi05_base --as pi05 --tokenizer paligemma_tokenizer.model \
         --stats norm_stats.json --robot my_arm.yaml --out out/pi05
 
-`--robot` is a YAML file, config/training/imported_arm.yaml an example: cameras, joints and their limits are in none of
-the downloaded files. `--as paligemma` takes neither statistics nor robot: its expert is untrained, so no policy is
+`--robot` is a robot file (config/robots/imported_arm.yaml is an example): cameras, joints and their limits are in none
+of the downloaded files. `--as paligemma` takes neither statistics nor robot: its expert is untrained, so no policy is
 described, and nothing can be exported for a robot before training.
 """
 
@@ -14,30 +14,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from ki_vla_ros.bundle.folder import TOKENIZER
-from ki_vla_ros.bundle.manifest import (
-    ActionStats,
-    CameraSpec,
-    FlowSpec,
-    ImageSpec,
-    JointSpec,
-    PolicySpec,
-    PromptSpec,
-    Provenance,
-    StateSpec,
-    describe_validation,
-)
+from ki_vla_ros.bundle.manifest import ImageSpec, PolicySpec, PromptSpec, Provenance
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from training.data.simulated.robot import commit
+from ki_vla_ros.robot.robot import Robot, find_robot, read_robot
 from training.model.sizes import paligemma_3b
 from training.model.vla import VLAConfig
+from training.policy import commit, describe_policy
 from training.tokens.paligemma import read_tokenizer
 from training.weights.checkpoints import CONFIG, POLICY, WEIGHTS, save_checkpoint
 from training.weights.files import find_weights
@@ -51,56 +37,29 @@ PROMPTS = {
 METHODS: dict[str, Method] = {"pi0": "mean_std", "pi05": "quantiles"}
 
 
-class Robot(BaseModel):
-    """What only the user knows: order and meaning of cameras and joints, limits, and the time between actions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    cameras: tuple[CameraSpec, ...]
-    joints: tuple[JointSpec, ...]
-    horizon: int
-    action_period_s: float
-    flow: FlowSpec = FlowSpec()
-
-
-def read_robot(path: Path) -> Robot:
-    try:
-        return Robot.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{path}: expected a YAML file that describes the robot ({error})") from error
-    except ValidationError as error:
-        raise ConfigurationError(f"{path}: {describe_validation(error)}") from error
-
-
-def describe_policy(kind: Kind, config: VLAConfig, robot: Robot, stats: Path, method: Method) -> PolicySpec:
+def describe_import(
+    kind: Kind, config: VLAConfig, robot: Robot, stats: Path, method: Method, flow_steps: int
+) -> PolicySpec:
     """The manifest's part: prompt and state as the kind has them, normalisation from `stats`."""
     if len(robot.joints) > config.action_dim:
         raise ConfigurationError(f"robot: expected at most {config.action_dim} joints, got {len(robot.joints)}")
     ranges = read_ranges(stats, method, len(robot.joints))
-    try:
-        return PolicySpec(
-            name=robot.name,
-            created=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            cameras=robot.cameras,
-            image=ImageSpec(size=config.vision.image_size),
-            prompt=PROMPTS[kind],
-            joints=robot.joints,
-            state=StateSpec(encoding="token" if kind == "pi0" else "text", **ranges.state._asdict()),
-            action=ActionStats(**ranges.action._asdict()),
-            horizon=robot.horizon,
-            action_period_s=robot.action_period_s,
-            flow=robot.flow,
-            pad_to=None if config.action_dim == len(robot.joints) else config.action_dim,
-            provenance=Provenance(
-                recipe=f"{kind} weights, imported",
-                seed=0,
-                commit=commit(),
-                data_fingerprint=f"statistics {stats.name}, {method}",
-            ),
-        )
-    except ValidationError as error:
-        raise ConfigurationError(f"robot: {describe_validation(error)}") from error
+    return describe_policy(
+        robot,
+        name=robot.name,
+        image=ImageSpec(size=config.vision.image_size),
+        prompt=PROMPTS[kind],
+        state={"encoding": "token" if kind == "pi0" else "text", **ranges.state._asdict()},
+        action=ranges.action._asdict(),
+        flow={"steps": flow_steps},
+        pad_to=None if config.action_dim == len(robot.joints) else config.action_dim,
+        provenance=Provenance(
+            recipe=f"{kind} weights, imported",
+            seed=0,
+            commit=commit(),
+            data_fingerprint=f"statistics {stats.name}, {method}",
+        ),
+    )
 
 
 def import_checkpoint(
@@ -135,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--tokenizer", type=Path, required=True, help="paligemma_tokenizer.model or tokenizer.json")
     add("--stats", type=Path, help="norm_stats.json (openpi), stats.json or the normalizer's .safetensors (LeRobot)")
     add("--normalization", choices=list(FIELDS), help="default: quantiles for pi05, mean_std for pi0")
-    add("--robot", type=Path, help="YAML with cameras, joints, limits; see config/training/imported_arm.yaml")
+    add("--robot", help="robot file, or the name of one in config/robots/; copy imported_arm.yaml there")
+    add("--flow-steps", type=int, default=10, help="Euler steps of the flow that the weights were judged with")
     add("--action-ids", type=int, default=0, help="tokens of our own after the vocabulary, for training with FAST")
     add("--out", type=Path, required=True, help="folder of the checkpoint")
     chosen = parser.parse_args(arguments)
@@ -153,10 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--stats and --robot: expected both with --as {chosen.kind}, got {given or 'none'}"
             )
         else:
-            robot = read_robot(chosen.robot)
+            robot = read_robot(find_robot(chosen.robot))
             config = replace(config, horizon=robot.horizon)
             method = chosen.normalization or METHODS[chosen.kind]
-            policy = describe_policy(chosen.kind, config, robot, chosen.stats, method)
+            policy = describe_import(chosen.kind, config, robot, chosen.stats, method, chosen.flow_steps)
         import_checkpoint(
             chosen.kind,
             chosen.source,

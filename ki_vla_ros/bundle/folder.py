@@ -21,37 +21,31 @@ from ki_vla_ros.bundle.manifest import (
     PAD_TOKEN,
     UNKNOWN_TOKEN,
     ActionStats,
-    CameraSpec,
     FlowSpec,
     GraphSpec,
     ImageSpec,
-    JointSpec,
     Manifest,
     PolicySpec,
     PromptSpec,
     Provenance,
     StateSpec,
-    describe_validation,
 )
 from ki_vla_ros.bundle.onnx_header import GraphHeader, TensorType, read_header
 from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.bundle.time_table import TimeTable
-from ki_vla_ros.errors import BundleError
+from ki_vla_ros.errors import BundleError, describe_validation
 
 __all__ = [
     "ActionStats",
     "Bundle",
-    "CameraSpec",
     "FlowSpec",
     "GraphSpec",
     "ImageSpec",
-    "JointSpec",
     "Manifest",
     "PolicySpec",
     "PromptSpec",
     "Provenance",
     "StateSpec",
-    "describe_validation",
     "graph_interface",
     "load_bundle",
     "write_bundle",

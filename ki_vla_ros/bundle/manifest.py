@@ -7,34 +7,31 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ki_vla_ros.records import to_ns
+from ki_vla_ros.robot.robot import (
+    ActionPeriod,
+    CameraSpec,
+    Finite,
+    Frozen,
+    Horizon,
+    JointSpec,
+    Name,
+    check_parts,
+)
 
 PAD_TOKEN = "<pad>"
 UNKNOWN_TOKEN = "<unk>"
 
 Positive = Annotated[int, Field(gt=0)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-/ ]*$")]
 
 
 PromptStyle = Literal["words", "openpi"]
 """How instruction and state become text: each state bin a token of its own, or as openpi writes them (pi0, pi0.5)."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CameraSpec(_Frozen):
-    """One camera of the model, in the order of the images; an optional one may be absent: its tokens are masked out."""
-
-    name: Name
-    optional: bool = False
-
-
-class ImageSpec(_Frozen):
+class ImageSpec(Frozen):
     """Square model input of `size` pixels in [-1, 1]; other proportions are padded with `pad_value` (black)."""
 
     size: Positive
@@ -42,7 +39,7 @@ class ImageSpec(_Frozen):
     resize: Literal["pad"] = "pad"
 
 
-class PromptSpec(_Frozen):
+class PromptSpec(Frozen):
     """`template` with {task} and, for a state as text, {state}; `length` tokens after padding."""
 
     template: str
@@ -52,24 +49,7 @@ class PromptSpec(_Frozen):
     style: PromptStyle = "words"
 
 
-class JointSpec(_Frozen):
-    """Limits of position (`unit`) and speed (per second), and whether the joint's action is relative to its state."""
-
-    name: Name
-    unit: Literal["rad", "m"]
-    lower: Finite
-    upper: Finite
-    max_velocity: Annotated[Finite, Field(gt=0)]
-    relative: bool
-
-    @model_validator(mode="after")
-    def _ordered(self) -> JointSpec:
-        if not self.lower < self.upper:
-            raise ValueError(f"joint {self.name!r}: expected lower < upper, got {self.lower} and {self.upper}")
-        return self
-
-
-class _Range(_Frozen):
+class _Range(Frozen):
     low: tuple[Finite, ...]
     high: tuple[Finite, ...]
 
@@ -101,7 +81,7 @@ class ActionStats(_Range):
     """low..high of each action dimension (after subtracting the state where relative) map to [-1, 1], unclipped."""
 
 
-class FlowSpec(_Frozen):
+class FlowSpec(Frozen):
     """Euler steps that the model was judged with.
 
     `noise_at_one`: x_t = t * noise + (1 - t) * action, integrated from t = 1 to 0.
@@ -111,7 +91,7 @@ class FlowSpec(_Frozen):
     convention: Literal["noise_at_one"] = "noise_at_one"
 
 
-class GraphSpec(_Frozen):
+class GraphSpec(Frozen):
     """Dimensions of the two graphs.
 
     `image_tokens` per camera, `vocab_size` embedding rows of the prompt, `modulation` numbers that stand for the flow
@@ -133,7 +113,7 @@ class GraphSpec(_Frozen):
     step_flops: Positive
 
 
-class Provenance(_Frozen):
+class Provenance(Frozen):
     """Where the weights come from; `figures` are measured results by name."""
 
     recipe: str
@@ -143,7 +123,7 @@ class Provenance(_Frozen):
     figures: dict[str, Finite] = Field(default_factory=dict)
 
 
-class PolicySpec(_Frozen):
+class PolicySpec(Frozen):
     """What training knows before any export; it lies as `policy.json` beside a checkpoint."""
 
     name: Name
@@ -154,8 +134,8 @@ class PolicySpec(_Frozen):
     joints: Annotated[tuple[JointSpec, ...], Field(min_length=1)]
     state: StateSpec
     action: ActionStats
-    horizon: Annotated[int, Field(ge=2)]
-    action_period_s: Annotated[Finite, Field(gt=0, le=1.0)]
+    horizon: Horizon
+    action_period_s: ActionPeriod
     flow: FlowSpec = FlowSpec()
     max_prefix_delay: Annotated[int, Field(ge=0)] = 0
     pad_to: Positive | None = Field(default=None, description="zeros after the joints, up to this width of the model")
@@ -176,11 +156,7 @@ class PolicySpec(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicySpec:
-        for what, names in (("cameras", [c.name for c in self.cameras]), ("joints", list(self.joint_names))):
-            if len(set(names)) != len(names):
-                raise ValueError(f"{what}: expected distinct names, got {names}")
-        if all(camera.optional for camera in self.cameras):
-            raise ValueError("cameras: expected at least one that is required, got only optional ones")
+        check_parts(self.cameras, self.joints)
         for what, stats in (("state", self.state), ("action", self.action)):
             if len(stats.low) != len(self.joints):
                 raise ValueError(f"{what}: expected {len(self.joints)} values (one per joint), got {len(stats.low)}")
@@ -221,13 +197,3 @@ class Manifest(PolicySpec):
                 why = "one per joint, or pad_to" if expected else "the prompt has the state"
                 raise ValueError(f"graph.{name}: expected {expected} ({why}), got {getattr(self.graph, name)}")
         return self
-
-
-def describe_validation(error: ValidationError) -> str:
-    """pydantic's findings in one line: where, what was expected, what was got."""
-    parts = []
-    for finding in error.errors(include_url=False):
-        where = ".".join(str(part) for part in finding["loc"]) or "as a whole"
-        got = "" if finding["type"] in ("missing", "value_error") else f", got {finding['input']!r:.80}"
-        parts.append(f"{where}: {finding['msg'].removeprefix('Value error, ')}{got}")
-    return "; ".join(parts)

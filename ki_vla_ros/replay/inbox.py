@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages.decode import BagMessage, decode, header_ns
 from ki_vla_ros.messages.type_names import POSITIONS, TRAJECTORY
@@ -16,6 +15,7 @@ from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading
 from ki_vla_ros.replay.inputs import Parity, ReplayBuffer
 from ki_vla_ros.replay.options import ReplayOptions
 from ki_vla_ros.replay.topics import ReplayTopics
+from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime.paths import CommandedPath, MeasuredPath, Reference
 
 

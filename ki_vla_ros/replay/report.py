@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.replay.records import Prediction
 from ki_vla_ros.replay.trace import MOMENTS, Moment, Trace
 from ki_vla_ros.report.pages import page, remark, section, table, tiles, warning
 from ki_vla_ros.report.plots import Axes, Span, clock, figure, lanes, spark
+from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.settings.limits import UNLIMITED
 from ki_vla_ros.settings.names import parameter_specs
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
+from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime.diagnostics import WINDOW
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS, CommandedPath, MeasuredPath
 from ki_vla_ros.settings.settings import ReferenceName

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from rclpy.serialization import deserialize_message
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.errors import StaleInput
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
+from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.ros import convert
 from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message

@@ -86,7 +86,7 @@ def main() -> None:
         "--as": "pi05",
         "--tokenizer": folder / "paligemma_tokenizer.model",
         "--stats": folder / "norm_stats.json",
-        "--robot": ROOT / "config" / "training" / "imported_arm.yaml",
+        "--robot": ROOT / "config" / "robots" / "imported_arm.yaml",
         "--out": folder / "checkpoint",
     }
     began_s = time.monotonic()

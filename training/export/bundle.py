@@ -22,11 +22,11 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from ki_vla_ros.bundle.folder import EXPERT, MANIFEST, PREFILL, PROGRAMS, TIME, TOKENIZER, Bundle, write_bundle
-from ki_vla_ros.bundle.manifest import PolicySpec, describe_validation
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.bundle.onnx_header import read_header
 from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.engines.torch_engine import TorchEngine
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, describe_validation
 from training.export.card import model_card
 from training.export.formats import write_graphs, write_programs
 from training.export.graphs import (

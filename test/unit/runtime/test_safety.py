@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime.governor import Bounds, Governor
 from ki_vla_ros.runtime.safety import SafetyGate, extremes, joint_bounds, urdf_limits
 from ki_vla_ros.settings.names import settings_from_parameters

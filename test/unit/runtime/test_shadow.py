@@ -10,11 +10,11 @@ import pytest
 from support.bundles import demo_policy
 from support.robots import TASK
 
-from ki_vla_ros.bundle.manifest import JointSpec
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import ActionChunk, JointReading
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.records import Prediction, TickRecord
+from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.settings import ReferenceName
 

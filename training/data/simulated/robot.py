@@ -4,24 +4,23 @@ in.
 
 from __future__ import annotations
 
-import subprocess
 from datetime import datetime, timezone
 
-from ki_vla_ros.bundle.folder import (
+from ki_vla_ros.bundle.manifest import (
     ActionStats,
-    CameraSpec,
     FlowSpec,
     ImageSpec,
-    JointSpec,
     PolicySpec,
     PromptSpec,
     Provenance,
     StateSpec,
 )
+from ki_vla_ros.robot.robot import CameraSpec, JointSpec
 from ki_vla_ros.sim.world import JOINTS, World
 from training.action_space import ActionSpace
 from training.config import TrainingConfig
 from training.data.simulated.generate import CAMERAS
+from training.policy import commit
 from training.tokens.words import DEMO_PROMPT
 
 HORIZON = 16
@@ -62,18 +61,3 @@ def describe_policy(
             figures=figures or {},
         ),
     )
-
-
-def commit() -> str:
-    """The checkout's commit, with '+' when tracked files differ from it; 'unknown' outside a checkout."""
-    try:
-        text = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return text.strip()

@@ -32,7 +32,7 @@ from training.tokens.words import prompt_tokenizer
 from training.weights.checkpoints import load_checkpoint, read_config, shapes
 from training.weights.foreign import PALIGEMMA, their_name
 
-EXAMPLE = ROOT / "config" / "training" / "imported_arm.yaml"
+EXAMPLE = ROOT / "config" / "robots" / "imported_arm.yaml"
 SENTENCEPIECE = train()
 JOINTS = 7
 WIDTH = {"pi0": 12, "pi05": 12, "paligemma": 12}  # of the model: wider than the robot
@@ -177,12 +177,13 @@ def test_faults_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest
         assert not files["--out"].exists()
 
     original = files["--robot"].read_text()
-    edit(files["--robot"], joints=yaml.safe_load(original)["joints"] * 2)
+    joints = yaml.safe_load(original)["joints"]
+    edit(files["--robot"], joints=[joint | {"name": f"{arm}_{joint['name']}"} for arm in "ab" for joint in joints])
     refused("robot: expected at most 12 joints, got 14")
     edit(files["--robot"], speed=3)
     refused("speed: Extra inputs are not permitted")
     files["--robot"].write_text("a: [")
-    refused("expected a YAML file that describes the robot")
+    refused("expected YAML, got none")
     files["--robot"].write_text(original)
     edit(files["--robot"], cameras=[{"name": "base"}, {"name": "base"}])
     refused("cameras: expected distinct names")

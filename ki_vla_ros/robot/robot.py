@@ -1,0 +1,112 @@
+"""The robot file: cameras, joints and the timing of actions, said once for training, weights import and bundles.
+
+robot = read_robot(find_robot("demo_arm"))  # config/robots/demo_arm.yaml, or the path of any such file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from ki_vla_ros.errors import ConfigurationError, describe_validation
+from ki_vla_ros.share import find_share
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-/ ]*$")]
+Horizon = Annotated[int, Field(ge=2)]
+ActionPeriod = Annotated[Finite, Field(gt=0, le=1.0)]
+
+
+class Frozen(BaseModel):
+    """A record that nothing changes after it was checked, and that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CameraSpec(Frozen):
+    """One camera of the model, in the order of the images; an optional one may be absent: its tokens are masked out."""
+
+    name: Name
+    optional: bool = False
+
+
+class JointSpec(Frozen):
+    """Limits of position (`unit`) and speed (per second), and whether the joint's action is relative to its state."""
+
+    name: Name
+    unit: Literal["rad", "m"]
+    lower: Finite
+    upper: Finite
+    max_velocity: Annotated[Finite, Field(gt=0)]
+    relative: bool
+
+    @model_validator(mode="after")
+    def _ordered(self) -> JointSpec:
+        if not self.lower < self.upper:
+            raise ValueError(f"joint {self.name!r}: expected lower < upper, got {self.lower} and {self.upper}")
+        return self
+
+
+class Robot(Frozen):
+    """One robot: cameras in the order of the images, joints in the order of state and action.
+
+    `horizon` actions make a chunk, `action_period_s` apart.
+    """
+
+    name: Name
+    cameras: Annotated[tuple[CameraSpec, ...], Field(min_length=1)]
+    joints: Annotated[tuple[JointSpec, ...], Field(min_length=1)]
+    action_period_s: ActionPeriod
+    horizon: Horizon
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Robot:
+        check_parts(self.cameras, self.joints)
+        return self
+
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        return tuple(camera.name for camera in self.cameras)
+
+    @property
+    def joint_names(self) -> tuple[str, ...]:
+        return tuple(joint.name for joint in self.joints)
+
+
+def check_parts(cameras: Sequence[CameraSpec], joints: Sequence[JointSpec]) -> None:
+    """ValueError for a name that stands twice, or where no camera is required."""
+    for what, names in (("cameras", [c.name for c in cameras]), ("joints", [j.name for j in joints])):
+        if len(set(names)) != len(names):
+            raise ValueError(f"{what}: expected distinct names, got {names}")
+    if all(camera.optional for camera in cameras):
+        raise ValueError("cameras: expected at least one that is required, got only optional ones")
+
+
+def find_robot(robot: str) -> Path:
+    """A file as given, or that of a robot in config/robots/ by its name."""
+    path = Path(robot).expanduser()
+    return find_share(f"config/robots/{robot}.yaml") if path.name == robot and not path.suffix else path
+
+
+def read_robot(path: Path) -> Robot:
+    """ConfigurationError names the file, the key, what was expected and what was got."""
+    try:
+        return Robot.model_validate(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigurationError(
+            f"robot file {path}: expected a YAML file, got none that can be read ({error.strerror}); "
+            "config/robots/ has examples"
+        ) from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"robot file {path}: expected YAML, got none ({error}); config/robots/ has examples"
+        ) from error
+    except ValidationError as error:
+        raise ConfigurationError(
+            f"robot file {path}: {describe_validation(error)}; config/robots/ has examples"
+        ) from error

@@ -1,0 +1,70 @@
+"""The robot file: read by name or path, its faults named, and the demo's arm as bundle and simulator have it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from support import ROOT
+
+from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.robot.robot import find_robot, read_robot
+from ki_vla_ros.sim.world import World
+
+EXAMPLE = find_robot("imported_arm")
+
+
+def test_the_demos_arm_is_what_the_shipped_bundle_says() -> None:
+    robot, manifest = read_robot(find_robot("demo_arm")), load_bundle(ROOT / "models/demo").manifest
+    for field in ("cameras", "joints", "horizon", "action_period_s"):
+        assert getattr(robot, field) == getattr(manifest, field), field
+
+
+def test_the_demos_arm_is_what_the_simulator_moves() -> None:
+    robot, world = read_robot(find_robot("demo_arm")), World(render=False)
+    assert robot.joint_names == world.joints
+    np.testing.assert_array_equal([joint.lower for joint in robot.joints], world.lower_J)
+    np.testing.assert_array_equal([joint.upper for joint in robot.joints], world.upper_J)
+
+
+def test_a_robot_is_found_by_name_or_by_path(tmp_path: Path) -> None:
+    assert EXAMPLE == ROOT / "config/robots/imported_arm.yaml"
+    path = tmp_path / "mine.yaml"
+    path.write_text(EXAMPLE.read_text())
+    assert find_robot(str(path)) == path and read_robot(path) == read_robot(EXAMPLE)
+    with pytest.raises(ConfigurationError, match=r"config/robots/nobody\.yaml: expected it among"):
+        find_robot("nobody")
+
+
+JOINT = {"name": "a", "unit": "rad", "lower": -1.0, "upper": 1.0, "max_velocity": 1.0, "relative": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"horizon": 1}, r"horizon: Input should be greater than or equal to 2, got 1"),
+        ({"action_period_s": 0}, r"action_period_s: Input should be greater than 0, got 0"),
+        ({"gripper": "left"}, r"gripper: Extra inputs are not permitted, got 'left'"),
+        ({"joints": []}, r"joints: Tuple should have at least 1 item"),
+        ({"joints": [JOINT, JOINT]}, r"joints: expected distinct names, got \['a', 'a'\]"),
+        ({"joints": [JOINT | {"upper": -1.0}]}, r"joints\.0: joint 'a': expected lower < upper, got -1\.0 and -1\.0"),
+        ({"joints": [JOINT | {"unit": "deg"}]}, r"joints\.0\.unit: Input should be 'rad' or 'm', got 'deg'"),
+        ({"cameras": [{"name": "a", "optional": True}]}, r"cameras: expected at least one that is required"),
+    ],
+)
+def test_faults_name_file_key_and_value(tmp_path: Path, changes: dict[str, object], fault: str) -> None:
+    path = tmp_path / "robot.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(EXAMPLE.read_text()) | changes))
+    with pytest.raises(ConfigurationError, match=rf"robot file {path}: .*{fault}.*config/robots/ has examples"):
+        read_robot(path)
+
+
+def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "robot.yaml"
+    with pytest.raises(ConfigurationError, match=r"expected a YAML file, got none that can be read \(No such file"):
+        read_robot(path)
+    for text in ("a: [", "name: a\nname: b\n"):
+        path.write_text(text)
+        with pytest.raises(ConfigurationError, match=r"(?s)expected YAML, got none"):
+            read_robot(path)

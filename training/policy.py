@@ -1,0 +1,43 @@
+"""What a bundle's manifest says of a policy before any export, from its robot file and what training knows."""
+
+from __future__ import annotations
+
+import subprocess
+from datetime import datetime, timezone
+from typing import Any
+
+from pydantic import ValidationError
+
+from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.errors import ConfigurationError, describe_validation
+from ki_vla_ros.robot.robot import Robot
+
+
+def describe_policy(robot: Robot, **fields: Any) -> PolicySpec:
+    """`fields` are those of `PolicySpec` that the robot file does not give; ConfigurationError if they do not fit."""
+    try:
+        return PolicySpec(
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            cameras=robot.cameras,
+            joints=robot.joints,
+            horizon=robot.horizon,
+            action_period_s=robot.action_period_s,
+            **fields,
+        )
+    except ValidationError as error:
+        raise ConfigurationError(f"policy for robot {robot.name!r}: {describe_validation(error)}") from error
+
+
+def commit() -> str:
+    """The checkout's commit, with '+' when tracked files differ from it; 'unknown' outside a checkout."""
+    try:
+        text = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return text.strip()
