@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from ki_vla_ros.bench.model import CALLS, WARM_UP, SetUp, longest_input
-from ki_vla_ros.bench.timing import time_alternating
+from ki_vla_ros.bench.timing import every_tenth, time_alternating
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.statistics import ratio_of_medians, spread
@@ -42,12 +42,8 @@ def bench_compare(
     try:
         for name, set_up in set_ups.items():
             policies[name] = set_up.open()
-
-        def after_round(n: int) -> None:
-            if n % max(1, calls // 10) == 0:
-                say(f"{n} of {calls}")
-
-        taken_ms = time_alternating({name: whole_chunk(p) for name, p in policies.items()}, calls, WARM_UP, after_round)
+        chunks = {name: whole_chunk(policy) for name, policy in policies.items()}
+        taken_ms = time_alternating(chunks, calls, WARM_UP, every_tenth(calls, say))
         described = {name: policy.engine.description for name, policy in policies.items()}
     finally:
         for policy in policies.values():
@@ -63,7 +59,8 @@ def bench_compare(
 
 def whole_chunk(policy: Policy) -> Callable[[], object]:
     """Prefill and all steps on the longest input."""
-    model_input, noise_HA = longest_input(policy.bundle.manifest), policy.noise(0)
+    manifest = policy.bundle.manifest
+    model_input, noise_HA = longest_input(manifest, manifest.graph.vocab_size), policy.noise(0)
     return lambda: policy.denoise(policy.prefill(model_input), noise_HA, model_input.state_J)
 
 

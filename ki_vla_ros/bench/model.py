@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bench.roofline import Ceiling, Work, measure_ceiling
-from ki_vla_ros.bench.timing import choose_clock, time_alternating
+from ki_vla_ros.bench.timing import choose_clock, every_tenth, time_alternating
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
-from ki_vla_ros.bundle.manifest import Manifest
+from ki_vla_ros.bundle.manifest import Manifest, PolicySpec
 from ki_vla_ros.bundle.onnx_header import GraphHeader, read_header
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError
@@ -115,7 +115,10 @@ def time_parts(
     policy: Policy, calls: int, say: Callable[[str], None], clock_ns: Callable[[], int] = time.perf_counter_ns
 ) -> dict[str, np.ndarray[Any, Any]]:
     """ms of each of PARTS, `calls` times. A chunk is a prefill and all its steps, without a pause between them."""
-    model_input, noise_HA = longest_input(policy.bundle.manifest), policy.noise(0)
+    model_input, noise_HA = (
+        longest_input(policy.bundle.manifest, policy.bundle.manifest.graph.vocab_size),
+        policy.noise(0),
+    )
     state_S = state_token(policy.bundle.manifest, model_input)
     clean_H = np.zeros(len(noise_HA), dtype=np.bool_)
     wait = policy.engine.synchronize if isinstance(policy.engine, DeferringEngine) else lambda: None
@@ -137,24 +140,20 @@ def time_parts(
         cache = policy.prefill(model_input)
         all_steps()
 
-    def after_round(n: int) -> None:
-        if n % max(1, calls // 10) == 0:
-            say(f"{n} of {calls}")
-
     timed = dict(zip(PARTS, (prefill, one_step, all_steps, chunk), strict=True))
-    return time_alternating(timed, calls, WARM_UP, after_round, clock_ns)
+    return time_alternating(timed, calls, WARM_UP, every_tenth(calls, say), clock_ns)
 
 
-def longest_input(manifest: Manifest, seed: int = 0) -> ModelInput:
+def longest_input(policy: PolicySpec, vocab_size: int, seed: int = 0) -> ModelInput:
     """Noise; every camera is there and every prompt token counts."""
-    rng, graph = np.random.default_rng(seed), manifest.graph
-    cameras, size, length = len(manifest.cameras), manifest.image.size, manifest.prompt.length
+    rng = np.random.default_rng(seed)
+    cameras, size, length = len(policy.cameras), policy.image.size, policy.prompt.length
     return ModelInput(
         images_VCHW=rng.uniform(-1.0, 1.0, (cameras, 3, size, size)).astype(np.float32),
         image_mask_V=np.ones(cameras, dtype=np.bool_),
-        tokens_L=rng.integers(0, graph.vocab_size, length),
+        tokens_L=rng.integers(0, vocab_size, length),
         token_mask_L=np.ones(length, dtype=np.bool_),
-        state_J=rng.uniform(-1.0, 1.0, len(manifest.joints)).astype(np.float32) if manifest.state.as_token else None,
+        state_J=rng.uniform(-1.0, 1.0, len(policy.joints)).astype(np.float32) if policy.state.as_token else None,
     )
 
 
@@ -202,16 +201,21 @@ def roofline_figures(
 ) -> dict[str, Any]:
     """The device's limits, the least ms of each part, what bounds each graph, and how many times the least p50 is."""
     work = {name: Work(graph["flops"], graph["bytes_read"]) for name, graph in graphs.items()}
-    prefill_ms, step_ms = ceiling.least_ms(work["prefill"]), ceiling.least_ms(work["step"])
-    least_ms = dict(zip(PARTS, (prefill_ms, step_ms, steps * step_ms, prefill_ms + steps * step_ms), strict=True))
+    limit_ms = least_ms(ceiling, work["prefill"], work["step"], steps)
     return {
         "source": ceiling.source,
         "gflops_per_s": ceiling.flops_per_s / 1e9,
         "gb_per_s": {str(size): rate / 1e9 for size, rate in ceiling.bytes_per_s.items()},
         "bound": {name: ceiling.bound(graph) for name, graph in work.items()},
-        "ms": least_ms,
-        "ratio": {name: float(np.median(parts[name])) / least for name, least in least_ms.items()},
+        "ms": limit_ms,
+        "ratio": {name: float(np.median(parts[name])) / least for name, least in limit_ms.items()},
     }
+
+
+def least_ms(ceiling: Ceiling, prefill: Work, step: Work, steps: int) -> dict[str, float]:
+    """The least ms of each of PARTS."""
+    prefill_ms, step_ms = ceiling.least_ms(prefill), ceiling.least_ms(step)
+    return dict(zip(PARTS, (prefill_ms, step_ms, steps * step_ms, prefill_ms + steps * step_ms), strict=True))
 
 
 def table(figures: Mapping[str, Any]) -> str:

@@ -43,6 +43,11 @@ def time_alternating(
     return taken_ms
 
 
+def every_tenth(rounds: int, say: Callable[[str], None]) -> Callable[[int], None]:
+    """For `after_round`: ten lines in all say how far it is."""
+    return lambda n: say(f"{n} of {rounds}") if n % max(1, rounds // 10) == 0 else None
+
+
 def choose_clock(processor_time: bool, threads: int) -> Callable[[], int]:
     """The wall's clock, or this process's processor time: for a machine that others use at the same time. The latter
     needs one thread: the times of more add up, and waiting counts.

@@ -5,12 +5,16 @@ Legend: H horizon, A action dim.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from ki_vla_ros.bench.model import longest_input
 from ki_vla_ros.bundle.folder import PREFILL, Bundle
 from ki_vla_ros.engines.base import prefill_inputs
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
@@ -21,6 +25,9 @@ from training.model.vla import VLA, Cache
 from training.weights.checkpoints import load_checkpoint
 
 CASES = 4
+
+Prefix = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Images [1, V, C, S, S], image mask [1, V], tokens [1, L], token mask [1, L]."""
 
 
 def parity_error(
@@ -68,32 +75,38 @@ def lowest_cosine(checkpoint: Path, bundle: Bundle, cases: int = CASES) -> float
     policy = Policy(bundle, engine)
     got = [policy.denoise(policy.prefill(case), x_t, case.state_J) for case, x_t in zip(given, noise, strict=True)]
     engine.close()
-    ours, theirs = (np.stack(chunks).reshape(cases, -1) for chunks in (got, expected))
-    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    return float(np.min(np.sum(ours * theirs, axis=1) / lengths))  # NaN stays NaN
+    return float(np.min([cosine(*chunks) for chunks in zip(got, expected, strict=True)]))  # NaN stays NaN
 
 
-def answer(model: VLA, given: ModelInput, noise_HA: np.ndarray, steps: int) -> tuple[Cache, torch.Tensor]:
+def cosine(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
+    """Of two chunks as vectors; 1 where they point the same way."""
+    a, b = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def answer(model: VLA, given: ModelInput, noise_HA: NDArray[np.float32], steps: int) -> tuple[Cache, Tensor]:
     """The model's own cache and chunk [H, A] for one input."""
-    arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
-    width = model.config.state_dim
-    state = None if width is None else torch.from_numpy(widen(given.state_J, width))[None]
+    prefix, state_RS = as_batch(given, model.config.state_dim)
     with torch.no_grad():
-        cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
-        return cache, model.sample_actions(cache, torch.from_numpy(noise_HA)[None], steps, state)[0]
+        cache = model.prefill(*prefix)
+        return cache, model.sample_actions(cache, torch.from_numpy(noise_HA)[None], steps, state_RS)[0]
+
+
+def as_batch(given: ModelInput, state_dim: int | None) -> tuple[Prefix, Tensor | None]:
+    """A batch of one, as `VLA.prefill` takes it, and the state token [1, S] of a model that has one."""
+    images, image_mask = torch.from_numpy(given.images_VCHW)[None], torch.from_numpy(given.image_mask_V)[None]
+    tokens, token_mask = torch.from_numpy(given.tokens_L)[None], torch.from_numpy(given.token_mask_L)[None]
+    if state_dim is None or given.state_J is None:
+        return (images, image_mask, tokens, token_mask), None
+    return (images, image_mask, tokens, token_mask), torch.from_numpy(widen(given.state_J, state_dim))[None]
 
 
 def random_input(bundle: Bundle, case: int) -> ModelInput:
     """Noise pictures, random prompts of random length; every other case lacks the last of several cameras."""
     manifest, rng = bundle.manifest, np.random.default_rng(case)
-    cameras, size, length = len(manifest.cameras), manifest.image.size, manifest.prompt.length
+    cameras, length = len(manifest.cameras), manifest.prompt.length
     image_mask_V = np.ones(cameras, dtype=np.bool_)
     image_mask_V[-1] = cameras == 1 or case % 2 == 0
-    with_state = manifest.state.as_token
-    return ModelInput(
-        images_VCHW=rng.uniform(-1, 1, (cameras, 3, size, size)).astype(np.float32),
-        image_mask_V=image_mask_V,
-        tokens_L=rng.integers(0, manifest.graph.vocab_size, length),
-        token_mask_L=np.arange(length) < rng.integers(1, length + 1),
-        state_J=rng.uniform(-1, 1, len(manifest.joints)).astype(np.float32) if with_state else None,
-    )
+    token_mask_L = np.arange(length) < rng.integers(1, length + 1)
+    given = longest_input(manifest, manifest.graph.vocab_size, seed=case)
+    return replace(given, image_mask_V=image_mask_V, token_mask_L=token_mask_L)

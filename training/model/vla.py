@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.errors import ConfigurationError
 from training.model.attention import rotation
 from training.model.expert import AdaRMSNorm, Conditioning, Expert, expert_bias
@@ -229,8 +230,8 @@ class VLA(nn.Module):
     def sample_actions(self, cache: Cache, noise_RHA: Tensor, steps: int, state_RS: Tensor | None = None) -> Tensor:
         """Integrates the flow from noise (t = 1) to actions (t = 0) in equal Euler steps."""
         x_t = noise_RHA
-        for step in range(steps):
-            time_RH = torch.full_like(x_t[..., 0], 1.0 - step / steps)
+        for t in step_times(steps):
+            time_RH = torch.full_like(x_t[..., 0], t)
             x_t = x_t - self.velocity(cache, x_t, time_RH, state_RS) / steps
         return x_t
 

@@ -1,7 +1,7 @@
 """The model of full size on an NVIDIA card: one command fills the table of docs/results/gpu.md.
 
-    python -m training.compare_speed --gpu
-    python -m training.compare_speed --gpu --bundles out/random/pi05 --calls 10000
+    python -m training.speed.gpu
+    python -m training.speed.gpu --bundles out/random/pi05 --calls 10000
 
 Random weights, bfloat16, batch 1, one to three views, 200 prompt tokens, 50 actions, 10 steps. Compared: the training
 classes eagerly, compiled, and compiled within CUDA graphs; the graphs as they are exported (training.export.graphs:
@@ -26,14 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ki_vla_ros.bench.model import SetUp, longest_input
-from ki_vla_ros.bench.roofline import Ceiling, Work, measure_ceiling
+from ki_vla_ros.bench.model import SetUp, least_ms, longest_input, time_parts
+from ki_vla_ros.bench.roofline import Work, measure_ceiling
 from ki_vla_ros.bench.timing import Durations, time_alternating
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.statistics import spread
 from training.export.graphs import arrange, cast_weights, describe_graphs, modulations
+from training.export.parity import Prefix, as_batch, cosine
 from training.export.random_weights import PROMPT_LENGTH, SIZES, draw_weights, policy_spec
 from training.model.vla import VLA, Cache, VLAConfig
 from training.weights.checkpoints import assemble
@@ -47,7 +48,7 @@ GOALS = {"chunk_ms": 11.0, "steps_ms": 3.0, "p99_over_p50": 1.05, "cosine": 0.99
 class Inputs:
     """Of one chunk, on the device. Legend: as in training.model.vla; batch and rows are 1."""
 
-    prefix: tuple[Tensor, Tensor, Tensor, Tensor]
+    prefix: Prefix
     noise_RHA: Tensor
     state_RS: Tensor | None
     steps: int
@@ -74,17 +75,9 @@ class Way:
 
 
 def make_inputs(policy: PolicySpec, config: VLAConfig, seed: int) -> Inputs:
+    prefix, state_RS = as_batch(longest_input(policy, config.vocab_size, seed), config.state_dim)
     rng = torch.Generator().manual_seed(seed)
-    cameras, size, length = len(policy.cameras), policy.image.size, policy.prompt.length
-    prefix = (
-        torch.rand(1, cameras, 3, size, size, generator=rng) * 2 - 1,
-        torch.ones(1, cameras, dtype=torch.bool),
-        torch.randint(0, config.vocab_size, (1, length), generator=rng),
-        torch.ones(1, length, dtype=torch.bool),
-    )
-    noise_RHA = torch.randn(1, config.horizon, config.action_dim, generator=rng)
-    state_RS = None if config.state_dim is None else torch.rand(1, config.state_dim, generator=rng) * 2 - 1
-    return Inputs(prefix, noise_RHA, state_RS, policy.flow.steps)
+    return Inputs(prefix, torch.randn(1, config.horizon, config.action_dim, generator=rng), state_RS, policy.flow.steps)
 
 
 def build_model(config: VLAConfig, seed: int, dtype: torch.dtype) -> VLA:
@@ -177,8 +170,8 @@ def ways(model: VLA, inputs: Inputs) -> Iterator[tuple[str, Callable[[], Way]]]:
 
 @torch.no_grad()
 def measure(way: Way, reference_RHA: Tensor, rounds: int, wait: Callable[[], None]) -> dict[str, Any]:
-    """Whole chunks, and all steps on a fresh cache, in ms; cosine of the actions with the float32 reference."""
-    cosine = cosine_of(way.chunk(), reference_RHA)
+    """Whole chunks, and all steps on one cache, in ms; cosine of the actions with the float32 reference."""
+    alike = cosine(*(chunk.float().cpu().numpy() for chunk in (way.chunk(), reference_RHA)))
     cache = way.prefill()
     wait()
 
@@ -190,39 +183,22 @@ def measure(way: Way, reference_RHA: Tensor, rounds: int, wait: Callable[[], Non
         way.steps(cache)
         wait()
 
-    taken_ms = time_alternating({"chunk": chunk, "steps": steps}, rounds, WARM_UP)
-    return figures_of(taken_ms, cosine)
+    taken_ms = time_alternating({"chunk": chunk, "all steps": steps}, rounds, WARM_UP)
+    return figures_of(taken_ms, alike)
 
 
-def figures_of(taken_ms: dict[str, Durations], cosine: float) -> dict[str, Any]:
+def figures_of(taken_ms: dict[str, Durations], alike: float) -> dict[str, Any]:
     found = {name: spread(values) for name, values in taken_ms.items()}
     steadiness = found["chunk"]["p99"] / found["chunk"]["p50"]
-    return {"ms": found, "calls": len(taken_ms["chunk"]), "p99_over_p50": steadiness, "cosine": cosine}
-
-
-def cosine_of(actions_RHA: Tensor, reference_RHA: Tensor) -> float:
-    a, b = (tensor.double().flatten().cpu() for tensor in (actions_RHA, reference_RHA))
-    return float(a @ b / (a.norm() * b.norm()))
+    return {"ms": found, "calls": len(taken_ms["chunk"]), "p99_over_p50": steadiness, "cosine": alike}
 
 
 def measure_engine(bundle: Path, rounds: int) -> dict[str, Any]:
-    """The tensorrt engine through the policy, as the robot runs it; its input is the bundle's longest. No cosine here:
-    the engine's parity with torch is a test of its own.
-    """
+    """The tensorrt engine through the policy, as the robot runs it. No cosine: its parity is tested elsewhere."""
     policy = SetUp(bundle=str(bundle), engine="tensorrt", provider="cuda").open()
     try:
-        given, noise_HA = longest_input(policy.bundle.manifest), policy.noise(0)
-        cache = policy.prefill(given)
-
-        def chunk() -> None:
-            nonlocal cache
-            cache = policy.prefill(given)
-            policy.denoise(cache, noise_HA, given.state_J)
-
-        def steps() -> None:
-            policy.denoise(cache, noise_HA, given.state_J)
-
-        return figures_of(time_alternating({"chunk": chunk, "steps": steps}, rounds, WARM_UP), float("nan"))
+        taken_ms = time_parts(policy, rounds, lambda line: None)
+        return figures_of({name: taken_ms[name] for name in ("chunk", "all steps")}, float("nan"))
     finally:
         policy.engine.close()
 
@@ -266,7 +242,7 @@ def compare(
     return {
         "views": len(policy.cameras),
         "rows": rows,
-        "roofline_ms": roofline_ms(ceiling, work[0], work[1], inputs.steps),
+        "roofline_ms": least_ms(ceiling, *work, inputs.steps),
         "roofline_source": ceiling.source,
     }
 
@@ -281,13 +257,6 @@ def model_bytes(*modules: nn.Module) -> int:
     return total
 
 
-def roofline_ms(ceiling: Ceiling, prefill: Work, step: Work, steps: int) -> dict[str, float]:
-    return {
-        "chunk": ceiling.least_ms(prefill) + steps * ceiling.least_ms(step),
-        "steps": steps * ceiling.least_ms(step),
-    }
-
-
 def table(figures: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
@@ -299,19 +268,19 @@ def table(figures: dict[str, Any]) -> str:
             if "failed" in row:
                 lines.append(f"| {found['views']} | {name} | not measured: {row['failed']} | | | | | |")
                 continue
-            chunk, steps = row["ms"]["chunk"], row["ms"]["steps"]
+            chunk, steps = row["ms"]["chunk"], row["ms"]["all steps"]
             lines.append(
                 f"| {found['views']} | {name} | {chunk['p50']:.2f} | {chunk['p99']:.2f} | {row['p99_over_p50']:.3f} "
                 f"| {steps['p50']:.2f} | {row['cosine']:.5f} | {row['calls']} |"
             )
         roof = found["roofline_ms"]
-        lines.append(f"| {found['views']} | roofline | {roof['chunk']:.2f} | | | {roof['steps']:.2f} | | |")
+        lines.append(f"| {found['views']} | roofline | {roof['chunk']:.2f} | | | {roof['all steps']:.2f} | | |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m training.compare_speed --gpu",
+        prog="python -m training.speed.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -327,8 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if chosen.device == "cuda" and not torch.cuda.is_available():
             raise ConfigurationError(
-                f"--gpu: expected an NVIDIA card, got torch {torch.__version__} without one; run this where there is "
-                "one, with the wheel torch for its driver"
+                f"--device cuda: expected an NVIDIA card, got torch {torch.__version__} without one; run this where "
+                "there is one, with a torch built for its driver"
             )
         config = SIZES[chosen.size]()
         found = []
@@ -339,8 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(compare(config, policy, device, chosen.rounds, chosen.calls, chosen.seed, bundle))
             print(table({"views": found[-1:]}), flush=True)
     except KiVlaError as error:
-        print(f"compare_speed: {error}", file=sys.stderr)
-        return 1
+        print(f"speed.gpu: {error}", file=sys.stderr)
+        return 2
     card = torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu"
     figures = {
         "size": chosen.size,

@@ -122,7 +122,7 @@ def test_only_a_prefill_alone_waits_for_the_device(tmp_path: Path) -> None:
 
 def test_the_input_is_the_longest() -> None:
     manifest = load_bundle(ROOT / "models" / "bench").manifest
-    given = longest_input(manifest)
+    given = longest_input(manifest, manifest.graph.vocab_size)
     assert given.image_mask_V.all() and given.token_mask_L.all() and given.state_J is not None
     assert given.tokens_L.max() < manifest.graph.vocab_size
     assert given.images_VCHW.shape == (3, 3, 224, 224) and given.images_VCHW.dtype == np.float32

@@ -10,11 +10,13 @@ import pytest
 import torch
 from support.sizes import SMALL
 
+from ki_vla_ros.errors import ConfigurationError
 from training.export.bundle import export_bundle
+from training.export.parity import cosine
 from training.export.random_weights import policy_spec, write_checkpoint
-from training.speed import __main__ as compare_speed
-from training.speed import gpu as compare_speed_gpu
-from training.speed.__main__ import RATIOS, Ratio, compare, judge
+from training.speed import gpu
+from training.speed.__main__ import main
+from training.speed.cpu import RATIOS, Ratio, compare, judge
 from training.speed.gpu import arranged, build_model, make_inputs, plain
 from training.speed.peer import build_peer, peer_prefill
 from training.weights.checkpoints import load_checkpoint
@@ -38,7 +40,7 @@ def test_everything_compared_computes_the_same(
     command = ["--checkpoint", str(folders[0]), "--bundle", str(folders[1]), "--rounds", "2", "--slow-rounds", "2"]
     threads = torch.get_num_threads()
     try:
-        assert compare_speed.main([*command, "--json", str(out)]) == 0
+        assert main([*command, "--json", str(out)]) == 0
     finally:
         torch.set_num_threads(threads)
     found = json.loads(out.read_text())
@@ -51,17 +53,17 @@ def test_everything_compared_computes_the_same(
 
 def test_a_bundle_of_other_weights_is_no_contest(folders: tuple[Path, Path], tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "other", SMALL, POLICY, seed=1)
-    with pytest.raises(compare_speed.ConfigurationError, match="is the bundle an export of this checkpoint"):
+    with pytest.raises(ConfigurationError, match="is the bundle an export of this checkpoint"):
         compare(tmp_path / "other", folders[1], torch.get_num_threads(), 1, 1, lambda line: None)
 
 
 def test_processor_time_is_of_one_thread(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--checkpoint", str(folders[0]), "--bundle", str(folders[1]), "--rounds", "1", "--slow-rounds", "1"]
-    assert compare_speed.main([*command, "--processor-time", "--threads", "2"]) == 1
+    assert main([*command, "--processor-time", "--threads", "2"]) == 2
     assert "--processor-time: expected one thread, got 2" in capsys.readouterr().err
     threads = torch.get_num_threads()
     try:
-        assert compare_speed.main([*command, "--processor-time"]) == 0
+        assert main([*command, "--processor-time"]) == 0
     finally:
         torch.set_num_threads(threads)
     assert "| ms (processor time) |" in capsys.readouterr().out
@@ -75,7 +77,7 @@ def test_the_peer_has_our_weights(folders: tuple[Path, Path]) -> None:
     theirs = peer_prefill(build_peer(model), images_BVCSS[0], tokens_BL)()
     torch.testing.assert_close(theirs.keys_NBKPD, ours.keys_NBKPD, atol=1e-4, rtol=0)
     torch.testing.assert_close(theirs.values_NBKPD, ours.values_NBKPD, atol=1e-4, rtol=0)
-    with pytest.raises(compare_speed.ConfigurationError, match="mark of an image"):
+    with pytest.raises(ConfigurationError, match="mark of an image"):
         peer_prefill(build_peer(model), images_BVCSS[0], torch.full_like(tokens_BL, SMALL.vocab_size - 1))
 
 
@@ -98,27 +100,27 @@ def test_what_runs_on_a_card_agrees_where_there_is_none() -> None:
     half = build_model(SMALL, 0, torch.bfloat16)
     assert half.backbone.layers[0].mlp.up.weight.dtype == torch.bfloat16
     for way in (plain(half, inputs), arranged(half, inputs)):
-        assert 0.99 < compare_speed_gpu.cosine_of(way.chunk(), reference_RHA) < 1.0
+        assert 0.99 < cosine(way.chunk().float().numpy(), reference_RHA.numpy()) < 1.0
 
 
 def test_the_card_comparison_runs_as_far_as_it_can_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(compare_speed_gpu.SIZES, "100m", lambda: SMALL)
+    monkeypatch.setitem(gpu.SIZES, "100m", lambda: SMALL)
     out = tmp_path / "gpu.json"
-    command = ["--gpu", "--device", "cpu", "--size", "100m", "--views", "1", "2", "--calls", "2", "--rounds", "1"]
-    assert compare_speed.main([*command, "--bundles", str(tmp_path), "--json", str(out)]) == 0
+    command = ["--device", "cpu", "--size", "100m", "--views", "1", "2", "--calls", "2", "--rounds", "1"]
+    assert gpu.main([*command, "--bundles", str(tmp_path), "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert [views["views"] for views in found["views"]] == [1, 2]
     rows = found["views"][1]["rows"]
     assert rows["eager"]["calls"] == 1 and rows["arranged graphs, eager"]["calls"] == 2
     assert rows["tensorrt engine"].keys() == {"failed"}
     roof = found["views"][1]["roofline_ms"]
-    assert roof["chunk"] > roof["steps"] > 0
+    assert roof["chunk"] > roof["all steps"] > 0
     assert "not measured" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare_speed.main(["--gpu"]) == 1
-    assert "--gpu: expected an NVIDIA card" in capsys.readouterr().err
+    assert gpu.main([]) == 2
+    assert "--device cuda: expected an NVIDIA card" in capsys.readouterr().err
