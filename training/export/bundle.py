@@ -40,7 +40,7 @@ from training.export.graphs import (
 )
 from training.export.parity import lowest_cosine, parity_error
 from training.model.vla import VLA
-from training.tokens.words import prompt_tokenizer, prompt_vocab_size
+from training.tokens.prompt import prompt_tokenizer, prompt_vocab_size
 from training.weights.checkpoints import POLICY, load_checkpoint
 
 TOLERANCE = 1e-4

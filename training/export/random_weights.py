@@ -30,7 +30,8 @@ from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 from training.model.sizes import VOCABULARY, paligemma_3b
 from training.model.vla import VLAConfig
-from training.tokens.words import DEMO_PROMPT, build_tokenizer, prompt_vocab_size
+from training.tokens.prompt import prompt_vocab_size
+from training.tokens.words import DEMO_PROMPT, build_tokenizer
 from training.weights.checkpoints import CONFIG, POLICY, WEIGHTS, shapes
 
 PROMPT_ROWS = 256_000  # of PaliGemma's token table; the rest are places and segments, which no prompt holds

@@ -18,7 +18,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ki_vla_ros.bundle.folder import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
-from training.tokens.words import DEMO_PROMPT, build_tokenizer, prompt_tokenizer
+from training.tokens.prompt import prompt_tokenizer
+from training.tokens.words import DEMO_PROMPT, build_tokenizer
 
 _GRID = 2  # image tokens per side
 _PERIOD = 1e6

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from training.model.vla import VLA
 from training.tokens.fast import FastTokenizer
-from training.tokens.words import LOCATIONS, STATE_BINS, fast_id, loc_id, token_id
+from training.tokens.prompt import fast_id, loc_id, token_id
+from training.tokens.words import LOCATIONS, STATE_BINS
 
 
 def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:

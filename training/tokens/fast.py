@@ -2,7 +2,7 @@
 
 Legend: N chunks, H horizon, A action dim. A chunk in about [-1, 1] becomes H x A integer coefficients, lowest frequency
 of all dimensions first, and then a short sequence of ids in [0, vocab_size). Ids are FAST's own;
-`training.tokens.words` places them in the language model's vocabulary, apart from the location tokens.
+`training.tokens.prompt` names their places in the language model's vocabulary, apart from the location tokens.
 """
 
 from __future__ import annotations

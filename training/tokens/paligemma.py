@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from ki_vla_ros.bundle.manifest import PAD_TOKEN, UNKNOWN_TOKEN
 from ki_vla_ros.errors import ConfigurationError
 from training.model.sizes import VOCABULARY
-from training.tokens.words import BOS_TOKEN, EOS_TOKEN, fast_token, paligemma_loc_token
+from training.tokens.prompt import BOS_TOKEN, EOS_TOKEN, fast_token, paligemma_loc_token
 
 SPACE = "\u2581"
 

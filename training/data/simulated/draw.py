@@ -22,7 +22,8 @@ from training.action_space import ActionSpace
 from training.data.simulated.generate import CAMERAS, Arrays, seen_objects
 from training.data.simulated.questions import COMBINATIONS, SeenObject, draw_sample
 from training.tokens.fast import FastTokenizer
-from training.tokens.words import DEMO_PROMPT, EOS_TOKEN, fast_id, token_id
+from training.tokens.prompt import EOS_TOKEN, fast_id, token_id
+from training.tokens.words import DEMO_PROMPT
 
 QUESTION_PROMPT = "Question: {task}\nAnswer:"
 LEAST_PIXELS = 15  # visible pixels (of 96 x 96) from which on an object is asked about

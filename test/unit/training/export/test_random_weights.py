@@ -21,7 +21,7 @@ from training.export.random_weights import (
     stand_in_tokenizer,
     write_checkpoint,
 )
-from training.tokens.words import prompt_tokenizer, prompt_vocab_size
+from training.tokens.prompt import prompt_tokenizer, prompt_vocab_size
 from training.weights.checkpoints import WEIGHTS, load_checkpoint, shapes
 
 

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.preprocess import render_prompt, state_to_bins, tokenize
 from training.tokens.paligemma import read_tokenizer
-from training.tokens.words import fast_id, prompt_tokenizer, prompt_vocab_size
+from training.tokens.prompt import fast_id, prompt_tokenizer, prompt_vocab_size
 
 MODEL = train()
 SIZE = len(MODEL.pieces)

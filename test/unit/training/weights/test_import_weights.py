@@ -28,7 +28,7 @@ from training.export import tiny as tiny_bundle
 from training.export.bundle import export_bundle
 from training.model.vla import VLAConfig
 from training.tokens.paligemma import read_tokenizer
-from training.tokens.words import prompt_tokenizer
+from training.tokens.prompt import prompt_tokenizer
 from training.weights.checkpoints import load_checkpoint, read_config, shapes
 from training.weights.foreign import PALIGEMMA, their_name
 
