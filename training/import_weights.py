@@ -14,12 +14,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from ki_vla_ros.bundle.folder import TOKENIZER
 from ki_vla_ros.bundle.manifest import ImageSpec, PolicySpec, PromptSpec, Provenance
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot.robot import Robot, find_robot, read_robot
 from training.model.sizes import paligemma_3b
 from training.model.vla import VLAConfig
@@ -98,42 +100,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--flow-steps", type=int, default=10, help="Euler steps of the flow that the weights were judged with")
     add("--action-ids", type=int, default=0, help="tokens of our own after the vocabulary, for training with FAST")
     add("--out", type=Path, required=True, help="folder of the checkpoint")
-    chosen = parser.parse_args(arguments)
-    try:
-        find_weights(chosen.source)  # the download comes first: nothing else is worth mending without it
-        given = [name for name in ("stats", "robot") if getattr(chosen, name) is not None]
-        config, policy = paligemma_3b("pi0" if chosen.kind == "pi0" else "pi05", chosen.action_ids), None
-        if chosen.kind == "paligemma":
-            if given:
-                raise ConfigurationError(
-                    f"--{given[0]}: expected none with --as paligemma: its expert is untrained, it cannot move a robot"
-                )
-        elif len(given) < 2:
+    return run_command("import_weights", partial(_import, parser.parse_args(arguments)))
+
+
+def _import(chosen: argparse.Namespace) -> int:
+    find_weights(chosen.source)  # the download comes first: nothing else is worth mending without it
+    given = [name for name in ("stats", "robot") if getattr(chosen, name) is not None]
+    config, policy = paligemma_3b("pi0" if chosen.kind == "pi0" else "pi05", chosen.action_ids), None
+    if chosen.kind == "paligemma":
+        if given:
             raise ConfigurationError(
-                f"--stats and --robot: expected both with --as {chosen.kind}, got {given or 'none'}"
+                f"--{given[0]}: expected none with --as paligemma: its expert is untrained, it cannot move a robot"
             )
-        else:
-            robot = read_robot(find_robot(chosen.robot))
-            config = replace(config, horizon=robot.horizon)
-            method = chosen.normalization or METHODS[chosen.kind]
-            policy = describe_import(chosen.kind, config, robot, chosen.stats, method, chosen.flow_steps)
-        import_checkpoint(
-            chosen.kind,
-            chosen.source,
-            chosen.tokenizer,
-            chosen.out,
-            config=config,
-            policy=policy,
-            action_ids=chosen.action_ids,
-        )
-    except (KiVlaError, OSError) as error:
-        print(f"import_weights: {error}", file=sys.stderr)
-        return 2
+    elif len(given) < 2:
+        raise ConfigurationError(f"--stats and --robot: expected both with --as {chosen.kind}, got {given or 'none'}")
+    else:
+        robot = read_robot(find_robot(chosen.robot))
+        config = replace(config, horizon=robot.horizon)
+        method = chosen.normalization or METHODS[chosen.kind]
+        policy = describe_import(chosen.kind, config, robot, chosen.stats, method, chosen.flow_steps)
+    import_checkpoint(
+        chosen.kind,
+        chosen.source,
+        chosen.tokenizer,
+        chosen.out,
+        config=config,
+        policy=policy,
+        action_ids=chosen.action_ids,
+    )
     size = (chosen.out / WEIGHTS).stat().st_size / 1e9
     print(f"{chosen.out}: {size:.2f} GB of weights, {CONFIG}, {TOKENIZER}" + (f", {POLICY}" if policy else ""))
     if policy:
         print(f"next: python -m training.export --checkpoint {chosen.out} --out BUNDLE")
-    return 0
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":

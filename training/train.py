@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
 from training.action_space import ActionSpace
 from training.config import Loss, StageConfig, TrainingConfig, load_config
@@ -388,11 +392,16 @@ def take_rows(x_BPD: Tensor, rows_BR: Tensor) -> Tensor:
     return x_BPD.gather(1, rows_BR[:, :, None].expand(-1, -1, x_BPD.shape[2]))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML file in config/training/")
-    Trainer(load_config(parser.parse_args().config)).run()
+    return run_command("train", partial(_train, parser.parse_args(arguments).config))
+
+
+def _train(config: Path) -> int:
+    Trainer(load_config(config)).run()
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

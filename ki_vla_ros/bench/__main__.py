@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,21 +22,21 @@ from ki_vla_ros.bench.compare import bench_compare, parse_set_up
 from ki_vla_ros.bench.compare import table as compare_table
 from ki_vla_ros.bench.model import CALLS, SetUp, bench_model
 from ki_vla_ros.bench.model import table as model_table
-from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
+from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.settings.settings import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    chosen = _parser().parse_args(arguments)
-    try:
-        figures, text = {"node": _node, "model": _model, "compare": _compare}[chosen.command](chosen)
-    except (KiVlaError, InputError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
+    return run_command("bench", partial(_bench, _parser().parse_args(arguments)))
+
+
+def _bench(chosen: argparse.Namespace) -> int:
+    figures, text = {"node": _node, "model": _model, "compare": _compare}[chosen.command](chosen)
     print(text)
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
+    return ExitCode.FINE
 
 
 def _node(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:

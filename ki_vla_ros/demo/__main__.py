@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from ki_vla_ros.bags.writer import Recorder
 from ki_vla_ros.bundle.folder import file_sha256, load_bundle
+from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.demo.driver import ARM, POLICY, TOPICS, Driver, Observed
 from ki_vla_ros.demo.report import Episode, Run, rate_hz, write_report
 from ki_vla_ros.demo.video import import_av, make_video
@@ -42,7 +44,6 @@ EPISODE_LIMIT_S: Final = 10.0 * TIME_LIMIT_S
 SETTLE_S: Final = 0.25
 # The arm is watched for a moment after the verdict, so that one sees it.
 LINGER_S: Final = 1.0
-INTERRUPTED: Final = 130
 VIDEO: Final = "demo.mp4"
 
 
@@ -285,19 +286,15 @@ def interrupt(_number: int, _frame: object) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 after all episodes, 130 when interrupted, 1 with one message when something was wrong."""
+    """0 after all episodes, whatever became of them; otherwise as `run_command` says."""
     signal.signal(signal.SIGTERM, interrupt)
-    try:
-        options = parse_options(arguments)
-        summary = run(options)
-    except KiVlaError as error:
-        print(f"\ndemo: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted; all processes were stopped", file=sys.stderr)
-        return INTERRUPTED
-    print(describe(summary, options.out))
-    return 0
+    return run_command("demo", partial(_demonstrate, arguments), "interrupted; all processes were stopped")
+
+
+def _demonstrate(arguments: Sequence[str] | None) -> int:
+    options = parse_options(arguments)
+    print(describe(run(options), options.out))
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     ros2 run ki_vla_ros doctor --params my_robot.yaml            the running robot, without commanding it
     ros2 run ki_vla_ros doctor --bag BAG --params my_robot.yaml  a recording; the same as python -m ki_vla_ros.doctor
 
-Exit code 1 if there are errors, 2 if it could not look. Nothing is published and nothing is changed.
+Exit code 1 if it found errors, 2 if it could not look. Nothing is published and nothing is changed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.doctor import recording
 from ki_vla_ros.doctor.findings import Findings, as_json, as_table, errors
 from ki_vla_ros.doctor.setup import Machine, Request, check_machine, check_profile_is_set
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.settings.parameter_file import NODE
 
 
@@ -45,16 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long running topics are watched; default 5")
     parser.add_argument("--json", action="store_true", help="findings as JSON instead of a table")
     given = parser.parse_args(arguments)
-    try:
-        if not given.node.startswith("/") or given.seconds <= 0:
-            raise ConfigurationError("expected --node to begin with a slash and --seconds above 0")
-        request = Request(given.bag, given.params, given.bundle, given.node, given.seconds)
-        findings, looked_at = diagnose(request)
-    except KiVlaError as error:
-        print(f"doctor: {error}", file=sys.stderr)
-        return 2
+    return run_command("doctor", partial(_examine, given))
+
+
+def _examine(given: argparse.Namespace) -> int:
+    if not given.node.startswith("/") or given.seconds <= 0:
+        raise ConfigurationError("expected --node to begin with a slash and --seconds above 0")
+    findings, looked_at = diagnose(Request(given.bag, given.params, given.bundle, given.node, given.seconds))
     print(json.dumps(as_json(findings, looked_at), indent=1) if given.json else as_table(findings, looked_at))
-    return 1 if errors(findings) else 0
+    return ExitCode.FOUND if errors(findings) else ExitCode.FINE
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Build the TensorRT engines of a bundle: on the robot, or with TensorRT for RTX ahead of time for other GPUs.
 
-    python -m ki_vla_ros.engines.build --bundle demo                                  # for this machine's GPU
-    python -m ki_vla_ros.engines.build --bundle demo --library tensorrt_rtx --compute sm89,sm120 --out engines/
+    python -m ki_vla_ros.build_engines --bundle demo                                  # for this machine's GPU
+    python -m ki_vla_ros.build_engines --bundle demo --library tensorrt_rtx --compute sm89,sm120 --out engines/
 
 The node builds what it lacks by itself; this command does it beforehand. docs/tensorrt.md has the rest.
 """
@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
+from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.cuda import CudaDevice
 from ki_vla_ros.engines.plans import PlanCache, default_folder
 from ki_vla_ros.engines.tensorrt_builder import BuildOptions, Say, check_gpu, find_or_build, gpu_of, plan_key
 from ki_vla_ros.engines.tensorrt_library import OLDEST, Library, load_library
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.share import find_bundle
 
 
@@ -53,38 +55,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="refuse a build that seems to need more memory than is free",
     )
     chosen = parser.parse_args(arguments)
-    try:
-        if chosen.compute is not None and chosen.library == "tensorrt":
-            raise ConfigurationError(
-                "--compute: expected none with tensorrt, which builds for the GPU that it runs on; add --library "
-                "tensorrt_rtx, or run this on the robot"
-            )
-        if chosen.workspace is not None and chosen.workspace < 1:
-            raise ConfigurationError(f"--workspace: expected at least 1 MB, got {chosen.workspace}")
-        bundle = load_bundle(find_bundle(chosen.bundle))
-        library = load_library(chosen.library)
-        if chosen.compute is not None:
-            gpus = [name.strip().lower() for name in chosen.compute.split(",")]
-        else:
-            device = CudaDevice()
-            gpus = [gpu_of(device, library)]
-            device.close()
-        cache = PlanCache(chosen.out or default_folder())
-        options = BuildOptions(chosen.workspace, chosen.memory_check)
-        for path in build_engines(bundle, library, gpus, cache, options, _print):
-            print(path)
-    except KeyboardInterrupt:
-        print("build_engines: interrupted; what was finished is kept", file=sys.stderr)
-        return 130
-    except KiVlaError as error:
-        print(f"build_engines: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("build_engines", partial(_build, chosen), "interrupted; what was finished is kept")
+
+
+def _build(chosen: argparse.Namespace) -> int:
+    if chosen.compute is not None and chosen.library == "tensorrt":
+        raise ConfigurationError(
+            "--compute: expected none with tensorrt, which builds for the GPU that it runs on; add --library "
+            "tensorrt_rtx, or run this on the robot"
+        )
+    if chosen.workspace is not None and chosen.workspace < 1:
+        raise ConfigurationError(f"--workspace: expected at least 1 MB, got {chosen.workspace}")
+    bundle = load_bundle(find_bundle(chosen.bundle))
+    library = load_library(chosen.library)
+    if chosen.compute is not None:
+        gpus = [name.strip().lower() for name in chosen.compute.split(",")]
+    else:
+        device = CudaDevice()
+        gpus = [gpu_of(device, library)]
+        device.close()
+    cache = PlanCache(chosen.out or default_folder())
+    options = BuildOptions(chosen.workspace, chosen.memory_check)
+    for path in build_engines(bundle, library, gpus, cache, options, _print):
+        print(path)
+    return ExitCode.FINE
 
 
 def _print(message: str) -> None:
     print(message, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,12 +6,13 @@ active, the policy loop (runtime/loop.py) runs beside it in a thread of its own.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
+from ki_vla_ros.console import ExitCode
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
@@ -336,13 +338,14 @@ class PolicyNode(LifecycleNode):
         gc.unfreeze()
 
 
-def main() -> int:
-    """The executable `policy_node`: 0 after SIGINT or SIGTERM, 1 with one message if it could not start."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The executable `policy_node`: 0 after SIGINT or SIGTERM, 2 with one message if it could not start."""
     sys.setswitchinterval(SWITCH_S)
-    return run_node("policy_node", _run)
+    description = "The policy as a lifecycle node; its settings are ROS parameters, see config/demo.yaml."
+    return run_node(argparse.ArgumentParser(prog="policy_node", description=description), _run, arguments)
 
 
-def _run(stop: threading.Event) -> int:
+def _run(_given: argparse.Namespace, stop: threading.Event) -> int:
     node = PolicyNode()
     try:
         if not node.parameters.settings.autostart:
@@ -350,13 +353,13 @@ def _run(stop: threading.Event) -> int:
                 "unconfigured: waiting for a lifecycle client (with autostart: true it starts alone)"
             )
         elif not node.start():
-            return 1
+            return ExitCode.FAILED
         executor = EventsExecutor()
         executor.add_node(node)
         # Its spin() never fires a callback in rclpy 9.1; short waits also let Python see signals.
         while rclpy.ok() and not stop.is_set():
             executor.spin_once(timeout_sec=0.1)
-        return 0
+        return ExitCode.FINE
     finally:
         node.close()
         node.destroy_node()

@@ -5,51 +5,63 @@ Every node's `main` is one call of `run_node`, so that all behave alike under `r
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 
 import rclpy
 from rclpy.exceptions import ParameterException
 from rclpy.signals import SignalHandlerOptions
+from rclpy.utilities import remove_ros_args
 
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.console import run_command
+from ki_vla_ros.errors import ConfigurationError
 
 # A larger ROS domain's ports would be no port numbers (DDSI-RTPS 9.6.1).
 LARGEST_DOMAIN = 232
+ROS_ARGUMENTS = (
+    "Arguments for ROS come after --ros-args: --params-file FILE, -p NAME:=VALUE, -r __ns:=/left and the like."
+)
 
 
-def run_node(name: str, run: Callable[[threading.Event], int], arguments: Sequence[str] | None = None) -> int:
-    """Exit code of `run`, which gets an event that a signal sets; 1 after one message on standard error if it raises.
+def run_node(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace, threading.Event], int],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Exit code of `run`, which gets what `parser` read and an event that a signal sets.
 
-    `arguments` are those for ROS, by default the process's own.
+    `arguments`, by default the process's own, may hold ROS arguments after `--ros-args`; the parser gets the others,
+    and exits with 2 for one that it does not know. If `run` raises, that is one message on standard error, and FAILED.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser.epilog = ROS_ARGUMENTS
     stop = threading.Event()
 
     def request_stop(_number: int, _frame: FrameType | None) -> None:
         stop.set()
 
+    def work() -> int:
+        try:
+            chosen = parser.parse_args(_without_ros_arguments(given))
+            _init_ros(given)
+            return run(chosen, stop)
+        except ParameterException as error:
+            raise ConfigurationError(str(error)) from error
+        finally:
+            rclpy.try_shutdown()
+            # Ctrl-C under `ros2 launch` arrives twice; the second one must not kill a process about to return 0.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+
     # rclpy's own handlers would shut the context down at once, and then no last command could be published any more.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
-    try:
-        _init_ros(arguments)
-        return run(stop)
-    except (KiVlaError, ParameterException) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    except Exception:
-        print(f"{name}: {traceback.format_exc()}", file=sys.stderr)
-        return 1
-    finally:
-        rclpy.try_shutdown()
-        # Ctrl-C under `ros2 launch` arrives twice; the second one must not kill a process that is about to return 0.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+    return run_command(parser.prog, work)
 
 
 def check_domain() -> None:
@@ -59,11 +71,22 @@ def check_domain() -> None:
         raise ConfigurationError(f"ROS_DOMAIN_ID: expected 0 to {LARGEST_DOMAIN}, got {domain!r}")
 
 
-def _init_ros(arguments: Sequence[str] | None) -> None:
+def _without_ros_arguments(arguments: Sequence[str]) -> list[str]:
+    try:
+        return list(remove_ros_args(["", *arguments])[1:])  # the first would be the program
+    except Exception as error:  # from C, as below
+        raise _cannot_start(error) from error
+
+
+def _init_ros(arguments: Sequence[str]) -> None:
     check_domain()
     try:
-        rclpy.init(args=None if arguments is None else list(arguments), signal_handler_options=SignalHandlerOptions.NO)
+        rclpy.init(args=list(arguments), signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:  # from C; its message is all there is
-        raise ConfigurationError(
-            f"ROS 2 cannot start: {error}; check the arguments after --ros-args and that ROS_LOG_DIR can be written to"
-        ) from error
+        raise _cannot_start(error) from error
+
+
+def _cannot_start(error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"ROS 2 cannot start: {error}; check the arguments after --ros-args and that ROS_LOG_DIR can be written to"
+    )

@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -28,12 +27,12 @@ from rclpy.experimental.events_executor import EventsExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
-from rclpy.utilities import remove_ros_args
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bags.writer import Recorder
+from ki_vla_ros.console import ExitCode
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.messages.type_names import (
     COMPRESSED_IMAGE,
@@ -134,9 +133,8 @@ class RecorderNode(Node):
             self.get_logger().warning(f"nothing was recorded: {self._session_topic} never came")
 
 
-def parse_options(arguments: Sequence[str]) -> Options:
-    """ConfigurationError where the folder exists, or `ros2 bag` is asked for and not installed."""
-    parser = argparse.ArgumentParser(prog="record", description="record what a running policy reads and says")
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="record", description="Record what a running policy reads and says.")
     parser.add_argument(
         "--out",
         type=Path,
@@ -150,7 +148,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
         default="auto",
         help="ros2bag: `ros2 bag record`; own: this process; auto: ros2bag where it is installed with mcap",
     )
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def check_options(given: argparse.Namespace) -> Options:
+    """ConfigurationError where the folder exists, or `ros2 bag` is asked for and not installed."""
     if given.out.exists():
         raise ConfigurationError(f"recording: {given.out} exists already; remove it or choose another --out")
     missing = missing_for_ros2_bag()
@@ -182,22 +184,17 @@ def ros2_bag_command(options: Options, topics: Sequence[str], simulated_clock: b
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The executable `record`: 0 after SIGINT or SIGTERM, 1 with one message if something was wrong."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        options = parse_options(remove_ros_args([sys.argv[0], *given])[1:])
-    except KiVlaError as error:
-        print(f"record: {error}", file=sys.stderr)
-        return 1
+    """The executable `record`: 0 after SIGINT or SIGTERM, 2 with one message if something was wrong."""
     command: list[str] = []
-    code = run_node("record", partial(_run, options, command), given)
-    if code == 0 and command:
+    code = run_node(argument_parser(), partial(_run, command), arguments)
+    if code == ExitCode.FINE and command:
         os.execvp(command[0], command)  # signals then reach it as they reach us
     return code
 
 
-def _run(options: Options, command: list[str], stop: threading.Event) -> int:
+def _run(command: list[str], given: argparse.Namespace, stop: threading.Event) -> int:
     """Records until `stop`; or leaves in `command` what shall record in this process's place."""
+    options = check_options(given)
     os.nice(NICENESS)
     node = RecorderNode(options)
     try:
@@ -215,8 +212,4 @@ def _run(options: Options, command: list[str], stop: threading.Event) -> int:
             node.close()
         finally:
             node.destroy_node()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return ExitCode.FINE

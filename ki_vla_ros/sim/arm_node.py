@@ -7,11 +7,13 @@ and a one-place queue for resets. Legend: H image height, W width, C channel, J 
 
 from __future__ import annotations
 
+import argparse
 import array
 import json
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, Queue
@@ -31,6 +33,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
+from ki_vla_ros.console import ExitCode
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, SimulationError
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.ros.process import run_node
@@ -301,7 +304,7 @@ class ArmNode(Node):
         return message
 
 
-def _run(stop: threading.Event) -> int:
+def _run(_given: argparse.Namespace, stop: threading.Event) -> int:
     node = ArmNode()
     executor = SingleThreadedExecutor()
     executor.add_node(node)
@@ -310,12 +313,13 @@ def _run(stop: threading.Event) -> int:
         executor.spin_once(timeout_sec=0.1)
     node.stop()
     node.destroy_node()
-    return 0
+    return ExitCode.FINE
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs until SIGINT or SIGTERM; the exit code is 0 unless something failed."""
-    return run_node(NODE_NAME, _run, arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The executable `sim_arm`: 0 after SIGINT or SIGTERM, 2 with one message if something failed."""
+    description = "The simulated arm: cameras and joint states out, joint trajectories in, in real time."
+    return run_node(argparse.ArgumentParser(prog=NODE_NAME, description=description), _run, arguments)
 
 
 if __name__ == "__main__":

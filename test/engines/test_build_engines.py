@@ -358,7 +358,7 @@ def test_the_command_prints_where_the_plans_are(tmp_path: Path, capsys: pytest.C
 def test_the_command_names_what_is_wrong(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert build_engines.main(["--bundle", "demo", "--out", str(tmp_path), *arguments]) == 1
+    assert build_engines.main(["--bundle", "demo", "--out", str(tmp_path), *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("build_engines: ") and message in printed.err
     assert printed.out == "" and list(tmp_path.iterdir()) == []

@@ -88,7 +88,7 @@ def test_what_cannot_start_says_why_and_exits(
     start: Callable[..., PolicyProcess], bundle_path: str, parameters: dict[str, object], fault: str
 ) -> None:
     policy = start(**{"bundle": bundle_path, **parameters})
-    assert policy.wait() == 1
+    assert policy.wait() == 2
     assert fault in policy.output
     assert "Traceback" not in policy.output
 
@@ -104,7 +104,7 @@ def test_ros_itself_cannot_start(
     ]:
         ros_environment.update({"ROS_DOMAIN_ID": domain, variable: value})
         policy = start()
-        assert policy.wait() == 1
+        assert policy.wait() == 2
         assert message in policy.output and "Traceback" not in policy.output
 
 

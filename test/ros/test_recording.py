@@ -74,12 +74,12 @@ OUTPUTS = ("/arm_controller/joint_trajectory", "/policy/chunk", "/policy/tick", 
 
 
 class Recording:
-    """`python -m ki_vla_ros.ros.recorder` as a process."""
+    """`python -m ki_vla_ros.record` as a process."""
 
     def __init__(self, environment: dict[str, str], folder: Path, *arguments: str) -> None:
         self.bag = folder / "bag"
         self._log = folder / "record.log"
-        command = [sys.executable, "-m", "ki_vla_ros.ros.recorder", "--out", str(self.bag), *arguments]
+        command = [sys.executable, "-m", "ki_vla_ros.record", "--out", str(self.bag), *arguments]
         environment = {**environment, "PYTHONPATH": f"{ROOT}:{environment.get('PYTHONPATH', '')}"}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -217,7 +217,7 @@ def test_what_cannot_be_recorded_is_said_at_once(
 ) -> None:
     (tmp_path / "bag").mkdir()
     recording = record(*arguments)
-    assert recording.process.wait(PATIENCE_S) == 1
+    assert recording.process.wait(PATIENCE_S) == 2
     assert recording.output.startswith("record: ") and fault in recording.output
 
 

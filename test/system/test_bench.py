@@ -33,7 +33,7 @@ def test_bench_node(tmp_path: Path) -> None:
 def test_a_bundle_that_is_not_there_is_named() -> None:
     command = [sys.executable, "-m", "ki_vla_ros.bench", "node", "--seconds", "1", "--bundle", "nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("bench: ") and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("bench: ") and "Traceback" not in done.stderr
 
 
 def test_the_shipped_bundle_is_what_its_command_makes(tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def test_a_child_that_cannot_start_ends_the_run_with_its_message(
     params.write_text(params.read_text().replace("    image_size: 288", "    image_sise: 288"))
     process = start([*given, "--no-video"], ros_environment)
     _, errors = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 1
-    assert "sim_arm ended with exit code 1" in errors
+    assert process.returncode == 2
+    assert "sim_arm ended with exit code 2" in errors
     assert "parameter 'image_sise' does not exist" in errors
     assert "Traceback" not in errors
     assert left_running(tmp_path) == []
@@ -134,7 +134,7 @@ def test_a_domain_in_use_is_refused(tmp_path: Path, given: list[str], ros_enviro
     finally:
         arm.send_signal(signal.SIGINT)
         arm.wait(30)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert f"ROS domain {ros_environment['ROS_DOMAIN_ID']} is in use: a node 'sim_arm'" in errors
     assert left_running(tmp_path) == []
 

@@ -1,7 +1,7 @@
 """Bags -> a LeRobot dataset (v3.0), and back.
 
-    python -m training.data.lerobot from-bag BAG... --actions commands --out DATASET [--bundle B] [--params P.yaml]
-    python -m training.data.lerobot to-bag DATASET --out BAG
+    python -m training.convert from-bag BAG... --actions commands --out DATASET [--bundle B] [--params P.yaml]
+    python -m training.convert to-bag DATASET --out BAG
 
 docs/data.md says which topics, episodes and actions are meant.
 """
@@ -12,11 +12,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from ki_vla_ros.bags.bag import Bag, open_bag
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.settings.parameter_file import NODE, load_settings
 from ki_vla_ros.settings.settings import Settings
 from training.convert.episodes import Actions, Conversion, Cut, Marker, convert
@@ -33,20 +35,20 @@ from training.data.lerobot.dataset import Dataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """0; otherwise as `run_command` says."""
     arguments = parse(argv)
-    try:
-        if arguments.command == "to-bag":
-            written = write_bag(Dataset(arguments.dataset), arguments.out)
-            print(f"{arguments.out}: {written} messages")
-        else:
-            convert_bags(arguments)
-    except KiVlaError as error:
-        print(f"lerobot: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("lerobot: stopped; the frames written until then are a valid dataset", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        "convert", partial(_convert, arguments), "stopped; the frames written until then are a valid dataset"
+    )
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    if arguments.command == "to-bag":
+        written = write_bag(Dataset(arguments.dataset), arguments.out)
+        print(f"{arguments.out}: {written} messages")
+    else:
+        convert_bags(arguments)
+    return ExitCode.FINE
 
 
 def convert_bags(arguments: argparse.Namespace) -> None:
@@ -132,7 +134,7 @@ def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training.data.lerobot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m training.convert", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     back = commands.add_parser("to-bag", help="a dataset -> a bag")
     back.add_argument("dataset", type=Path)

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
@@ -164,7 +167,7 @@ def evaluate(policy: Policy, scenes: Sequence[Scene], delay_s: float, settings: 
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--episodes", type=int, default=100)
@@ -178,7 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--flow-steps", type=int, help="default: what the bundle says")
     parser.add_argument("--noise-seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    return run_command("evaluate", partial(_evaluate, parser.parse_args(arguments)))
+
+
+def _evaluate(options: argparse.Namespace) -> int:
     bundle = load_bundle(options.bundle)
     # Simulated time: a second between two scenes' clocks would look like one that was set back.
     chosen = settings_from_parameters({"ramp_in_s": 0.0} | dict(pair.split("=", 1) for pair in options.set))
@@ -189,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scenes = [sample_scene(seed, split=options.split) for seed in range(first, first + options.episodes)]
     settings = {"bundle": bundle.manifest.name, **{k: v for k, v in vars(options).items() if k != "bundle"}}
     print(json.dumps(settings | evaluate(policy, scenes, options.delay_s, chosen), indent=1))
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

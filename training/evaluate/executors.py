@@ -6,11 +6,14 @@ python -m training.evaluate.executors models/demo --episodes 20
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
@@ -45,16 +48,20 @@ def compare(policy: Policy, episodes: int, delays_ms: Sequence[int]) -> Iterator
             )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--delays-ms", type=int, nargs="+", default=list(DELAYS_MS))
-    options = parser.parse_args(arguments)
+    return run_command("executors", partial(_print_comparison, parser.parse_args(arguments)))
+
+
+def _print_comparison(options: argparse.Namespace) -> int:
     bundle = load_bundle(options.bundle)
     for line in compare(Policy(bundle, OnnxEngine(bundle)), options.episodes, options.delays_ms):
         print(line, flush=True)
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

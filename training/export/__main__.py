@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ki_vla_ros.bundle.folder import TOKENIZER
-from ki_vla_ros.errors import KiVlaError
+from ki_vla_ros.console import ExitCode, run_command
 from training.export.bundle import DTYPES, ExportError, export_bundle
 from training.weights.checkpoints import POLICY
 
@@ -28,17 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--notes", type=Path, help="Markdown file for the model card: what the model can and cannot do")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the large weights, keys and values")
     parser.add_argument("--torch", action="store_true", help="also write both graphs for the torch engine")
-    chosen = parser.parse_args(arguments)
+    return run_command("export", partial(_export, parser.parse_args(arguments)))
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    notes = "" if chosen.notes is None else chosen.notes.read_text(encoding="utf-8")
     try:
-        notes = "" if chosen.notes is None else chosen.notes.read_text(encoding="utf-8")
         export_bundle(chosen.checkpoint, chosen.out, notes, chosen.torch, chosen.dtype)
     except ExportError as error:
         print(f"export: {error}", file=sys.stderr)
-        return 1
-    except (KiVlaError, OSError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return ExitCode.FOUND
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":

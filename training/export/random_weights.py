@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from ki_vla_ros.bundle.folder import TOKENIZER
 from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.errors import ConfigurationError
 from training.export.bundle import DTYPES, export_bundle
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
@@ -174,19 +176,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--torch", action="store_true", help="with --bundle: both graphs for the torch engine as well")
-    chosen = parser.parse_args(arguments)
+    return run_command("random_weights", partial(_write, parser.parse_args(arguments)))
+
+
+def _write(chosen: argparse.Namespace) -> int:
     config = SIZES[chosen.size]()
     policy = policy_spec(config, chosen.size, chosen.cameras, PROMPT_LENGTH[chosen.size], chosen.seed)
-    try:
-        write_checkpoint(chosen.out, config, policy, chosen.seed, DTYPES[chosen.dtype])
-        if chosen.bundle is not None:
-            export_bundle(
-                chosen.out, chosen.bundle, "Random weights: **never for an arm**.", chosen.torch, chosen.dtype
-            )
-    except (KiVlaError, OSError) as error:
-        print(f"random_weights: {error}", file=sys.stderr)
-        return 2
-    return 0
+    write_checkpoint(chosen.out, config, policy, chosen.seed, DTYPES[chosen.dtype])
+    if chosen.bundle is not None:
+        export_bundle(chosen.out, chosen.bundle, "Random weights: **never for an arm**.", chosen.torch, chosen.dtype)
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":

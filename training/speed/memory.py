@@ -15,10 +15,12 @@ import argparse
 import dataclasses
 import multiprocessing
 import platform
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ki_vla_ros.console import ExitCode, run_command
 from training.config import ParallelConfig
 from training.losses import losses
 from training.model.sizes import paligemma_3b
@@ -288,7 +291,7 @@ def print_plan(steps: list[Step]) -> None:
         print_row(*row, offloaded, cards(found.offloaded_peak))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = {"type": lambda text: [int(part) for part in text.split(",")]}
     parser.add_argument("--policy", choices=("pi0", "pi05"), default="pi05")
@@ -302,7 +305,10 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpointing", default="yes,no", type=lambda text: [part == "yes" for part in text.split(",")]
     )
     parser.add_argument("--sgd", action="store_true", help="bfloat16 weights, SGD during the backward pass; see Step")
-    given = parser.parse_args(argv)
+    return run_command("memory", partial(_plan, parser.parse_args(arguments)))
+
+
+def _plan(given: argparse.Namespace) -> int:
     model = cut(paligemma_3b(given.policy), given.depth, given.vocabulary)
     steps = [
         Step(
@@ -320,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{count / 1e9:.3f} G parameters; {platform.machine()}, torch {torch.__version__}; all in GiB\n")
     if not given.measure:
         print_plan(steps)
-        return
+        return ExitCode.FINE
     heads = ["batch", "activation checkpointing", "predicted peak", "measured peak", "measured / predicted"]
     heads += ["loss before", "after", "seconds"]
     print_row(*heads)
@@ -332,7 +338,8 @@ def main(argv: list[str] | None = None) -> None:
             row = [step.batch, yes(step.parallel.activation_checkpointing), gib(predicted), gib(measured.peak)]
             row += [f"{measured.peak / predicted:.2f}", f"{measured.loss_before:.3f}", f"{measured.loss_after:.3f}"]
             print_row(*row, f"{measured.seconds:.0f}")
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -159,6 +159,6 @@ def test_what_cannot_run_says_why(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert bench.main(arguments) == 1
+    assert bench.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("bench: ") and any(part in said for part in message.split("|"))

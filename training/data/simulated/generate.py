@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import SimulationError
 from ki_vla_ros.policy.preprocess import resize_with_pad
 from ki_vla_ros.sim.demonstrator import Expert, Reference, tip_to_joints
@@ -289,14 +292,19 @@ def make_data(config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
     return meta
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
-    config = load_config(parser.parse_args().config)
+    return run_command("generate", partial(_generate, parser.parse_args(arguments).config))
+
+
+def _generate(path: Path) -> int:
     from training.train import chunk_timing  # the one place that derives it from the model's sizes
 
+    config = load_config(path)
     print(json.dumps(make_data(config.data, chunk_timing(config)), indent=1))
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -230,7 +230,7 @@ def test_of_a_bad_bag_what_can_be_used_is_used_and_its_faults_are_said(
     captured = capsys.readouterr()
     assert all(re.search(fault, captured.out) for fault in CASES[case].faults), captured.out
     if frames == 0:
-        assert result == 2 and captured.err.startswith("lerobot: ")
+        assert result == 2 and captured.err.startswith("convert: ")
         return
     dataset = Dataset(out)
     assert result == 0 and dataset.info.total_frames == (frames or dataset.info.total_frames) > 2
