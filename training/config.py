@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.vla import GemmaConfig, VisionConfig
+from training.model.gemma import GemmaConfig
+from training.model.siglip import VisionConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
 Part = Literal["stem", "vision", "backbone", "expert", "heads"]

@@ -21,7 +21,7 @@ from ki_vla_ros.bench.timing import choose_clock, every_tenth, time_alternating
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
 from ki_vla_ros.bundle.manifest import Manifest, PolicySpec
 from ki_vla_ros.bundle.onnx_header import GraphHeader, read_header
-from ki_vla_ros.engines import open_engine
+from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy, widen
 from ki_vla_ros.records import ModelInput

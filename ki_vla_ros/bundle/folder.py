@@ -20,36 +20,14 @@ from tokenizers import Tokenizer
 from ki_vla_ros.bundle.manifest import (
     PAD_TOKEN,
     UNKNOWN_TOKEN,
-    ActionStats,
-    FlowSpec,
     GraphSpec,
-    ImageSpec,
     Manifest,
     PolicySpec,
-    PromptSpec,
-    Provenance,
-    StateSpec,
 )
 from ki_vla_ros.bundle.onnx_header import GraphHeader, TensorType, read_header
 from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.errors import BundleError, describe_validation
-
-__all__ = [
-    "ActionStats",
-    "Bundle",
-    "FlowSpec",
-    "GraphSpec",
-    "ImageSpec",
-    "Manifest",
-    "PolicySpec",
-    "PromptSpec",
-    "Provenance",
-    "StateSpec",
-    "graph_interface",
-    "load_bundle",
-    "write_bundle",
-]
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

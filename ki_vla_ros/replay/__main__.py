@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ki_vla_ros.bags.bag import Bag, open_bag
-from ki_vla_ros.engines import open_engine
+from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.messages.decode import BagMessage
 from ki_vla_ros.records import NS_PER_S, Observation

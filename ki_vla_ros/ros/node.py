@@ -33,8 +33,8 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.console import ExitCode
-from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
+from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import check_instruction, resize_with_pad

@@ -24,11 +24,11 @@ from ki_vla_ros.bundle.folder import (
     PREFILL,
     TIME,
     TOKENIZER,
-    Manifest,
     file_sha256,
     graph_interface,
     load_bundle,
 )
+from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.bundle.onnx_header import TensorType, read_header
 from ki_vla_ros.errors import BundleError
 

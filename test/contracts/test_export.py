@@ -15,7 +15,8 @@ from support import ROOT
 from support.bundles import demo_observation
 from support.checkpoints import write_checkpoint
 
-from ki_vla_ros.bundle.folder import EXPERT, MODEL_CARD, PREFILL, TOKENIZER, Bundle, PolicySpec, load_bundle
+from ki_vla_ros.bundle.folder import EXPERT, MODEL_CARD, PREFILL, TOKENIZER, Bundle, load_bundle
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.bundle.onnx_header import read_header
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError

@@ -15,8 +15,8 @@ from support.checkpoints import write_checkpoint
 from support.exported import NONE, A, Made, draw
 
 from ki_vla_ros.bundle.folder import PREFILL, Bundle
-from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import DifferentiableEngine, KVCache
+from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import EngineError

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ki_vla_ros.bundle.folder import Bundle, PolicySpec
+from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import CameraFrame, Observation
 from training.export.tiny import write_tiny_bundle
 from training.tokens.words import DEMO_PROMPT

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ki_vla_ros.bundle.folder import TOKENIZER, PolicySpec
+from ki_vla_ros.bundle.folder import TOKENIZER
+from ki_vla_ros.bundle.manifest import PolicySpec
 from support.bundles import demo_policy, state_token_policy
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig

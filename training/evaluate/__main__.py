@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.console import ExitCode, run_command
-from ki_vla_ros.engines import open_engine
+from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
 from ki_vla_ros.runtime.controller import Trajectory, TrajectoryExecutor, TrajectoryPoint

@@ -30,8 +30,9 @@ from ki_vla_ros.errors import ConfigurationError
 from training.export.bundle import DTYPES, export_bundle
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
-from training.model.sizes import VOCABULARY, paligemma_3b
+from training.model.sizes import paligemma_3b
 from training.model.vla import VLAConfig
+from training.tokens.paligemma import VOCABULARY
 from training.tokens.prompt import prompt_vocab_size
 from training.tokens.words import DEMO_PROMPT, build_tokenizer
 from training.weights.checkpoints import CONFIG, POLICY, WEIGHTS, shapes

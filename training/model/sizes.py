@@ -10,9 +10,8 @@ from typing import Literal
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 from training.model.vla import VLAConfig
+from training.tokens.paligemma import VOCABULARY
 
-VOCABULARY = 257_152
-"""Gemma's 256,000 tokens, 1,024 places <loc0000>.., 128 segments <seg000>.."""
 SIGLIP_SO400M = VisionConfig(image_size=224, patch_size=14, width=1152, depth=27, heads=16, mlp=4304)
 GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp=16_384, heads=8, kv_heads=1, head_dim=256)
 GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp=4096, heads=8, kv_heads=1, head_dim=256)

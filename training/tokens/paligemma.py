@@ -20,8 +20,10 @@ from tokenizers.processors import TemplateProcessing
 
 from ki_vla_ros.bundle.manifest import PAD_TOKEN, UNKNOWN_TOKEN
 from ki_vla_ros.errors import ConfigurationError
-from training.model.sizes import VOCABULARY
 from training.tokens.prompt import BOS_TOKEN, EOS_TOKEN, fast_token, paligemma_loc_token
+
+VOCABULARY = 257_152
+"""Gemma's 256,000 tokens, 1,024 places <loc0000>.., 128 segments <seg000>.."""
 
 SPACE = "\u2581"
 

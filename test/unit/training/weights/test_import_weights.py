@@ -18,7 +18,8 @@ from support.bundles import demo_policy
 from support.golden import CONFIG
 from support.sentencepieces import train
 
-from ki_vla_ros.bundle.folder import BundleError, PolicySpec, load_bundle
+from ki_vla_ros.bundle.folder import BundleError, load_bundle
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input, render_prompt

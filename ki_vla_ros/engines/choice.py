@@ -1,0 +1,38 @@
+"""The engine that the settings choose, opened; only the libraries of that one need to be installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.engines.base import Engine
+from ki_vla_ros.engines.plans import PlanCache, default_folder
+from ki_vla_ros.errors import EngineError
+from ki_vla_ros.settings.settings import Settings
+
+
+def _print(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def open_engine(bundle: Bundle, settings: Settings, say: Callable[[str], object] = _print) -> Engine:
+    """The chosen engine; only its libraries need to be installed. `say` is told what takes long."""
+    try:
+        folder = Path(settings.engine_cache).expanduser() if settings.engine_cache else default_folder()
+        if settings.engine in ("tensorrt", "tensorrt_rtx"):
+            from ki_vla_ros.engines.tensorrt_engine import open_tensorrt
+
+            return open_tensorrt(bundle, settings.engine, PlanCache(folder), say)
+        if settings.engine == "torch":
+            from ki_vla_ros.engines.torch_engine import TorchEngine
+
+            return TorchEngine(bundle, settings.provider, settings.threads, settings.torch_mode)
+        from ki_vla_ros.engines.onnx_engine import PROVIDERS, OnnxEngine
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"engine {settings.engine}: expected the Python module {error.name}, got none; install the wheel "
+            f"{error.name} or choose another engine"
+        ) from error
+    return OnnxEngine(bundle, PROVIDERS[settings.provider], settings.threads, folder)
