@@ -17,16 +17,12 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.pixels import read_image
+from ki_vla_ros.messages.pixels import ENCODINGS, decode_raw, read_image
 from ki_vla_ros.records import ActionChunk, Motion
 from ki_vla_ros.ros import convert
 from ki_vla_ros.runtime.diagnostics import Level, Report
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-
-
-# rclpy's parser of IDL files, loaded with the first message, uses a module that Python 3.11 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
 
 
 def image(pixels: NDArray[np.uint8], encoding: str, padding: int = 0) -> Image:
@@ -262,3 +258,16 @@ def test_a_serialized_trajectory_is_what_rclpy_makes_of_the_message(joints: list
     ]
     serialized = convert.command_message(made, now_ns=0, splice=True)
     assert trajectory(serialized) == message
+
+
+@pytest.mark.parametrize("encoding", [name for name in ENCODINGS if "UC" not in name])  # cv_bridge refuses plain types
+def test_the_same_pixels_as_cv_bridge(encoding: str) -> None:
+    """Runs beside a ROS installation; among the wheels there is no cv_bridge."""
+    bridge = pytest.importorskip("cv_bridge").CvBridge()
+    height, width = 6, 8
+    row = width * ENCODINGS[encoding].bytes_per_pixel
+    pixels = np.random.default_rng(0).integers(0, 256, (height, row), dtype=np.uint8)
+    data = array.array("B", pixels.tobytes())
+    message = Image(height=height, width=width, encoding=encoding, step=row, data=data)
+    got = decode_raw("camera", encoding, height, width, row, False, data)
+    np.testing.assert_array_equal(got, bridge.imgmsg_to_cv2(message, "rgb8"))

@@ -1,4 +1,4 @@
-"""Image bytes -> RGB, each encoding against what it is by definition; with cv_bridge installed also against that."""
+"""Image bytes -> RGB, each encoding against what it is by definition (against cv_bridge: ros/test_convert.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw
+from ki_vla_ros.messages.pixels import decode_compressed, decode_raw
 
 HEIGHT, WIDTH = 6, 8
 
@@ -86,15 +86,3 @@ def test_jpeg_is_read_as_the_camera_sees_it() -> None:
     ):
         with pytest.raises(InputError, match=f"camera: expected {expected}"):
             decode_compressed("camera", nothing)
-
-
-@pytest.mark.parametrize("encoding", [name for name in ENCODINGS if "UC" not in name])  # cv_bridge refuses plain types
-def test_the_same_pixels_as_cv_bridge(encoding: str) -> None:
-    """Runs beside a ROS installation; among the wheels there is no cv_bridge."""
-    bridge = pytest.importorskip("cv_bridge").CvBridge()
-    from sensor_msgs.msg import Image
-
-    row = WIDTH * ENCODINGS[encoding].bytes_per_pixel
-    rows = np.random.default_rng(0).integers(0, 256, (HEIGHT, row), dtype=np.uint8)
-    message = Image(height=HEIGHT, width=WIDTH, encoding=encoding, step=row, data=array.array("B", rows.tobytes()))
-    np.testing.assert_array_equal(decode(encoding, rows), bridge.imgmsg_to_cv2(message, "rgb8"))
