@@ -11,26 +11,30 @@ VENV := .venv$(addprefix -,$(ROS_DISTRO))
 RUN := $(VENV)/bin/python -m
 REQUIREMENTS := $(wildcard requirements/*.txt)
 # Plugins by name: a sourced ROS installation brings pytest plugins that break newer pytest versions.
-PYTEST := PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(RUN) coverage run -m pytest -p xdist -p pytest_timeout -p hypothesispytest
+PYTEST := pytest -p xdist -p pytest_timeout -p hypothesispytest -n $(JOBS) --dist loadfile
+TESTING := OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
 export PYTHON
 # The ROS wheels restart Python once with their library path; inherited from another environment, this mark would prevent it.
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint train export evaluate clean
+.PHONY: help demo test test-fast lint train export evaluate clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 demo: $(VENV)/robot ## a simulated arm follows instructions over ROS 2; results in out/demo (ARGS="--episodes 3 --help ...")
 	$(RUN) ki_vla_ros.demo $(ARGS)
 
 test: lint ## every test, with coverage (ARGS="test/bad/test_bundles.py" for some, JOBS=2 workers)
 	$(RUN) coverage erase
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
+	$(TESTING) $(RUN) coverage run -m $(PYTEST) $(ARGS)
 	$(RUN) coverage combine --quiet
 	$(if $(ARGS),,$(RUN) coverage report)
+
+test-fast: $(VENV)/developer ## in a minute: unit tests and contracts but for those that trace, train or search long (JOBS=2)
+	$(TESTING) $(RUN) $(PYTEST) -m "not slow" $(or $(ARGS),test/unit test/contracts)
 
 lint: $(VENV)/developer ## ruff (rules, format) and mypy
 	$(RUN) ruff check

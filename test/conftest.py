@@ -1,4 +1,4 @@
-"""ROS for tests: every test that asks for it talks on a domain of its own, to this machine only."""
+"""Fixtures and marks of all tests. Whatever talks over ROS does so on a domain of its own, to this machine only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from support.exported import Made
@@ -31,6 +32,27 @@ os.environ["ROS_PYTHON_CHECK_FIELDS"] = "1"  # otherwise a misspelt message fiel
 os.environ.setdefault("ROS_LOG_DIR", tempfile.mkdtemp(prefix="ros_log_"))
 
 
+# Nothing here judges how long an example takes: on a busy machine any may take long.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
+
+# Exports, traces and long searches: several times what pytest's own limit (pyproject.toml) is made for.
+SLOW_LIMIT_S = 600
+# Whoever uses these waits for an export.
+_EXPORTED = {"made", "half"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in ("ros", "gpu"):
+            item.add_marker(folder)
+        if _EXPORTED & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
+
+
 @pytest.fixture
 def ros_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """Puts this test on a domain of its own, with its logs in `tmp_path`; returns the environment for its processes."""
@@ -50,10 +72,10 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session", params=["text", "token"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """By how the model gets the joint state. Once per process: an export takes several seconds of one core."""
-    from support.exported import make
+    """A model and its bundle, by how the model gets the joint state; exported once per run of the tests."""
+    from support.exported import export
 
-    return make(tmp_path_factory.mktemp(request.param), request.param)
+    return export(tmp_path_factory, request.param)
 
 
 @pytest.fixture

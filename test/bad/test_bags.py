@@ -231,7 +231,7 @@ def _name(original: bytes) -> str:
     return names.get(original[:4], "b.mcap")
 
 
-@settings(max_examples=90, deadline=None)
+@settings(max_examples=90)
 @given(which=st.integers(0, 5), seed=st.integers(0, 2**32))
 def test_no_bytes_make_it_fail(originals: list[bytes], which: int, seed: int) -> None:
     try_damaged(originals[which], seed)

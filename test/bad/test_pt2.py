@@ -18,16 +18,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import ROOT
-from support.checkpoints import write_checkpoint
+from support.exported import export
 
 from ki_vla_ros.bundle.folder import EXPERT, MANIFEST, PREFILL, PROGRAMS, Bundle, file_sha256, load_bundle
 from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.errors import BundleError
-from training.export.bundle import ExportError, check_left_behind, export_bundle
+from training.export.bundle import ExportError, check_left_behind
 from training.export.formats import save_program
 from training.weights.checkpoints import load_checkpoint
 
-pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 Records = dict[str, bytes]
 STEP = PROGRAMS[EXPERT]
 MODEL, SAMPLES = "expert/models/model.json", "expert/data/sample_inputs/model.pt"
@@ -39,9 +38,8 @@ CONFIG, CONSTANTS = (
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
-    folder = tmp_path_factory.mktemp("pt2")
-    checkpoint = write_checkpoint(folder / "checkpoint", "token")
-    return checkpoint, export_bundle(checkpoint, folder / "bundle", with_torch=True)
+    made = export(tmp_path_factory, "token")
+    return made.checkpoint, made.bundle
 
 
 @pytest.fixture
@@ -154,7 +152,7 @@ def test_a_program_with_anything_else_is_refused(folder: Path, fault: str) -> No
         load_bundle(folder)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.randoms(use_true_random=False), st.sampled_from([None, -1, 10**12, 0.5, "", "x", [], {}, [[]], {"as_int": {}}])
 )

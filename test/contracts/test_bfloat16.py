@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from support.bundles import demo_observation
-from support.checkpoints import write_checkpoint
-from support.exported import NONE, A, Made, draw, make
+from support.exported import NONE, A, Made, draw, export, skip_tracing
 
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, PROGRAMS, TIME
 from ki_vla_ros.bundle.pt2 import read_program
@@ -25,18 +24,16 @@ from ki_vla_ros.errors import EngineError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.records import ModelInput
-from training.export import bundle as export
 from training.export.bundle import COSINE, ExportError, export_bundle
 from training.export.parity import answer, lowest_cosine
 
-pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 STEPS = 10
 Array = NDArray[np.float32]
 
 
 @pytest.fixture(scope="module", params=["text", "token"])
 def half(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return make(tmp_path_factory.mktemp(request.param), request.param, "bfloat16")
+    return export(tmp_path_factory, request.param, "bfloat16")
 
 
 def inputs(made: Made) -> list[ModelInput]:
@@ -155,15 +152,16 @@ def test_onnxruntime_on_a_cpu_refuses_it(half: Made) -> None:
 
 
 def test_the_export_compares_and_refuses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    half: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", "text")
+    skip_tracing(monkeypatch, half)
+    checkpoint = half.checkpoint
     bundle = export_bundle(checkpoint, tmp_path / "bundle", with_torch=True, dtype="bfloat16")
     assert "cosine 1.000000 to torch in float32" in capsys.readouterr().out
     right = TorchEngine.integrate
     monkeypatch.setattr(TorchEngine, "integrate", lambda self, *given: right(self, *given) + draw(1) * np.float32(0.2))
     assert 0.9 < lowest_cosine(checkpoint, bundle, cases=1) < COSINE
-    monkeypatch.setattr(export, "lowest_cosine", lambda *given: float("nan"))
+    monkeypatch.setattr("training.export.bundle.lowest_cosine", lambda *given: float("nan"))
     with pytest.raises(ExportError, match=r"expected a cosine of 0\.999 to float32 or more, got nan"):
         export_bundle(checkpoint, tmp_path / "bundle", with_torch=True, dtype="bfloat16")
     assert (tmp_path / "bundle" / "manifest.json").exists(), "the bundle of before stays"

@@ -14,6 +14,7 @@ import torch
 from support import ROOT
 from support.bundles import demo_observation
 from support.checkpoints import write_checkpoint
+from support.exported import NOTES, Made, skip_tracing
 
 from ki_vla_ros.bundle.folder import EXPERT, MODEL_CARD, PREFILL, TOKENIZER, Bundle, load_bundle
 from ki_vla_ros.bundle.manifest import PolicySpec
@@ -29,14 +30,10 @@ from training.export.parity import parity_error
 from training.tokens.words import build_tokenizer
 from training.weights.checkpoints import POLICY, load_checkpoint
 
-pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 
-
-@pytest.fixture(scope="module", params=["text", "token"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
-    folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = write_checkpoint(folder / "checkpoint", request.param)
-    return checkpoint, export_bundle(checkpoint, folder / "bundle", notes="It was never trained.")
+@pytest.fixture
+def exported(made: Made) -> tuple[Path, Bundle]:
+    return made.checkpoint, made.bundle
 
 
 @pytest.fixture
@@ -133,22 +130,16 @@ def test_manifest_and_model_card_carry_the_policy(exported: tuple[Path, Bundle])
     graph = bundle.manifest.graph
     assert (graph.layers, graph.kv_heads, graph.head_dim, graph.image_tokens) == (2, 1, 16, 4)
     card = (bundle.path / MODEL_CARD).read_text()
-    for expected in ("It was never trained.", "| follow_rate | 0.93 |", "| gripper | m |", "purple", "seed 0"):
+    for expected in (NOTES, "| follow_rate | 0.93 |", "| gripper | m |", "purple", "seed 0"):
         assert expected in card
 
 
 def test_an_export_replaces_an_earlier_bundle_only_when_it_is_whole(
-    exported: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint, bundle = exported
-    out = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    checkpoint, out = made.checkpoint, Path(shutil.copytree(made.bundle.path, tmp_path / "bundle"))
     (out / MODEL_CARD).write_text("an earlier one")
-
-    def copy_graphs(graphs: object, folder: Path) -> None:
-        for name in (PREFILL, EXPERT):
-            shutil.copy(bundle.path / name, folder)
-
-    monkeypatch.setattr("training.export.bundle.write_graphs", copy_graphs)
+    skip_tracing(monkeypatch, made)
     monkeypatch.setattr("training.export.bundle.parity_error", lambda model, bundle: math.nan)
     with pytest.raises(ExportError, match=r"parity: expected the graphs within 0\.0001 of torch, got nan"):
         export_bundle(checkpoint, out)

@@ -31,9 +31,6 @@ from ki_vla_ros.runtime.safety import extremes
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import Settings
 
-# rclpy's parser of IDL files, loaded with the first message, uses a module that Python 3.11 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
-
 CASES = int(os.environ.get("KI_VLA_SEAM_CASES", "10000"))
 MS = 1_000_000
 START = 1_000 * NS_PER_S
@@ -181,7 +178,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(0)
-@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=CASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**63), st.sampled_from(EXECUTORS), st.sampled_from(("smooth", "wander", "jumps", "anywhere")))
 def test_no_executor_makes_a_seam(seed: int, executor: str, kind: str) -> None:
     assert_seamless(run(seed, executor, kind))
@@ -215,7 +212,7 @@ def walk(sent: list[tuple[int, Motion]], mode: str) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("mode", ["replace", "splice", "stream"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**63), st.sampled_from(EXECUTORS), st.sampled_from(("smooth", "wander", "jumps")))
 def test_a_controller_moves_within_the_bounds_in_every_mode(mode: str, seed: int, executor: str, kind: str) -> None:
     """From the messages themselves: what the arm is told each millisecond has no step in position or speed."""

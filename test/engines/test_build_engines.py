@@ -40,7 +40,7 @@ from ki_vla_ros.share import find_bundle
 from training.export.bundle import export_bundle
 from training.export.random_weights import PROMPT_LENGTH, pi05_slice, policy_spec, write_checkpoint
 
-pytestmark = pytest.mark.timeout(600)  # the export of the slice takes half a minute of a core, more on a busy machine
+pytestmark = pytest.mark.slow  # the export of the slice takes half a minute of a core
 RTX = Library("tensorrt_rtx", tensorrt_rtx)
 GPUS = ("sm86", "sm89", "sm120")
 BUNDLES = ("demo", "pi05-slice")

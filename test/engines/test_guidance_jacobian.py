@@ -20,7 +20,6 @@ from ki_vla_ros.records import ModelInput
 from ki_vla_ros.runtime.chunking import soft_mask
 from ki_vla_ros.settings.names import settings_from_parameters
 
-pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 Array = NDArray[np.float32]
 
 

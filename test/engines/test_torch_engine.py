@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.bundles import HORIZON, demo_observation, write_test_bundle
-from support.checkpoints import write_checkpoint
-from support.exported import NONE, A, Made, draw
+from support.exported import NONE, A, Made, draw, skip_tracing
 
 from ki_vla_ros.bundle.folder import PREFILL, Bundle
 from ki_vla_ros.engines.base import DifferentiableEngine, KVCache
@@ -26,8 +25,6 @@ from ki_vla_ros.settings.names import settings_from_parameters
 from training.export.bundle import TOLERANCE, ExportError, export_bundle
 from training.export.parity import parity_error
 from training.model.vla import VLA
-
-pytestmark = pytest.mark.timeout(600)  # torch traces each graph in several seconds of one core, more on a busy machine
 
 
 @pytest.fixture
@@ -56,12 +53,12 @@ def test_parity_sees_a_small_difference(made: Made) -> None:
     assert parity_error(changed, made.bundle, cases=1, engine=TorchEngine(made.bundle)) > TOLERANCE
 
 
-def test_an_export_of_other_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", "text")
+def test_an_export_of_other_numbers_is_refused(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_tracing(monkeypatch, made)
     right, wrong = TorchEngine.integrate, np.float32(1.001)
     monkeypatch.setattr(TorchEngine, "integrate", lambda self, *arguments: right(self, *arguments) * wrong)
     with pytest.raises(ExportError, match=r"parity: expected the graphs within 0\.0001 of torch, got 0\.00"):
-        export_bundle(checkpoint, tmp_path / "bundle", with_torch=True)
+        export_bundle(made.checkpoint, tmp_path / "bundle", with_torch=True)
     assert not (tmp_path / "bundle").exists()
 
 

@@ -34,7 +34,7 @@ from ki_vla_ros.policy.guidance import Guide
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.settings.names import parameter_specs
 
-pytestmark = pytest.mark.timeout(600)  # torch traces and compiles in tens of seconds of one core
+pytestmark = pytest.mark.slow  # torch compiles
 CPU = torch.device("cpu")
 Array = NDArray[np.float32]
 CLEAN = np.arange(HORIZON) < 4

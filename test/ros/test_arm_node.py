@@ -32,8 +32,6 @@ from ki_vla_ros.sim.demonstrator import Expert
 from ki_vla_ros.sim.task import Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, JOINTS, World
 
-# rclpy imports ROS's code generator, whose parser imports modules of Python's that are on their way out.
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_.*' is deprecated:DeprecationWarning")
 COMMAND = [sys.executable, "-m", "ki_vla_ros.sim.arm_node"]
 LIMIT_S = 60.0
 

@@ -10,8 +10,8 @@ import rclpy
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from std_msgs.msg import String
-from support.bundles import JOINTS, params_file
-from support.robots import TASK, PolicyProcess, Robot
+from support.bundles import JOINTS, TASK, params_file
+from support.robots import PolicyProcess, Robot
 from support.waiting import until
 from trajectory_msgs.msg import JointTrajectory
 
@@ -20,7 +20,6 @@ from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.setup import Machine, Request
 from ki_vla_ros.share import find_share
 
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
 MACHINE = Machine((3, 11), "2.1.0", {"FASTDDS_DEFAULT_PROFILES_FILE": str(find_share("config/fastdds.xml"))})
 SECONDS = 2.0
 

@@ -11,11 +11,6 @@ from support.exported import Made
 from support.robots import PolicyProcess, Robot
 from support.waiting import until
 
-pytestmark = [
-    pytest.mark.timeout(600),  # torch traces each graph in several seconds of one core, more on a busy machine
-    pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning"),  # as in test_node.py
-]
-
 
 @pytest.mark.parametrize("made", ["text"], indirect=True)
 def test_the_node_runs_the_true_form(

@@ -20,11 +20,9 @@ from rclpy.event_handler import PublisherEventCallbacks
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import Empty, String
 from support import ROOT
-from support.bundles import JOINTS, demo_policy
-from support.robots import TASK, PolicyProcess, Robot, ns_of
+from support.bundles import JOINTS, TASK, demo_policy
+from support.robots import PolicyProcess, Robot, ns_of
 from support.waiting import until
-
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
 
 FAULTY = (str(ROOT / "test" / "support" / "faulty_node.py"),)
 # The test bundle's chunks lead anywhere, in the end to a limit: there the arm shall stay, not refuse.

@@ -10,12 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rcl_interfaces.srv import DescribeParameters
-from support.bundles import JOINTS, demo_policy, write_test_bundle
-from support.robots import TASK, PolicyProcess, Robot, is_hold
+from support.bundles import JOINTS, TASK, demo_policy, write_test_bundle
+from support.robots import PolicyProcess, Robot, is_hold
 from support.waiting import until
-
-# rclpy's parser of IDL files, loaded with the first message, uses a module that Python 3.11 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -20,8 +20,6 @@ from ki_vla_ros.settings.parameter_file import NODE, load_sections, load_setting
 from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_share
 
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
-
 # Each is the value of a parameter that another follows, which shows where rcl goes on.
 VALUES = (
     """

@@ -13,16 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import ROOT
-from support.bundles import demo_observation
-from support.robots import TASK, PolicyProcess, Robot, ns_of
+from support.bundles import TASK, demo_observation
+from support.robots import PolicyProcess, Robot, ns_of
 from support.waiting import PATIENCE_S, until
 
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.messages.decode import camera_frame, decode
 from ki_vla_ros.settings.session import read_session
-
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py
 
 
 def test_the_session_says_what_runs(robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str) -> None:

@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from std_msgs.msg import Float64MultiArray
-from support.bundles import JOINTS
-from support.robots import TASK, PolicyProcess, Robot
+from support.bundles import JOINTS, TASK
+from support.robots import PolicyProcess, Robot
 from support.waiting import until
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.settings.session import read_session
-
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py
 
 MS = 1_000_000
 ARM = "arm_controller/joint_trajectory"

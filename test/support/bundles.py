@@ -19,6 +19,7 @@ CAMERAS = ("scene", "wrist")
 HORIZON = 16
 IMAGE_SIZE = 96
 PROMPT_LENGTH = 32
+TASK = "touch the red cube"
 
 
 def demo_policy(**changes: Any) -> PolicySpec:

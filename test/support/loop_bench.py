@@ -15,11 +15,10 @@ from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.runtime.thread import LoopThread
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import Settings
-from support.bundles import CAMERAS, JOINTS, demo_observation
+from support.bundles import CAMERAS, JOINTS, TASK, demo_observation
 
 MS = 1_000_000
 START = 1_000 * NS_PER_S
-TASK = "touch the red cube"
 
 
 class FakeWire:

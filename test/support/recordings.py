@@ -17,8 +17,8 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.messages.decode import typestore
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
-from support.bundles import CAMERAS, JOINTS, demo_observation
-from support.loop_bench import START, TASK, Bench, FakeWire
+from support.bundles import CAMERAS, JOINTS, TASK, demo_observation
+from support.loop_bench import START, Bench, FakeWire
 
 MS = 1_000_000
 IMAGE, JPEG = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"

@@ -35,8 +35,6 @@ from support import ROOT
 from support.bundles import CAMERAS, JOINTS, demo_observation
 from support.waiting import PATIENCE_S, until
 
-TASK = "touch the red cube"
-
 
 class Robot:
     """Cameras (20 Hz), joint states (100 Hz), and clients of everything that the node offers.

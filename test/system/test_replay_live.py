@@ -14,8 +14,6 @@ from support import ROOT
 
 from ki_vla_ros.replay.__main__ import main
 
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")  # as in test_node.py
-
 
 def metrics_of(out: Path, bag: Path, *arguments: str) -> dict[str, Any]:
     assert main([str(bag), "--out", str(out), "--no-mcap", *arguments]) == 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from support.loop_bench import TASK, Bench
+from support.bundles import TASK
+from support.loop_bench import Bench
 
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Level
 from ki_vla_ros.runtime.observation import InputStatus

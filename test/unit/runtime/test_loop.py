@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bundles import CAMERAS, JOINTS, both_ways_policy, demo_observation, write_test_bundle
-from support.loop_bench import MS, START, TASK, Bench, is_hold
+from support.bundles import CAMERAS, JOINTS, TASK, both_ways_policy, demo_observation, write_test_bundle
+from support.loop_bench import MS, START, Bench, is_hold
 
 from ki_vla_ros.errors import InstructionError, SafetyRefusal, StaleInput
 from ki_vla_ros.policy.preprocess import make_model_input, state_token

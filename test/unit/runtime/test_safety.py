@@ -264,7 +264,7 @@ def any_chunk(draw: st.DrawFn) -> ActionChunk:
 rules = st.sampled_from(("clamp", "refuse"))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(
     any_chunk(),
     st.tuples(st.one_of(near_arm, any_float), st.one_of(near_gripper, any_float)),
@@ -314,7 +314,7 @@ def sampled(motion: Motion, per_piece: int = 40) -> tuple[NDArray[np.float64], .
     return np.vstack(positions), np.vstack(velocities), np.vstack(accelerations)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(arrays(float, (4, 2), elements=st.floats(-1, 1)), arrays(float, (4, 2), elements=st.floats(-30, 30)))
 def test_extremes_are_those_of_the_sampled_curve(
     position_NJ: NDArray[np.float64], velocity_NJ: NDArray[np.float64]

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.bundles import demo_policy
-from support.robots import TASK
+from support.bundles import TASK, demo_policy
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import ActionChunk, JointReading

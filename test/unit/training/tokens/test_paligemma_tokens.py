@@ -65,13 +65,13 @@ def test_ids_are_those_of_sentencepiece(ours: Tokenizer, text: str) -> None:
     check_same(ours, text)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.text(st.sampled_from("abcdeilnoprstu  .,;:0123456789\n\t<>x0A\u2581éß東🤖'-"), max_size=60))
 def test_ids_of_any_text(ours: Tokenizer, text: str) -> None:
     check_same(ours, text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=30))
 def test_ids_of_any_unicode(ours: Tokenizer, text: str) -> None:
     check_same(ours, text)
