@@ -29,21 +29,23 @@ def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
 def order_embeddings(model: VLA, tokenizer: Tokenizer, fast: FastTokenizer) -> None:
     """Give neighbouring numbers, locations, image cells and FAST coefficients similar embeddings, in place.
 
-    Of a FAST token the first coefficient counts half; the random half that stays tells merged ones apart.
+    Of a FAST token the first coefficient counts half; the random half that stays tells merged ones apart. Tokens that
+    stand for no whole coefficient (some of a published vocabulary) stay as they were drawn.
     """
     table, width = model.backbone.embedding.weight, model.config.backbone.width
     first_number = token_id(tokenizer, "0")
     for first, count, finest in ((first_number, STATE_BINS, 32.0), (loc_id(tokenizer, 0), LOCATIONS, 8.0)):
         features = wave_features(torch.linspace(0, 1, count), width, finest=finest)
         table[first : first + count] = features * width**-0.5  # the backbone multiplies by sqrt(width)
-    first = torch.tensor([fast.integers(token)[0] for token in range(fast.vocab_size)])
-    share = (first - fast.lowest) / (fast.highest - fast.lowest)
-    rows = slice(fast_id(tokenizer, 0), fast_id(tokenizer, 0) + fast.vocab_size)
-    features = wave_features(share, width, finest=32.0) * width**-0.5
-    table[rows] = (table[rows] + features) * 0.5**0.5
+    integers = {token: fast.integers(token) for token in range(fast.vocab_size)}
+    leading = {token: coefficients[0] for token, coefficients in integers.items() if coefficients}
+    first_N = torch.tensor(list(leading.values()))
+    share_N = (first_N - first_N.min()) / (first_N.max() - first_N.min())
+    ids_N = fast_id(tokenizer, 0) + torch.tensor(list(leading))
+    table[ids_N] = (table[ids_N] + wave_features(share_N, width, finest=32.0) * width**-0.5) * 0.5**0.5
     vision = model.config.vision
     grid = vision.image_size // vision.patch_size
     middle = (torch.arange(grid) + 0.5) / grid
-    rows = wave_features(middle, vision.width // 2, finest=grid / 2)
-    places = torch.cat([rows[:, None].expand(-1, grid, -1), rows[None, :].expand(grid, -1, -1)], dim=2)
+    axis = wave_features(middle, vision.width // 2, finest=grid / 2)
+    places = torch.cat([axis[:, None].expand(-1, grid, -1), axis[None, :].expand(grid, -1, -1)], dim=2)
     model.vision.position.weight.copy_(places.flatten(0, 1))

@@ -1,8 +1,16 @@
 """FAST action tokens (arXiv 2501.09747): cosine transform, rounding, byte-pair encoding.
 
-Legend: N chunks, H horizon, A action dim. A chunk in about [-1, 1] becomes H x A integer coefficients, lowest frequency
-of all dimensions first, and then a short sequence of ids in [0, vocab_size). Ids are FAST's own;
-`training.tokens.prompt` names their places in the language model's vocabulary, apart from the location tokens.
+A chunk in about [-1, 1] becomes H x A integer coefficients, lowest frequency of all dimensions first, and then a short
+sequence of ids in [0, vocab_size). Each coefficient is one character of the text that is byte-pair encoded, in one of
+two forms that have the same coefficients:
+
+    ours        character FIRST_CHARACTER + coefficient - lowest; merges of characters, fitted on the training chunks
+    published   character coefficient - min_token; merges of the UTF-8 bytes of these characters, within the words that
+                GPT-2's pattern sees in them (Hugging Face's physical-intelligence/fast: tokenizer.json and
+                processor_config.json)
+
+Ids are FAST's own; `training.tokens.prompt` names their places in the language model's vocabulary, apart from the
+location tokens. Legend: N chunks, H horizon, A action dim.
 """
 
 from __future__ import annotations
@@ -10,7 +18,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +28,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-FIRST_CHARACTER = (
-    0x4E00  # a long run of assigned letters: any coefficient range fits, none is a space or a control code
-)
+from ki_vla_ros.errors import ConfigurationError
+
+FIRST_CHARACTER = 0x4E00
+"""A long run of assigned letters: any coefficient range fits, none is a space or a control code."""
+LAST_CHARACTER = 0xD7FF
+"""The last before the surrogates, which UTF-8 has no bytes for."""
+VOCABULARY, PROCESSOR = "tokenizer.json", "processor_config.json"  # of the published form
 
 
 class FastDecodeError(ValueError):
-    """Ids that are no chunk: unknown id, or another number of coefficients than H x A."""
+    """Ids that are no chunk: unknown id, bytes that are no text, or another number of coefficients than H x A."""
 
 
 def cosine_basis(horizon: int) -> NDArray[np.float64]:
@@ -40,7 +54,7 @@ def cosine_basis(horizon: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class FastTokenizer:
-    """Fitted on the training chunks; `fit` makes one, `save` and `load` keep it."""
+    """`fit` makes one from the training chunks, `save` and `load` keep it; `load_published` reads one of others."""
 
     horizon: int
     action_dim: int
@@ -48,6 +62,8 @@ class FastTokenizer:
     lowest: int
     highest: int
     bpe: Tokenizer
+    byte_level: bool = False
+    """The published form. Nobody has written down its largest coefficient, so `highest` is what a character can be."""
 
     @classmethod
     def fit(cls, chunk_NHA: NDArray[np.floating], *, vocab_size: int, scale: float = 10.0) -> FastTokenizer:
@@ -70,18 +86,53 @@ class FastTokenizer:
             initial_alphabet=[chr(FIRST_CHARACTER + i) for i in range(highest - lowest + 1)],
             special_tokens=[],
         )
-        texts = (_to_text(row.ravel() - lowest) for row in coefficient_NHA)
+        texts = (_to_text(row.ravel() - lowest, FIRST_CHARACTER) for row in coefficient_NHA)
         bpe.train_from_iterator(texts, trainer=trainer, length=len(coefficient_NHA))
         return cls(horizon, action_dim, scale, lowest, highest, bpe)
+
+    @classmethod
+    def load_published(cls, folder: Path, horizon: int, action_dim: int) -> FastTokenizer:
+        """The vocabulary in `folder` for chunks [horizon, action_dim], which the universal one leaves open.
+
+        ConfigurationError when the files are of another form, or for chunks of another shape.
+        """
+        bpe, config = read_vocabulary(folder / VOCABULARY), read_processor(folder / PROCESSOR)
+        for key, expected in (("time_horizon", horizon), ("action_dim", action_dim)):
+            if config.get(key) not in (None, expected):
+                raise ConfigurationError(
+                    f"{folder / PROCESSOR}: {key}: expected {expected}, as the data has it, or null, got "
+                    f"{config[key]}; take a vocabulary that was fitted on chunks of this shape, or the universal one"
+                )
+        size, most = bpe.get_vocab_size(), config.get("vocab_size")
+        if most is not None and size > most:
+            raise ConfigurationError(
+                f"{folder / VOCABULARY}: expected at most {most} tokens, as {PROCESSOR} says, got {size}; do both "
+                "files belong together?"
+            )
+        lowest = config["min_token"]
+        found = cls(horizon, action_dim, float(config["scale"]), lowest, lowest + LAST_CHARACTER, bpe, byte_level=True)
+        if not len(found.known):
+            raise ConfigurationError(f"{folder / VOCABULARY}: expected the bytes of at least one coefficient, got none")
+        return found
 
     @property
     def vocab_size(self) -> int:
         return int(self.bpe.get_vocab_size())
 
-    @property
-    def error_bound(self) -> float:
-        """Largest |decode(encode(x)) - x| for a chunk whose coefficients lie in the fitted range."""
-        return float(0.5 / self.scale * np.abs(cosine_basis(self.horizon)).sum(axis=0).max())
+    @cached_property
+    def known(self) -> NDArray[np.int64]:
+        """The coefficients that the vocabulary has characters for, rising.
+
+        A published vocabulary may lack bytes that no chunk of its fit had; they would vanish without a trace.
+        """
+        every = np.arange(self.lowest, self.highest + 1)
+        if not self.byte_level:
+            return every
+        vocabulary = self.bpe.get_vocab()
+        sayable = [
+            all(BYTE_SYMBOLS[byte] in vocabulary for byte in chr(symbol).encode()) for symbol in range(len(every))
+        ]
+        return every[sayable]
 
     def coefficients(self, chunk_HA: NDArray[np.floating]) -> NDArray[np.float64]:
         """Scaled, unrounded DCT coefficients [..., H, A] of normalised chunks [..., H, A]."""
@@ -91,22 +142,28 @@ class FastTokenizer:
         return self.scale * (cosine_basis(self.horizon) @ chunk_HA.astype(np.float64))
 
     def count_clamped(self, chunk_HA: NDArray[np.floating]) -> int:
-        """How many coefficients of these chunks lie outside the fitted range and are clamped by `encode`."""
-        rounded = np.rint(self.coefficients(chunk_HA))
-        return int(((rounded < self.lowest) | (rounded > self.highest)).sum())
+        """How many coefficients of these chunks the vocabulary cannot say; `encode` takes the nearest that it can."""
+        return int((~np.isin(np.rint(self.coefficients(chunk_HA)), self.known)).sum())
 
     def encode(self, chunk_HA: NDArray[np.floating]) -> list[int]:
-        """Ids of one normalised chunk [H, A].
+        """Ids of one normalised chunk [H, A]; coefficients that cannot be said are clamped, see `count_clamped`."""
+        coefficients = _nearest(np.rint(self.coefficients(chunk_HA)).ravel(), self.known)
+        text = _to_text(coefficients - self.lowest, self.first_character)
+        return list(self.bpe.encode(text, add_special_tokens=False).ids)
 
-        Coefficients outside the fitted range are clamped; see `count_clamped`.
-        """
-        rounded = np.rint(self.coefficients(chunk_HA)).astype(np.int64)
-        symbols = np.clip(rounded, self.lowest, self.highest).ravel() - self.lowest
-        return list(self.bpe.encode(_to_text(symbols)).ids)
+    @property
+    def first_character(self) -> int:
+        """What stands for the lowest coefficient."""
+        return 0 if self.byte_level else FIRST_CHARACTER
 
     def integers(self, token: int) -> list[int]:
-        """The coefficients that one id stands for, in order; one, or several that were merged."""
-        return [ord(character) - FIRST_CHARACTER + self.lowest for character in self.bpe.id_to_token(token)]
+        """The coefficients that one id stands for, in order: one, or several that were merged.
+
+        Of a published vocabulary only whole ones; none where the id is a part of one.
+        """
+        piece = self.bpe.id_to_token(token)
+        text = _to_bytes(piece).decode(errors="ignore") if self.byte_level else piece
+        return [ord(character) - self.first_character + self.lowest for character in text]
 
     def decode(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """The normalised chunk [H, A] of these ids; FastDecodeError when they are not exactly one chunk."""
@@ -117,12 +174,17 @@ class FastTokenizer:
                 raise FastDecodeError(f"FAST: id {token} at position {position} is not in 0..{self.vocab_size - 1}")
             pieces.append(piece)
         text = "".join(pieces)
+        if self.byte_level:
+            try:
+                text = _to_bytes(text).decode()
+            except ValueError as error:
+                raise FastDecodeError(f"FAST: {len(ids)} ids hold bytes that are no coefficients ({error})") from None
         if len(text) != self.horizon * self.action_dim:
             raise FastDecodeError(
                 f"FAST: {len(ids)} ids hold {len(text)} coefficients, expected {self.horizon} x {self.action_dim} = "
                 f"{self.horizon * self.action_dim}"
             )
-        symbols = np.array([ord(character) - FIRST_CHARACTER for character in text], dtype=np.float64)
+        symbols = np.array([ord(character) - self.first_character for character in text], dtype=np.float64)
         coefficient_HA = (symbols + self.lowest).reshape(self.horizon, self.action_dim) / self.scale
         return cosine_basis(self.horizon).T @ coefficient_HA
 
@@ -135,6 +197,7 @@ class FastTokenizer:
                     "scale": self.scale,
                     "lowest": self.lowest,
                     "highest": self.highest,
+                    "byte_level": self.byte_level,
                     "bpe": json.loads(self.bpe.to_str()),
                 }
             )
@@ -147,5 +210,82 @@ class FastTokenizer:
         return cls(bpe=bpe, **data)
 
 
-def _to_text(symbols: NDArray[np.int64]) -> str:
-    return "".join(chr(FIRST_CHARACTER + int(symbol)) for symbol in symbols)
+def read_vocabulary(path: Path) -> Tokenizer:
+    """A byte-level BPE that changes nothing of the text; ConfigurationError when it is another."""
+    try:
+        bpe = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigurationError(
+            f"{path}: expected a published FAST vocabulary ({VOCABULARY} and {PROCESSOR}), got none ({error})"
+        ) from error
+    form = json.loads(bpe.to_str())
+    words = form["pre_tokenizer"] or {}
+    for what, expected, got in (
+        ("model", "BPE", form["model"]["type"]),
+        ("pre_tokenizer", "ByteLevel", words.get("type")),
+        ("pre_tokenizer.add_prefix_space", False, words.get("add_prefix_space")),
+        ("normalizer", None, form["normalizer"]),
+        ("added_tokens", [], form["added_tokens"]),
+    ):
+        if got != expected:
+            raise ConfigurationError(
+                f"{path}: {what}: expected {expected}, as in the published FAST vocabulary, got {got}; is it the "
+                "tokenizer of another model?"
+            )
+    bpe.no_truncation()
+    bpe.no_padding()
+    return bpe
+
+
+def read_processor(path: Path) -> dict[str, Any]:
+    """`scale` and `min_token`; `vocab_size`, `time_horizon` and `action_dim` may be missing or null."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: expected FAST's configuration as JSON, got none ({error})") from error
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    for key, kinds, needed in (
+        ("scale", (int, float), True),
+        ("min_token", (int,), True),
+        ("vocab_size", (int,), False),
+        ("time_horizon", (int,), False),
+        ("action_dim", (int,), False),
+    ):
+        got = config.get(key)
+        if got is None and not needed:
+            continue
+        if isinstance(got, bool) or not isinstance(got, kinds) or (key != "min_token" and got <= 0):
+            wanted = "a whole number" if key == "min_token" else "a number above 0"
+            raise ConfigurationError(f"{path}: {key}: expected {wanted}, got {got!r}")
+    return config
+
+
+def _nearest(values_N: NDArray[np.floating], known: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each value the nearest known one; `known` is sorted."""
+    above = np.searchsorted(known, values_N).clip(1, len(known) - 1)
+    low, high = known[above - 1], known[above]
+    return np.where(values_N - low <= high - values_N, low, high)
+
+
+def _to_text(symbols: NDArray[np.int64], first_character: int) -> str:
+    return "".join(chr(first_character + int(symbol)) for symbol in symbols)
+
+
+def _byte_symbols() -> list[str]:
+    """The character by which a byte-level BPE writes each byte (GPT-2's).
+
+    Printable ones stand for themselves, the others for those from U+0100 on, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+BYTE_SYMBOLS = _byte_symbols()
+BYTES = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
+
+
+def _to_bytes(text: str) -> bytes:
+    """What a piece of a byte-level BPE stands for. Characters that are no byte's mark it as no UTF-8 (0xFF)."""
+    return bytes(BYTES.get(symbol, 0xFF) for symbol in text)
