@@ -1,4 +1,11 @@
-"""Installs the robot's side, with launch files, settings and models as share files; training/ runs from a checkout."""
+"""Installs the robot's side, with launch files, settings and models as share files; training/ runs from a checkout.
+
+Two kinds of commands, since neither serves both kinds of people:
+- `ki-vla` is the one on the PATH of who installs with pip; the other names are too common for that.
+- `ros2 run` and launch files look for executables in lib/ki_vla_ros. Those are the files of scripts/ros, installed as
+  data: colcon copies or (--symlink-install) links them, and they start the python3 of the PATH, so that a virtual
+  environment counts, which the interpreter that colcon itself runs in would not.
+"""
 
 from pathlib import Path
 
@@ -7,9 +14,10 @@ from setuptools import find_packages, setup
 NAME = "ki_vla_ros"
 
 
-def share_files() -> list[tuple[str, list[str]]]:
+def installed_files() -> list[tuple[str, list[str]]]:
     """(destination below the prefix, files) as `ros2 launch` and the package index look for them."""
     found = [("share/ament_index/resource_index/packages", [f"resource/{NAME}"]), (f"share/{NAME}", ["package.xml"])]
+    found.append((f"lib/{NAME}", sorted(path.as_posix() for path in Path("scripts/ros").iterdir())))
     for folder, pattern in (("launch", "*.launch.py"), ("config", "**/*"), ("models", "**/*")):
         by_parent: dict[str, list[str]] = {}
         for path in sorted(Path(folder).glob(pattern)):
@@ -21,7 +29,7 @@ def share_files() -> list[tuple[str, list[str]]]:
 
 setup(
     name=NAME,
-    version="0.1.0",
+    version="0.2.0",
     description="Knowledge-insulated vision-language-action policies as a ROS 2 node",
     author="ki_vla_ros developers",
     maintainer="ki_vla_ros developers",
@@ -29,8 +37,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
-    package_data={NAME: ["sim/*.xml"]},
-    data_files=share_files(),
+    package_data={NAME: ["py.typed", "sim/*.xml"]},
+    data_files=installed_files(),
     install_requires=["numpy", "pydantic>=2", "pyyaml", "rosbags", "tokenizers"],
     extras_require={
         # Beside a ROS installation python3-opencv is there already, and a robot may prefer onnxruntime-gpu.
@@ -39,16 +47,5 @@ setup(
         "test": ["pytest"],
     },
     zip_safe=False,
-    entry_points={
-        "console_scripts": [
-            f"policy_node = {NAME}.ros.node:main",
-            f"sim_arm = {NAME}.sim.arm_node:main",
-            f"demo = {NAME}.demo.__main__:main",
-            f"bench = {NAME}.bench.__main__:main",
-            f"doctor = {NAME}.doctor.__main__:main",
-            f"replay = {NAME}.replay.__main__:main",
-            f"build_engines = {NAME}.engines.build:main",
-            f"record = {NAME}.ros.recorder:main",
-        ]
-    },
+    entry_points={"console_scripts": [f"ki-vla = {NAME}.__main__:main"]},
 )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,13 @@ def _listen(graph: Graph, watch: InputWatch, simulated: bool, seconds: float) ->
     graph.wait(seconds)
 
 
+def is_policy_node(arguments: Sequence[bytes]) -> bool:
+    """Whether a process with these arguments is the node: from lib/ki_vla_ros, as a module, or as `ki-vla node`."""
+    if any(argument == b"ki_vla_ros.ros.node" or argument.endswith(b"/policy_node") for argument in arguments):
+        return True
+    return any(a.rpartition(b"/")[2] in (b"ki-vla", b"ki_vla_ros") and b == b"node" for a, b in pairwise(arguments))
+
+
 def with_node_environment(machine: Machine) -> Machine:
     """The Fast DDS profile of a policy node on this machine counts, where this shell has none: launch files set it."""
     if any(machine.environment.get(variable) for variable in PROFILE_VARIABLES):
@@ -324,7 +332,7 @@ def with_node_environment(machine: Machine) -> Machine:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             arguments = (process / "cmdline").read_bytes().split(b"\0")
-            if not any(a == b"ki_vla_ros.ros.node" or a.endswith(b"/policy_node") for a in arguments):
+            if not is_policy_node(arguments):
                 continue
             entries = (process / "environ").read_bytes().decode(errors="replace").split("\0")
             environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)

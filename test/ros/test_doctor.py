@@ -17,6 +17,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.doctor.__main__ import diagnose, main
 from ki_vla_ros.doctor.findings import Findings
+from ki_vla_ros.doctor.graph import is_policy_node
 from ki_vla_ros.doctor.setup import Machine, Request
 from ki_vla_ros.share import find_share
 
@@ -81,6 +82,21 @@ def test_simulated_time_without_a_clock(robot: Robot, start: Callable[..., Polic
     until(lambda: robot.diagnostics)
     findings, _ = diagnose(Request(seconds=SECONDS), MACHINE)
     assert ("clock", "/policy") in found(findings)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python3 /opt/ros/my/lib/ki_vla_ros/policy_node --ros-args -r __node:=policy", True),
+        ("python -m ki_vla_ros.ros.node --ros-args", True),
+        ("python -m ki_vla_ros node", True),
+        ("/home/me/venv/bin/python /home/me/venv/bin/ki-vla node --ros-args", True),
+        ("python /home/me/venv/bin/ki-vla doctor --node /policy", False),
+        ("vi node", False),
+    ],
+)
+def test_the_node_is_known_by_its_command(command: str, expected: bool) -> None:
+    assert is_policy_node(command.encode().split(b" ")) is expected
 
 
 def test_nothing_runs(ros_environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,28 +85,51 @@ def test_share_files_land_where_ros_looks(prefix: Path) -> None:
 
 
 def test_installed_package_is_complete(prefix: Path, tmp_path: Path) -> None:
-    """Every module of the checkout and each data file beside them, and each command can be loaded from elsewhere."""
+    """Every module of the checkout and each data file beside them, for whoever imports it from elsewhere."""
     installed = site_packages(prefix) / "ki_vla_ros"
     for path in (ROOT / "ki_vla_ros").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
             assert (installed / path.relative_to(ROOT / "ki_vla_ros")).is_file(), path
-    code = (
-        "import importlib.metadata as m, ki_vla_ros;"
-        "print(ki_vla_ros.__file__);"
-        "print(*(e.name for e in m.distribution('ki_vla_ros').entry_points if callable(e.load())))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site_packages(prefix))},
-        capture_output=True,
-        text=True,
-    )
+    where = run_installed([sys.executable, "-c", "import ki_vla_ros; print(ki_vla_ros.__file__)"], prefix, tmp_path)
+    assert Path(where.strip()).is_relative_to(prefix)
+
+
+def run_installed(command: list[str | Path], prefix: Path, folder: Path) -> str:
+    """What `command` prints where only the package below `prefix` can be imported."""
+    # Executables of lib/ki_vla_ros take the python3 of the PATH.
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(site_packages(prefix))}
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    where, commands = done.stdout.splitlines()
-    assert Path(where).is_relative_to(prefix)
-    expected = {"bench", "build_engines", "demo", "doctor", "policy_node", "record", "replay", "sim_arm"}
-    assert set(commands.split()) == expected
+    return done.stdout
+
+
+EXECUTABLES = {"bench", "build_engines", "demo", "doctor", "policy_node", "record", "replay", "sim_arm"}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if os.access(path, os.X_OK)}
+
+
+def test_pip_puts_one_command_on_the_path(prefix: Path, tmp_path: Path) -> None:
+    assert names(prefix / "bin") == {"ki-vla"}
+    assert run_installed([prefix / "bin" / "ki-vla", "--help"], prefix, tmp_path).startswith("usage: ki-vla COMMAND")
+    assert names(prefix / "lib" / "ki_vla_ros") == EXECUTABLES
+
+
+def test_colcon_puts_all_executables_where_ros_looks(tmp_path: Path) -> None:
+    """The command that `colcon build` runs for a package of this kind."""
+    source = tmp_path / "checkout"
+    shutil.copytree(ROOT, source, ignore=NOT_SOURCES)
+    command = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "egg_info", "install", "--prefix", tmp_path]
+    command += ["--single-version-externally-managed", "--record", tmp_path / "installed"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "bin").exists()
+    found = tmp_path / "lib" / "ki_vla_ros"
+    assert names(found) == EXECUTABLES | {"ki-vla"}
+    for name in sorted(EXECUTABLES - {"policy_node", "sim_arm"}):
+        assert f"{name} [-h]" in run_installed([found / name, "--help"], tmp_path, tmp_path).replace(".", " ")
+    assert run_installed([found / "policy_node", "--help"], tmp_path, tmp_path).startswith("usage: policy_node [-h]")
 
 
 def test_name_and_version_agree(prefix: Path) -> None:
@@ -114,6 +137,10 @@ def test_name_and_version_agree(prefix: Path) -> None:
     name, version = manifest.findtext("name"), manifest.findtext("version")
     assert (site_packages(prefix) / f"{name}-{version}.dist-info").is_dir()
     assert (ROOT / "resource" / str(name)).is_file()
+    headings = re.findall(
+        r"^(\d+\.\d+\.\d+) \(\d{4}-\d{2}-\d{2}\)$", (ROOT / "CHANGELOG.rst").read_text(), re.MULTILINE
+    )
+    assert headings[0] == version
 
 
 def test_everything_imported_is_declared_for_rosdep() -> None:

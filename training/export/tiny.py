@@ -10,7 +10,10 @@ are the same for the same input and differ for another. `models/bench` has three
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ki_vla_ros.bundle.folder import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
+from ki_vla_ros.console import ExitCode, run_command
 from training.tokens.prompt import prompt_tokenizer
 from training.tokens.words import DEMO_PROMPT, build_tokenizer
 
@@ -201,5 +205,16 @@ def _model(
     return model
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.export.tiny", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder of the bundle")
+    return run_command("tiny", partial(_write, parser.parse_args(arguments).out))
+
+
+def _write(out: Path) -> int:
+    write_tiny_bundle(out, bench_policy())
+    return ExitCode.FINE
+
+
 if __name__ == "__main__":
-    write_tiny_bundle(Path(sys.argv[1]), bench_policy())
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Every command answers --help, and refuses what it does not know with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+from ki_vla_ros.__main__ import COMMANDS
+
+MAIN = 'if __name__ == "__main__":'
+# All of a package in one process: importing takes longer than answering.
+ASK = """
+import contextlib, importlib, io, json, sys
+found = {}
+for name in sys.argv[1:]:
+    main = importlib.import_module(name).main
+    for argument in ("--help", "--no-such-option"):
+        out, error = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            try:
+                code = main([argument])
+            except SystemExit as exit:
+                code = exit.code
+        found[f"{name} {argument}"] = [code, out.getvalue(), error.getvalue()]
+print(json.dumps(found))
+"""
+
+
+def commands(package: str) -> list[str]:
+    """Modules below `package` that can be run with `python -m`."""
+    files = [path for path in sorted((ROOT / package).rglob("*.py")) if MAIN in path.read_text()]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+
+
+@pytest.mark.parametrize("package", ["ki_vla_ros", "training"])
+def test_every_command_answers_help_and_refuses_what_it_does_not_know(package: str) -> None:
+    names = commands(package)
+    done = subprocess.run([sys.executable, "-c", ASK, *names], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 2 * len(names) > 4
+    for name in names:
+        code, out, error = found[f"{name} --help"]
+        assert (code, error) == (0, "") and out.startswith("usage: "), name
+        code, out, error = found[f"{name} --no-such-option"]
+        assert (code, out) == (2, "") and "usage: " in error, name
+        # Where something is required, argparse asks for that first.
+        assert "--no-such-option" in error or "required" in error, name
+
+
+def test_ki_vla_has_every_command_of_the_package() -> None:
+    """All but those that another command starts, and the names that older habits and documents use."""
+    listed = {module for _, module, _ in COMMANDS}
+    others = {"ki_vla_ros.__main__", "ki_vla_ros.bench.roofline", "ki_vla_ros.build_engines", "ki_vla_ros.record"}
+    assert set(commands("ki_vla_ros")) - others == listed - {"ki_vla_ros.engines.build", "ki_vla_ros.ros.recorder"}
+
+
+def ki_vla(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ki_vla_ros", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_ki_vla_hands_arguments_on() -> None:
+    done = ki_vla("doctor", "--bag", "nowhere")
+    assert done.returncode == 2 and done.stderr.startswith("doctor: ") and "nowhere" in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "got"), [([], "got none"), (["fly"], "got 'fly'")])
+def test_ki_vla_lists_what_there_is(arguments: list[str], got: str) -> None:
+    done = ki_vla(*arguments)
+    assert done.returncode == 2 and f"expected a command, {got}" in done.stderr
+    assert all(f"\n  {name} " in done.stderr for name, _, _ in COMMANDS)
+
+
+def test_ki_vla_names_the_package_that_is_missing() -> None:
+    # None in sys.modules is a module that cannot be imported.
+    code = "import sys; sys.modules['rclpy'] = None; from ki_vla_ros.__main__ import main; sys.exit(main(['node']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ki-vla node: needs the Python package 'rclpy'")
