@@ -22,7 +22,6 @@ import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.experimental.events_executor import EventsExecutor
-from rclpy.qos import qos_profile_sensor_data
 from rclpy.serialization import serialize_message
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
@@ -34,6 +33,7 @@ from ki_vla_ros.errors import KiVlaError
 from ki_vla_ros.records import NS_PER_S, to_ns
 from ki_vla_ros.ros.children import Child, Children, prepare_environment
 from ki_vla_ros.ros.convert import ns_to_stamp
+from ki_vla_ros.ros.qos import EVENT, EVERYTHING, SENSOR
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.statistics import spread
@@ -62,18 +62,18 @@ class Robot:
         self._arm = TrajectoryExecutor(self._names, middle_J)
         self._arm_in_use = threading.Lock()
         self._node = rclpy.create_node("bench_robot")
-        self._joints = self._node.create_publisher(JointState, "joint_states", 10)
+        self._joints = self._node.create_publisher(JointState, "joint_states", EVENT)
         noise = np.random.default_rng(0)
         self._cameras = []
         for camera in policy.cameras:
-            publisher = self._node.create_publisher(Image, f"camera/{camera.name}/image_raw", qos_profile_sensor_data)
+            publisher = self._node.create_publisher(Image, f"camera/{camera.name}/image_raw", SENSOR)
             pixels = noise.integers(0, 256, (IMAGE_HEIGHT, IMAGE_WIDTH, 3), dtype=np.uint8)
             image = Image(height=IMAGE_HEIGHT, width=IMAGE_WIDTH, step=3 * IMAGE_WIDTH, encoding="rgb8")
             image.data = array.array("B", pixels.tobytes())
             self._cameras.append((publisher, bytearray(serialize_message(image))))
-        self._node.create_subscription(String, "policy/tick", self._on_tick, 100)
-        self._node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
-        self._node.create_subscription(JointTrajectory, "arm_controller/joint_trajectory", self._on_command, 10)
+        self._node.create_subscription(String, "policy/tick", self._on_tick, EVERYTHING)
+        self._node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, EVENT)
+        self._node.create_subscription(JointTrajectory, "arm_controller/joint_trajectory", self._on_command, EVENT)
         self._executor = EventsExecutor()
         self._executor.add_node(self._node)
 

@@ -23,7 +23,6 @@ from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.client import Client
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rclpy.serialization import deserialize_message
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
@@ -33,6 +32,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.messages import type_names
+from ki_vla_ros.ros.qos import EVENT, EVERYTHING, LATCHED, SENSOR
 from ki_vla_ros.settings.session import session_topic
 
 POLICY: Final = "policy"
@@ -91,22 +91,15 @@ class Driver:
         # Ctrl-C shall raise KeyboardInterrupt in the main thread and leave ROS alive for an orderly end.
         rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         self._node = Node("demo")
-        self._instruct = self._node.create_publisher(String, INSTRUCTION, 10)
+        self._instruct = self._node.create_publisher(String, INSTRUCTION, EVENT)
         self._change_state: Client[Any, Any] = self._node.create_client(ChangeState, f"/{POLICY}/change_state")
         self._set_parameters: Client[Any, Any] = self._node.create_client(
             SetParametersAtomically, f"/{ARM}/set_parameters_atomically"
         )
         self._reset: Client[Any, Any] = self._node.create_client(Trigger, f"/{ARM}/reset")
-        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         for topic, (kind, _) in TOPICS.items():
             # An image more or less does not matter; no chunk or tick may be lost.
-            qos = (
-                qos_profile_sensor_data
-                if kind is Image
-                else latched
-                if topic in (STATUS, SESSION)
-                else QoSProfile(depth=100)
-            )
+            qos = SENSOR if kind is Image else LATCHED if topic in (STATUS, SESSION) else EVERYTHING
             self._node.create_subscription(kind, topic, partial(self._on_message, topic), qos, raw=True)
         self._thread = threading.Thread(target=self._spin, name="ros")
         self._thread.start()

@@ -18,7 +18,7 @@ from rclpy.duration import Infinite
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter, parameter_value_to_python
-from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible, qos_profile_sensor_data
+from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
@@ -31,6 +31,7 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages.decode import BagMessage
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY
 from ki_vla_ros.ros.process import check_domain
+from ki_vla_ros.ros.qos import EVENT, SENSOR
 from ki_vla_ros.settings.parameter_file import settings_from_values
 from ki_vla_ros.settings.session import resolve
 from ki_vla_ros.settings.settings import Settings
@@ -49,8 +50,8 @@ CONTROLLER_PARAMETERS = (
     "interpolate_from_desired_state",
     "allow_partial_joints_goal",
 )
-# What the node's publisher of commands offers. rclpy's zero durations mean "as usual", its check does not know.
-COMMAND_QOS = QoSProfile(depth=10, deadline=Infinite, lifespan=Infinite, liveliness_lease_duration=Infinite)
+# EVENT, as the node's publisher of commands offers it: rclpy's zero durations mean "as usual", its check does not know.
+COMMAND_QOS = QoSProfile(depth=EVENT.depth, deadline=Infinite, lifespan=Infinite, liveliness_lease_duration=Infinite)
 QOS_FIX = "give both sides a fitting QoS: a reliable, volatile publisher fits every subscription of this package"
 
 
@@ -202,9 +203,7 @@ def _check_clock(graph: Graph, node: str, simulated: bool, findings: Findings) -
 
 
 def _check_endpoints(graph: Graph, watch: InputWatch, node: str, running: bool, findings: Findings) -> None:
-    inputs = [(topic, qos_profile_sensor_data) for topic in watch.topics[:-1]] + [
-        (f"{node}/instruction", QoSProfile(depth=10))
-    ]
+    inputs = [(topic, SENSOR) for topic in watch.topics[:-1]] + [(f"{node}/instruction", EVENT)]
     for topic, ours in inputs:
         for end in graph.node.get_publishers_info_by_topic(topic):
             _check_qos(topic, end, end.qos_profile, ours, f"{node} does not hear it", findings)
@@ -314,7 +313,7 @@ def _listen(graph: Graph, watch: InputWatch, simulated: bool, seconds: float) ->
         for kind in published.get(topic, [own]):
             if kind in KINDS:
                 take_it = partial(take, topic, kind)
-                node.create_subscription(KINDS[kind], topic, take_it, qos_profile_sensor_data, raw=True)
+                node.create_subscription(KINDS[kind], topic, take_it, SENSOR, raw=True)
     graph.wait(seconds)
 
 

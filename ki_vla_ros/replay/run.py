@@ -32,7 +32,7 @@ from ki_vla_ros.replay.records import Prediction, Seam, TickRecord
 from ki_vla_ros.replay.topics import ReplayTopics, read_later_session
 from ki_vla_ros.replay.wire import ReplayDiagnostics, ReplayWire
 from ki_vla_ros.runtime.chunking import cubic
-from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
 from ki_vla_ros.runtime.observation import BURST_WAIT_NS, camera_sources, own_limit_ns
 from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS
@@ -40,7 +40,6 @@ from ki_vla_ros.settings.settings import Settings
 
 # The first tick waits for the first message of every input, at most so long.
 START_WAIT_NS = 1_000_000_000
-WATCHDOG_NS = 20_000_000
 
 
 class Replay:

@@ -25,7 +25,7 @@ from rclpy.clock_type import ClockType
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.experimental.events_executor import EventsExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import DurabilityPolicy, QoSPolicyKind, QoSProfile, qos_profile_sensor_data
+from rclpy.qos import QoSPolicyKind, QoSProfile
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Empty, Float64MultiArray, String
 from std_srvs.srv import Trigger
@@ -38,24 +38,22 @@ from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.policy.preprocess import check_instruction, resize_with_pad
+from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.ros import convert
 from ki_vla_ros.ros.parameters import Parameters
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.publishers import SHADOW_COMMAND, NodeWire
+from ki_vla_ros.ros.qos import EVENT, LATCHED, SENSOR
 from ki_vla_ros.runtime.diagnostics import Diagnostics
-from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
 from ki_vla_ros.runtime.observation import ObservationBuffer, camera_sources, own_limit_ns
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.runtime.thread import LoopThread
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, session_topic
 from ki_vla_ros.share import find_bundle
 
-# How often the watchdog looks.
-WATCHDOG_S = 0.02
 # How long the thread of the messages may keep the tick's thread from the interpreter (Python's default: 5 ms).
 SWITCH_S = 0.0005
-# Whoever subscribes later gets the last message still.
-LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 # For so many seconds after activation a node of the same name counts as the one that was there first: discovery takes
 # time. Afterwards it is the other one that came later and has to go.
 DISCOVERY_S = 5.0
@@ -84,14 +82,14 @@ class PolicyNode(LifecycleNode):
         self.parameters = Parameters(self, self._publish_session)
         self._resources = ExitStack()
         self._diagnostics = Diagnostics()
-        self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", EVENT)
         self._session_publisher = self.create_publisher(String, session_topic("~"), LATCHED)
-        self._subscribe(String, self.resolve_topic_name("~/instruction"), self._on_instruction, QoSProfile(depth=10))
-        self._subscribe(Empty, self.resolve_topic_name("~/stop"), self._on_stop, QoSProfile(depth=10))
+        self._subscribe(String, self.resolve_topic_name("~/instruction"), self._on_instruction, EVENT)
+        self._subscribe(Empty, self.resolve_topic_name("~/stop"), self._on_stop, EVENT)
         self.create_service(Trigger, "~/stop", self._serve_stop)
         self.create_service(Trigger, "~/reset", self._serve_reset)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
-        self.create_timer(WATCHDOG_S, self._watch, clock=steady)
+        self.create_timer(WATCHDOG_NS / NS_PER_S, self._watch, clock=steady)
         self.create_timer(1.0, self._look_around, clock=steady)
         self._activated_s = 0.0
 
@@ -262,16 +260,16 @@ class PolicyNode(LifecycleNode):
                 raw = settings.camera(source.name).transport == "raw"
                 on_image = partial(self._on_image, source.name, loaded)
                 kind = Image if raw else CompressedImage
-                subscription = self._subscribe(kind, source.topic, on_image, qos_profile_sensor_data, serialized=raw)
+                subscription = self._subscribe(kind, source.topic, on_image, SENSOR, serialized=raw)
                 resources.callback(self.destroy_subscription, subscription)
             on_joints = partial(self._on_joints, loaded)
-            subscription = self._subscribe(JointState, joint_topic, on_joints, qos_profile_sensor_data)
+            subscription = self._subscribe(JointState, joint_topic, on_joints, SENSOR)
             resources.callback(self.destroy_subscription, subscription)
             if shadow is not None and settings.shadow_reference == "command":
                 kind = Float64MultiArray if settings.publish_mode == "stream" else JointTrajectory
                 topic = self.resolve_topic_name(settings.command_topic)
                 on_command = partial(self._on_command, loaded, shadow)
-                subscription = self._subscribe(kind, topic, on_command, QoSProfile(depth=10))
+                subscription = self._subscribe(kind, topic, on_command, EVENT)
                 resources.callback(self.destroy_subscription, subscription)
             self._resources = resources.pop_all()
         self._loaded = loaded

@@ -15,6 +15,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.records import ActionChunk, Motion
 from ki_vla_ros.ros import convert
+from ki_vla_ros.ros.qos import EVENT
 from ki_vla_ros.ros.stream import Stream
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.settings import Settings
@@ -35,12 +36,12 @@ class NodeWire:
         self._mode = settings.publish_mode
         kind = Float64MultiArray if self._mode == "stream" else JointTrajectory
         topic = settings.command_topic if shadow is None else SHADOW_COMMAND
-        self._command: LifecyclePublisher[Any] = node.create_lifecycle_publisher(kind, topic, 10)
+        self._command: LifecyclePublisher[Any] = node.create_lifecycle_publisher(kind, topic, EVENT)
         self._stream = Stream(self._publish_positions, self.now_ns, settings.command_period_s)
         self._chunk: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
-            JointTrajectory, "~/chunk", 10
+            JointTrajectory, "~/chunk", EVENT
         )
-        self._tick: LifecyclePublisher[String] = node.create_lifecycle_publisher(String, "~/tick", 10)
+        self._tick: LifecyclePublisher[String] = node.create_lifecycle_publisher(String, "~/tick", EVENT)
         self._logged_s: dict[str, float] = {}
 
     def now_ns(self) -> int:

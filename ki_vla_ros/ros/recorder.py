@@ -25,7 +25,6 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.experimental.events_executor import EventsExecutor
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
@@ -44,6 +43,7 @@ from ki_vla_ros.messages.type_names import (
     TRAJECTORY,
 )
 from ki_vla_ros.ros.process import run_node
+from ki_vla_ros.ros.qos import EVERY_IMAGE, EVERY_READING, EVERYTHING, LATCHED
 from ki_vla_ros.settings.session import Session, read_session, session_topic
 
 MESSAGES: Final[dict[str, Any]] = {
@@ -56,9 +56,8 @@ MESSAGES: Final[dict[str, Any]] = {
     DIAGNOSTICS: DiagnosticArray,
 }
 TOPIC_TYPES_BESIDE: Final = {"/diagnostics": DIAGNOSTICS}
-# What sensors send without waiting for anyone is taken likewise; of the rest no message may be lost.
-SENSORS: Final = (IMAGE, COMPRESSED_IMAGE, JOINT_STATE)
-LATCHED: Final = QoSProfile(depth=10, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+# Those of all other types: EVERYTHING.
+QOS: Final = {IMAGE: EVERY_IMAGE, COMPRESSED_IMAGE: EVERY_IMAGE, JOINT_STATE: EVERY_READING}
 # The policy goes first where the processor is short.
 NICENESS: Final = 5
 
@@ -113,10 +112,8 @@ class RecorderNode(Node):
             if topic not in self._topics:
                 self._topics.add(topic)
                 self.recorder.add_topic(topic, kind)
-                sensor = kind in SENSORS
-                reliability = ReliabilityPolicy.BEST_EFFORT if sensor else ReliabilityPolicy.RELIABLE
-                qos = QoSProfile(depth=10 if "Image" in kind else 500, reliability=reliability)
-                self.create_subscription(MESSAGES[kind], topic, partial(self._on_message, topic), qos, raw=True)
+                on_message = partial(self._on_message, topic)
+                self.create_subscription(MESSAGES[kind], topic, on_message, QOS.get(kind, EVERYTHING), raw=True)
 
     def _warn(self, message: str) -> None:
         self.get_logger().error(message)

@@ -28,6 +28,9 @@ from ki_vla_ros.settings.settings import Settings
 MOVED_SHARE = 0.02
 # Share of the speed limits that ramp_in_s begins with.
 FIRST_SHARE = 0.1
+# How often `watch` is called, by the node and in a replay: an arm is held so much later than hold_after_s at the most,
+# a fifth of a tick at 10 Hz.
+WATCHDOG_NS = 20_000_000
 
 
 class Wire(Protocol):
@@ -214,7 +217,7 @@ class PolicyLoop:
             self._governor.running = self._ramp_from_ns = self._prefix = None
 
     def watch(self) -> None:
-        """The watchdog, to be called often: holds an arm that moves without a fresh chunk."""
+        """The watchdog, to be called every WATCHDOG_NS: holds an arm that moves without a fresh chunk."""
         settings = self.settings()
         with self._moving:
             now_ns = self.wire.now_ns()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import traceback
 
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import NS_PER_S, to_ns
 from ki_vla_ros.runtime.loop import PolicyLoop
 from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
 
@@ -54,7 +54,7 @@ class LoopThread:
                 if settings.align_to_cameras:
                     loop.buffer.await_burst(now_ns, behind_ns)
                 loop.step(settings, wire.now_ns(), pacer.missed)
-                pacer.advance(wire.now_ns(), round(NS_PER_S / settings.rate_hz))
+                pacer.advance(wire.now_ns(), to_ns(1.0 / settings.rate_hz))
                 if settings.align_to_cameras:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))
                 self._sleep_until_due(pacer)

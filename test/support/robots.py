@@ -22,7 +22,6 @@ from rcl_interfaces.msg import Parameter as ParameterMessage
 from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
@@ -30,6 +29,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.ros.qos import LATCHED, SENSOR
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from support import ROOT
 from support.bundles import CAMERAS, JOINTS, demo_observation
@@ -58,13 +58,9 @@ class Robot:
         subscribe(String, "policy/tick", lambda message: self.ticks.append(json.loads(message.data)), 100)
         subscribe(DiagnosticArray, "/diagnostics", self.diagnostics.append, 100)
         self.sessions: list[str] = []
-        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-        subscribe(String, "policy/session", lambda message: self.sessions.append(message.data), latched)
+        subscribe(String, "policy/session", lambda message: self.sessions.append(message.data), LATCHED)
         self.instruct = self.node.create_publisher(String, "policy/instruction", 10)
-        self.image = {
-            name: self.node.create_publisher(Image, f"camera/{name}/image_raw", qos_profile_sensor_data)
-            for name in CAMERAS
-        }
+        self.image = {name: self.node.create_publisher(Image, f"camera/{name}/image_raw", SENSOR) for name in CAMERAS}
         self.joints = self.node.create_publisher(JointState, "joint_states", 10)
         self.position = demo_observation().state_J.tolist()
         self.encoding = "rgb8"
