@@ -31,7 +31,7 @@ from ki_vla_ros.demo.video import import_av, make_video
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.ros.children import Child, ChildError, Children, prepare_environment
 from ki_vla_ros.share import find_bundle, find_share
-from ki_vla_ros.sim.demonstrator import Expert
+from ki_vla_ros.sim.demonstrator import Demonstrator
 from ki_vla_ros.sim.task import Split, Task, sample_scene
 from ki_vla_ros.sim.world import TIME_LIMIT_S, TIMESTEP_S, World
 from ki_vla_ros.statistics import spread
@@ -133,13 +133,13 @@ def run(options: Options) -> dict[str, Any]:
                 observed.append(seen)
                 line.finish(episode)
         overruns = driver.overruns
-    print("comparing with the scripted expert" + (", making the film" if options.video else ""), flush=True)
-    expert_success = run_expert(options)
+    print("comparing with the demonstrator" + (", making the film" if options.video else ""), flush=True)
+    demonstrator_success = run_demonstrator(options)
     if options.video:
         make_video(options.out / "bag", options.out / VIDEO, options.episodes)
     sha256 = file_sha256(options.bundle / "manifest.json")
     name = bundle.manifest.name
-    results = Run(episodes, observed, expert_success, options.seed, options.split, name, sha256, overruns)
+    results = Run(episodes, observed, demonstrator_success, options.seed, options.split, name, sha256, overruns)
     return write_report(options.out, results, VIDEO if options.video else None)
 
 
@@ -181,16 +181,16 @@ def run_episode(
     return episode, seen
 
 
-def run_expert(options: Options) -> list[bool]:
-    """Whether the scripted expert succeeds in each of the run's scenes; faster than real time, without pictures."""
+def run_demonstrator(options: Options) -> list[bool]:
+    """Whether the demonstrator succeeds in each of the run's scenes; faster than real time, without pictures."""
     world = World(render=False)
     task = Task.parse(options.instruction) if options.instruction else None
     outcomes = []
     for seed in options.seeds:
         scene = sample_scene(seed, split=options.split, task=task)
         world.reset(scene)
-        reference = Expert(world).plan(world.joint_position_J, None, scene)
-        for command_J in reference.sample(np.arange(TIMESTEP_S, TIME_LIMIT_S + 2 * TIMESTEP_S, TIMESTEP_S)):
+        demonstration = Demonstrator(world).plan(world.joint_position_J, None, scene)
+        for command_J in demonstration.sample(np.arange(TIMESTEP_S, TIME_LIMIT_S + 2 * TIMESTEP_S, TIMESTEP_S)):
             world.step(command_J)
             if world.judge.done:
                 break
@@ -274,7 +274,7 @@ def describe(summary: dict[str, Any], out: Path) -> str:
     tick = summary["tick_ms"]
     return (
         f"followed {summary['follow_rate']:.0%} (chance {summary['chance_follow_rate']:.0%}), "
-        f"success {summary['success_rate']:.0%} (scripted expert {summary['expert_success_rate']:.0%})\n"
+        f"success {summary['success_rate']:.0%} (demonstrator {summary['demonstrator_success_rate']:.0%})\n"
         f"{summary['chunk_rate_hz']:.2f} chunks/s, tick p50 {tick['p50']:.1f} ms, p99 {tick['p99']:.1f} ms, "
         f"{summary['deadline_misses']} deadlines missed, cameras {summary['camera_rate_hz']:.1f} Hz\n"
         f"see {out / 'index.html'}; play {out / 'bag'} in Foxglove"

@@ -34,11 +34,11 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that a summary is made from; `observed[k]` and `expert_success[k]` belong to `episodes[k]`."""
+    """Everything that a summary is made from; `observed[k]` and `demonstrator_success[k]` belong to `episodes[k]`."""
 
     episodes: Sequence[Episode]
     observed: Sequence[Observed]
-    expert_success: Sequence[bool]
+    demonstrator_success: Sequence[bool]
     seed: int
     split: str
     bundle: str
@@ -61,7 +61,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "follow_rate": _mean(episode.followed for episode in episodes),
         "success_rate": _mean(episode.success for episode in episodes),
         "chance_follow_rate": _mean(1.0 / episode.objects for episode in episodes),
-        "expert_success_rate": _mean(run.expert_success),
+        "demonstrator_success_rate": _mean(run.demonstrator_success),
         "chunk_rate_hz": rate_hz([observed.chunk_times_s for observed in run.observed]),
         "tick_ms": _rounded(total_ms),
         "stages_ms": {stage: _rounded(durations) for stage, durations in stages.items()},
@@ -76,8 +76,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": {"cpu": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "per_episode": [
-            {**asdict(episode), "expert_success": solved}
-            for episode, solved in zip(episodes, run.expert_success, strict=True)
+            {**asdict(episode), "demonstrator_success": solved}
+            for episode, solved in zip(episodes, run.demonstrator_success, strict=True)
         ],
     }
 
@@ -122,7 +122,7 @@ def _page(summary: Mapping[str, Any], run: Run, video: str | None) -> str:
         (
             "success",
             f"{100 * summary['success_rate']:.0f} %",
-            f"scripted expert {100 * summary['expert_success_rate']:.0f} %",
+            f"demonstrator {100 * summary['demonstrator_success_rate']:.0f} %",
         ),
         ("chunks", f"{summary['chunk_rate_hz']:.1f} Hz", f"{summary['deadline_misses']} deadlines missed"),
         ("tick", f"{tick_ms['p50']:.0f} ms", f"p99 {tick_ms['p99']:.0f} ms"),
@@ -133,7 +133,7 @@ def _page(summary: Mapping[str, Any], run: Run, video: str | None) -> str:
         "chance": summary["chance_follow_rate"],
         "followed": summary["follow_rate"],
         "success": summary["success_rate"],
-        "scripted expert": summary["expert_success_rate"],
+        "demonstrator": summary["demonstrator_success_rate"],
     }
     stages = {
         stage: (values["p50"], values["p99"], f"{values['p50']:.2f} / {values['p99']:.2f}")
@@ -154,11 +154,11 @@ def _page(summary: Mapping[str, Any], run: Run, video: str | None) -> str:
         gap_plot=histogram(gaps_ms, "ms between chunks", None),
         stage_plot=bars("ms per stage: median, p99", stages),
         rate_plot=bars("share of episodes", {name: (rate, 1.0, f"{rate:.0%}") for name, rate in rates.items()}),
-        rows="".join(map(_row, count(1), run.episodes, run.expert_success)),
+        rows="".join(map(_row, count(1), run.episodes, run.demonstrator_success)),
     )
 
 
-def _row(number: int, episode: Episode, expert_success: bool) -> str:
+def _row(number: int, episode: Episode, demonstrator_success: bool) -> str:
     mark, kind = ("✓", "good") if episode.success else ("✗", "bad")
     reached = episode.reached or "nothing"
     cells = [
@@ -168,7 +168,7 @@ def _row(number: int, episode: Episode, expert_success: bool) -> str:
         f'<td class="{kind}">{mark}</td>',
         f"<td>{episode.time_s:.1f} s</td>",
         f"<td>{episode.objects}</td>",
-        f"<td>{'✓' if expert_success else '✗'}</td>",
+        f"<td>{'✓' if demonstrator_success else '✗'}</td>",
         f"<td>{episode.seed}</td>",
     ]
     return f"<tr>{''.join(cells)}</tr>"
@@ -242,6 +242,6 @@ tr:nth-child(even) td {{ background: #f3f5f8; }} th {{ border-bottom: 2px solid 
 {player}
 <div class="plots">{rate_plot}{gap_plot}{stage_plot}{tick_plot}</div>
 <table><thead><tr><th>#</th><th>instruction</th><th>reached first</th><th>success</th><th>time</th><th>objects</th>
-<th>expert</th><th>seed</th></tr></thead><tbody>{rows}</tbody></table>
+<th>demonstrator</th><th>seed</th></tr></thead><tbody>{rows}</tbody></table>
 </body></html>
 """

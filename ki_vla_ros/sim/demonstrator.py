@@ -1,12 +1,12 @@
-"""The scripted expert: inverse kinematics and minimum-jerk references that solve the simulated tasks.
+"""The demonstrator, a script: inverse kinematics and minimum-jerk motions that solve the simulated tasks.
 
-A reference is planned in the space of the fingertip point: horizontal motion and height are piecewise quintics, and
+A demonstration is planned in the space of the fingertip point: horizontal motion and height are piecewise quintics, and
 the descent starts as early as it can without passing low over other objects. What the start's joints have beyond that
-tip motion (a tilted tool, a turned wrist, their speeds) fades out as a quintic in joint space, so that a reference can
-start from any joint position, velocity and acceleration.
+tip motion (a tilted tool, a turned wrist, their speeds) fades out as a quintic in joint space, so that it can start
+from any joint position, velocity and acceleration.
 
 Legend: J joints (seven), n samples, K segments, D coordinates. Lengths in m, angles in rad, times in s from the
-reference's start.
+demonstration's start.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Array = NDArray[np.float64]
 # Lengths of arm.xml: shoulder above the table, upper arm, forearm with tube (elbow to wrist), wrist to fingertip point.
 _SHOULDER_M, _UPPER_M, _FOREARM_M, _TOOL_M = 0.18, 0.34, 0.34, 0.18
 
-# A touch leaves the fingers a little open: 0 is the joint's limit, and what imitates the expert errs to both sides.
+# A touch leaves the fingers a little open: 0 is the joint's limit, and a policy that imitates this errs to both sides.
 _GRIPPER_END_M = {"touch": 0.004, "point at": 0.02}
 _POINT_HEIGHT_M = 0.06
-# The reference of a touch ends this deep inside the object, so that the tip arrives with some speed and in spite of
+# The demonstration of a touch ends this deep inside the object, so that the tip arrives with some speed and in spite of
 # small errors. The flattest object is 14 mm high.
 _PRESS_M = 0.01
 # Far from the target the tip travels this high above the tallest object; it leaves its place once it is nearly there.
@@ -180,7 +180,7 @@ def _duration(start: _State, goal: Array, jerk: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class Demonstration:
     """Joint positions over time; holds its last position after `duration_s`."""
 
     duration_s: float
@@ -216,8 +216,8 @@ def _derivatives(x_3D: Array) -> tuple[Array, Array, Array]:
     return now, (after - before) / (2.0 * _DIFFERENCE_S), (after - 2.0 * now + before) / _DIFFERENCE_S**2
 
 
-class Expert:
-    """Plans references that carry out a scene's task on the arm of `world`."""
+class Demonstrator:
+    """Plans demonstrations that carry out a scene's task on the arm of `world`."""
 
     def __init__(self, world: World) -> None:
         self._lower_J, self._upper_J = world.lower_J, world.upper_J
@@ -230,7 +230,7 @@ class Expert:
         object_positions: ArrayLike | None = None,
         via_tip_xyz: ArrayLike | None = None,
         joint_acceleration_J: ArrayLike | None = None,
-    ) -> Reference:
+    ) -> Demonstration:
         """From the given motion (None: at rest, not accelerating) to the end of the scene's task.
 
         `object_positions` [n, 3] are the objects' present centres, by default where the scene put them. Through
@@ -262,7 +262,7 @@ class Expert:
         _approach(across, height, goal, clear_m)
 
         duration_s = max(motion.end_s for motion in (across, height, gripper, fading))
-        reference = Reference(
+        demonstration = Demonstration(
             duration_s,
             across.spline(),
             height.spline(),
@@ -271,8 +271,8 @@ class Expert:
             self._lower_J,
             self._upper_J,
         )
-        reference.sample(np.linspace(0.0, duration_s, 50))  # refuses a way out of reach now, not halfway
-        return reference
+        demonstration.sample(np.linspace(0.0, duration_s, 50))  # refuses a way out of reach now, not halfway
+        return demonstration
 
 
 def _goal(scene: Scene, object_positions: ArrayLike | None) -> tuple[Array, float]:

@@ -22,7 +22,7 @@ CAMERAS: Final = ("scene", "wrist")
 TIMESTEP_S: Final = 0.002
 TIME_LIMIT_S: Final = 8.0
 
-# The tip at (0.30, 0, 0.25), tool down, gripper a little open; a test holds it against expert.py's inverse kinematics.
+# The tip at (0.30, 0, 0.25), tool down, gripper a little open; a test compares it with tip_to_joints (demonstrator.py).
 HOME_J: Final = np.array([0.0, -0.0830101436, 1.9181363885, 0.0, 1.3064664088, 0.0, 0.01])
 
 # "point at": the tip stays this close above the object, this long.

@@ -28,7 +28,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.sim.arm_node import Pace, image_message, trajectory_from_message
-from ki_vla_ros.sim.demonstrator import Expert
+from ki_vla_ros.sim.demonstrator import Demonstrator
 from ki_vla_ros.sim.task import Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, JOINTS, World
 
@@ -260,7 +260,7 @@ def test_the_judge_sees_what_a_trajectory_touches(client: Client) -> None:
     assert client.set_scene(seed=3, task="touch the blue ball").successful
     assert client.reset().success
     scene = sample_scene(3, split="all", task=Task.parse("touch the blue ball"))
-    reference = Expert(World(render=False)).plan(HOME_J, None, scene)
+    reference = Demonstrator(World(render=False)).plan(HOME_J, None, scene)
     times_s = np.arange(0.05, reference.duration_s + 0.5, 0.05)
     client.send(list(JOINTS), list(zip(times_s + 0.1, reference.sample(times_s), strict=True)))
     client.until(lambda: client.status["done"], "verdict")

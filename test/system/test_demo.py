@@ -69,7 +69,7 @@ def test_a_run_leaves_summary_film_bag_and_page_and_no_process(
     summary = json.loads((out / "summary.json").read_text())
     assert summary["episodes"] == 1
     assert (summary["split"], summary["bundle"]["name"]) == ("all", "test-policy")
-    assert summary["expert_success_rate"] == 1.0
+    assert summary["demonstrator_success_rate"] == 1.0
     assert summary["chunk_rate_hz"] > 1.0
     assert summary["camera_rate_hz"] > 1.0
     assert {"preprocess", "prefill", "denoise", "publish"} <= set(summary["stages_ms"])

@@ -138,8 +138,8 @@ def test_on_a_terminal_the_line_renews_itself(
 
 
 def test_the_scripted_expert_is_judged_on_the_same_scenes() -> None:
-    assert demo.run_expert(options(episodes=3)) == [True, True, True]
-    assert demo.run_expert(options(episodes=1, split="all", instruction="point at the blue cube")) == [True]
+    assert demo.run_demonstrator(options(episodes=3)) == [True, True, True]
+    assert demo.run_demonstrator(options(episodes=1, split="all", instruction="point at the blue cube")) == [True]
 
 
 # --- what a user gives

@@ -23,7 +23,7 @@ def a_run() -> Run:
             observed(10.0, tick(10.0), tick(3.0, chunk_index=None), tick(20.0, misses=1)),
             observed(20.0, tick(30.0, misses=2), start_s=100.0),
         ],
-        expert_success=[True, True],
+        demonstrator_success=[True, True],
         seed=3,
         split="held_out",
         bundle="a & b",
@@ -35,7 +35,7 @@ def a_run() -> Run:
 def test_the_summary_has_the_figures_of_the_run() -> None:
     summary = summarise(a_run())
     assert summary["episodes"] == 2
-    assert (summary["follow_rate"], summary["success_rate"], summary["expert_success_rate"]) == (0.5, 0.5, 1.0)
+    assert (summary["follow_rate"], summary["success_rate"], summary["demonstrator_success_rate"]) == (0.5, 0.5, 1.0)
     assert summary["chance_follow_rate"] == pytest.approx((1 / 4 + 1 / 5) / 2)
     assert summary["chunk_rate_hz"] == pytest.approx(20 / 1.5, abs=1e-3)  # 10 gaps of 0.1 s, 10 of 0.05 s, no pause
     assert summary["camera_rate_hz"] == pytest.approx(10 / 1.5, abs=1e-3)  # the slower of the two
@@ -47,7 +47,7 @@ def test_the_summary_has_the_figures_of_the_run() -> None:
     assert summary["bundle"] == {"name": "a & b", "manifest_sha256": "0" * 64}
     assert summary["machine"]["cores"] == os.cpu_count()
     assert [entry["seed"] for entry in summary["per_episode"]] == [7, 8]
-    assert summary["per_episode"][0]["expert_success"] is True
+    assert summary["per_episode"][0]["demonstrator_success"] is True
 
 
 def test_a_rate_needs_two_arrivals() -> None:
@@ -97,5 +97,5 @@ def test_the_page_shows_figures_and_episodes_and_escapes_what_it_was_given(tmp_p
 
 def test_a_page_without_film_and_with_a_single_chunk(tmp_path: Path) -> None:
     short = Observed([1.0], {SCENE_IMAGE: [1.0], WRIST_IMAGE: [1.0]}, [tick(4.0)])
-    write_report(tmp_path, replace(a_run(), episodes=[episode()], observed=[short], expert_success=[False]), None)
+    write_report(tmp_path, replace(a_run(), episodes=[episode()], observed=[short], demonstrator_success=[False]), None)
     assert Page((tmp_path / "index.html").read_text()).video is None

@@ -18,7 +18,7 @@ from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime.governor import Bounds, Governor
 from ki_vla_ros.runtime.safety import SafetyGate, extremes, joint_bounds, urdf_limits
 from ki_vla_ros.settings.names import settings_from_parameters
-from ki_vla_ros.sim.demonstrator import Expert
+from ki_vla_ros.sim.demonstrator import Demonstrator
 from ki_vla_ros.sim.task import sample_scene
 from ki_vla_ros.sim.world import HOME_J, World
 from ki_vla_ros.sim.world import JOINTS as SIM_JOINTS
@@ -111,7 +111,7 @@ def test_clean_demonstrations_are_not_flagged() -> None:
     flagged = judged = 0
     worst = 0.0
     for seed in range(60):
-        reference = Expert(world).plan(HOME_J, None, sample_scene(seed, split="all"))
+        reference = Demonstrator(world).plan(HOME_J, None, sample_scene(seed, split="all"))
         for start_s in np.arange(0.0, reference.duration_s, 0.05):
             path = reference.sample(start_s + 0.05 * np.arange(17))
             chunk = ActionChunk(NOW, PERIOD, SIM_JOINTS, path[1:], np.gradient(path, 0.05, axis=0)[1:])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ki_vla_ros.errors import SimulationError
-from ki_vla_ros.sim.demonstrator import Expert, tip_to_joints
+from ki_vla_ros.sim.demonstrator import Demonstrator, tip_to_joints
 from ki_vla_ros.sim.task import COLOURS, Scene, SceneObject, Task, sample_scene
 from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, RGBA, TIMESTEP_S, World
 
@@ -38,7 +38,7 @@ def blind() -> World:
 
 def carry_out(world: World, task: Task, scene: Scene) -> None:
     """Lets the expert do `task` in the world's running `scene`, which may ask for something else."""
-    reference = Expert(world).plan(world.joint_position_J, None, Scene(0, scene.objects, task))
+    reference = Demonstrator(world).plan(world.joint_position_J, None, Scene(0, scene.objects, task))
     begin_s = world.time_s
     while world.time_s < begin_s + reference.duration_s + 0.8:
         world.step(reference.position(world.time_s - begin_s + TIMESTEP_S))

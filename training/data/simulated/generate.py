@@ -1,4 +1,4 @@
-"""Simulated data: robot episodes by the scripted expert, and vision-language frames of random scenes.
+"""Simulated data: robot episodes by the demonstrator, and vision-language frames of random scenes.
 
 Legend: F frames, V cameras, S image size, J joints, H horizon, O objects (at most `MAX_OBJECTS`, unused rows are -1).
 Arrays lie in a folder as plain `.npy` files; `meta.json` holds what they were made from.
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import SimulationError
 from ki_vla_ros.policy.preprocess import resize_with_pad
-from ki_vla_ros.sim.demonstrator import Expert, Reference, tip_to_joints
+from ki_vla_ros.sim.demonstrator import Demonstration, Demonstrator, tip_to_joints
 from ki_vla_ros.sim.task import Scene, Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, TIMESTEP_S, World
 from training.config import DataConfig, load_config
@@ -76,19 +76,19 @@ def seen_objects(arrays: Arrays, frame: int, *, least_pixels: int = 0) -> list[S
 def record_episode(
     world: World, seed: int, split: str, frames: int, timing: ChunkTiming, with_rivals: bool
 ) -> Arrays | None:
-    """Frames of one demonstration; None when the expert did not solve it (the caller counts these).
+    """Frames of one demonstration; None when the demonstrator did not solve it (the caller counts these).
 
     The frames are not what the flawless demonstration passes through, but positions around it (see `_draw_position`),
-    each with the chunk that the expert would do from there: a policy must know the way back from its own mistakes.
-    `with_rivals` adds, for each frame, the chunks that the expert would do for every object of the scene.
+    each with the chunk that the demonstrator would do from there: a policy must know the way back from its mistakes.
+    `with_rivals` adds, for each frame, the chunks that the demonstrator would do for every object of the scene.
     """
     rng = np.random.default_rng([seed, 7])
     scene = sample_scene(seed, split=split)
     decoy = scene.objects[rng.integers(len(scene.objects))]
     wrong = replace(scene, task=Task(scene.task.verb, decoy.colour, decoy.shape))
-    expert = Expert(world)
+    demonstrator = Demonstrator(world)
     start_J = _random_start(rng)
-    reference, astray = expert.plan(start_J, None, scene), expert.plan(start_J, None, wrong)
+    reference, astray = demonstrator.plan(start_J, None, scene), demonstrator.plan(start_J, None, wrong)
     due_s = LAG_S + (np.arange(timing.horizon) + 1) * timing.period_s
     rows: dict[str, list[Any]] = {name: [] for name in ("images", "state", "chunk", "uv", "rivals")}
     while len(rows["state"]) < frames:
@@ -96,9 +96,9 @@ def record_episode(
         if not _is_free(world, scene, position_J):
             continue
         try:
-            chunks = [_plan_chunk(expert, scene, position_J, due_s)]
+            chunks = [_plan_chunk(demonstrator, scene, position_J, due_s)]
             if with_rivals:
-                rows["rivals"].append(_plan_rivals(expert, scene, position_J, due_s))
+                rows["rivals"].append(_plan_rivals(demonstrator, scene, position_J, due_s))
         except SimulationError:  # the way would lead out of the arm's reach
             continue
         rows["images"].append(render_views(world, timing.image_size))
@@ -157,7 +157,7 @@ def _random_start(rng: np.random.Generator, away: float = 0.35) -> NDArray[np.fl
     return start
 
 
-def _draw_position(rng: np.random.Generator, path: Reference, world: World) -> NDArray[np.float64]:
+def _draw_position(rng: np.random.Generator, path: Demonstration, world: World) -> NDArray[np.float64]:
     """Somewhere on `path`, or at rest at its end, displaced in every joint."""
     moment_s = rng.uniform(0.0, path.duration_s + SETTLE_S)
     spread = rng.choice((0.0, 0.01, 0.04, 0.12), p=(0.1, 0.4, 0.35, 0.15))
@@ -173,31 +173,31 @@ def _is_free(world: World, scene: Scene, position_J: NDArray[np.float64]) -> boo
     return not world.judge.done and bool(world.tip_position[2] > LOWEST_TIP_M)
 
 
-def _follow(world: World, reference: Reference) -> None:
+def _follow(world: World, reference: Demonstration) -> None:
     for command_J in reference.sample(np.arange(0.0, reference.duration_s + SETTLE_S, TIMESTEP_S)):
         world.step(command_J)
 
 
 def _plan_chunk(
-    expert: Expert, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.float64]
+    demonstrator: Demonstrator, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """The expert's motion from here, under way already: with the velocity that it has `UNDER_WAY_S` after a start here.
+    """The demonstration from here, under way already: with the velocity that it has `UNDER_WAY_S` after a start here.
 
     A policy sees where the arm is, not how fast it moves. If the chunks began at rest, one that is executed for a
     tenth of a second would lead nowhere; if they began at whatever velocity a recording had, the policy could only
     guess it. So the velocity is a function of the place. Actions lead the motion by the arm's lag.
     """
-    velocity_J = expert.plan(position_J, None, scene).velocity(UNDER_WAY_S)
-    return expert.plan(position_J, velocity_J, scene).sample(due_s).astype(np.float32)
+    velocity_J = demonstrator.plan(position_J, None, scene).velocity(UNDER_WAY_S)
+    return demonstrator.plan(position_J, velocity_J, scene).sample(due_s).astype(np.float32)
 
 
 def _plan_rivals(
-    expert: Expert, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.float64]
+    demonstrator: Demonstrator, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.float64]
 ) -> NDArray[np.float32]:
     rivals = np.full((MAX_OBJECTS, len(due_s), len(position_J)), np.nan, np.float32)
     for index, other in enumerate(scene.objects):
         task = Task(scene.task.verb, other.colour, other.shape)
-        rivals[index] = _plan_chunk(expert, replace(scene, task=task), position_J, due_s)
+        rivals[index] = _plan_chunk(demonstrator, replace(scene, task=task), position_J, due_s)
     return rivals
 
 
@@ -238,7 +238,7 @@ def _record_many(job: tuple[str, Sequence[int], DataConfig, ChunkTiming]) -> tup
         failed += episode is None
         parts += [episode] if episode else []
     if not parts:
-        raise SimulationError(f"simulated data: the expert solved none of {len(seeds)} episodes of '{source}'")
+        raise SimulationError(f"simulated data: the demonstrator solved none of {len(seeds)} episodes of '{source}'")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, failed
 
 
@@ -258,7 +258,7 @@ def make_source(source: str, count: int, config: DataConfig, timing: ChunkTiming
     for name in list(blocks[0]):  # popped as they are written, or everything would lie in memory twice
         np.save(folder / f"{name}.npy", np.concatenate([block.pop(name) for block in blocks]))
     frames = len(np.load(folder / "uv.npy", mmap_mode="r"))
-    return {"episodes" if source != "scenes" else "scenes": count, "frames": frames, "expert_failed": failed}
+    return {"episodes" if source != "scenes" else "scenes": count, "frames": frames, "demonstrator_failed": failed}
 
 
 def fingerprint(folder: Path) -> str:

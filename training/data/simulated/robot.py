@@ -26,7 +26,7 @@ from training.tokens.words import DEMO_PROMPT
 HORIZON = 16
 ACTION_PERIOD_S = 0.05
 FLOW_STEPS = 10
-MAX_VELOCITY = {"rad": 3.0, "m": 0.2}  # per second; the scripted expert's fastest motions stay below (tested)
+MAX_VELOCITY = {"rad": 3.0, "m": 0.2}  # per second; the demonstrator's fastest motions stay below (tested)
 
 
 def describe_policy(
