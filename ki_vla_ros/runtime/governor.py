@@ -41,13 +41,6 @@ class Bounds:
         way_J: Array = speed_J**2 / (2.0 * self.acceleration_J) + speed_J * period_s / 2.0
         return way_J
 
-    def can_stop(self, position_J: Array, velocity_J: Array, period_s: float) -> NDArray[np.bool_]:
-        """Per joint, whether it is inside its bounds and can come to rest inside them."""
-        end_J = position_J + np.sign(velocity_J) * self.stopping_way(velocity_J, period_s)
-        inside_J = (end_J >= self.lower_J) & (end_J <= self.upper_J)
-        inside_J &= (position_J >= self.lower_J) & (position_J <= self.upper_J)
-        return inside_J & (np.abs(velocity_J) <= self.speed_J)
-
 
 class Governor:
     """Makes each motion continue the one before it. `running` is what the wire was last told; None: nothing moves."""

@@ -197,11 +197,6 @@ class World:
         return self._data.site_xpos[self._tip_id].copy()  # type: ignore[no-any-return]
 
     @property
-    def tip_rotation(self) -> NDArray[np.float64]:
-        """Axes of the tool as columns [3, 3]: towards the wrist camera, along the fingers' opening, out of the hand."""
-        return self._data.site_xmat[self._tip_id].reshape(3, 3).copy()  # type: ignore[no-any-return]
-
-    @property
     def object_positions(self) -> NDArray[np.float64]:
         """Centres of the scene's objects, [n, 3]."""
         return self._data.xpos[self._bodies[: len(self.scene.objects)]]  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
 from ki_vla_ros.robot.robot import JointSpec
-from ki_vla_ros.runtime.governor import Bounds, Governor
+from ki_vla_ros.runtime.governor import Governor
 from ki_vla_ros.runtime.safety import SafetyGate, extremes, joint_bounds, urdf_limits
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.sim.demonstrator import Demonstrator
@@ -326,10 +326,3 @@ def test_extremes_are_those_of_the_sampled_curve(
     np.testing.assert_allclose(high_J, position.max(axis=0), atol=1e-5)
     np.testing.assert_allclose(speed_J, np.abs(velocity).max(axis=0), atol=1e-3)
     np.testing.assert_allclose(acceleration_J, np.abs(acceleration).max(axis=0), atol=1e-6)
-
-
-def test_bounds_know_who_can_stop() -> None:
-    bounds = Bounds(np.zeros(1), np.ones(1), np.ones(1), np.ones(1) * 5)
-    assert bounds.can_stop(np.array([0.5]), np.array([1.0]), 0.02)[0]
-    assert not bounds.can_stop(np.array([0.95]), np.array([1.0]), 0.02)[0]
-    assert not bounds.can_stop(np.array([1.1]), np.array([0.0]), 0.02)[0]

@@ -56,8 +56,9 @@ def test_inverse_kinematics_put_the_tip_there_upright(world: World, x: float, y:
     assert joint_J[3] == 0.0 and joint_J[6] == 0.02
     world.reset(sample_scene(0, split="all"), joint_J)
     np.testing.assert_allclose(world.tip_position, (x, y, z), atol=1e-9)
-    # Down the tool's axis, fingers along y, at any pan.
-    np.testing.assert_allclose(world.tip_rotation, [[-1, 0, 0], [0, 1, 0], [0, 0, -1]], atol=1e-9)
+    # Tool down, fingers along y, at any pan. Columns: towards the wrist camera, along the fingers' opening, out of it.
+    tool_33 = world._data.site_xmat[world._tip_id].reshape(3, 3)
+    np.testing.assert_allclose(tool_33, [[-1, 0, 0], [0, 1, 0], [0, 0, -1]], atol=1e-9)
 
 
 def test_home_is_above_the_near_edge() -> None:
