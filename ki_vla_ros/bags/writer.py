@@ -28,8 +28,8 @@ FLUSH_PERIOD_S: Final = 1.0
 LARGEST_BACKLOG: Final = 256 * 1024 * 1024
 
 
-class Recorder:
-    """`record` and `add_topic` may be called from any thread until `close`."""
+class BagWriter:
+    """`write` and `add_topic` may be called from any thread until `close`."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Recorder:
         warn: Callable[[str], None] = lambda _: None,
         largest_backlog: int = LARGEST_BACKLOG,
     ) -> None:
-        """`topics`: message type by topic. `folder` must not exist yet. `warn` is called from the recorder's thread."""
+        """`topics`: message type by topic. `folder` must not exist yet. `warn` is called by the writing thread."""
         if folder.exists():
             raise ConfigurationError(f"recording: {folder} exists already; remove it or choose another --out")
         self.failure: Exception | None = None
@@ -56,14 +56,14 @@ class Recorder:
         self._connections: dict[str, Connection] = {}
         for topic, kind in topics.items():
             self.add_topic(topic, kind)
-        self._thread = threading.Thread(target=self._run, name="recorder")
+        self._thread = threading.Thread(target=self._run, name="bag writer")
         self._thread.start()
 
     def add_topic(self, topic: str, kind: str) -> None:
         with self._writing:
             self._connections[topic] = self._writer.add_connection(topic, kind, typestore=typestore())
 
-    def record(self, topic: str, time_ns: int, serialised: bytes) -> None:
+    def write(self, topic: str, time_ns: int, serialised: bytes) -> None:
         """Keeps a message received at `time_ns`."""
         connection = self._connections[topic]
         with self._counting:

@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 from ki_vla_ros.bench.compare import bench_compare, parse_set_up
 from ki_vla_ros.bench.compare import table as compare_table
-from ki_vla_ros.bench.model import CALLS, SetUp, bench_model
+from ki_vla_ros.bench.model import CALLS, EngineSetUp, bench_model
 from ki_vla_ros.bench.model import table as model_table
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
@@ -59,8 +59,8 @@ def _compare(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return figures, compare_table(figures)
 
 
-def _set_up(chosen: argparse.Namespace, engine: str) -> SetUp:
-    return SetUp(chosen.bundle, engine, chosen.provider, chosen.threads, chosen.flow_steps, chosen.torch_mode)
+def _set_up(chosen: argparse.Namespace, engine: str) -> EngineSetUp:
+    return EngineSetUp(chosen.bundle, engine, chosen.provider, chosen.threads, chosen.flow_steps, chosen.torch_mode)
 
 
 def _calls(chosen: argparse.Namespace) -> int:

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from ki_vla_ros.bench.model import CALLS, WARM_UP, SetUp, longest_input
+from ki_vla_ros.bench.model import CALLS, WARM_UP, EngineSetUp, longest_input
 from ki_vla_ros.bench.timing import every_tenth, time_alternating
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.statistics import ratio_of_medians, spread
 
 
-def parse_set_up(text: str, defaults: SetUp) -> SetUp:
+def parse_set_up(text: str, defaults: EngineSetUp) -> EngineSetUp:
     """`onnx`, `onnx:threads=2,provider=cuda`, `torch:bundle=/a/folder,flow_steps=5`; the rest as in `defaults`."""
     engine, _, rest = text.partition(":")
-    known = {field.name for field in fields(SetUp)} - {"engine"}
+    known = {field.name for field in fields(EngineSetUp)} - {"engine"}
     chosen: dict[str, Any] = dict(vars(defaults)) | {"engine": engine}
     for pair in filter(None, rest.split(",")):
         name, equals, value = pair.partition("=")
@@ -30,11 +30,11 @@ def parse_set_up(text: str, defaults: SetUp) -> SetUp:
             chosen[name] = int(value)
         else:
             raise ConfigurationError(f"set-up {text!r}: {name}: expected a whole number, got {value!r}")
-    return SetUp(**chosen)
+    return EngineSetUp(**chosen)
 
 
 def bench_compare(
-    first: SetUp, second: SetUp, calls: int, say: Callable[[str], None] = lambda line: None
+    first: EngineSetUp, second: EngineSetUp, calls: int, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """ms per chunk of both, and the first's median over the second's: above 1 the second is faster."""
     set_ups = {"A": first, "B": second}

@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ki_vla_ros.bench.roofline import Ceiling, Work, measure_ceiling
 from ki_vla_ros.bench.timing import choose_clock, every_tenth, time_alternating
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
-from ki_vla_ros.bundle.manifest import Manifest, PolicySpec
+from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.bundle.onnx_header import GraphHeader, read_header
 from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy.policy import Policy, widen
+from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import ModelInput
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.share import find_bundle
@@ -45,7 +44,7 @@ class DeferringEngine(Protocol):
 
 
 @dataclass(frozen=True)
-class SetUp:
+class EngineSetUp:
     """What is timed: a bundle, by name or path, on an engine."""
 
     bundle: str = "demo"
@@ -72,7 +71,7 @@ class SetUp:
 
 
 def bench_model(
-    set_up: SetUp,
+    set_up: EngineSetUp,
     calls: int,
     roofline: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -119,7 +118,7 @@ def time_parts(
         longest_input(policy.bundle.manifest, policy.bundle.manifest.graph.vocab_size),
         policy.noise(0),
     )
-    state_S = state_token(policy.bundle.manifest, model_input)
+    state_S = policy.widen_state(model_input.state_J)
     clean_H = np.zeros(len(noise_HA), dtype=np.bool_)
     wait = policy.engine.synchronize if isinstance(policy.engine, DeferringEngine) else lambda: None
     cache = policy.prefill(model_input)
@@ -155,12 +154,6 @@ def longest_input(policy: PolicySpec, vocab_size: int, seed: int = 0) -> ModelIn
         token_mask_L=np.ones(length, dtype=np.bool_),
         state_J=rng.uniform(-1.0, 1.0, len(policy.joints)).astype(np.float32) if policy.state.as_token else None,
     )
-
-
-def state_token(manifest: Manifest, model_input: ModelInput) -> NDArray[np.float32] | None:
-    """As the expert's graph takes it: as wide as the model, which may be wider than the robot."""
-    width, state_J = manifest.graph.state_dim, model_input.state_J
-    return None if width is None or state_J is None else widen(state_J, width)
 
 
 def graph_figures(bundle: Bundle) -> dict[str, dict[str, int]]:

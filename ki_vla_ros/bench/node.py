@@ -50,7 +50,7 @@ START_LIMIT_S = 30.0
 SETTLE_S = 2.5
 
 
-class Robot:
+class BenchRobot:
     """The node's other side. `run` publishes in a thread while messages are handled in the caller's."""
 
     def __init__(self, policy: PolicySpec) -> None:
@@ -153,7 +153,7 @@ def bench_node(bundle: str, instruction: str, seconds: float, hogs: int, say: Ca
         prepare_environment(Path(folder))
         rclpy.init()
         busy = [multiprocessing.Process(target=_spin, daemon=True) for _ in range(hogs)]
-        robot = Robot(policy)
+        robot = BenchRobot(policy)
         try:
             parameters = {"bundle": bundle, "instruction": instruction, "autostart": True}
             arguments = ["--ros-args"]

@@ -41,7 +41,7 @@ _MODEL, _SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
 _SMALL = {"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id"}
 
 
-class Name(str):
+class TensorName(str):
     """A tensor, by its name in the program."""
 
 
@@ -49,20 +49,20 @@ class Constant(str):
     """A type of numbers or an order in memory, by its name in the module torch."""
 
 
-class Device:
+class AnyDevice:
     """Wherever the program runs; the file says where it was traced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`torch.ops.aten.<operator>(*arguments, **options)` of numbers, text, Name, Constant, Device and lists."""
+    """`torch.ops.aten.<operator>(*arguments, **options)` of numbers, text, lists, and the three types above."""
 
     operator: str
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    outputs: Name | tuple[Name, ...]
+    outputs: TensorName | tuple[TensorName, ...]
 
-    def names(self) -> set[Name]:
+    def names(self) -> set[TensorName]:
         """Of the tensors that it reads or writes."""
         return {*_names([*self.arguments, *self.options.values(), self.outputs])}
 
@@ -80,7 +80,7 @@ class Program:
 
     path: Path
     inputs: dict[str, TensorType]
-    outputs: tuple[Name, ...]
+    outputs: tuple[TensorName, ...]
     output_types: tuple[TensorType, ...]
     weights: dict[str, Weight]
     operations: tuple[Operation, ...]
@@ -147,7 +147,7 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Program:
     if stored:
         raise BundleError(f"{path}: expected only weights that the graph reads, got {sorted(stored)[0]!r}")
     operations = tuple(_operation(path, node) for node in graph["nodes"])
-    outputs = tuple(Name(output["as_tensor"]["name"]) for output in graph["outputs"])
+    outputs = tuple(TensorName(output["as_tensor"]["name"]) for output in graph["outputs"])
     written = {*inputs, *weights}
     for operation in operations:
         _check_written(path, written, [*operation.arguments, *operation.options.values()])
@@ -203,11 +203,11 @@ def _value(path: Path, operator: str, argument: dict[str, Any]) -> Any:
     ((kind, content),) = argument.items()
     match kind:
         case "as_tensor":
-            return Name(content["name"])
+            return TensorName(content["name"])
         case "as_tensors":
-            return [Name(tensor["name"]) for tensor in content]
+            return [TensorName(tensor["name"]) for tensor in content]
         case "as_optional_tensors":
-            return [Name(tensor["as_tensor"]["name"]) if "as_tensor" in tensor else None for tensor in content]
+            return [TensorName(tensor["as_tensor"]["name"]) if "as_tensor" in tensor else None for tensor in content]
         case "as_int" | "as_ints" | "as_float" | "as_floats" | "as_bool" | "as_string":
             return content
         case "as_none":
@@ -217,7 +217,7 @@ def _value(path: Path, operator: str, argument: dict[str, Any]) -> Any:
         case "as_memory_format":
             return Constant({1: "contiguous_format", 2: "channels_last"}[content])
         case "as_device":
-            return Device()
+            return AnyDevice()
     raise BundleError(f"{path}: {operator}: expected tensors, numbers and text, got an argument {kind!r}")
 
 
@@ -227,8 +227,8 @@ def _check_written(path: Path, written: set[str], values: Any) -> None:
             raise BundleError(f"{path}: expected operations to read what is written before them, got {str(name)!r}")
 
 
-def _names(value: Any) -> Iterator[Name]:
-    if isinstance(value, Name):
+def _names(value: Any) -> Iterator[TensorName]:
+    if isinstance(value, TensorName):
         yield value
     elif isinstance(value, (list, tuple)):
         for part in value:

@@ -22,11 +22,11 @@ from typing import Any, Final, get_args
 
 import numpy as np
 
-from ki_vla_ros.bags.writer import Recorder
+from ki_vla_ros.bags.writer import BagWriter
 from ki_vla_ros.bundle.folder import file_sha256, load_bundle
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.demo.driver import ARM, POLICY, TOPICS, Driver, Observed
-from ki_vla_ros.demo.report import Episode, Run, rate_hz, write_report
+from ki_vla_ros.demo.report import DemoRun, EpisodeResult, rate_hz, write_report
 from ki_vla_ros.demo.video import import_av, make_video
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.ros.children import Child, ChildError, Children, prepare_environment
@@ -111,7 +111,7 @@ def run(options: Options) -> dict[str, Any]:
     bundle = load_bundle(options.bundle)
     clear_results(options.out)
     shared = prepare_environment(options.out)
-    episodes: list[Episode] = []
+    episodes: list[EpisodeResult] = []
     observed: list[Observed] = []
     line = StatusLine(options.episodes)
     with Children(options.out / "log") as children, Driver(children.check) as driver:
@@ -139,13 +139,13 @@ def run(options: Options) -> dict[str, Any]:
         make_video(options.out / "bag", options.out / VIDEO, options.episodes)
     sha256 = file_sha256(options.bundle / "manifest.json")
     name = bundle.manifest.name
-    results = Run(episodes, observed, demonstrator_success, options.seed, options.split, name, sha256, overruns)
+    results = DemoRun(episodes, observed, demonstrator_success, options.seed, options.split, name, sha256, overruns)
     return write_report(options.out, results, VIDEO if options.video else None)
 
 
 def run_episode(
     driver: Driver, options: Options, seed: int, line: StatusLine, has_acted: bool = False
-) -> tuple[Episode, Observed]:
+) -> tuple[EpisodeResult, Observed]:
     """One scene from reset to verdict; the policy is active in between. `has_acted`: it has made a chunk before."""
     scene = driver.reset(seed, options.split, options.instruction)
     instruction = scene["instruction"]
@@ -169,7 +169,7 @@ def run_episode(
     if not told <= {instruction}:
         raise KiVlaError(f"the policy was told {instruction!r}, but acted on {sorted(told)}")
     reached = None if status["reached"] is None else status["objects"][status["reached"]]
-    episode = Episode(
+    episode = EpisodeResult(
         seed=seed,
         instruction=instruction,
         objects=len(status["objects"]),
@@ -203,7 +203,7 @@ class StatusLine:
 
     def __init__(self, episodes: int) -> None:
         self._episodes = episodes
-        self._finished: list[Episode] = []
+        self._finished: list[EpisodeResult] = []
         self._live = sys.stdout.isatty()
         self._figures = ""
 
@@ -220,7 +220,7 @@ class StatusLine:
                 f"\r\x1b[K{self._place(number)} {instruction:<26} {self._figures} | {self._score()}", end="", flush=True
             )
 
-    def finish(self, episode: Episode) -> None:
+    def finish(self, episode: EpisodeResult) -> None:
         self._finished.append(episode)
         outcome = "success" if episode.success else f"reached {episode.reached}" if episode.reached else "time is up"
         start = "\r\x1b[K" if self._live else ""
@@ -236,13 +236,13 @@ class StatusLine:
 
 @contextmanager
 def recording(driver: Driver, bag: Path) -> Iterator[None]:
-    recorder = Recorder(bag, {topic: kind for topic, (_, kind) in TOPICS.items()}, print)
-    driver.record(recorder.record)
+    writer = BagWriter(bag, {topic: kind for topic, (_, kind) in TOPICS.items()}, print)
+    driver.record(writer.write)
     try:
         yield
     finally:
         driver.record(None)
-        recorder.close()
+        writer.close()
 
 
 @contextmanager

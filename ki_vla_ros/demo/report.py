@@ -20,7 +20,7 @@ from ki_vla_ros.statistics import spread
 
 
 @dataclass(frozen=True, slots=True)
-class Episode:
+class EpisodeResult:
     """How one episode went. `reached` names the first object touched or pointed at; `time_s` is simulated time."""
 
     seed: int
@@ -33,10 +33,10 @@ class Episode:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class DemoRun:
     """Everything that a summary is made from; `observed[k]` and `demonstrator_success[k]` belong to `episodes[k]`."""
 
-    episodes: Sequence[Episode]
+    episodes: Sequence[EpisodeResult]
     observed: Sequence[Observed]
     demonstrator_success: Sequence[bool]
     seed: int
@@ -46,7 +46,7 @@ class Run:
     overruns: int
 
 
-def summarise(run: Run) -> dict[str, Any]:
+def summarise(run: DemoRun) -> dict[str, Any]:
     """The content of summary.json; rates of success in 0..1, latencies of ticks that made a chunk."""
     episodes = run.episodes
     ticks = [tick for observed in run.observed for tick in observed.ticks if tick["chunk_index"] is not None]
@@ -104,7 +104,7 @@ def _processor() -> str:
     return platform.machine()
 
 
-def write_report(out: Path, run: Run, video: str | None) -> dict[str, Any]:
+def write_report(out: Path, run: DemoRun, video: str | None) -> dict[str, Any]:
     """Writes summary.json and index.html (with the film `video` beside them) into `out`; returns the summary."""
     summary = summarise(run)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -112,7 +112,7 @@ def write_report(out: Path, run: Run, video: str | None) -> dict[str, Any]:
     return summary
 
 
-def _page(summary: Mapping[str, Any], run: Run, video: str | None) -> str:
+def _page(summary: Mapping[str, Any], run: DemoRun, video: str | None) -> str:
     ticks = [tick for observed in run.observed for tick in observed.ticks if tick["chunk_index"] is not None]
     total_ms = [tick["stage_ms"]["total"] for tick in ticks]
     gaps_ms = [1e3 * (b - a) for observed in run.observed for a, b in pairwise(observed.chunk_times_s)]
@@ -158,7 +158,7 @@ def _page(summary: Mapping[str, Any], run: Run, video: str | None) -> str:
     )
 
 
-def _row(number: int, episode: Episode, demonstrator_success: bool) -> str:
+def _row(number: int, episode: EpisodeResult, demonstrator_success: bool) -> str:
     mark, kind = ("✓", "good") if episode.success else ("✗", "bad")
     reached = episode.reached or "nothing"
     cells = [

@@ -40,7 +40,7 @@ Picture = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class FilmFrame:
     """One picture of the film, HWC, blue first, and when its images were taken."""
 
     stamp_ns: int
@@ -60,7 +60,7 @@ class Film:
     path_HX: NDArray[np.float64] | None = None  # the chunk's tip positions, pixels right and down
     due_H: NDArray[np.int64] | None = None  # when each is due, ns
 
-    def see(self, message: BagMessage) -> Frame | None:
+    def see(self, message: BagMessage) -> FilmFrame | None:
         """Takes in one message; gives a frame if it completed the images of one instant within an episode."""
         if message.topic == STATUS:
             self.status = json.loads(decode(message).data)
@@ -75,7 +75,7 @@ class Film:
         elif self.scene is not None and self.instruction:  # the wrist's image is published after the scene's
             wrist = camera_frame(message, "wrist")
             if wrist.stamp_ns == self.scene.stamp_ns:
-                return Frame(wrist.stamp_ns, self._compose(_picture(self.scene), _picture(wrist), wrist.stamp_ns))
+                return FilmFrame(wrist.stamp_ns, self._compose(_picture(self.scene), _picture(wrist), wrist.stamp_ns))
         return None
 
     def _see_chunk(self, message: Any) -> None:
@@ -138,7 +138,7 @@ def make_video(bag: Path, path: Path, episodes: int) -> int:
     return count
 
 
-def frames(bag: Path, film: Film) -> Iterator[Frame]:
+def frames(bag: Path, film: Film) -> Iterator[FilmFrame]:
     """The frames that `film` makes of the bag."""
     with open_bag(bag) as opened:
         for message in opened.messages((STATUS, INSTRUCTION, CHUNK, SCENE_IMAGE, WRIST_IMAGE)):

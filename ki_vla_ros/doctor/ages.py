@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.doctor.inputs import InputWatch, Stream
+from ki_vla_ros.doctor.inputs import InputWatch, Traffic
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.statistics import spread
@@ -32,32 +32,32 @@ class Limit(NamedTuple):
         return cls(own, own_s) if own_s else cls("max_age_s", settings.max_age_s)
 
 
-def check_period(watch: InputWatch, stream: Stream, limit: Limit, findings: Findings) -> None:
+def check_period(watch: InputWatch, traffic: Traffic, limit: Limit, findings: Findings) -> None:
     """Whether the newest message is always too old shortly before the next one comes."""
-    every_s = period_s(stream.received)
+    every_s = period_s(traffic.received)
     if every_s is None or every_s <= limit.value_s:
         return
-    age_s = 0.0 if watch.settings.use_receive_time else _p90(_ages_s(stream))
+    age_s = 0.0 if watch.settings.use_receive_time else _p90(_ages_s(traffic))
     needed_s = every_s + (age_s if 0.0 < age_s < OTHER_CLOCK_S else 0.0)
     findings.error(
         "max age",
-        stream.topic,
+        traffic.topic,
         f"a message comes every {every_s * 1e3:.1f} ms, but {limit.name} is {limit.value_s * 1e3:g} ms: until "
         "the next one comes the newest is too old, and the arm is held",
         f"raise {limit.name} to {_rounded_up(needed_s):g} or more, or the rate of this topic",
     )
 
 
-def check_stamps(watch: InputWatch, stream: Stream, limit: Limit, findings: Findings) -> None:
+def check_stamps(watch: InputWatch, traffic: Traffic, limit: Limit, findings: Findings) -> None:
     settings, limit_s = watch.settings, limit.value_s
-    stamps, received = np.array(stream.stamps, dtype=np.int64), np.array(stream.received, dtype=np.int64)
+    stamps, received = np.array(traffic.stamps, dtype=np.int64), np.array(traffic.received, dtype=np.int64)
     if len(received) > 1:
         gaps_s = np.diff(received) / NS_PER_S
         if gaps_s.max() > max(limit_s, settings.hold_after_s):
             at_s = (received[int(gaps_s.argmax())] - received[0]) / NS_PER_S
             findings.warning(
                 "gap",
-                stream.topic,
+                traffic.topic,
                 f"{(gaps_s > limit_s).sum()} gaps longer than {limit_s:g} s, the longest {gaps_s.max():.1f} s after "
                 f"{at_s:.1f} s",
                 "the arm is held meanwhile; see whether driver, network or recorder stalled",
@@ -67,17 +67,17 @@ def check_stamps(watch: InputWatch, stream: Stream, limit: Limit, findings: Find
     if (stamps == 0).mean() > RARE:
         findings.error(
             "stamps",
-            stream.topic,
+            traffic.topic,
             f"{(stamps == 0).sum()} of {len(stamps)} messages have no stamp",
             "let the driver stamp its messages, or set use_receive_time: true",
         )
         return
-    age_s = _ages_s(stream)
+    age_s = _ages_s(traffic)
     median_s, late_s = float(np.median(age_s)), _p90(age_s)
     if abs(median_s) > OTHER_CLOCK_S:
         findings.error(
             "clock",
-            stream.topic,
+            traffic.topic,
             f"stamps are {median_s:+.0f} s from the time of arrival: two clocks, one of them perhaps simulated",
             "run all nodes with the same use_sim_time (record a simulation with --use-sim-time)",
         )
@@ -85,24 +85,24 @@ def check_stamps(watch: InputWatch, stream: Stream, limit: Limit, findings: Find
     if median_s < -settings.sync_slop_s:
         findings.error(
             "stamps",
-            stream.topic,
+            traffic.topic,
             f"stamps lie {-median_s:.3f} s in the future",
             "synchronise the clocks of the two machines (chrony, PTP)",
         )
     elif late_s > limit_s:
         findings.error(
             "stamps",
-            stream.topic,
+            traffic.topic,
             f"messages are {median_s:.3f} s (90th percentile {late_s:.3f} s) old when they arrive, {limit.name} is "
             f"{limit_s:g} s",
             "synchronise the clocks of the two machines (chrony, PTP); if they are, shorten the driver's queue or "
-            f"raise {limit.name} to {_rounded_up(late_s + (period_s(stream.received) or 0.0)):g} or more",
+            f"raise {limit.name} to {_rounded_up(late_s + (period_s(traffic.received) or 0.0)):g} or more",
         )
     steps = np.diff(stamps)
     if len(steps) and (steps == 0).mean() > RARE:
         findings.error(
             "stamps",
-            stream.topic,
+            traffic.topic,
             f"{(steps == 0).sum()} of {len(stamps)} messages repeat the stamp of the one before",
             "frozen driver, or one that stamps once: restart or mend it, or set use_receive_time: true",
         )
@@ -110,7 +110,7 @@ def check_stamps(watch: InputWatch, stream: Stream, limit: Limit, findings: Find
     if back_s > settings.sync_slop_s:
         findings.warning(
             "stamps",
-            stream.topic,
+            traffic.topic,
             f"{(steps < 0).sum()} stamps go backwards, by up to {back_s:.3f} s",
             "the driver's clock was set while it ran, or two drivers publish here",
         )
@@ -119,7 +119,7 @@ def check_stamps(watch: InputWatch, stream: Stream, limit: Limit, findings: Find
 def check_skew(watch: InputWatch, findings: Findings) -> None:
     """Stamps of any two required cameras: from each of the one with fewer images to the nearest of the other one."""
     optional = {camera.name for camera in watch.manifest.cameras if camera.optional}
-    required = [(name, stream) for name, stream in watch.cameras.items() if name not in optional and stream.stamps]
+    required = [(name, traffic) for name, traffic in watch.cameras.items() if name not in optional and traffic.stamps]
     limit_s = watch.settings.sync_slop_s
     for pair in combinations(required, 2):
         (one, first), (two, second) = sorted(pair, key=lambda camera: len(camera[1].stamps))
@@ -138,9 +138,9 @@ def check_skew(watch: InputWatch, findings: Findings) -> None:
             )
 
 
-def _ages_s(stream: Stream) -> NDArray[np.float64]:
+def _ages_s(traffic: Traffic) -> NDArray[np.float64]:
     """From stamp to arrival [N]."""
-    return (np.array(stream.received, dtype=np.int64) - np.array(stream.stamps, dtype=np.int64)) / NS_PER_S
+    return (np.array(traffic.received, dtype=np.int64) - np.array(traffic.stamps, dtype=np.int64)) / NS_PER_S
 
 
 def _p90(values_N: NDArray[np.float64]) -> float:

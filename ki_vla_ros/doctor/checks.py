@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.doctor.ages import Limit, check_period, check_skew, check_stamps, period_s
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.doctor.inputs import InputWatch, Stream, command_type
+from ki_vla_ros.doctor.inputs import InputWatch, Traffic, command_type
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE
 from ki_vla_ros.records import NS_PER_S
 
@@ -28,11 +28,11 @@ PROFILE_FIX = (
 
 def check_inputs(watch: InputWatch, findings: Findings, others: Mapping[str, Sequence[str]]) -> None:
     """`others`: types by name of all topics that have messages, to name the likely ones where one is missing."""
-    for name, stream in watch.cameras.items():
+    for name, traffic in watch.cameras.items():
         optional = next(camera.optional for camera in watch.manifest.cameras if camera.name == name)
         expected = watch.image_types[name]
-        if _present(stream, f"camera {name!r}", f"cameras.{name}.topic", expected, others, findings, optional):
-            _check_camera(watch, name, stream, optional, findings)
+        if _present(traffic, f"camera {name!r}", f"cameras.{name}.topic", expected, others, findings, optional):
+            _check_camera(watch, name, traffic, optional, findings)
     if _present(watch.joints, "joint state", "joint_states_topic", JOINT_STATE, others, findings):
         limit = Limit.of("joint_max_age_s", watch.settings.joint_max_age_s, watch.settings)
         check_period(watch, watch.joints, limit, findings)
@@ -45,7 +45,7 @@ def check_inputs(watch: InputWatch, findings: Findings, others: Mapping[str, Seq
 
 
 def _present(
-    stream: Stream,
+    traffic: Traffic,
     subject: str,
     parameter: str,
     expected: str,
@@ -53,41 +53,41 @@ def _present(
     findings: Findings,
     optional: bool = False,
 ) -> bool:
-    kinds = [kind for kind in stream.kinds if kind != expected]
+    kinds = [kind for kind in traffic.kinds if kind != expected]
     if {expected, *kinds} == {IMAGE, COMPRESSED_IMAGE}:
         transport = "compressed" if kinds[0] == COMPRESSED_IMAGE else "raw"
         findings.error(
             "transport",
-            stream.topic,
+            traffic.topic,
             f"{subject} has {kinds[0]} here, expected {expected}: raw and compressed are mixed up",
             f"set {parameter.replace('.topic', '.transport')}: {transport}, or choose the other topic",
         )
     elif kinds:
         findings.error(
             "type",
-            stream.topic,
-            f"{stream.kinds[kinds[0]]} of {stream.count} messages are {kinds[0]}, expected {expected}",
+            traffic.topic,
+            f"{traffic.kinds[kinds[0]]} of {traffic.count} messages are {kinds[0]}, expected {expected}",
             f"set {parameter} to the right topic; if two programs publish on this one, rename one of them",
         )
-    elif not stream.count and not optional:
+    elif not traffic.count and not optional:
         family = (IMAGE, COMPRESSED_IMAGE) if expected in (IMAGE, COMPRESSED_IMAGE) else (expected,)
         fitting = sorted(name for name, types in others.items() if not set(family).isdisjoint(types))
-        near = difflib.get_close_matches(stream.topic, fitting, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(traffic.topic, fitting, n=1, cutoff=0.6)
         noun = "image" if IMAGE in family else subject
         findings.error(
             "missing",
-            stream.topic,
+            traffic.topic,
             f"no message for {subject}; {noun} topics that are there: {', '.join(fitting) or 'none'}",
             f"start the driver, or set {parameter} to its topic" + ("" if not near else f" (perhaps {near[0]})"),
         )
-    for kind, count in stream.refused.most_common(3):
+    for kind, count in traffic.refused.most_common(3):
         findings.error(
             "unreadable",
-            stream.topic,
-            f"{count} of {stream.count} messages were refused, the first one: {stream.reasons[kind]}",
-            "the node holds while its newest input is refused: " + _refusal_fix(stream.reasons[kind]),
+            traffic.topic,
+            f"{count} of {traffic.count} messages were refused, the first one: {traffic.reasons[kind]}",
+            "the node holds while its newest input is refused: " + _refusal_fix(traffic.reasons[kind]),
         )
-    return bool(stream.stamps)
+    return bool(traffic.stamps)
 
 
 def _refusal_fix(reason: str) -> str:
@@ -107,32 +107,32 @@ def _refusal_fix(reason: str) -> str:
     return "look at the publisher of this topic"
 
 
-def _check_camera(watch: InputWatch, name: str, stream: Stream, optional: bool, findings: Findings) -> None:
+def _check_camera(watch: InputWatch, name: str, traffic: Traffic, optional: bool, findings: Findings) -> None:
     settings = watch.settings
     limit = Limit.of(f"cameras.{name}.max_age_s", settings.camera(name).max_age_s, settings)
     if not optional:  # without an optional camera's image the node goes on
-        check_period(watch, stream, limit, findings)
-    check_stamps(watch, stream, limit, findings)
-    if len(stream.encodings) > 1:
+        check_period(watch, traffic, limit, findings)
+    check_stamps(watch, traffic, limit, findings)
+    if len(traffic.encodings) > 1:
         findings.warning(
             "encoding",
-            stream.topic,
-            f"images come in {', '.join(sorted(stream.encodings))}",
+            traffic.topic,
+            f"images come in {', '.join(sorted(traffic.encodings))}",
             "colours are right in each, but something reconfigures the camera, or two drivers publish here: find out",
         )
-    every_s = period_s(stream.received)
+    every_s = period_s(traffic.received)
     if every_s is None:
         return
     if 1.0 / every_s < settings.rate_hz * (1.0 - LOSS):
         findings.warning(
             "camera rate",
-            stream.topic,
+            traffic.topic,
             f"{1.0 / every_s:.1f} images per second, fewer than rate_hz ({settings.rate_hz:g})",
             "raise the camera's rate, or lower rate_hz",
         )
-    lost = _lost(stream.received if settings.use_receive_time else stream.stamps)
+    lost = _lost(traffic.received if settings.use_receive_time else traffic.stamps)
     if lost > LOSS:
-        findings.error("image loss", stream.topic, f"{100 * lost:.0f} % of the images are missing", PROFILE_FIX)
+        findings.error("image loss", traffic.topic, f"{100 * lost:.0f} % of the images are missing", PROFILE_FIX)
 
 
 def _check_joints(watch: InputWatch, findings: Findings) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Level = Literal["error", "warning"]
+Severity = Literal["error", "warning"]
 WIDTH = 110
 
 
@@ -18,7 +18,7 @@ class Finding:
     error: the robot will not do what it should, or holds; warning: it does, but worse than it could.
     """
 
-    level: Level
+    level: Severity
     check: str
     where: str
     found: str

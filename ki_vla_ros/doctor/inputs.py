@@ -30,7 +30,7 @@ ROWS_KEPT = 20_000
 
 
 @dataclass
-class Stream:
+class Traffic:
     """The messages of one topic: when they were taken and received, and why some could not be read."""
 
     topic: str
@@ -93,9 +93,9 @@ class InputWatch:
         expected_images: dict[str, int] | None = None,
     ) -> None:
         self.manifest, self.settings = manifest, settings
-        self.cameras = {name: Stream(topic) for name, topic in cameras.items()}
+        self.cameras = {name: Traffic(topic) for name, topic in cameras.items()}
         self.image_types = {name: image_type(settings, name) for name in cameras}
-        self.joints, self.command = Stream(joints), Stream(command)
+        self.joints, self.command = Traffic(joints), Traffic(command)
         self.positions, self.commands = Rows(), Rows()
         self.orders: Counter[tuple[str, ...]] = Counter()
         counts = expected_images or {}
@@ -118,21 +118,21 @@ class InputWatch:
             self._add_command(message)
 
     def _add_image(self, name: str, message: BagMessage) -> None:
-        stream = self.cameras[name]
-        stream.kinds[message.type] += 1
+        traffic = self.cameras[name]
+        traffic.kinds[message.type] += 1
         if message.type not in (IMAGE, COMPRESSED_IMAGE):
             return
         try:
             stamp_ns = read_stamp_ns(message)
             if message.type == IMAGE:
-                stream.encodings[read_image(f"camera {name!r}", message.data).encoding] += 1
-            if stream.count % self._every[name] == 0:
+                traffic.encodings[read_image(f"camera {name!r}", message.data).encoding] += 1
+            if traffic.count % self._every[name] == 0:
                 camera_frame(message, name)
         except InputError as error:
-            stream.refuse(error)
+            traffic.refuse(error)
         else:
-            stream.stamps.append(stamp_ns)
-            stream.received.append(message.log_ns)
+            traffic.stamps.append(stamp_ns)
+            traffic.received.append(message.log_ns)
 
     def _add_joints(self, message: BagMessage) -> None:
         self.joints.kinds[message.type] += 1

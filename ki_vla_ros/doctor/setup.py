@@ -129,7 +129,7 @@ def examine_setup(settings: Settings, request: Request, findings: Findings, look
     check_engine(settings, bundle, findings)
     if bundle is not None:
         looked_at.append(f"bundle {bundle.manifest.name}")
-        check_fit(settings, bundle, findings)
+        check_settings(settings, bundle, findings)
     return bundle
 
 
@@ -160,7 +160,7 @@ def read_bundle(name: str, findings: Findings) -> Bundle | None:
         return None
 
 
-def check_fit(settings: Settings, bundle: Bundle, findings: Findings) -> None:
+def check_settings(settings: Settings, bundle: Bundle, findings: Findings) -> None:
     """Settings against the bundle, and each other."""
     manifest = bundle.manifest
     try:

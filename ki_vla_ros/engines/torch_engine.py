@@ -28,8 +28,8 @@ from ki_vla_ros.engines.base import (
     expert_inputs,
     prefill_inputs,
 )
-from ki_vla_ros.engines.torch_program import Interpreter, Run, compile_program
-from ki_vla_ros.engines.torch_stream import CudaStream, HostStream, Stream, Work
+from ki_vla_ros.engines.torch_program import Interpreter, ProgramCall, compile_program
+from ki_vla_ros.engines.torch_stream import CudaStream, GraphCall, HostStream, TorchStream
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.records import ModelInput
 from ki_vla_ros.settings.settings import TorchModeName
@@ -51,7 +51,7 @@ class TorchEngine:
         device: str = "cpu",
         threads: int = 1,
         mode: TorchModeName = "auto",
-        stream: Stream | None = None,
+        stream: TorchStream | None = None,
     ) -> None:
         if device not in ("cpu", "cuda"):
             raise EngineError(f"torch device: expected 'cpu' or 'cuda', got {device!r}")
@@ -84,17 +84,17 @@ class TorchEngine:
         self._times = TimeTable(bundle.path / TIME, bundle.manifest.graph.modulation)
         on = torch.device(device)
         programs = {name: Interpreter(read_program(bundle.path / file), on) for name, file in PROGRAMS.items()}
-        self._differentiable: Run = programs[EXPERT]
+        self._differentiable: ProgramCall = programs[EXPERT]
         self._graphs = {name: compile_program(program) if compiles else program for name, program in programs.items()}
         self._device = on
-        self._stream: Stream = stream or (HostStream() if device == "cpu" else CudaStream(on))
+        self._stream: TorchStream = stream or (HostStream() if device == "cpu" else CudaStream(on))
         self._inputs = {
             name: self._stream.allocate(name, tensor)
             for inputs, _ in interface.values()
             for name, tensor in inputs.items()
             if name not in CACHE
         }
-        self._captured: dict[str, Work] = {}
+        self._captured: dict[str, GraphCall] = {}
         self._steps = 0
         self._rows: list[Tensor] = []
         self.prefix: dict[str, Tensor] = {}
@@ -176,7 +176,7 @@ class TorchEngine:
             _, inputs["x_t"] = self._graphs[EXPERT](inputs | {"modulation": row_M})
         return [inputs["x_t"]]
 
-    def _repeat(self, name: str, work: Work) -> list[Tensor]:
+    def _repeat(self, name: str, work: GraphCall) -> list[Tensor]:
         if not self._captures:
             return work()
         if name not in self._captured:

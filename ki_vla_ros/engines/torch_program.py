@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ki_vla_ros.bundle.pt2 import Constant, Device, Name, Operation, Program
+from ki_vla_ros.bundle.pt2 import AnyDevice, Constant, Operation, Program, TensorName
 from ki_vla_ros.errors import BundleError, EngineError
 
-Run = Callable[[Mapping[str, Tensor]], list[Tensor]]
+ProgramCall = Callable[[Mapping[str, Tensor]], list[Tensor]]
 """From at least the program's inputs, by name, to its outputs in order."""
 
 
@@ -36,7 +36,7 @@ class Interpreter:
         for (function, operation), done in zip(self._steps, self._done, strict=True):
             arguments, options = self.fill(operation, tensors)
             result = function(*arguments, **options)
-            if isinstance(operation.outputs, Name):
+            if isinstance(operation.outputs, TensorName):
                 tensors[operation.outputs] = result
             else:
                 tensors.update(zip(operation.outputs, result, strict=True))
@@ -51,11 +51,11 @@ class Interpreter:
 
     def _value(self, tensors: Mapping[str, Any], value: Any) -> Any:
         match value:
-            case Name():
+            case TensorName():
                 return tensors[value]
             case Constant():
                 return getattr(torch, value)
-            case Device():
+            case AnyDevice():
                 return self.device
             case list():
                 return [self._value(tensors, part) for part in value]
@@ -85,7 +85,7 @@ def graph_module(interpreter: Interpreter) -> fx.GraphModule:
             )
         arguments, options = interpreter.fill(operation, values)
         result = graph.call_function(function, tuple(arguments), options)
-        if isinstance(operation.outputs, Name):
+        if isinstance(operation.outputs, TensorName):
             values[operation.outputs] = result
         else:
             for k, name in enumerate(operation.outputs):
@@ -94,7 +94,7 @@ def graph_module(interpreter: Interpreter) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
-def compile_program(interpreter: Interpreter, backend: str = "inductor") -> Run:
+def compile_program(interpreter: Interpreter, backend: str = "inductor") -> ProgramCall:
     """Through torch.compile: as one graph, for the bundle's fixed shapes. The first run compiles (seconds to minutes).
 
     EngineError, then or now, where torch cannot compile on this machine.

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ki_vla_ros.bundle.onnx_header import TensorType
 
-Work = Callable[[], list[Tensor]]
+GraphCall = Callable[[], list[Tensor]]
 WARM_UP = 2  # runs before a capture: libraries allocate their workspaces in the first, and none may while capturing
 
 
-class Stream(Protocol):
+class TorchStream(Protocol):
     def allocate(self, name: str, tensor: TensorType) -> Tensor:
         """The input `name`, at an address that stays."""
         ...
@@ -41,8 +41,8 @@ class Stream(Protocol):
         """Wait for everything so far."""
         ...
 
-    def capture(self, work: Work) -> Work:
-        """Work that can be repeated without Python: it reads and writes the same addresses every time."""
+    def capture(self, work: GraphCall) -> GraphCall:
+        """A call that can be repeated without Python: it reads and writes the same addresses every time."""
         ...
 
 
@@ -67,7 +67,7 @@ class HostStream:
 
     def synchronize(self) -> None: ...
 
-    def capture(self, work: Work) -> Work:
+    def capture(self, work: GraphCall) -> GraphCall:
         return work
 
 
@@ -105,7 +105,7 @@ class CudaStream:
     def synchronize(self) -> None:
         self._stream.synchronize()
 
-    def capture(self, work: Work) -> Work:
+    def capture(self, work: GraphCall) -> GraphCall:
         for _ in range(WARM_UP):
             work()
         graph = torch.cuda.CUDAGraph()

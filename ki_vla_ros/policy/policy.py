@@ -94,7 +94,7 @@ class Policy:
         to 4, written for t = 1 - tau). The Jacobian of that foresight is I - t * dv/dx_t (`guidance_jacobian` "exact"),
         or taken as the identity, which any engine can do.
         """
-        steps, state_S = self.flow_steps, self._widen_state(state_J)
+        steps, state_S = self.flow_steps, self.widen_state(state_J)
         clean_H, x_t_HA = np.zeros(len(noise_HA), dtype=np.bool_), noise_HA
         if guide is not None and guide.clean:
             clean_H = np.asarray(guide.weight_H == 1.0)
@@ -113,7 +113,8 @@ class Policy:
             x_t_HA = x_t_HA - np.float32(1.0 / steps) * v_t_HA  # as the graph does, to the last bit
         return x_t_HA
 
-    def _widen_state(self, state_J: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    def widen_state(self, state_J: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+        """As the expert's graph takes it: as wide as the model, which may be wider than the robot."""
         width = self.bundle.manifest.graph.state_dim
         return state_J if state_J is None or width is None else widen(state_J, width)
 
@@ -164,7 +165,7 @@ class Policy:
         cache, noise_HA = self.prefill(blank), self.noise(0)
         self.denoise(cache, noise_HA, state_J)
         if self._backward is not None:
-            state_S = self._widen_state(state_J)
+            state_S = self.widen_state(state_J)
             clean_H = np.zeros(len(noise_HA), dtype=np.bool_)
             self._backward.pullback(cache, state_S, noise_HA, 1.0, clean_H, noise_HA)
 

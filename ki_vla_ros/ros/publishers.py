@@ -16,7 +16,7 @@ from trajectory_msgs.msg import JointTrajectory
 from ki_vla_ros.records import ActionChunk, Motion
 from ki_vla_ros.ros import convert
 from ki_vla_ros.ros.qos import EVENT
-from ki_vla_ros.ros.stream import Stream
+from ki_vla_ros.ros.stream import MotionStream
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.settings import Settings
 
@@ -37,7 +37,7 @@ class NodeWire:
         kind = Float64MultiArray if self._mode == "stream" else JointTrajectory
         topic = settings.command_topic if shadow is None else SHADOW_COMMAND
         self._command: LifecyclePublisher[Any] = node.create_lifecycle_publisher(kind, topic, EVENT)
-        self._stream = Stream(self._publish_positions, self.now_ns, settings.command_period_s)
+        self._stream = MotionStream(self._publish_positions, self.now_ns, settings.command_period_s)
         self._chunk: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
             JointTrajectory, "~/chunk", EVENT
         )

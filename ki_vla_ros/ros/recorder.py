@@ -30,7 +30,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.bags.writer import Recorder
+from ki_vla_ros.bags.writer import BagWriter
 from ki_vla_ros.console import ExitCode
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.messages.type_names import (
@@ -70,12 +70,12 @@ class Options:
 
 
 class RecorderNode(Node):
-    """Waits for the policy's session, then subscribes to all that it names and hands it to a Recorder."""
+    """Waits for the policy's session, then subscribes to all that it names and hands it to a BagWriter."""
 
     def __init__(self, options: Options) -> None:
         super().__init__("recorder")
         self.session: Session | None = None
-        self.recorder: Recorder | None = None
+        self.writer: BagWriter | None = None
         self._options = options
         self._topics: set[str] = set()
         self._fault: ConfigurationError | None = None
@@ -87,8 +87,8 @@ class RecorderNode(Node):
         """Raises what has ended the recording, if anything."""
         if self._fault is not None:
             raise self._fault
-        if self.recorder is not None and self.recorder.failure is not None:
-            raise KiVlaError(f"recording ended: {self.recorder.failure}; is the disk full?")
+        if self.writer is not None and self.writer.failure is not None:
+            raise KiVlaError(f"recording ended: {self.writer.failure}; is the disk full?")
 
     def _on_session(self, serialised: bytes) -> None:
         try:
@@ -102,16 +102,16 @@ class RecorderNode(Node):
             self._fault = error
 
     def _record_session(self, types: dict[str, str], serialised: bytes) -> None:
-        if self.recorder is None:
-            self.recorder = Recorder(self._options.out, {}, self._warn)
-            self.recorder.add_topic(self._session_topic, TEXT)
+        if self.writer is None:
+            self.writer = BagWriter(self._options.out, {}, self._warn)
+            self.writer.add_topic(self._session_topic, TEXT)
             self._topics.add(self._session_topic)
             self.get_logger().info(f"recording into {self._options.out}: {', '.join(sorted(types))}")
         self._on_message(self._session_topic, serialised)
         for topic, kind in types.items():  # a node that is configured again may have other topics
             if topic not in self._topics:
                 self._topics.add(topic)
-                self.recorder.add_topic(topic, kind)
+                self.writer.add_topic(topic, kind)
                 on_message = partial(self._on_message, topic)
                 self.create_subscription(MESSAGES[kind], topic, on_message, QOS.get(kind, EVERYTHING), raw=True)
 
@@ -119,13 +119,13 @@ class RecorderNode(Node):
         self.get_logger().error(message)
 
     def _on_message(self, topic: str, serialised: bytes) -> None:
-        assert self.recorder is not None
-        self.recorder.record(topic, int(self.get_clock().now().nanoseconds), serialised)
+        assert self.writer is not None
+        self.writer.write(topic, int(self.get_clock().now().nanoseconds), serialised)
 
     def close(self) -> None:
         """Ends the recording; KiVlaError if it is not whole."""
-        if self.recorder is not None:
-            self.recorder.close()
+        if self.writer is not None:
+            self.writer.close()
         elif self.session is None:
             self.get_logger().warning(f"nothing was recorded: {self._session_topic} never came")
 

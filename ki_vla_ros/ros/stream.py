@@ -18,7 +18,7 @@ from ki_vla_ros.records import Motion
 LONGEST_WAIT_S = 2.0
 
 
-class Stream:
+class MotionStream:
     """`send` is called from the stream's own thread, which starts with the first motion."""
 
     def __init__(self, send: Callable[[NDArray[np.float64]], None], now_ns: Callable[[], int], period_s: float) -> None:

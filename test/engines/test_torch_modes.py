@@ -28,7 +28,7 @@ from ki_vla_ros.engines.base import IntegratingEngine
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.engines.torch_program import Interpreter, compile_program, graph_module
-from ki_vla_ros.engines.torch_stream import HostStream, Work
+from ki_vla_ros.engines.torch_stream import GraphCall, HostStream
 from ki_vla_ros.errors import BundleError, EngineError
 from ki_vla_ros.policy.guidance import Guide
 from ki_vla_ros.policy.policy import Policy
@@ -252,7 +252,7 @@ class DoubledStream(HostStream):
         self.log.append("wait")
         return super().download(tensor)
 
-    def capture(self, work: Work) -> Work:
+    def capture(self, work: GraphCall) -> GraphCall:
         self.log.append("capture")
         with Recording() as recording:
             outputs = work()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ki_vla_ros.demo.driver import SCENE_IMAGE, WRIST_IMAGE, Observed
-from ki_vla_ros.demo.report import Episode
+from ki_vla_ros.demo.report import EpisodeResult
 
 
 def tick(total_ms: float, *, chunk_index: int | None = 0, misses: int = 0, instruction: str = "") -> dict[str, Any]:
@@ -20,6 +20,6 @@ def observed(rate: float, *ticks: dict[str, Any], start_s: float = 0.0) -> Obser
     return Observed(times, {SCENE_IMAGE: times[::2], WRIST_IMAGE: times}, list(ticks))
 
 
-def episode(**fields: Any) -> Episode:
-    whole = Episode(7, "touch the red disc", 4, "red disc", True, True, 2.5)
+def episode(**fields: Any) -> EpisodeResult:
+    whole = EpisodeResult(7, "touch the red disc", 4, "red disc", True, True, 2.5)
     return replace(whole, **fields)

@@ -1,4 +1,4 @@
-"""A recorder that is killed, as by a power cut, leaves a bag with all that it had written."""
+"""A writer that is killed, as by a power cut, leaves a bag with all that it had written."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ IMAGE, TEXT = b"\0\1\0\0" + bytes(100_000), "std_msgs/msg/String"
 RECORD_FOREVER = """
 import itertools, sys, time
 from pathlib import Path
-from ki_vla_ros.bags.writer import Recorder, typestore
+from ki_vla_ros.bags.writer import BagWriter, typestore
 
 text, image, out = sys.argv[1], bytes.fromhex(sys.argv[2]) + bytes(100_000), Path(sys.argv[3])
 types = typestore()
-recorder = Recorder(out, {"/image": "sensor_msgs/msg/Image", "/text": text})
+writer = BagWriter(out, {"/image": "sensor_msgs/msg/Image", "/text": text})
 for k in itertools.count(1):
-    recorder.record("/text", k, bytes(types.serialize_cdr(types.types[text](data=str(k)), text)))
-    recorder.record("/image", k, image)
+    writer.write("/text", k, bytes(types.serialize_cdr(types.types[text](data=str(k)), text)))
+    writer.write("/image", k, image)
     time.sleep(0.002)
 """
 

@@ -21,7 +21,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bench.model import longest_input, state_token
+from ki_vla_ros.bench.model import longest_input
 from ki_vla_ros.bench.timing import Durations, choose_clock, every_tenth, time_alternating
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.bundle.time_table import step_times
@@ -70,7 +70,7 @@ class Contest:
         manifest = policy.bundle.manifest
         given = longest_input(manifest, manifest.graph.vocab_size)
         self._given, self._noise_HA = given, policy.noise(0)
-        self._state_S = state_token(manifest, given)
+        self._state_S = policy.widen_state(given.state_J)
         self._clean_H = np.zeros(len(self._noise_HA), dtype=np.bool_)
         self._inputs, self._state_RS = as_batch(given, model.config.state_dim)
         self._noise_RHA = torch.from_numpy(self._noise_HA)[None]

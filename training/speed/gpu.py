@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ki_vla_ros.bench.model import SetUp, least_ms, longest_input, time_parts
+from ki_vla_ros.bench.model import EngineSetUp, least_ms, longest_input, time_parts
 from ki_vla_ros.bench.roofline import Work, measure_ceiling
 from ki_vla_ros.bench.timing import Durations, time_alternating
 from ki_vla_ros.bundle.manifest import PolicySpec
@@ -195,7 +195,7 @@ def figures_of(taken_ms: dict[str, Durations], alike: float) -> dict[str, Any]:
 
 def measure_engine(bundle: Path, rounds: int) -> dict[str, Any]:
     """The tensorrt engine through the policy, as the robot runs it. No cosine: its parity is tested elsewhere."""
-    policy = SetUp(bundle=str(bundle), engine="tensorrt", provider="cuda").open()
+    policy = EngineSetUp(bundle=str(bundle), engine="tensorrt", provider="cuda").open()
     try:
         taken_ms = time_parts(policy, rounds, lambda line: None)
         return figures_of({name: taken_ms[name] for name in ("chunk", "all steps")}, float("nan"))

@@ -1,4 +1,4 @@
-"""The recorder's bags, also where the disk is full or too slow. What they say is read by bags/bag.py."""
+"""The writer's bags, also where the disk is full or too slow. What they say is read by bags/bag.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from support.waiting import until
 
 from ki_vla_ros.bags.bag import open_bag
-from ki_vla_ros.bags.writer import Recorder, typestore
+from ki_vla_ros.bags.writer import BagWriter, typestore
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.messages.decode import decode
 
@@ -34,12 +34,12 @@ def contents(bag: Path) -> list[tuple[str, int, Any]]:
 
 
 def test_every_message_as_it_came_and_when(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "bag", TOPICS)
-    recorder.record("/text", 10, text("first"))
-    recorder.record("/image", 20, SERIALIZED_IMAGE)
-    recorder.add_topic("/late", "std_msgs/msg/String")
-    recorder.record("/late", 30, text("late") + b"\0\0\0\0")  # as rclpy writes it
-    recorder.close()
+    writer = BagWriter(tmp_path / "bag", TOPICS)
+    writer.write("/text", 10, text("first"))
+    writer.write("/image", 20, SERIALIZED_IMAGE)
+    writer.add_topic("/late", "std_msgs/msg/String")
+    writer.write("/late", 30, text("late") + b"\0\0\0\0")  # as rclpy writes it
+    writer.close()
     first, image, (topic, time_ns, late) = contents(tmp_path / "bag")
     assert first == ("/text", 10, "first") and image == ("/image", 20, SERIALIZED_IMAGE)
     assert (topic, time_ns, late) == ("/late", 30, text("late") + b"\0\0\0\0")
@@ -48,24 +48,24 @@ def test_every_message_as_it_came_and_when(tmp_path: Path) -> None:
 
 
 def test_images_are_compressed_without_loss(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "bag", TOPICS)
+    writer = BagWriter(tmp_path / "bag", TOPICS)
     for k in range(20):
-        recorder.record("/image", k, SERIALIZED_IMAGE)
-    recorder.close()
+        writer.write("/image", k, SERIALIZED_IMAGE)
+    writer.close()
     assert [data for _, _, data in contents(tmp_path / "bag")] == [SERIALIZED_IMAGE] * 20
     assert (tmp_path / "bag" / "bag.mcap").stat().st_size < len(SERIALIZED_IMAGE)
 
 
 def test_recording_over_an_old_bag_is_refused(tmp_path: Path) -> None:
-    Recorder(tmp_path / "bag", TOPICS).close()
+    BagWriter(tmp_path / "bag", TOPICS).close()
     with pytest.raises(ConfigurationError, match="exists already; remove it or choose another --out"):
-        Recorder(tmp_path / "bag", TOPICS)
+        BagWriter(tmp_path / "bag", TOPICS)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match=r"file/bag cannot be made: .*Not a directory"):
-        Recorder(tmp_path / "file" / "bag", TOPICS)
+        BagWriter(tmp_path / "file" / "bag", TOPICS)
 
 
 def so_far(bag: Path) -> list[tuple[str, int, Any]]:
@@ -77,10 +77,10 @@ def so_far(bag: Path) -> list[tuple[str, int, Any]]:
 
 
 def test_a_single_small_message_does_not_wait_for_others(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "bag", TOPICS)
-    recorder.record("/text", 1, text("alone"))
+    writer = BagWriter(tmp_path / "bag", TOPICS)
+    writer.write("/text", 1, text("alone"))
     until(lambda: so_far(tmp_path / "bag") == [("/text", 1, "alone")])
-    recorder.close()
+    writer.close()
     assert contents(tmp_path / "bag") == [("/text", 1, "alone")]
 
 
@@ -97,28 +97,28 @@ def largest_file(size: int) -> Iterator[None]:
 
 def test_a_full_disk_is_reported_at_once_and_what_was_written_stays(tmp_path: Path) -> None:
     warnings: list[str] = []
-    recorder = Recorder(tmp_path / "bag", TOPICS, warnings.append)
-    recorder.record("/text", 1, text("before"))
+    writer = BagWriter(tmp_path / "bag", TOPICS, warnings.append)
+    writer.write("/text", 1, text("before"))
     until(lambda: contents(tmp_path / "bag"))
     noise = np.random.default_rng(0)
     with largest_file(100_000):
-        recorder.record("/image", 2, b"\0\1\0\0" + noise.bytes(300_000))
-        until(lambda: recorder.failure)
-        recorder.record("/text", 3, text("after"))
+        writer.write("/image", 2, b"\0\1\0\0" + noise.bytes(300_000))
+        until(lambda: writer.failure)
+        writer.write("/text", 3, text("after"))
         with pytest.raises(KiVlaError, match=r"recording to .*bag failed: .*too large; is the disk full\?"):
-            recorder.close()
+            writer.close()
     assert warnings == [str(w) for w in warnings if "failed" in w] != []
     assert contents(tmp_path / "bag") == [("/text", 1, "before")]
 
 
 def test_what_the_disk_cannot_take_is_dropped_and_counted(tmp_path: Path) -> None:
     warnings: list[str] = []
-    recorder = Recorder(tmp_path / "bag", TOPICS, warnings.append, largest_backlog=250_000)
-    with recorder._writing:  # a disk that hangs
+    writer = BagWriter(tmp_path / "bag", TOPICS, warnings.append, largest_backlog=250_000)
+    with writer._writing:  # a disk that hangs
         for k in range(6):
-            recorder.record("/image", k, SERIALIZED_IMAGE)
-    recorder.close()
+            writer.write("/image", k, SERIALIZED_IMAGE)
+    writer.close()
     kept = [time_ns for _, time_ns, _ in contents(tmp_path / "bag")]
     assert kept[:2] == [0, 1] and 2 <= len(kept) <= 3
     assert warnings == [f"recording: messages were dropped, the disk is too slow: {6 - len(kept)} of /image"]
-    assert "recorder" not in {thread.name for thread in threading.enumerate()}
+    assert "writer" not in {thread.name for thread in threading.enumerate()}

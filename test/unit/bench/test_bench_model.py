@@ -17,7 +17,7 @@ from ki_vla_ros.bench import __main__ as bench
 from ki_vla_ros.bench.compare import parse_set_up
 from ki_vla_ros.bench.model import (
     PARTS,
-    SetUp,
+    EngineSetUp,
     graph_figures,
     longest_input,
     roofline_figures,
@@ -129,9 +129,9 @@ def test_the_input_is_the_longest() -> None:
 
 
 def test_set_ups_are_read_and_refused() -> None:
-    defaults = SetUp(bundle="b", provider="cuda", threads=3)
-    assert parse_set_up("torch", defaults) == SetUp("b", "torch", "cuda", 3)
-    assert parse_set_up("onnx:threads=2,provider=cpu,bundle=/x", defaults) == SetUp("/x", "onnx", "cpu", 2)
+    defaults = EngineSetUp(bundle="b", provider="cuda", threads=3)
+    assert parse_set_up("torch", defaults) == EngineSetUp("b", "torch", "cuda", 3)
+    assert parse_set_up("onnx:threads=2,provider=cpu,bundle=/x", defaults) == EngineSetUp("/x", "onnx", "cpu", 2)
     for text, message in (
         ("onnx:threads=two", "threads: expected a whole number, got 'two'"),
         ("onnx:thread=2", "expected name=value with a name of .*'threads'.*, got 'thread=2'"),

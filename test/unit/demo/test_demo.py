@@ -14,7 +14,7 @@ from support.demo_runs import episode, observed, tick
 
 from ki_vla_ros.demo import __main__ as demo
 from ki_vla_ros.demo.driver import Observed
-from ki_vla_ros.demo.report import Episode
+from ki_vla_ros.demo.report import EpisodeResult
 from ki_vla_ros.errors import ConfigurationError, InstructionError, KiVlaError, SimulationError
 from ki_vla_ros.share import find_share
 
@@ -67,7 +67,7 @@ def options(**fields: Any) -> demo.Options:
     return replace(whole, **fields)
 
 
-def run_scripted(driver: ScriptedDriver) -> tuple[Episode, Observed]:
+def run_scripted(driver: ScriptedDriver) -> tuple[EpisodeResult, Observed]:
     return demo.run_episode(driver, options(), 5, demo.StatusLine(3))  # type: ignore[arg-type]
 
 
@@ -75,7 +75,7 @@ def test_an_episode_goes_from_reset_to_verdict() -> None:
     driver = ScriptedDriver(statuses=[{"done": False}, VERDICT], seen=TOLD)
     result, seen = run_scripted(driver)
     assert driver.calls == [(5, "held_out", ""), "touch the red cube", "activate", "deactivate"]
-    assert result == Episode(5, "touch the red cube", 2, "red cube", True, True, 3.25)
+    assert result == EpisodeResult(5, "touch the red cube", 2, "red cube", True, True, 3.25)
     assert seen is TOLD
 
 

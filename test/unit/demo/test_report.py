@@ -12,12 +12,12 @@ import pytest
 from support.demo_runs import episode, observed, tick
 
 from ki_vla_ros.demo.driver import SCENE_IMAGE, WRIST_IMAGE, Observed
-from ki_vla_ros.demo.report import Run, rate_hz, summarise, write_report
+from ki_vla_ros.demo.report import DemoRun, rate_hz, summarise, write_report
 
 
-def a_run() -> Run:
+def a_run() -> DemoRun:
     lost = episode(seed=8, objects=5, reached="red <b>cube</b>", followed=False, success=False)
-    return Run(
+    return DemoRun(
         episodes=[episode(), lost],
         observed=[
             observed(10.0, tick(10.0), tick(3.0, chunk_index=None), tick(20.0, misses=1)),

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from ki_vla_ros.bags.writer import Recorder, typestore
+from ki_vla_ros.bags.writer import BagWriter, typestore
 from ki_vla_ros.demo.driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, TOPICS, WRIST_IMAGE
 from ki_vla_ros.demo.video import HEADER, SIDE, Film, frames, make_video
 from ki_vla_ros.sim.demonstrator import tip_to_joints
@@ -62,10 +62,10 @@ def status(**fields: Any) -> bytes:
 
 
 def record(folder: Path, *messages: tuple[str, int, bytes]) -> Path:
-    recorder = Recorder(folder / "bag", {topic: kind for topic, (_, kind) in TOPICS.items()})
+    writer = BagWriter(folder / "bag", {topic: kind for topic, (_, kind) in TOPICS.items()})
     for message in messages:
-        recorder.record(*message)
-    recorder.close()
+        writer.write(*message)
+    writer.close()
     return folder / "bag"
 
 
