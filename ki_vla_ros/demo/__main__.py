@@ -71,7 +71,7 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
     )
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--instruction", default="", help="the same in every episode; default: drawn with each scene")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="0 to 2**32 - 1; no two seeds share a scene")
     parser.add_argument(
         "--split",
         choices=get_args(Split),
@@ -82,8 +82,9 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--params", type=Path, help="ROS parameter file for both nodes; default: config/demo.yaml")
     parser.add_argument("--no-video", dest="video", action="store_false")
     given = parser.parse_args(arguments)
-    largest = (2**31 - 1) // SEEDS_PER_RUN - 1
-    for name, value, low, high in (("episodes", given.episodes, 1, SEEDS_PER_RUN), ("seed", given.seed, 0, largest)):
+    ranges = {"episodes": (1, SEEDS_PER_RUN), "seed": (0, 2**32 - 1)}
+    for name, (low, high) in ranges.items():
+        value = getattr(given, name)
         if not low <= value <= high:
             raise ConfigurationError(f"--{name} {value}: expected {low} to {high}")
     instruction = Task.parse(given.instruction).instruction if given.instruction else ""

@@ -38,7 +38,7 @@ from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, Simula
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
-from ki_vla_ros.sim.task import Scene, Task, sample_scene
+from ki_vla_ros.sim.task import LARGEST_SEED, Scene, Task, sample_scene
 from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, Verdict, World
 
 NODE_NAME: Final = "sim_arm"
@@ -162,7 +162,7 @@ class ArmNode(Node):
             bounds = [FloatingPointRange(from_value=low, to_value=high, step=0.0)]
             return ParameterDescriptor(description=description, floating_point_range=bounds, read_only=True)
 
-        seed = whole("seed of the scene; used at the next reset", 0, 2**31 - 1, read_only=False)
+        seed = whole("seed of the scene; used at the next reset", 0, LARGEST_SEED, read_only=False)
         self.declare_parameter("scene_seed", 0, seed)
         self.declare_parameter(
             "split", "all", text("combinations to ask for (train, held_out, all); used at the next reset")

@@ -78,6 +78,10 @@ class Task:
         )
 
 
+LARGEST_SEED: Final = 2**63 - 1
+"""Of a scene: what an integer parameter of ROS can hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scene:
     """Objects and the task; `seed` is the one it was drawn with."""
@@ -104,9 +108,12 @@ def sample_scene(seed: int, *, split: Split, task: Task | None = None) -> Scene:
     """
     if split not in get_args(Split):
         raise SimulationError(f"split {split!r}: expected one of {', '.join(get_args(Split))}")
-    if seed < 0:
-        raise SimulationError(f"scene seed {seed}: expected an integer >= 0")
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, get_args(Split).index(split)])))
+    if not 0 <= seed <= LARGEST_SEED:
+        raise SimulationError(f"scene seed {seed}: expected 0 to {LARGEST_SEED}")
+    entropy = [seed, get_args(Split).index(split)]
+    if seed >= 2**32:
+        entropy.append(1)  # numpy makes two words of it: [2**32, 0] alone would be the stream of [0, 1]
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
     drawn = _sample_task(rng, split)
     if task is None:
         task = drawn

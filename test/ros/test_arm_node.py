@@ -228,11 +228,11 @@ def test_it_moves_where_a_trajectory_says_and_refuses_a_bad_one(client: Client) 
 def test_a_reset_builds_the_wanted_scene_and_drops_the_running_trajectory(client: Client) -> None:
     client.send(list(JOINTS), [(1.0, HOME_J + 0.3), (30.0, HOME_J)])
     client.until(lambda: bool(np.abs(client.position_J - HOME_J).max() > 0.1), "motion")
-    assert client.set_scene(seed=9, split="train", task="touch the red cube").successful
+    assert client.set_scene(seed=2**45 + 9, split="train", task="touch the red cube").successful
     answer = client.reset()
     assert answer.success
     status = json.loads(answer.message)
-    assert (status["scene_seed"], status["split"], status["instruction"]) == (9, "train", "touch the red cube")
+    assert (status["scene_seed"], status["split"], status["instruction"]) == (2**45 + 9, "train", "touch the red cube")
     assert (status["reset_id"], status["time_s"]) == (2, 0.0)
     client.until(lambda: client.status == status, "the same status on the topic")
     seen = client.count["/joint_states"]
