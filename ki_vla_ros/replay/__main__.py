@@ -29,15 +29,14 @@ from ki_vla_ros.records import NS_PER_S, Observation
 from ki_vla_ros.replay.document import METRICS, make_metrics, write_metrics
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.latency import MEASURED, RECORDED, RecordedLatency, parse_latency
-from ki_vla_ros.replay.options import ReplayOptions
+from ki_vla_ros.replay.loop import Replay
 from ki_vla_ros.replay.predicted import PredictionBag
-from ki_vla_ros.replay.records import ReplayResult, TickRecord
 from ki_vla_ros.replay.report import report
-from ki_vla_ros.replay.run import Replay
-from ki_vla_ros.replay.setup import REFERENCES, SetUp, set_up
+from ki_vla_ros.replay.setup import REFERENCES, ReplayOptions, Setup, set_up
 from ki_vla_ros.replay.sweep.grid import make_grid
 from ki_vla_ros.replay.sweep.output import tune
 from ki_vla_ros.replay.thresholds import Threshold, check_figure, parse_threshold
+from ki_vla_ros.replay.ticks import ReplayResult, Tick
 from ki_vla_ros.replay.trace import Trace
 from ki_vla_ros.settings.names import parameter_specs
 
@@ -113,7 +112,7 @@ def run(chosen: argparse.Namespace, thresholds: Sequence[Threshold] = ()) -> Rep
             if predicted is not None:
                 predicted.copy(message)
 
-        def on_tick(tick: TickRecord, observation: Observation | None) -> None:
+        def on_tick(tick: Tick, observation: Observation | None) -> None:
             if predicted is not None:
                 predicted.add(tick, observation)
 
@@ -147,7 +146,7 @@ def run(chosen: argparse.Namespace, thresholds: Sequence[Threshold] = ()) -> Rep
         return result
 
 
-def _measure(bag: Bag, plan: SetUp, replay: Replay, trace: Trace, progress: Progress, out: Path) -> ReplayResult:
+def _measure(bag: Bag, plan: Setup, replay: Replay, trace: Trace, progress: Progress, out: Path) -> ReplayResult:
     options, seed = replay.options, plan.settings.noise_seed
     figures = Figures(plan.bundle.manifest, options.other_instruction, options.probe_every_s, seed)
     began_s = time.perf_counter()

@@ -11,11 +11,11 @@ from typing import Any
 from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.replay.figures import Figures
-from ki_vla_ros.replay.records import METRICS_SCHEMA
-from ki_vla_ros.replay.run import Replay
-from ki_vla_ros.replay.setup import SetUp
+from ki_vla_ros.replay.loop import Replay
+from ki_vla_ros.replay.setup import Setup
 
 METRICS = "metrics.json"
+SCHEMA = 1
 # Of this machine and this run; everything else is the same for the same bag, settings and fixed latency.
 MACHINE = ("realtime_factor", "timing")
 CAUSES_LISTED = 20
@@ -25,7 +25,7 @@ JUMPS = "the arm was set elsewhere {} times (faster than its joints turn): no ac
 
 
 def make_metrics(
-    bag: Bag, chosen: SetUp, replay: Replay, figures: Figures, wall_s: float, stopped: str | None
+    bag: Bag, chosen: Setup, replay: Replay, figures: Figures, wall_s: float, stopped: str | None
 ) -> dict[str, Any]:
     """`stopped`: why the replay ended before the bag (None: it did not)."""
     topics, options = chosen.topics, replay.options
@@ -35,7 +35,7 @@ def make_metrics(
     )
     ticks["safety"] |= {"messages_refused": dict(sorted(replay.refused.items())), "stopped": replay.stopped}
     metrics: dict[str, Any] = {
-        "schema": METRICS_SCHEMA,
+        "schema": SCHEMA,
         "complete": stopped is None,
         "stopped": stopped,
         "bag": {

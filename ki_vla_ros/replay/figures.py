@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, Motion
-from ki_vla_ros.replay.records import Prediction, TickRecord
+from ki_vla_ros.replay.ticks import Prediction, Tick
 from ki_vla_ros.statistics import Draws, SegmentSums, interval_95, root_mean, spread
 
 Array = NDArray[np.float64]
@@ -55,7 +55,7 @@ class Figures:
         self._metres = np.flatnonzero(~np.array(rad)) if any(rad) else np.array([], dtype=np.int64)
         self._jerk = Jerk(self._main)
 
-    def add(self, tick: TickRecord) -> None:
+    def add(self, tick: Tick) -> None:
         self._counts["count"] += 1
         self._missed = tick.missed
         for name, age_ns in tick.age_ns.items():

@@ -1,129 +1,31 @@
-"""A bag's messages as the policy's inputs, at the pace of a clock that a replay moves by hand."""
+"""A bag's messages as inputs of the policy, at the pace of a clock that the replay moves by hand.
+
+`Feed` is the clock, `Inbox` sorts what arrives, `ReplayBuffer` holds the inputs that the policy observes.
+"""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError, StaleInput
-from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, header_ns
-from ki_vla_ros.messages.pixels import read_image
-from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE
-from ki_vla_ros.policy.preprocess import resize_with_pad
-from ki_vla_ros.records import CameraFrame, Observation
+from ki_vla_ros.messages.decode import BagMessage, decode, header_ns
+from ki_vla_ros.messages.type_names import POSITIONS, TRAJECTORY
+from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, Observation
+from ki_vla_ros.replay.recorded import Parity, RecordedTick
+from ki_vla_ros.replay.setup import ReplayOptions
+from ki_vla_ros.replay.topics import ReplayTopics
+from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime.observation import ObservationBuffer
+from ki_vla_ros.runtime.paths import CommandedPath, MeasuredPath, Reference
 
 # A recorder may get a message so much later than the node did. Not longer than the frames that a buffer keeps.
 RECORDER_LAG_NS = 200_000_000
-
-
-class BagFrame(CameraFrame):
-    """A frame whose pixels are decoded, and shrunk to the model's size, only when a tick looks at them.
-
-    `rgb_HWC` raises InputError if they cannot be.
-    """
-
-    message: BagMessage
-    _size: int
-    _pixels: NDArray[np.uint8] | None
-
-    def __init__(self, camera: str, stamp_ns: int, message: BagMessage, size: int) -> None:
-        values = {"camera": camera, "stamp_ns": stamp_ns, "message": message, "_size": size, "_pixels": None}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # the base is frozen
-
-    @property
-    def rgb_HWC(self) -> NDArray[np.uint8]:
-        if self._pixels is None:
-            whole = camera_frame(self.message, self.camera)
-            object.__setattr__(self, "_pixels", resize_with_pad(whole.rgb_HWC, self._size))
-        assert self._pixels is not None
-        return self._pixels
-
-
-def bag_frame(message: BagMessage, camera: str, size: int, use_receive_time: bool) -> BagFrame:
-    """InputError where even the stamp cannot be read; faults in the pixels come to light when they are looked at."""
-    if use_receive_time:
-        stamp_ns = message.log_ns
-    elif message.type == IMAGE:
-        stamp_ns = read_image(f"camera {camera!r}", message.data).stamp_ns
-    else:
-        stamp_ns = header_ns(decode(message, IMAGE, COMPRESSED_IMAGE))
-    return BagFrame(camera, stamp_ns, message, size)
-
-
-@dataclass(frozen=True)
-class RecordedTick:
-    """What the live node said of a tick: enough to make it again from the bag."""
-
-    stamp_ns: int
-    chunk_index: int | None
-    frame_ns: Mapping[str, int]
-    joint_ns: tuple[int, ...]
-    joined_ns: int | None
-    instruction: str
-    hold: str | None
-    total_ms: float
-
-
-def read_tick(text: str) -> RecordedTick:
-    """InputError if the text is not a tick's, or one of a version that did not name its frames."""
-    try:
-        fields = json.loads(text)
-        index = fields["chunk_index"]
-        return RecordedTick(
-            stamp_ns=int(fields["stamp_ns"]),
-            chunk_index=None if index is None else int(index),
-            frame_ns={str(name): int(stamp) for name, stamp in (fields.get("frame_ns") or {}).items()},
-            joint_ns=tuple(int(stamp) for stamp in fields.get("joint_ns") or ()),
-            joined_ns=int(fields["joined_ns"]) if fields.get("joined_ns") else None,
-            instruction=str(fields["instruction"]),
-            hold=None if fields["hold"] is None else str(fields["hold"]),
-            total_ms=float(fields["stage_ms"]["total"]),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"tick: expected what the node writes there, got {text[:60]!r}: {error}") from error
-
-
-class Parity:
-    """How far the chunks made again are from those that the node published, by their stamp and order."""
-
-    def __init__(self) -> None:
-        self._published: dict[int, deque[NDArray[np.float64]]] = {}
-        self._made: dict[int, deque[NDArray[np.float64]]] = {}
-        self._count, self._largest = 0, 0.0
-
-    def add_published(self, start_ns: int, position_HJ: NDArray[np.float64]) -> None:
-        self._meet(self._published, self._made, start_ns, position_HJ)
-
-    def add_made(self, start_ns: int, position_HJ: NDArray[np.float64]) -> None:
-        self._meet(self._made, self._published, start_ns, position_HJ)
-
-    def summary(self) -> dict[str, float | int | None]:
-        """`unmatched`: chunks made again without a published one in the bag, or the other way round."""
-        left = sum(len(chunks) for table in (self._published, self._made) for chunks in table.values())
-        return {"chunks": self._count, "max_difference": self._largest if self._count else None, "unmatched": left}
-
-    def _meet(
-        self, own: dict[int, Any], other: dict[int, Any], start_ns: int, position_HJ: NDArray[np.float64]
-    ) -> None:
-        waiting = other.get(start_ns)
-        if not waiting:
-            own.setdefault(start_ns, deque()).append(position_HJ)
-            return
-        met_HJ = waiting.popleft()
-        if not waiting:
-            del other[start_ns]
-        same = met_HJ.shape == position_HJ.shape
-        self._count += 1
-        self._largest = max(self._largest, float(np.abs(met_HJ - position_HJ).max()) if same else float("inf"))
 
 
 class Feed:
@@ -262,3 +164,72 @@ class ReplayBuffer(ObservationBuffer):
             if stamp == stamp_ns:
                 return position_J
         raise StaleInput(f"recorded: joint state: the one of stamp {stamp_ns} is not in the bag")
+
+
+class Inbox:
+    """`reference` is None where the bag has none."""
+
+    def __init__(
+        self,
+        topics: ReplayTopics,
+        options: ReplayOptions,
+        buffer: ReplayBuffer,
+        joints: Sequence[JointSpec],
+        image_size: int,
+        use_receive_time: bool,
+    ) -> None:
+        self.parity = Parity()
+        self._topics, self._options, self._buffer = topics, options, buffer
+        self._image_size, self._use_receive_time = image_size, use_receive_time
+        self._cameras = {topic: name for name, topic in topics.cameras.items()}
+        names = [joint.name for joint in joints]
+        self.measured = MeasuredPath(names, [joint.max_velocity for joint in joints])
+        self._commanded = CommandedPath(names)
+        self.reference: Reference | None = None
+        if topics.missing_reference is None:
+            self.reference = self._commanded if topics.command else self.measured
+
+    def take(self, message: BagMessage) -> None:
+        """InputError where it cannot be used."""
+        topic, topics = message.topic, self._topics
+        if (camera := self._cameras.get(topic)) is not None:
+            try:
+                self._buffer.add_frame(self._frame(message), message.log_ns)
+            except InputError as refusal:
+                self._buffer.refuse(camera, str(refusal))
+                raise
+        elif topic == topics.joint_states:
+            try:
+                reading = self._reading(message)
+                self._buffer.add_joints(reading)
+            except InputError as refusal:
+                self._buffer.refuse("joint state", str(refusal))
+                raise
+            self.measured.add(reading)
+        elif topic == topics.command:
+            add = self._commanded.add_trajectory if message.type == TRAJECTORY else self._commanded.add_positions
+            add(message.log_ns, decode(message, TRAJECTORY, POSITIONS))
+        elif topic == topics.chunk and self._options.as_recorded:
+            published = decode(message, TRAJECTORY)
+            positions = np.array([point.positions for point in published.points], dtype=np.float64)
+            self.parity.add_published(header_ns(published), positions)
+
+    def answer(self, reference: Reference, due_N: NDArray[np.int64], since_ns: int) -> NDArray[np.float64]:
+        """[N, J]: what the arm did at these instants, in answer to what began at `since_ns`; earlier ones are not asked
+        for any more. NaN where nothing says so, and after the arm was set elsewhere.
+        """
+        answer_NJ = reference.at(due_N)
+        jump_ns = self.measured.jump_after(since_ns)
+        if jump_ns is not None:
+            answer_NJ[due_N > jump_ns] = np.nan
+        for path in (self.measured, self._commanded):
+            path.forget(since_ns - NS_PER_S)
+        return answer_NJ
+
+    def _frame(self, message: BagMessage) -> CameraFrame:
+        camera = self._cameras[message.topic]
+        return self._options.read_frame(message, camera, self._image_size, self._use_receive_time)
+
+    def _reading(self, message: BagMessage) -> JointReading:
+        reading = self._options.read_joints(message)
+        return dataclasses.replace(reading, stamp_ns=message.log_ns) if self._use_receive_time else reading

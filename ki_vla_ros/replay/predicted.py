@@ -18,8 +18,8 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages.decode import BagMessage, camera_frame, typestore
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TEXT, TRAJECTORY
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Motion, Observation
-from ki_vla_ros.replay.inputs import BagFrame
-from ki_vla_ros.replay.records import Prediction, TickRecord
+from ki_vla_ros.replay.frames import BagFrame
+from ki_vla_ros.replay.ticks import Prediction, Tick
 from ki_vla_ros.replay.topics import ReplayTopics
 
 LARGEST_SIDE, JPEG_QUALITY = 480, 85
@@ -50,7 +50,7 @@ class PredictionBag:
             return
         self._write(message.topic, message.type, message.log_ns, message.data)
 
-    def add(self, tick: TickRecord, observation: Observation | None) -> None:
+    def add(self, tick: Tick, observation: Observation | None) -> None:
         ended_ns = tick.stamp_ns + tick.latency_ns
         if observation is not None:
             for frame in observation.frames.values():

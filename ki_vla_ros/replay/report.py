@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ki_vla_ros.replay.records import Prediction
+from ki_vla_ros.replay.ticks import Prediction
 from ki_vla_ros.replay.trace import MOMENTS, Moment, Trace
 from ki_vla_ros.report.pages import page, remark, section, table, tiles, warning
 from ki_vla_ros.report.plots import Axes, Span, clock, figure, lanes, spark

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -10,6 +11,11 @@ from typing import get_args
 from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.messages.decode import BagMessage, joint_reading
+from ki_vla_ros.records import CameraFrame, JointReading, Observation
+from ki_vla_ros.replay.frames import bag_frame
+from ki_vla_ros.replay.latency import Latency, MeasuredLatency
+from ki_vla_ros.replay.ticks import Tick
 from ki_vla_ros.replay.topics import ReplayTopics, find_session, resolve_topics
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.parameter_file import NODE, load_sections, load_settings, parameter_values
@@ -23,7 +29,32 @@ REFERENCES = (*get_args(ReferenceName), "none")
 
 
 @dataclass(frozen=True)
-class SetUp:
+class ReplayOptions:
+    """`instruction` replaces those of the bag. `probe_every_s`: bag time between two "what if"s (0: none).
+
+    `as_recorded`: ticks as the node made them, with the frames that it used. `follow_session`: settings change where
+    the node's did. `on_message` gets each message read, `on_observation` what each chunk is made of, `on_tick` each
+    tick at once, without reference, and the observation of its chunk. `noise_by_tick`: a chunk's noise belongs to its
+    tick's number and not to the count of chunks, so that replays with other settings start from the same. `read_frame`
+    and `read_joints` make records of messages.
+    """
+
+    instruction: str = ""
+    other_instruction: str = ""
+    probe_every_s: float = 2.0
+    as_recorded: bool = False
+    follow_session: bool = True
+    latency: Latency = dataclasses.field(default_factory=MeasuredLatency)
+    on_message: Callable[[BagMessage], None] = lambda message: None
+    on_tick: Callable[[Tick, Observation | None], None] = lambda tick, observation: None
+    on_observation: Callable[[Observation], None] = lambda observation: None
+    noise_by_tick: bool = False
+    read_frame: Callable[[BagMessage, str, int, bool], CameraFrame] = bag_frame
+    read_joints: Callable[[BagMessage], JointReading] = joint_reading
+
+
+@dataclass(frozen=True)
+class Setup:
     """`node`: the policy's full name in the bag. `follow_session`: settings come from the bag and change as there."""
 
     bundle: Bundle
@@ -49,7 +80,7 @@ def set_up(
     reference: str | None = None,
     reference_topic: str | None = None,
     changes: Mapping[str, object] | None = None,
-) -> SetUp:
+) -> Setup:
     """Settings are those of `params`, else of the bag's session, else the defaults; `changes` come on top."""
     session = find_session(bag, node)
     notes = []
@@ -73,7 +104,7 @@ def set_up(
         )
     named = session if params is None else None
     topics = resolve_topics(bag, loaded.manifest, settings, named, node, name, topic)
-    return SetUp(
+    return Setup(
         bundle=loaded,
         manifest_sha256=sha256,
         settings=settings,

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.messages.decode import camera_frame
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
-from ki_vla_ros.replay.inputs import BagFrame
-from ki_vla_ros.replay.records import Prediction, TickRecord
+from ki_vla_ros.replay.frames import BagFrame
+from ki_vla_ros.replay.ticks import Prediction, Tick
 
 # Chunks drawn over the whole bag, and around each of the worst moments.
 MOST_CHUNKS = 240
@@ -103,7 +103,7 @@ class Trace:
         """What a chunk is made of, before its record comes."""
         self._frames.extend(observation.frames.values())
 
-    def add(self, tick: TickRecord) -> None:
+    def add(self, tick: Tick) -> None:
         if self.start_ns is None:
             self.start_ns = tick.stamp_ns
         at_s = self.seconds(tick.stamp_ns)

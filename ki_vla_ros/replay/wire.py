@@ -12,7 +12,7 @@ from ki_vla_ros.runtime.diagnostics import Diagnostics
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TickReport:
     """What the loop said of a tick: why it holds, when the command went out, how long the stages took."""
 
     hold: str | None = None
@@ -28,11 +28,11 @@ class ReplayWire:
         self._tick_ns: int | None = None
         self._standing_ns: int | None = None
         self.clock_ns = 0
-        self.outcome = Outcome()
+        self.report = TickReport()
         self._motions: list[Motion] = []
 
     def begin_tick(self, tick_ns: int) -> None:
-        self._tick_ns, self.outcome = tick_ns, Outcome()
+        self._tick_ns, self.report = tick_ns, TickReport()
 
     def end_tick(self) -> int:
         """When it ended."""
@@ -70,7 +70,7 @@ class ReplayWire:
     def report_tick(self, fields: Mapping[str, object]) -> None:
         hold, command_ns, stage_ms = fields["hold"], fields["command_ns"], fields["stage_ms"]
         assert isinstance(hold, str | None) and isinstance(command_ns, int | None) and isinstance(stage_ms, Mapping)
-        self.outcome = Outcome(hold, command_ns, stage_ms)
+        self.report = TickReport(hold, command_ns, stage_ms)
 
     def log(self, message: str, cause: str) -> None: ...
 

@@ -19,9 +19,8 @@ from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.replay.__main__ import main
 from ki_vla_ros.replay.latency import parse_latency
-from ki_vla_ros.replay.options import ReplayOptions
-from ki_vla_ros.replay.run import Replay
-from ki_vla_ros.replay.setup import set_up
+from ki_vla_ros.replay.loop import Replay
+from ki_vla_ros.replay.setup import ReplayOptions, set_up
 from ki_vla_ros.replay.sweep.figures import Outcome
 from ki_vla_ros.replay.sweep.grid import Candidate, make_grid
 from ki_vla_ros.replay.sweep.output import RECOMMENDED

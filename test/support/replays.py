@@ -8,7 +8,7 @@ import numpy as np
 
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
-from ki_vla_ros.replay.records import Prediction, Seam, TickRecord
+from ki_vla_ros.replay.ticks import Prediction, Seam, Tick
 from ki_vla_ros.replay.trace import Trace
 from ki_vla_ros.settings.names import parameter_specs
 from support.bundles import CAMERAS, JOINTS
@@ -17,7 +17,7 @@ START_NS = 1_700_000_000 * NS_PER_S
 PERIOD_NS = NS_PER_S // 10
 
 
-def made_up_tick(spec: PolicySpec, number: int, error: float = 0.01, hold: str | None = None) -> TickRecord:
+def made_up_tick(spec: PolicySpec, number: int, error: float = 0.01, hold: str | None = None) -> Tick:
     """Tick `number` of an arm that swings; each joint is predicted `error` times its action's range too high."""
     stamp_ns = START_NS + number * PERIOD_NS
     action_ns = round(spec.action_period_s * NS_PER_S)
@@ -48,7 +48,7 @@ def made_up_tick(spec: PolicySpec, number: int, error: float = 0.01, hold: str |
         seam=seam,
         probe_HJ={},
     )
-    return TickRecord(
+    return Tick(
         number=number,
         stamp_ns=stamp_ns,
         instruction="touch the red cube",

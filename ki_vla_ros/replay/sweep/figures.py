@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, Motion
 from ki_vla_ros.replay.figures import Jerk
-from ki_vla_ros.replay.records import Prediction, TickRecord
+from ki_vla_ros.replay.ticks import Prediction, Tick
 
 Array = NDArray[np.float64]
 
@@ -53,7 +53,7 @@ class Execution:
         turning_J = np.array([joint.unit == "rad" for joint in spec.joints])
         self._jerk = Jerk(np.flatnonzero(turning_J if turning_J.any() else ~turning_J))
 
-    def add(self, tick: TickRecord) -> None:
+    def add(self, tick: Tick) -> None:
         outcome = self.outcome
         if self._first_ns is None:
             self._first_ns = tick.stamp_ns

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.replay.latency import DrawnLatency, Latency, MeasuredLatency
-from ki_vla_ros.replay.options import ReplayOptions
-from ki_vla_ros.replay.setup import SetUp
+from ki_vla_ros.replay.setup import ReplayOptions, Setup
 from ki_vla_ros.replay.sweep.advice import advise, recommended_yaml, sweep_metrics, sweep_section
 from ki_vla_ros.replay.sweep.grid import Grid
 from ki_vla_ros.replay.sweep.run import SweepInputs, sweep
@@ -35,7 +34,7 @@ class Progress(Protocol):
 
 def tune(
     bag: Bag,
-    plan: SetUp,
+    plan: Setup,
     grid: Grid,
     options: ReplayOptions,
     metrics: Mapping[str, Any],

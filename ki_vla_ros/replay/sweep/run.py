@@ -22,14 +22,14 @@ from ki_vla_ros.bags.bag import Bag, open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.messages.decode import BagMessage, joint_reading
-from ki_vla_ros.replay.inputs import bag_frame
+from ki_vla_ros.replay.frames import bag_frame
 from ki_vla_ros.replay.latency import Latency
-from ki_vla_ros.replay.options import ReplayOptions
-from ki_vla_ros.replay.records import TickRecord
-from ki_vla_ros.replay.run import Replay
+from ki_vla_ros.replay.loop import Replay
+from ki_vla_ros.replay.setup import ReplayOptions
 from ki_vla_ros.replay.sweep.figures import Execution, Outcome
 from ki_vla_ros.replay.sweep.grid import Candidate
 from ki_vla_ros.replay.sweep.shared_engine import SharedEngine
+from ki_vla_ros.replay.ticks import Tick
 from ki_vla_ros.replay.topics import ReplayTopics
 
 # Messages that are decoded once for all: of about two seconds.
@@ -111,7 +111,7 @@ def _drive(
         shared, bag = SharedEngine(engine), _SharedBag(whole, len(candidates))
         read_frame = functools.lru_cache(FRAMES_KEPT)(bag_frame)
         read_joints = functools.lru_cache(READINGS_KEPT)(joint_reading)
-        running: dict[Execution, Iterator[Sequence[TickRecord]]] = {}
+        running: dict[Execution, Iterator[Sequence[Tick]]] = {}
         for candidate in candidates:
             options = ReplayOptions(
                 instruction=inputs.instruction,

@@ -17,7 +17,7 @@ from support.replays import made_up_tick
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.records import NS_PER_S, JointReading
 from ki_vla_ros.replay.figures import Figures
-from ki_vla_ros.replay.inbox import Inbox
+from ki_vla_ros.replay.inputs import Inbox
 from ki_vla_ros.replay.latency import parse_latency
 from ki_vla_ros.replay.thresholds import parse_threshold
 from ki_vla_ros.runtime.paths import CommandedPath, MeasuredPath

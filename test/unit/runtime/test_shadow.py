@@ -12,7 +12,7 @@ from support.bundles import TASK, demo_policy
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import ActionChunk, JointReading
 from ki_vla_ros.replay.figures import Figures
-from ki_vla_ros.replay.records import Prediction, TickRecord
+from ki_vla_ros.replay.ticks import Prediction, Tick
 from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.settings import ReferenceName
@@ -124,7 +124,7 @@ def test_the_figures_are_those_of_a_replay() -> None:
             None,
             {},
         )
-        figures.add(TickRecord(n, start_ns, TASK, None, {}, 0, 0, {"total": 1.0}, (), prediction))
+        figures.add(Tick(n, start_ns, TASK, None, {}, 0, 0, {"total": 1.0}, (), prediction))
     error = figures.summary("asynchronous", 0.1, "joint_states", None)["error"]
     values = shadow.values(10_000 * MS)
     assert values["shadow rms"] == f"{error['rms']:.4f}" and values["shadow chunks compared"] == "4"

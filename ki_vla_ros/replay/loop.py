@@ -1,8 +1,7 @@
 """Drives the policy loop over a bag: the node's own loop, with the bag's clock in place of time.
 
-    with Replay(bag, bundle, engine, settings, topics, options) as replay:
-        for tick in replay.ticks():
-            ...
+    for tick in Replay(bag, bundle, engine, settings, topics, options).ticks():
+        ...
 
 Open loop: the arm of the bag does what it did, so every chunk starts from what the robot really saw, and the governor's
 motion is made against the recorded joint states.
@@ -12,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -23,12 +24,11 @@ from ki_vla_ros.messages.decode import BagMessage, decode
 from ki_vla_ros.messages.type_names import TEXT
 from ki_vla_ros.policy.preprocess import check_instruction
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
-from ki_vla_ros.replay.activity import Activity
-from ki_vla_ros.replay.inbox import Inbox
-from ki_vla_ros.replay.inputs import Feed, RecordedTick, ReplayBuffer, read_tick
-from ki_vla_ros.replay.options import MessageSource, ReplayOptions
+from ki_vla_ros.replay.inputs import Feed, Inbox, ReplayBuffer
 from ki_vla_ros.replay.policy import ReplayPolicy
-from ki_vla_ros.replay.records import Prediction, Seam, TickRecord
+from ki_vla_ros.replay.recorded import Activity, RecordedTick, read_tick
+from ki_vla_ros.replay.setup import ReplayOptions
+from ki_vla_ros.replay.ticks import Prediction, Seam, Tick
 from ki_vla_ros.replay.topics import ReplayTopics, read_later_session
 from ki_vla_ros.replay.wire import ReplayDiagnostics, ReplayWire
 from ki_vla_ros.runtime.chunking import cubic
@@ -40,6 +40,15 @@ from ki_vla_ros.settings.settings import Settings
 
 # The first tick waits for the first message of every input, at most so long.
 START_WAIT_NS = 1_000_000_000
+
+
+class MessageSource(Protocol):
+    """What a replay needs of a bag."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def messages(self, topics: Collection[str] | None = None) -> Iterator[BagMessage]: ...
 
 
 class Replay:
@@ -85,7 +94,7 @@ class Replay:
         )
         self._recorded: deque[RecordedTick] = deque()
         self._activity = Activity(settings.rate_hz)
-        self._pending: deque[TickRecord] = deque()
+        self._pending: deque[Tick] = deque()
         self._motion: Motion | None = None
         self._number, self._probed_ns = 0, 0
         self._feed = Feed(iter(bag.messages(topics.all)), self._receive, self._foresee)
@@ -102,31 +111,31 @@ class Replay:
     def stopped(self) -> str | None:
         return self._loop.latched
 
-    def ticks(self) -> Iterator[TickRecord]:
+    def ticks(self) -> Iterator[Tick]:
         """Each as soon as the bag has shown what happened until its chunk's last action was due."""
         for known in self.steps():
             yield from known
 
-    def steps(self) -> Iterator[Sequence[TickRecord]]:
+    def steps(self) -> Iterator[Sequence[Tick]]:
         """One tick at a time: those that are known by then. For who drives several replays side by side (sweep)."""
         self._wire.clock_ns = self._feed.now_ns
-        for record in self._recorded_ticks() if self.options.as_recorded else self._paced_ticks():
-            self._pending.append(record)
+        for tick in self._recorded_ticks() if self.options.as_recorded else self._paced_ticks():
+            self._pending.append(tick)
             known = []
             while self._pending and self._is_known(self._pending[0]):
                 known.append(self._with_reference(self._pending.popleft()))
             yield known
         yield self.take_pending()
 
-    def take_pending(self) -> Sequence[TickRecord]:
+    def take_pending(self) -> Sequence[Tick]:
         """What `ticks` has not handed on, with the reference as far as the bag was read; for a pass that is ended."""
-        pending = [self._with_reference(record) for record in self._pending]
+        pending = [self._with_reference(tick) for tick in self._pending]
         self._pending.clear()
         return pending
 
     # --- ticks
 
-    def _paced_ticks(self) -> Iterator[TickRecord]:
+    def _paced_ticks(self) -> Iterator[Tick]:
         """As the loop's own thread would: on time, aligned with the cameras, where the recorded node was active."""
         missed = 0
         while (start_ns := self._next_start()) is not None:
@@ -143,17 +152,17 @@ class Replay:
                 behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
                 if settings.align_to_cameras and behind_ns is not None and abs(behind_ns) <= BURST_WAIT_NS:
                     self._feed.advance(now_ns + BURST_WAIT_NS, until=lambda at=now_ns: self._buffer.has_burst(at))  # type: ignore[misc]
-                record, ended_ns = self._tick(self._feed.now_ns, pacer.missed, None)
-                if record.hold is not None and self._feed.ended:
+                tick, ended_ns = self._make_tick(self._feed.now_ns, pacer.missed, None)
+                if tick.hold is not None and self._feed.ended:
                     return  # the bag ended while it computed: nobody knows what would have come of it
-                yield record
+                yield tick
                 pacer.advance(ended_ns, round(NS_PER_S / settings.rate_hz))
                 if settings.align_to_cameras:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))
             missed = pacer.missed
             self._loop.rest()
 
-    def _recorded_ticks(self) -> Iterator[TickRecord]:
+    def _recorded_ticks(self) -> Iterator[Tick]:
         last_ns: int | None = None
         missed, period_ns = 0, round(NS_PER_S / self.settings.rate_hz)
         while True:
@@ -164,21 +173,21 @@ class Replay:
                 self._loop.rest()
                 self._advance(self._feed.now_ns + self._activity.gap_ns)
                 continue
-            tick = self._recorded.popleft()
-            if last_ns is None or tick.stamp_ns - last_ns > self._activity.gap_ns:
+            recorded = self._recorded.popleft()
+            if last_ns is None or recorded.stamp_ns - last_ns > self._activity.gap_ns:
                 self._loop.rest()
                 self._loop.begin()
-            last_ns = tick.stamp_ns
-            self._advance(tick.stamp_ns)
+            last_ns = recorded.stamp_ns
+            self._advance(recorded.stamp_ns)
             self._loop.adopt(self.settings)
             if not self.options.instruction:
-                self._instruct(tick.instruction)
-            record, ended_ns = self._tick(tick.stamp_ns, missed, tick)
-            missed += (ended_ns - tick.stamp_ns) // period_ns
-            yield record
+                self._instruct(recorded.instruction)
+            tick, ended_ns = self._make_tick(recorded.stamp_ns, missed, recorded)
+            missed += (ended_ns - recorded.stamp_ns) // period_ns
+            yield tick
 
-    def _tick(self, tick_ns: int, missed: int, recorded: RecordedTick | None) -> tuple[TickRecord, int]:
-        """The record, and when the tick ended."""
+    def _make_tick(self, tick_ns: int, missed: int, recorded: RecordedTick | None) -> tuple[Tick, int]:
+        """The tick, and when it ended."""
         ages = {name: status.age_ns for name, status in self._buffer.status(tick_ns).items()}
         wish_before = self._loop.executing
         self._policy.decoded, self._diagnostics.corrections = None, ()
@@ -193,32 +202,32 @@ class Replay:
             self._loop.step(self.settings, tick_ns, missed)  # otherwise no chunk was due
         ended_ns = self._wire.end_tick()
         self._buffer.recorded = None
-        outcome, motions = self._wire.outcome, self._wire.take_motions()
+        report, motions = self._wire.report, self._wire.take_motions()
         prediction = None
         if self._policy.decoded is not None:
-            seam = self._seam(wish_before, motions, outcome.command_ns)
+            seam = self._seam(wish_before, motions, report.command_ns)
             prediction = self._prediction(*self._policy.decoded, tick_ns, ended_ns, seam)
-            if recorded is not None and outcome.command_ns is not None:
+            if recorded is not None and report.command_ns is not None:
                 self.inbox.parity.add_made(prediction.start_ns, prediction.position_HJ)
         elif recorded is not None and recorded.chunk_index is not None:
-            self.not_reproduced[outcome.hold or "executor: no chunk was due"] += 1
+            self.not_reproduced[report.hold or "executor: no chunk was due"] += 1
         if motions:
             self._motion = motions[-1]
-        record = TickRecord(
+        tick = Tick(
             number=self._number,
             stamp_ns=tick_ns,
             instruction=self._loop.instruction,
-            hold=outcome.hold,
+            hold=report.hold,
             age_ns=ages,
             latency_ns=ended_ns - tick_ns,
             missed=missed,
-            stage_ms=outcome.stage_ms,
+            stage_ms=report.stage_ms,
             motions=motions,
             prediction=prediction,
         )
         self._number += 1
-        self.options.on_tick(record, self._policy.decoded and self._policy.decoded[1])
-        return record, ended_ns
+        self.options.on_tick(tick, self._policy.decoded and self._policy.decoded[1])
+        return tick, ended_ns
 
     def _prediction(
         self, chunk: ActionChunk, observation: Observation, tick_ns: int, ended_ns: int, seam: Seam | None
@@ -228,8 +237,8 @@ class Replay:
         if every_ns and tick_ns - self._probed_ns >= every_ns:
             self._probed_ns = tick_ns
             probes = self._policy.probe(observation, self.options.other_instruction, list(observation.frames))
-        outcome = self._wire.outcome
-        acted_ns = (outcome.command_ns or ended_ns) + round(self.settings.lead_s * NS_PER_S)
+        report = self._wire.report
+        acted_ns = (report.command_ns or ended_ns) + round(self.settings.lead_s * NS_PER_S)
         return Prediction(
             index=self._policy.drawn_index,
             start_ns=chunk.start_ns,
@@ -239,8 +248,8 @@ class Replay:
             state_J=observation.state_J,
             frame_ns={name: frame.stamp_ns for name, frame in observation.frames.items()},
             joint_ns=observation.joint_ns,
-            command_ns=outcome.command_ns,
-            refusal=outcome.hold if outcome.command_ns is None else None,
+            command_ns=report.command_ns,
+            refusal=report.hold if report.command_ns is None else None,
             corrections=self._diagnostics.corrections,
             consumed=sum(chunk.due_ns(k) < acted_ns for k in range(chunk.horizon)),
             seam=seam,
@@ -359,17 +368,17 @@ class Replay:
 
     # --- reference
 
-    def _is_known(self, record: TickRecord) -> bool:
-        """Whether the bag has come past all that the record's chunk speaks of."""
-        chunk = record.prediction
+    def _is_known(self, tick: Tick) -> bool:
+        """Whether the bag has come past all that the tick's chunk speaks of."""
+        chunk = tick.prediction
         return chunk is None or self._feed.now_ns > chunk.due_ns(len(chunk.position_HJ) - 1) + LONGEST_GAP_NS
 
-    def _with_reference(self, record: TickRecord) -> TickRecord:
-        chunk = record.prediction
+    def _with_reference(self, tick: Tick) -> Tick:
+        chunk = tick.prediction
         if chunk is None or self.inbox.reference is None:
-            return record
+            return tick
         due_H = chunk.start_ns + (np.arange(len(chunk.position_HJ)) + 1) * chunk.period_ns
         reference_HJ = self.inbox.answer(self.inbox.reference, due_H, chunk.start_ns)
         if self.topics.tick is not None:  # what the arm did after the node had stopped is no answer to the chunk
-            reference_HJ[due_H > self._activity.end_of(record.stamp_ns)] = np.nan
-        return dataclasses.replace(record, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))
+            reference_HJ[due_H > self._activity.end_of(tick.stamp_ns)] = np.nan
+        return dataclasses.replace(tick, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))

@@ -1,9 +1,8 @@
-"""What a replay gives, tick by tick, and what its figures are called.
+"""What a replay gives, tick by tick.
 
-`Replay.ticks()` (replay/run.py) yields one `TickRecord` per tick of the loop, in order and some time behind the bag's
-clock: a chunk is only handed on when the bag has shown what really happened until its last action was due. Nobody keeps
-all of them; figures (replay/figures.py) and report take what they need from each. `ReplayResult` is what is left at the
-end.
+`Replay.ticks()` (replay/loop.py) yields one `Tick` per tick of the loop, in order and some time behind the bag's clock:
+a chunk is handed on only when the bag has shown what really happened until its last action was due. Nobody keeps all of
+them; figures (replay/figures.py) and report take what they need from each.
 
 Legend: H horizon, J joints in the manifest's order. Positions in rad or m, as the manifest says; stamps in ns on the
 node's clock, which a replay takes from the bag.
@@ -19,9 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.records import Motion
-
-METRICS_SCHEMA = 1
-"""Version of metrics.json, described in docs/replay.md."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +73,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TickRecord:
+class Tick:
     """One tick. `hold`: why the arm was held (None: it was not); `prediction` is None where none was due or possible.
 
     `age_ns`: of the newest frame of each camera and of "joint state" when the tick began (None: there was none).

@@ -1,0 +1,47 @@
+"""A camera's frame that is still in its bag message: decoded only when a tick looks at it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, header_ns
+from ki_vla_ros.messages.pixels import read_image
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE
+from ki_vla_ros.policy.preprocess import resize_with_pad
+from ki_vla_ros.records import CameraFrame
+
+
+class BagFrame(CameraFrame):
+    """A frame whose pixels are decoded, and shrunk to the model's size, only when a tick looks at them.
+
+    `rgb_HWC` raises InputError if they cannot be.
+    """
+
+    message: BagMessage
+    _size: int
+    _pixels: NDArray[np.uint8] | None
+
+    def __init__(self, camera: str, stamp_ns: int, message: BagMessage, size: int) -> None:
+        values = {"camera": camera, "stamp_ns": stamp_ns, "message": message, "_size": size, "_pixels": None}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the base is frozen
+
+    @property
+    def rgb_HWC(self) -> NDArray[np.uint8]:
+        if self._pixels is None:
+            whole = camera_frame(self.message, self.camera)
+            object.__setattr__(self, "_pixels", resize_with_pad(whole.rgb_HWC, self._size))
+        assert self._pixels is not None
+        return self._pixels
+
+
+def bag_frame(message: BagMessage, camera: str, size: int, use_receive_time: bool) -> BagFrame:
+    """InputError where even the stamp cannot be read; faults in the pixels come to light when they are looked at."""
+    if use_receive_time:
+        stamp_ns = message.log_ns
+    elif message.type == IMAGE:
+        stamp_ns = read_image(f"camera {camera!r}", message.data).stamp_ns
+    else:
+        stamp_ns = header_ns(decode(message, IMAGE, COMPRESSED_IMAGE))
+    return BagFrame(camera, stamp_ns, message, size)

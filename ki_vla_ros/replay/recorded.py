@@ -1,0 +1,116 @@
+"""What a bag says of the live run: the ticks the node made, when it was active, and the chunks that it published."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.errors import InputError
+from ki_vla_ros.records import NS_PER_S
+
+# A node that ticked is taken to have been inactive where its ticks are farther apart than both.
+INACTIVE_NS, INACTIVE_PERIODS = 500_000_000, 3
+
+
+@dataclass(frozen=True)
+class RecordedTick:
+    """What the live node said of a tick: enough to make it again from the bag."""
+
+    stamp_ns: int
+    chunk_index: int | None
+    frame_ns: Mapping[str, int]
+    joint_ns: tuple[int, ...]
+    joined_ns: int | None
+    instruction: str
+    hold: str | None
+    total_ms: float
+
+
+def read_tick(text: str) -> RecordedTick:
+    """InputError if the text is not a tick's, or one of a version that did not name its frames."""
+    try:
+        fields = json.loads(text)
+        index = fields["chunk_index"]
+        return RecordedTick(
+            stamp_ns=int(fields["stamp_ns"]),
+            chunk_index=None if index is None else int(index),
+            frame_ns={str(name): int(stamp) for name, stamp in (fields.get("frame_ns") or {}).items()},
+            joint_ns=tuple(int(stamp) for stamp in fields.get("joint_ns") or ()),
+            joined_ns=int(fields["joined_ns"]) if fields.get("joined_ns") else None,
+            instruction=str(fields["instruction"]),
+            hold=None if fields["hold"] is None else str(fields["hold"]),
+            total_ms=float(fields["stage_ms"]["total"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"tick: expected what the node writes there, got {text[:60]!r}: {error}") from error
+
+
+class Activity:
+    """Spans from a first tick to a last one, known as far as ticks have been read."""
+
+    def __init__(self, rate_hz: float) -> None:
+        self.gap_ns = max(INACTIVE_NS, round(INACTIVE_PERIODS * NS_PER_S / rate_hz))
+        self._spans: list[list[int]] = []
+        self._begun = 0
+
+    def add(self, stamp_ns: int) -> None:
+        if self._spans and stamp_ns - self._spans[-1][1] <= self.gap_ns:
+            self._spans[-1][1] = max(self._spans[-1][1], stamp_ns)
+        else:
+            self._spans.append([stamp_ns, stamp_ns])
+
+    def begin_next(self) -> int | None:
+        """When the next span starts, which is then the present one; None: not known of any."""
+        if self._begun == len(self._spans):
+            return None
+        self._begun += 1
+        return self._spans[self._begun - 1][0]
+
+    @property
+    def end_ns(self) -> int:
+        """Of the present span, as far as is known."""
+        return self._spans[self._begun - 1][1]
+
+    def end_of(self, stamp_ns: int) -> int:
+        """The end of the span that a tick belongs to."""
+        return next((end for start, end in reversed(self._spans) if start <= stamp_ns), stamp_ns)
+
+
+class Parity:
+    """How far the chunks made again are from those that the node published, by their stamp and order."""
+
+    def __init__(self) -> None:
+        self._published: dict[int, deque[NDArray[np.float64]]] = {}
+        self._made: dict[int, deque[NDArray[np.float64]]] = {}
+        self._count, self._largest = 0, 0.0
+
+    def add_published(self, start_ns: int, position_HJ: NDArray[np.float64]) -> None:
+        self._meet(self._published, self._made, start_ns, position_HJ)
+
+    def add_made(self, start_ns: int, position_HJ: NDArray[np.float64]) -> None:
+        self._meet(self._made, self._published, start_ns, position_HJ)
+
+    def summary(self) -> dict[str, float | int | None]:
+        """`unmatched`: chunks made again without a published one in the bag, or the other way round."""
+        left = sum(len(chunks) for table in (self._published, self._made) for chunks in table.values())
+        return {"chunks": self._count, "max_difference": self._largest if self._count else None, "unmatched": left}
+
+    def _meet(
+        self, own: dict[int, Any], other: dict[int, Any], start_ns: int, position_HJ: NDArray[np.float64]
+    ) -> None:
+        waiting = other.get(start_ns)
+        if not waiting:
+            own.setdefault(start_ns, deque()).append(position_HJ)
+            return
+        met_HJ = waiting.popleft()
+        if not waiting:
+            del other[start_ns]
+        same = met_HJ.shape == position_HJ.shape
+        self._count += 1
+        self._largest = max(self._largest, float(np.abs(met_HJ - position_HJ).max()) if same else float("inf"))
