@@ -16,63 +16,46 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ki_vla_ros.bags.bag import Bag, open_bag
-from ki_vla_ros.engines.choice import open_engine
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.messages.decode import BagMessage
-from ki_vla_ros.records import NS_PER_S, Observation
-from ki_vla_ros.replay.document import METRICS, make_metrics, write_metrics
-from ki_vla_ros.replay.figures import Figures
-from ki_vla_ros.replay.latency import MEASURED, RECORDED, RecordedLatency, parse_latency
-from ki_vla_ros.replay.loop import Replay
+from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.replay.document import METRICS
+from ki_vla_ros.replay.latency import MEASURED, RECORDED, parse_latency
 from ki_vla_ros.replay.predicted import PredictionBag
 from ki_vla_ros.replay.report import report
-from ki_vla_ros.replay.setup import REFERENCES, ReplayOptions, Setup, set_up
+from ki_vla_ros.replay.run import ReplayResult, replay
+from ki_vla_ros.replay.setup import REFERENCES, ReplayOptions, set_up
+from ki_vla_ros.replay.sweep.advice import Advice, sweep_section
 from ki_vla_ros.replay.sweep.grid import make_grid
-from ki_vla_ros.replay.sweep.output import tune
-from ki_vla_ros.replay.thresholds import Threshold, check_figure, parse_threshold
-from ki_vla_ros.replay.ticks import ReplayResult, Tick
+from ki_vla_ros.replay.sweep.run import RECOMMENDED, sweep, write_sweep
+from ki_vla_ros.replay.thresholds import check_figure, parse_threshold
 from ki_vla_ros.replay.trace import Trace
 from ki_vla_ros.settings.names import parameter_specs
 
 PREDICTED, REPORT = "predicted", "report.html"
-# metrics.json is written so often while a long bag is read, and for the first time after the first of these.
-FIRST_FIGURES_S, FIGURES_EVERY_S = 3.0, 15.0
 PROGRESS_EVERY_S, LINE_EVERY_S = 0.2, 10.0
-FAILED, INTERRUPTED = 3, 130
-FAIL_HELP = 'e.g. "error.rms>0.1" or "error.by_step.0.rms>0.05": then exit code 3; an unknown name lists all'
+FAIL_HELP = 'e.g. "error.rms>0.1" or "error.by_step.0.rms>0.05": then exit code 1; an unknown name lists all'
 OUT_HELP = "folder for the results; default: out/replay. What an earlier replay left in it is overwritten"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 with one message where it cannot be done; 3 if a --fail-if holds; 130 after Ctrl-C."""
-    try:
-        chosen = _parser().parse_args(arguments)
-        chosen.arguments = list(sys.argv[1:] if arguments is None else arguments)
-        thresholds = [parse_threshold(text) for text in chosen.fail_if]
-        result = run(chosen, thresholds)
-        failures = _failures(thresholds, result)
-    except KiVlaError as error:
-        print(f"replay: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    if result.metrics["stopped"] == Progress.INTERRUPTED:
-        return INTERRUPTED
-    return FAILED if failures else 0
+    chosen = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command("replay", partial(_replay, chosen, given))
 
 
-def run(chosen: argparse.Namespace, thresholds: Sequence[Threshold] = ()) -> ReplayResult:
+def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
+    thresholds = [parse_threshold(text) for text in chosen.fail_if]
+    as_recorded = chosen.ticks == "recorded"
     with ExitStack() as resources:
         bag = resources.enter_context(open_bag(chosen.bag))
-        plan = set_up(
+        setup = set_up(
             bag,
             chosen.bundle,
             chosen.params,
@@ -81,148 +64,94 @@ def run(chosen: argparse.Namespace, thresholds: Sequence[Threshold] = ()) -> Rep
             chosen.reference_topic,
             dict(_change(pair) for pair in chosen.set),
         )
-        for threshold in thresholds:  # before anything takes long
-            check_figure(threshold, plan.bundle.manifest, chosen.ticks == "recorded")
-        for note in (*plan.notes, plan.topics.missing_reference):
-            if note:
-                print(f"note: {note}", file=sys.stderr)
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        engine = open_engine(plan.bundle, plan.settings)
-        resources.callback(engine.close)
-        as_recorded = chosen.ticks == "recorded"
-        latency = parse_latency(chosen.latency or (RECORDED if as_recorded else MEASURED), plan.settings.noise_seed)
-        if isinstance(latency, RecordedLatency) and not as_recorded:
-            raise ConfigurationError(
-                "--latency recorded: expected --ticks recorded beside it, whose ticks took that long; for other ticks "
-                "give seconds, or the metrics.json of a replay"
-            )
-        # Before anything takes long.
-        grid = make_grid(chosen.sweep, plan.settings, plan.bundle.manifest) if chosen.sweep else None
-        trace = Trace(plan.bundle.manifest)
-        progress = Progress(bag)
-        resources.enter_context(progress.interruptible())
-        predicted = None
-        if chosen.mcap:
-            joints = plan.bundle.manifest.joint_names
-            predicted = PredictionBag(chosen.out / PREDICTED, plan.topics, plan.node, joints)
-            resources.callback(predicted.close)
-
-        def on_message(message: BagMessage) -> None:
-            progress.check()
-            if predicted is not None:
-                predicted.copy(message)
-
-        def on_tick(tick: Tick, observation: Observation | None) -> None:
-            if predicted is not None:
-                predicted.add(tick, observation)
-
+        manifest, seed = setup.bundle.manifest, setup.settings.noise_seed
+        # Everything that was asked for is checked before anything takes long.
+        for threshold in thresholds:
+            check_figure(threshold, manifest, as_recorded)
         options = ReplayOptions(
             instruction=chosen.instruction,
             other_instruction=chosen.instruction_other,
             probe_every_s=chosen.sensitivity_every,
             as_recorded=as_recorded,
-            follow_session=plan.follow_session,
-            latency=latency,
-            on_message=on_message,
-            on_tick=on_tick,
-            on_observation=trace.see,
+            latency=parse_latency(chosen.latency or (RECORDED if as_recorded else MEASURED), seed),
         )
-        replay = Replay(bag, plan.bundle, engine, plan.settings, plan.topics, options)
-        result = _measure(bag, plan, replay, trace, progress, chosen.out)
-        _report(chosen.out, result)
-        sections, interrupted = [], False
+        grid = make_grid(chosen.sweep, setup.settings, manifest) if chosen.sweep else None
+        for note in (*setup.notes, setup.topics.missing_reference):
+            if note:
+                print(f"note: {note}", file=sys.stderr)
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        trace, predicted = Trace(manifest), None
+        if chosen.mcap:
+            predicted = PredictionBag(chosen.out / PREDICTED, setup.topics, setup.node, manifest.joint_names)
+            resources.callback(predicted.close)
+        with ProgressBar(bag) as bar:
+            result = replay(bag, setup, options, chosen.out, trace=trace, predicted=predicted, on_progress=bar.show)
+        _print_summary(chosen.out, result)
+        sections, interrupted = [], not result.complete
         if grid is not None and result.complete:
             try:
-                sweeping = Progress(bag)
-                resources.enter_context(sweeping.interruptible())
-                sections.append(tune(bag, plan, grid, options, result.metrics, chosen.out, sweeping))
+                with ProgressBar(bag) as bar:
+                    advice = sweep(bag, setup, grid, options, result.metrics, bar.show)
             except KeyboardInterrupt:
                 interrupted = True
-        command = shlex.join(["python", "-m", "ki_vla_ros.replay", *chosen.arguments])
+                print("sweep: interrupted; nothing is recommended", file=sys.stderr)
+            else:
+                write_sweep(chosen.out, advice)
+                _print_advice(chosen.out, advice)
+                sections.append(sweep_section(advice))
+        command = shlex.join(["python", "-m", "ki_vla_ros.replay", *arguments])
         (chosen.out / REPORT).write_text(report(trace, result.metrics, command, sections), encoding="utf-8")
-        if interrupted:
-            print("sweep: interrupted; nothing is recommended", file=sys.stderr)
-            raise KeyboardInterrupt
-        return result
+    failures = [verdict for threshold in thresholds if (verdict := threshold.verdict(result.metrics)) is not None]
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    if interrupted:
+        return ExitCode.INTERRUPTED
+    return ExitCode.FOUND if failures else ExitCode.FINE
 
 
-def _measure(bag: Bag, plan: Setup, replay: Replay, trace: Trace, progress: Progress, out: Path) -> ReplayResult:
-    options, seed = replay.options, plan.settings.noise_seed
-    figures = Figures(plan.bundle.manifest, options.other_instruction, options.probe_every_s, seed)
-    began_s = time.perf_counter()
-    due_s = began_s + FIRST_FIGURES_S
-    stopped: str | None = None
-
-    def metrics(reason: str | None) -> dict[str, Any]:
-        return make_metrics(bag, plan, replay, figures, time.perf_counter() - began_s, reason)
-
-    try:
-        for tick in replay.ticks():
-            figures.add(tick)
-            trace.add(tick)
-            progress.show(replay.now_ns)
-            if time.perf_counter() >= due_s:
-                write_metrics(out, metrics("still running"))
-                due_s = time.perf_counter() + FIGURES_EVERY_S
-    except KeyboardInterrupt:
-        stopped = Progress.INTERRUPTED
-        for tick in replay.take_pending():
-            figures.add(tick)
-    progress.end()
-    result = ReplayResult(metrics(stopped), stopped is None)
-    write_metrics(out, dict(result.metrics))
-    return result
-
-
-class Progress:
-    """A bar on a terminal, a line now and then elsewhere; and Ctrl-C, which takes effect between two messages."""
-
-    INTERRUPTED = "interrupted"
+class ProgressBar:
+    """A bar on a terminal, a line now and then elsewhere. Within it, Ctrl-C takes effect at the next `show`."""
 
     def __init__(self, bag: Bag) -> None:
-        self._start_ns, self._end_ns = bag.start_ns or 0, bag.end_ns or 0
+        self._whole_s = ((bag.end_ns or 0) - (bag.start_ns or 0)) / NS_PER_S
         self._terminal = sys.stderr.isatty()
         self._began_s = self._shown_s = time.perf_counter()
         self._interrupted = False
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def __enter__(self) -> ProgressBar:
         def interrupt(_number: int, _frame: object) -> None:
-            if self._interrupted:
+            if self._interrupted:  # asked for twice: at once
                 raise KeyboardInterrupt
             self._interrupted = True
 
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self._handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def check(self) -> None:
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def show(self, share: float) -> None:
+        """KeyboardInterrupt after Ctrl-C."""
         if self._interrupted:
             raise KeyboardInterrupt
-
-    def show(self, now_ns: int) -> None:
         time_s = time.perf_counter()
         if time_s - self._shown_s < (PROGRESS_EVERY_S if self._terminal else LINE_EVERY_S):
             return
         self._shown_s = time_s
-        done_s, whole_s = (now_ns - self._start_ns) / NS_PER_S, (self._end_ns - self._start_ns) / NS_PER_S
+        done_s = share * self._whole_s
         speed = done_s / (time_s - self._began_s)
-        text = f"{done_s:.0f} of {whole_s:.0f} s of the bag, {speed:.1f} times real time"
+        text = f"{done_s:.0f} of {self._whole_s:.0f} s of the bag, {speed:.1f} times real time"
         if self._terminal:
-            filled = min(max(round(30 * done_s / whole_s), 0), 30) if whole_s > 0 else 0
+            filled = min(max(round(30 * share), 0), 30)
             print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {text}   ", end="", file=sys.stderr, flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def end(self) -> None:
-        if self._terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
-
-def _report(out: Path, result: ReplayResult) -> None:
+def _print_summary(out: Path, result: ReplayResult) -> None:
     metrics = result.metrics
     error, ticks, seam = metrics["error"], metrics["ticks"], metrics["seam"]
     rms = error["missing"] or f"{_number(error['rms'])} {error['unit']} rms{_interval(error['rms_ci'])}"
@@ -236,9 +165,10 @@ def _report(out: Path, result: ReplayResult) -> None:
     print(f"realtime_factor {metrics['realtime_factor']:.1f}; {out / METRICS}{'' if result.complete else ' (partial)'}")
 
 
-def _failures(thresholds: Sequence[Threshold], result: ReplayResult) -> list[str]:
-    verdicts = [threshold.verdict(result.metrics) for threshold in thresholds]
-    return [verdict for verdict in verdicts if verdict is not None]
+def _print_advice(out: Path, advice: Advice) -> None:
+    others = len(advice.rows) - 1
+    print(f"sweep: {others} setting{'' if others == 1 else 's'} and the given one; {advice.verdict}: {advice.reason}")
+    print(f"see {out / RECOMMENDED}")
 
 
 def _number(value: float | None) -> str:

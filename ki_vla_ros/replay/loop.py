@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -52,7 +52,11 @@ class MessageSource(Protocol):
 
 
 class Replay:
-    """One pass over `bag`; `ticks` may be called once. The engine stays the caller's."""
+    """One pass over `bag`; `ticks` may be called once. The engine stays the caller's.
+
+    `on_message` gets each message when its time has come; `on_tick` each tick at once, still without reference, and the
+    observation that its chunk was made of (None: it has no chunk).
+    """
 
     def __init__(
         self,
@@ -62,11 +66,14 @@ class Replay:
         settings: Settings,
         topics: ReplayTopics,
         options: ReplayOptions,
+        on_message: Callable[[BagMessage], None] = lambda message: None,
+        on_tick: Callable[[Tick, Observation | None], None] = lambda tick, observation: None,
     ) -> None:
         settings.validate_against(bundle.manifest)
         # Nothing is sent anywhere, and a dry run would begin each motion at the arm.
         self.settings = settings.model_copy(update={"dry_run": False})
         self.topics, self.options, self.bundle = topics, options, bundle
+        self._on_message, self._on_tick = on_message, on_tick
         self.refused, self.messages, self.not_reproduced = (Counter[str]() for _ in range(3))
         self._latency, manifest = options.latency, bundle.manifest
         self._diagnostics = ReplayDiagnostics()
@@ -117,7 +124,7 @@ class Replay:
             yield from known
 
     def steps(self) -> Iterator[Sequence[Tick]]:
-        """One tick at a time: those that are known by then. For who drives several replays side by side (sweep)."""
+        """One tick at a time: those that are known by then. For a caller that drives several replays side by side."""
         self._wire.clock_ns = self._feed.now_ns
         for tick in self._recorded_ticks() if self.options.as_recorded else self._paced_ticks():
             self._pending.append(tick)
@@ -226,13 +233,12 @@ class Replay:
             prediction=prediction,
         )
         self._number += 1
-        self.options.on_tick(tick, self._policy.decoded and self._policy.decoded[1])
+        self._on_tick(tick, self._policy.decoded and self._policy.decoded[1])
         return tick, ended_ns
 
     def _prediction(
         self, chunk: ActionChunk, observation: Observation, tick_ns: int, ended_ns: int, seam: Seam | None
     ) -> Prediction:
-        self.options.on_observation(observation)
         probes, every_ns = {}, self.options.probe_every_s * NS_PER_S
         if every_ns and tick_ns - self._probed_ns >= every_ns:
             self._probed_ns = tick_ns
@@ -333,7 +339,7 @@ class Replay:
 
     def _receive(self, message: BagMessage) -> None:
         self.messages[message.topic] += 1
-        self.options.on_message(message)
+        self._on_message(message)
         try:
             self._take(message)
         except (InputError, ConfigurationError) as refusal:

@@ -12,10 +12,9 @@ from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages.decode import BagMessage, joint_reading
-from ki_vla_ros.records import CameraFrame, JointReading, Observation
+from ki_vla_ros.records import CameraFrame, JointReading
 from ki_vla_ros.replay.frames import bag_frame
-from ki_vla_ros.replay.latency import Latency, MeasuredLatency
-from ki_vla_ros.replay.ticks import Tick
+from ki_vla_ros.replay.latency import Latency, MeasuredLatency, RecordedLatency
 from ki_vla_ros.replay.topics import ReplayTopics, find_session, resolve_topics
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.parameter_file import NODE, load_sections, load_settings, parameter_values
@@ -33,10 +32,9 @@ class ReplayOptions:
     """`instruction` replaces those of the bag. `probe_every_s`: bag time between two "what if"s (0: none).
 
     `as_recorded`: ticks as the node made them, with the frames that it used. `follow_session`: settings change where
-    the node's did. `on_message` gets each message read, `on_observation` what each chunk is made of, `on_tick` each
-    tick at once, without reference, and the observation of its chunk. `noise_by_tick`: a chunk's noise belongs to its
-    tick's number and not to the count of chunks, so that replays with other settings start from the same. `read_frame`
-    and `read_joints` make records of messages.
+    the node's did. `noise_by_tick`: a chunk's noise belongs to its tick's number and not to the count of chunks, so
+    that replays with other settings start from the same. `read_frame` and `read_joints` decode messages; a sweep shares
+    their results. ConfigurationError where `latency` needs recorded ticks and these are not asked for.
     """
 
     instruction: str = ""
@@ -45,12 +43,16 @@ class ReplayOptions:
     as_recorded: bool = False
     follow_session: bool = True
     latency: Latency = dataclasses.field(default_factory=MeasuredLatency)
-    on_message: Callable[[BagMessage], None] = lambda message: None
-    on_tick: Callable[[Tick, Observation | None], None] = lambda tick, observation: None
-    on_observation: Callable[[Observation], None] = lambda observation: None
     noise_by_tick: bool = False
     read_frame: Callable[[BagMessage, str, int, bool], CameraFrame] = bag_frame
     read_joints: Callable[[BagMessage], JointReading] = joint_reading
+
+    def __post_init__(self) -> None:
+        if isinstance(self.latency, RecordedLatency) and not self.as_recorded:
+            raise ConfigurationError(
+                "--latency recorded: expected --ticks recorded beside it, whose ticks took that long; for other ticks "
+                "give seconds, or the metrics.json of a replay"
+            )
 
 
 @dataclass(frozen=True)

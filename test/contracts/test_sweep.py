@@ -23,8 +23,7 @@ from ki_vla_ros.replay.loop import Replay
 from ki_vla_ros.replay.setup import ReplayOptions, set_up
 from ki_vla_ros.replay.sweep.figures import Outcome
 from ki_vla_ros.replay.sweep.grid import Candidate, make_grid
-from ki_vla_ros.replay.sweep.output import RECOMMENDED
-from ki_vla_ros.replay.sweep.run import SweepInputs, sweep
+from ki_vla_ros.replay.sweep.run import RECOMMENDED, SweepInputs, try_settings
 from ki_vla_ros.replay.sweep.shared_engine import SharedEngine
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.parameter_file import load_settings
@@ -56,8 +55,8 @@ def told(outcome: Outcome) -> tuple[object, ...]:
 
 def test_side_by_side_as_alone(prepared: tuple[SweepInputs, Sequence[Candidate]]) -> None:
     inputs, candidates = prepared
-    together = sweep(inputs, candidates, processes=1)
-    alone = [sweep(inputs, [candidate], processes=1)[0] for candidate in candidates]
+    together = try_settings(inputs, candidates, processes=1)
+    alone = [try_settings(inputs, [candidate], processes=1)[0] for candidate in candidates]
     assert [told(outcome) for outcome in together] == [told(outcome) for outcome in alone]
     assert len({told(outcome) for outcome in together}) == len(candidates)  # and they do differ
     assert all(outcome.acted > 10 for outcome in together)
@@ -65,7 +64,7 @@ def test_side_by_side_as_alone(prepared: tuple[SweepInputs, Sequence[Candidate]]
 
 def test_processes_do_not_matter(prepared: tuple[SweepInputs, Sequence[Candidate]]) -> None:
     inputs, candidates = prepared
-    one, two = sweep(inputs, candidates, processes=1), sweep(inputs, candidates, processes=2)
+    one, two = try_settings(inputs, candidates, processes=1), try_settings(inputs, candidates, processes=2)
     assert [told(outcome) for outcome in one] == [told(outcome) for outcome in two]
 
 
@@ -77,7 +76,7 @@ def test_what_the_report_raises_ends_all_processes(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(*prepared, processes=processes, report=interrupted)
+        try_settings(*prepared, processes=processes, on_progress=interrupted)
     assert not multiprocessing.active_children()
 
 
@@ -87,7 +86,7 @@ def test_longer_horizons_infer_less_and_act_on_older_images(
     inputs, candidates = prepared
     by_horizon = {
         candidate.settings.execution_horizon_s: outcome
-        for candidate, outcome in zip(candidates, sweep(inputs, candidates, processes=1), strict=True)
+        for candidate, outcome in zip(candidates, try_settings(inputs, candidates, processes=1), strict=True)
         if candidate.settings.executor == "asynchronous"
     }
     often, seldom = by_horizon[0.1], by_horizon[0.2]

@@ -15,7 +15,7 @@ from support.recordings import record_inputs
 from support.waiting import PATIENCE_S, until
 
 from ki_vla_ros.bags.bag import open_bag
-from ki_vla_ros.replay.__main__ import INTERRUPTED
+from ki_vla_ros.console import ExitCode
 
 # Random weights leave the arm's reach now and then; this test is not about that.
 LOOSE = {"limits.on_jump": "clamp", "limits.on_speed": "clamp", "limits.on_position": "clamp", "ramp_in_s": 0.0}
@@ -32,7 +32,7 @@ def test_an_interrupted_replay_leaves_its_figures(tmp_path: Path) -> None:
     mcap = out / "predicted" / "predicted.mcap"
     until(lambda: (mcap.exists() and mcap.stat().st_size > 50_000) or process.poll() is not None, "predictions")
     process.send_signal(signal.SIGINT)
-    assert process.wait(PATIENCE_S) == INTERRUPTED
+    assert process.wait(PATIENCE_S) == ExitCode.INTERRUPTED
     metrics = json.loads((out / "metrics.json").read_text())
     assert not metrics["complete"] and metrics["stopped"] == "interrupted"
     assert 0.0 < metrics["bag"]["duration_s"] < 59.0 and metrics["ticks"]["chunks"] > 0

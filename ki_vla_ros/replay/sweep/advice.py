@@ -55,10 +55,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Advice:
-    """`rows` in the grid's order, the given settings first; `chosen` is the index of the recommended one. `period_s`:
-    of the actions.
+    """`rows` in the grid's order, the given settings first; `chosen` is the index of the recommended one. `source` says
+    what was swept over. `period_s`: of the actions.
     """
 
+    grid: Grid
+    source: str
     rows: Sequence[Row]
     chosen: int
     reason: str
@@ -71,7 +73,7 @@ class Advice:
         return f"take {told}" if (told := _told(self.rows[self.chosen].changes, self.period_s)) else KEEP
 
 
-def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int) -> Advice:
+def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int, source: str) -> Advice:
     """Fewest failures, then least error as far as the bag can tell, then smoothest, then fewest inferences."""
     scale_J = (np.array(spec.action.high) - np.array(spec.action.low)) / 2.0
     turning_J = np.array([joint.unit == "rad" for joint in spec.joints])
@@ -113,7 +115,7 @@ def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int)
         )
     chosen = _choose(rows)
     reason = _reason(rows, chosen, unit, _untold(rows, able_C, draws))
-    return Advice(rows, chosen, reason, unit, spec.action_period_s)
+    return Advice(grid, source, rows, chosen, reason, unit, spec.action_period_s)
 
 
 def _choose(rows: Sequence[Row]) -> int:
@@ -186,10 +188,10 @@ CAUTION = (
 )
 
 
-def recommended_yaml(grid: Grid, advice: Advice, source: str) -> str:
-    """A parameter file with the differences from the given settings alone; `source` says what was swept over what."""
+def recommended_yaml(advice: Advice) -> str:
+    """A parameter file with the differences from the given settings alone."""
     row = advice.rows[advice.chosen]
-    lines = [f"Recommended by a sweep of {len(advice.rows)} settings over {source}.", ""]
+    lines = [f"Recommended by a sweep of {len(advice.rows)} settings over {advice.source}.", ""]
     lines += [f"{_sentence(advice.verdict)}.", "", advice.reason, "", CAUTION]
     comment = [f"# {part}".rstrip() for line in lines for part in (textwrap.wrap(line, 116) or [""])]
     values = [f"    {name}: {_yaml(value)}" for name, value in sorted(row.changes.items())]
@@ -197,9 +199,9 @@ def recommended_yaml(grid: Grid, advice: Advice, source: str) -> str:
     return "\n".join([*comment, "", *body]) + "\n"
 
 
-def sweep_section(grid: Grid, advice: Advice) -> str:
+def sweep_section(advice: Advice) -> str:
     """For the report."""
-    unit = advice.unit
+    grid, unit = advice.grid, advice.unit
     given = parameters_of(grid.candidates[0].settings)
     swept = [name for name in grid.names if name in {n for row in advice.rows for n in row.changes}]
     names = [
@@ -237,8 +239,9 @@ def sweep_section(grid: Grid, advice: Advice) -> str:
     return section("Sweep", told, drawn, table(names, rows, marked=position), listed, note=note)
 
 
-def sweep_metrics(grid: Grid, advice: Advice) -> dict[str, Any]:
-    """For metrics.json."""
+def sweep_document(advice: Advice) -> dict[str, Any]:
+    """What sweep.json holds."""
+    grid = advice.grid
     return {
         "asked": grid.asked,
         "same": grid.same,

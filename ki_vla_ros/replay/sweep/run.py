@@ -7,12 +7,14 @@ two sweeps give the same bytes, whatever the number of processes.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +24,22 @@ from ki_vla_ros.bags.bag import Bag, open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.messages.decode import BagMessage, joint_reading
+from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.replay.frames import bag_frame
-from ki_vla_ros.replay.latency import Latency
+from ki_vla_ros.replay.latency import DrawnLatency, Latency, MeasuredLatency
 from ki_vla_ros.replay.loop import Replay
-from ki_vla_ros.replay.setup import ReplayOptions
+from ki_vla_ros.replay.setup import ReplayOptions, Setup
+from ki_vla_ros.replay.sweep.advice import Advice, advise, recommended_yaml, sweep_document
 from ki_vla_ros.replay.sweep.figures import Execution, Outcome
-from ki_vla_ros.replay.sweep.grid import Candidate
+from ki_vla_ros.replay.sweep.grid import Candidate, Grid
 from ki_vla_ros.replay.sweep.shared_engine import SharedEngine
 from ki_vla_ros.replay.ticks import Tick
 from ki_vla_ros.replay.topics import ReplayTopics
 
+SWEEP, RECOMMENDED = "sweep.json", "recommended.yaml"
 # Messages that are decoded once for all: of about two seconds.
 FRAMES_KEPT, READINGS_KEPT = 128, 1024
-REPORT_PERIOD_S = 0.5
+PROGRESS_PERIOD_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -50,15 +55,49 @@ class SweepInputs:
 
 
 def sweep(
+    bag: Bag,
+    setup: Setup,
+    grid: Grid,
+    options: ReplayOptions,
+    metrics: Mapping[str, Any],
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> Advice:
+    """Tries the settings of the grid. `metrics` are those of `replay` with the given settings and the same `options`;
+    measured latencies are drawn from them. `on_progress` gets the share of the bag that is done; what it raises ends
+    all.
+    """
+    seed = setup.settings.noise_seed
+    inputs = SweepInputs(
+        bag=bag.path,
+        bundle=setup.bundle.path,
+        topics=setup.topics,
+        latency=_latency(options.latency, metrics, seed),
+        segment_s=metrics["replay"]["segment_s"],
+        instruction=options.instruction,
+    )
+    outcomes = try_settings(inputs, grid.candidates, on_progress=on_progress)
+    source = (
+        f"{bag.path.name} ({metrics['bag']['duration_s']:.1f} s), bundle {setup.bundle.manifest.name}, "
+        f"latency {inputs.latency().description}"
+    )
+    return advise(grid, outcomes, setup.bundle.manifest, seed, source)
+
+
+def write_sweep(folder: Path, advice: Advice) -> None:
+    (folder / SWEEP).write_text(json.dumps(sweep_document(advice), indent=2) + "\n", encoding="utf-8")
+    (folder / RECOMMENDED).write_text(recommended_yaml(advice), encoding="utf-8")
+
+
+def try_settings(
     inputs: SweepInputs,
     candidates: Sequence[Candidate],
     processes: int | None = None,
-    report: Callable[[float], None] = lambda share: None,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> list[Outcome]:
-    """Outcomes in the candidates' order. `report` gets the share of the bag that is done; what it raises ends all."""
+    """Outcomes in the candidates' order; by default a process per core."""
     count = max(1, min(processes or os.cpu_count() or 1, len(candidates)))
     if count == 1:
-        return _drive(inputs, candidates, report)
+        return _drive(inputs, candidates, on_progress)
     # Those that infer most often cost most: dealt out in turn, so that no process gets them all.
     order = sorted(range(len(candidates)), key=lambda i: _cost(candidates[i]), reverse=True)
     shares = [order[first::count] for first in range(count)]
@@ -71,12 +110,24 @@ def sweep(
             for place, share in enumerate(shares)
         ]
         while not all(job.ready() for job in jobs):
-            jobs[0].wait(REPORT_PERIOD_S)
-            report(min(done[place] for place in range(count)))
+            jobs[0].wait(PROGRESS_PERIOD_S)
+            on_progress(min(done[place] for place in range(count)))
         for share, job in zip(shares, jobs, strict=True):
             for i, outcome in zip(share, job.get(), strict=True):
                 outcomes[i] = outcome
     return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _latency(model: Latency, metrics: Mapping[str, Any], seed: int) -> Callable[[], Latency]:
+    """One model for each setting, all alike. What was measured is drawn from: side by side nothing can be timed."""
+    if not isinstance(model, MeasuredLatency):
+        return functools.partial(_again, model)
+    durations_ns = [round(took_s * NS_PER_S) for took_s in metrics["timing"]["latency_s"]]
+    return functools.partial(DrawnLatency, durations_ns, "ticks measured in the replay", seed)
+
+
+def _again(model: Latency) -> Latency:
+    return copy.copy(model)
 
 
 _done: Any = None
@@ -102,7 +153,7 @@ def _cost(candidate: Candidate) -> tuple[bool, float]:
 
 
 def _drive(
-    inputs: SweepInputs, candidates: Sequence[Candidate], report: Callable[[float], None] = lambda share: None
+    inputs: SweepInputs, candidates: Sequence[Candidate], on_progress: Callable[[float], None] = lambda share: None
 ) -> list[Outcome]:
     """All candidates through one engine and one reading of the bag, each a tick further in turn."""
     bundle = load_bundle(inputs.bundle)
@@ -133,7 +184,7 @@ def _drive(
                     del running[execution]
                 for tick in known or ():
                     execution.add(tick)
-            report(min(1.0, (replay.now_ns - replay.start_ns) / span_ns))
+            on_progress(min(1.0, (replay.now_ns - replay.start_ns) / span_ns))
         return [execution.finish() for execution in executions]
 
 

@@ -16,9 +16,13 @@ from support.recordings import MS, BagWriter, path_J, picture, record_inputs, re
 
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import Bundle, load_bundle
+from ki_vla_ros.console import ExitCode
 from ki_vla_ros.messages.decode import BagMessage, decode
-from ki_vla_ros.replay.__main__ import FAILED, main
+from ki_vla_ros.replay.__main__ import main
 from ki_vla_ros.replay.document import MACHINE
+from ki_vla_ros.replay.latency import parse_latency
+from ki_vla_ros.replay.run import replay as run_replay
+from ki_vla_ros.replay.setup import ReplayOptions, set_up
 
 # Random weights leave the arm's reach now and then; these tests are not about that.
 LOOSE = {"limits.on_jump": "clamp", "limits.on_speed": "clamp", "limits.on_position": "clamp", "ramp_in_s": 0.0}
@@ -131,6 +135,26 @@ def read_bytes(folder: Path) -> bytes:
     return next(folder.glob("*.mcap")).read_bytes()
 
 
+def test_from_python_it_gives_the_same_figures_and_writes_nothing(tmp_path: Path, demo: Bundle, inputs: Path) -> None:
+    told = replay(inputs, tmp_path / "command", demo, "--latency", "0.02", "--no-mcap")
+    shares: list[float] = []
+    with open_bag(inputs) as bag:
+        setup = set_up(bag, str(demo.path), changes=LOOSE)
+        result = run_replay(bag, setup, ReplayOptions(latency=parse_latency("0.02")), on_progress=shares.append)
+    assert result.complete and result.metrics["fingerprint"] == told["fingerprint"]
+    assert shares == sorted(shares) and shares[0] == 0.0 and shares[-1] == 1.0
+
+    def interrupt(share: float) -> None:
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    with open_bag(inputs) as bag:
+        half = run_replay(bag, setup, ReplayOptions(latency=parse_latency("0.02")), tmp_path, on_progress=interrupt)
+    assert not half.complete and half.metrics["stopped"] == "interrupted"
+    assert 0 < half.metrics["ticks"]["chunks"] < told["ticks"]["chunks"]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == half.metrics
+
+
 def test_time_belongs_to_the_machine_that_is_asked_about(tmp_path: Path, bundle: Bundle, inputs: Path) -> None:
     quick, slow, late = (
         replay(inputs, tmp_path / text, bundle, "--latency", text, "--no-mcap") for text in ("0.001", "0.25", "0.6")
@@ -181,7 +205,15 @@ def test_a_missing_reference_is_said(tmp_path: Path, bundle: Bundle, inputs: Pat
     assert "arm_controller/joint_trajectory" in metrics["error"]["missing"]
     assert metrics["error"]["rms"] is None and metrics["ticks"]["chunks"] > 50
     none = replay(
-        inputs, tmp_path / "none", bundle, "--reference", "none", "--no-mcap", "--fail-if", "error.rms>9", code=FAILED
+        inputs,
+        tmp_path / "none",
+        bundle,
+        "--reference",
+        "none",
+        "--no-mcap",
+        "--fail-if",
+        "error.rms>9",
+        code=ExitCode.FOUND,
     )
     assert "--reference none" in none["error"]["missing"]
 
@@ -211,7 +243,7 @@ def test_thresholds_give_an_exit_code(tmp_path: Path, bundle: Bundle, inputs: Pa
     arguments = ["--latency", "0.02", "--no-mcap"]
     metrics = replay(inputs, tmp_path / "out", bundle, *arguments, "--fail-if", "deadlines.missed>0")
     limit = metrics["error"]["rms"]
-    replay(inputs, tmp_path / "out", bundle, *arguments, "--fail-if", f"error.rms>{limit * 0.9}", code=FAILED)
+    replay(inputs, tmp_path / "out", bundle, *arguments, "--fail-if", f"error.rms>{limit * 0.9}", code=ExitCode.FOUND)
     replay(inputs, tmp_path / "out", bundle, *arguments, "--fail-if", f"error.rms>{limit * 1.1}")
 
 
@@ -274,6 +306,6 @@ def test_what_cannot_be_done_is_said_in_one_line(
             copy(message, writer)
     writer.close()
     given = [str(tmp_path / "bag"), "--bundle", str(bundle.path), "--out", str(tmp_path / "out"), *arguments]
-    assert main(given) == 1
+    assert main(given) == ExitCode.FAILED
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("replay: ")]
     assert len(lines) == 1 and said in lines[0]

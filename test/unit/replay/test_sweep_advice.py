@@ -30,7 +30,7 @@ def outcome(
 
 
 def choose(*outcomes: Outcome) -> Advice:
-    return advise(GRID, outcomes, SPEC, 0)
+    return advise(GRID, outcomes, SPEC, 0, "kitchen.mcap (30.0 s)")
 
 
 def test_fewest_failures_come_before_everything() -> None:
@@ -78,13 +78,13 @@ def test_without_reference_failures_and_seams_decide() -> None:
         each.squares.clear()
     advice = choose(*outcomes)
     assert advice.chosen == 2 and "no reference" in advice.reason
-    assert "recommended" in sweep_section(GRID, advice)
+    assert "recommended" in sweep_section(advice)
 
 
 @pytest.mark.parametrize("best", [0, 2])
 def test_yaml_has_the_differences_alone_and_a_reason(best: int, tmp_path: Path) -> None:
     advice = choose(*(outcome(0.01 if c == best else 0.02) for c in range(4)))
-    written = recommended_yaml(GRID, advice, "kitchen.mcap (30.0 s)")
+    written = recommended_yaml(advice)
     path = tmp_path / "recommended.yaml"
     path.write_text(written)
     assert load_parameters(path) == ({"executor": "rtc", "execution_horizon_s": 0.2} if best else {})
@@ -94,7 +94,7 @@ def test_yaml_has_the_differences_alone_and_a_reason(best: int, tmp_path: Path) 
 
 
 def test_section_marks_the_recommended_row() -> None:
-    section = sweep_section(GRID, choose(outcome(0.02), outcome(0.01), outcome(0.02), outcome(0.02)))
+    section = sweep_section(choose(outcome(0.02), outcome(0.01), outcome(0.02), outcome(0.02)))
     assert section.count("class=marked") == 1
     marked = section.partition("class=marked")[2].partition("</tr>")[0]
     assert "recommended" in marked and "rtc" in marked
@@ -110,7 +110,7 @@ def test_the_verdict_names_what_to_take_in_actions_and_seconds() -> None:
 def test_table_shows_the_given_value_and_jerk() -> None:
     """Also where the given executor looks at no horizon."""
     grid = make_grid(("executor=rtc", "execution_horizon=2,6"), Settings(executor="temporal_ensemble"), SPEC)
-    section = sweep_section(grid, advise(grid, [outcome()] * 3, SPEC, 0))
+    section = sweep_section(advise(grid, [outcome()] * 3, SPEC, 0, ""))
     rows = section.partition("<tbody>")[2].split("</tr>")
     given = next(row for row in rows if "given" in row)
     assert "2 actions (0.1 s)" in given and "not used" in given and "(given, recommended)" in given
@@ -128,7 +128,7 @@ def test_a_bag_too_short_to_tell_is_said(segments: int, spread: float, short: bo
             del each.squares[g]
     advice = choose(*outcomes)
     assert ("too short to tell" in advice.reason) == short
-    assert ("too short to tell" in sweep_section(GRID, advice)) == short
+    assert ("too short to tell" in sweep_section(advice)) == short
 
 
 def test_equal_errors_are_no_matter_of_the_bags_length() -> None:

@@ -12,7 +12,7 @@ from support.bundles import demo_policy
 from support.recordings import record_inputs
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.replay import __main__ as replay
+from ki_vla_ros.replay.__main__ import main
 from ki_vla_ros.replay.thresholds import check_figure, parse_threshold
 
 SPEC = demo_policy()
@@ -80,19 +80,19 @@ def test_every_figure_of_a_replay_is_known_and_a_misspelt_one_stops_it_at_once(
         "--sensitivity-every",
         "1",
     ]
-    assert replay.main(command) == 0
+    assert main(command) == 0
     found = list(numbers(json.loads((out / "metrics.json").read_text())))
     assert len(found) > 200
     for name in found:
         check_figure(parse_threshold(f"{name}>1"), SPEC, recorded_ticks=False)
     (out / "metrics.json").unlink()
-    monkeypatch.setattr(replay, "open_engine", lambda *_: pytest.fail("it began"))
-    assert replay.main([*command, "--fail-if", "error.rsm>0.1"]) == 1
+    monkeypatch.setattr("ki_vla_ros.replay.run.open_engine", lambda *_: pytest.fail("it began"))
+    assert main([*command, "--fail-if", "error.rsm>0.1"]) == 2
     assert "no figure 'error.rsm'" in capsys.readouterr().err and not (out / "metrics.json").exists()
 
 
 def test_help_says_where_results_go_and_what_they_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        replay.main(["--help"])
+        main(["--help"])
     words = " ".join(capsys.readouterr().out.split())
     assert "default: out/replay" in words and "overwritten" in words

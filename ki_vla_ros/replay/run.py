@@ -1,0 +1,108 @@
+"""A whole replay: from an open bag to its figures, in a folder or in memory.
+
+    with open_bag("out/demo/bag") as bag:
+        result = replay(bag, set_up(bag), ReplayOptions(latency=parse_latency("0.030")))
+    print(result.metrics["error"]["rms"], result.metrics["deadlines"]["missed"])
+
+Whoever wants each tick rather than the figures takes `Replay` (replay/loop.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ki_vla_ros.bags.bag import Bag
+from ki_vla_ros.engines.choice import open_engine
+from ki_vla_ros.messages.decode import BagMessage
+from ki_vla_ros.records import Observation
+from ki_vla_ros.replay.document import make_metrics, write_metrics
+from ki_vla_ros.replay.figures import Figures
+from ki_vla_ros.replay.loop import Replay
+from ki_vla_ros.replay.setup import ReplayOptions, Setup
+from ki_vla_ros.replay.ticks import Tick
+
+if TYPE_CHECKING:  # opencv's encoder and the mcap writer are loaded only by a caller that makes one
+    from ki_vla_ros.replay.predicted import PredictionBag
+    from ki_vla_ros.replay.trace import Trace
+
+# metrics.json is written so often while a long bag is read, and for the first time after the first of these.
+FIRST_FIGURES_S, FIGURES_EVERY_S = 3.0, 15.0
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplayResult:
+    """`metrics` is what metrics.json holds; `complete` is False after KeyboardInterrupt: figures of what was read."""
+
+    metrics: Mapping[str, Any]
+    complete: bool
+
+
+def replay(
+    bag: Bag,
+    setup: Setup,
+    options: ReplayOptions | None = None,
+    out: Path | None = None,
+    *,
+    trace: Trace | None = None,
+    predicted: PredictionBag | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> ReplayResult:
+    """Runs the policy over the bag and returns its figures.
+
+    `out` also gets metrics.json, renewed while the bag is read. `trace` collects what the report draws, `predicted`
+    what goes into an mcap; both stay the caller's. `on_progress` gets the share of the bag that is done at each
+    message; KeyboardInterrupt from there, or from Ctrl-C, ends the replay with the figures so far. ConfigurationError
+    if bag, bundle and options do not go together.
+    """
+    start_ns, span_ns = bag.start_ns or 0, max((bag.end_ns or 0) - (bag.start_ns or 0), 1)
+
+    def on_message(message: BagMessage) -> None:
+        on_progress((message.log_ns - start_ns) / span_ns)
+        if predicted is not None:
+            predicted.copy(message)
+
+    def on_tick(tick: Tick, observation: Observation | None) -> None:
+        if predicted is not None:
+            predicted.add(tick, observation)
+        if trace is not None and observation is not None:
+            trace.see(observation)
+
+    options = dataclasses.replace(options or ReplayOptions(), follow_session=setup.follow_session)
+    with closing(open_engine(setup.bundle, setup.settings)) as engine:
+        running = Replay(bag, setup.bundle, engine, setup.settings, setup.topics, options, on_message, on_tick)
+        return _measure(bag, setup, running, out, trace)
+
+
+def _measure(bag: Bag, setup: Setup, running: Replay, out: Path | None, trace: Trace | None) -> ReplayResult:
+    options, seed = running.options, setup.settings.noise_seed
+    figures = Figures(setup.bundle.manifest, options.other_instruction, options.probe_every_s, seed)
+    began_s = time.perf_counter()
+    due_s = began_s + FIRST_FIGURES_S
+    stopped: str | None = None
+
+    def metrics(reason: str | None) -> dict[str, Any]:
+        return make_metrics(bag, setup, running, figures, time.perf_counter() - began_s, reason)
+
+    try:
+        for tick in running.ticks():
+            figures.add(tick)
+            if trace is not None:
+                trace.add(tick)
+            if out is not None and time.perf_counter() >= due_s:
+                write_metrics(out, metrics("still running"))
+                due_s = time.perf_counter() + FIGURES_EVERY_S
+    except KeyboardInterrupt:
+        stopped = INTERRUPTED
+        for tick in running.take_pending():
+            figures.add(tick)
+    result = ReplayResult(metrics(stopped), stopped is None)
+    if out is not None:
+        write_metrics(out, dict(result.metrics))
+    return result
