@@ -30,7 +30,11 @@ class KVCache:
 
 
 class Engine(Protocol):
-    """Runs the graphs of one bundle; calls come from one thread, arrays passed in are only read during the call."""
+    """Runs the graphs of one bundle; calls come from one thread, arrays passed in are only read during the call.
+
+    Every engine writes these signatures out: they share no code, so there is no base class, and mypy compares each with
+    this contract.
+    """
 
     @property
     def description(self) -> str:

@@ -97,7 +97,7 @@ class TensorRTEngine:
         interface = graph_interface(bundle.manifest)
         self._types = {name: tensor for sides in interface.values() for side in sides for name, tensor in side.items()}
         for graph, sides in interface.items():
-            check_tensors(graph, plans, *sides)
+            check_plan(graph, plans, *sides)
         self._at = {name: device.allocate(_size(tensor)) for name, tensor in self._types.items()}
         host_side = {*interface[PREFILL][0], *interface[EXPERT][0], "x_next", "velocity"} - set(interface[PREFILL][1])
         self._host = {
@@ -286,7 +286,7 @@ class _Context:
             raise EngineError(f"{self._graph}: expected it to be enqueued, got a refusal: {self._log.take()}")
 
 
-def check_tensors(
+def check_plan(
     graph: str, plans: LoadedPlans, inputs: Mapping[str, TensorType], outputs: Mapping[str, TensorType]
 ) -> None:
     """EngineError where what the engine reports about itself is not what the manifest says."""

@@ -16,7 +16,7 @@ from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages.decode import decode
 from ki_vla_ros.messages.type_names import TEXT
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import to_ns
 from ki_vla_ros.settings.session import Session, read_session, resolve
 from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_bundle
@@ -74,10 +74,10 @@ def from_settings(
         joint_topic=resolve(settings.joint_states_topic, node),
         instruction_topic=f"{node}/instruction",
         command_topic=resolve(settings.command_topic, node),
-        max_age_ns=_ns(settings.max_age_s),
-        slop_ns=_ns(settings.sync_slop_s),
-        camera_age_ns={name: _ns(camera.max_age_s) for name, camera in known.items() if camera.max_age_s},
-        joint_age_ns=_ns(settings.joint_max_age_s) or None,
+        max_age_ns=to_ns(settings.max_age_s),
+        slop_ns=to_ns(settings.sync_slop_s),
+        camera_age_ns={name: to_ns(camera.max_age_s) for name, camera in known.items() if camera.max_age_s},
+        joint_age_ns=to_ns(settings.joint_max_age_s) or None,
         use_receive_time=settings.use_receive_time,
         trained=None if manifest is None else (manifest.state.low, manifest.state.high),
     )
@@ -106,7 +106,3 @@ def find_session(bag: Bag) -> Session | None:
 
 def read_manifest(bundle: str) -> Manifest:
     return load_bundle(find_bundle(bundle)).manifest
-
-
-def _ns(duration_s: float) -> int:
-    return round(duration_s * NS_PER_S)

@@ -23,7 +23,7 @@ from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, to_ns
 from ki_vla_ros.runtime.controller import Trajectory, TrajectoryExecutor, TrajectoryPoint
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import PolicyLoop
@@ -41,7 +41,7 @@ class Arm:
 
     def __init__(self, delay_s: float) -> None:
         self.world = World()
-        self.delay_ns = round(delay_s * NS_PER_S)
+        self.delay_ns = to_ns(delay_s)
         self.holds = 0
         self.seam_step = self.seam_speed_step = 0.0
         self.speeds: list[list[NDArray[np.float64]]] = []  # measured, by episode, every physics step
@@ -56,7 +56,7 @@ class Arm:
 
     def advance(self, until_ns: int) -> None:
         """Physics until then, or until the episode is over."""
-        while self.time_ns() < until_ns - round(TIMESTEP_S * NS_PER_S) // 2 and not self.world.judge.done:
+        while self.time_ns() < until_ns - to_ns(TIMESTEP_S) // 2 and not self.world.judge.done:
             self.world.step(self._controller.sample(self.time_ns())[0])
             self.speeds[-1].append(self.world.joint_velocity_J)
 
@@ -72,7 +72,7 @@ class Arm:
 
     def time_ns(self) -> int:
         # Not from 0 on: that means "no time yet".
-        return NS_PER_S + round(self.world.time_s * NS_PER_S)
+        return NS_PER_S + to_ns(self.world.time_s)
 
     def now_ns(self) -> int:
         return max(self.time_ns(), self._ready_ns)
@@ -131,7 +131,7 @@ class ClosedLoop:
             arm.begin_tick()
             loop.step(self.settings, now_ns, 0)
             # As on the robot, a tick that takes longer than its period costs the next ones.
-            period_ns = round(NS_PER_S / self.settings.rate_hz)
+            period_ns = to_ns(1.0 / self.settings.rate_hz)
             arm.advance(now_ns + max(1, -(-arm.delay_ns // period_ns)) * period_ns)
         return world.judge.reached, world.judge.success, world.time_s
 
