@@ -26,8 +26,8 @@ else:
     from backports.zstd import ZstdDecompressor, ZstdError
 
 from ki_vla_ros.bags.mcap import LARGEST_CHUNK, McapFile
-from ki_vla_ros.bags.records import BagFault, Faults, Part, Storage, Topic, in_time_order
 from ki_vla_ros.bags.sqlite import SqliteFile
+from ki_vla_ros.bags.storage import BagFault, Faults, Part, Storage, Topic, in_time_order
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages.decode import BagMessage
 

@@ -37,7 +37,7 @@ from ki_vla_ros.bags.mcap_format import (
     records,
     text_at,
 )
-from ki_vla_ros.bags.records import CLOCK_STEP_NS, Faults, Part, Pending, Topic, in_time_order
+from ki_vla_ros.bags.storage import CLOCK_STEP_NS, Faults, Part, Pending, Topic, in_time_order
 from ki_vla_ros.messages.decode import BagMessage
 
 # A larger chunk is refused: recorders write some 1 MB, and a damaged size must not fill the memory.

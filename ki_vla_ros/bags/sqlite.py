@@ -19,7 +19,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags.records import CLOCK_STEP_NS, Faults, Pending, Topic
+from ki_vla_ros.bags.storage import CLOCK_STEP_NS, Faults, Pending, Topic
 from ki_vla_ros.messages.decode import BagMessage
 
 # Rows between two places where reading can go on after an error.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ki_vla_ros.bags.bag import Bag, open_bag
+from ki_vla_ros.bags.session import find_session
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
@@ -12,7 +13,6 @@ from ki_vla_ros.doctor.inputs import InputWatch
 from ki_vla_ros.doctor.setup import Request, examine_setup, read_settings
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
-from ki_vla_ros.replay.topics import find_session
 from ki_vla_ros.settings.session import Session, resolve
 from ki_vla_ros.settings.settings import Settings
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import get_args
 
 from ki_vla_ros.bags.bag import Bag
+from ki_vla_ros.bags.session import find_session
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages.decode import BagMessage, joint_reading
 from ki_vla_ros.records import CameraFrame, JointReading
 from ki_vla_ros.replay.frames import bag_frame
 from ki_vla_ros.replay.latency import Latency, MeasuredLatency, RecordedLatency
-from ki_vla_ros.replay.topics import ReplayTopics, find_session, resolve_topics
+from ki_vla_ros.replay.topics import ReplayTopics, resolve_topics
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.parameter_file import NODE, load_sections, load_settings, parameter_values
 from ki_vla_ros.settings.session import Session

@@ -10,7 +10,6 @@ from functools import partial
 from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.messages.decode import decode
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.runtime.observation import camera_sources
 from ki_vla_ros.settings.parameter_file import NODE
@@ -39,17 +38,6 @@ class ReplayTopics:
     def all(self) -> tuple[str, ...]:
         others = (self.joint_states, self.instruction, self.command, self.tick, self.chunk, self.session)
         return (*self.cameras.values(), *(topic for topic in others if topic is not None))
-
-
-def find_session(bag: Bag, node: str | None) -> Session | None:
-    """The first session in the bag, of `node` if one is given; InputError if it cannot be read."""
-    wanted = [session_topic(node)] if node else [t for t in bag.topics if t.endswith("/session")]
-    topics = [name for name in wanted if name in bag.topics and bag.topics[name].type == TEXT]
-    if len(topics) > 1:
-        nodes = ", ".join(topic.removesuffix("/session") for topic in topics)
-        raise ConfigurationError(f"bag {bag.path}: it has sessions of {nodes}; choose one with --node")
-    message = next(iter(bag.messages(topics)), None) if topics else None
-    return None if message is None else read_session(decode(message).data)
 
 
 def resolve_topics(

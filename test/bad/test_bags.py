@@ -18,7 +18,7 @@ from support.sample_bags import JOINT_TOPIC, SCENE, recording, write_bag, write_
 
 from ki_vla_ros.bags import mcap as bag_mcap
 from ki_vla_ros.bags.bag import open_bag
-from ki_vla_ros.bags.records import FAULTS_LISTED, Faults
+from ki_vla_ros.bags.storage import FAULTS_LISTED, Faults
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 from ki_vla_ros.bags.bag import Bag, open_bag
+from ki_vla_ros.bags.session import find_session
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.settings.parameter_file import NODE, load_settings
@@ -25,7 +26,6 @@ from training.convert.episodes import Actions, Conversion, Cut, Marker, convert
 from training.convert.playback import write_bag
 from training.convert.sources import (
     Sources,
-    find_session,
     from_session,
     from_settings,
     read_manifest,
@@ -105,8 +105,9 @@ def describe(done: Conversion) -> str:
 
 def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
     """From --params, else from the bag's own ~/session, else the defaults; what is named on top of it counts."""
-    session = None if arguments.params else find_session(bag)
-    settings = load_settings(arguments.params, arguments.node) if arguments.params else Settings()
+    node = arguments.node or NODE
+    session = None if arguments.params else find_session(bag, arguments.node)
+    settings = load_settings(arguments.params, node) if arguments.params else Settings()
     name = arguments.bundle or (session.settings if session else settings).bundle
     manifest = read_manifest(name) if name else None
     cameras = dict(pair.split("=", 1) for pair in arguments.camera)
@@ -114,9 +115,9 @@ def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
         sources = from_session(session, manifest)
     elif manifest is not None:
         names = [camera.name for camera in manifest.cameras]
-        sources = from_settings(settings, names, manifest.joint_names, node=arguments.node, manifest=manifest)
+        sources = from_settings(settings, names, manifest.joint_names, node=node, manifest=manifest)
     elif cameras and arguments.joints:
-        sources = from_settings(settings, list(cameras), arguments.joints, node=arguments.node)
+        sources = from_settings(settings, list(cameras), arguments.joints, node=node)
     else:
         raise ConfigurationError(
             f"bag {bag.path}: expected to be told cameras and joints, as it has no ~/session: with --bundle, with "
@@ -153,7 +154,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     made.add_argument("--bundle", help="its cameras and joints; default: as the parameters or the bag say")
     made.add_argument("--params", type=Path, help="the node's parameter file; default: the bag's own ~/session")
-    made.add_argument("--node", default=NODE, help=f"the node's full name (default {NODE})")
+    made.add_argument("--node", help=f"the node's full name; default: of the bag's own ~/session, else {NODE}")
     made.add_argument("--camera", action="append", default=[], metavar="NAME=TOPIC", help="instead of the bundle's")
     made.add_argument("--joints", nargs="+", help="instead of the bundle's, in the dataset's order")
     made.add_argument("--joint-states", metavar="TOPIC")

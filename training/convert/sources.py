@@ -8,20 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decode import decode
-from ki_vla_ros.messages.type_names import TEXT
 from ki_vla_ros.records import to_ns
-from ki_vla_ros.settings.session import Session, read_session, resolve
+from ki_vla_ros.settings.session import Session, resolve
 from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_bundle
-
-SESSION_SUFFIX: Final = "/session"
 
 
 @dataclass(frozen=True)
@@ -94,14 +89,6 @@ def from_session(session: Session, manifest: Manifest) -> Sources:
         instruction_topic=topics.instruction,
         command_topic=topics.command,
     )
-
-
-def find_session(bag: Bag) -> Session | None:
-    """The first in the bag; None where nobody said it."""
-    topics = [topic.name for topic in bag.topics.values() if topic.name.endswith(SESSION_SUFFIX)]
-    for message in bag.messages([name for name in topics if bag.topics[name].type == TEXT]) if topics else ():
-        return read_session(decode(message).data)
-    return None
 
 
 def read_manifest(bundle: str) -> Manifest:

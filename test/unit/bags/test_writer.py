@@ -121,4 +121,4 @@ def test_what_the_disk_cannot_take_is_dropped_and_counted(tmp_path: Path) -> Non
     kept = [time_ns for _, time_ns, _ in contents(tmp_path / "bag")]
     assert kept[:2] == [0, 1] and 2 <= len(kept) <= 3
     assert warnings == [f"recording: messages were dropped, the disk is too slow: {6 - len(kept)} of /image"]
-    assert "writer" not in {thread.name for thread in threading.enumerate()}
+    assert "bag writer" not in {thread.name for thread in threading.enumerate()}

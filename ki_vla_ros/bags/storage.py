@@ -1,4 +1,4 @@
-"""What a bag consists of, for its readers: messages, topics, and what could not be read."""
+"""What the readers of a bag's files share: topics, parts that are put in order of time, and what could not be read."""
 
 from __future__ import annotations
 
