@@ -32,8 +32,8 @@ from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import KiVlaError
 from ki_vla_ros.records import NS_PER_S, to_ns
 from ki_vla_ros.ros.children import Child, Children, prepare_environment
-from ki_vla_ros.ros.convert import ns_to_stamp
 from ki_vla_ros.ros.qos import EVENT, EVERYTHING, SENSOR
+from ki_vla_ros.ros.topics import ns_to_stamp
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.statistics import spread

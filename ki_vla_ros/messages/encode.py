@@ -9,10 +9,34 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
 
 
-def encode_trajectory(
+def encode_command(motion: Motion, now_ns: int, splice: bool = False) -> bytes:
+    """A JointTrajectory for joint_trajectory_controller, serialized: what of the motion lies ahead.
+
+    With stamp 0, "start now", everything after `now_ns`. With `splice` the stamp is the instant from which the motion
+    is new; until then a controller that can goes on with what it has.
+    """
+    start_ns = motion.from_ns if splice else now_ns
+    # The last instant always: a motion that only says "stay" has no other.
+    first = min(int(np.searchsorted(motion.time_N, start_ns, side="right")), len(motion.time_N) - 1)
+    return _encode_trajectory(
+        start_ns if splice else 0,
+        motion.joints,
+        motion.time_N[first:] - start_ns,
+        motion.position_NJ[first:],
+        motion.velocity_NJ[first:],
+    )
+
+
+def encode_chunk(chunk: ActionChunk) -> bytes:
+    """The predicted chunk as a record of it, a serialized JointTrajectory: stamped with its observation, all of it."""
+    due_H = (np.arange(chunk.horizon) + 1) * chunk.period_ns
+    return _encode_trajectory(chunk.start_ns, chunk.joints, due_H, chunk.position_HJ, chunk.velocity_HJ)
+
+
+def _encode_trajectory(
     stamp_ns: int,
     joints: Sequence[str],
     time_N: NDArray[np.int64],

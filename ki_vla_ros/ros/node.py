@@ -22,14 +22,10 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
-from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.experimental.events_executor import EventsExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import QoSPolicyKind, QoSProfile
-from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import Empty, Float64MultiArray, String
+from std_msgs.msg import Empty, String
 from std_srvs.srv import Trigger
-from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.console import ExitCode
@@ -37,13 +33,12 @@ from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.policy.preprocess import check_instruction, resize_with_pad
+from ki_vla_ros.policy.preprocess import check_instruction
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.ros import convert
 from ki_vla_ros.ros.parameters import Parameters
 from ki_vla_ros.ros.process import run_node
-from ki_vla_ros.ros.publishers import SHADOW_COMMAND, NodeWire
-from ki_vla_ros.ros.qos import EVENT, LATCHED, SENSOR
+from ki_vla_ros.ros.qos import EVENT, LATCHED
+from ki_vla_ros.ros.topics import SHADOW_COMMAND, Inputs, NodeWire, diagnostics_message, subscribe
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
 from ki_vla_ros.runtime.observation import ObservationBuffer, camera_sources, own_limit_ns
@@ -65,6 +60,7 @@ class Loaded:
 
     bundle: Bundle
     engine: Engine
+    inputs: Inputs
     buffer: ObservationBuffer
     wire: NodeWire
     loop: PolicyLoop
@@ -84,8 +80,8 @@ class PolicyNode(LifecycleNode):
         self._diagnostics = Diagnostics()
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", EVENT)
         self._session_publisher = self.create_publisher(String, session_topic("~"), LATCHED)
-        self._subscribe(String, self.resolve_topic_name("~/instruction"), self._on_instruction, EVENT)
-        self._subscribe(Empty, self.resolve_topic_name("~/stop"), self._on_stop, EVENT)
+        self._listen(String, "~/instruction", self._on_instruction)
+        self._listen(Empty, "~/stop", self._on_stop)
         self.create_service(Trigger, "~/stop", self._serve_stop)
         self.create_service(Trigger, "~/reset", self._serve_reset)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
@@ -95,40 +91,8 @@ class PolicyNode(LifecycleNode):
 
     # --- messages
 
-    def _on_image(self, camera: str, loaded: Loaded, message: bytes | CompressedImage) -> None:
-        try:
-            frame = convert.frame_from_message(message, camera, self._received_ns())
-            # Here and not in the tick, where it would stand between the newest image and the command.
-            small = replace(frame, rgb_HWC=resize_with_pad(frame.rgb_HWC, loaded.bundle.manifest.image.size))
-            loaded.buffer.add_frame(small, int(self.get_clock().now().nanoseconds))
-        except InputError as refusal:
-            self._refuse_message(loaded, camera, refusal)
-
-    def _on_joints(self, loaded: Loaded, message: JointState) -> None:
-        try:
-            reading = convert.reading_from_message(message, self._received_ns())
-            loaded.buffer.add_joints(reading)
-            if loaded.shadow is not None:
-                loaded.shadow.add_joints(reading)
-        except InputError as refusal:
-            self._refuse_message(loaded, "joint state", refusal)
-
-    def _on_command(self, loaded: Loaded, shadow: ShadowComparison, message: Any) -> None:
-        """What someone else tells the arm, in shadow mode."""
-        try:
-            shadow.add_command(int(self.get_clock().now().nanoseconds), message)
-        except InputError as refusal:
-            self._diagnostics.record_refusal(str(refusal))
-            loaded.wire.log(str(refusal), "message of command")
-
-    def _received_ns(self) -> int | None:
-        """Now, if that shall take the place of the stamps."""
-        return int(self.get_clock().now().nanoseconds) if self.parameters.settings.use_receive_time else None
-
-    def _refuse_message(self, loaded: Loaded, subject: str, refusal: InputError) -> None:
-        loaded.buffer.refuse(subject, str(refusal))
-        self._diagnostics.record_refusal(str(refusal))
-        loaded.wire.log(str(refusal), f"message of {subject}")
+    def _listen(self, kind: Any, topic: str, callback: Callable[[Any], None]) -> None:
+        subscribe(self, self._diagnostics, kind, self.resolve_topic_name(topic), callback, EVENT)
 
     def _on_instruction(self, message: String) -> None:
         try:
@@ -160,12 +124,6 @@ class PolicyNode(LifecycleNode):
         self.get_logger().info(f"reset: {response.message}")
         return response
 
-    def _on_incompatible(self, topic: str, event: Any) -> None:
-        policy = QoSPolicyKind(event.last_policy_kind).name.lower()
-        reason = f"{topic}: a publisher's {policy} does not fit this subscription; nothing of it arrives"
-        self._diagnostics.record_refusal(f"incompatible QoS on {topic}: {policy}")
-        self.get_logger().error(reason)
-
     def _watch(self) -> None:
         if self._loaded is not None:
             self._loaded.loop.watch()
@@ -186,7 +144,7 @@ class PolicyNode(LifecycleNode):
         if self._loaded is not None and self._loaded.shadow is not None:
             report = replace(report, values={**report.values, **self._loaded.shadow.values(now_ns)})
         name, hardware = self.get_fully_qualified_name(), self._loaded.bundle.manifest.name if self._loaded else ""
-        self._diagnostics_publisher.publish(convert.diagnostics_message(name, hardware, report, now_ns))
+        self._diagnostics_publisher.publish(diagnostics_message(name, hardware, report, now_ns))
 
     # --- lifecycle
 
@@ -255,22 +213,9 @@ class PolicyNode(LifecycleNode):
             loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)
             loop.instruction = settings.instruction
             identity = BundleIdentity(name=manifest.name, manifest_sha256=file_sha256(bundle.path / MANIFEST))
-            loaded = Loaded(bundle, engine, buffer, wire, loop, LoopThread(loop), identity, shadow)
-            for source in sources:
-                raw = settings.camera(source.name).transport == "raw"
-                on_image = partial(self._on_image, source.name, loaded)
-                kind = Image if raw else CompressedImage
-                subscription = self._subscribe(kind, source.topic, on_image, SENSOR, serialized=raw)
-                resources.callback(self.destroy_subscription, subscription)
-            on_joints = partial(self._on_joints, loaded)
-            subscription = self._subscribe(JointState, joint_topic, on_joints, SENSOR)
-            resources.callback(self.destroy_subscription, subscription)
-            if shadow is not None and settings.shadow_reference == "command":
-                kind = Float64MultiArray if settings.publish_mode == "stream" else JointTrajectory
-                topic = self.resolve_topic_name(settings.command_topic)
-                on_command = partial(self._on_command, loaded, shadow)
-                subscription = self._subscribe(kind, topic, on_command, EVENT)
-                resources.callback(self.destroy_subscription, subscription)
+            inputs = Inputs(self, manifest, settings, sources, buffer, wire, self._diagnostics, shadow)
+            resources.callback(inputs.close)
+            loaded = Loaded(bundle, engine, inputs, buffer, wire, loop, LoopThread(loop), identity, shadow)
             self._resources = resources.pop_all()
         self._loaded = loaded
         self._publish_session()
@@ -284,12 +229,6 @@ class PolicyNode(LifecycleNode):
         command_topic = SHADOW_COMMAND if settings.shadow else settings.command_topic
         self.get_logger().info(f"{topics}; joints from {joint_topic}; commands to {command_topic}")
         self.get_logger().info(f"limits: {loop.describe_limits()}")
-
-    def _subscribe(
-        self, kind: Any, topic: str, callback: Callable[[Any], None], qos: QoSProfile, serialized: bool = False
-    ) -> Any:
-        events = SubscriptionEventCallbacks(incompatible_qos=partial(self._on_incompatible, topic))
-        return self.create_subscription(kind, topic, callback, qos, event_callbacks=events, raw=serialized)
 
     def _publish_session(self) -> None:
         """What replay needs to know; nothing while no bundle is loaded."""

@@ -20,9 +20,9 @@ from rclpy.serialization import deserialize_message
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import StaleInput
+from ki_vla_ros.messages.encode import encode_command
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.robot.robot import JointSpec
-from ki_vla_ros.ros import convert
 from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.runtime.diagnostics import Diagnostics
@@ -203,9 +203,7 @@ def walk(sent: list[tuple[int, Motion]], mode: str) -> NDArray[np.float64]:
         while waiting and waiting[0][0] <= time_ns:
             now_ns, running = waiting.pop(0)
             if mode != "stream":
-                message = deserialize_message(
-                    convert.command_message(running, now_ns, splice=mode == "splice"), JointTrajectory
-                )
+                message = deserialize_message(encode_command(running, now_ns, splice=mode == "splice"), JointTrajectory)
                 controller.accept(trajectory_from_message(message), now_ns)
         found.append(running.at(int(time_ns))[0] if mode == "stream" else controller.sample(int(time_ns))[0])
     return np.array(found)

@@ -1,4 +1,4 @@
-"""Image bytes -> RGB, each encoding against what it is by definition (against cv_bridge: ros/test_convert.py)."""
+"""Image bytes -> RGB, each encoding against what it is by definition (against cv_bridge: ros/test_topics.py)."""
 
 from __future__ import annotations
 

@@ -17,9 +17,10 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.messages.encode import encode_chunk, encode_command
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_raw, read_image
 from ki_vla_ros.records import ActionChunk, Motion
-from ki_vla_ros.ros import convert
+from ki_vla_ros.ros import topics
 from ki_vla_ros.runtime.diagnostics import Level, Report
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
@@ -51,7 +52,7 @@ def with_alpha(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     ],
 )
 def test_colour_encodings_and_row_padding(encoding: str, pixels: NDArray[np.uint8], padding: int) -> None:
-    frame = convert.frame_from_message(serialize_message(image(pixels, encoding, padding)), "scene")
+    frame = topics.frame_from_message(serialize_message(image(pixels, encoding, padding)), "scene")
     np.testing.assert_array_equal(frame.rgb_HWC, RGB)
     assert frame.rgb_HWC.dtype == np.uint8 and frame.rgb_HWC.flags.c_contiguous
     assert (frame.camera, frame.stamp_ns) == ("scene", 3_000_000_500)
@@ -59,14 +60,14 @@ def test_colour_encodings_and_row_padding(encoding: str, pixels: NDArray[np.uint
 
 
 def test_grey_becomes_three_equal_channels() -> None:
-    frame = convert.frame_from_message(serialize_message(image(RGB[..., :1], "mono8", padding=2)), "scene")
+    frame = topics.frame_from_message(serialize_message(image(RGB[..., :1], "mono8", padding=2)), "scene")
     for channel in range(3):
         np.testing.assert_array_equal(frame.rgb_HWC[..., channel], RGB[..., 0])
 
 
 def test_rgb8_without_padding_is_not_copied() -> None:
     message = serialize_message(image(RGB, "rgb8"))
-    frame = convert.frame_from_message(message, "scene")
+    frame = topics.frame_from_message(message, "scene")
     assert np.shares_memory(frame.rgb_HWC, np.frombuffer(message, dtype=np.uint8))
 
 
@@ -86,7 +87,7 @@ def test_images_that_do_not_fit_are_refused(changes: dict[str, object], fault: s
     for field, value in changes.items():
         setattr(message, field, value)
     with pytest.raises(InputError, match=fault):
-        convert.frame_from_message(serialize_message(message), "scene")
+        topics.frame_from_message(serialize_message(message), "scene")
 
 
 @given(
@@ -130,7 +131,7 @@ def test_a_message_in_another_serialization_is_refused() -> None:
 def test_joint_state() -> None:
     message = JointState(name=["b", "a"], position=[1.0, 2.0])
     message.header.stamp = Time(sec=1, nanosec=2)
-    reading = convert.reading_from_message(message)
+    reading = topics.reading_from_message(message)
     assert (reading.stamp_ns, reading.names) == (1_000_000_002, ("b", "a"))
     np.testing.assert_array_equal(reading.position_J, [1.0, 2.0])
 
@@ -144,7 +145,7 @@ def test_joint_state() -> None:
 )
 def test_joint_states_that_do_not_fit_are_refused(names: list[str], positions: list[float], fault: str) -> None:
     with pytest.raises(InputError, match=f"joint state: {fault}"):
-        convert.reading_from_message(JointState(name=names, position=positions))
+        topics.reading_from_message(JointState(name=names, position=positions))
 
 
 def motion() -> Motion:
@@ -163,7 +164,7 @@ def due(message: JointTrajectory) -> list[int]:
 
 
 def test_command_starts_now_and_points_are_due_relative_to_now() -> None:
-    message = trajectory(convert.command_message(motion(), now_ns=9_020_000_000))
+    message = trajectory(encode_command(motion(), now_ns=9_020_000_000))
     assert message.header.stamp == Time()
     assert message.joint_names == ["a", "b"]
     assert due(message) == [30_000_000, 80_000_000, 130_000_000]
@@ -172,7 +173,7 @@ def test_command_starts_now_and_points_are_due_relative_to_now() -> None:
 
 
 def test_a_spliced_command_says_when_it_takes_over() -> None:
-    message = trajectory(convert.command_message(motion(), now_ns=9_020_000_000, splice=True))
+    message = trajectory(encode_command(motion(), now_ns=9_020_000_000, splice=True))
     assert message.header.stamp == Time(sec=9, nanosec=50_000_000)
     assert due(message) == [50_000_000, 100_000_000]
 
@@ -180,17 +181,17 @@ def test_a_spliced_command_says_when_it_takes_over() -> None:
 def test_a_motion_of_one_instant_is_still_a_command() -> None:
     whole = motion()
     rest = Motion(whole.joints, whole.from_ns, np.array([whole.from_ns]), whole.position_NJ[:1], np.zeros((1, 2)))
-    assert due(trajectory(convert.command_message(rest, now_ns=9_020_000_000))) == [30_000_000]
-    assert due(trajectory(convert.command_message(rest, now_ns=9_020_000_000, splice=True))) == [0]
+    assert due(trajectory(encode_command(rest, now_ns=9_020_000_000))) == [30_000_000]
+    assert due(trajectory(encode_command(rest, now_ns=9_020_000_000, splice=True))) == [0]
 
 
 def test_streamed_positions() -> None:
-    assert list(convert.stream_message(np.array([0.5, -1.0])).data) == [0.5, -1.0]
+    assert list(topics._doubles(np.array([0.5, -1.0]))) == [0.5, -1.0]
 
 
 def test_chunk_record() -> None:
     chunk = ActionChunk(10_000_000_000, 50_000_000, ("a",), np.array([[1.0], [3.0]]), np.array([[0.5], [0.0]]))
-    record = trajectory(convert.chunk_message(chunk))
+    record = trajectory(encode_chunk(chunk))
     assert record.header.stamp == Time(sec=10)
     assert due(record) == [50_000_000, 100_000_000]
     assert [list(p.positions) for p in record.points] == [[1.0], [3.0]]
@@ -200,26 +201,26 @@ def test_compressed_images_and_receive_time() -> None:
     _, png = cv2.imencode(".png", RGB[..., ::-1])
     message = CompressedImage(format="rgb8; png compressed bgr8", data=array.array("B", png.tobytes()))
     message.header.stamp = Time(sec=3)
-    frame = convert.frame_from_message(message, "scene")
+    frame = topics.frame_from_message(message, "scene")
     np.testing.assert_array_equal(frame.rgb_HWC, RGB)
     assert frame.stamp_ns == 3_000_000_000
-    assert convert.frame_from_message(message, "scene", received_ns=7).stamp_ns == 7
-    assert convert.frame_from_message(serialize_message(image(RGB, "rgb8")), "scene", received_ns=7).stamp_ns == 7
-    assert convert.reading_from_message(JointState(name=["a"], position=[1.0]), received_ns=7).stamp_ns == 7
+    assert topics.frame_from_message(message, "scene", received_ns=7).stamp_ns == 7
+    assert topics.frame_from_message(serialize_message(image(RGB, "rgb8")), "scene", received_ns=7).stamp_ns == 7
+    assert topics.reading_from_message(JointState(name=["a"], position=[1.0]), received_ns=7).stamp_ns == 7
     message.data = array.array("B", b"neither")
     with pytest.raises(InputError, match="camera 'scene': expected a jpeg or png image, got 7 bytes"):
-        convert.frame_from_message(message, "scene")
+        topics.frame_from_message(message, "scene")
 
 
 def test_text_refuses_nan_which_is_not_json() -> None:
-    assert json.loads(convert.text_message({"hold": None, "n": 1.5}).data) == {"hold": None, "n": 1.5}
+    assert json.loads(topics.text_message({"hold": None, "n": 1.5}).data) == {"hold": None, "n": 1.5}
     with pytest.raises(ValueError, match="not JSON compliant"):
-        convert.text_message({"n": float("nan")})
+        topics.text_message({"n": float("nan")})
 
 
 def test_diagnostics() -> None:
     report = Report(Level.WARNING, "holding: why", {"chunks": "3"})
-    message = convert.diagnostics_message("/policy", "demo", report, 2_000_000_001)
+    message = topics.diagnostics_message("/policy", "demo", report, 2_000_000_001)
     status = message.status[0]
     assert (status.level, status.name, status.hardware_id, status.message) == (
         b"\x01",
@@ -247,7 +248,7 @@ def test_a_serialized_trajectory_is_what_rclpy_makes_of_the_message(joints: list
     start_ns = int(rng.integers(0, 2**60))
     made = Motion(tuple(joints), start_ns, start_ns + times, *values)
     message = JointTrajectory(joint_names=joints)
-    message.header.stamp = convert.ns_to_stamp(start_ns)
+    message.header.stamp = topics.ns_to_stamp(start_ns)
     message.points = [
         JointTrajectoryPoint(
             positions=array.array("d", values[0, k].tobytes()),
@@ -256,7 +257,7 @@ def test_a_serialized_trajectory_is_what_rclpy_makes_of_the_message(joints: list
         )
         for k in range(points)
     ]
-    serialized = convert.command_message(made, now_ns=0, splice=True)
+    serialized = encode_command(made, now_ns=0, splice=True)
     assert trajectory(serialized) == message
 
 

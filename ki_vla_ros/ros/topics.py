@@ -1,0 +1,269 @@
+"""What goes in and out of a configured node: subscriptions that fill the buffer, and the loop's `Wire`.
+
+Images come in and trajectories go out as serialized bytes: through rclpy's message objects each image is copied three
+times, and fifty trajectory points take a millisecond.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from builtin_interfaces.msg import Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from numpy.typing import NDArray
+from rclpy.duration import Duration
+from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.lifecycle import LifecycleNode, LifecyclePublisher
+from rclpy.qos import QoSPolicyKind, QoSProfile
+from rclpy.serialization import deserialize_message
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray, String
+from trajectory_msgs.msg import JointTrajectory
+
+from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.errors import InputError
+from ki_vla_ros.messages.decode import header_ns
+from ki_vla_ros.messages.encode import encode_chunk, encode_command
+from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
+from ki_vla_ros.policy.preprocess import resize_with_pad
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
+from ki_vla_ros.ros.qos import EVENT, SENSOR
+from ki_vla_ros.ros.stream import MotionStream
+from ki_vla_ros.runtime.diagnostics import Diagnostics, Report
+from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.runtime.shadow import ShadowComparison
+from ki_vla_ros.settings.settings import Settings
+
+# Seconds between two log lines about one and the same cause.
+REPEAT_LOG_S = 5.0
+SHADOW_COMMAND = "~/shadow/command"
+
+
+class Inputs:
+    """What comes in: images and joint states, as records, into the buffer; what cannot be used is refused by name."""
+
+    def __init__(
+        self,
+        node: LifecycleNode,
+        manifest: PolicySpec,
+        settings: Settings,
+        sources: Sequence[CameraSource],
+        buffer: ObservationBuffer,
+        wire: NodeWire,
+        diagnostics: Diagnostics,
+        shadow: ShadowComparison | None = None,
+    ) -> None:
+        self._node, self._buffer, self._wire, self._diagnostics, self._shadow = node, buffer, wire, diagnostics, shadow
+        self._image_size = manifest.image.size
+        self._arrival_counts = settings.use_receive_time
+        self._subscriptions: list[Any] = []
+        for source in sources:
+            raw = settings.camera(source.name).transport == "raw"
+            kind, on_image = Image if raw else CompressedImage, partial(self.add_image, source.name)
+            self._subscribe(kind, source.topic, on_image, SENSOR, serialized=raw)
+        joints = node.resolve_topic_name(settings.joint_states_topic)
+        self._subscribe(JointState, joints, self.add_joints, SENSOR)
+        if shadow is not None and settings.shadow_reference == "command":
+            kind = Float64MultiArray if settings.publish_mode == "stream" else JointTrajectory
+            self._subscribe(kind, node.resolve_topic_name(settings.command_topic), self._add_command, EVENT)
+
+    def add_image(self, camera: str, message: bytes | CompressedImage) -> None:
+        """A serialized Image, or a CompressedImage."""
+        try:
+            frame = frame_from_message(message, camera, self._received_ns())
+            # Here and not in the tick, where it would stand between the newest image and the command.
+            small = replace(frame, rgb_HWC=resize_with_pad(frame.rgb_HWC, self._image_size))
+            self._buffer.add_frame(small, self._wire.now_ns())
+        except InputError as refusal:
+            self._refuse(camera, refusal)
+
+    def add_joints(self, message: JointState) -> None:
+        try:
+            reading = reading_from_message(message, self._received_ns())
+            self._buffer.add_joints(reading)
+            if self._shadow is not None:
+                self._shadow.add_joints(reading)
+        except InputError as refusal:
+            self._refuse("joint state", refusal)
+
+    def _add_command(self, message: Any) -> None:
+        """What someone else tells the arm, in shadow mode."""
+        assert self._shadow is not None
+        try:
+            self._shadow.add_command(self._wire.now_ns(), message)
+        except InputError as refusal:
+            self._diagnostics.record_refusal(str(refusal))
+            self._wire.log(str(refusal), "message of command")
+
+    def _received_ns(self) -> int | None:
+        """Now, if that shall take the place of the stamps."""
+        return self._wire.now_ns() if self._arrival_counts else None
+
+    def _refuse(self, subject: str, refusal: InputError) -> None:
+        self._buffer.refuse(subject, str(refusal))
+        self._diagnostics.record_refusal(str(refusal))
+        self._wire.log(str(refusal), f"message of {subject}")
+
+    def _subscribe(
+        self, kind: Any, topic: str, callback: Callable[[Any], None], qos: QoSProfile, serialized: bool = False
+    ) -> None:
+        self._subscriptions.append(subscribe(self._node, self._diagnostics, kind, topic, callback, qos, serialized))
+
+    def close(self) -> None:
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
+
+
+def subscribe(
+    node: LifecycleNode,
+    diagnostics: Diagnostics,
+    kind: Any,
+    topic: str,
+    callback: Callable[[Any], None],
+    qos: QoSProfile,
+    serialized: bool = False,
+) -> Any:
+    """A subscription that says so when a publisher's QoS does not fit it and nothing would arrive."""
+
+    def on_incompatible(event: Any) -> None:
+        policy = QoSPolicyKind(event.last_policy_kind).name.lower()
+        diagnostics.record_refusal(f"incompatible QoS on {topic}: {policy}")
+        node.get_logger().error(
+            f"{topic}: a publisher's {policy} does not fit this subscription; nothing of it arrives"
+        )
+
+    events = SubscriptionEventCallbacks(incompatible_qos=on_incompatible)
+    return node.create_subscription(kind, topic, callback, qos, event_callbacks=events, raw=serialized)
+
+
+class NodeWire:
+    """The loop's way out: publishers that are silent unless the node is active.
+
+    With `shadow` there is no publisher to the arm: commands go to SHADOW_COMMAND, chunks to the comparison as well.
+    """
+
+    def __init__(self, node: LifecycleNode, settings: Settings, shadow: ShadowComparison | None = None) -> None:
+        self._node, self._shadow = node, shadow
+        self._mode = settings.publish_mode
+        kind = Float64MultiArray if self._mode == "stream" else JointTrajectory
+        topic = settings.command_topic if shadow is None else SHADOW_COMMAND
+        self._command: LifecyclePublisher[Any] = node.create_lifecycle_publisher(kind, topic, EVENT)
+        self._stream = MotionStream(self._publish_positions, self.now_ns, settings.command_period_s)
+        self._chunk: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
+            JointTrajectory, "~/chunk", EVENT
+        )
+        self._tick: LifecyclePublisher[String] = node.create_lifecycle_publisher(String, "~/tick", EVENT)
+        self._logged_s: dict[str, float] = {}
+
+    def now_ns(self) -> int:
+        return int(self._node.get_clock().now().nanoseconds)
+
+    def simulated_clock(self) -> bool:
+        return bool(self._node.get_parameter("use_sim_time").value)
+
+    def send_command(self, motion: Motion, now_ns: int) -> None:
+        if self._mode == "stream":
+            self._stream.play(motion)
+        else:
+            self._command.publish(encode_command(motion, now_ns, splice=self._mode == "splice"))
+
+    def _publish_positions(self, position_J: NDArray[np.float64]) -> None:
+        self._command.publish(Float64MultiArray(data=_doubles(position_J)))
+
+    def report_chunk(self, chunk: ActionChunk) -> None:
+        self._chunk.publish(encode_chunk(chunk))
+        if self._shadow is not None:
+            self._shadow.add_chunk(chunk)
+
+    def report_tick(self, fields: Mapping[str, object]) -> None:
+        self._tick.publish(text_message(fields))
+
+    def log(self, message: str, cause: str) -> None:
+        if self._shadow is not None and cause == "moved":
+            return  # of course: someone else moves the arm
+        now_s = time.monotonic()
+        if now_s - self._logged_s.get(cause, -REPEAT_LOG_S) >= REPEAT_LOG_S:
+            self._logged_s[cause] = now_s
+            self._node.get_logger().warning(message)
+
+    def wait_until_received(self) -> None:
+        """Until a streamed motion has ended and every subscriber has acknowledged the last command."""
+        self._stream.wait_until_ended()
+        self._command.wait_for_all_acked(Duration(seconds=1))
+
+    def close(self) -> None:
+        self._stream.close()
+        for publisher in (self._command, self._chunk, self._tick):
+            self._node.destroy_lifecycle_publisher(publisher)
+
+
+def frame_from_message(message: bytes | CompressedImage, camera: str, received_ns: int | None = None) -> CameraFrame:
+    """A frame from a serialized Image, or from a CompressedImage.
+
+    An rgb8 image without row padding is not copied: the frame then shares the bytes' memory. `received_ns` takes the
+    place of the header's stamp. InputError for an image that cannot be read; an encoding that we do not know is left to
+    cv_bridge where that is installed.
+    """
+    where = f"camera {camera!r}"
+    if isinstance(message, CompressedImage):
+        stamp_ns = header_ns(message) if received_ns is None else received_ns
+        return CameraFrame(camera, stamp_ns, decode_compressed(where, message.data))
+    image = read_image(where, message)
+    stamp_ns = image.stamp_ns if received_ns is None else received_ns
+    if image.encoding not in ENCODINGS and (bridge := _cv_bridge()) is not None:
+        try:
+            return CameraFrame(camera, stamp_ns, bridge.imgmsg_to_cv2(deserialize_message(message, Image), "rgb8"))
+        except Exception as error:  # cv_bridge's own and OpenCV's, which share no base but this
+            raise InputError(f"{where}: image encoding {image.encoding!r}: cv_bridge says {error}") from error
+    size = (image.height, image.width, image.step)
+    return CameraFrame(camera, stamp_ns, decode_raw(where, image.encoding, *size, image.is_bigendian, image.data))
+
+
+@cache
+def _cv_bridge() -> Any:
+    """None where it is not installed: among the wheels there is none."""
+    try:
+        from cv_bridge import CvBridge
+    except ImportError:
+        return None
+    return CvBridge()
+
+
+def reading_from_message(message: JointState, received_ns: int | None = None) -> JointReading:
+    """InputError as JointReading.from_fields."""
+    stamp_ns = header_ns(message) if received_ns is None else received_ns
+    return JointReading.from_fields(stamp_ns, message.name, message.position)
+
+
+def text_message(fields: Mapping[str, object]) -> String:
+    """JSON without NaN, which many readers do not take."""
+    return String(data=json.dumps(fields, allow_nan=False))
+
+
+def diagnostics_message(name: str, hardware: str, report: Report, now_ns: int) -> DiagnosticArray:
+    status = DiagnosticStatus(
+        level=bytes([report.level]),
+        name=name,
+        hardware_id=hardware,
+        message=report.summary,
+        values=[KeyValue(key=key, value=value) for key, value in report.values.items()],
+    )
+    message = DiagnosticArray(status=[status])
+    message.header.stamp = ns_to_stamp(now_ns)
+    return message
+
+
+def ns_to_stamp(time_ns: int) -> Time:
+    return Time(sec=time_ns // NS_PER_S, nanosec=time_ns % NS_PER_S)
+
+
+def _doubles(values: NDArray[np.float64] | Sequence[float]) -> Any:
+    """The array type that message setters take without looking at each element."""
+    return array.array("d", np.asarray(values, dtype=np.float64).tobytes())
