@@ -153,3 +153,13 @@ class Condition:
     weight_H: NDArray[np.float64]
     clean: bool
     strength: float = 0.0
+
+
+def time_to_ns(time: Any) -> int:
+    """A builtin_interfaces Time or Duration, rclpy's or rosbags', in nanoseconds."""
+    return int(time.sec) * NS_PER_S + int(time.nanosec)
+
+
+def header_ns(message: Any) -> int:
+    """The stamp in a message's header."""
+    return time_to_ns(message.header.stamp)

@@ -24,11 +24,14 @@ from ki_vla_ros.errors import BundleError, EngineError
 MOST_ROWS = 256  # more than any two settings of flow_steps have times
 
 
-class TimeTable:
-    """Rows [M] by flow time. BundleError where the file is not what the module's docstring says."""
+class TimeTable(dict[float, NDArray[np.float32]]):
+    """Rows [M] by flow time, each computed when it is first asked for and never to be changed by the caller.
+
+    BundleError where the file is not what the module's docstring says.
+    """
 
     def __init__(self, path: Path, modulation: int) -> None:
-        self._rows: dict[float, NDArray[np.float32]] = {}
+        super().__init__()
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 self._periods = np.asarray(arrays["periods"], dtype=np.float64)
@@ -52,23 +55,21 @@ class TimeTable:
         if not self._layers or width != modulation:
             raise BundleError(f"{path}: expected a modulation of {modulation} (graph.modulation), got {width}")
 
-    def row(self, time: float) -> NDArray[np.float32]:
-        """The modulation at one flow time; not to be changed by the caller."""
-        if time not in self._rows:
-            self.rows([time])
-        return self._rows[time]
+    def __missing__(self, time: float) -> NDArray[np.float32]:
+        self.rows([time])
+        return self[time]
 
     def rows(self, times: Sequence[float]) -> NDArray[np.float32]:
         """[N, M]; what is not in the table yet is computed, all at once."""
-        missing = sorted({time for time in times if time not in self._rows})
+        missing = sorted({time for time in times if time not in self})
         if missing:
             if not all(0.0 <= time <= 1.0 for time in missing):
                 raise EngineError(f"flow time: expected 0 to 1, got {missing}")
-            if len(self._rows) + len(missing) > MOST_ROWS:
-                self._rows.clear()
+            if len(self) + len(missing) > MOST_ROWS:
+                self.clear()
                 missing = sorted(set(times))
-            self._rows.update(zip(missing, self._compute(missing), strict=True))
-        return np.stack([self._rows[time] for time in times])
+            self.update(zip(missing, self._compute(missing), strict=True))
+        return np.stack([self[time] for time in times])
 
     def _compute(self, times: Sequence[float]) -> NDArray[np.float32]:
         # The shortest period is 4e-3, so angles reach 1570 rad: float64 until they are sines.
@@ -81,11 +82,6 @@ class TimeTable:
             weight = _float32(weight)
             x = np.stack([weight @ row for row in x]) + _float32(bias)
         return x
-
-
-def step_times(steps: int) -> list[float]:
-    """Of the Euler steps from t = 1 to 0. Counted in integers: a sum of -1/steps would be off by rounding."""
-    return [1.0 - step / steps for step in range(steps)]
 
 
 def _float32(values: NDArray[np.generic]) -> NDArray[np.float32]:

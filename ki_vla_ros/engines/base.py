@@ -150,3 +150,8 @@ def check_finite(values_HA: NDArray[np.float32], what: str = "velocities") -> ND
 def check_open(graphs: Mapping[str, object]) -> None:
     if not graphs:
         raise EngineError("engine: expected an open one, got one that was closed; configure again")
+
+
+def step_times(steps: int) -> list[float]:
+    """Of the Euler steps from t = 1 to 0. Counted in integers: a sum of -1/steps would be off by rounding."""
+    return [1.0 - step / steps for step in range(steps)]

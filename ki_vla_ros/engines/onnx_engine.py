@@ -82,7 +82,7 @@ class OnnxEngine:
         clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         check_cache(self, cache, self._generation)
-        self._run(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times.row(time), clean_H))
+        self._run(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times[time], clean_H))
         return check_finite(self._buffers["velocity"].numpy().copy())  # numpy() only views it on a CPU
 
     def close(self) -> None:

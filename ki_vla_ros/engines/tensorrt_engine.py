@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, TIME, Bundle, graph_interface
 from ki_vla_ros.bundle.onnx_header import TensorType
-from ki_vla_ros.bundle.time_table import TimeTable, step_times
+from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.engines.base import (
     KVCache,
     check_cache,
@@ -30,6 +30,7 @@ from ki_vla_ros.engines.base import (
     check_types,
     expert_inputs,
     prefill_inputs,
+    step_times,
 )
 from ki_vla_ros.engines.cuda import ALIGNMENT, CudaDevice, Device
 from ki_vla_ros.engines.plans import PlanCache
@@ -139,7 +140,7 @@ class TensorRTEngine:
     ) -> NDArray[np.float32]:
         self._check_usable()
         check_cache(self, cache, self._generation)
-        inputs = expert_inputs(self._types, state_S, x_t_HA, self._times.row(time), clean_H)
+        inputs = expert_inputs(self._types, state_S, x_t_HA, self._times[time], clean_H)
         check_types(EXPERT, self._types, inputs)
         self._stage({name: inputs[name] for name in (*_STEP_INPUTS, "modulation") if name in inputs})
         self._device.launch(self._graphs["step"])
@@ -156,7 +157,7 @@ class TensorRTEngine:
     ) -> NDArray[np.float32]:
         self._check_usable()
         check_cache(self, cache, self._generation)
-        inputs = expert_inputs(self._types, state_S, x_t_HA, self._times.row(1.0), clean_H)
+        inputs = expert_inputs(self._types, state_S, x_t_HA, self._times[1.0], clean_H)
         check_types(EXPERT, self._types, inputs)
         if steps != self._steps:
             self._prepare(steps)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, PROGRAMS, TIME, Bundle, graph_interface
 from ki_vla_ros.bundle.pt2 import read_program
-from ki_vla_ros.bundle.time_table import TimeTable, step_times
+from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.engines.base import (
     KVCache,
     check_cache,
@@ -27,6 +27,7 @@ from ki_vla_ros.engines.base import (
     check_types,
     expert_inputs,
     prefill_inputs,
+    step_times,
 )
 from ki_vla_ros.engines.torch_program import Interpreter, ProgramCall, compile_program
 from ki_vla_ros.engines.torch_stream import CudaStream, GraphCall, HostStream, TorchStream
@@ -117,7 +118,7 @@ class TorchEngine:
         clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         with self._running(EXPERT, cache):
-            self._upload(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times.row(time), clean_H))
+            self._upload(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times[time], clean_H))
             velocity_HA, _ = self._repeat(VELOCITY, lambda: self._graphs[EXPERT](self._inputs | self.prefix))
             return check_finite(self._stream.download(velocity_HA))
 
@@ -154,7 +155,7 @@ class TorchEngine:
         """Operation by operation in every mode: a captured or compiled forward pass has no backward one."""
         with self._running(EXPERT, cache):
             check_types(EXPERT, {"vector": self._types["x_t"]}, {"vector": vector_HA})
-            self._upload(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times.row(time), clean_H))
+            self._upload(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times[time], clean_H))
             with torch.enable_grad():
                 x_t = self._inputs["x_t"].clone().requires_grad_()
                 velocity_HA, _ = self._differentiable(self._inputs | self.prefix | {"x_t": x_t})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages.pixels import decode_compressed, decode_raw, read_image
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE
-from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading
+from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, header_ns
 
 if TYPE_CHECKING:
     from rosbags.typesys.store import Typestore
@@ -74,16 +74,6 @@ def joint_reading(message: BagMessage) -> JointReading:
     """A JointState as the node sees it; InputError as there."""
     state = decode(message, JOINT_STATE)
     return JointReading.from_fields(header_ns(state), state.name, state.position)
-
-
-def time_to_ns(time: Any) -> int:
-    """A builtin_interfaces Time or Duration, rclpy's or rosbags', in nanoseconds."""
-    return int(time.sec) * NS_PER_S + int(time.nanosec)
-
-
-def header_ns(message: Any) -> int:
-    """The stamp in a message's header."""
-    return time_to_ns(message.header.stamp)
 
 
 def read_stamp_ns(message: BagMessage) -> int:

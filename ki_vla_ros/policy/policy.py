@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.bundle.time_table import step_times
-from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache
+from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache, step_times
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy.guidance import Guide, guidance
 from ki_vla_ros.policy.preprocess import make_model_input, normalize, unnormalize

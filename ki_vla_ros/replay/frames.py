@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, header_ns
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode
 from ki_vla_ros.messages.pixels import read_image
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE
 from ki_vla_ros.policy.preprocess import resize_with_pad
-from ki_vla_ros.records import CameraFrame
+from ki_vla_ros.records import CameraFrame, header_ns
 
 
 class BagFrame(CameraFrame):

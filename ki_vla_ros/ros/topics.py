@@ -29,11 +29,10 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.decode import header_ns
 from ki_vla_ros.messages.encode import encode_chunk, encode_command
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
 from ki_vla_ros.policy.preprocess import resize_with_pad
-from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, header_ns
 from ki_vla_ros.ros.qos import EVENT, SENSOR
 from ki_vla_ros.ros.stream import MotionStream
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Report

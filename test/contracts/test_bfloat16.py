@@ -16,8 +16,8 @@ from support.exported import NONE, A, Made, draw, export, skip_tracing
 
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, PROGRAMS, TIME
 from ki_vla_ros.bundle.pt2 import read_program
-from ki_vla_ros.bundle.time_table import TimeTable, step_times
-from ki_vla_ros.engines.base import prefill_inputs
+from ki_vla_ros.bundle.time_table import TimeTable
+from ki_vla_ros.engines.base import prefill_inputs, step_times
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import EngineError
@@ -126,7 +126,7 @@ def reference_chunk(made: Made, given: ModelInput, x_t: Any) -> Array:
     times = TimeTable(made.bundle.path / TIME, made.bundle.manifest.graph.modulation)
     state = {} if given.state_J is None else {"state": given.state_J}
     for t in step_times(STEPS):
-        step = {"modulation": times.row(t), "clean": NONE, "step": np.array([1.0 / STEPS], dtype=np.float32)}
+        step = {"modulation": times[t], "clean": NONE, "step": np.array([1.0 / STEPS], dtype=np.float32)}
         _, x_t = expert.run(None, {**cache, **state, **step, "x_t": x_t})
     return np.asarray(x_t)
 

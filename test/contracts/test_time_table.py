@@ -11,7 +11,8 @@ import torch
 from support.checkpoints import write_checkpoint
 from support.models import CONFIG, make_model
 
-from ki_vla_ros.bundle.time_table import MOST_ROWS, TimeTable, step_times
+from ki_vla_ros.bundle.time_table import MOST_ROWS, TimeTable
+from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import BundleError, EngineError
 from training.export.graphs import cast_weights, expert_norms, modulation_size, modulations, time_file
 from training.model.expert import Conditioning, Expert, embed_time
@@ -59,19 +60,19 @@ def test_rows_are_computed_once_and_the_table_stays_small(tmp_path: Path, monkey
     compute = made._compute
     monkeypatch.setattr(made, "_compute", lambda times: asked.extend(times) or compute(times))
     first = made.rows(step_times(10))
-    assert np.array_equal(made.row(1.0), first[0]) and np.array_equal(made.rows(step_times(10)), first)
+    assert np.array_equal(made[1.0], first[0]) and np.array_equal(made.rows(step_times(10)), first)
     assert sorted(asked) == sorted(step_times(10)) and step_times(4) == [1.0, 0.75, 0.5, 0.25]
-    before = made.row(0.5)
+    before = made[0.5]
     for steps in range(1, 101):
         made.rows(step_times(steps))
-    assert len(made._rows) <= MOST_ROWS and np.array_equal(made.row(0.5), before)
+    assert len(made) <= MOST_ROWS and np.array_equal(made[0.5], before)
 
 
 @pytest.mark.parametrize("time", [-0.1, 1.1, float("nan")])
 def test_a_time_outside_the_flow_is_refused(tmp_path: Path, time: float) -> None:
     model = make_model()
     with pytest.raises(EngineError, match="flow time: expected 0 to 1"):
-        table(model.expert, tmp_path / "time.npz", modulation_size(model)).row(time)
+        table(model.expert, tmp_path / "time.npz", modulation_size(model))[time]
 
 
 def broken(arrays: dict[str, np.ndarray], fault: str) -> dict[str, np.ndarray]:

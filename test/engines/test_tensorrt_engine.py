@@ -21,9 +21,8 @@ from support.tensorrt_double import FakeDevice, FakeEngine, Work, fake_plans
 
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
 from ki_vla_ros.bundle.onnx_header import TensorType
-from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.engines import tensorrt_engine
-from ki_vla_ros.engines.base import IntegratingEngine
+from ki_vla_ros.engines.base import IntegratingEngine, step_times
 from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.plans import PlanCache

@@ -22,9 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, PROGRAMS
 from ki_vla_ros.bundle.pt2 import Operation, Program, read_program
-from ki_vla_ros.bundle.time_table import step_times
 from ki_vla_ros.engines import torch_engine
-from ki_vla_ros.engines.base import IntegratingEngine
+from ki_vla_ros.engines.base import IntegratingEngine, step_times
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.engines.torch_program import Interpreter, compile_program, graph_module

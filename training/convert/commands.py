@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.decode import header_ns
 from ki_vla_ros.messages.type_names import POSITIONS, TRAJECTORY
-from ki_vla_ros.records import NS_PER_S, JointReading
+from ki_vla_ros.records import NS_PER_S, JointReading, header_ns
 
 KEPT: Final = 1024  # messages; of a stream of 500 a second the last two seconds
 

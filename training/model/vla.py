@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ki_vla_ros.bundle.time_table import step_times
+from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import ConfigurationError
 from training.model.attention import rotation
 from training.model.expert import AdaRMSNorm, Conditioning, Expert, expert_bias

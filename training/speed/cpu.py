@@ -24,8 +24,7 @@ from torch import Tensor
 from ki_vla_ros.bench.model import longest_input
 from ki_vla_ros.bench.timing import Durations, choose_clock, every_tenth, time_alternating
 from ki_vla_ros.bundle.folder import load_bundle
-from ki_vla_ros.bundle.time_table import step_times
-from ki_vla_ros.engines.base import KVCache
+from ki_vla_ros.engines.base import KVCache, step_times
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.policy import Policy

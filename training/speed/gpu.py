@@ -30,7 +30,7 @@ from ki_vla_ros.bench.model import EngineSetUp, least_ms, longest_input, time_pa
 from ki_vla_ros.bench.roofline import Work, measure_ceiling
 from ki_vla_ros.bench.timing import Durations, time_alternating
 from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.bundle.time_table import step_times
+from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.statistics import spread
 from training.export.graphs import arrange, cast_weights, describe_graphs, modulations

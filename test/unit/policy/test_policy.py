@@ -189,7 +189,7 @@ def plain_chunk(bundle: Bundle, given: ModelInput, noise_HA: NDArray[np.float32]
     state = {} if given.state_J is None else {"state": given.state_J}
     x_t_HA = noise_HA
     for step in range(steps):
-        row_M = TimeTable(bundle.path / TIME, bundle.manifest.graph.modulation).row(1 - step / steps)
+        row_M = TimeTable(bundle.path / TIME, bundle.manifest.graph.modulation)[1 - step / steps]
         rest = {"clean": np.zeros(HORIZON, np.bool_), "step": np.full(1, 1 / steps, np.float32)}
         inputs = {**cache, **state, **rest, "x_t": x_t_HA, "modulation": row_M}
         velocity_HA, next_HA = expert.run(["velocity", "x_next"], inputs)

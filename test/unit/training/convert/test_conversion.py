@@ -28,8 +28,8 @@ from support.sample_bags import (
 )
 
 from ki_vla_ros.bags.bag import open_bag
-from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, header_ns, joint_reading
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.records import NS_PER_S, header_ns
 from training.data.lerobot.dataset import Dataset
 
 MS = 1_000_000
