@@ -82,17 +82,17 @@ def bench_model(
         raise ConfigurationError(f"--processor-time: expected provider cpu, got {set_up.provider}; leave it out")
     clock_ns = choose_clock(processor_time, set_up.threads)
     policy = set_up.open()
+    manifest = policy.bundle.manifest
+    graphs = graph_figures(policy.bundle)
     try:
+        ceiling = None
+        if roofline:  # first: where the device cannot be measured, nobody waits for the parts
+            sizes = [graph["bytes_read"] for graph in graphs.values()]
+            ceiling = measure_ceiling(set_up.provider, set_up.threads, manifest.graph.dtype, sizes)
         parts = time_parts(policy, calls, say, clock_ns)
         engine = policy.engine.description
     finally:
         policy.engine.close()
-    manifest = policy.bundle.manifest
-    graphs = graph_figures(policy.bundle)
-    ceiling = None
-    if roofline:
-        sizes = [graph["bytes_read"] for graph in graphs.values()]
-        ceiling = measure_ceiling(set_up.provider, set_up.threads, manifest.graph.dtype, sizes)
     return {
         "bundle": manifest.name,
         "engine": engine,

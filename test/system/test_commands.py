@@ -56,7 +56,7 @@ def test_every_command_answers_help_and_refuses_what_it_does_not_know(package: s
 def test_ki_vla_has_every_command_of_the_package() -> None:
     """All but those that another command starts, and the names that older habits and documents use."""
     listed = {module for _, module, _ in COMMANDS}
-    others = {"ki_vla_ros.__main__", "ki_vla_ros.bench.roofline", "ki_vla_ros.build_engines", "ki_vla_ros.record"}
+    others = {"ki_vla_ros.__main__", "ki_vla_ros.build_engines", "ki_vla_ros.record"}
     assert set(commands("ki_vla_ros")) - others == listed - {"ki_vla_ros.engines.build", "ki_vla_ros.ros.recorder"}
 
 
