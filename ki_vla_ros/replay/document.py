@@ -16,8 +16,6 @@ from ki_vla_ros.replay.setup import Setup
 
 METRICS = "metrics.json"
 SCHEMA = 1
-# Of this machine and this run; everything else is the same for the same bag, settings and fixed latency.
-MACHINE = ("realtime_factor", "timing")
 CAUSES_LISTED = 20
 
 

@@ -59,12 +59,12 @@ class Feed:
             self._ahead.append(message)
             self._foreseen(message)
 
-    def advance(self, to_ns: int, until: Callable[[], bool] = lambda: False) -> None:
-        """Sets the clock to `to_ns`, or to where `until` became true."""
+    def advance(self, at_ns: int, until: Callable[[], bool] = lambda: False) -> None:
+        """Sets the clock to `at_ns`, or to where `until` became true."""
         while not until():
             self.foresee(self.now_ns)
-            if not self._ahead or self._ahead[0].log_ns > to_ns:
-                self.now_ns = max(self.now_ns, to_ns)
+            if not self._ahead or self._ahead[0].log_ns > at_ns:
+                self.now_ns = max(self.now_ns, at_ns)
                 return
             message = self._ahead.popleft()
             self.now_ns = max(self.now_ns, message.log_ns)

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import to_ns
 from ki_vla_ros.statistics import spread
 
 MEASURED, RECORDED = "measured", "recorded"
@@ -155,7 +155,7 @@ def parse_latency(text: str, seed: int = 0) -> Latency:
     if len(parts) > 2 or not all(math.isfinite(part) and 0.0 <= part <= LONGEST_S for part in parts):
         raise ConfigurationError(f"--latency {text}: expected 0 to {LONGEST_S:g} s, as 0.012 or 0.030+0.012")
     expert_s, prefill_s = parts[-1], parts[0] if len(parts) == 2 else 0.0
-    return FixedLatency(round(prefill_s * NS_PER_S), round(expert_s * NS_PER_S))
+    return FixedLatency(to_ns(prefill_s), to_ns(expert_s))
 
 
 def _durations_ns(path: Path) -> list[int]:
@@ -170,4 +170,4 @@ def _durations_ns(path: Path) -> list[int]:
         raise ConfigurationError(f"{expected}; got {error!r}") from error
     if not all(math.isfinite(value) and 0.0 <= value <= LONGEST_S for value in durations_s):
         raise ConfigurationError(f"{expected}; got durations outside of 0 to {LONGEST_S:g} s")
-    return [round(value * NS_PER_S) for value in durations_s]
+    return [to_ns(value) for value in durations_s]

@@ -23,15 +23,16 @@ from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.messages.decode import BagMessage, decode
 from ki_vla_ros.messages.type_names import TEXT
 from ki_vla_ros.policy.preprocess import check_instruction
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation, to_ns
 from ki_vla_ros.replay.inputs import Feed, Inbox, ReplayBuffer
 from ki_vla_ros.replay.policy import ReplayPolicy
 from ki_vla_ros.replay.recorded import Activity, RecordedTick, read_tick
 from ki_vla_ros.replay.setup import ReplayOptions
 from ki_vla_ros.replay.ticks import Prediction, Seam, Tick
 from ki_vla_ros.replay.topics import ReplayTopics, read_later_session
-from ki_vla_ros.replay.wire import ReplayDiagnostics, ReplayWire
+from ki_vla_ros.replay.wire import ReplayWire
 from ki_vla_ros.runtime.chunking import cubic
+from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
 from ki_vla_ros.runtime.observation import BURST_WAIT_NS, camera_sources, own_limit_ns
 from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
@@ -76,7 +77,7 @@ class Replay:
         self._on_message, self._on_tick = on_message, on_tick
         self.refused, self.messages, self.not_reproduced = (Counter[str]() for _ in range(3))
         self._latency, manifest = options.latency, bundle.manifest
-        self._diagnostics = ReplayDiagnostics()
+        self._diagnostics = Diagnostics()
         self._wire = ReplayWire(self._latency)
         self._policy = ReplayPolicy(bundle, engine, self._latency, settings.guidance_jacobian)
         self._policy.warm_up()
@@ -163,7 +164,7 @@ class Replay:
                 if tick.hold is not None and self._feed.ended:
                     return  # the bag ended while it computed: nobody knows what would have come of it
                 yield tick
-                pacer.advance(ended_ns, round(NS_PER_S / settings.rate_hz))
+                pacer.advance(ended_ns, to_ns(1.0 / settings.rate_hz))
                 if settings.align_to_cameras:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))
             missed = pacer.missed
@@ -171,7 +172,7 @@ class Replay:
 
     def _recorded_ticks(self) -> Iterator[Tick]:
         last_ns: int | None = None
-        missed, period_ns = 0, round(NS_PER_S / self.settings.rate_hz)
+        missed, period_ns = 0, to_ns(1.0 / self.settings.rate_hz)
         while True:
             self._feed.foresee(self._feed.now_ns + self._activity.gap_ns)
             if not self._recorded:
@@ -197,7 +198,7 @@ class Replay:
         """The tick, and when it ended."""
         ages = {name: status.age_ns for name, status in self._buffer.status(tick_ns).items()}
         wish_before = self._loop.executing
-        self._policy.decoded, self._diagnostics.corrections = None, ()
+        self._policy.decoded, self._diagnostics.last_corrections = None, ()
         self._buffer.recorded = recorded
         self._policy.chunk_index = None if recorded is None else recorded.chunk_index
         if self.options.noise_by_tick:
@@ -244,7 +245,7 @@ class Replay:
             self._probed_ns = tick_ns
             probes = self._policy.probe(observation, self.options.other_instruction, list(observation.frames))
         report = self._wire.report
-        acted_ns = (report.command_ns or ended_ns) + round(self.settings.lead_s * NS_PER_S)
+        acted_ns = (report.command_ns or ended_ns) + to_ns(self.settings.lead_s)
         return Prediction(
             index=self._policy.drawn_index,
             start_ns=chunk.start_ns,
@@ -256,7 +257,7 @@ class Replay:
             joint_ns=observation.joint_ns,
             command_ns=report.command_ns,
             refusal=report.hold if report.command_ns is None else None,
-            corrections=self._diagnostics.corrections,
+            corrections=self._diagnostics.last_corrections,
             consumed=sum(chunk.due_ns(k) < acted_ns for k in range(chunk.horizon)),
             seam=seam,
             probe_HJ=probes,
@@ -304,19 +305,19 @@ class Replay:
         status = self._buffer.status(self._feed.now_ns)
         return all(status[name].count for name in (*self.topics.cameras, "joint state"))
 
-    def _advance(self, to_ns: int) -> None:
+    def _advance(self, until_ns: int) -> None:
         """The clock, with the watchdog looking on."""
-        self._watch(to_ns)
-        self._feed.advance(to_ns)
+        self._watch(until_ns)
+        self._feed.advance(until_ns)
         self._wire.clock_ns = max(self._wire.clock_ns, self._feed.now_ns)
 
-    def _watch(self, to_ns: int) -> None:
+    def _watch(self, until_ns: int) -> None:
         """What the watchdog does until then: it looks every 20 ms, but has work only where a motion runs unrenewed."""
-        motion, hold_ns = self._motion, round(self.settings.hold_after_s * NS_PER_S)
-        if motion is None or to_ns - motion.from_ns <= hold_ns:
+        motion, hold_ns = self._motion, to_ns(self.settings.hold_after_s)
+        if motion is None or until_ns - motion.from_ns <= hold_ns:
             return
         first_ns = max(self._feed.now_ns, motion.from_ns + hold_ns - 2 * WATCHDOG_NS)
-        for at_ns in range(first_ns, min(to_ns, motion.end_ns), WATCHDOG_NS):
+        for at_ns in range(first_ns, min(until_ns, motion.end_ns), WATCHDOG_NS):
             self._feed.advance(at_ns)
             with self._wire.standing_at(at_ns):
                 self._loop.watch()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import to_ns
 
 # A node that ticked is taken to have been inactive where its ticks are farther apart than both.
 INACTIVE_NS, INACTIVE_PERIODS = 500_000_000, 3
@@ -55,7 +55,7 @@ class Activity:
     """Spans from a first tick to a last one, known as far as ticks have been read."""
 
     def __init__(self, rate_hz: float) -> None:
-        self.gap_ns = max(INACTIVE_NS, round(INACTIVE_PERIODS * NS_PER_S / rate_hz))
+        self.gap_ns = max(INACTIVE_NS, to_ns(INACTIVE_PERIODS / rate_hz))
         self._spans: list[list[int]] = []
         self._begun = 0
 

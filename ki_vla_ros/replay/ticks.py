@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,11 +91,3 @@ class Tick:
     stage_ms: Mapping[str, float]
     motions: tuple[Motion, ...]
     prediction: Prediction | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ReplayResult:
-    """`metrics` is what metrics.json holds; `complete` is False after Ctrl-C or a fault that ended the bag early."""
-
-    metrics: Mapping[str, Any]
-    complete: bool

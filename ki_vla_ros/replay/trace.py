@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.messages.decode import camera_frame
-from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
+from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation, to_ns
 from ki_vla_ros.replay.frames import BagFrame
 from ki_vla_ros.replay.ticks import Prediction, Tick
 
@@ -170,7 +170,7 @@ class Trace:
 
     def _compare(self, now_ns: int | None) -> None:
         """Takes the highest of its neighbourhood into the worst moments, once all its neighbours are known."""
-        around_ns = round(AROUND_S * NS_PER_S)
+        around_ns = to_ns(AROUND_S)
         while self._waiting < len(self._latest):
             kept = self._latest[self._waiting]
             start_ns = kept.prediction.start_ns

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from ki_vla_ros.records import ActionChunk, Motion
 from ki_vla_ros.replay.latency import Latency
-from ki_vla_ros.runtime.diagnostics import Diagnostics
 
 
 @dataclass(frozen=True)
@@ -73,22 +72,3 @@ class ReplayWire:
         self.report = TickReport(hold, command_ns, stage_ms)
 
     def log(self, message: str, cause: str) -> None: ...
-
-
-class ReplayDiagnostics(Diagnostics):
-    """Keeps what the gate corrected in the last chunk; a replay's own figures (replay/figures.py) cover the rest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.corrections: tuple[str, ...] = ()
-
-    def record_chunk(
-        self,
-        stage_ms: Mapping[str, float],
-        corrections: tuple[str, ...],
-        time_s: float,
-        age_ms: float = 0.0,
-        skew_ms: float = 0.0,
-        delay: int = 0,
-    ) -> None:
-        self.corrections = corrections

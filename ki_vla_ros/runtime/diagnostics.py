@@ -84,6 +84,8 @@ class Diagnostics:
         self._holds = 0
         self._refusals: Counter[str] = Counter()
         self._corrections: Counter[str] = Counter()
+        # What the gate changed in the newest chunk, in words: replay asks tick by tick.
+        self.last_corrections: tuple[str, ...] = ()
         self._chunks = 0
         self._missed = 0
         self._hold: str | None = None
@@ -110,6 +112,7 @@ class Diagnostics:
             self._chunk_times_s.append(time_s)
             if "prefill" in stage_ms:
                 self._prefill_times_s.append(time_s)
+            self.last_corrections = corrections
             self._corrections.update(correction.split(" ")[0] for correction in corrections)
             for stage, duration_ms in {**stage_ms, "total": sum(stage_ms.values())}.items():
                 self._stage_ms.setdefault(stage, deque(maxlen=WINDOW)).append(duration_ms)

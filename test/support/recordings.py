@@ -27,7 +27,7 @@ CAMERA_DELAY_NS, TICK_NS = 8 * MS, 30 * MS
 SIZE = 48
 
 
-class BagWriter:
+class RecordingWriter:
     """A rosbag2 folder, mcap."""
 
     def __init__(self, folder: Path) -> None:
@@ -108,7 +108,7 @@ def record_run(folder: Path, bundle: Bundle, seconds: float, settings: Mapping[s
     bench.wire = bench.loop.wire = _SlowWire()  # type: ignore[assignment]
     bench.change(**settings)
     bench.loop.begin()
-    writer = BagWriter(folder)
+    writer = RecordingWriter(folder)
     writer.text("/policy/instruction", START - MS, TASK)
     for number in range(round(seconds * 100)):
         now_ns = bench.wire.time_ns = START + number * 10 * MS
@@ -133,7 +133,7 @@ def record_run(folder: Path, bundle: Bundle, seconds: float, settings: Mapping[s
 
 def record_inputs(folder: Path, seconds: float, instruction: str = TASK) -> None:
     """Only what a robot's drivers publish, and the task; the arm moves on `path_J`."""
-    writer = BagWriter(folder)
+    writer = RecordingWriter(folder)
     if instruction:
         writer.text("/policy/instruction", START - MS, instruction)
     for number in range(round(seconds * 100)):

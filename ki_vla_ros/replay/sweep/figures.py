@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.records import NS_PER_S, Motion
+from ki_vla_ros.records import NS_PER_S, Motion, to_ns
 from ki_vla_ros.replay.figures import Jerk
 from ki_vla_ros.replay.ticks import Prediction, Tick
 
@@ -45,7 +45,7 @@ class Execution:
 
     def __init__(self, spec: PolicySpec, segment_s: float) -> None:
         self.outcome = Outcome()
-        self._segment_ns = round(segment_s * NS_PER_S)
+        self._segment_ns = to_ns(segment_s)
         self._joints = len(spec.joints)
         self._first_ns: int | None = None
         self._chunk: Prediction | None = None  # the one whose actions count at present

@@ -24,7 +24,7 @@ from ki_vla_ros.bags.bag import Bag, open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.messages.decode import BagMessage, joint_reading
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import to_ns
 from ki_vla_ros.replay.frames import bag_frame
 from ki_vla_ros.replay.latency import DrawnLatency, Latency, MeasuredLatency
 from ki_vla_ros.replay.loop import Replay
@@ -122,7 +122,7 @@ def _latency(model: Latency, metrics: Mapping[str, Any], seed: int) -> Callable[
     """One model for each setting, all alike. What was measured is drawn from: side by side nothing can be timed."""
     if not isinstance(model, MeasuredLatency):
         return functools.partial(_again, model)
-    durations_ns = [round(took_s * NS_PER_S) for took_s in metrics["timing"]["latency_s"]]
+    durations_ns = [to_ns(took_s) for took_s in metrics["timing"]["latency_s"]]
     return functools.partial(DrawnLatency, durations_ns, "ticks measured in the replay", seed)
 
 

@@ -25,7 +25,6 @@ class SharedEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.description = engine.description
-        self.prefills = self.reused = 0
         self._digest = b""
         self._cache: KVCache | None = None
         self._known: dict[tuple[object, ...], Array] = {}
@@ -41,11 +40,9 @@ class SharedEngine:
         for array in prefill_inputs(model_input).values():
             digest.update(np.ascontiguousarray(array).data)
         if self._cache is not None and digest.digest() == self._digest:
-            self.reused += 1
             return self._cache
         self._cache, self._known = None, {}
         self._cache, self._digest = self._engine.prefill(model_input), digest.digest()
-        self.prefills += 1
         return self._cache
 
     def velocity(
