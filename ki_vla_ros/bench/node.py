@@ -34,7 +34,7 @@ from ki_vla_ros.records import NS_PER_S, to_ns
 from ki_vla_ros.ros.children import Child, Children, prepare_environment
 from ki_vla_ros.ros.qos import EVENT, EVERYTHING, SENSOR
 from ki_vla_ros.ros.topics import ns_to_stamp
-from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
+from ki_vla_ros.runtime.paths import CommandedPath
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.statistics import spread
 
@@ -59,7 +59,7 @@ class BenchRobot:
         self.images_sent = self.published_until_ns = 0
         self._names = list(policy.joint_names)
         middle_J = (np.array(policy.state.low) + np.array(policy.state.high)) / 2.0
-        self._arm = TrajectoryExecutor(self._names, middle_J)
+        self._arm = CommandedPath(self._names, middle_J)
         self._arm_in_use = threading.Lock()
         self._node = rclpy.create_node("bench_robot")
         self._joints = self._node.create_publisher(JointState, "joint_states", EVENT)
@@ -135,9 +135,8 @@ class BenchRobot:
         self._joints.publish(message)
 
     def _on_command(self, message: JointTrajectory) -> None:
-        trajectory = trajectory_from_message(message)
         with self._arm_in_use:
-            self._arm.accept(trajectory, time.time_ns())
+            self._arm.take(message, time.time_ns())
 
     def _on_tick(self, message: String) -> None:
         self.ticks.append(json.loads(message.data))

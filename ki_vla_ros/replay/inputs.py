@@ -22,7 +22,7 @@ from ki_vla_ros.replay.setup import ReplayOptions
 from ki_vla_ros.replay.topics import ReplayTopics
 from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime.observation import ObservationBuffer
-from ki_vla_ros.runtime.paths import CommandedPath, MeasuredPath, Reference
+from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
 
 # A recorder may get a message so much later than the node did. Not longer than the frames that a buffer keeps.
 RECORDER_LAG_NS = 200_000_000
@@ -185,7 +185,7 @@ class Inbox:
         names = [joint.name for joint in joints]
         self.measured = MeasuredPath(names, [joint.max_velocity for joint in joints])
         self._commanded = CommandedPath(names)
-        self.reference: Reference | None = None
+        self.reference: ArmPath | None = None
         if topics.missing_reference is None:
             self.reference = self._commanded if topics.command else self.measured
 
@@ -207,14 +207,13 @@ class Inbox:
                 raise
             self.measured.add(reading)
         elif topic == topics.command:
-            add = self._commanded.add_trajectory if message.type == TRAJECTORY else self._commanded.add_positions
-            add(message.log_ns, decode(message, TRAJECTORY, POSITIONS))
+            self._commanded.take(decode(message, TRAJECTORY, POSITIONS), message.log_ns)
         elif topic == topics.chunk and self._options.as_recorded:
             published = decode(message, TRAJECTORY)
             positions = np.array([point.positions for point in published.points], dtype=np.float64)
             self.parity.add_published(header_ns(published), positions)
 
-    def answer(self, reference: Reference, due_N: NDArray[np.int64], since_ns: int) -> NDArray[np.float64]:
+    def answer(self, reference: ArmPath, due_N: NDArray[np.int64], since_ns: int) -> NDArray[np.float64]:
         """[N, J]: what the arm did at these instants, in answer to what began at `since_ns`; earlier ones are not asked
         for any more. NaN where nothing says so, and after the arm was set elsewhere.
         """

@@ -1,20 +1,25 @@
-"""What the arm really did, or was really told: the reference that predicted actions are compared with.
+"""Where the arm was told to be, and where it was, as functions of time.
 
-Legend: J joints in the manifest's order, N instants. Positions in rad or m, stamps in ns on the bag's clock.
+`CommandedPath` is the one model of ROS 2's joint_trajectory_controller: the simulated arms move by it, and replay,
+datasets and shadow mode ask it what a recorded arm was told. `MeasuredPath` is the line through the joint states.
+
+Legend: J joints in the order that the path was made with, N instants, K points of a trajectory. Positions in rad or m,
+derivatives per second, times in integer ns on one clock: the node's, or the bag's.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.records import NS_PER_S, JointReading
+from ki_vla_ros.records import NS_PER_S, JointReading, header_ns, time_to_ns
 
 # Joint states farther apart than this say nothing of the time between them.
 LONGEST_GAP_NS = 250_000_000
@@ -22,32 +27,348 @@ LONGEST_GAP_NS = 250_000_000
 # elsewhere: a simulator's reset, or a bag made of pieces.
 JUMP_S = 0.05
 
+Array = NDArray[np.float64]
 
-class Reference(Protocol):
-    def at(self, time_N: NDArray[np.int64]) -> NDArray[np.float64]:
-        """[N, J]; NaN where the bag does not say."""
+
+class ArmPath(Protocol):
+    """Positions over time. What lies before the last `forget` is not asked for."""
+
+    def at(self, time_N: NDArray[np.int64]) -> Array:
+        """[N, J]; NaN where nothing is known."""
+        ...
+
+    def known(self, time_ns: int, now_ns: int) -> bool:
+        """Whether `at` that time is settled when everything up to `now_ns` has been taken in."""
         ...
 
     def forget(self, before_ns: int) -> None:
         """Nothing before then will be asked for any more."""
         ...
 
+    def clear(self) -> None:
+        """Forgets everything."""
+        ...
 
-class MeasuredPath:
-    """The joint states that followed: linear between readings at most 250 ms apart.
 
-    `max_velocity_J` (per second): what is faster was not a motion. `jump_after` says where.
+class TrajectoryPoint(NamedTuple):
+    """One waypoint, values in the order of the trajectory's `joints`; an empty sequence means "not given"."""
+
+    time_from_start_ns: int
+    positions: Sequence[float]
+    velocities: Sequence[float] = ()
+    accelerations: Sequence[float] = ()
+    effort: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A message as it came; `stamp_ns` 0 means "start now"."""
+
+    stamp_ns: int
+    joints: Sequence[str]
+    points: Sequence[TrajectoryPoint]
+
+
+def trajectory_from_message(message: Any) -> Trajectory:
+    """The numbers of a trajectory_msgs/JointTrajectory, unchanged and unchecked."""
+    points = [
+        TrajectoryPoint(
+            time_to_ns(point.time_from_start),
+            point.positions,
+            point.velocities,
+            point.accelerations,
+            point.effort,
+        )
+        for point in message.points
+    ]
+    return Trajectory(header_ns(message), message.joint_names, points)
+
+
+class CommandedPath:
+    """What joint_trajectory_controller makes of the messages on its topic, or forward_command_controller of its own.
+
+    A trajectory replaces the one before it at once (stamp 0, or a stamp that has passed) or at its stamp, until which
+    the one before goes on; what still waits for a later stamp is dropped. It leads from where the arm was told to be
+    then, at the speed it was told to have (`interpolate_from_desired_state: true`), to the first point and through the
+    others: straight where two neighbours give positions alone, as a cubic where both give velocities, as a quintic
+    where both give accelerations too. After the last point the arm is told to stay there. Where points have passed
+    already, the arm is told to be at once where the trajectory then is. A trajectory that has ended before it arrives
+    is refused, as is whatever the controller refuses. An array of positions counts from its arrival on.
+
+    With `position_J`, where the arm rests first, the path is a controller of exactly these joints. Without it the path
+    is an onlooker's: before a first point nothing is known, and the controller may have more joints (they are left
+    out), take effort, and allow a trajectory to end in motion (`allow_nonzero_velocity_at_trajectory_end`).
+
+    Source: ros2_controllers, joint_trajectory_controller: trajectory.cpp (`sample`, `interpolate_between_points`) and
+    `validate_trajectory_msg`, 2.x to 6.9; stamps in the future as with the `allow_trajectory_replacement` of August
+    2026. Of those that wait 6.8 and 6.9 keep only the newest, and before 6.8 none waited: the arm set out for the first
+    point at once. Refused here but not there: numbers that are not finite, times before the start, and accelerations
+    without velocities, of which the controller makes zeros.
     """
 
-    def __init__(self, joints: Sequence[str], max_velocity_J: Sequence[float]) -> None:
-        self._joints = tuple(joints)
-        self._max_velocity_J = np.asarray(max_velocity_J)
+    def __init__(
+        self, joints: Sequence[str], position_J: Array | None = None, *, allow_partial_joints_goal: bool = False
+    ) -> None:
+        """`allow_partial_joints_goal`: as the controller's; joints that a message leaves out stay where they are."""
+        self.joints = tuple(joints)
+        self._looks_on, self._allow_partial = position_J is None, allow_partial_joints_goal
+        # By `from_ns`; each is in force until the next one's. The last ones may still wait.
+        self._pieces: list[_Piece] = []
+        self._rest(np.full(len(self.joints), np.nan) if position_J is None else position_J)
+
+    def take(self, message: Any, arrived_ns: int) -> None:
+        """A trajectory_msgs/JointTrajectory, or a std_msgs/Float64MultiArray in the order of the joints.
+
+        InputError says why it is refused; what is in force then stays.
+        """
+        if hasattr(message, "points"):
+            self.accept(trajectory_from_message(message), arrived_ns)
+            return
+        position_J = np.array(message.data, dtype=np.float64)
+        if len(position_J) != len(self.joints):
+            raise InputError(f"command: expected {len(self.joints)} positions, got {len(position_J)}")
+        if not np.isfinite(position_J).all():
+            raise InputError(f"command: expected finite positions, got {position_J.tolist()}")
+        self._add(_rest(arrived_ns, position_J), arrived_ns)
+
+    def accept(self, trajectory: Trajectory, arrived_ns: int) -> None:
+        """As `take`."""
+        index = self._index(trajectory.joints)
+        start_ns = trajectory.stamp_ns or arrived_ns
+        knots = self._knots(trajectory, index, start_ns)
+        late_ns = arrived_ns - int(knots.time_K[-1])
+        if trajectory.stamp_ns and late_ns > 0:
+            raise InputError(
+                f"command: trajectory refused: its last point was due {late_ns / 1e6:.0f} ms before it came; expected "
+                "at least one point in the future (check header.stamp and the publisher's clock)"
+            )
+        from_ns = max(start_ns, arrived_ns)
+        before_3J = self._state(from_ns)
+        left_out = [j for j, i in enumerate(index) if i is None]
+        knots.state_3KJ[0][:, left_out] = before_3J[0, left_out]
+        self._add(_Piece(from_ns, before_3J, knots), arrived_ns)
+
+    def sample(self, time_ns: int) -> tuple[Array, Array]:
+        """Position and velocity [J]: a controller's state."""
+        position_J, velocity_J, _ = self._state(time_ns)
+        return position_J, velocity_J
+
+    def hold(self, position_J: Array) -> None:
+        """Drops what runs and what waits, and stays at `position_J`."""
+        self._rest(position_J)
+
+    def at(self, time_N: NDArray[np.int64]) -> Array:
+        starts = np.array([piece.from_ns for piece in self._pieces], dtype=np.int64)
+        in_force_N = np.maximum(np.searchsorted(starts, time_N, side="right") - 1, 0)
+        path_NJ = np.empty((len(time_N), len(self.joints)))
+        for number in np.unique(in_force_N):
+            those_N = in_force_N == number
+            path_NJ[those_N] = self._pieces[number].at(time_N[those_N])
+        return path_NJ
+
+    def known(self, time_ns: int, now_ns: int) -> bool:
+        return now_ns > time_ns
+
+    def forget(self, before_ns: int) -> None:
+        gone = bisect_right(self._pieces, before_ns, key=lambda piece: piece.from_ns) - 1
+        if gone > 0:
+            del self._pieces[:gone]
+
+    def clear(self) -> None:
+        """Looks on as if no command had come yet."""
+        self._rest(np.full(len(self.joints), np.nan))
+
+    def _rest(self, position_J: Array) -> None:
+        self._pieces = [_rest(0, np.array(position_J, dtype=np.float64))]
+
+    def _add(self, piece: _Piece, arrived_ns: int) -> None:
+        if not self._looks_on:  # a controller does not look back, and has nobody who tells it to forget
+            self.forget(arrived_ns)
+        while len(self._pieces) > 1 and self._pieces[-1].from_ns >= piece.from_ns:
+            self._pieces.pop()  # it waited, and has no time left
+        self._pieces.append(piece)
+
+    def _state(self, time_ns: int) -> Array:
+        number = bisect_right(self._pieces, time_ns, key=lambda piece: piece.from_ns) - 1
+        return self._pieces[max(number, 0)].state(time_ns)
+
+    def _index(self, names: Sequence[str]) -> list[int | None]:
+        """Where each of the path's joints stands in a message; None: nowhere."""
+        index = {name: i for i, name in enumerate(names)}
+        missing = [name for name in self.joints if name not in index]
+        unknown = [] if self._looks_on else [name for name in names if name not in self.joints]
+        few = len(missing) == len(self.joints) or (missing and not self._allow_partial)
+        if few or unknown or len(index) != len(names):
+            raise InputError(
+                f"command: trajectory refused: joint_names must be each of {list(self.joints)} once, in any order; got "
+                f"{list(names)} (missing {missing}, unknown {unknown})"
+            )
+        return [index.get(name) for name in self.joints]
+
+    def _knots(self, trajectory: Trajectory, index: list[int | None], start_ns: int) -> _Knots:
+        """The points of a trajectory that starts then, with joints that are left out at 0."""
+        points, width = trajectory.points, len(trajectory.joints)
+        if not points:
+            raise InputError(
+                "command: trajectory refused: it has no points; to stop the arm, send its present position"
+            )
+        time_K = np.array([point.time_from_start_ns for point in points], dtype=np.int64)
+        for k in np.flatnonzero(np.diff(time_K, prepend=-1) <= 0)[:1]:
+            after = f" after {time_K[k - 1] / NS_PER_S:.3f} s" if k else ""
+            raise InputError(
+                f"command: trajectory refused: point {k}: time_from_start must be >= 0 and grow strictly; got "
+                f"{time_K[k] / NS_PER_S:.3f} s{after}"
+            )
+        position_KW, _ = _column(points, "positions", width, required=True)
+        velocity_KW, moving_K = _column(points, "velocities", width)
+        acceleration_KW, bent_K = _column(points, "accelerations", width)
+        for k in np.flatnonzero(bent_K & ~moving_K)[:1]:
+            raise InputError(f"command: trajectory refused: point {k}: accelerations without velocities; send both")
+        if not self._looks_on:
+            if any(len(point.effort) for point in points):
+                raise InputError(
+                    "command: trajectory refused: effort is not supported by this controller; leave it out"
+                )
+            if np.any(np.abs(velocity_KW[-1]) > np.finfo(np.float32).eps):
+                raise InputError(
+                    "command: trajectory refused: the last point's velocities must be 0 so that the arm can stay, "
+                    f"got {velocity_KW[-1].tolist()}"
+                )
+        given_J = np.array([i is not None for i in index])
+        order_J = [i or 0 for i in index]
+        state_3KJ = np.array([position_KW, velocity_KW, acceleration_KW])[..., order_J] * given_J
+        return _Knots(start_ns + time_K, np.where(bent_K, 5, np.where(moving_K, 3, 1)), state_3KJ)
+
+
+def _column(
+    points: Sequence[TrajectoryPoint], name: str, width: int, required: bool = False
+) -> tuple[Array, NDArray[np.bool_]]:
+    """One field of all points [K, width], zeros where it is not given, and where it is [K]."""
+    rows = [getattr(point, name) for point in points]
+    given_K = np.array([len(row) > 0 for row in rows])
+    for k, row in enumerate(rows):
+        if len(row) != width and (required or len(row)):
+            raise InputError(
+                f"command: trajectory refused: point {k}: expected {width} {name} (one per joint), got {len(row)}"
+            )
+    values_KW = np.zeros((len(rows), width))
+    if given_K.any():
+        values_KW[given_K] = [row for row in rows if len(row)]
+    for k in np.flatnonzero(~np.isfinite(values_KW).all(axis=1))[:1]:
+        raise InputError(f"command: trajectory refused: point {k}: {name} must be finite, got {values_KW[k].tolist()}")
+    return values_KW, given_K
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Knots:
+    """Instants between which the path is a polynomial, of the least degree that two neighbours allow: 1, 3 or 5."""
+
+    time_K: NDArray[np.int64]
+    degree_K: NDArray[np.int64]
+    state_3KJ: Array  # position, velocity, acceleration; 0 where not given
+
+
+class _Piece:
+    """What one message makes of the path from `from_ns` on: polynomials from knot to knot, then rest.
+
+    Legend: M knots that count, D degree; between knot m and the next the position is the sum over d of
+    `factor_DMJ[d, m] * phase ** d`, with a phase of 0 to 1. After the last knot only `factor_DMJ[0]` is not 0.
+    """
+
+    def __init__(self, from_ns: int, before_3J: Array, knots: _Knots) -> None:
+        """`before_3J`: where the path before it is at `from_ns`."""
+        self.from_ns = from_ns
+        # The last knot that has passed is where the first polynomial begins; if none has, that is where the arm was.
+        passed = int(np.searchsorted(knots.time_K, from_ns, side="right")) - 1
+        first = max(passed, 0)
+        self._begin_M, degree_M, state_3MJ = knots.time_K[first:], knots.degree_K[first:], knots.state_3KJ[:, first:]
+        if passed < 0:
+            self._begin_M = np.concatenate([[from_ns], self._begin_M])
+            degree_M = np.concatenate([[5], degree_M])
+            state_3MJ = np.concatenate([before_3J[:, None], state_3MJ], axis=1)
+        self._length_M = np.append(np.diff(self._begin_M) / NS_PER_S, 1.0)
+        self._end_2J = state_3MJ[1:, -1]
+        self._factor_DMJ = _factors(state_3MJ, self._length_M[:-1], np.minimum(degree_M[:-1], degree_M[1:]))
+
+    def at(self, time_N: NDArray[np.int64]) -> Array:
+        """Positions [N, J]; before `from_ns` that of then."""
+        time_N = np.maximum(time_N, self.from_ns)
+        m_N = np.searchsorted(self._begin_M, time_N, side="right") - 1
+        phase_N = ((time_N - self._begin_M[m_N]) / (self._length_M[m_N] * NS_PER_S))[:, None]
+        factor_DNJ = self._factor_DMJ[:, m_N]
+        path_NJ: Array = factor_DNJ[-1]
+        for factor_NJ in factor_DNJ[-2::-1]:
+            path_NJ = path_NJ * phase_N + factor_NJ
+        return path_NJ
+
+    def state(self, time_ns: int) -> Array:
+        """Position, velocity and acceleration [3, J]; at rest the last two are those of the last point, as there."""
+        time_ns = max(time_ns, self.from_ns)
+        m = int(np.searchsorted(self._begin_M, time_ns, side="right")) - 1
+        if m == len(self._begin_M) - 1:
+            return np.concatenate([self._factor_DMJ[0, m][None], self._end_2J])
+        length_s = self._length_M[m]
+        phase = (time_ns - int(self._begin_M[m])) / (length_s * NS_PER_S)
+        powers_D = [phase**d for d in range(len(self._factor_DMJ))]
+        speeds_D = [d * phase ** (d - 1) / length_s if d else 0.0 for d in range(len(powers_D))]
+        bends_D = [d * (d - 1) * phase ** (d - 2) / length_s**2 if d > 1 else 0.0 for d in range(len(powers_D))]
+        state_3J: Array = np.array([powers_D, speeds_D, bends_D]) @ self._factor_DMJ[:, m]
+        return state_3J
+
+
+def _rest(from_ns: int, position_J: Array) -> _Piece:
+    state_3J = np.array([position_J, np.zeros_like(position_J), np.zeros_like(position_J)])
+    return _Piece(from_ns, state_3J, _Knots(np.array([from_ns]), np.array([5]), state_3J[:, None]))
+
+
+def _factors(state_3MJ: Array, length_N: Array, degree_N: NDArray[np.int64]) -> Array:
+    """`_Piece`'s factors [D, M, J]: N = M - 1 polynomials through the states at their ends, and the rest."""
+    factor_DMJ = np.zeros((int(degree_N.max(initial=0)) + 1, *state_3MJ.shape[1:]))
+    factor_DMJ[0] = state_3MJ[0]
+    way_NJ = np.diff(state_3MJ[0], axis=0)
+    if len(way_NJ):
+        factor_DMJ[1, :-1] = way_NJ
+    for degree in (3, 5):
+        n = np.flatnonzero(degree_N == degree)
+        if not len(n):
+            continue
+        # By phase, not by time, so that lengths cancel: speeds at both ends, and accelerations.
+        way, length = way_NJ[n], length_N[n, None]
+        speed, end_speed = state_3MJ[1, n] * length, state_3MJ[1, n + 1] * length
+        factor_DMJ[1, n] = speed
+        if degree == 3:
+            factor_DMJ[2, n] = 3.0 * way - 2.0 * speed - end_speed
+            factor_DMJ[3, n] = speed + end_speed - 2.0 * way
+            continue
+        bend, end_bend = state_3MJ[2, n] * length**2, state_3MJ[2, n + 1] * length**2
+        factor_DMJ[2, n] = bend / 2.0
+        factor_DMJ[3, n] = 10.0 * way - 6.0 * speed - 4.0 * end_speed - 1.5 * bend + 0.5 * end_bend
+        factor_DMJ[4, n] = -15.0 * way + 8.0 * speed + 7.0 * end_speed + 1.5 * bend - end_bend
+        factor_DMJ[5, n] = 6.0 * way - 3.0 * speed - 3.0 * end_speed - 0.5 * bend + 0.5 * end_bend
+    return factor_DMJ
+
+
+class MeasuredPath:
+    """Where the arm was, between two joint states on a straight line.
+
+    `max_velocity_J` (per second; None: not known): what is faster was not a motion. `jump_after` says where. Joint
+    states more than `max_gap_ns` apart say nothing of the time between them.
+    """
+
+    def __init__(
+        self, joints: Sequence[str], max_velocity_J: Sequence[float] | None = None, max_gap_ns: int = LONGEST_GAP_NS
+    ) -> None:
+        self._joints, self._max_gap_ns = tuple(joints), max_gap_ns
+        self._max_velocity_J = np.inf if max_velocity_J is None else np.asarray(max_velocity_J)
+        self._names: tuple[str, ...] = ()
+        self._index: list[int] = []
+        self.clear()
+
+    def clear(self) -> None:
         self._jumps: deque[int] = deque()  # stamps of the readings before
         self.jumps = 0
         self._stamps: deque[int] = deque()
-        self._positions: deque[NDArray[np.float64]] = deque()
-        self._names: tuple[str, ...] = ()
-        self._index: list[int] = []
+        self._positions: deque[Array] = deque()
 
     def add(self, reading: JointReading) -> None:
         """One that the observation has accepted. What is older than the newest is left out."""
@@ -68,22 +389,28 @@ class MeasuredPath:
         """The last instant before the arm was set elsewhere, if it was after `since_ns`."""
         return next((stamp_ns for stamp_ns in self._jumps if stamp_ns >= since_ns), None)
 
-    def at(self, time_N: NDArray[np.int64]) -> NDArray[np.float64]:
+    def at(self, time_N: NDArray[np.int64]) -> Array:
         path_NJ = np.full((len(time_N), len(self._joints)), np.nan)
         first = bisect_right(self._stamps, int(time_N.min())) - 1
-        last = bisect_right(self._stamps, int(time_N.max())) + 1
-        keep = range(max(first, 0), min(last, len(self._stamps)))
-        if len(keep) < 2:
+        last = bisect_left(self._stamps, int(time_N.max()))
+        keep = range(max(first, 0), min(last + 1, len(self._stamps)))
+        if not keep:
             return path_NJ
         stamp_M = np.array([self._stamps[i] for i in keep], dtype=np.int64)
         position_MJ = np.array([self._positions[i] for i in keep])
-        after_N = np.clip(np.searchsorted(stamp_M, time_N), 1, len(stamp_M) - 1)
-        before_ns, after_ns = stamp_M[after_N - 1], stamp_M[after_N]
-        known_N = (time_N >= before_ns) & (time_N <= after_ns) & (after_ns - before_ns <= LONGEST_GAP_NS)
-        weight_N = ((time_N - before_ns) / (after_ns - before_ns))[:, None]
-        between_NJ = position_MJ[after_N - 1] * (1.0 - weight_N) + position_MJ[after_N] * weight_N
-        path_NJ[known_N] = between_NJ[known_N]
+        after_N = np.searchsorted(stamp_M, time_N).clip(max=len(stamp_M) - 1)
+        before_N = np.maximum(after_N - 1, 0)
+        before_ns, after_ns = stamp_M[before_N], stamp_M[after_N]
+        between_N = (time_N > before_ns) & (time_N < after_ns) & (after_ns - before_ns <= self._max_gap_ns)
+        weight_N = ((time_N - before_ns) / np.maximum(after_ns - before_ns, 1))[:, None]
+        way_NJ = position_MJ[before_N] * (1.0 - weight_N) + position_MJ[after_N] * weight_N
+        path_NJ[between_N] = way_NJ[between_N]
+        path_NJ[time_N == after_ns] = position_MJ[after_N[time_N == after_ns]]
         return path_NJ
+
+    def known(self, time_ns: int, now_ns: int) -> bool:
+        reached = bool(self._stamps) and self._stamps[-1] >= time_ns
+        return reached or now_ns > time_ns + self._max_gap_ns
 
     def forget(self, before_ns: int) -> None:
         while len(self._stamps) > 1 and self._stamps[1] < before_ns:
@@ -91,67 +418,3 @@ class MeasuredPath:
             self._positions.popleft()
         while self._jumps and self._jumps[0] < before_ns:
             self._jumps.popleft()
-
-
-class CommandedPath:
-    """What the arm's controller was told: trajectories, each in force until the next one, or single positions.
-
-    Before a trajectory's first point the way leads there from where the command before it was; without one nothing is
-    known. After its last point the arm is told to stay.
-    """
-
-    def __init__(self, joints: Sequence[str]) -> None:
-        self._joints = tuple(joints)
-        self._starts: deque[int] = deque()
-        self._paths: deque[tuple[NDArray[np.int64], NDArray[np.float64]]] = deque()
-
-    def add_trajectory(self, log_ns: int, message: Any) -> None:
-        """A trajectory_msgs/JointTrajectory received at `log_ns`; InputError where it does not fit the joints."""
-        index = {name: i for i, name in enumerate(message.joint_names)}
-        if missing := [name for name in self._joints if name not in index]:
-            raise InputError(f"command: expected joints {', '.join(self._joints)}, but {', '.join(missing)} missing")
-        stamp_ns = int(message.header.stamp.sec) * NS_PER_S + int(message.header.stamp.nanosec)
-        start_ns = stamp_ns or log_ns
-        order = [index[name] for name in self._joints]
-        if not message.points or any(len(point.positions) != len(index) for point in message.points):
-            raise InputError(f"command: expected points with {len(index)} positions each")
-        times = [
-            start_ns + int(p.time_from_start.sec) * NS_PER_S + int(p.time_from_start.nanosec) for p in message.points
-        ]
-        self._add(start_ns, times, [np.asarray(point.positions, dtype=np.float64)[order] for point in message.points])
-
-    def add_positions(self, log_ns: int, message: Any) -> None:
-        """A std_msgs/Float64MultiArray in the bundle's joint order."""
-        if len(message.data) != len(self._joints):
-            raise InputError(f"command: expected {len(self._joints)} positions, got {len(message.data)}")
-        self._add(log_ns, [log_ns], [np.asarray(message.data, dtype=np.float64)])
-
-    def _add(self, start_ns: int, times: list[int], positions: list[NDArray[np.float64]]) -> None:
-        if not np.all(np.isfinite(positions)) or np.any(np.diff(times) <= 0):
-            raise InputError("command: expected numbers at rising times")
-        if self._starts and start_ns <= self._starts[-1]:
-            return
-        if times[0] > start_ns and self._starts:
-            before_J = self._sample(len(self._starts) - 1, np.array([start_ns]))[0]
-            times, positions = [start_ns, *times], [before_J, *positions]
-        self._starts.append(start_ns)
-        self._paths.append((np.array(times, dtype=np.int64), np.array(positions)))
-
-    def at(self, time_N: NDArray[np.int64]) -> NDArray[np.float64]:
-        path_NJ = np.full((len(time_N), len(self._joints)), np.nan)
-        in_force_N = np.array([bisect_right(self._starts, int(time)) - 1 for time in time_N])
-        for number in np.unique(in_force_N[in_force_N >= 0]):
-            those_N = in_force_N == number
-            path_NJ[those_N] = self._sample(int(number), time_N[those_N])
-        return path_NJ
-
-    def _sample(self, number: int, time_N: NDArray[np.int64]) -> NDArray[np.float64]:
-        time_M, position_MJ = self._paths[number]
-        since_M, since_N = (time_M - time_M[0]) / NS_PER_S, (time_N - time_M[0]) / NS_PER_S
-        columns = [np.interp(since_N, since_M, position_M, left=np.nan) for position_M in position_MJ.T]
-        return np.stack(columns, axis=1)
-
-    def forget(self, before_ns: int) -> None:
-        while len(self._starts) > 1 and self._starts[1] < before_ns:
-            self._starts.popleft()
-            self._paths.popleft()

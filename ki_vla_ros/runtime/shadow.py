@@ -45,8 +45,7 @@ class ShadowComparison:
     def add_command(self, received_ns: int, message: Any) -> None:
         """A JointTrajectory or Float64MultiArray to the arm; InputError where it does not fit the joints."""
         with self._lock:
-            add = self._commanded.add_trajectory if hasattr(message, "points") else self._commanded.add_positions
-            add(received_ns, message)
+            self._commanded.take(message, received_ns)
 
     def values(self, now_ns: int) -> dict[str, str]:
         """Figures by name, for /diagnostics; errors are root mean squares in the joint's unit, empty if not known."""

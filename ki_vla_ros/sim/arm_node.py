@@ -37,7 +37,7 @@ from ki_vla_ros.console import ExitCode
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, SimulationError
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.ros.process import run_node
-from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
+from ki_vla_ros.runtime.paths import CommandedPath
 from ki_vla_ros.sim.task import LARGEST_SEED, Scene, Task, sample_scene
 from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, Verdict, World
 
@@ -119,7 +119,7 @@ class ArmNode(Node):
         self._split = ""
         self._shown = Verdict()
         self._lock = threading.Lock()
-        self._controller = TrajectoryExecutor(JOINTS, HOME_J)
+        self._controller = CommandedPath(JOINTS, HOME_J)
         self._refused = 0
         self._stop = threading.Event()
         self._image_publishers = {
@@ -211,7 +211,7 @@ class ArmNode(Node):
     def _on_command(self, message: JointTrajectory) -> None:
         try:
             with self._lock:
-                self._controller.accept(trajectory_from_message(message), self.get_clock().now().nanoseconds)
+                self._controller.take(message, self.get_clock().now().nanoseconds)
         except InputError as error:
             self._refused += 1
             self.get_logger().error(str(error), throttle_duration_sec=1.0)

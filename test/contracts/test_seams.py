@@ -24,9 +24,9 @@ from ki_vla_ros.messages.encode import encode_command
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime import loop as loop_module
-from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.paths import CommandedPath
 from ki_vla_ros.runtime.safety import extremes
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import Settings
@@ -197,14 +197,14 @@ def walk(sent: list[tuple[int, Motion]], mode: str) -> NDArray[np.float64]:
     """Positions [N, J] every `STEP_S` that a controller has, who gets what the wire carries in this mode."""
     start_ns, end_ns = sent[0][0], sent[-1][1].end_ns + 50 * MS
     times = np.arange(start_ns, end_ns, round(STEP_S * NS_PER_S))
-    controller = TrajectoryExecutor(NAMES, sent[0][1].position_NJ[0])
+    controller = CommandedPath(NAMES, sent[0][1].position_NJ[0])
     waiting, running, found = list(sent), sent[0][1], []
     for time_ns in times:
         while waiting and waiting[0][0] <= time_ns:
             now_ns, running = waiting.pop(0)
             if mode != "stream":
                 message = deserialize_message(encode_command(running, now_ns, splice=mode == "splice"), JointTrajectory)
-                controller.accept(trajectory_from_message(message), now_ns)
+                controller.take(message, now_ns)
         found.append(running.at(int(time_ns))[0] if mode == "stream" else controller.sample(int(time_ns))[0])
     return np.array(found)
 

@@ -27,7 +27,8 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from ki_vla_ros.sim.arm_node import Pace, image_message, trajectory_from_message
+from ki_vla_ros.runtime.paths import trajectory_from_message
+from ki_vla_ros.sim.arm_node import Pace, image_message
 from ki_vla_ros.sim.demonstrator import Demonstrator
 from ki_vla_ros.sim.task import Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, JOINTS, World

@@ -30,7 +30,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.ros.qos import LATCHED, SENSOR
-from ki_vla_ros.runtime.controller import TrajectoryExecutor, trajectory_from_message
+from ki_vla_ros.runtime.paths import CommandedPath
 from support import ROOT
 from support.bundles import CAMERAS, JOINTS, demo_observation
 from support.waiting import PATIENCE_S, until
@@ -71,7 +71,7 @@ class Robot:
         self.frozen: Any = None  # a stamp that all images repeat
         self.clock_ns: int | None = None
         self._clock = self.node.create_publisher(Clock, "/clock", 10)
-        self.controller = TrajectoryExecutor(JOINTS, np.array(demo_observation().state_J))
+        self.controller = CommandedPath(JOINTS, np.array(demo_observation().state_J))
         self.refused: list[str] = []
         self._pixels = array.array("B", demo_observation(image_size=96).frames["scene"].rgb_HWC.tobytes())
         self._count = itertools.count()
@@ -91,7 +91,7 @@ class Robot:
         self.times_s.append(time.monotonic())
         self.commands.append(message)
         try:
-            self.controller.accept(trajectory_from_message(message), self.now_ns())
+            self.controller.take(message, self.now_ns())
         except InputError as refusal:
             self.refused.append(str(refusal))
 

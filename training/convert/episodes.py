@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
 from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.messages.type_names import POSITIONS, TRAJECTORY
 from ki_vla_ros.records import NS_PER_S, Observation
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
-from training.convert.commands import Commands, Readings, Reference
+from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
 from training.convert.sources import Sources
 
 Actions = Literal["commands", "states"]
@@ -157,8 +158,9 @@ class _Cutter:
             sources.trained,
             sources.joint_age_ns,
         )
-        self.commands, self.readings = Commands(sources.joints), Readings(sources.joints, sources.max_age_ns)
-        self.reference: Reference = self.commands if actions == "commands" else self.readings
+        self.commanded = CommandedPath(sources.joints)
+        self.measured = MeasuredPath(sources.joints, max_gap_ns=sources.max_age_ns)
+        self.followed: ArmPath = self.commanded if actions == "commands" else self.measured
         self.camera_of = {topic: name for name, topic in sources.cameras.items()}
         self.marked: Any = None
         self.begin_ns: int | None = None  # of the grid of ticks; None: no episode yet
@@ -175,6 +177,7 @@ class _Cutter:
         for message in messages:
             log_ns = message.log_ns
             self._advance(log_ns)
+            self._forget(log_ns)
             try:
                 self._take(message)
             except InputError as error:
@@ -200,7 +203,7 @@ class _Cutter:
         elif topic == sources.joint_topic:
             self._take_joints(message)
         elif topic == sources.command_topic and self.actions == "commands":
-            self.commands.add(decode(message), message.type, message.log_ns)
+            self.commanded.take(decode(message, TRAJECTORY, POSITIONS), message.log_ns)
         elif topic == sources.instruction_topic:
             self._take_instruction(decode(message).data, message.log_ns)
         if self.marker is not None and topic == self.marker.topic:
@@ -219,7 +222,7 @@ class _Cutter:
         except InputError as error:
             self.buffer.refuse("joint state", str(error))
             raise
-        self.readings.add(reading)
+        self.measured.add(reading)
 
     def _is_of_before(self, stamp_ns: int) -> bool:
         """Late, and from where the robot was before the mark."""
@@ -232,7 +235,7 @@ class _Cutter:
         changed, self.task = text != self.task, text
         if self.cut_at_instructions and (changed or self.begin_ns is None):
             self._end_episode(log_ns)
-            self.commands.clear()
+            self.commanded.clear()
             self._begin(log_ns)
 
     def _take_marker(self, text: str, log_ns: int) -> None:
@@ -248,7 +251,7 @@ class _Cutter:
             return
         self._end_episode(log_ns)
         # The robot may have been moved: nothing of before is near in place, however near in time.
-        for of_before in (self.buffer, self.commands, self.readings):
+        for of_before in (self.buffer, self.commanded, self.measured):
             of_before.clear()
         self.marked = value
         if value is not None:
@@ -287,12 +290,12 @@ class _Cutter:
         """Hands on what has its action now."""
         while self.waiting:
             first = self.waiting[0]
-            if isinstance(first, _Pending) and not self.reference.known(first.due_ns, now_ns):
+            if isinstance(first, _Pending) and not self.followed.known(first.due_ns, now_ns):
                 return
             self.waiting.popleft()
             if isinstance(first, str):
                 self._gap("no observation", first)
-            elif (action_J := self.reference.at(first.due_ns)) is None:
+            elif np.isnan(action_J := self.followed.at(np.array([first.due_ns]))[0]).any():
                 self._gap("no action", f"no {self.actions} at {first.due_ns}")
             else:
                 frames = first.observation.frames
@@ -300,6 +303,13 @@ class _Cutter:
                 self._hand_on(
                     Frame(first.observation.stamp_ns, first.task, first.observation.state_J, action_J, images)
                 )
+
+    def _forget(self, now_ns: int) -> None:
+        """What neither a frame that waits for its action asks for, nor one that is still to come."""
+        oldest_age_ns = max(self.sources.max_age_ns, *self.sources.camera_age_ns.values(), 0)
+        wanted_ns = next((w.due_ns for w in self.waiting if isinstance(w, _Pending)), now_ns)
+        for path in (self.commanded, self.measured):
+            path.forget(min(wanted_ns, now_ns - oldest_age_ns))
 
     def _hand_on(self, frame: Frame) -> None:
         self.done.repeated += frame.stamp_ns == self.last_ns

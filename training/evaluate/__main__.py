@@ -24,10 +24,10 @@ from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, to_ns
-from ki_vla_ros.runtime.controller import Trajectory, TrajectoryExecutor, TrajectoryPoint
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import PolicyLoop
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.runtime.paths import CommandedPath, Trajectory, TrajectoryPoint
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.sim.task import Scene, sample_scene
@@ -46,13 +46,13 @@ class Arm:
         self.seam_step = self.seam_speed_step = 0.0
         self.speeds: list[list[NDArray[np.float64]]] = []  # measured, by episode, every physics step
         self._ready_ns = 0
-        self._controller = TrajectoryExecutor(self.world.joints, self.world.joint_position_J)
+        self._controller = CommandedPath(self.world.joints, self.world.joint_position_J)
 
     def reset(self, scene: Scene) -> None:
         self.world.reset(scene)
         self.speeds.append([])
         self._ready_ns = 0
-        self._controller = TrajectoryExecutor(self.world.joints, self.world.joint_position_J)
+        self._controller = CommandedPath(self.world.joints, self.world.joint_position_J)
 
     def advance(self, until_ns: int) -> None:
         """Physics until then, or until the episode is over."""

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 from support.bundles import JOINTS, demo_policy
 from support.replays import made_up_tick
 
-from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S, JointReading
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.inputs import Inbox
@@ -66,37 +65,7 @@ def test_a_latency_that_is_none_is_refused(text: str) -> None:
         parse_latency(text)
 
 
-# --- references
-
-
-def test_joint_states_are_interpolated_but_not_over_gaps() -> None:
-    path = MeasuredPath(JOINTS, [5e4] * 7)
-    names = tuple(reversed(JOINTS))
-    for at_ms in (0, 100, 200, 700, 800):
-        path.add(JointReading(at_ms * MS, names, np.arange(7.0)[::-1] + at_ms))
-    found_NJ = path.at(np.array([-1, 0, 50, 200, 450, 750, 800, 801]) * MS)
-    np.testing.assert_allclose(found_NJ[[1, 2, 3, 5, 6], 0], [0, 50, 200, 750, 800])
-    np.testing.assert_allclose(found_NJ[2], np.arange(7.0) + 50)
-    assert np.isnan(found_NJ[[0, 4, 7]]).all()
-    path.forget(650 * MS)
-    assert np.isnan(path.at(np.array([50 * MS]))).all() and np.isfinite(path.at(np.array([750 * MS]))).all()
-
-
-def test_an_arm_that_is_set_elsewhere_has_not_moved_there() -> None:
-    path = MeasuredPath(JOINTS, [3.0] * 7)
-    turning = [0.03 * n for n in range(10)]  # at the limit of 3 rad/s
-    for n, value in enumerate([*turning, *(2.0 + v for v in turning), *turning]):
-        path.add(JointReading(n * 10 * MS, JOINTS, np.full(7, value)))
-    assert path.jumps == 2
-    assert [path.jump_after(at_ms * MS) for at_ms in (0, 90, 91, 190, 191)] == [
-        90 * MS,
-        90 * MS,
-        190 * MS,
-        190 * MS,
-        None,
-    ]
-    path.forget(150 * MS)
-    assert path.jump_after(0) == 190 * MS
+# --- reference
 
 
 def test_what_follows_a_reset_is_no_answer_to_what_began_before_it() -> None:
@@ -108,39 +77,6 @@ def test_what_follows_a_reset_is_no_answer_to_what_began_before_it() -> None:
     before_NJ = inbox.answer(inbox.measured, due_N, 0)
     assert np.isfinite(before_NJ[:2]).all() and np.isnan(before_NJ[2:]).all()
     assert np.isfinite(inbox.answer(inbox.measured, due_N[3:], 100 * MS)).all()
-
-
-def trajectory(stamp_ms: int, *points: tuple[int, float], names: tuple[str, ...] = JOINTS) -> Any:
-    stamp = SimpleNamespace(sec=0, nanosec=stamp_ms * MS)
-    made = [
-        SimpleNamespace(positions=[value] * len(names), time_from_start=SimpleNamespace(sec=0, nanosec=at_ms * MS))
-        for at_ms, value in points
-    ]
-    return SimpleNamespace(header=SimpleNamespace(stamp=stamp), joint_names=list(names), points=made)
-
-
-def test_a_command_is_in_force_until_the_next_one() -> None:
-    path = CommandedPath(JOINTS)
-    path.add_trajectory(100 * MS, trajectory(0, (100, 1.0), (200, 2.0)))  # "start now": points at 200 and 300
-    path.add_trajectory(260 * MS, trajectory(0, (100, 5.0)))
-    found_NJ = path.at(np.array([150, 200, 250, 260, 310, 360, 900]) * MS)[:, 0]
-    # Before its first point nothing is known of the first; the second leads there from where the first was.
-    assert np.isnan(found_NJ[0])
-    np.testing.assert_allclose(found_NJ[1:], [1.0, 1.5, 1.6, 3.3, 5.0, 5.0])
-
-
-def test_a_stamped_command_starts_at_its_stamp() -> None:
-    path = CommandedPath(JOINTS)
-    path.add_trajectory(100 * MS, trajectory(300, (0, 1.0), (100, 2.0)))
-    assert np.isnan(path.at(np.array([200 * MS]))).all()
-    np.testing.assert_allclose(path.at(np.array([350 * MS])), 1.5)
-
-
-def test_commands_for_other_joints_are_refused() -> None:
-    with pytest.raises(InputError, match="gripper"):
-        CommandedPath(JOINTS).add_trajectory(0, trajectory(0, (100, 1.0), names=JOINTS[:-1]))
-    with pytest.raises(InputError, match="7 positions"):
-        CommandedPath(JOINTS).add_positions(0, SimpleNamespace(data=[1.0]))
 
 
 # --- thresholds

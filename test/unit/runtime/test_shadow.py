@@ -59,7 +59,9 @@ def test_errors_by_joint_and_by_step_against_where_the_arm_then_was() -> None:
 
 def test_errors_against_what_another_commands() -> None:
     shadow = compare("command")
-    point = SimpleNamespace(positions=[2.0, 1.0], time_from_start=SimpleNamespace(sec=0, nanosec=100 * MS))
+    nothing: dict[str, Any] = {"velocities": [], "accelerations": [], "effort": []}
+    after = SimpleNamespace(sec=0, nanosec=100 * MS)
+    point = SimpleNamespace(positions=[2.0, 1.0], time_from_start=after, **nothing)
     header = SimpleNamespace(stamp=SimpleNamespace(sec=0, nanosec=0))
     shadow.add_command(0, SimpleNamespace(header=header, joint_names=NAMES[::-1], points=[point]))
     shadow.add_joints(reading(0, 9.0, 9.0))
