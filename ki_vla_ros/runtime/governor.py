@@ -35,12 +35,6 @@ class Bounds:
     speed_J: Array
     acceleration_J: Array
 
-    def stopping_way(self, velocity_J: Array, period_s: float) -> Array:
-        """An upper bound of the way to rest, whole periods of constant braking: v^2 / 2a + v * period / 2."""
-        speed_J = np.abs(velocity_J)
-        way_J: Array = speed_J**2 / (2.0 * self.acceleration_J) + speed_J * period_s / 2.0
-        return way_J
-
 
 class Governor:
     """Makes each motion continue the one before it. `running` is what the wire was last told; None: nothing moves."""

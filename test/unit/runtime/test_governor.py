@@ -41,7 +41,8 @@ def assert_bounded(p0: Array, v0: Array, position_NJ: Array, velocity_NJ: Array)
 def test_no_path_makes_it_leave_the_bounds(seed: int, kind: str) -> None:
     rng = np.random.default_rng(seed)
     v0 = rng.uniform(-1, 1, 2) * BOUNDS.speed_J
-    reach = BOUNDS.stopping_way(v0, PERIOD)
+    # The way to rest at most, in whole periods of constant braking: v^2 / 2a + v * period / 2.
+    reach = v0**2 / (2 * BOUNDS.acceleration_J) + np.abs(v0) * PERIOD / 2
     p0 = rng.uniform(BOUNDS.lower_J, BOUNDS.upper_J)
     p0 = np.clip(p0, BOUNDS.lower_J + reach * (v0 < 0), BOUNDS.upper_J - reach * (v0 > 0))
     if np.any(reach > BOUNDS.upper_J - BOUNDS.lower_J):  # it could not stop anywhere
