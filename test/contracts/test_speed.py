@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.sizes import SMALL
+from support.models import DEEP
 
 from ki_vla_ros.errors import ConfigurationError
 from training.export.bundle import export_bundle
@@ -21,14 +21,14 @@ from training.speed.gpu import arranged, build_model, make_inputs, plain
 from training.speed.peer import build_peer, peer_prefill
 from training.weights.checkpoints import load_checkpoint
 
-POLICY = policy_spec(SMALL, "small", 2, 20, 0)
+POLICY = policy_spec(DEEP, "small", 2, 20, 0)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its bundle."""
     folder = tmp_path_factory.mktemp("speed")
-    write_checkpoint(folder / "checkpoint", SMALL, POLICY)
+    write_checkpoint(folder / "checkpoint", DEEP, POLICY)
     export_bundle(folder / "checkpoint", folder / "bundle")
     return folder / "checkpoint", folder / "bundle"
 
@@ -52,7 +52,7 @@ def test_everything_compared_computes_the_same(
 
 
 def test_a_bundle_of_other_weights_is_no_contest(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "other", SMALL, POLICY, seed=1)
+    write_checkpoint(tmp_path / "other", DEEP, POLICY, seed=1)
     with pytest.raises(ConfigurationError, match="is the bundle an export of this checkpoint"):
         compare(tmp_path / "other", folders[1], torch.get_num_threads(), 1, 1, lambda line: None)
 
@@ -71,14 +71,14 @@ def test_processor_time_is_of_one_thread(folders: tuple[Path, Path], capsys: pyt
 
 def test_the_peer_has_our_weights(folders: tuple[Path, Path]) -> None:
     model = load_checkpoint(folders[0]).eval().requires_grad_(False)
-    images_BVCSS, mask, tokens_BL, token_mask = make_inputs(POLICY, SMALL, 3).prefix
+    images_BVCSS, mask, tokens_BL, token_mask = make_inputs(POLICY, DEEP, 3).prefix
     tokens_BL = tokens_BL % 200
     ours = model.prefill(images_BVCSS, mask, tokens_BL, token_mask)
     theirs = peer_prefill(build_peer(model), images_BVCSS[0], tokens_BL)()
     torch.testing.assert_close(theirs.keys_NBKPD, ours.keys_NBKPD, atol=1e-4, rtol=0)
     torch.testing.assert_close(theirs.values_NBKPD, ours.values_NBKPD, atol=1e-4, rtol=0)
     with pytest.raises(ConfigurationError, match="mark of an image"):
-        peer_prefill(build_peer(model), images_BVCSS[0], torch.full_like(tokens_BL, SMALL.vocab_size - 1))
+        peer_prefill(build_peer(model), images_BVCSS[0], torch.full_like(tokens_BL, DEEP.vocab_size - 1))
 
 
 def test_a_ratio_is_of_calls_of_the_same_rounds() -> None:
@@ -93,11 +93,11 @@ def test_a_ratio_is_of_calls_of_the_same_rounds() -> None:
 
 @torch.no_grad()
 def test_what_runs_on_a_card_agrees_where_there_is_none() -> None:
-    inputs = make_inputs(POLICY, SMALL, 0)
-    exact = build_model(SMALL, 0, torch.float32)
+    inputs = make_inputs(POLICY, DEEP, 0)
+    exact = build_model(DEEP, 0, torch.float32)
     reference_RHA = plain(exact, inputs).chunk()
     torch.testing.assert_close(arranged(exact, inputs).chunk(), reference_RHA, atol=1e-4, rtol=0)
-    half = build_model(SMALL, 0, torch.bfloat16)
+    half = build_model(DEEP, 0, torch.bfloat16)
     assert half.backbone.layers[0].mlp.up.weight.dtype == torch.bfloat16
     for way in (plain(half, inputs), arranged(half, inputs)):
         assert 0.99 < cosine(way.chunk().float().numpy(), reference_RHA.numpy()) < 1.0
@@ -106,7 +106,7 @@ def test_what_runs_on_a_card_agrees_where_there_is_none() -> None:
 def test_the_card_comparison_runs_as_far_as_it_can_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(gpu.SIZES, "100m", lambda: SMALL)
+    monkeypatch.setitem(gpu.SIZES, "100m", lambda: DEEP)
     out = tmp_path / "gpu.json"
     command = ["--device", "cpu", "--size", "100m", "--views", "1", "2", "--calls", "2", "--rounds", "1"]
     assert gpu.main([*command, "--bundles", str(tmp_path), "--json", str(out)]) == 0

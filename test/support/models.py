@@ -1,4 +1,4 @@
-"""A small model away from its start, and a batch with everything in it that a mask must get right."""
+"""Small models: their sizes, weights away from their start, and a batch with all that a mask must get right."""
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ CONFIG = VLAConfig(
     horizon=5,
 )
 
+# Deep enough for activations to say something.
+DEEP = VLAConfig(
+    vision=VisionConfig(image_size=56, patch_size=28, width=64, depth=6, heads=2, mlp=128),
+    backbone=GemmaConfig(width=128, depth=6, mlp=256, heads=4, kv_heads=1, head_dim=32),
+    expert=GemmaConfig(width=64, depth=6, mlp=128, heads=4, kv_heads=1, head_dim=32),
+    vocab_size=512,
+    action_dim=5,
+    horizon=8,
+)
 
 BATCH, CAMERAS, PROMPT, POSTFIX = 2, 2, 6, 4
 

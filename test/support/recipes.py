@@ -1,5 +1,6 @@
 """A recipe and sizes that train in seconds."""
 
+from pathlib import Path
 from typing import Any
 
 SIZES = {
@@ -21,3 +22,19 @@ STAGES: list[dict[str, Any]] = [
     },
     {"name": "expert", "losses": {"flow": 1.0}, "train": ["expert"], "robot_batch": 2, "noise_samples": 2},
 ]
+
+
+def tiny_run(folder: Path, steps: int) -> dict[str, Any]:
+    """A configuration as YAML would give it, of `steps` in each stage; data and results go to `folder`."""
+    data = {"robot_episodes": 3, "frames_per_episode": 4, "scenes": 8, "validation_episodes": 2}
+    return {
+        "name": "tiny",
+        "out": str(folder / "run"),
+        "data": {"folder": str(folder / "data"), **data},
+        "model": SIZES,
+        "prompt_length": 32,
+        "readout_frequencies": 4,
+        "probe_layer": 1,
+        "max_prefix_delay": 3,
+        "stages": [{"steps": steps, "learning_rate": 1e-2, "warmup_steps": 1, **stage} for stage in STAGES],
+    }

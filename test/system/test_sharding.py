@@ -9,30 +9,13 @@ import sys
 from pathlib import Path
 
 from support import ROOT
-from support.recipes import SIZES, STAGES
+from support.recipes import tiny_run
 
 
 def test_sharded_training_is_training(tmp_path: Path) -> None:
     """Gradients of every stage, insulation, BFloat16 with offload, resuming: see support/sharded_training.py."""
-    settings = {
-        "name": "tiny",
-        "out": str(tmp_path / "run"),
-        "data": {
-            "folder": str(tmp_path / "data"),
-            "robot_episodes": 3,
-            "frames_per_episode": 4,
-            "scenes": 8,
-            "validation_episodes": 2,
-        },
-        "model": SIZES,
-        "prompt_length": 32,
-        "readout_frequencies": 4,
-        "probe_layer": 1,
-        "max_prefix_delay": 3,
-        "stages": [{"steps": 1, "learning_rate": 1e-2, "warmup_steps": 1, **stage} for stage in STAGES],
-    }
     path = tmp_path / "settings.json"
-    path.write_text(json.dumps(settings))
+    path.write_text(json.dumps(tiny_run(tmp_path, steps=1)))
     command = [
         sys.executable,
         "-m",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.recipes import SIZES, STAGES
+from support.recipes import tiny_run
 
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.torch_engine import TorchEngine
@@ -29,20 +29,8 @@ from training.train import Trainer, chunk_timing, last_token, take_rows
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A configuration as YAML would give it; the data folder is shared by the module, simulated once."""
-    folder = tmp_path_factory.mktemp("training")
-    data = {"robot_episodes": 3, "frames_per_episode": 4, "scenes": 8, "validation_episodes": 2}
-    return {
-        "name": "tiny",
-        "out": str(folder / "run"),
-        "data": {"folder": str(folder / "data"), **data},
-        "model": SIZES,
-        "prompt_length": 32,
-        "readout_frequencies": 4,
-        "probe_layer": 1,
-        "max_prefix_delay": 3,
-        "stages": [{"steps": 2, "learning_rate": 1e-2, "warmup_steps": 1, **stage} for stage in STAGES],
-    }
+    """The data folder is shared by the module, simulated once."""
+    return tiny_run(tmp_path_factory.mktemp("training"), steps=2)
 
 
 def configure(settings: dict[str, Any], **changes: Any) -> TrainingConfig:

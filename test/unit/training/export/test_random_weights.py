@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.sizes import SMALL
+from support.models import DEEP
 
 from training.export.bundle import check_policy, read_policy
 from training.export.random_weights import (
@@ -28,7 +28,7 @@ from training.weights.checkpoints import WEIGHTS, load_checkpoint, shapes
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random") / "small"
-    write_checkpoint(folder, SMALL, policy_spec(SMALL, "small", 2, 20, 0))
+    write_checkpoint(folder, DEEP, policy_spec(DEEP, "small", 2, 20, 0))
     return folder
 
 
@@ -55,13 +55,13 @@ def test_every_layer_stays_at_its_size_and_every_input_counts(checkpoint: Path) 
 
 
 def test_what_the_export_reads_is_there(checkpoint: Path) -> None:
-    tokenizer = stand_in_tokenizer(SMALL.vocab_size)
+    tokenizer = stand_in_tokenizer(DEEP.vocab_size)
     check_policy(read_policy(checkpoint / "policy.json"), load_checkpoint(checkpoint), tokenizer)
-    assert load_file(checkpoint / WEIGHTS).keys() == shapes(SMALL).keys()
+    assert load_file(checkpoint / WEIGHTS).keys() == shapes(DEEP).keys()
 
 
 def test_the_same_seed_draws_the_same_weights() -> None:
-    first, again, other = (draw_weights(SMALL, seed, torch.bfloat16) for seed in (0, 0, 1))
+    first, again, other = (draw_weights(DEEP, seed, torch.bfloat16) for seed in (0, 0, 1))
     assert all(weight.dtype == torch.bfloat16 for weight in first.values())
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
@@ -95,6 +95,6 @@ def test_the_stand_in_tokenizer_has_the_models_size(vocab_size: int) -> None:
 def test_too_few_tokens_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(SIZES, "100m", lambda: dataclasses.replace(SMALL, vocab_size=100))
+    monkeypatch.setitem(SIZES, "100m", lambda: dataclasses.replace(DEEP, vocab_size=100))
     assert main(["--size", "100m", "--out", str(tmp_path / "c")]) == 2
     assert "random_weights: vocab_size: expected at least" in capsys.readouterr().err

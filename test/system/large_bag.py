@@ -1,7 +1,7 @@
 """A synthetic recording of any size, and what reading it takes.
 
-    python test/support/large_bag.py write out/large --gigabytes 5 [--storage sqlite3] [--cut]
-    python test/support/large_bag.py read out/large
+    PYTHONPATH=test python -m system.large_bag write out/large --gigabytes 5 [--storage sqlite3] [--cut]
+    PYTHONPATH=test python -m system.large_bag read out/large
 
 The demo robot's two cameras at 640 x 480 and 30 Hz as raw noise (nothing to compress), joint states at 200 Hz.
 `--cut`: the last part is missing, and so are the index and metadata.yaml, as after a power loss.
@@ -17,11 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
-
-from ki_vla_ros.bags.bag import open_bag
-from ki_vla_ros.messages.decode import camera_frame, joint_reading, typestore
-from ki_vla_ros.messages.type_names import IMAGE
-from ki_vla_ros.records import NS_PER_S
 from support.sample_bags import (
     CAMERAS,
     INSTRUCTION_TOPIC,
@@ -33,6 +28,11 @@ from support.sample_bags import (
     text,
     where,
 )
+
+from ki_vla_ros.bags.bag import open_bag
+from ki_vla_ros.messages.decode import camera_frame, joint_reading, typestore
+from ki_vla_ros.messages.type_names import IMAGE
+from ki_vla_ros.records import NS_PER_S
 
 WIDTH, HEIGHT, FPS, JOINT_HZ = 640, 480, 30, 200
 

@@ -1,6 +1,6 @@
 """Import of a random pi0.5 at its published sizes, in openpi's spelling and shards of 2 GB: time and peak memory.
 
-    python test/support/full_size_import.py FOLDER        # takes 14 GB there
+    PYTHONPATH=test python -m system.full_size_import FOLDER        # takes 14 GB there
 
 Not a test: it runs for minutes.
 """
@@ -16,11 +16,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-
 from support import ROOT
 from support.sentencepieces import PLACES, SEGMENTS, train
-
-sys.path.insert(0, str(ROOT))
 
 from training.model.sizes import paligemma_3b
 from training.weights.checkpoints import shapes
