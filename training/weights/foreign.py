@@ -97,9 +97,10 @@ def import_weights(
     check_kind(keys, kind, path)
     key_of_table = choose_table(keys, kind, weights, path)
     vocabulary = vocabulary or min(config.vocab_size, VOCABULARY)
-    ours = {name: their_name(name, config) for name in shapes(config)}
+    sizes = shapes(config)
+    ours = {name: their_name(name, config) for name in sizes}
     wanted = {name: theirs for name, theirs in ours.items() if kind != "paligemma" or theirs.startswith(PALIGEMMA)}
-    expected = {theirs: shapes(config)[name] for name, theirs in wanted.items()}
+    expected = {theirs: sizes[name] for name, theirs in wanted.items()}
     got = {spelled: weights.shapes[key] for spelled, key in keys.items()}
     expected[TABLE] = (vocabulary, config.backbone.width)
     if got[TABLE] == (vocabulary + HUGGING_FACE_ROWS, config.backbone.width):
