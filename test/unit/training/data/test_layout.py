@@ -214,7 +214,7 @@ def test_files_and_folders_are_followed_by_others_when_they_are_full(
     whole = DatasetWriter(tmp_path / "sizes", fps=FPS, joints=JOINTS, cameras=["scene"], source={}).info
     monkeypatch.setattr(writer, "MIB", 10)
     monkeypatch.setattr(video, "MIB", 10)
-    monkeypatch.setattr("test_lerobot_layout.TASKS", [["lift"] * 80] * 3)
+    monkeypatch.setitem(globals(), "TASKS", [["lift"] * 80] * 3)
     write(tmp_path / "full", info=whole.model_copy(update={"chunks_size": 2}))
     dataset = Dataset(tmp_path / "full")
     places = ["chunk-000/file-000", "chunk-000/file-001", "chunk-001/file-000"]
