@@ -220,6 +220,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["load", "import", "narrow"])
 def test_memory(large: Path, task: str) -> None:
     """At most 1.2 times the file, at its peak, for the model with every weight read; saving takes nothing more."""

@@ -177,6 +177,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_module, "make_model_input", lambda *_: SimpleNamespace(state_J=None))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0)
 @settings(max_examples=CASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**63), st.sampled_from(EXECUTORS), st.sampled_from(("smooth", "wander", "jumps", "anywhere")))

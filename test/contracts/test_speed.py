@@ -25,7 +25,7 @@ POLICY = policy_spec(DEEP, "small", 2, 20, 0)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its bundle."""
     folder = tmp_path_factory.mktemp("speed")
     write_checkpoint(folder / "checkpoint", DEEP, POLICY)
@@ -33,11 +33,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "checkpoint", folder / "bundle"
 
 
+@pytest.mark.slow
 def test_everything_compared_computes_the_same(
-    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "speed.json"
-    command = ["--checkpoint", str(folders[0]), "--bundle", str(folders[1]), "--rounds", "2", "--slow-rounds", "2"]
+    command = ["--checkpoint", str(exported[0]), "--bundle", str(exported[1]), "--rounds", "2", "--slow-rounds", "2"]
     threads = torch.get_num_threads()
     try:
         assert main([*command, "--json", str(out)]) == 0
@@ -51,14 +52,14 @@ def test_everything_compared_computes_the_same(
     assert "| ratio of medians | found | 95 % interval | goal | |" in said and RATIOS[0].what in said
 
 
-def test_a_bundle_of_other_weights_is_no_contest(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_bundle_of_other_weights_is_no_contest(exported: tuple[Path, Path], tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "other", DEEP, POLICY, seed=1)
     with pytest.raises(ConfigurationError, match="is the bundle an export of this checkpoint"):
-        compare(tmp_path / "other", folders[1], torch.get_num_threads(), 1, 1, lambda line: None)
+        compare(tmp_path / "other", exported[1], torch.get_num_threads(), 1, 1, lambda line: None)
 
 
-def test_processor_time_is_of_one_thread(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--checkpoint", str(folders[0]), "--bundle", str(folders[1]), "--rounds", "1", "--slow-rounds", "1"]
+def test_processor_time_is_of_one_thread(exported: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--checkpoint", str(exported[0]), "--bundle", str(exported[1]), "--rounds", "1", "--slow-rounds", "1"]
     assert main([*command, "--processor-time", "--threads", "2"]) == 2
     assert "--processor-time: expected one thread, got 2" in capsys.readouterr().err
     threads = torch.get_num_threads()
@@ -69,8 +70,8 @@ def test_processor_time_is_of_one_thread(folders: tuple[Path, Path], capsys: pyt
     assert "| ms (processor time) |" in capsys.readouterr().out
 
 
-def test_the_peer_has_our_weights(folders: tuple[Path, Path]) -> None:
-    model = load_checkpoint(folders[0]).eval().requires_grad_(False)
+def test_the_peer_has_our_weights(exported: tuple[Path, Path]) -> None:
+    model = load_checkpoint(exported[0]).eval().requires_grad_(False)
     images_BVCSS, mask, tokens_BL, token_mask = make_inputs(POLICY, DEEP, 3).prefix
     tokens_BL = tokens_BL % 200
     ours = model.prefill(images_BVCSS, mask, tokens_BL, token_mask)
@@ -103,6 +104,7 @@ def test_what_runs_on_a_card_agrees_where_there_is_none() -> None:
         assert 0.99 < cosine(way.chunk().float().numpy(), reference_RHA.numpy()) < 1.0
 
 
+@pytest.mark.slow
 def test_the_card_comparison_runs_as_far_as_it_can_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

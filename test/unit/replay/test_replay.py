@@ -118,6 +118,7 @@ def test_a_tick_whose_frame_is_not_in_the_bag_is_said_and_not_made_up(tmp_path: 
     assert {why.partition(": the")[0] for why in metrics["parity"]["not_reproduced"]} == {"recorded: camera 'wrist'"}
 
 
+@pytest.mark.slow
 def test_two_runs_with_a_fixed_latency_are_the_same_to_the_byte(tmp_path: Path, demo: Bundle, inputs: Path) -> None:
     runs = []
     for name in ("one", "two"):
@@ -248,6 +249,7 @@ def test_thresholds_give_an_exit_code(tmp_path: Path, bundle: Bundle, inputs: Pa
     replay(inputs, tmp_path / "out", bundle, *arguments, "--fail-if", f"error.rms>{limit * 1.1}")
 
 
+@pytest.mark.slow
 def test_what_if(tmp_path: Path, demo: Bundle, inputs: Path) -> None:
     arguments = ["--latency", "0.02", "--no-mcap", "--sensitivity-every", "0.5"]
     with_probes = replay(inputs, tmp_path / "with", demo, *arguments, "--instruction-other", "touch the blue ball")

@@ -70,6 +70,7 @@ def test_another_rate_than_the_actions_is_refused(folder: Path) -> None:
         load(folder, period_s=0.1)
 
 
+@pytest.mark.slow
 def test_training_takes_recorded_frames_in_place_of_simulated_ones(folder: Path, tmp_path: Path) -> None:
     """One step with every loss of the robot's; what the batch says is what the recording had."""
     sizes = {"width": 16, "depth": 3, "mlp": 16, "heads": 2, "kv_heads": 1, "head_dim": 8}

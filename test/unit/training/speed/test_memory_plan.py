@@ -34,6 +34,7 @@ def checkpointed(step: Step) -> Step:
     return replace(step, parallel=step.parallel.model_copy(update={"activation_checkpointing": True}))
 
 
+@pytest.mark.slow
 def test_parameters_gradients_and_moments_are_float32_shards() -> None:
     for gpus in (1, 4):
         found = predict(replace(STEP, gpus=gpus))
@@ -44,6 +45,7 @@ def test_parameters_gradients_and_moments_are_float32_shards() -> None:
         assert found.offloaded_peak < found.peak
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less_than_half_of_the_activations() -> None:
     assert predict(checkpointed(STEP)).activations < 0.5 * predict(STEP).activations
 

@@ -97,6 +97,7 @@ def observe() -> Observation:
     return Observation(0, frames, np.array([0.1, -0.4, 0.3, -1.5, 0.2, 1.0, 0.04]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_from_download_to_robot(files: dict[str, Path], tmp_path: Path, kind: str) -> None:
     assert run(files, kind) == 0
