@@ -36,10 +36,10 @@ os.environ.setdefault("ROS_LOG_DIR", tempfile.mkdtemp(prefix="ros_log_"))
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
-# Exports, traces and long searches: several times what pytest's own limit (pyproject.toml) is made for.
+# For tests that export, trace and search long, and for those that start processes and wait several times.
 SLOW_LIMIT_S = 600
 # Whoever uses these waits for an export.
-_EXPORTED = {"made", "half"}
+_EXPORTED = {"made", "half", "exported"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(folder)
         if _EXPORTED & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+        slow = item.get_closest_marker("slow") or folder in ("ros", "system")
+        if slow and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
+from support.waiting import PATIENCE_S, until
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.ros.children import ChildError, Children, free_domain, prepare_environment
@@ -20,39 +20,31 @@ def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) 
     return name
 
 
-def wait_for(path: Path, content: str) -> None:
-    end_s = time.monotonic() + 30.0
-    while content not in path.read_text():
-        assert time.monotonic() < end_s
-        time.sleep(0.02)
-
-
+@pytest.mark.parametrize("polite", [True, False])
 def test_children_get_sigint_first_and_are_killed_if_they_ignore_everything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, polite: bool
 ) -> None:
-    polite = (
-        "import time\nprint('up', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('bye')\n"
+    ends = (
+        "import time\nprint('up', flush=True)\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('bye')\n"
     )
-    stubborn = (
+    stays = (
         "import signal, time\nfor s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)\n"
-        "print('up', flush=True)\ntime.sleep(60)\n"
+        "print('up', flush=True)\ntime.sleep(600)\n"
     )
-    monkeypatch.setattr("ki_vla_ros.ros.children.STOP_LIMIT_S", 3.0)
+    monkeypatch.setattr("ki_vla_ros.ros.children.STOP_LIMIT_S", PATIENCE_S if polite else 0.2)
     with Children(tmp_path) as children:
-        gentle = children.start("gentle", module(tmp_path, monkeypatch, "polite_child", polite), [])
-        hard = children.start("hard", module(tmp_path, monkeypatch, "stubborn_child", stubborn), [])
-        for child in (gentle, hard):
-            wait_for(child.log, "up")
+        child = children.start("child", module(tmp_path, monkeypatch, f"child_{polite}", ends if polite else stays), [])
+        until(lambda: "up" in child.log.read_text(), "the child")
         children.check()
-    assert "bye" in gentle.log.read_text()
-    assert (gentle.process.returncode, hard.process.returncode) == (0, -signal.SIGKILL)
+    assert child.process.returncode == (0 if polite else -signal.SIGKILL)
+    assert ("bye" in child.log.read_text()) == polite
 
 
 def test_a_dead_child_is_reported_with_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "print('[WARN] [1.5] [x]: hot'); print('[INFO] [1.6] [x]: fine'); raise SystemExit(7)"
     with Children(tmp_path) as children:
         child = children.start("brief", module(tmp_path, monkeypatch, "brief_child", code), [])
-        child.process.wait(30)
+        child.process.wait(PATIENCE_S)
         with pytest.raises(ChildError, match=r"(?s)brief ended with exit code 7; .*brief.log says:.*hot"):
             children.check()
         assert child.last_error() == "hot"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ class Robot:
         self._thread.join()
         self.node.destroy_node()
         rclpy.shutdown(context=self.context)
+
+    def do(self, work: Callable[[], object]) -> None:
+        """In the thread that spins: it must not find destroyed what it is about to wait for."""
+        done = threading.Event()
+        self._executor.create_task(lambda: (work(), done.set()))
+        assert done.wait(PATIENCE_S)
 
     def _on_command(self, message: JointTrajectory) -> None:
         self.times_s.append(time.monotonic())

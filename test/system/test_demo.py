@@ -7,11 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from support.bundles import write_test_bundle
+from support.waiting import PATIENCE_S, until
 
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.demo import __main__ as demo
@@ -21,8 +21,6 @@ from ki_vla_ros.messages.decode import decode
 from ki_vla_ros.ros.children import is_free
 from ki_vla_ros.settings.session import read_session
 from ki_vla_ros.share import find_share
-
-LIMIT_S = 150.0
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +53,12 @@ def given(tmp_path: Path, bundle: Path) -> list[str]:
     return ["--bundle", str(bundle), "--params", str(params), "--out", str(tmp_path / "out"), "--episodes", "1"]
 
 
-@pytest.mark.timeout(300)
 def test_a_run_leaves_summary_film_bag_and_page_and_no_process(
     tmp_path: Path, given: list[str], ros_environment: dict[str, str]
 ) -> None:
     del ros_environment["ROS_DOMAIN_ID"]  # the demo finds a free one
     process = start([*given, "--instruction", "touch the blue ball"], ros_environment)
-    printed, errors = process.communicate(timeout=LIMIT_S)
+    printed, errors = process.communicate()
     assert process.returncode == 0, errors
     assert left_running(tmp_path) == []
     assert "[1/1] touch the blue ball" in printed
@@ -86,33 +83,27 @@ def test_a_run_leaves_summary_film_bag_and_page_and_no_process(
     assert session.bundle.manifest_sha256 == summary["bundle"]["manifest_sha256"]
 
 
-@pytest.mark.timeout(300)
 def test_an_interrupted_run_stops_its_children(
     tmp_path: Path, given: list[str], ros_environment: dict[str, str]
 ) -> None:
     process = start([*given, "--no-video"], ros_environment)
-    end_s = time.monotonic() + LIMIT_S
     log = tmp_path / "out" / "log" / "policy.log"
-    while not (log.exists() and "instruction:" in log.read_text()):
-        assert time.monotonic() < end_s
-        assert process.poll() is None
-        time.sleep(0.05)
+    until(lambda: (log.exists() and "instruction:" in log.read_text()) or process.poll() is not None, "an instruction")
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=LIMIT_S)
+    _, errors = process.communicate()
     assert process.returncode == 130
     assert errors.strip() == "demo: interrupted; all processes were stopped"
     assert left_running(tmp_path) == []
     assert (tmp_path / "out" / "bag" / "metadata.yaml").exists()  # what was recorded can be played
 
 
-@pytest.mark.timeout(300)
 def test_a_child_that_cannot_start_ends_the_run_with_its_message(
     tmp_path: Path, given: list[str], ros_environment: dict[str, str]
 ) -> None:
     params = tmp_path / "demo.yaml"
     params.write_text(params.read_text().replace("    image_size: 288", "    image_sise: 288"))
     process = start([*given, "--no-video"], ros_environment)
-    _, errors = process.communicate(timeout=LIMIT_S)
+    _, errors = process.communicate()
     assert process.returncode == 2
     assert "sim_arm ended with exit code 2" in errors
     assert "parameter 'image_sise' does not exist" in errors
@@ -120,20 +111,16 @@ def test_a_child_that_cannot_start_ends_the_run_with_its_message(
     assert left_running(tmp_path) == []
 
 
-@pytest.mark.timeout(300)
 def test_a_domain_in_use_is_refused(tmp_path: Path, given: list[str], ros_environment: dict[str, str]) -> None:
     arguments = ["--ros-args", "-p", "image_size:=32"]
     arm = subprocess.Popen([sys.executable, "-m", "ki_vla_ros.sim.arm_node", *arguments], env=ros_environment)
     try:
-        end_s = time.monotonic() + LIMIT_S
-        while is_free(int(ros_environment["ROS_DOMAIN_ID"])):
-            assert time.monotonic() < end_s
-            time.sleep(0.1)
+        until(lambda: not is_free(int(ros_environment["ROS_DOMAIN_ID"])), "the simulated arm's participant")
         process = start([*given, "--no-video"], ros_environment)
-        _, errors = process.communicate(timeout=LIMIT_S)
+        _, errors = process.communicate()
     finally:
         arm.send_signal(signal.SIGINT)
-        arm.wait(30)
+        arm.wait(PATIENCE_S)
     assert process.returncode == 2
     assert f"ROS domain {ros_environment['ROS_DOMAIN_ID']} is in use: a node 'sim_arm'" in errors
     assert left_running(tmp_path) == []
