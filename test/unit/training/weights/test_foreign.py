@@ -90,7 +90,11 @@ def test_what_nobody_reads_is_left_out(tmp_path: Path) -> None:
         f"{EXPERT}rotary_emb.inv_freq": torch.zeros(8),
         "normalize_inputs.buffer_observation_state.mean": torch.zeros(7),
     }
-    import_weights(PI0, save(tmp_path, {**draw_pi0(), **extra}), "pi0")
+    weights = draw_pi0()
+    got = import_weights(PI0, save(tmp_path, {**weights, **extra}), "pi0").state_dict()
+    assert {their_name(name, PI0): float(tensor.sum()) for name, tensor in got.items()} == {
+        key: float(tensor.sum()) for key, tensor in weights.items()
+    }
 
 
 def test_types(tmp_path: Path) -> None:
