@@ -1,13 +1,19 @@
-"""What all commands have in common on a terminal: exit codes, and one message where something goes wrong."""
+"""What all commands have in common on a terminal: exit codes, one message where something goes wrong, progress."""
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from enum import IntEnum
+from typing import Final, TextIO
 
 from ki_vla_ros.errors import KiVlaError
+
+BAR: Final = 30
+START_OF_LINE: Final = "\r\x1b[K"  # and what was on it is gone
 
 
 class ExitCode(IntEnum):
@@ -35,3 +41,62 @@ def run_command(name: str, work: Callable[[], int], interrupted: str = "interrup
     except Exception:
         print(f"{name}: {traceback.format_exc()}", file=sys.stderr)
     return ExitCode.FAILED
+
+
+class Progress:
+    """How far something is: one line that renews itself on a terminal, elsewhere a line now and then.
+
+    Use as a context manager: at the end the line is gone, and what is printed next starts on an empty one.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        say: Callable[[str], object] | None = None,
+        renew_every_s: float = 0.2,
+        line_every_s: float = 10.0,
+    ) -> None:
+        """`stream`, by default standard error, is asked whether it is a terminal. `say`, by default printing to the
+        stream, gets the lines elsewhere: the first after `line_every_s`, so that what is quick says nothing.
+        """
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._say = say or self._print
+        self._every_s = renew_every_s if self._live else line_every_s
+        self._shown_s = -math.inf if self._live else time.monotonic()
+        self._open = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def show(self, text: str, share: float | None = None) -> None:
+        """Cheap enough to be called for each message; `share` of the whole, 0 to 1, gets a bar on a terminal."""
+        now_s = time.monotonic()
+        if now_s - self._shown_s < self._every_s:
+            return
+        self._shown_s = now_s
+        if not self._live:
+            self._say(text)
+            return
+        filled = 0 if share is None else round(BAR * min(max(share, 0.0), 1.0))
+        bar = "" if share is None else f"[{'#' * filled}{'.' * (BAR - filled)}] "
+        self._stream.write(f"{START_OF_LINE}{bar}{text}")
+        self._stream.flush()
+        self._open = True
+
+    def keep(self, text: str) -> None:
+        """A line that stays, above the one that renews itself."""
+        self.clear()
+        self._print(text)
+
+    def clear(self) -> None:
+        if self._open:
+            self._stream.write(START_OF_LINE)
+            self._stream.flush()
+            self._open = False
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)

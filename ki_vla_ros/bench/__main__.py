@@ -48,14 +48,14 @@ def _node(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _model(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
     figures = bench_model(
-        _set_up(chosen, chosen.engine), _calls(chosen), chosen.roofline, _progress, chosen.processor_time
+        _set_up(chosen, chosen.engine), _calls(chosen), chosen.roofline, _say_aside, chosen.processor_time
     )
     return figures, model_table(figures)
 
 
 def _compare(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
     first, second = (parse_set_up(text, _set_up(chosen, "onnx")) for text in (chosen.a, chosen.b))
-    figures = bench_compare(first, second, _calls(chosen), _progress)
+    figures = bench_compare(first, second, _calls(chosen), _say_aside)
     return figures, compare_table(figures)
 
 
@@ -73,7 +73,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _progress(line: str) -> None:
+def _say_aside(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

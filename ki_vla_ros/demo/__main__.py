@@ -9,6 +9,7 @@ whatever happens. Everything lands in --out: summary.json, index.html, demo.mp4,
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import signal
 import sys
@@ -24,7 +25,7 @@ import numpy as np
 
 from ki_vla_ros.bags.writer import BagWriter
 from ki_vla_ros.bundle.folder import file_sha256, load_bundle
-from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.console import ExitCode, Progress, run_command
 from ki_vla_ros.demo.driver import ARM, POLICY, TOPICS, Driver, Observed
 from ki_vla_ros.demo.report import DemoRun, EpisodeResult, rate_hz, write_report
 from ki_vla_ros.demo.video import import_av, make_video
@@ -115,7 +116,7 @@ def run(options: Options) -> dict[str, Any]:
     episodes: list[EpisodeResult] = []
     observed: list[Observed] = []
     line = StatusLine(options.episodes)
-    with Children(options.out / "log") as children, Driver(children.check) as driver:
+    with line, Children(options.out / "log") as children, Driver(children.check) as driver:
         if shared:
             driver.check_alone()
         print(f"starting the simulated arm and the policy with bundle {bundle.manifest.name}", flush=True)
@@ -199,13 +200,13 @@ def run_demonstrator(options: Options) -> list[bool]:
     return outcomes
 
 
-class StatusLine:
-    """What the terminal shows: one line that renews itself, or, where output is not a terminal, a line per episode."""
+class StatusLine(Progress):
+    """How this episode goes, and how those before went; where output is no terminal, a line per episode is enough."""
 
     def __init__(self, episodes: int) -> None:
+        super().__init__(sys.stdout, line_every_s=math.inf)
         self._episodes = episodes
         self._finished: list[EpisodeResult] = []
-        self._live = sys.stdout.isatty()
         self._figures = ""
 
     def update(self, instruction: str, seen: Observed) -> None:
@@ -215,18 +216,14 @@ class StatusLine:
             self._figures = (
                 f"{rate_hz([seen.chunk_times_s]):4.1f} Hz, tick {tick['p50']:.0f}/{tick['p99']:.0f} ms p50/p99"
             )
-        if self._live:
-            number = len(self._finished) + 1
-            print(
-                f"\r\x1b[K{self._place(number)} {instruction:<26} {self._figures} | {self._score()}", end="", flush=True
-            )
+        number = len(self._finished) + 1
+        self.show(f"{self._place(number)} {instruction:<26} {self._figures} | {self._score()}")
 
     def finish(self, episode: EpisodeResult) -> None:
         self._finished.append(episode)
         outcome = "success" if episode.success else f"reached {episode.reached}" if episode.reached else "time is up"
-        start = "\r\x1b[K" if self._live else ""
         place = self._place(len(self._finished))
-        print(f"{start}{place} {episode.instruction:<26} {self._figures} | {self._score()} | {outcome}", flush=True)
+        self.keep(f"{place} {episode.instruction:<26} {self._figures} | {self._score()} | {outcome}")
 
     def _place(self, number: int) -> str:
         return f"[{number:>{len(str(self._episodes))}}/{self._episodes}]"

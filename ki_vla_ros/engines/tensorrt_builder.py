@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from typing import Any, cast
 
 from ki_vla_ros.bundle.folder import Bundle, graph_interface
 from ki_vla_ros.bundle.onnx_header import TensorType, read_header
+from ki_vla_ros.console import Progress
 from ki_vla_ros.engines.cuda import Device
 from ki_vla_ros.engines.plans import PlanCache, PlanKey, PlanRecord, graph_sha256
 from ki_vla_ros.engines.tensorrt_library import Builder, BuilderConfig, Library, Log, Named, Network, Tensor
@@ -114,11 +114,11 @@ def build_plan(
     check_network(path, library, network, *graph_interface(bundle.manifest)[key.graph])
     config = _configure(library, builder, log, key, options)
     timing = _attach_timings(library, config, cache, key)
-    progress = _new_progress(library, key.graph, say)
-    config.progress_monitor = progress
-    plan = builder.build_serialized_network(network, config)
-    progress.end()
-    if progress.interrupted:
+    with Progress(say=say) as progress:
+        monitor = _new_monitor(library, key.graph, progress)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+    if monitor.interrupted:
         raise KeyboardInterrupt
     if plan is None:
         raise EngineError(f"{path}: {library} cannot build it for {key.gpu}: {log.take()}")
@@ -228,14 +228,13 @@ def _attach_timings(
     return lambda: (path, memoryview(cast(Any, timings.serialize())).cast("B"))
 
 
-class Progress:
-    """How far a build is, from its nested phases: a bar that moves on a terminal, otherwise a line at every tenth."""
+class BuildPhases:
+    """How far a build is, from its nested phases; called from the library's threads."""
 
-    def __init__(self, name: str, say: Say, terminal: bool) -> None:
+    def __init__(self, name: str, progress: Progress) -> None:
         self.interrupted = False
-        self._name, self._say, self._terminal = name, say, terminal
+        self._name, self._progress = name, progress
         self._phases: list[list[Any]] = []  # name, steps, steps done; outermost first
-        self._shown = 0
         self._lock = threading.Lock()
 
     def start(self, name: str, steps: int) -> None:
@@ -258,36 +257,22 @@ class Progress:
         with self._lock:
             self._phases = [phase for phase in self._phases if phase[0] != name]
 
-    def end(self) -> None:
-        """The bar's line is closed."""
-        if self._terminal and self._shown:
-            print(file=sys.stderr)
-
     def _show(self) -> None:
         done, width = 0.0, 1.0
         for _, steps, completed in self._phases:
             done += width * min(completed, steps) / steps
             width /= steps
-        percent = int(100 * min(done, 1.0))
-        if percent < self._shown + (1 if self._terminal else 10):
-            return
-        self._shown = percent
-        if self._terminal:
-            bar = "#" * (percent * 30 // 100)
-            print(f"\r{self._name} [{bar:<30}] {percent:3d} % {self._phases[-1][0]:<40.40}", end="", file=sys.stderr)
-            sys.stderr.flush()
-        else:
-            self._say(f"{self._name}: {percent} % built")
+        self._progress.show(f"{self._name}: {int(100 * done)} % built, {self._phases[-1][0]:.40}", done)
 
 
-def _new_progress(library: Library, graph: str, say: Say) -> Any:
-    """A `Progress` that the library accepts for its IProgressMonitor."""
+def _new_monitor(library: Library, graph: str, progress: Progress) -> Any:
+    """`BuildPhases` that the library accepts for its IProgressMonitor."""
     base = library.module.IProgressMonitor
 
-    class Monitor(base, Progress):  # type: ignore[misc,valid-type]
+    class Monitor(base, BuildPhases):  # type: ignore[misc,valid-type]
         def __init__(self) -> None:
             base.__init__(self)
-            Progress.__init__(self, graph, say, sys.stderr.isatty())
+            BuildPhases.__init__(self, graph, progress)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.start(phase_name, num_steps)

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from ki_vla_ros.bags.bag import Bag, open_bag
-from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.console import ExitCode, Progress, run_command
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.replay.document import METRICS
@@ -39,7 +39,6 @@ from ki_vla_ros.replay.trace import Trace
 from ki_vla_ros.settings.names import parameter_specs
 
 PREDICTED, REPORT = "predicted", "report.html"
-PROGRESS_EVERY_S, LINE_EVERY_S = 0.2, 10.0
 FAIL_HELP = 'e.g. "error.rms>0.1" or "error.by_step.0.rms>0.05": then exit code 1; an unknown name lists all'
 OUT_HELP = "folder for the results; default: out/replay. What an earlier replay left in it is overwritten"
 
@@ -84,13 +83,13 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
         if chosen.mcap:
             predicted = PredictionBag(chosen.out / PREDICTED, setup.topics, setup.node, manifest.joint_names)
             resources.callback(predicted.close)
-        with ProgressBar(bag) as bar:
+        with BagProgress(bag) as bar:
             result = replay(bag, setup, options, chosen.out, trace=trace, predicted=predicted, on_progress=bar.show)
         _print_summary(chosen.out, result)
         sections, interrupted = [], not result.complete
         if grid is not None and result.complete:
             try:
-                with ProgressBar(bag) as bar:
+                with BagProgress(bag) as bar:
                     advice = sweep(bag, setup, grid, options, result.metrics, bar.show)
             except KeyboardInterrupt:
                 interrupted = True
@@ -109,16 +108,16 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
     return ExitCode.FOUND if failures else ExitCode.FINE
 
 
-class ProgressBar:
-    """A bar on a terminal, a line now and then elsewhere. Within it, Ctrl-C takes effect at the next `show`."""
+class BagProgress:
+    """How much of the bag is done. Within it, Ctrl-C takes effect at the next `show`."""
 
     def __init__(self, bag: Bag) -> None:
         self._whole_s = ((bag.end_ns or 0) - (bag.start_ns or 0)) / NS_PER_S
-        self._terminal = sys.stderr.isatty()
-        self._began_s = self._shown_s = time.perf_counter()
+        self._progress = Progress()
+        self._began_s = time.monotonic()
         self._interrupted = False
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> BagProgress:
         def interrupt(_number: int, _frame: object) -> None:
             if self._interrupted:  # asked for twice: at once
                 raise KeyboardInterrupt
@@ -130,25 +129,16 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self._terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        self._progress.clear()
 
     def show(self, share: float) -> None:
         """KeyboardInterrupt after Ctrl-C."""
         if self._interrupted:
             raise KeyboardInterrupt
-        time_s = time.perf_counter()
-        if time_s - self._shown_s < (PROGRESS_EVERY_S if self._terminal else LINE_EVERY_S):
-            return
-        self._shown_s = time_s
         done_s = share * self._whole_s
-        speed = done_s / (time_s - self._began_s)
+        speed = done_s / max(time.monotonic() - self._began_s, 1e-9)
         text = f"{done_s:.0f} of {self._whole_s:.0f} s of the bag, {speed:.1f} times real time"
-        if self._terminal:
-            filled = min(max(round(30 * share), 0), 30)
-            print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {text}   ", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self._progress.show(text, share)
 
 
 def _print_summary(out: Path, result: ReplayResult) -> None:

@@ -21,12 +21,13 @@ from onnx import TensorProto, helper
 
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, graph_interface, load_bundle
 from ki_vla_ros.bundle.onnx_header import TensorType, read_header
+from ki_vla_ros.console import Progress
 from ki_vla_ros.engines import build as build_engines
 from ki_vla_ros.engines import tensorrt_builder
 from ki_vla_ros.engines.plans import PlanCache, PlanKey, graph_sha256
 from ki_vla_ros.engines.tensorrt_builder import (
     BuildOptions,
-    Progress,
+    BuildPhases,
     check_network,
     check_tensors,
     find_or_build,
@@ -296,39 +297,27 @@ def test_plans_of_tensorrt_are_for_a_product_those_of_rtx_for_a_compute_capabili
 # --- progress
 
 
-def nested(progress: Progress) -> None:
-    progress.start("whole", 2)
-    progress.start("part", 4)
+def test_progress_is_the_share_of_nested_phases(said: list[str]) -> None:
+    phases = BuildPhases("g", Progress(say=said.append, line_every_s=0.0))
+    phases.start("whole", 2)
+    phases.start("part", 4)
     for step in range(4):
-        progress.step("part", step)
-    progress.finish("part")
-    progress.step("whole", 0)
-    progress.step("whole", 1)
-    progress.finish("whole")
-    progress.end()
-
-
-def test_progress_is_told_in_lines_where_there_is_no_terminal(said: list[str]) -> None:
-    nested(Progress("g", said.append, terminal=False))
-    assert said == ["g: 12 % built", "g: 25 % built", "g: 37 % built", "g: 50 % built", "g: 100 % built"]
-
-
-def test_progress_is_a_bar_on_a_terminal(said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    nested(Progress("g", said.append, terminal=True))
-    shown = capsys.readouterr().err
-    assert said == [] and shown.startswith("\r") and shown.endswith("\n")
-    assert (
-        "g [###############               ]  50 % part" in shown and "g [##############################] 100 %" in shown
-    )
+        phases.step("part", step)
+    phases.finish("part")
+    phases.step("whole", 1)
+    assert said == [
+        *(f"g: {percent} % built, part" for percent in (12, 25, 37, 50)),
+        "g: 100 % built, whole",
+    ]
 
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(
     bundle: Bundle, cache: PlanCache, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Progress) -> None:
+    def interrupted(self: BuildPhases) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "_show", interrupted)
+    monkeypatch.setattr(BuildPhases, "_show", interrupted)
     key = plan_key(bundle, EXPERT, RTX, "sm89")
     with pytest.raises(KeyboardInterrupt):
         find_or_build(bundle, key, RTX, cache, said.append)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 
 import pytest
 
-from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.console import ExitCode, Progress, run_command
 from ki_vla_ros.errors import BundleError
 
 
@@ -41,3 +42,44 @@ def test_a_fault_of_ours_is_not_taken_for_a_finding(capsys: pytest.CaptureFixtur
     assert run_command("doctor", raising(ZeroDivisionError("here"))) == ExitCode.FAILED
     said = capsys.readouterr().err
     assert said.startswith("doctor: Traceback") and "ZeroDivisionError: here" in said
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_renews_one_line_on_a_terminal_and_leaves_none() -> None:
+    terminal = Terminal()
+    with Progress(terminal, renew_every_s=0.0) as progress:
+        progress.show("1 of 3", 1 / 3)
+        progress.show("2 of 3", 2 / 3)
+        progress.keep("a third is done")
+    shown = terminal.getvalue().split("\r\x1b[K")
+    assert shown == [
+        "",
+        "[##########....................] 1 of 3",
+        "[####################..........] 2 of 3",
+        "a third is done\n",
+    ]
+
+
+def test_a_line_that_is_renewed_is_gone_when_something_fails() -> None:
+    terminal = Terminal()
+    with pytest.raises(BundleError), Progress(terminal) as progress:
+        progress.show("nearly there")
+        progress.show("too soon to be shown")
+        raise BundleError("no")
+    assert terminal.getvalue() == "\r\x1b[Knearly there\r\x1b[K"
+
+
+def test_elsewhere_progress_is_a_line_now_and_then() -> None:
+    stream, said = StringIO(), list[str]()
+    for every_s, expected in ((0.0, ["1 of 3", "2 of 3"]), (60.0, [])):
+        with Progress(stream, said.append, line_every_s=every_s) as progress:
+            progress.show("1 of 3", 1 / 3)
+            progress.show("2 of 3")
+        assert said == expected
+        said.clear()
+    progress.keep("done")
+    assert stream.getvalue() == "done\n"
