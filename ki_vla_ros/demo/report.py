@@ -9,14 +9,19 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from ki_vla_ros.demo.driver import Observed
+from ki_vla_ros.report import pages
+from ki_vla_ros.report.plots import Axes, Span, figure
 from ki_vla_ros.statistics import spread
+
+BINS: Final = 40
+EPISODE_COLUMNS: Final = ("instruction", "reached first", "success", "time", "objects", "demonstrator", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,7 @@ def _page(summary: Mapping[str, Any], run: DemoRun, video: str | None) -> str:
     total_ms = [tick["stage_ms"]["total"] for tick in ticks]
     gaps_ms = [1e3 * (b - a) for observed in run.observed for a, b in pairwise(observed.chunk_times_s)]
     tick_ms, bundle, machine = summary["tick_ms"], summary["bundle"], summary["machine"]
-    tiles = [
+    figures = [
         ("followed", f"{100 * summary['follow_rate']:.0f} %", f"chance {100 * summary['chance_follow_rate']:.0f} %"),
         (
             "success",
@@ -128,120 +133,50 @@ def _page(summary: Mapping[str, Any], run: DemoRun, video: str | None) -> str:
         ("tick", f"{tick_ms['p50']:.0f} ms", f"p99 {tick_ms['p99']:.0f} ms"),
         ("cameras", f"{summary['camera_rate_hz']:.1f} Hz", f"{summary['realtime_overruns']} simulator overruns"),
     ]
-    player = f'<video src="{html.escape(video)}" controls muted loop autoplay playsinline></video>' if video else ""
-    rates = {
-        "chance": summary["chance_follow_rate"],
-        "followed": summary["follow_rate"],
-        "success": summary["success_rate"],
-        "demonstrator": summary["demonstrator_success_rate"],
-    }
-    stages = {
-        stage: (values["p50"], values["p99"], f"{values['p50']:.2f} / {values['p99']:.2f}")
-        for stage, values in summary["stages_ms"].items()
-    }
-    return _PAGE.format(
-        title="ki_vla_ros demo",
-        subtitle=html.escape(
-            f"bundle {bundle['name']} · split {summary['split']} · seed {summary['seed']} · {summary['date']} · "
-            f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}"
-        ),
-        tiles="".join(
-            f'<div class="tile"><b>{value}</b><span>{name}</span><small>{note}</small></div>'
-            for name, value, note in tiles
-        ),
-        player=player,
-        tick_plot=histogram(total_ms, "ms per tick (all stages)", tick_ms["p99"]),
-        gap_plot=histogram(gaps_ms, "ms between chunks", None),
-        stage_plot=bars("ms per stage: median, p99", stages),
-        rate_plot=bars("share of episodes", {name: (rate, 1.0, f"{rate:.0%}") for name, rate in rates.items()}),
-        rows="".join(map(_row, count(1), run.episodes, run.demonstrator_success)),
+    subtitle = (
+        f"bundle {bundle['name']} · split {summary['split']} · seed {summary['seed']} · {summary['date']} · "
+        f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}"
     )
-
-
-def _row(number: int, episode: EpisodeResult, demonstrator_success: bool) -> str:
-    mark, kind = ("✓", "good") if episode.success else ("✗", "bad")
-    reached = episode.reached or "nothing"
-    cells = [
-        f"<td>{number}</td>",
-        f"<td>{html.escape(episode.instruction)}</td>",
-        f"<td>{html.escape(reached)}</td>",
-        f'<td class="{kind}">{mark}</td>',
-        f"<td>{episode.time_s:.1f} s</td>",
-        f"<td>{episode.objects}</td>",
-        f"<td>{'✓' if demonstrator_success else '✗'}</td>",
-        f"<td>{episode.seed}</td>",
+    plots = histogram("ticks", "all stages", total_ms, tick_ms["p99"]) + histogram("between chunks", "", gaps_ms, None)
+    stages = [
+        [html.escape(stage), *(f"{values[key]:.2f}" for key in ("p50", "p90", "p99", "max"))]
+        for stage, values in summary["stages_ms"].items()
     ]
-    return f"<tr>{''.join(cells)}</tr>"
+    episodes = map(_row, run.episodes, run.demonstrator_success)
+    sections = [
+        pages.tiles(figures),
+        f'<video src="{html.escape(video)}" controls muted loop autoplay playsinline></video>' if video else "",
+        pages.section("Episodes", pages.table(EPISODE_COLUMNS, episodes)),
+        pages.section(
+            "Timing",
+            f'<div class="plots">{plots}</div>',
+            pages.table(["stage, ms", "p50", "p90", "p99", "max"], stages),
+            note="Of ticks that made a chunk.",
+        ),
+    ]
+    return pages.page("ki_vla_ros demo", subtitle, sections)
 
 
-def histogram(values: Sequence[float], title: str, marked: float | None) -> str:
-    """An SVG of how often each value occurs; `marked` (the 99th percentile) gets a line."""
-    width, height, base, left = 430, 190, 150, 15
-    step = _round_step(max(values, default=1.0) / 5.0)
-    high = step * (int(max(values, default=1.0) / step) + 1)
-    counts, _ = np.histogram(values, bins=40, range=(0.0, high))
-    across = width - 2 * left
-    parts = [f'<text class="title" x="{left}" y="16">{html.escape(title)}</text>']
-    for k, number in enumerate(counts):
-        tall = 115.0 * float(number) / max(1, int(counts.max()))
-        x, wide = left + k * across / len(counts), across / len(counts) - 1
-        parts.append(f'<rect x="{x:.1f}" y="{base - tall:.1f}" width="{wide:.1f}" height="{tall:.1f}"/>')
-    parts.append(f'<line class="axis" x1="{left}" x2="{width - left}" y1="{base}" y2="{base}"/>')
-    for value in np.arange(0.0, high + step / 2.0, step):
-        x = left + across * value / high
-        parts.append(f'<text x="{x:.0f}" y="{base + 16}" text-anchor="middle">{value:g}</text>')
-    if marked is not None:
-        x = left + across * marked / high
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="24" y2="{base}"/>')
-        parts.append(f'<text class="mark" x="{x + 4:.1f}" y="34">p99 {marked:.0f}</text>')
-    return f'<svg viewBox="0 0 {width} {height}">{"".join(parts)}</svg>'
+def _row(episode: EpisodeResult, demonstrator_success: bool) -> list[str]:
+    return [
+        html.escape(episode.instruction),
+        html.escape(episode.reached or "nothing"),
+        '<b class="good">✓</b>' if episode.success else '<b class="bad">✗</b>',
+        f"{episode.time_s:.1f} s",
+        str(episode.objects),
+        "✓" if demonstrator_success else "✗",
+        str(episode.seed),
+    ]
 
 
-def _round_step(least: float) -> float:
-    """The smallest of 1, 2, 5, 10, 20, ... that is not below `least`."""
-    power: float = 10.0 ** np.floor(np.log10(least))
-    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= least)
-
-
-def bars(title: str, rows: Mapping[str, tuple[float, float, str]]) -> str:
-    """An SVG with a bar per row, from 0 to its first figure solid, on to the second pale, and a note behind it."""
-    width, row, left, longest = 430, 24, 110, 200
-    scale = longest / max(max(solid, pale) for solid, pale, _ in rows.values())
-    parts = [f'<text class="title" x="15" y="16">{html.escape(title)}</text>']
-    for k, (name, (solid, pale, note)) in enumerate(rows.items()):
-        y = 28 + k * row
-        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{html.escape(name)}</text>')
-        for kind, value in (("pale", pale), ("solid", solid)):
-            parts.append(f'<rect class="{kind}" x="{left}" y="{y}" width="{scale * value:.1f}" height="17"/>')
-        end = left + scale * max(solid, pale)
-        parts.append(f'<text x="{end + 6:.1f}" y="{y + 13}">{html.escape(note)}</text>')
-    return f'<svg viewBox="0 0 {width} {max(190, 34 + row * len(rows))}">{"".join(parts)}</svg>'
-
-
-_PAGE: Final = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 24px; max-width: 960px; color: #1c2430; }}
-h1 {{ margin: 0; font-size: 26px; }} .sub {{ color: #68707c; margin: 4px 0 20px; font-size: 13px; }}
-.tiles {{ display: grid; grid-template-columns: repeat(5, 1fr); gap: 12px; margin-bottom: 20px; }}
-.tile {{ background: #f3f5f8; border-radius: 10px; padding: 12px 14px; }}
-.tile b {{ display: block; font-size: 25px; }} .tile span {{ display: block; }} .tile small {{ color: #68707c; }}
-video {{ width: 100%; border-radius: 10px; background: #10151c; display: block; margin-bottom: 20px; }}
-.plots {{ display: grid; grid-template-columns: 1fr 1fr; gap: 12px; margin-bottom: 20px; }}
-svg {{ background: #f3f5f8; border-radius: 10px; width: 100%; }} svg rect {{ fill: #2f6fde; }}
-svg rect.pale {{ fill: #bcd2f6; }}
-svg text {{ font: 12px system-ui, sans-serif; fill: #4a525e; }} svg text.title {{ font-weight: 600; fill: #1c2430; }}
-svg .axis {{ stroke: #9aa3af; }} svg line.mark {{ stroke: #d9480f; }} svg text.mark {{ fill: #d9480f; }}
-table {{ border-collapse: collapse; width: 100%; }} th, td {{ text-align: left; padding: 5px 10px; }}
-tr:nth-child(even) td {{ background: #f3f5f8; }} th {{ border-bottom: 2px solid #d5dae1; font-size: 13px; }}
-.good {{ color: #15803d; font-weight: 700; }} .bad {{ color: #c2255c; font-weight: 700; }}
-</style></head><body>
-<h1>{title}</h1><p class="sub">{subtitle}</p>
-<div class="tiles">{tiles}</div>
-{player}
-<div class="plots">{rate_plot}{gap_plot}{stage_plot}{tick_plot}</div>
-<table><thead><tr><th>#</th><th>instruction</th><th>reached first</th><th>success</th><th>time</th><th>objects</th>
-<th>demonstrator</th><th>seed</th></tr></thead><tbody>{rows}</tbody></table>
-</body></html>
-"""
+def histogram(title: str, note: str, values_ms: Sequence[float], marked_ms: float | None) -> str:
+    """A figure of how often each duration occurs; `marked_ms` gets an upright line."""
+    span = Span.of(values_ms, zero=True, margin=0.02)
+    counts, edges_ms = np.histogram(values_ms, bins=BINS, range=(span.low, span.high))
+    axes = Axes(span, Span.of(counts, zero=True, margin=0.05))
+    across_ms, up = np.repeat(edges_ms, 2)[1:-1], np.repeat(counts, 2)
+    layers = [axes.band(across_ms, np.zeros_like(up), up), axes.line(across_ms, up, "mean")]
+    if marked_ms is not None:
+        layers.append(axes.marks([marked_ms], "limit"))
+        note = ", ".join(filter(None, (note, f"line at p99: {marked_ms:.0f} ms")))
+    return figure(title, note, axes, layers, x_unit="ms")

@@ -73,6 +73,8 @@ h1 { margin: 0; font-size: 26px; } h2 { font-size: 19px; margin: 34px 0 4px; } h
 .tile b { display: block; font-size: 19px; line-height: 1.3; white-space: nowrap; }
 .tile span, .tile small { display: block; }
 .tile small { font-size: 12.5px; }
+.good { color: var(--green); } .bad { color: var(--red); }
+video { display: block; width: 100%; border-radius: 10px; background: var(--card); margin-top: 14px; }
 .warning { border-left: 4px solid var(--orange); background: var(--card); border-radius: 4px; padding: 8px 12px;
  margin: 10px 0; font-size: 14px; } .told { border-color: var(--line); }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 10px; }

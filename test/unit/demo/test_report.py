@@ -89,7 +89,7 @@ def test_the_page_shows_figures_and_episodes_and_escapes_what_it_was_given(tmp_p
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     page = Page((tmp_path / "index.html").read_text())
     assert page.video == "demo.mp4"
-    assert page.rows == 1 + 2
+    assert page.rows == (1 + 2) + (1 + 2)  # episodes, stages
     assert {"50 %", "chance 22 %", "13.3 Hz", "3 deadlines missed", "20 ms", "p99 30 ms"} <= set(page.texts)
     assert "red <b>cube</b>" in page.texts
     assert "http" not in (tmp_path / "index.html").read_text()  # nothing is fetched from elsewhere
