@@ -83,6 +83,18 @@ def _chunk_starts(path: Path) -> list[int]:
     return found
 
 
+def _damaged_message_index(path: Path) -> Path:
+    """The second of the indexes behind the first chunk has a wrong length of entries."""
+    content = bytearray(path.read_bytes())
+    chunk = _chunk_starts(path)[0]
+    first = chunk + 9 + struct.unpack_from("<Q", content, chunk + 1)[0]
+    second = first + 9 + struct.unpack_from("<Q", content, first + 1)[0]
+    assert content[first] == content[second] == 7
+    struct.pack_into("<I", content, second + 9 + 2, 3)
+    path.write_bytes(content)
+    return path
+
+
 def _single(folder: Path, storage: str) -> Path:
     bag = write_bag(folder / "bag", recording(), storage)
     return next(file for file in bag.iterdir() if file.suffix in (".mcap", ".db3"))
@@ -248,6 +260,10 @@ CASES: dict[str, Case] = {
             r"index has a chunk here, but there is none",
         ),
         None,
+    ),
+    "a damaged message index": Case(
+        lambda f: _damaged_message_index(write_mcap(f / "b.mcap", recording())),
+        (r"a record of kind 7 cannot be read and is left out: 3 bytes of entries",),
     ),
     "truncated sqlite": Case(
         lambda f: _cut(_single(f, "sqlite3"), 0.6), (r"messages can be read up to an error",), None
