@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, describe_validation
+from ki_vla_ros.robot.robot import Frozen
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 
@@ -17,12 +18,11 @@ Part = Literal["stem", "vision", "backbone", "expert", "heads"]
 Positive = Annotated[int, Field(gt=0)]
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+HINTS: frozenset[Loss] = frozenset({"cells", "pointing", "grounding", "readout"})
 
 
-class DataConfig(Strict):
-    """Simulated data. Frames are kept at the model's image size; `folder` is reused when its fingerprint fits."""
+class DataConfig(Frozen):
+    """Simulated data. Frames are kept at the model's image size; `folder` is reused when it was made from the same."""
 
     folder: Path
     seed: int = 0
@@ -33,19 +33,33 @@ class DataConfig(Strict):
     workers: Positive = 1
     recorded: Path | None = Field(
         default=None,
-        description="LeRobot dataset of the same arm and cameras, whose frames take the place of simulated robot "
-        "episodes (docs/data.md)",
+        description="LeRobot dataset of the robot's joints and cameras, whose frames take the place of simulated "
+        "robot episodes (docs/data.md)",
     )
 
 
-class ModelConfig(Strict):
+class HintsConfig(Frozen):
+    """The hints of `training.losses.hints`, which are not in the paper. Without them no stage may list their losses."""
+
+    readout_frequencies: Positive = Field(
+        description="lowest DCT frequencies that the learned prompt tokens name; one token each"
+    )
+    probe_layer: int = Field(description="backbone layer whose attention learns to point")
+    probe_head: int = 0
+
+    @property
+    def probe(self) -> tuple[int, int]:
+        return self.probe_layer, self.probe_head
+
+
+class ModelConfig(Frozen):
     vision: VisionConfig
     backbone: GemmaConfig
     expert: GemmaConfig
     state_token: bool = Field(default=False, description="the expert also gets the exact joint state, as one token")
 
 
-class ParallelConfig(Strict):
+class ParallelConfig(Frozen):
     """How the model is laid over processes. The defaults: whole on each of them, float32, gradients averaged."""
 
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="cuda: one process per card")
@@ -65,12 +79,12 @@ class ParallelConfig(Strict):
         return self
 
 
-class StageConfig(Strict):
-    """One stretch of training: which losses count, which parts learn, for how long.
+class StageConfig(Frozen):
+    """One stretch of training: which losses count, which parts learn, for how long, from how many samples of what.
 
-    `text` and `pointing` on vision-language samples are drawn with `scene_batch`, the robot's losses with
-    `robot_batch`; a batch of 0 leaves that source out. `gates` are figures of `training.evaluate.offline.measure` that
-    must be reached to go on.
+    Every step draws one batch from each of `sources` ("views", "scenes", "robot": training/run.py), in their order,
+    and computes those losses for which the batch has targets. `gates` are figures of
+    `training.evaluate.offline.measure` that must be reached to go on.
     """
 
     name: str
@@ -81,24 +95,15 @@ class StageConfig(Strict):
     losses: dict[Loss, Annotated[float, Field(gt=0)]]
     train: tuple[Part, ...]
     insulate: bool = True
-    scene_batch: int = 0
-    robot_batch: int = 0
+    sources: Annotated[dict[str, Positive], Field(min_length=1)]
     noise_samples: Positive = Field(default=1, description="flow samples drawn for each prefix")
     checkpoint_every: Positive = 500
-    gates: dict[str, float] = {}
-
-    @model_validator(mode="after")
-    def _check_sources(self) -> StageConfig:
-        robot = {"fast", "readout", "flow"} & set(self.losses)
-        if robot and not self.robot_batch:
-            raise ValueError(f"losses {sorted(robot)} need robot_batch > 0")
-        if {"text", "cells"} & set(self.losses) and not self.scene_batch:
-            raise ValueError("losses text and cells need scene_batch > 0")
-        return self
+    gates: dict[str, float] = Field(default_factory=dict)
 
 
-class TrainingConfig(Strict):
+class TrainingConfig(Frozen):
     name: str
+    robot: str = Field(description="a robot file, or the name of one in config/robots/")
     seed: int = 0
     out: Path
     threads: Positive = 1
@@ -108,11 +113,8 @@ class TrainingConfig(Strict):
     fast_vocabulary: Positive = 512
     fast_scale: float = 10.0
     prompt_length: Positive
-    readout_frequencies: Positive = Field(
-        description="lowest DCT frequencies that the learned prompt tokens name; one token each"
-    )
-    probe_layer: int = Field(description="backbone layer whose attention learns to point")
-    probe_head: int = 0
+    hints: HintsConfig | None = None
+    flow_steps: Positive = Field(default=10, description="Euler steps that the model is measured with, and runs with")
     max_prefix_delay: int = Field(description="largest clean chunk prefix (actions) that training conditions on")
     prefix_lead: float = Field(
         default=0.0,
@@ -123,11 +125,16 @@ class TrainingConfig(Strict):
     stages: tuple[StageConfig, ...]
 
     @model_validator(mode="after")
-    def _check_probe(self) -> TrainingConfig:
+    def _check_hints(self) -> TrainingConfig:
+        if self.hints is None:
+            for stage in self.stages:
+                if given := sorted(HINTS & stage.losses.keys()) + ["heads"] * ("heads" in stage.train):
+                    raise ValueError(f"stage {stage.name}: expected hints for {', '.join(given)}, got none")
+            return self
         # What the last layer's attention finds reaches no key or value, so the expert could not read it.
-        if not 0 <= self.probe_layer < self.model.backbone.depth - 1:
-            last = self.model.backbone.depth - 2
-            raise ValueError(f"probe_layer: expected 0..{last}, before the last layer, got {self.probe_layer}")
+        layer, last = self.hints.probe_layer, self.model.backbone.depth - 2
+        if not 0 <= layer <= last:
+            raise ValueError(f"hints.probe_layer: expected 0..{last}, before the last layer, got {layer}")
         return self
 
 
@@ -140,7 +147,4 @@ def load_config(path: Path) -> TrainingConfig:
     except yaml.YAMLError as error:
         raise ConfigurationError(f"training configuration {path}: not YAML: {error}") from None
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors()
-        )
-        raise ConfigurationError(f"training configuration {path}: {faults}") from None
+        raise ConfigurationError(f"training configuration {path}: {describe_validation(error)}") from None

@@ -12,21 +12,21 @@ from torch.distributed.tensor import DTensor
 
 from ki_vla_ros.errors import ConfigurationError
 from training.config import Part, StageConfig
-from training.losses.losses import TrainingHeads
+from training.losses.hints import TrainingHeads
 from training.model.vla import VLA
 from training.parallel.sharding import like
 
 
-def select_parameters(model: VLA, heads: TrainingHeads, parts: tuple[Part, ...]) -> list[nn.Parameter]:
+def select_parameters(model: VLA, heads: TrainingHeads | None, parts: tuple[Part, ...]) -> list[nn.Parameter]:
     """The parameters of these parts; all others are switched off, so that no gradient is computed for them."""
     modules: dict[Part, list[nn.Module]] = {
         "stem": [model.vision.stem],
         "vision": [model.vision, model.projector],
         "backbone": [model.backbone],
         "expert": [m for m in (model.expert, model.action_in, model.action_out, model.state_in) if m is not None],
-        "heads": [heads],
+        "heads": [] if heads is None else [heads],
     }
-    for parameter in [*model.parameters(), *heads.parameters()]:
+    for parameter in [*model.parameters(), *(heads.parameters() if heads is not None else ())]:
         parameter.requires_grad_(False)
     chosen = {id(p): p for part in parts for module in modules[part] for p in module.parameters()}
     for parameter in chosen.values():

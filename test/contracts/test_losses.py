@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from training.data.simulated.draw import NO_TARGET
-from training.losses import losses
-from training.losses.losses import TrainingHeads
+from training.data.batch import NO_TARGET
+from training.losses import flow, hints, tokens
+from training.losses.hints import TrainingHeads
 
 GENERATOR = torch.Generator
 
@@ -23,21 +23,21 @@ def test_postfix_loss_counts_only_unpadded_tokens() -> None:
     mask = torch.tensor([[True, True, True], [True, False, False]])
     log_p = logits.log_softmax(-1)
     by_hand = -(log_p[0, 0, 1] + log_p[0, 1, 2] + log_p[0, 2, 3] + log_p[1, 0, 4]) / 4
-    torch.testing.assert_close(losses.predict_postfix(logits, postfix, mask), by_hand)
+    torch.testing.assert_close(tokens.predict_postfix(logits, postfix, mask), by_hand)
 
 
 def test_postfix_loss_in_pieces_is_the_whole_ones_with_all_gradients() -> None:
     torch.manual_seed(0)
     table, hidden = torch.randn(11, 4, requires_grad=True), torch.randn(3, 5, 4, requires_grad=True)
-    tokens, mask = torch.randint(0, 11, (3, 5)), torch.rand(3, 5) < 0.7
+    postfix, mask = torch.randint(0, 11, (3, 5)), torch.rand(3, 5) < 0.7
     largest = []
 
     def logits(rows: torch.Tensor) -> torch.Tensor:
         largest.append(len(rows))
         return rows @ table.T
 
-    whole = losses.predict_postfix(hidden @ table.T, tokens, mask)
-    pieces = losses.predict_in_pieces(logits, hidden, tokens, mask, rows=4)
+    whole = tokens.predict_postfix(hidden @ table.T, postfix, mask)
+    pieces = tokens.predict_in_pieces(logits, hidden, postfix, mask, rows=4)
     torch.testing.assert_close(pieces, whole)
     for got, expected in zip(*(torch.autograd.grad(loss, (table, hidden)) for loss in (pieces, whole)), strict=True):
         torch.testing.assert_close(got, expected)
@@ -46,7 +46,7 @@ def test_postfix_loss_in_pieces_is_the_whole_ones_with_all_gradients() -> None:
 
 def test_next_token_hidden_starts_at_each_samples_own_last_prompt_token() -> None:
     prefix, postfix = torch.arange(24.0).reshape(2, 4, 3), 100 + torch.arange(12.0).reshape(2, 2, 3)
-    hidden = losses.next_token_hidden(prefix, torch.tensor([3, 1]), postfix)
+    hidden = tokens.next_token_hidden(prefix, torch.tensor([3, 1]), postfix)
     assert torch.equal(hidden[0], torch.stack([prefix[0, 3], postfix[0, 0]]))
     assert torch.equal(hidden[1], torch.stack([prefix[1, 1], postfix[1, 0]]))
 
@@ -54,13 +54,13 @@ def test_next_token_hidden_starts_at_each_samples_own_last_prompt_token() -> Non
 def test_pointing_rewards_the_targets_cell_and_skips_samples_without_one() -> None:
     scores = torch.zeros(3, 2, 5, requires_grad=True)
     masked = scores.masked_fill(torch.tensor([True, False, False, False, False]), -torch.inf)
-    loss = losses.point_at_target(masked, torch.tensor([1, NO_TARGET, 0]), first_cell=1)
+    loss = hints.point_at_target(masked, torch.tensor([1, NO_TARGET, 0]), first_cell=1)
     assert float(loss.detach()) == pytest.approx(math.log(4))
     loss.backward()
     assert scores.grad is not None
     assert torch.equal(scores.grad[1], torch.zeros(2, 5))
     assert (scores.grad[0, :, 2] < 0).all() and (scores.grad[2, :, 1] < 0).all()
-    nothing = losses.point_at_target(scores, torch.full((3,), NO_TARGET), first_cell=1)
+    nothing = hints.point_at_target(scores, torch.full((3,), NO_TARGET), first_cell=1)
     assert float(nothing.detach()) == 0.0
 
 
@@ -73,7 +73,7 @@ def test_readout_learns_mean_and_spread_of_its_coefficients() -> None:
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
     for _ in range(400):
         optimizer.zero_grad()
-        losses.read_out(module, hidden, coefficient).backward()
+        hints.read_out(module, hidden, coefficient).backward()
         optimizer.step()
     mean, spread = module.name_coefficients(hidden[:1])
     torch.testing.assert_close(mean[0], coefficient.mean(dim=0), atol=0.4, rtol=0)
@@ -88,16 +88,16 @@ def test_readout_is_a_cross_entropy_over_the_integers() -> None:
         for head in module.readout:
             head.weight.zero_()
             head.bias.fill_(0.4)
-        every = torch.stack([losses.read_out(module, hidden, torch.full((1, 2, 3), n)) for n in torch.arange(-40, 60)])
+        every = torch.stack([hints.read_out(module, hidden, torch.full((1, 2, 3), n)) for n in torch.arange(-40, 60)])
     assert float((-every).exp().sum()) == pytest.approx(1.0, abs=1e-3)
     assert int(every.argmin()) - 40 == 4
-    far = losses.read_out(module, hidden, torch.full((1, 2, 3), 5000.0))
+    far = hints.read_out(module, hidden, torch.full((1, 2, 3), 5000.0))
     far.backward()
     assert torch.isfinite(far) and float(module.readout[0].bias.grad[0]) < 0
 
 
 def test_flow_time_follows_beta_and_the_prefix_is_clean() -> None:
-    time, learned = losses.draw_flow_time(20_000, 6, 2, GENERATOR().manual_seed(0))
+    time, learned = flow.draw_flow_time(20_000, 6, 2, GENERATOR().manual_seed(0))
     assert torch.equal(time > 0, learned)
     prefix = (~learned).sum(dim=1)
     assert set(prefix.tolist()) == {0, 1, 2}
@@ -114,7 +114,7 @@ def test_flow_mix_and_target_belong_together() -> None:
     torch.manual_seed(0)
     action, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     time = torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.25, 0.25]])
-    x_t, velocity = losses.mix_flow(action, noise, time)
+    x_t, velocity = flow.mix_flow(action, noise, time)
     torch.testing.assert_close(x_t[0, 0], action[0, 0])
     torch.testing.assert_close(x_t[0, 2], noise[0, 2])
     torch.testing.assert_close(x_t - time[..., None] * velocity, action)  # one exact Euler step leads to the action
@@ -123,7 +123,7 @@ def test_flow_mix_and_target_belong_together() -> None:
 def test_flow_loss_leaves_the_prefix_out() -> None:
     velocity, target = torch.ones(1, 3, 2), torch.zeros(1, 3, 2)
     velocity[0, 0] = 100.0
-    assert float(losses.match_flow(velocity, target, torch.tensor([[False, True, True]]))) == 1.0
+    assert float(flow.match_flow(velocity, target, torch.tensor([[False, True, True]]))) == 1.0
 
 
 def test_background_cells_weigh_a_tenth() -> None:
@@ -132,7 +132,7 @@ def test_background_cells_weigh_a_tenth() -> None:
         module.cells.weight.zero_()
         module.cells.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     log_p = module.cells.bias.log_softmax(0)
-    loss = losses.name_cells(module, torch.zeros(1, 2, 6), torch.tensor([[0, 3]]))
+    loss = hints.name_cells(module, torch.zeros(1, 2, 6), torch.tensor([[0, 3]]))
     assert float(loss.detach()) == pytest.approx(float(-(log_p[0] + 0.1 * log_p[3]).detach() / 1.1))
 
 
@@ -146,17 +146,17 @@ def test_grounding_is_zero_only_for_the_right_place_and_state_and_skips_samples_
     hidden, nowhere = torch.randn(2, 4, 8), [torch.nan, torch.nan]
     right = torch.tensor([[0.25, 0.75], nowhere])
     state = torch.full((2, 3), 0.5)
-    assert float(losses.ground(module, hidden, right, state).detach()) == 0.0
-    assert float(losses.ground(module, hidden, right.flip(1), None).detach()) > 0.1
-    assert float(losses.ground(module, hidden, right, -state).detach()) > 0.1
-    assert float(losses.ground(module, hidden, torch.tensor([nowhere, nowhere]), None).detach()) == 0.0
+    assert float(hints.ground(module, hidden, right, state).detach()) == 0.0
+    assert float(hints.ground(module, hidden, right.flip(1), None).detach()) > 0.1
+    assert float(hints.ground(module, hidden, right, -state).detach()) > 0.1
+    assert float(hints.ground(module, hidden, torch.tensor([nowhere, nowhere]), None).detach()) == 0.0
 
 
 def test_every_second_row_has_a_prefix() -> None:
-    _, learned = losses.draw_flow_time(20_000, 6, 3, GENERATOR().manual_seed(0))
+    _, learned = flow.draw_flow_time(20_000, 6, 3, GENERATOR().manual_seed(0))
     counts = torch.bincount((~learned).sum(dim=1)) / 20_000
     assert counts.tolist() == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6], abs=0.02)
-    _, learned = losses.draw_flow_time(100, 6, 0, GENERATOR().manual_seed(0))
+    _, learned = flow.draw_flow_time(100, 6, 0, GENERATOR().manual_seed(0))
     assert learned.all()
 
 
@@ -164,8 +164,8 @@ def test_a_prefix_runs_along_its_chunk_from_another_place_at_another_pace() -> N
     """On the line a_k = k the values are the places on the chunk."""
     horizon, rows = 16, 2000
     line = torch.arange(horizon, dtype=torch.float32)[None, :, None].expand(rows, -1, 2)
-    _, learned = losses.draw_flow_time(rows, horizon, 8, GENERATOR().manual_seed(0))
-    moved, learned_then = losses.run_ahead(line, learned, 2.0, GENERATOR().manual_seed(1))
+    _, learned = flow.draw_flow_time(rows, horizon, 8, GENERATOR().manual_seed(0))
+    moved, learned_then = flow.run_ahead(line, learned, 2.0, GENERATOR().manual_seed(1))
     prefix = (~learned).sum(dim=1)
     without = prefix == 0
     torch.testing.assert_close(moved[without], line[without])

@@ -11,16 +11,20 @@ SIZES = {
 }
 
 STAGES: list[dict[str, Any]] = [
-    {"name": "stem", "losses": {"cells": 1.0}, "train": ["stem", "heads"], "scene_batch": 2},
-    {"name": "language", "losses": {"text": 1.0, "pointing": 1.0}, "train": ["vision", "backbone"], "scene_batch": 2},
+    {"name": "stem", "losses": {"cells": 1.0}, "train": ["stem", "heads"], "sources": {"views": 2}},
+    {
+        "name": "language",
+        "losses": {"text": 1.0, "pointing": 1.0},
+        "train": ["vision", "backbone"],
+        "sources": {"scenes": 2},
+    },
     {
         "name": "joint",
         "losses": {"text": 1.0, "pointing": 1.0, "fast": 1.0, "readout": 1.0, "flow": 1.0},
         "train": ["vision", "backbone", "heads", "expert"],
-        "scene_batch": 2,
-        "robot_batch": 2,
+        "sources": {"scenes": 2, "robot": 2},
     },
-    {"name": "expert", "losses": {"flow": 1.0}, "train": ["expert"], "robot_batch": 2, "noise_samples": 2},
+    {"name": "expert", "losses": {"flow": 1.0}, "train": ["expert"], "sources": {"robot": 2}, "noise_samples": 2},
 ]
 
 
@@ -29,12 +33,12 @@ def tiny_run(folder: Path, steps: int) -> dict[str, Any]:
     data = {"robot_episodes": 3, "frames_per_episode": 4, "scenes": 8, "validation_episodes": 2}
     return {
         "name": "tiny",
+        "robot": "demo_arm",
         "out": str(folder / "run"),
         "data": {"folder": str(folder / "data"), **data},
         "model": SIZES,
         "prompt_length": 32,
-        "readout_frequencies": 4,
-        "probe_layer": 1,
+        "hints": {"readout_frequencies": 4, "probe_layer": 1},
         "max_prefix_delay": 3,
         "stages": [{"steps": steps, "learning_rate": 1e-2, "warmup_steps": 1, **stage} for stage in STAGES],
     }

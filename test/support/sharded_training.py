@@ -14,15 +14,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from training.config import StageConfig, TrainingConfig
-from training.evaluate import offline as measure
-from training.losses import losses
+from training.evaluate import offline
 from training.optimizer import clip_gradients, select_parameters
 from training.parallel.group import average_gradients
 from training.parallel.sharding import gather
-from training.train import Trainer
+from training.run import Run
 from training.weights.checkpoints import load_checkpoint
 
-measure.FRAMES = 4
+offline.FRAMES = 4
 CHECKPOINTED = {"shard": True, "activation_checkpointing": True}
 OFFLOADED = {"shard": True, "cpu_offload": True, "activation_checkpointing": True, "dtype": "bfloat16"}
 
@@ -31,36 +30,37 @@ def configure(settings: dict[str, Any], parallel: dict[str, Any], **changes: Any
     return TrainingConfig.model_validate(settings | {"parallel": parallel} | changes)
 
 
-def opened(config: TrainingConfig) -> Trainer:
-    """A trainer whose expert reads the prefix: at its start the gates of all its branches are closed."""
-    trainer = Trainer(config)
+def opened(config: TrainingConfig) -> Run:
+    """A run whose expert reads the prefix: at its start the gates of all its branches are closed."""
+    run = Run(config)
     with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
+        for name, parameter in run.model.named_parameters():
             if name.endswith("dense.bias"):
                 parameter.fill_(0.5)
-    return trainer
+    return run
 
 
-def named(trainer: Trainer) -> dict[str, nn.Parameter]:
-    return dict([*trainer.model.named_parameters(), *trainer.heads.named_parameters(prefix="heads")])
+def named(run: Run) -> dict[str, nn.Parameter]:
+    assert run.heads is not None
+    return dict([*run.model.named_parameters(), *run.heads.named_parameters(prefix="heads")])
 
 
-def gradients(trainer: Trainer) -> dict[str, torch.Tensor | None]:
-    found = {name: parameter.grad for name, parameter in named(trainer).items()}
+def gradients(run: Run) -> dict[str, torch.Tensor | None]:
+    found = {name: parameter.grad for name, parameter in named(run).items()}
     whole: dict[str, torch.Tensor | None] = gather(found, keep=True)
     return {name: None if gradient is None else gradient.clone() for name, gradient in whole.items()}
 
 
-def gradients_of(trainer: Trainer, stage: StageConfig) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
+def gradients_of(run: Run, stage: StageConfig) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
     """Of all losses of the stage, and their norm as clipping reports it."""
-    parameters = select_parameters(trainer.model, trainer.heads, stage.train)
-    trainer.accumulate_gradients(stage, np.random.default_rng([1, trainer.rank]))
+    parameters = select_parameters(run.model, run.heads, stage.train)
+    run.trainer.accumulate_gradients(stage, np.random.default_rng([1, run.rank]))
     average_gradients(parameters)
-    found = gradients(trainer)
+    found = gradients(run)
     return found, clip_gradients(parameters, 1.0)
 
 
-def check_gradients(plain: Trainer, sharded: Trainer) -> None:
+def check_gradients(plain: Run, sharded: Run) -> None:
     """All stages: the weights are shards, and their gradients and norm those of the model that is whole everywhere."""
     assert sum(isinstance(parameter, DTensor) for parameter in sharded.model.parameters()) > 0
     for stage in plain.config.stages:
@@ -72,12 +72,12 @@ def check_gradients(plain: Trainer, sharded: Trainer) -> None:
             assert (gradient is None) == (got[name] is None), (stage.name, name)
             if gradient is not None:
                 torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m: f"{name}: {m}")  # noqa: B023
-        for trainer in (plain, sharded):
-            for parameter in named(trainer).values():
+        for run in (plain, sharded):
+            for parameter in named(run).values():
                 parameter.grad = None
 
 
-def check_bfloat16(plain: Trainer, rounded: Trainer) -> None:
+def check_bfloat16(plain: Run, rounded: Run) -> None:
     """Gradients are float32 shards in host memory and point where the exact ones do."""
     stage = plain.config.stages[2]
     expected, _ = gradients_of(plain, stage)
@@ -89,16 +89,17 @@ def check_bfloat16(plain: Trainer, rounded: Trainer) -> None:
         assert torch.cosine_similarity(one, two, dim=0) > 0.98, part
 
 
-def check_insulation(trainer: Trainer) -> None:
+def check_insulation(run: Run) -> None:
     for insulate in (True, False):
-        stage = trainer.config.stages[3].model_copy(update={"insulate": insulate})
-        select_parameters(trainer.model, trainer.heads, ("vision", "backbone", "expert"))
-        batch = trainer.maker.draw_robot(trainer.robot, 2, np.random.default_rng(trainer.rank))
-        losses.backpropagate(trainer.robot_losses(batch, stage, torch.Generator().manual_seed(0)), {"flow": 1.0}, {})
-        nonzero = {name for name, g in gradients(trainer).items() if g is not None and g.count_nonzero()}
+        stage = run.config.stages[3].model_copy(update={"insulate": insulate})
+        select_parameters(run.model, run.heads, ("vision", "backbone", "expert"))
+        rng = np.random.default_rng(run.rank)
+        batch = run.frames.draw(2, rng)
+        run.trainer.losses.joint(batch, stage, rng)["flow"].backward()
+        nonzero = {name for name, g in gradients(run).items() if g is not None and g.count_nonzero()}
         knowledge = {name for name in nonzero if name.startswith(("vision", "projector", "backbone"))}
         assert "expert.layers.0.mlp.up.weight" in nonzero and bool(knowledge) != insulate, knowledge
-        for parameter in named(trainer).values():
+        for parameter in named(run).values():
             parameter.grad = None
 
 
@@ -106,23 +107,23 @@ def check_resuming(settings: dict[str, Any], out: Path) -> None:
     """A run that stops in its third of four steps goes on to the weights of one that does not; both end in a policy."""
     stages = [stage | {"steps": 4, "checkpoint_every": 2} for stage in settings["stages"][2:]]
     whole = configure(settings, CHECKPOINTED, stages=stages, out=out / "whole")
-    Trainer(whole).run()
+    Run(whole).run()
     config = configure(settings, CHECKPOINTED, stages=stages, out=out / "broken")
-    broken = Trainer(config)
-    real, calls = broken.accumulate_gradients, iter(range(100))
+    broken = Run(config)
+    real, calls = broken.trainer.accumulate_gradients, iter(range(100))
 
     def stop(stage: StageConfig, rng: np.random.Generator) -> dict[str, float]:
         if next(calls) == 3:
             raise KeyboardInterrupt
         return real(stage, rng)
 
-    broken.accumulate_gradients = stop  # type: ignore[method-assign]
+    broken.trainer.accumulate_gradients = stop  # type: ignore[method-assign]
     try:
         broken.run()
     except KeyboardInterrupt:
         dist.barrier()
-    resumed = Trainer(config)
-    assert resumed.load().step == 2
+    resumed = Run(config)
+    assert resumed.trainer.load().step == 2
     resumed.run()
     one, two = (load_checkpoint(folder / "policy").state_dict() for folder in (whole.out, config.out))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -205,7 +205,7 @@ def test_robot_needs_no_trainer_and_the_trainer_no_ros() -> None:
     trainer = set(run_python(code.format("training")).split())
     assert "rclpy" not in trainer
     # Bags are read to make datasets; training itself reads the datasets.
-    assert not loaded_by("training.train") & {"rclpy", "rosbags"}
+    assert not loaded_by("training.run") & {"rclpy", "rosbags"}
 
 
 def test_help_lists_every_target() -> None:

@@ -13,18 +13,20 @@ from support.recipes import tiny_run
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.robot.robot import find_robot, read_robot
 from ki_vla_ros.sim.task import HELD_OUT
-from training import train
 from training.config import StageConfig, TrainingConfig, load_config
+from training.data.batch import Batch, ChunkTiming
 from training.data.simulated.generate import BACKGROUND, MAX_OBJECTS, load_arrays, make_data
 from training.data.simulated.questions import COMBINATIONS
 from training.evaluate.__main__ import main as evaluate_main
 from training.evaluate.executors import main as compare_main
-from training.evaluate.offline import measure
 from training.export.__main__ import main as export_main
-from training.losses import losses
-from training.losses.losses import draw_flow_time
-from training.train import Trainer, chunk_timing, last_token, take_rows
+from training.losses import hints
+from training.losses.flow import draw_flow_time
+from training.losses.tokens import next_token_hidden
+from training.optimizer import select_parameters
+from training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,12 @@ def configure(settings: dict[str, Any], **changes: Any) -> TrainingConfig:
     )
 
 
-def weights(trainer: Trainer, prefix: str = "") -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in trainer.model.state_dict().items() if name.startswith(prefix)}
+def chunk_timing(config: TrainingConfig) -> ChunkTiming:
+    return ChunkTiming.of(config.model.vision, read_robot(find_robot(config.robot)))
+
+
+def weights(run: Run, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in run.model.state_dict().items() if name.startswith(prefix)}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -53,11 +59,11 @@ def test_whole_run_ends_in_a_bundle_that_drives_the_arm(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trainer = Trainer(configure(settings, out=tmp_path / "run"))
-    trainer.run()
+    run = Run(configure(settings, out=tmp_path / "run"))
+    run.run()
     export_main(["--checkpoint", str(tmp_path / "run" / "policy"), "--out", str(tmp_path / "bundle"), "--torch"])
     bundle = load_bundle(tmp_path / "bundle")
-    assert bundle.manifest.provenance.data_fingerprint == trainer.meta["fingerprint"]
+    assert bundle.manifest.provenance.data_fingerprint == run.meta["fingerprint"]
     assert bundle.manifest.max_prefix_delay == 3
     assert [camera.name for camera in bundle.manifest.cameras] == ["wrist", "scene"]
     capsys.readouterr()
@@ -77,40 +83,45 @@ def test_whole_run_ends_in_a_bundle_that_drives_the_arm(
 
 
 def test_expert_stage_trains_the_expert_and_nothing_else(settings: dict[str, Any], tmp_path: Path) -> None:
-    trainer = Trainer(configure(settings, out=tmp_path, stages=settings["stages"][3:]))
-    before = weights(trainer)
-    trainer.run()
-    after = weights(trainer)
+    run = Run(configure(settings, out=tmp_path, stages=settings["stages"][3:]))
+    before = weights(run)
+    run.run()
+    after = weights(run)
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"expert", "action_in", "action_out", "state_in"}
 
 
 def test_joint_step_gives_the_backbone_the_same_gradients_without_the_expert(settings: dict[str, Any]) -> None:
     """Insulation, through the trainer's own losses: the flow loss changes no backbone gradient."""
-    trainer = Trainer(configure(settings))
-    joint = trainer.config.stages[2]
+    run = Run(configure(settings))
+    joint = run.config.stages[2]
     without = joint.model_copy(update={"losses": {k: v for k, v in joint.losses.items() if k != "flow"}})
     gradients = []
     for stage in (joint, without):
-        parameters = train.select_parameters(trainer.model, trainer.heads, ("vision", "backbone"))
-        trainer.model.zero_grad()
-        trainer.accumulate_gradients(stage, np.random.default_rng(0))
+        parameters = select_parameters(run.model, run.heads, ("vision", "backbone"))
+        run.model.zero_grad()
+        run.trainer.accumulate_gradients(stage, np.random.default_rng(0))
         gradients.append([None if p.grad is None else p.grad.clone() for p in parameters])
     for with_flow, alone in zip(*gradients, strict=True):
         assert with_flow is not None and alone is not None and torch.equal(with_flow, alone)
 
 
 def test_cached_flow_loss_equals_the_full_forward(settings: dict[str, Any]) -> None:
-    """`expert_losses` is `robot_losses` without the backbone's graph: same value, same gradients of the expert."""
-    trainer = Trainer(configure(settings))
-    stage = trainer.config.stages[3]
-    batch = trainer.maker.draw_robot(trainer.robot, 2, np.random.default_rng(0))
+    """`flow_alone` is `joint` without the backbone's graph: same value, same gradients of the expert."""
+    run = Run(configure(settings))
+    with torch.no_grad():  # at its start the gates of all the expert's branches are closed
+        for name, parameter in run.model.named_parameters():
+            if name.endswith("dense.bias"):
+                parameter.fill_(0.5)
+    stage, losses = run.config.stages[3], run.trainer.losses
+    batch = run.frames.draw(2, np.random.default_rng(0))
     found = []
-    for losses_of in (trainer.expert_losses, trainer.robot_losses):
-        trainer.model.zero_grad()
-        loss = losses_of(batch, stage, torch.Generator().manual_seed(1))["flow"]
+    for losses_of in (losses.flow_alone, losses.joint):
+        run.model.zero_grad()
+        loss = losses_of(batch, stage, np.random.default_rng(1))["flow"]
         loss.backward()
-        found.append((loss.detach(), trainer.model.expert.layers[0].mlp.up.weight.grad.clone()))
+        found.append((loss.detach(), run.model.expert.layers[0].mlp.up.weight.grad.clone()))
+    assert found[0][1].abs().max() > 0
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
 
@@ -118,11 +129,11 @@ def test_interrupted_run_resumes_to_the_same_weights(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = [stage | {"steps": 4, "checkpoint_every": 2} for stage in settings["stages"][2:]]
-    whole = Trainer(configure(settings, out=tmp_path / "whole", stages=stages))
+    whole = Run(configure(settings, out=tmp_path / "whole", stages=stages))
     whole.run()
     config = configure(settings, out=tmp_path / "broken", stages=stages)
-    broken = Trainer(config)
-    real = broken.accumulate_gradients
+    broken = Run(config)
+    real = broken.trainer.accumulate_gradients
     calls = iter(range(100))
 
     def stop_in_third_step(stage: StageConfig, rng: np.random.Generator) -> dict[str, float]:
@@ -130,11 +141,11 @@ def test_interrupted_run_resumes_to_the_same_weights(
             raise KeyboardInterrupt
         return real(stage, rng)
 
-    monkeypatch.setattr(broken, "accumulate_gradients", stop_in_third_step)
+    monkeypatch.setattr(broken.trainer, "accumulate_gradients", stop_in_third_step)
     with pytest.raises(KeyboardInterrupt):
         broken.run()
-    resumed = Trainer(config)
-    progress = resumed.load()
+    resumed = Run(config)
+    progress = resumed.trainer.load()
     assert (progress.stage, progress.step) == (0, 2)
     resumed.run()
     assert same(weights(whole), weights(resumed))
@@ -143,20 +154,21 @@ def test_interrupted_run_resumes_to_the_same_weights(
 def test_missed_gate_stops_the_run_and_names_the_figure(settings: dict[str, Any], tmp_path: Path) -> None:
     stage = settings["stages"][3] | {"gates": {"flow_follow": 1.01}}
     with pytest.raises(ConfigurationError, match=r"stage expert: expected \{'flow_follow': 1.01\}, got"):
-        Trainer(configure(settings, out=tmp_path, stages=[stage])).run()
+        Run(configure(settings, out=tmp_path, stages=[stage])).run()
     assert not (tmp_path / "policy").exists()
-    assert Trainer(configure(settings, out=tmp_path, stages=[stage])).load().stage == 0, "the gate comes again"
+    assert Run(configure(settings, out=tmp_path, stages=[stage])).trainer.load().stage == 0, "the gate comes again"
 
 
 def test_figures_of_a_perfect_prediction_are_perfect(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from training.evaluate import offline as module
 
-    trainer = Trainer(configure(settings))
+    def perfect(model: Any, frames: Any, batch: Batch, *rest: Any, **more: Any) -> list[tuple[str, Any]]:
+        return [("flow", batch.action_BHA.double().numpy())]  # type: ignore[union-attr]
+
+    run = Run(configure(settings))
     monkeypatch.setattr(module, "FRAMES", 6)
-    monkeypatch.setattr(
-        module, "_predict", lambda trainer, batch, with_fast: [("flow", batch.action_BHA.double().numpy())]
-    )
-    figures = measure(trainer)
+    monkeypatch.setattr(module, "predict", perfect)
+    figures = run.figures()
     assert figures["flow_follow"] == 1.0
     assert figures["flow_error"] < 1e-3  # state and chunk are kept in float32
 
@@ -165,8 +177,9 @@ def test_data_are_reproducible_and_never_command_held_out_combinations(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     config = configure(settings)
-    meta = make_data(config.data, chunk_timing(config))
-    again = make_data(config.data.model_copy(update={"folder": tmp_path}), chunk_timing(config))
+    timing = chunk_timing(config)
+    meta = make_data(config.data, timing)
+    again = make_data(config.data.model_copy(update={"folder": tmp_path}), timing)
     assert again["fingerprint"] == meta["fingerprint"]
     for source, held_out in (("robot", False), ("validation", True)):
         arrays = load_arrays(config.data.folder / source)
@@ -206,15 +219,50 @@ def test_bad_configurations_name_file_key_and_fault(tmp_path: Path, settings: di
     path.write_text(yaml.safe_dump(settings | {"lerning_rate": 1}))
     with pytest.raises(ConfigurationError, match="lerning_rate: Extra inputs are not permitted"):
         load_config(path)
-    stages = [settings["stages"][3] | {"robot_batch": 0}]
+    stages = [settings["stages"][3] | {"sources": {}}]
     path.write_text(yaml.safe_dump(settings | {"stages": stages}))
-    with pytest.raises(ConfigurationError, match=r"stages.0: .*losses \['flow'\] need robot_batch > 0"):
+    with pytest.raises(ConfigurationError, match=r"stages\.0\.sources: Dictionary should have at least 1 item"):
         load_config(path)
-    path.write_text(yaml.safe_dump(settings | {"probe_layer": 2}))
-    with pytest.raises(ConfigurationError, match=r"probe_layer: expected 0\.\.1, before the last layer, got 2"):
+    path.write_text(yaml.safe_dump(settings | {"hints": settings["hints"] | {"probe_layer": 2}}))
+    with pytest.raises(ConfigurationError, match=r"hints\.probe_layer: expected 0\.\.1, before the last layer, got 2"):
+        load_config(path)
+    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if key != "hints"}))
+    with pytest.raises(ConfigurationError, match=r"stage stem: expected hints for cells, heads, got none"):
         load_config(path)
     path.write_text(yaml.safe_dump(settings))
     assert load_config(path).stages[3].noise_samples == 2
+
+
+def test_sources_that_cannot_feed_a_stage_are_refused_before_the_first_step(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    for changes, fault in (
+        ({"sources": {"scenes": 2}}, r"stage expert: source scenes: expected targets for .* flow, got none"),
+        ({"losses": {"flow": 1.0, "text": 1.0}}, r"stage expert: losses text: expected a source .* got only robot"),
+        ({"sources": {"web": 2}}, r"stage expert: sources: expected some of views, scenes, robot, got web"),
+    ):
+        stages = [*settings["stages"][:3], settings["stages"][3] | changes]
+        with pytest.raises(ConfigurationError, match=fault):
+            Run(configure(settings, out=tmp_path, stages=stages)).run()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_papers_recipe_needs_no_hints(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Answers, FAST and flow in one stage: no head, no probe, no label of a camera or object."""
+    stage = settings["stages"][2] | {"losses": {"text": 1.0, "fast": 1.0, "flow": 1.0}, "train": ["backbone", "expert"]}
+    config = configure({**settings, "hints": None}, out=tmp_path, stages=[stage])
+    run = Run(config)
+    assert run.heads is None
+    run.run()
+    figures = json.loads((tmp_path / "policy" / "policy.json").read_text())["provenance"]["figures"]
+    assert "flow_follow" in figures and not {"pointing", "readout_follow"} & figures.keys()
+
+
+def test_another_robot_than_the_simulated_one_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"'my-arm': cameras: expected wrist, scene .* got base, left_wrist"):
+        Run(configure(settings, out=tmp_path, robot="imported_arm"))
+    with pytest.raises(ConfigurationError, match=r"max_prefix_delay: expected less than the horizon 16 .* got 16"):
+        Run(configure(settings, out=tmp_path, max_prefix_delay=16))
 
 
 def test_a_step_stays_on_its_device(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -222,24 +270,23 @@ def test_a_step_stays_on_its_device(settings: dict[str, Any], tmp_path: Path) ->
 
     Losses that choose rows by a mask cannot run there, so they are not covered.
     """
-    trainer = Trainer(configure(settings, out=tmp_path, prefix_lead=1.0))
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    trainer.device = trainer.maker.device = torch.device("meta")
-    for part in (trainer.model, trainer.heads):
+    run = Run(configure(settings, out=tmp_path, prefix_lead=1.0))
+    rng, losses, meta = np.random.default_rng(0), run.trainer.losses, torch.device("meta")
+    run.frames.maker.device = run.sources["views"].device = meta  # type: ignore[attr-defined]
+    for part in (run.model, run.heads):
         part.to("meta")
-    trainer.queries = trainer.queries.to("meta")
-    batch = trainer.maker.draw_robot(trainer.robot, 2, rng)
-    x_t, time, target, learned = trainer.draw_flow(batch, 2, generator)
-    output = trainer.forward(batch, x_t=x_t, time=time, state=trainer.expert_state(batch, 2))
-    rows = trainer.query_rows(batch)
-    losses.read_out(trainer.heads, take_rows(output.prefix_by_layer[1], rows), batch.readout_BKA)
-    losses.next_token_hidden(output.prefix_hidden_BPD, last_token(batch), output.postfix_hidden_BTD)
-    trainer.scene_scores(batch, output.probe_logits_BPQ, rows)
-    views, cells = trainer.maker.draw_views(trainer.scenes, 2, rng)
-    losses.name_cells(trainer.heads, trainer.model.stem_features(views), cells)
-    assert {tensor.device.type for tensor in (output.velocity_RHA, target, learned, cells)} == {"meta"}
+    batch = run.sources["robot"].draw(2, rng)
+    x_t, time, target, learned = losses.draw_flow(batch, 2, rng)
+    state = losses.expert_state(batch, 2)
+    output = run.model(*batch.prefix, batch.postfix_BT, batch.postfix_mask_BT, x_t, time, state, probe=(1, 0))
+    hints.give_hints(run.model, run.heads, run.config.hints, batch, output, {"readout"})
+    next_token_hidden(output.prefix_hidden_BPD, batch.last_token_B, output.postfix_hidden_BTD)
+    hints.scene_scores(run.model, batch, output)
+    views = run.sources["views"].draw(2, rng)
+    found = losses(views, run.config.stages[0], rng)
+    assert {tensor.device.type for tensor in (output.velocity_RHA, target, learned, found["cells"])} == {"meta"}
 
 
 def test_a_card_that_is_not_there_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"expected a usable NVIDIA card 0, got torch .* that sees 0"):
-        Trainer(configure(settings, out=tmp_path, parallel={"device": "cuda"}))
+        Run(configure(settings, out=tmp_path, parallel={"device": "cuda"}))

@@ -34,7 +34,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ki_vla_ros.console import ExitCode, run_command
 from training.config import ParallelConfig
-from training.losses import losses
+from training.losses.flow import match_flow
+from training.losses.tokens import next_token_hidden, predict_in_pieces, predict_postfix
 from training.model.sizes import paligemma_3b
 from training.model.vla import VLA, VLAConfig
 from training.optimizer import clip_gradients, make_optimizer
@@ -169,13 +170,13 @@ def compute_loss(model: VLA, step: Step, inputs: dict[str, Tensor]) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=step.parallel.dtype == "bfloat16"):
         output = model(**inputs, prefix_rows=step.prompt)
         last = torch.full((step.batch,), step.prompt - 1)
-        hidden = losses.next_token_hidden(output.prefix_hidden_BPD, last, output.postfix_hidden_BTD)
+        hidden = next_token_hidden(output.prefix_hidden_BPD, last, output.postfix_hidden_BTD)
         tokens, counted = inputs["postfix_BT"], everything(step.batch, step.fast)
         if step.parallel.activation_checkpointing:
-            text = losses.predict_in_pieces(model.logits, hidden, tokens, counted)
+            text = predict_in_pieces(model.logits, hidden, tokens, counted)
         else:
-            text = losses.predict_postfix(model.logits(hidden), tokens, counted)
-        flow = losses.match_flow(output.velocity_RHA, inputs["x_t"], everything(step.batch, step.model.horizon))
+            text = predict_postfix(model.logits(hidden), tokens, counted)
+        flow = match_flow(output.velocity_RHA, inputs["x_t"], everything(step.batch, step.model.horizon))
     return text + flow
 
 

@@ -1,4 +1,4 @@
-"""A dataset -> the arrays that `BatchMaker.draw_robot` draws from, in memory.
+"""A dataset -> the arrays that `RobotFrames` draws from, in memory.
 
 Legend: F frames, V cameras, S image size, H horizon, J joints.
 """
@@ -17,9 +17,9 @@ from tqdm import tqdm
 from ki_vla_ros.bundle.folder import file_sha256
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.preprocess import resize_with_pad
+from training.data.batch import Arrays, ChunkTiming
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.layout import ACTION, STATE
-from training.data.simulated.generate import CAMERAS, Arrays, ChunkTiming
 
 Ends = Literal["drop", "hold"]
 
@@ -75,13 +75,21 @@ def load_dataset(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def load_recorded(folder: Path, timing: ChunkTiming, meta: dict[str, Any]) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays of the demo's arm and cameras, and `meta` with a fingerprint that covers the dataset, too.
+def load_recorded(
+    folder: Path, cameras: Sequence[str], timing: ChunkTiming, meta: dict[str, Any]
+) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays of the dataset, and `meta` with a fingerprint that covers it, too.
 
     An episode of the demo ends with the arm where it shall be, so chunks that reach beyond stay there.
     """
-    sizes = {"image_size": timing.image_size, "horizon": timing.horizon, "period_s": timing.period_s}
-    arrays = load_dataset(Dataset(folder), cameras=CAMERAS, ends="hold", **sizes)
+    arrays = load_dataset(
+        Dataset(folder),
+        cameras=cameras,
+        image_size=timing.image_size,
+        horizon=timing.horizon,
+        period_s=timing.period_s,
+        ends="hold",
+    )
     digest = hashlib.sha256(meta["fingerprint"].encode())
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {file_sha256(path)}".encode())

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,16 +25,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ki_vla_ros.console import ExitCode, run_command
-from ki_vla_ros.errors import SimulationError
+from ki_vla_ros.errors import ConfigurationError, SimulationError
 from ki_vla_ros.policy.preprocess import resize_with_pad
+from ki_vla_ros.robot.robot import Robot, find_robot, read_robot
 from ki_vla_ros.sim.demonstrator import Demonstration, Demonstrator, tip_to_joints
 from ki_vla_ros.sim.task import Scene, Task, sample_scene
-from ki_vla_ros.sim.world import HOME_J, TIMESTEP_S, World
+from ki_vla_ros.sim.world import HOME_J, JOINTS, TIMESTEP_S, World
 from training.config import DataConfig, load_config
+from training.data.batch import Arrays, ChunkTiming
 from training.data.simulated.questions import COMBINATIONS, SeenObject
 
 FORMAT = 3
-CAMERAS = ("wrist", "scene")  # the scene last: its tokens lie next to the text, with and without a wrist image
+CAMERAS = ("wrist", "scene")  # as config/robots/demo_arm.yaml orders them (tested)
 MAX_OBJECTS = 5
 RENDER_SIZE = 288  # what the robot's cameras publish; the model's size is a whole fraction of it
 SETTLE_S = 0.6  # so much of an episode lies after the arm has arrived, so that the policy learns to stay
@@ -42,18 +44,6 @@ LAG_S = 0.007  # by which the simulated arm trails its command (arm.xml)
 UNDER_WAY_S = 0.3
 LOWEST_TIP_M = 0.01
 BACKGROUND = len(COMBINATIONS)
-
-Arrays = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class ChunkTiming:
-    """Size of the model's inputs and outputs, as far as the data depend on it."""
-
-    image_size: int
-    horizon: int
-    period_s: float
-    grid: int  # image tokens along one side
 
 
 def load_arrays(folder: Path) -> Arrays:
@@ -272,6 +262,16 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def check_robot(robot: Robot) -> None:
+    """ConfigurationError unless the robot file describes the arm that the simulator moves."""
+    for what, expected, got in (("cameras", CAMERAS, robot.camera_names), ("joints", JOINTS, robot.joint_names)):
+        if got != expected:
+            raise ConfigurationError(
+                f"simulated data for robot {robot.name!r}: {what}: expected {', '.join(expected)} (the simulated "
+                f"arm's), got {', '.join(got)}; set robot: demo_arm"
+            )
+
+
 def make_data(config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
     """All sources, or what is in `config.folder` when it was made from the same settings; returns `meta.json`."""
     meta_path = config.folder / "meta.json"
@@ -299,10 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(path: Path) -> int:
-    from training.train import chunk_timing  # the one place that derives it from the model's sizes
-
     config = load_config(path)
-    print(json.dumps(make_data(config.data, chunk_timing(config)), indent=1))
+    robot = read_robot(find_robot(config.robot))
+    check_robot(robot)
+    print(json.dumps(make_data(config.data, ChunkTiming.of(config.model.vision, robot)), indent=1))
     return ExitCode.FINE
 
 

@@ -1,4 +1,4 @@
-"""A recorded dataset in training: chunks, images and tasks as `BatchMaker` takes them, and steps of every loss."""
+"""A recorded dataset in training: chunks, images and tasks as `RobotFrames` takes them, and steps of every loss."""
 
 from pathlib import Path
 
@@ -12,11 +12,10 @@ from ki_vla_ros.policy.preprocess import normalize, tokenize
 from ki_vla_ros.records import NS_PER_S
 from training.config import TrainingConfig
 from training.convert.__main__ import main
+from training.data.batch import NO_TARGET, ChunkTiming
 from training.data.lerobot.arrays import load_dataset, load_recorded, make_chunks
 from training.data.lerobot.dataset import Dataset
-from training.data.simulated.draw import NO_TARGET
-from training.data.simulated.generate import ChunkTiming
-from training.train import Trainer
+from training.run import Run
 
 HORIZON, PERIOD_S = 16, 0.05
 
@@ -77,23 +76,30 @@ def test_training_takes_recorded_frames_in_place_of_simulated_ones(folder: Path,
     vision = {"image_size": 96, "patch_size": 12, "width": 16, "depth": 1, "heads": 2, "mlp": 16, "stem": "conv"}
     losses = {"fast": 1.0, "readout": 1.0, "pointing": 1.0, "grounding": 1.0, "flow": 1.0}
     parts = ["vision", "backbone", "heads", "expert"]
-    stage = {"name": "joint", "losses": losses, "train": parts, "robot_batch": 4, "steps": 1, "learning_rate": 0.01}
+    stage = {
+        "name": "joint",
+        "losses": losses,
+        "train": parts,
+        "sources": {"robot": 4},
+        "steps": 1,
+        "learning_rate": 0.01,
+    }
     simulated = {"robot_episodes": 2, "frames_per_episode": 2, "scenes": 2, "validation_episodes": 1}
     config = {
         "name": "recorded",
+        "robot": "demo_arm",
         "out": tmp_path / "run",
         "data": {"folder": tmp_path / "data", "recorded": folder, **simulated},
         "model": {"vision": vision, "backbone": sizes, "expert": sizes | {"width": 8}, "state_token": True},
         "prompt_length": 32,
-        "readout_frequencies": 4,
-        "probe_layer": 1,
+        "hints": {"readout_frequencies": 4, "probe_layer": 1},
         "max_prefix_delay": 3,
         "stages": [stage],
     }
-    trainer = Trainer(TrainingConfig.model_validate(config))
-    arrays, space = load(folder, ends="hold"), trainer.space
+    run = Run(TrainingConfig.model_validate(config))
+    arrays, space = load(folder, ends="hold"), run.space
     rows = np.array([0, 7, 20, len(arrays["state"]) - 1])
-    batch = trainer.maker.draw_robot(trainer.robot, 4, np.random.default_rng(0), frames=rows)
+    batch = run.frames.take(rows, np.random.default_rng(0))
     assert batch.images_BVCHW.shape == (4, 2, 3, 96, 96) and batch.images_BVCHW.abs().max() <= 1.0
     state_BJ, chunk_BHJ = arrays["state"][rows].astype(float), arrays["chunk"][rows].astype(float)
     np.testing.assert_allclose(batch.state_BJ, normalize(state_BJ, space.state_low, space.state_high), atol=1e-6)
@@ -102,16 +108,16 @@ def test_training_takes_recorded_frames_in_place_of_simulated_ones(folder: Path,
     np.testing.assert_allclose(batch.action_BHA, (chunk_BHJ - state_BJ[:, None]) / reach_J, atol=1e-5)
     assert 0.5 < float(batch.action_BHA.abs().max()) < 1.5  # type: ignore[union-attr]
     assert batch.action_BHA.shape == (4, HORIZON, len(JOINTS))  # type: ignore[union-attr]
-    prompt = trainer.maker.robot_prompt("touch the red cube", state_BJ[1])
-    tokens_L, mask_L = tokenize(trainer.tokenizer, prompt, length=32)
+    prompt = run.frames.render("touch the red cube", state_BJ[1])
+    tokens_L, mask_L = tokenize(run.tokenizer, prompt, length=32)
     assert batch.tokens_BL[1][batch.token_mask_BL[1]].tolist() == tokens_L[mask_L].tolist()
     assert (batch.target_cell_B == NO_TARGET).all() and batch.place_B2.isnan().all()
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    values = trainer.accumulate_gradients(trainer.config.stages[0], np.random.default_rng(0))
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    values = run.trainer.accumulate_gradients(run.config.stages[0], np.random.default_rng(0))
     assert set(values) == set(losses) and all(np.isfinite(value) for value in values.values())
     assert values["pointing"] == 0.0 and values["flow"] > 0.1
-    trainer.run()
-    after = trainer.model.state_dict()
+    run.run()
+    after = run.model.state_dict()
     changed = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
     assert {"vision", "backbone", "expert"} <= changed
 
@@ -123,5 +129,5 @@ def test_the_fingerprint_covers_the_dataset(folder: Path) -> None:
     for change in ("", " "):
         path = folder / "meta/ki_vla_ros.json"
         path.write_text(path.read_text() + change)
-        fingerprints.append(load_recorded(folder, timing, meta)[1]["fingerprint"])
+        fingerprints.append(load_recorded(folder, ("wrist", "scene"), timing, meta)[1]["fingerprint"])
     assert len({meta["fingerprint"], *fingerprints}) == 3

@@ -1,0 +1,56 @@
+"""Flow matching, the paper's loss for the action expert: which times, which prefixes, which velocity.
+
+Legend: R rows (batch x noise samples), H horizon, A action dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw_flow_time(rows: int, horizon: int, max_prefix: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Time [R, H] for each action and the mask [R, H] of those that are to be learned.
+
+    t = 0.999 * Beta(1.5, 1) + 0.001, noise at t = 1 (openpi's convention; the papers write tau = 1 - t). In every
+    second row the first d actions, d uniform in 1..max_prefix, are a clean prefix: time 0 and no loss
+    (arXiv 2512.05964); the other rows have none, as the other executors have none.
+    """
+    uniform = torch.rand(rows, generator=generator)
+    time_R = 0.999 * uniform ** (1.0 / 1.5) + 0.001  # inverse of Beta(1.5, 1)'s distribution function t^1.5
+    prefix_R = torch.randint(1, max_prefix + 1, (rows,), generator=generator) if max_prefix else torch.zeros(rows)
+    prefix_R = prefix_R * torch.randint(0, 2, (rows,), generator=generator)
+    learned_RH = torch.arange(horizon)[None, :] >= prefix_R[:, None]
+    return time_R[:, None] * learned_RH, learned_RH
+
+
+def run_ahead(action_RHA: Tensor, learned_RH: Tensor, lead: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Chunks whose clean prefix is what an arm that trails its command is given, and what of them can be learned.
+
+    The chunk of a demonstration begins where the arm is. At run time the prefix comes from the running chunk: up to
+    `lead` periods ahead of the arm (or, as it starts, up to one behind), and slower while the arm gains speed. So the
+    prefix runs along the chunk from another place at another pace, and the actions after it go on from there at the
+    chunk's own pace. What would lie past the chunk's end is not learned. Rows without a prefix stay as they are.
+    """
+    rows, horizon, _ = action_RHA.shape
+    prefix_R1 = (~learned_RH).sum(dim=1, keepdim=True)
+    start_R1 = torch.rand(rows, 1, generator=generator).to(action_RHA.device) * (lead + 1.0) - 1.0
+    pace_R1 = torch.rand(rows, 1, generator=generator).to(action_RHA.device) + 0.2
+    k_H = torch.arange(horizon, device=action_RHA.device)
+    phase_RH = start_R1 + pace_R1 * torch.minimum(k_H, prefix_R1 - 1) + (k_H - prefix_R1 + 1).clamp(min=0)
+    phase_RH = torch.where(prefix_R1 > 0, phase_RH, k_H.to(phase_RH.dtype))
+    before_RH = phase_RH.floor().clamp(0, horizon - 2).long()
+    share_RH1 = (phase_RH - before_RH).clamp(max=1.0)[..., None]  # negative before the first action: on its line
+    one, two = (action_RHA.gather(1, (before_RH + i)[..., None].expand_as(action_RHA)) for i in (0, 1))
+    return one + share_RH1 * (two - one), learned_RH & (phase_RH <= horizon - 1)
+
+
+def mix_flow(action_RHA: Tensor, noise_RHA: Tensor, time_RH: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t = t * noise + (1 - t) * action, and the velocity u = noise - action that the expert learns."""
+    time = time_RH[..., None]
+    return time * noise_RHA + (1 - time) * action_RHA, noise_RHA - action_RHA
+
+
+def match_flow(velocity_RHA: Tensor, target_RHA: Tensor, learned_RH: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Mean squared error over the actions that are learned, real action dimensions only."""
+    return ((velocity_RHA - target_RHA) ** 2)[learned_RH].mean()

@@ -1,0 +1,154 @@
+"""Hints of ours that make small models learn in minutes; none is in the paper, none is needed at inference.
+
+All act on the backbone alone: `name_cells`, `point_at_target`, `read_out` (cross-entropies) and `ground` (a smooth L1
+error). They need labels that a batch may carry (`training.data.batch.Batch`); places are those in its last camera.
+
+Legend: B batch, P prefix tokens, D width, N image cells, R asking tokens (K where each names one readout frequency),
+A action dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.config import HintsConfig, Loss
+from training.data.batch import NO_TARGET, Batch
+from training.model.vla import VLA, Output
+
+
+class TrainingHeads(nn.Module):
+    """Heads that only training needs; never exported.
+
+    `cells` names what an image cell shows. `place` and `state` say where the object that is asked about is (u and v in
+    the last camera's image) and what the prompt says of the joints (normalised). `readout[k]` turns the k-th learned
+    prompt token into one distribution per joint over the integers that are FAST's k-th lowest frequency: a logistic
+    one, as neighbouring integers mean neighbouring motions. A softmax over hundreds of integers has to learn that,
+    which took too long here.
+    """
+
+    COEFFICIENT_SCALE = 10.0  # what the heads' outputs, about 1 at first, are multiplied by
+
+    def __init__(self, vision_width: int, width: int, kinds: int, frequencies: int, action_dim: int) -> None:
+        super().__init__()
+        self.cells = nn.Linear(vision_width, kinds)
+        self.place = nn.Linear(width, 2)
+        self.state = nn.Linear(width, action_dim)
+        self.readout = nn.ModuleList(nn.Linear(width, 2 * action_dim) for _ in range(frequencies))
+
+    def name_coefficients(self, hidden_BKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread [B, K, A] of each coefficient's distribution."""
+        named = torch.stack([head(hidden_BKD[:, k]) for k, head in enumerate(self.readout)], dim=1)
+        mean, log_spread = named.chunk(2, dim=-1)
+        return self.COEFFICIENT_SCALE * mean, (log_spread + 1.0).clamp(-2.0, 5.0).exp()
+
+
+def name_cells(heads: TrainingHeads, features_BND: Tensor, cells_BN: Tensor) -> Tensor:
+    """Which kind of object each image cell shows. Background is most of the image, so it weighs a tenth."""
+    weight = torch.ones(heads.cells.out_features, device=cells_BN.device)
+    weight[-1] = 0.1
+    return F.cross_entropy(heads.cells(features_BND).flatten(0, -2), cells_BN.flatten(), weight=weight)
+
+
+def point_at_target(scores_BRP: Tensor, target_cell_B: Tensor, first_cell: int) -> Tensor:
+    """Cross-entropy of attention scores (R asking rows, P prefix tokens; -inf where masked) towards the asked object's
+    cell, where there is one. The image's first cell is prefix token `first_cell`.
+    """
+    asked = target_cell_B != NO_TARGET
+    if not asked.any():
+        return scores_BRP.new_zeros((), requires_grad=True)
+    rows = scores_BRP[asked]
+    targets = first_cell + target_cell_B[asked][:, None].expand(-1, rows.shape[1])
+    return F.cross_entropy(rows.flatten(0, 1), targets.flatten())
+
+
+def ground(heads: TrainingHeads, hidden_BRD: Tensor, place_B2: Tensor, state_BJ: Tensor | None) -> Tensor:
+    """Mean error of place (0..1, where there is one; NaN: none) and normalised joint state that the asking rows name.
+
+    An attention that looks at the right cell does not yet bring its place along; this makes it do so.
+    """
+    known = ~place_B2.isnan().any(dim=1)
+    wanted = place_B2[known][:, None].expand(-1, hidden_BRD.shape[1], -1)
+    loss = (
+        4.0 * F.smooth_l1_loss(heads.place(hidden_BRD[known]), wanted, beta=0.02)
+        if known.any()
+        else 0.0 * hidden_BRD.sum()
+    )
+    if state_BJ is None:
+        return loss
+    named = heads.state(hidden_BRD)
+    return loss + F.smooth_l1_loss(named, state_BJ[:, None].expand_as(named), beta=0.05)
+
+
+def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor) -> Tensor:
+    """Cross-entropy of FAST's integer coefficients under the readout's logistic distributions.
+
+    A value between two integers lies where its half-integer neighbourhood does, so nothing is lost by rounding.
+    """
+    mean, spread = heads.name_coefficients(hidden_BKD)
+    above = torch.sigmoid((coefficient_BKA + 0.5 - mean) / spread)
+    below = torch.sigmoid((coefficient_BKA - 0.5 - mean) / spread)
+    near = (above - below).clamp(min=1e-6).log()
+    # Far out both are 0 or 1 in float32; the density's logarithm goes on there, and with it the pull back.
+    z = (coefficient_BKA - mean) / spread
+    far = -z.abs() - 2 * F.softplus(-z.abs()) - spread.log()
+    return -torch.where(z.abs() < 8, near, far).mean()
+
+
+def give_hints(
+    model: VLA, heads: TrainingHeads, config: HintsConfig, batch: Batch, output: Output, wanted: Set[Loss]
+) -> dict[Loss, Tensor]:
+    """Those of `pointing`, `readout` and `grounding` that are wanted, from one forward pass of the model."""
+    found: dict[Loss, Tensor] = {}
+    if not wanted & {"pointing", "readout", "grounding"}:
+        return found
+    rows_BR = asking_rows(model, batch)
+    if "readout" in wanted and batch.readout_BKA is not None:
+        # The last layer's output enters no key or value, so the expert could not read what is named only there: also
+        # name it earlier.
+        streams = output.prefix_by_layer[-3:-1]
+        named = [
+            read_out(heads, take_rows(model.backbone.norm(stream), rows_BR), batch.readout_BKA) for stream in streams
+        ]
+        found["readout"] = torch.stack(named).mean()
+    if "pointing" in wanted and batch.target_cell_B is not None and output.probe_logits_BPQ is not None:
+        # Over the whole prefix: the asking tokens shall look at the target's cell and at nothing else.
+        cells = model.config.vision.tokens
+        seen_BP = torch.cat([batch.image_mask_BV.repeat_interleave(cells, dim=1), batch.token_mask_BL], dim=1)
+        scores_BRP = take_rows(output.probe_logits_BPQ, rows_BR).masked_fill(~seen_BP[:, None], -torch.inf)
+        found["pointing"] = point_at_target(scores_BRP, batch.target_cell_B, prompt_start(model, batch) - cells)
+    if "grounding" in wanted and batch.place_B2 is not None:
+        # After the layer that points.
+        hidden_BPD = model.backbone.norm(output.prefix_by_layer[config.probe_layer])
+        found["grounding"] = ground(heads, take_rows(hidden_BPD, rows_BR), batch.place_B2, batch.state_BJ)
+    return found
+
+
+def scene_scores(model: VLA, batch: Batch, output: Output) -> Tensor:
+    """[B, R, N]: the probe's attention scores from the asking tokens to the cells of the last camera."""
+    if output.probe_logits_BPQ is None:
+        raise ValueError(
+            "scene_scores: expected an output with probe scores, got one without; pass `probe` to the model"
+        )
+    end = prompt_start(model, batch)
+    return take_rows(output.probe_logits_BPQ[:, :, end - model.config.vision.tokens : end], asking_rows(model, batch))
+
+
+def prompt_start(model: VLA, batch: Batch) -> int:
+    """Where the prompt begins in the prefix: after the tokens of all images."""
+    return batch.images_BVCHW.shape[1] * model.config.vision.tokens
+
+
+def asking_rows(model: VLA, batch: Batch) -> Tensor:
+    """[B, R]: where in the prefix the asking tokens stand."""
+    if batch.asking_BR is None:
+        raise ValueError("asking_rows: expected a batch with asking tokens, got one without")
+    return prompt_start(model, batch) + batch.asking_BR
+
+
+def take_rows(x_BPD: Tensor, rows_BR: Tensor) -> Tensor:
+    """[B, R, D]: for each sample the rows with these indices."""
+    return x_BPD.gather(1, rows_BR[:, :, None].expand(-1, -1, x_BPD.shape[2]))
