@@ -13,9 +13,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from ki_vla_ros.errors import KiVlaError
+from ki_vla_ros.console import ExitCode, run_command
 from training.speed.cpu import ROUNDS, SLOW_ROUNDS, compare, table
 
 
@@ -30,24 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slow-rounds", type=int, default=SLOW_ROUNDS, help="with the prefix in every step")
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with one thread only")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    chosen = parser.parse_args(arguments)
-    try:
-        figures = compare(
-            chosen.checkpoint,
-            chosen.bundle,
-            chosen.threads,
-            chosen.rounds,
-            chosen.slow_rounds,
-            lambda line: print(line, file=sys.stderr, flush=True),
-            chosen.processor_time,
-        )
-    except (KiVlaError, OSError) as error:
-        print(f"speed: {error}", file=sys.stderr)
-        return 2
+    return run_command("speed", partial(_measure, parser.parse_args(arguments)))
+
+
+def _measure(chosen: argparse.Namespace) -> int:
+    figures = compare(
+        chosen.checkpoint,
+        chosen.bundle,
+        chosen.threads,
+        chosen.rounds,
+        chosen.slow_rounds,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        chosen.processor_time,
+    )
     print(table(figures))
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":

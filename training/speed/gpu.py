@@ -20,6 +20,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ki_vla_ros.bench.model import EngineSetUp, least_ms, longest_input, time_pa
 from ki_vla_ros.bench.roofline import Work, measure_ceiling
 from ki_vla_ros.bench.timing import Durations, time_alternating
 from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.statistics import spread
@@ -292,24 +294,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures there")
-    chosen = parser.parse_args(arguments)
-    try:
-        if chosen.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigurationError(
-                f"--device cuda: expected an NVIDIA card, got torch {torch.__version__} without one; run this where "
-                "there is one, with a torch built for its driver"
-            )
-        config = SIZES[chosen.size]()
-        found = []
-        for views in chosen.views:
-            policy = policy_spec(config, chosen.size, views, PROMPT_LENGTH[chosen.size], chosen.seed)
-            bundle = None if chosen.bundles is None else chosen.bundles / str(views)
-            device = torch.device(chosen.device)
-            found.append(compare(config, policy, device, chosen.rounds, chosen.calls, chosen.seed, bundle))
-            print(table({"views": found[-1:]}), flush=True)
-    except KiVlaError as error:
-        print(f"speed.gpu: {error}", file=sys.stderr)
-        return 2
+    return run_command("speed.gpu", partial(_measure, parser.parse_args(arguments)))
+
+
+def _measure(chosen: argparse.Namespace) -> int:
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"--device cuda: expected an NVIDIA card, got torch {torch.__version__} without one; run this where "
+            "there is one, with a torch built for its driver"
+        )
+    config = SIZES[chosen.size]()
+    found = []
+    for views in chosen.views:
+        policy = policy_spec(config, chosen.size, views, PROMPT_LENGTH[chosen.size], chosen.seed)
+        bundle = None if chosen.bundles is None else chosen.bundles / str(views)
+        device = torch.device(chosen.device)
+        found.append(compare(config, policy, device, chosen.rounds, chosen.calls, chosen.seed, bundle))
+        print(table({"views": found[-1:]}), flush=True)
     card = torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu"
     figures = {
         "size": chosen.size,
@@ -321,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
+    return ExitCode.FINE
 
 
 if __name__ == "__main__":
