@@ -82,29 +82,40 @@ def write_bag(dataset: Dataset, out: Path) -> int:
 def _messages(
     dataset: Dataset, episode: Episode, topics: Topics, joints: tuple[str, ...], end_ns: int
 ) -> Iterator[tuple[str, int, Any]]:
-    """Topic, log time and message, in order, not before `end_ns`; log times are evenly spaced, whatever the stamps are.
+    """Topic, log time and message, in order, not before `end_ns`.
 
-    So reading them at the dataset's rate gives the same frames, however the cameras' stamps lay to the ticks.
+    Log times of what a frame shows are evenly spaced, whatever the stamps are: so reading them at the dataset's rate
+    gives the same frames, however the cameras' stamps lay to the ticks. A command is logged when it is due, as a
+    controller refuses what has ended before it arrives.
     """
     columns, period_ns = dataset.columns(episode), NS_PER_S // dataset.info.fps
     grid_N = np.arange(episode.length, dtype=np.int64) * NS_PER_S // dataset.info.fps
     stamp_N = columns[STAMP] if STAMP in columns else max(START_NS, end_ns + PAUSE_NS) + grid_N
+    due_N, commanded = stamp_N + period_ns, 0 if ACTION in columns else episode.length
     first_ns = max(int((stamp_N - grid_N).max()), end_ns)  # no frame before it was taken
+    # The mark comes before the first command, which may be due before its frame is there: by whole ticks.
+    begin_ns = max(min(first_ns, int(due_N[0])), end_ns)
+    first_ns = begin_ns + -((begin_ns - first_ns) * dataset.info.fps // NS_PER_S) * NS_PER_S // dataset.info.fps
     images = {camera: dataset.images(episode, camera) for camera in topics.cameras}
     tasks, task = dataset.task_of(columns), None
     marker = {MARKER.key: episode.index, "instruction": tasks[0], "begin_ns": int(stamp_N[0])}
-    yield MARKER.topic, first_ns, _text(json.dumps(marker))
-    for i, (stamp_ns, log_ns) in enumerate(zip(stamp_N.tolist(), (first_ns + grid_N).tolist(), strict=True)):
+    yield MARKER.topic, begin_ns, _text(json.dumps(marker))
+    # A tick after the last frame, when its action is due, the episode is over.
+    last_ns = first_ns + episode.length * NS_PER_S // dataset.info.fps
+    for i, log_ns in enumerate([*(first_ns + grid_N).tolist(), last_ns]):
+        while commanded < episode.length and due_N[commanded] <= log_ns:
+            due_ns = int(due_N[commanded])
+            yield topics.command, max(due_ns, begin_ns), _command(due_ns, joints, columns[ACTION][commanded])
+            commanded += 1
+        if i == episode.length:
+            break
+        stamp_ns = int(stamp_N[i])
         if tasks[i] != task:
             task = tasks[i]
             yield topics.instruction, log_ns, _text(task)
         yield topics.joint_states, log_ns, _joint_state(stamp_ns, joints, columns[STATE][i])
-        if ACTION in columns:
-            yield topics.command, log_ns, _command(stamp_ns + period_ns, joints, columns[ACTION][i])
         for camera, topic in topics.cameras.items():
             yield topic, log_ns, _image(stamp_ns, camera, next(images[camera]))
-    # A tick later, when the last action is due.
-    last_ns = first_ns + episode.length * NS_PER_S // dataset.info.fps
     yield MARKER.topic, last_ns, _text(json.dumps({MARKER.key: None}))
 
 

@@ -86,8 +86,11 @@ def stepped(messages: Sequence[BagMessage], late_ns: int) -> Messages:
     return [replace(message, log_ns=message.log_ns + late_ns) for message in messages]
 
 
-def shaken_recording() -> Messages:
-    """Compressed, textured images with skew, jitter and delay; two instructions; half a second without one camera."""
+def shaken_recording(longest_ms: int = 40) -> Messages:
+    """Compressed, textured images with skew, jitter and delay; two instructions; half a second without one camera.
+
+    `longest_ms`: the longest that an image is on its way.
+    """
     rng, found = np.random.default_rng(3), recording(seconds=4.0, transport="compressed")
     messages = []
     for message in found:
@@ -102,7 +105,7 @@ def shaken_recording() -> Messages:
             waves = [np.sin(3 * x + number / 5), np.cos(4 * y - number / 7), np.sin(2 * (x + y))]
             picture = (127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
             content = cv2.imencode(".png", picture)[1].tobytes()
-            log_ns = stamp_ns + int(rng.integers(5 * MS, 40 * MS))
+            log_ns = stamp_ns + int(rng.integers(5 * MS, longest_ms * MS))
             message = replace(message, data=jpeg(stamp_ns, content), log_ns=log_ns)
         messages.append(message)
     messages.append(BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + NS_PER_S, text("point at the blue ball")))
@@ -127,6 +130,19 @@ def test_dataset_to_bag_and_back_is_the_same_dataset(tmp_path: Path, capsys: pyt
             pairs = zip(first.images(one, camera), second.images(two, camera), strict=True)
             errors = [np.mean((a.astype(float) - b) ** 2) for a, b in pairs]
             assert 10 * np.log10(255**2 / max(errors)) > 38.0
+
+
+def test_actions_come_back_of_images_that_were_long_on_their_way(tmp_path: Path) -> None:
+    """By the time of some frames their own action was due already."""
+    first = convert(tmp_path, shaken_recording(longest_ms=120), "--episodes", "bag", fps=20, actions="commands")
+    assert run("to-bag", first.folder, "--out", tmp_path / "back") == 0
+    again = ("from-bag", tmp_path / "back", "--bundle", "demo", "--fps", 20, "--actions", "commands")
+    assert run(*again, "--out", tmp_path / "second") == 0
+    second = Dataset(tmp_path / "second")
+    assert [episode.length for episode in second.episodes] == [episode.length for episode in first.episodes]
+    for one, two in zip(first.episodes, second.episodes, strict=True):
+        for name in ("stamp_ns", "action"):
+            np.testing.assert_array_equal(first.columns(one)[name], second.columns(two)[name])
 
 
 def test_bag_of_a_dataset_has_exact_states_stamps_instructions_and_commands(tmp_path: Path) -> None:
