@@ -110,7 +110,7 @@ class Bag:
         for file in files:
             suffix = _storage_suffix(file)
             if suffix is None:
-                self._faults.add("file", file.name, "is of no storage that is read (.mcap, .db3); left out")
+                self._faults.add("file", file.name, "is neither .mcap nor .db3 and is left out")
                 continue
             try:
                 whole = self._unpacked(file) if file.suffix == ".zstd" else file

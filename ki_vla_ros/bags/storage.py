@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from ki_vla_ros.messages.decode import BagMessage
 
 FaultKind = Literal["metadata", "file", "truncated", "damaged", "database", "message", "type", "clock", "count"]
-# Listed of one kind; a bag of a million broken messages shall not need memory for a million complaints.
+# Listed of one kind; a million broken messages must not fill the memory with as many faults.
 FAULTS_LISTED = 50
 # Messages of several threads are recorded a little out of order; a larger step back was the recorder's clock.
 CLOCK_STEP_NS = 500_000_000
