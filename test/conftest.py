@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from support.exported import Made
-    from support.loop_bench import Bench
+    from support.loop_rig import Rig
     from support.robots import PolicyProcess, Robot
 
 # From 61 on the demo looks for a free domain of its own.
@@ -80,14 +80,14 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def bench(bundle_path: str) -> Iterator[Bench]:
-    from support.loop_bench import Bench
+def rig(bundle_path: str) -> Iterator[Rig]:
+    from support.loop_rig import Rig
 
     from ki_vla_ros.bundle.folder import load_bundle
 
-    bench = Bench(load_bundle(bundle_path))
-    yield bench
-    bench.engine.close()
+    rig = Rig(load_bundle(bundle_path))
+    yield rig
+    rig.engine.close()
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bad_bags import recording, write_bag
-from support.loop_bench import demo_observation
+from support.bundles import demo_observation
+from support.sample_bags import recording, write_bag
 
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import load_bundle

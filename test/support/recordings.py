@@ -18,7 +18,7 @@ from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.messages.decode import typestore
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
 from support.bundles import CAMERAS, JOINTS, TASK, demo_observation
-from support.loop_bench import START, Bench, FakeWire
+from support.loop_rig import START, FakeWire, Rig
 
 MS = 1_000_000
 IMAGE, JPEG = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
@@ -104,31 +104,31 @@ class _SlowWire(FakeWire):
 
 def record_run(folder: Path, bundle: Bundle, seconds: float, settings: Mapping[str, object]) -> list[ActionChunk]:
     """The run of a node with these settings, inputs and outputs recorded in `folder`; its chunks as published."""
-    bench = Bench(bundle)
-    bench.wire = bench.loop.wire = _SlowWire()  # type: ignore[assignment]
-    bench.change(**settings)
-    bench.loop.begin()
+    rig = Rig(bundle)
+    rig.wire = rig.loop.wire = _SlowWire()  # type: ignore[assignment]
+    rig.change(**settings)
+    rig.loop.begin()
     writer = RecordingWriter(folder)
     writer.text("/policy/instruction", START - MS, TASK)
     for number in range(round(seconds * 100)):
-        now_ns = bench.wire.time_ns = START + number * 10 * MS
+        now_ns = rig.wire.time_ns = START + number * 10 * MS
         log_ns = now_ns + RECORDER_LAG_NS
         if number % 5 == 0:
             for camera in CAMERAS:
                 stamp_ns, rgb_HWC = now_ns - CAMERA_DELAY_NS, picture(camera, number)
-                bench.buffer.add_frame(CameraFrame(camera, stamp_ns, rgb_HWC), now_ns)
+                rig.buffer.add_frame(CameraFrame(camera, stamp_ns, rgb_HWC), now_ns)
                 writer.image(camera, log_ns, stamp_ns, rgb_HWC)
-        bench.buffer.add_joints(JointReading(now_ns, JOINTS, path_J(now_ns)))
+        rig.buffer.add_joints(JointReading(now_ns, JOINTS, path_J(now_ns)))
         writer.joints(log_ns, now_ns, path_J(now_ns))
         if number % 10 == 5 and number > 10:
-            made = len(bench.wire.chunks)
-            bench.loop.adopt(bench.settings)
-            bench.loop.step(bench.settings, now_ns, 0)
-            writer.text("/policy/tick", log_ns + TICK_NS, json.dumps(bench.wire.ticks[-1]))
-            for chunk in bench.wire.chunks[made:]:
+            made = len(rig.wire.chunks)
+            rig.loop.adopt(rig.settings)
+            rig.loop.step(rig.settings, now_ns, 0)
+            writer.text("/policy/tick", log_ns + TICK_NS, json.dumps(rig.wire.ticks[-1]))
+            for chunk in rig.wire.chunks[made:]:
                 writer.chunk(log_ns + TICK_NS, chunk)
     writer.close()
-    return bench.wire.chunks
+    return rig.wire.chunks
 
 
 def record_inputs(folder: Path, seconds: float, instruction: str = TASK) -> None:

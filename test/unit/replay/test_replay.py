@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import ROOT
 from support.bundles import CAMERAS, TASK, state_token_policy, write_test_bundle
-from support.loop_bench import START
+from support.loop_rig import START
 from support.recordings import MS, RecordingWriter, path_J, picture, record_inputs, record_run
 
 from ki_vla_ros.bags.bag import open_bag

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from support.bundles import TASK
-from support.loop_bench import Bench
+from support.loop_rig import Rig
 
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Level
 from ki_vla_ros.runtime.observation import InputStatus
 
 
-def test_diagnostics_report(bench: Bench) -> None:
+def test_diagnostics_report(rig: Rig) -> None:
     diagnostics = Diagnostics()
     assert diagnostics.report("inactive", "", 0.0).level is Level.OK
     for n in range(41):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import CAMERAS, JOINTS, TASK, both_ways_policy, demo_observation, write_test_bundle
-from support.loop_bench import MS, START, Bench, is_hold
+from support.loop_rig import MS, START, Rig, is_hold
 from support.waiting import PATIENCE_S
 
 from ki_vla_ros.errors import InstructionError, SafetyRefusal, StaleInput
@@ -22,14 +22,14 @@ from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
 STAGES = ["observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish"]
 
 
-def test_a_tick_sends_what_is_left_of_the_policys_chunk(bench: Bench) -> None:
-    bench.give_inputs(age_ms=60)
-    index, watch = bench.tick()
+def test_a_tick_sends_what_is_left_of_the_policys_chunk(rig: Rig) -> None:
+    rig.give_inputs(age_ms=60)
+    index, watch = rig.tick()
     assert index == 0
     assert list(watch.stage_ms) == STAGES
-    ((command, sent_ns),) = bench.wire.commands
-    (chunk,) = bench.wire.chunks
-    expected = bench.policy.infer(demo_observation(START - 60 * MS), TASK, 0)
+    ((command, sent_ns),) = rig.wire.commands
+    (chunk,) = rig.wire.chunks
+    expected = rig.policy.infer(demo_observation(START - 60 * MS), TASK, 0)
     np.testing.assert_array_equal(chunk.position_HJ, expected.position_HJ)
     assert chunk.start_ns == START - 60 * MS
     # It takes over after the lead, from where the arm is; 60 ms have gone, so the first action is in the past.
@@ -40,106 +40,106 @@ def test_a_tick_sends_what_is_left_of_the_policys_chunk(bench: Bench) -> None:
     np.testing.assert_array_equal(command.velocity_NJ[-1], 0.0)
 
 
-def test_each_chunk_has_its_own_noise_and_index(bench: Bench) -> None:
+def test_each_chunk_has_its_own_noise_and_index(rig: Rig) -> None:
     for n in range(3):
-        bench.give_inputs()
-        assert bench.tick()[0] == n
-        bench.wire.time_ns += 100 * MS
-    assert len(bench.wire.chunks) == 3
+        rig.give_inputs()
+        assert rig.tick()[0] == n
+        rig.wire.time_ns += 100 * MS
+    assert len(rig.wire.chunks) == 3
 
 
-def test_no_inference_before_the_execution_horizon_is_over(bench: Bench) -> None:
-    bench.change(execution_horizon_s=0.3)
+def test_no_inference_before_the_execution_horizon_is_over(rig: Rig) -> None:
+    rig.change(execution_horizon_s=0.3)
     indices = []
     for _ in range(7):
-        bench.give_inputs()
-        indices.append(bench.tick()[0])
-        bench.wire.time_ns += 100 * MS
+        rig.give_inputs()
+        indices.append(rig.tick()[0])
+        rig.wire.time_ns += 100 * MS
     assert indices == [0, None, None, 1, None, None, 2]
 
 
-def test_stale_inputs_are_refused_even_when_no_chunk_is_due(bench: Bench) -> None:
-    bench.change(execution_horizon_s=0.7)
-    bench.give_inputs()
-    bench.tick()
-    bench.wire.time_ns += 300 * MS
+def test_stale_inputs_are_refused_even_when_no_chunk_is_due(rig: Rig) -> None:
+    rig.change(execution_horizon_s=0.7)
+    rig.give_inputs()
+    rig.tick()
+    rig.wire.time_ns += 300 * MS
     with pytest.raises(StaleInput, match="camera 'scene': newest frame 300 ms old"):
-        bench.tick()
+        rig.tick()
 
 
-def test_without_instruction_nothing_is_sent(bench: Bench) -> None:
-    bench.loop.instruction = ""
-    bench.give_inputs()
+def test_without_instruction_nothing_is_sent(rig: Rig) -> None:
+    rig.loop.instruction = ""
+    rig.give_inputs()
     with pytest.raises(InstructionError, match="instruction: none yet"):
-        bench.tick()
-    assert not bench.wire.commands
+        rig.tick()
+    assert not rig.wire.commands
 
 
-def test_inference_slower_than_the_chunk_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = bench.policy.decode
+def test_inference_slower_than_the_chunk_is_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = rig.policy.decode
 
     def slow(*arguments: object) -> ActionChunk:
-        bench.wire.time_ns += 900 * MS
-        bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, demo_observation().state_J))
+        rig.wire.time_ns += 900 * MS
+        rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, demo_observation().state_J))
         return decode(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bench.policy, "decode", slow)
-    bench.give_inputs()
+    monkeypatch.setattr(rig.policy, "decode", slow)
+    rig.give_inputs()
     with pytest.raises(SafetyRefusal, match="its observation is 900 ms old"):
-        bench.tick()
-    bench.give_inputs()
-    bench.change(**{"limits.max_chunk_age_s": 5.0})
-    bench.loop.adopt(bench.settings)
+        rig.tick()
+    rig.give_inputs()
+    rig.change(**{"limits.max_chunk_age_s": 5.0})
+    rig.loop.adopt(rig.settings)
     with pytest.raises(SafetyRefusal, match="inference is slower than the chunk lasts"):
-        bench.tick()
-    assert not bench.wire.commands
+        rig.tick()
+    assert not rig.wire.commands
 
 
-def test_ticks_are_paced_and_reported(bench: Bench) -> None:
-    bench.run_ticks(5, lambda n: bench.give_inputs())
-    assert [tick["stamp_ns"] for tick in bench.wire.ticks] == [START + n * 100 * MS for n in range(5)]
-    assert [tick["chunk_index"] for tick in bench.wire.ticks] == list(range(5))
-    last = bench.wire.ticks[-1]
+def test_ticks_are_paced_and_reported(rig: Rig) -> None:
+    rig.run_ticks(5, lambda n: rig.give_inputs())
+    assert [tick["stamp_ns"] for tick in rig.wire.ticks] == [START + n * 100 * MS for n in range(5)]
+    assert [tick["chunk_index"] for tick in rig.wire.ticks] == list(range(5))
+    last = rig.wire.ticks[-1]
     assert (last["instruction"], last["hold"], last["deadline_misses"]) == (TASK, None, 0)
     stages = last["stage_ms"]
     assert isinstance(stages, dict) and list(stages) == [*STAGES, "total"]
     assert stages["total"] == pytest.approx(sum(stages[name] for name in STAGES))
 
 
-def test_changed_settings_apply_from_the_next_tick_on(bench: Bench) -> None:
+def test_changed_settings_apply_from_the_next_tick_on(rig: Rig) -> None:
     def before(n: int) -> None:
-        bench.give_inputs()
+        rig.give_inputs()
         if n == 2:
             changes = {"limits.velocity_scale": 0.01, "limits.max_overspeed": 1.0, "limits.max_jump_s": 10.0}
-            bench.change(**changes, flow_steps=3, noise_seed=9, rate_hz=20.0)
+            rig.change(**changes, flow_steps=3, noise_seed=9, rate_hz=20.0)
 
-    bench.run_ticks(4, before)
-    assert (bench.policy.flow_steps, bench.policy.noise_seed) == (3, 9)
-    holds = [tick["hold"] for tick in bench.wire.ticks]
+    rig.run_ticks(4, before)
+    assert (rig.policy.flow_steps, rig.policy.noise_seed) == (3, 9)
+    holds = [tick["hold"] for tick in rig.wire.ticks]
     assert holds[:2] == [None, None]
     assert all("more than limits.max_overspeed" in str(hold) for hold in holds[2:])
-    stamps = [int(str(tick["stamp_ns"])) for tick in bench.wire.ticks]
+    stamps = [int(str(tick["stamp_ns"])) for tick in rig.wire.ticks]
     assert stamps[3] - stamps[2] == 50 * MS
 
 
-def test_a_clock_that_is_set_back_drops_buffers_and_the_running_chunk(bench: Bench) -> None:
+def test_a_clock_that_is_set_back_drops_buffers_and_the_running_chunk(rig: Rig) -> None:
     def before(n: int) -> None:
         if n == 2:
-            bench.wire.time_ns -= 100 * NS_PER_S
+            rig.wire.time_ns -= 100 * NS_PER_S
         if n < 2:
-            bench.give_inputs()
+            rig.give_inputs()
 
-    bench.run_ticks(3, before)
-    assert str(bench.wire.ticks[2]["hold"]).startswith("camera 'scene': no image yet")
-    assert len(bench.wire.commands) == 2 and not any(is_hold(motion) for motion, _ in bench.wire.commands)
-    assert any("set back" in line for line in bench.wire.lines)
+    rig.run_ticks(3, before)
+    assert str(rig.wire.ticks[2]["hold"]).startswith("camera 'scene': no image yet")
+    assert len(rig.wire.commands) == 2 and not any(is_hold(motion) for motion, _ in rig.wire.commands)
+    assert any("set back" in line for line in rig.wire.lines)
 
 
-def test_without_a_clock_the_loop_waits(bench: Bench) -> None:
-    bench.wire.time_ns = 0
-    bench.thread.start()
-    bench.thread.stop()
-    assert bench.wire.ticks == []
+def test_without_a_clock_the_loop_waits(rig: Rig) -> None:
+    rig.wire.time_ns = 0
+    rig.thread.start()
+    rig.thread.stop()
+    assert rig.wire.ticks == []
 
 
 def test_pacer_keeps_to_its_grid_and_counts_missed_deadlines() -> None:
@@ -158,58 +158,56 @@ def test_pacer_keeps_to_its_grid_and_counts_missed_deadlines() -> None:
 
 
 @pytest.fixture
-def dual_bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(write_test_bundle(tmp_path / "bundle", both_ways_policy()))
-    bench.change(prefill_period_s=0.3)
-    yield bench
-    bench.engine.close()
+def dual_rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(write_test_bundle(tmp_path / "bundle", both_ways_policy()))
+    rig.change(prefill_period_s=0.3)
+    yield rig
+    rig.engine.close()
 
 
-def test_the_backbone_may_run_less_often_than_the_expert(dual_bench: Bench) -> None:
+def test_the_backbone_may_run_less_often_than_the_expert(dual_rig: Rig) -> None:
     """Between two prefills a tick needs no images, and its chunk is anchored at the newest joint state."""
-    bench, ran = dual_bench, ""
+    rig, ran = dual_rig, ""
     step_J = np.array([0.02] * 6 + [0.0])
     for n in range(7):
         if n % 3 == 0:
-            bench.give_inputs()
+            rig.give_inputs()
         moved_J = demo_observation().state_J + n * step_J
-        bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, moved_J))
-        _, watch = bench.tick()
+        rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, moved_J))
+        _, watch = rig.tick()
         ran += "P" if "prefill" in watch.stage_ms else "-"
-        assert bench.wire.chunks[n].start_ns == bench.wire.time_ns
-        bench.wire.time_ns += 100 * MS
+        assert rig.wire.chunks[n].start_ns == rig.wire.time_ns
+        rig.wire.time_ns += 100 * MS
     assert ran == "P--P--P"
-    spec = bench.policy.bundle.manifest
-    given = make_model_input(spec, bench.policy.bundle.tokenizer, demo_observation(), TASK)
+    spec = rig.policy.bundle.manifest
+    given = make_model_input(spec, rig.policy.bundle.tokenizer, demo_observation(), TASK)
     token_J = state_token(spec, demo_observation().state_J + 5 * step_J)
-    actions_HA = bench.policy.denoise(bench.policy.prefill(given), bench.policy.noise(5), token_J)
+    actions_HA = rig.policy.denoise(rig.policy.prefill(given), rig.policy.noise(5), token_J)
     moved = dataclasses.replace(demo_observation(), state_J=demo_observation().state_J + 5 * step_J)
-    np.testing.assert_array_equal(bench.wire.chunks[5].position_HJ, bench.policy.decode(actions_HA, moved).position_HJ)
+    np.testing.assert_array_equal(rig.wire.chunks[5].position_HJ, rig.policy.decode(actions_HA, moved).position_HJ)
 
 
-def test_a_new_instruction_or_a_hold_or_old_images_need_a_new_prefill(dual_bench: Bench) -> None:
-    bench = dual_bench
-    bench.change(prefill_period_s=0.5)
+def test_a_new_instruction_or_a_hold_or_old_images_need_a_new_prefill(dual_rig: Rig) -> None:
+    rig = dual_rig
+    rig.change(prefill_period_s=0.5)
 
     def tick() -> bool:
-        bench.wire.time_ns += 100 * MS
-        bench.give_inputs()
-        bench.loop.step(bench.settings, bench.wire.time_ns, 0)
-        stages = bench.wire.ticks[-1]["stage_ms"]
+        rig.wire.time_ns += 100 * MS
+        rig.give_inputs()
+        rig.loop.step(rig.settings, rig.wire.time_ns, 0)
+        stages = rig.wire.ticks[-1]["stage_ms"]
         assert isinstance(stages, dict)
         return "prefill" in stages
 
     assert [tick(), tick()] == [True, False]
-    bench.loop.instruction = "touch the blue ball"
+    rig.loop.instruction = "touch the blue ball"
     assert [tick(), tick()] == [True, False]
-    bench.loop.latch("a test")
-    bench.wire.time_ns += 100 * MS
-    bench.loop.step(bench.settings, bench.wire.time_ns, 0)
-    bench.loop.reset()
+    rig.loop.latch("a test")
+    rig.wire.time_ns += 100 * MS
+    rig.loop.step(rig.settings, rig.wire.time_ns, 0)
+    rig.loop.reset()
     assert tick()
-    bench.loop._prefix = dataclasses.replace(
-        bench.loop._prefix, observation=demo_observation(bench.wire.time_ns - 450 * MS)
-    )
+    rig.loop._prefix = dataclasses.replace(rig.loop._prefix, observation=demo_observation(rig.wire.time_ns - 450 * MS))
     assert tick()
 
 
@@ -258,19 +256,19 @@ def test_ticks_find_the_end_of_the_frames_burst_where_the_periods_go_together(ca
 
 
 @pytest.mark.parametrize("align", [True, False])
-def test_ticks_are_aligned_unless_told_otherwise(bench: Bench, monkeypatch: pytest.MonkeyPatch, align: bool) -> None:
+def test_ticks_are_aligned_unless_told_otherwise(rig: Rig, monkeypatch: pytest.MonkeyPatch, align: bool) -> None:
     moves: list[int] = []
     monkeypatch.setattr(Pacer, "shift", lambda _self, by_ns: moves.append(by_ns))
 
     def before(n: int) -> None:
-        bench.give_inputs()
+        rig.give_inputs()
         for back in (3, 2, 1):
-            arrived_ns = bench.wire.time_ns + (23 - 33 * back) * MS
+            arrived_ns = rig.wire.time_ns + (23 - 33 * back) * MS
             frame = CameraFrame("scene", arrived_ns, np.zeros((1, 1, 3), np.uint8))
-            bench.buffer.add_frame(frame, arrived_ns)
+            rig.buffer.add_frame(frame, arrived_ns)
 
-    bench.change(align_to_cameras=align)
-    bench.run_ticks(3, before)
+    rig.change(align_to_cameras=align)
+    rig.run_ticks(3, before)
     assert moves[:3] == ([0, -2 * MS, -2 * MS] if align else [])
 
 

@@ -7,207 +7,205 @@ import threading
 import numpy as np
 import pytest
 from support.bundles import JOINTS, demo_observation
-from support.loop_bench import MS, START, Bench, is_hold
+from support.loop_rig import MS, START, Rig, is_hold
 
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import EngineError, SafetyRefusal
 from ki_vla_ros.records import ActionChunk, JointReading
 
 
-def test_a_stale_input_brings_the_arm_to_rest_once_and_it_goes_on_afterwards(bench: Bench) -> None:
+def test_a_stale_input_brings_the_arm_to_rest_once_and_it_goes_on_afterwards(rig: Rig) -> None:
     def before(n: int) -> None:
         if n in (0, 5, 6):
-            bench.give_inputs()
+            rig.give_inputs()
         else:
-            bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, rest_J + 0.001 * n))
+            rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, rest_J + 0.001 * n))
 
     rest_J = demo_observation().state_J
 
-    bench.run_ticks(7, before)
-    holds = [tick["hold"] for tick in bench.wire.ticks]
+    rig.run_ticks(7, before)
+    holds = [tick["hold"] for tick in rig.wire.ticks]
     assert [hold is None for hold in holds] == [True, True, True, False, False, True, True]
     assert str(holds[3]).startswith("camera 'scene': newest frame 300 ms old, limit 250 ms")
     # Once for the stale camera, once at the end, when the loop stops.
-    held = [motion for motion, _ in bench.wire.commands if is_hold(motion)]
-    assert len(bench.wire.commands) == 7 and len(held) == 2
+    held = [motion for motion, _ in rig.wire.commands if is_hold(motion)]
+    assert len(rig.wire.commands) == 7 and len(held) == 2
     np.testing.assert_allclose(held[0].position_NJ[-1], rest_J + 0.003, atol=1e-6)
     assert held[0].end_ns < START + 300 * MS + 600 * MS
 
 
-def test_when_the_joints_are_lost_too_the_arm_brakes_on_its_path(bench: Bench) -> None:
-    bench.run_ticks(4, lambda n: bench.give_inputs() if n == 0 else None)
-    running, _ = bench.wire.commands[2]
-    held, now_ns = bench.wire.commands[3]
+def test_when_the_joints_are_lost_too_the_arm_brakes_on_its_path(rig: Rig) -> None:
+    rig.run_ticks(4, lambda n: rig.give_inputs() if n == 0 else None)
+    running, _ = rig.wire.commands[2]
+    held, now_ns = rig.wire.commands[3]
     assert held.end_ns - now_ns <= 200 * MS  # 0.15 s from full speed, and the lead
     for a, b in zip(running.at(held.from_ns), held.at(held.from_ns), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-9)
-    assert any("braking on the commanded path" in line for line in bench.wire.lines)
+    assert any("braking on the commanded path" in line for line in rig.wire.lines)
 
 
-def test_stopping_holds_a_running_chunk(bench: Bench) -> None:
-    bench.run_ticks(1, lambda n: bench.give_inputs())
-    assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, True]
-    bench.thread.stop()
-    assert len(bench.wire.commands) == 2
+def test_stopping_holds_a_running_chunk(rig: Rig) -> None:
+    rig.run_ticks(1, lambda n: rig.give_inputs())
+    assert [is_hold(motion) for motion, _ in rig.wire.commands] == [False, True]
+    rig.thread.stop()
+    assert len(rig.wire.commands) == 2
 
 
-def test_stopping_when_nothing_moves_sends_nothing(bench: Bench) -> None:
-    bench.run_ticks(2, lambda n: None)
-    assert bench.wire.commands == []
-    assert str(bench.wire.ticks[0]["hold"]).startswith("camera 'scene': no image yet")
+def test_stopping_when_nothing_moves_sends_nothing(rig: Rig) -> None:
+    rig.run_ticks(2, lambda n: None)
+    assert rig.wire.commands == []
+    assert str(rig.wire.ticks[0]["hold"]).startswith("camera 'scene': no image yet")
 
 
-def test_a_stop_is_latched_until_reset(bench: Bench) -> None:
+def test_a_stop_is_latched_until_reset(rig: Rig) -> None:
     def before(n: int) -> None:
-        bench.give_inputs()
+        rig.give_inputs()
         if n == 2:
-            bench.loop.latch("by a test")
+            rig.loop.latch("by a test")
         if n == 4:
-            assert bench.loop.reset() and not bench.loop.reset()
+            assert rig.loop.reset() and not rig.loop.reset()
 
-    bench.run_ticks(6, before)
-    holds = [tick["hold"] for tick in bench.wire.ticks]
+    rig.run_ticks(6, before)
+    holds = [tick["hold"] for tick in rig.wire.ticks]
     assert [hold is None for hold in holds] == [True, True, False, False, True, True]
     assert holds[2] == "stopped: by a test; call ~/reset when nothing stands in the way"
-    assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, False, True, False, False, True]
+    assert [is_hold(motion) for motion, _ in rig.wire.commands] == [False, False, True, False, False, True]
 
 
-def test_a_stop_during_inference_keeps_the_chunk_off_the_wire(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = bench.policy.decode
+def test_a_stop_during_inference_keeps_the_chunk_off_the_wire(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = rig.policy.decode
 
     def stop_meanwhile(*arguments: object) -> ActionChunk:
-        bench.loop.latch("meanwhile")
+        rig.loop.latch("meanwhile")
         return decode(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bench.policy, "decode", stop_meanwhile)
-    bench.give_inputs()
+    monkeypatch.setattr(rig.policy, "decode", stop_meanwhile)
+    rig.give_inputs()
     with pytest.raises(SafetyRefusal, match="stopped: meanwhile"):
-        bench.tick()
-    assert not bench.wire.commands
+        rig.tick()
+    assert not rig.wire.commands
 
 
-def test_a_rule_may_stop_for_good(bench: Bench) -> None:
-    bench.change(**{"limits.on_jump": "stop", "limits.max_jump_s": 0.0, "limits.velocity_scale": 0.01})
-    bench.run_ticks(2, lambda n: bench.give_inputs())
-    holds = [str(tick["hold"]) for tick in bench.wire.ticks]
+def test_a_rule_may_stop_for_good(rig: Rig) -> None:
+    rig.change(**{"limits.on_jump": "stop", "limits.max_jump_s": 0.0, "limits.velocity_scale": 0.01})
+    rig.run_ticks(2, lambda n: rig.give_inputs())
+    holds = [str(tick["hold"]) for tick in rig.wire.ticks]
     assert "from the measured" in holds[0] and holds[1].startswith("stopped: joint")
-    assert bench.loop.latched is not None and not bench.wire.commands
+    assert rig.loop.latched is not None and not rig.wire.commands
 
 
-def test_the_watchdog_holds_an_arm_without_fresh_chunks(bench: Bench) -> None:
-    bench.give_inputs()
-    bench.tick()
-    bench.loop.watch()
-    assert len(bench.wire.commands) == 1
-    bench.wire.time_ns += 501 * MS  # hold_after_s is half a second; the chunk's motion lasts longer
-    bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, demo_observation().state_J))
-    bench.loop.watch()
-    bench.loop.watch()
-    assert len(bench.wire.commands) == 2
-    assert any("watchdog: no fresh chunk for 501 ms" in line for line in bench.wire.lines)
-    assert bench.diagnostics.report("active", "", 0.0).values["refused watchdog"] == "1"
+def test_the_watchdog_holds_an_arm_without_fresh_chunks(rig: Rig) -> None:
+    rig.give_inputs()
+    rig.tick()
+    rig.loop.watch()
+    assert len(rig.wire.commands) == 1
+    rig.wire.time_ns += 501 * MS  # hold_after_s is half a second; the chunk's motion lasts longer
+    rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, demo_observation().state_J))
+    rig.loop.watch()
+    rig.loop.watch()
+    assert len(rig.wire.commands) == 2
+    assert any("watchdog: no fresh chunk for 501 ms" in line for line in rig.wire.lines)
+    assert rig.diagnostics.report("active", "", 0.0).values["refused watchdog"] == "1"
 
 
-def test_dry_run_computes_and_sends_nothing(bench: Bench) -> None:
-    bench.change(dry_run=True)
-    bench.run_ticks(3, lambda n: bench.give_inputs())
-    assert bench.wire.commands == [] and len(bench.wire.chunks) == 3
-    assert [tick["hold"] for tick in bench.wire.ticks] == [None] * 3
+def test_dry_run_computes_and_sends_nothing(rig: Rig) -> None:
+    rig.change(dry_run=True)
+    rig.run_ticks(3, lambda n: rig.give_inputs())
+    assert rig.wire.commands == [] and len(rig.wire.chunks) == 3
+    assert [tick["hold"] for tick in rig.wire.ticks] == [None] * 3
 
 
-def test_a_dry_run_is_not_what_the_arm_was_told(bench: Bench) -> None:
+def test_a_dry_run_is_not_what_the_arm_was_told(rig: Rig) -> None:
     """Switched on in motion, the arm can still be held; switched off, nothing begins where the arm never was."""
-    bench.give_inputs()
-    bench.tick()
-    sent = bench.wire.commands[0][0]
-    bench.change(dry_run=True)
+    rig.give_inputs()
+    rig.tick()
+    sent = rig.wire.commands[0][0]
+    rig.change(dry_run=True)
     for _ in range(3):
-        bench.wire.time_ns += 100 * MS
-        bench.give_inputs()
-        bench.tick()
-    assert len(bench.wire.commands) == 1 and bench.loop._governor.running is sent
-    bench.loop.latch("in a dry run")
-    assert len(bench.wire.commands) == 2 and is_hold(bench.wire.commands[1][0])
-    bench.loop.reset()
-    bench.wire.time_ns += 2_000 * MS
-    bench.give_inputs()
-    bench.tick()
-    bench.change(dry_run=False)
-    bench.wire.time_ns += 100 * MS
-    bench.give_inputs()
-    bench.tick()
-    np.testing.assert_allclose(bench.wire.commands[2][0].position_NJ[0], demo_observation().state_J, atol=1e-6)
+        rig.wire.time_ns += 100 * MS
+        rig.give_inputs()
+        rig.tick()
+    assert len(rig.wire.commands) == 1 and rig.loop._governor.running is sent
+    rig.loop.latch("in a dry run")
+    assert len(rig.wire.commands) == 2 and is_hold(rig.wire.commands[1][0])
+    rig.loop.reset()
+    rig.wire.time_ns += 2_000 * MS
+    rig.give_inputs()
+    rig.tick()
+    rig.change(dry_run=False)
+    rig.wire.time_ns += 100 * MS
+    rig.give_inputs()
+    rig.tick()
+    np.testing.assert_allclose(rig.wire.commands[2][0].position_NJ[0], demo_observation().state_J, atol=1e-6)
 
 
-def test_speed_limits_rise_after_activation(bench: Bench) -> None:
-    bench.change(**{"ramp_in_s": 1.0, "limits.velocity_scale": 0.2, "limits.max_jump_s": 10.0})
-    bench.loop.adopt(bench.settings)
-    bench.run_ticks(12, lambda n: bench.give_inputs())
-    speeds = [np.abs(motion.velocity_NJ).max(axis=0) for motion, _ in bench.wire.commands[:-1]]
-    limit_J = 0.2 * np.array([joint.max_velocity for joint in bench.policy.bundle.manifest.joints])
+def test_speed_limits_rise_after_activation(rig: Rig) -> None:
+    rig.change(**{"ramp_in_s": 1.0, "limits.velocity_scale": 0.2, "limits.max_jump_s": 10.0})
+    rig.loop.adopt(rig.settings)
+    rig.run_ticks(12, lambda n: rig.give_inputs())
+    speeds = [np.abs(motion.velocity_NJ).max(axis=0) for motion, _ in rig.wire.commands[:-1]]
+    limit_J = 0.2 * np.array([joint.max_velocity for joint in rig.policy.bundle.manifest.joints])
     assert np.all(speeds[0] <= 0.1 * limit_J * (1 + 1e-9))
     assert np.all(speeds[5] <= 0.55 * limit_J * (1 + 1e-9))
     assert np.any(speeds[-1] > 0.55 * limit_J)
 
 
-def test_an_arm_moved_by_others_goes_on_from_where_it_is(bench: Bench) -> None:
-    bench.give_inputs()
-    bench.tick()
-    bench.wire.time_ns += 3_000 * MS
-    moved = demo_observation(bench.wire.time_ns)
+def test_an_arm_moved_by_others_goes_on_from_where_it_is(rig: Rig) -> None:
+    rig.give_inputs()
+    rig.tick()
+    rig.wire.time_ns += 3_000 * MS
+    moved = demo_observation(rig.wire.time_ns)
     for frame in moved.frames.values():
-        bench.buffer.add_frame(frame)
-    bench.buffer.add_joints(
-        JointReading(bench.wire.time_ns, JOINTS, moved.state_J + 0.2 * np.array([1, 0, 0, 0, 0, 0, 0]))
-    )
-    bench.tick()
-    np.testing.assert_allclose(bench.wire.commands[1][0].position_NJ[0, 0], moved.state_J[0] + 0.2)
-    assert any("not where it was sent" in line for line in bench.wire.lines)
+        rig.buffer.add_frame(frame)
+    rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, moved.state_J + 0.2 * np.array([1, 0, 0, 0, 0, 0, 0])))
+    rig.tick()
+    np.testing.assert_allclose(rig.wire.commands[1][0].position_NJ[0, 0], moved.state_J[0] + 0.2)
+    assert any("not where it was sent" in line for line in rig.wire.lines)
 
 
 @pytest.mark.parametrize("moved, starts_where_it_is", [(0.0, False), (0.8, False), (1.0, True)])
-def test_an_arm_in_motion_may_trail_but_not_be_elsewhere(bench: Bench, moved: float, starts_where_it_is: bool) -> None:
+def test_an_arm_in_motion_may_trail_but_not_be_elsewhere(rig: Rig, moved: float, starts_where_it_is: bool) -> None:
     """The room is 0.3 s at 3 rad/s."""
-    bench.give_inputs()
-    bench.tick()
-    bench.wire.time_ns += 100 * MS
-    running = bench.wire.commands[0][0].at(bench.wire.time_ns)[0]
-    observation = demo_observation(bench.wire.time_ns)
+    rig.give_inputs()
+    rig.tick()
+    rig.wire.time_ns += 100 * MS
+    running = rig.wire.commands[0][0].at(rig.wire.time_ns)[0]
+    observation = demo_observation(rig.wire.time_ns)
     for frame in observation.frames.values():
-        bench.buffer.add_frame(frame)
+        rig.buffer.add_frame(frame)
     elsewhere_J = running + moved * np.array([1, 0, 0, 0, 0, 0, 0])
-    bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, elsewhere_J))
-    bench.tick()
-    said = any("not where it was sent" in line for line in bench.wire.lines)
+    rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, elsewhere_J))
+    rig.tick()
+    said = any("not where it was sent" in line for line in rig.wire.lines)
     assert said == starts_where_it_is
     if starts_where_it_is:
-        np.testing.assert_allclose(bench.wire.commands[1][0].position_NJ[0], elsewhere_J, atol=1e-9)
+        np.testing.assert_allclose(rig.wire.commands[1][0].position_NJ[0], elsewhere_J, atol=1e-9)
 
 
-def test_a_hold_that_seems_to_run_still_is_no_start_for_an_arm_put_elsewhere(bench: Bench) -> None:
+def test_a_hold_that_seems_to_run_still_is_no_start_for_an_arm_put_elsewhere(rig: Rig) -> None:
     """As when a simulator is reset, or an arm is moved by hand, between deactivation and activation."""
-    bench.run_ticks(2, lambda n: bench.give_inputs())
-    hold, now_ns = bench.wire.commands[-1]
+    rig.run_ticks(2, lambda n: rig.give_inputs())
+    hold, now_ns = rig.wire.commands[-1]
     assert hold.end_ns > now_ns
     elsewhere_J = demo_observation().state_J + 0.3 * np.array([1, 0, 0, 0, 0, 0, 0])
 
     def before(n: int) -> None:
-        for frame in demo_observation(bench.wire.time_ns).frames.values():
-            bench.buffer.add_frame(frame)
-        bench.buffer.add_joints(JointReading(bench.wire.time_ns, JOINTS, elsewhere_J))
+        for frame in demo_observation(rig.wire.time_ns).frames.values():
+            rig.buffer.add_frame(frame)
+        rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, elsewhere_J))
 
-    count, bench.wire.ticks[:] = len(bench.wire.commands), []
-    bench.wire.time_ns = now_ns + 1 * MS
-    bench.change(**{"limits.max_jump_s": 10.0})
-    bench.run_ticks(1, before)
-    np.testing.assert_allclose(bench.wire.commands[count][0].position_NJ[0], elsewhere_J, atol=1e-6)
+    count, rig.wire.ticks[:] = len(rig.wire.commands), []
+    rig.wire.time_ns = now_ns + 1 * MS
+    rig.change(**{"limits.max_jump_s": 10.0})
+    rig.run_ticks(1, before)
+    np.testing.assert_allclose(rig.wire.commands[count][0].position_NJ[0], elsewhere_J, atol=1e-6)
 
 
 @pytest.mark.parametrize("error", [EngineError("engine: broken"), ZeroDivisionError("a bug")])
 def test_errors_of_the_engine_hold_and_the_next_tick_tries_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    prefill, broken = bench.policy.prefill, threading.Event()
+    prefill, broken = rig.policy.prefill, threading.Event()
 
     def sometimes(*arguments: object) -> KVCache:
         if broken.is_set():
@@ -215,19 +213,19 @@ def test_errors_of_the_engine_hold_and_the_next_tick_tries_again(
         return prefill(*arguments)  # type: ignore[arg-type]
 
     def before(n: int) -> None:
-        bench.give_inputs()
+        rig.give_inputs()
         broken.set() if n == 1 else broken.clear()
 
-    monkeypatch.setattr(bench.policy, "prefill", sometimes)
-    bench.run_ticks(3, before)
-    holds = [tick["hold"] for tick in bench.wire.ticks]
+    monkeypatch.setattr(rig.policy, "prefill", sometimes)
+    rig.run_ticks(3, before)
+    holds = [tick["hold"] for tick in rig.wire.ticks]
     assert holds[0] is None and holds[2] is None
     assert str(error) in str(holds[1])
-    assert [is_hold(motion) for motion, _ in bench.wire.commands] == [False, True, False, True]
+    assert [is_hold(motion) for motion, _ in rig.wire.commands] == [False, True, False, True]
 
 
-def test_a_fault_between_two_ticks_holds_and_the_loop_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    since_burst_ns, calls = bench.buffer.since_burst_ns, []
+def test_a_fault_between_two_ticks_holds_and_the_loop_goes_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    since_burst_ns, calls = rig.buffer.since_burst_ns, []
 
     def sometimes(now_ns: int) -> int | None:
         calls.append(now_ns)
@@ -235,8 +233,8 @@ def test_a_fault_between_two_ticks_holds_and_the_loop_goes_on(bench: Bench, monk
             raise ZeroDivisionError("a bug")
         return since_burst_ns(now_ns)
 
-    monkeypatch.setattr(bench.buffer, "since_burst_ns", sometimes)
-    bench.run_ticks(3, lambda n: bench.give_inputs())
-    assert len(bench.wire.ticks) == 3
-    assert any("ZeroDivisionError: a bug" in line for line in bench.wire.lines)
-    assert [is_hold(motion) for motion, _ in bench.wire.commands][:2] == [False, True]
+    monkeypatch.setattr(rig.buffer, "since_burst_ns", sometimes)
+    rig.run_ticks(3, lambda n: rig.give_inputs())
+    assert len(rig.wire.ticks) == 3
+    assert any("ZeroDivisionError: a bug" in line for line in rig.wire.lines)
+    assert [is_hold(motion) for motion, _ in rig.wire.commands][:2] == [False, True]

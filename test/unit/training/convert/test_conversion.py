@@ -14,7 +14,6 @@ from support.lerobot_runs import convert, run
 from support.sample_bags import (
     CAMERAS,
     COMMAND_TOPIC,
-    COMPRESSED_IMAGE,
     INSTRUCTION_TOPIC,
     JOINT_TOPIC,
     JOINTS,
@@ -29,6 +28,7 @@ from support.sample_bags import (
 
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S, header_ns
 from training.data.lerobot.dataset import Dataset
 

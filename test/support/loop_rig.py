@@ -52,7 +52,7 @@ class FakeWire:
         self.lines.append(message)
 
 
-class Bench:
+class Rig:
     """A loop with everything that it needs; `give_inputs` makes an observation of the present moment."""
 
     def __init__(self, bundle: Bundle) -> None:
