@@ -286,7 +286,8 @@ BAD = {
     "unknown task": (["-p", "task:=dance"], "instruction 'dance'"),
     "task against the split": (["-p", "split:=train", "-p", "task:=touch the red disc"], "never commanded"),
     "no such file": (["--params-file", "nowhere.yaml"], "nowhere.yaml"),
-    "unknown argument": (["--fast"], "--fast"),
+    "unknown argument for ROS": (["--fast"], "--fast"),
+    "unknown argument": (["-r", "__node:=arm", "--", "--fast"], "error: unrecognized arguments: --fast"),
 }
 
 
