@@ -146,6 +146,7 @@ def test_agrees_with_transformers(theirs: torch.nn.Module, folder: Path, form: s
     assert logits.std() > 0.5
 
 
+@pytest.mark.slow
 def test_expert_is_drawn_as_for_training(folder: Path) -> None:
     """Expert and action layers are what a fresh model of this seed has in scale: gates closed, weights not zero."""
     model = import_weights(CONFIG, folder / "single", "paligemma", seed=1)

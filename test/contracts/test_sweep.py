@@ -139,6 +139,7 @@ def test_shared_engine_computes_each_input_once(bundle_path: str, monkeypatch: p
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_command_writes_report_and_recommendation(
     bag_path: Path, bundle_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

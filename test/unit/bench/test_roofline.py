@@ -26,6 +26,7 @@ def test_a_small_graph_is_judged_by_the_bandwidth_of_its_size() -> None:
     assert CEILING.times_ms(Work(0.0, 600e6))["bytes"] == pytest.approx(60.0)
 
 
+@pytest.mark.slow
 def test_this_processor_is_measured() -> None:
     found = measure_ceiling("cpu", 1, "float32", [1_000, 2_000_000])
     assert found.flops_per_s > 1e6 and all(rate > 1e6 for rate in found.bytes_per_s.values())

@@ -68,10 +68,10 @@ def as_arguments(settings: dict[str, object]) -> list[str]:
     "settings",
     [
         {"executor": "asynchronous"},
-        {"executor": "temporal_ensemble", "noise_seed": 3},
-        {"executor": "rtc", "execution_horizon_s": 0.2},
-        {"executor": "rtc_trained", "execution_horizon_s": 0.2},
-        {"executor": "synchronous"},
+        pytest.param({"executor": "temporal_ensemble", "noise_seed": 3}, marks=pytest.mark.slow),
+        pytest.param({"executor": "rtc", "execution_horizon_s": 0.2}, marks=pytest.mark.slow),
+        pytest.param({"executor": "rtc_trained", "execution_horizon_s": 0.2}, marks=pytest.mark.slow),
+        pytest.param({"executor": "synchronous"}, marks=pytest.mark.slow),
     ],
     ids=lambda settings: settings["executor"],
 )

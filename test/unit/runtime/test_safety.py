@@ -264,6 +264,7 @@ def any_chunk(draw: st.DrawFn) -> ActionChunk:
 rules = st.sampled_from(("clamp", "refuse"))
 
 
+@pytest.mark.slow
 @settings(max_examples=1000)
 @given(
     any_chunk(),

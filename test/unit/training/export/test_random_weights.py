@@ -80,7 +80,7 @@ def test_named_sizes_have_a_policy_and_a_tokenizer(name: str) -> None:
     assert len(policy.joints) == config.action_dim
 
 
-@pytest.mark.parametrize("vocab_size", [450, 1024, 257_152])
+@pytest.mark.parametrize("vocab_size", [450, 1024, pytest.param(257_152, marks=pytest.mark.slow)])
 def test_the_stand_in_tokenizer_has_the_models_size(vocab_size: int) -> None:
     tokenizer = stand_in_tokenizer(vocab_size)
     assert tokenizer.get_vocab_size() == vocab_size
