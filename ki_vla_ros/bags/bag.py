@@ -27,7 +27,7 @@ else:
 
 from ki_vla_ros.bags.mcap import LARGEST_CHUNK, McapFile
 from ki_vla_ros.bags.sqlite import SqliteFile
-from ki_vla_ros.bags.storage import BagFault, Faults, Part, Storage, Topic, in_time_order
+from ki_vla_ros.bags.storage import BagFault, Faults, Piece, Storage, Topic, in_time_order
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages.decode import BagMessage
 
@@ -62,7 +62,7 @@ class Bag:
     def messages(self, topics: Collection[str] | None = None) -> Iterator[BagMessage]:
         """Those on `topics` (all, by default) by log time. May be called again; later readings find the same."""
         parts = [
-            Part(storage.start_ns, partial(storage.messages, topics))
+            Piece(storage.start_ns, partial(storage.messages, topics))
             for storage in self._storages
             if storage.start_ns is not None
         ]

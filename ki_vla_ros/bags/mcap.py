@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from lz4.frame import LZ4FrameDecompressor
 
-from ki_vla_ros.bags.storage import CLOCK_STEP_NS, Faults, Part, Pending, Topic, in_time_order
+from ki_vla_ros.bags.storage import CLOCK_STEP_NS, Faults, Pending, Piece, Topic, in_time_order
 from ki_vla_ros.messages.decode import BagMessage
 
 if sys.version_info >= (3, 14):
@@ -99,7 +99,7 @@ class McapFile:
         channels = [item for item in self._channels.items() if item[1].encoding == "cdr"]
         wanted = {key for key, channel in channels if topics is None or channel.topic in topics}
         spans = [span for span in self._spans if span.counts.keys() & wanted]
-        return in_time_order([Part(span.first_ns, partial(self._pending, span, wanted)) for span in spans])
+        return in_time_order([Piece(span.first_ns, partial(self._pending, span, wanted)) for span in spans])
 
     # --- the walk over the file
 

@@ -62,7 +62,7 @@ Pending = tuple[int, Callable[[], BagMessage | None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Piece:
     """A piece of a bag, file or chunk, whose messages begin at `start_ns`; they come in the order of log time."""
 
     start_ns: int
@@ -81,7 +81,7 @@ class Storage(Protocol):
     def close(self) -> None: ...
 
 
-def in_time_order(parts: Sequence[Part]) -> Iterator[Pending]:
+def in_time_order(parts: Sequence[Piece]) -> Iterator[Pending]:
     """The messages of all parts by log time. A part is begun when its first message is due, not before."""
     waiting = deque(sorted(enumerate(parts), key=lambda part: (part[1].start_ns, part[0])))
     begun: list[tuple[int, int, Pending, Iterator[Pending]]] = []

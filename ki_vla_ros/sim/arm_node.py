@@ -27,7 +27,6 @@ from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescri
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -35,8 +34,9 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.console import ExitCode
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, SimulationError
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import NS_PER_S, to_ns
 from ki_vla_ros.ros.process import run_node
+from ki_vla_ros.ros.qos import EVENT, LATCHED, SENSOR
 from ki_vla_ros.runtime.paths import CommandedPath
 from ki_vla_ros.sim.task import LARGEST_SEED, Scene, Task, sample_scene
 from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, Verdict, World
@@ -45,7 +45,7 @@ NODE_NAME: Final = "sim_arm"
 # Physics that lags behind the wall clock by more than this is given up (and counted), not made good in one rush.
 MOST_CATCH_UP_S: Final = 0.1
 RESET_LIMIT_S: Final = 10.0
-STEP_NS: Final = round(TIMESTEP_S * NS_PER_S)
+STEP_NS: Final = to_ns(TIMESTEP_S)
 STEPS_PER_S: Final = round(1.0 / TIMESTEP_S)
 
 
@@ -123,14 +123,12 @@ class ArmNode(Node):
         self._refused = 0
         self._stop = threading.Event()
         self._image_publishers = {
-            camera: self.create_publisher(Image, f"camera/{camera}/image_raw", qos_profile_sensor_data)
-            for camera in CAMERAS
+            camera: self.create_publisher(Image, f"camera/{camera}/image_raw", SENSOR) for camera in CAMERAS
         }
-        self._joint_publisher = self.create_publisher(JointState, "joint_states", 10)
-        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-        self._status_publisher = self.create_publisher(String, "~/status", latched)
-        self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self.create_subscription(JointTrajectory, "arm_controller/joint_trajectory", self._on_command, 10)
+        self._joint_publisher = self.create_publisher(JointState, "joint_states", EVENT)
+        self._status_publisher = self.create_publisher(String, "~/status", LATCHED)
+        self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", EVENT)
+        self.create_subscription(JointTrajectory, "arm_controller/joint_trajectory", self._on_command, EVENT)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.add_on_set_parameters_callback(self._on_parameters)
         self._thread = threading.Thread(target=self._simulate, name="simulation")

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 QUANTILES: Final = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-Figures = dict[str, Any]
+FeatureFigures = dict[str, Any]
 """Nested lists of numbers by "min", "max", "mean", "std", "count" and the names of `QUANTILES`."""
 
 
-def describe_values(values: NDArray[Any]) -> Figures:
+def describe_values(values: NDArray[Any]) -> FeatureFigures:
     """Of [N] or [N, D] numbers; a feature of one element has lists of one."""
     values_ND = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     figures = {
@@ -47,7 +47,7 @@ class PixelCounts:
         self.count_CV += other.count_CV
         self.frames += other.frames
 
-    def describe(self) -> Figures:
+    def describe(self) -> FeatureFigures:
         """Quantiles as numpy's: linear between the two nearest of the sorted pixels. `count` is that of frames."""
         value_V = np.arange(256) / 255.0
         pixels = int(self.count_CV[0].sum())

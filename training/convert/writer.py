@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ki_vla_ros.errors import ConfigurationError, InputError
 from training.convert.episodes import Frame
-from training.convert.statistics import Figures, PixelCounts, describe_values
+from training.convert.statistics import FeatureFigures, PixelCounts, describe_values
 from training.data.lerobot.layout import (
     ACTION,
     EPISODES,
@@ -37,7 +37,7 @@ from training.data.lerobot.layout import (
 )
 from training.data.lerobot.video import VideoWriter
 
-Row = dict[str, Any]
+EpisodeRow = dict[str, Any]
 
 
 class DatasetWriter:
@@ -66,7 +66,7 @@ class DatasetWriter:
         self.videos = {name: VideoWriter(folder, IMAGES + name, self.info) for name in cameras}
         self.pixels = {name: PixelCounts() for name in cameras}
         self.tasks: dict[str, int] = {}
-        self.episodes: list[Row] = []
+        self.episodes: list[EpisodeRow] = []
         self._columns: dict[str, list[Any]] = {name: [] for name in arrow_schema(features).names}
         self._episode_pixels = {name: PixelCounts() for name in cameras}
         self._all: dict[str, list[Any]] = {name: [] for name in self._columns}  # arrays, one per episode
@@ -200,7 +200,7 @@ class DatasetWriter:
             pq.write_table(part, path, compression="snappy")
             place = next_file(*place, self.info.chunks_size)
 
-    def _figures(self, arrays: Mapping[str, Any], pixels: Mapping[str, PixelCounts]) -> dict[str, Figures]:
+    def _figures(self, arrays: Mapping[str, Any], pixels: Mapping[str, PixelCounts]) -> dict[str, FeatureFigures]:
         values = {name: describe_values(array) for name, array in arrays.items()}
         return values | {IMAGES + name: counts.describe() for name, counts in pixels.items()}
 
@@ -211,5 +211,5 @@ def _column(array: Any, kind: pa.DataType) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel(), kind.value_type), type=kind)
 
 
-def _flat(figures: Mapping[str, Figures]) -> Row:
+def _flat(figures: Mapping[str, FeatureFigures]) -> EpisodeRow:
     return {f"stats/{name}/{key}": value for name, entry in figures.items() for key, value in entry.items()}
