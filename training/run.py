@@ -142,7 +142,7 @@ class Run:
         with self.trainer.precision():
             return measure(self.model, self.validation, self.config.flow_steps, self.heads, probe)
 
-    def save_policy(self, folder: Path, progress: train.Progress) -> None:
+    def save_policy(self, folder: Path, progress: train.RunPosition) -> None:
         """What `training.export` turns into a bundle, with the finished model's figures on held-out frames."""
         config = self.config
         figures = self.figures()

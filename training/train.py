@@ -41,7 +41,7 @@ LARGEST_NORM = 1.0  # of all gradients of a step; longer ones are scaled down to
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunPosition:
     """Where a run stands: the next step of a stage. `optimizer` is its state there, None at a stage's beginning.
 
     `minutes` is the time that each stage has taken so far, over all runs that were resumed.
@@ -71,7 +71,7 @@ class Trainer:
         # Sharded, a forward pass takes all processes.
         self.measures = rank == 0 or config.parallel.shard
 
-    def run(self) -> Progress:
+    def run(self) -> RunPosition:
         """All stages, each from its checkpoint where there is one."""
         for stage in self.config.stages:
             self.check_sources(stage)
@@ -84,7 +84,7 @@ class Trainer:
                 self.save(progress)  # not before: a run that missed its gate must meet it again when it goes on
         return progress
 
-    def run_stage(self, index: int, stage: StageConfig, progress: Progress, board: SummaryWriter) -> Progress:
+    def run_stage(self, index: int, stage: StageConfig, progress: RunPosition, board: SummaryWriter) -> RunPosition:
         """Gradient steps from `progress.step` to the stage's last; returns the beginning of the next stage."""
         began_s, before = time.monotonic(), progress.minutes
 
@@ -115,8 +115,8 @@ class Trainer:
                 for name, value in values.items():
                     board.add_scalar(f"{stage.name}/{name}", value, step)
             if (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
-                self.save(Progress(index, step + 1, optimizer.state_dict(), minutes()))
-        return Progress(index + 1, minutes=minutes())
+                self.save(RunPosition(index, step + 1, optimizer.state_dict(), minutes()))
+        return RunPosition(index + 1, minutes=minutes())
 
     def accumulate_gradients(self, stage: StageConfig, rng: np.random.Generator) -> dict[str, float]:
         """One backward pass for the batch of each source; the losses' values by name, summed over the sources."""
@@ -172,7 +172,7 @@ class Trainer:
                 "train longer (steps), or look at the losses in TensorBoard"
             )
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: RunPosition) -> None:
         """All processes hold the same weights, or a shard each; the first one writes them."""
         weights = self.whole_weights()
         heads = {} if self.heads is None else self.heads.state_dict()
@@ -186,16 +186,16 @@ class Trainer:
         whole: dict[str, Tensor] = gather(self.model.state_dict(), keep=self.rank == 0)
         return whole
 
-    def load(self) -> Progress:
+    def load(self) -> RunPosition:
         """Weights and progress of an earlier run in the same folder; the beginning where there is none."""
         if not (self.config.out / RESUME).exists():
-            return Progress()
+            return RunPosition()
         state = load_resume(self.config.out)
         load_whole(self.model, load_checkpoint(self.config.out).state_dict())
         heads = state.pop("heads")
         if self.heads is not None:
             self.heads.load_state_dict(heads)
-        return Progress(**state)
+        return RunPosition(**state)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

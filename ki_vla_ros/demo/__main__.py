@@ -49,7 +49,7 @@ VIDEO: Final = "demo.mp4"
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class DemoOptions:
     episodes: int
     instruction: str
     seed: int
@@ -65,7 +65,7 @@ class Options:
         return range(self.seed * SEEDS_PER_RUN, self.seed * SEEDS_PER_RUN + self.episodes)
 
 
-def parse_options(arguments: Sequence[str] | None) -> Options:
+def parse_options(arguments: Sequence[str] | None) -> DemoOptions:
     """Raises KiVlaError for whatever would not work later; nothing has been started by then."""
     parser = argparse.ArgumentParser(
         prog="ki_vla_ros.demo", description="a simulated arm does what it is told, over ROS"
@@ -92,7 +92,7 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
     params = given.params or find_share("config/demo.yaml")
     if not params.is_file():
         raise ConfigurationError(f"--params {params}: no such file; leave it out for config/demo.yaml")
-    options = Options(
+    options = DemoOptions(
         episodes=given.episodes,
         instruction=instruction,
         seed=given.seed,
@@ -108,7 +108,7 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
     return options
 
 
-def run(options: Options) -> dict[str, Any]:
+def run(options: DemoOptions) -> dict[str, Any]:
     """The whole demo; returns the summary."""
     bundle = load_bundle(options.bundle)
     clear_results(options.out)
@@ -146,7 +146,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def run_episode(
-    driver: Driver, options: Options, seed: int, line: StatusLine, has_acted: bool = False
+    driver: Driver, options: DemoOptions, seed: int, line: StatusLine, has_acted: bool = False
 ) -> tuple[EpisodeResult, Observed]:
     """One scene from reset to verdict; the policy is active in between. `has_acted`: it has made a chunk before."""
     scene = driver.reset(seed, options.split, options.instruction)
@@ -183,7 +183,7 @@ def run_episode(
     return episode, seen
 
 
-def run_demonstrator(options: Options) -> list[bool]:
+def run_demonstrator(options: DemoOptions) -> list[bool]:
     """Whether the demonstrator succeeds in each of the run's scenes; faster than real time, without pictures."""
     world = World(render=False)
     task = Task.parse(options.instruction) if options.instruction else None

@@ -63,7 +63,7 @@ NICENESS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RecordOptions:
     out: Path
     policy: str
     writer: str
@@ -72,7 +72,7 @@ class Options:
 class RecorderNode(Node):
     """Waits for the policy's session, then subscribes to all that it names and hands it to a BagWriter."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: RecordOptions) -> None:
         super().__init__("recorder")
         self.session: Session | None = None
         self.writer: BagWriter | None = None
@@ -148,7 +148,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_options(given: argparse.Namespace) -> Options:
+def check_options(given: argparse.Namespace) -> RecordOptions:
     """ConfigurationError where the folder exists, or `ros2 bag` is asked for and not installed."""
     if given.out.exists():
         raise ConfigurationError(f"recording: {given.out} exists already; remove it or choose another --out")
@@ -156,7 +156,7 @@ def check_options(given: argparse.Namespace) -> Options:
     if given.writer == "ros2bag" and missing:
         raise ConfigurationError(f"--writer ros2bag: {missing} is not installed; install it, or take --writer own")
     writer = ("own" if missing else "ros2bag") if given.writer == "auto" else given.writer
-    return Options(given.out, given.policy, writer)
+    return RecordOptions(given.out, given.policy, writer)
 
 
 def missing_for_ros2_bag() -> str:
@@ -172,7 +172,7 @@ def missing_for_ros2_bag() -> str:
     return ""
 
 
-def ros2_bag_command(options: Options, topics: Sequence[str], simulated_clock: bool) -> list[str]:
+def ros2_bag_command(options: RecordOptions, topics: Sequence[str], simulated_clock: bool) -> list[str]:
     """Jazzy's and later ones'. Chunks are compressed, as with our own recorder."""
     command = ["ros2", "bag", "record", "--storage", "mcap", "--storage-preset-profile", "zstd_fast"]
     command += ["--output", str(options.out), "--disable-keyboard-controls"]

@@ -63,8 +63,8 @@ VERDICT = {
 TOLD = observed(10.0, tick(9.0, instruction="touch the red cube"))
 
 
-def options(**fields: Any) -> demo.Options:
-    whole = demo.Options(3, "", 2, "held_out", Path("bundle"), Path("out"), Path("params"), False)
+def options(**fields: Any) -> demo.DemoOptions:
+    whole = demo.DemoOptions(3, "", 2, "held_out", Path("bundle"), Path("out"), Path("params"), False)
     return replace(whole, **fields)
 
 
