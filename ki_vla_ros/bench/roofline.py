@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,12 +73,13 @@ def measure_ceiling(provider: str, threads: int, dtype: str, sizes: Sequence[int
     if provider == "cpu":
         return _measure_cpu(threads, sizes)
     try:
-        import torch
+        from ki_vla_ros.engines.torch_card import measure_card
+
+        return Ceiling(*measure_card(dtype, sizes))
     except ModuleNotFoundError as error:
         raise EngineError(f"roofline: expected torch, to measure the card; {error}; {REMEDY}") from error
-    if not torch.cuda.is_available():
-        raise EngineError(f"roofline: expected a card that torch can use, torch {torch.__version__} has none; {REMEDY}")
-    return _measure_cuda(torch, dtype, sizes)
+    except EngineError as error:
+        raise EngineError(f"roofline: {error}; {REMEDY}") from error
 
 
 def _measure_cpu(threads: int, sizes: Sequence[int]) -> Ceiling:
@@ -129,30 +129,3 @@ def _fastest_s(call: Callable[[], object], clock_s: Callable[[], float]) -> floa
         call()
         taken_s.append(clock_s() - began_s)
     return min(taken_s[1:])
-
-
-def _measure_cuda(torch: Any, dtype: str, sizes: Sequence[int]) -> Ceiling:
-    side = 8192
-    a, b = (torch.randn(side, side, dtype=getattr(torch, dtype), device="cuda") for _ in range(2))
-    flops_per_s = 2.0 * side**3 / _fastest_cuda_s(torch, lambda: a @ b)
-    bytes_per_s = {}
-    for size in sizes:
-        x = torch.ones(max(size, SMALLEST_READ) // 4, dtype=torch.int32, device="cuda")
-        y = torch.empty_like(x)
-        bytes_per_s[size] = 2 * x.numel() * 4 / _fastest_cuda_s(torch, partial(y.copy_, x))
-    name = torch.cuda.get_device_name()
-    return Ceiling(
-        flops_per_s, bytes_per_s, f"measured on {name}: {dtype} product by torch {torch.__version__}, copying"
-    )
-
-
-def _fastest_cuda_s(torch: Any, call: Callable[[], object]) -> float:
-    taken_ms = []
-    for _ in range(REPEATS + 1):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        call()
-        ended.record()
-        ended.synchronize()
-        taken_ms.append(began.elapsed_time(ended))
-    return float(min(taken_ms[1:])) / 1e3

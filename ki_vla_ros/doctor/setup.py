@@ -236,9 +236,8 @@ def _find_engine(settings: Settings, bundle: Bundle | None) -> None:
     ):
         raise EngineError("the bundle has no programs for torch; export it with --torch")
     if settings.engine == "torch" and settings.provider == "cuda":
-        import torch
+        from ki_vla_ros.engines.torch_card import check_card
 
-        if not torch.cuda.is_available():
-            raise EngineError("torch finds no NVIDIA GPU here, or was built without CUDA")
+        check_card()
     if settings.engine in ("tensorrt", "tensorrt_rtx"):
         CudaDevice().close()
