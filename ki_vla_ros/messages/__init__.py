@@ -1,0 +1,36 @@
+"""ROS messages without ROS: names of types, decoding, encoding, pixels."""
+
+from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading, read_stamp_ns, typestore
+from ki_vla_ros.messages.encode import encode_chunk, encode_command
+from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
+from ki_vla_ros.messages.type_names import (
+    COMPRESSED_IMAGE,
+    DIAGNOSTICS,
+    IMAGE,
+    JOINT_STATE,
+    POSITIONS,
+    TEXT,
+    TRAJECTORY,
+)
+
+__all__ = [
+    "COMPRESSED_IMAGE",
+    "DIAGNOSTICS",
+    "ENCODINGS",
+    "IMAGE",
+    "JOINT_STATE",
+    "POSITIONS",
+    "TEXT",
+    "TRAJECTORY",
+    "BagMessage",
+    "camera_frame",
+    "decode",
+    "decode_compressed",
+    "decode_raw",
+    "encode_chunk",
+    "encode_command",
+    "joint_reading",
+    "read_image",
+    "read_stamp_ns",
+    "typestore",
+]

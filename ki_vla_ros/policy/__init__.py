@@ -1,0 +1,32 @@
+"""From one observation to one action chunk."""
+
+from ki_vla_ros.policy.guidance import Guide
+from ki_vla_ros.policy.policy import Policy, widen
+from ki_vla_ros.policy.preprocess import (
+    check_instruction,
+    images_to_input,
+    make_model_input,
+    normalize,
+    render_prompt,
+    resize_with_pad,
+    state_to_bins,
+    state_token,
+    tokenize,
+    unnormalize,
+)
+
+__all__ = [
+    "Guide",
+    "Policy",
+    "check_instruction",
+    "images_to_input",
+    "make_model_input",
+    "normalize",
+    "render_prompt",
+    "resize_with_pad",
+    "state_to_bins",
+    "state_token",
+    "tokenize",
+    "unnormalize",
+    "widen",
+]

@@ -1,0 +1,12 @@
+"""Evaluates a policy on a recorded bag: the loop over a bag, its figures and its report."""
+
+from ki_vla_ros.replay.loop import Replay
+from ki_vla_ros.replay.run import replay
+from ki_vla_ros.replay.setup import ReplayOptions, set_up
+
+__all__ = [
+    "Replay",
+    "ReplayOptions",
+    "replay",
+    "set_up",
+]

@@ -1,0 +1,26 @@
+"""One tick: observation, chunking, governor, safety, loop; and the paths of the arm."""
+
+from ki_vla_ros.runtime.chunking import cubic
+from ki_vla_ros.runtime.diagnostics import Diagnostics, Report
+from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
+from ki_vla_ros.runtime.observation import BURST_WAIT_NS, CameraSource, ObservationBuffer, camera_sources, own_limit_ns
+from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
+from ki_vla_ros.runtime.shadow import ShadowComparison
+from ki_vla_ros.runtime.thread import LoopThread
+
+__all__ = [
+    "BURST_WAIT_NS",
+    "WATCHDOG_NS",
+    "CameraSource",
+    "Diagnostics",
+    "LoopThread",
+    "ObservationBuffer",
+    "Pacer",
+    "PolicyLoop",
+    "Report",
+    "ShadowComparison",
+    "alignment_ns",
+    "camera_sources",
+    "cubic",
+    "own_limit_ns",
+]

@@ -1,0 +1,1 @@
+"""Bags to LeRobot datasets, and back."""

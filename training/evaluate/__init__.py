@@ -1,0 +1,7 @@
+"""Figures of a policy: offline on arrays, and in closed loop."""
+
+from training.evaluate.offline import measure
+
+__all__ = [
+    "measure",
+]

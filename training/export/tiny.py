@@ -20,7 +20,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ki_vla_ros.bundle.folder import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
+from ki_vla_ros.bundle.folder import TIME, Bundle, write_bundle
+from ki_vla_ros.bundle.manifest import GraphSpec, PolicySpec
 from ki_vla_ros.console import ExitCode, run_command
 from training.tokens.prompt import prompt_tokenizer
 from training.tokens.words import DEMO_PROMPT, build_tokenizer

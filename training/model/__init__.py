@@ -1,0 +1,30 @@
+"""The network: vision, backbone, action expert, and the insulation between them."""
+
+from training.model.attention import Rotation, rotate
+from training.model.expert import AdaRMSNorm, Expert, time_periods
+from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm
+from training.model.initialization import order_embeddings
+from training.model.siglip import LayerNorm, VisionConfig, VisionLayer
+from training.model.sizes import paligemma_3b
+from training.model.vla import VLA, Cache, Output, VLAConfig
+
+__all__ = [
+    "MLP",
+    "VLA",
+    "AdaRMSNorm",
+    "Cache",
+    "Expert",
+    "GemmaConfig",
+    "LayerNorm",
+    "Output",
+    "Projections",
+    "RMSNorm",
+    "Rotation",
+    "VLAConfig",
+    "VisionConfig",
+    "VisionLayer",
+    "order_embeddings",
+    "paligemma_3b",
+    "rotate",
+    "time_periods",
+]

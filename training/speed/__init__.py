@@ -1,0 +1,1 @@
+"""How fast the runtime is beside others, and how much memory training takes."""

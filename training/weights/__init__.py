@@ -1,0 +1,35 @@
+"""Weights on disk: our checkpoints, and files of others."""
+
+from training.weights.checkpoints import (
+    CONFIG,
+    POLICY,
+    RESUME,
+    WEIGHTS,
+    assemble,
+    load_checkpoint,
+    load_resume,
+    save_checkpoint,
+    shapes,
+)
+from training.weights.files import find_weights
+from training.weights.foreign import Kind, import_weights, their_name
+from training.weights.statistics import FIELDS, Method, read_ranges
+
+__all__ = [
+    "CONFIG",
+    "FIELDS",
+    "POLICY",
+    "RESUME",
+    "WEIGHTS",
+    "Kind",
+    "Method",
+    "assemble",
+    "find_weights",
+    "import_weights",
+    "load_checkpoint",
+    "load_resume",
+    "read_ranges",
+    "save_checkpoint",
+    "shapes",
+    "their_name",
+]

@@ -1,0 +1,14 @@
+"""Many settings tried over one bag, and which of them to take."""
+
+from ki_vla_ros.replay.sweep.advice import Advice, sweep_section
+from ki_vla_ros.replay.sweep.grid import make_grid
+from ki_vla_ros.replay.sweep.run import RECOMMENDED, sweep, write_sweep
+
+__all__ = [
+    "RECOMMENDED",
+    "Advice",
+    "make_grid",
+    "sweep",
+    "sweep_section",
+    "write_sweep",
+]

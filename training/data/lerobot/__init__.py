@@ -1,1 +1,46 @@
 """LeRobot datasets, format v3.0: made from bags, turned back into bags, and read for training (docs/data.md)."""
+
+from training.data.lerobot.arrays import load_recorded
+from training.data.lerobot.dataset import Dataset, Episode
+from training.data.lerobot.layout import (
+    ACTION,
+    EPISODES,
+    IMAGES,
+    MIB,
+    SOURCE,
+    STAMP,
+    STATE,
+    STATS,
+    TASKS,
+    VERSION,
+    Info,
+    arrow_schema,
+    make_features,
+    next_file,
+    tasks_table,
+    write_json,
+)
+from training.data.lerobot.video import VideoWriter
+
+__all__ = [
+    "ACTION",
+    "EPISODES",
+    "IMAGES",
+    "MIB",
+    "SOURCE",
+    "STAMP",
+    "STATE",
+    "STATS",
+    "TASKS",
+    "VERSION",
+    "Dataset",
+    "Episode",
+    "Info",
+    "VideoWriter",
+    "arrow_schema",
+    "load_recorded",
+    "make_features",
+    "next_file",
+    "tasks_table",
+    "write_json",
+]
