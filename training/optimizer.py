@@ -59,7 +59,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     for group in by_placement(parameters):
         norm = nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    total = torch.stack(norms).norm()
+    total: Tensor = torch.stack(norms).norm()
     for group in by_placement(parameters):
         nn.utils.clip_grads_with_norm_(group, limit, total)
     return total

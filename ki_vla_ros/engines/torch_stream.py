@@ -76,13 +76,13 @@ class CudaStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream()
         self._inputs: dict[str, tuple[Tensor, Tensor, torch.cuda.Event]] = {}
         self._output: Tensor | None = None
 
     def allocate(self, name: str, tensor: TensorType) -> Tensor:
         host = _zeros(tensor)
-        self._inputs[name] = host.to(self._device), host.pin_memory(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._inputs[name] = host.to(self._device), host.pin_memory(), torch.cuda.Event()
         return self._inputs[name][0]
 
     def active(self) -> AbstractContextManager[object]:

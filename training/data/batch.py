@@ -84,7 +84,9 @@ class Batch:
         return self.token_mask_BL.sum(dim=1) - 1
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
+        moved: dict[str, Any] = {
+            name: None if label is None else label.to(device) for name, label in vars(self).items()
+        }
         return Batch(**moved)
 
 

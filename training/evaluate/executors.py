@@ -20,7 +20,7 @@ from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import ExecutorName
 from ki_vla_ros.sim.task import sample_scene
-from training.evaluate.__main__ import FIRST_SCENE, evaluate
+from training.evaluate.closed_loop import FIRST_SCENE, evaluate
 
 DELAYS_MS = (0, 50, 100, 200, 300)
 

@@ -9,6 +9,7 @@ Legend: B batch, F frames, O objects of a scene, H horizon, J joints, A action d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +46,8 @@ def measure(
     arrays = frames.arrays
     rows_F = np.linspace(0, len(arrays["state"]) - 1, FRAMES).astype(np.int64)
     rng = np.random.default_rng(0)
-    hits: dict[str, list[NDArray[np.bool_]]] = {}
-    errors: dict[str, list[NDArray[np.float64]]] = {}
+    hits: dict[str, list[NDArray[Any]]] = {}
+    errors: dict[str, list[NDArray[Any]]] = {}
     for start in range(0, FRAMES, BATCH):
         rows = rows_F[start : start + BATCH]
         batch = frames.take(rows, rng)

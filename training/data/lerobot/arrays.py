@@ -100,4 +100,5 @@ def make_chunks(action_FJ: NDArray[np.floating], horizon: int, ends: Ends) -> ND
     """[F, H, J]: of each frame its action and the next; F is smaller by `horizon` - 1 with "drop"."""
     last = len(action_FJ) - 1
     frames = len(action_FJ) if ends == "hold" else max(0, len(action_FJ) - horizon + 1)
-    return action_FJ[np.minimum(np.arange(frames)[:, None] + np.arange(horizon), last)]
+    chunk_FHJ: NDArray[np.floating] = action_FJ[np.minimum(np.arange(frames)[:, None] + np.arange(horizon), last)]
+    return chunk_FHJ

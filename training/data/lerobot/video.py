@@ -51,8 +51,8 @@ class VideoWriter:
         size = rgb_HWC.shape[0], rgb_HWC.shape[1]
         if self._size is None and (size[0] % 2 or size[1] % 2):
             raise InputError(f"{self._key}: {PIXELS} video needs an even size, got {size[1]} x {size[0]} pixels")
-        if self._size not in (None, size):
-            height, width = self._size  # type: ignore[misc]
+        if self._size is not None and self._size != size:
+            height, width = self._size
             raise InputError(
                 f"{self._key}: expected {width} x {height} pixels as before, got {size[1]} x {size[0]}; bags of "
                 "cameras with different sizes make different datasets"
@@ -127,15 +127,19 @@ def read_frames(path: Path, from_s: float, count: int, fps: int) -> Iterator[NDA
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
+            if (tick_s := stream.time_base) is None:
+                raise InputError(f"video {path}: expected a stream with a time base, got one without")
             if from_s > 0:
-                container.seek(round(from_s / stream.time_base), stream=stream, backward=True)
+                container.seek(round(from_s / tick_s), stream=stream, backward=True)
             for frame in container.decode(stream):
-                time_s, due_s = float(frame.pts * stream.time_base), from_s + done / fps
+                if frame.pts is None:
+                    raise InputError(f"video {path}: expected frames with times, got one without")
+                time_s, due_s = float(frame.pts * tick_s), from_s + done / fps
                 if time_s < due_s - TOLERANCE_S:
                     continue  # before the episode, as its first key frame may be
                 if time_s > due_s + TOLERANCE_S:
                     break
-                yield frame.to_ndarray(format="rgb24")
+                yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
                 done += 1
                 if done == count:
                     return

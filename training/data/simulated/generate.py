@@ -29,7 +29,7 @@ from ki_vla_ros.errors import ConfigurationError, SimulationError
 from ki_vla_ros.policy.preprocess import resize_with_pad
 from ki_vla_ros.robot.robot import Robot, find_robot, read_robot
 from ki_vla_ros.sim.demonstrator import Demonstration, Demonstrator, tip_to_joints
-from ki_vla_ros.sim.task import Scene, Task, sample_scene
+from ki_vla_ros.sim.task import Scene, Split, Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, JOINTS, TIMESTEP_S, World
 from training.config import DataConfig, load_config
 from training.data.batch import Arrays, ChunkTiming
@@ -59,12 +59,13 @@ def seen_objects(arrays: Arrays, frame: int, *, least_pixels: int = 0) -> list[S
     seen = []
     for kind, (u, v), pixels in zip(arrays["kind"][frame], arrays["uv"][frame], arrays["pixels"][frame], strict=True):
         if kind >= 0 and pixels >= least_pixels and 0 <= u < 1 and 0 <= v < 1:
-            seen.append(SeenObject(*COMBINATIONS[kind], float(u), float(v)))
+            colour, shape = COMBINATIONS[kind]
+            seen.append(SeenObject(colour, shape, float(u), float(v)))
     return seen
 
 
 def record_episode(
-    world: World, seed: int, split: str, frames: int, timing: ChunkTiming, with_rivals: bool
+    world: World, seed: int, split: Split, frames: int, timing: ChunkTiming, with_rivals: bool
 ) -> Arrays | None:
     """Frames of one demonstration; None when the demonstrator did not solve it (the caller counts these).
 
@@ -169,7 +170,7 @@ def _follow(world: World, reference: Demonstration) -> None:
 
 
 def _plan_chunk(
-    demonstrator: Demonstrator, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.float64]
+    demonstrator: Demonstrator, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.floating]
 ) -> NDArray[np.float32]:
     """The demonstration from here, under way already: with the velocity that it has `UNDER_WAY_S` after a start here.
 
@@ -182,7 +183,7 @@ def _plan_chunk(
 
 
 def _plan_rivals(
-    demonstrator: Demonstrator, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.float64]
+    demonstrator: Demonstrator, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.floating]
 ) -> NDArray[np.float32]:
     rivals = np.full((MAX_OBJECTS, len(due_s), len(position_J)), np.nan, np.float32)
     for index, other in enumerate(scene.objects):
@@ -222,9 +223,9 @@ def _record_many(job: tuple[str, Sequence[int], DataConfig, ChunkTiming]) -> tup
         if source == "scenes":
             parts.append(record_scene(world, seed, timing))
             continue
-        split, rivals = ("held_out", True) if source == "validation" else ("train", False)
+        split: Split = "held_out" if source == "validation" else "train"
         frames = 6 if source == "validation" else config.frames_per_episode
-        episode = record_episode(world, seed, split, frames, timing, rivals)
+        episode = record_episode(world, seed, split, frames, timing, with_rivals=source == "validation")
         failed += episode is None
         parts += [episode] if episode else []
     if not parts:

@@ -42,12 +42,12 @@ def location_text(seen: SeenObject) -> str:
 
 
 def ask_where(objects: Sequence[SeenObject], rng: np.random.Generator) -> Sample:
-    seen = objects[rng.integers(len(objects))]
+    seen = objects[int(rng.integers(len(objects)))]
     return Sample(f"where is the {seen.colour} {seen.shape} ?", location_text(seen), seen)
 
 
 def ask_what(objects: Sequence[SeenObject], rng: np.random.Generator) -> Sample:
-    seen = objects[rng.integers(len(objects))]
+    seen = objects[int(rng.integers(len(objects)))]
     return Sample(f"what is at {location_text(seen)} ?", f"{seen.colour} {seen.shape}", seen)
 
 
