@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
     thresholds = [parse_threshold(text) for text in chosen.fail_if]
     as_recorded = chosen.ticks == "recorded"
+    if chosen.bag.resolve().is_relative_to((chosen.out / PREDICTED).resolve()):
+        raise ConfigurationError(f"--out {chosen.out}: expected a folder that does not hold {chosen.bag}, got its own")
     with ExitStack() as resources:
         bag = resources.enter_context(open_bag(chosen.bag))
         setup = set_up(

@@ -20,9 +20,9 @@ from ki_vla_ros.statistics import Draws, SegmentSums, interval_95, root_mean, sp
 
 Array = NDArray[np.float64]
 
-# Commanded motion is sampled so often for its jerk, as `training.evaluate` does.
+# Sampling period of the commanded motion for its jerk; `training.evaluate` uses the same.
 JERK_PERIOD_NS = 10_000_000
-# Of a long bag's latencies so many are written down, evenly chosen.
+# Of a long bag's latencies at most this many are written down, evenly spaced.
 LATENCIES_KEPT = 1000
 SHORTEST_SEGMENT_S = 2.0
 

@@ -24,7 +24,7 @@ from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime.observation import ObservationBuffer
 from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
 
-# A recorder may get a message so much later than the node did. Not longer than the frames that a buffer keeps.
+# A recorder may receive a message this much later than the node did. Frames stay in the buffer for longer than this.
 RECORDER_LAG_NS = 200_000_000
 
 
@@ -214,8 +214,9 @@ class Inbox:
             self.parity.add_published(header_ns(published), positions)
 
     def answer(self, reference: ArmPath, due_N: NDArray[np.int64], since_ns: int) -> NDArray[np.float64]:
-        """[N, J]: what the arm did at these instants, in answer to what began at `since_ns`; earlier ones are not asked
-        for any more. NaN where nothing says so, and after the arm was set elsewhere.
+        """[N, J]: what the arm did at these instants, in answer to a chunk that began at `since_ns`. Calls come in
+        order: what lies before `since_ns` is forgotten. NaN where the bag does not say, and after the arm was set
+        elsewhere.
         """
         answer_NJ = reference.at(due_N)
         jump_ns = self.measured.jump_after(since_ns)

@@ -1,4 +1,4 @@
-"""How long a tick takes in a replay: as here, as a number says, or as was recorded. Durations in ns.
+"""How long a tick takes in a replay: as measured here, as given, or as recorded. Durations in ns.
 
 The replay's clock stands still while the policy computes; a model says what the robot's clock would have shown. So the
 ages of inputs, the actions that are consumed and the deadlines that are missed belong to the machine that is asked

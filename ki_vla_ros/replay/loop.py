@@ -39,7 +39,7 @@ from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS
 from ki_vla_ros.settings.settings import Settings
 
-# The first tick waits for the first message of every input, at most so long.
+# The first tick waits this long at most for the first message of every input.
 START_WAIT_NS = 1_000_000_000
 
 

@@ -1,4 +1,4 @@
-"""The policy in a replay: the robot's own, which tells the latency model what ran and can be asked "what if"."""
+"""The robot's own policy in a replay: it tells the latency model what ran, and it can be asked "what if"."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class ReplayPolicy(Policy):
         return chunk
 
     def probe(self, observation: Observation, other_instruction: str, cameras: Sequence[str]) -> dict[str, Array]:
-        """The last chunk's positions [H, J] if one thing had been another: the noise, the instruction, a camera away.
+        """The last chunk's positions [H, J] with one thing changed: the noise, the instruction, or one camera missing.
 
-        A camera that is away is masked out and black, as an optional one that is absent.
+        A camera that is taken away is masked out and black, like an optional one that is absent.
         """
         assert self._input is not None
         given, found = self._input, {}

@@ -23,16 +23,26 @@ from ki_vla_ros.replay.ticks import Prediction, Tick
 from ki_vla_ros.replay.topics import ReplayTopics
 
 LARGEST_SIDE, JPEG_QUALITY = 480, 85
-# The commanded motion is written so often, as joint states.
+# Sampling period of the commanded motion, written as joint states.
 SAMPLE_NS = 20_000_000
 
 
 class PredictionBag:
-    """`folder` must not exist. Chunks, ticks and the commanded motion are written below `<node>/replay`."""
+    """Chunks, ticks and the commanded motion are written below `<node>/replay`.
+
+    What an earlier replay wrote to `folder` is replaced; ConfigurationError if anything else is in it.
+    """
 
     def __init__(self, folder: Path, topics: ReplayTopics, node: str, joints: tuple[str, ...]) -> None:
+        for name in ("metadata.yaml", f"{folder.name}.mcap"):
+            (folder / name).unlink(missing_ok=True)
         if folder.exists():
-            raise ConfigurationError(f"--out: {folder} exists already; remove it or choose another --out")
+            try:
+                folder.rmdir()
+            except OSError as error:
+                raise ConfigurationError(
+                    f"--out: expected nothing in {folder} but what a replay wrote, got {error}; choose another --out"
+                ) from error
         self._writer = Writer(folder, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP)
         self._writer.open()
         self._cameras, self._joints = topics.cameras, joints

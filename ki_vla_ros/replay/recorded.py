@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import to_ns
 
-# A node that ticked is taken to have been inactive where its ticks are farther apart than both.
+# The node counts as inactive where its ticks are farther apart than both of these.
 INACTIVE_NS, INACTIVE_PERIODS = 500_000_000, 3
 
 

@@ -4,7 +4,7 @@
         result = replay(bag, set_up(bag), ReplayOptions(latency=parse_latency("0.030")))
     print(result.metrics["error"]["rms"], result.metrics["deadlines"]["missed"])
 
-Whoever wants each tick rather than the figures takes `Replay` (replay/loop.py).
+For each tick rather than the figures, use `Replay` (replay/loop.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # opencv's encoder and the mcap writer are loaded only by a c
     from ki_vla_ros.replay.predicted import PredictionBag
     from ki_vla_ros.replay.trace import Trace
 
-# metrics.json is written so often while a long bag is read, and for the first time after the first of these.
+# While a long bag is read, metrics.json is first written after the first of these, then renewed every second one.
 FIRST_FIGURES_S, FIGURES_EVERY_S = 3.0, 15.0
 INTERRUPTED = "interrupted"
 

@@ -1,4 +1,4 @@
-"""What a replay is to do, checked before anything runs: bag, bundle, settings, topics."""
+"""What a replay is asked to do, checked before anything runs: bag, bundle, settings, topics, options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conditions on figures, as CI wants them: "error.rms>0.1" fails a replay."""
+"""Conditions on figures for CI: with `--fail-if "error.rms>0.1"` a replay ends with exit code 1."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _FIGURES: Mapping[str, Sequence[str]] = {
 _PLACEHOLDER = re.compile(r"[A-Z]+")
 
 
-# Their keys are causes: one that never occurred is not there.
+# Their keys are causes: one that never occurred is missing and counts as 0.
 _COUNTERS = (
     "safety.holds.",
     "safety.refusals.",

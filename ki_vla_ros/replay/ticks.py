@@ -43,7 +43,7 @@ class Prediction:
     NaN where the bag has none. `frame_ns` holds the stamp of each camera's frame, `joint_ns` those of the one or two
     joint states that `state_J` comes from. `command_ns`: when the command went out in simulated time (None: refused,
     `refusal` says why). `corrections`: what the gate changed, in words. `consumed`: actions that were in the past by
-    then. `probe_HJ`: chunks of the same tick under another condition, by the probe's name ("noise", "instruction",
+    then. `probe_HJ`: chunks of the same tick with one thing changed, by the probe's name ("noise", "instruction",
     "camera.<name>"); only every few seconds.
     """
 

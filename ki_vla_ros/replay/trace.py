@@ -24,12 +24,12 @@ from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation, to_ns
 from ki_vla_ros.replay.frames import BagFrame
 from ki_vla_ros.replay.ticks import Prediction, Tick
 
-# Chunks drawn over the whole bag, and around each of the worst moments.
+# Chunks drawn over the whole bag; the worst moments, and how far around each of them chunks are drawn.
 MOST_CHUNKS = 240
 MOMENTS, AROUND_S = 4, 3.0
 # Lines are interrupted where ticks, or chunks, are farther apart: the node was not active.
 GAP_S = 1.0
-# Of a lane of the timeline; the page is 1000 units wide.
+# Kept per lane of the timeline; the page is 1000 units wide.
 MOST_INSTANTS = 4000
 THUMB_PX, THUMB_QUALITY = 224, 78
 

@@ -41,7 +41,7 @@ class ReplayWire:
 
     @contextmanager
     def standing_at(self, time_ns: int) -> Iterator[None]:
-        """For who looks on while a tick computes (the watchdog)."""
+        """For the watchdog, which runs while a tick computes."""
         self._standing_ns = time_ns
         try:
             yield

@@ -23,9 +23,9 @@ from ki_vla_ros.settings.parameter_file import NODE, PARAMETERS
 from ki_vla_ros.statistics import FEWEST_SEGMENTS, Draws, interval_95
 
 Array = NDArray[np.float64]
-# Of all ticks: holds, refusals and missed deadlines that are one candidate more than the best are still as good.
+# Share of ticks with holds, refusals or missed deadlines: this much more than the best counts as equal.
 FAILURES_ALIKE = 0.005
-# Seams this much rougher than the smoothest are as smooth.
+# Seams up to this much rougher than the smoothest count as equally smooth.
 SMOOTH_ALIKE = 1.1
 KEEP = "keep the given settings"
 
@@ -321,7 +321,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _cell(name: str, value: Value, used: bool, given: bool, period_s: float) -> str:
-    """Of the table. What its executor does not look at is no difference; of the given settings it is shown anyway."""
+    """One cell of the table. A parameter that the executor does not use is a dash, but shown for the given settings."""
     if not used and not given:
         return "-"
     told = html.escape(_value(name, value, period_s))

@@ -24,7 +24,7 @@ Value = bool | int | float | str
 Changes = Mapping[str, Value]
 HORIZON, HORIZON_S = "execution_horizon", "execution_horizon_s"
 _RANGE = re.compile(r"^(-?[0-9.]+)\.\.(-?[0-9.]+|H)(?:/([0-9.]+))?$")
-# What only one executor, or two, look at. Elsewhere a sweep leaves them as they were.
+# Parameters that only some executors use. With the others a sweep leaves them as they were.
 _ONLY_FOR = {
     "execution_horizon_s": ("synchronous", "asynchronous", "rtc", "rtc_trained"),
     "inference_delay": ("rtc", "rtc_trained"),
@@ -41,7 +41,7 @@ _FIXED = re.compile(
 
 @dataclass(frozen=True)
 class Candidate:
-    """`changes`: parameters by name that differ from the settings which the sweep began with."""
+    """`changes`: the parameters, by name, that differ from the given settings."""
 
     changes: Changes
     settings: Settings
@@ -49,8 +49,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Grid:
-    """`asked`: points of the grid. `refused`: why some cannot be, and how many of each. `same`: points left out because
-    another does the same.
+    """`asked`: points of the grid. `refused`: reasons why settings are not possible, and how many of each. `same`:
+    points left out because another one does the same.
     """
 
     names: tuple[str, ...]
@@ -61,7 +61,9 @@ class Grid:
 
 
 def make_grid(texts: Sequence[str], base: Settings, manifest: PolicySpec) -> Grid:
-    """The settings to try, the given ones first. ConfigurationError for a text that is none, or if none can be."""
+    """The settings to try, the given ones first. ConfigurationError for a text that is no range, or if nothing but the
+    given settings is possible.
+    """
     axes = dict(_axis(text, manifest) for text in texts)
     if len(axes) != len(texts):
         raise ConfigurationError(f"--sweep: expected each parameter once, got {' '.join(texts)}")
@@ -135,7 +137,7 @@ def _checked(value: Value, spec: ParameterSpec, text: str) -> Value:
 
 
 def _behaviour(settings: Settings, manifest: PolicySpec) -> tuple[object, ...]:
-    """Alike for settings between which no replay could tell the difference."""
+    """Equal for settings that no replay could tell apart."""
     values = dict(parameters_of(settings))
     values |= {name: 0 for name in _ONLY_FOR if not is_used(name, settings.executor)}
     if settings.executor == "synchronous":
@@ -150,7 +152,7 @@ def _behaviour(settings: Settings, manifest: PolicySpec) -> tuple[object, ...]:
 
 
 def is_used(name: str, executor: str) -> bool:
-    """Whether an executor looks at this parameter."""
+    """Whether an executor uses this parameter."""
     return executor in _ONLY_FOR.get(name, (executor,))
 
 

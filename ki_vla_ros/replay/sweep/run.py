@@ -37,7 +37,7 @@ from ki_vla_ros.replay.ticks import Tick
 from ki_vla_ros.replay.topics import ReplayTopics
 
 SWEEP, RECOMMENDED = "sweep.json", "recommended.yaml"
-# Messages that are decoded once for all: of about two seconds.
+# Decoded messages that are kept for all settings: about two seconds of them.
 FRAMES_KEPT, READINGS_KEPT = 128, 1024
 PROGRESS_PERIOD_S = 0.5
 
@@ -119,7 +119,7 @@ def try_settings(
 
 
 def _latency(model: Latency, metrics: Mapping[str, Any], seed: int) -> Callable[[], Latency]:
-    """One model for each setting, all alike. What was measured is drawn from: side by side nothing can be timed."""
+    """Makes equal models, one per setting. Measured latencies are drawn from: side by side nothing can be timed."""
     if not isinstance(model, MeasuredLatency):
         return functools.partial(_again, model)
     durations_ns = [to_ns(took_s) for took_s in metrics["timing"]["latency_s"]]

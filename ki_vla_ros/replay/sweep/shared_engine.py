@@ -1,4 +1,4 @@
-"""One engine for several replays side by side: what one has computed of an input, the others get for nothing.
+"""One engine for several replays side by side: what one has computed, the others reuse.
 
 Settings that only change how chunks are executed see the same inputs at the same tick. Driven tick by tick, they share
 the backbone's keys and values, and where they also start from the same noise with no guide, the chunk as well.

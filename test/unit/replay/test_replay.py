@@ -121,16 +121,28 @@ def test_a_tick_whose_frame_is_not_in_the_bag_is_said_and_not_made_up(tmp_path: 
 @pytest.mark.slow
 def test_two_runs_with_a_fixed_latency_are_the_same_to_the_byte(tmp_path: Path, demo: Bundle, inputs: Path) -> None:
     runs = []
-    for name in ("one", "two"):
-        metrics = replay(inputs, tmp_path / name, demo, "--latency", "0.02")
+    for _ in range(2):  # the second overwrites the first
+        metrics = replay(inputs, tmp_path / "out", demo, "--latency", "0.02")
         assert metrics["complete"] and metrics["ticks"]["chunks"] > 50
         for of_this_run in ("realtime_factor", "timing"):  # of this machine, too: they may differ (docs/replay.md)
             metrics.pop(of_this_run)
-        runs.append((metrics, read_bytes(tmp_path / name / "predicted")))
+        runs.append((metrics, read_bytes(tmp_path / "out" / "predicted")))
     assert runs[0] == runs[1]
     third = replay(inputs, tmp_path / "three", demo, "--latency", "0.02", "--set", "noise_seed=5")
     assert third["fingerprint"] != runs[0][0]["fingerprint"]
     assert read_bytes(tmp_path / "three" / "predicted") != runs[0][1]
+
+
+def test_nothing_is_overwritten_but_what_a_replay_wrote(
+    tmp_path: Path, bundle: Bundle, inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replay(inputs, tmp_path / "out", bundle, "--latency", "0.5")
+    again = tmp_path / "out" / "predicted"
+    replay(again, tmp_path / "out", bundle, code=ExitCode.FAILED)
+    assert "expected a folder that does not hold" in capsys.readouterr().err and (again / "predicted.mcap").is_file()
+    (again / "notes.txt").write_text("keep me")
+    replay(inputs, tmp_path / "out", bundle, code=ExitCode.FAILED)
+    assert "expected nothing in" in capsys.readouterr().err and (again / "notes.txt").read_text() == "keep me"
 
 
 def read_bytes(folder: Path) -> bytes:
