@@ -1,5 +1,6 @@
 """Evaluates a policy on a recorded bag: the loop over a bag, its figures and its report."""
 
+from ki_vla_ros.replay.latency import parse_latency
 from ki_vla_ros.replay.loop import Replay
 from ki_vla_ros.replay.run import replay
 from ki_vla_ros.replay.setup import ReplayOptions, set_up
@@ -7,6 +8,7 @@ from ki_vla_ros.replay.setup import ReplayOptions, set_up
 __all__ = [
     "Replay",
     "ReplayOptions",
+    "parse_latency",
     "replay",
     "set_up",
 ]
