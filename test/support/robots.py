@@ -79,12 +79,18 @@ class Robot:
         self.node.create_timer(0.01, self._publish)
         self._executor = SingleThreadedExecutor(context=self.context)
         self._executor.add_node(self.node)
-        self._thread = threading.Thread(target=self._executor.spin)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._spin)
         self._thread.start()
 
+    def _spin(self) -> None:
+        while not self._closing.is_set():
+            self._executor.spin_once(timeout_sec=0.1)
+
     def close(self) -> None:
+        self._closing.set()
+        self._thread.join()  # before anything is destroyed: the executor would trip over it
         self._executor.shutdown()
-        self._thread.join()
         self.node.destroy_node()
         rclpy.shutdown(context=self.context)
 
