@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir
@@ -90,6 +91,7 @@ def strip_remarks(model: onnx_ir.Model) -> None:
     """torch notes a stack trace at every node: useless on a robot, and it names the trainer's files."""
     graph = model.graph
     values = [value for node in graph.all_nodes() for value in node.outputs]
-    for part in (model, graph, *graph.all_nodes(), *values, *graph.inputs, *graph.initializers.values()):
+    parts: list[Any] = [model, graph, *graph.all_nodes(), *values, *graph.inputs, *graph.initializers.values()]
+    for part in parts:
         part.metadata_props.clear()
         part.doc_string = None

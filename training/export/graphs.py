@@ -12,11 +12,12 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,7 +65,12 @@ class ExpertGraph(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         cache = Cache(keys[:, None], values[:, None], prefix_mask[None])
         time = StepTime(modulation, clean)
-        velocity = self.model.velocity(cache, x_t[None], time, None if state is None else state[None])[0]
+        velocity = self.model.velocity(
+            cache,
+            x_t[None],
+            time,  # type: ignore[arg-type]  # what the expert of this model, a `LookedUpExpert`, takes
+            None if state is None else state[None],
+        )[0]
         return velocity, torch.where(clean[:, None], x_t, x_t - step * velocity)
 
 
@@ -144,9 +150,11 @@ class MergedKeysValues(Projections):
         return rotate(key.transpose(1, 2), turn).transpose(1, 2), value
 
 
-class MergedMLP(nn.Module):
+class MergedMLP(MLP):
+    """Gate and up by one matrix."""
+
     def __init__(self, parts: MLP) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.gate_up, self.down = merge(parts.gate, parts.up), parts.down
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,6 +163,8 @@ class MergedMLP(nn.Module):
 
 
 class MergedVisionLayer(VisionLayer):
+    """Queries, keys and values by one matrix."""
+
     def __init__(self, parts: VisionLayer) -> None:
         nn.Module.__init__(self)
         self.heads, self.qkv = parts.heads, merge(parts.q, parts.k, parts.v)
@@ -194,18 +204,21 @@ def arrange(model: VLA, prompt_rows: int) -> tuple[PrefillGraph, ExpertGraph]:
         layer.attention, layer.mlp = MergedProjections(layer.attention), MergedMLP(layer.mlp)
     last.attention = MergedKeysValues(last.attention)
     del last.norm2, last.mlp
-    for index, layer in enumerate(prefill.vision.layers):
-        prefill.vision.layers[index] = MergedVisionLayer(layer)
+    for index, vision_layer in enumerate(prefill.vision.layers):
+        prefill.vision.layers[index] = MergedVisionLayer(vision_layer)
 
     step = copy_sharing_weights(model)
     del step.vision, step.projector, step.backbone
     clean, start = modulations(model.expert, torch.zeros(1))[0], 0
     for norm in expert_norms(step.expert):
         size = norm.dense.out_features
-        norm.dense = LookedUpNorm(start, clean[start : start + size])
+        norm.dense = LookedUpNorm(  # type: ignore[assignment]
+            start, clean[start : start + size]
+        )
         start += size
-    for layer in step.expert.layers:
-        layer.attention, layer.mlp = MergedProjections(layer.attention), MergedMLP(layer.mlp)
+    for expert_layer in step.expert.layers:
+        expert_layer.attention = MergedProjections(expert_layer.attention)
+        expert_layer.mlp = MergedMLP(expert_layer.mlp)
     looked_up = LookedUpExpert(model.expert)
     looked_up.layers, looked_up.norm = step.expert.layers, step.expert.norm
     step.expert = looked_up
@@ -243,7 +256,7 @@ def modulations(expert: Expert, time_N: Tensor) -> Tensor:
 
 def time_file(expert: Expert) -> bytes:
     """`time.npz` of the bundle."""
-    arrays: dict[str, np.ndarray] = {"periods": time_periods(expert.config.width).numpy()}
+    arrays: dict[str, NDArray[Any]] = {"periods": time_periods(expert.config.width).numpy()}
     for n, layer in enumerate(time_layers(expert)):
         for kind, tensor in zip(("weight", "bias"), layer, strict=True):
             tensor = tensor.detach().contiguous()

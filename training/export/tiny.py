@@ -15,9 +15,11 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ki_vla_ros.bundle.folder import TIME, Bundle, write_bundle
@@ -187,9 +189,9 @@ def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator)
 def _model(
     name: str,
     nodes: list[onnx.NodeProto],
-    inputs: list[tuple[str, int, list[int]]],
-    outputs: list[tuple[str, int, list[int]]],
-    weights: dict[str, np.ndarray],
+    inputs: Sequence[tuple[str, int, list[int]]],
+    outputs: Sequence[tuple[str, int, list[int]]],
+    weights: dict[str, NDArray[Any]],
     integers: dict[str, list[int]],
 ) -> onnx.ModelProto:
     constants = [numpy_helper.from_array(np.asarray(w, dtype=np.float32), key) for key, w in weights.items()]

@@ -3,15 +3,24 @@
 Legend: B batch, S query tokens, C context tokens (keys), Q query heads, K key/value heads, G = Q / K, D head_dim.
 """
 
+from collections.abc import Iterable, MutableSequence
+from typing import TypeVar, cast
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 ROPE_BASE = 10_000.0
 MASKED = -2.3819763e38
 """Finite, so that a row with nothing to see gives a uniform average and never NaN (Gemma's constant)."""
 
 Rotation = tuple[Tensor, Tensor]
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def as_layers(layers: Iterable[Layer]) -> MutableSequence[Layer]:
+    """An `nn.ModuleList`, which forgets what it is a list of: a type checker would know no layer's attributes."""
+    return cast("MutableSequence[Layer]", nn.ModuleList(layers))
 
 
 def rotation(position_BS: Tensor, head_dim: int) -> Rotation:

@@ -5,13 +5,14 @@ any, and actions), W width, Q query heads, K key/value heads, D head_dim.
 """
 
 import math
+from collections.abc import MutableSequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.model.attention import Rotation, additive, attend
+from training.model.attention import Rotation, additive, as_layers, attend
 from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, normalize
 
 Conditioning = Literal["adarms", "concat"]
@@ -103,6 +104,8 @@ class ExpertLayer(nn.Module):
 class Expert(nn.Module):
     """Layers of the expert, the final norm, and the way in for the flow time."""
 
+    layers: MutableSequence[ExpertLayer]
+
     def __init__(self, config: GemmaConfig, conditioning: Conditioning = "adarms") -> None:
         super().__init__()
         self.config = config
@@ -110,7 +113,7 @@ class Expert(nn.Module):
         mixed = conditioning == "concat"
         self.time_in = nn.Linear(2 * config.width if mixed else config.width, config.width)
         self.time_out = nn.Linear(config.width, config.width)
-        self.layers = nn.ModuleList(ExpertLayer(config, conditioning) for _ in range(config.depth))
+        self.layers = as_layers(ExpertLayer(config, conditioning) for _ in range(config.depth))
         self.norm = make_norm(config.width, conditioning)
 
     def embed_actions(self, action_RHW: Tensor, time_RH: Tensor) -> Tensor:
@@ -124,8 +127,8 @@ class Expert(nn.Module):
         """Time condition of every norm, one per token. A state token is clean, so its time is 0, like that of a clean
         action.
         """
-        if self.conditioning == "concat":
-            return None
+        if not isinstance(self.norm, AdaRMSNorm):
+            return None  # "concat": the time is in the actions
         time_RE = F.pad(time_RH, (1, 0)) if with_state else time_RH
         time_REW = embed_time(time_RE, self.config.width).to(self.time_in.weight.dtype)
         return F.silu(self.time_out(F.silu(self.time_in(time_REW)))).to(self.norm.dense.weight.dtype)

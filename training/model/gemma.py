@@ -4,6 +4,7 @@ Legend: B batch, P prefix tokens (images and prompt), T postfix tokens (answer t
 Q query heads, K key/value heads, D head_dim.
 """
 
+from collections.abc import MutableSequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.attention import Rotation, additive, attend, rotate
+from training.model.attention import Rotation, additive, as_layers, attend, rotate
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,13 @@ def positions(mask_BS: Tensor) -> Tensor:
 class Backbone(nn.Module):
     """Token table (tied with the output head), layers and final norm."""
 
+    layers: MutableSequence[BackboneLayer]
+
     def __init__(self, config: GemmaConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.width)
-        self.layers = nn.ModuleList(BackboneLayer(config) for _ in range(config.depth))
+        self.layers = as_layers(BackboneLayer(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
 
     def embed(self, tokens: Tensor) -> Tensor:

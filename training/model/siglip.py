@@ -3,6 +3,7 @@
 Legend: B images, M tokens per image, W width, S image side in pixels.
 """
 
+from collections.abc import MutableSequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.attention import softmax_attention
+from training.model.attention import as_layers, softmax_attention
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,13 @@ class VisionLayer(nn.Module):
 class Vision(nn.Module):
     """Images in [-1, 1] -> tokens in raster order."""
 
+    layers: MutableSequence[VisionLayer]
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.stem = patch_stem(config) if config.stem == "patch" else conv_stem(config)
         self.position = nn.Embedding(config.tokens, config.width)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
+        self.layers = as_layers(VisionLayer(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.width, eps=1e-6)
 
     def forward(self, images_BCSS: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def checkpoint_activations(model: VLA) -> None:
     computation finds the weights that FSDP has gathered for the backward pass.
     """
     for layer in layers(model):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def shard(model: VLA, config: ParallelConfig, mesh: DeviceMesh) -> None:

@@ -238,13 +238,13 @@ def compare(
         except KiVlaError as error:
             rows["tensorrt engine"] = {"failed": str(error)}
     graph = describe_graphs(model, policy, config.vocab_size)
-    sizes = [model_bytes(model.vision, model.projector, model.backbone.layers), model_bytes(model.expert)]
-    work = [Work(graph.prefill_flops, sizes[0]), Work(graph.step_flops, sizes[1])]
+    sizes = [model_bytes(model.vision, model.projector, *model.backbone.layers), model_bytes(model.expert)]
+    prefill, step = Work(graph.prefill_flops, sizes[0]), Work(graph.step_flops, sizes[1])
     ceiling = measure_ceiling("cuda" if device.type == "cuda" else "cpu", torch.get_num_threads(), "bfloat16", sizes)
     return {
         "views": len(policy.cameras),
         "rows": rows,
-        "roofline_ms": least_ms(ceiling, *work, inputs.steps),
+        "roofline_ms": least_ms(ceiling, prefill, step, inputs.steps),
         "roofline_source": ceiling.source,
     }
 

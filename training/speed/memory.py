@@ -30,6 +30,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ki_vla_ros.console import ExitCode, run_command
@@ -40,6 +41,7 @@ from training.model.sizes import paligemma_3b
 from training.model.vla import VLA, VLAConfig
 from training.optimizer import clip_gradients, make_optimizer
 from training.parallel.sharding import checkpoint_activations, layers, shard
+from training.weights import checkpoints
 
 GIB = 2**30
 RESERVE = 0.1
@@ -82,7 +84,7 @@ class Footprint:
     copies on their way to the GPU (the layer at work and the next) are added by hand."""
 
 
-class Tracker(FSDPMemTracker):  # type: ignore[misc]
+class Tracker(FSDPMemTracker):
     """Also the largest sum of what stays on the GPU with CPU offload."""
 
     HOST = ("Sharded Param", "Sharded Grad", "OptState")
@@ -102,7 +104,7 @@ def label(kind: Any) -> str:
 @contextmanager
 def group(gpus: int, backend: str) -> Iterator[DeviceMesh]:
     """Processes to shard over: fake ones in any number, or this one alone."""
-    store = FakeStore() if backend == "fake" else dist.HashStore()
+    store = FakeStore() if backend == "fake" else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, rank=0, world_size=gpus, store=store)
     try:
         yield init_device_mesh("cpu", (gpus,))
@@ -112,8 +114,7 @@ def group(gpus: int, backend: str) -> Iterator[DeviceMesh]:
 
 def empty_model(step: Step) -> VLA:
     """Without memory for its weights."""
-    with torch.device("meta"):
-        model = VLA(step.model)
+    model = checkpoints.empty_model(step.model)
     return model if step.recipe else model.bfloat16()
 
 
@@ -140,8 +141,14 @@ def prepare(model: VLA, step: Step, mesh: DeviceMesh) -> torch.optim.Optimizer |
 
 def descend(parameter: Tensor) -> None:
     """One step of SGD; the gradient is freed."""
-    parameter.to_local().sub_(parameter.grad.to_local(), alpha=SGD_RATE)
+    assert parameter.grad is not None
+    local(parameter).sub_(local(parameter.grad), alpha=SGD_RATE)
     parameter.grad = None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def make_inputs(step: Step) -> dict[str, Tensor]:
@@ -201,7 +208,7 @@ def predict(step: Step) -> Footprint:
     with group(step.gpus, "fake") as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         optimizer = prepare(model, step, mesh)
         inputs = make_inputs(step)
-        parameters = sum(parameter.to_local().nbytes for parameter in model.parameters())
+        parameters = sum(local(parameter).nbytes for parameter in model.parameters())
         tracker = Tracker(model, optimizer)
         tracker.track_inputs(tuple(inputs.values()))
         with tracker:
@@ -209,7 +216,7 @@ def predict(step: Step) -> Footprint:
         (found,) = tracker.get_tracker_snapshot("peak").values()
         (rest,) = tracker.get_tracker_snapshot("current").values()
     peak = {label(kind): size for kind, size in found.items()}
-    copied = 2 * max(sum(parameter.to_local().nbytes for parameter in layer.parameters()) for layer in layers(model))
+    copied = 2 * max(sum(local(parameter).nbytes for parameter in layer.parameters()) for layer in layers(model))
     return Footprint(
         parameters=parameters,
         gradients=parameters,
@@ -292,12 +299,19 @@ def print_plan(steps: list[Step]) -> None:
         print_row(*row, offloaded, cards(found.offloaded_peak))
 
 
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = {"type": lambda text: [int(part) for part in text.split(",")]}
+    parser = argparse.ArgumentParser(
+        prog="python -m training.speed.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--policy", choices=("pi0", "pi05"), default="pi05")
-    parser.add_argument("--gpus", default="1,4,8", **numbers)
-    parser.add_argument("--batch", default="1,8,32", help="samples on each GPU", **numbers)
+    parser.add_argument("--gpus", default="1,4,8", type=numbers)
+    parser.add_argument("--batch", default="1,8,32", help="samples on each GPU", type=numbers)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--depth", type=int, help="layers of each part, instead of 27 and 18")
     parser.add_argument("--vocabulary", type=int, help="tokens, instead of 257152")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def peer_name(name: str, config: VLAConfig) -> str:
 
 def peer_prefill(peer: PaliGemmaModel, images_VCSS: Tensor, tokens_BL: Tensor) -> Callable[[], Cache]:
     """A call that runs the peer on all cameras and a full prompt: bidirectional, positions from 0, as ours."""
-    vision = peer.config.vision_config
+    vision: Any = peer.config.vision_config
     image_tokens = images_VCSS.shape[0] * (vision.image_size // vision.patch_size) ** 2
     image_id = peer.config.image_token_id
     if bool((tokens_BL == image_id).any()):

@@ -161,19 +161,13 @@ class FastTokenizer:
 
         Of a published vocabulary only whole ones; none where the id is a part of one.
         """
-        piece = self.bpe.id_to_token(token)
+        piece = self._piece(token)
         text = _to_bytes(piece).decode(errors="ignore") if self.byte_level else piece
         return [ord(character) - self.first_character + self.lowest for character in text]
 
     def decode(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """The normalised chunk [H, A] of these ids; FastDecodeError when they are not exactly one chunk."""
-        pieces = []
-        for position, token in enumerate(ids):
-            piece = self.bpe.id_to_token(int(token)) if 0 <= token < self.vocab_size else None
-            if piece is None:
-                raise FastDecodeError(f"FAST: id {token} at position {position} is not in 0..{self.vocab_size - 1}")
-            pieces.append(piece)
-        text = "".join(pieces)
+        text = "".join(self._piece(token, f" at position {position}") for position, token in enumerate(ids))
         if self.byte_level:
             try:
                 text = _to_bytes(text).decode()
@@ -187,6 +181,12 @@ class FastTokenizer:
         symbols = np.array([ord(character) - self.first_character for character in text], dtype=np.float64)
         coefficient_HA = (symbols + self.lowest).reshape(self.horizon, self.action_dim) / self.scale
         return cosine_basis(self.horizon).T @ coefficient_HA
+
+    def _piece(self, token: int, where: str = "") -> str:
+        piece: str | None = self.bpe.id_to_token(int(token)) if 0 <= token < self.vocab_size else None
+        if piece is None:
+            raise FastDecodeError(f"FAST: id {token}{where} is not in 0..{self.vocab_size - 1}")
+        return piece
 
     def save(self, path: Path) -> None:
         path.write_text(

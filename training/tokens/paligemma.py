@@ -86,7 +86,7 @@ def from_sentencepiece(content: bytes, path: Path) -> Tokenizer:
     pieces never in the text.
     """
     from google.protobuf.message import DecodeError
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made when imported
 
     model = ModelProto()
     try:
