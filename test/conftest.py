@@ -45,9 +45,12 @@ _EXPORTED = {"made", "half", "exported"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        if folder in ("ros", "gpu"):
-            item.add_marker(folder)
-        if _EXPORTED & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if folder == "ros" or "ros_environment" in fixtures:
+            item.add_marker("ros")
+        if folder == "gpu":
+            item.add_marker("gpu")
+        if fixtures & _EXPORTED:
             item.add_marker("slow")
         slow = item.get_closest_marker("slow") or folder in ("ros", "system")
         if slow and not item.get_closest_marker("timeout"):
@@ -57,7 +60,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def ros_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """Puts this test on a domain of its own, with its logs in `tmp_path`; returns the environment for its processes."""
-    monkeypatch.setenv("ROS_DOMAIN_ID", str(next(_own_domains)))
+    from ki_vla_ros.ros.children import is_free
+
+    # Other runs of these tests on this machine walk through the same domains, each from another one on.
+    domain = next((domain for domain in itertools.islice(_own_domains, _DOMAINS) if is_free(domain)), None)
+    assert domain is not None, f"no free ROS domain from 1 to {_DOMAINS}"
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(domain))
     monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path / "ros_log"))
     return dict(os.environ)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import ROOT
 
 from ki_vla_ros.bench.model import PARTS, table
@@ -19,6 +20,7 @@ def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.ros
 def test_bench_node(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     command = [sys.executable, "-m", "ki_vla_ros.bench", "node", "--seconds", "3", "--hogs", "1", "--json", str(out)]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support import ROOT
 
 from ki_vla_ros.replay.__main__ import main
@@ -20,6 +21,7 @@ def metrics_of(out: Path, bag: Path, *arguments: str) -> dict[str, Any]:
     return metrics
 
 
+@pytest.mark.ros
 def test_a_recorded_demo_replays_to_the_chunks_that_were_published(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "ROS_DOMAIN_ID"}  # the demo finds one
     command = [
