@@ -1,7 +1,7 @@
 """Faults of inputs, engine and surroundings, each against the node in a process of its own and an arm that follows.
 
 For each: every command keeps the joints' limits, the arm comes to rest in time, the cause is named, and it goes on when
-the fault is over. KI_VLA_FAULT_TIMES=FILE collects the times to hold (docs/runtime.md).
+the fault is over. KI_VLA_FAULT_TIMES=FILE collects the times to hold (docs/results/node.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much memory an optimizer step of the full-size recipe takes on each GPU, and on which GPUs it fits.
 
-    python -m training.speed.memory                              # 1, 4, 8 GPUs: the tables of docs/memory.md
+    python -m training.speed.memory                              # 1, 4, 8 GPUs: the tables of docs/results/memory.md
     python -m training.speed.memory --measure --depth 2 --vocabulary 32000    # a real step, against its prediction
 
 The plan runs the step itself (FSDP2, mixed precision, both losses, insulated, clipping, fused AdamW) on fake tensors in
