@@ -112,6 +112,11 @@ class TrainingConfig(Frozen):
     model: ModelConfig
     fast_vocabulary: Positive = 512
     fast_scale: float = 10.0
+    fast_published: Path | None = Field(
+        default=None,
+        description="folder with a FAST vocabulary as others publish them (tokenizer.json, processor_config.json), in "
+        "place of one of fast_vocabulary tokens that is fitted on the data",
+    )
     prompt_length: Positive
     hints: HintsConfig | None = None
     flow_steps: Positive = Field(default=10, description="Euler steps that the model is measured with, and runs with")

@@ -88,8 +88,10 @@ class Run:
                 f"{columns}; name the robot's file under robot"
             )
         self.space = ActionSpace.fit(episodes["state"], episodes["chunk"])
-        self.fast = fit_fast(config, episodes, self.space)
-        self.tokenizer = build_tokenizer(config.fast_vocabulary)
+        self.fast = make_fast(config, episodes, self.space)
+        # A fit may find fewer merges than it may have; the model's size does not depend on that.
+        action_ids = config.fast_vocabulary if config.fast_published is None else self.fast.vocab_size
+        self.tokenizer = build_tokenizer(action_ids)
         maker = BatchMaker(self.tokenizer, length=config.prompt_length, grid=timing.grid, device=self.device)
         asking = () if config.hints is None else act_query_ids(self.tokenizer)[: config.hints.readout_frequencies]
         self.frames, self.validation = (
@@ -176,7 +178,10 @@ class Run:
         (folder / POLICY).write_text(spec.model_dump_json(indent=1))
 
 
-def fit_fast(config: TrainingConfig, episodes: Arrays, space: ActionSpace) -> FastTokenizer:
+def make_fast(config: TrainingConfig, episodes: Arrays, space: ActionSpace) -> FastTokenizer:
+    """The vocabulary of others that the configuration names, or one that is fitted on chunks of the episodes."""
+    if config.fast_published is not None:
+        return FastTokenizer.load_published(config.fast_published, *episodes["chunk"].shape[1:])
     rng, frames = np.random.default_rng(config.seed), len(episodes["state"])
     chosen = np.sort(rng.choice(frames, size=min(FIT_CHUNKS, frames), replace=False))
     state_FJ, chunk_FHJ = (episodes[name][chosen].astype(np.float64) for name in ("state", "chunk"))

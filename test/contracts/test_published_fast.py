@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import regex
 from numpy.typing import NDArray
+from support.recipes import tiny_run
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -20,10 +21,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from ki_vla_ros.errors import ConfigurationError
+from training.action_space import ActionSpace
+from training.config import TrainingConfig
 from training.model.gemma import GemmaConfig
 from training.model.initialization import order_embeddings
 from training.model.siglip import VisionConfig
 from training.model.vla import VLA, VLAConfig
+from training.run import make_fast
 from training.tokens.fast import PROCESSOR, VOCABULARY, FastDecodeError, FastTokenizer
 from training.tokens.prompt import fast_id
 from training.tokens.words import build_tokenizer
@@ -185,6 +189,21 @@ def test_a_copy_of_it_is_kept_like_a_fitted_one(published: Path, tmp_path: Path)
     again = FastTokenizer.load(tmp_path / "fast.json")
     assert again.encode(chunk_HA) == fast.encode(chunk_HA)
     np.testing.assert_array_equal(again.decode(fast.encode(chunk_HA)), fast.decode(fast.encode(chunk_HA)))
+
+
+def test_a_run_takes_the_vocabulary_that_its_configuration_names(published: Path, tmp_path: Path) -> None:
+    chunk_NHA = smooth_chunks(50).astype(np.float32)
+    episodes = {"chunk": chunk_NHA, "state": np.zeros((50, ACTION_DIM), np.float32)}
+    space = ActionSpace.fit(episodes["state"], chunk_NHA)
+    settings = tiny_run(tmp_path, steps=1)
+    fitted = make_fast(TrainingConfig.model_validate(settings), episodes, space)
+    named = make_fast(TrainingConfig.model_validate(settings | {"fast_published": str(published)}), episodes, space)
+    assert fitted.vocab_size == 512 and not fitted.byte_level
+    assert named.bpe.get_vocab() == load(published).bpe.get_vocab() and named.lowest == load(published).lowest
+    with pytest.raises(ConfigurationError, match=r"action_dim: expected 3, .*, got 4"):
+        folder = publish(tmp_path / "other", smooth_chunks(30), action_dim=4)
+        fewer = {name: array[..., :3] for name, array in episodes.items()}
+        make_fast(TrainingConfig.model_validate(settings | {"fast_published": str(folder)}), fewer, space)
 
 
 def test_training_from_scratch_orders_what_stands_for_whole_coefficients(published: Path) -> None:
