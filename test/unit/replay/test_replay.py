@@ -149,6 +149,7 @@ def read_bytes(folder: Path) -> bytes:
     return next(folder.glob("*.mcap")).read_bytes()
 
 
+@pytest.mark.slow
 def test_from_python_it_gives_the_same_figures_and_writes_nothing(tmp_path: Path, demo: Bundle, inputs: Path) -> None:
     told = replay(inputs, tmp_path / "command", demo, "--latency", "0.02", "--no-mcap")
     shares: list[float] = []
