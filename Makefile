@@ -19,7 +19,7 @@ export PYTHON
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint train export evaluate clean
+.PHONY: help demo test test-fast lint paths train export evaluate clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -40,6 +40,9 @@ lint: $(VENV)/developer ## ruff (rules, format) and mypy
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+
+paths: $(VENV)/developer ## count the code of the main paths: image to trajectory, batch to optimizer step, bag to figures
+	ROS_LOG_DIR=out/log $(VENV)/bin/python scripts/paths
 
 train: $(VENV)/developer ## train the policy (CONFIG=config/training/demo.yaml, JOBS=2 processes); goes on where it stopped
 	OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --nproc-per-node $(JOBS) -m training.train $(CONFIG)
