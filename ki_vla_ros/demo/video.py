@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.demo.driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, WRIST_IMAGE
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode
+from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode
 from ki_vla_ros.records import CameraFrame, header_ns, time_to_ns
 from ki_vla_ros.sim.demonstrator import joints_to_tip
 from ki_vla_ros.sim.task import sample_scene

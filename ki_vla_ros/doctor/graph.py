@@ -28,7 +28,7 @@ from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import InputWatch, command_type, image_type
 from ki_vla_ros.doctor.setup import PROFILE_VARIABLES, Machine, Request, examine_setup, read_settings
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decode import BagMessage
+from ki_vla_ros.messages.decoding import BagMessage
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY
 from ki_vla_ros.ros.process import check_domain
 from ki_vla_ros.ros.qos import EVENT, SENSOR

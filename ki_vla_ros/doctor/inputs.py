@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading, read_stamp_ns
+from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading, read_stamp_ns
 from ki_vla_ros.messages.pixels import read_image
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TRAJECTORY
 from ki_vla_ros.records import NS_PER_S, time_to_ns

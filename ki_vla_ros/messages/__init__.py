@@ -1,7 +1,7 @@
 """ROS messages without ROS: names of types, decoding, encoding, pixels."""
 
-from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading, read_stamp_ns, typestore
-from ki_vla_ros.messages.encode import encode_chunk, encode_command
+from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading, read_stamp_ns, typestore
+from ki_vla_ros.messages.encoding import encode_chunk, encode_command
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
 from ki_vla_ros.messages.type_names import (
     COMPRESSED_IMAGE,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError, StaleInput
-from ki_vla_ros.messages.decode import BagMessage, decode
+from ki_vla_ros.messages.decoding import BagMessage, decode
 from ki_vla_ros.messages.type_names import POSITIONS, TRAJECTORY
 from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, Observation, header_ns
 from ki_vla_ros.replay.recorded import Parity, RecordedTick

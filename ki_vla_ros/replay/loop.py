@@ -20,7 +20,7 @@ import numpy as np
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
-from ki_vla_ros.messages.decode import BagMessage, decode
+from ki_vla_ros.messages.decoding import BagMessage, decode
 from ki_vla_ros.messages.type_names import TEXT
 from ki_vla_ros.policy.preprocess import check_instruction
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation, to_ns

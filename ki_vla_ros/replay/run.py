@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.engines.choice import open_engine
-from ki_vla_ros.messages.decode import BagMessage
+from ki_vla_ros.messages.decoding import BagMessage
 from ki_vla_ros.records import Observation
 from ki_vla_ros.replay.document import make_metrics, write_metrics
 from ki_vla_ros.replay.figures import Figures

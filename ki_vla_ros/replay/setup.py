@@ -12,7 +12,7 @@ from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.bags.session import find_session
 from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decode import BagMessage, joint_reading
+from ki_vla_ros.messages.decoding import BagMessage, joint_reading
 from ki_vla_ros.records import CameraFrame, JointReading
 from ki_vla_ros.replay.frames import bag_frame
 from ki_vla_ros.replay.latency import Latency, MeasuredLatency, RecordedLatency

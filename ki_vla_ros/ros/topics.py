@@ -29,7 +29,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.encode import encode_chunk, encode_command
+from ki_vla_ros.messages.encoding import encode_chunk, encode_command
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
 from ki_vla_ros.policy.preprocess import resize_with_pad
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, header_ns

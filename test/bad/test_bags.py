@@ -20,7 +20,7 @@ from ki_vla_ros.bags import mcap as bag_mcap
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bags.storage import FAULTS_LISTED, Faults
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -24,7 +24,7 @@ from support.sample_bags import (
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
-from ki_vla_ros.messages.decode import BagMessage, typestore
+from ki_vla_ros.messages.decoding import BagMessage, typestore
 from ki_vla_ros.messages.type_names import POSITIONS, TRAJECTORY
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.replay.latency import parse_latency

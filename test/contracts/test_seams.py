@@ -20,7 +20,7 @@ from rclpy.serialization import deserialize_message
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import StaleInput
-from ki_vla_ros.messages.encode import encode_command
+from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime import loop as loop_module

@@ -19,7 +19,7 @@ from support.waiting import PATIENCE_S, until
 
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import load_bundle
-from ki_vla_ros.messages.decode import camera_frame, decode
+from ki_vla_ros.messages.decoding import camera_frame, decode
 from ki_vla_ros.settings.session import read_session
 
 

@@ -17,7 +17,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.encode import encode_chunk, encode_command
+from ki_vla_ros.messages.encoding import encode_chunk, encode_command
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_raw, read_image
 from ki_vla_ros.records import ActionChunk, Motion
 from ki_vla_ros.ros import topics

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from rosbags.rosbag2 import CompressionMode
 
-from ki_vla_ros.messages.decode import BagMessage
+from ki_vla_ros.messages.decoding import BagMessage
 from ki_vla_ros.records import NS_PER_S
 from support.sample_bags import (
     JOINT_TOPIC,

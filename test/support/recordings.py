@@ -15,7 +15,7 @@ import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 
 from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.messages.decode import typestore
+from ki_vla_ros.messages.decoding import typestore
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
 from support.bundles import CAMERAS, JOINTS, TASK, demo_observation
 from support.loop_rig import START, FakeWire, Rig

@@ -14,7 +14,7 @@ import numpy as np
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.rosbag2.storage_mcap import zstd
 
-from ki_vla_ros.messages.decode import BagMessage, typestore
+from ki_vla_ros.messages.decoding import BagMessage, typestore
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE
 from ki_vla_ros.records import NS_PER_S
 

@@ -30,7 +30,7 @@ from support.sample_bags import (
 )
 
 from ki_vla_ros.bags.bag import open_bag
-from ki_vla_ros.messages.decode import camera_frame, joint_reading, typestore
+from ki_vla_ros.messages.decoding import camera_frame, joint_reading, typestore
 from ki_vla_ros.messages.type_names import IMAGE
 from ki_vla_ros.records import NS_PER_S
 

@@ -17,7 +17,7 @@ from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.demo import __main__ as demo
 from ki_vla_ros.demo.driver import SESSION, TOPICS
 from ki_vla_ros.errors import BundleError
-from ki_vla_ros.messages.decode import decode
+from ki_vla_ros.messages.decoding import decode
 from ki_vla_ros.ros.children import is_free
 from ki_vla_ros.settings.session import read_session
 from ki_vla_ros.share import find_share

@@ -13,7 +13,7 @@ from support.waiting import until
 
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decode import decode
+from ki_vla_ros.messages.decoding import decode
 
 IMAGE, TEXT = b"\0\1\0\0" + bytes(100_000), "std_msgs/msg/String"
 RECORD_FOREVER = """

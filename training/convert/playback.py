@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rosbags.rosbag2 import StoragePlugin, Writer
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decode import typestore
+from ki_vla_ros.messages.decoding import typestore
 from ki_vla_ros.messages.type_names import TRAJECTORY
 from ki_vla_ros.records import NS_PER_S
 from training.convert.episodes import MARKERS

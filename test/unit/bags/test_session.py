@@ -10,7 +10,7 @@ from support.sample_bags import JOINT_STATE, START_NS, STRING, joint_state, text
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bags.session import find_session
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.messages.decode import BagMessage
+from ki_vla_ros.messages.decoding import BagMessage
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics
 
 

@@ -16,7 +16,7 @@ from support.waiting import until
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bags.writer import BagWriter, typestore
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.messages.decode import decode
+from ki_vla_ros.messages.decoding import decode
 
 TOPICS = {"/image": "sensor_msgs/msg/Image", "/text": "std_msgs/msg/String"}
 SERIALIZED_IMAGE = b"\0\1\0\0" + bytes(100_000)

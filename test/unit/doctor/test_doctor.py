@@ -20,7 +20,7 @@ from support.sample_bags import COMMAND_TOPIC, JOINT_TOPIC, JOINTS, SCENE, Messa
 from ki_vla_ros.doctor.__main__ import diagnose, main
 from ki_vla_ros.doctor.findings import Finding, as_json, as_table
 from ki_vla_ros.doctor.setup import Machine, Request
-from ki_vla_ros.messages.decode import BagMessage, typestore
+from ki_vla_ros.messages.decoding import BagMessage, typestore
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics

@@ -17,7 +17,7 @@ from support.recordings import MS, RecordingWriter, path_J, picture, record_inpu
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import Bundle, load_bundle
 from ki_vla_ros.console import ExitCode
-from ki_vla_ros.messages.decode import BagMessage, decode
+from ki_vla_ros.messages.decoding import BagMessage, decode
 from ki_vla_ros.replay.__main__ import main
 from ki_vla_ros.replay.latency import parse_latency
 from ki_vla_ros.replay.run import replay as run_replay

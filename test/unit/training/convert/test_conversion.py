@@ -27,7 +27,7 @@ from support.sample_bags import (
 )
 
 from ki_vla_ros.bags.bag import open_bag
-from ki_vla_ros.messages.decode import BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S, header_ns
 from training.data.lerobot.dataset import Dataset

@@ -25,7 +25,7 @@ from support.sample_bags import (
     write_bag,
 )
 
-from ki_vla_ros.messages.decode import BagMessage
+from ki_vla_ros.messages.decoding import BagMessage
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics
 from training.data.lerobot.dataset import Dataset
