@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.policy.preprocess import normalize, unnormalize
+from ki_vla_ros.policy import normalize, unnormalize
 
 LEAST_RANGE = 0.03  # m or rad: a joint that hardly moves is not blown up to full scale
 

@@ -9,9 +9,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ki_vla_ros.errors import ConfigurationError, describe_validation
-from ki_vla_ros.robot.robot import Frozen
-from training.model.gemma import GemmaConfig
-from training.model.siglip import VisionConfig
+from ki_vla_ros.robot import Frozen
+from training.model import GemmaConfig, VisionConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
 Part = Literal["stem", "vision", "backbone", "expert", "heads"]

@@ -18,19 +18,25 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from ki_vla_ros.bundle.folder import TOKENIZER
-from ki_vla_ros.bundle.manifest import ImageSpec, PolicySpec, PromptSpec, Provenance
+from ki_vla_ros.bundle import TOKENIZER, ImageSpec, PolicySpec, PromptSpec, Provenance
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.robot.robot import Robot, find_robot, read_robot
-from training.model.sizes import paligemma_3b
-from training.model.vla import VLAConfig
+from ki_vla_ros.robot import Robot, find_robot, read_robot
+from training.model import VLAConfig, paligemma_3b
 from training.policy import commit, describe_policy
-from training.tokens.paligemma import read_tokenizer
-from training.weights.checkpoints import CONFIG, POLICY, WEIGHTS, save_checkpoint
-from training.weights.files import find_weights
-from training.weights.foreign import Kind, import_weights
-from training.weights.statistics import FIELDS, Method, read_ranges
+from training.tokens import read_tokenizer
+from training.weights import (
+    CONFIG,
+    FIELDS,
+    POLICY,
+    WEIGHTS,
+    Kind,
+    Method,
+    find_weights,
+    import_weights,
+    read_ranges,
+    save_checkpoint,
+)
 
 PROMPTS = {
     "pi0": PromptSpec(template="{task}\n", length=48, style="openpi"),

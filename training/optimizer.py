@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from ki_vla_ros.errors import ConfigurationError
 from training.config import Part, StageConfig
-from training.losses.hints import TrainingHeads
-from training.model.vla import VLA
-from training.parallel.sharding import like
+from training.losses import TrainingHeads
+from training.model import VLA
+from training.parallel import like
 
 
 def select_parameters(model: VLA, heads: TrainingHeads | None, parts: tuple[Part, ...]) -> list[nn.Parameter]:

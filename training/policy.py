@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, describe_validation
-from ki_vla_ros.robot.robot import Robot
+from ki_vla_ros.robot import Robot
 
 
 def describe_policy(robot: Robot, **fields: Any) -> PolicySpec:

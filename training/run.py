@@ -17,28 +17,22 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from ki_vla_ros.bundle.manifest import ImageSpec, PromptSpec, Provenance
+from ki_vla_ros.bundle import ImageSpec, PromptSpec, Provenance
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.robot.robot import find_robot, read_robot
+from ki_vla_ros.robot import find_robot, read_robot
 from training import train
 from training.action_space import ActionSpace
 from training.config import TrainingConfig, load_config
-from training.data.batch import Arrays, BatchMaker, ChunkTiming
-from training.data.frames import RobotFrames
-from training.data.lerobot.arrays import load_recorded
-from training.data.source import Source
-from training.evaluate.offline import measure
-from training.losses.hints import TrainingHeads
-from training.losses.step import BatchLosses
-from training.model.initialization import order_embeddings
-from training.model.vla import VLA, VLAConfig
-from training.parallel.group import choose_device, join_group, wait_for_all
-from training.parallel.sharding import checkpoint_activations, shard
+from training.data import Arrays, BatchMaker, ChunkTiming, RobotFrames, Source
+from training.data.lerobot import load_recorded
+from training.evaluate import measure
+from training.losses import BatchLosses, TrainingHeads
+from training.model import VLA, VLAConfig, order_embeddings
+from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
-from training.tokens.fast import FastTokenizer
-from training.tokens.words import DEMO_PROMPT, act_query_ids, build_tokenizer
-from training.weights.checkpoints import POLICY, save_checkpoint
+from training.tokens import DEMO_PROMPT, FastTokenizer, act_query_ids, build_tokenizer
+from training.weights import POLICY, save_checkpoint
 
 FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
 
@@ -66,8 +60,14 @@ class Run:
     def open_data(self) -> None:
         """The arrays, what is fitted on them (normalisation, FAST), and the sources that stages draw from."""
         # The simulator's modules load MuJoCo, which chooses how it renders when it is imported.
-        from training.data.simulated.generate import check_robot, load_arrays, make_data
-        from training.data.simulated.sources import SceneQuestions, SceneViews, describe_tasks
+        from training.data.simulated import (
+            SceneQuestions,
+            SceneViews,
+            check_robot,
+            describe_tasks,
+            load_arrays,
+            make_data,
+        )
 
         config, timing = self.config, ChunkTiming.of(self.config.model.vision, self.robot)
         check_robot(self.robot)

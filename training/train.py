@@ -28,14 +28,12 @@ from tqdm import tqdm
 
 from ki_vla_ros.errors import ConfigurationError
 from training.config import Loss, StageConfig, TrainingConfig
-from training.data.source import Source
-from training.losses.hints import TrainingHeads
-from training.losses.step import BatchLosses, targets
-from training.model.vla import VLA
+from training.data import Source
+from training.losses import BatchLosses, TrainingHeads, targets
+from training.model import VLA
 from training.optimizer import clip_gradients, learning_rate, load_optimizer, make_optimizer, select_parameters
-from training.parallel.group import average_gradients
-from training.parallel.sharding import free_gathered, gather, load_whole
-from training.weights.checkpoints import RESUME, load_checkpoint, load_resume, save_checkpoint
+from training.parallel import average_gradients, free_gathered, gather, load_whole
+from training.weights import RESUME, load_checkpoint, load_resume, save_checkpoint
 
 LARGEST_NORM = 1.0  # of all gradients of a step; longer ones are scaled down to it
 

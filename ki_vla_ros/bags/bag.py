@@ -29,7 +29,7 @@ from ki_vla_ros.bags.mcap import LARGEST_CHUNK, McapFile
 from ki_vla_ros.bags.sqlite import SqliteFile
 from ki_vla_ros.bags.storage import BagFault, Faults, Piece, Storage, Topic, in_time_order
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decoding import BagMessage
+from ki_vla_ros.messages import BagMessage
 
 METADATA = "metadata.yaml"
 STORAGES: Mapping[str, Callable[[Path, Faults, str], Storage]] = {".mcap": McapFile, ".db3": SqliteFile}

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from lz4.frame import LZ4FrameDecompressor
 
 from ki_vla_ros.bags.storage import CLOCK_STEP_NS, Faults, Pending, Piece, Topic, in_time_order
-from ki_vla_ros.messages.decoding import BagMessage
+from ki_vla_ros.messages import BagMessage
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdDecompressor

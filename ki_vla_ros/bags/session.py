@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from ki_vla_ros.bags.bag import Bag
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decoding import decode
-from ki_vla_ros.messages.type_names import TEXT
-from ki_vla_ros.settings.session import Session, read_session, session_topic
+from ki_vla_ros.messages import TEXT, decode
+from ki_vla_ros.settings import Session, read_session, session_topic
 
 
 def find_session(bag: Bag, node: str | None = None) -> Session | None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bags.storage import CLOCK_STEP_NS, Faults, Pending, Topic
-from ki_vla_ros.messages.decoding import BagMessage
+from ki_vla_ros.messages import BagMessage
 
 # Rows between two places where reading can go on after an error.
 ROWS = 4096

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from ki_vla_ros.messages.decoding import BagMessage
+from ki_vla_ros.messages import BagMessage
 
 FaultKind = Literal["metadata", "file", "truncated", "damaged", "database", "message", "type", "clock", "count"]
 # Listed of one kind; a million broken messages must not fill the memory with as many faults.

@@ -21,7 +21,7 @@ from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, W
 from rosbags.rosbag2.storage_mcap import McapWriter
 
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.messages.decoding import typestore
+from ki_vla_ros.messages import typestore
 
 FLUSH_PERIOD_S: Final = 1.0
 # What may wait in memory for the disk; beyond it messages are dropped, and counted. Seconds of several cameras.

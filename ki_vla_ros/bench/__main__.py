@@ -24,7 +24,7 @@ from ki_vla_ros.bench.model import CALLS, EngineSetUp, bench_model
 from ki_vla_ros.bench.model import table as model_table
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

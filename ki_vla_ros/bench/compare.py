@@ -9,7 +9,7 @@ from typing import Any
 from ki_vla_ros.bench.model import CALLS, WARM_UP, EngineSetUp, longest_input
 from ki_vla_ros.bench.timing import every_tenth, time_alternating
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy import Policy
 from ki_vla_ros.statistics import ratio_of_medians, spread
 
 

@@ -17,14 +17,12 @@ import numpy as np
 
 from ki_vla_ros.bench.roofline import Ceiling, Work, measure_ceiling
 from ki_vla_ros.bench.timing import choose_clock, every_tenth, time_alternating
-from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
-from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.bundle.onnx_header import GraphHeader, read_header
-from ki_vla_ros.engines.choice import open_engine
+from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, GraphHeader, PolicySpec, load_bundle, read_header
+from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy import Policy
 from ki_vla_ros.records import ModelInput
-from ki_vla_ros.settings.names import settings_from_parameters
+from ki_vla_ros.settings import settings_from_parameters
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.statistics import spread
 

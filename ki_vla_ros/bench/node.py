@@ -27,13 +27,12 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.bundle.folder import load_bundle
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import PolicySpec, load_bundle
 from ki_vla_ros.errors import KiVlaError
 from ki_vla_ros.records import NS_PER_S, to_ns
+from ki_vla_ros.ros import ns_to_stamp
 from ki_vla_ros.ros.children import Child, Children, prepare_environment
 from ki_vla_ros.ros.qos import EVENT, EVERYTHING, SENSOR
-from ki_vla_ros.ros.topics import ns_to_stamp
 from ki_vla_ros.runtime.paths import CommandedPath
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.statistics import spread

@@ -10,16 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ki_vla_ros.records import to_ns
-from ki_vla_ros.robot.robot import (
-    ActionPeriod,
-    CameraSpec,
-    Finite,
-    Frozen,
-    Horizon,
-    JointSpec,
-    Name,
-    check_parts,
-)
+from ki_vla_ros.robot import ActionPeriod, CameraSpec, Finite, Frozen, Horizon, JointSpec, Name, check_parts
 
 PAD_TOKEN = "<pad>"
 UNKNOWN_TOKEN = "<unk>"

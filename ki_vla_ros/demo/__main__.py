@@ -24,7 +24,7 @@ from typing import Any, Final, get_args
 import numpy as np
 
 from ki_vla_ros.bags.writer import BagWriter
-from ki_vla_ros.bundle.folder import file_sha256, load_bundle
+from ki_vla_ros.bundle import file_sha256, load_bundle
 from ki_vla_ros.console import ExitCode, Progress, run_command
 from ki_vla_ros.demo.driver import ARM, POLICY, TOPICS, Driver, Observed
 from ki_vla_ros.demo.report import DemoRun, EpisodeResult, rate_hz, write_report
@@ -32,9 +32,7 @@ from ki_vla_ros.demo.video import import_av, make_video
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.ros.children import Child, ChildError, Children, prepare_environment
 from ki_vla_ros.share import find_bundle, find_share
-from ki_vla_ros.sim.demonstrator import Demonstrator
-from ki_vla_ros.sim.task import Split, Task, sample_scene
-from ki_vla_ros.sim.world import TIME_LIMIT_S, TIMESTEP_S, World
+from ki_vla_ros.sim import TIME_LIMIT_S, TIMESTEP_S, Demonstrator, Split, Task, World, sample_scene
 from ki_vla_ros.statistics import spread
 
 SEEDS_PER_RUN: Final = 100_000

@@ -31,9 +31,10 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
-from ki_vla_ros.messages import type_names
+from ki_vla_ros.messages import DIAGNOSTICS as DIAGNOSTICS_TYPE
+from ki_vla_ros.messages import IMAGE, JOINT_STATE, TEXT, TRAJECTORY
 from ki_vla_ros.ros.qos import EVENT, EVERYTHING, LATCHED, SENSOR
-from ki_vla_ros.settings.session import session_topic
+from ki_vla_ros.settings import session_topic
 
 POLICY: Final = "policy"
 ARM: Final = "sim_arm"
@@ -46,16 +47,16 @@ INSTRUCTION: Final = f"/{POLICY}/instruction"
 SESSION: Final = session_topic(f"/{POLICY}")
 DIAGNOSTICS: Final = "/diagnostics"
 TOPICS: Final[Mapping[str, tuple[type[Any], str]]] = {
-    SCENE_IMAGE: (Image, type_names.IMAGE),
-    WRIST_IMAGE: (Image, type_names.IMAGE),
-    "/joint_states": (JointState, type_names.JOINT_STATE),
-    "/arm_controller/joint_trajectory": (JointTrajectory, type_names.TRAJECTORY),
-    CHUNK: (JointTrajectory, type_names.TRAJECTORY),
-    TICK: (String, type_names.TEXT),
-    STATUS: (String, type_names.TEXT),
-    DIAGNOSTICS: (DiagnosticArray, type_names.DIAGNOSTICS),
-    INSTRUCTION: (String, type_names.TEXT),
-    SESSION: (String, type_names.TEXT),
+    SCENE_IMAGE: (Image, IMAGE),
+    WRIST_IMAGE: (Image, IMAGE),
+    "/joint_states": (JointState, JOINT_STATE),
+    "/arm_controller/joint_trajectory": (JointTrajectory, TRAJECTORY),
+    CHUNK: (JointTrajectory, TRAJECTORY),
+    TICK: (String, TEXT),
+    STATUS: (String, TEXT),
+    DIAGNOSTICS: (DiagnosticArray, DIAGNOSTICS_TYPE),
+    INSTRUCTION: (String, TEXT),
+    SESSION: (String, TEXT),
 }
 # Participants that missed each other's first announcements meet at the next one, 3 s later.
 DISCOVERY_LIMIT_S: Final = 5.0

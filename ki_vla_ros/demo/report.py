@@ -16,8 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from ki_vla_ros.demo.driver import Observed
-from ki_vla_ros.report import pages
-from ki_vla_ros.report.plots import Axes, Span, figure
+from ki_vla_ros.report import Axes, Span, figure, page, section, table, tiles
 from ki_vla_ros.statistics import spread
 
 BINS: Final = 40
@@ -144,17 +143,17 @@ def _page(summary: Mapping[str, Any], run: DemoRun, video: str | None) -> str:
     ]
     episodes = map(_row, run.episodes, run.demonstrator_success)
     sections = [
-        pages.tiles(figures),
+        tiles(figures),
         f'<video src="{html.escape(video)}" controls muted loop autoplay playsinline></video>' if video else "",
-        pages.section("Episodes", pages.table(EPISODE_COLUMNS, episodes)),
-        pages.section(
+        section("Episodes", table(EPISODE_COLUMNS, episodes)),
+        section(
             "Timing",
             f'<div class="plots">{plots}</div>',
-            pages.table(["stage, ms", "p50", "p90", "p99", "max"], stages),
+            table(["stage, ms", "p50", "p90", "p99", "max"], stages),
             note="Of ticks that made a chunk.",
         ),
     ]
-    return pages.page("ki_vla_ros demo", subtitle, sections)
+    return page("ki_vla_ros demo", subtitle, sections)
 
 
 def _row(episode: EpisodeResult, demonstrator_success: bool) -> list[str]:

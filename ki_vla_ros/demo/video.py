@@ -17,14 +17,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags.bag import open_bag
+from ki_vla_ros.bags import open_bag
 from ki_vla_ros.demo.driver import CHUNK, INSTRUCTION, SCENE_IMAGE, STATUS, WRIST_IMAGE
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode
+from ki_vla_ros.messages import BagMessage, camera_frame, decode
 from ki_vla_ros.records import CameraFrame, header_ns, time_to_ns
-from ki_vla_ros.sim.demonstrator import joints_to_tip
-from ki_vla_ros.sim.task import sample_scene
-from ki_vla_ros.sim.world import World
+from ki_vla_ros.sim import World, joints_to_tip, sample_scene
 
 FRAMES_PER_S: Final = 20
 LONGEST_GAP_MS: Final = 500

@@ -20,7 +20,7 @@ from ki_vla_ros.doctor import recording
 from ki_vla_ros.doctor.findings import Findings, as_json, as_table, errors
 from ki_vla_ros.doctor.setup import Machine, Request, check_machine, check_profile_is_set
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.settings.parameter_file import NODE
+from ki_vla_ros.settings import NODE
 
 
 def diagnose(request: Request, machine: Machine | None = None) -> tuple[Findings, list[str]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import InputWatch, Traffic
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import Settings
 from ki_vla_ros.statistics import spread
 
 # Share of anything else that is passed over: single events are the node's to refuse.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.doctor.ages import Limit, check_period, check_skew, check_stamps, period_s
 from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import InputWatch, Traffic, command_type
-from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE
+from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE
 from ki_vla_ros.records import NS_PER_S
 
 # Share of the images that may be missing between the first and the last.

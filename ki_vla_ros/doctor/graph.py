@@ -22,19 +22,16 @@ from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.bundle.manifest import Manifest
+from ki_vla_ros.bundle import Manifest
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import InputWatch, command_type, image_type
 from ki_vla_ros.doctor.setup import PROFILE_VARIABLES, Machine, Request, examine_setup, read_settings
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decoding import BagMessage
-from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY
+from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY, BagMessage
 from ki_vla_ros.ros.process import check_domain
 from ki_vla_ros.ros.qos import EVENT, SENSOR
-from ki_vla_ros.settings.parameter_file import settings_from_values
-from ki_vla_ros.settings.session import resolve
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import Settings, resolve, settings_from_values
 
 # How long discovery of the node, of all the rest, and an answer of a service may take.
 FIRST_S, DISCOVERY_S, ANSWER_S = 5.0, 2.0, 3.0

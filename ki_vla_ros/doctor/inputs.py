@@ -14,14 +14,24 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.manifest import Manifest
+from ki_vla_ros.bundle import Manifest
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading, read_stamp_ns
-from ki_vla_ros.messages.pixels import read_image
-from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TRAJECTORY
+from ki_vla_ros.messages import (
+    COMPRESSED_IMAGE,
+    IMAGE,
+    JOINT_STATE,
+    POSITIONS,
+    TRAJECTORY,
+    BagMessage,
+    camera_frame,
+    decode,
+    joint_reading,
+    read_image,
+    read_stamp_ns,
+)
 from ki_vla_ros.records import NS_PER_S, time_to_ns
-from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.runtime import CameraSource, ObservationBuffer
+from ki_vla_ros.settings import Settings
 
 # Images per camera that are decoded; of all others the header is read.
 IMAGES_DECODED = 200

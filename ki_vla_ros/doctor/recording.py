@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ki_vla_ros.bags.bag import Bag, open_bag
-from ki_vla_ros.bags.session import find_session
-from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.bags import Bag, find_session, open_bag
+from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import InputWatch
 from ki_vla_ros.doctor.setup import Request, examine_setup, read_settings
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
-from ki_vla_ros.settings.session import Session, resolve
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.messages import COMPRESSED_IMAGE
+from ki_vla_ros.settings import Session, Settings, resolve
 
 
 def examine(path: Path, request: Request, findings: Findings) -> list[str]:

@@ -12,15 +12,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ki_vla_ros.bundle.folder import Bundle, load_bundle
-from ki_vla_ros.bundle.manifest import Manifest
+from ki_vla_ros.bundle import Bundle, Manifest, load_bundle
 from ki_vla_ros.doctor.checks import PROFILE_FIX
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.engines.cuda import CudaDevice
+from ki_vla_ros.engines import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
-from ki_vla_ros.policy.preprocess import check_instruction
-from ki_vla_ros.settings.parameter_file import NODE, load_settings
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.policy import check_instruction
+from ki_vla_ros.settings import NODE, Settings, load_settings
 from ki_vla_ros.share import find_bundle
 
 # The Python that each ROS 2 release is built for (its Ubuntu's), and the major version of numpy that comes with it.

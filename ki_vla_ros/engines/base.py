@@ -12,8 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.folder import EXPERT
-from ki_vla_ros.bundle.onnx_header import TensorType
+from ki_vla_ros.bundle import EXPERT, TensorType
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.records import ModelInput
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
+from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, load_bundle
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.cuda import CudaDevice
 from ki_vla_ros.engines.plans import PlanCache, default_folder

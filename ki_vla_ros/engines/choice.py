@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.engines.plans import PlanCache, default_folder
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import Settings
 
 
 def _print(message: str) -> None:

@@ -13,9 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.folder import EXPERT, PREFILL, TIME, Bundle, graph_interface
-from ki_vla_ros.bundle.onnx_header import TensorType
-from ki_vla_ros.bundle.time_table import TimeTable
+from ki_vla_ros.bundle import EXPERT, PREFILL, TIME, Bundle, TensorType, TimeTable, graph_interface
 from ki_vla_ros.engines.base import (
     KVCache,
     check_cache,

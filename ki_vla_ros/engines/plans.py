@@ -20,8 +20,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.bundle.onnx_header import read_header
+from ki_vla_ros.bundle import Bundle, read_header
 from ki_vla_ros.errors import ConfigurationError, EngineError
 
 

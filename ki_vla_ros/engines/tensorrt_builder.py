@@ -12,8 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-from ki_vla_ros.bundle.folder import Bundle, graph_interface
-from ki_vla_ros.bundle.onnx_header import TensorType, read_header
+from ki_vla_ros.bundle import Bundle, TensorType, graph_interface, read_header
 from ki_vla_ros.console import Progress
 from ki_vla_ros.engines.cuda import Device
 from ki_vla_ros.engines.plans import PlanCache, PlanKey, PlanRecord, graph_sha256

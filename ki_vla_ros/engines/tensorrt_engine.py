@@ -19,9 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.folder import EXPERT, PREFILL, TIME, Bundle, graph_interface
-from ki_vla_ros.bundle.onnx_header import TensorType
-from ki_vla_ros.bundle.time_table import TimeTable
+from ki_vla_ros.bundle import EXPERT, PREFILL, TIME, Bundle, TensorType, TimeTable, graph_interface
 from ki_vla_ros.engines.base import (
     KVCache,
     check_cache,

@@ -16,9 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bundle.folder import EXPERT, PREFILL, PROGRAMS, TIME, Bundle, graph_interface
-from ki_vla_ros.bundle.pt2 import read_program
-from ki_vla_ros.bundle.time_table import TimeTable
+from ki_vla_ros.bundle import EXPERT, PREFILL, PROGRAMS, TIME, Bundle, TimeTable, graph_interface, read_program
 from ki_vla_ros.engines.base import (
     KVCache,
     check_cache,
@@ -33,7 +31,7 @@ from ki_vla_ros.engines.torch_program import Interpreter, ProgramCall, compile_p
 from ki_vla_ros.engines.torch_stream import CudaStream, GraphCall, HostStream, TorchStream
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.records import ModelInput
-from ki_vla_ros.settings.settings import TorchModeName
+from ki_vla_ros.settings import TorchModeName
 
 VELOCITY, LOOP = "velocity", "loop"  # what is captured beside the prefill: one step, and all steps of a chunk
 CACHE = ("keys", "values", "prefix_mask")

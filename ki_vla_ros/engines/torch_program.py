@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ki_vla_ros.bundle.pt2 import AnyDevice, Constant, Operation, Program, TensorName
+from ki_vla_ros.bundle import AnyDevice, Constant, Operation, Program, TensorName
 from ki_vla_ros.errors import BundleError, EngineError
 
 ProgramCall = Callable[[Mapping[str, Tensor]], list[Tensor]]

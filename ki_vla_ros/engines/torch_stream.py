@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bundle.onnx_header import TensorType
+from ki_vla_ros.bundle import TensorType
 
 GraphCall = Callable[[], list[Tensor]]
 WARM_UP = 2  # runs before a capture: libraries allocate their workspaces in the first, and none may while capturing

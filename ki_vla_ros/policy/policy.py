@@ -10,13 +10,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache, step_times
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy.guidance import Guide, guidance
 from ki_vla_ros.policy.preprocess import make_model_input, normalize, unnormalize
 from ki_vla_ros.records import ActionChunk, Condition, ModelInput, Observation
-from ki_vla_ros.settings.settings import JacobianName
+from ki_vla_ros.settings import JacobianName
 
 
 def _ignore(stage: str) -> None:

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ki_vla_ros.bundle.folder import Bundle
-from ki_vla_ros.bundle.manifest import PAD_TOKEN, UNKNOWN_TOKEN, PolicySpec, PromptStyle
+from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN, Bundle, PolicySpec, PromptStyle
 from ki_vla_ros.errors import InputError, InstructionError
 from ki_vla_ros.records import CameraFrame, ModelInput, Observation
 

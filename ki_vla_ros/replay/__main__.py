@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from ki_vla_ros.bags.bag import Bag, open_bag
+from ki_vla_ros.bags import Bag, open_bag
 from ki_vla_ros.console import ExitCode, Progress, run_command
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import NS_PER_S
@@ -31,12 +31,10 @@ from ki_vla_ros.replay.predicted import PredictionBag
 from ki_vla_ros.replay.report import report
 from ki_vla_ros.replay.run import ReplayResult, replay
 from ki_vla_ros.replay.setup import REFERENCES, ReplayOptions, set_up
-from ki_vla_ros.replay.sweep.advice import Advice, sweep_section
-from ki_vla_ros.replay.sweep.grid import make_grid
-from ki_vla_ros.replay.sweep.run import RECOMMENDED, sweep, write_sweep
+from ki_vla_ros.replay.sweep import RECOMMENDED, Advice, make_grid, sweep, sweep_section, write_sweep
 from ki_vla_ros.replay.thresholds import check_figure, parse_threshold
 from ki_vla_ros.replay.trace import Trace
-from ki_vla_ros.settings.names import parameter_specs
+from ki_vla_ros.settings import parameter_specs
 
 PREDICTED, REPORT = "predicted", "report.html"
 FAIL_HELP = 'e.g. "error.rms>0.1" or "error.by_step.0.rms>0.05": then exit code 1; an unknown name lists all'

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ki_vla_ros.bags.bag import Bag
+from ki_vla_ros.bags import Bag
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.loop import Replay

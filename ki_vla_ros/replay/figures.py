@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.records import NS_PER_S, Motion
 from ki_vla_ros.replay.ticks import Prediction, Tick
 from ki_vla_ros.statistics import Draws, SegmentSums, interval_95, root_mean, spread

@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode
-from ki_vla_ros.messages.pixels import read_image
-from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE
-from ki_vla_ros.policy.preprocess import resize_with_pad
+from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, BagMessage, camera_frame, decode, read_image
+from ki_vla_ros.policy import resize_with_pad
 from ki_vla_ros.records import CameraFrame, header_ns
 
 

@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError, StaleInput
-from ki_vla_ros.messages.decoding import BagMessage, decode
-from ki_vla_ros.messages.type_names import POSITIONS, TRAJECTORY
+from ki_vla_ros.messages import POSITIONS, TRAJECTORY, BagMessage, decode
 from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, Observation, header_ns
 from ki_vla_ros.replay.recorded import Parity, RecordedTick
 from ki_vla_ros.replay.setup import ReplayOptions
 from ki_vla_ros.replay.topics import ReplayTopics
-from ki_vla_ros.robot.robot import JointSpec
-from ki_vla_ros.runtime.observation import ObservationBuffer
+from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.runtime import ObservationBuffer
 from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
 
 # A recorder may receive a message this much later than the node did. Frames stay in the buffer for longer than this.

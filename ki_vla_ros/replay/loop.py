@@ -17,12 +17,11 @@ from typing import Protocol
 
 import numpy as np
 
-from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
-from ki_vla_ros.messages.decoding import BagMessage, decode
-from ki_vla_ros.messages.type_names import TEXT
-from ki_vla_ros.policy.preprocess import check_instruction
+from ki_vla_ros.messages import TEXT, BagMessage, decode
+from ki_vla_ros.policy import check_instruction
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation, to_ns
 from ki_vla_ros.replay.inputs import Feed, Inbox, ReplayBuffer
 from ki_vla_ros.replay.policy import ReplayPolicy
@@ -31,13 +30,19 @@ from ki_vla_ros.replay.setup import ReplayOptions
 from ki_vla_ros.replay.ticks import Prediction, Seam, Tick
 from ki_vla_ros.replay.topics import ReplayTopics, read_later_session
 from ki_vla_ros.replay.wire import ReplayWire
-from ki_vla_ros.runtime.chunking import cubic
-from ki_vla_ros.runtime.diagnostics import Diagnostics
-from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
-from ki_vla_ros.runtime.observation import BURST_WAIT_NS, camera_sources, own_limit_ns
-from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
+from ki_vla_ros.runtime import (
+    BURST_WAIT_NS,
+    WATCHDOG_NS,
+    Diagnostics,
+    Pacer,
+    PolicyLoop,
+    alignment_ns,
+    camera_sources,
+    cubic,
+    own_limit_ns,
+)
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import Settings
 
 # The first tick waits this long at most for the first message of every input.
 START_WAIT_NS = 1_000_000_000

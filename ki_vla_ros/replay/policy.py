@@ -8,15 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import Engine, KVCache
 from ki_vla_ros.errors import EngineError
-from ki_vla_ros.policy.guidance import Guide
-from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.policy.preprocess import make_model_input
+from ki_vla_ros.policy import Guide, Policy, make_model_input
 from ki_vla_ros.records import ActionChunk, ModelInput, Observation
 from ki_vla_ros.replay.latency import Latency
-from ki_vla_ros.settings.settings import JacobianName
+from ki_vla_ros.settings import JacobianName
 
 Array = NDArray[np.float64]
 

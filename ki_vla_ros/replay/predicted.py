@@ -15,8 +15,16 @@ import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decoding import BagMessage, camera_frame, typestore
-from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TEXT, TRAJECTORY
+from ki_vla_ros.messages import (
+    COMPRESSED_IMAGE,
+    IMAGE,
+    JOINT_STATE,
+    TEXT,
+    TRAJECTORY,
+    BagMessage,
+    camera_frame,
+    typestore,
+)
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Motion, Observation
 from ki_vla_ros.replay.frames import BagFrame
 from ki_vla_ros.replay.ticks import Prediction, Tick

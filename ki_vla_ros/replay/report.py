@@ -12,11 +12,9 @@ import numpy as np
 
 from ki_vla_ros.replay.ticks import Prediction
 from ki_vla_ros.replay.trace import MOMENTS, Moment, Trace
-from ki_vla_ros.report.pages import page, remark, section, table, tiles, warning
-from ki_vla_ros.report.plots import Axes, Span, clock, figure, lanes, spark
-from ki_vla_ros.robot.robot import JointSpec
-from ki_vla_ros.settings.limits import UNLIMITED
-from ki_vla_ros.settings.names import parameter_specs
+from ki_vla_ros.report import Axes, Span, clock, figure, lanes, page, remark, section, spark, table, tiles, warning
+from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.settings import UNLIMITED, parameter_specs
 
 # Joints drawn per worst moment: those that were farthest off.
 MOMENT_JOINTS = 3

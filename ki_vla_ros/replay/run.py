@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ki_vla_ros.bags.bag import Bag
-from ki_vla_ros.engines.choice import open_engine
-from ki_vla_ros.messages.decoding import BagMessage
+from ki_vla_ros.bags import Bag
+from ki_vla_ros.engines import open_engine
+from ki_vla_ros.messages import BagMessage
 from ki_vla_ros.records import Observation
 from ki_vla_ros.replay.document import make_metrics, write_metrics
 from ki_vla_ros.replay.figures import Figures

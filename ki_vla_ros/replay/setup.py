@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ki_vla_ros.bags.bag import Bag
-from ki_vla_ros.bags.session import find_session
-from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
+from ki_vla_ros.bags import Bag, find_session
+from ki_vla_ros.bundle import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decoding import BagMessage, joint_reading
+from ki_vla_ros.messages import BagMessage, joint_reading
 from ki_vla_ros.records import CameraFrame, JointReading
 from ki_vla_ros.replay.frames import bag_frame
 from ki_vla_ros.replay.latency import Latency, MeasuredLatency, RecordedLatency
 from ki_vla_ros.replay.topics import ReplayTopics, resolve_topics
-from ki_vla_ros.settings.names import settings_from_parameters
-from ki_vla_ros.settings.parameter_file import NODE, load_sections, load_settings, parameter_values
-from ki_vla_ros.settings.session import Session
-from ki_vla_ros.settings.settings import ReferenceName, Settings
+from ki_vla_ros.settings import (
+    NODE,
+    ReferenceName,
+    Session,
+    Settings,
+    load_sections,
+    load_settings,
+    parameter_values,
+    settings_from_parameters,
+)
 from ki_vla_ros.share import find_bundle
 
 # In the parameter file, beside the policy's own parameters: `/**/replay: {ros__parameters: {reference: command}}`.

@@ -7,14 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from ki_vla_ros.bags.bag import Bag
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bags import Bag
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
-from ki_vla_ros.runtime.observation import camera_sources
-from ki_vla_ros.settings.parameter_file import NODE
-from ki_vla_ros.settings.session import Session, read_session, resolve, session_topic
-from ki_vla_ros.settings.settings import ReferenceName, Settings
+from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
+from ki_vla_ros.runtime import camera_sources
+from ki_vla_ros.settings import NODE, ReferenceName, Session, Settings, read_session, resolve, session_topic
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.messages.decoding import camera_frame
+from ki_vla_ros.bundle import PolicySpec
+from ki_vla_ros.messages import camera_frame
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation, to_ns
 from ki_vla_ros.replay.frames import BagFrame
 from ki_vla_ros.replay.ticks import Prediction, Tick

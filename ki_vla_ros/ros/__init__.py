@@ -1,0 +1,24 @@
+"""The home of rclpy: the node and its topics, parameters, the recorder, processes.
+
+A name is loaded when it is first used: `ros.children`, for one, runs where there is no ROS.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ki_vla_ros.ros.node import PolicyNode
+    from ki_vla_ros.ros.process import run_node
+    from ki_vla_ros.ros.topics import ns_to_stamp
+
+__all__ = ["PolicyNode", "ns_to_stamp", "run_node"]
+
+_HOMES = {"PolicyNode": "node", "ns_to_stamp": "topics", "run_node": "process"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ki_vla_ros.ros' has no attribute {name!r}")
+    return getattr(import_module(f"ki_vla_ros.ros.{_HOMES[name]}"), name)

@@ -27,24 +27,28 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from std_msgs.msg import Empty, String
 from std_srvs.srv import Trigger
 
-from ki_vla_ros.bundle.folder import MANIFEST, Bundle, file_sha256, load_bundle
+from ki_vla_ros.bundle import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.console import ExitCode
+from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
-from ki_vla_ros.engines.choice import open_engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
-from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.policy.preprocess import check_instruction
+from ki_vla_ros.policy import Policy, check_instruction
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.ros.parameters import Parameters
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVENT, LATCHED
 from ki_vla_ros.ros.topics import SHADOW_COMMAND, Inputs, NodeWire, diagnostics_message, subscribe
-from ki_vla_ros.runtime.diagnostics import Diagnostics
-from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
-from ki_vla_ros.runtime.observation import ObservationBuffer, camera_sources, own_limit_ns
-from ki_vla_ros.runtime.shadow import ShadowComparison
-from ki_vla_ros.runtime.thread import LoopThread
-from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, session_topic
+from ki_vla_ros.runtime import (
+    WATCHDOG_NS,
+    Diagnostics,
+    LoopThread,
+    ObservationBuffer,
+    PolicyLoop,
+    ShadowComparison,
+    camera_sources,
+    own_limit_ns,
+)
+from ki_vla_ros.settings import BundleIdentity, Session, SessionTopics, session_topic
 from ki_vla_ros.share import find_bundle
 
 # How long the thread of the messages may keep the tick's thread from the interpreter (Python's default: 5 ms).

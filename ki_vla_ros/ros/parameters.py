@@ -14,10 +14,9 @@ from rclpy.exceptions import (
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
-from ki_vla_ros.bundle.manifest import Manifest
+from ki_vla_ros.bundle import Manifest
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.settings.names import ParameterSpec, check_names, parameter_specs, settings_from_parameters
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import ParameterSpec, Settings, check_names, parameter_specs, settings_from_parameters
 
 _REFUSALS = (InvalidParameterTypeException, InvalidParameterValueException, ParameterUninitializedException)
 

@@ -33,18 +33,10 @@ from trajectory_msgs.msg import JointTrajectory
 from ki_vla_ros.bags.writer import BagWriter
 from ki_vla_ros.console import ExitCode
 from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
-from ki_vla_ros.messages.type_names import (
-    COMPRESSED_IMAGE,
-    DIAGNOSTICS,
-    IMAGE,
-    JOINT_STATE,
-    POSITIONS,
-    TEXT,
-    TRAJECTORY,
-)
+from ki_vla_ros.messages import COMPRESSED_IMAGE, DIAGNOSTICS, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVERY_IMAGE, EVERY_READING, EVERYTHING, LATCHED
-from ki_vla_ros.settings.session import Session, read_session, session_topic
+from ki_vla_ros.settings import Session, read_session, session_topic
 
 MESSAGES: Final[dict[str, Any]] = {
     IMAGE: Image,

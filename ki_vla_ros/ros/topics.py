@@ -27,18 +27,15 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.encoding import encode_chunk, encode_command
-from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
-from ki_vla_ros.policy.preprocess import resize_with_pad
+from ki_vla_ros.messages import ENCODINGS, decode_compressed, decode_raw, encode_chunk, encode_command, read_image
+from ki_vla_ros.policy import resize_with_pad
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, header_ns
 from ki_vla_ros.ros.qos import EVENT, SENSOR
 from ki_vla_ros.ros.stream import MotionStream
-from ki_vla_ros.runtime.diagnostics import Diagnostics, Report
-from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
-from ki_vla_ros.runtime.shadow import ShadowComparison
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.runtime import CameraSource, Diagnostics, ObservationBuffer, Report, ShadowComparison
+from ki_vla_ros.settings import Settings
 
 # Seconds between two log lines about one and the same cause.
 REPEAT_LOG_S = 5.0

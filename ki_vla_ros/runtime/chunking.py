@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.errors import SafetyRefusal
 from ki_vla_ros.records import ActionChunk, Condition, to_ns
-from ki_vla_ros.settings.settings import ExecutorName
+from ki_vla_ros.settings import ExecutorName
 
 # What `inference_delay` "auto" is taken from: the last five seconds' delays at 10 Hz, without the first ones, because
 # caches and clocks of the processor are still cold then.

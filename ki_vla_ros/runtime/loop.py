@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import EmergencyStop, InstructionError, KiVlaError, SafetyRefusal, StaleInput
-from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.policy.preprocess import make_model_input, state_token
+from ki_vla_ros.policy import Policy, make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation, to_ns
 from ki_vla_ros.runtime.chunking import ChunkExecutor
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.runtime.governor import Bounds, Governor
 from ki_vla_ros.runtime.observation import ObservationBuffer
 from ki_vla_ros.runtime.safety import SafetyGate, joint_bounds
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import Settings
 
 # A resting arm farther from its last command than this share of a joint's range has been moved by others.
 MOVED_SHARE = 0.02

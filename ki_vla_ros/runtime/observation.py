@@ -17,10 +17,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import InputError, StaleInput
 from ki_vla_ros.records import CameraFrame, JointReading, Observation, to_ns
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import Settings
 
 # Frames per camera that an observation may be chosen from: at 30 Hz the last 0.27 s. Full images, so not more.
 FRAMES_KEPT = 8

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
 from ki_vla_ros.runtime.governor import Bounds
-from ki_vla_ros.settings.limits import LimitSettings, RuleAction
+from ki_vla_ros.settings import LimitSettings, RuleAction
 
 # Slack for rounding in the final verification, as a share of a limit.
 _ROUNDING = 1e-7

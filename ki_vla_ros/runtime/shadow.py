@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
-from ki_vla_ros.robot.robot import JointSpec
+from ki_vla_ros.robot import JointSpec
 from ki_vla_ros.runtime.diagnostics import WINDOW
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS, CommandedPath, MeasuredPath
-from ki_vla_ros.settings.settings import ReferenceName
+from ki_vla_ros.settings import ReferenceName
 
 # What happened is kept for so long after it: a chunk speaks from its images' stamp on, which may be some time ago.
 KEPT_NS = 10 * NS_PER_S

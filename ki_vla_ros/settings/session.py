@@ -12,7 +12,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
+from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import Settings
 

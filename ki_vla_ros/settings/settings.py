@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, ParameterError, did_you_mean
 from ki_vla_ros.settings.limits import LimitSettings, SettingsModel, setting
 

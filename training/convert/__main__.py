@@ -16,12 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from ki_vla_ros.bags.bag import Bag, open_bag
-from ki_vla_ros.bags.session import find_session
+from ki_vla_ros.bags import Bag, find_session, open_bag
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.settings.parameter_file import NODE, load_settings
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import NODE, Settings, load_settings
 from training.convert.episodes import Actions, Conversion, Cut, Marker, convert
 from training.convert.playback import write_bag
 from training.convert.sources import (
@@ -31,7 +29,7 @@ from training.convert.sources import (
     read_manifest,
 )
 from training.convert.writer import DatasetWriter
-from training.data.lerobot.dataset import Dataset
+from training.data.lerobot import Dataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,12 +17,11 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bags.bag import Bag
+from ki_vla_ros.bags import Bag
 from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
-from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading
-from ki_vla_ros.messages.type_names import POSITIONS, TRAJECTORY
+from ki_vla_ros.messages import POSITIONS, TRAJECTORY, BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.records import NS_PER_S, Observation
-from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.runtime import CameraSource, ObservationBuffer
 from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
 from training.convert.sources import Sources
 

@@ -19,12 +19,10 @@ from numpy.typing import NDArray
 from rosbags.rosbag2 import StoragePlugin, Writer
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages.decoding import typestore
-from ki_vla_ros.messages.type_names import TRAJECTORY
+from ki_vla_ros.messages import TRAJECTORY, typestore
 from ki_vla_ros.records import NS_PER_S
 from training.convert.episodes import MARKERS
-from training.data.lerobot.dataset import Dataset, Episode
-from training.data.lerobot.layout import ACTION, SOURCE, STAMP, STATE
+from training.data.lerobot import ACTION, SOURCE, STAMP, STATE, Dataset, Episode
 
 START_NS: Final = 1_700_000_000 * NS_PER_S
 PAUSE_NS: Final = NS_PER_S  # between episodes whose stamps are not known

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ki_vla_ros.bags.bag import Bag
-from ki_vla_ros.bundle.folder import load_bundle
-from ki_vla_ros.bundle.manifest import Manifest
+from ki_vla_ros.bags import Bag
+from ki_vla_ros.bundle import Manifest, load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import to_ns
-from ki_vla_ros.settings.session import Session, resolve
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import Session, Settings, resolve
 from ki_vla_ros.share import find_bundle
 
 

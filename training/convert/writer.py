@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ki_vla_ros.errors import ConfigurationError, InputError
 from training.convert.episodes import Frame
 from training.convert.statistics import FeatureFigures, PixelCounts, describe_values
-from training.data.lerobot.layout import (
+from training.data.lerobot import (
     ACTION,
     EPISODES,
     IMAGES,
@@ -29,13 +29,13 @@ from training.data.lerobot.layout import (
     TASKS,
     VERSION,
     Info,
+    VideoWriter,
     arrow_schema,
     make_features,
     next_file,
     tasks_table,
     write_json,
 )
-from training.data.lerobot.video import VideoWriter
 
 EpisodeRow = dict[str, Any]
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ki_vla_ros.policy.preprocess import images_to_input, tokenize
-from ki_vla_ros.robot.robot import Robot
-from training.model.siglip import VisionConfig
+from ki_vla_ros.policy import images_to_input, tokenize
+from ki_vla_ros.robot import Robot
+from training.model import VisionConfig
 
 NO_TARGET = -1
 

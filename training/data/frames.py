@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ki_vla_ros.policy.preprocess import normalize, render_prompt, state_to_bins
+from ki_vla_ros.policy import normalize, render_prompt, state_to_bins
 from training.action_space import ActionSpace
 from training.data.batch import Arrays, Batch, BatchMaker
-from training.tokens.fast import FastTokenizer
-from training.tokens.prompt import fast_id
+from training.tokens import FastTokenizer, fast_id
 
 
 class RobotFrames:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.console import ExitCode, run_command
-from ki_vla_ros.engines.choice import open_engine
-from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.settings.names import settings_from_parameters
-from ki_vla_ros.sim.task import sample_scene
+from ki_vla_ros.engines import open_engine
+from ki_vla_ros.policy import Policy
+from ki_vla_ros.settings import settings_from_parameters
+from ki_vla_ros.sim import sample_scene
 from training.evaluate.closed_loop import FIRST_SCENE, evaluate
 
 

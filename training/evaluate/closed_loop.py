@@ -12,15 +12,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, to_ns
-from ki_vla_ros.runtime.diagnostics import Diagnostics
-from ki_vla_ros.runtime.loop import PolicyLoop
-from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
+from ki_vla_ros.runtime import CameraSource, Diagnostics, ObservationBuffer, PolicyLoop
 from ki_vla_ros.runtime.paths import CommandedPath, Trajectory, TrajectoryPoint
-from ki_vla_ros.settings.settings import Settings
-from ki_vla_ros.sim.task import Scene
-from ki_vla_ros.sim.world import TIMESTEP_S, World
+from ki_vla_ros.settings import Settings
+from ki_vla_ros.sim import TIMESTEP_S, Scene, World
 
 FIRST_SCENE = 900_000_000  # training draws its scenes from smaller numbers
 

@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.settings.names import settings_from_parameters
-from ki_vla_ros.settings.settings import ExecutorName
-from ki_vla_ros.sim.task import sample_scene
+from ki_vla_ros.policy import Policy
+from ki_vla_ros.settings import ExecutorName, settings_from_parameters
+from ki_vla_ros.sim import sample_scene
 from training.evaluate.closed_loop import FIRST_SCENE, evaluate
 
 DELAYS_MS = (0, 50, 100, 200, 300)

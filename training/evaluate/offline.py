@@ -16,11 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data.batch import NO_TARGET, Batch
-from training.data.frames import RobotFrames
-from training.losses.hints import TrainingHeads, asking_rows, prompt_start, scene_scores, take_rows
-from training.model.vla import VLA
-from training.tokens.fast import FastDecodeError, FastTokenizer, cosine_basis
+from training.data import NO_TARGET, Batch, RobotFrames
+from training.losses import TrainingHeads, asking_rows, prompt_start, scene_scores, take_rows
+from training.model import VLA
+from training.tokens import FastDecodeError, FastTokenizer, cosine_basis
 
 FRAMES = 256  # held-out frames that the offline figures are computed on
 BATCH = 64  # frames at once; FAST is decoded token by token, which takes long, so only the first batch of them

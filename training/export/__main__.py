@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ki_vla_ros.bundle.folder import TOKENIZER
+from ki_vla_ros.bundle import TOKENIZER
 from ki_vla_ros.console import ExitCode, run_command
 from training.export.bundle import DTYPES, ExportError, export_bundle
-from training.weights.checkpoints import POLICY
+from training.weights import POLICY
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

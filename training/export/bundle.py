@@ -21,10 +21,19 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 from torch import nn
 
-from ki_vla_ros.bundle.folder import EXPERT, MANIFEST, PREFILL, PROGRAMS, TIME, TOKENIZER, Bundle, write_bundle
-from ki_vla_ros.bundle.manifest import PolicySpec
-from ki_vla_ros.bundle.onnx_header import read_header
-from ki_vla_ros.bundle.pt2 import read_program
+from ki_vla_ros.bundle import (
+    EXPERT,
+    MANIFEST,
+    PREFILL,
+    PROGRAMS,
+    TIME,
+    TOKENIZER,
+    Bundle,
+    PolicySpec,
+    read_header,
+    read_program,
+    write_bundle,
+)
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError, describe_validation
 from training.export.card import model_card
@@ -39,9 +48,9 @@ from training.export.graphs import (
     time_layers,
 )
 from training.export.parity import lowest_cosine, parity_error
-from training.model.vla import VLA
-from training.tokens.prompt import prompt_tokenizer, prompt_vocab_size
-from training.weights.checkpoints import POLICY, load_checkpoint
+from training.model import VLA
+from training.tokens import prompt_tokenizer, prompt_vocab_size
+from training.weights import POLICY, load_checkpoint
 
 TOLERANCE = 1e-4
 COSINE = 0.999  # of a bfloat16 bundle's chunks and the float32 model's

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import PolicySpec
 
 STATE_WAYS = {
     "text": "text in the prompt",

@@ -13,7 +13,7 @@ import onnx_ir
 import torch
 from torch import nn
 
-from ki_vla_ros.bundle.folder import EXPERT, PREFILL, PROGRAMS
+from ki_vla_ros.bundle import EXPERT, PREFILL, PROGRAMS
 from training.export.graphs import Inputs
 
 OPSET = 20

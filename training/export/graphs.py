@@ -21,12 +21,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ki_vla_ros.bundle.manifest import GraphSpec, PolicySpec
-from training.model.attention import Rotation, rotate
-from training.model.expert import AdaRMSNorm, Expert, time_periods
-from training.model.gemma import MLP, Projections, RMSNorm
-from training.model.siglip import LayerNorm, VisionLayer
-from training.model.vla import VLA, Cache
+from ki_vla_ros.bundle import GraphSpec, PolicySpec
+from training.model import (
+    MLP,
+    VLA,
+    AdaRMSNorm,
+    Cache,
+    Expert,
+    LayerNorm,
+    Projections,
+    RMSNorm,
+    Rotation,
+    VisionLayer,
+    rotate,
+    time_periods,
+)
 
 Inputs = dict[str, Tensor]
 

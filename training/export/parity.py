@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bench.model import longest_input
-from ki_vla_ros.bundle.folder import PREFILL, Bundle
+from ki_vla_ros.bench import longest_input
+from ki_vla_ros.bundle import PREFILL, Bundle
 from ki_vla_ros.engines.base import prefill_inputs
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
-from ki_vla_ros.policy.policy import Policy, widen
+from ki_vla_ros.policy import Policy, widen
 from ki_vla_ros.records import ModelInput
-from training.model.vla import VLA, Cache
-from training.weights.checkpoints import load_checkpoint
+from training.model import VLA, Cache
+from training.weights import load_checkpoint
 
 CASES = 4
 

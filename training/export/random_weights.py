@@ -23,19 +23,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ki_vla_ros.bundle.folder import TOKENIZER
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import TOKENIZER, PolicySpec
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
 from training.export.bundle import DTYPES, export_bundle
-from training.model.gemma import GemmaConfig
-from training.model.siglip import VisionConfig
-from training.model.sizes import paligemma_3b
-from training.model.vla import VLAConfig
-from training.tokens.paligemma import VOCABULARY
-from training.tokens.prompt import prompt_vocab_size
-from training.tokens.words import DEMO_PROMPT, build_tokenizer
-from training.weights.checkpoints import CONFIG, POLICY, WEIGHTS, shapes
+from training.model import GemmaConfig, VisionConfig, VLAConfig, paligemma_3b
+from training.tokens import DEMO_PROMPT, VOCABULARY, build_tokenizer, prompt_vocab_size
+from training.weights import CONFIG, POLICY, WEIGHTS, shapes
 
 PROMPT_ROWS = 256_000  # of PaliGemma's token table; the rest are places and segments, which no prompt holds
 PLAIN_PROMPT = "{task}\n"  # pi0's

@@ -22,11 +22,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from ki_vla_ros.bundle.folder import TIME, Bundle, write_bundle
-from ki_vla_ros.bundle.manifest import GraphSpec, PolicySpec
+from ki_vla_ros.bundle import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
 from ki_vla_ros.console import ExitCode, run_command
-from training.tokens.prompt import prompt_tokenizer
-from training.tokens.words import DEMO_PROMPT, build_tokenizer
+from training.tokens import DEMO_PROMPT, build_tokenizer, prompt_tokenizer
 
 _GRID = 2  # image tokens per side
 _PERIOD = 1e6

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import HintsConfig, Loss
-from training.data.batch import NO_TARGET, Batch
-from training.model.vla import VLA, Output
+from training.data import NO_TARGET, Batch
+from training.model import VLA, Output
 
 
 class TrainingHeads(nn.Module):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from training.config import Loss, StageConfig, TrainingConfig
-from training.data.batch import Batch
+from training.data import Batch
 from training.losses import flow, tokens
 from training.losses.hints import TrainingHeads, give_hints, name_cells
-from training.model.vla import VLA, Output
+from training.model import VLA, Output
 
 
 def targets(batch: Batch) -> set[Loss]:

@@ -11,9 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from training.model.vla import VLA
-from training.tokens.fast import FastTokenizer
-from training.tokens.prompt import fast_id, loc_id, token_id
-from training.tokens.words import LOCATIONS, STATE_BINS
+from training.tokens import LOCATIONS, STATE_BINS, FastTokenizer, fast_id, loc_id, token_id
 
 
 def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Literal
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 from training.model.vla import VLAConfig
-from training.tokens.paligemma import VOCABULARY
+from training.tokens import VOCABULARY
 
 SIGLIP_SO400M = VisionConfig(image_size=224, patch_size=14, width=1152, depth=27, heads=16, mlp=4304)
 GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp=16_384, heads=8, kv_heads=1, head_dim=256)

@@ -32,8 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from training.config import ParallelConfig
-from training.model.siglip import VisionLayer
-from training.model.vla import VLA
+from training.model import VLA, VisionLayer
 
 
 def layers(model: VLA) -> Iterator[nn.Module]:

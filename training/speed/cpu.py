@@ -21,18 +21,17 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bench.model import longest_input
-from ki_vla_ros.bench.timing import Durations, choose_clock, every_tenth, time_alternating
-from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.bench import Durations, choose_clock, every_tenth, longest_input, time_alternating
+from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.engines.base import KVCache, step_times
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy.policy import Policy
+from ki_vla_ros.policy import Policy
 from ki_vla_ros.statistics import ratio_of_medians, spread
-from training.export.parity import as_batch
-from training.model.vla import VLA, Cache
+from training.export import as_batch
+from training.model import VLA, Cache
 from training.speed.peer import build_peer, peer_prefill
-from training.weights.checkpoints import load_checkpoint
+from training.weights import load_checkpoint
 
 ROUNDS, SLOW_ROUNDS, WARM_UP = 100, 20, 3
 AGREEMENT = 1e-3

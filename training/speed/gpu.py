@@ -27,19 +27,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ki_vla_ros.bench.model import EngineSetUp, least_ms, longest_input, time_parts
-from ki_vla_ros.bench.roofline import Work, measure_ceiling
-from ki_vla_ros.bench.timing import Durations, time_alternating
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bench import (
+    Durations,
+    EngineSetUp,
+    Work,
+    least_ms,
+    longest_input,
+    measure_ceiling,
+    time_alternating,
+    time_parts,
+)
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.statistics import spread
-from training.export.graphs import arrange, cast_weights, describe_graphs, modulations
-from training.export.parity import Prefix, as_batch, cosine
-from training.export.random_weights import PROMPT_LENGTH, SIZES, draw_weights, policy_spec
-from training.model.vla import VLA, Cache, VLAConfig
-from training.weights.checkpoints import assemble
+from training.export import (
+    PROMPT_LENGTH,
+    SIZES,
+    Prefix,
+    arrange,
+    as_batch,
+    cast_weights,
+    cosine,
+    describe_graphs,
+    draw_weights,
+    modulations,
+    policy_spec,
+)
+from training.model import VLA, Cache, VLAConfig
+from training.weights import assemble
 
 CALLS, ROUNDS, WARM_UP = 10_000, 100, 10
 GOALS = {"chunk_ms": 11.0, "steps_ms": 3.0, "p99_over_p50": 1.05, "cosine": 0.999}

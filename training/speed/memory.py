@@ -35,13 +35,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ki_vla_ros.console import ExitCode, run_command
 from training.config import ParallelConfig
-from training.losses.flow import match_flow
-from training.losses.tokens import next_token_hidden, predict_in_pieces, predict_postfix
-from training.model.sizes import paligemma_3b
-from training.model.vla import VLA, VLAConfig
+from training.losses import match_flow, next_token_hidden, predict_in_pieces, predict_postfix
+from training.model import VLA, VLAConfig, paligemma_3b
 from training.optimizer import clip_gradients, make_optimizer
-from training.parallel.sharding import checkpoint_activations, layers, shard
-from training.weights import checkpoints
+from training.parallel import checkpoint_activations, layers, shard
+from training.weights import empty_model as model_without_memory
 
 GIB = 2**30
 RESERVE = 0.1
@@ -114,7 +112,7 @@ def group(gpus: int, backend: str) -> Iterator[DeviceMesh]:
 
 def empty_model(step: Step) -> VLA:
     """Without memory for its weights."""
-    model = checkpoints.empty_model(step.model)
+    model = model_without_memory(step.model)
     return model if step.recipe else model.bfloat16()
 
 

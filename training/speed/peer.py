@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PaliGemmaConfig, PaliGemmaModel
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.vla import VLA, Cache, VLAConfig
-from training.weights.foreign import their_name
+from training.model import VLA, Cache, VLAConfig
+from training.weights import their_name
 
 OURS = ("vision.", "projector.", "backbone.")
 PREFIX = "paligemma_with_expert.paligemma.model."

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Replace as ReplaceText
 from tokenizers.processors import TemplateProcessing
 
-from ki_vla_ros.bundle.manifest import PAD_TOKEN, UNKNOWN_TOKEN
+from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN
 from ki_vla_ros.errors import ConfigurationError
 from training.tokens.prompt import BOS_TOKEN, EOS_TOKEN, fast_token, paligemma_loc_token
 

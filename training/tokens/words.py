@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
-from ki_vla_ros.bundle.manifest import PAD_TOKEN, UNKNOWN_TOKEN
+from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN
 from training.tokens.prompt import BOS_TOKEN, EOS_TOKEN, fast_token, loc_token, token_id
 
 ACT_QUERIES = 4

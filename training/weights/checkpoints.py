@@ -15,9 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.gemma import GemmaConfig
-from training.model.siglip import VisionConfig
-from training.model.vla import VLA, VLAConfig
+from training.model import VLA, GemmaConfig, VisionConfig, VLAConfig
 from training.weights.files import WeightFiles, check_fit
 
 WEIGHTS, CONFIG, RESUME = "weights.safetensors", "config.json", "resume.pt"

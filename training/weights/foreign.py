@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.siglip import VisionConfig
-from training.model.vla import VLA, VLAConfig
-from training.tokens.paligemma import VOCABULARY
+from training.model import VLA, VisionConfig, VLAConfig
+from training.tokens import VOCABULARY
 from training.weights.checkpoints import assemble, shapes
 from training.weights.files import WeightFiles, check_fit, find_weights
 

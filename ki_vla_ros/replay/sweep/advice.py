@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.replay.sweep.figures import Outcome
 from ki_vla_ros.replay.sweep.grid import HORIZON, HORIZON_S, Changes, Grid, Value, is_used, parameters_of
-from ki_vla_ros.report.pages import section, table
-from ki_vla_ros.report.plots import Axes, Span, figure
-from ki_vla_ros.settings.parameter_file import NODE, PARAMETERS
+from ki_vla_ros.report import Axes, Span, figure, section, table
+from ki_vla_ros.settings import NODE, PARAMETERS
 from ki_vla_ros.statistics import FEWEST_SEGMENTS, Draws, interval_95
 
 Array = NDArray[np.float64]

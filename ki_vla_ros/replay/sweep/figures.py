@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.records import NS_PER_S, Motion, to_ns
 from ki_vla_ros.replay.figures import Jerk
 from ki_vla_ros.replay.ticks import Prediction, Tick

@@ -14,11 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from ki_vla_ros.bundle.manifest import PolicySpec
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.settings.names import ParameterSpec, check_names, parameter_specs, settings_from_parameters
-from ki_vla_ros.settings.parameter_file import parameter_values
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings import (
+    ParameterSpec,
+    Settings,
+    check_names,
+    parameter_specs,
+    parameter_values,
+    settings_from_parameters,
+)
 
 Value = bool | int | float | str
 Changes = Mapping[str, Value]

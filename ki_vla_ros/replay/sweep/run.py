@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ki_vla_ros.bags.bag import Bag, open_bag
-from ki_vla_ros.bundle.folder import load_bundle
-from ki_vla_ros.engines.choice import open_engine
-from ki_vla_ros.messages.decoding import BagMessage, joint_reading
+from ki_vla_ros.bags import Bag, open_bag
+from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.engines import open_engine
+from ki_vla_ros.messages import BagMessage, joint_reading
 from ki_vla_ros.records import to_ns
 from ki_vla_ros.replay.frames import bag_frame
 from ki_vla_ros.replay.latency import DrawnLatency, Latency, MeasuredLatency

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ki_vla_ros.bundle.folder import file_sha256
+from ki_vla_ros.bundle import file_sha256
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy.preprocess import resize_with_pad
+from ki_vla_ros.policy import resize_with_pad
 from training.data.batch import Arrays, ChunkTiming
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.layout import ACTION, STATE

@@ -26,11 +26,21 @@ from tqdm import tqdm
 
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError, SimulationError
-from ki_vla_ros.policy.preprocess import resize_with_pad
-from ki_vla_ros.robot.robot import Robot, find_robot, read_robot
-from ki_vla_ros.sim.demonstrator import Demonstration, Demonstrator, tip_to_joints
-from ki_vla_ros.sim.task import Scene, Split, Task, sample_scene
-from ki_vla_ros.sim.world import HOME_J, JOINTS, TIMESTEP_S, World
+from ki_vla_ros.policy import resize_with_pad
+from ki_vla_ros.robot import Robot, find_robot, read_robot
+from ki_vla_ros.sim import (
+    HOME_J,
+    JOINTS,
+    TIMESTEP_S,
+    Demonstration,
+    Demonstrator,
+    Scene,
+    Split,
+    Task,
+    World,
+    sample_scene,
+    tip_to_joints,
+)
 from training.config import DataConfig, load_config
 from training.data.batch import Arrays, ChunkTiming
 from training.data.simulated.questions import COMBINATIONS, SeenObject

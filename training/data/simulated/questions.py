@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ki_vla_ros.sim.task import COLOURS, SHAPES
+from ki_vla_ros.sim import COLOURS, SHAPES
 
 LOCATION_BINS = 32
 COMBINATIONS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ki_vla_ros.policy.preprocess import images_to_input
-from ki_vla_ros.sim.task import VERBS, Task
+from ki_vla_ros.policy import images_to_input
+from ki_vla_ros.sim import VERBS, Task
 from training.data.batch import Arrays, Batch, BatchMaker, augment
 from training.data.simulated.generate import BACKGROUND, CAMERAS, seen_objects
 from training.data.simulated.questions import COMBINATIONS, draw_sample
-from training.tokens.prompt import EOS_TOKEN, token_id
+from training.tokens import EOS_TOKEN, token_id
 
 QUESTION_PROMPT = "Question: {task}\nAnswer:"
 LEAST_PIXELS = 15  # visible pixels (of 96 x 96) from which on an object is asked about
