@@ -10,13 +10,14 @@ import struct
 import sys
 from binascii import crc32
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from lz4.frame import LZ4FrameDecompressor
 
@@ -35,10 +36,8 @@ _RECORD = struct.Struct("<BQ")  # kind, length
 _MESSAGE = struct.Struct("<HIQQ")  # channel, sequence, log time, publish time
 # First and last log time, size and CRC of the content (0: none), length of the compression's name.
 _CHUNK = struct.Struct("<QQQII")
-# Read of a record to know what it is: the longest of the above, a compression's name and the length of the content.
-_PEEK = _RECORD.size + _CHUNK.size + 32 + 8
 # Raised where a damaged record is taken apart.
-_DAMAGE = (struct.error, UnicodeDecodeError, ValueError)
+_DAMAGE = (struct.error, ValueError)
 
 # A larger chunk is refused: recorders write some 1 MB, and a damaged size must not fill the memory.
 LARGEST_CHUNK = 128 << 20
@@ -46,6 +45,12 @@ LARGEST_CHUNK = 128 << 20
 CONTENT_KEPT = 128 << 20
 # Messages outside of chunks are read in runs of about so many bytes.
 RUN_BYTES = 1 << 20
+# What is stored as so many bytes at most, and as fewer where it ends too early.
+_DECOMPRESSORS: dict[str, Callable[[bytes, int], bytes]] = {
+    "": lambda stored, _: stored,
+    "zstd": lambda stored, most: ZstdDecompressor().decompress(stored, max_length=most),
+    "lz4": lambda stored, most: LZ4FrameDecompressor().decompress(stored, max_length=most),
+}
 
 
 class _Channel(NamedTuple):
@@ -56,7 +61,7 @@ class _Channel(NamedTuple):
 
 @dataclass(slots=True)
 class _Span:
-    """A chunk (its content compressed) or a run of messages without one; `start` and `size` say where in the file."""
+    """A chunk or a run of messages without one; `start` and `size` say where in the file its record or records are."""
 
     record: int  # where its first record begins
     start: int
@@ -111,39 +116,36 @@ class McapFile:
         self._faults.add(kind, f"{self._name}, byte {at}", message)
 
     def _scan(self) -> None:
+        at: int | None = len(MAGIC)
         if self._read(0, len(MAGIC)) != MAGIC:
             what = "is empty" if self._size == 0 else "does not begin as an mcap file does"
             self._faults.add("file", self._name, f"{what}; nothing of it is read")
-            return
-        at: int | None = len(MAGIC)
+            at = None
         while at is not None:
-            peek = self._read(at, _PEEK)
-            if len(peek) < _RECORD.size:
-                self._fault("truncated", at, "the file ends without an index (the recorder did not close it)")
-                return self._doubt_last()
-            kind, size = _RECORD.unpack_from(peek)
-            start, end = at + _RECORD.size, at + _RECORD.size + size
-            if kind == FOOTER and end + len(MAGIC) == self._size:
-                return None
-            if kind == FOOTER or not 1 <= kind <= DATA_END or end > self._size:
-                at = self._pass(at, peek)
-                continue
-            try:
-                self._note(kind, start, size, peek[_RECORD.size :])
-            except _DAMAGE as error:
-                self._fault("damaged", at, f"a record of kind {kind} cannot be read and is left out: {error}")
-                self._doubt_last()
-            at = end
+            for kind, start, size in _records(self._file, at, self._size):
+                if kind == FOOTER and start + size + len(MAGIC) == self._size:
+                    return
+                if kind == FOOTER or kind > DATA_END:
+                    break
+                try:
+                    self._note(kind, start, size)
+                except _DAMAGE as error:
+                    self._fault("damaged", at, f"a record of kind {kind} cannot be read and is left out: {error}")
+                    self._doubt_last()
+                at = start + size
+            at = self._pass(at)
 
-    def _pass(self, at: int, peek: bytes) -> int | None:
+    def _pass(self, at: int) -> int | None:
         """Where to go on after something that is no whole record, or None: nowhere."""
-        chunk, start = None, at + _RECORD.size
-        if peek[0] == CHUNK:
+        self._doubt_last()
+        if self._size - at < _RECORD.size:
+            self._fault("truncated", at, "the file ends without an index (the recorder did not close it)")
+            return None
+        chunk = None
+        if self._read(at, 1) == bytes([CHUNK]):
             with suppress(*_DAMAGE):
-                chunk = _chunk(start, self._size - start, peek[_RECORD.size :], cut=True)
-        if chunk is None:
-            self._doubt_last()
-        elif not chunk.cut:
+                chunk = self._chunk(at + _RECORD.size)
+        if chunk is not None and not chunk.cut:
             self._fault(
                 "damaged", at, "this chunk's record has a wrong length; the chunk is read as long as it says itself"
             )
@@ -164,12 +166,12 @@ class McapFile:
         if self._spans and self._spans[-1].compression is not None:
             self._spans[-1].doubted = True
 
-    def _note(self, kind: int, start: int, size: int, peek: bytes) -> None:
+    def _note(self, kind: int, start: int, size: int) -> None:
         last = self._spans[-1] if self._spans else None
         if kind in (SCHEMA, CHANNEL):
             self._define(kind, self._read(start, size))
         elif kind == MESSAGE:
-            channel, _, log_ns, _ = _MESSAGE.unpack_from(peek)
+            channel, _, log_ns, _ = _MESSAGE.unpack(self._read(start, _MESSAGE.size))
             begin = start - _RECORD.size
             run = last is not None and last.compression is None and last.start + last.size == begin
             if last is None or not run or last.size > RUN_BYTES:
@@ -179,29 +181,45 @@ class McapFile:
             last.first_ns, last.last_ns = min(last.first_ns, log_ns), max(last.last_ns, log_ns)
             last.counts[channel] += 1
         elif kind == CHUNK:
-            self._spans.append(_chunk(start, size, peek))
+            self._spans.append(self._chunk(start))
         elif kind == MESSAGE_INDEX and last is not None and last.compression is not None:
-            channel, entries_size = struct.unpack_from("<HI", peek)
+            channel, entries_size = struct.unpack("<HI", self._read(start, 6))
             if entries_size + 6 != size:
                 raise ValueError(f"{entries_size} bytes of entries in a record of {size}")
             if entries_size:
                 last.counts[channel] = entries_size // 16
         elif kind == CHUNK_INDEX:
-            self._indexed.append(struct.unpack_from("<QQQ", peek)[2])
+            self._indexed.append(self._indexed_chunk(start))
         elif kind == STATISTICS:
-            (self._announced,) = struct.unpack_from("<Q", peek)
+            (self._announced,) = struct.unpack("<Q", self._read(start, 8))
+
+    def _chunk(self, start: int) -> _Span:
+        """The chunk whose record's content begins there; one of _DAMAGE if it is none that is read."""
+        head = self._read(start, 80)  # a compression's name has at most 32 bytes
+        first_ns, last_ns, content_size, crc, name_size = _CHUNK.unpack_from(head)
+        compression = head[_CHUNK.size :][:name_size].decode()
+        (stored,) = struct.unpack_from("<Q", head, _CHUNK.size + name_size)
+        if max(content_size, stored) > LARGEST_CHUNK:
+            raise ValueError(f"a chunk of {stored} bytes that are {content_size}, more than {LARGEST_CHUNK}")
+        record, start = start - _RECORD.size, start + _CHUNK.size + name_size + 8
+        cut = start + stored > self._size
+        return _Span(record, start, stored, first_ns, last_ns, compression, content_size, crc, cut)
+
+    def _indexed_chunk(self, start: int) -> int:
+        return int.from_bytes(self._read(start + 16, 8), "little")
 
     def _next_chunk(self, at: int) -> int | None:
         """By the index at the file's end, if there is one."""
-        tail = self._read(self._size - 37, 37) if self._size > 37 else b""
-        if len(tail) != 37 or tail[-8:] != MAGIC or tail[0] != FOOTER:
-            return None
-        (summary,) = struct.unpack_from("<Q", tail, 9)
-        index = self._read(summary, self._size - summary) if at < summary < self._size else b""
-        entries = [start for kind, start, size in _records(index) if kind == CHUNK_INDEX and size >= 32]
-        found = [struct.unpack_from("<QQQ", index, start)[2] for start in entries]
-        # The summary comes after the last chunk; it tells the topics of chunks that do not define them.
-        return min((place for place in [*found, summary] if at < place < self._size), default=None)
+        found: list[int] = []
+        end = self._size - len(MAGIC)
+        for kind, start, _ in _records(self._file, max(at, end - _RECORD.size - 20), end):
+            if kind == FOOTER:
+                # The summary comes after the last chunk; it tells the topics of chunks that do not define them.
+                found.append(summary := int.from_bytes(self._read(start, 8), "little"))
+                records = _records(self._file, summary, end)
+                indexes = [start for kind, start, size in records if kind == CHUNK_INDEX and size >= 24]
+                found += [self._indexed_chunk(start) for start in indexes]
+        return min((place for place in found if at < place < self._size), default=None)
 
     # --- what the records say
 
@@ -274,7 +292,7 @@ class McapFile:
     def _entries(self, span: _Span, content: bytes, define: bool = False) -> Iterator[tuple[int, int, int, int]]:
         """(log time, channel, offset, size) of each message in a chunk's content."""
         end = 0
-        for kind, start, size in _records(content):
+        for kind, start, size in _records(BytesIO(content), 0, len(content)):
             end = start + size
             try:
                 if kind == MESSAGE:
@@ -304,7 +322,7 @@ class McapFile:
         if span.compression is None:
             return stored
         try:
-            content = _decompress(stored, span.compression, span.content_size)
+            content = _DECOMPRESSORS[span.compression](stored, span.content_size + 1)
         except Exception as error:  # zstd's, lz4's and MemoryError have no base in common but this
             self._fault("damaged", span.start, f"this chunk cannot be decompressed and is left out: {error}")
             return b""
@@ -320,44 +338,12 @@ class McapFile:
         return b""
 
 
-def _chunk(start: int, size: int, peek: bytes, cut: bool = False) -> _Span:
-    """`peek`: the beginning of a chunk's record, without kind and length. ValueError if it is none that is read."""
-    first_ns, last_ns, content_size, crc, name_size = _CHUNK.unpack_from(peek)
-    if name_size > 32 or len(peek) < (head := _CHUNK.size + name_size + 8):
-        raise ValueError("its compression has no name")
-    if content_size > LARGEST_CHUNK:
-        raise ValueError(f"a chunk of {content_size} bytes, more than {LARGEST_CHUNK}")
-    compression = peek[_CHUNK.size : head - 8].decode()
-    (stored,) = struct.unpack_from("<Q", peek, head - 8)
-    if not cut and head + stored > size:
-        raise ValueError(f"{stored} bytes of content in a record of {size}")
-    kept, record = min(stored, size - head), start - _RECORD.size
-    return _Span(record, start + head, kept, first_ns, last_ns, compression, content_size, crc, kept < stored)
-
-
-def _decompress(stored: bytes, compression: str, size: int) -> bytes:
-    """At most one byte more than `size`, and less where `stored` ends too early."""
-    if compression == "":
-        return stored
-    if compression not in ("zstd", "lz4"):
-        raise ValueError(f"compression {compression!r} is not read, expected zstd, lz4 or none")
-    decompressor: Any = ZstdDecompressor() if compression == "zstd" else LZ4FrameDecompressor()
-    content: bytes = decompressor.decompress(stored, max_length=size + 1)
-    while not decompressor.eof and len(content) <= size:
-        more = decompressor.decompress(b"", max_length=size + 1 - len(content))
-        if not more:
-            break
-        content += more
-    return content
-
-
-def _records(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """(kind, offset, size) of the whole records one after another."""
-    at = 0
-    while at + _RECORD.size <= len(content):
-        kind, size = _RECORD.unpack_from(content, at)
-        start = at + _RECORD.size
-        if kind == 0 or start + size > len(content):
+def _records(file: IO[bytes], at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(kind, offset, size of the content) of the whole records one after another."""
+    while at + _RECORD.size <= end:
+        file.seek(at)
+        (kind, size), start = _RECORD.unpack(file.read(_RECORD.size)), at + _RECORD.size
+        if kind == 0 or start + size > end:
             return
         yield kind, start, size
         at = start + size
