@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -196,11 +195,7 @@ class Trainer:
         return RunPosition(**state)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Builds a run and hands it to this loop. By name: an import of it above would be a circle."""
-    code: int = import_module("training.run").main(arguments)
-    return code
-
-
 if __name__ == "__main__":
+    from training.run import main  # the command builds a run and hands it to the loop above
+
     sys.exit(main())

@@ -9,9 +9,8 @@ from support.models import BATCH, CONFIG, POSTFIX, PROMPT, make_batch, make_mode
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.attention import additive, attend, rotate, rotation
 from training.model.expert import Conditioning, ExpertLayer, embed_time, gated
-from training.model.gemma import BackboneLayer
+from training.model.gemma import BackboneLayer, additive, attend, rotate, rotation
 from training.model.siglip import Vision, VisionConfig
 from training.model.vla import VLA, Output
 

@@ -67,8 +67,13 @@ ALL = {**ROBOT, **TRAINER}
 
 
 def imported(path: Path) -> Iterator[tuple[str, int]]:
-    """Every module that the file imports, wherever the statement stands, and its line."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Every module that the file imports, wherever the statement stands, and its line.
+
+    Not below `if __name__ == "__main__"`: that is a command's beginning, which no importer runs.
+    """
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.dump(node.test))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path}:{node.lineno}: expected absolute imports"
             for alias in node.names:

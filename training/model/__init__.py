@@ -1,8 +1,7 @@
 """The network: vision, backbone, action expert, and the insulation between them."""
 
-from training.model.attention import Rotation, rotate
 from training.model.expert import AdaRMSNorm, Expert, time_periods
-from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm
+from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, Rotation, rotate
 from training.model.initialization import order_embeddings
 from training.model.siglip import LayerNorm, VisionConfig, VisionLayer
 from training.model.sizes import paligemma_3b

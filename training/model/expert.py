@@ -12,8 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.model.attention import Rotation, additive, as_layers, attend
-from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, normalize
+from training.model.gemma import (
+    MLP,
+    GemmaConfig,
+    Projections,
+    RMSNorm,
+    Rotation,
+    additive,
+    as_layers,
+    attend,
+    normalize,
+)
 
 Conditioning = Literal["adarms", "concat"]
 """How the flow time enters: through every norm (pi0.5), or mixed with the embedded actions (pi0)."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.attention import as_layers, softmax_attention
+from training.model.gemma import as_layers, softmax_attention
 
 
 @dataclass(frozen=True)

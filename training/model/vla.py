@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import ConfigurationError
-from training.model.attention import rotation
 from training.model.expert import AdaRMSNorm, Conditioning, Expert, expert_bias
-from training.model.gemma import Backbone, GemmaConfig, make_view, positions
+from training.model.gemma import Backbone, GemmaConfig, make_view, positions, rotation
 from training.model.siglip import Vision, VisionConfig
 
 
