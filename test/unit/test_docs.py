@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
+from ki_vla_ros.__main__ import COMMANDS
+
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 # Folders in which a path in a text may begin.
@@ -152,6 +154,16 @@ def test_every_page_and_picture_is_linked() -> None:
         assert listed == {path.name for path in index.parent.glob("*.md")} - {"README.md"}
     texts = "".join(page.read_text() for page in PAGES)
     assert [path.name for path in (DOCS / "images").iterdir() if f"images/{path.name}" not in texts] == []
+
+
+def test_every_command_is_listed() -> None:
+    page = (DOCS / "commands.md").read_text()
+    for name, _, _ in COMMANDS:
+        assert f"| `{name}` |" in page, name
+    for path in (ROOT / "training").rglob("*.py"):
+        if 'if __name__ == "__main__":' in path.read_text():
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+            assert f"| `{module}` |" in page, module
 
 
 def test_the_imports_of_examples_work() -> None:
