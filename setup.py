@@ -39,7 +39,7 @@ setup(
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
     package_data={NAME: ["py.typed", "sim/*.xml"]},
     data_files=installed_files(),
-    install_requires=["numpy", "pydantic>=2", "pyyaml", "rosbags", "tokenizers"],
+    install_requires=["lz4", "mcap", "numpy", "pydantic>=2", "pyyaml", "rosbags", "tokenizers", "zstandard"],
     extras_require={
         # Beside a ROS installation python3-opencv is there already, and a robot may prefer onnxruntime-gpu.
         "demo": ["av", "mujoco", "onnxruntime", "opencv-python-headless"],

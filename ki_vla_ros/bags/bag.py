@@ -11,7 +11,6 @@ What can be read is given, by log time and in bounded memory; what cannot is in 
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -19,11 +18,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 import yaml
-
-if sys.version_info >= (3, 14):
-    from compression.zstd import ZstdDecompressor, ZstdError
-else:
-    from backports.zstd import ZstdDecompressor, ZstdError
+from zstandard import ZstdDecompressor, ZstdError, frame_content_size
 
 from ki_vla_ros.bags.mcap import LARGEST_CHUNK, McapFile
 from ki_vla_ros.bags.sqlite import SqliteFile
@@ -35,7 +30,8 @@ METADATA = "metadata.yaml"
 STORAGES: Mapping[str, Callable[[Path, Faults, str], Storage]] = {".mcap": McapFile, ".db3": SqliteFile}
 # How a zstd frame begins; CDR begins with a zero byte.
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-BLOCK = 1 << 20
+# Read of a compressed file at a time: zstd makes at most 128 MiB of so much.
+BLOCK = 4096
 
 
 class Bag:
@@ -158,17 +154,16 @@ class Bag:
     def _unpacked(self, file: Path) -> Path:
         """A file that was compressed as a whole, as far as it can be decompressed, in a temporary folder."""
         whole = Path(self._folder.name, file.stem)
-        decompressor = ZstdDecompressor()
+        decompressor = ZstdDecompressor().decompressobj()
         with file.open("rb") as packed, whole.open("wb") as out:
             try:
                 while not decompressor.eof:
-                    block = packed.read(BLOCK) if decompressor.needs_input else b""
-                    if not block and decompressor.needs_input:
+                    if not (block := packed.read(BLOCK)):
                         self._faults.add(
                             "truncated", file.name, "the compressed file ends too early; its beginning is read"
                         )
                         break
-                    out.write(decompressor.decompress(block, max_length=BLOCK))
+                    out.write(decompressor.decompress(block))
             except ZstdError as error:
                 self._faults.add("damaged", file.name, f"can be decompressed in part only: {error}")
         return whole
@@ -187,11 +182,10 @@ class Bag:
 
     def _decompressed(self, message: BagMessage) -> BagMessage | None:
         """Of a bag that was recorded with compression by message."""
-        decompressor = ZstdDecompressor()
         try:
-            data = decompressor.decompress(message.data, max_length=LARGEST_CHUNK)
-            if not decompressor.eof:
-                raise ZstdError("it ends too early, or is larger than any message")
+            if frame_content_size(message.data) > LARGEST_CHUNK:  # -1: it does not say
+                raise ZstdError("it is larger than any message")
+            data = ZstdDecompressor().decompress(message.data, max_output_size=LARGEST_CHUNK)
         except (ZstdError, MemoryError) as error:
             where = f"{message.topic} at {message.log_ns}"
             self._faults.add("message", where, f"cannot be decompressed and is left out: {error}")

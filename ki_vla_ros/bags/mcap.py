@@ -2,12 +2,14 @@
 
 The file's index at its end is not needed, so a wrong one cannot mislead: opening walks over the records' headers, which
 tell chunks' times and messages' counts. Chunks are read when their time comes.
+
+The readers of the package `mcap` stop at the first damage, and most of its records are read whole or not at all: a
+flipped bit in a channel's metadata would cost its topic. So its streams and its names of records are used, and chunks.
 """
 
 from __future__ import annotations
 
 import struct
-import sys
 from binascii import crc32
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator
@@ -20,24 +22,20 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from lz4.frame import LZ4FrameDecompressor
+from mcap.data_stream import ReadDataStream
+from mcap.exceptions import McapError
+from mcap.opcode import Opcode
+from mcap.records import Chunk
+from mcap.writer import MCAP0_MAGIC as MAGIC
+from zstandard import ZstdDecompressor
 
 from ki_vla_ros.bags.storage import CLOCK_STEP_NS, Faults, Pending, Piece, Topic, in_time_order
 from ki_vla_ros.messages import BagMessage
 
-if sys.version_info >= (3, 14):
-    from compression.zstd import ZstdDecompressor
-else:
-    from backports.zstd import ZstdDecompressor
-
-MAGIC = b"\x89MCAP0\r\n"
-HEADER, FOOTER, SCHEMA, CHANNEL, MESSAGE, CHUNK, MESSAGE_INDEX, CHUNK_INDEX = range(1, 9)
-STATISTICS, DATA_END = 0x0B, 0x0F
-_RECORD = struct.Struct("<BQ")  # kind, length
-_MESSAGE = struct.Struct("<HIQQ")  # channel, sequence, log time, publish time
-# First and last log time, size and CRC of the content (0: none), length of the compression's name.
-_CHUNK = struct.Struct("<QQQII")
+# Bytes of a record's kind and length, and of the whole record of the footer.
+_HEAD, _FOOTER = 1 + 8, 1 + 8 + 20
 # Raised where a damaged record is taken apart.
-_DAMAGE = (struct.error, ValueError)
+_DAMAGE = (McapError, struct.error, ValueError)
 
 # A larger chunk is refused: recorders write some 1 MB, and a damaged size must not fill the memory.
 LARGEST_CHUNK = 128 << 20
@@ -45,10 +43,11 @@ LARGEST_CHUNK = 128 << 20
 CONTENT_KEPT = 128 << 20
 # Messages outside of chunks are read in runs of about so many bytes.
 RUN_BYTES = 1 << 20
-# What is stored as so many bytes at most, and as fewer where it ends too early.
+# Of what is stored and the most bytes to give; fewer where it is cut. The package reads no part of a chunk, and
+# believes any size.
 _DECOMPRESSORS: dict[str, Callable[[bytes, int], bytes]] = {
     "": lambda stored, _: stored,
-    "zstd": lambda stored, most: ZstdDecompressor().decompress(stored, max_length=most),
+    "zstd": lambda stored, most: ZstdDecompressor().stream_reader(stored).read(most),
     "lz4": lambda stored, most: LZ4FrameDecompressor().decompress(stored, max_length=most),
 }
 
@@ -63,14 +62,11 @@ class _Channel(NamedTuple):
 class _Span:
     """A chunk or a run of messages without one; `start` and `size` say where in the file its record or records are."""
 
-    record: int  # where its first record begins
     start: int
     size: int
     first_ns: int
     last_ns: int
-    compression: str | None = None  # None: a run, its bytes are the records
-    content_size: int = 0
-    crc: int = 0
+    chunk: bool
     cut: bool = False  # the file ends in it
     counts: Counter[int] = field(default_factory=Counter)  # messages by channel
     doubted: bool = False  # the counts may be wrong: it must be read to know them
@@ -112,6 +108,9 @@ class McapFile:
         self._file.seek(at)
         return self._file.read(max(0, min(size, self._size - at)))  # a file that is being recorded grows meanwhile
 
+    def _stream(self, at: int, size: int) -> ReadDataStream:
+        return ReadDataStream(BytesIO(self._read(at, size)))
+
     def _fault(self, kind: Any, at: int, message: str) -> None:
         self._faults.add(kind, f"{self._name}, byte {at}", message)
 
@@ -123,14 +122,14 @@ class McapFile:
             at = None
         while at is not None:
             for kind, start, size in _records(self._file, at, self._size):
-                if kind == FOOTER and start + size + len(MAGIC) == self._size:
+                if kind == Opcode.FOOTER and start + size + len(MAGIC) == self._size:
                     return
-                if kind == FOOTER or kind > DATA_END:
+                if kind == Opcode.FOOTER or kind > Opcode.DATA_END:
                     break
                 try:
                     self._note(kind, start, size)
                 except _DAMAGE as error:
-                    self._fault("damaged", at, f"a record of kind {kind} cannot be read and is left out: {error}")
+                    self._fault("damaged", at, f"a record of kind {kind} cannot be read and is left out: {_why(error)}")
                     self._doubt_last()
                 at = start + size
             at = self._pass(at)
@@ -138,13 +137,13 @@ class McapFile:
     def _pass(self, at: int) -> int | None:
         """Where to go on after something that is no whole record, or None: nowhere."""
         self._doubt_last()
-        if self._size - at < _RECORD.size:
+        if self._size - at < _HEAD:
             self._fault("truncated", at, "the file ends without an index (the recorder did not close it)")
             return None
         chunk = None
-        if self._read(at, 1) == bytes([CHUNK]):
+        if self._read(at, 1) == bytes([Opcode.CHUNK]):
             with suppress(*_DAMAGE):
-                chunk = self._chunk(at + _RECORD.size)
+                chunk = self._chunk(at + _HEAD)
         if chunk is not None and not chunk.cut:
             self._fault(
                 "damaged", at, "this chunk's record has a wrong length; the chunk is read as long as it says itself"
@@ -163,73 +162,76 @@ class McapFile:
 
     def _doubt_last(self) -> None:
         """The indexes behind the last chunk may be there in part."""
-        if self._spans and self._spans[-1].compression is not None:
+        if self._spans and self._spans[-1].chunk:
             self._spans[-1].doubted = True
 
     def _note(self, kind: int, start: int, size: int) -> None:
         last = self._spans[-1] if self._spans else None
-        if kind in (SCHEMA, CHANNEL):
-            self._define(kind, self._read(start, size))
-        elif kind == MESSAGE:
-            channel, _, log_ns, _ = _MESSAGE.unpack(self._read(start, _MESSAGE.size))
-            begin = start - _RECORD.size
-            run = last is not None and last.compression is None and last.start + last.size == begin
+        definition = kind in (Opcode.SCHEMA, Opcode.CHANNEL)
+        record = self._stream(start, size if definition else min(size, 32))  # chunks and messages are not read yet
+        if definition:
+            self._define(kind, record)
+        elif kind == Opcode.MESSAGE:
+            channel, _, log_ns = record.read2(), record.read4(), record.read8()
+            begin = start - _HEAD
+            run = last is not None and not last.chunk and last.start + last.size == begin
             if last is None or not run or last.size > RUN_BYTES:
-                last = _Span(begin, begin, 0, log_ns, log_ns)
+                last = _Span(begin, 0, log_ns, log_ns, chunk=False)
                 self._spans.append(last)
             last.size = start + size - last.start
             last.first_ns, last.last_ns = min(last.first_ns, log_ns), max(last.last_ns, log_ns)
             last.counts[channel] += 1
-        elif kind == CHUNK:
+        elif kind == Opcode.CHUNK:
             self._spans.append(self._chunk(start))
-        elif kind == MESSAGE_INDEX and last is not None and last.compression is not None:
-            channel, entries_size = struct.unpack("<HI", self._read(start, 6))
+        elif kind == Opcode.MESSAGE_INDEX and last is not None and last.chunk:
+            channel, entries_size = record.read2(), record.read4()
             if entries_size + 6 != size:
                 raise ValueError(f"{entries_size} bytes of entries in a record of {size}")
             if entries_size:
                 last.counts[channel] = entries_size // 16
-        elif kind == CHUNK_INDEX:
+        elif kind == Opcode.CHUNK_INDEX:
             self._indexed.append(self._indexed_chunk(start))
-        elif kind == STATISTICS:
-            (self._announced,) = struct.unpack("<Q", self._read(start, 8))
+        elif kind == Opcode.STATISTICS:
+            self._announced = record.read8()
 
     def _chunk(self, start: int) -> _Span:
         """The chunk whose record's content begins there; one of _DAMAGE if it is none that is read."""
-        head = self._read(start, 80)  # a compression's name has at most 32 bytes
-        first_ns, last_ns, content_size, crc, name_size = _CHUNK.unpack_from(head)
-        compression = head[_CHUNK.size :][:name_size].decode()
-        (stored,) = struct.unpack_from("<Q", head, _CHUNK.size + name_size)
+        head = self._stream(start, 80)  # a compression's name has at most 32 bytes
+        first_ns, last_ns, content_size, _ = head.read8(), head.read8(), head.read8(), head.read4()
+        head.read_prefixed_string()
+        stored = head.read8()
         if max(content_size, stored) > LARGEST_CHUNK:
             raise ValueError(f"a chunk of {stored} bytes that are {content_size}, more than {LARGEST_CHUNK}")
-        record, start = start - _RECORD.size, start + _CHUNK.size + name_size + 8
-        cut = start + stored > self._size
-        return _Span(record, start, stored, first_ns, last_ns, compression, content_size, crc, cut)
+        end = start + head.count + stored
+        return _Span(start, end - start, first_ns, last_ns, chunk=True, cut=end > self._size)
 
     def _indexed_chunk(self, start: int) -> int:
-        return int.from_bytes(self._read(start + 16, 8), "little")
+        return self._stream(start + 16, 8).read8()
 
     def _next_chunk(self, at: int) -> int | None:
         """By the index at the file's end, if there is one."""
         found: list[int] = []
         end = self._size - len(MAGIC)
-        for kind, start, _ in _records(self._file, max(at, end - _RECORD.size - 20), end):
-            if kind == FOOTER:
+        for kind, start, _ in _records(self._file, max(at, end - _FOOTER), end):
+            if kind == Opcode.FOOTER:
                 # The summary comes after the last chunk; it tells the topics of chunks that do not define them.
-                found.append(summary := int.from_bytes(self._read(start, 8), "little"))
+                found.append(summary := self._stream(start, 8).read8())
                 records = _records(self._file, summary, end)
-                indexes = [start for kind, start, size in records if kind == CHUNK_INDEX and size >= 24]
+                indexes = [start for kind, start, size in records if kind == Opcode.CHUNK_INDEX and size >= 24]
                 found += [self._indexed_chunk(start) for start in indexes]
         return min((place for place in found if at < place < self._size), default=None)
 
     # --- what the records say
 
-    def _define(self, kind: int, record: bytes) -> None:
-        if kind == SCHEMA:
-            self._schemas[struct.unpack_from("<H", record)[0]] = _text(record, 2)[0]
+    def _define(self, kind: int, record: ReadDataStream) -> None:
+        """A text that is cut comes as a shorter one: the length that should follow it then fails."""
+        key = record.read2()
+        if kind == Opcode.SCHEMA:
+            name, _ = record.read_prefixed_string(), record.read4()
+            self._schemas[key] = name
         else:
-            key, schema = struct.unpack_from("<HH", record)
-            topic, at = _text(record, 4)
-            encoding, _ = _text(record, at)
+            schema, topic = record.read2(), record.read_prefixed_string()
+            encoding, _ = record.read_prefixed_string(), record.read4()
             if key not in self._channels or not self._channels[key].type:
                 self._channels[key] = _Channel(topic, self._schemas.get(schema, ""), encoding)
 
@@ -237,7 +239,7 @@ class McapFile:
         """Reads chunks that have no index, or messages on channels that are not defined elsewhere."""
         for span in self._spans:
             unknown = span.doubted or not span.counts
-            if unknown or (span.compression is not None and not span.counts.keys() <= self._channels.keys()):
+            if unknown or (span.chunk and not span.counts.keys() <= self._channels.keys()):
                 found = list(self._entries(span, self._read_content(span), define=True))
                 if unknown:
                     span.counts = Counter(channel for _, channel, _, _ in found)
@@ -262,7 +264,7 @@ class McapFile:
 
     def _check(self) -> None:
         """What the file says against what is there."""
-        for at in set(self._indexed) - {span.record for span in self._spans}:
+        for at in set(self._indexed) - {span.start - _HEAD for span in self._spans}:
             self._fault("damaged", at, "the file's index has a chunk here, but there is none that can be read")
         self._spans = [span for span in self._spans if span.counts]
         counts = self._counts()
@@ -291,19 +293,19 @@ class McapFile:
 
     def _entries(self, span: _Span, content: bytes, define: bool = False) -> Iterator[tuple[int, int, int, int]]:
         """(log time, channel, offset, size) of each message in a chunk's content."""
-        end = 0
-        for kind, start, size in _records(BytesIO(content), 0, len(content)):
-            end = start + size
+        end, file = 0, BytesIO(content)
+        for kind, start, size in _records(file, 0, len(content)):
+            end, record = start + size, ReadDataStream(file)
             try:
-                if kind == MESSAGE:
-                    channel, _, log_ns, _ = _MESSAGE.unpack_from(content, start)
-                    if size < _MESSAGE.size or log_ns >= 1 << 63:
+                if kind == Opcode.MESSAGE:
+                    channel, _, log_ns, _ = record.read2(), record.read4(), record.read8(), record.read8()
+                    if size < record.count or log_ns >= 1 << 63:
                         raise ValueError("its log time or size is none")
-                    yield log_ns, channel, start + _MESSAGE.size, size - _MESSAGE.size
-                elif define and kind in (SCHEMA, CHANNEL):
-                    self._define(kind, content[start:end])
+                    yield log_ns, channel, start + record.count, size - record.count
+                elif define and kind in (Opcode.SCHEMA, Opcode.CHANNEL):
+                    self._define(kind, ReadDataStream(BytesIO(content[start:end])))
             except _DAMAGE as error:
-                self._fault("damaged", span.start, f"a record in this chunk is left out: {error}")
+                self._fault("damaged", span.start, f"a record in this chunk is left out: {_why(error)}")
         if end != len(content) and not span.cut:
             self._fault("damaged", span.start, f"{len(content) - end} bytes at this chunk's end are no records")
 
@@ -319,18 +321,21 @@ class McapFile:
 
     def _read_content(self, span: _Span) -> bytes:
         stored = self._read(span.start, span.size)
-        if span.compression is None:
+        if not span.chunk:
             return stored
         try:
-            content = _DECOMPRESSORS[span.compression](stored, span.content_size + 1)
+            chunk = Chunk.read(ReadDataStream(BytesIO(stored)))
+            if (decompress := _DECOMPRESSORS.get(chunk.compression)) is None:
+                raise ValueError(f"expected zstd, lz4 or no compression, got {chunk.compression!r}")
+            content = decompress(chunk.data, chunk.uncompressed_size + 1)
         except Exception as error:  # zstd's, lz4's and MemoryError have no base in common but this
-            self._fault("damaged", span.start, f"this chunk cannot be decompressed and is left out: {error}")
+            self._fault("damaged", span.start, f"this chunk cannot be decompressed and is left out: {_why(error)}")
             return b""
-        if span.cut and len(content) < span.content_size:
+        if span.cut and len(content) < chunk.uncompressed_size:
             return content
-        if len(content) != span.content_size:
-            problem = f"has {len(content)} bytes, not {span.content_size} as it says"
-        elif span.crc and crc32(content) != span.crc:
+        if len(content) != chunk.uncompressed_size:
+            problem = f"has {len(content)} bytes, not {chunk.uncompressed_size} as it says"
+        elif chunk.uncompressed_crc and crc32(content) != chunk.uncompressed_crc:
             problem = "does not have the checksum that it says"
         else:
             return content
@@ -340,19 +345,16 @@ class McapFile:
 
 def _records(file: IO[bytes], at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """(kind, offset, size of the content) of the whole records one after another."""
-    while at + _RECORD.size <= end:
+    head = ReadDataStream(file)
+    while at + _HEAD <= end:
         file.seek(at)
-        (kind, size), start = _RECORD.unpack(file.read(_RECORD.size)), at + _RECORD.size
+        kind, size, start = head.read1(), head.read8(), at + _HEAD
         if kind == 0 or start + size > end:
             return
         yield kind, start, size
         at = start + size
 
 
-def _text(record: bytes, at: int) -> tuple[str, int]:
-    """A string and where it ends."""
-    (size,) = struct.unpack_from("<I", record, at)
-    end = at + 4 + size
-    if end > len(record):
-        raise ValueError(f"a text of {size} bytes in a record of {len(record)}")
-    return record[at + 4 : end].decode(), end
+def _why(error: Exception) -> str:
+    """Some errors of the package, and MemoryError, say nothing but their name."""
+    return str(error) or type(error).__name__

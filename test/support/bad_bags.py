@@ -25,6 +25,7 @@ from rosbags.rosbag2 import CompressionMode
 from ki_vla_ros.messages.decoding import BagMessage
 from ki_vla_ros.records import NS_PER_S
 from support.sample_bags import (
+    COMPRESSORS,
     JOINT_TOPIC,
     SCENE,
     STRING,
@@ -179,6 +180,8 @@ def _stamp(message: BagMessage) -> int:
     return sec * NS_PER_S + nanosec
 
 
+# A frame of zstd that says it has 2**40 bytes.
+HUGE = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + bytes(60)
 WITHOUT_METADATA = r"metadata.yaml: is missing"
 CASES: dict[str, Case] = {
     "good mcap": Case(lambda f: write_bag(f / "bag", recording())),
@@ -241,6 +244,14 @@ CASES: dict[str, Case] = {
     "a damaged chunk": Case(
         lambda f: (p := write_mcap(f / "b.mcap", recording()), _flip(p, _chunk_starts(p)[2] + 200, count=3))[0],
         (r"byte \d+: this chunk (cannot be decompressed|does not have the checksum)",),
+        None,
+    ),
+    "a compression of no kind": Case(
+        lambda f: (
+            p := write_mcap(f / "b.mcap", recording()),
+            p.write_bytes(p.read_bytes().replace(b"zstd", b"gzip")),
+        )[0],
+        (r"this chunk cannot be decompressed and is left out: expected zstd, lz4 or no compression, got 'gzip'",),
         None,
     ),
     "a flipped bit, no compression": Case(
@@ -319,6 +330,16 @@ CASES: dict[str, Case] = {
     ),
     "mixed encodings": Case(
         _of(change(SCENE, lambda k, m: with_data(m, image(_stamp(m), ("rgb8", "bgr8", "mono8")[k % 3]))))
+    ),
+    "cut compressed messages": Case(
+        _of(change(JOINT_TOPIC, lambda k, m: m if k % 5 else with_data(m, COMPRESSORS["zstd"](m.data)[:-3]))),
+        (r"joint_states at \d+: cannot be decompressed and is left out",),
+        None,
+    ),
+    "compressed messages that claim to be huge": Case(
+        _of(change(JOINT_TOPIC, lambda k, m: m if k % 5 else with_data(m, HUGE))),
+        (r"joint_states at \d+: cannot be decompressed and is left out: it is larger than any message",),
+        None,
     ),
     "cut messages": Case(_of(change(JOINT_TOPIC, lambda k, m: with_data(m, m.data[: 7 * (k % 20)])))),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Compares bags/mcap.py with another reader of the same interface, for instance one of its former versions.
 
-    git show COMMIT:ki_vla_ros/bags/mcap.py > other.py
-    PYTHONPATH=.:test python -m support.mcap_readers other.py [--seed 0] [--count 200]
+    git show COMMIT:ki_vla_ros/bags/mcap.py > OTHER.py
+    PYTHONPATH=.:test python -m support.mcap_readers OTHER.py [--seed 0] [--count 200]
 
 Prints a table: files by kind of damage, messages that each reads, files of which one reads more than the other,
 messages that are not as they were recorded (some cases are of changed ones), and the ratio of processor time; then the

@@ -26,7 +26,7 @@ ROSDEP_KEYS = {
     "yaml": "python3-yaml",
 }
 # Not to be had from rosdep, or for the demo alone: from pip, as package.xml and the README say.
-FROM_PIP = {"av", "backports", "lz4", "mujoco", "onnxruntime", "rosbags", "ruamel", "tokenizers"}
+FROM_PIP = {"av", "lz4", "mcap", "mujoco", "onnxruntime", "rosbags", "ruamel", "tokenizers", "zstandard"}
 # Imported only when a parameter asks for it.
 OPTIONAL = {"cuda", "torch"}
 
@@ -45,8 +45,7 @@ def imported_modules(folder: Path) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.split(".")[0])
-    # compression: in the standard library from Python 3.14 on.
-    return found - set(sys.stdlib_module_names) - {"compression"}
+    return found - set(sys.stdlib_module_names)
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -160,7 +159,6 @@ def test_everything_imported_is_required_from_pip() -> None:
         "cv2": "opencv-python-headless",
         "google": "protobuf",
         "yaml": "pyyaml",
-        "backports": "backports.zstd",
         "ruamel": "ruamel.yaml",
     }
     # Dependencies of rclpy's wheel, and cv_bridge, which is used where a ROS installation brings it.
