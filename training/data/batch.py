@@ -28,7 +28,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class ChunkTiming:
-    """Size of the model's inputs and outputs, as far as the data depend on it."""
+    """The sizes and the timing of a model that its data depend on."""
 
     image_size: int
     horizon: int
@@ -42,13 +42,13 @@ class ChunkTiming:
 
 @dataclass(frozen=True)
 class Batch:
-    """A prefix (images in [-1, 1], prompt), a postfix to predict, and labels; what the samples do not have is None.
+    """A prefix (images in [-1, 1] and a prompt), a postfix to predict, and labels; None for what the samples lack.
 
-    `text_mask_BT` and `fast_mask_BT` say which tokens of the postfix count as words and as FAST actions.
-    `asking_BR`: the prompt tokens from which hints are read. `place_B2`: u and v (0..1) of the object that is asked
-    about in the last camera's image (NaN: unknown or none), `target_cell_B` the image cell there (`NO_TARGET`).
-    `cells_BVN` what each image cell shows, `readout_BKA` the scaled DCT coefficients of the lowest frequencies,
-    `action_BHA` the normalised chunk, `state_BJ` the normalised joint state.
+    `text_mask_BT` and `fast_mask_BT` say which tokens of the postfix count as words and which as FAST actions.
+    `asking_BR` holds the indices of the prompt tokens that hints are read from. `place_B2` is where the last camera's
+    image shows the object asked about, as u and v in 0..1 (NaN: unknown or none); `target_cell_B` is the image cell
+    there, or `NO_TARGET`. `cells_BVN` says what each image cell shows, `readout_BKA` holds the scaled DCT coefficients
+    of the lowest frequencies, `action_BHA` the normalised chunk and `state_BJ` the normalised joint state.
     """
 
     images_BVCHW: Tensor
@@ -68,12 +68,12 @@ class Batch:
 
     @property
     def prefix(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Images, their mask, prompt tokens, their mask: what the model is given first."""
+        """Images and their mask, prompt tokens and their mask: what the model is given first."""
         return self.images_BVCHW, self.image_mask_BV, self.tokens_BL, self.token_mask_BL
 
     @property
     def postfix_mask_BT(self) -> Tensor | None:
-        """All tokens of the postfix that count; False is padding."""
+        """True for the tokens of the postfix that count, False for padding."""
         if self.text_mask_BT is None or self.fast_mask_BT is None:
             return self.fast_mask_BT if self.text_mask_BT is None else self.text_mask_BT
         return self.text_mask_BT | self.fast_mask_BT
@@ -91,7 +91,7 @@ class Batch:
 
 
 class BatchMaker:
-    """Tokenizes and pads as the robot does; `grid` image cells along one side."""
+    """Tokenizes and pads as the robot does; an image has `grid` cells along each side."""
 
     def __init__(self, tokenizer: Tokenizer, *, length: int, grid: int, device: torch.device | str = "cpu") -> None:
         self.tokenizer, self.length, self.grid, self.device = tokenizer, length, grid, device
@@ -108,9 +108,9 @@ class BatchMaker:
         place_B2: NDArray[np.floating] | None = None,
         **labels: Tensor,
     ) -> Batch:
-        """Images are augmented. `postfixes` are token ids, of FAST actions if `fast`, else of text.
+        """A batch with augmented images; `postfixes` are token ids, of FAST actions if `fast`, else of text.
 
-        `asking` are the ids of the prompt tokens that ask; without any, the prompt's last token does.
+        `asking` lists the ids of the prompt tokens that hints are read from; without any, that is the last token.
         """
         tokenized = [tokenize(self.tokenizer, prompt, self.length) for prompt in prompts]
         tokens = torch.from_numpy(np.stack([tokens for tokens, _ in tokenized]))
@@ -123,7 +123,7 @@ class BatchMaker:
         for row, postfix in enumerate(postfixes):
             postfix_BT[row, : len(postfix)] = torch.tensor(postfix)
             counts_BT[row, : len(postfix)] = True
-        if asking:
+        if asking:  # where each of these ids first occurs
             asking_BR = (tokens[:, :, None] == torch.tensor(asking)).int().argmax(dim=1)
         else:
             asking_BR = (mask.sum(dim=1) - 1)[:, None]
@@ -144,16 +144,16 @@ class BatchMaker:
         ).to(self.device)
 
     def cell_of(self, u: float, v: float) -> int:
-        """The image cell of a place in raster order; `NO_TARGET` outside of the image and for NaN."""
+        """The image cell at a place, counted in raster order; `NO_TARGET` outside the image and for NaN."""
         if not (0 <= u < 1 and 0 <= v < 1):
             return NO_TARGET
         return int(v * self.grid) * self.grid + int(u * self.grid)
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Brightness and contrast of each sample (all its cameras alike) by up to a tenth.
+    """Change each sample's brightness and contrast by up to a tenth, the same for all its cameras.
 
-    No crop or shift: places are the lesson.
+    No crop or shift: the model is to learn where things are.
     """
     shape = (len(images), *(1,) * (images.dim() - 1))
     gain = torch.from_numpy(rng.uniform(0.9, 1.1, shape).astype(np.float32))

@@ -1,4 +1,4 @@
-"""A source of robot frames: camera images, instruction and joint state in, the chunk that follows as actions and FAST.
+"""A source of robot frames: images, instruction and joint state, and the chunk that follows, as actions and as FAST.
 
 Legend: B batch, F frames, V cameras, S image side, H horizon, J joints, K readout frequencies, A action dim (here J).
 """
@@ -18,11 +18,11 @@ from training.tokens import FastTokenizer, fast_id
 
 
 class RobotFrames:
-    """Draws from `arrays`: `images` [F, V, S, S, 3] uint8, `state` [F, J], `chunk` [F, H, J], `task` [F] (text), and
-    perhaps `place` [F, 2], where in the last camera's image the object of the task is.
+    """Draws frames from `arrays`, which are in memory.
 
-    `asking` are the ids of the readout tokens at the prompt's end, one for each of FAST's lowest frequencies that they
-    learn to name; none without hints.
+    They are `images` [F, V, S, S, 3] uint8, `state` [F, J], `chunk` [F, H, J], `task` [F] (text), and optionally
+    `place` [F, 2]: where the last camera's image shows the object of the task. `asking` lists the ids of the readout
+    tokens at the prompt's end, one for each of FAST's lowest frequencies that they learn to name; none without hints.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class RobotFrames:
         self.first_fast = fast_id(maker.tokenizer, 0)
 
     def draw(self, count: int, rng: np.random.Generator) -> Batch:
-        """`count` different frames."""
+        """A batch of `count` different frames."""
         return self.take(np.sort(rng.choice(len(self.arrays["state"]), size=count, replace=False)), rng)
 
     def take(self, frames: NDArray[np.int64], rng: np.random.Generator) -> Batch:
-        """These frames; `rng` augments their images."""
+        """A batch of these frames; `rng` augments their images."""
         state_BJ = self.arrays["state"][frames].astype(np.float64)
         action_BHA = self.space.normalize_chunk(self.arrays["chunk"][frames].astype(np.float64), state_BJ)
         labels = {
@@ -69,7 +69,7 @@ class RobotFrames:
         )
 
     def render(self, task: str, state_J: NDArray[np.float64]) -> str:
-        """The prompt, exactly as on the robot."""
+        """The prompt, exactly as the robot renders it."""
         return render_prompt(self.prompt, task, state_to_bins(self.normalize_state(state_J)))
 
     def normalize_state(self, state: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Where batches come from. A stage mixes sources: so many samples of each in every step."""
+"""A source of batches. A stage mixes sources: it draws a fixed number of samples from each in every step."""
 
 from __future__ import annotations
 

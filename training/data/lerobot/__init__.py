@@ -1,4 +1,4 @@
-"""LeRobot datasets, format v3.0: made from bags, turned back into bags, and read for training (docs/data.md)."""
+"""LeRobot datasets, format v3.0: made from bags, turned back into bags, read for training (docs/data.md)."""
 
 from training.data.lerobot.arrays import load_recorded
 from training.data.lerobot.dataset import Dataset, Episode

@@ -1,4 +1,4 @@
-"""A dataset -> the arrays that `RobotFrames` draws from, in memory.
+"""From a dataset to the arrays that `RobotFrames` draws from, in memory.
 
 Legend: F frames, V cameras, S image size, H horizon, J joints.
 """
@@ -33,11 +33,11 @@ def load_dataset(
     period_s: float,
     ends: Ends = "drop",
 ) -> Arrays:
-    """`images` [F, V, S, S, 3] uint8 in the order of `cameras`, `state` [F, J] and `chunk` [F, H, J] float32, `task`
-    [F], `episode` [F].
+    """All frames of a dataset; ConfigurationError if it lacks what is asked for.
 
-    `chunk[i]` holds the actions of frame i and those after it. Near an episode's end there are fewer than `horizon`:
-    such frames are left out ("drop"), or the last action is repeated ("hold": right where the arm then stays).
+    `images` [F, V, S, S, 3] uint8 in the order of `cameras`, `state` [F, J] and `chunk` [F, H, J] float32, `task` [F],
+    `episode` [F]. `chunk[i]` holds the actions of frame i and of those after it. Near an episode's end there are fewer
+    than `horizon`: such frames are left out ("drop"), or the last action is repeated ("hold": right if the arm stays).
     """
     if abs(dataset.info.fps * period_s - 1.0) > 1e-6:
         raise ConfigurationError(
@@ -78,9 +78,9 @@ def load_dataset(
 def load_recorded(
     folder: Path, cameras: Sequence[str], timing: ChunkTiming, meta: dict[str, Any]
 ) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays of the dataset, and `meta` with a fingerprint that covers it, too.
+    """Arrays of the dataset, and `meta` with a fingerprint that covers it as well.
 
-    An episode of the demo ends with the arm where it shall be, so chunks that reach beyond stay there.
+    An episode of the demo ends with the arm at its goal, so chunks that reach past the end stay there.
     """
     arrays = load_dataset(
         Dataset(folder),
@@ -97,7 +97,7 @@ def load_recorded(
 
 
 def make_chunks(action_FJ: NDArray[np.floating], horizon: int, ends: Ends) -> NDArray[np.floating]:
-    """[F, H, J]: of each frame its action and the next; F is smaller by `horizon` - 1 with "drop"."""
+    """[F, H, J]: each frame's action and those after it; with "drop", F is smaller by `horizon` - 1."""
     last = len(action_FJ) - 1
     frames = len(action_FJ) if ends == "hold" else max(0, len(action_FJ) - horizon + 1)
     chunk_FHJ: NDArray[np.floating] = action_FJ[np.minimum(np.arange(frames)[:, None] + np.arange(horizon), last)]

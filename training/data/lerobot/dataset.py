@@ -1,4 +1,4 @@
-"""Reads a dataset of format v3.0, ours or another's: episodes, their rows, and the images of their videos."""
+"""Reads datasets of format v3.0, whoever made them: episodes, their rows, and the images of their videos."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.data.lerobot.video import read_frames
 
 @dataclass(frozen=True)
 class Episode:
-    """`row` holds what meta/episodes says of it, by column."""
+    """One episode; `row` is its row of meta/episodes, by column."""
 
     index: int
     length: int
@@ -28,7 +28,7 @@ class Episode:
 
 
 class Dataset:
-    """ConfigurationError for a folder that is none, or whose parts do not fit; `tasks` by task_index."""
+    """A dataset on disk, with `tasks` by task_index; ConfigurationError if it is none or its parts do not fit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +36,7 @@ class Dataset:
         if inside := [key for key, feature in self.info.features.items() if feature.dtype == "image"]:
             raise ConfigurationError(
                 f"dataset {folder}: expected images as videos, got {', '.join(inside)} inside the tables; LeRobot's "
-                "own tools make videos of them"
+                "own tools can turn them into videos"
             )
         self.tasks = self._read_tasks()
         self.episodes = self._read_episodes()
@@ -53,7 +53,7 @@ class Dataset:
         return tuple(self.info.cameras.values())
 
     def columns(self, episode: Episode) -> dict[str, NDArray[Any]]:
-        """The episode's rows by feature, [N] or [N, D]; InputError where they are not those that meta/ describes."""
+        """The episode's rows by feature, [N] or [N, D]; InputError if they are not as meta/ describes them."""
         place = {name: episode.row[f"data/{name}"] for name in ("chunk_index", "file_index")}
         path = self._inside(self.info.data_path.format(**place))
         if self._table is None or self._table[0] != path:
@@ -71,11 +71,11 @@ class Dataset:
         return columns
 
     def images(self, episode: Episode, camera: str) -> Iterator[NDArray[np.uint8]]:
-        """[H, W, 3] of each frame; InputError where the video lacks one."""
+        """The image [H, W, 3] of each frame; InputError if the video lacks one."""
         key = next((key for key, name in self.info.cameras.items() if name == camera), None)
         if key is None or self.info.video_path is None:
             raise ConfigurationError(
-                f"dataset {self.folder}: expected videos of camera {camera!r}, but it has those of "
+                f"dataset {self.folder}: expected videos of camera {camera!r}, got those of "
                 f"{', '.join(self.cameras) or 'none'}"
             )
         place = {name: episode.row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
@@ -108,10 +108,10 @@ class Dataset:
         return sorted(episodes, key=lambda episode: episode.index)
 
     def _inside(self, name: str) -> Path:
-        """A file of the dataset: its own metadata must not lead anywhere else."""
+        """The path of a file in the dataset; ConfigurationError if the metadata points outside the folder."""
         path = self.folder / name
         if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise ConfigurationError(f"dataset {self.folder}: meta/info.json leads to {name}, outside of it")
+            raise ConfigurationError(f"dataset {self.folder}: expected paths inside it in meta/info.json, got {name}")
         return path
 
 

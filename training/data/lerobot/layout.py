@@ -1,17 +1,17 @@
-"""LeRobot's dataset format v3.0 as data: which files there are, and what stands in them.
+"""LeRobot's dataset format v3.0 as data: which files there are, and what is in them.
 
 Facts from the format's description and its reference implementation (huggingface/lerobot, docs/source/
 lerobot-dataset-v3.mdx and src/lerobot/datasets, version 0.6.2 of 2026-08-23):
 
     meta/info.json                                  `Info`
     meta/stats.json                                 figures of every feature over the whole dataset (statistics.py)
-    meta/tasks.parquet                              task_index by task, which is the index of the table
+    meta/tasks.parquet                              task_index by task; the task is the table's index
     meta/episodes/chunk-000/file-000.parquet        one row per episode: where its frames are, and its figures
-    data/chunk-000/file-000.parquet                 one row per frame, an episode after the other
-    videos/KEY/chunk-000/file-000.mp4               the frames of one camera, an episode after the other
+    data/chunk-000/file-000.parquet                 one row per frame, one episode after the other
+    videos/KEY/chunk-000/file-000.mp4               the frames of one camera, one episode after the other
 
-Frame i of an episode has timestamp i / fps exactly; when it was really taken, the format does not say. Ours is kept in
-a feature of our own, `STAMP`, and what a dataset was made from in a file of our own, `SOURCE`.
+Frame i of an episode has timestamp i / fps exactly; the format does not say when it was really taken. We keep that in
+an extra feature, `STAMP`, and what a dataset was made from in an extra file, `SOURCE`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SOURCE: Final = "meta/ki_vla_ros.json"
 STATE: Final = "observation.state"
 ACTION: Final = "action"
 IMAGES: Final = "observation.images."
-STAMP: Final = "stamp_ns"  # not "observation.": what begins so is an input of LeRobot's policies
+STAMP: Final = "stamp_ns"  # no "observation." in front: LeRobot's policies take such features as inputs
 
 MIB: Final = 1 << 20
 Positive = Annotated[int, Field(gt=0)]
@@ -45,7 +45,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Feature(BaseModel):
-    """`info` describes a video; names of a vector's elements may be grouped (by motor, say)."""
+    """One feature. `info` describes a video; the names of a vector's elements may be grouped (by motor, say)."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -56,7 +56,7 @@ class Feature(BaseModel):
 
     @property
     def element_names(self) -> tuple[str, ...]:
-        """In order, whether grouped or not."""
+        """The names in order, grouped or not."""
         if isinstance(self.names, dict):
             groups = [group for group in self.names.values() if isinstance(group, list)]
             return tuple(str(name) for group in groups for name in group)
@@ -64,7 +64,7 @@ class Feature(BaseModel):
 
 
 class Info(BaseModel):
-    """meta/info.json. Keys of other writers (v2's total_videos, say) are not an error."""
+    """The content of meta/info.json; other keys (v2's total_videos, say) are not an error."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -84,7 +84,7 @@ class Info(BaseModel):
 
     @property
     def cameras(self) -> dict[str, str]:
-        """Camera name by feature key, of the features that are videos."""
+        """Camera name by feature key, for the features that are videos."""
         return {key: key.removeprefix(IMAGES) for key, feature in self.features.items() if feature.dtype == "video"}
 
     def write(self, folder: Path) -> None:
@@ -96,7 +96,7 @@ class Info(BaseModel):
 
 
 def read_info(folder: Path) -> Info:
-    """ConfigurationError names what `folder` lacks, or the key that is not as the format says."""
+    """Read meta/info.json; ConfigurationError names what `folder` lacks, or the key that breaks the format."""
     path = folder / INFO
     try:
         return Info.model_validate_json(path.read_text())
@@ -118,7 +118,7 @@ def scalar(dtype: str) -> Feature:
 
 
 def make_features(joints: Sequence[str], images: Mapping[str, Feature]) -> dict[str, Feature]:
-    """Of our datasets: the robot's, ours, and those that every dataset has."""
+    """The features of our datasets: the robot's, our own, and those that every dataset has."""
     return {
         STATE: vector("float32", joints),
         ACTION: vector("float32", joints),
@@ -133,7 +133,7 @@ def make_features(joints: Sequence[str], images: Mapping[str, Feature]) -> dict[
 
 
 def arrow_schema(features: Mapping[str, Feature]) -> pa.Schema:
-    """Of data/*.parquet: a number for a shape of (1,), else a list of fixed length; videos are not in it."""
+    """The schema of data/*.parquet: a number for shape (1,), else a list of fixed length; no videos."""
     fields = []
     for name, feature in features.items():
         if feature.dtype != "video":
@@ -143,7 +143,7 @@ def arrow_schema(features: Mapping[str, Feature]) -> pa.Schema:
 
 
 def tasks_table(tasks: Sequence[str]) -> pa.Table:
-    """A data frame whose index is the task, as pandas writes it (its own metadata says which column the index is)."""
+    """A data frame whose index is the task, as pandas writes it (its metadata says which column is the index)."""
     table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
 
     def column(name: str | None, kind: str, numpy: str) -> dict[str, Any]:

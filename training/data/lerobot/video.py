@@ -1,8 +1,8 @@
-"""The mp4 files of a dataset: frames of many episodes one after another, n / fps seconds from the file's beginning.
+"""The mp4 files of a dataset: frames of many episodes one after another, frame n at n / fps seconds.
 
-H.264 at a quality (crf 18) that keeps simulated images of 288 pixels at 40 dB on average, every second frame a key
-frame as in LeRobot's own, so that a frame can be read without many others; no frame refers to a later one, so that the
-first one's time is 0.
+H.264 at a quality (crf 18) that keeps simulated images of 288 pixels at 40 dB on average. Every second frame is a key
+frame, as in LeRobot's own files, so that a frame can be read without decoding many others. No frame refers to a later
+one, so that the first frame's time is 0.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from training.data.lerobot.layout import MIB, Feature, Info, next_file
 CODEC: Final = "libx264"
 OPTIONS: Final = {"crf": "18", "g": "2", "bf": "0"}
 PIXELS: Final = "yuv420p"
-TOLERANCE_S: Final = 1e-4  # LeRobot's: so near must a frame be to its timestamp
+TOLERANCE_S: Final = 1e-4  # LeRobot's: how near a frame must be to its timestamp
 
 
 class VideoWriter:
-    """The files of one camera."""
+    """Writes the files of one camera."""
 
     def __init__(self, folder: Path, key: str, info: Info) -> None:
-        """Of `info` the sizes, the rate and the path count."""
+        """`info` gives the largest size of a file, the rate and the paths."""
         self._folder, self._key, self._info = folder, key, info
         self._place = (0, 0)
         self._container: Any = None
@@ -40,22 +40,24 @@ class VideoWriter:
         self._episode_bytes = 0  # of the one before
 
     def begin_episode(self) -> None:
-        """In a new file, where another episode like the last would make this one too large."""
+        """Begin a new file, too, if another episode as large as the last would make this file too large."""
         if self._container and self._bytes + self._episode_bytes >= self._info.video_files_size_in_mb * MIB:
             self.close()
             self._place = next_file(*self._place, self._info.chunks_size)
         self._from_frame, self._from_bytes = self._frames, self._bytes
 
     def add(self, rgb_HWC: NDArray[np.uint8]) -> None:
-        """InputError where the size is not that of the frames before, or not one that can be encoded."""
+        """Add a frame; InputError if its size is not that of the frames before, or cannot be encoded."""
         size = rgb_HWC.shape[0], rgb_HWC.shape[1]
         if self._size is None and (size[0] % 2 or size[1] % 2):
-            raise InputError(f"{self._key}: {PIXELS} video needs an even size, got {size[1]} x {size[0]} pixels")
+            raise InputError(
+                f"{self._key}: expected an even width and height, for {PIXELS} video, got {size[1]} x {size[0]} pixels"
+            )
         if self._size is not None and self._size != size:
             height, width = self._size
             raise InputError(
-                f"{self._key}: expected {width} x {height} pixels as before, got {size[1]} x {size[0]}; bags of "
-                "cameras with different sizes make different datasets"
+                f"{self._key}: expected {width} x {height} pixels as before, got {size[1]} x {size[0]}; convert bags "
+                "with different image sizes into separate datasets"
             )
         if self._container is None:
             self._open(size)
@@ -65,7 +67,7 @@ class VideoWriter:
         self._frames += 1
 
     def end_episode(self) -> dict[str, int | float]:
-        """What the episode's row says of this video."""
+        """What the episode's row says about this video."""
         self._episode_bytes = self._bytes - self._from_bytes
         prefix, fps = f"videos/{self._key}", self._info.fps
         return {
@@ -84,7 +86,7 @@ class VideoWriter:
 
     @property
     def feature(self) -> Feature:
-        """As meta/info.json describes it; only after a frame."""
+        """The camera as meta/info.json describes it; known once a frame was added."""
         assert self._size is not None
         height, width = self._size
         info = {
@@ -120,7 +122,7 @@ class VideoWriter:
 
 
 def read_frames(path: Path, from_s: float, count: int, fps: int) -> Iterator[NDArray[np.uint8]]:
-    """`count` images [H, W, 3], of the times `from_s + i / fps`; InputError where one is missing."""
+    """`count` images [H, W, 3], at the times `from_s + i / fps`; InputError if one is missing."""
     if not path.is_file():
         raise InputError(f"video {path}: the episodes name it, but there is no such file")
     done = 0
@@ -136,7 +138,7 @@ def read_frames(path: Path, from_s: float, count: int, fps: int) -> Iterator[NDA
                     raise InputError(f"video {path}: expected frames with times, got one without")
                 time_s, due_s = float(frame.pts * tick_s), from_s + done / fps
                 if time_s < due_s - TOLERANCE_S:
-                    continue  # before the episode, as its first key frame may be
+                    continue  # the key frame that decoding starts at may lie before the episode
                 if time_s > due_s + TOLERANCE_S:
                     break
                 yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)

@@ -1,7 +1,7 @@
 """Simulated data: robot episodes by the demonstrator, and vision-language frames of random scenes.
 
 Legend: F frames, V cameras, S image size, J joints, H horizon, O objects (at most `MAX_OBJECTS`, unused rows are -1).
-Arrays lie in a folder as plain `.npy` files; `meta.json` holds what they were made from.
+Arrays are plain `.npy` files in a folder; `meta.json` says what they were made from.
 
     python -m training.data.simulated.generate config/training/demo.yaml
 """
@@ -49,9 +49,9 @@ FORMAT = 3
 CAMERAS = ("wrist", "scene")  # as config/robots/demo_arm.yaml orders them (tested)
 MAX_OBJECTS = 5
 RENDER_SIZE = 288  # what the robot's cameras publish; the model's size is a whole fraction of it
-SETTLE_S = 0.6  # so much of an episode lies after the arm has arrived, so that the policy learns to stay
+SETTLE_S = 0.6  # how long an episode goes on after the arm has arrived, so that the policy learns to stay
 LAG_S = 0.007  # by which the simulated arm trails its command (arm.xml)
-UNDER_WAY_S = 0.3
+UNDER_WAY_S = 0.3  # see `_plan_chunk`
 LOWEST_TIP_M = 0.01
 BACKGROUND = len(COMBINATIONS)
 
@@ -59,13 +59,13 @@ BACKGROUND = len(COMBINATIONS)
 def load_arrays(folder: Path) -> Arrays:
     """The arrays of one source (`folder/robot`, `folder/validation` or `folder/scenes`), in memory.
 
-    Memory-mapped, the random reads of a batch took as long as its gradients wherever the page cache is short.
+    Memory-mapped, a batch's random reads took as long as its gradients on a machine short of page cache.
     """
     return {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
 
 
 def seen_objects(arrays: Arrays, frame: int, *, least_pixels: int = 0) -> list[SeenObject]:
-    """Objects of a frame whose centre is in the scene image and of which at least `least_pixels` are visible."""
+    """The objects of a frame with their centre in the scene image and at least `least_pixels` visible pixels."""
     seen = []
     for kind, (u, v), pixels in zip(arrays["kind"][frame], arrays["uv"][frame], arrays["pixels"][frame], strict=True):
         if kind >= 0 and pixels >= least_pixels and 0 <= u < 1 and 0 <= v < 1:
@@ -77,11 +77,11 @@ def seen_objects(arrays: Arrays, frame: int, *, least_pixels: int = 0) -> list[S
 def record_episode(
     world: World, seed: int, split: Split, frames: int, timing: ChunkTiming, with_rivals: bool
 ) -> Arrays | None:
-    """Frames of one demonstration; None when the demonstrator did not solve it (the caller counts these).
+    """Frames of one demonstration; None if the demonstrator did not solve it (the caller counts these).
 
-    The frames are not what the flawless demonstration passes through, but positions around it (see `_draw_position`),
-    each with the chunk that the demonstrator would do from there: a policy must know the way back from its mistakes.
-    `with_rivals` adds, for each frame, the chunks that the demonstrator would do for every object of the scene.
+    The frames do not lie on the flawless demonstration but around it (see `_draw_position`), each with the chunk that
+    the demonstrator would execute from there: a policy must learn the way back from its mistakes. `with_rivals` adds,
+    for each frame, the chunks that the demonstrator would execute for every object of the scene.
     """
     rng = np.random.default_rng([seed, 7])
     scene = sample_scene(seed, split=split)
@@ -100,7 +100,7 @@ def record_episode(
             chunks = [_plan_chunk(demonstrator, scene, position_J, due_s)]
             if with_rivals:
                 rows["rivals"].append(_plan_rivals(demonstrator, scene, position_J, due_s))
-        except SimulationError:  # the way would lead out of the arm's reach
+        except SimulationError:  # the motion would leave the arm's reach
             continue
         rows["images"].append(render_views(world, timing.image_size))
         rows["state"].append(position_J.astype(np.float32))
@@ -112,6 +112,7 @@ def record_episode(
         return None
     arrays = {name: np.stack(values) for name, values in rows.items() if values}
     arrays["kind"] = np.tile(_kinds(scene), (frames, 1))
+    # Episodes are not segmented; any object may count as visible.
     arrays["pixels"] = np.where(arrays["kind"] >= 0, 999, -1).astype(np.int16)
     arrays["target"] = np.full(frames, scene.target, np.int8)
     arrays["verb"] = np.full(frames, scene.task.verb == "point at", np.int8)
@@ -120,9 +121,9 @@ def record_episode(
 
 
 def record_scene(world: World, seed: int, timing: ChunkTiming) -> Arrays:
-    """One vision-language frame:
+    """One vision-language frame: random objects, the arm anywhere.
 
-    any objects, the arm anywhere. `cells` names what each image cell shows (24 kinds, or background).
+    `cells` says what each image cell shows (24 kinds, or background).
     """
     rng = np.random.default_rng([seed, 11])
     scene = sample_scene(seed, split="all")
@@ -132,7 +133,7 @@ def record_scene(world: World, seed: int, timing: ChunkTiming) -> Arrays:
         views.append(resize_with_pad(world.render(camera), timing.image_size))
         mask = world.segment(camera)
         cells.append(_label_cells(mask, _kinds(scene), timing.grid))
-        if camera == "scene":
+        if camera == "scene":  # 9 rendered pixels make one of 96 x 96, the size that LEAST_PIXELS refers to
             pixels[: len(scene.objects)] = [(mask == i).sum() // 9 for i in range(len(scene.objects))]
     return {
         "images": np.stack(views)[None],
@@ -168,7 +169,7 @@ def _draw_position(rng: np.random.Generator, path: Demonstration, world: World) 
 
 
 def _is_free(world: World, scene: Scene, position_J: NDArray[np.float64]) -> bool:
-    """Places scene and arm; whether the gripper touches nothing there."""
+    """Place scene and arm; True if the gripper touches nothing there."""
     world.reset(scene, position_J)
     world.step(position_J)
     return not world.judge.done and bool(world.tip_position[2] > LOWEST_TIP_M)
@@ -182,11 +183,11 @@ def _follow(world: World, reference: Demonstration) -> None:
 def _plan_chunk(
     demonstrator: Demonstrator, scene: Scene, position_J: NDArray[np.float64], due_s: NDArray[np.floating]
 ) -> NDArray[np.float32]:
-    """The demonstration from here, under way already: with the velocity that it has `UNDER_WAY_S` after a start here.
+    """The demonstration from here, already moving: at the velocity that it has `UNDER_WAY_S` after a start here.
 
-    A policy sees where the arm is, not how fast it moves. If the chunks began at rest, one that is executed for a
-    tenth of a second would lead nowhere; if they began at whatever velocity a recording had, the policy could only
-    guess it. So the velocity is a function of the place. Actions lead the motion by the arm's lag.
+    A policy sees where the arm is, not how fast it moves. If chunks began at rest, executing a tenth of a second of
+    one would lead nowhere; if they began at whatever velocity a recording had, the policy could only guess it. So the
+    velocity is a function of the position. Actions lead the motion by the arm's lag.
     """
     velocity_J = demonstrator.plan(position_J, None, scene).velocity(UNDER_WAY_S)
     return demonstrator.plan(position_J, velocity_J, scene).sample(due_s).astype(np.float32)
@@ -216,7 +217,7 @@ def _kinds(scene: Scene) -> NDArray[np.int8]:
 
 
 def _label_cells(mask: NDArray[np.int8], kinds: NDArray[np.int8], grid: int) -> NDArray[np.int8]:
-    """For each of grid x grid cells the kind of the object with most pixels, if it covers an eighth of the cell."""
+    """For each cell, the kind of the object with the most pixels in it, if it covers an eighth; else `BACKGROUND`."""
     side = mask.shape[0] // grid
     blocks = mask.reshape(grid, side, grid, side).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
     counts = np.stack([(blocks == index).sum(axis=1) for index in range(MAX_OBJECTS)], axis=1)
@@ -244,7 +245,7 @@ def _record_many(job: tuple[str, Sequence[int], DataConfig, ChunkTiming]) -> tup
 
 
 def make_source(source: str, count: int, config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
-    """Write one source to `config.folder / source`; returns its counts. Deterministic in `config.seed`."""
+    """Write one source to `config.folder / source` and return its counts; deterministic in `config.seed`."""
     offset = {"robot": 0, "scenes": 10_000_000, "validation": 20_000_000}[source] + config.seed * 100_000_000
     seeds = [range(offset + start, offset + min(start + 50, count)) for start in range(0, count, 50)]
     jobs = [(source, block, config, timing) for block in seeds]
@@ -284,7 +285,7 @@ def check_robot(robot: Robot) -> None:
 
 
 def make_data(config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
-    """All sources, or what is in `config.folder` when it was made from the same settings; returns `meta.json`."""
+    """Make all sources, unless `config.folder` has them from the same settings; returns `meta.json`."""
     meta_path = config.folder / "meta.json"
     settings = (
         json.loads(config.model_dump_json(exclude={"folder", "workers", "recorded"}))

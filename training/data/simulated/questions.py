@@ -29,7 +29,7 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class Sample:
-    """A question, its answer, and the object that the question is about (None when it is about none or many)."""
+    """A question, its answer, and the object that it is about (None: about no object, or several)."""
 
     question: str
     answer: str
@@ -52,7 +52,10 @@ def ask_what(objects: Sequence[SeenObject], rng: np.random.Generator) -> Sample:
 
 
 def ask_presence(objects: Sequence[SeenObject], rng: np.random.Generator) -> Sample:
-    """Half of the absent ones share colour or shape with something present, or the question would be too easy."""
+    """Ask whether there is a certain object.
+
+    At least half of the absent ones share colour or shape with something present: else it would be too easy.
+    """
     present = {(seen.colour, seen.shape): seen for seen in objects}
     if rng.random() < 0.5:
         colour, shape = list(present)[rng.integers(len(present))]
@@ -72,7 +75,7 @@ def ask_count(objects: Sequence[SeenObject], rng: np.random.Generator) -> Sample
 
 
 def ask_colour(objects: Sequence[SeenObject], rng: np.random.Generator) -> Sample:
-    """Only about a shape that occurs once; otherwise asks where something is."""
+    """Ask for the colour of a shape that occurs once; if there is none, ask where something is."""
     counts = Counter(seen.shape for seen in objects)
     unique = [seen for seen in objects if counts[seen.shape] == 1]
     if not unique:
@@ -97,7 +100,7 @@ QUESTIONS: tuple[tuple[float, Callable[[Sequence[SeenObject], np.random.Generato
 
 
 def draw_sample(objects: Sequence[SeenObject], rng: np.random.Generator) -> Sample:
-    """One question about these objects, kinds drawn by the weights of `QUESTIONS`."""
+    """One question about these objects, of a kind drawn by the weights in `QUESTIONS`."""
     weights = np.array([weight for weight, _ in QUESTIONS])
     _, ask = QUESTIONS[rng.choice(len(QUESTIONS), p=weights / weights.sum())]
     return ask(objects, rng)

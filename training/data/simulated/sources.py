@@ -16,12 +16,12 @@ from training.data.simulated.questions import COMBINATIONS, draw_sample
 from training.tokens import EOS_TOKEN, token_id
 
 QUESTION_PROMPT = "Question: {task}\nAnswer:"
-LEAST_PIXELS = 15  # visible pixels (of 96 x 96) from which on an object is asked about
+LEAST_PIXELS = 15  # visible pixels (of 96 x 96) that an object needs before it is asked about
 SCENE = CAMERAS.index("scene")
 
 
 class SceneQuestions:
-    """Vision-language samples: one question on each frame, scene camera only."""
+    """Vision-language samples: one question about each frame, scene camera only."""
 
     def __init__(self, scenes: Arrays, maker: BatchMaker) -> None:
         self.scenes, self.maker = scenes, maker
@@ -43,7 +43,7 @@ class SceneQuestions:
 
 
 class SceneViews:
-    """Images of all cameras, each a sample of its own without a prompt, and what their cells show."""
+    """Images of all cameras, each a separate sample without a prompt, and what their cells show."""
 
     kinds = BACKGROUND + 1
 
@@ -65,8 +65,9 @@ class SceneViews:
 
 
 def describe_tasks(episodes: Arrays) -> Arrays:
-    """The arrays and, for each frame, `task` (the instruction) and `place` (its object's u and v, also outside of the
-    scene's image).
+    """The arrays with two more: each frame's `task` and `place`.
+
+    `task` is the instruction; `place` is u and v of its object, also where that lies outside the scene image.
     """
     rows = np.arange(len(episodes["state"]))
     target = episodes["target"].astype(np.int64)

@@ -1,4 +1,4 @@
-"""A dataset on disk, field by field, as the format's description and LeRobot's own files of v3.0 have it."""
+"""A dataset on disk, field by field, as in the format's description and in LeRobot's own v3.0 files."""
 
 import json
 from pathlib import Path
@@ -204,12 +204,10 @@ def test_video_frames_are_at_their_times_and_near_the_pictures(folder: Path) -> 
                 assert 10 * np.log10(255**2 / np.mean(error**2)) > 38.0
 
 
-def test_files_and_folders_are_followed_by_others_when_they_are_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One MB is shrunk to some bytes, so that each episode fills its files; two files per folder.
+def test_full_files_and_folders_are_followed_by_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A MiB is shrunk to ten bytes, so that each episode fills its files; a folder holds two files.
 
-    A video's size is known some dozens of frames late, as the encoder looks ahead, so the episodes are longer.
+    The encoder looks dozens of frames ahead, so a video's size is known late: these episodes are longer than that.
     """
     whole = DatasetWriter(tmp_path / "sizes", fps=FPS, joints=JOINTS, cameras=["scene"], source={}).info
     monkeypatch.setattr(writer, "MIB", 10)
@@ -229,7 +227,7 @@ def test_files_and_folders_are_followed_by_others_when_they_are_full(
             assert np.abs(rgb_HWC.astype(int) - picture(episode.index, i, "wrist")).mean() < 3
 
 
-def test_what_was_written_until_an_exception_is_a_valid_dataset(tmp_path: Path) -> None:
+def test_what_was_written_before_an_exception_is_a_valid_dataset(tmp_path: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
         DatasetWriter(tmp_path / "part", fps=FPS, joints=JOINTS, cameras=["scene", "wrist"], source={}) as out,
@@ -249,7 +247,7 @@ def test_a_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
     def only(rgb_HWC: np.ndarray) -> Frame:
         return Frame(0, "lift", np.zeros(2), np.zeros(2), {"scene": rgb_HWC})
 
-    with pytest.raises(InputError, match="needs an even size, got 63 x 48"):
+    with pytest.raises(InputError, match="expected an even width and height, for yuv420p video, got 63 x 48"):
         out.add(only(np.zeros((48, 63, 3), np.uint8)))
     out.add(only(np.zeros((48, 64, 3), np.uint8)))
     with pytest.raises(InputError, match="expected 64 x 48 pixels as before, got 32 x 32"):
@@ -272,12 +270,14 @@ def change_info(folder: Path, **changes: Any) -> None:
         ({"codebase_version": "v2.1"}, r"codebase_version.*got 'v2.1'.*LeRobot's own tool"),
         ({"total_frames": 8}, "expected 2 episodes of 8 frames as meta/info.json says, got 2 of 7"),
         ({"fps": 0}, "fps: .*greater than 0, got 0"),
-        ({"data_path": "../{chunk_index}/{file_index}"}, "leads to ../0/0, outside of it"),
+        ({"data_path": "../{chunk_index}/{file_index}"}, "expected paths inside it in meta/info.json, got ../0/0"),
         ({"features": {"top": {"dtype": "image", "shape": [4, 4, 3]}}}, "expected images as videos, got top inside"),
         ({"fps": 6}, "expected a timestamp every 1 / 6 s"),
     ],
 )
-def test_a_dataset_that_is_not_as_it_says_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_dataset_that_contradicts_its_metadata_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     change_info(write(tmp_path / "robot"), **changes)
     with pytest.raises((ConfigurationError, InputError), match=message):
         for episode in (dataset := Dataset(tmp_path / "robot")).episodes:
@@ -292,7 +292,7 @@ def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
     dataset = Dataset(folder)
     with pytest.raises(InputError, match="there is no such file"):
         next(dataset.images(dataset.episodes[0], "wrist"))
-    with pytest.raises(ConfigurationError, match="camera 'top', but it has those of scene, wrist"):
+    with pytest.raises(ConfigurationError, match="camera 'top', got those of scene, wrist"):
         next(dataset.images(dataset.episodes[0], "top"))
     path = folder / f"videos/{SCENE}/chunk-000/file-000.mp4"
     longer = dataset.episodes[1].__class__(1, 5, ("lower",), dataset.episodes[1].row)

@@ -1,4 +1,4 @@
-"""Vision-language samples say what is true of the scene, in words that the tokenizer knows."""
+"""Vision-language samples say what is true about the scene, in words that the tokenizer knows."""
 
 import numpy as np
 import pytest

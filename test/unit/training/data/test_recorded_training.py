@@ -1,4 +1,4 @@
-"""A recorded dataset in training: chunks, images and tasks as `RobotFrames` takes them, and steps of every loss."""
+"""A recorded dataset in training: chunks, images and tasks as `RobotFrames` takes them, and a step with every loss."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_arrays_are_the_frames_their_images_and_what_the_arm_did_next(folder: Pa
         assert np.abs(arrays["images"][i].astype(int) - stamp_ns // 10**7 % 251).max() <= 3
 
 
-def test_chunks_near_the_end_are_left_out_or_stay(folder: Path) -> None:
+def test_chunks_near_the_end_are_left_out_or_held(folder: Path) -> None:
     action_FJ = np.arange(5.0)[:, None]
     assert make_chunks(action_FJ, 3, "drop")[..., 0].tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
     assert make_chunks(action_FJ, 3, "hold")[2:, :, 0].tolist() == [[2, 3, 4], [3, 4, 4], [4, 4, 4]]
@@ -64,14 +64,14 @@ def test_chunks_near_the_end_are_left_out_or_stay(folder: Path) -> None:
         load(folder, horizon=99)
 
 
-def test_another_rate_than_the_actions_is_refused(folder: Path) -> None:
+def test_a_frame_rate_other_than_that_of_the_actions_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"expected 10 frames per second.*got 20; .*--fps 10"):
         load(folder, period_s=0.1)
 
 
 @pytest.mark.slow
 def test_training_takes_recorded_frames_in_place_of_simulated_ones(folder: Path, tmp_path: Path) -> None:
-    """One step with every loss of the robot's; what the batch says is what the recording had."""
+    """One step with every loss on robot frames; the batch holds what was recorded."""
     sizes = {"width": 16, "depth": 3, "mlp": 16, "heads": 2, "kv_heads": 1, "head_dim": 8}
     vision = {"image_size": 96, "patch_size": 12, "width": 16, "depth": 1, "heads": 2, "mlp": 16, "stem": "conv"}
     losses = {"fast": 1.0, "readout": 1.0, "pointing": 1.0, "grounding": 1.0, "flow": 1.0}
