@@ -1,9 +1,9 @@
-"""Bags -> a LeRobot dataset (v3.0), and back.
+"""From bags to a LeRobot dataset (v3.0), and back.
 
     python -m training.convert from-bag BAG... --actions commands --out DATASET [--bundle B] [--params P.yaml]
     python -m training.convert to-bag DATASET --out BAG
 
-docs/data.md says which topics, episodes and actions are meant.
+docs/data.md explains topics, episodes and actions.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from training.data.lerobot import Dataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; otherwise as `run_command` says."""
+    """Exit code: 0, or as `run_command` says."""
     arguments = parse(argv)
     return run_command(
-        "convert", partial(_convert, arguments), "stopped; the frames written until then are a valid dataset"
+        "convert", partial(_convert, arguments), "stopped; the frames written so far are a valid dataset"
     )
 
 
@@ -50,7 +50,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def convert_bags(arguments: argparse.Namespace) -> None:
-    """All bags into one dataset; a line per bag says what came of it."""
+    """Convert all bags into one dataset, and print what became of each."""
     with open_bag(arguments.bags[0]) as bag:
         first = choose_sources(arguments, bag)
     cut = {"cut": arguments.episodes, "actions": arguments.actions, "fps": arguments.fps, "task": arguments.task}
@@ -81,7 +81,8 @@ def convert_bags(arguments: argparse.Namespace) -> None:
                     sources = choose_sources(arguments, bag)
                     if (sources.joints, list(sources.cameras)) != (first.joints, list(first.cameras)):
                         raise ConfigurationError(
-                            f"bag {path}: its joints or cameras are not those of {arguments.bags[0]}"
+                            f"bag {path}: expected the joints and cameras of {arguments.bags[0]}, got "
+                            f"{', '.join((*sources.joints, *sources.cameras))}; convert it into a separate dataset"
                         )
                     done = convert(bag, sources, writer, marker=marker, least_frames=arguments.least_frames, **cut)
                     print(f"{path}: {describe(done)}")
@@ -102,7 +103,7 @@ def describe(done: Conversion) -> str:
 
 
 def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
-    """From --params, else from the bag's own ~/session, else the defaults; what is named on top of it counts."""
+    """Sources from --params, else the bag's own ~/session, else the defaults; single options override these."""
     node = arguments.node or NODE
     session = None if arguments.params else find_session(bag, arguments.node)
     settings = load_settings(arguments.params, node) if arguments.params else Settings()
@@ -118,8 +119,8 @@ def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
         sources = from_settings(settings, list(cameras), arguments.joints, node=node)
     else:
         raise ConfigurationError(
-            f"bag {bag.path}: expected to be told cameras and joints, as it has no ~/session: with --bundle, with "
-            "--params of a node that has one, or with --camera NAME=TOPIC and --joints NAME..."
+            f"bag {bag.path}: expected cameras and joints, got neither, as it has no ~/session; give --bundle, "
+            "--params of a node that has one, or --camera NAME=TOPIC and --joints NAME..."
         )
     if arguments.joints:
         sources = replace(sources, joints=tuple(arguments.joints), trained=None)
@@ -148,11 +149,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--actions",
         choices=get_args(Actions),
         required=True,
-        help="what the action of a frame is: the position commanded for one period later, or where the arm then was",
+        help="a frame's action: the position commanded for one period later, or where the arm was by then",
     )
-    made.add_argument("--bundle", help="its cameras and joints; default: as the parameters or the bag say")
+    made.add_argument("--bundle", help="its cameras and joints are used; default: what the parameters or the bag say")
     made.add_argument("--params", type=Path, help="the node's parameter file; default: the bag's own ~/session")
-    made.add_argument("--node", help=f"the node's full name; default: of the bag's own ~/session, else {NODE}")
+    made.add_argument("--node", help=f"the node's full name; default: that of the bag's own ~/session, else {NODE}")
     made.add_argument("--camera", action="append", default=[], metavar="NAME=TOPIC", help="instead of the bundle's")
     made.add_argument("--joints", nargs="+", help="instead of the bundle's, in the dataset's order")
     made.add_argument("--joint-states", metavar="TOPIC")
@@ -162,12 +163,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--episodes",
         choices=get_args(Cut),
         default="auto",
-        help="where one begins: at markers, at instructions, or with the bag; auto: the first of these that is there",
+        help="where one begins: at markers, at instructions, or with the bag; auto: the first of these that it has",
     )
     made.add_argument("--marker", nargs=2, metavar=("TOPIC", "KEY"), help="a new value of KEY begins an episode")
     made.add_argument("--task", help="the instruction, where the bag has none")
     made.add_argument("--least-frames", type=int, default=2, help="shorter pieces are left out (default 2)")
-    made.add_argument("--robot-type", help="as meta/info.json shall say")
+    made.add_argument("--robot-type", help="robot_type in meta/info.json")
     arguments = parser.parse_args(argv)
     for pair in getattr(arguments, "camera", ()):
         if "=" not in pair:

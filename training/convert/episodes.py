@@ -1,8 +1,8 @@
-"""A bag -> frames of episodes: what the node would have looked at, tick by tick, and the action that followed.
+"""From a bag to frames of episodes: what the node would have observed, tick by tick, and the action that followed.
 
-The bag's messages go through the node's own `ObservationBuffer` in the order of their arrival, and every 1 / fps
-seconds it is asked as the node's tick asks it. So state and images of a frame belong together exactly as at run time.
-The action of a frame is the position one period after its stamp: as commanded, or as it was then.
+The bag's messages go through the node's own `ObservationBuffer` in order of arrival; every 1 / fps seconds it is asked
+for an observation, as in the node's tick. So a frame's state and images belong together exactly as at run time. A
+frame's action is the position one period after its stamp: as commanded, or as measured.
 Legend: J joints, H W C of an image.
 """
 
@@ -33,8 +33,8 @@ Cut = Literal["auto", "marker", "instruction", "bag"]
 class Marker:
     """A topic (std_msgs/String, JSON) on which a new value of `key` begins an episode; null only ends one.
 
-    The JSON may also say "instruction", the episode's until another arrives, and "begin_ns", the stamp from which on
-    images and joint states are of the episode (else the time of arrival).
+    The JSON may also have "instruction", the episode's until another arrives, and "begin_ns", the earliest stamp of
+    its images and joint states (default: the marker's time of arrival).
     """
 
     topic: str
@@ -42,7 +42,7 @@ class Marker:
 
 
 MARKERS: Final = (Marker("/sim_arm/status", "reset_id"), Marker("/dataset/episode", "episode_index"))
-"""The demo's, and what our own bags made from datasets have."""
+"""The demo's, and that of the bags that we make from datasets."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,13 +60,13 @@ class FrameWriter(Protocol):
     def add(self, frame: Frame) -> None: ...
 
     def end_episode(self) -> None:
-        """Nothing happens where no frame was added since the last."""
+        """End the episode, if a frame was added since the last."""
         ...
 
 
 @dataclass
 class Conversion:
-    """What came of a bag: frames and episodes written, and what was left out for which reason."""
+    """What became of a bag: frames and episodes written, and what was left out and why."""
 
     frames: int = 0
     episodes: int = 0
@@ -92,21 +92,21 @@ def convert(
     task: str | None = None,
     least_frames: int = 2,
 ) -> Conversion:
-    """Writes the bag's frames; ConfigurationError where it lacks what was asked for.
+    """Write the bag's frames; ConfigurationError if the bag lacks what was asked for.
 
-    `task` counts where the bag has no instruction. A gap, an instant at which the node would have held, ends an
-    episode, as frames of one are evenly spaced; one of fewer than `least_frames` is left out.
+    `task` is the instruction until the bag gives one. A gap, a tick at which the node would have held, ends an episode,
+    because an episode's frames are evenly spaced. Episodes of fewer than `least_frames` are left out.
     """
     sources = sources.within(bag)
     if actions == "commands" and sources.command_topic not in bag.topics:
         raise ConfigurationError(
-            f"bag {bag.path}: expected commands on {sources.command_topic}, but it has only "
+            f"bag {bag.path}: expected commands on {sources.command_topic}, got only "
             f"{', '.join(sorted(bag.topics))}; name their topic (--command), or take --actions states"
         )
     if sources.instruction_topic not in bag.topics and (cut == "instruction" or (task is None and marker is None)):
         raise ConfigurationError(
-            f"bag {bag.path}: expected instructions on {sources.instruction_topic}, found none; say what was done with "
-            "--task, or name the topic with --instruction"
+            f"bag {bag.path}: expected instructions on {sources.instruction_topic}, found none; give one with --task, "
+            "or name their topic with --instruction"
         )
     marker = choose_marker(bag, cut, marker, sources.instruction_topic)
     at_instructions = marker is None and cut != "bag" and sources.instruction_topic in bag.topics
@@ -116,7 +116,7 @@ def convert(
 
 
 def choose_marker(bag: Bag, cut: Cut, given: Marker | None, instruction_topic: str) -> Marker | None:
-    """The marker to cut at; None: at instructions, or not at all. ConfigurationError where it is not in the bag."""
+    """The marker to cut at (None: at instructions, or not at all); ConfigurationError if the bag lacks it."""
     if cut in ("instruction", "bag"):
         return None
     found = next((m for m in ((given,) if given else MARKERS) if m.topic in bag.topics), None)
@@ -128,7 +128,7 @@ def choose_marker(bag: Bag, cut: Cut, given: Marker | None, instruction_topic: s
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pending:
-    """A frame whose action lies ahead."""
+    """A frame that waits for its action."""
 
     observation: Observation
     task: str
@@ -136,6 +136,8 @@ class _Pending:
 
 
 class _Cutter:
+    """Takes a bag's messages in order of arrival and cuts them into episodes."""
+
     def __init__(
         self,
         sources: Sources,
@@ -162,10 +164,10 @@ class _Cutter:
         self.followed: ArmPath = self.commanded if actions == "commands" else self.measured
         self.camera_of = {topic: name for name, topic in sources.cameras.items()}
         self.marked: Any = None
-        self.begin_ns: int | None = None  # of the grid of ticks; None: no episode yet
+        self.begin_ns: int | None = None  # when the first tick is; None: no episode yet
         self.ticks = 0
-        self.taken_ns: int | None = None  # what was measured before is not of the episode
-        self.waiting: deque[_Pending | str] = deque()  # frames, and reasons of gaps between them
+        self.taken_ns: int | None = None  # earliest stamp that belongs to the episode
+        self.waiting: deque[_Pending | str] = deque()  # frames, and the reasons for gaps between them
         self.held: list[Frame] = []  # the first frames of a piece, until there are enough of them
         self.written = 0  # frames of the piece
         self.last_ns: int | None = None
@@ -196,7 +198,7 @@ class _Cutter:
                 self.buffer.refuse(name, str(error))
                 raise
             stamp_ns = message.log_ns if sources.use_receive_time else frame.stamp_ns
-            if self._is_of_before(stamp_ns):
+            if self._is_from_before(stamp_ns):
                 return
             self.buffer.add_frame(replace(frame, stamp_ns=stamp_ns))
         elif topic == sources.joint_topic:
@@ -215,7 +217,7 @@ class _Cutter:
             reading = joint_reading(message)
             if self.sources.use_receive_time:
                 reading = replace(reading, stamp_ns=message.log_ns)
-            if self._is_of_before(reading.stamp_ns):
+            if self._is_from_before(reading.stamp_ns):
                 return
             self.buffer.add_joints(reading)
         except InputError as error:
@@ -223,12 +225,12 @@ class _Cutter:
             raise
         self.measured.add(reading)
 
-    def _is_of_before(self, stamp_ns: int) -> bool:
-        """Late, and from where the robot was before the mark."""
-        of_before = self.taken_ns is not None and stamp_ns < self.taken_ns
-        if of_before:
-            self.done.leave_out("late message, of before the episode")
-        return of_before
+    def _is_from_before(self, stamp_ns: int) -> bool:
+        """Whether a message is late: taken before the mark, when the robot may have been elsewhere."""
+        before = self.taken_ns is not None and stamp_ns < self.taken_ns
+        if before:
+            self.done.leave_out("late message, from before the episode")
+        return before
 
     def _take_instruction(self, text: str, log_ns: int) -> None:
         changed, self.task = text != self.task, text
@@ -249,9 +251,9 @@ class _Cutter:
         if value == self.marked:
             return
         self._end_episode(log_ns)
-        # The robot may have been moved: nothing of before is near in place, however near in time.
-        for of_before in (self.buffer, self.commanded, self.measured):
-            of_before.clear()
+        # The robot may have been moved: what came before may be near in time, but not in place.
+        for history in (self.buffer, self.commanded, self.measured):
+            history.clear()
         self.marked = value
         if value is not None:
             self.task = fields.get("instruction", self.task)
@@ -263,7 +265,7 @@ class _Cutter:
         self.begin_ns, self.ticks, self.taken_ns = log_ns, 0, taken_ns
 
     def _advance(self, log_ns: int) -> None:
-        """The ticks before `log_ns`: what arrives at the time of a tick is there for it."""
+        """Run the ticks before `log_ns`; a tick sees what arrives at its own time."""
         while self.begin_ns is not None:
             tick_ns = self.begin_ns + self.ticks * NS_PER_S // self.fps
             if tick_ns >= log_ns:
@@ -286,7 +288,7 @@ class _Cutter:
             self.waiting.append(_Pending(observation, self.task, observation.stamp_ns + self.period_ns))
 
     def _settle(self, now_ns: int) -> None:
-        """Hands on what has its action now."""
+        """Hand on the frames whose action is known now."""
         while self.waiting:
             first = self.waiting[0]
             if isinstance(first, _Pending) and not self.followed.known(first.due_ns, now_ns):
@@ -304,7 +306,7 @@ class _Cutter:
                 )
 
     def _forget(self, now_ns: int) -> None:
-        """What neither a frame that waits for its action asks for, nor one that is still to come."""
+        """Forget the positions that neither a waiting frame nor one still to come can ask for."""
         oldest_age_ns = max(self.sources.max_age_ns, *self.sources.camera_age_ns.values(), 0)
         wanted_ns = next((w.due_ns for w in self.waiting if isinstance(w, _Pending)), now_ns)
         for path in (self.commanded, self.measured):
@@ -322,7 +324,7 @@ class _Cutter:
         self.held = []
 
     def _gap(self, cause: str, example: str) -> None:
-        """At an episode's beginning there is none: it begins later."""
+        """End the piece; at an episode's beginning there is none yet, so it only begins later."""
         began = self.written or self.held
         self.done.leave_out(cause if began else f"{cause} yet, at an episode's beginning", example)
         self._close_piece()
@@ -337,7 +339,7 @@ class _Cutter:
         self.held, self.written = [], 0
 
     def _end_episode(self, log_ns: int) -> None:
-        """After all messages up to `log_ns`: what then still waits for its action has none in this episode."""
+        """End the episode at `log_ns`; the frames that still wait have no action in it and are left out."""
         self._settle(log_ns + 1)
         for waiting in self.waiting:
             if isinstance(waiting, _Pending):

@@ -1,8 +1,8 @@
-"""A dataset -> a bag (mcap) as a robot would have recorded it: images, joint states, instructions, commands.
+"""From a dataset to a bag (mcap) as a robot would have recorded it: images, joint states, instructions, commands.
 
-Images are PNG, so that the video's loss stays the only one. What the dataset took from a bag of ours goes back under
-the same topics with the same stamps; datasets of others say neither, so they get the names below, and stamps that
-count from `START_NS`. A topic of markers tells the episodes apart.
+Images are PNG, so that the video's loss stays the only one. A dataset that we made from a bag names its topics and
+stamps, so they are the same again. Other datasets name neither: they get the topics below, and stamps that count from
+`START_NS`. A topic of markers tells the episodes apart.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ TYPES: Final = {
 
 @dataclass(frozen=True)
 class Topics:
+    """The topics of the bag; `cameras` by camera name."""
+
     cameras: Mapping[str, str]
     joint_states: str = "/joint_states"
     instruction: str = "/policy/instruction"
@@ -44,7 +46,7 @@ class Topics:
 
     @classmethod
     def of(cls, dataset: Dataset) -> Topics:
-        """As in the bags that the dataset was made from, where it says so."""
+        """Those of the bags that the dataset was made from, if it names them."""
         path = dataset.folder / SOURCE
         given = json.loads(path.read_text())["topics"] if path.exists() else {"cameras": {}}
         named = {camera: f"/camera/{camera}/image_raw" for camera in dataset.cameras} | given.pop("cameras")
@@ -53,14 +55,14 @@ class Topics:
 
 
 def write_bag(dataset: Dataset, out: Path) -> int:
-    """Returns the number of messages; ConfigurationError where `out` exists, or state or action have no names."""
+    """Write the bag, return its number of messages; ConfigurationError if `out` exists or joints have no names."""
     if out.exists():
         raise ConfigurationError(f"bag {out} exists already; remove it or choose another --out")
     joints = _names(dataset, STATE)
     if ACTION in dataset.info.features and _names(dataset, ACTION) != joints:
         raise ConfigurationError(
-            f"dataset {dataset.folder}: expected the names of {STATE} for {ACTION}, too, got "
-            f"{', '.join(_names(dataset, ACTION))}: these actions are no joint positions that a controller takes"
+            f"dataset {dataset.folder}: expected {ACTION} to have the names of {STATE}, got "
+            f"{', '.join(_names(dataset, ACTION))}: these actions are not joint positions that a controller takes"
         )
     topics, written = Topics.of(dataset), 0
     kinds = dict.fromkeys(topics.cameras.values(), TYPES["image"])
@@ -82,23 +84,24 @@ def _messages(
 ) -> Iterator[tuple[str, int, Any]]:
     """Topic, log time and message, in order, not before `end_ns`.
 
-    Log times of what a frame shows are evenly spaced, whatever the stamps are: so reading them at the dataset's rate
-    gives the same frames, however the cameras' stamps lay to the ticks. A command is logged when it is due, as a
-    controller refuses what has ended before it arrives.
+    A frame's messages are logged at evenly spaced times, whatever their stamps: so converting the bag at the dataset's
+    rate gives the same frames, however the cameras' stamps lay relative to the ticks. A command is logged when it is
+    due, because a controller rejects a trajectory that has ended before it arrives.
     """
     columns, period_ns = dataset.columns(episode), NS_PER_S // dataset.info.fps
     grid_N = np.arange(episode.length, dtype=np.int64) * NS_PER_S // dataset.info.fps
     stamp_N = columns[STAMP] if STAMP in columns else max(START_NS, end_ns + PAUSE_NS) + grid_N
     due_N, commanded = stamp_N + period_ns, 0 if ACTION in columns else episode.length
-    first_ns = max(int((stamp_N - grid_N).max()), end_ns)  # no frame before it was taken
-    # The mark comes before the first command, which may be due before its frame is there: by whole ticks.
+    first_ns = max(int((stamp_N - grid_N).max()), end_ns)  # no frame is logged before it was taken
+    # The mark comes before the first command, which may be due before its frame is logged. Ticks count from the mark,
+    # so the first frame follows it by a whole number of them.
     begin_ns = max(min(first_ns, int(due_N[0])), end_ns)
     first_ns = begin_ns + -((begin_ns - first_ns) * dataset.info.fps // NS_PER_S) * NS_PER_S // dataset.info.fps
     images = {camera: dataset.images(episode, camera) for camera in topics.cameras}
     tasks, task = dataset.task_of(columns), None
     marker = {MARKER.key: episode.index, "instruction": tasks[0], "begin_ns": int(stamp_N[0])}
     yield MARKER.topic, begin_ns, _text(json.dumps(marker))
-    # A tick after the last frame, when its action is due, the episode is over.
+    # The episode is over a tick after its last frame, when that frame's action is due.
     last_ns = first_ns + episode.length * NS_PER_S // dataset.info.fps
     for i, log_ns in enumerate([*(first_ns + grid_N).tolist(), last_ns]):
         while commanded < episode.length and due_N[commanded] <= log_ns:
@@ -150,7 +153,7 @@ def _joint_state(stamp_ns: int, joints: tuple[str, ...], position_J: NDArray[np.
 
 
 def _command(due_ns: int, joints: tuple[str, ...], position_J: NDArray[np.floating]) -> Any:
-    """In force from `due_ns` on, and there at once: what lies before is the frame's before."""
+    """A single point, due at `due_ns` with no motion towards it: the time before is the previous frame's."""
     nothing = np.zeros(0)
     zero = typestore().types["builtin_interfaces/msg/Duration"](sec=0, nanosec=0)
     point = typestore().types["trajectory_msgs/msg/JointTrajectoryPoint"](

@@ -1,7 +1,7 @@
 """Which topics of a bag a dataset is made from, and the node's settings for putting them together.
 
-From what the bag itself says (`~/session`), from the node's parameter file, or from the command line; never from
-likeness of names.
+They come from the bag itself (`~/session`), the node's parameter file or the command line; they are never guessed from
+similar names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ki_vla_ros.share import find_bundle
 class Sources:
     """Full topic names, joints in the order of state and action, and limits as `ObservationBuffer` takes them.
 
-    `trained`: range of joint positions by which degrees are told from radians, where a bundle says it.
+    `trained` is the bundle's range of joint positions, which tells degrees from radians; None without a bundle.
     """
 
     cameras: Mapping[str, str]
@@ -37,7 +37,7 @@ class Sources:
     trained: tuple[Sequence[float], Sequence[float]] | None = None
 
     def within(self, bag: Bag) -> Sources:
-        """With cameras as they were recorded: raw images may be in the bag as `<topic>/compressed`.
+        """The same with cameras as recorded: a raw topic's images may be in the bag as `<topic>/compressed`.
 
         ConfigurationError names the topics that the bag lacks.
         """
@@ -50,7 +50,7 @@ class Sources:
             missing.append(f"{self.joint_topic} (joint states)")
         if missing:
             raise ConfigurationError(
-                f"bag {bag.path}: expected {', '.join(missing)}, but it has only {', '.join(sorted(bag.topics))}; give "
+                f"bag {bag.path}: expected {', '.join(missing)}, got only {', '.join(sorted(bag.topics))}; give "
                 "the right names with --params, --camera or --joint-states"
             )
         return replace(self, cameras=cameras)
@@ -59,7 +59,7 @@ class Sources:
 def from_settings(
     settings: Settings, cameras: Sequence[str], joints: Sequence[str], *, node: str, manifest: Manifest | None = None
 ) -> Sources:
-    """Topics as the node called `node` would resolve them, without remappings."""
+    """Sources with topics as the node called `node` would resolve them, without remappings."""
     known = {name: settings.camera(name) for name in cameras}
     return Sources(
         cameras={name: resolve(camera.topic, node) for name, camera in known.items()},
@@ -77,7 +77,7 @@ def from_settings(
 
 
 def from_session(session: Session, manifest: Manifest) -> Sources:
-    """As the node that was running had them, remappings included."""
+    """Sources as the node that was running had them, remappings included."""
     settings, topics = session.settings, session.topics
     sources = from_settings(settings, list(topics.cameras), manifest.joint_names, node=session.node, manifest=manifest)
     return replace(

@@ -1,8 +1,8 @@
-"""The figures that the format keeps of every feature: min, max, mean, std, count and five quantiles.
+"""The figures that the format keeps for every feature: min, max, mean, std, count and five quantiles.
 
-Per element of a vector; per colour channel of an image, with pixels in 0..1 and shape (3, 1, 1). They are exact, where
-LeRobot's own are estimates: of images from a sample of frames, of quantiles from 5000 bins and, over all episodes, from
-the episodes' extremes. Legend: N frames, D elements of a feature, C channels.
+They are per element of a vector, and per colour channel of an image (pixels in 0..1, shape (3, 1, 1)). They are exact;
+LeRobot's own are estimates: for images from a sample of frames, for quantiles from 5000 bins and, over all episodes,
+from the episodes' extremes. Legend: N frames, D elements of a feature, C channels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 QUANTILES: Final = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 FeatureFigures = dict[str, Any]
-"""Nested lists of numbers by "min", "max", "mean", "std", "count" and the names of `QUANTILES`."""
+"""Nested lists of numbers, by "min", "max", "mean", "std", "count" and the names in `QUANTILES`."""
 
 
 def describe_values(values: NDArray[Any]) -> FeatureFigures:
-    """Of [N] or [N, D] numbers; a feature of one element has lists of one."""
+    """The figures of [N] or [N, D] numbers; for [N], lists of one element."""
     values_ND = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     figures = {
         "min": values_ND.min(axis=0),
@@ -32,7 +32,7 @@ def describe_values(values: NDArray[Any]) -> FeatureFigures:
 
 
 class PixelCounts:
-    """How often each of 256 values occurs in each channel: all that the figures of images need, however many."""
+    """How often each of 256 values occurs in each channel: all that the figures of any number of images need."""
 
     def __init__(self) -> None:
         self.count_CV = np.zeros((3, 256), dtype=np.int64)
@@ -48,7 +48,7 @@ class PixelCounts:
         self.frames += other.frames
 
     def describe(self) -> FeatureFigures:
-        """Quantiles as numpy's: linear between the two nearest of the sorted pixels. `count` is that of frames."""
+        """The figures; `count` is of frames, quantiles are numpy's: linear between the two nearest sorted pixels."""
         value_V = np.arange(256) / 255.0
         pixels = int(self.count_CV[0].sum())
         mean_C = self.count_CV @ value_V / pixels

@@ -1,7 +1,7 @@
-"""Frames of episodes -> a dataset's folder.
+"""From frames of episodes to a dataset's folder.
 
-Nobody can read it before `close`, which writes what meta/ says. Rows are kept until their episode ends; images go
-straight to their video.
+The dataset cannot be read before `close`, which writes meta/. Rows are kept in memory until their episode ends; images
+go straight to their video.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class DatasetWriter:
         robot_type: str | None = None,
         info: Info | None = None,
     ) -> None:
-        """`folder` must not exist. `source` is what the dataset is made from; of `info` the sizes of files count."""
+        """`folder` must not exist; `source` is what the dataset is made from; `info` gives the sizes of its files."""
         if folder.exists():
             raise ConfigurationError(f"dataset {folder} exists already; remove it or choose another --out")
         if not cameras:
@@ -83,7 +83,7 @@ class DatasetWriter:
             self.close()
 
     def add(self, frame: Frame) -> None:
-        """InputError where the images' sizes change, or names of cameras or numbers of joints do not fit."""
+        """Add a frame; InputError if image sizes change, or the cameras' names or the number of joints do not fit."""
         if set(frame.images) != set(self.videos) or len(frame.state_J) != len(self.joints):
             raise InputError(
                 f"frame: expected cameras {sorted(self.videos)} and {len(self.joints)} joints, got "
@@ -139,13 +139,13 @@ class DatasetWriter:
         self._episode_pixels = {name: PixelCounts() for name in self.pixels}
 
     def close(self) -> None:
-        """Ends an episode that has begun; InputError if there is not one frame."""
+        """End the episode that has begun and write meta/; InputError if there is not a single frame."""
         self.end_episode()
         for video in self.videos.values():
             video.close()
         self._close_rows()
         if not self.episodes:
-            raise InputError(f"dataset {self.folder}: not one frame to write; nothing was written")
+            raise InputError(f"dataset {self.folder}: expected at least one frame, got none; nothing was written")
         images = {IMAGES + name: video.feature for name, video in self.videos.items()}
         info = self.info.model_copy(
             update={
@@ -164,7 +164,7 @@ class DatasetWriter:
         info.write(self.folder)
 
     def _write_rows(self, table: pa.Table) -> tuple[int, int]:
-        """One row group; in a new file, where another episode like those in it would make this one too large."""
+        """Write a row group; into a new file if another episode like those in this one would make it too large."""
         if self._file is not None:
             size = self._file.tell()
             if size + size / self._rows_in_file * len(table) >= self.info.data_files_size_in_mb * MIB:

@@ -1,4 +1,4 @@
-"""Bags -> LeRobot datasets and back: what belongs together, where episodes begin, and what stays the same."""
+"""From bags to LeRobot datasets and back: what belongs together, and what stays the same."""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ MS = 1_000_000
 
 
 def shown(stamp_ns: int) -> int:
-    """The grey of the recording's images of this time."""
+    """The grey of the recording's images at this time."""
     return stamp_ns // 10**7 % 251
 
 
@@ -72,7 +72,7 @@ def test_a_state_between_two_readings_lies_on_the_line_between_them(tmp_path: Pa
 
 
 def test_commanded_actions_are_what_the_controller_was_told_for_one_period_later(tmp_path: Path) -> None:
-    """Every tenth of a second the recording commands where to be a tenth of a second later."""
+    """Every tenth of a second, the recording commands where to be a tenth of a second later."""
     dataset = convert(tmp_path, recording(seconds=1.5), actions="commands")
     columns = dataset.columns(dataset.episodes[0])
     due_N = (columns["stamp_ns"] - START_NS) / NS_PER_S + 0.1
@@ -89,7 +89,7 @@ def stepped(messages: Sequence[BagMessage], late_ns: int) -> Messages:
 def shaken_recording(longest_ms: int = 40) -> Messages:
     """Compressed, textured images with skew, jitter and delay; two instructions; half a second without one camera.
 
-    `longest_ms`: the longest that an image is on its way.
+    `longest_ms` is the longest time from an image's stamp to its arrival.
     """
     rng, found = np.random.default_rng(3), recording(seconds=4.0, transport="compressed")
     messages = []
@@ -132,8 +132,8 @@ def test_dataset_to_bag_and_back_is_the_same_dataset(tmp_path: Path, capsys: pyt
             assert 10 * np.log10(255**2 / max(errors)) > 38.0
 
 
-def test_actions_come_back_of_images_that_were_long_on_their_way(tmp_path: Path) -> None:
-    """By the time of some frames their own action was due already."""
+def test_actions_survive_the_way_back_where_images_arrived_late(tmp_path: Path) -> None:
+    """Some frames arrived when their own action was already due."""
     first = convert(tmp_path, shaken_recording(longest_ms=120), "--episodes", "bag", fps=20, actions="commands")
     assert run("to-bag", first.folder, "--out", tmp_path / "back") == 0
     again = ("from-bag", tmp_path / "back", "--bundle", "demo", "--fps", 20, "--actions", "commands")
@@ -171,11 +171,11 @@ def test_bag_of_a_dataset_has_exact_states_stamps_instructions_and_commands(tmp_
         assert all(np.array_equal(frame.rgb_HWC, rgb) for frame, rgb in zip(frames, videos, strict=True))
 
 
-# --- datasets of others
+# --- datasets that others made
 
 
-def test_a_dataset_that_says_no_stamps_becomes_a_bag_with_its_own_clock(tmp_path: Path) -> None:
-    """As LeRobot writes them: no stamps, no file of ours, joint names with a suffix, tasks by an index without name."""
+def test_a_dataset_without_stamps_becomes_a_bag_with_its_own_clock(tmp_path: Path) -> None:
+    """As LeRobot writes them: no stamps, no file of ours, tasks by an index without a name."""
     dataset = convert(tmp_path, shaken_recording(), fps=20)
     (dataset.folder / "meta/ki_vla_ros.json").unlink()
     info = json.loads((dataset.folder / "meta/info.json").read_text())
@@ -196,10 +196,12 @@ def test_a_dataset_that_says_no_stamps_becomes_a_bag_with_its_own_clock(tmp_path
             np.testing.assert_array_equal(dataset.columns(one)[name], second.columns(two)[name])
 
 
-def test_a_dataset_of_other_actions_becomes_no_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_whose_actions_are_not_joint_positions_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset = convert(tmp_path, recording(seconds=1.0))
     info = json.loads((dataset.folder / "meta/info.json").read_text())
     info["features"]["action"]["names"] = {"motors": ["x", "y", "z", "roll", "pitch", "yaw", "open"]}
     (dataset.folder / "meta/info.json").write_text(json.dumps(info))
     assert run("to-bag", dataset.folder, "--out", tmp_path / "back") == 2
-    assert "got x, y, z, roll, pitch, yaw, open: these actions are no joint positions" in capsys.readouterr().err
+    assert "got x, y, z, roll, pitch, yaw, open: these actions are not joint positions" in capsys.readouterr().err

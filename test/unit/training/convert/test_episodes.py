@@ -1,4 +1,4 @@
-"""Which frames of a bag become which episodes, and what a bag is refused for."""
+"""Which frames of a bag become which episodes, and which bags are refused and why."""
 
 import json
 import re
@@ -41,13 +41,13 @@ def status(reset: int | None, **more: Any) -> bytes:
     return text(json.dumps({"reset_id": reset, **more}))
 
 
-def test_markers_cut_where_the_robot_was_moved_and_nothing_of_before_remains(
+def test_markers_cut_where_the_robot_was_moved_and_nothing_from_before_remains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second recording begins 30 ms after the first ends, elsewhere, with the same instruction.
 
-    Its joint states begin later than its images, so that nothing but the first's lie before those; and the first's last
-    images and joint state arrive late.
+    Its joint states begin later than its images, so that before these there are only the first recording's. The last
+    images and the last joint state of the first arrive late.
     """
     first = recording(seconds=1.0)
     moved_ns = START_NS + NS_PER_S + 30 * MS
@@ -78,7 +78,7 @@ def test_markers_cut_where_the_robot_was_moved_and_nothing_of_before_remains(
     assert "x action after the episode's end" in capsys.readouterr().out
 
 
-def test_a_repeated_instruction_begins_nothing_but_another_does(tmp_path: Path) -> None:
+def test_only_a_different_instruction_begins_an_episode(tmp_path: Path) -> None:
     repeats = [
         BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + k * 300 * MS, text("touch the red cube")) for k in range(1, 4)
     ]
@@ -93,8 +93,8 @@ def test_a_repeated_instruction_begins_nothing_but_another_does(tmp_path: Path) 
     assert tasks == sorted(tasks, reverse=True) and 8 <= tasks.count("touch the red cube") <= 11
 
 
-def test_another_instruction_waits_for_a_command_of_its_own(tmp_path: Path) -> None:
-    """The first after it, which comes 50 ms later, says nothing about the time before its point in 100 ms."""
+def test_after_another_instruction_frames_wait_for_a_new_command(tmp_path: Path) -> None:
+    """The first one comes 50 ms later, and says nothing about the time before its point, 100 ms after that."""
     other = BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + 1050 * MS, text("touch the blue ball"))
     messages = sorted([*recording(), other], key=lambda message: message.log_ns)
     dataset = convert(tmp_path, messages, actions="commands", fps=20)
@@ -102,7 +102,7 @@ def test_another_instruction_waits_for_a_command_of_its_own(tmp_path: Path) -> N
     assert stamps[0] == START_NS + 1150 * MS
 
 
-def test_what_arrives_at_the_instant_of_a_tick_is_there_for_it(tmp_path: Path) -> None:
+def test_a_tick_sees_what_arrives_at_its_own_instant(tmp_path: Path) -> None:
     messages = [replace(m, log_ns=m.log_ns - 2 * MS) if m.topic != INSTRUCTION_TOPIC else m for m in recording(1.0)]
     dataset = convert(tmp_path, sorted(messages, key=lambda m: (m.log_ns, m.topic != INSTRUCTION_TOPIC)))
     stamps = dataset.columns(dataset.episodes[0])["stamp_ns"]
@@ -118,10 +118,10 @@ def test_a_bag_without_instructions_needs_a_task(tmp_path: Path, capsys: pytest.
     assert convert(tmp_path, messages, "--task", "wipe").tasks == {0: "wipe"}
 
 
-# --- what is asked of a bag
+# --- what a bag must say
 
 
-def test_a_bag_that_says_its_session_needs_no_parameters(tmp_path: Path) -> None:
+def test_a_bag_that_records_its_session_needs_no_parameters(tmp_path: Path) -> None:
     topics = {"scene": "/front/image", "wrist": "/hand/image"}
     session = Session(
         node="/left/policy",
@@ -169,7 +169,7 @@ def test_several_bags_become_one_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--joint-states", "/arm/joints"), "expected /arm/joints .joint states., but it has only /arm_controller"),
+        (("--joint-states", "/arm/joints"), "expected /arm/joints .joint states., got only /arm_controller"),
         (("--camera", "top=/top"), "expected /top .camera 'top'."),
         (("--actions", "commands", "--command", "/go"), "expected commands on /go, .*or take --actions states"),
         (("--marker", "/marks", "id"), "expected markers of episodes on /marks, found none"),
@@ -192,7 +192,7 @@ def test_what_the_bag_lacks_is_named(
 def test_nothing_is_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bag = write_bag(tmp_path / "bag", recording(seconds=0.5))
     assert run("from-bag", bag, "--actions", "states", "--out", tmp_path / "out") == 2
-    assert "expected to be told cameras and joints, as it has no ~/session" in capsys.readouterr().err
+    assert "expected cameras and joints, got neither, as it has no ~/session" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("from-bag", bag, "--bundle", "demo", "--out", tmp_path / "out")
     assert "--actions" in capsys.readouterr().err
@@ -222,7 +222,7 @@ def test_messages_that_cannot_be_used_are_counted_and_named(tmp_path: Path, caps
         ("cut messages", 0),
     ],
 )
-def test_of_a_bad_bag_what_can_be_used_is_used_and_its_faults_are_said(
+def test_what_is_usable_in_a_bad_bag_is_used_and_its_faults_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, frames: int | None
 ) -> None:
     bag, out = CASES[case].make(tmp_path), tmp_path / "dataset"

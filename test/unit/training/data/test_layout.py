@@ -255,7 +255,7 @@ def test_a_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
     out.close()
     with pytest.raises(ConfigurationError, match="exists already"):
         DatasetWriter(tmp_path / "new", fps=FPS, joints=JOINTS, cameras=["scene"], source={})
-    with pytest.raises(InputError, match="not one frame"):
+    with pytest.raises(InputError, match="expected at least one frame"):
         DatasetWriter(tmp_path / "empty", fps=FPS, joints=JOINTS, cameras=["scene"], source={}).close()
 
 
