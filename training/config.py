@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from ki_vla_ros.errors import ConfigurationError, describe_validation
 from ki_vla_ros.robot import Frozen
+from ki_vla_ros.yaml_file import read_yaml
 from training.model import GemmaConfig, VisionConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
@@ -144,11 +143,4 @@ class TrainingConfig(Frozen):
 
 def load_config(path: Path) -> TrainingConfig:
     """Read and check a training YAML; ConfigurationError names file, key and fault."""
-    try:
-        return TrainingConfig.model_validate(yaml.safe_load(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigurationError(f"training configuration: expected a YAML file at {path}, found none") from None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"training configuration {path}: not YAML: {error}") from None
-    except ValidationError as error:
-        raise ConfigurationError(f"training configuration {path}: {describe_validation(error)}") from None
+    return read_yaml(path, TrainingConfig, "training configuration", "config/training/")

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ki_vla_ros.errors import ConfigurationError, describe_validation
 from ki_vla_ros.share import find_share
+from ki_vla_ros.yaml_file import read_yaml
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-/ ]*$")]
@@ -95,18 +93,4 @@ def find_robot(robot: str) -> Path:
 
 def read_robot(path: Path) -> Robot:
     """ConfigurationError names the file, the key, what was expected and what was got."""
-    try:
-        return Robot.model_validate(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigurationError(
-            f"robot file {path}: expected a YAML file, got none that can be read ({error.strerror}); "
-            "config/robots/ has examples"
-        ) from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"robot file {path}: expected YAML, got none ({error}); config/robots/ has examples"
-        ) from error
-    except ValidationError as error:
-        raise ConfigurationError(
-            f"robot file {path}: {describe_validation(error)}; config/robots/ has examples"
-        ) from error
+    return read_yaml(path, Robot, "robot file", "config/robots/")

@@ -26,7 +26,7 @@ ROSDEP_KEYS = {
     "yaml": "python3-yaml",
 }
 # Not to be had from rosdep, or for the demo alone: from pip, as package.xml and the README say.
-FROM_PIP = {"av", "lz4", "mcap", "mujoco", "onnxruntime", "rosbags", "ruamel", "tokenizers", "zstandard"}
+FROM_PIP = {"av", "lz4", "mcap", "mujoco", "onnxruntime", "rosbags", "tokenizers", "zstandard"}
 # Imported only when a parameter asks for it.
 OPTIONAL = {"cuda", "torch"}
 
@@ -159,7 +159,6 @@ def test_everything_imported_is_required_from_pip() -> None:
         "cv2": "opencv-python-headless",
         "google": "protobuf",
         "yaml": "pyyaml",
-        "ruamel": "ruamel.yaml",
     }
     # Dependencies of rclpy's wheel, and cv_bridge, which is used where a ROS installation brings it.
     from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge"}
