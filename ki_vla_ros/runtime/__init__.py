@@ -1,4 +1,4 @@
-"""One tick: observation, chunking, governor, safety, loop; and the paths of the arm."""
+"""One tick of the policy, without ROS: observation, chunking, governor, safety, loop; and the arm's paths."""
 
 from ki_vla_ros.runtime.chunking import cubic
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Report

@@ -1,12 +1,12 @@
-"""When to infer, what the next chunk is told of the running one, and which actions then count: the executors.
+"""The executors: when to infer, how the running chunk conditions the next one, and which of its actions count.
 
-An executor is fed by the policy loop: `wants_chunk` at each tick; if so, `condition` before the flow is integrated, and
-`join` with the finished chunk. What `join` returns is a wish: the governor (runtime/governor.py) turns it into a motion
-that continues the running one without a seam, whichever executor it came from.
+The policy loop calls `wants_chunk` at each tick; if the answer is yes, it calls `condition` before the flow is
+integrated and `join` with the finished chunk. What `join` returns is a target, not a command: the governor
+(runtime/governor.py) turns it into a motion that continues the running one without a seam, whichever executor made it.
 
     synchronous        execute s seconds, come to rest, then infer again
-    asynchronous       infer while executing; what time has consumed is dropped
-    temporal_ensemble  the same, with the weighted mean of all chunks that speak of an instant (ACT, arXiv 2304.13705)
+    asynchronous       infer while executing; actions whose time has passed are dropped
+    temporal_ensemble  the same, with the weighted mean of all chunks that cover an instant (ACT, arXiv 2304.13705)
     rtc                the flow is guided towards the running chunk: its first d actions firmly, fading out until
                        the guidance horizon (real-time chunking, arXiv 2506.07339)
     rtc_trained        the first d actions are given clean, as in training (arXiv 2512.05964)
@@ -30,8 +30,8 @@ from ki_vla_ros.errors import SafetyRefusal
 from ki_vla_ros.records import ActionChunk, Condition, to_ns
 from ki_vla_ros.settings import ExecutorName
 
-# What `inference_delay` "auto" is taken from: the last five seconds' delays at 10 Hz, without the first ones, because
-# caches and clocks of the processor are still cold then.
+# `inference_delay: auto` is this percentile of the last five seconds' delays at 10 Hz. The first ones are left out: the
+# processor's caches and clocks are still cold then.
 DELAYS_KEPT, WARM_UP, DELAY_PERCENTILE = 50, 3, 95.0
 
 
@@ -61,7 +61,7 @@ class _Running:
 
 
 class ChunkExecutor:
-    """All five executors: they differ in three places, which read the name from the settings of the moment."""
+    """All five executors: they differ in three places, each of which reads the executor's name from the settings."""
 
     def __init__(self, horizon: int, period_ns: int, max_prefix_delay: int) -> None:
         self._horizon, self._period_ns, self._max_prefix = horizon, period_ns, max_prefix_delay
@@ -72,11 +72,11 @@ class ChunkExecutor:
 
     @property
     def running(self) -> ActionChunk | None:
-        """What was accepted last, unless it was stopped since."""
+        """The chunk accepted last, unless it has been stopped since."""
         return None if self._running is None else self._running.chunk
 
     def wants_chunk(self, settings: ChunkSettings, tick_ns: int, at_rest: bool) -> bool:
-        """Whether the tick that starts at `tick_ns` shall infer; `at_rest`: the running motion has ended."""
+        """Whether the tick that starts at `tick_ns` should infer; `at_rest`: the running motion has ended."""
         if self._running is None:
             return True
         if settings.executor == "synchronous":
@@ -93,7 +93,7 @@ class ChunkExecutor:
         return math.ceil(np.percentile(self._delays, DELAY_PERCENTILE)) if self._delays else 0
 
     def condition(self, settings: ChunkSettings, start_ns: int) -> Condition | None:
-        """For a chunk whose observation was made at `start_ns`; None: nothing is asked of it."""
+        """The condition on a chunk whose observation was made at `start_ns`; None: it is unconditioned."""
         if settings.executor not in ("rtc", "rtc_trained") or self._running is None:
             return None
         due_H = start_ns + (np.arange(self._horizon) + 1) * self._period_ns
@@ -111,12 +111,12 @@ class ChunkExecutor:
         return Condition(position_HJ, weight_H, settings.executor == "rtc_trained", settings.guidance_weight)
 
     def join(self, settings: ChunkSettings, chunk: ActionChunk, now_ns: int, lead_ns: int) -> ActionChunk:
-        """What the arm shall do from `lead_ns` after `now_ns` on.
+        """What the arm is to do from `now_ns + lead_ns` on.
 
-        SafetyRefusal if time has consumed all actions: inference took longer than the chunk lasts.
+        SafetyRefusal if the time of every action has passed: inference took longer than the chunk lasts.
         """
         if settings.executor == "synchronous":
-            # The arm has been waiting at rest: the chunk starts when it is there, not when it was asked for.
+            # The arm has been waiting at rest: the chunk starts when it is ready, not when it was asked for.
             count = max(1, min(chunk.horizon, round(to_ns(settings.execution_horizon_s) / chunk.period_ns)))
             return dataclasses.replace(
                 chunk,
@@ -128,7 +128,7 @@ class ChunkExecutor:
         if consumed == chunk.horizon:
             raise SafetyRefusal(
                 f"chunk: its last action was due {(now_ns - chunk.due_ns(chunk.horizon - 1)) / 1e6:.0f} ms ago; "
-                "inference is slower than the chunk lasts: fewer flow_steps or a faster engine?"
+                "inference takes longer than the chunk lasts: try fewer flow_steps or a faster engine"
             )
         self._joined += 1
         if self._joined > WARM_UP:
@@ -140,11 +140,11 @@ class ChunkExecutor:
         return ensemble(list(self._past), settings.ensemble_decay)
 
     def accept(self, chunk: ActionChunk, tick_ns: int) -> None:
-        """What `join` returned, from the tick that started at `tick_ns`, is being executed."""
+        """Notes that what `join` returned in the tick that started at `tick_ns` is now being executed."""
         self._running = _Running(chunk, tick_ns)
 
     def stop(self) -> None:
-        """The running chunk was ended by a hold; the next tick may infer."""
+        """Notes that a hold has ended the running chunk; the next tick may infer."""
         self._running = None
         self._past.clear()
 
@@ -158,13 +158,13 @@ def soft_mask(horizon: int, delay: int, end: int) -> NDArray[np.float64]:
 
 
 def ensemble(chunks: list[ActionChunk], decay: float) -> ActionChunk:
-    """The newest chunk's instants with the weighted mean of all chunks there; weights exp(-decay * i), i = 0 oldest."""
+    """The weighted mean of all chunks at the newest chunk's instants; weights exp(-decay * i), i = 0 the oldest."""
     newest = chunks[-1]
     due_H = np.array([newest.due_ns(k) for k in range(newest.horizon)])
     total_HJ, weights_H = np.zeros_like(newest.position_HJ), np.zeros(newest.horizon)
     for i, chunk in enumerate(chunks):
-        speaks_H = (due_H >= chunk.due_ns(0)) & (due_H <= chunk.due_ns(chunk.horizon - 1))
-        weight_H = math.exp(-decay * i) * speaks_H
+        covers_H = (due_H >= chunk.due_ns(0)) & (due_H <= chunk.due_ns(chunk.horizon - 1))
+        weight_H = math.exp(-decay * i) * covers_H
         total_HJ += weight_H[:, None] * resample(chunk, due_H)
         weights_H += weight_H
     position_HJ = total_HJ / weights_H[:, None]
@@ -173,14 +173,14 @@ def ensemble(chunks: list[ActionChunk], decay: float) -> ActionChunk:
 
 
 def resample(chunk: ActionChunk, time_N: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Positions [N, J] of the chunk's cubic at `time_N`, and before and after it those of its ends."""
+    """Positions [N, J] of the chunk's cubic at `time_N`; see `cubic` for times before and after the chunk."""
     return cubic(chunk, time_N)[0]
 
 
 def cubic(chunk: ActionChunk, time_N: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Position and velocity [N, J] of the cubic Hermite spline through the chunk's actions.
 
-    Before the first action the line through it with its velocity, after the last one rest.
+    Before the first action it is the line through that action with its velocity; after the last one it rests.
     """
     period_s = chunk.period_ns / 1e9
     phase_N = (np.asarray(time_N, dtype=np.int64) - chunk.due_ns(0)) / chunk.period_ns

@@ -1,7 +1,7 @@
-"""What happened lately, for /diagnostics and the log: latencies by stage, rates, refusals by cause, missed deadlines.
+"""Recent figures for /diagnostics and the log: latencies by stage, rates, refusals by cause, missed deadlines.
 
-The worker thread records, the executor thread reads once a second; a lock keeps them apart. Durations in ms, taken from
-a steady clock.
+The worker thread records and the executor thread reads once a second, under one lock. Durations in ms, from a steady
+clock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from enum import IntEnum
 from ki_vla_ros.runtime.observation import InputStatus
 from ki_vla_ros.statistics import spread
 
-# Ticks that percentiles and rates are taken over: half a minute at 10 Hz.
+# Ticks that percentiles are taken over: half a minute at 10 Hz.
 WINDOW = 300
 
 
@@ -47,7 +47,7 @@ class Stopwatch:
 
 
 class CollectorWatch:
-    """How long Python's garbage collector has stopped the process at most, in ms; for `gc.callbacks`."""
+    """The longest time in ms that Python's garbage collector has stopped the process; for `gc.callbacks`."""
 
     def __init__(self) -> None:
         self.longest_ms = 0.0
@@ -79,12 +79,12 @@ class Diagnostics:
         self._age_ms: deque[float] = deque(maxlen=WINDOW)
         self._skew_ms: deque[float] = deque(maxlen=WINDOW)
         self._delay = 0
-        self._inputs: tuple[float, Mapping[str, InputStatus]] | None = None  # of the report before
+        self._inputs: tuple[float, Mapping[str, InputStatus]] | None = None  # at the previous report
         self.collector = CollectorWatch()
         self._holds = 0
         self._refusals: Counter[str] = Counter()
         self._corrections: Counter[str] = Counter()
-        # What the gate changed in the newest chunk, in words: replay asks tick by tick.
+        # What the gate changed in the newest chunk, in words; replay reads it after every tick.
         self.last_corrections: tuple[str, ...] = ()
         self._chunks = 0
         self._missed = 0
@@ -100,9 +100,10 @@ class Diagnostics:
         skew_ms: float = 0.0,
         delay: int = 0,
     ) -> None:
-        """A chunk went onto the wire at `time_s` (steady clock), `age_ms` after its observation's stamp.
+        """Counts a chunk that went onto the wire at `time_s` (steady clock), `age_ms` after its observation's stamp.
 
-        `skew_ms` lies between the stamps of its images; `delay` is the inference delay that executors count with.
+        `skew_ms`: between the oldest and the newest of its images' stamps. `delay`: the inference delay, in actions,
+        that the executor assumes.
         """
         with self._lock:
             self._chunks += 1
@@ -118,12 +119,12 @@ class Diagnostics:
                 self._stage_ms.setdefault(stage, deque(maxlen=WINDOW)).append(duration_ms)
 
     def record_refusal(self, reason: str) -> None:
-        """Counted by cause: what stands before the first colon of `reason`."""
+        """Counts a refusal by its cause, which is the part of `reason` before the first colon."""
         with self._lock:
             self._refusals[reason.partition(":")[0]] += 1
 
     def record_tick(self, hold: str | None, instruction: str, missed: int) -> None:
-        """Why the arm is held (None: it is not), the instruction in force, deadlines missed since activation."""
+        """Records why the arm is held (None: it is not), the instruction, and deadlines missed since activation."""
         if hold is not None:
             self.record_refusal(hold)
         with self._lock:
@@ -133,7 +134,7 @@ class Diagnostics:
     def report(
         self, lifecycle: str, engine: str, now_s: float, inputs: Mapping[str, InputStatus] | None = None
     ) -> Report:
-        """`inputs` by name; their rates are taken over the time since the report before."""
+        """The figures so far; `inputs` by name, with their rates taken over the time since the previous report."""
         with self._lock:
             rate_hz, prefill_hz = (_rate_hz(times, now_s) for times in (self._chunk_times_s, self._prefill_times_s))
             values = {
@@ -175,12 +176,12 @@ class Diagnostics:
             yield f"{name} messages", str(status.count)
             yield f"{name} age_ms", "" if status.age_ns is None else f"{status.age_ns / 1e6:.1f}"
             if name in before and now_s > before_s:
-                # A configured node begins to count again.
+                # The count starts again from 0 when the node is configured again.
                 arrived = max(0, status.count - before[name].count)
                 yield f"{name} rate_hz", f"{arrived / (now_s - before_s):.1f}"
 
 
 def _rate_hz(times_s: deque[float], now_s: float) -> float:
-    """Over the last five seconds."""
+    """Events per second over the last five seconds."""
     recent = [t for t in times_s if now_s - t <= 5.0]
     return (len(recent) - 1) / (recent[-1] - recent[0]) if len(recent) > 1 else 0.0

@@ -1,9 +1,9 @@
-"""From a wanted path to a motion the arm may make: bounded position, speed and acceleration, always able to stop.
+"""Turns a wanted path into a motion the arm may make: bounded position, speed and acceleration, always able to stop.
 
-The motion has constant acceleration in each period, so its points with positions and velocities describe it wholly: the
-cubic through two of them, which is what joint_trajectory_controller follows, is that parabola again, from whatever
-moment of it the controller starts. So what holds at the points holds between them, and two commands that share a piece
-join without a seam.
+Acceleration is constant within each period, so the positions and velocities at the points describe the motion
+completely: the cubic that joint_trajectory_controller draws through two of them is that same parabola, from whichever
+moment of it the controller starts. What holds at the points therefore holds between them, and two commands that share a
+piece join without a seam.
 
 Legend: N periods, J joints. Positions in rad or m, times in s.
 """
@@ -21,9 +21,9 @@ from ki_vla_ros.runtime.chunking import cubic
 
 Array = NDArray[np.float64]
 
-# Share of the acceleration limit that closes a gap to the path; the path's own acceleration needs the rest.
+# Share of the acceleration limit spent on closing a gap to the path; the path's own acceleration needs the rest.
 CORRECTION = 0.5
-_STILL = 1e-7
+_STILL = 1e-7  # rad or m, and per second: less than this is no motion
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,10 @@ class Bounds:
 
 
 class Governor:
-    """Makes each motion continue the one before it. `running` is what the wire was last told; None: nothing moves."""
+    """Makes each motion continue the one before it.
+
+    `running` is the motion the wire was last told; None: nothing moves.
+    """
 
     def __init__(self, joints: tuple[str, ...], period_s: float) -> None:
         self.running: Motion | None = None
@@ -45,20 +48,23 @@ class Governor:
         self._period_s, self._period_ns = period_s, to_ns(period_s)
 
     def handover_ns(self, now_ns: int, lead_ns: int) -> int:
-        """The first instant of the running motion that is at least `lead_ns` away: there the next one takes over."""
+        """The first instant of the running motion that is at least `lead_ns` away, where the next motion takes over."""
         if self.running is None or now_ns + lead_ns >= self.running.end_ns:
             return now_ns + lead_ns
         return int(self.running.time_N[np.searchsorted(self.running.time_N, now_ns + lead_ns)])
 
     def follow(self, target: ActionChunk, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds) -> Motion:
-        """The running motion until `from_ns`, then towards `target`, ending at rest. Without one: from `measured_J`."""
+        """Continues the running motion until `from_ns`, then follows `target` and ends at rest.
+
+        If no motion is running, it starts at rest from `measured_J`.
+        """
         end_ns = target.due_ns(target.horizon - 1)
         steps = max(1, -((from_ns - end_ns) // self._period_ns))  # rounded up: the last action is still reached
         path_NJ, speed_NJ = cubic(target, from_ns + self._period_ns * (np.arange(steps) + 1))
         return self._continue(path_NJ, speed_NJ, measured_J, from_ns, now_ns, bounds)
 
     def rest_at(self, position_J: Array, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds) -> Motion:
-        """To rest at `position_J` as fast as the bounds allow."""
+        """Comes to rest at `position_J` as fast as the bounds allow."""
         reach_s = np.max(
             np.abs(bounds.upper_J - bounds.lower_J) / bounds.speed_J + 4 * bounds.speed_J / bounds.acceleration_J
         )
@@ -67,7 +73,7 @@ class Governor:
         return _without_tail(motion)
 
     def brake(self, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds) -> Motion:
-        """To rest as soon as the bounds allow, wherever that is."""
+        """Comes to rest as soon as the bounds allow, wherever that is."""
         nowhere = np.zeros((0, len(self._joints)))
         return self._continue(nowhere, nowhere, measured_J, from_ns, now_ns, bounds)
 
@@ -80,7 +86,7 @@ class Governor:
             keep = slice(0, 0)
         else:
             start_p, start_v = old.at(from_ns)
-            # From the instant before now on, so that the new motion says where the arm is now, too.
+            # From the last instant that is not after now, so that the new motion covers the present too.
             now = max(int(np.searchsorted(old.time_N, now_ns, side="right")) - 1, 0)
             keep = slice(now, int(np.searchsorted(old.time_N, from_ns, side="left")))
         position_NJ, velocity_NJ = follow(start_p, start_v, path_NJ, speed_NJ, self._period_s, bounds)
@@ -93,7 +99,7 @@ class Governor:
 
 
 def _without_tail(motion: Motion) -> Motion:
-    """Ended where nothing moves any more (to 1e-7 rad or m); what it repeats of the motion before it stays whole."""
+    """The motion, cut off where nothing moves any more (_STILL); what it repeats of the previous motion is kept."""
     still = np.all(np.abs(motion.velocity_NJ) < _STILL, axis=1)
     still &= np.all(np.abs(motion.position_NJ - motion.position_NJ[-1]) < _STILL, axis=1)
     moving = np.flatnonzero(~still)
@@ -110,13 +116,13 @@ def follow(
     """Positions and velocities [M, J], M >= N, one, two, ... periods after the given start, ending at rest.
 
     The motion follows `path_NJ` with the velocities `speed_NJ` (both at the same instants) as closely as the bounds
-    allow, and after its end brakes. A path within the bounds is met to the path's third derivative times period^3 / 24.
-    From a start that cannot stop within the bounds it returns to them with the acceleration that it has; from one
-    outside (an arm that was pushed there) it comes in at that acceleration too.
+    allow, and brakes after the path's end. It follows a path that keeps the bounds to within the path's third
+    derivative times period^3 / 24. A joint that starts too fast to stop within the position bounds, or starts outside
+    them (it was pushed there), returns to them at the acceleration limit.
     """
     aim_NJ = np.minimum(np.maximum(path_NJ, bounds.lower_J), bounds.upper_J)
     aim_velocity_NJ = np.where(aim_NJ == path_NJ, speed_NJ, 0.0)
-    # Joint by joint in plain numbers: four times as fast as arrays of a few joints, fifty periods long.
+    # One joint at a time, in Python floats: four times as fast as numpy on arrays of a few joints by fifty periods.
     joints = [
         _follow_joint(
             float(position_J[j]),
@@ -146,14 +152,14 @@ def _follow_joint(
     acceleration: float,
     period_s: float,
 ) -> tuple[list[float], list[float]]:
-    """`follow` for one joint: each velocity leads towards the path, and is one from which the joint can still stop.
+    """`follow` for one joint: each velocity leads towards the path and lets the joint still stop before its limit.
 
-    With v1 as the next velocity the joint moves (v + v1) T / 2 in a period T; it must then be able to stop before its
-    limit: p + (v + v1) T / 2 + v1^2 / 2a + v1 T / 2 <= upper, a quadratic in v1. If the present state can stop, braking
-    with full acceleration fulfils it, so there is always a solution within one step of acceleration.
+    If v1 is the next velocity, the joint moves (v + v1) T / 2 in a period T. It must then be able to stop before its
+    limit: p + (v + v1) T / 2 + v1^2 / 2a + v1 T / 2 <= upper, a quadratic in v1. If the joint can stop from its present
+    state, full braking satisfies this, so there is always a solution within one step of acceleration.
 
-    The largest v1 >= 0 with v1 T + v1^2 / 2a <= way is sqrt(step^2 + 2 a way) - step with step = a T, and negative
-    where there is no way left.
+    With room = upper - p - v T / 2 and step = a T, the largest v1 >= 0 with v1 T + v1^2 / 2a <= room is
+    sqrt(step^2 + 2 a room) - step; it is negative where there is no room left.
     """
     half_s, step, (lower, upper) = period_s / 2.0, acceleration * period_s, limits
     closing = CORRECTION * step
@@ -162,11 +168,12 @@ def _follow_joint(
     for aim, aim_velocity in aims:
         gap, coasted = aim - p - (v + aim_velocity) * half_s, p + v * half_s
         to_path = sqrt(closing2 + CORRECTION * twice * abs(gap)) - closing
-        way_up, way_down = step2 + twice * (upper - coasted), step2 + twice * (coasted - lower)
-        up = sqrt(way_up) - step if way_up > 0.0 else -step
-        down = step - sqrt(way_down) if way_down > 0.0 else step
+        square_up, square_down = step2 + twice * (upper - coasted), step2 + twice * (coasted - lower)
+        up = sqrt(square_up) - step if square_up > 0.0 else -step
+        down = step - sqrt(square_down) if square_down > 0.0 else step
         wanted = aim_velocity + to_path if gap > 0.0 else aim_velocity - to_path if gap < 0.0 else aim_velocity
-        # Comparisons, as min and max would take twice the time: what can stop, within the speed limit, within reach.
+        # The last clamp has priority: able to stop, then the speed limit, then the acceleration limit. Comparisons,
+        # because min() and max() take twice the time.
         wanted = down if wanted < down else wanted
         wanted = up if wanted > up else wanted
         wanted = -speed if wanted < -speed else speed if wanted > speed else wanted

@@ -23,20 +23,20 @@ from ki_vla_ros.runtime.observation import ObservationBuffer
 from ki_vla_ros.runtime.safety import SafetyGate, joint_bounds
 from ki_vla_ros.settings import Settings
 
-# A resting arm farther from its last command than this share of a joint's range has been moved by others.
+# A resting arm farther from its last command than this share of a joint's range has been moved by someone else.
 MOVED_SHARE = 0.02
-# Share of the speed limits that ramp_in_s begins with.
+# Share of the speed limits that the ramp over ramp_in_s starts from.
 FIRST_SHARE = 0.1
-# How often `watch` is called, by the node and in a replay: an arm is held so much later than hold_after_s at the most,
-# a fifth of a tick at 10 Hz.
+# How often the node and a replay call `watch`. An arm is held at most this much later than hold_after_s: a fifth of a
+# tick at 10 Hz.
 WATCHDOG_NS = 20_000_000
 
 
 class Wire(Protocol):
-    """Where commands and reports go, and the node's clock: ROS topics, a replay or a simulation."""
+    """The node's clock, and where commands and reports go: ROS topics, a replay or a simulation."""
 
     def now_ns(self) -> int:
-        """0 while there is no time yet (simulated time before the first message on /clock)."""
+        """The node's time; 0 while there is none (simulated time before the first message on /clock)."""
         ...
 
     def simulated_clock(self) -> bool: ...
@@ -50,7 +50,7 @@ class Wire(Protocol):
     def report_tick(self, fields: Mapping[str, object]) -> None: ...
 
     def log(self, message: str, cause: str) -> None:
-        """A warning; repetitions with the same cause may be thinned out."""
+        """Logs a warning; repetitions with the same cause may be thinned out."""
         ...
 
 
@@ -66,7 +66,7 @@ class Prefix:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sent:
-    """A chunk that went out: its number, its observation, the clock that its motion was made for, and when it went."""
+    """A chunk that went out: its number, its observation, the time its motion was made for, and when it was sent."""
 
     index: int
     observation: Observation
@@ -75,11 +75,13 @@ class Sent:
 
 
 class PolicyLoop:
-    """Between `begin` and `end` the caller calls `adopt` and `step` once per tick, and `watch` often; may begin again.
+    """Runs the policy tick by tick: observes, infers, makes the result safe and sends it.
 
-    `settings` is called once per tick, so that a change applies from one chunk to the next. `instruction` may be set at
-    any time to one that the bundle understands; "" means hold. `end`, `watch`, `latch` and `reset` may be called from
-    another thread: whatever the tick is doing then, nothing of it reaches the wire after a latched stop or the end.
+    Between `begin` and `end` the caller calls `adopt` and `step` once per tick, and `watch` every WATCHDOG_NS; after
+    `end` it may begin again. `settings` is called once per tick, so a change applies from one chunk to the next.
+    `instruction` may be set at any time to one that the bundle understands; "" means hold. `end`, `watch`, `latch` and
+    `reset` may be called from another thread: nothing of a tick that is running then reaches the wire after a latched
+    stop or the end.
     """
 
     def __init__(
@@ -106,20 +108,20 @@ class PolicyLoop:
         self._fresh_ns = 0  # when the newest chunk went out
         self._ramp_from_ns: int | None = None
         self._latched: str | None = None
-        self._started = False  # since then no chunk has gone out
-        self._held = False  # the running motion is a hold already
+        self._started = False  # `begin` was called, and no chunk has gone out since
+        self._held = False  # the running motion is already a hold
         self._moving = threading.RLock()  # held by whoever changes what the arm does
         self._ended = False
 
     def tick(self, settings: Settings, tick_ns: int, watch: Stopwatch) -> Sent | None:
-        """One tick that starts at `tick_ns`; the chunk that went out, or None if none was due.
+        """Runs the tick that starts at `tick_ns`; returns the chunk that went out, or None if none was due.
 
         InputError, EngineError or SafetyRefusal when the arm must be held instead.
         """
         policy, wire = self._policy, self.wire
         max_age_ns, lead_ns = to_ns(settings.max_age_s), to_ns(settings.lead_s)
         if self._latched is not None:
-            raise SafetyRefusal(f"stopped: {self._latched}; call ~/reset when nothing stands in the way")
+            raise SafetyRefusal(f"stopped: {self._latched}; call ~/reset when it is safe to move again")
         instruction = self.instruction
         prefix = self._usable_prefix(settings, tick_ns, instruction)
         with watch.stage("observation"):
@@ -149,16 +151,16 @@ class PolicyLoop:
                 return None
             measured_J = self.buffer.measured(now_ns, max_age_ns)
             with watch.stage("safety"):
-                wished, corrections = self._gate.screen(chunk, observation.stamp_ns, measured_J, now_ns)
+                screened, corrections = self._gate.screen(chunk, observation.stamp_ns, measured_J, now_ns)
             with watch.stage("chunking"):
                 self._forget_if_moved(measured_J, now_ns)
-                target = self._executor.join(settings, wished, now_ns, lead_ns)
+                target = self._executor.join(settings, screened, now_ns, lead_ns)
                 from_ns = self._governor.handover_ns(now_ns, lead_ns)
                 motion = self._governor.follow(target, measured_J, from_ns, now_ns, self._ramped(settings, now_ns))
             with watch.stage("verify"):
                 self._gate.judge(motion, measured_J)
             with watch.stage("publish"):
-                if not settings.dry_run:  # then what the arm was really told stays what runs
+                if not settings.dry_run:  # in a dry run, the running motion stays what the arm was really told
                     self._send(motion, now_ns)
                 sent = Sent(self._chunks, observation, now_ns, wire.now_ns())
                 self._executor.accept(target, tick_ns)
@@ -186,7 +188,7 @@ class PolicyLoop:
 
     def _prefill(self, observation: Observation, instruction: str, tick_ns: int, watch: Stopwatch) -> Prefix:
         bundle = self._policy.bundle
-        self._prefix = None  # the engine's buffers are about to be written over
+        self._prefix = None  # the engine's buffers are about to be overwritten
         with watch.stage("preprocess"):
             model_input = make_model_input(bundle.manifest, bundle.tokenizer, observation, instruction)
         with watch.stage("prefill"):
@@ -195,12 +197,12 @@ class PolicyLoop:
         return self._prefix
 
     def begin(self) -> None:
-        """Before the first tick: chunks may go out from now on."""
+        """To be called before the first tick: chunks may go out from now on."""
         self._ended = False
         self._ramp_from_ns, self._started = None, True
 
     def end(self) -> None:
-        """No chunk goes out any more, not even that of a tick that is running, and the arm comes to rest."""
+        """Lets no further chunk go out, not even that of a tick that is running, and brings the arm to rest."""
         self._ended = True
         self._hold(self.settings())
 
@@ -209,14 +211,14 @@ class PolicyLoop:
         self._hold(self.settings())
 
     def forget(self) -> None:
-        """The clock was set back: no input and no motion from before is of any use."""
+        """Drops every input and motion, because the clock was set back and their stamps mean nothing now."""
         with self._moving:
             self.buffer.clear()
             self._executor.stop()
             self._governor.running = self._ramp_from_ns = self._prefix = None
 
     def watch(self) -> None:
-        """The watchdog, to be called every WATCHDOG_NS: holds an arm that moves without a fresh chunk."""
+        """The watchdog: holds an arm that moves without a fresh chunk; to be called every WATCHDOG_NS."""
         settings = self.settings()
         with self._moving:
             now_ns = self.wire.now_ns()
@@ -236,20 +238,20 @@ class PolicyLoop:
             self._hold(self.settings())
 
     def describe_limits(self) -> str:
-        """Of each joint, as they are in force: positions, speed and acceleration."""
+        """The limits in force for each joint, in words: positions, speed and acceleration."""
         names, bounds = self._policy.bundle.manifest.joint_names, self._gate.bounds
         rows = zip(names, bounds.lower_J, bounds.upper_J, bounds.speed_J, bounds.acceleration_J, strict=True)
         return "; ".join(f"{name} {low:.3f} to {high:.3f}, {v:.3f}/s, {a:.2f}/s^2" for name, low, high, v, a in rows)
 
     def reset(self) -> bool:
-        """Releases a latched stop; whether there was one."""
+        """Releases a latched stop; returns whether there was one."""
         with self._moving:
             was, self._latched, self._ramp_from_ns = self._latched, None, None
         return was is not None
 
     @property
     def executing(self) -> ActionChunk | None:
-        """What the executor wishes for at present."""
+        """The target that is being executed; None at rest or after a hold."""
         return self._executor.running
 
     @property
@@ -257,7 +259,7 @@ class PolicyLoop:
         return self._latched
 
     def adopt(self, settings: Settings) -> None:
-        """Between two ticks: what of the settings is not read at each."""
+        """Applies, between two ticks, the settings that a tick does not read itself."""
         self._policy.flow_steps = settings.flow_steps or self._policy.bundle.manifest.flow.steps
         self._policy.noise_seed = settings.noise_seed
         if settings.limits != self._limits:
@@ -270,7 +272,7 @@ class PolicyLoop:
         return SafetyGate(joints, settings.limits, bounds)
 
     def _ramped(self, settings: Settings, now_ns: int) -> Bounds:
-        """The bounds with the speed limits of the moment."""
+        """The bounds, with speed limits that grow over ramp_in_s after a start or a reset."""
         if self._ramp_from_ns is None or self._ramp_from_ns > now_ns:
             self._ramp_from_ns = now_ns
         since_s = (now_ns - self._ramp_from_ns) / NS_PER_S
@@ -290,7 +292,7 @@ class PolicyLoop:
             self.latch(hold)
         except KiVlaError as refusal:
             hold = str(refusal)
-        except Exception as error:  # whatever it is, the arm must come to rest, and the next tick may do better
+        except Exception as error:  # whatever it is, the arm must come to rest; the next tick may succeed
             hold = f"internal error: {error!r}"
             self.wire.log(traceback.format_exc(), "internal error")
         if hold is not None:
@@ -324,7 +326,7 @@ class PolicyLoop:
         self._governor.running = motion
 
     def _hold(self, settings: Settings) -> None:
-        """Ends a running motion at the measured position, or, when that is not known, as soon as it can be braked."""
+        """Ends a running motion at the measured position, or brakes at once where that position is not known."""
         with self._moving:
             now_ns = self.wire.now_ns()
             self._executor.stop()
@@ -346,10 +348,10 @@ class PolicyLoop:
             self._held = True
 
     def _forget_if_moved(self, measured_J: NDArray[np.float64], now_ns: int) -> None:
-        """An arm that is not where it was sent (moved by others, or held up): the next motion starts where it is.
+        """Makes the next motion start where the arm is, if that is not where it was sent (moved, or held up).
 
-        A moving arm trails its command, so it has the room of `limits.max_jump_s`; but not with the first chunk after
-        `start`, when a hold of the time before may seem to be running still.
+        A moving arm trails its command, so it is allowed `limits.max_jump_s` of lag. The first chunk after `begin` gets
+        no such allowance: a hold from before may seem to be running still.
         """
         running, bounds = self._governor.running, self._gate.bounds
         if running is None:
@@ -359,5 +361,5 @@ class PolicyLoop:
         room_J = MOVED_SHARE * (bounds.upper_J - bounds.lower_J) if strict else trailing_J
         if np.any(np.abs(running.at(now_ns)[0] - measured_J) > room_J):
             if not self._started:  # between deactivation and activation it may be anywhere
-                self.wire.log("arm: it is not where it was sent; going on from where it is", "moved")
+                self.wire.log("arm: it is not where it was sent; continuing from where it is", "moved")
             self._governor.running = None

@@ -1,8 +1,8 @@
 """The newest inputs that belong together in time, or a refusal that names what is missing.
 
-The executor thread adds, the worker thread observes; a lock keeps them apart. Nothing here waits, and nothing here
-reads a clock: `now_ns` comes from the caller. Legend: J joints in the manifest's order. Stamps in integer ns on the
-node's clock.
+The executor thread adds and the worker thread observes, under one lock. Nothing here reads a clock: `now_ns` comes from
+the caller. Only `await_burst` waits. Legend: J joints in the manifest's order. Stamps in integer ns on the node's
+clock.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ki_vla_ros.errors import InputError, StaleInput
 from ki_vla_ros.records import CameraFrame, JointReading, Observation, to_ns
 from ki_vla_ros.settings import Settings
 
-# Frames per camera that an observation may be chosen from: at 30 Hz the last 0.27 s. Full images, so not more.
+# Frames per camera that an observation may be chosen from: at 30 Hz the last 0.27 s. No more, as these are full images.
 FRAMES_KEPT = 8
-# Arrivals of frames that bursts are looked for in; frames farther apart are not of one burst.
+# How many arrivals of frames are searched for bursts, and the gap that separates one burst from the next.
 ARRIVALS_KEPT, BURST_GAP_NS = 96, 5_000_000
-# How near the end of a burst must be for its frames to be waited for.
+# How near the end of a burst must be for a tick to wait for it, and how long it waits at most.
 BURST_WAIT_NS = 3_000_000
 # Joint readings to interpolate between: 2.5 s at 200 Hz, half a second at 1 kHz.
 READINGS_KEPT = 512
@@ -34,9 +34,9 @@ READINGS_KEPT = 512
 
 @dataclass(frozen=True)
 class CameraSource:
-    """A camera of the model and the topic its frames come from (for messages).
+    """A camera of the model and, for error messages, the topic its frames come from.
 
-    `max_age_ns`: oldest frame that may be acted upon, where it is not the caller's limit.
+    `max_age_ns`: the greatest age at which a frame may be acted upon; None: the caller's limit holds.
     """
 
     name: str
@@ -59,7 +59,7 @@ class _Frames:
 
 @dataclass(frozen=True)
 class InputStatus:
-    """Images (joint states: those accepted) so far, and the age of the newest one (None: there is none)."""
+    """How many images, or accepted joint states, have come so far, and the newest one's age (None: none yet)."""
 
     count: int
     age_ns: int | None
@@ -74,9 +74,9 @@ class ObservationBuffer:
         trained: tuple[Sequence[float], Sequence[float]] | None = None,
         joint_max_age_ns: int | None = None,
     ) -> None:
-        """`trained`: lowest and highest joint positions that the model knows, to tell degrees from radians.
+        """`trained`: the lowest and highest joint positions in training, to tell degrees from radians.
 
-        `joint_max_age_ns`: oldest joint state that may be acted upon, where it is not the caller's limit.
+        `joint_max_age_ns`: the greatest age at which a joint state may be acted upon; None: the caller's limit holds.
         """
         self._cameras = {camera.name: _Frames(camera) for camera in cameras}
         self._joints = tuple(joints)
@@ -99,7 +99,7 @@ class ObservationBuffer:
             camera.count += 1
             camera.repeats = place < len(stamps) and stamps[place] == frame.stamp_ns
             if camera.repeats:
-                return  # a frozen camera repeats its stamp: it must grow stale
+                return  # a frozen camera repeats its stamp: its frame must go stale
             _insert(frames, place, frame)
             if arrived_ns is not None:
                 self._arrivals.append(arrived_ns)
@@ -108,13 +108,13 @@ class ObservationBuffer:
             self._refused.pop(frame.camera, None)
 
     def add_joints(self, reading: JointReading) -> None:
-        """Takes the manifest's joints out of `reading` by name; InputError where one is missing or not a number."""
+        """Picks the manifest's joints from `reading` by name; InputError if one is missing or not finite."""
         index = {name: i for i, name in enumerate(reading.names)}
         missing = [name for name in self._joints if name not in index]
         if missing:
             raise InputError(
                 f"joint state: expected joints {', '.join(self._joints)}, but {', '.join(missing)} missing among "
-                f"{', '.join(reading.names) or 'no names'} on {self._joint_topic}; is it the robot that the bundle "
+                f"{', '.join(reading.names) or 'no names'} on {self._joint_topic}; is this the robot that the bundle "
                 "was made for?"
             )
         position_J = np.array([reading.position_J[index[name]] for name in self._joints], dtype=np.float64)
@@ -124,7 +124,7 @@ class ObservationBuffer:
         self._check_unit(position_J)
         with self._lock:
             place = len(self._readings)
-            if place and self._readings[-1][0] >= reading.stamp_ns:  # rarely
+            if place and self._readings[-1][0] >= reading.stamp_ns:  # rare: a search through all stamps
                 place = bisect.bisect_left([stamp for stamp, _ in self._readings], reading.stamp_ns)
             if place == len(self._readings) or self._readings[place][0] != reading.stamp_ns:
                 _insert(self._readings, place, (reading.stamp_ns, position_J))
@@ -132,7 +132,10 @@ class ObservationBuffer:
             self._refused.pop("joint state", None)
 
     def _check_unit(self, position_J: NDArray[np.float64]) -> None:
-        """Farther outside the range of training than that is wide, and inside it as degrees: the unit is wrong."""
+        """InputError for a joint farther outside the range seen in training than that range is wide.
+
+        The message asks about degrees where the value would fit if it were in degrees.
+        """
         if self._trained is None:
             return
         low_J, high_J = self._trained
@@ -153,7 +156,7 @@ class ObservationBuffer:
             self._refused[subject] = reason
 
     def clear(self) -> None:
-        """Forgets everything, as after a backward jump of the clock."""
+        """Forgets all inputs, for instance after the clock was set back; the counts stay."""
         with self._lock:
             for camera in self._cameras.values():
                 camera.frames.clear()
@@ -163,7 +166,7 @@ class ObservationBuffer:
             self._arrivals.clear()
 
     def status(self, now_ns: int) -> dict[str, InputStatus]:
-        """What has come in, by camera and for "joint state"."""
+        """What has come in, by camera name, and under "joint state" for the joints."""
         with self._lock:
             newest = {
                 name: (camera.count, camera.frames[-1].stamp_ns if camera.frames else None)
@@ -176,10 +179,10 @@ class ObservationBuffer:
         }
 
     def since_burst_ns(self, now_ns: int) -> int | None:
-        """How far `now_ns` is behind the nearest end of a burst of frames (negative: before it); None: unknown.
+        """How long before `now_ns` the nearest burst of frames ended (negative: it is still to end); None: unknown.
 
-        Frames of cameras that are triggered together arrive in bursts. Where the present one ends is where the line
-        through the ends of the last ones leads, as each alone comes some milliseconds early or late.
+        Frames of cameras that are triggered together arrive in bursts. Each burst comes some milliseconds early or
+        late, so the end of the present one is taken from a line fitted through the ends of the previous ones.
         """
         with self._lock:
             arrivals = list(self._arrivals)
@@ -194,7 +197,7 @@ class ObservationBuffer:
         return int((since_last_ns + period_ns / 2) % period_ns - period_ns / 2)
 
     def await_burst(self, now_ns: int, since_ns: int | None) -> None:
-        """Where a burst ends about now, wait until each required camera's frame of it is there, for 3 ms at most.
+        """If a burst is ending about now, waits for each required camera's frame of it, 3 ms at most.
 
         `since_ns` is `since_burst_ns(now_ns)`.
         """
@@ -204,15 +207,16 @@ class ObservationBuffer:
             self._frame_came.wait_for(lambda: self.has_burst(now_ns), BURST_WAIT_NS / 1e9)
 
     def has_burst(self, now_ns: int) -> bool:
-        """Whether the frames of the burst that ends about now have all come."""
+        """Whether all required frames of the burst that ends about now have arrived."""
         required = [camera for camera in self._cameras.values() if not camera.source.optional]
         return all(camera.arrived_ns > now_ns - 2 * BURST_WAIT_NS for camera in required)
 
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
-        """The newest set: a frame per required camera within `slop_ns` of the oldest, and the joint state at its time.
+        """The newest set: one frame per required camera, all within `slop_ns`, and the joint state at the oldest one.
 
-        Optional cameras join if they have a frame in that span. StaleInput if there is no such set or if it is older
-        than `max_age_ns` (or the limit of its camera). Stamps ahead of `now_ns` by more than `slop_ns` are not used.
+        An optional camera joins if it has a frame in that span. StaleInput if there is no such set, or if a frame in it
+        is older than `max_age_ns` (or its camera's own limit). Stamps more than `slop_ns` ahead of `now_ns` are
+        ignored.
         """
         with self._lock:
             usable = {
@@ -249,7 +253,7 @@ class ObservationBuffer:
         return self.latest(now_ns, max_age_ns)[1]
 
     def latest(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
-        """As `measured`, with their stamp."""
+        """The stamp of the newest joint positions, and the positions; see `measured`."""
         with self._lock:
             readings = list(self._readings)
             refused = dict(self._refused)
@@ -262,9 +266,7 @@ class ObservationBuffer:
         name, topic = camera.source.name, camera.source.topic
         why = f"; last message refused: {refused[name]}" if name in refused else f"; is {topic} published?"
         if camera.repeats:
-            why = (
-                f"; images come on {topic}, all with one stamp: is it frozen, or does it not stamp (use_receive_time)?"
-            )
+            why = f"; images on {topic} all have one stamp: is it frozen, or does it not stamp (use_receive_time)?"
         if not usable and camera.frames:
             raise StaleInput(
                 f"camera {name!r}: stamps on {topic} are ahead of the node's clock by "
@@ -306,16 +308,16 @@ class ObservationBuffer:
     def _joints_at(
         self, readings: list[tuple[int, NDArray[np.float64]]], stamp_ns: int, max_age_ns: int
     ) -> tuple[NDArray[np.float64], tuple[int, ...]]:
-        """Interpolated between the readings before and after `stamp_ns`, never extrapolated; with their stamps.
+        """Joint positions at `stamp_ns` and the stamps they come from: interpolated between two readings.
 
-        A frame newer than every reading gets the newest reading as it is. Either way no reading farther than
+        Never extrapolated: a frame newer than every reading gets the newest reading unchanged. No reading farther than
         `max_age_ns` from the frame is used.
         """
         after = bisect.bisect_left([stamp for stamp, _ in readings], stamp_ns)
         if after == 0 and readings[0][0] != stamp_ns:
             raise StaleInput(
                 f"joint state: the oldest kept is {_ms(readings[0][0] - stamp_ns)} ms newer than the images; "
-                f"is {self._joint_topic} published since the images were taken?"
+                f"was {self._joint_topic} already published when the images were taken?"
             )
         near = [readings[i] for i in (after - 1, after) if 0 <= i < len(readings)]
         if near[-1][0] == stamp_ns:
@@ -334,7 +336,7 @@ class ObservationBuffer:
 
 
 def _newest_set(frames: Mapping[str, Sequence[CameraFrame]], slop_ns: int) -> dict[str, CameraFrame] | None:
-    """Per camera the first frame at or after t, for the newest t at which every camera has one within `slop_ns`."""
+    """Each camera's first frame at or after t, for the newest t from which every camera has one within `slop_ns`."""
     for start_ns in sorted({frame.stamp_ns for kept in frames.values() for frame in kept}, reverse=True):
         chosen = {
             name: next((f for f in kept if start_ns <= f.stamp_ns <= start_ns + slop_ns), None)
@@ -347,7 +349,7 @@ def _newest_set(frames: Mapping[str, Sequence[CameraFrame]], slop_ns: int) -> di
 
 
 def _out_of_step(frames: Mapping[str, Sequence[CameraFrame]], slop_ns: int) -> str:
-    """The widest of the smallest distances between any two cameras' frames, in words."""
+    """Names, in words, the two cameras whose nearest frames are farthest apart."""
     names = list(frames)
     gap_ns, first, second = max(
         (min(abs(a.stamp_ns - b.stamp_ns) for a in frames[one] for b in frames[two]), one, two)
@@ -361,7 +363,7 @@ def _out_of_step(frames: Mapping[str, Sequence[CameraFrame]], slop_ns: int) -> s
 
 
 def _insert(kept: deque, place: int, item: object) -> None:  # type: ignore[type-arg]
-    """Insert in order; a full deque gives up its oldest and refuses what is older than all it holds."""
+    """Inserts in order; a full deque drops its oldest item and refuses one older than all it holds."""
     if kept.maxlen is not None and len(kept) == kept.maxlen:
         if place == 0:
             return
@@ -380,8 +382,9 @@ def camera_sources(
     resolve: Callable[[str], str],
     topics: Mapping[str, str] | None = None,
 ) -> list[CameraSource]:
-    """The bundle's cameras with their full topic names: those in `topics`, others as `resolve` makes them of the
-    settings' names.
+    """The bundle's cameras with their full topic names.
+
+    They come from `topics`; for a camera that is not in it, `resolve` makes the full name from the one in the settings.
     """
     sources = []
     for camera in manifest.cameras:
@@ -392,5 +395,5 @@ def camera_sources(
 
 
 def own_limit_ns(max_age_s: float) -> int | None:
-    """An input's own `max_age_s`; None: it has none."""
+    """An input's own `max_age_s` in ns; None for 0: it has none of its own."""
     return to_ns(max_age_s) or None

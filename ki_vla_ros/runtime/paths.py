@@ -1,10 +1,11 @@
 """Where the arm was told to be, and where it was, as functions of time.
 
 `CommandedPath` is the one model of ROS 2's joint_trajectory_controller: the simulated arms move by it, and replay,
-datasets and shadow mode ask it what a recorded arm was told. `MeasuredPath` is the line through the joint states.
+datasets and shadow mode use it to find what a recorded arm was told. `MeasuredPath` is the line through the joint
+states.
 
-Legend: J joints in the order that the path was made with, N instants, K points of a trajectory. Positions in rad or m,
-derivatives per second, times in integer ns on one clock: the node's, or the bag's.
+Legend: J joints in the order in which the path was given them, N instants, K points of a trajectory. Positions in rad
+or m, derivatives per second, times in integer ns on one clock: the node's, or the bag's.
 """
 
 from __future__ import annotations
@@ -21,28 +22,28 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import NS_PER_S, JointReading, header_ns, time_to_ns
 
-# Joint states farther apart than this say nothing of the time between them.
+# Joint states farther apart than this say nothing about the time between them.
 LONGEST_GAP_NS = 250_000_000
-# An arm that is farther from its last reading than its joints can turn in the time between, and this, was set
-# elsewhere: a simulator's reset, or a bag made of pieces.
+# An arm that is farther from its last reading than its joints can move in the time between plus this was put elsewhere:
+# by a simulator's reset, or by a bag joined from pieces.
 JUMP_S = 0.05
 
 Array = NDArray[np.float64]
 
 
 class ArmPath(Protocol):
-    """Positions over time. What lies before the last `forget` is not asked for."""
+    """Positions over time; nobody asks for a time before the last `forget`."""
 
     def at(self, time_N: NDArray[np.int64]) -> Array:
-        """[N, J]; NaN where nothing is known."""
+        """Positions [N, J]; NaN where nothing is known."""
         ...
 
     def known(self, time_ns: int, now_ns: int) -> bool:
-        """Whether `at` that time is settled when everything up to `now_ns` has been taken in."""
+        """Whether `at(time_ns)` is final once everything up to `now_ns` has been taken in."""
         ...
 
     def forget(self, before_ns: int) -> None:
-        """Nothing before then will be asked for any more."""
+        """Frees what is only needed for times before `before_ns`; nobody will ask for those any more."""
         ...
 
     def clear(self) -> None:
@@ -51,7 +52,7 @@ class ArmPath(Protocol):
 
 
 class TrajectoryPoint(NamedTuple):
-    """One waypoint, values in the order of the trajectory's `joints`; an empty sequence means "not given"."""
+    """One waypoint; values in the order of the trajectory's `joints`, an empty sequence where they are not given."""
 
     time_from_start_ns: int
     positions: Sequence[float]
@@ -62,7 +63,7 @@ class TrajectoryPoint(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A message as it came; `stamp_ns` 0 means "start now"."""
+    """A trajectory message as received; `stamp_ns` 0 means "start now"."""
 
     stamp_ns: int
     joints: Sequence[str]
@@ -85,25 +86,27 @@ def trajectory_from_message(message: Any) -> Trajectory:
 
 
 class CommandedPath:
-    """What joint_trajectory_controller makes of the messages on its topic, or forward_command_controller of its own.
+    """What joint_trajectory_controller, or forward_command_controller, makes of the messages on its topic.
 
-    A trajectory replaces the one before it at once (stamp 0, or a stamp that has passed) or at its stamp, until which
-    the one before goes on; what still waits for a later stamp is dropped. It leads from where the arm was told to be
-    then, at the speed it was told to have (`interpolate_from_desired_state: true`), to the first point and through the
-    others: straight where two neighbours give positions alone, as a cubic where both give velocities, as a quintic
-    where both give accelerations too. After the last point the arm is told to stay there. Where points have passed
-    already, the arm is told to be at once where the trajectory then is. A trajectory that has ended before it arrives
-    is refused, as is whatever the controller refuses. An array of positions counts from its arrival on.
+    A trajectory replaces the previous one at once (stamp 0, or a stamp that has passed) or at its stamp; until then the
+    previous one goes on, and whatever waits for a later stamp is dropped. The new one starts from where the arm was
+    told to be then, at the velocity it was told to have (`interpolate_from_desired_state: true`), and leads to the
+    first point and on through the others: in a straight line where two neighbours give only positions, along a cubic
+    where both give velocities, along a quintic where both give accelerations too. After the last point the arm is told
+    to stay there. If some points have already passed, the arm is told to be, at once, where the trajectory is by then.
+    A trajectory that ended before it arrived is refused, as is whatever the controller refuses. An array of positions
+    takes effect when it arrives.
 
-    With `position_J`, where the arm rests first, the path is a controller of exactly these joints. Without it the path
-    is an onlooker's: before a first point nothing is known, and the controller may have more joints (they are left
-    out), take effort, and allow a trajectory to end in motion (`allow_nonzero_velocity_at_trajectory_end`).
+    With `position_J`, where the arm rests at first, the path acts as the controller of exactly these joints. Without
+    it, the path belongs to an onlooker: nothing is known before the first point, and the controller may have more
+    joints (they are left out), take effort, and let a trajectory end in motion
+    (`allow_nonzero_velocity_at_trajectory_end`).
 
     Source: ros2_controllers, joint_trajectory_controller: trajectory.cpp (`sample`, `interpolate_between_points`) and
     `validate_trajectory_msg`, 2.x to 6.9; stamps in the future as with the `allow_trajectory_replacement` of August
-    2026. Of those that wait 6.8 and 6.9 keep only the newest, and before 6.8 none waited: the arm set out for the first
-    point at once. Refused here but not there: numbers that are not finite, times before the start, and accelerations
-    without velocities, of which the controller makes zeros.
+    2026. Of several waiting trajectories 6.8 and 6.9 keep only the newest; before 6.8 none waited: the arm set out for
+    the first point at once. Refused here but not there: numbers that are not finite, times before the start, and
+    accelerations without velocities, which the controller takes as zeros.
     """
 
     def __init__(
@@ -111,15 +114,15 @@ class CommandedPath:
     ) -> None:
         """`allow_partial_joints_goal`: as the controller's; joints that a message leaves out stay where they are."""
         self.joints = tuple(joints)
-        self._looks_on, self._allow_partial = position_J is None, allow_partial_joints_goal
-        # By `from_ns`; each is in force until the next one's. The last ones may still wait.
+        self._onlooker, self._allow_partial = position_J is None, allow_partial_joints_goal
+        # Sorted by `from_ns`. Each is in force until the next one begins; the last ones may still be waiting.
         self._pieces: list[_Piece] = []
         self._rest(np.full(len(self.joints), np.nan) if position_J is None else position_J)
 
     def take(self, message: Any, arrived_ns: int) -> None:
-        """A trajectory_msgs/JointTrajectory, or a std_msgs/Float64MultiArray in the order of the joints.
+        """Takes a trajectory_msgs/JointTrajectory, or a std_msgs/Float64MultiArray in the order of the joints.
 
-        InputError says why it is refused; what is in force then stays.
+        InputError says why a message is refused; what was in force stays in force.
         """
         if hasattr(message, "points"):
             self.accept(trajectory_from_message(message), arrived_ns)
@@ -132,7 +135,7 @@ class CommandedPath:
         self._add(_rest(arrived_ns, position_J), arrived_ns)
 
     def accept(self, trajectory: Trajectory, arrived_ns: int) -> None:
-        """As `take`."""
+        """`take` for a trajectory that is no longer a message."""
         index = self._index(trajectory.joints)
         start_ns = trajectory.stamp_ns or arrived_ns
         knots = self._knots(trajectory, index, start_ns)
@@ -149,12 +152,12 @@ class CommandedPath:
         self._add(_Piece(from_ns, before_3J, knots), arrived_ns)
 
     def sample(self, time_ns: int) -> tuple[Array, Array]:
-        """Position and velocity [J]: a controller's state."""
+        """The controller's desired position and velocity [J]."""
         position_J, velocity_J, _ = self._state(time_ns)
         return position_J, velocity_J
 
     def hold(self, position_J: Array) -> None:
-        """Drops what runs and what waits, and stays at `position_J`."""
+        """Drops what is running and what is waiting, and stays at `position_J`."""
         self._rest(position_J)
 
     def at(self, time_N: NDArray[np.int64]) -> Array:
@@ -162,8 +165,8 @@ class CommandedPath:
         in_force_N = np.maximum(np.searchsorted(starts, time_N, side="right") - 1, 0)
         path_NJ = np.empty((len(time_N), len(self.joints)))
         for number in np.unique(in_force_N):
-            those_N = in_force_N == number
-            path_NJ[those_N] = self._pieces[number].at(time_N[those_N])
+            chosen_N = in_force_N == number
+            path_NJ[chosen_N] = self._pieces[number].at(time_N[chosen_N])
         return path_NJ
 
     def known(self, time_ns: int, now_ns: int) -> bool:
@@ -175,17 +178,17 @@ class CommandedPath:
             del self._pieces[:gone]
 
     def clear(self) -> None:
-        """Looks on as if no command had come yet."""
+        """Becomes an onlooker that has seen no command yet."""
         self._rest(np.full(len(self.joints), np.nan))
 
     def _rest(self, position_J: Array) -> None:
         self._pieces = [_rest(0, np.array(position_J, dtype=np.float64))]
 
     def _add(self, piece: _Piece, arrived_ns: int) -> None:
-        if not self._looks_on:  # a controller does not look back, and has nobody who tells it to forget
+        if not self._onlooker:  # nobody calls `forget` on a controller, and it never looks back
             self.forget(arrived_ns)
         while len(self._pieces) > 1 and self._pieces[-1].from_ns >= piece.from_ns:
-            self._pieces.pop()  # it waited, and has no time left
+            self._pieces.pop()  # it was waiting for a stamp that the new one's start has overtaken
         self._pieces.append(piece)
 
     def _state(self, time_ns: int) -> Array:
@@ -193,10 +196,10 @@ class CommandedPath:
         return self._pieces[max(number, 0)].state(time_ns)
 
     def _index(self, names: Sequence[str]) -> list[int | None]:
-        """Where each of the path's joints stands in a message; None: nowhere."""
+        """The index of each of the path's joints in a message; None: it is not there."""
         index = {name: i for i, name in enumerate(names)}
         missing = [name for name in self.joints if name not in index]
-        unknown = [] if self._looks_on else [name for name in names if name not in self.joints]
+        unknown = [] if self._onlooker else [name for name in names if name not in self.joints]
         few = len(missing) == len(self.joints) or (missing and not self._allow_partial)
         if few or unknown or len(index) != len(names):
             raise InputError(
@@ -206,7 +209,7 @@ class CommandedPath:
         return [index.get(name) for name in self.joints]
 
     def _knots(self, trajectory: Trajectory, index: list[int | None], start_ns: int) -> _Knots:
-        """The points of a trajectory that starts then, with joints that are left out at 0."""
+        """The points of a trajectory that starts at `start_ns`; joints that it leaves out are 0."""
         points, width = trajectory.points, len(trajectory.joints)
         if not points:
             raise InputError(
@@ -220,11 +223,11 @@ class CommandedPath:
                 f"{time_K[k] / NS_PER_S:.3f} s{after}"
             )
         position_KW, _ = _column(points, "positions", width, required=True)
-        velocity_KW, moving_K = _column(points, "velocities", width)
-        acceleration_KW, bent_K = _column(points, "accelerations", width)
-        for k in np.flatnonzero(bent_K & ~moving_K)[:1]:
+        velocity_KW, has_velocity_K = _column(points, "velocities", width)
+        acceleration_KW, has_acceleration_K = _column(points, "accelerations", width)
+        for k in np.flatnonzero(has_acceleration_K & ~has_velocity_K)[:1]:
             raise InputError(f"command: trajectory refused: point {k}: accelerations without velocities; send both")
-        if not self._looks_on:
+        if not self._onlooker:
             if any(len(point.effort) for point in points):
                 raise InputError(
                     "command: trajectory refused: effort is not supported by this controller; leave it out"
@@ -237,13 +240,14 @@ class CommandedPath:
         given_J = np.array([i is not None for i in index])
         order_J = [i or 0 for i in index]
         state_3KJ = np.array([position_KW, velocity_KW, acceleration_KW])[..., order_J] * given_J
-        return _Knots(start_ns + time_K, np.where(bent_K, 5, np.where(moving_K, 3, 1)), state_3KJ)
+        degree_K = np.where(has_acceleration_K, 5, np.where(has_velocity_K, 3, 1))
+        return _Knots(start_ns + time_K, degree_K, state_3KJ)
 
 
 def _column(
     points: Sequence[TrajectoryPoint], name: str, width: int, required: bool = False
 ) -> tuple[Array, NDArray[np.bool_]]:
-    """One field of all points [K, width], zeros where it is not given, and where it is [K]."""
+    """One field of all points [K, width], 0 where it is not given, and whether each point gives it [K]."""
     rows = [getattr(point, name) for point in points]
     given_K = np.array([len(row) > 0 for row in rows])
     for k, row in enumerate(rows):
@@ -261,7 +265,7 @@ def _column(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Knots:
-    """Instants between which the path is a polynomial, of the least degree that two neighbours allow: 1, 3 or 5."""
+    """The knots of a piecewise polynomial of degree 1, 3 or 5: between two knots the lower one of theirs."""
 
     time_K: NDArray[np.int64]
     degree_K: NDArray[np.int64]
@@ -271,14 +275,15 @@ class _Knots:
 class _Piece:
     """What one message makes of the path from `from_ns` on: polynomials from knot to knot, then rest.
 
-    Legend: M knots that count, D degree; between knot m and the next the position is the sum over d of
-    `factor_DMJ[d, m] * phase ** d`, with a phase of 0 to 1. After the last knot only `factor_DMJ[0]` is not 0.
+    Legend: M knots that still matter at `from_ns`, D coefficients. Between knot m and the next, the position is the sum
+    over d of `factor_DMJ[d, m] * phase ** d`, with a phase from 0 to 1. After the last knot only `factor_DMJ[0]` is not
+    0.
     """
 
     def __init__(self, from_ns: int, before_3J: Array, knots: _Knots) -> None:
-        """`before_3J`: where the path before it is at `from_ns`."""
+        """`before_3J`: position, velocity and acceleration of the previous path at `from_ns`."""
         self.from_ns = from_ns
-        # The last knot that has passed is where the first polynomial begins; if none has, that is where the arm was.
+        # The first polynomial begins at the last knot that has passed; if none has, where the previous path has got to.
         passed = int(np.searchsorted(knots.time_K, from_ns, side="right")) - 1
         first = max(passed, 0)
         self._begin_M, degree_M, state_3MJ = knots.time_K[first:], knots.degree_K[first:], knots.state_3KJ[:, first:]
@@ -291,7 +296,7 @@ class _Piece:
         self._factor_DMJ = _factors(state_3MJ, self._length_M[:-1], np.minimum(degree_M[:-1], degree_M[1:]))
 
     def at(self, time_N: NDArray[np.int64]) -> Array:
-        """Positions [N, J]; before `from_ns` that of then."""
+        """Positions [N, J]; before `from_ns`, the position at `from_ns`."""
         time_N = np.maximum(time_N, self.from_ns)
         m_N = np.searchsorted(self._begin_M, time_N, side="right") - 1
         phase_N = ((time_N - self._begin_M[m_N]) / (self._length_M[m_N] * NS_PER_S))[:, None]
@@ -302,7 +307,10 @@ class _Piece:
         return path_NJ
 
     def state(self, time_ns: int) -> Array:
-        """Position, velocity and acceleration [3, J]; at rest the last two are those of the last point, as there."""
+        """Position, velocity and acceleration [3, J]; after the end, velocity and acceleration of the last point.
+
+        The controller does the same.
+        """
         time_ns = max(time_ns, self.from_ns)
         m = int(np.searchsorted(self._begin_M, time_ns, side="right")) - 1
         if m == len(self._begin_M) - 1:
@@ -310,9 +318,9 @@ class _Piece:
         length_s = self._length_M[m]
         phase = (time_ns - int(self._begin_M[m])) / (length_s * NS_PER_S)
         powers_D = [phase**d for d in range(len(self._factor_DMJ))]
-        speeds_D = [d * phase ** (d - 1) / length_s if d else 0.0 for d in range(len(powers_D))]
-        bends_D = [d * (d - 1) * phase ** (d - 2) / length_s**2 if d > 1 else 0.0 for d in range(len(powers_D))]
-        state_3J: Array = np.array([powers_D, speeds_D, bends_D]) @ self._factor_DMJ[:, m]
+        first_D = [d * phase ** (d - 1) / length_s if d else 0.0 for d in range(len(powers_D))]
+        second_D = [d * (d - 1) * phase ** (d - 2) / length_s**2 if d > 1 else 0.0 for d in range(len(powers_D))]
+        state_3J: Array = np.array([powers_D, first_D, second_D]) @ self._factor_DMJ[:, m]
         return state_3J
 
 
@@ -322,37 +330,37 @@ def _rest(from_ns: int, position_J: Array) -> _Piece:
 
 
 def _factors(state_3MJ: Array, length_N: Array, degree_N: NDArray[np.int64]) -> Array:
-    """`_Piece`'s factors [D, M, J]: N = M - 1 polynomials through the states at their ends, and the rest."""
+    """`_Piece`'s factors [D, M, J]: N = M - 1 polynomials through the states at their ends, then rest."""
     factor_DMJ = np.zeros((int(degree_N.max(initial=0)) + 1, *state_3MJ.shape[1:]))
     factor_DMJ[0] = state_3MJ[0]
-    way_NJ = np.diff(state_3MJ[0], axis=0)
-    if len(way_NJ):
-        factor_DMJ[1, :-1] = way_NJ
+    delta_NJ = np.diff(state_3MJ[0], axis=0)
+    if len(delta_NJ):
+        factor_DMJ[1, :-1] = delta_NJ
     for degree in (3, 5):
         n = np.flatnonzero(degree_N == degree)
         if not len(n):
             continue
-        # By phase, not by time, so that lengths cancel: speeds at both ends, and accelerations.
-        way, length = way_NJ[n], length_N[n, None]
-        speed, end_speed = state_3MJ[1, n] * length, state_3MJ[1, n + 1] * length
-        factor_DMJ[1, n] = speed
+        # Derivatives by phase, not by time, so that the lengths cancel below.
+        delta, length = delta_NJ[n], length_N[n, None]
+        velocity, end_velocity = state_3MJ[1, n] * length, state_3MJ[1, n + 1] * length
+        factor_DMJ[1, n] = velocity
         if degree == 3:
-            factor_DMJ[2, n] = 3.0 * way - 2.0 * speed - end_speed
-            factor_DMJ[3, n] = speed + end_speed - 2.0 * way
+            factor_DMJ[2, n] = 3.0 * delta - 2.0 * velocity - end_velocity
+            factor_DMJ[3, n] = velocity + end_velocity - 2.0 * delta
             continue
-        bend, end_bend = state_3MJ[2, n] * length**2, state_3MJ[2, n + 1] * length**2
-        factor_DMJ[2, n] = bend / 2.0
-        factor_DMJ[3, n] = 10.0 * way - 6.0 * speed - 4.0 * end_speed - 1.5 * bend + 0.5 * end_bend
-        factor_DMJ[4, n] = -15.0 * way + 8.0 * speed + 7.0 * end_speed + 1.5 * bend - end_bend
-        factor_DMJ[5, n] = 6.0 * way - 3.0 * speed - 3.0 * end_speed - 0.5 * bend + 0.5 * end_bend
+        accel, end_accel = state_3MJ[2, n] * length**2, state_3MJ[2, n + 1] * length**2
+        factor_DMJ[2, n] = accel / 2.0
+        factor_DMJ[3, n] = 10.0 * delta - 6.0 * velocity - 4.0 * end_velocity - 1.5 * accel + 0.5 * end_accel
+        factor_DMJ[4, n] = -15.0 * delta + 8.0 * velocity + 7.0 * end_velocity + 1.5 * accel - end_accel
+        factor_DMJ[5, n] = 6.0 * delta - 3.0 * velocity - 3.0 * end_velocity - 0.5 * accel + 0.5 * end_accel
     return factor_DMJ
 
 
 class MeasuredPath:
-    """Where the arm was, between two joint states on a straight line.
+    """Where the arm was: on the straight line between two joint states.
 
-    `max_velocity_J` (per second; None: not known): what is faster was not a motion. `jump_after` says where. Joint
-    states more than `max_gap_ns` apart say nothing of the time between them.
+    Anything faster than `max_velocity_J` (per second; None: not known) was no motion but a jump; `jump_after` says
+    when. Joint states more than `max_gap_ns` apart say nothing about the time between them.
     """
 
     def __init__(
@@ -365,13 +373,13 @@ class MeasuredPath:
         self.clear()
 
     def clear(self) -> None:
-        self._jumps: deque[int] = deque()  # stamps of the readings before
+        self._jumps: deque[int] = deque()  # stamps of the last readings before a jump
         self.jumps = 0
         self._stamps: deque[int] = deque()
         self._positions: deque[Array] = deque()
 
     def add(self, reading: JointReading) -> None:
-        """One that the observation has accepted. What is older than the newest is left out."""
+        """Adds a reading that the observation has accepted; one that is not newer than the last is left out."""
         if self._stamps and reading.stamp_ns <= self._stamps[-1]:
             return
         if reading.names != self._names:
@@ -386,7 +394,7 @@ class MeasuredPath:
         self._positions.append(position_J)
 
     def jump_after(self, since_ns: int) -> int | None:
-        """The last instant before the arm was set elsewhere, if it was after `since_ns`."""
+        """The stamp of the last reading before the first jump at or after `since_ns`; None: there was none."""
         return next((stamp_ns for stamp_ns in self._jumps if stamp_ns >= since_ns), None)
 
     def at(self, time_N: NDArray[np.int64]) -> Array:
@@ -403,8 +411,8 @@ class MeasuredPath:
         before_ns, after_ns = stamp_M[before_N], stamp_M[after_N]
         between_N = (time_N > before_ns) & (time_N < after_ns) & (after_ns - before_ns <= self._max_gap_ns)
         weight_N = ((time_N - before_ns) / np.maximum(after_ns - before_ns, 1))[:, None]
-        way_NJ = position_MJ[before_N] * (1.0 - weight_N) + position_MJ[after_N] * weight_N
-        path_NJ[between_N] = way_NJ[between_N]
+        line_NJ = position_MJ[before_N] * (1.0 - weight_N) + position_MJ[after_N] * weight_N
+        path_NJ[between_N] = line_NJ[between_N]
         path_NJ[time_N == after_ns] = position_MJ[after_N[time_N == after_ns]]
         return path_NJ
 

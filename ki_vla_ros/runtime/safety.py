@@ -1,9 +1,9 @@
-"""The last gate before the wire. It looks twice: at what the policy asks for, and at what the wire will carry.
+"""The last gate before the wire checks twice: what the policy asks for, and what the wire will carry.
 
-`screen` judges a chunk by rules: each fault is corrected, refuses the chunk, or stops the arm for good, as the settings
-say. `judge` then verifies the motion that was made of it (runtime/governor.py), independently of how it was made:
-joined as joint_trajectory_controller joins it, every position, speed and acceleration lies within the bounds. Legend: H
-actions, N instants, J joints. Positions in rad or m, times in ns on the node's clock.
+`screen` applies rules to a chunk: as the settings say, a fault is corrected, or the chunk is refused, or the arm is
+stopped until `~/reset`. `judge` then verifies the motion made from the chunk (runtime/governor.py), whichever way it
+was made: when joint_trajectory_controller joins its points, every position, speed and acceleration lies within the
+bounds. Legend: H actions, N instants, J joints. Positions in rad or m, times in ns on the node's clock.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class JointLimit(Protocol):
 
 
 def joint_bounds(joints: Sequence[JointLimit], limits: LimitSettings, robot_description: str = "") -> Bounds:
-    """The tightest of what bundle, URDF and settings say; ConfigurationError where nothing is left between them."""
+    """The tightest limits of bundle, URDF and settings; ConfigurationError if they leave a joint no range."""
     urdf = urdf_limits(robot_description)
     rows = []
     for joint in joints:
@@ -61,7 +61,10 @@ def joint_bounds(joints: Sequence[JointLimit], limits: LimitSettings, robot_desc
 
 
 def urdf_limits(robot_description: str) -> Mapping[str, tuple[float, float, float]]:
-    """Lower, upper and speed limit by joint name; what a joint does not say is infinite. Empty for an empty string."""
+    """Lower, upper and speed limit by joint name; infinite where a joint gives none.
+
+    Empty for an empty string. ConfigurationError if the text is no XML.
+    """
     if not robot_description:
         return {}
     try:
@@ -89,7 +92,7 @@ class SafetyGate:
     def screen(
         self, chunk: ActionChunk, observed_ns: int, measured_J: NDArray[np.float64], now_ns: int
     ) -> tuple[ActionChunk, tuple[str, ...]]:
-        """What of the chunk may be wished for, and what was corrected (in words; empty for a clean chunk).
+        """The chunk as it may be followed, and the corrections made, in words (none for a clean chunk).
 
         SafetyRefusal, or EmergencyStop where a rule says so, names the rule, the joint, the value and the limit.
         """
@@ -110,8 +113,8 @@ class SafetyGate:
     def judge(self, motion: Motion, measured_J: NDArray[np.float64]) -> None:
         """SafetyRefusal unless the motion keeps the bounds everywhere and ends at rest.
 
-        An arm that was found or pushed outside its limits may come back: until it is inside, its place at the start
-        counts as the limit.
+        An arm that was found or pushed outside its limits may come back: the position where the motion starts then
+        counts as its limit.
         """
         self._check_measured(measured_J)
         bounds = self.bounds
@@ -160,21 +163,21 @@ class SafetyGate:
         for j in np.flatnonzero(~plausible_J)[:1]:  # also for NaN
             joint = self._joints[j]
             raise SafetyRefusal(
-                f"joint {joint.name!r}: measured at {position_J[j]:.4g} {joint.unit}, farther outside its limits "
-                f"{bounds.lower_J[j]:.4f} to {bounds.upper_J[j]:.4f} than these lie apart; is it published in "
+                f"joint {joint.name!r}: measured at {position_J[j]:.4g} {joint.unit}, outside its limits "
+                f"{bounds.lower_J[j]:.4f} to {bounds.upper_J[j]:.4f} by more than they are apart; is it published in "
                 f"{joint.unit}?"
             )
 
     def _check_jump(self, chunk: ActionChunk, measured_J: NDArray[np.float64], now_ns: int) -> None:
-        """The first action still ahead must lie where the arm can be by then, and `max_jump_s` more."""
+        """The first action still ahead must lie within the arm's reach by then, with `max_jump_s` more to spare."""
         ahead = next((k for k in range(chunk.horizon) if chunk.due_ns(k) > now_ns), chunk.horizon - 1)
         time_s = max(chunk.due_ns(ahead) - now_ns, 0) / NS_PER_S + self._limits.max_jump_s
-        way_J = np.abs(chunk.position_HJ[ahead] - measured_J)
-        for j in np.flatnonzero(way_J > self.bounds.speed_J * time_s)[:1]:
+        distance_J = np.abs(chunk.position_HJ[ahead] - measured_J)
+        for j in np.flatnonzero(distance_J > self.bounds.speed_J * time_s)[:1]:
             joint = self._joints[j]
             self._act(
                 self._limits.on_jump,
-                f"joint {joint.name!r}: action {ahead} is {way_J[j]:.3f} {joint.unit} from the measured "
+                f"joint {joint.name!r}: action {ahead} is {distance_J[j]:.3f} {joint.unit} from the measured "
                 f"{measured_J[j]:.3f}, limit {self.bounds.speed_J[j] * time_s:.3f} (limits.max_jump_s)",
             )
 
@@ -197,11 +200,14 @@ class SafetyGate:
         return dataclasses.replace(chunk, position_HJ=np.clip(position_HJ, lower_J, upper_J))
 
     def _limit_speed(self, chunk: ActionChunk, corrections: list[str]) -> ActionChunk:
-        """Of the velocities and between actions. What is too fast the governor makes slower; it gets no wilder wish."""
+        """Checks the speeds of the actions and between them, and clips the actions' velocities to the limits.
+
+        Positions that are too far apart stay: the governor follows them as fast as the bounds allow.
+        """
         speed_J = np.abs(chunk.velocity_HJ).max(axis=0)
         if chunk.horizon > 1:
-            way_J = np.abs(np.diff(chunk.position_HJ, axis=0)).max(axis=0)
-            speed_J = np.maximum(speed_J, way_J / (chunk.period_ns / NS_PER_S))
+            distance_J = np.abs(np.diff(chunk.position_HJ, axis=0)).max(axis=0)
+            speed_J = np.maximum(speed_J, distance_J / (chunk.period_ns / NS_PER_S))
         limit_J = self.bounds.speed_J
         for j in np.flatnonzero(speed_J > limit_J * self._limits.max_overspeed)[:1]:
             joint = self._joints[j]
@@ -226,8 +232,8 @@ class SafetyGate:
 def extremes(motion: Motion) -> tuple[NDArray[np.float64], ...]:
     """Lowest and highest position, highest speed and acceleration [J] of the cubics through the motion's instants.
 
-    That is what joint_trajectory_controller makes of positions and velocities. In a piece of length T with s = t / T,
-    u = T * velocity and d = the way: position p0 + u0 s + b s^2 + c s^3 with b = 3 d - 2 u0 - u1 and
+    These cubics are what joint_trajectory_controller makes of positions and velocities. In a piece of length T with
+    s = t / T, u = T * velocity and d = p1 - p0: position p0 + u0 s + b s^2 + c s^3 with b = 3 d - 2 u0 - u1 and
     c = u0 + u1 - 2 d; velocity (u0 + 2 b s + 3 c s^2) / T; acceleration (2 b + 6 c s) / T^2, extreme at the ends.
     """
     if len(motion.time_N) == 1:
@@ -237,7 +243,8 @@ def extremes(motion: Motion) -> tuple[NDArray[np.float64], ...]:
     p0, u0 = motion.position_NJ[:-1], motion.velocity_NJ[:-1] * period_G
     u1, d = motion.velocity_NJ[1:] * period_G, np.diff(motion.position_NJ, axis=0)
     b, c = 3.0 * d - 2.0 * u0 - u1, u0 + u1 - 2.0 * d
-    # Where velocity is zero (positions turn) and where it is extreme; 0 stands for "not inside the piece".
+    # Where velocity is zero (positions turn) and where it is extreme; 0 stands for "not inside the piece". The roots
+    # come from q, not from the textbook formula, which loses digits where b is near the root.
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         root = np.sqrt(b * b - 3.0 * c * u0)
         q = -(b + np.copysign(root, b))

@@ -1,7 +1,7 @@
-"""Shadow mode: what the policy would do, beside what the arm does under someone else's command. No ROS.
+"""Shadow mode, without ROS: what the policy would do, beside what the arm does under someone else's command.
 
-The loop's thread adds chunks, the executor thread joint states and commands, and asks for figures once a second; a lock
-keeps them apart. Legend: H horizon, J joints. Stamps in ns on the node's clock.
+The loop's thread adds chunks. The executor thread adds joint states and commands, and reads the figures once a second,
+under the same lock. Legend: H horizon, J joints. Stamps in ns on the node's clock.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ki_vla_ros.runtime.diagnostics import WINDOW
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS, CommandedPath, MeasuredPath
 from ki_vla_ros.settings import ReferenceName
 
-# What happened is kept for so long after it: a chunk speaks from its images' stamp on, which may be some time ago.
+# How long the paths are kept: a chunk begins at its images' stamp, which may lie some time back.
 KEPT_NS = 10 * NS_PER_S
 
 
 class ShadowComparison:
-    """Chunks against the reference, over the last WINDOW of them."""
+    """Compares the last WINDOW chunks with the reference."""
 
     def __init__(self, joints: Sequence[JointSpec], reference: ReferenceName) -> None:
         self._joints, self._reference = tuple(joints), reference
@@ -38,12 +38,12 @@ class ShadowComparison:
             self._waiting.append(chunk)
 
     def add_joints(self, reading: JointReading) -> None:
-        """One that the observation has accepted."""
+        """Adds a reading that the observation has accepted."""
         with self._lock:
             self._measured.add(reading)
 
     def add_command(self, received_ns: int, message: Any) -> None:
-        """A JointTrajectory or Float64MultiArray to the arm; InputError where it does not fit the joints."""
+        """Adds a JointTrajectory or Float64MultiArray sent to the arm; InputError if it does not fit the joints."""
         with self._lock:
             self._commanded.take(message, received_ns)
 
@@ -63,7 +63,7 @@ class ShadowComparison:
         self._errors: deque[NDArray[np.float64]] = deque(maxlen=WINDOW)  # [H, J], NaN where the reference has nothing
 
     def _compare(self, now_ns: int) -> None:
-        """Judges the chunks whose last action was due, and what came of it is known."""
+        """Compares the chunks whose last action was due so long ago that the reference is complete."""
         if now_ns < self._newest_ns:  # the clock was set back
             self._clear()
         self._newest_ns = now_ns
@@ -85,11 +85,12 @@ class ShadowComparison:
         for j, joint in enumerate(self._joints):
             yield f"shadow rms {joint.name}", _rms(error_NHJ[..., j])
         units = [joint.unit for joint in self._joints]
-        turning = error_NHJ[..., [unit == ("rad" if "rad" in units else "m") for unit in units]]
-        yield "shadow rms", _rms(turning)
+        # One figure for the arm cannot mix rad and m: the revolute joints', or all where there are none.
+        arm = error_NHJ[..., [unit == ("rad" if "rad" in units else "m") for unit in units]]
+        yield "shadow rms", _rms(arm)
         horizon = error_NHJ.shape[1]
         for k in sorted({0, horizon // 2, horizon - 1}):
-            yield f"shadow rms action {k + 1}", _rms(turning[:, k])
+            yield f"shadow rms action {k + 1}", _rms(arm[:, k])
 
 
 def _rms(error: NDArray[np.float64]) -> str:

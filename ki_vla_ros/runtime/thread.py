@@ -9,9 +9,9 @@ from ki_vla_ros.records import NS_PER_S, to_ns
 from ki_vla_ros.runtime.loop import PolicyLoop
 from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
 
-# Simulated time may run at any speed, so a waiting thread looks at it this often.
+# Simulated time may run at any speed, so a waiting thread checks it this often.
 SIMULATED_CLOCK_POLL_S = 0.005
-# Before the thread tries again after a fault of its own.
+# How long the thread waits before it tries again after a bug between two ticks.
 FAILED_TICK_S = 0.1
 
 
@@ -30,7 +30,7 @@ class LoopThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Brings the arm to rest and ends the thread; does nothing when not started."""
+        """Brings the arm to rest and ends the thread; does nothing if it was not started."""
         if self._thread is None:
             return
         self._stop.set()
@@ -69,7 +69,7 @@ class LoopThread:
         while not self._stop.is_set():
             now_ns = wire.now_ns()
             if pacer.set_back(now_ns):
-                wire.log("clock: it was set back; buffers and the running chunk are dropped", "clock")
+                wire.log("clock: it was set back; dropping the buffers and the running chunk", "clock")
                 self._loop.forget()
             left_s = (pacer.due_ns - now_ns) / NS_PER_S
             if left_s <= 0.0:

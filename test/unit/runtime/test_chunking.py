@@ -1,4 +1,4 @@
-"""The executors: when they infer, what they tell the next chunk, and what they make of it."""
+"""The executors: when they infer, how they condition the next chunk, and what they make of it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_the_first_tick_infers_and_the_next_after_the_execution_horizon() -> Non
     assert executor().wants_chunk(chosen(), 0, at_rest=True)
     settings = chosen(execution_horizon_s=0.3)
     made = running(ramp())
-    # Half a tick is allowed for: ticks come with jitter, and one tick late would be a whole one.
+    # Half a tick early is accepted: ticks jitter, and a chunk missed by a hair would otherwise wait a whole tick.
     assert not made.wants_chunk(settings, 249 * MS, at_rest=False)
     assert made.wants_chunk(settings, 250 * MS, at_rest=False)
 
 
-def test_synchronous_waits_for_rest_and_starts_when_the_chunk_is_there() -> None:
+def test_synchronous_waits_for_rest_and_starts_when_the_chunk_is_ready() -> None:
     settings = chosen("synchronous", execution_horizon_s=0.2)
     made = running(ramp())
     assert not made.wants_chunk(settings, 900 * MS, at_rest=False)
@@ -64,12 +64,12 @@ def test_asynchronous_keeps_the_chunks_times() -> None:
 
 
 @pytest.mark.parametrize("name", ["asynchronous", "temporal_ensemble", "rtc", "rtc_trained"])
-def test_a_chunk_consumed_whole_is_refused(name: str) -> None:
+def test_a_chunk_whose_actions_have_all_passed_is_refused(name: str) -> None:
     with pytest.raises(SafetyRefusal, match="chunk: its last action was due 100 ms ago"):
         executor().join(chosen(name), ramp(), 900 * MS, 10 * MS)
 
 
-def test_the_delay_is_what_was_really_consumed_without_the_warm_up() -> None:
+def test_the_delay_counts_passed_actions_without_the_warm_up() -> None:
     made, settings = executor(), chosen("rtc")
     for n in range(WARM_UP):
         made.join(settings, ramp(start_ns=n * PERIOD), n * PERIOD + 600 * MS, 0)
@@ -93,7 +93,7 @@ def test_rtc_is_guided_by_the_running_chunk_at_the_new_ones_times() -> None:
     settings = chosen("rtc", inference_delay=2, guidance_weight=7.0)
     condition = running(ramp()).condition(settings, 200 * MS)
     assert condition is not None and not condition.clean and condition.strength == 7.0
-    # The new chunk's action 0 is due at 250 ms, where the running one says 5; it speaks of 12 of the new one's actions.
+    # The new chunk's action 0 is due at 250 ms, where the running one is at 5; it covers 12 of the new one's actions.
     np.testing.assert_allclose(condition.position_HJ[:12, 0], np.arange(5.0, 17.0))
     np.testing.assert_array_equal(condition.weight_H > 0, np.arange(16) < 12)
     np.testing.assert_array_equal(condition.weight_H[:2], 1.0)
@@ -101,14 +101,14 @@ def test_rtc_is_guided_by_the_running_chunk_at_the_new_ones_times() -> None:
     assert shorter is not None and np.count_nonzero(shorter.weight_H) == 6
 
 
-def test_rtc_trained_gives_clean_rows_at_most_as_many_as_trained() -> None:
+def test_rtc_trained_gives_at_most_as_many_clean_actions_as_trained() -> None:
     settings = chosen("rtc_trained", inference_delay=6)
     condition = running(ramp(), max_prefix=4).condition(settings, 0)
     assert condition is not None and condition.clean
     np.testing.assert_array_equal(condition.weight_H, np.arange(16) < 4)
 
 
-def test_nothing_is_asked_of_a_first_chunk_or_by_other_executors() -> None:
+def test_first_chunks_and_other_executors_are_unconditioned() -> None:
     assert executor().condition(chosen("rtc", inference_delay=2), 0) is None
     assert running(ramp()).condition(chosen("asynchronous"), 0) is None
     stopped = running(ramp())
@@ -116,12 +116,12 @@ def test_nothing_is_asked_of_a_first_chunk_or_by_other_executors() -> None:
     assert stopped.condition(chosen("rtc", inference_delay=2), 0) is None and stopped.wants_chunk(chosen(), 1, False)
 
 
-def test_ensemble_is_the_weighted_mean_of_all_that_speak_about_an_instant() -> None:
+def test_ensemble_is_the_weighted_mean_of_all_chunks_at_an_instant() -> None:
     old, new = ramp(horizon=4), ramp(horizon=4, start_ns=2 * PERIOD, offset=12.0)
     mean = ensemble([old, new], decay=0.5)
     assert mean.start_ns == new.start_ns
     weight = math.exp(-0.5)
-    # At 150 and 200 ms the old chunk says 3 and 4, the new one 13 and 14; later only the new one speaks.
+    # At 150 and 200 ms the old chunk is at 3 and 4, the new one at 13 and 14; later there is only the new one.
     expected = [(3 + weight * 13) / (1 + weight), (4 + weight * 14) / (1 + weight), 15.0, 16.0]
     np.testing.assert_allclose(mean.position_HJ[:, 0], expected)
     made, settings = executor(), chosen("temporal_ensemble", ensemble_decay=0.5)

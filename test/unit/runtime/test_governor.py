@@ -1,4 +1,4 @@
-"""The governor: no path makes it leave position, speed or acceleration bounds, and a possible path it follows."""
+"""The governor: no path makes it leave position, speed or acceleration bounds, and it follows a feasible path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def accelerations(start_velocity_J: Array, velocity_NJ: Array) -> Array:
 
 
 def assert_bounded(p0: Array, v0: Array, position_NJ: Array, velocity_NJ: Array) -> None:
-    """At the points and, as the motion is a parabola in between, at each piece's turning point."""
+    """Checks the points and each piece's turning point, as the motion is a parabola in between."""
     a = accelerations(v0, velocity_NJ)
     assert np.all(np.abs(a) <= BOUNDS.acceleration_J * (1 + 1e-9) + 1e-12)
     assert np.all(np.abs(velocity_NJ) <= BOUNDS.speed_J * (1 + 1e-9))
@@ -31,7 +31,7 @@ def assert_bounded(p0: Array, v0: Array, position_NJ: Array, velocity_NJ: Array)
     for place in (position_NJ, turn):
         assert np.all(place >= BOUNDS.lower_J - 1e-9) and np.all(place <= BOUNDS.upper_J + 1e-9)
     np.testing.assert_array_equal(velocity_NJ[-1], 0.0)
-    # Each piece is the parabola between its points: the way is the mean speed times the period.
+    # Each piece is the parabola between its points: the distance is the mean speed times the period.
     np.testing.assert_allclose(
         np.diff(np.vstack([p0, position_NJ]), axis=0), (before_v + velocity_NJ) * PERIOD / 2, atol=1e-12
     )
@@ -41,7 +41,7 @@ def assert_bounded(p0: Array, v0: Array, position_NJ: Array, velocity_NJ: Array)
 def test_no_path_makes_it_leave_the_bounds(seed: int, kind: str) -> None:
     rng = np.random.default_rng(seed)
     v0 = rng.uniform(-1, 1, 2) * BOUNDS.speed_J
-    # The way to rest at most, in whole periods of constant braking: v^2 / 2a + v * period / 2.
+    # The longest distance to rest, braking constantly in whole periods: v^2 / 2a + v * period / 2.
     reach = v0**2 / (2 * BOUNDS.acceleration_J) + np.abs(v0) * PERIOD / 2
     p0 = rng.uniform(BOUNDS.lower_J, BOUNDS.upper_J)
     p0 = np.clip(p0, BOUNDS.lower_J + reach * (v0 < 0), BOUNDS.upper_J - reach * (v0 > 0))
@@ -65,7 +65,7 @@ def minimum_jerk(start: Array, end: Array, duration: float, count: int) -> tuple
     return path, (end - start) / duration * (30 * t**2 - 60 * t**3 + 30 * t**4)
 
 
-def test_a_possible_path_is_followed() -> None:
+def test_a_feasible_path_is_followed() -> None:
     start, end = np.array([-0.3, 0.005]), np.array([0.4, 0.035])
     path, speed = minimum_jerk(start, end, 1.5, 100)
     position, _ = follow(start, np.zeros(2), path, speed, PERIOD, BOUNDS)
@@ -82,8 +82,8 @@ def test_a_jump_is_approached_without_overshoot_and_reached() -> None:
     assert velocity[:, 0].max() == pytest.approx(1.0)
 
 
-def test_a_pushed_arm_comes_back_in_at_its_own_pace() -> None:
-    """Out of bounds, and moving outwards: nothing jumps, and it ends inside."""
+def test_an_arm_pushed_out_of_bounds_comes_back_within_the_acceleration_limit() -> None:
+    """It starts out of bounds and moving outwards: nothing jumps, and it ends inside."""
     start, speed = np.array([2.1, 0.02]), np.array([0.5, 0.0])
     path = np.tile([1.9, 0.02], (100, 1))
     position, velocity = follow(start, speed, path, np.zeros_like(path), PERIOD, BOUNDS)

@@ -32,7 +32,7 @@ def test_a_tick_sends_what_is_left_of_the_policys_chunk(rig: Rig) -> None:
     expected = rig.policy.infer(demo_observation(START - 60 * MS), TASK, 0)
     np.testing.assert_array_equal(chunk.position_HJ, expected.position_HJ)
     assert chunk.start_ns == START - 60 * MS
-    # It takes over after the lead, from where the arm is; 60 ms have gone, so the first action is in the past.
+    # It takes over after the lead, from where the arm is; 60 ms have passed, so the first action is in the past.
     assert (sent_ns, command.from_ns) == (START, START + 10 * MS)
     np.testing.assert_array_equal(command.position_NJ[0], demo_observation().state_J)
     for k in range(8, 16):
@@ -48,7 +48,7 @@ def test_each_chunk_has_its_own_noise_and_index(rig: Rig) -> None:
     assert len(rig.wire.chunks) == 3
 
 
-def test_no_inference_before_the_execution_horizon_is_over(rig: Rig) -> None:
+def test_no_inference_before_the_execution_horizon_has_passed(rig: Rig) -> None:
     rig.change(execution_horizon_s=0.3)
     indices = []
     for _ in range(7):
@@ -90,7 +90,7 @@ def test_inference_slower_than_the_chunk_is_refused(rig: Rig, monkeypatch: pytes
     rig.give_inputs()
     rig.change(**{"limits.max_chunk_age_s": 5.0})
     rig.loop.adopt(rig.settings)
-    with pytest.raises(SafetyRefusal, match="inference is slower than the chunk lasts"):
+    with pytest.raises(SafetyRefusal, match="inference takes longer than the chunk lasts"):
         rig.tick()
     assert not rig.wire.commands
 
@@ -146,7 +146,7 @@ def test_pacer_keeps_to_its_grid_and_counts_missed_deadlines() -> None:
     pacer = Pacer(1000)
     pacer.advance(1030, 100)
     assert (pacer.due_ns, pacer.missed) == (1100, 0)
-    pacer.advance(1200, 100)  # exactly in time
+    pacer.advance(1200, 100)  # exactly on time
     assert (pacer.due_ns, pacer.missed) == (1200, 0)
     pacer.advance(1301, 100)  # a little late: the next one is lost
     assert (pacer.due_ns, pacer.missed) == (1400, 1)
@@ -223,7 +223,7 @@ def test_a_new_instruction_or_a_hold_or_old_images_need_a_new_prefill(dual_rig: 
         (20, None, 0.0),
     ],
 )
-def test_ticks_move_to_the_frames_gently_and_only_while_they_lie_steadily_behind(
+def test_ticks_move_to_the_frames_in_small_steps_and_only_while_the_offset_is_steady(
     before_ms: float | None, behind_ms: float | None, moves_ms: float
 ) -> None:
     before_ns, behind_ns = (None if ms is None else round(ms * MS) for ms in (before_ms, behind_ms))
@@ -231,8 +231,8 @@ def test_ticks_move_to_the_frames_gently_and_only_while_they_lie_steadily_behind
 
 
 @pytest.mark.parametrize(("camera_ms", "aligned"), [(33.34, True), (33.4, True), (33.3, True), (66.7, False)])
-def test_ticks_find_the_end_of_the_frames_burst_where_the_periods_go_together(camera_ms: float, aligned: bool) -> None:
-    """Two cameras at about 30 Hz, 2 ms apart, and at 15 Hz, where every other tick at 10 Hz lies elsewhere."""
+def test_ticks_align_to_the_end_of_a_burst_if_the_periods_fit(camera_ms: float, aligned: bool) -> None:
+    """Two cameras 2 ms apart, at about 30 Hz, and at 15 Hz, where every other 10 Hz tick has another offset."""
     buffer = ObservationBuffer([CameraSource(name, name) for name in CAMERAS], JOINTS, "joint_states")
     arrivals = [(START + round((n * camera_ms + 2 * c) * MS), CAMERAS[c]) for n in range(800) for c in (0, 1)]
     pacer, before_ns, ticks_ns, since_end_ms = Pacer(START + 20 * MS), None, [], []
@@ -249,7 +249,7 @@ def test_ticks_find_the_end_of_the_frames_burst_where_the_periods_go_together(ca
     periods_ms = np.diff(ticks_ns) / MS
     assert periods_ms.min() >= 98.0 and periods_ms.max() <= 102.0 and pacer.missed == 0
     if aligned:
-        # The 2 ms that the period differs by in a second leave their mark.
+        # The cameras' period drifts by 2 ms per second against the ticks', and the offset shows it.
         assert all(since < 0.6 or since > camera_ms - 0.6 for since in since_end_ms[-20:])
     else:
         assert np.all(periods_ms == 100.0)
@@ -287,7 +287,7 @@ def test_a_burst_that_is_about_to_end_is_waited_for(monkeypatch: pytest.MonkeyPa
     wait_for = buffer._frame_came.wait_for
 
     def patient(condition: Callable[[], bool], limit_s: float) -> bool:
-        """As long as a busy machine needs to start the thread that brings the frame."""
+        """Waits as long as a busy machine needs to start the thread that brings the frame."""
         waits_s.append(limit_s)
         return wait_for(condition, PATIENCE_S)
 

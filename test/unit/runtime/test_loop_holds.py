@@ -14,7 +14,7 @@ from ki_vla_ros.errors import EngineError, SafetyRefusal
 from ki_vla_ros.records import ActionChunk, JointReading
 
 
-def test_a_stale_input_brings_the_arm_to_rest_once_and_it_goes_on_afterwards(rig: Rig) -> None:
+def test_a_stale_input_brings_the_arm_to_rest_once_and_it_continues_afterwards(rig: Rig) -> None:
     def before(n: int) -> None:
         if n in (0, 5, 6):
             rig.give_inputs()
@@ -68,7 +68,7 @@ def test_a_stop_is_latched_until_reset(rig: Rig) -> None:
     rig.run_ticks(6, before)
     holds = [tick["hold"] for tick in rig.wire.ticks]
     assert [hold is None for hold in holds] == [True, True, False, False, True, True]
-    assert holds[2] == "stopped: by a test; call ~/reset when nothing stands in the way"
+    assert holds[2] == "stopped: by a test; call ~/reset when it is safe to move again"
     assert [is_hold(motion) for motion, _ in rig.wire.commands] == [False, False, True, False, False, True]
 
 
@@ -86,7 +86,7 @@ def test_a_stop_during_inference_keeps_the_chunk_off_the_wire(rig: Rig, monkeypa
     assert not rig.wire.commands
 
 
-def test_a_rule_may_stop_for_good(rig: Rig) -> None:
+def test_a_rule_may_stop_until_reset(rig: Rig) -> None:
     rig.change(**{"limits.on_jump": "stop", "limits.max_jump_s": 0.0, "limits.velocity_scale": 0.01})
     rig.run_ticks(2, lambda n: rig.give_inputs())
     holds = [str(tick["hold"]) for tick in rig.wire.ticks]
@@ -116,7 +116,7 @@ def test_dry_run_computes_and_sends_nothing(rig: Rig) -> None:
 
 
 def test_a_dry_run_is_not_what_the_arm_was_told(rig: Rig) -> None:
-    """Switched on in motion, the arm can still be held; switched off, nothing begins where the arm never was."""
+    """Switched on in motion, the arm can still be held; switched off, no motion starts where the arm never was."""
     rig.give_inputs()
     rig.tick()
     sent = rig.wire.commands[0][0]
@@ -150,7 +150,7 @@ def test_speed_limits_rise_after_activation(rig: Rig) -> None:
     assert np.any(speeds[-1] > 0.55 * limit_J)
 
 
-def test_an_arm_moved_by_others_goes_on_from_where_it_is(rig: Rig) -> None:
+def test_an_arm_moved_by_others_continues_from_where_it_is(rig: Rig) -> None:
     rig.give_inputs()
     rig.tick()
     rig.wire.time_ns += 3_000 * MS
@@ -165,7 +165,7 @@ def test_an_arm_moved_by_others_goes_on_from_where_it_is(rig: Rig) -> None:
 
 @pytest.mark.parametrize("moved, starts_where_it_is", [(0.0, False), (0.8, False), (1.0, True)])
 def test_an_arm_in_motion_may_trail_but_not_be_elsewhere(rig: Rig, moved: float, starts_where_it_is: bool) -> None:
-    """The room is 0.3 s at 3 rad/s."""
+    """It may trail by 0.3 s at 3 rad/s."""
     rig.give_inputs()
     rig.tick()
     rig.wire.time_ns += 100 * MS
@@ -182,8 +182,8 @@ def test_an_arm_in_motion_may_trail_but_not_be_elsewhere(rig: Rig, moved: float,
         np.testing.assert_allclose(rig.wire.commands[1][0].position_NJ[0], elsewhere_J, atol=1e-9)
 
 
-def test_a_hold_that_seems_to_run_still_is_no_start_for_an_arm_put_elsewhere(rig: Rig) -> None:
-    """As when a simulator is reset, or an arm is moved by hand, between deactivation and activation."""
+def test_an_arm_put_elsewhere_does_not_start_from_an_old_hold(rig: Rig) -> None:
+    """A simulator is reset, or an arm is moved by hand, between deactivation and activation."""
     rig.run_ticks(2, lambda n: rig.give_inputs())
     hold, now_ns = rig.wire.commands[-1]
     assert hold.end_ns > now_ns
@@ -224,7 +224,7 @@ def test_errors_of_the_engine_hold_and_the_next_tick_tries_again(
     assert [is_hold(motion) for motion, _ in rig.wire.commands] == [False, True, False, True]
 
 
-def test_a_fault_between_two_ticks_holds_and_the_loop_goes_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_between_two_ticks_holds_and_the_loop_continues(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     since_burst_ns, calls = rig.buffer.since_burst_ns, []
 
     def sometimes(now_ns: int) -> int | None:

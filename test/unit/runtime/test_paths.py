@@ -1,4 +1,4 @@
-"""What the arm was told, as joint_trajectory_controller makes it of messages, and where it was."""
+"""What joint_trajectory_controller makes of messages to the arm, and where the arm was."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_cubic_passes_every_point_with_its_velocity() -> None:
     assert before[1] == pytest.approx(after[1], abs=1e-5)
 
 
-def test_accelerations_too_give_the_quintic_spline() -> None:
+def test_positions_velocities_and_accelerations_give_the_quintic_spline() -> None:
     arm = controller()
     # From rest to rest without acceleration at either end: 10 s^3 - 15 s^4 + 6 s^5.
     arm.accept(message(point(1000, (1.0, 0.0), (0.0, 0.0), (0.0, 0.0))), NOW)
@@ -99,7 +99,7 @@ def test_velocities_on_one_side_only_give_a_straight_line() -> None:
     assert_position(arm, [1.25, 1.0], 125)
 
 
-def test_names_in_any_order() -> None:
+def test_joints_may_come_in_any_order() -> None:
     arm = controller()
     arm.accept(message(point(100, (2.0, 1.0), (0.0, 0.0)), joints=("b", "a")), NOW)
     assert_position(arm, [1.0, 2.0], 100)
@@ -169,7 +169,7 @@ def test_a_deferred_trajectory_runs_until_a_later_one_and_gives_way_to_an_earlie
         assert_position(arm, [0.0, 0.0], second_ms + 100, 900)
 
 
-def test_the_arm_is_told_at_once_to_be_where_a_trajectory_that_has_begun_then_is() -> None:
+def test_a_trajectory_that_has_already_begun_is_joined_where_it_is_now() -> None:
     arm = controller()
     points = (point(100, (5.0, 5.0)), point(200, (7.0, 7.0)), point(300, (1.0, 2.0)))
     arm.accept(message(*points, stamp_ns=NOW - 250 * MS), NOW)
@@ -178,7 +178,7 @@ def test_the_arm_is_told_at_once_to_be_where_a_trajectory_that_has_begun_then_is
     assert_position(arm, [1.0, 2.0], 50, 100)
 
 
-def test_a_stamp_in_the_past_leads_to_a_first_point_that_lies_ahead_from_where_the_arm_is() -> None:
+def test_a_stamp_in_the_past_with_all_points_ahead_starts_from_where_the_arm_is() -> None:
     arm = controller()
     arm.accept(message(point(300, (1.0, 2.0)), stamp_ns=NOW - 200 * MS), NOW)
     assert_position(arm, [0.0, 0.0], 0)
@@ -208,7 +208,7 @@ def test_a_first_point_at_time_zero_is_a_step() -> None:
     assert_position(arm, [1.5, 0.0], 50)
 
 
-def test_hold_drops_what_runs_and_what_is_deferred() -> None:
+def test_hold_drops_the_running_and_the_deferred_trajectory() -> None:
     arm = controller()
     arm.accept(message(point(100, (1.0, 0.0))), NOW)
     arm.accept(message(point(100, (2.0, 0.0)), stamp_ns=NOW + 500 * MS), NOW)
@@ -275,7 +275,7 @@ values = st.floats(-2.0, 2.0)
 
 @given(st.lists(st.tuples(st.integers(1, 120), offsets, st.lists(values, min_size=3, max_size=3)), max_size=8))
 def test_no_stream_of_messages_makes_the_command_jump(stream: list[tuple[int, int, list[float]]]) -> None:
-    """As long as the first point lies ahead: position and velocity at a take-over are those from before."""
+    """If the first point lies ahead, a trajectory takes over at the position and velocity of the previous one."""
     arm = controller()
     now = NOW
     for wait_ms, offset_ms, targets in stream:
@@ -290,14 +290,14 @@ def test_no_stream_of_messages_makes_the_command_jump(stream: list[tuple[int, in
         assert arm.sample(end)[0] == pytest.approx([targets[-1], -targets[-1]])
 
 
-# --- against a controller that is written down step by step
+# --- against a controller written step by step
 
 
 State = tuple[float, float, float]  # position, velocity, acceleration of one joint
 
 
 def polynomial(states: tuple[State, State], orders: int, lasts_s: float, since_s: float) -> State:
-    """The polynomial of `2 * orders` coefficients through position, velocity, ... at both ends, by its equations."""
+    """The polynomial of `2 * orders` coefficients with the given states at both ends, from its linear equations."""
 
     def derivative(order: int, at_s: float) -> list[float]:
         return [math.perm(power, order) * at_s ** max(power - order, 0) for power in range(2 * orders)]
@@ -310,7 +310,7 @@ def polynomial(states: tuple[State, State], orders: int, lasts_s: float, since_s
 
 @dataclass
 class LiteralController:
-    """As its documentation says, a step each millisecond, joint by joint: no vectors, no phases, no pieces kept."""
+    """The controller's documentation taken literally: a step per millisecond, joint by joint, nothing vectorised."""
 
     state: dict[str, State]
     active: Trajectory | None = None
@@ -358,7 +358,7 @@ class LiteralController:
         return found
 
     def left_out(self, joint: str, now_ns: int) -> State:
-        """Told to be, at every point, where it was, and at rest there if the others say a velocity at all."""
+        """The state of a joint that is left out: where it was, and at rest if the other joints give velocities."""
         assert self.active is not None and self.before is not None
         stays = self.before[joint][0]
         knots = [
@@ -382,7 +382,7 @@ class LiteralController:
 
 @st.composite
 def commands(draw: st.DrawFn) -> list[tuple[int, Trajectory]]:
-    """Messages with their arrivals, of all kinds: now, later, begun, past; with all joints or one; of all degrees."""
+    """Messages and their arrival times: starting now, later, already begun or past; all joints or one; all degrees."""
     found, now_ms = [], 0
     for _ in range(draw(st.integers(1, 6))):
         now_ms += draw(st.integers(1, 80))
@@ -400,7 +400,7 @@ def commands(draw: st.DrawFn) -> list[tuple[int, Trajectory]]:
 
 @settings(max_examples=60, deadline=None)
 @given(commands())
-def test_the_path_is_that_of_a_controller_that_is_written_down_step_by_step(
+def test_the_path_equals_that_of_the_literal_controller(
     stream: list[tuple[int, Trajectory]],
 ) -> None:
     literal = LiteralController(dict.fromkeys(JOINTS, (0.3, 0.0, 0.0)))
@@ -449,8 +449,8 @@ def first_joint(path: CommandedPath, *times_ns: int) -> NDArray[np.float64]:
     return path.at(np.array(times_ns))[:, 0]
 
 
-def test_points_with_velocities_are_the_nodes_own_motion() -> None:
-    """Constant acceleration from instant to instant is the cubic through both ends."""
+def test_points_with_velocities_give_back_the_nodes_motion() -> None:
+    """Constant acceleration from instant to instant gives the cubic through both ends."""
     rng = np.random.default_rng(0)
     time_N = np.arange(6) * 20 * MS + 10 * MS
     velocity_NJ = rng.normal(size=(6, 2))
@@ -468,7 +468,7 @@ def test_a_command_is_in_force_until_the_next_one() -> None:
     assert np.isnan(first_joint(path, 0, NOW)).all()
     path.take(told([(100 * MS, [1.0, 0.0]), (200 * MS, [2.0, 0.0])]), NOW)
     assert np.isnan(first_joint(path, NOW - 1, NOW + 50 * MS)).all(), (
-        "nobody knows from where it goes to its first point"
+        "where it starts on its way to the first point is unknown"
     )
     path.take(told([(50 * MS, [3.0, 8.0])]), NOW + 150 * MS)
     times_ns = [NOW + since_ms * MS for since_ms in (100, 149, 150, 175, 200, 900)]
@@ -495,8 +495,8 @@ def test_single_positions_are_in_force_from_their_arrival_on() -> None:
     np.testing.assert_equal(first_joint(path, *(NOW + k * 10 * MS + 1 for k in range(6))), [0, 0, 1, 1, 2, 2])
 
 
-def test_an_onlooker_knows_no_more_of_the_controller_than_what_it_was_sent() -> None:
-    """It has another joint, and lets a trajectory end in motion: the next one begins with that speed."""
+def test_an_onlooker_knows_only_what_the_controller_was_sent() -> None:
+    """The controller has another joint and lets a trajectory end in motion: the next one begins with that speed."""
     path = CommandedPath(JOINTS)
     path.take(told([(100 * MS, [9.0, 1.0, 0.0], [0.0, 0.0, 2.0])], names=("z", "b", "a")), NOW)
     path.take(told([(1000 * MS, [2.0, 1.0], [0.0, 0.0])]), NOW + 100 * MS)
@@ -519,7 +519,7 @@ def test_an_onlooker_knows_no_more_of_the_controller_than_what_it_was_sent() -> 
         (SimpleNamespace(data=[1.0, np.inf]), "finite"),
     ],
 )
-def test_commands_that_do_not_say_where_all_joints_go_are_refused(sent: Any, expected: str) -> None:
+def test_commands_that_leave_joints_out_are_refused(sent: Any, expected: str) -> None:
     path = CommandedPath(JOINTS)
     with pytest.raises(InputError, match=f"command: .*{expected}"):
         path.take(sent, NOW)
@@ -542,7 +542,7 @@ def test_joint_states_are_interpolated_but_not_over_gaps() -> None:
     assert np.isnan(path.at(np.array([750 * MS]))).all()
 
 
-def test_of_joint_states_out_of_order_the_first_counts_and_a_gap_may_be_shorter() -> None:
+def test_late_joint_states_are_left_out_and_the_gap_is_adjustable() -> None:
     path = MeasuredPath(("b",), max_gap_ns=100 * MS)
     for time_ms, value in ((100, 1.0), (150, 2.0), (150, 9.0), (120, 9.0), (300, 3.0)):
         path.add(JointReading(time_ms * MS, JOINTS, np.array([0.0, value])))
@@ -552,7 +552,7 @@ def test_of_joint_states_out_of_order_the_first_counts_and_a_gap_may_be_shorter(
     assert path.known(301 * MS, 402 * MS), "nothing will come of it any more"
 
 
-def test_an_arm_that_is_set_elsewhere_has_not_moved_there() -> None:
+def test_an_arm_that_is_put_elsewhere_has_not_moved_there() -> None:
     path = MeasuredPath(JOINTS, [3.0, 3.0])
     turning = [0.03 * n for n in range(10)]  # at the limit of 3 rad/s
     for n, value in enumerate([*turning, *(2.0 + v for v in turning), *turning]):

@@ -1,4 +1,4 @@
-"""The gate: what may be wished for, and that nothing beyond the bounds passes, between the instants too."""
+"""The gate: which chunks pass, and that nothing beyond the bounds does, not even between the instants."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def gate_of(**limits: Any) -> SafetyGate:
 
 
 def chunk_of(position_HJ: NDArray[np.float64], velocity_HJ: NDArray[np.float64] | None = None) -> ActionChunk:
-    """First action due one period from NOW."""
+    """A chunk whose first action is due one period after NOW."""
     if velocity_HJ is None:
         velocity_HJ = np.gradient(position_HJ, 0.05, axis=0) if len(position_HJ) > 1 else np.zeros_like(position_HJ)
     return ActionChunk(NOW, PERIOD, ("arm", "gripper"), position_HJ, velocity_HJ)
 
 
 def ramp(speed: float, horizon: int = 8) -> ActionChunk:
-    """The arm moves evenly from 0, the gripper rests."""
+    """A chunk in which the arm moves evenly from 0 and the gripper rests."""
     arm = speed * 0.05 * np.arange(1, horizon + 1)
     return chunk_of(np.stack([arm, np.full(horizon, 0.02)], axis=1))
 
@@ -81,7 +81,7 @@ def test_bounds_are_the_tightest_of_bundle_urdf_and_settings() -> None:
     np.testing.assert_allclose(bounds.acceleration_J, [2.0, 0.1 / 0.15])
 
 
-def test_limits_that_leave_nothing_and_urdf_that_is_none_are_refused() -> None:
+def test_limits_that_leave_no_range_and_text_that_is_no_urdf_are_refused() -> None:
     chosen = settings_from_parameters({"limits.joints.gripper.lower": 0.05}).limits
     with pytest.raises(ConfigurationError, match=r"joint 'gripper': bundle, URDF and limits.joints leave no range"):
         joint_bounds(JOINTS, chosen)
@@ -89,7 +89,7 @@ def test_limits_that_leave_nothing_and_urdf_that_is_none_are_refused() -> None:
         urdf_limits("<robot>")
 
 
-# --- what may be wished for
+# --- what the policy asks for
 
 
 def test_a_clean_chunk_passes_as_it_is() -> None:
@@ -99,7 +99,7 @@ def test_a_clean_chunk_passes_as_it_is() -> None:
 
 
 def test_clean_demonstrations_are_not_flagged() -> None:
-    """Calibration: a gate that corrects what is in order would be switched off by its users."""
+    """Calibration: users would switch off a gate that corrects sound motions."""
     world = World(render=False)
     units = ["m" if name == "gripper" else "rad" for name in SIM_JOINTS]
     joints = tuple(
@@ -131,7 +131,7 @@ def test_clean_demonstrations_are_not_flagged() -> None:
     assert worst < 5e-3  # and the governor follows them
 
 
-def test_a_small_excess_is_clamped_a_large_one_falls_under_the_rule() -> None:
+def test_a_small_excess_is_clamped_and_a_large_one_follows_the_rule() -> None:
     near = np.array([1.97, 0.02])
     chunk = chunk_of(np.array([[1.98, 0.02], [2.01, 0.02], [2.05, 0.02]]))
     wished, corrections = screen(chunk, near)
@@ -146,7 +146,7 @@ def test_a_small_excess_is_clamped_a_large_one_falls_under_the_rule() -> None:
     assert screen(beyond, near, on_position="clamp")[1] == ("clamped arm",)
 
 
-def test_speed() -> None:
+def test_speed_follows_the_rule() -> None:
     assert screen(ramp(1.5))[1] == ("slowed arm",)
     assert screen(ramp(0.6))[1] == ()
     assert screen(ramp(0.6), velocity_scale=0.5)[1] == ("slowed arm",)
@@ -159,13 +159,13 @@ def test_speed() -> None:
     assert screen(ramp(2.1), max_overspeed=3.0)[1] == ("slowed arm",)
 
 
-def test_a_jump_from_the_measured_position() -> None:
+def test_a_jump_from_the_measured_position_follows_the_rule() -> None:
     fault = r"joint 'arm': action 0 is 0.500 rad from the measured 0.500, limit 0.350 \(limits.max_jump_s\)"
     with pytest.raises(SafetyRefusal, match=fault):
         screen(ramp(0.0), np.array([0.5, 0.02]))
     with pytest.raises(EmergencyStop, match=fault):
         screen(ramp(0.0), np.array([0.5, 0.02]), on_jump="stop")
-    screen(ramp(0.0), np.array([0.5, 0.02]), on_jump="clamp")  # the governor goes there in its own time
+    screen(ramp(0.0), np.array([0.5, 0.02]), on_jump="clamp")  # the governor goes there as fast as the bounds allow
     screen(ramp(0.0), np.array([0.34, 0.02]))
 
 
@@ -188,7 +188,7 @@ def with_value(what: str, value: float) -> ActionChunk:
         (replace(ramp(0.5), period_ns=0), "expected a period > 0"),
     ],
 )
-def test_chunks_that_cannot_be_are_refused_by_name(chunk: ActionChunk, fault: str) -> None:
+def test_malformed_chunks_are_refused_by_name(chunk: ActionChunk, fault: str) -> None:
     with pytest.raises(SafetyRefusal, match=fault):
         screen(chunk)
 
@@ -246,7 +246,7 @@ near_arm, near_gripper = st.floats(-2.2, 2.2), st.floats(-0.005, 0.045)
 
 @st.composite
 def any_chunk(draw: st.DrawFn) -> ActionChunk:
-    """From smooth motions with faults to arbitrary numbers."""
+    """A chunk: anything from a smooth motion with faults to arbitrary numbers."""
     horizon = draw(st.integers(1, 8))
     if draw(st.booleans()):
         steps = draw(arrays(float, (horizon, 2), elements=st.floats(-1.0, 1.0)))
@@ -298,7 +298,7 @@ def test_nothing_leaves_the_limits(chunk: ActionChunk, measured: tuple[float, fl
 
 
 def sampled(motion: Motion, per_piece: int = 40) -> tuple[NDArray[np.float64], ...]:
-    """Positions, velocities and accelerations of the cubics through the instants, by the textbook's Hermite basis."""
+    """Positions, velocities and accelerations of the cubics through the instants, from the Hermite basis."""
     s = np.linspace(0.0, 1.0, per_piece)[:, None]
     positions, velocities = [motion.position_NJ], [motion.velocity_NJ]
     accelerations = [np.zeros_like(motion.velocity_NJ)]

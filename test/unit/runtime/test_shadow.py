@@ -33,17 +33,17 @@ def chunk(start_ns: int, position_HJ: Any) -> ActionChunk:
 
 
 def reading(stamp_ns: int, *position: float) -> JointReading:
-    """With the joints in another order than the bundle's."""
+    """A reading whose joints are not in the bundle's order."""
     return JointReading(stamp_ns, NAMES[::-1], np.array(position[::-1]))
 
 
-def test_errors_by_joint_and_by_step_against_where_the_arm_then_was() -> None:
+def test_errors_by_joint_and_by_step_against_joint_states() -> None:
     shadow = compare()
     for k in range(101):  # shoulder rises by 1 rad per second
         shadow.add_joints(reading(k * 10 * MS, k * 0.01, 2.0))
-    # Due at 0.1, 0.2 and 0.3 s, where the shoulder is at as many rad.
+    # Due at 0.1, 0.2 and 0.3 s, when the shoulder is at 0.1, 0.2 and 0.3 rad.
     shadow.add_chunk(chunk(0, [[0.1, 2.0], [0.3, 2.0], [0.5, 2.5]]))
-    assert shadow.values(500 * MS)["shadow chunks compared"] == "0"  # what comes is not all known yet
+    assert shadow.values(500 * MS)["shadow chunks compared"] == "0"  # the reference is not complete yet
     assert shadow.values(600 * MS) == {
         "shadow reference": "joint_states",
         "shadow chunks compared": "1",
@@ -57,7 +57,7 @@ def test_errors_by_joint_and_by_step_against_where_the_arm_then_was() -> None:
     }
 
 
-def test_errors_against_what_another_commands() -> None:
+def test_errors_against_someone_elses_commands() -> None:
     shadow = compare("command")
     nothing: dict[str, Any] = {"velocities": [], "accelerations": [], "effort": []}
     after = SimpleNamespace(sec=0, nanosec=100 * MS)
@@ -85,7 +85,7 @@ def test_without_a_reference_there_is_no_figure() -> None:
     assert values["shadow rms"] == values["shadow rms shoulder"] == ""
 
 
-def test_a_clock_that_is_set_back_begins_anew() -> None:
+def test_a_clock_that_is_set_back_starts_again() -> None:
     shadow = compare()
     for start_ns in (5000 * MS, 0):
         for k in range(50):
@@ -97,7 +97,7 @@ def test_a_clock_that_is_set_back_begins_anew() -> None:
     assert shadow.values(1000 * MS)["shadow chunks compared"] == "1"
 
 
-def test_the_figures_are_those_of_a_replay() -> None:
+def test_the_figures_equal_those_of_a_replay() -> None:
     manifest, horizon = demo_policy(), 16
     rng = np.random.default_rng(0)
     shadow = ShadowComparison(manifest.joints, "joint_states")
