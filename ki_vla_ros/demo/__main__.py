@@ -66,7 +66,7 @@ class DemoOptions:
 def parse_options(arguments: Sequence[str] | None) -> DemoOptions:
     """Raises KiVlaError for whatever would not work later; nothing has been started by then."""
     parser = argparse.ArgumentParser(
-        prog="ki_vla_ros.demo", description="a simulated arm does what it is told, over ROS"
+        prog="python -m ki_vla_ros.demo", description="a simulated arm does what it is told, over ROS"
     )
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--instruction", default="", help="the same in every episode; default: drawn with each scene")

@@ -40,7 +40,9 @@ def build_engines(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="build_engines", description="Build the TensorRT engines of a bundle.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ki_vla_ros.build_engines", description="Build the TensorRT engines of a bundle."
+    )
     parser.add_argument("--bundle", required=True, help="folder of a bundle, or the name of one in models/")
     parser.add_argument("--library", choices=tuple(OLDEST), default="tensorrt", help="default: %(default)s")
     parser.add_argument(

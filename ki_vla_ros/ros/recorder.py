@@ -123,7 +123,9 @@ class RecorderNode(Node):
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="record", description="Record what a running policy reads and says.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ki_vla_ros.record", description="Record what a running policy reads and says."
+    )
     parser.add_argument(
         "--out",
         type=Path,

@@ -7,6 +7,7 @@ Not a test: it runs for minutes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -73,7 +74,9 @@ def write_tokenizer(path: Path) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="is made; 14 GB are written to it")
+    folder = parser.parse_args().folder
     size = write_weights(folder / "pi05")
     write_tokenizer(folder / "paligemma_tokenizer.model")
     both = {"q01": [-1.0] * 32, "q99": [1.0] * 32}

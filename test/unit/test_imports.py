@@ -41,6 +41,8 @@ OPEN_FILES = {
     "engines.torch_card": "imports torch",
     "engines.build": "a command",
     "ros.recorder": "a command",
+    "training.export.random_weights": "a command",
+    "training.data.simulated.generate": "a command",
     "ros.process": "needs no other part of ros/, and rclpy only when a node runs",
     "ros.children": "needs no rclpy",
     "ros.qos": "QoS alone, for robots that are no policy node",
@@ -169,6 +171,18 @@ def test_every_face_says_its_purpose_in_one_line() -> None:
         if path.name == "__init__.py":
             text = ast.get_docstring(ast.parse(path.read_text()))
             assert text and text.splitlines()[0].endswith((".", ":")), f"{module}: {text!r}"
+
+
+def test_a_face_imports_no_command() -> None:
+    """Otherwise `python -m` loads it twice, and says so in a warning."""
+    broken = [
+        f"{place(path, line)}: {target}"
+        for path in ALL.values()
+        if path.name == "__init__.py"
+        for target, line in imported(path)
+        if target in ALL and ALL[target].name != "__init__.py" and '== "__main__":' in ALL[target].read_text()
+    ]
+    assert broken == []
 
 
 def test_nothing_imports_a_command_line() -> None:

@@ -22,7 +22,9 @@ from training.evaluate.closed_loop import FIRST_SCENE, evaluate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--split", choices=("held_out", "train", "all"), default="held_out")

@@ -48,7 +48,11 @@ def compare(policy: Policy, episodes: int, delays_ms: Sequence[int]) -> Iterator
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate.executors",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--delays-ms", type=int, nargs="+", default=list(DELAYS_MS))

@@ -42,19 +42,8 @@ from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.statistics import spread
-from training.export import (
-    PROMPT_LENGTH,
-    SIZES,
-    Prefix,
-    arrange,
-    as_batch,
-    cast_weights,
-    cosine,
-    describe_graphs,
-    draw_weights,
-    modulations,
-    policy_spec,
-)
+from training.export import Prefix, arrange, as_batch, cast_weights, cosine, describe_graphs, modulations
+from training.export.random_weights import PROMPT_LENGTH, SIZES, draw_weights, policy_spec
 from training.model import VLA, Cache, VLAConfig
 from training.weights import assemble
 

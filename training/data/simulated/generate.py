@@ -305,7 +305,7 @@ def make_data(config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.data.simulated.generate", description=__doc__)
     parser.add_argument("config", type=Path)
     return run_command("generate", partial(_generate, parser.parse_args(arguments).config))
 
