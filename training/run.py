@@ -60,8 +60,14 @@ class Run:
     def open_data(self) -> None:
         """The arrays, what is fitted on them (normalisation, FAST), and the sources that stages draw from."""
         # The simulator's modules load MuJoCo, which chooses how it renders when it is imported.
-        from training.data.simulated import SceneQuestions, SceneViews, describe_tasks
-        from training.data.simulated.generate import check_robot, load_arrays, make_data
+        from training.data.simulated import (
+            SceneQuestions,
+            SceneViews,
+            check_robot,
+            describe_tasks,
+            load_arrays,
+            make_data,
+        )
 
         config, timing = self.config, ChunkTiming.of(self.config.model.vision, self.robot)
         check_robot(self.robot)

@@ -42,7 +42,6 @@ OPEN_FILES = {
     "engines.build": "a command",
     "ros.recorder": "a command",
     "training.export.random_weights": "a command",
-    "training.data.simulated.generate": "a command",
     "ros.process": "needs no other part of ros/, and rclpy only when a node runs",
     "ros.children": "needs no rclpy",
     "ros.qos": "QoS alone, for robots that are no policy node",
@@ -180,6 +179,7 @@ def test_a_face_imports_no_command() -> None:
         for path in ALL.values()
         if path.name == "__init__.py"
         for target, line in imported(path)
+        if "TYPE_CHECKING" not in path.read_text()  # a lazy face
         if target in ALL and ALL[target].name != "__init__.py" and '== "__main__":' in ALL[target].read_text()
     ]
     assert broken == []

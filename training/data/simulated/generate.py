@@ -2,20 +2,15 @@
 
 Legend: F frames, V cameras, S image size, J joints, H horizon, O objects (at most `MAX_OBJECTS`, unused rows are -1).
 Arrays are plain `.npy` files in a folder; `meta.json` says what they were made from.
-
-    python -m training.data.simulated.generate config/training/demo.yaml
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError, SimulationError
 from ki_vla_ros.policy import resize_with_pad
-from ki_vla_ros.robot import Robot, find_robot, read_robot
+from ki_vla_ros.robot import Robot
 from ki_vla_ros.sim import (
     HOME_J,
     JOINTS,
@@ -41,7 +35,7 @@ from ki_vla_ros.sim import (
     sample_scene,
     tip_to_joints,
 )
-from training.config import DataConfig, load_config
+from training.config import DataConfig
 from training.data.batch import Arrays, ChunkTiming
 from training.data.simulated.questions import COMBINATIONS, SeenObject
 
@@ -302,21 +296,3 @@ def make_data(config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
     meta = {"settings": settings, "counts": counts, "fingerprint": fingerprint(config.folder)}
     meta_path.write_text(json.dumps(meta, indent=1))
     return meta
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.data.simulated.generate", description=__doc__)
-    parser.add_argument("config", type=Path)
-    return run_command("generate", partial(_generate, parser.parse_args(arguments).config))
-
-
-def _generate(path: Path) -> int:
-    config = load_config(path)
-    robot = read_robot(find_robot(config.robot))
-    check_robot(robot)
-    print(json.dumps(make_data(config.data, ChunkTiming.of(config.model.vision, robot)), indent=1))
-    return ExitCode.FINE
-
-
-if __name__ == "__main__":
-    sys.exit(main())
