@@ -1,10 +1,10 @@
-"""From downloaded weights to a checkpoint that `training.export` makes a bundle of, or that training starts from.
+"""From downloaded weights to a checkpoint, which `training.export` makes into a bundle or training starts from.
 
     python -m training.import_weights --from pi05_base --as pi05 --tokenizer paligemma_tokenizer.model \
         --stats norm_stats.json --robot my_arm.yaml --out out/pi05
 
-`--robot` is a robot file (config/robots/imported_arm.yaml is an example): cameras, joints and their limits are in none
-of the downloaded files. `--as paligemma` takes neither statistics nor robot: its expert is untrained, so no policy is
+`--robot` is a robot file (config/robots/imported_arm.yaml is an example): none of the downloaded files has cameras,
+joints and their limits. `--as paligemma` takes neither statistics nor robot: its expert is untrained, so no policy is
 described, and nothing can be exported for a robot before training.
 """
 
@@ -48,7 +48,7 @@ METHODS: dict[str, Method] = {"pi0": "mean_std", "pi05": "quantiles"}
 def describe_import(
     kind: Kind, config: VLAConfig, robot: Robot, stats: Path, method: Method, flow_steps: int
 ) -> PolicySpec:
-    """The manifest's part: prompt and state as the kind has them, normalisation from `stats`."""
+    """The policy for the manifest: prompt and state as the kind has them, normalisation from `stats`."""
     if len(robot.joints) > config.action_dim:
         raise ConfigurationError(f"robot: expected at most {config.action_dim} joints, got {len(robot.joints)}")
     ranges = read_ranges(stats, method, len(robot.joints))
@@ -80,7 +80,7 @@ def import_checkpoint(
     policy: PolicySpec | None,
     action_ids: int = 0,
 ) -> None:
-    """Writes the checkpoint; weights keep their types. `action_ids` are among the configuration's tokens."""
+    """Write the checkpoint; weights keep their types. The configuration's tokens include `action_ids`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"{out}: expected an empty place for the checkpoint, got something; name another")
     vocabulary = config.vocab_size - action_ids
@@ -103,20 +103,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--stats", type=Path, help="norm_stats.json (openpi), stats.json or the normalizer's .safetensors (LeRobot)")
     add("--normalization", choices=list(FIELDS), help="default: quantiles for pi05, mean_std for pi0")
     add("--robot", help="robot file, or the name of one in config/robots/; copy imported_arm.yaml there")
-    add("--flow-steps", type=int, default=10, help="Euler steps of the flow that the weights were judged with")
-    add("--action-ids", type=int, default=0, help="tokens of our own after the vocabulary, for training with FAST")
+    add("--flow-steps", type=int, default=10, help="Euler steps of the flow that the weights were evaluated with")
+    add("--action-ids", type=int, default=0, help="action tokens after the vocabulary, for training with FAST")
     add("--out", type=Path, required=True, help="folder of the checkpoint")
     return run_command("import_weights", partial(_import, parser.parse_args(arguments)))
 
 
 def _import(chosen: argparse.Namespace) -> int:
-    find_weights(chosen.source)  # the download comes first: nothing else is worth mending without it
+    find_weights(chosen.source)  # checked first: without the download, no other fault is worth correcting
     given = [name for name in ("stats", "robot") if getattr(chosen, name) is not None]
     config, policy = paligemma_3b("pi0" if chosen.kind == "pi0" else "pi05", chosen.action_ids), None
     if chosen.kind == "paligemma":
         if given:
             raise ConfigurationError(
-                f"--{given[0]}: expected none with --as paligemma: its expert is untrained, it cannot move a robot"
+                f"--{given[0]}: expected none with --as paligemma: its expert is untrained and cannot move a robot"
             )
     elif len(given) < 2:
         raise ConfigurationError(f"--stats and --robot: expected both with --as {chosen.kind}, got {given or 'none'}")

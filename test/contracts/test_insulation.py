@@ -1,4 +1,4 @@
-"""Knowledge insulation: what the flow loss may teach, and what action tokens and expert know of each other."""
+"""Knowledge insulation: what the flow loss may teach, and what action tokens and expert see of each other."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from training.model.vla import VLA, Output
 EXPERT_SIDE = ("expert.", "action_in.", "action_out.")
 LAST = f"backbone.layers.{CONFIG.backbone.depth - 1}"
 UNREAD = (f"{LAST}.attention.q", f"{LAST}.attention.out", f"{LAST}.norm2", f"{LAST}.mlp", "backbone.norm")
-"""What lies behind the last layer's keys and values: no expert reads it, with or without insulation."""
+"""What comes after the last layer's keys and values: no expert reads it, with or without insulation."""
 
 
 def flow_loss(output: Output) -> Tensor:
@@ -46,7 +46,7 @@ def test_flow_loss_never_reaches_the_backbone(repeats: int) -> None:
 def test_without_insulation_flow_loss_reaches_every_weight_that_it_reads() -> None:
     model, batch = make_model(), make_batch()
     found = gradients(model, flow_loss(model(**batch, insulate=False)))
-    # A key's bias shifts all scores of a row alike, so the softmax hides it: SigLIP's gradient there is rounding only.
+    # A key's bias shifts all scores of a row by the same, so the softmax hides it: SigLIP's gradient there is rounding.
     untouched = {name for name, g in found.items() if not g.count_nonzero() and not name.endswith("k.bias")}
     assert untouched == {name for name in found if name.startswith(UNREAD)}
 

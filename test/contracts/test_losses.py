@@ -1,4 +1,4 @@
-"""Each loss against a slow, obvious computation of the same."""
+"""Each loss against a slow, obvious computation of it."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_postfix_loss_counts_only_unpadded_tokens() -> None:
     torch.testing.assert_close(tokens.predict_postfix(logits, postfix, mask), by_hand)
 
 
-def test_postfix_loss_in_pieces_is_the_whole_ones_with_all_gradients() -> None:
+def test_postfix_loss_in_pieces_equals_the_whole_one_with_all_gradients() -> None:
     torch.manual_seed(0)
     table, hidden = torch.randn(11, 4, requires_grad=True), torch.randn(3, 5, 4, requires_grad=True)
     postfix, mask = torch.randint(0, 11, (3, 5)), torch.rand(3, 5) < 0.7
@@ -81,10 +81,10 @@ def test_readout_learns_mean_and_spread_of_its_coefficients() -> None:
 
 
 def test_readout_is_a_cross_entropy_over_the_integers() -> None:
-    """Probabilities of all integers sum to 1, and the loss stays finite and pulls back however far off it is."""
+    """The probabilities of all integers sum to 1; the loss stays finite and pulls back, however far off it is."""
     module = heads()
     hidden = torch.randn(1, 2, 8)
-    with torch.no_grad():  # all six distributions alike, so that the loss is that of each of them
+    with torch.no_grad():  # all six distributions are the same, so that the loss is that of each of them
         for head in module.readout:
             head.weight.zero_()
             head.bias.fill_(0.4)
@@ -161,7 +161,7 @@ def test_every_second_row_has_a_prefix() -> None:
 
 
 def test_a_prefix_runs_along_its_chunk_from_another_place_at_another_pace() -> None:
-    """On the line a_k = k the values are the places on the chunk."""
+    """On the line a_k = k, the values are the places on the chunk."""
     horizon, rows = 16, 2000
     line = torch.arange(horizon, dtype=torch.float32)[None, :, None].expand(rows, -1, 2)
     _, learned = flow.draw_flow_time(rows, horizon, 8, GENERATOR().manual_seed(0))
@@ -179,7 +179,7 @@ def test_a_prefix_runs_along_its_chunk_from_another_place_at_another_pace() -> N
     assert float(paces.min()) < 0.25 and float(paces.max()) > 1.15
     after = ~inside & learned_then[~without, 1:]
     torch.testing.assert_close(steps[after], torch.ones_like(steps[after]))
-    # What would lie past the end is held there, and not learned.
+    # Actions past the end are held there, and not learned.
     past = learned[~without] & ~learned_then[~without]
     assert past.any() and (places[past] == horizon - 1).all() and (places <= horizon - 1).all()
     assert learned_then.sum(dim=1).min() >= 4

@@ -18,7 +18,7 @@ from training.model.vla import VLA, Output
 def attend_densely(
     layers: list[tuple[BackboneLayer | ExpertLayer, Tensor]], position: Tensor, mask: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """All streams in one attention with every head's keys written out -> (mixed per stream, scores)."""
+    """All streams in one attention, every head's keys written out: what each stream gets, and the scores."""
     projections = [layer.attention for layer, _ in layers]
     head_dim, heads = projections[0].head_dim, projections[0].heads
     turn = rotation(position, head_dim)
@@ -37,7 +37,7 @@ def attend_densely(
 
 
 def reference(model: VLA, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """(backbone hidden, velocity, backbone stream by layer, scores by layer), without any cut by rows."""
+    """Backbone hidden, velocity, backbone stream by layer, scores by layer; no rows are left out."""
     x, prefix_mask = model.embed_prefix(*prefix_of(batch))
     x = torch.cat((x, model.backbone.embed(batch["postfix_BT"])), dim=1)
     y, time = model.action_in(batch["x_t"]), batch["time"]
@@ -118,7 +118,7 @@ def test_cache_equals_forward_for_several_rows_per_prefix(state_dim: int | None)
     torch.testing.assert_close(torch.cat(single), full, atol=1e-5, rtol=1e-5)
 
 
-def test_prefix_rows_only_leave_rows_away() -> None:
+def test_prefix_rows_leave_rows_out_and_change_nothing_else() -> None:
     model, batch = make_model(), make_batch()
     with torch.no_grad():
         full, part = model(**batch), model(**batch, prefix_rows=PROMPT)
@@ -129,7 +129,7 @@ def test_prefix_rows_only_leave_rows_away() -> None:
 
 
 def assert_unmoved(before: Output, after: Output, valid: Tensor) -> None:
-    """What any reader uses is the same to the last bit."""
+    """Everything that is read is the same to the last bit."""
     assert before.velocity_RHA is not None and after.velocity_RHA is not None
     assert before.postfix_hidden_BTD is not None and after.postfix_hidden_BTD is not None
     assert torch.equal(before.velocity_RHA, after.velocity_RHA)
@@ -166,7 +166,7 @@ def test_padding_and_masked_camera_are_as_if_absent() -> None:
     torch.testing.assert_close(output.postfix_hidden_BTD, padded.postfix_hidden_BTD[1:, :3], atol=1e-5, rtol=1e-5)  # type: ignore[index]
 
 
-def test_nothing_to_see_stays_finite() -> None:
+def test_rows_with_nothing_to_see_stay_finite() -> None:
     model, batch = make_model(), make_batch()
     for name in ("image_mask_BV", "token_mask_BL", "postfix_mask_BT"):
         batch[name] = torch.zeros_like(batch[name])
@@ -229,7 +229,7 @@ def test_grouped_heads_equal_repeated_keys() -> None:
 
 
 @pytest.mark.parametrize(("stem", "overlaps"), [("patch", False), ("conv", True)])
-def test_stems_cut_images_alike_and_conv_sees_beyond_its_cell(stem: str, overlaps: bool) -> None:
+def test_both_stems_have_the_same_cells_and_conv_sees_beyond_its_own(stem: str, overlaps: bool) -> None:
     torch.manual_seed(0)
     vision = Vision(VisionConfig(image_size=36, patch_size=12, width=16, depth=0, heads=2, mlp=32, stem=stem))  # type: ignore[arg-type]
     torch.nn.init.normal_(vision.position.weight)
@@ -262,7 +262,7 @@ def test_initial_scales() -> None:
         ({"time": None}, "x_t and time go together"),
         ({"postfix_BT": None}, "a postfix mask without a postfix"),
         ({"state": torch.zeros(2, 4)}, "state_dim None got a state"),
-        ({"x_t": torch.zeros(3, 5, 3)}, "3 rows are no multiple of 2"),
+        ({"x_t": torch.zeros(3, 5, 3)}, "3 rows are not a multiple of 2"),
     ],
 )
 def test_wrong_expert_inputs_are_refused(change: dict[str, Tensor | None], words: str) -> None:

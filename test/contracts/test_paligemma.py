@@ -1,4 +1,4 @@
-"""PaliGemma: its published sizes, and a small one of transformers whose features and logits ours must have."""
+"""PaliGemma: its published sizes, and a small one in transformers whose features and logits ours must match."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_own_action_ids_lengthen_the_table() -> None:
 
 @pytest.fixture(scope="module")
 def theirs() -> Iterator[torch.nn.Module]:
-    """A random PaliGemma of transformers: norms and biases away from their initial 0 and 1."""
+    """A random PaliGemma in transformers, with norms and biases away from their initial 0 and 1."""
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
     text = {
@@ -148,7 +148,7 @@ def test_agrees_with_transformers(theirs: torch.nn.Module, folder: Path, form: s
 
 @pytest.mark.slow
 def test_expert_is_drawn_as_for_training(folder: Path) -> None:
-    """Expert and action layers are what a fresh model of this seed has in scale: gates closed, weights not zero."""
+    """Expert and action layers have the scale of a fresh model's: gates closed, weights not zero."""
     model = import_weights(CONFIG, folder / "single", "paligemma", seed=1)
     assert not model.expert.norm.dense.weight.any()
     assert model.expert.layers[2].mlp.up.weight.std().item() == pytest.approx(32**-0.5, rel=0.2)
@@ -224,7 +224,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["load", "import", "narrow"])
 def test_memory(large: Path, task: str) -> None:
-    """At most 1.2 times the file, at its peak, for the model with every weight read; saving takes nothing more."""
+    """The peak is at most 1.2 times the file for the model with every weight read; saving takes no more."""
     size = (large / "model.safetensors").stat().st_size
     assert 2.5e8 < size < 4e8
     paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT), str(ROOT / "test")])

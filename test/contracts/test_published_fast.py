@@ -1,4 +1,4 @@
-"""FAST's published form: a vocabulary that is fitted here as theirs was, against a slow tokenizer of explicit sums."""
+"""FAST's published form: a vocabulary fitted here as theirs was, against a slow tokenizer with explicit sums."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def smooth_chunks(count: int, seed: int = 0) -> Chunk:
 
 
 def slow_coefficients(chunk_HA: Chunk) -> list[int]:
-    """Sums as the DCT-II is defined, rounded half to even."""
+    """The sums that define the DCT-II, rounded half to even."""
     found = []
     for k in range(HORIZON):
         size = math.sqrt((1 if k == 0 else 2) / HORIZON)
@@ -60,7 +60,7 @@ def slow_coefficients(chunk_HA: Chunk) -> list[int]:
 
 
 def byte_symbols() -> dict[int, str]:
-    """From the library's alphabet: those below 256 are themselves, the others come in order."""
+    """From the library's alphabet: symbols below 256 are their own bytes, the others come in order."""
     alphabet = set(ByteLevel.alphabet())
     others = iter(sorted(symbol for symbol in alphabet if ord(symbol) > 255))
     return {byte: chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)}
@@ -84,7 +84,7 @@ def slow_encode(folder: Path, chunk_HA: Chunk) -> list[int]:
 
 
 def publish(folder: Path, chunk_NHA: Chunk, lowest: int | None = None, **config: Any) -> Path:
-    """Fitted as theirs: characters from `lowest` on (theirs: the data's), merges of bytes that occur twice."""
+    """Fitted as theirs was: characters from `lowest` on (theirs: the data's), merges of bytes that occur twice."""
     coefficients = [slow_coefficients(chunk_HA) for chunk_HA in chunk_NHA]
     lowest = min(map(min, coefficients)) if lowest is None else lowest
     bpe = Tokenizer(BPE())
@@ -156,19 +156,19 @@ def test_malformed_ids_are_errors(published: Path) -> None:
             fast.decode(wrong)
 
 
-def test_half_a_character_is_an_error_and_no_other_coefficient(tmp_path: Path) -> None:
+def test_half_a_character_is_an_error_and_not_another_coefficient(tmp_path: Path) -> None:
     fast = load(publish(tmp_path / "f", smooth_chunks(200), UNIVERSAL_LOWEST))
     ids, first_byte = fast.encode(np.zeros((HORIZON, ACTION_DIM))), chr(0xC5)
-    with pytest.raises(FastDecodeError, match="bytes that are no coefficients"):
+    with pytest.raises(FastDecodeError, match="bytes that are not coefficients"):
         fast.decode([*ids, fast.bpe.token_to_id(first_byte)])
     # The fit put every character into the vocabulary as it is; those beyond the bytes' own can never be encoded.
     assert fast.bpe.token_to_id(chr(0x162)) is not None
-    with pytest.raises(FastDecodeError, match="bytes that are no coefficients"):
+    with pytest.raises(FastDecodeError, match="bytes that are not coefficients"):
         fast.decode([fast.bpe.token_to_id(chr(0x162))] * HORIZON * ACTION_DIM)
 
 
 def test_coefficients_without_a_character_are_clamped_and_counted(tmp_path: Path) -> None:
-    """Below the lowest, and where the fit never met a byte, which a byte-level BPE would drop in silence."""
+    """Below the lowest, and where the fit never met a byte, which a byte-level BPE drops in silence."""
     fast = load(publish(tmp_path / "narrow", smooth_chunks(20)))
     assert fast.known[0] == fast.lowest and fast.known[-1] < 1000
     low = np.zeros((HORIZON, ACTION_DIM))
@@ -206,7 +206,7 @@ def test_a_run_takes_the_vocabulary_that_its_configuration_names(published: Path
         make_fast(TrainingConfig.model_validate(settings | {"fast_published": str(folder)}), fewer, space)
 
 
-def test_training_from_scratch_orders_what_stands_for_whole_coefficients(published: Path) -> None:
+def test_training_from_scratch_orders_the_tokens_of_whole_coefficients(published: Path) -> None:
     fast, tokenizer = load(published), build_tokenizer(1024)
     sizes = GemmaConfig(width=64, depth=1, mlp=8, heads=1, kv_heads=1, head_dim=8)
     vision = VisionConfig(image_size=4, patch_size=2, width=16, depth=1, heads=1, mlp=8)

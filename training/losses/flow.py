@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def draw_flow_time(rows: int, horizon: int, max_prefix: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Time [R, H] for each action and the mask [R, H] of those that are to be learned.
+    """Time [R, H] for each action, and the mask [R, H] of those that are learned.
 
-    t = 0.999 * Beta(1.5, 1) + 0.001, noise at t = 1 (openpi's convention; the papers write tau = 1 - t). In every
-    second row the first d actions, d uniform in 1..max_prefix, are a clean prefix: time 0 and no loss
-    (arXiv 2512.05964); the other rows have none, as the other executors have none.
+    t = 0.999 * Beta(1.5, 1) + 0.001, noise at t = 1 (openpi's convention; the papers write tau = 1 - t). On average,
+    in every second row the first d actions, d uniform in 1..max_prefix, are a clean prefix: time 0 and no loss
+    (arXiv 2512.05964). The other rows have no prefix, because only one executor gives the model one.
     """
     uniform = torch.rand(rows, generator=generator)
     time_R = 0.999 * uniform ** (1.0 / 1.5) + 0.001  # inverse of Beta(1.5, 1)'s distribution function t^1.5
@@ -25,12 +25,12 @@ def draw_flow_time(rows: int, horizon: int, max_prefix: int, generator: torch.Ge
 
 
 def run_ahead(action_RHA: Tensor, learned_RH: Tensor, lead: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Chunks whose clean prefix is what an arm that trails its command is given, and what of them can be learned.
+    """Chunks with the clean prefix that an arm trailing its command is given, and the mask of what can be learned.
 
-    The chunk of a demonstration begins where the arm is. At run time the prefix comes from the running chunk: up to
-    `lead` periods ahead of the arm (or, as it starts, up to one behind), and slower while the arm gains speed. So the
-    prefix runs along the chunk from another place at another pace, and the actions after it go on from there at the
-    chunk's own pace. What would lie past the chunk's end is not learned. Rows without a prefix stay as they are.
+    A demonstration's chunk begins where the arm is. At run time the prefix comes from the running chunk: it is up to
+    `lead` periods ahead of the arm (or, at the start, up to one behind), and slower while the arm gains speed. So the
+    prefix follows the chunk from another place at another pace, and the actions after it go on from there at the
+    chunk's own pace. Actions past the chunk's end are not learned. Rows without a prefix stay as they are.
     """
     rows, horizon, _ = action_RHA.shape
     prefix_R1 = (~learned_RH).sum(dim=1, keepdim=True)
@@ -40,7 +40,9 @@ def run_ahead(action_RHA: Tensor, learned_RH: Tensor, lead: float, generator: to
     phase_RH = start_R1 + pace_R1 * torch.minimum(k_H, prefix_R1 - 1) + (k_H - prefix_R1 + 1).clamp(min=0)
     phase_RH = torch.where(prefix_R1 > 0, phase_RH, k_H.to(phase_RH.dtype))
     before_RH = phase_RH.floor().clamp(0, horizon - 2).long()
-    share_RH1 = (phase_RH - before_RH).clamp(max=1.0)[..., None]  # negative before the first action: on its line
+    share_RH1 = (phase_RH - before_RH).clamp(max=1.0)[
+        ..., None
+    ]  # below 0 before the first action: on the line of the first two
     one, two = (action_RHA.gather(1, (before_RH + i)[..., None].expand_as(action_RHA)) for i in (0, 1))
     return one + share_RH1 * (two - one), learned_RH & (phase_RH <= horizon - 1)
 
@@ -52,5 +54,5 @@ def mix_flow(action_RHA: Tensor, noise_RHA: Tensor, time_RH: Tensor) -> tuple[Te
 
 
 def match_flow(velocity_RHA: Tensor, target_RHA: Tensor, learned_RH: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Mean squared error over the actions that are learned, real action dimensions only."""
+    """Mean squared error over the actions that are learned, all dimensions."""
     return ((velocity_RHA - target_RHA) ** 2)[learned_RH].mean()

@@ -1,7 +1,7 @@
-"""Hints of ours that make small models learn in minutes; none is in the paper, none is needed at inference.
+"""Our own hints, which let small models learn in minutes; none is in the paper, none is needed at inference.
 
 All act on the backbone alone: `name_cells`, `point_at_target`, `read_out` (cross-entropies) and `ground` (a smooth L1
-error). They need labels that a batch may carry (`training.data.batch.Batch`); places are those in its last camera.
+error). They need labels that a batch may carry (`training.data.batch.Batch`); places are in its last camera's image.
 
 Legend: B batch, P prefix tokens, D width, N image cells, R asking tokens (K where each names one readout frequency),
 A action dim.
@@ -23,14 +23,14 @@ from training.model import VLA, Output
 class TrainingHeads(nn.Module):
     """Heads that only training needs; never exported.
 
-    `cells` names what an image cell shows. `place` and `state` say where the object that is asked about is (u and v in
-    the last camera's image) and what the prompt says of the joints (normalised). `readout[k]` turns the k-th learned
-    prompt token into one distribution per joint over the integers that are FAST's k-th lowest frequency: a logistic
-    one, as neighbouring integers mean neighbouring motions. A softmax over hundreds of integers has to learn that,
-    which took too long here.
+    `cells` names what an image cell shows. `place` says where the object asked about is (u and v in the last camera's
+    image), `state` what the prompt says about the joints (normalised). `readout[k]` turns the k-th learned prompt token
+    into one distribution per joint over the integer coefficients of FAST's k-th lowest frequency. It is a logistic
+    distribution, because neighbouring integers mean neighbouring motions; a softmax over hundreds of integers would
+    have to learn that, which took too long here.
     """
 
-    COEFFICIENT_SCALE = 10.0  # what the heads' outputs, about 1 at first, are multiplied by
+    COEFFICIENT_SCALE = 10.0  # factor on the heads' outputs, which are about 1 at first
 
     def __init__(self, vision_width: int, width: int, kinds: int, frequencies: int, action_dim: int) -> None:
         super().__init__()
@@ -47,15 +47,17 @@ class TrainingHeads(nn.Module):
 
 
 def name_cells(heads: TrainingHeads, features_BND: Tensor, cells_BN: Tensor) -> Tensor:
-    """Which kind of object each image cell shows. Background is most of the image, so it weighs a tenth."""
+    """Cross-entropy of the kind of object in each image cell; background, most of an image, weighs a tenth."""
     weight = torch.ones(heads.cells.out_features, device=cells_BN.device)
     weight[-1] = 0.1
     return F.cross_entropy(heads.cells(features_BND).flatten(0, -2), cells_BN.flatten(), weight=weight)
 
 
 def point_at_target(scores_BRP: Tensor, target_cell_B: Tensor, first_cell: int) -> Tensor:
-    """Cross-entropy of attention scores (R asking rows, P prefix tokens; -inf where masked) towards the asked object's
-    cell, where there is one. The image's first cell is prefix token `first_cell`.
+    """Cross-entropy of attention scores towards the cell of the object asked about, where there is one.
+
+    The scores are of R asking rows over P prefix tokens, -inf where masked. The image's first cell is prefix token
+    `first_cell`.
     """
     asked = target_cell_B != NO_TARGET
     if not asked.any():
@@ -66,16 +68,17 @@ def point_at_target(scores_BRP: Tensor, target_cell_B: Tensor, first_cell: int) 
 
 
 def ground(heads: TrainingHeads, hidden_BRD: Tensor, place_B2: Tensor, state_BJ: Tensor | None) -> Tensor:
-    """Mean error of place (0..1, where there is one; NaN: none) and normalised joint state that the asking rows name.
+    """Mean error of the place and of the normalised joint state that the asking rows name.
 
-    An attention that looks at the right cell does not yet bring its place along; this makes it do so.
+    A place is in 0..1, or NaN for none. Attention to the right cell does not by itself carry the cell's place along;
+    this loss makes it do so.
     """
     known = ~place_B2.isnan().any(dim=1)
     wanted = place_B2[known][:, None].expand(-1, hidden_BRD.shape[1], -1)
     loss = (
         4.0 * F.smooth_l1_loss(heads.place(hidden_BRD[known]), wanted, beta=0.02)
         if known.any()
-        else 0.0 * hidden_BRD.sum()
+        else 0.0 * hidden_BRD.sum()  # zero with a graph: `backward` needs one
     )
     if state_BJ is None:
         return loss
@@ -84,15 +87,15 @@ def ground(heads: TrainingHeads, hidden_BRD: Tensor, place_B2: Tensor, state_BJ:
 
 
 def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor) -> Tensor:
-    """Cross-entropy of FAST's integer coefficients under the readout's logistic distributions.
+    """Cross-entropy of FAST's coefficients under the readout's logistic distributions.
 
-    A value between two integers lies where its half-integer neighbourhood does, so nothing is lost by rounding.
+    A coefficient counts as the interval of half an integer to either side; it need not be rounded first.
     """
     mean, spread = heads.name_coefficients(hidden_BKD)
     above = torch.sigmoid((coefficient_BKA + 0.5 - mean) / spread)
     below = torch.sigmoid((coefficient_BKA - 0.5 - mean) / spread)
     near = (above - below).clamp(min=1e-6).log()
-    # Far out both are 0 or 1 in float32; the density's logarithm goes on there, and with it the pull back.
+    # Far out both are 0 or 1 in float32; there the logarithm of the density still has a gradient that pulls back.
     z = (coefficient_BKA - mean) / spread
     far = -z.abs() - 2 * F.softplus(-z.abs()) - spread.log()
     return -torch.where(z.abs() < 8, near, far).mean()
@@ -101,21 +104,21 @@ def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor) 
 def give_hints(
     model: VLA, heads: TrainingHeads, config: HintsConfig, batch: Batch, output: Output, wanted: Set[Loss]
 ) -> dict[Loss, Tensor]:
-    """Those of `pointing`, `readout` and `grounding` that are wanted, from one forward pass of the model."""
+    """The losses `pointing`, `readout` and `grounding`, if wanted, from one forward pass of the model."""
     found: dict[Loss, Tensor] = {}
     if not wanted & {"pointing", "readout", "grounding"}:
         return found
     rows_BR = asking_rows(model, batch)
     if "readout" in wanted and batch.readout_BKA is not None:
-        # The last layer's output enters no key or value, so the expert could not read what is named only there: also
-        # name it earlier.
+        # No key or value comes from the last layer's output, so the expert could not read what is named only there:
+        # name it in the two layers before.
         streams = output.prefix_by_layer[-3:-1]
         named = [
             read_out(heads, take_rows(model.backbone.norm(stream), rows_BR), batch.readout_BKA) for stream in streams
         ]
         found["readout"] = torch.stack(named).mean()
     if "pointing" in wanted and batch.target_cell_B is not None and output.probe_logits_BPQ is not None:
-        # Over the whole prefix: the asking tokens shall look at the target's cell and at nothing else.
+        # Over the whole prefix: the asking tokens should look at the target's cell and at nothing else.
         cells = model.config.vision.tokens
         seen_BP = torch.cat([batch.image_mask_BV.repeat_interleave(cells, dim=1), batch.token_mask_BL], dim=1)
         scores_BRP = take_rows(output.probe_logits_BPQ, rows_BR).masked_fill(~seen_BP[:, None], -torch.inf)
@@ -150,5 +153,5 @@ def asking_rows(model: VLA, batch: Batch) -> Tensor:
 
 
 def take_rows(x_BPD: Tensor, rows_BR: Tensor) -> Tensor:
-    """[B, R, D]: for each sample the rows with these indices."""
+    """[B, R, D]: for each sample, the rows with these indices."""
     return x_BPD.gather(1, rows_BR[:, :, None].expand(-1, -1, x_BPD.shape[2]))

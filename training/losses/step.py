@@ -1,6 +1,6 @@
 """What one batch teaches: a forward pass, and every loss that the stage asks for and the batch has targets for.
 
-The knowledge insulation itself is in `training.model.vla`: keys and values reach the expert through a stop-gradient.
+Knowledge insulation itself is in `training.model.vla`: keys and values reach the expert through a stop-gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def targets(batch: Batch) -> set[Loss]:
 
 
 class BatchLosses:
-    """`losses(batch, stage, rng)` -> loss by name, each with its graph; noise and flow times come from `rng`."""
+    """`losses(batch, stage, rng)` gives each loss by name, with its graph; `rng` draws noise and flow times."""
 
     def __init__(self, model: VLA, heads: TrainingHeads | None, config: TrainingConfig) -> None:
         self.model, self.heads, self.config = model, heads, config
@@ -63,7 +63,9 @@ class BatchLosses:
             state=self.expert_state(batch, stage.noise_samples) if drawn else None,
             insulate=stage.insulate,
             probe=None if hints is None else hints.probe,
-            prefix_rows=batch.tokens_BL.shape[1],  # of the prefix only the prompt passes through the last layer
+            prefix_rows=batch.tokens_BL.shape[
+                1
+            ],  # only the prompt passes through the last layer: losses read no image token there
         )
         found = self.predict(batch, output, wanted)
         if hints is not None and self.heads is not None:
@@ -73,7 +75,7 @@ class BatchLosses:
         return found
 
     def flow_alone(self, batch: Batch, stage: StageConfig, rng: np.random.Generator) -> dict[Loss, Tensor]:
-        """The same gradients of the expert as `joint` (tested), the prefix without any graph."""
+        """The same gradients for the expert as from `joint` (tested), without a graph of the prefix."""
         x_t, time, target, learned = self.draw_flow(batch, stage.noise_samples, rng)
         with torch.no_grad():
             cache = self.model.prefill(*batch.prefix)
@@ -81,7 +83,7 @@ class BatchLosses:
         return {"flow": flow.match_flow(velocity, target, learned)}
 
     def predict(self, batch: Batch, output: Output, wanted: set[Loss]) -> dict[Loss, Tensor]:
-        """Next-token losses of the postfix; `output` has the prompt's rows only."""
+        """Next-token losses of the postfix; of the prefix, `output` has the prompt's rows only."""
         found: dict[Loss, Tensor] = {}
         if not wanted & {"text", "fast"} or batch.postfix_BT is None or output.postfix_hidden_BTD is None:
             return found
@@ -97,18 +99,19 @@ class BatchLosses:
         return found
 
     def expert_state(self, batch: Batch, samples: int) -> Tensor | None:
-        """[R, J]: the joint state for each of the expert's rows; None where it is in the prompt alone."""
+        """[R, J]: the joint state for each of the expert's rows; None if only the prompt has it."""
         if self.model.config.state_dim is None or batch.state_BJ is None:
             return None
         return batch.state_BJ.repeat_interleave(samples, dim=0)
 
     def draw_flow(self, batch: Batch, samples: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x_t, time, velocity target and mask of what is learned; `samples` rows for each chunk of the batch,
-        adjacent.
+        """The flow's x_t, time, velocity target and mask of what is learned.
+
+        Each chunk of the batch has `samples` rows, which are adjacent.
         """
         if batch.action_BHA is None:
             raise ValueError("draw_flow: expected a batch with actions, got one without")
-        # On the CPU: a seed means the same on every device.
+        # On the CPU, so that a seed means the same on every device.
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         action = batch.action_BHA.repeat_interleave(samples, dim=0)
         drawn = flow.draw_flow_time(len(action), action.shape[1], self.config.max_prefix_delay, generator)

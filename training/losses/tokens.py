@@ -17,9 +17,9 @@ Index = Tensor | tuple[Tensor, ...]
 
 
 def next_token_hidden(prefix_hidden_BPD: Tensor, last_B: Tensor, postfix_hidden_BTD: Tensor) -> Tensor:
-    """Hidden states that predict the postfix:
+    """Hidden states that predict the postfix, in its order.
 
-    the last valid prefix token (index `last_B`), then each postfix token but the last.
+    They are those of the last valid prefix token (index `last_B`), then of each postfix token but the last.
     """
     first = prefix_hidden_BPD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
     return torch.cat([first, postfix_hidden_BTD[:, :-1]], dim=1)
@@ -33,13 +33,15 @@ def predict_postfix(logits_BTW: Tensor, postfix_BT: Tensor, postfix_mask_BT: Ind
 def predict_in_pieces(
     logits: Callable[[Tensor], Tensor], hidden_BTD: Tensor, postfix_BT: Tensor, mask: Index, rows: int = 1024
 ) -> Tensor:
-    """`predict_postfix` without ever holding the logits of more than `rows` tokens: they are computed for the loss, and
-    again for its gradient. With a vocabulary of 257,152 the logits of one token and their gradients take 4 MB.
+    """`predict_postfix` without ever holding the logits of more than `rows` tokens.
+
+    They are computed for the loss, and again for its gradient. With a vocabulary of 257,152 the logits of one token and
+    their gradients take 4 MB.
     """
     hidden_ND, postfix_N = hidden_BTD[mask], postfix_BT[mask]
 
-    def lose(hidden: Tensor, token: Tensor) -> Tensor:
+    def summed(hidden: Tensor, token: Tensor) -> Tensor:
         return F.cross_entropy(logits(hidden), token, reduction="sum")
 
     pieces = zip(hidden_ND.split(rows), postfix_N.split(rows), strict=True)
-    return torch.stack([checkpoint(lose, *piece, use_reentrant=False) for piece in pieces]).sum() / len(postfix_N)
+    return torch.stack([checkpoint(summed, *piece, use_reentrant=False) for piece in pieces]).sum() / len(postfix_N)

@@ -30,13 +30,13 @@ SHORTEST_PERIOD, LONGEST_PERIOD = 4e-3, 4.0
 
 
 def time_periods(width: int, device: torch.device | None = None) -> Tensor:
-    """Of the waves that embed the time: geometrically spaced, float64 [width / 2]."""
+    """The periods of the waves that embed the time: geometrically spaced, float64 [width / 2]."""
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=device)
     return SHORTEST_PERIOD * (LONGEST_PERIOD / SHORTEST_PERIOD) ** fraction
 
 
 def embed_time(time: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of the flow time -> [..., width]. Angles reach 1570 rad, hence float64 on the way."""
+    """[..., width]: sines, then cosines, of the flow time; angles reach 1570 rad, hence float64 on the way."""
     angle = time.double()[..., None] * (2.0 * math.pi / time_periods(width, time.device))
     return torch.cat((angle.sin(), angle.cos()), dim=-1).to(time.dtype)
 
@@ -44,7 +44,7 @@ def embed_time(time: Tensor, width: int) -> Tensor:
 class AdaRMSNorm(nn.Module):
     """RMS norm whose scale, shift and residual gate are a linear function of the time condition (pi0.5).
 
-    Zero at the start of training: the norm is plain, and the gate closes the branch.
+    That function is zero at the start of training: the norm is plain, and the gate closes the branch.
     """
 
     def __init__(self, width: int) -> None:
@@ -57,7 +57,7 @@ class AdaRMSNorm(nn.Module):
 
 
 class PlainNorm(RMSNorm):
-    """What pi0 has in the place of `AdaRMSNorm`: no condition, and no gate (None)."""
+    """What pi0 has in place of `AdaRMSNorm`: no condition, and no gate (None)."""
 
     def forward(self, x_REW: Tensor, _: None) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(x_REW), None
@@ -72,7 +72,7 @@ def gated(gate: Tensor | None, branch: Tensor) -> Tensor:
 
 
 def expert_bias(mask_RP: Tensor, tokens: int, state: bool, group: int) -> Tensor:
-    """Who the expert's tokens see: the prefix and each other -> [R, 1, E * G, P + E].
+    """What the expert's tokens see, the prefix and each other, as a bias [R, 1, E * G, P + E].
 
     A state token comes first and does not see the actions (openpi's cumulative rule: its block precedes theirs).
     """
@@ -133,8 +133,9 @@ class Expert(nn.Module):
         return self.time_out(F.silu(self.time_in(torch.cat((action_RHW, time_RHW), dim=-1))))
 
     def condition(self, time_RH: Tensor, with_state: bool) -> Tensor | None:
-        """Time condition of every norm, one per token. A state token is clean, so its time is 0, like that of a clean
-        action.
+        """The time condition of every norm, one per token; None with "concat".
+
+        A state token is clean, so its time is 0, like that of a clean action.
         """
         if not isinstance(self.norm, AdaRMSNorm):
             return None  # "concat": the time is in the actions

@@ -23,7 +23,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def as_layers(layers: Iterable[Layer]) -> MutableSequence[Layer]:
-    """An `nn.ModuleList`, which forgets what it is a list of: a type checker would know no layer's attributes."""
+    """An `nn.ModuleList` typed by its layers, whose attributes a type checker would not know otherwise."""
     return cast("MutableSequence[Layer]", nn.ModuleList(layers))
 
 
@@ -35,21 +35,21 @@ def rotation(position_BS: Tensor, head_dim: int) -> Rotation:
 
 
 def rotate(x_BSQD: Tensor, turn: Rotation) -> Tensor:
-    """Rotates feature i together with feature i + D / 2 (the half-split layout of Gemma); angles are float32."""
+    """Rotate feature i together with feature i + D / 2 (the half-split layout of Gemma); angles are float32."""
     cos, sin = turn
     first, second = x_BSQD.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSQD.dtype)
 
 
 def additive(visible: Tensor) -> Tensor:
-    """Turns a boolean mask (True = may be seen) into what is added to the attention scores."""
+    """Turn a boolean mask (True = may be seen) into what is added to the attention scores."""
     return torch.where(visible, 0.0, MASKED)
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention over the last two axes, the softmax in float32 whatever the type of the others.
+    """Attention over the last two axes, with the softmax in float32 whatever the type of the inputs.
 
-    torch's fused kernels do so by themselves; in an ONNX graph the softmax would have the type of the scores.
+    torch's fused kernels do that anyway; in an ONNX graph the softmax would have the type of the scores.
     """
     if query.dtype == torch.float32 or not torch.onnx.is_in_onnx_export():
         mask = None if bias is None else bias.to(query.dtype)
@@ -59,7 +59,7 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | 
 
 
 def attend(query_BSQD: Tensor, key_BKCD: Tensor, value_BKCD: Tensor, bias: Tensor) -> Tensor:
-    """Softmax attention -> [B, S, Q * D]. `bias` broadcasts to [B, K, S * G, C], with the G heads of a token adjacent.
+    """Softmax attention [B, S, Q * D]; `bias` broadcasts to [B, K, S * G, C], the G heads of a token adjacent.
 
     The heads that share one key head are laid along the query axis: no key or value is copied, and with one key
     head (Gemma's multi-query attention) the queries are only viewed differently.
@@ -110,8 +110,9 @@ class RMSNorm(nn.Module):
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Scales the last axis to a root mean square of 1. Always float32: squares of Gemma's activations leave half
-    precision's range, and bfloat16 keeps only eight bits of their sum.
+    """Scale the last axis to a root mean square of 1, in float32.
+
+    Squares of Gemma's activations leave half precision's range, and bfloat16 keeps only eight bits of their sum.
     """
     x = x.float()
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
@@ -133,7 +134,7 @@ class Projections(nn.Module):
         return self.queries(x_BSW, turn), *self.keys_values(x_BSW, turn)
 
     def queries(self, x_BSW: Tensor, turn: Rotation) -> Tensor:
-        """[B, S, Q, D]"""
+        """[B, S, Q, D]."""
         return rotate(self.q(x_BSW).unflatten(-1, (-1, self.head_dim)), turn)
 
     def keys_values(self, x_BSW: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
@@ -206,7 +207,7 @@ class View:
 
 
 def make_view(prefix_mask_BP: Tensor, postfix_mask_BT: Tensor | None, group: int) -> View:
-    """Every row is masked by its keys only: padding rows see the prefix too, stay finite, and nobody reads them."""
+    """The view of all rows; only keys are masked, so padding rows see the prefix too, stay finite, and are not read."""
     prefix_bias = additive(prefix_mask_BP)[:, None, None, :]
     if postfix_mask_BT is None:
         return View(prefix_bias, None)
@@ -218,7 +219,7 @@ def make_view(prefix_mask_BP: Tensor, postfix_mask_BT: Tensor | None, group: int
 
 
 def positions(mask_BS: Tensor) -> Tensor:
-    """Counts the valid tokens from 0, so that padding does not shift what follows it."""
+    """Each token's number among the valid ones, from 0, so that padding does not shift what follows it."""
     return mask_BS.long().cumsum(dim=1) - 1
 
 

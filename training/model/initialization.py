@@ -1,7 +1,7 @@
 """A head start for what has an order: numbers, places and FAST tokens begin as smooth features of their value.
 
-From random rows a small model would have to learn one by one that 127 is next to 128 and which cell lies left of which;
-minutes of training do not suffice for that. All of them are learned on from there.
+From random rows, a small model would have to learn one by one that 127 is next to 128 and which cell is left of which;
+minutes of training are not enough for that. All of these embeddings are then trained further.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from training.tokens import LOCATIONS, STATE_BINS, FastTokenizer, fast_id, loc_i
 
 
 def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
-    """[N, width] sines and cosines of values in 0..1, half a period up to `finest` periods over that range; mean
-    square 1.
+    """[N, width]: sines and cosines of values in 0..1, with mean square 1.
+
+    They have from half a period up to `finest` periods over that range.
     """
     frequency = torch.logspace(-1, torch.log2(torch.tensor(finest)).item(), width // 2, base=2.0)
     angle = 2 * torch.pi * value_N[:, None] * frequency
@@ -27,8 +28,8 @@ def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
 def order_embeddings(model: VLA, tokenizer: Tokenizer, fast: FastTokenizer) -> None:
     """Give neighbouring numbers, locations, image cells and FAST coefficients similar embeddings, in place.
 
-    Of a FAST token the first coefficient counts half; the random half that stays tells merged ones apart. Tokens that
-    stand for no whole coefficient (some of a published vocabulary) stay as they were drawn.
+    A FAST token's embedding is half its first coefficient's; the other half stays random and tells merged tokens apart.
+    Tokens that stand for no whole coefficient (a published vocabulary has some) stay as they were drawn.
     """
     table, width = model.backbone.embedding.weight, model.config.backbone.width
     first_number = token_id(tokenizer, "0")

@@ -44,7 +44,7 @@ class VisionConfig:
 
 
 def prime_factors(number: int) -> list[int]:
-    """In rising order: 12 -> [2, 2, 3]."""
+    """The prime factors in rising order: 12 -> [2, 2, 3]."""
     factors, divisor = [], 2
     while number > 1:
         while number % divisor == 0:
@@ -74,7 +74,7 @@ def conv_stem(config: VisionConfig) -> nn.Module:
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32 whatever the type of the input."""
+    """Layer norm in float32, whatever the type of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()
@@ -108,7 +108,7 @@ class VisionLayer(nn.Module):
 
 
 class Vision(nn.Module):
-    """Images in [-1, 1] -> tokens in raster order."""
+    """From images in [-1, 1] to tokens in raster order."""
 
     layers: MutableSequence[VisionLayer]
 

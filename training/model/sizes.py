@@ -20,7 +20,10 @@ HORIZON = 50
 
 
 def paligemma_3b(policy: Literal["pi0", "pi05"], action_ids: int = 0, horizon: int = HORIZON) -> VLAConfig:
-    """pi0: state token, time mixed with the actions. pi0.5: state as text, adaRMS. `action_ids`: tokens of our own."""
+    """The sizes of pi0 (state token, time mixed with the actions) or pi0.5 (state as text, adaRMS).
+
+    `action_ids` is the number of our own action tokens after the vocabulary.
+    """
     return VLAConfig(
         vision=SIGLIP_SO400M,
         backbone=GEMMA_2B,

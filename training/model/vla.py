@@ -1,7 +1,7 @@
 """The vision-language-action model with knowledge insulation (arXiv 2505.23705).
 
-One attention per layer joins backbone and expert, and nobody attends to the expert. So the backbone's rows of all
-layers are computed first, then the expert's rows, each with one softmax over the backbone's prefix and the expert.
+One attention per layer joins backbone and expert, and only the expert attends to the expert. So the backbone's rows of
+all layers are computed first, then the expert's rows, each with one softmax over the backbone's prefix and the expert.
 Insulation is one `detach` at that seam: keys and values as the expert reads them carry no gradient, while the
 backbone's own rows keep theirs.
 
@@ -33,7 +33,7 @@ from training.model.siglip import Vision, VisionConfig
 
 @dataclass(frozen=True)
 class VLAConfig:
-    """Sizes of the whole model. With `state_dim` the state is one continuous token of the expert, else prompt text."""
+    """Sizes of the whole model; with `state_dim`, the state is one continuous token of the expert, else prompt text."""
 
     vision: VisionConfig
     backbone: GemmaConfig
@@ -54,7 +54,7 @@ class VLAConfig:
 
 
 class Cache(NamedTuple):
-    """What the expert needs of the prefix. Keys are rotated already."""
+    """What the expert needs from the prefix; keys are rotated already."""
 
     keys_NBKPD: Tensor
     values_NBKPD: Tensor
@@ -63,7 +63,7 @@ class Cache(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """What a training step may want. Hidden states are after the backbone's final norm."""
+    """What a training step may want; hidden states are after the backbone's final norm."""
 
     prefix_hidden_BPD: Tensor
     postfix_hidden_BTD: Tensor | None
@@ -75,7 +75,7 @@ class Output:
 
 
 class VLA(nn.Module):
-    """See the module's docstring for masks, flow convention and legend."""
+    """The whole model; the module's docstring has masks, flow convention and legend."""
 
     def __init__(self, config: VLAConfig) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class VLA(nn.Module):
     def embed_prefix(
         self, images_BVCSS: Tensor, image_mask_BV: Tensor, tokens_BL: Tensor, token_mask_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Image tokens of all cameras, then the prompt -> ([B, P, D], mask [B, P])."""
+        """Image tokens of all cameras, then the prompt: [B, P, D], and their mask [B, P]."""
         image_BPD = self.projector(self.vision(images_BVCSS.flatten(0, 1)))
         image_BPD = image_BPD.unflatten(0, image_mask_BV.shape).flatten(1, 2)
         image_mask_BP = image_mask_BV[:, :, None].expand(-1, -1, self.config.vision.tokens).flatten(1, 2)
@@ -101,12 +101,12 @@ class VLA(nn.Module):
         return embed_BPD, torch.cat((image_mask_BP, token_mask_BL), dim=1)
 
     def stem_features(self, images_BCSS: Tensor) -> Tensor:
-        """What the stem makes of each image cell -> [B, M, W], M cells in raster order."""
+        """[B, M, W]: what the stem makes of each of M image cells, in raster order."""
         features_BMW: Tensor = self.vision.stem(images_BCSS).flatten(2).transpose(1, 2)
         return features_BMW
 
     def prefill(self, images_BVCSS: Tensor, image_mask_BV: Tensor, tokens_BL: Tensor, token_mask_BL: Tensor) -> Cache:
-        """The prefix once. Of the last layer only keys and values are computed: nothing reads the rest."""
+        """Run the prefix once; from the last layer only keys and values are computed, as nothing reads the rest."""
         x_BPD, mask_BP = self.embed_prefix(images_BVCSS, image_mask_BV, tokens_BL, token_mask_BL)
         turn = rotation(positions(mask_BP), self.config.backbone.head_dim)
         view = make_view(mask_BP, None, self.config.backbone.group)
@@ -120,7 +120,7 @@ class VLA(nn.Module):
         return Cache(torch.stack([*keys, key]), torch.stack([*values, value]), mask_BP)
 
     def velocity(self, cache: Cache, x_t_RHA: Tensor, time_RH: Tensor, state_RS: Tensor | None = None) -> Tensor:
-        """One expert step -> [R, H, A]. Rows r of one prefix are adjacent: row r reads prefix r // (R / B)."""
+        """[R, H, A] of one expert step; rows of one prefix are adjacent: row r reads prefix r // (R / B)."""
         keys, values = cache.keys_NBKPD.unbind(0), cache.values_NBKPD.unbind(0)
         return self._expert_velocity(keys, values, cache.mask_BP, x_t_RHA, time_RH, state_RS)
 
@@ -144,8 +144,8 @@ class VLA(nn.Module):
         x_t [R, H, A], time [R, H] (one per action token), state [R, S]: the expert's rows, as in `velocity`.
         `insulate=False` lets the flow loss train the backbone (the baseline).
         `probe` = (layer, head) whose attention scores among prefix tokens are returned.
-        `prefix_rows`: only the last so many (at least 1) prefix tokens pass through the last layer, whose outputs then
-        have that many rows. Nothing else reads the others; without them a step at the demo's sizes takes 6-13 % less.
+        `prefix_rows`: only this many prefix tokens (at least 1), the last ones, pass through the last layer, whose
+        outputs have that many rows. No loss reads the others; a step at the demo's sizes takes 6-13 % less time.
         """
         if (x_t is None) != (time is None):
             raise ConfigurationError("forward: x_t and time go together, got only one of them")
@@ -194,10 +194,10 @@ class VLA(nn.Module):
         time_RH: Tensor,
         state_RS: Tensor | None,
     ) -> Tensor:
-        """The expert's rows. Its layers work in their weights' type, actions and velocity are float32.
+        """Run the expert's rows; its layers work in their weights' type, actions and velocity are float32.
 
         A continuous state is one token before the actions. It does not attend to them (openpi's cumulative rule: the
-        state's block comes first), they attend to it.
+        state's block comes first); they attend to it.
         """
         if (state_RS is None) != (self.state_in is None):
             raise ConfigurationError(
@@ -205,7 +205,9 @@ class VLA(nn.Module):
             )
         repeats, rest = divmod(x_t_RHA.shape[0], mask_BP.shape[0])
         if rest:
-            raise ConfigurationError(f"expert: {x_t_RHA.shape[0]} rows are no multiple of {mask_BP.shape[0]} prefixes")
+            raise ConfigurationError(
+                f"expert: {x_t_RHA.shape[0]} rows are not a multiple of {mask_BP.shape[0]} prefixes"
+            )
         if repeats > 1:
             keys_BKPD = tuple(key.repeat_interleave(repeats, dim=0) for key in keys_BKPD)
             values_BKPD = tuple(value.repeat_interleave(repeats, dim=0) for value in values_BKPD)
@@ -227,7 +229,7 @@ class VLA(nn.Module):
         return F.linear(hidden, self.backbone.embedding.weight)
 
     def sample_actions(self, cache: Cache, noise_RHA: Tensor, steps: int, state_RS: Tensor | None = None) -> Tensor:
-        """Integrates the flow from noise (t = 1) to actions (t = 0) in equal Euler steps."""
+        """Integrate the flow from noise (t = 1) to actions (t = 0) in equal Euler steps."""
         x_t = noise_RHA
         for t in step_times(steps):
             time_RH = torch.full_like(x_t[..., 0], t)
@@ -238,8 +240,8 @@ class VLA(nn.Module):
 def initialize(model: VLA) -> None:
     """Weights for training from scratch.
 
-    Every linear map keeps the variance of its input (truncated normal, 1 / sqrt(fan in)); tokens enter the residual
-    stream, and leave it as logits, at about unit size; expert branches start closed (adaRMS at zero), and the first
+    Every linear map keeps the variance of its input (truncated normal, 1 / sqrt(fan in)). Tokens enter the residual
+    stream, and leave it as logits, at about unit size. Expert branches start closed (adaRMS at zero), and the first
     velocities are small.
     """
     for module in model.modules():

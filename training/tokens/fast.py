@@ -1,16 +1,16 @@
 """FAST action tokens (arXiv 2501.09747): cosine transform, rounding, byte-pair encoding.
 
-A chunk in about [-1, 1] becomes H x A integer coefficients, lowest frequency of all dimensions first, and then a short
-sequence of ids in [0, vocab_size). Each coefficient is one character of the text that is byte-pair encoded, in one of
-two forms that have the same coefficients:
+A chunk in about [-1, 1] becomes H x A integer coefficients, those of all dimensions' lowest frequency first, and then a
+short sequence of ids in [0, vocab_size). Each coefficient is one character of the text that is byte-pair encoded, in
+one of two forms that have the same coefficients:
 
     ours        character FIRST_CHARACTER + coefficient - lowest; merges of characters, fitted on the training chunks
     published   character coefficient - min_token; merges of the UTF-8 bytes of these characters, within the words that
                 GPT-2's pattern sees in them (Hugging Face's physical-intelligence/fast: tokenizer.json and
                 processor_config.json)
 
-Ids are FAST's own; `training.tokens.prompt` names their places in the language model's vocabulary, apart from the
-location tokens. Legend: N chunks, H horizon, A action dim.
+Ids are FAST's own; `training.tokens.prompt` maps them to ids of the language model's vocabulary.
+Legend: N chunks, H horizon, A action dim.
 """
 
 from __future__ import annotations
@@ -31,21 +31,18 @@ from tokenizers.trainers import BpeTrainer
 from ki_vla_ros.errors import ConfigurationError
 
 FIRST_CHARACTER = 0x4E00
-"""A long run of assigned letters: any coefficient range fits, none is a space or a control code."""
+"""The first of a long run of assigned letters: any coefficient range fits, none is a space or a control code."""
 LAST_CHARACTER = 0xD7FF
-"""The last before the surrogates, which UTF-8 has no bytes for."""
+"""The last one before the surrogates, which have no UTF-8 form."""
 VOCABULARY, PROCESSOR = "tokenizer.json", "processor_config.json"  # of the published form
 
 
 class FastDecodeError(ValueError):
-    """Ids that are no chunk: unknown id, bytes that are no text, or another number of coefficients than H x A."""
+    """Ids that do not make a chunk: an unknown id, bytes that are not text, or not H x A coefficients."""
 
 
 def cosine_basis(horizon: int) -> NDArray[np.float64]:
-    """Orthonormal DCT-II matrix [H, H]:
-
-    row k is frequency k, so that `basis @ x` transforms and `basis.T @ c` inverts.
-    """
+    """Orthonormal DCT-II matrix [H, H], row k for frequency k: `basis @ x` transforms, `basis.T @ c` inverts."""
     time = (np.arange(horizon) + 0.5) / horizon
     basis = np.sqrt(2.0 / horizon) * np.cos(np.pi * np.arange(horizon)[:, None] * time[None, :])
     basis[0] /= np.sqrt(2.0)
@@ -67,10 +64,7 @@ class FastTokenizer:
 
     @classmethod
     def fit(cls, chunk_NHA: NDArray[np.floating], *, vocab_size: int, scale: float = 10.0) -> FastTokenizer:
-        """Fit range and merges on normalised chunks.
-
-        Raises ValueError when the coefficient range alone does not fit the vocabulary.
-        """
+        """Fit range and merges on normalised chunks; ValueError if the range alone is larger than the vocabulary."""
         _, horizon, action_dim = chunk_NHA.shape
         coefficient_NHA = np.rint(scale * (cosine_basis(horizon) @ chunk_NHA.astype(np.float64))).astype(np.int64)
         lowest, highest = int(coefficient_NHA.min()), int(coefficient_NHA.max())
@@ -92,9 +86,9 @@ class FastTokenizer:
 
     @classmethod
     def load_published(cls, folder: Path, horizon: int, action_dim: int) -> FastTokenizer:
-        """The vocabulary in `folder` for chunks [horizon, action_dim], which the universal one leaves open.
+        """The vocabulary in `folder`, for chunks [horizon, action_dim]; the universal one fits chunks of any shape.
 
-        ConfigurationError when the files are of another form, or for chunks of another shape.
+        ConfigurationError if the files have another form, or are for chunks of another shape.
         """
         bpe, config = read_vocabulary(folder / VOCABULARY), read_processor(folder / PROCESSOR)
         for key, expected in (("time_horizon", horizon), ("action_dim", action_dim)):
@@ -121,18 +115,18 @@ class FastTokenizer:
 
     @cached_property
     def known(self) -> NDArray[np.int64]:
-        """The coefficients that the vocabulary has characters for, rising.
+        """The coefficients that the vocabulary can express, in rising order.
 
-        A published vocabulary may lack bytes that no chunk of its fit had; they would vanish without a trace.
+        A published vocabulary may lack bytes that no chunk had when it was fitted; the BPE drops those in silence.
         """
         every = np.arange(self.lowest, self.highest + 1)
         if not self.byte_level:
             return every
         vocabulary = self.bpe.get_vocab()
-        sayable = [
+        has_bytes = [
             all(BYTE_SYMBOLS[byte] in vocabulary for byte in chr(symbol).encode()) for symbol in range(len(every))
         ]
-        return every[sayable]
+        return every[has_bytes]
 
     def coefficients(self, chunk_HA: NDArray[np.floating]) -> NDArray[np.float64]:
         """Scaled, unrounded DCT coefficients [..., H, A] of normalised chunks [..., H, A]."""
@@ -142,41 +136,41 @@ class FastTokenizer:
         return self.scale * (cosine_basis(self.horizon) @ chunk_HA.astype(np.float64))
 
     def count_clamped(self, chunk_HA: NDArray[np.floating]) -> int:
-        """How many coefficients of these chunks the vocabulary cannot say; `encode` takes the nearest that it can."""
+        """How many coefficients of these chunks the vocabulary cannot express; `encode` takes the nearest it can."""
         return int((~np.isin(np.rint(self.coefficients(chunk_HA)), self.known)).sum())
 
     def encode(self, chunk_HA: NDArray[np.floating]) -> list[int]:
-        """Ids of one normalised chunk [H, A]; coefficients that cannot be said are clamped, see `count_clamped`."""
+        """Ids of one normalised chunk [H, A]; coefficients it cannot express are clamped, see `count_clamped`."""
         coefficients = _nearest(np.rint(self.coefficients(chunk_HA)).ravel(), self.known)
         text = _to_text(coefficients - self.lowest, self.first_character)
         return list(self.bpe.encode(text, add_special_tokens=False).ids)
 
     @property
     def first_character(self) -> int:
-        """What stands for the lowest coefficient."""
+        """The code point that stands for the lowest coefficient."""
         return 0 if self.byte_level else FIRST_CHARACTER
 
     def integers(self, token: int) -> list[int]:
         """The coefficients that one id stands for, in order: one, or several that were merged.
 
-        Of a published vocabulary only whole ones; none where the id is a part of one.
+        An id of a published vocabulary may also be a part of a coefficient, which does not count.
         """
         piece = self._piece(token)
         text = _to_bytes(piece).decode(errors="ignore") if self.byte_level else piece
         return [ord(character) - self.first_character + self.lowest for character in text]
 
     def decode(self, ids: Sequence[int]) -> NDArray[np.float64]:
-        """The normalised chunk [H, A] of these ids; FastDecodeError when they are not exactly one chunk."""
+        """The normalised chunk [H, A] of these ids; FastDecodeError if they are not exactly one chunk."""
         text = "".join(self._piece(token, f" at position {position}") for position, token in enumerate(ids))
         if self.byte_level:
             try:
                 text = _to_bytes(text).decode()
             except ValueError as error:
-                raise FastDecodeError(f"FAST: {len(ids)} ids hold bytes that are no coefficients ({error})") from None
+                raise FastDecodeError(f"FAST: {len(ids)} ids hold bytes that are not coefficients ({error})") from None
         if len(text) != self.horizon * self.action_dim:
             raise FastDecodeError(
-                f"FAST: {len(ids)} ids hold {len(text)} coefficients, expected {self.horizon} x {self.action_dim} = "
-                f"{self.horizon * self.action_dim}"
+                f"FAST: expected {self.horizon} x {self.action_dim} = {self.horizon * self.action_dim} coefficients, "
+                f"got {len(text)} in {len(ids)} ids"
             )
         symbols = np.array([ord(character) - self.first_character for character in text], dtype=np.float64)
         coefficient_HA = (symbols + self.lowest).reshape(self.horizon, self.action_dim) / self.scale
@@ -185,7 +179,7 @@ class FastTokenizer:
     def _piece(self, token: int, where: str = "") -> str:
         piece: str | None = self.bpe.id_to_token(int(token)) if 0 <= token < self.vocab_size else None
         if piece is None:
-            raise FastDecodeError(f"FAST: id {token}{where} is not in 0..{self.vocab_size - 1}")
+            raise FastDecodeError(f"FAST: expected ids in 0..{self.vocab_size - 1}, got id {token}{where}")
         return piece
 
     def save(self, path: Path) -> None:
@@ -211,7 +205,7 @@ class FastTokenizer:
 
 
 def read_vocabulary(path: Path) -> Tokenizer:
-    """A byte-level BPE that changes nothing of the text; ConfigurationError when it is another."""
+    """A byte-level BPE that leaves the text unchanged; ConfigurationError if the file holds another tokenizer."""
     try:
         bpe = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -238,7 +232,7 @@ def read_vocabulary(path: Path) -> Tokenizer:
 
 
 def read_processor(path: Path) -> dict[str, Any]:
-    """`scale` and `min_token`; `vocab_size`, `time_horizon` and `action_dim` may be missing or null."""
+    """The configuration: `scale` and `min_token`; `vocab_size`, `time_horizon`, `action_dim` may be missing or null."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -262,7 +256,7 @@ def read_processor(path: Path) -> dict[str, Any]:
 
 
 def _nearest(values_N: NDArray[np.floating], known: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of each value the nearest known one; `known` is sorted."""
+    """The nearest known value to each; `known` is sorted."""
     above = np.searchsorted(known, values_N).clip(1, len(known) - 1)
     low, high = known[above - 1], known[above]
     return np.where(values_N - low <= high - values_N, low, high)
@@ -273,9 +267,9 @@ def _to_text(symbols: NDArray[np.int64], first_character: int) -> str:
 
 
 def _byte_symbols() -> list[str]:
-    """The character by which a byte-level BPE writes each byte (GPT-2's).
+    """The character that a byte-level BPE writes for each byte, as in GPT-2.
 
-    Printable ones stand for themselves, the others for those from U+0100 on, in order.
+    Printable bytes are written as themselves, the others as the characters from U+0100 on, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -287,5 +281,5 @@ BYTES = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
 
 
 def _to_bytes(text: str) -> bytes:
-    """What a piece of a byte-level BPE stands for. Characters that are no byte's mark it as no UTF-8 (0xFF)."""
+    """The bytes that a piece of a byte-level BPE stands for; 0xFF, which is not UTF-8, for any other character."""
     return bytes(BYTES.get(symbol, 0xFF) for symbol in text)

@@ -1,8 +1,8 @@
 """PaliGemma's tokenizer for our prompts: from its sentencepiece file, or from Hugging Face's tokenizer.json.
 
-Both become one `tokenizers` BPE that gives the same ids: spaces are written as U+2581, characters outside the
-vocabulary as their bytes, and `encode` puts <bos> first. After the places <loc0000>.. and segments <seg000>.. come,
-where asked for, action tokens of our own.
+Either becomes a `tokenizers` BPE that gives the same ids: spaces are written as U+2581, characters outside the
+vocabulary as their bytes, and `encode` puts <bos> first. Our own action tokens, if asked for, come after the places
+<loc0000>.. and segments <seg000>..
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPACE = "\u2581"
 
 
 def read_tokenizer(path: Path, action_ids: int = 0, vocabulary: int = VOCABULARY) -> Tokenizer:
-    """The tokenizer at `path` (.model or .json) with `vocabulary` tokens, and `action_ids` of ours after them."""
+    """The tokenizer at `path` (.model or .json) with `vocabulary` tokens, and `action_ids` of our own after them."""
     if path.is_dir():
         raise ConfigurationError(f"{path}: expected a tokenizer's file (.model or .json), got a folder")
     try:
@@ -60,7 +60,7 @@ def read_tokenizer(path: Path, action_ids: int = 0, vocabulary: int = VOCABULARY
 
 
 def from_json(content: bytes, path: Path, vocabulary: int) -> Tokenizer:
-    """Hugging Face's file without the tokens that it has after the vocabulary (<image>)."""
+    """The tokenizer in Hugging Face's file, without the tokens that follow the vocabulary (<image>)."""
     try:
         description = json.loads(content)
         kind = description["model"]["type"], description["model"]["byte_fallback"]
@@ -82,8 +82,8 @@ def from_sentencepiece(content: bytes, path: Path) -> Tokenizer:
     """A BPE with the ids of a sentencepiece model that normalises nothing, as Gemma's.
 
     sentencepiece joins the neighbours whose joint piece has the best score; so each way to cut a piece in two is a
-    merge, ranked by the piece's score. User-defined pieces are found first and whole, longest first; control and byte
-    pieces never in the text.
+    merge, ranked by the piece's score. User-defined pieces are matched first, whole, the longest first; control and
+    byte pieces are never matched in the text.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made when imported

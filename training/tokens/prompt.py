@@ -1,8 +1,8 @@
-"""Special tokens, and what of a vocabulary a prompt can hold.
+"""Special tokens, and the part of a vocabulary that a prompt can hold.
 
 Ids that a prompt can contain come first, in one block: the exported prefill graph carries the embedding rows of that
 block only, so location and action (FAST) tokens cannot even be expressed on the robot. The demo's vocabulary (words.py)
-and PaliGemma's (paligemma.py) are both ordered so.
+and PaliGemma's (paligemma.py) both have that order.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ EOS_TOKEN = "<eos>"
 
 
 def loc_token(i: int) -> str:
-    """Place i along one image axis in our own vocabularies, from left to right or top to bottom."""
+    """Location i along one image axis in our own vocabularies, from left to right or top to bottom."""
     return f"<loc_{i}>"
 
 
 def paligemma_loc_token(i: int) -> str:
-    """The same in PaliGemma's vocabulary: place i of 1024."""
+    """The same in PaliGemma's vocabulary: location i of 1024."""
     return f"<loc{i:04d}>"
 
 
@@ -34,7 +34,7 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a token that must exist."""
     found = tokenizer.token_to_id(token)
     if found is None:
-        raise KeyError(f"vocabulary: expected {token!r} in it; it has {tokenizer.get_vocab_size()} other tokens")
+        raise KeyError(f"vocabulary: expected token {token!r}, got {tokenizer.get_vocab_size()} others")
     return int(found)
 
 

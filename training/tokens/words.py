@@ -1,4 +1,4 @@
-"""The demo's vocabulary: the words of its instructions, questions and answers, its places and actions."""
+"""The demo's vocabulary: the words of its instructions, questions and answers, its locations and its actions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOCATIONS = 32  # along one image axis
 STATE_BINS = 256
 DEMO_PROMPT = "Task: {task}, State: {state};\nAction: " + "".join(f"<act_query_{i}>" for i in range(ACT_QUERIES))
 
-# A word that no training sample uses has a meaningless embedding: the robot should refuse it, so leave it out here.
+# Leave out words that no training sample uses: their embeddings mean nothing, so the robot should refuse them.
 _WORD_TEXT = (
     # instructions
     "touch point at red green blue yellow purple white cube ball disc pole "
@@ -38,7 +38,7 @@ def act_query_token(i: int) -> str:
 
 
 def build_tokenizer(fast_vocab: int = 512) -> Tokenizer:
-    """Word-level tokenizer; `encode` puts <bos> first unless add_special_tokens=False (for answers after a prompt)."""
+    """A word-level tokenizer; `encode` puts <bos> first, unless add_special_tokens=False (answers after a prompt)."""
     numbers = [str(n) for n in range(STATE_BINS)]
     start = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, UNKNOWN_TOKEN, *(act_query_token(i) for i in range(ACT_QUERIES))]
     places = [loc_token(i) for i in range(LOCATIONS)]

@@ -1,4 +1,4 @@
-"""Weights on disk: our checkpoints, and files of others."""
+"""Weights on disk: our checkpoints, and files that others publish."""
 
 from training.weights.checkpoints import (
     CONFIG,

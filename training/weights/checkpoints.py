@@ -1,4 +1,4 @@
-"""Our own weights on disk: checkpoints, and training state to resume from. foreign.py reads those of others.
+"""Our own weights on disk: checkpoints, and training state to resume from; foreign.py reads other formats.
 
 Nothing here executes code from a file: weights are safetensors, configs JSON, and optimizer state is loaded with
 `weights_only=True`.
@@ -25,10 +25,10 @@ POLICY = "policy.json"  # a `PolicySpec`, beside the weights of a finished polic
 def save_checkpoint(
     folder: Path, model: VLA, resume: Mapping[str, Any] | None = None, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes weights and config, and what is needed to resume (tensors, numbers, strings, lists and dicts only).
+    """Write weights and config, and what is needed to resume (tensors, numbers, strings, lists and dicts only).
 
-    `weights`: the whole weights of a model that is sharded.
-    Each file is replaced in one step, so that an interrupted save leaves the previous one readable.
+    `weights` are the whole weights of a sharded model. Each file is replaced in one step, so that an interrupted save
+    leaves the previous one readable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict() if weights is None else weights
@@ -57,8 +57,8 @@ def read_config(folder: Path) -> VLAConfig:
 def load_checkpoint(folder: Path, dtype: torch.dtype | None = torch.float32) -> VLA:
     """The model as it was saved, its weights in `dtype` (None: each in the file's type, which may be mixed).
 
-    Weights of the file's type stay in the mapped file until they are used. Saving to the same folder is safe, it makes
-    a new file; so is training, what is written goes to this process's memory.
+    Weights in the file's type stay in the mapped file until they are used. Saving to the same folder is safe, because
+    it makes a new file; so is training, because what is written goes to this process's memory.
     """
     config, weights = read_config(folder), WeightFiles([folder / WEIGHTS])
     expected = shapes(config)
@@ -67,7 +67,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | None = torch.float32) -> 
 
 
 def shapes(config: VLAConfig) -> dict[str, tuple[int, ...]]:
-    """Of all weights of a model, by name."""
+    """The shapes of all weights of a model, by name."""
     return {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
 
 
@@ -78,7 +78,7 @@ def empty_model(config: VLAConfig) -> VLA:
 
 
 def assemble(config: VLAConfig, weights: Mapping[str, Tensor]) -> VLA:
-    """A model of just these tensors, which are not copied."""
+    """A model made of these tensors, which are not copied."""
     model = empty_model(config)
     model.load_state_dict(dict(weights), assign=True)
     return model
@@ -88,6 +88,6 @@ def load_resume(folder: Path) -> dict[str, Any]:
     """What `save_checkpoint` was given to resume from."""
     path = folder / RESUME
     if not path.is_file():
-        raise ConfigurationError(f"checkpoint {folder}: no {RESUME}, so training cannot resume from it; start anew")
+        raise ConfigurationError(f"checkpoint {folder}: expected {RESUME} to resume from, found none; start again")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state

@@ -1,6 +1,6 @@
-"""Safetensors on disk: one file, or several that an index lists. Their tensors are read one at a time, when asked for.
+"""Safetensors on disk: one file, or several that an index lists, with tensors read one at a time on request.
 
-A tensor in the type of the file is a view of the mapped file: it costs memory once it is used, and no copy. Nothing
+A tensor in the file's own type is a view of the mapped file: it costs memory only when it is used, and no copy. Nothing
 here executes code from a file: pickles are refused.
 """
 
@@ -24,7 +24,7 @@ SHOWN = 10  # keys in an error
 
 
 class WeightFiles:
-    """`shapes` of all tensors by key; `get` and `rows` read them. ConfigurationError names file and fault."""
+    """All tensors of some files: `shapes` by key; `get` and `rows` read them. ConfigurationError names the fault."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -32,7 +32,7 @@ class WeightFiles:
         self._open = {file: open_safetensors(file) for file in files}
         foreign = []
         for file, handle in self._open.items():
-            for key in handle.keys():  # noqa: SIM118 (no mapping)
+            for key in handle.keys():  # noqa: SIM118 (not a mapping)
                 if key in self._file_of:
                     raise ConfigurationError(f"{file}: expected each key once, got {key} in {self._file_of[key]} too")
                 entry = handle.get_slice(key)
@@ -42,7 +42,7 @@ class WeightFiles:
         if foreign:
             raise ConfigurationError(
                 f"{files[0].parent}: expected weights of type {', '.join(TYPES)}, got {shorten(foreign)}; "
-                "quantised weights cannot be imported, take the original ones"
+                "quantised weights cannot be imported; take the original ones"
             )
 
     def get(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -51,12 +51,12 @@ class WeightFiles:
         if dtype in (None, tensor.dtype):
             return tensor
         del tensor
-        # Through a mapping of its own: what was read of it counts as this process's memory until it is closed.
+        # Mapped a second time: pages that were read count as this process's memory until their mapping is closed.
         with open_safetensors(self._file_of[key]) as handle:
             return handle.get_tensor(key).to(dtype)
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows start..stop of a tensor, as `get`."""
+        """Rows start..stop of a tensor, in the file's type."""
         with open_safetensors(self._file_of[key]) as handle:
             return handle.get_slice(key)[start:stop].clone()
 
@@ -101,12 +101,12 @@ def refuse_pickle(path: Path) -> None:
     if path.suffix in PICKLES:
         raise ConfigurationError(
             f"{path}: expected safetensors, got a pickle, which can run any code when it is read; take the publisher's "
-            "safetensors, or convert the file on a machine that may be lost"
+            "safetensors, or convert the file on a machine that you can afford to lose"
         )
 
 
 def read_index(path: Path) -> WeightFiles:
-    """The shards that an index lists; each must hold just the keys that the index says."""
+    """The shards that an index lists; each must hold exactly the keys that the index says."""
     try:
         listed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(listed.values()))
@@ -129,7 +129,7 @@ def read_index(path: Path) -> WeightFiles:
 def check_fit(
     expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]], source: str, remedy: str
 ) -> None:
-    """Refuses weights that are missing, unknown or misshapen, and lists them."""
+    """Refuse weights that are missing, unknown or misshapen, and list them."""
     faults = {
         "missing": [key for key in expected if key not in got],
         "unknown": sorted(got.keys() - expected.keys()),

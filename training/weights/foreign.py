@@ -1,8 +1,8 @@
-"""Weights of others: PaliGemma (Hugging Face), pi0 and pi0.5 (openpi's PyTorch form, LeRobot), as safetensors.
+"""Published weights: PaliGemma (Hugging Face), pi0 and pi0.5 (openpi's PyTorch form, LeRobot), as safetensors.
 
 The files' keys are brought to one spelling, openpi's, and compared with what the model needs; then each tensor goes
 from its file to its place. pi0 and pi0.5 differ in the expert: pi0 has a state token, plain norms and an MLP that mixes
-time and actions, pi0.5 norms that the time modulates (adaRMS).
+time and actions; pi0.5 has norms that the time modulates (adaRMS).
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def import_weights(
 ) -> VLA:
     """A model with the weights at `path` (a file or folder, see `find_weights`), in `dtype` (None: as in the file).
 
-    `vocabulary`: tokens of the source, by default PaliGemma's, or all that a smaller model has. Further rows of the
-    model's token table are our own action ids: each starts as the mean of the others and a tenth of their spread, drawn
-    from `seed`, so that its logit starts near the average.
+    `vocabulary` is the source's number of tokens, by default PaliGemma's, or all that a smaller model has. Further rows
+    of the model's token table are our own action ids: each starts as the mean of the others plus noise of a tenth of
+    their spread, drawn from `seed`, so that its logit starts near the average.
 
     "paligemma" brings vision, projector and backbone; expert and action layers are **untrained**, drawn from `seed`:
     something to train from, never to run. ConfigurationError lists what does not fit.
@@ -116,20 +116,20 @@ def import_weights(
 
 
 def check_config(config: VLAConfig, kind: Kind) -> None:
-    """The configuration must be of the kind's form."""
+    """ConfigurationError unless the configuration has the kind's form."""
     if kind not in get_args(Kind):
-        raise ConfigurationError(f"import: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
+        raise ConfigurationError(f"import: expected one of {', '.join(get_args(Kind))} as kind, got {kind!r}")
     if config.vision.stem != "patch":
-        raise ConfigurationError(f"import: {kind} has vision.stem 'patch', the configuration {config.vision.stem!r}")
+        raise ConfigurationError(f"import: {kind}: expected vision.stem 'patch', got {config.vision.stem!r}")
     form = {"pi0": ("concat", True), "pi05": ("adarms", False)}.get(kind)
     got = (config.conditioning, config.state_dim is not None)
     if form is not None and got != form:
         words = [f"conditioning {how!r} {'with' if state else 'without'} state_dim" for how, state in (form, got)]
-        raise ConfigurationError(f"import: {kind} has {words[0]}, the configuration {words[1]}")
+        raise ConfigurationError(f"import: {kind}: expected {words[0]}, got {words[1]}")
 
 
 def spellings(keys: Iterable[str], path: Path) -> dict[str, str]:
-    """openpi's spelling -> the file's, of every key that is read."""
+    """The file's spelling by openpi's, for every key that is read."""
     found: dict[str, str] = {}
     for key in keys:
         spelled = key
@@ -144,7 +144,7 @@ def spellings(keys: Iterable[str], path: Path) -> dict[str, str]:
 
 
 def check_kind(keys: Iterable[str], kind: Kind, path: Path) -> None:
-    """Names the model that a file holds if it is another one than expected."""
+    """ConfigurationError if the file holds another model than `kind`; it names that model."""
     parts = {key.split(".")[0] for key in keys}
     tests: tuple[tuple[str, bool], ...] = (
         ("pi0", "state_proj" in parts or "action_time_mlp_in" in parts),
@@ -161,8 +161,8 @@ def check_kind(keys: Iterable[str], kind: Kind, path: Path) -> None:
 def choose_table(keys: dict[str, str], kind: Kind, weights: WeightFiles, path: Path) -> str:
     """The file's key of the token table, which is tied to the output head: a file may hold either or both.
 
-    Of pi0 and pi0.5 the head counts, as in LeRobot's loader. PaliGemma is what training goes on from: there both must
-    be the same.
+    For pi0 and pi0.5 the head is taken, as in LeRobot's loader. PaliGemma is what training goes on from: there, both
+    must be the same.
     """
     head = keys.pop(HEAD, None)
     table = keys.setdefault(TABLE, head) if head is not None else keys.get(TABLE)
@@ -189,7 +189,7 @@ def same(weights: WeightFiles, one: str, other: str) -> bool:
 def token_table(
     weights: WeightFiles, key: str, vocabulary: int, rows: int, dtype: torch.dtype | None, seed: int
 ) -> Tensor:
-    """The file's first `vocabulary` rows and as many drawn ones as are lacking, see `import_weights`."""
+    """The file's first `vocabulary` rows, then drawn ones up to `rows`; see `import_weights`."""
     if weights.shapes[key][0] == vocabulary == rows:
         return weights.get(key, dtype)
     width = weights.shapes[key][1]
@@ -209,7 +209,7 @@ def token_table(
 
 
 def untrained(config: VLAConfig, seed: int) -> dict[str, Tensor]:
-    """What `initialize` gives expert and action layers: of a model that has no more than a stub of the rest."""
+    """Expert and action layers as `initialize` draws them, in a model with only a stub of the rest."""
     stub = replace(
         config,
         vision=VisionConfig(image_size=1, patch_size=1, width=1, depth=0, heads=1, mlp=1),

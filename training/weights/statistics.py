@@ -1,8 +1,8 @@
-"""Normalisation statistics of others, as the linear maps of a bundle: low..high of each dimension goes to -1..1.
+"""Normalisation statistics from elsewhere, as a bundle's linear maps: low..high of each dimension goes to -1..1.
 
-Read are openpi's `norm_stats.json`, and of LeRobot a data set's `meta/stats.json` and the file beside a policy's
-weights (`policy_preprocessor_step_*_normalizer_processor.safetensors`). Quantiles (pi0.5) map q01..q99, mean and
-standard deviation (pi0) mean - std..mean + std, each with the epsilon that its source adds.
+They are openpi's `norm_stats.json`, or LeRobot's: a dataset's `meta/stats.json`, or the file beside a policy's weights
+(`policy_preprocessor_step_*_normalizer_processor.safetensors`). With quantiles (pi0.5) the range is q01..q99, with mean
+and standard deviation (pi0) mean - std..mean + std, each with the epsilon that its source adds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Ranges(NamedTuple):
 
 
 def read_ranges(path: Path, method: Method, joints: int) -> Ranges:
-    """Of the first `joints` dimensions (models pad to 32); ConfigurationError names field and fault."""
+    """The ranges of the first `joints` dimensions (models pad to 32); ConfigurationError names field and fault."""
     statistics = read_safetensors(path) if path.suffix == ".safetensors" else read_json(path)
     openpi = isinstance(statistics.get("norm_stats"), dict)
     if openpi:
@@ -44,8 +44,8 @@ def read_ranges(path: Path, method: Method, joints: int) -> Ranges:
     for feature in OPENPI if openpi else LEROBOT:
         if not isinstance(statistics.get(feature), Mapping):
             raise ConfigurationError(
-                f"{path}: expected statistics of {feature!r}, got only those of {sorted(statistics)}; wanted are "
-                "openpi's norm_stats.json, or LeRobot's meta/stats.json or the policy's "
+                f"{path}: expected statistics of {feature!r}, got only those of {sorted(statistics)}; give "
+                "openpi's norm_stats.json, LeRobot's meta/stats.json, or the policy's "
                 "policy_preprocessor_step_*_normalizer_processor.safetensors"
             )
         where = f"{path}: {feature}"
@@ -56,14 +56,14 @@ def read_ranges(path: Path, method: Method, joints: int) -> Ranges:
 
 
 def openpi_range(first: NDArray[np.float64], second: NDArray[np.float64], method: Method) -> tuple[Any, Any]:
-    """openpi adds its epsilon to the scale."""
+    """The range as openpi uses it, with its epsilon added to the scale."""
     if method == "mean_std":
         return first - (second + OPENPI_EPSILON), first + (second + OPENPI_EPSILON)
     return first, second + OPENPI_EPSILON
 
 
 def lerobot_range(first: NDArray[np.float64], second: NDArray[np.float64], method: Method) -> tuple[Any, Any]:
-    """LeRobot adds its epsilon to the standard deviation, and takes it for a range that is zero."""
+    """The range as LeRobot uses it: its epsilon is added to the standard deviation, and replaces a range of zero."""
     if method == "mean_std":
         return first - (second + LEROBOT_EPSILON), first + (second + LEROBOT_EPSILON)
     return first, np.where(second == first, first + LEROBOT_EPSILON, second)
@@ -83,7 +83,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     """`feature.field` -> {feature: {field: values}}."""
     found: dict[str, Any] = {}
     with open_safetensors(path) as handle:
-        for key in handle.keys():  # noqa: SIM118 (no mapping)
+        for key in handle.keys():  # noqa: SIM118 (not a mapping)
             feature, _, field = key.rpartition(".")
             found.setdefault(feature, {})[field] = handle.get_tensor(key).double().tolist()
     return found
@@ -91,7 +91,11 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 def read_field(fields: Mapping[str, Any], name: str, where: str, joints: int) -> NDArray[np.float64]:
     if fields.get(name) is None:
-        remedy = "" if name in ("mean", "std") else "; older files have none: compute them anew on the training data"
+        remedy = (
+            ""
+            if name in ("mean", "std")
+            else "; older files lack it: compute the statistics again on the training data"
+        )
         raise ConfigurationError(f"{where}: expected {name}, got only {sorted(fields)}{remedy}")
     try:
         values = np.asarray(fields[name], dtype=np.float64)

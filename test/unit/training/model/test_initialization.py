@@ -1,4 +1,4 @@
-"""The head start: what is near in value is near in embedding, and what has no order is left alone."""
+"""The head start: values that are close have close embeddings, and what has no order is left alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = GemmaConfig(width=32, depth=2, mlp=32, heads=2, kv_heads=1, head_dim=16)
 VISION = VisionConfig(image_size=48, patch_size=12, width=32, depth=1, heads=2, mlp=32, stem="conv")
 
 
-def alike(rows: Tensor) -> Tensor:
+def order_of(rows: Tensor) -> Tensor:
     """Cosine between neighbours minus that between rows half the table apart; positive where there is an order."""
     unit = torch.nn.functional.normalize(rows, dim=1)
     half = len(rows) // 2
@@ -51,12 +51,12 @@ def made() -> tuple[VLA, dict[str, Tensor], dict[str, Tensor], FastTokenizer]:
     return vla, before, rows(), fast
 
 
-def test_ordered_things_begin_ordered_and_words_stay() -> None:
+def test_ordered_tokens_start_ordered_and_words_stay_random() -> None:
     _, before, after, _ = made()
     assert torch.equal(before["words"], after["words"])
     for name in ("numbers", "places", "fast"):
-        assert alike(after[name]) > 0.25, name
-        assert alike(before[name]) < 0.2, name
+        assert order_of(after[name]) > 0.25, name
+        assert order_of(before[name]) < 0.2, name
     row, column = after["cells"].chunk(2, dim=1)  # of the four cells of the first row
     assert torch.equal(row, row[:1].expand_as(row)) and float(torch.pdist(column).min()) > 0.5
 
@@ -73,7 +73,7 @@ def test_wave_features_have_unit_size_and_tell_values_apart() -> None:
     assert float(torch.pdist(features).min()) > 0.1
 
 
-def test_a_fast_token_says_which_integers_it_stands_for() -> None:
+def test_a_fast_tokens_integers_are_its_coefficients() -> None:
     fast = made()[3]
     chunk = np.full((8, 3), 0.2)
     ids = fast.encode(chunk)

@@ -55,7 +55,7 @@ def test_any_chunk_in_range_round_trips_within_the_bound(fast: FastTokenizer, ch
 
 
 def test_lowest_frequencies_come_first() -> None:
-    """Without merges (vocabulary = alphabet) id i belongs to frequency i // A, dimension i % A."""
+    """Without merges (vocabulary = alphabet), id i belongs to frequency i // A and dimension i % A."""
     chunks = smooth_chunks(50)
     rounded = np.rint(10 * (cosine_basis(HORIZON) @ chunks))
     fast = FastTokenizer.fit(chunks, vocab_size=int(rounded.max() - rounded.min()) + 1)
@@ -74,7 +74,7 @@ def test_coefficients_outside_the_range_are_clamped_and_counted(fast: FastTokeni
 
 def test_malformed_ids_are_errors(fast: FastTokenizer) -> None:
     ids = fast.encode(smooth_chunks(1)[0])
-    with pytest.raises(FastDecodeError, match="coefficients, expected 16 x 7"):
+    with pytest.raises(FastDecodeError, match="expected 16 x 7 = 112 coefficients, got"):
         fast.decode(ids[:-1])
     with pytest.raises(FastDecodeError, match="expected 16 x 7"):
         fast.decode([*ids, ids[-1]])

@@ -1,4 +1,4 @@
-"""PaliGemma's tokenizer: the ids of sentencepiece, prompts as openpi makes them, nothing but words on the robot."""
+"""PaliGemma's tokenizer: sentencepiece's ids, prompts as openpi makes them, and only words on the robot."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_ids_of_any_unicode(ours: Tokenizer, text: str) -> None:
     "task", ["pick up the red cube", "Fold_the Towel.", "  put it\non the plate ", "wipe!  twice", "ß"]
 )
 def test_prompt_of_pi0(ours: Tokenizer, task: str) -> None:
-    """openpi encodes task and line break apart."""
+    """openpi encodes the task and the line break separately."""
     expected = THEIRS.encode(task.strip().replace("_", " ").replace("\n", " "), add_bos=True) + THEIRS.encode("\n")
     tokens_L, mask_L = tokenize(prompt_tokenizer(ours), render_prompt(PI0, task, style="openpi"), 48)
     assert tokens_L.tolist() == expected + [0] * (48 - len(expected))
@@ -118,7 +118,7 @@ def test_the_robot_cannot_express_places_or_actions(file: Path) -> None:
 
 
 def test_tokenizer_json(ours: Tokenizer, tmp_path: Path) -> None:
-    """Hugging Face's file has <image> after the vocabulary, and no <bos> before a prompt of its own."""
+    """Hugging Face's file has <image> after the vocabulary, and puts no <bos> before a prompt by itself."""
     theirs = Tokenizer.from_str(ours.to_str())
     theirs.add_special_tokens([AddedToken("<image>")])
     theirs.enable_truncation(5)
@@ -152,7 +152,7 @@ def test_other_sentencepiece_models_are_refused(tmp_path: Path, changes: dict[st
         read_tokenizer(path, vocabulary=SIZE)
 
 
-def test_bad_files(file: Path, ours: Tokenizer, tmp_path: Path) -> None:
+def test_bad_files_are_refused(file: Path, ours: Tokenizer, tmp_path: Path) -> None:
     def refused(name: str, content: bytes, message: str, vocabulary: int = SIZE) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigurationError, match=message):

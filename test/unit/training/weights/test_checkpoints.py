@@ -60,7 +60,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"found no config\.json"):
         load_checkpoint(tmp_path)
     save_checkpoint(tmp_path, make_model())
-    with pytest.raises(ConfigurationError, match=r"no resume\.pt"):
+    with pytest.raises(ConfigurationError, match=r"expected resume\.pt to resume from, found none"):
         load_resume(tmp_path)
     (tmp_path / "weights.safetensors").unlink()
     with pytest.raises(ConfigurationError, match=r"weights\.safetensors"):

@@ -1,4 +1,4 @@
-"""Weights of others: whatever their spelling they land in the right places, and what does not fit is named."""
+"""Published weights: they reach the right places, however they are spelled, and what does not fit is named."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_no_table(tmp_path: Path) -> None:
         import_weights(PI0, save(tmp_path, without(TABLE)(draw_pi0())), "pi0")
 
 
-def test_what_nobody_reads_is_left_out(tmp_path: Path) -> None:
+def test_weights_that_nothing_reads_are_left_out(tmp_path: Path) -> None:
     extra = {
         "paligemma_with_expert.gemma_expert.lm_head.weight": torch.zeros(512, 32),
         f"{EXPERT}rotary_emb.inv_freq": torch.zeros(8),
@@ -98,7 +98,7 @@ def test_what_nobody_reads_is_left_out(tmp_path: Path) -> None:
 
 
 def test_types(tmp_path: Path) -> None:
-    """Half precision is widened on request; without a wish each tensor keeps its own type."""
+    """Half precision is widened on request; otherwise each tensor keeps its type."""
     weights = {key: tensor.bfloat16() if "mlp" in key else tensor for key, tensor in draw_pi0().items()}
     path = save(tmp_path, weights)
     for dtype in (torch.float32, torch.bfloat16):
@@ -221,14 +221,14 @@ def test_pi0_is_not_taken_for_another(tmp_path: Path, kind: Any, config: VLAConf
         (
             "pi0",
             CONFIG,
-            "pi0 has conditioning 'concat' with state_dim, the configuration conditioning 'adarms' without",
+            "pi0: expected conditioning 'concat' with state_dim, got conditioning 'adarms' without",
         ),
-        ("pi05", PI0, "pi05 has conditioning 'adarms' without state_dim"),
-        ("pi06", CONFIG, "expected one of paligemma, pi0, pi05, got 'pi06'"),
+        ("pi05", PI0, "pi05: expected conditioning 'adarms' without state_dim"),
+        ("pi06", CONFIG, "expected one of paligemma, pi0, pi05 as kind, got 'pi06'"),
         ("pi05", dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, stem="conv")), "'patch'"),
     ],
 )
-def test_configurations_of_another_form(tmp_path: Path, kind: Any, config: VLAConfig, message: str) -> None:
+def test_configurations_of_another_form_are_refused(tmp_path: Path, kind: Any, config: VLAConfig, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         import_weights(config, tmp_path, kind)
 
@@ -264,8 +264,9 @@ def test_pickles_are_refused_unread(tmp_path: Path, name: str) -> None:
 
 
 class ReferencePi0:
-    """pi0's expert written down plainly from the checkpoint's tensors: each token's query sees what openpi's cumulative
-    rule lets it see, over the prefix's keys and values.
+    """pi0's expert, written out plainly from the checkpoint's tensors.
+
+    Each token's query sees what openpi's cumulative rule lets it see, over the prefix's keys and values.
     """
 
     def __init__(self, weights: Weights) -> None:

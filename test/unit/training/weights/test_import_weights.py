@@ -1,4 +1,4 @@
-"""From downloaded files to a bundle: the robot's chunk is the model's, prompt and padding as openpi has them."""
+"""From downloaded files to a bundle: the robot's chunk is the model's, with prompt and padding as in openpi."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_weights_keep_their_type_on_disk(files: dict[str, Path]) -> None:
 
 
 def test_room_for_the_longest_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digits are tokens of their own, so a bundle must have room for the state that takes most of them."""
+    """Each digit is a token, so a bundle must have room for the state that takes the most of them."""
     (tmp_path / "paligemma.model").write_bytes(SENTENCEPIECE.SerializeToString())
     robot = prompt_tokenizer(read_tokenizer(tmp_path / "paligemma.model", vocabulary=len(SENTENCEPIECE.pieces)))
     monkeypatch.setattr(tiny_bundle, "prompt_tokenizer", lambda _: robot)
@@ -154,7 +154,7 @@ def test_room_for_the_longest_state(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tiny_bundle.write_tiny_bundle(tmp_path / "short", policy(longest - 1))
 
 
-def test_paligemma_is_for_training_alone(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_paligemma_is_only_for_training(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(files, "paligemma") == 2
     assert "untrained" in capsys.readouterr().err
     del files["--stats"], files["--robot"]
@@ -199,7 +199,7 @@ def test_faults_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("kind", ["pi0", "paligemma"])
-def test_the_weights_are_looked_for_first(
+def test_missing_weights_are_reported_first(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     files["--stats"].unlink()
@@ -215,7 +215,7 @@ def short_tokenizer(folder: Path) -> Path:
     return path
 
 
-def test_an_earlier_checkpoint_is_not_written_over(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_earlier_checkpoint_is_not_overwritten(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(files, "pi05") == 0
     assert run(files, "pi05") == 2
     assert "expected an empty place" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Statistics of others: our linear map gives the numbers that theirs gives, and what is wrong with a file is named."""
+"""Published statistics: our linear map gives the numbers that theirs gives, and a file's faults are named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JOINTS = 7
 
 
 def features() -> dict[str, Any]:
-    """Of 32 dimensions, as a padded model has; the third never moves."""
+    """Statistics of 32 dimensions, as a padded model has; the third never moves."""
     mean, std = RNG.normal(size=32), RNG.uniform(0.01, 1, 32)
     std[2] = 0
     low, high = mean - 2.2 * std, mean + 1.9 * std
@@ -48,7 +48,7 @@ def write(folder: Path, source: str, state: Any = STATE, action: Any = ACTION) -
 
 @pytest.mark.parametrize("source", ["openpi", "lerobot", "safetensors"])
 @pytest.mark.parametrize("method", ["quantiles", "mean_std"])
-def test_as_their_own_normalisation(tmp_path: Path, source: str, method: Method) -> None:
+def test_ranges_normalise_as_their_source_does(tmp_path: Path, source: str, method: Method) -> None:
     ranges = read_ranges(write(tmp_path, source), method, JOINTS)
     x = RNG.normal(size=(5, JOINTS))
     for found, fields in ((ranges.state, STATE), (ranges.action, ACTION)):
@@ -82,7 +82,7 @@ def changed(field: str, j: int, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("state", "method", "message"),
     [
-        (without("q99"), "quantiles", r"state: expected q99, got only .*compute them anew"),
+        (without("q99"), "quantiles", r"state: expected q99, got only .*compute the statistics again"),
         (without("std"), "mean_std", r"state: expected std, got only"),
         ({**STATE, "q01": None}, "quantiles", "expected q01"),
         (changed("q01", 3, float("nan")), "quantiles", r"state\.q01: expected finite numbers"),
@@ -107,7 +107,7 @@ def test_faults_beyond_the_joints_do_not_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"), [("{", "as JSON, got none"), ("[1]", "got list"), ("{}", "got only those of")]
 )
-def test_other_files(tmp_path: Path, content: str, message: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "stats.json").write_text(content)
     with pytest.raises(ConfigurationError, match=message):
         read_ranges(tmp_path / "stats.json", "quantiles", JOINTS)
