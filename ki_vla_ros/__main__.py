@@ -21,7 +21,7 @@ COMMANDS: Final = (
     ("demo", "ki_vla_ros.demo.__main__", "a simulated arm does what it is told, over ROS"),
     ("node", "ki_vla_ros.ros.node", "the policy as a ROS 2 lifecycle node"),
     ("sim-arm", "ki_vla_ros.sim.arm_node", "the simulated arm as a ROS 2 node"),
-    ("record", "ki_vla_ros.ros.recorder", "record what a running policy reads and says"),
+    ("record", "ki_vla_ros.ros.recorder", "record what a running policy reads and publishes"),
     ("replay", "ki_vla_ros.replay.__main__", "run a policy over a recording, without ROS"),
     ("doctor", "ki_vla_ros.doctor.__main__", "look for faults of a robot's set-up, running or recorded"),
     ("bench", "ki_vla_ros.bench.__main__", "measure node, model and engines on this machine"),

@@ -94,7 +94,9 @@ def generate_launch_description() -> LaunchDescription:
                 "urdf", default_value="", description="URDF file whose joint limits count where they are tighter"
             ),
             DeclareLaunchArgument(
-                "record", default_value="false", description="true: record what the policy reads and says into a bag"
+                "record",
+                default_value="false",
+                description="true: record what the policy reads and publishes into a bag",
             ),
             DeclareLaunchArgument(
                 "record_to", default_value="", description="folder to make for the bag; empty: policy_ and the time"

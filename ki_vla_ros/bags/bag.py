@@ -1,4 +1,4 @@
-"""Reads rosbag2 recordings without ROS: sqlite3 and mcap, a file or a folder of them, compressed or not, whole or not.
+"""Reads rosbag2 recordings without ROS: sqlite3 and mcap, files and folders, compressed or not, whole or damaged.
 
     with open_bag(path) as bag:
         for message in bag.messages(["/joint_states"]):
@@ -6,7 +6,8 @@
         for fault in bag.faults:
             print(fault)
 
-What can be read is given, by log time and in bounded memory; what cannot is in `faults`, which grows while reading.
+Whatever can be read comes in the order of log time and in bounded memory. Whatever cannot is listed in `faults`, which
+grows while reading.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from ki_vla_ros.messages import BagMessage
 
 METADATA = "metadata.yaml"
 STORAGES: Mapping[str, Callable[[Path, Faults, str], Storage]] = {".mcap": McapFile, ".db3": SqliteFile}
-# How a zstd frame begins; CDR begins with a zero byte.
+# The first bytes of a zstd frame; CDR begins with a zero byte.
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # Read of a compressed file at a time: zstd makes at most 128 MiB of so much.
 BLOCK = 4096
 
 
 class Bag:
-    """An open bag. `start_ns` and `end_ns`: log time of the first and last message as the files tell; None: none."""
+    """An open bag.
+
+    `start_ns` and `end_ns`: log times of the first and last message, as far as the files say; None: there is none.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +60,7 @@ class Bag:
         return self._faults.found
 
     def messages(self, topics: Collection[str] | None = None) -> Iterator[BagMessage]:
-        """Those on `topics` (all, by default) by log time. May be called again; later readings find the same."""
+        """The messages on `topics` (default: all) in the order of log time; may be called again for the same result."""
         parts = [
             Piece(storage.start_ns, partial(storage.messages, topics))
             for storage in self._storages
@@ -70,9 +74,9 @@ class Bag:
             if message is None:
                 continue
             if log_ns < last_ns:
-                # Only where a chunk's header is wrong about its times; the order is promised to the caller.
+                # Happens only where a chunk's header is wrong about its times. The caller is promised the order.
                 self._faults.add(
-                    "damaged", message.topic, "messages outside of the time that their chunk says: left out"
+                    "damaged", message.topic, "messages outside the times in their chunk's header are left out"
                 )
                 continue
             last_ns = log_ns
@@ -94,7 +98,7 @@ class Bag:
     # --- files
 
     def _open_files(self) -> Mapping[str, str]:
-        """Opens all; returns type by topic as the metadata announces them."""
+        """Opens all files; returns the message type by topic, as the metadata announces them."""
         if self.path.is_dir():
             files, announced = self._files_of_folder()
         else:
@@ -152,7 +156,7 @@ class Bag:
         return files, announced
 
     def _unpacked(self, file: Path) -> Path:
-        """A file that was compressed as a whole, as far as it can be decompressed, in a temporary folder."""
+        """Decompresses a file that was compressed as a whole, as far as possible, into a temporary folder."""
         whole = Path(self._folder.name, file.stem)
         decompressor = ZstdDecompressor().decompressobj()
         with file.open("rb") as packed, whole.open("wb") as out:
@@ -181,7 +185,7 @@ class Bag:
         return merged
 
     def _decompressed(self, message: BagMessage) -> BagMessage | None:
-        """Of a bag that was recorded with compression by message."""
+        """The decompressed message, for a bag recorded with compression by message; None, and a fault, if damaged."""
         try:
             if frame_content_size(message.data) > LARGEST_CHUNK:  # -1: it does not say
                 raise ZstdError("it is larger than any message")
@@ -194,7 +198,10 @@ class Bag:
 
 
 def open_bag(path: str | Path) -> Bag:
-    """ConfigurationError if there is no bag at `path`; a damaged one is opened, and says so in its `faults`."""
+    """Opens the bag at `path`; a damaged one opens too, and lists the damage in its `faults`.
+
+    ConfigurationError if there is no bag at `path` or it cannot be opened.
+    """
     path = Path(path).expanduser()
     if not path.exists():
         raise ConfigurationError(f"bag {path}: no such file or folder")
@@ -202,9 +209,6 @@ def open_bag(path: str | Path) -> Bag:
         return Bag(path)
     except OSError as error:
         raise ConfigurationError(f"bag {path}: cannot be opened: {error}") from error
-
-
-# --- messages
 
 
 def _storage_suffix(file: Path) -> str | None:

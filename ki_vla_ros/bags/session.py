@@ -1,4 +1,4 @@
-"""The session in a bag: what the policy that was running said of itself (settings/session.py)."""
+"""The session in a bag: what the policy that was running said about itself (settings/session.py)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ki_vla_ros.settings import Session, read_session, session_topic
 
 
 def find_session(bag: Bag, node: str | None = None) -> Session | None:
-    """The first one, of `node` if its full name is given; None if the bag has none.
+    """The first session in the bag, or the first of `node` (its full name); None if there is none.
 
-    ConfigurationError if several nodes have one and none is named; InputError if it cannot be read.
+    ConfigurationError if several nodes have a session and `node` is not given; InputError if it cannot be read.
     """
     wanted = [session_topic(node)] if node else [name for name in bag.topics if name.endswith(session_topic(""))]
     topics = [name for name in wanted if name in bag.topics and bag.topics[name].type == TEXT]
     if len(topics) > 1:
         nodes = ", ".join(topic.removesuffix(session_topic("")) for topic in topics)
-        raise ConfigurationError(f"bag {bag.path}: it has sessions of {nodes}; choose one with --node")
+        raise ConfigurationError(f"bag {bag.path}: expected one session, got those of {nodes}; choose one with --node")
     message = next(iter(bag.messages(topics)), None) if topics else None
     return None if message is None else read_session(decode(message).data)

@@ -1,6 +1,6 @@
-"""Reads rosbag2's sqlite files, also damaged ones: every row that SQLite can still reach from either end.
+"""Reads rosbag2's sqlite files, damaged ones too: every row that SQLite can still reach from either end.
 
-Opening notes each message's time and row (24 bytes of memory per message); contents are read when their time comes.
+Opening a file notes each message's time and row (24 bytes of memory per message); contents are read when due.
 SQLite has no checksums: a flipped bit in a message's content goes unnoticed here.
 """
 
@@ -22,16 +22,16 @@ from numpy.typing import NDArray
 from ki_vla_ros.bags.storage import CLOCK_STEP_NS, Faults, Pending, Topic
 from ki_vla_ros.messages import BagMessage
 
-# Rows between two places where reading can go on after an error.
+# Rows per query. Each query starts at a row number, so an error costs at most the rest of one.
 ROWS = 4096
 _INDEX = np.dtype([("log_ns", np.int64), ("row", np.int64), ("topic", np.int64)])
 
 
 class SqliteFile:
-    """`faults` gets what cannot be read; nothing but OSError is raised. The file is never written to."""
+    """One .db3 file, which is never written to; what cannot be read goes to `faults`, only OSError is raised."""
 
     def __init__(self, path: Path, faults: Faults, name: str = "") -> None:
-        """`name`: how faults call the file, by default its own name."""
+        """`name`: the file's name in faults, by default its own."""
         self._name = name or path.name
         self._faults = faults
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -64,7 +64,7 @@ class SqliteFile:
         self._faults.add("database", self._name, message)
 
     def _open(self, path: Path) -> sqlite3.Connection:
-        """What the recorder had not yet merged (-wal, -journal) is merged in a copy."""
+        """Opens the database; what the recorder had not yet merged (-wal, -journal) is merged in a copy."""
         beside = [path.with_name(path.name + end) for end in ("-wal", "-journal")]
         pending = [file for file in beside if file.is_file() and file.stat().st_size]
         mode = "immutable=1"
@@ -78,7 +78,7 @@ class SqliteFile:
         # A file from elsewhere must not run functions through its schema.
         database.execute("PRAGMA trusted_schema=OFF")
         database.execute("PRAGMA cell_size_check=ON")
-        # Despite its name nothing is written: without it SQLite refuses a file that is shorter than its header says.
+        # Nothing is written, despite the name: without it SQLite refuses a file shorter than its header says.
         database.execute("PRAGMA writable_schema=ON")
         return database
 
@@ -93,13 +93,13 @@ class SqliteFile:
                 self._by_id[key] = name, kind
 
     def _read_index(self, database: sqlite3.Connection) -> NDArray[Any]:
-        """By log time. Rows behind an error are sought from the table's end."""
+        """The index in the order of log time; rows after an error are read from the table's end."""
         parts, error = self._walk(database, "ASC", -(1 << 63))
         if error is not None:
             last = max((int(part["row"][-1]) for part in parts), default=-(1 << 63))
-            behind, _ = self._walk(database, "DESC", last)
-            found = sum(map(len, parts)), sum(map(len, behind))
-            parts += [part[::-1] for part in reversed(behind)]
+            after, _ = self._walk(database, "DESC", last)
+            found = sum(map(len, parts)), sum(map(len, after))
+            parts += [part[::-1] for part in reversed(after)]
             self._fault(f"{found[0]} messages can be read up to an error, {found[1]} after it: {error}")
         index = np.concatenate(parts) if parts else np.zeros(0, dtype=_INDEX)
         steps = np.maximum.accumulate(index["log_ns"]) - index["log_ns"] if len(index) else index["log_ns"]
@@ -115,7 +115,7 @@ class SqliteFile:
     def _walk(
         self, database: sqlite3.Connection, order: str, after: int
     ) -> tuple[list[NDArray[Any]], sqlite3.Error | None]:
-        """Rows after `after` in blocks; DESC: from the end of the table down to it, last first."""
+        """Rows after row `after`, in blocks: ASC: upwards from there; DESC: downwards from the table's end."""
         parts: list[NDArray[Any]] = []
         bounds = (after, (1 << 63) - 1)
         error: sqlite3.Error | None = None
@@ -138,7 +138,7 @@ class SqliteFile:
                 parts.append(np.array(usable, dtype=_INDEX))
             last = block[-1][1]
             if not isinstance(last, int) or not bounds[0] < last < bounds[1]:
-                break  # the rows are not in order: no way to go on from here
+                break  # the rows are not in order, so there is no row to continue from
             bounds = (last, bounds[1]) if order == "ASC" else (bounds[0], last)
         return parts, error
 

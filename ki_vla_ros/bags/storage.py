@@ -1,4 +1,4 @@
-"""What the readers of a bag's files share: topics, parts that are put in order of time, and what could not be read."""
+"""What the readers of bag files share: topics, faults, and merging pieces in the order of time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from ki_vla_ros.messages import BagMessage
 
 FaultKind = Literal["metadata", "file", "truncated", "damaged", "database", "message", "type", "clock", "count"]
-# Listed of one kind; a million broken messages must not fill the memory with as many faults.
+# Most faults listed per kind: a million broken messages must not fill the memory with a million faults.
 FAULTS_LISTED = 50
 # Messages of several threads are recorded a little out of order; a larger step back was the recorder's clock.
 CLOCK_STEP_NS = 500_000_000
@@ -19,7 +19,7 @@ CLOCK_STEP_NS = 500_000_000
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """`count`: messages as far as the file tells without reading them; None: it does not."""
+    """A topic of a bag; `count`: how many messages the file says it has, None where it does not say."""
 
     name: str
     type: str
@@ -28,7 +28,7 @@ class Topic:
 
 @dataclass(frozen=True, slots=True)
 class BagFault:
-    """Something that could not be read, or not be trusted: what is left out, and why."""
+    """Something that could not be read or could not be trusted: what is left out, and why."""
 
     kind: FaultKind
     where: str
@@ -39,7 +39,10 @@ class BagFault:
 
 
 class Faults:
-    """Each fault once, however often the bag is read; at most FAULTS_LISTED of a kind and one that says so."""
+    """The faults found, each once however often the bag is read.
+
+    At most FAULTS_LISTED of each kind are kept, then one more that says so.
+    """
 
     def __init__(self) -> None:
         self.found: list[BagFault] = []
@@ -58,12 +61,12 @@ class Faults:
 
 
 Pending = tuple[int, Callable[[], BagMessage | None]]
-"""A message that is not read yet: its log time, and what reads it (None, and a fault, if it cannot)."""
+"""A message not read yet: its log time, and a function that reads it (None, and a fault, if that fails)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of a bag, file or chunk, whose messages begin at `start_ns`; they come in the order of log time."""
+    """A piece of a bag (a file or a chunk): its first message is at `start_ns`, and they come in order of log time."""
 
     start_ns: int
     messages: Callable[[], Iterator[Pending]]
@@ -82,7 +85,7 @@ class Storage(Protocol):
 
 
 def in_time_order(parts: Sequence[Piece]) -> Iterator[Pending]:
-    """The messages of all parts by log time. A part is begun when its first message is due, not before."""
+    """The messages of all parts in the order of log time; a part is opened only when its first message is due."""
     waiting = deque(sorted(enumerate(parts), key=lambda part: (part[1].start_ns, part[0])))
     begun: list[tuple[int, int, Pending, Iterator[Pending]]] = []
     while waiting or begun:

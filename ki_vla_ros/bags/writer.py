@@ -1,8 +1,8 @@
-"""Writes messages into an mcap rosbag2, in a thread that never holds up who delivers them.
+"""Writes messages into an mcap rosbag2, in a thread, so that `write` never waits for the disk.
 
-Messages come in serialised and are written as they are, in chunks compressed with zstd. At least once a second all that
-came in is on the disk, so that a machine which loses power, or a process that is killed, loses no more than that; such
-a bag has neither index nor metadata.yaml, and bags/bag.py reads it.
+Messages come in serialised and are written unchanged, in chunks compressed with zstd. Once a second everything goes to
+the disk, so a power failure or a killed process loses at most about one second. Such a bag has neither index nor
+metadata.yaml; bags/bag.py reads it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.messages import typestore
 
 FLUSH_PERIOD_S: Final = 1.0
-# What may wait in memory for the disk; beyond it messages are dropped, and counted. Seconds of several cameras.
+# Bytes that may wait in memory for the disk, which is seconds of several cameras; beyond, messages are dropped and
+# counted.
 LARGEST_BACKLOG: Final = 256 * 1024 * 1024
 
 
 class BagWriter:
-    """`write` and `add_topic` may be called from any thread until `close`."""
+    """A bag being written; `write` and `add_topic` may be called from any thread until `close`."""
 
     def __init__(
         self,
@@ -38,7 +39,10 @@ class BagWriter:
         warn: Callable[[str], None] = lambda _: None,
         largest_backlog: int = LARGEST_BACKLOG,
     ) -> None:
-        """`topics`: message type by topic. `folder` must not exist yet. `warn` is called by the writing thread."""
+        """`topics`: message type by topic. `warn` is called by the writing thread.
+
+        ConfigurationError if `folder` exists already or cannot be created.
+        """
         if folder.exists():
             raise ConfigurationError(f"recording: {folder} exists already; remove it or choose another --out")
         self.failure: Exception | None = None
@@ -52,7 +56,7 @@ class BagWriter:
         try:
             self._writer.open()
         except OSError as error:
-            raise ConfigurationError(f"recording: {folder} cannot be made: {error}; choose another --out") from error
+            raise ConfigurationError(f"recording: {folder} cannot be created: {error}; choose another --out") from error
         self._connections: dict[str, Connection] = {}
         for topic, kind in topics.items():
             self.add_topic(topic, kind)
@@ -64,7 +68,7 @@ class BagWriter:
             self._connections[topic] = self._writer.add_connection(topic, kind, typestore=typestore())
 
     def write(self, topic: str, time_ns: int, serialised: bytes) -> None:
-        """Keeps a message received at `time_ns`."""
+        """Queues a message received at `time_ns`; drops and counts it if the backlog is full."""
         connection = self._connections[topic]
         with self._counting:
             if self._backlog + len(serialised) > self._largest_backlog:
@@ -74,7 +78,7 @@ class BagWriter:
         self._queue.put((connection, time_ns, serialised))
 
     def close(self) -> None:
-        """Writes what is still queued and the bag's index; raises KiVlaError if writing had failed."""
+        """Writes what is still queued, then the bag's index; KiVlaError if writing fails or has failed before."""
         self._queue.put(None)
         self._thread.join()
         if self.failure is None:
@@ -83,7 +87,7 @@ class BagWriter:
             except OSError as error:
                 self.failure = error
         if self.failure is not None:
-            self._writer.abort()  # what was written until then can be read
+            self._writer.abort()  # what was written before can be read
             raise KiVlaError(f"recording to {self._writer.path} failed: {self.failure}; is the disk full?")
 
     def _run(self) -> None:
@@ -114,7 +118,7 @@ class BagWriter:
             self._fail(error)
 
     def _flush(self) -> None:
-        """Ends the chunk, whatever its size, and has the disk keep it."""
+        """Ends the chunk, whatever its size, and syncs it to the disk."""
         storage = self._writer.storage
         assert isinstance(storage, McapWriter)
         if self.failure is not None:

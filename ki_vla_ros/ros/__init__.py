@@ -1,6 +1,6 @@
-"""The home of rclpy: the node and its topics, parameters, the recorder, processes.
+"""Everything that uses rclpy: the node and its topics, parameters, the recorder, processes.
 
-A name is loaded when it is first used: `ros.children`, for one, runs where there is no ROS.
+Names are loaded on first use, because some files (`ros.children`) also run without ROS.
 """
 
 from __future__ import annotations

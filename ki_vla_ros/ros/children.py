@@ -1,4 +1,4 @@
-"""The demo's child processes: a ROS environment of their own, start, watch, and a stop that leaves nothing behind."""
+"""The demo's child processes: they get their own ROS environment, are started and watched, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.ros.process import LARGEST_DOMAIN
 from ki_vla_ros.share import find_share
 
-# Each gets this long to end after SIGINT, and again after SIGTERM.
+# How long the processes get to end after SIGINT, and again after SIGTERM.
 STOP_LIMIT_S: Final = 8.0
 LOG_TAIL_LINES: Final = 12
 PR_SET_PDEATHSIG: Final = 1
-# People choose low numbers by hand; from 102 on, a domain's ports lie where Linux takes its ephemeral ports from.
+# People choose low numbers by hand; from 102 on, a domain's ports lie in Linux's range of ephemeral ports.
 DOMAINS: Final = range(61, 102)
 
 
 class ChildError(KiVlaError):
-    """A child process ended when it should not have, or did not become ready; names its log and shows the end of it."""
+    """A child process ended too early or did not become ready; the message names its log and shows the log's end."""
 
 
 @dataclass(slots=True)
 class Child:
-    """One running process and the file that takes its output."""
+    """One child process and the file that takes its output."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -71,7 +71,7 @@ class Children:
         self.stop()
 
     def start(self, name: str, module: str, arguments: Sequence[str]) -> Child:
-        """Runs `python -m module arguments` in a session of its own, so that Ctrl-C reaches only the demo."""
+        """Runs `python -m module arguments` in a new session, so that Ctrl-C reaches only the demo."""
         log = self._log_folder / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -92,7 +92,7 @@ class Children:
             child.check()
 
     def stop(self) -> None:
-        """SIGINT to all, then SIGTERM, then SIGKILL to those that are left."""
+        """Sends SIGINT to all, then SIGTERM and SIGKILL to those that are left, and waits for them."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             running = [child.process for child in self._children if child.process.poll() is None]
             for process in running:
@@ -105,51 +105,52 @@ class Children:
 
 
 def _begin_child() -> None:
-    """In the child, before exec: the kernel kills it when the demo dies without a chance to stop it.
+    """Runs in the child before exec: has the kernel kill it if the demo dies without a chance to stop it.
 
-    A shell's background job ignores SIGINT and hands that down; the children are stopped by it.
+    It also restores SIGINT, by which the demo stops its children: a shell's background job ignores that signal, and its
+    children inherit this.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def prepare_environment(out: Path) -> bool:
-    """Sets, where the user has not, what this process and its children need before ROS is initialised.
+    """Sets the environment variables this process and its children need before ROS starts, where the user has not.
 
-    Returns whether others may take part in the chosen domain.
+    Returns whether other processes may take part in the chosen domain. ConfigurationError for an impossible domain.
     """
     domain = os.environ.get("ROS_DOMAIN_ID") or str(free_domain())
     if not domain.isdecimal() or int(domain) > LARGEST_DOMAIN:
         raise ConfigurationError(
-            f"ROS_DOMAIN_ID: expected 0 to {LARGEST_DOMAIN}, got {domain!r}; unset it, and the demo finds a free one"
+            f"ROS_DOMAIN_ID: expected 0 to {LARGEST_DOMAIN}, got {domain!r}; unset it and the demo finds a free one"
         )
     os.environ["ROS_DOMAIN_ID"] = domain
     ros_logs = (out / "log" / "ros").resolve()
     ros_logs.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("ROS_LOG_DIR", str(ros_logs))
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    # Fast DDS's default shared memory is smaller than one image and loses most of them.
+    # Fast DDS's default shared memory is smaller than one image, so most images would be lost.
     os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(find_share("config/fastdds.xml")))
-    # Three processes on few cores: threads that wait for each other cost more than they bring.
+    # Three processes on few cores: threads that wait for each other cost more time than they save.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return not is_free(int(domain)) or os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] != "LOCALHOST"
 
 
 def free_domain() -> int:
-    """A ROS domain in which no process of this machine takes part."""
+    """A ROS domain that no process on this machine uses; ConfigurationError if there is none."""
     domains = list(DOMAINS)
     random.shuffle(domains)
     for domain in domains:
         if is_free(domain):
             return domain
     raise ConfigurationError(
-        f"no free ROS domain: expected one of {DOMAINS[0]} to {DOMAINS[-1]} without a process in it; stop some, "
-        "or choose one with ROS_DOMAIN_ID"
+        f"no free ROS domain: expected one of {DOMAINS[0]} to {DOMAINS[-1]} without a process in it, got none; stop "
+        "some ROS processes, or choose a domain with ROS_DOMAIN_ID"
     )
 
 
 def is_free(domain: int) -> bool:
-    """Whether a first participant could take its port (DDSI-RTPS 9.6.1: 7400 + 250 * domain + 10)."""
+    """Whether the domain's first participant port is free (DDSI-RTPS 9.6.1: 7400 + 250 * domain + 10)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.bind(("", 7400 + 250 * domain + 10))

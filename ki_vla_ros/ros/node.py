@@ -1,7 +1,7 @@
 """The policy as a ROS 2 lifecycle node: parameters, topics, transitions; no arithmetic.
 
 The executor thread turns messages into records and serves parameters, services and transitions. While the node is
-active, the policy loop (runtime/loop.py) runs beside it in a thread of its own.
+active, the policy loop (runtime/loop.py) runs in a second thread.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from ki_vla_ros.runtime import (
 from ki_vla_ros.settings import BundleIdentity, Session, SessionTopics, session_topic
 from ki_vla_ros.share import find_bundle
 
-# How long the thread of the messages may keep the tick's thread from the interpreter (Python's default: 5 ms).
+# How long the executor thread may keep the interpreter from the loop's thread (Python's default: 5 ms).
 SWITCH_S = 0.0005
-# For so many seconds after activation a node of the same name counts as the one that was there first: discovery takes
-# time. Afterwards it is the other one that came later and has to go.
+# If another node of the same name is discovered within this time after activation, that node was here first and this
+# one gives way, because discovery takes time. If it is discovered later, it came later and has to give way itself.
 DISCOVERY_S = 5.0
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What configure makes and cleanup frees."""
+    """What `configure` creates and `cleanup` frees."""
 
     bundle: Bundle
     engine: Engine
@@ -74,7 +74,7 @@ class Loaded:
 
 
 class PolicyNode(LifecycleNode):
-    """ConfigurationError if a parameter is unknown, of the wrong type or out of range."""
+    """The node `policy`; ConfigurationError if a parameter is unknown, of the wrong type or out of range."""
 
     def __init__(self) -> None:
         super().__init__("policy")
@@ -90,7 +90,7 @@ class PolicyNode(LifecycleNode):
         self.create_service(Trigger, "~/reset", self._serve_reset)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(WATCHDOG_NS / NS_PER_S, self._watch, clock=steady)
-        self.create_timer(1.0, self._look_around, clock=steady)
+        self.create_timer(1.0, self._report, clock=steady)
         self._activated_s = 0.0
 
     # --- messages
@@ -132,8 +132,8 @@ class PolicyNode(LifecycleNode):
         if self._loaded is not None:
             self._loaded.loop.watch()
 
-    def _look_around(self) -> None:
-        """Once a second."""
+    def _report(self) -> None:
+        """Once a second: checks for a second node of this name and publishes diagnostics."""
         lifecycle = self._state_machine.current_state[1]
         if lifecycle == "active" and time.monotonic() - self._activated_s < DISCOVERY_S:
             try:
@@ -153,7 +153,7 @@ class PolicyNode(LifecycleNode):
     # --- lifecycle
 
     def start(self) -> bool:
-        """Configure and activate without a lifecycle client."""
+        """Configures and activates the node without a lifecycle client; returns whether both succeeded."""
         steps = (self.trigger_configure, self.trigger_activate)
         return all(step() == TransitionCallbackReturn.SUCCESS for step in steps)
 
@@ -161,7 +161,7 @@ class PolicyNode(LifecycleNode):
         return self._transition("configure", self._configure, partial(super().on_configure, state))
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        # Publishers first: what the loop sends at once must not be lost.
+        # Publishers before the loop: its first message must not be lost.
         return self._transition("activate", self._check_alone, partial(super().on_activate, state), self._start_loop)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -177,7 +177,10 @@ class PolicyNode(LifecycleNode):
         return self._transition("recover from the error", self.close, partial(super().on_error, state))
 
     def _transition(self, name: str, *steps: Callable[[], object]) -> TransitionCallbackReturn:
-        """rclpy swallows what a transition raises, so it is logged here. A wrong setting leaves the state as it was."""
+        """Runs the steps and logs what they raise, because rclpy swallows it.
+
+        A ConfigurationError leaves the lifecycle state as it was.
+        """
         try:
             for step in steps:
                 step()
@@ -223,7 +226,7 @@ class PolicyNode(LifecycleNode):
             self._resources = resources.pop_all()
         self._loaded = loaded
         self._publish_session()
-        # Model and libraries stay as long as the node; the collector need not look through them during a tick.
+        # Model and libraries live as long as the node; the collector need not scan them during a tick.
         gc.collect()
         gc.freeze()
         gc.callbacks.append(self._diagnostics.collector)
@@ -235,7 +238,7 @@ class PolicyNode(LifecycleNode):
         self.get_logger().info(f"limits: {loop.describe_limits()}")
 
     def _publish_session(self) -> None:
-        """What replay needs to know; nothing while no bundle is loaded."""
+        """Publishes what replay needs to know; does nothing while no bundle is loaded."""
         if self._loaded is None:
             return
         settings, full_name = self.parameters.settings, self.resolve_topic_name
@@ -253,8 +256,8 @@ class PolicyNode(LifecycleNode):
         self._session_publisher.publish(String(data=session.text()))
 
     def _check_alone(self) -> None:
-        own = (self.get_name(), self.get_namespace())
-        if self.get_node_names_and_namespaces().count(own) > 1:
+        this = (self.get_name(), self.get_namespace())
+        if self.get_node_names_and_namespaces().count(this) > 1:
             raise ConfigurationError(
                 f"node {self.get_fully_qualified_name()}: another node of this name runs in the same ROS domain; "
                 "stop it, or choose another namespace or ROS_DOMAIN_ID"
@@ -272,7 +275,7 @@ class PolicyNode(LifecycleNode):
             self._loaded.wire.wait_until_received()
 
     def close(self) -> None:
-        """Hold if something moves, then free everything."""
+        """Holds the arm if it moves, then frees everything."""
         self._halt()
         self._loaded = None
         self._resources.close()
@@ -280,7 +283,7 @@ class PolicyNode(LifecycleNode):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The executable `policy_node`: 0 after SIGINT or SIGTERM, 2 with one message if it could not start."""
+    """The executable `policy_node`: returns 0 after SIGINT or SIGTERM, 2 with one message if it could not start."""
     sys.setswitchinterval(SWITCH_S)
     description = "The policy as a lifecycle node; its settings are ROS parameters, see config/demo.yaml."
     return run_node(argparse.ArgumentParser(prog="policy_node", description=description), _run, arguments)
@@ -291,7 +294,7 @@ def _run(_given: argparse.Namespace, stop: threading.Event) -> int:
     try:
         if not node.parameters.settings.autostart:
             node.get_logger().info(
-                "unconfigured: waiting for a lifecycle client (with autostart: true it starts alone)"
+                "unconfigured: waiting for a lifecycle client (with autostart: true the node needs none)"
             )
         elif not node.start():
             return ExitCode.FAILED

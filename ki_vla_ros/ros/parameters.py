@@ -22,19 +22,19 @@ _REFUSALS = (InvalidParameterTypeException, InvalidParameterValueException, Para
 
 
 class Parameters:
-    """The parameters of `node`; ConfigurationError if one from YAML or the command line cannot be.
+    """The parameters of `node`; ConfigurationError if one from YAML or the command line is not valid.
 
     `settings` is replaced as a whole, so a thread that reads it once has values that belong together. `manifest` is set
-    while a bundle is loaded: then settings must fit it, and only some may change.
+    while a bundle is loaded: settings must then fit it, and only some may change.
     """
 
     def __init__(self, node: Node, report_change: Callable[[], None] = lambda: None) -> None:
-        """`report_change` is called after each change, when `settings` holds it."""
+        """`report_change` is called after each change, when `settings` already has it."""
         self.manifest: Manifest | None = None
         self._node = node
         self._report_change = report_change
         self._specs: dict[str, ParameterSpec] = {}
-        # rclpy ignores overrides that nobody declares without a word; it has no public way to list them.
+        # rclpy silently ignores overrides that nobody declares, and it has no public way to list them.
         self._overrides: Mapping[str, Parameter[Any]] = node._parameter_overrides
         cameras, joints = check_names(name for name in self._overrides if not node.has_parameter(name))
         self._declare(parameter_specs(cameras, joints))
@@ -43,9 +43,10 @@ class Parameters:
         node.add_post_set_parameters_callback(self._apply)
 
     def load(self, manifest: Manifest) -> Settings:
-        """Declares what YAML did not name of the bundle's cameras and joints; ConfigurationError if it does not fit.
+        """Declares the parameters of the bundle's cameras and joints that YAML did not name; returns the settings.
 
-        From then on, until `unload`, settings must fit the bundle, and limits may only become tighter.
+        ConfigurationError if the settings do not fit the bundle. Until `unload`, changed settings must fit it too, and
+        limits may only become tighter.
         """
         cameras = [camera.name for camera in manifest.cameras]
         known = parameter_specs(cameras, manifest.joint_names)

@@ -1,6 +1,6 @@
 """A ROS node as a process: it ends on SIGINT and SIGTERM, and says in one message why it could not start.
 
-Every node's `main` is one call of `run_node`, so that all behave alike under `ros2 launch` and in the demo.
+Every node's `main` is one call of `run_node`, so all of them behave the same under `ros2 launch` and in the demo.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rclpy.utilities import remove_ros_args
 from ki_vla_ros.console import run_command
 from ki_vla_ros.errors import ConfigurationError
 
-# A larger ROS domain's ports would be no port numbers (DDSI-RTPS 9.6.1).
+# The ports of a larger ROS domain would exceed 65535 (DDSI-RTPS 9.6.1).
 LARGEST_DOMAIN = 232
 ROS_ARGUMENTS = (
     "Arguments for ROS come after --ros-args: --params-file FILE, -p NAME:=VALUE, -r __ns:=/left and the like."
@@ -33,10 +33,11 @@ def run_node(
     run: Callable[[argparse.Namespace, threading.Event], int],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Exit code of `run`, which gets what `parser` read and an event that a signal sets.
+    """Calls `run` with the parsed arguments and an event that SIGINT and SIGTERM set; returns its exit code.
 
-    `arguments`, by default the process's own, may hold ROS arguments after `--ros-args`; the parser gets the others,
-    and exits with 2 for one that it does not know. If `run` raises, that is one message on standard error, and FAILED.
+    `arguments`, by default the process's own, may hold ROS arguments after `--ros-args`. The parser gets the others,
+    and exits with 2 for one that it does not know. If `run` raises, one message goes to standard error and the exit
+    code is FAILED.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser.epilog = ROS_ARGUMENTS
@@ -54,18 +55,18 @@ def run_node(
             raise ConfigurationError(str(error)) from error
         finally:
             rclpy.try_shutdown()
-            # Ctrl-C under `ros2 launch` arrives twice; the second one must not kill a process about to return 0.
+            # Under `ros2 launch` Ctrl-C arrives twice; the second must not kill a process that is about to return 0.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
 
-    # rclpy's own handlers would shut the context down at once, and then no last command could be published any more.
+    # rclpy's own handlers would shut the context down at once, and no last command could be published.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
     return run_command(parser.prog, work)
 
 
 def check_domain() -> None:
-    """ConfigurationError for a domain that cannot be."""
+    """ConfigurationError if ROS_DOMAIN_ID is no possible domain."""
     domain = os.environ.get("ROS_DOMAIN_ID") or "0"
     if not domain.isdecimal() or int(domain) > LARGEST_DOMAIN:  # Fast DDS would end the process without naming it
         raise ConfigurationError(f"ROS_DOMAIN_ID: expected 0 to {LARGEST_DOMAIN}, got {domain!r}")
@@ -73,8 +74,8 @@ def check_domain() -> None:
 
 def _without_ros_arguments(arguments: Sequence[str]) -> list[str]:
     try:
-        return list(remove_ros_args(["", *arguments])[1:])  # the first would be the program
-    except Exception as error:  # from C, as below
+        return list(remove_ros_args(["", *arguments])[1:])  # it expects the program's name first
+    except Exception as error:  # raised by C code, as below
         raise _cannot_start(error) from error
 
 
@@ -82,7 +83,7 @@ def _init_ros(arguments: Sequence[str]) -> None:
     check_domain()
     try:
         rclpy.init(args=list(arguments), signal_handler_options=SignalHandlerOptions.NO)
-    except Exception as error:  # from C; its message is all there is
+    except Exception as error:  # raised by C code, with no type to tell it by
         raise _cannot_start(error) from error
 
 

@@ -1,10 +1,10 @@
-"""Records what a running policy reads and says into an mcap bag that replay understands by itself.
+"""Records what a running policy reads and publishes, into an mcap bag that replay needs nothing else to read.
 
     ros2 run ki_vla_ros record [--out FOLDER] [--writer auto|ros2bag|own] [--ros-args -r __ns:=/left]
 
-Bundle, parameters and the names of the topics come from the policy itself, out of the text on its ~/session; until that
-is there it waits. Where `ros2 bag` and its mcap storage are installed, this process becomes `ros2 bag record`;
-otherwise it records by itself (bags/writer.py). Images are neither decoded nor changed. It ends on SIGINT and SIGTERM.
+Bundle, parameters and topic names come from the policy's ~/session; the recorder waits until that is published. Where
+`ros2 bag` and its mcap storage are installed, this process becomes `ros2 bag record`; otherwise it writes the bag
+itself (bags/writer.py). Images are neither decoded nor changed. It ends on SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ MESSAGES: Final[dict[str, Any]] = {
     POSITIONS: Float64MultiArray,
     DIAGNOSTICS: DiagnosticArray,
 }
-TOPIC_TYPES_BESIDE: Final = {"/diagnostics": DIAGNOSTICS}
-# Those of all other types: EVERYTHING.
+# Recorded in addition to the topics that the session names.
+EXTRA_TOPIC_TYPES: Final = {"/diagnostics": DIAGNOSTICS}
+# Every other type is subscribed to with EVERYTHING.
 QOS: Final = {IMAGE: EVERY_IMAGE, COMPRESSED_IMAGE: EVERY_IMAGE, JOINT_STATE: EVERY_READING}
-# The policy goes first where the processor is short.
+# Lets the policy go first where processor time is short.
 NICENESS: Final = 5
 
 
@@ -62,7 +63,7 @@ class RecordOptions:
 
 
 class RecorderNode(Node):
-    """Waits for the policy's session, then subscribes to all that it names and hands it to a BagWriter."""
+    """Waits for the policy's session, then records every topic that it names with a BagWriter."""
 
     def __init__(self, options: RecordOptions) -> None:
         super().__init__("recorder")
@@ -76,7 +77,7 @@ class RecorderNode(Node):
         self.get_logger().info(f"waiting for {self._session_topic}; is the policy configured?")
 
     def check(self) -> None:
-        """Raises what has ended the recording, if anything."""
+        """Raises the error that has ended the recording, if there is one."""
         if self._fault is not None:
             raise self._fault
         if self.writer is not None and self.writer.failure is not None:
@@ -85,7 +86,7 @@ class RecorderNode(Node):
     def _on_session(self, serialised: bytes) -> None:
         try:
             self.session = read_session(deserialize_message(serialised, String).data)
-            types = {**self.session.message_types, **TOPIC_TYPES_BESIDE}
+            types = {**self.session.message_types, **EXTRA_TOPIC_TYPES}
             if self._options.writer == "own":
                 self._record_session(types, serialised)
         except InputError as error:
@@ -100,7 +101,7 @@ class RecorderNode(Node):
             self._topics.add(self._session_topic)
             self.get_logger().info(f"recording into {self._options.out}: {', '.join(sorted(types))}")
         self._on_message(self._session_topic, serialised)
-        for topic, kind in types.items():  # a node that is configured again may have other topics
+        for topic, kind in types.items():  # a node that is configured again may name other topics
             if topic not in self._topics:
                 self._topics.add(topic)
                 self.writer.add_topic(topic, kind)
@@ -115,24 +116,24 @@ class RecorderNode(Node):
         self.writer.write(topic, int(self.get_clock().now().nanoseconds), serialised)
 
     def close(self) -> None:
-        """Ends the recording; KiVlaError if it is not whole."""
+        """Ends the recording; KiVlaError if it is incomplete."""
         if self.writer is not None:
             self.writer.close()
         elif self.session is None:
-            self.get_logger().warning(f"nothing was recorded: {self._session_topic} never came")
+            self.get_logger().warning(f"nothing was recorded: no message came on {self._session_topic}")
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ki_vla_ros.record", description="Record what a running policy reads and says."
+        prog="python -m ki_vla_ros.record", description="Record what a running policy reads and publishes."
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(time.strftime("policy_%Y_%m_%d-%H_%M_%S")),
-        help="folder to make for the bag; default: policy_ and the time",
+        help="folder to create for the bag; default: policy_ and the time",
     )
-    parser.add_argument("--policy", default="policy", help="name of the policy node; in the recorder's namespace")
+    parser.add_argument("--policy", default="policy", help="name of the policy node in the recorder's namespace")
     parser.add_argument(
         "--writer",
         choices=("auto", "ros2bag", "own"),
@@ -143,31 +144,31 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def check_options(given: argparse.Namespace) -> RecordOptions:
-    """ConfigurationError where the folder exists, or `ros2 bag` is asked for and not installed."""
+    """The options to record with; ConfigurationError if the folder exists or `ros2 bag` is wanted but missing."""
     if given.out.exists():
         raise ConfigurationError(f"recording: {given.out} exists already; remove it or choose another --out")
     missing = missing_for_ros2_bag()
     if given.writer == "ros2bag" and missing:
-        raise ConfigurationError(f"--writer ros2bag: {missing} is not installed; install it, or take --writer own")
+        raise ConfigurationError(f"--writer ros2bag: {missing} is not installed; install it, or use --writer own")
     writer = ("own" if missing else "ros2bag") if given.writer == "auto" else given.writer
     return RecordOptions(given.out, given.policy, writer)
 
 
 def missing_for_ros2_bag() -> str:
-    """What `ros2 bag record --storage mcap` lacks, or ""."""
+    """The missing package that `ros2 bag record --storage mcap` needs, or ""."""
     if shutil.which("ros2") is None or importlib.util.find_spec("ros2bag") is None:
         return "ros2bag"
     try:
         from ament_index_python.packages import get_package_prefix
 
         get_package_prefix("rosbag2_storage_mcap")
-    except (ImportError, LookupError, OSError):  # not in the index, or there is none
+    except (ImportError, LookupError, OSError):  # the package is not in the index, or there is no index
         return "rosbag2_storage_mcap"
     return ""
 
 
 def ros2_bag_command(options: RecordOptions, topics: Sequence[str], simulated_clock: bool) -> list[str]:
-    """Jazzy's and later ones'. Chunks are compressed, as with our own recorder."""
+    """The command line for Jazzy and later; it compresses chunks, as our own writer does."""
     command = ["ros2", "bag", "record", "--storage", "mcap", "--storage-preset-profile", "zstd_fast"]
     command += ["--output", str(options.out), "--disable-keyboard-controls"]
     command += ["--use-sim-time"] if simulated_clock else []
@@ -175,16 +176,16 @@ def ros2_bag_command(options: RecordOptions, topics: Sequence[str], simulated_cl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The executable `record`: 0 after SIGINT or SIGTERM, 2 with one message if something was wrong."""
+    """The executable `record`: returns 0 after SIGINT or SIGTERM, 2 with one message if it could not record."""
     command: list[str] = []
     code = run_node(argument_parser(), partial(_run, command), arguments)
     if code == ExitCode.FINE and command:
-        os.execvp(command[0], command)  # signals then reach it as they reach us
+        os.execvp(command[0], command)  # exec, not a child: signals reach `ros2 bag` directly
     return code
 
 
 def _run(command: list[str], given: argparse.Namespace, stop: threading.Event) -> int:
-    """Records until `stop`; or leaves in `command` what shall record in this process's place."""
+    """Records until `stop`, or puts into `command` what is to record in this process's place."""
     options = check_options(given)
     os.nice(NICENESS)
     node = RecorderNode(options)
@@ -195,7 +196,7 @@ def _run(command: list[str], given: argparse.Namespace, stop: threading.Event) -
             executor.spin_once(timeout_sec=0.1)
             node.check()
             if node.session is not None and options.writer == "ros2bag":
-                topics = sorted({**node.session.message_types, **TOPIC_TYPES_BESIDE})
+                topics = sorted({**node.session.message_types, **EXTRA_TOPIC_TYPES})
                 command += ros2_bag_command(options, topics, bool(node.get_parameter("use_sim_time").value))
                 node.get_logger().info(f"ros2 bag record takes over: {', '.join(topics)}")
     finally:

@@ -1,7 +1,7 @@
-"""A motion as a stream of positions, for controllers that forward what they get: timing and interpolation are ours.
+"""A motion as a stream of positions, for forwarding controllers: they leave timing and interpolation to us.
 
-A thread samples the motion once per period on the node's clock. After a motion's end its last position goes out once
-more, and then nothing until the next motion: a forwarding controller keeps its last command.
+A thread samples the motion once per period on the node's clock. After a motion's end its last position goes out once,
+and then nothing until the next motion: a forwarding controller keeps its last command.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.records import Motion
 
-# A motion that was to end but whose clock stands still (simulated time) is not waited for longer than this.
+# The longest wait for a motion to end: under simulated time its clock may stand still.
 LONGEST_WAIT_S = 2.0
 
 
 class MotionStream:
-    """`send` is called from the stream's own thread, which starts with the first motion."""
+    """Plays motions; `send` is called from the stream's own thread, which starts with the first motion."""
 
     def __init__(self, send: Callable[[NDArray[np.float64]], None], now_ns: Callable[[], int], period_s: float) -> None:
         self._send, self._now_ns, self._period_s = send, now_ns, period_s
@@ -29,7 +29,7 @@ class MotionStream:
         self._thread: threading.Thread | None = None
 
     def play(self, motion: Motion) -> None:
-        """From now on instead of what was playing."""
+        """Plays `motion` from now on, instead of the one that was playing."""
         with self._changed:
             self._motion = motion
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""What goes in and out of a configured node: subscriptions that fill the buffer, and the loop's `Wire`.
+"""The topics of a configured node: subscriptions that fill the buffer, and the loop's `Wire`.
 
 Images come in and trajectories go out as serialized bytes: through rclpy's message objects each image is copied three
 times, and fifty trajectory points take a millisecond.
@@ -37,13 +37,13 @@ from ki_vla_ros.ros.stream import MotionStream
 from ki_vla_ros.runtime import CameraSource, Diagnostics, ObservationBuffer, Report, ShadowComparison
 from ki_vla_ros.settings import Settings
 
-# Seconds between two log lines about one and the same cause.
+# Least time between two log lines about the same cause.
 REPEAT_LOG_S = 5.0
 SHADOW_COMMAND = "~/shadow/command"
 
 
 class Inputs:
-    """What comes in: images and joint states, as records, into the buffer; what cannot be used is refused by name."""
+    """Subscriptions that put images and joint states into the buffer and refuse, by name, what cannot be used."""
 
     def __init__(
         self,
@@ -71,10 +71,10 @@ class Inputs:
             self._subscribe(kind, node.resolve_topic_name(settings.command_topic), self._add_command, EVENT)
 
     def add_image(self, camera: str, message: bytes | CompressedImage) -> None:
-        """A serialized Image, or a CompressedImage."""
+        """Adds a serialized Image, or a CompressedImage."""
         try:
             frame = frame_from_message(message, camera, self._received_ns())
-            # Here and not in the tick, where it would stand between the newest image and the command.
+            # Resized here and not in the tick, where it would delay the command.
             small = replace(frame, rgb_HWC=resize_with_pad(frame.rgb_HWC, self._image_size))
             self._buffer.add_frame(small, self._wire.now_ns())
         except InputError as refusal:
@@ -90,7 +90,7 @@ class Inputs:
             self._refuse("joint state", refusal)
 
     def _add_command(self, message: Any) -> None:
-        """What someone else tells the arm, in shadow mode."""
+        """Takes, in shadow mode, a command that someone else sends to the arm."""
         assert self._shadow is not None
         try:
             self._shadow.add_command(self._wire.now_ns(), message)
@@ -99,7 +99,7 @@ class Inputs:
             self._wire.log(str(refusal), "message of command")
 
     def _received_ns(self) -> int | None:
-        """Now, if that shall take the place of the stamps."""
+        """The present time, if it is to replace the stamps (use_receive_time)."""
         return self._wire.now_ns() if self._arrival_counts else None
 
     def _refuse(self, subject: str, refusal: InputError) -> None:
@@ -126,7 +126,7 @@ def subscribe(
     qos: QoSProfile,
     serialized: bool = False,
 ) -> Any:
-    """A subscription that says so when a publisher's QoS does not fit it and nothing would arrive."""
+    """A subscription that logs and counts a publisher whose QoS does not fit, as nothing would arrive from it."""
 
     def on_incompatible(event: Any) -> None:
         policy = QoSPolicyKind(event.last_policy_kind).name.lower()
@@ -140,9 +140,9 @@ def subscribe(
 
 
 class NodeWire:
-    """The loop's way out: publishers that are silent unless the node is active.
+    """The loop's `Wire`: publishers that are silent unless the node is active.
 
-    With `shadow` there is no publisher to the arm: commands go to SHADOW_COMMAND, chunks to the comparison as well.
+    With `shadow` nothing is published to the arm: commands go to SHADOW_COMMAND, and chunks also to the comparison.
     """
 
     def __init__(self, node: LifecycleNode, settings: Settings, shadow: ShadowComparison | None = None) -> None:
@@ -183,14 +183,14 @@ class NodeWire:
 
     def log(self, message: str, cause: str) -> None:
         if self._shadow is not None and cause == "moved":
-            return  # of course: someone else moves the arm
+            return  # expected: someone else moves the arm
         now_s = time.monotonic()
         if now_s - self._logged_s.get(cause, -REPEAT_LOG_S) >= REPEAT_LOG_S:
             self._logged_s[cause] = now_s
             self._node.get_logger().warning(message)
 
     def wait_until_received(self) -> None:
-        """Until a streamed motion has ended and every subscriber has acknowledged the last command."""
+        """Waits until a streamed motion has ended and every subscriber has acknowledged the last command."""
         self._stream.wait_until_ended()
         self._command.wait_for_all_acked(Duration(seconds=1))
 
@@ -203,9 +203,9 @@ class NodeWire:
 def frame_from_message(message: bytes | CompressedImage, camera: str, received_ns: int | None = None) -> CameraFrame:
     """A frame from a serialized Image, or from a CompressedImage.
 
-    An rgb8 image without row padding is not copied: the frame then shares the bytes' memory. `received_ns` takes the
-    place of the header's stamp. InputError for an image that cannot be read; an encoding that we do not know is left to
-    cv_bridge where that is installed.
+    An rgb8 image without row padding is not copied: the frame shares the memory of the bytes. `received_ns`, if given,
+    replaces the header's stamp. InputError for an image that cannot be read; an encoding that we do not know is left to
+    cv_bridge where it is installed.
     """
     where = f"camera {camera!r}"
     if isinstance(message, CompressedImage):
@@ -216,7 +216,7 @@ def frame_from_message(message: bytes | CompressedImage, camera: str, received_n
     if image.encoding not in ENCODINGS and (bridge := _cv_bridge()) is not None:
         try:
             return CameraFrame(camera, stamp_ns, bridge.imgmsg_to_cv2(deserialize_message(message, Image), "rgb8"))
-        except Exception as error:  # cv_bridge's own and OpenCV's, which share no base but this
+        except Exception as error:  # cv_bridge's errors and OpenCV's have no other common base
             raise InputError(f"{where}: image encoding {image.encoding!r}: cv_bridge says {error}") from error
     size = (image.height, image.width, image.step)
     return CameraFrame(camera, stamp_ns, decode_raw(where, image.encoding, *size, image.is_bigendian, image.data))
@@ -224,7 +224,7 @@ def frame_from_message(message: bytes | CompressedImage, camera: str, received_n
 
 @cache
 def _cv_bridge() -> Any:
-    """None where it is not installed: among the wheels there is none."""
+    """A CvBridge; None where it is not installed, as with ROS from wheels."""
     try:
         from cv_bridge import CvBridge
     except ImportError:
@@ -233,13 +233,13 @@ def _cv_bridge() -> Any:
 
 
 def reading_from_message(message: JointState, received_ns: int | None = None) -> JointReading:
-    """InputError as JointReading.from_fields."""
+    """A reading from a JointState, stamped `received_ns` if given; InputError as in JointReading.from_fields."""
     stamp_ns = header_ns(message) if received_ns is None else received_ns
     return JointReading.from_fields(stamp_ns, message.name, message.position)
 
 
 def text_message(fields: Mapping[str, object]) -> String:
-    """JSON without NaN, which many readers do not take."""
+    """A String with JSON; ValueError for NaN, which many JSON readers refuse."""
     return String(data=json.dumps(fields, allow_nan=False))
 
 
@@ -261,5 +261,5 @@ def ns_to_stamp(time_ns: int) -> Time:
 
 
 def _doubles(values: NDArray[np.float64] | Sequence[float]) -> Any:
-    """The array type that message setters take without looking at each element."""
+    """An `array.array`, which message setters take without checking each element."""
     return array.array("d", np.asarray(values, dtype=np.float64).tobytes())

@@ -1,4 +1,4 @@
-"""The simulated arm as others meet it: a process on ROS topics that executes trajectories as a real one would."""
+"""The simulated arm as other nodes see it: a process on ROS topics that executes trajectories as a real arm would."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMMAND = [sys.executable, "-m", "ki_vla_ros.sim.arm_node"]
 # --- without ROS
 
 
-def test_pace_makes_the_steps_that_the_clock_asks_for() -> None:
+def test_pace_makes_the_steps_that_are_due() -> None:
     pace = Pace(step_s=0.002, most_s=0.1)
     pace.restart(100.0)
     assert pace.due(100.001) == 0
@@ -53,12 +53,12 @@ def test_pace_makes_the_steps_that_the_clock_asks_for() -> None:
     assert pace.overruns == 0
 
 
-def test_pace_gives_up_time_that_is_too_far_behind_and_counts_it() -> None:
+def test_pace_drops_and_counts_time_that_is_too_far_behind() -> None:
     pace = Pace(step_s=0.002, most_s=0.1)
     pace.restart(100.0)
     assert pace.due(101.0001) == 50
     assert pace.overruns == 1
-    assert pace.due(101.0021) == 1  # the second that was lost is not asked for again
+    assert pace.due(101.0021) == 1  # the lost second is not made up for later
     assert pace.overruns == 1
 
 
@@ -88,7 +88,7 @@ def test_a_trajectory_message_is_read_field_by_field() -> None:
 
 
 class Client:
-    """Another node in the arm's domain; keeps the newest message of each topic and how many there were."""
+    """Another node in the arm's domain; it keeps each topic's newest message and the number of messages."""
 
     def __init__(self) -> None:
         self._context = Context()
@@ -214,12 +214,12 @@ def test_it_publishes_cameras_joints_status_and_diagnostics(client: Client) -> N
     assert client.diagnostic("resets") == 1
 
 
-def test_it_moves_where_a_trajectory_says_and_refuses_a_bad_one(client: Client) -> None:
+def test_it_follows_a_trajectory_and_refuses_a_bad_one(client: Client) -> None:
     goal_J = HOME_J + np.array([0.3, -0.1, 0.1, 0.0, 0.1, 0.2, 0.005])
     order = list(reversed(range(7)))
     client.send([JOINTS[j] for j in order], [(0.3, goal_J[order])])
     client.until(lambda: bool(np.abs(client.position_J - goal_J).max() < 2e-3), "arrival")
-    # At least one moving sample was seen on the way: the velocities are published too.
+    # At least one sample in motion was seen on the way: the velocities are published too.
     client.send([*JOINTS[:-1], "thumb"], [(0.3, HOME_J)])
     client.send(list(JOINTS), [])
     client.until(lambda: client.diagnostic("refused_trajectories") == 2, "count of refusals")
@@ -250,7 +250,7 @@ def test_impossible_scenes_are_refused_and_the_old_one_stays(client: Client) -> 
         result = client.set_scene(**scene)
         assert not result.successful
         assert reason in result.reason
-    assert client.set_scene(split="train", task="touch the red disc").successful  # either alone could be meant
+    assert client.set_scene(split="train", task="touch the red disc").successful  # each alone would be possible
     answer = client.reset()
     assert not answer.success
     assert "never commanded in split 'train'" in answer.message
@@ -293,7 +293,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def bad_starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit code and stderr by case; all run beside each other, as starting Python takes longer than failing."""
+    """Exit code and stderr by case; all run at the same time, as starting Python takes longer than failing."""
     environment = {**os.environ, "ROS_LOG_DIR": str(tmp_path_factory.mktemp("log"))}
     processes = {
         name: subprocess.Popen(

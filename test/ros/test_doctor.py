@@ -1,4 +1,4 @@
-"""The doctor beside a running policy on real Fast DDS: healthy, and with what others do wrong around it."""
+"""The doctor beside a running policy on real Fast DDS: when all is well, and with other nodes that do things wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MACHINE = Machine((3, 11), "2.1.0", {"FASTDDS_DEFAULT_PROFILES_FILE": str(find_s
 SECONDS = 2.0
 
 
-# What a busy machine really does to messages; that the doctor sees it is tested on planted ones (unit/doctor).
+# Findings that a busy machine really causes; test/unit/doctor tests them on planted messages.
 OF_A_BUSY_MACHINE = {"image loss", "gap", "max age", "stamps", "camera skew", "camera rate", "joint rate"}
 
 
@@ -34,7 +34,7 @@ def found(findings: Findings) -> set[tuple[str, str]]:
 
 
 def diagnose_until(expected: set[tuple[str, str]]) -> tuple[Findings, Sequence[str]]:
-    """Looks again until it finds this: on a busy machine what has just begun is discovered late."""
+    """Diagnoses again until the findings are as expected: a busy machine discovers new nodes late."""
     looks: list[tuple[Findings, Sequence[str]]] = []
 
     def look() -> bool:
@@ -45,7 +45,7 @@ def diagnose_until(expected: set[tuple[str, str]]) -> tuple[Findings, Sequence[s
     return looks[-1]
 
 
-# rclpy itself tells the careless publisher of its fault in a way that rclpy has deprecated.
+# rclpy warns the careless publisher through an interface that rclpy itself has deprecated.
 @pytest.mark.filterwarnings("ignore:Deprecated in favor of:DeprecationWarning")
 def test_a_running_policy(robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str, tmp_path: Path) -> None:
     robot.do(lambda: robot.node.destroy_publisher(robot._clock))
@@ -54,7 +54,7 @@ def test_a_running_policy(robot: Robot, start: Callable[..., PolicyProcess], bun
     _, looked_at = diagnose_until(set())
     assert "parameters of /policy" in looked_at
 
-    # What others may do wrong, all at once.
+    # Everything that other nodes may do wrong, all at once.
     careless = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
     robot.node.create_publisher(String, "policy/instruction", careless)
     robot.node.create_publisher(JointTrajectory, "arm_controller/joint_trajectory", 1)
@@ -103,7 +103,7 @@ def test_simulated_time_without_a_clock(robot: Robot, start: Callable[..., Polic
         ("vi node", False),
     ],
 )
-def test_the_node_is_known_by_its_command(command: str, expected: bool) -> None:
+def test_the_nodes_process_is_recognised_by_its_command(command: str, expected: bool) -> None:
     assert is_policy_node(command.encode().split(b" ")) is expected
 
 
@@ -116,7 +116,7 @@ def test_nothing_runs(ros_environment: dict[str, str], capsys: pytest.CaptureFix
     assert "does not run in this ROS domain, where there are no nodes" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_domain_that_cannot_be(
+def test_an_impossible_domain(
     ros_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ROS_DOMAIN_ID", "4000")

@@ -13,7 +13,7 @@ from support.waiting import until
 
 
 @pytest.mark.parametrize("made", ["text"], indirect=True)
-def test_the_node_runs_the_true_form(
+def test_the_node_guides_with_the_true_jacobian(
     robot: Robot, start: Callable[..., PolicyProcess], made: Made, tmp_path: Path
 ) -> None:
     program = tmp_path / "node.py"

@@ -1,7 +1,7 @@
-"""Faults of inputs, engine and surroundings, each against the node in a process of its own and an arm that follows.
+"""Faults of inputs, engine and surroundings, each against the node in its own process and an arm that follows it.
 
-For each: every command keeps the joints' limits, the arm comes to rest in time, the cause is named, and it goes on when
-the fault is over. KI_VLA_FAULT_TIMES=FILE collects the times to hold (docs/results/node.md).
+For each fault, every command keeps the joints' limits, the arm comes to rest in time, the cause is named, and the node
+continues when the fault is over. KI_VLA_FAULT_TIMES=FILE collects the times to hold (docs/results/node.md).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from support.robots import PolicyProcess, Robot, ns_of
 from support.waiting import until
 
 FAULTY = (str(ROOT / "test" / "support" / "faulty_node.py"),)
-# The test bundle's chunks lead anywhere, in the end to a limit: there the arm shall stay, not refuse.
+# The test bundle's chunks lead anywhere, in the end to a limit: the arm must stay there without refusals.
 NODE = {"autostart": True, "instruction": TASK, "limits__on_position": "clamp"}
 Start = Callable[..., PolicyProcess]
 
 
 @pytest.fixture
 def fault(tmp_path: Path, ros_environment: dict[str, str]) -> Callable[[str], None]:
-    """Sets the engine's fault; "" ends it."""
+    """A function that sets the engine's fault; "" ends it."""
     file = tmp_path / "fault"
     file.write_text("")
     os.environ["FAULT_FILE"] = ros_environment["FAULT_FILE"] = str(file)
@@ -47,7 +47,7 @@ def fault(tmp_path: Path, ros_environment: dict[str, str]) -> Callable[[str], No
 
 @pytest.fixture
 def moving(robot: Robot, start: Start, bundle_path: str, fault: Any) -> Iterator[PolicyProcess]:
-    """A node that moves an arm; at the end every command is looked at."""
+    """A node that moves an arm; at the end every command is checked."""
     robot.follows = True
     policy = start(program=FAULTY, **NODE, bundle=bundle_path, ramp_in_s=0.0)
     until(lambda: moves(robot) and not rest(robot))
@@ -62,14 +62,14 @@ def moves(robot: Robot) -> bool:
 
 
 def rest(robot: Robot) -> bool:
-    """Commanded to stand still, now and in the next quarter of a second."""
+    """Whether the arm is commanded to stand still, now and for the next quarter of a second."""
     now_ns = robot.now_ns()
     speeds = [robot.controller.sample(now_ns + ms * 1_000_000)[1] for ms in (0, 60, 120, 250)]
     return not np.any(np.abs(speeds) > 1e-3)
 
 
 def comes_to_rest(robot: Robot, name: str, start_s: float) -> None:
-    """How soon is judged on a clock of the test's own in unit/runtime/test_loop_holds.py: this machine may be busy."""
+    """Waits until the arm rests; test/unit/runtime/test_loop_holds.py checks how soon, as this machine may be busy."""
     until(lambda: rest(robot), "the arm to rest")
     if file := os.environ.get("KI_VLA_FAULT_TIMES"):
         with open(file, "a") as times:
@@ -101,7 +101,7 @@ INPUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_inputs_that_fail(moving: PolicyProcess, robot: Robot, name: str) -> None:
+def test_failing_inputs(moving: PolicyProcess, robot: Robot, name: str) -> None:
     broken, mended, cause = INPUTS[name]
     start_s = time.monotonic()
     for field, value in broken.items():
@@ -115,7 +115,7 @@ def test_inputs_that_fail(moving: PolicyProcess, robot: Robot, name: str) -> Non
 
 
 def test_frozen_cameras(moving: PolicyProcess, robot: Robot) -> None:
-    """They go on sending, always the same stamp."""
+    """The cameras go on sending, always with the same stamp."""
     start_s = time.monotonic()
     robot.frozen = robot.node.get_clock().now().to_msg()
     comes_to_rest(robot, "cameras freeze", start_s)
@@ -125,7 +125,7 @@ def test_frozen_cameras(moving: PolicyProcess, robot: Robot) -> None:
 
 
 @pytest.mark.parametrize("value, cause", [(float("nan"), "expected a finite position, got nan"), (57.3, "in degrees?")])
-def test_joint_states_that_cannot_be(moving: PolicyProcess, robot: Robot, value: float, cause: str) -> None:
+def test_impossible_joint_states(moving: PolicyProcess, robot: Robot, value: float, cause: str) -> None:
     robot.follows = False
     good, start_s = list(robot.position), time.monotonic()
     robot.position = [value, *good[1:]]
@@ -136,17 +136,17 @@ def test_joint_states_that_cannot_be(moving: PolicyProcess, robot: Robot, value:
     until(lambda: moves(robot))
 
 
-def test_joints_in_another_order_and_frames_out_of_order_are_no_fault(moving: PolicyProcess, robot: Robot) -> None:
+def test_joints_and_frames_may_come_in_another_order(moving: PolicyProcess, robot: Robot) -> None:
     robot.follows = False
     order = list(range(7))[::-1]
     robot.position, robot.joint_names = [robot.position[i] for i in order], [JOINTS[i] for i in order]
     since, draw = len(robot.ticks), random.Random(0)
 
-    def eight_ticks_go_on() -> bool:
+    def eight_ticks_without_a_hold() -> bool:
         robot.image_delay_ns = 60_000_000 * draw.randrange(3)
         return [tick["hold"] for tick in robot.ticks[since:][-8:]] == [None] * 8
 
-    until(eight_ticks_go_on, "eight ticks without a hold")
+    until(eight_ticks_without_a_hold, "eight ticks without a hold")
 
 
 # --- the engine
@@ -162,7 +162,7 @@ def test_joints_in_another_order_and_frames_out_of_order_are_no_fault(moving: Po
         ("hangs", ""),
     ],
 )
-def test_engine(moving: PolicyProcess, robot: Robot, fault: Any, name: str, cause: str) -> None:
+def test_engine_faults(moving: PolicyProcess, robot: Robot, fault: Any, name: str, cause: str) -> None:
     start_s = time.monotonic()
     fault(name)
     comes_to_rest(robot, f"engine {name}", start_s)
@@ -174,7 +174,7 @@ def test_engine(moving: PolicyProcess, robot: Robot, fault: Any, name: str, caus
     until(lambda: moves(robot))
 
 
-def test_inference_slower_than_the_period_goes_on_and_is_counted(
+def test_inference_slower_than_the_period_continues_and_is_counted(
     moving: PolicyProcess, robot: Robot, fault: Any
 ) -> None:
     fault("slow")
@@ -205,7 +205,7 @@ def test_a_stop_is_latched(moving: PolicyProcess, robot: Robot) -> None:
 
 
 def test_killed_and_started_again(moving: PolicyProcess, robot: Robot, start: Start, bundle_path: str) -> None:
-    """Nobody is left to hold, but each command ends at rest by itself."""
+    """No node is left to hold the arm, but each command ends at rest by itself."""
     start_s = time.monotonic()
     moving.process.send_signal(signal.SIGKILL)
     comes_to_rest(robot, "SIGKILL", start_s)
@@ -281,7 +281,7 @@ def test_clock_jumps(robot: Robot, start: Start, bundle_path: str) -> None:
 
 def test_an_incompatible_publisher_is_named(moving: PolicyProcess, robot: Robot) -> None:
     unreliable = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
-    quiet = PublisherEventCallbacks(use_default_callbacks=False)  # rclpy's own log with what it deprecates itself
+    quiet = PublisherEventCallbacks(use_default_callbacks=False)  # rclpy's own callback uses what rclpy deprecates
     robot.node.create_publisher(String, "policy/instruction", unreliable, event_callbacks=quiet)
     until(lambda: "/policy/instruction: a publisher's reliability does not fit" in moving.output)
     until(lambda: robot.diagnosed("refused incompatible QoS on /policy/instruction"))
@@ -298,7 +298,7 @@ def test_streamed_positions_move_the_arm(robot: Robot, start: Start, bundle_path
     policy = start(**NODE, bundle=bundle_path, publish_mode="stream", command_topic="forward")
     until(lambda: len(got) > 100)
     assert len(got) > 2 * len(robot.ticks), "50 positions per second between 10 ticks"
-    # A busy machine leaves some out, and the next is as much farther on; every step is looked at in test_seams.py.
+    # A busy machine skips some positions, and the next step is then longer; test_seams.py checks every step.
     steps = np.quantile(np.abs(np.diff(got, axis=0)), 0.9, axis=0)
     assert np.any(steps > 0) and np.all(steps <= np.array([j.max_velocity for j in demo_policy().joints]) * 0.12)
     assert policy.stop() == 0, policy.output

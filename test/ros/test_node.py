@@ -1,4 +1,4 @@
-"""The node in a process of its own on real Fast DDS; the test is the robot: cameras, joint states, lifecycle client."""
+"""The node in its own process on real Fast DDS; the test plays the robot: cameras, joint states, lifecycle client."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_lifecycle(robot: Robot, start: Callable[..., PolicyProcess], bundle_p
         ({"autostart": True, "instruction": "juggle the red cube"}, "does not know 'juggle'"),
     ],
 )  # fmt: skip
-def test_what_cannot_start_says_why_and_exits(
+def test_a_node_that_cannot_start_says_why_and_exits(
     start: Callable[..., PolicyProcess], bundle_path: str, parameters: dict[str, object], fault: str
 ) -> None:
     policy = start(**{"bundle": bundle_path, **parameters})
@@ -142,7 +142,7 @@ def test_parameters_while_active(robot: Robot, start: Callable[..., PolicyProces
     assert "how long a chunk is executed" in described[0].description
     assert described[0].floating_point_range[0].to_value == 10.0 and described[1].integer_range[0].to_value == 64
 
-    # Each alone would not fit the 0.8 s chunk at the other's old value; together they are judged as one.
+    # Each alone, with the other's old value, would not fit the 0.8 s chunk; set together they are checked as one.
     assert "'execution_horizon_s': got 0.75 s at rate_hz 10" in robot.set(execution_horizon_s=0.75)
     assert robot.set(execution_horizon_s=0.75, rate_hz=20.0) == ""
     assert "must outlast" in robot.set(rate_hz=10.0)
@@ -151,12 +151,12 @@ def test_parameters_while_active(robot: Robot, start: Callable[..., PolicyProces
     count = len(robot.ticks)
     until(lambda: len(robot.ticks) > count + 40)
     new = [tick["chunk_index"] is not None for tick in robot.ticks[count + 2 :]]
-    # 15 ticks of 0.05 s make 0.75 s. On a busy machine late ticks take some away; before it was one tick per chunk.
+    # 15 ticks of 0.05 s make 0.75 s; a busy machine loses some to lateness. Before the change: one tick per chunk.
     gaps = np.diff(np.flatnonzero(new))
     assert len(gaps) and gaps.min() > 2
 
 
-def test_inputs_that_fail_bring_the_arm_to_rest_and_are_named(
+def test_failing_inputs_bring_the_arm_to_rest_and_are_named(
     robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str
 ) -> None:
     start(bundle=bundle_path, autostart=True, instruction=TASK, cameras__scene__max_age_s=0.3, joint_max_age_s=0.2)
@@ -199,7 +199,7 @@ def test_two_nodes_of_one_name_do_not_both_move_the_arm(
     first = start(bundle=bundle_path, autostart=True, instruction=TASK)
     until(lambda: robot.commands and len(robot.ticks) >= 60)  # 6 s
     second = start(bundle=bundle_path, autostart=True, instruction=TASK)
-    # At activation, when discovery was quick, otherwise shortly afterwards.
+    # At activation if discovery was quick, otherwise shortly afterwards.
     until(lambda: "another node of this name runs in the same ROS domain" in second.output)
     until(lambda: second.process.poll() is not None or "cannot stay active" in second.output, "the second to give way")
     assert second.process.poll() in (None, 2), second.output
@@ -217,7 +217,7 @@ def test_two_robots_in_one_graph_do_not_disturb_each_other(
     right.position = [0.3, -0.2, 0.5, 0.1, 0.6, 0.2, 0.0]
     try:
         left.say(TASK)
-        # The right node may come up later, or be discovered later, than the left one takes for its commands.
+        # The left node may already have sent its commands when the right one starts or is discovered.
         until(lambda: len(left.commands) >= 5 and right.hold.startswith("instruction: none yet"))
         assert not right.commands
         right.say("point at the blue ball")
@@ -238,9 +238,7 @@ def test_two_robots_in_one_graph_do_not_disturb_each_other(
             robot.close()
 
 
-def test_an_optional_camera_need_not_be_there(
-    robot: Robot, start: Callable[..., PolicyProcess], tmp_path: Path
-) -> None:
+def test_an_optional_camera_may_be_missing(robot: Robot, start: Callable[..., PolicyProcess], tmp_path: Path) -> None:
     policy = demo_policy(cameras=[{"name": "scene"}, {"name": "wrist", "optional": True}])
     bundle = str(write_test_bundle(tmp_path / "bundle", policy).path)
     wrist = robot.image.pop("wrist")

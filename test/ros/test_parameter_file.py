@@ -20,7 +20,7 @@ from ki_vla_ros.settings.parameter_file import NODE, load_sections, load_setting
 from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_share
 
-# Each is the value of a parameter that another follows, which shows where rcl goes on.
+# Each is the value of a parameter; another parameter follows it, which shows where rcl continues.
 VALUES = (
     """
 on|off|On|oN|yes|y|Y|n|NO|true|TRUE|tRUE|False|~|null||''|"1"|'on'|"1.0"
@@ -95,7 +95,7 @@ def path(ros_environment: dict[str, str], tmp_path: Path) -> Path:
 
 @contextmanager
 def real_node(path: Path, name: str) -> Iterator[Node]:
-    """A node of this full name that was given this file."""
+    """A node with this full name, started with this file."""
     context = rclpy.Context()
     rclpy.init(args=["--ros-args", "--params-file", str(path)], context=context)
     namespace, _, short = name.rpartition("/")
@@ -109,7 +109,7 @@ def real_node(path: Path, name: str) -> Iterator[Node]:
 
 
 def read_by_rcl(path: Path, name: str) -> dict[str, str] | None:
-    """None if refused. As text, so that types count, and nan is itself."""
+    """The values that rcl reads, None if it refuses; as text, so that types count and nan equals nan."""
     try:
         with real_node(path, name) as node:
             return {name: repr(parameter.value) for name, parameter in node._parameter_overrides.items()}
@@ -126,7 +126,7 @@ def read_by_us(path: Path, node: str) -> dict[str, str] | None:
     return {name: repr(value) for values in matching for name, value in values.items()}
 
 
-def test_values_are_those_that_rcl_reads(path: Path) -> None:
+def test_values_equal_those_that_rcl_reads(path: Path) -> None:
     differ = []
     for text in FILES:
         path.write_bytes(text.encode())
@@ -179,7 +179,9 @@ def test_a_file_that_starts_the_node_can_be_replayed_and_examined(path: Path) ->
 
 
 @pytest.mark.parametrize("parameters", BAD)
-def test_what_does_not_start_the_node_is_refused_by_replay_and_found_by_doctor(path: Path, parameters: str) -> None:
+def test_a_file_that_does_not_start_the_node_is_refused_by_replay_and_found_by_doctor(
+    path: Path, parameters: str
+) -> None:
     path.write_text(f"/**/policy:\n  ros__parameters: {parameters}\n")
     findings = Findings()
     assert declared(path) is None and read_settings(path, findings) is None and findings

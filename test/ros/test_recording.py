@@ -1,4 +1,4 @@
-"""What the node says for the record, and the process that records it, over real ROS; each in a process of its own."""
+"""The session that the node publishes and the process that records it, over real ROS, each in its own process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from ki_vla_ros.messages.decoding import camera_frame, decode
 from ki_vla_ros.settings.session import read_session
 
 
-def test_the_session_says_what_runs(robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str) -> None:
+def test_the_session_describes_the_running_policy(
+    robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str
+) -> None:
     start("-r", "camera/wrist/image_raw:=/hand/image", bundle=bundle_path, instruction=TASK, limits__velocity_scale=0.5)
     assert robot.state == "unconfigured" and not robot.sessions
     assert robot.change("configure")
@@ -44,7 +46,7 @@ def test_the_session_says_what_runs(robot: Robot, start: Callable[..., PolicyPro
     assert read_session(robot.sessions[-1]).settings.execution_horizon_s == 0.3
 
 
-def test_who_comes_later_gets_the_session_too(
+def test_a_late_subscriber_gets_the_session_too(
     ros_environment: dict[str, str], start: Callable[..., PolicyProcess], bundle_path: str
 ) -> None:
     start("-r", "__ns:=/left", bundle=bundle_path, autostart=True)
@@ -87,7 +89,7 @@ class Recording:
         return self._log.read_text()
 
     def counts(self) -> Counter[str]:
-        """Messages by topic that are on the disk."""
+        """How many messages of each topic are on the disk."""
         if not self.bag.exists():
             return Counter()
         with open_bag(self.bag) as bag:
@@ -119,7 +121,7 @@ def test_a_recording_has_all_that_replay_needs(
     recording = record("--writer", "own")
     until(lambda: "waiting for /policy/session" in recording.output)
     assert not recording.bag.exists()
-    # Not by topic: the recorder may be there to hear it before the node is.
+    # Set by parameter, not by topic: the recorder may be discovered before the node's subscription is.
     start(bundle=bundle_path, autostart=True, instruction=TASK)
     until(lambda: all(recording.counts()[topic] >= 10 for topic in (*INPUTS, *OUTPUTS[:3])))
     robot.say("point at the blue ball")
@@ -148,7 +150,7 @@ def test_a_robot_that_loses_power_keeps_what_was_recorded(
     robot: Robot, start: Callable[..., PolicyProcess], record: Callable[..., Recording], bundle_path: str
 ) -> None:
     start(bundle=bundle_path, autostart=True, instruction=TASK)
-    until(lambda: robot.chunks)  # a recorder that comes later than the session is given it still
+    until(lambda: robot.chunks)  # a recorder that starts after the session was published still gets it
     recording = record("--writer", "own")
     until(lambda: all(recording.counts()[topic] >= 10 for topic in (*INPUTS, *OUTPUTS[:3])))
     before = recording.counts()
@@ -175,11 +177,11 @@ def test_a_policy_in_a_namespace(
         robot.close()
 
 
-def test_where_ros2_bag_is_installed_it_records(
+def test_ros2_bag_records_where_it_is_installed(
     robot: Robot, start: Callable[..., PolicyProcess], record: Callable[..., Recording], bundle_path: str,
     ros_environment: dict[str, str], tmp_path: Path,
 ) -> None:  # fmt: skip
-    """`ros2 bag` cannot be installed beside the wheels: a STAND-IN takes its place, which writes down its arguments."""
+    """`ros2 bag` cannot be installed beside the wheels, so a STAND-IN takes its place and writes down its arguments."""
     index = tmp_path / "share" / "ament_index" / "resource_index" / "packages"
     for folder in (index, tmp_path / "bin", tmp_path / "ros2bag"):
         folder.mkdir(parents=True)
@@ -207,10 +209,10 @@ def test_where_ros2_bag_is_installed_it_records(
     ("arguments", "fault"),
     [
         ((), "bag exists already; remove it or choose another --out"),
-        (("--out", "new", "--writer", "ros2bag"), "ros2bag is not installed; install it, or take --writer own"),
+        (("--out", "new", "--writer", "ros2bag"), "ros2bag is not installed; install it, or use --writer own"),
     ],
 )
-def test_what_cannot_be_recorded_is_said_at_once(
+def test_impossible_options_are_refused_at_once(
     record: Callable[..., Recording], tmp_path: Path, arguments: tuple[str, ...], fault: str
 ) -> None:
     (tmp_path / "bag").mkdir()
@@ -219,8 +221,8 @@ def test_what_cannot_be_recorded_is_said_at_once(
     assert recording.output.startswith("record: ") and fault in recording.output
 
 
-def test_no_policy_no_bag(record: Callable[..., Recording]) -> None:
+def test_without_a_policy_there_is_no_bag(record: Callable[..., Recording]) -> None:
     recording = record("--writer", "own")
     until(lambda: "waiting for /policy/session" in recording.output)
     assert recording.end() == 0
-    assert "nothing was recorded: /policy/session never came" in recording.output and not recording.bag.exists()
+    assert "nothing was recorded: no message came on /policy/session" in recording.output and not recording.bag.exists()

@@ -1,4 +1,4 @@
-"""Shadow mode in the node: it leaves the arm alone, and says how far the policy is from what moves it."""
+"""Shadow mode in the node: it leaves the arm alone and says how far the policy is from what the arm does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_shadow_never_commands_the_arm(
     topics = read_session(robot.sessions[-1]).topics
     assert (topics.command, topics.shadow) == (f"/{ARM}", "/policy/shadow/command")
     assert "changes only while the node is unconfigured" in robot.set(shadow=False)
-    # Whatever else makes it send something: the stale inputs' hold, the latched stop, deactivation.
+    # Everything else that makes a node send something: a hold for stale inputs, a latched stop, deactivation.
     robot.imaging = False
     until(lambda: robot.hold.startswith("camera"))
     robot.imaging = True
@@ -49,7 +49,7 @@ def test_a_shadow_never_commands_the_arm(
 
 
 @pytest.mark.parametrize("reference", ["joint_states", "command"])
-def test_diagnostics_say_how_far_the_policy_is_from_the_arm(
+def test_diagnostics_give_the_error_between_policy_and_arm(
     robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str, reference: str
 ) -> None:
     start(bundle=bundle_path, autostart=True, instruction=TASK, shadow=True, shadow_reference=reference)
@@ -63,7 +63,7 @@ def test_diagnostics_say_how_far_the_policy_is_from_the_arm(
         point.time_from_start.nanosec = 10 * MS
         teleoperation.publish(JointTrajectory(joint_names=list(JOINTS), points=[point]))
     until(lambda: int(robot.diagnosed("shadow chunks compared") or 0) >= 3)
-    # The arm stands still, so the error is the way that the chunks want to go.
+    # The arm stands still, so the error is the distance that the chunks would move it.
     way_NHJ = np.array([[p.positions for p in chunk.points] for chunk in robot.chunks]) - robot.position
     largest = np.sqrt(np.mean(way_NHJ**2, axis=(0, 1))).max()
     assert 0.0 < float(robot.diagnosed("shadow rms")) <= largest * 1.5

@@ -1,4 +1,4 @@
-"""Topic names are resolved without ROS as rclpy resolves them."""
+"""Topic names resolved without ROS are those that rclpy resolves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REFUSED = (
 
 
 def by_ros(topic: str, namespace: str) -> str | None:
-    """None where it refuses."""
+    """The name that rclpy resolves; None if it refuses."""
     try:
         full = expand_topic_name(topic, "policy", namespace)
         return full if validate_full_topic_name(full) else None

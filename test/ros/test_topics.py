@@ -1,4 +1,4 @@
-"""ROS messages <-> records: encodings, strides, times; messages that do not fit are refused by name."""
+"""ROS messages to records and back: encodings, strides, times; malformed messages are refused by name."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_rgb8_without_padding_is_not_copied() -> None:
         ({"data": array.array("B")}, "got step 9 and 0 bytes"),
     ],
 )
-def test_images_that_do_not_fit_are_refused(changes: dict[str, object], fault: str) -> None:
+def test_malformed_images_are_refused(changes: dict[str, object], fault: str) -> None:
     message = image(RGB, "rgb8")
     for field, value in changes.items():
         setattr(message, field, value)
@@ -143,13 +143,13 @@ def test_joint_state() -> None:
         (["a", "b", "a"], [1.0, 2.0, 3.0], "expected each joint once, got a more than once"),
     ],
 )
-def test_joint_states_that_do_not_fit_are_refused(names: list[str], positions: list[float], fault: str) -> None:
+def test_malformed_joint_states_are_refused(names: list[str], positions: list[float], fault: str) -> None:
     with pytest.raises(InputError, match=f"joint state: {fault}"):
         topics.reading_from_message(JointState(name=names, position=positions))
 
 
 def motion() -> Motion:
-    """New from 9.05 s on; what comes before repeats the motion before it."""
+    """A motion that is new from 9.05 s on; its first part repeats the previous motion."""
     return Motion(
         joints=("a", "b"),
         from_ns=9_050_000_000,
@@ -241,7 +241,7 @@ def trajectory(serialized: bytes) -> JointTrajectory:
     points=st.integers(1, 60),
     seed=st.integers(0, 99),
 )
-def test_a_serialized_trajectory_is_what_rclpy_makes_of_the_message(joints: list[str], points: int, seed: int) -> None:
+def test_a_serialized_trajectory_equals_rclpys(joints: list[str], points: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((2, points, len(joints)))
     times = np.cumsum(rng.integers(1, 3_000_000_000, points))
@@ -263,7 +263,7 @@ def test_a_serialized_trajectory_is_what_rclpy_makes_of_the_message(joints: list
 
 @pytest.mark.parametrize("encoding", [name for name in ENCODINGS if "UC" not in name])  # cv_bridge refuses plain types
 def test_the_same_pixels_as_cv_bridge(encoding: str) -> None:
-    """Runs beside a ROS installation; among the wheels there is no cv_bridge."""
+    """Runs only with a ROS installation: cv_bridge is not among the wheels."""
     bridge = pytest.importorskip("cv_bridge").CvBridge()
     height, width = 6, 8
     row = width * ENCODINGS[encoding].bytes_per_pixel

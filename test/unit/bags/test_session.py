@@ -1,4 +1,4 @@
-"""Which session of a bag counts: replay, doctor and conversion ask here."""
+"""Which session of a bag counts, for replay, doctor and conversion."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ def test_the_first_session_of_the_node_counts(tmp_path: Path) -> None:
     assert bundle(tmp_path, one, "/left/policy") is None
     two = [said("/left/policy", "left"), said("/right/policy", "right", START_NS + 1)]
     assert bundle(tmp_path, two, "/right/policy") == "right"
-    with pytest.raises(ConfigurationError, match="sessions of /left/policy, /right/policy; choose one with --node"):
+    with pytest.raises(
+        ConfigurationError,
+        match="expected one session, got those of /left/policy, /right/policy; choose one with --node",
+    ):
         bundle(tmp_path, two)
 
 
-def test_what_is_no_session(tmp_path: Path) -> None:
+def test_messages_that_are_no_session(tmp_path: Path) -> None:
     joints = BagMessage("/other/session", JOINT_STATE, START_NS, joint_state(START_NS, where(0.0)))
     assert bundle(tmp_path, [joints]) is None
     assert bundle(tmp_path, [joints, said("/policy", "ours")]) == "ours"

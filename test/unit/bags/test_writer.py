@@ -1,4 +1,4 @@
-"""The writer's bags, also where the disk is full or too slow. What they say is read by bags/bag.py."""
+"""The writer's bags, also when the disk is full or too slow; bags/bag.py reads them back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def contents(bag: Path) -> list[tuple[str, int, Any]]:
         return [(m.topic, m.log_ns, decode(m).data if m.topic == "/text" else m.data) for m in opened.messages()]
 
 
-def test_every_message_as_it_came_and_when(tmp_path: Path) -> None:
+def test_every_message_is_kept_with_its_time(tmp_path: Path) -> None:
     writer = BagWriter(tmp_path / "bag", TOPICS)
     writer.write("/text", 10, text("first"))
     writer.write("/image", 20, SERIALIZED_IMAGE)
@@ -62,14 +62,14 @@ def test_recording_over_an_old_bag_is_refused(tmp_path: Path) -> None:
         BagWriter(tmp_path / "bag", TOPICS)
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigurationError, match=r"file/bag cannot be made: .*Not a directory"):
+    with pytest.raises(ConfigurationError, match=r"file/bag cannot be created: .*Not a directory"):
         BagWriter(tmp_path / "file" / "bag", TOPICS)
 
 
 def so_far(bag: Path) -> list[tuple[str, int, Any]]:
-    """Of a bag that is being made: its first bytes may not be there yet."""
+    """The contents of a bag that is being written: its first bytes may not be there yet."""
     try:
         return contents(bag)
     except ConfigurationError:
@@ -86,7 +86,7 @@ def test_a_single_small_message_does_not_wait_for_others(tmp_path: Path) -> None
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """As if the disk were full: no file grows beyond `size` bytes."""
+    """Simulates a full disk: no file grows beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -111,7 +111,7 @@ def test_a_full_disk_is_reported_at_once_and_what_was_written_stays(tmp_path: Pa
     assert contents(tmp_path / "bag") == [("/text", 1, "before")]
 
 
-def test_what_the_disk_cannot_take_is_dropped_and_counted(tmp_path: Path) -> None:
+def test_messages_beyond_the_backlog_are_dropped_and_counted(tmp_path: Path) -> None:
     warnings: list[str] = []
     writer = BagWriter(tmp_path / "bag", TOPICS, warnings.append, largest_backlog=250_000)
     with writer._writing:  # a disk that hangs
