@@ -23,7 +23,7 @@ COMMANDS: Final = (
     ("sim-arm", "ki_vla_ros.sim.arm_node", "the simulated arm as a ROS 2 node"),
     ("record", "ki_vla_ros.ros.recorder", "record what a running policy reads and publishes"),
     ("replay", "ki_vla_ros.replay.__main__", "run a policy over a recording, without ROS"),
-    ("doctor", "ki_vla_ros.doctor.__main__", "look for faults of a robot's set-up, running or recorded"),
+    ("doctor", "ki_vla_ros.doctor.__main__", "find faults in a running or recorded robot's setup"),
     ("bench", "ki_vla_ros.bench.__main__", "measure node, model and engines on this machine"),
     ("build-engines", "ki_vla_ros.engines.build", "build the TensorRT engines of a bundle"),
 )
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if package == __package__:
             raise
         print(
-            f"ki-vla {name}: needs the Python package {package!r}, which is not installed; packages of ROS come with a "
-            "sourced ROS installation or requirements/ros.txt, the others with pip",
+            f"ki-vla {name}: needs the Python package {package!r}, which is not installed; ROS packages come with a "
+            "sourced ROS installation or requirements/ros.txt, the others from pip",
             file=sys.stderr,
         )
         return ExitCode.FAILED

@@ -1,4 +1,4 @@
-"""What all commands have in common on a terminal: exit codes, one message where something goes wrong, progress."""
+"""What all commands share on a terminal: exit codes, one message when something goes wrong, progress."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import Final, TextIO
 from ki_vla_ros.errors import KiVlaError
 
 BAR: Final = 30
-START_OF_LINE: Final = "\r\x1b[K"  # and what was on it is gone
+START_OF_LINE: Final = "\r\x1b[K"  # and erase the line
 
 
 class ExitCode(IntEnum):
     """What a command's exit code means; the same in every command (docs/commands.md)."""
 
     FINE = 0
-    FOUND = 1  # it ran to its end and found what it looks for: the doctor an error, `--fail-if` a figure too high
-    FAILED = 2  # it could not do its work: wrong arguments (argparse exits with 2 too), bad input, a missing file
+    FOUND = 1  # ran to its end and found what it looks for: the doctor an error, `--fail-if` too high a figure
+    FAILED = 2  # could not do its work: wrong arguments (argparse exits with 2 too), bad input, a missing file
     INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
 
 
 def run_command(name: str, work: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code that `work` returns; or FAILED or INTERRUPTED, with the reason on standard error.
+    """The exit code that `work` returns, or FAILED or INTERRUPTED with the reason on standard error.
 
-    `interrupted` says what Ctrl-C leaves behind. A traceback is for faults of ours alone; left to Python, it would end
-    with 1, which means that the command has found something.
+    `interrupted` says what Ctrl-C leaves behind. Only our own faults print a traceback. They are caught here because
+    Python would exit with 1, which means that the command found something.
     """
     try:
         return work()
@@ -44,9 +44,9 @@ def run_command(name: str, work: Callable[[], int], interrupted: str = "interrup
 
 
 class Progress:
-    """How far something is: one line that renews itself on a terminal, elsewhere a line now and then.
+    """How far the work is: on a terminal one line that updates itself, elsewhere a line now and then.
 
-    Use as a context manager: at the end the line is gone, and what is printed next starts on an empty one.
+    Use as a context manager: on leaving it the line is erased, so the next output starts on an empty line.
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class Progress:
         renew_every_s: float = 0.2,
         line_every_s: float = 10.0,
     ) -> None:
-        """`stream`, by default standard error, is asked whether it is a terminal. `say`, by default printing to the
-        stream, gets the lines elsewhere: the first after `line_every_s`, so that what is quick says nothing.
+        """`stream` (default: standard error) decides whether this is a terminal.
+
+        If it is none, `say` (default: print to the stream) gets the lines. The first comes after `line_every_s`, so
+        quick work prints nothing.
         """
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
@@ -73,7 +75,7 @@ class Progress:
         self.clear()
 
     def show(self, text: str, share: float | None = None) -> None:
-        """Cheap enough to be called for each message; `share` of the whole, 0 to 1, gets a bar on a terminal."""
+        """Cheap enough to call for each message; `share`, 0 to 1 of the whole, becomes a bar on a terminal."""
         now_s = time.monotonic()
         if now_s - self._shown_s < self._every_s:
             return
@@ -88,7 +90,7 @@ class Progress:
         self._open = True
 
     def keep(self, text: str) -> None:
-        """A line that stays, above the one that renews itself."""
+        """Print a line that stays, above the one that updates itself."""
         self.clear()
         self._print(text)
 

@@ -23,7 +23,10 @@ class ConfigurationError(KiVlaError):
 
 
 class ParameterError(ConfigurationError):
-    """Wrong parameters, one sentence each in `problems`; as text a line each, `where` (a file) before it."""
+    """Wrong parameters, one sentence each in `problems`.
+
+    As text each problem is a line, with `where` (a file) in front of it.
+    """
 
     def __init__(self, problems: Sequence[str], where: str = "") -> None:
         super().__init__("\n".join(f"{where}: {problem}" if where else problem for problem in problems))
@@ -31,11 +34,11 @@ class ParameterError(ConfigurationError):
 
 
 class BundleError(ConfigurationError):
-    """The bundle on disk is missing, damaged, or of another kind than this code reads."""
+    """The bundle on disk is missing, damaged, or not of the format that this code reads."""
 
 
 class EngineError(KiVlaError):
-    """An inference engine cannot be had on this machine, or failed while running."""
+    """An inference engine is not available on this machine, or failed while running."""
 
 
 class InputError(KiVlaError):
@@ -63,13 +66,13 @@ class SimulationError(KiVlaError):
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the end of a message, or "" where nothing is near."""
+    """The end of a message, "; did you mean 'x'?", or "" if no candidate is close."""
     found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def describe_validation(error: ValidationError) -> str:
-    """pydantic's findings in one line: where, what was expected, what was got."""
+    """pydantic's findings on one line: where, what was expected, what was got."""
     parts = []
     for finding in error.errors(include_url=False):
         where = ".".join(str(part) for part in finding["loc"]) or "as a whole"

@@ -19,7 +19,7 @@ NS_PER_S = 1_000_000_000
 
 
 def to_ns(duration_s: float) -> int:
-    """The nearest whole number of nanoseconds."""
+    """Seconds -> the nearest whole number of nanoseconds."""
     return round(duration_s * NS_PER_S)
 
 
@@ -42,7 +42,10 @@ class JointReading:
 
     @classmethod
     def from_fields(cls, stamp_ns: int, names: Sequence[str], positions: Any) -> JointReading:
-        """InputError where names and positions do not fit; what the values must be is for the observation to say."""
+        """A reading from a message's fields; InputError if names and positions do not match.
+
+        The values are not checked here: assembling the observation does that.
+        """
         names = tuple(names)
         if len(names) != len(positions):
             raise InputError(
@@ -59,8 +62,8 @@ class Observation:
     """Inputs that belong together in time.
 
     `stamp_ns` is the oldest stamp among the frames; `state_J` is the joint state at that time in the manifest's order
-    and units; `frames` holds one frame per required camera (an optional camera may be absent). `joint_ns`: stamps of
-    the joint readings behind `state_J`, one, or two that it lies between.
+    and units; `frames` holds one frame per required camera (an optional camera may be absent). `joint_ns` holds the
+    stamps of the joint readings behind `state_J`: one, or the two that it lies between.
     """
 
     stamp_ns: int
@@ -76,7 +79,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActionChunk:
-    """Absolute joint positions that a robot shall reach one period after another.
+    """Absolute joint positions for a robot to reach, one per period.
 
     `position_HJ[k]` (rad or m, order of `joints`) is due at `start_ns + (k + 1) * period_ns`: the first action is one
     period after the observation it was computed from (`start_ns` is that observation's stamp). `velocity_HJ` belongs to
@@ -90,7 +93,7 @@ class ActionChunk:
     velocity_HJ: NDArray[np.float64]
 
     def due_ns(self, k: int) -> int:
-        """When action `k` shall be reached, on the node's clock."""
+        """When action `k` is due, on the node's clock."""
         return self.start_ns + (k + 1) * self.period_ns
 
     @property
@@ -100,11 +103,11 @@ class ActionChunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Motion:
-    """What the arm is told to do: at `time_N[k]` (ns, rising) to be at `position_NJ[k]` with `velocity_NJ[k]`.
+    """What the arm is told to do: be at `position_NJ[k]`, moving at `velocity_NJ[k]`, at `time_N[k]` (ns, rising).
 
-    The acceleration is constant between two instants, and the arm rests after the last. Such a piece is also the cubic
-    through its ends, and stays so when a controller takes it up from its middle. Until `from_ns`, one of the instants,
-    it repeats the motion that it continues.
+    The acceleration is constant between two instants, and the arm rests after the last. A piece of constant
+    acceleration is also the cubic through its two ends, even for a controller that joins it halfway. Until `from_ns`,
+    which is one of the instants, the motion repeats the one that it continues.
     """
 
     joints: tuple[str, ...]
@@ -118,7 +121,7 @@ class Motion:
         return int(self.time_N[-1])
 
     def at(self, time_ns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Position and velocity [J]; before the first instant and after the last those of that instant."""
+        """Position and velocity [J]; outside the motion's span, those of its first or last instant."""
         k = int(np.searchsorted(self.time_N, time_ns, side="right"))
         if k == 0 or k == len(self.time_N):
             edge = 0 if k == 0 else -1
@@ -132,7 +135,7 @@ class Motion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelInput:
-    """What the model reads for one chunk; `state_J` (normalised) only where the bundle feeds the state as a token."""
+    """What the model reads for one chunk; `state_J` (normalised) is set only if the bundle has a state token."""
 
     images_VCHW: NDArray[np.float32]
     image_mask_V: NDArray[np.bool_]
@@ -143,10 +146,10 @@ class ModelInput:
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What a new chunk is told: actions of the running one (absolute positions) and how firmly each one holds.
+    """What a new chunk is conditioned on: actions of the running one (absolute positions), each with a weight.
 
-    `clean`: rows with weight 1 are given to the model as finished actions (time 0). Otherwise the flow is guided
-    towards them with at most `strength`. Rows with weight 0 are arbitrary.
+    If `clean`, rows of weight 1 are given to the model as finished actions (flow time 0). Otherwise the flow is guided
+    towards the rows, with at most `strength`. Rows of weight 0 are arbitrary.
     """
 
     position_HJ: NDArray[np.float64]

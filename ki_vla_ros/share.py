@@ -1,4 +1,4 @@
-"""Where the files lie that come with the package: config/, launch/ and models/."""
+"""Finds the files that come with the package: config/, launch/ and models/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGE = "ki_vla_ros"
 
 
 def find_share(relative: str) -> Path:
-    """The file or folder `relative` (say `config/demo.yaml`) of a ROS installation, a pip one or a checkout."""
+    """The package's file or folder `relative` (say `config/demo.yaml`), in a ROS or pip installation or a checkout."""
     looked = []
     for folder in _share_folders():
         path = folder / relative
@@ -21,12 +21,12 @@ def find_share(relative: str) -> Path:
             return path
         looked.append(str(path))
     raise ConfigurationError(
-        f"{relative}: expected it among the package's files, but there is none of {', '.join(looked)}"
+        f"{relative}: expected it among the package's files, got none of {', '.join(looked)}; install the package again"
     )
 
 
 def find_bundle(bundle: str) -> Path:
-    """A folder as given, or the name of a bundle in models/."""
+    """The folder as given, or that of the bundle of this name in models/."""
     if not bundle:
         raise ConfigurationError(
             "parameter 'bundle': expected the folder of a model bundle or the name of one in models/, got ''"
@@ -43,7 +43,7 @@ def _share_folders() -> Iterator[Path]:
     except ImportError:  # a checkout without ROS
         pass
     else:
-        # ROS may be there without this package being installed into it, or without any installation in the environment.
+        # ROS without this package (PackageNotFoundError), or with no installation sourced (OSError).
         with suppress(PackageNotFoundError, OSError):
             yield Path(get_package_share_directory(PACKAGE))
     yield Path(sys.prefix) / "share" / PACKAGE

@@ -1,8 +1,10 @@
-"""What is said of many values: their spread, ratios and means over time, and how sure these are.
+"""Summaries of many values: their spread, ratios and means over time, and how certain these are.
 
-Means over time come from sums by segment of time, their intervals from a bootstrap that draws whole segments.
-Neighbouring ticks see nearly the same and err alike, so single ticks would make an interval far too narrow; segments
-that are longer than a chunk hardly know of each other (block bootstrap, Kuensch 1989). Legend: G segments, R draws.
+Means over time come from sums per segment of time, their intervals from a bootstrap over whole segments. Neighbouring
+ticks see nearly the same input and make nearly the same error, so drawing single ticks would give far too narrow an
+interval; segments longer than a chunk are nearly independent (block bootstrap, Kuensch 1989).
+
+Legend: G segments, R draws.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ Interval = list[float] | None
 Figure = Callable[[Array, Array], Array]
 
 RESAMPLES = 1000
-# More than of segments: a median takes few values, and such a draw is cheap.
+# More than for segments: a resampled median takes only a few distinct values, and a draw is cheap.
 RATIO_RESAMPLES = 2000
 FEWEST_SEGMENTS = 3
 
 
 def spread(values: Sequence[float] | NDArray[Any]) -> dict[str, float]:
-    """`p50`, `p90`, `p99` and `max` of at least one value; between two values they are linear."""
+    """`p50`, `p90`, `p99` and `max` of at least one value, interpolated linearly between values."""
     names = ("p50", "p90", "p99", "max")
     return dict(zip(names, np.percentile(values, [50, 90, 99, 100]).tolist(), strict=True))
 
@@ -35,21 +37,21 @@ def spread(values: Sequence[float] | NDArray[Any]) -> dict[str, float]:
 def interval_95(drawn_R: Array) -> list[float]:
     """The ends of a figure's 95 % interval, from its values in all draws.
 
-    A value that is not finite is left out: in its draw nothing counted.
+    Values that are not finite are left out: nothing counted in their draws.
     """
     low, high = np.percentile(drawn_R[np.isfinite(drawn_R)], [2.5, 97.5]).tolist()
     return [low, high]
 
 
 def ratio_of_medians(numerator_ms: Array, denominator_ms: Array, seed: int = 0) -> dict[str, float]:
-    """`ratio` and the ends, `low` and `high`, of its 95 % interval.
+    """The `ratio` of two medians, and the ends of its 95 % interval, `low` and `high`.
 
     The interval is a bootstrap over rounds (Efron 1979, percentiles): both calls of a drawn round go in together, since
     what slowed one down is likely to have slowed down the other.
     """
     if numerator_ms.shape != denominator_ms.shape:
         raise ConfigurationError(
-            f"ratio: expected as many rounds of both, got {len(numerator_ms)} and {len(denominator_ms)}"
+            f"ratio: expected equally many rounds of both, got {len(numerator_ms)} and {len(denominator_ms)}"
         )
     rounds = len(numerator_ms)
     drawn = np.random.default_rng(seed).integers(0, rounds, (RATIO_RESAMPLES, rounds))
@@ -59,7 +61,7 @@ def ratio_of_medians(numerator_ms: Array, denominator_ms: Array, seed: int = 0) 
 
 
 class SegmentSums:
-    """Sums of arrays [K, J] of one shape, NaN left out, by segment of `segment_s` from the first on."""
+    """Sums of arrays [K, J] of one shape per segment of `segment_s`, from the first time on; NaN is left out."""
 
     def __init__(self, segment_s: float) -> None:
         self.segment_s = segment_s
@@ -83,7 +85,7 @@ class SegmentSums:
         return len(self._segments)
 
     def drawn(self, seed: int) -> Draws | None:
-        """What can be said of the sums so far; None if there are none."""
+        """The sums so far, with bootstrap draws of them; None if there are none."""
         if not self._segments:
             return None
         totals, counts = zip(*(self._segments[number] for number in sorted(self._segments)), strict=True)
@@ -91,7 +93,7 @@ class SegmentSums:
 
 
 class Draws:
-    """Sums and counts of all segments (the estimate) and of drawn ones (its spread)."""
+    """Sums and counts over all segments (the estimate) and over drawn ones (its spread)."""
 
     def __init__(self, total_G: Array, count_G: Array, seed: int) -> None:
         self.total, self.count = total_G.sum(axis=0), count_G.sum(axis=0)
@@ -116,7 +118,7 @@ class Draws:
 
 
 def root_mean(rows: Any = slice(None), columns: Any = slice(None), weight_J: Array | float = 1.0) -> Figure:
-    """Of sums of squares [..., K, J]: the root of the mean over the chosen rows and columns, joints weighted."""
+    """A figure of sums of squares [..., K, J]: root mean square of the chosen rows and columns, joints weighted."""
 
     def figure(total: Array, count: Array) -> Array:
         chosen, counted = (total * weight_J)[..., rows, :][..., columns], count[..., rows, :][..., columns]

@@ -14,7 +14,7 @@ Record = TypeVar("Record", bound=BaseModel)
 
 
 def read_yaml(path: Path, record: type[Record], what: str, examples: str) -> Record:
-    """`what` the file is, and the folder with `examples` of it, are named in errors.
+    """Read and check a file; `what` it is and the folder with `examples` of it are named in errors.
 
     ConfigurationError names the file, the key or line, what was expected and what was got.
     """
@@ -22,11 +22,11 @@ def read_yaml(path: Path, record: type[Record], what: str, examples: str) -> Rec
     try:
         return record.model_validate(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader))
     except OSError as error:
-        cause, fault = error, f"expected a YAML file, got none that can be read ({error.strerror})"
+        cause, fault = error, f"expected a YAML file, got one that cannot be read ({error.strerror})"
     except ValidationError as error:
         cause, fault = error, describe_validation(error)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        cause, fault = error, f"expected YAML, got none ({_describe(error)})"
+        cause, fault = error, f"expected YAML, got something else ({_describe(error)})"
     raise ConfigurationError(f"{what} {path}: {fault}; {examples} has examples") from cause
 
 
@@ -37,7 +37,7 @@ def _describe(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where PyYAML takes the last value without a word."""
+    """Refuses a key that is given twice, where PyYAML silently takes the last value."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)

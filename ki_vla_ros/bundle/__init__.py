@@ -1,4 +1,4 @@
-"""What a policy is on disk, and the checks that it passes on loading."""
+"""What a policy is on disk, and the checks that it must pass to be loaded."""
 
 from ki_vla_ros.bundle.folder import (
     EXPERT,

@@ -1,9 +1,9 @@
 """The bundle: the folder that training writes and the robot reads, and the checks that it passes before anything moves.
 
 A bundle holds `manifest.json`, `prefill.onnx`, `expert.onnx` (perhaps with weight files beside them), `time.npz`
-(bundle/time_table.py), `tokenizer.json` and `README.md`; no pickle, no code. For the torch engine it may hold both
-graphs once more, as `prefill.pt2` and `expert.pt2`: numbers and a list of known operations (bundle/pt2.py), which
-torch's own loader, a user of pickle, never opens.
+(bundle/time_table.py), `tokenizer.json` and `README.md`; no pickle, no code. For the torch engine it may also hold both
+graphs as `prefill.pt2` and `expert.pt2`: numbers and a list of known operations, read by bundle/pt2.py and never by
+torch's own loader, which uses pickle.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Bundle:
 def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType], dict[str, TensorType]]]:
     """Inputs and outputs that each graph file must have, by name.
 
-    One expert step: `modulation` stands for the flow time (bundle/time_table.py), `clean` marks actions that are known
-    already (their time is 0), and x_next = x_t - step * velocity, for clean ones x_t: so an engine chains steps by
-    addresses.
+    The expert's graph is one step: `modulation` stands for the flow time (bundle/time_table.py), and `clean` marks
+    actions that are already known (their time is 0). x_next is x_t - step * velocity, or x_t for clean actions, so an
+    engine can chain steps by swapping addresses.
     """
     size, graph = manifest.image.size, manifest.graph
     cameras, length = len(manifest.cameras), manifest.prompt.length
@@ -82,13 +82,13 @@ def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType]
 def load_bundle(path: Path | str) -> Bundle:
     """Read and verify a bundle; BundleError names the first fault.
 
-    Files may be symbolic links (as colcon's --symlink-install makes them) as long as all lie in the folder that
-    the manifest really lies in.
+    Files may be symbolic links (as colcon's --symlink-install makes them) if all of them point into the folder that
+    the manifest's link points into.
     """
     given = Path(path).expanduser()
     if not given.is_dir():
         raise BundleError(
-            f"bundle: expected a folder, got {given}, which is {'a file' if given.exists() else 'not there'}"
+            f"bundle: expected a folder, got {given}, which is {'a file' if given.exists() else 'missing'}"
         )
     if not (given / MANIFEST).is_file():
         raise BundleError(f"{given}: expected {MANIFEST} in a bundle, got none; is this the folder that export wrote?")
@@ -170,7 +170,7 @@ def _check_files(root: Path, manifest: Manifest) -> None:
         got = file_sha256(file)
         if got != expected:
             raise BundleError(
-                f"{file}: expected sha256 {expected[:12]}..., got {got[:12]}...; changed or cut off, copy it again"
+                f"{file}: expected sha256 {expected[:12]}..., got {got[:12]}...; changed or cut off: copy it again"
             )
     for entry in sorted(root.iterdir()):
         if entry.name not in manifest.files and entry.name != MANIFEST:
@@ -216,7 +216,8 @@ def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
     prompt, vocab_size = manifest.prompt, manifest.graph.vocab_size
     if tokenizer.truncation is not None or tokenizer.padding is not None:
         raise BundleError(
-            f"{path}: expected no truncation and no padding of its own, got {tokenizer.truncation or tokenizer.padding}"
+            f"{path}: expected neither truncation nor padding, got {tokenizer.truncation or tokenizer.padding}; "
+            "export again"
         )
     for token in (PAD_TOKEN, UNKNOWN_TOKEN, *re.findall(r"<[^<>\s]+>", prompt.template)):
         if tokenizer.token_to_id(token) is None:
@@ -242,7 +243,7 @@ def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
                     f"{path}: expected a token for each state bin 0..{prompt.state_bins - 1}, got none for '{i}'"
                 )
     elif manifest.state.in_prompt:
-        # Digits are tokens of their own: what the longest bin takes, for each joint.
+        # Each digit is a token here: count the longest bin for every joint.
         texts = [f" {i}" for i in range(-1, prompt.state_bins)]
         bins = tokenizer.encode_batch(texts, add_special_tokens=False)
         needed += len(manifest.joints) * max(len(encoding.ids) for encoding in bins)

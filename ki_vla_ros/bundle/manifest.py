@@ -19,11 +19,11 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 PromptStyle = Literal["words", "openpi"]
-"""How instruction and state become text: each state bin a token of its own, or as openpi writes them (pi0, pi0.5)."""
+"""How instruction and state become text: one token per state bin, or as openpi writes them (pi0, pi0.5)."""
 
 
 class ImageSpec(Frozen):
-    """Square model input of `size` pixels in [-1, 1]; other proportions are padded with `pad_value` (black)."""
+    """Square model input of `size` pixels in [-1, 1]; other aspect ratios are padded with `pad_value` (black)."""
 
     size: Positive
     pad_value: Literal[-1] = -1
@@ -47,7 +47,7 @@ class _Range(Frozen):
     @model_validator(mode="after")
     def _ordered(self) -> _Range:
         if len(self.low) != len(self.high):
-            raise ValueError(f"expected low and high of one length, got {len(self.low)} and {len(self.high)}")
+            raise ValueError(f"expected low and high of equal length, got {len(self.low)} and {len(self.high)}")
         for j, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
             if not low < high:
                 raise ValueError(f"dimension {j}: expected low < high, got {low} and {high}")
@@ -73,7 +73,7 @@ class ActionStats(_Range):
 
 
 class FlowSpec(Frozen):
-    """Euler steps that the model was judged with.
+    """Euler steps that the model was evaluated with.
 
     `noise_at_one`: x_t = t * noise + (1 - t) * action, integrated from t = 1 to 0.
     """
@@ -115,7 +115,7 @@ class Provenance(Frozen):
 
 
 class PolicySpec(Frozen):
-    """What training knows before any export; it lies as `policy.json` beside a checkpoint."""
+    """What training knows before any export; stored as `policy.json` beside a checkpoint."""
 
     name: Name
     created: str
@@ -138,7 +138,7 @@ class PolicySpec(Frozen):
 
     @property
     def width(self) -> int:
-        """Of the model's actions, and of its state token: the joints, perhaps followed by zeros."""
+        """Width of the model's actions and of its state token: the joints, perhaps followed by zeros."""
         return self.pad_to or len(self.joints)
 
     @property
@@ -185,6 +185,6 @@ class Manifest(PolicySpec):
             )
         for name, expected in (("action_dim", self.width), ("state_dim", self.width if self.state.as_token else None)):
             if getattr(self.graph, name) != expected:
-                why = "one per joint, or pad_to" if expected else "the prompt has the state"
+                why = "one per joint, or pad_to" if expected else "the state is in the prompt"
                 raise ValueError(f"graph.{name}: expected {expected} ({why}), got {getattr(self.graph, name)}")
         return self

@@ -1,7 +1,7 @@
-"""What an ONNX file takes, gives and refers to, read from its bytes without building a session.
+"""Inputs, outputs, weights and external files of an ONNX file, read from its bytes without building a session.
 
-The robot has no `onnx` package, and whichever engine runs the graphs, the bundle is judged first. Only the fields
-needed are walked (field numbers from onnx.proto3); weights are skipped over, so a large file costs little more.
+The robot has no `onnx` package, and the bundle is checked before any engine opens it. Only the fields needed are walked
+(field numbers from onnx.proto3); weights are skipped over, so a large file costs little more.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ class TensorType:
 
 @dataclass(slots=True)
 class GraphHeader:
-    """`weights` maps initialisers to their dimensions, `weight_bytes` to their size; `external_files` are the places
-    their data is said to lie in. Of the weights in `looked_up` a run reads single rows only (operator Gather).
+    """What `read_header` finds in a file.
+
+    `weights` maps initialisers to their dimensions, `weight_bytes` to their size; `external_files` are the files that
+    are said to hold their data. Of the weights in `looked_up` a run reads only single rows (operator Gather).
     """
 
     inputs: dict[str, TensorType] = field(default_factory=dict)
@@ -46,26 +48,26 @@ class GraphHeader:
 
 
 def read_header(path: Path) -> GraphHeader:
-    """Raises BundleError where the bytes are not an ONNX model."""
+    """Read the header of an ONNX file; BundleError if its bytes are not an ONNX model."""
     header = GraphHeader()
     try:
         with path.open("rb") as file:
-            # Closed by its last reader: an exception's frames may still hold slices of it.
+            # Left to the garbage collector: an exception's frames may still hold slices, and close() would then fail.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         _read_model(memoryview(mapped), header)
     except (ValueError, IndexError, RecursionError) as error:
-        raise BundleError(f"{path}: expected an ONNX model, got bytes that are none ({error}); export again") from error
+        raise BundleError(f"{path}: expected an ONNX model, got other bytes ({error}); export again") from error
     return header
 
 
 def _read_model(model: memoryview, header: GraphHeader) -> None:
     seen_graph = False
-    for number, value in _fields(model):
+    for number, value in _fields(model):  # 7 graph, 25 functions
         if number == 7:
             seen_graph = True
             _read_graph(_message(value), header, outermost=True)
-        elif number == 25:  # functions
-            for inner, part in _fields(_message(value)):
+        elif number == 25:
+            for inner, part in _fields(_message(value)):  # 7 node
                 if inner == 7:
                     _read_node(_message(part), header)
     if not seen_graph:
@@ -73,13 +75,13 @@ def _read_model(model: memoryview, header: GraphHeader) -> None:
 
 
 def _read_graph(graph: memoryview, header: GraphHeader, outermost: bool) -> None:
-    for number, value in _fields(graph):
+    for number, value in _fields(graph):  # 1 node, 5 initializer, 11 input, 12 output, 15 sparse_initializer
         if number == 1:
             _read_node(_message(value), header)
         elif number == 5:
             _read_tensor(_message(value), header)
-        elif number == 15:  # sparse initialiser: values, indices
-            for inner, part in _fields(_message(value)):
+        elif number == 15:
+            for inner, part in _fields(_message(value)):  # 1 values, 2 indices
                 if inner in (1, 2):
                     _read_tensor(_message(part), header)
         elif number in (11, 12) and outermost:
@@ -89,7 +91,7 @@ def _read_graph(graph: memoryview, header: GraphHeader, outermost: bool) -> None
 
 def _read_node(node: memoryview, header: GraphHeader) -> None:
     inputs, operator = [], ""
-    for number, value in _fields(node):
+    for number, value in _fields(node):  # 1 input, 4 op_type, 5 attribute, 7 domain
         if number == 1:
             inputs.append(_text(value))
         elif number == 4:
@@ -97,7 +99,7 @@ def _read_node(node: memoryview, header: GraphHeader) -> None:
         elif number == 7 and (domain := _text(value)) not in _STANDARD_DOMAINS:
             header.foreign_domains.add(domain)
         elif number == 5:
-            for inner, part in _fields(_message(value)):
+            for inner, part in _fields(_message(value)):  # 5 t, 6 g, 10 tensors, 11 graphs
                 if inner in (5, 10):
                     _read_tensor(_message(part), header)
                 elif inner in (6, 11):
@@ -108,7 +110,7 @@ def _read_node(node: memoryview, header: GraphHeader) -> None:
 
 def _read_tensor(tensor: memoryview, header: GraphHeader) -> None:
     name, dims, element = "", [], 0
-    for number, value in _fields(tensor):
+    for number, value in _fields(tensor):  # 1 dims, 2 data_type, 8 name, 13 external_data (1 key, 2 value)
         if number == 1:
             dims.extend([value] if isinstance(value, int) else _packed(value))
         elif number == 2 and isinstance(value, int):
@@ -120,13 +122,13 @@ def _read_tensor(tensor: memoryview, header: GraphHeader) -> None:
             if entry.get(1) == "location":
                 header.external_files.add(entry.get(2, ""))
     header.weights[name] = tuple(dims)
-    if element in _ELEMENT_BYTES:  # strings have no size of their own, and quarter bytes no graph of ours
+    if element in _ELEMENT_BYTES:  # strings have no fixed size, and our graphs have no elements below a byte
         header.weight_bytes[name] = math.prod(dims) * _ELEMENT_BYTES[element]
 
 
 def _read_value_info(info: memoryview) -> tuple[str, TensorType]:
     name, dtype, shape = "", "?", []
-    for number, value in _fields(info):
+    for number, value in _fields(info):  # 1 name, 2 type (1 tensor_type: 1 elem_type, 2 shape)
         if number == 1:
             name = _text(value)
         elif number == 2:
@@ -142,7 +144,7 @@ def _read_value_info(info: memoryview) -> tuple[str, TensorType]:
 
 
 def _dimension(dim: memoryview) -> int | str:
-    for number, value in _fields(dim):
+    for number, value in _fields(dim):  # 1 dim_value, 2 dim_param
         if number == 1 and isinstance(value, int):
             return value
         if number == 2:

@@ -1,8 +1,8 @@
 """Reads a `torch.export` program (.pt2) as data: its interface, weights and list of tensor operations. No torch here.
 
-torch's own loader is not used: in such a file it may unpickle sample inputs, constants and weights with
-`weights_only=False`, evaluate symbolic expressions, and compile Python source from the names. Here records are JSON and
-raw numbers and an operation is one of `OPERATORS`, or the file is refused.
+torch's own loader is not used: it may unpickle sample inputs, constants and weights with `weights_only=False`, evaluate
+symbolic expressions, and compile Python source from names in the file. Here every record must be JSON or raw numbers
+and every operation one of `OPERATORS`; any other file is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ki_vla_ros.bundle.onnx_header import TensorType
 from ki_vla_ros.errors import BundleError
 
 SCHEMA = 8  # major version of torch's serialised programs; torch 2.13 writes it
-# All that prefill and expert use. A list, because torch.ops.aten also has operators that read and write files.
+# What prefill and expert use, and nothing else: torch.ops.aten also has operators that read and write files.
 _ALLOWED = """
     __or__.Tensor add.Tensor addcmul.default alias.default arange.default arange.start_step cat.default
     chunk.default contiguous.default conv2d.default cos.default cumsum.default div.Tensor embedding.default
@@ -46,16 +46,16 @@ class TensorName(str):
 
 
 class Constant(str):
-    """A type of numbers or an order in memory, by its name in the module torch."""
+    """A dtype or memory format, by its name in the module torch."""
 
 
 class AnyDevice:
-    """Wherever the program runs; the file says where it was traced."""
+    """The device that the program runs on; the one in the file is where it was traced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`torch.ops.aten.<operator>(*arguments, **options)` of numbers, text, lists, and the three types above."""
+    """`torch.ops.aten.<operator>(*arguments, **options)` on numbers, text, lists, and the three types above."""
 
     operator: str
     arguments: tuple[Any, ...]
@@ -63,7 +63,7 @@ class Operation:
     outputs: TensorName | tuple[TensorName, ...]
 
     def names(self) -> set[TensorName]:
-        """Of the tensors that it reads or writes."""
+        """Names of the tensors that it reads or writes."""
         return {*_names([*self.arguments, *self.options.values(), self.outputs])}
 
 
@@ -76,7 +76,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Straight-line: each operation reads inputs, weights and what earlier ones wrote."""
+    """A program without branches: each operation reads inputs, weights and what earlier ones wrote."""
 
     path: Path
     inputs: dict[str, TensorType]
@@ -86,12 +86,12 @@ class Program:
     operations: tuple[Operation, ...]
 
     def named_outputs(self, names: Iterable[str]) -> dict[str, TensorType]:
-        """Outputs have no names in the file, only an order; what `names` lacks is counted."""
+        """Outputs under `names`: the file only orders them, so those beyond the last name get a number."""
         wanted = [*names]
         return {(wanted[k : k + 1] or [f"output {k}"])[0]: tensor for k, tensor in enumerate(self.output_types)}
 
     def read_weight(self, name: str) -> NDArray[np.generic]:
-        """A copy that the caller may keep and change; bfloat16 comes as uint16, the same bits."""
+        """A copy that the caller may keep and change; bfloat16 comes as uint16 with the same bits."""
         weight = self.weights[name]
         with zipfile.ZipFile(self.path) as archive:
             content = bytearray(archive.read(weight.record))
@@ -99,7 +99,7 @@ class Program:
 
 
 def read_program(path: Path) -> Program:
-    """BundleError where the file is not such a program, or holds anything but numbers and known operations."""
+    """Read and check a program; BundleError if it holds anything but numbers and known operations."""
     try:
         with zipfile.ZipFile(path) as archive:
             return _read(path, archive)
@@ -179,7 +179,7 @@ def _weight(path: Path, key: str, entry: dict[str, Any], root: str, sizes: dict[
 
 
 def _stored(dtype: str) -> str:
-    """numpy has no bfloat16."""
+    """numpy's type for the stored bits: it has no bfloat16."""
     return "uint16" if dtype == "bfloat16" else dtype
 
 
@@ -224,7 +224,9 @@ def _value(path: Path, operator: str, argument: dict[str, Any]) -> Any:
 def _check_written(path: Path, written: set[str], values: Any) -> None:
     for name in _names(values):
         if name not in written:
-            raise BundleError(f"{path}: expected operations to read what is written before them, got {str(name)!r}")
+            raise BundleError(
+                f"{path}: expected operations to read only what was written before them, got {str(name)!r}"
+            )
 
 
 def _names(value: Any) -> Iterator[TensorName]:

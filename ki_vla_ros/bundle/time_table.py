@@ -1,11 +1,11 @@
-"""What the expert needs to know of the flow time, computed once per time and not in every step.
+"""The expert's conditioning on the flow time, computed once per time instead of in every step.
 
-The conditioning depends on the time alone, and the Euler steps have few times, so its layers stay out of the expert's
-graph: they lie as numbers in `time.npz`, and their result for one time is a row that the graph takes as `modulation`.
-For pi0.5's expert of 300 M that keeps 116 M weights out of each step.
+It depends on the time alone, and the Euler steps visit few times. So its layers stay out of the expert's graph: their
+weights are in `time.npz`, and their result for one time is a row that the graph takes as `modulation`. For pi0.5's
+300 M expert that keeps 116 M weights out of each step.
 
-File: `periods` [E / 2] of the waves that embed the time (sines, then cosines), then `weight0` [out, in], `bias0`,
-`weight1`, ...: linear layers with silu between them. Weights may be bfloat16, stored as uint16.
+The file holds `periods` [E / 2] of the waves that embed the time (sines, then cosines), then `weight0` [out, in],
+`bias0`, `weight1`, ...: linear layers with silu between them. Weights may be bfloat16, stored as uint16.
 
 Legend: E embedding, M modulation.
 """
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.errors import BundleError, EngineError
 
-MOST_ROWS = 256  # more than any two settings of flow_steps have times
+MOST_ROWS = 256  # more than the times of any two values of flow_steps together
 
 
 class TimeTable(dict[float, NDArray[np.float32]]):
-    """Rows [M] by flow time, each computed when it is first asked for and never to be changed by the caller.
+    """Rows [M] by flow time, each computed on first use; the caller must not change them.
 
-    BundleError where the file is not what the module's docstring says.
+    BundleError if the file is not as the module's docstring says.
     """
 
     def __init__(self, path: Path, modulation: int) -> None:
@@ -60,7 +60,7 @@ class TimeTable(dict[float, NDArray[np.float32]]):
         return self[time]
 
     def rows(self, times: Sequence[float]) -> NDArray[np.float32]:
-        """[N, M]; what is not in the table yet is computed, all at once."""
+        """The rows of these times [N, M]; those not yet in the table are computed together."""
         missing = sorted({time for time in times if time not in self})
         if missing:
             if not all(0.0 <= time <= 1.0 for time in missing):
@@ -78,7 +78,7 @@ class TimeTable(dict[float, NDArray[np.float32]]):
         for n, (weight, bias) in enumerate(self._layers):
             if n:
                 x = x * (np.float32(0.5) * (np.tanh(np.float32(0.5) * x) + np.float32(1.0)))  # silu, without overflow
-            # Row by row: in one product the last bits of a row would depend on its neighbours.
+            # Row by row: in one matrix product the last bits of a row would depend on the other rows.
             weight = _float32(weight)
             x = np.stack([weight @ row for row in x]) + _float32(bias)
         return x

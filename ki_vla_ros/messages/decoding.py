@@ -1,4 +1,4 @@
-"""Serialized ROS messages, as bags hold them -> records. No ROS."""
+"""Serialized ROS messages, as bags hold them, to records; without ROS."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @cache
 def typestore() -> Typestore:
-    """The definitions of ROS's own messages. Loaded when first asked for: it takes 100 ms, and the node needs none."""
+    """The definitions of ROS's own messages, loaded on first use: that takes 100 ms, and the node needs none."""
     from rosbags.typesys import Stores, get_typestore
 
     return get_typestore(Stores.ROS2_JAZZY)
@@ -35,10 +35,10 @@ class BagMessage:
 
 
 def decode(message: BagMessage, *expected: str) -> Any:
-    """The message as an object with ROS's field names; bytes after it, as rclpy writes them, do not matter.
+    """The message as an object with ROS's field names; bytes after it, as rclpy writes them, are ignored.
 
-    InputError if its type is not known, or none of those `expected` (a topic may have messages of several), or if the
-    bytes are no such message. Not for images: `camera_frame` is.
+    InputError if its type is unknown or not among `expected` (a topic may have messages of several types), or if the
+    bytes are not such a message. For images use `camera_frame`.
     """
     where = f"{message.topic} at {message.log_ns}"
     if expected and message.type not in expected:
@@ -57,7 +57,7 @@ def decode(message: BagMessage, *expected: str) -> Any:
 
 
 def camera_frame(message: BagMessage, camera: str) -> CameraFrame:
-    """An Image or CompressedImage as the node sees it; InputError as there."""
+    """An Image or CompressedImage as the node sees it, with the same InputError."""
     where = f"camera {camera!r}"
     if message.type == IMAGE:
         image = read_image(where, message.data)
@@ -71,7 +71,7 @@ def camera_frame(message: BagMessage, camera: str) -> CameraFrame:
 
 
 def joint_reading(message: BagMessage) -> JointReading:
-    """A JointState as the node sees it; InputError as there."""
+    """A JointState as the node sees it, with the same InputError."""
     state = decode(message, JOINT_STATE)
     return JointReading.from_fields(header_ns(state), state.name, state.position)
 

@@ -1,4 +1,4 @@
-"""Records -> serialized ROS messages, without rclpy: for what is sent often, and for bags."""
+"""Records to serialized ROS messages, without rclpy: for what is sent often, and for bags."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
 
 
 def encode_command(motion: Motion, now_ns: int, splice: bool = False) -> bytes:
-    """A JointTrajectory for joint_trajectory_controller, serialized: what of the motion lies ahead.
+    """What lies ahead of a motion, as a serialized JointTrajectory for joint_trajectory_controller.
 
-    With stamp 0, "start now", everything after `now_ns`. With `splice` the stamp is the instant from which the motion
-    is new; until then a controller that can goes on with what it has.
+    Without `splice` that is everything after `now_ns`, with stamp 0 ("start now"). With `splice` the stamp is the
+    instant from which the motion is new; until then a controller that can splice keeps to what it has.
     """
     start_ns = motion.from_ns if splice else now_ns
-    # The last instant always: a motion that only says "stay" has no other.
+    # Always keep the last instant: a motion that only says "stay" has no other.
     first = min(int(np.searchsorted(motion.time_N, start_ns, side="right")), len(motion.time_N) - 1)
     return _encode_trajectory(
         start_ns if splice else 0,
@@ -31,7 +31,7 @@ def encode_command(motion: Motion, now_ns: int, splice: bool = False) -> bytes:
 
 
 def encode_chunk(chunk: ActionChunk) -> bytes:
-    """The predicted chunk as a record of it, a serialized JointTrajectory: stamped with its observation, all of it."""
+    """The whole predicted chunk, for the record: a serialized JointTrajectory with its observation's stamp."""
     due_H = (np.arange(chunk.horizon) + 1) * chunk.period_ns
     return _encode_trajectory(chunk.start_ns, chunk.joints, due_H, chunk.position_HJ, chunk.velocity_HJ)
 
@@ -45,7 +45,8 @@ def _encode_trajectory(
 ) -> bytes:
     """A trajectory_msgs/JointTrajectory as CDR bytes, with times from its start.
 
-    Through message objects fifty points take a millisecond, half of it in rclpy, between model and arm.
+    Packed by hand: through message objects, fifty points would add a millisecond between model and arm, half of it in
+    rclpy.
     """
     head = bytearray(b"\0\1\0\0")  # CDR, little-endian
     head += struct.pack("<iII4x", *divmod(stamp_ns, NS_PER_S), 1)  # no frame: an empty string, padded
@@ -59,7 +60,7 @@ def _encode_trajectory(
     points["position"], points["velocity"] = position_NJ, velocity_NJ
     points["sec"], points["nanosec"] = np.divmod(time_N, NS_PER_S)
     body = points.tobytes()
-    # Doubles begin at a multiple of eight, counted from after the first four bytes: the first point's may need no gap.
+    # CDR aligns doubles to eight bytes, counted from after its four-byte header: the first point's may need no gap.
     return bytes(head) + (body if (len(head) - 4) % 8 == 0 else body[:4] + body[8:])
 
 

@@ -1,6 +1,6 @@
-"""Image bytes, as sensor_msgs describes them, -> RGB pixels. No ROS: bags are read with the same code.
+"""Image bytes, as sensor_msgs describes them, to RGB pixels; without ROS, so that bags are read with the same code.
 
-What each encoding becomes is what cv_bridge makes of it when asked for rgb8, pixel for pixel (tested where cv_bridge is
+Pixel for pixel, each encoding becomes what cv_bridge makes of it when asked for rgb8 (tested where cv_bridge is
 installed). Legend: H height, W width, C channel.
 """
 
@@ -56,7 +56,7 @@ def _by_opencv(code: int, bytes_per_pixel: int) -> _Encoding:
     return _Encoding(bytes_per_pixel, to_rgb, even=True)
 
 
-# OpenCV names a Bayer pattern by its second row's second and third pixel, ROS by its first two of both rows.
+# OpenCV names a Bayer pattern by the second and third pixel of its second row, ROS by the first two of both rows.
 ENCODINGS: Mapping[str, _Encoding] = {
     "rgb8": _reorder(3, (0, 1, 2)),
     "bgr8": _reorder(3, (2, 1, 0)),
@@ -80,7 +80,7 @@ ENCODINGS: Mapping[str, _Encoding] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WireImage:
-    """What counts of a serialized sensor_msgs/Image; `data` shares its memory."""
+    """The used fields of a serialized sensor_msgs/Image; `data` shares its memory."""
 
     stamp_ns: int
     height: int
@@ -94,7 +94,7 @@ class WireImage:
 def read_image(where: str, message: bytes) -> WireImage:
     """A sensor_msgs/Image from its CDR bytes, without copying the pixels; InputError, beginning with `where`.
 
-    rclpy's own way to a message copies them three times, which at 90 images per second costs half a core.
+    rclpy's own deserialization copies them three times, which at 90 images per second costs half a core.
     """
     if message[:2] not in (b"\0\0", b"\0\1"):
         raise InputError(f"{where}: expected an image serialized as CDR, got bytes that begin with {message[:4].hex()}")
@@ -112,25 +112,27 @@ def read_image(where: str, message: bytes) -> WireImage:
         step, size = struct.unpack_from(order + "II", body, at)
         data = body[at + 8 : at + 8 + size]
         if len(data) != size:
-            raise IndexError(f"{size} bytes of pixels announced, {len(data)} are there")
+            raise IndexError(f"{size} bytes of pixels announced, {len(data)} present")
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: expected a whole sensor_msgs/Image, got {len(message)} bytes: {error}") from error
     return WireImage(sec * NS_PER_S + nanosec, height, width, encoding, is_bigendian, step, data)
 
 
 def _aligned(offset: int) -> int:
-    """CDR begins a number of four bytes at a multiple of four."""
+    """CDR aligns a number of four bytes to a multiple of four."""
     return (offset + 3) // 4 * 4
 
 
 def decode_raw(where: str, encoding: str, height: int, width: int, step: int, big_endian: bool, data: Any) -> Pixels:
-    """[H, W, 3]; rgb8 without row padding shares the memory of `data`.
+    """The pixels [H, W, 3]; rgb8 without row padding shares the memory of `data`.
 
-    InputError, beginning with `where`, for an unknown encoding, or where height, width, step and size do not fit.
+    InputError, beginning with `where`, for an unknown encoding, or if height, width, step and size do not agree.
     """
     known = ENCODINGS.get(encoding)
     if known is None:
-        raise InputError(f"{where}: image encoding {encoding!r} is not read, expected one of {', '.join(ENCODINGS)}")
+        raise InputError(
+            f"{where}: image encoding {encoding!r} is not supported, expected one of {', '.join(ENCODINGS)}"
+        )
     size, row = len(data), width * known.bytes_per_pixel
     if height < 1 or width < 1 or step < row or size != height * step:
         raise InputError(
@@ -146,12 +148,12 @@ def decode_raw(where: str, encoding: str, height: int, width: int, step: int, bi
 
 
 def decode_compressed(where: str, data: Any) -> Pixels:
-    """[H, W, 3] of a jpeg or png file; InputError, beginning with `where`, if it is none."""
+    """The pixels [H, W, 3] of a jpeg or png file; InputError, beginning with `where`, if it is neither."""
     content = np.frombuffer(data, dtype=np.uint8)
-    # OpenCV 4 fills what a cut jpeg lacks with black and says nothing; every whole one has an end.
+    # OpenCV 4 silently fills the missing part of a truncated jpeg with black; every whole one has an end marker.
     if content[:2].tobytes() == JPEG_BEGIN and JPEG_END not in content.tobytes():
         raise InputError(f"{where}: expected a whole jpeg image, got the first {content.size} bytes of one")
-    # The pixels as the camera has them: a rotation noted in the file is for viewers.
+    # The pixels as the camera took them: a rotation noted in the file is for viewers.
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     bgr_HWC = cv2.imdecode(content, flags) if content.size else None
     if bgr_HWC is None:

@@ -1,4 +1,4 @@
-"""The ROS types that are read, written or asked for, by the names that graphs and bags give them."""
+"""The ROS types that we read, write or look for, by the names that graphs and bags give them."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""Guidance of real-time chunking: the actions a new chunk begins with, and how firmly the flow is pulled to them.
+"""Guidance of real-time chunking: the actions a new chunk begins with, and how firmly the flow is pulled towards them.
 
 Legend: H horizon, A action dim.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """Normalised actions that a new chunk is to begin with; see `chunking.Condition`."""
+    """Normalised actions that a new chunk is to begin with; see `records.Condition`."""
 
     action_HA: NDArray[np.float32]
     weight_H: NDArray[np.float32]

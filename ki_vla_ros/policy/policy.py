@@ -20,7 +20,7 @@ from ki_vla_ros.settings import JacobianName
 
 
 def _ignore(stage: str) -> None:
-    """No stopwatch."""
+    """Stands in for a stopwatch."""
 
 
 class Policy:
@@ -43,7 +43,7 @@ class Policy:
         self.noise_seed = noise_seed
         if self.flow_steps < 1:
             raise ConfigurationError(f"flow_steps: expected at least 1, got {self.flow_steps}")
-        # Asked once: a runtime check of a protocol costs more than a small expert's step.
+        # Checked once: a runtime check of a protocol costs more than a small expert's step.
         self._integrating = engine if isinstance(engine, IntegratingEngine) else None
         self._backward: DifferentiableEngine | None = None
         if guidance_jacobian == "exact":
@@ -57,7 +57,7 @@ class Policy:
     def infer(
         self, observation: Observation, instruction: str, chunk_index: int, mark: Callable[[str], None] = _ignore
     ) -> ActionChunk:
-        """The whole way; `mark` is called with the name of each stage when it is done, for a stopwatch."""
+        """All stages in order; `mark` is called with the name of each one when it is done, for a stopwatch."""
         manifest = self.bundle.manifest
         model_input = make_model_input(manifest, self.bundle.tokenizer, observation, instruction)
         mark("preprocess")
@@ -88,10 +88,10 @@ class Policy:
     ) -> NDArray[np.float32]:
         """Integrate x_t = t * noise + (1 - t) * action from t = 1 to 0 (`noise_at_one`) -> normalised actions.
 
-        The clean rows of a guide stay as they are, with time 0 in every step (arXiv 2512.05964). Towards a soft one
-        each step is pulled so that the action it foresees, x_t - t * v_t, comes nearer to it (arXiv 2506.07339, eq. 2
-        to 4, written for t = 1 - tau). The Jacobian of that foresight is I - t * dv/dx_t (`guidance_jacobian` "exact"),
-        or taken as the identity, which any engine can do.
+        The clean rows of a guide stay as they are, with time 0 in every step (arXiv 2512.05964). A soft guide pulls
+        each step so that the action it predicts, x_t - t * v_t, comes nearer to the guide's (arXiv 2506.07339, eq. 2 to
+        4, written for t = 1 - tau). The Jacobian of that prediction is I - t * dv/dx_t (`guidance_jacobian` "exact"),
+        or is taken as the identity, which any engine can do.
         """
         steps, state_S = self.flow_steps, self.widen_state(state_J)
         clean_H, x_t_HA = np.zeros(len(noise_HA), dtype=np.bool_), noise_HA
@@ -113,12 +113,12 @@ class Policy:
         return x_t_HA
 
     def widen_state(self, state_J: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
-        """As the expert's graph takes it: as wide as the model, which may be wider than the robot."""
+        """The state as the expert's graph takes it: as wide as the model, which may be wider than the robot."""
         width = self.bundle.manifest.graph.state_dim
         return state_J if state_J is None or width is None else widen(state_J, width)
 
     def guide(self, condition: Condition, observation: Observation) -> Guide:
-        """The condition as the new chunk's actions are: normalised, and relative to the new observation's state."""
+        """The condition as actions of the new chunk: normalised, and relative to the new observation's state."""
         action_HJ = self.encode(condition.position_HJ, observation.state_J)
         action_HA = widen(action_HJ, self.bundle.manifest.graph.action_dim)
         return Guide(action_HA, condition.weight_H.astype(np.float32), condition.clean, condition.strength)
@@ -150,7 +150,7 @@ class Policy:
         )
 
     def warm_up(self) -> None:
-        """Run both graphs once on a blank input and drop the result: so the first real chunk is as fast as the rest."""
+        """Run both graphs once on a blank input, so that the first real chunk is as fast as the rest."""
         manifest = self.bundle.manifest
         size, length, cameras = manifest.image.size, manifest.prompt.length, len(manifest.cameras)
         state_J = np.zeros(len(manifest.joints), dtype=np.float32) if manifest.state.as_token else None
@@ -170,5 +170,5 @@ class Policy:
 
 
 def widen(values: NDArray[np.float32], width: int) -> NDArray[np.float32]:
-    """Zeros after the joints: what models that are wider than the robot (pi0, pi0.5) were trained with."""
+    """Append zeros after the joints, as models wider than the robot (pi0, pi0.5) were trained with."""
     return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])

@@ -1,4 +1,4 @@
-"""Pixels, joint state and instruction -> the arrays that the prefill graph takes, as the manifest says.
+"""Pixels, joint state and instruction to the arrays that the prefill graph takes, as the manifest says.
 
 Training calls these same functions, so what the model learned from and what the robot feeds it cannot drift apart.
 
@@ -23,8 +23,8 @@ def resize_with_pad(rgb_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Fit the image into size x size without changing its proportions; the rest is black, in equal parts on both sides.
 
     Shrinking averages areas by the largest whole factor that divides both sides: each pixel is then exactly the mean of
-    the pixels it covers. The rest is bilinear below a factor of two, otherwise area averaging again. That is five times
-    as fast as one averaging, and as near to the antialiased bilinear filter that other training codes use.
+    the pixels it covers. The rest is bilinear below a factor of two, otherwise area averaging again. This is five times
+    as fast as averaging once, and as close to the antialiased bilinear filter that other trainers use.
     """
     if rgb_HWC.dtype != np.uint8 or rgb_HWC.ndim != 3 or rgb_HWC.shape[2] != 3 or rgb_HWC.size == 0:
         raise InputError(f"image: expected uint8 [H, W, 3], got {rgb_HWC.dtype} {list(rgb_HWC.shape)}")
@@ -61,7 +61,7 @@ def images_to_input(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _image_to_input(rgb_HWC: NDArray[np.uint8], out_CHW: NDArray[np.float32]) -> None:
-    # OpenCV splits an image ten times as fast as numpy turns its axes.
+    # OpenCV splits an image ten times as fast as numpy transposes its axes.
     for plane_HW, channel_HW in zip(out_CHW, cv2.split(np.ascontiguousarray(rgb_HWC)), strict=True):
         np.multiply(channel_HW, np.float32(1.0 / 127.5), out=plane_HW)
         plane_HW -= np.float32(1.0)
@@ -96,8 +96,8 @@ def state_to_bins(
 def clean_instruction(task: str, style: PromptStyle = "words") -> str:
     """The form in which training saw every instruction.
 
-    "words": lower case, single spaces, no final full stop. "openpi": without white space around it, underscores and
-    line breaks as spaces, capitals and punctuation kept.
+    "words": lower case, single spaces, no final full stop. "openpi": no surrounding white space, underscores and line
+    breaks as spaces, capitals and punctuation kept.
     """
     if style == "openpi":
         cleaned = task.strip().replace("_", " ").replace("\n", " ")
@@ -187,7 +187,7 @@ def state_token(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[n
 
 
 def check_instruction(bundle: Bundle, instruction: str) -> None:
-    """InstructionError unless a tick can use it: it goes a tick's way, with black images and a middle state."""
+    """InstructionError unless a tick can use it: it is tried as in a tick, with black images and a mid-range state."""
     manifest = bundle.manifest
     black_HWC = np.zeros((1, 1, 3), dtype=np.uint8)
     frames = {camera.name: CameraFrame(camera.name, 0, black_HWC) for camera in manifest.cameras}

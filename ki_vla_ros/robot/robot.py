@@ -1,6 +1,8 @@
 """The robot file: cameras, joints and the timing of actions, said once for training, weights import and bundles.
 
-robot = read_robot(find_robot("demo_arm"))  # config/robots/demo_arm.yaml, or the path of any such file
+With config/robots/demo_arm.yaml, or the path of any such file:
+
+    robot = read_robot(find_robot("demo_arm"))
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ ActionPeriod = Annotated[Finite, Field(gt=0, le=1.0)]
 
 
 class Frozen(BaseModel):
-    """A record that nothing changes after it was checked, and that refuses keys it does not know."""
+    """A record that cannot change once it is validated, and that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class CameraSpec(Frozen):
-    """One camera of the model, in the order of the images; an optional one may be absent: its tokens are masked out."""
+    """One camera of the model; an optional one may be absent, and then its tokens are masked out."""
 
     name: Name
     optional: bool = False
@@ -77,20 +79,20 @@ class Robot(Frozen):
 
 
 def check_parts(cameras: Sequence[CameraSpec], joints: Sequence[JointSpec]) -> None:
-    """ValueError for a name that stands twice, or where no camera is required."""
+    """ValueError if a name appears twice, or no camera is required."""
     for what, names in (("cameras", [c.name for c in cameras]), ("joints", [j.name for j in joints])):
         if len(set(names)) != len(names):
             raise ValueError(f"{what}: expected distinct names, got {names}")
     if all(camera.optional for camera in cameras):
-        raise ValueError("cameras: expected at least one that is required, got only optional ones")
+        raise ValueError("cameras: expected at least one required camera, got only optional ones")
 
 
 def find_robot(robot: str) -> Path:
-    """A file as given, or that of a robot in config/robots/ by its name."""
+    """The file as given, or the one in config/robots/ of the robot of this name."""
     path = Path(robot).expanduser()
     return find_share(f"config/robots/{robot}.yaml") if path.name == robot and not path.suffix else path
 
 
 def read_robot(path: Path) -> Robot:
-    """ConfigurationError names the file, the key, what was expected and what was got."""
+    """Read and check a robot file; ConfigurationError names the file, the key, what was expected and what was got."""
     return read_yaml(path, Robot, "robot file", "config/robots/")

@@ -1,4 +1,4 @@
-"""The settings of limits: what a command may be. All others, and how they become ROS parameters: settings.py."""
+"""The settings of limits, which say what a command may be; settings.py has all others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 RuleAction = Literal["clamp", "refuse", "stop"]
-# Stands for "no limit from here": ROS parameters know no infinity in their ranges.
+# Means "no limit set here": the range of a ROS parameter cannot hold infinity.
 UNLIMITED = 1e9
 
 
@@ -21,7 +21,7 @@ def setting(
     le: float | None = None,
     changeable: bool = False,
 ) -> Any:
-    """A pydantic field that also is a ROS parameter; `changeable`: while a bundle is loaded."""
+    """A pydantic field that is also a ROS parameter; `changeable`: also while a bundle is loaded."""
     extra: dict[str, Any] = {"unit": unit, "changeable": changeable}
     return Field(default, description=description, ge=ge, le=le, json_schema_extra=extra)
 
@@ -33,28 +33,28 @@ class SettingsModel(BaseModel):
 class JointLimitSettings(SettingsModel):
     lower: float = setting(
         -UNLIMITED,
-        "lowest position; counts where it is tighter than bundle and URDF",
+        "lowest position; applies where it is tighter than bundle and URDF",
         ge=-UNLIMITED,
         le=UNLIMITED,
         changeable=True,
     )
     upper: float = setting(
         UNLIMITED,
-        "highest position; counts where it is tighter than bundle and URDF",
+        "highest position; applies where it is tighter than bundle and URDF",
         ge=-UNLIMITED,
         le=UNLIMITED,
         changeable=True,
     )
     velocity: float = setting(
         UNLIMITED,
-        "highest speed per second; counts where it is tighter than bundle and URDF",
+        "highest speed per second; applies where it is tighter than bundle and URDF",
         ge=1e-6,
         le=UNLIMITED,
         changeable=True,
     )
     acceleration: float = setting(
         UNLIMITED,
-        "highest acceleration per second squared; counts where it is tighter than limits.time_to_speed_s",
+        "highest acceleration per second squared; applies where it is tighter than limits.time_to_speed_s",
         ge=1e-6,
         le=UNLIMITED,
         changeable=True,
@@ -77,24 +77,24 @@ class LimitSettings(SettingsModel):
     )
     position_margin: float = setting(
         0.02,
-        "a wanted position beyond a joint's limit by at most this share of the joint's range is put onto the limit; "
-        "what lies farther out falls under on_position",
+        "a target beyond a joint's limit by at most this share of the joint's range is moved onto the limit; what lies "
+        "farther out falls under on_position",
         ge=0.0,
         le=0.2,
         changeable=True,
     )
     max_overspeed: float = setting(
         2.0,
-        "a chunk whose actions lie at most so many times too far apart for the speed limit is slowed down; a faster "
-        "one falls under on_speed",
+        "a chunk that is faster than the speed limit by at most this factor is slowed down; a faster one falls under "
+        "on_speed",
         ge=1.0,
         le=10.0,
         changeable=True,
     )
     max_jump_s: float = setting(
         0.3,
-        "the first action ahead may lie as far from the measured position as the joint goes at its speed limit until "
-        "it is due and in this time more; what lies farther away falls under on_jump",
+        "the first action ahead may lie as far from the measured position as the joint can go at its speed limit in "
+        "the time until it is due plus this time; what lies farther away falls under on_jump",
         unit="s",
         ge=0.0,
         le=10.0,
@@ -102,7 +102,7 @@ class LimitSettings(SettingsModel):
     )
     max_chunk_age_s: float = setting(
         0.4,
-        "oldest observation behind a chunk at the moment it is published; otherwise it is refused",
+        "a chunk whose observation is older than this when it would be published is refused",
         unit="s",
         ge=0.02,
         le=5.0,

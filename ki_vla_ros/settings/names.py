@@ -1,4 +1,4 @@
-"""Settings by their flat ROS names: what is declared, what a name refers to, and values by name -> Settings."""
+"""Settings by their flat ROS names: what is declared, what a name refers to, and values by name to Settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ki_vla_ros.errors import ParameterError, did_you_mean
 from ki_vla_ros.settings.limits import JointLimitSettings
 from ki_vla_ros.settings.settings import CameraSettings, Settings
 
-# Parameters of what has a name of its own; the names are in the bundle.
+# Parameters of one camera or joint; the bundle has their names.
 _NAMED = re.compile(r"^(?P<table>cameras|limits\.joints)\.(?P<name>.+)\.(?P<field>[a-z_]+)$")
 
 
@@ -41,7 +41,7 @@ def parameter_specs(cameras: Iterable[str] = (), joints: Iterable[str] = ()) -> 
 
 
 def check_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The cameras and joints among the names; refuses those that no parameter has, which rclpy would ignore."""
+    """The cameras and joints among the names; ParameterError for unknown names, which rclpy would ignore."""
     cameras, joints, unknown = sort_names(names)
     if unknown:
         raise ParameterError(list(unknown.values()))
@@ -49,7 +49,7 @@ def check_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def sort_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
-    """The cameras and joints among the names, and by name what is wrong with those that no parameter has."""
+    """The cameras and joints among the names, and a message for each unknown name."""
     known = [spec.name for spec in parameter_specs()]
     found: dict[str, dict[str, None]] = {"cameras": {}, "limits.joints": {}}
     unknown = {}

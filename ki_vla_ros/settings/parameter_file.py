@@ -23,9 +23,9 @@ from ki_vla_ros.settings.names import parameter_specs, settings_from_parameters,
 from ki_vla_ros.settings.settings import Settings
 
 PARAMETERS = "ros__parameters"
-# The node's name where nobody gives it another.
+# The node's name unless it is given another.
 NODE = "/policy"
-# Which rclpy declares in every node.
+# Parameters that rclpy declares in every node.
 _OF_ROS = ("use_sim_time", "start_type_description_service")
 
 _TRUE = ("Y", "y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON")
@@ -43,21 +43,21 @@ _libc.strtoll.restype, _libc.strtod.restype = ctypes.c_longlong, ctypes.c_double
 def load_parameters(path: Path, node: str = NODE) -> dict[str, object]:
     """Values by dotted parameter name for the node of this full name; None stands for an empty array or table.
 
-    ConfigurationError if rcl would refuse the file. Also if no section is for this node: ROS would then start the node
-    with its defaults, without a word.
+    ConfigurationError if rcl would refuse the file, and if no section is for this node: ROS would then silently start
+    the node with its defaults.
     """
     sections = load_sections(path)
     matching = [values for name, values in sections.items() if matches(name, node)]
     if not matching:
         raise ConfigurationError(
             f"{path}: no parameters for node {node}, only for {', '.join(sections) or 'no node'}; name it "
-            f"/**{node[node.rindex('/') :]}, which fits any namespace"
+            f"/**{node[node.rindex('/') :]}, which matches any namespace"
         )
     return {name: value for values in matching for name, value in values.items()}
 
 
 def load_settings(path: Path, node: str = NODE) -> Settings:
-    """ConfigurationError with all for which the node would refuse to start with this file."""
+    """Settings from a file; ConfigurationError with every reason for which the node would refuse to start with it."""
     values = load_parameters(path, node)
     cameras, joints, _ = sort_names(values)
     types = {name: bool for name in _OF_ROS} | {
@@ -79,12 +79,12 @@ def load_settings(path: Path, node: str = NODE) -> Settings:
 
 
 def settings_from_values(values: Mapping[str, object]) -> Settings:
-    """Of a node's parameters, which include those that rclpy declares in every node."""
+    """Settings from a node's parameters, which include those that rclpy declares in every node."""
     return settings_from_parameters({name: value for name, value in values.items() if name not in _OF_ROS})
 
 
 def parameter_values(settings: Settings, cameras: Sequence[str], joints: Sequence[str]) -> dict[str, object]:
-    """The other way round: every setting by its parameter name, with those of these cameras and joints."""
+    """The inverse: every setting by its parameter name, with those of these cameras and joints."""
     values: dict[str, object] = {}
     for spec in parameter_specs(cameras, joints):
         *path, last = spec.name.split(".")
@@ -101,13 +101,13 @@ def parameter_values(settings: Settings, cameras: Sequence[str], joints: Sequenc
 
 
 def matches(pattern: str, node: str) -> bool:
-    """`*` stands for one part of a name, `**` for any number of them."""
+    """Whether a section is for this node: `*` stands for one part of a name, `**` for any number of them."""
     expression = ("/" + pattern.removeprefix("/")).replace("/*", r"(/\w+)")
     return re.fullmatch(expression, node, re.ASCII) is not None
 
 
 def load_sections(path: Path) -> dict[str, dict[str, object]]:
-    """Values by dotted parameter name, by the name of the node or of the nodes that they are for."""
+    """By section, which names a node or is a pattern for several, its values by dotted parameter name."""
     walk = _Walk()
     try:
         with path.open("rb") as file:
@@ -130,7 +130,7 @@ def _refuse(event: yaml.Event, reason: str) -> NoReturn:
 
 @dataclass
 class _Section:
-    """`values` by the place of their name in `names`, and then by their type."""
+    """The parameters of one section: `values` by the index of their name in `names`, then by their type."""
 
     names: list[str] = field(default_factory=list)
     values: defaultdict[int, dict[tuple[bool, int], object]] = field(default_factory=lambda: defaultdict(dict))
@@ -150,7 +150,7 @@ class _Section:
 
 @dataclass
 class _Path:
-    """Joined names. The last part is cut off at the last separator, also where a name has one inside."""
+    """Joined names; like rcl, `remove` cuts at the last separator, even where that is inside a name."""
 
     separator: str
     text: str = ""
@@ -225,7 +225,7 @@ class _Walk:
             self._in_parameters = True
 
     def _take_parameter(self, event: yaml.ScalarEvent, name: str) -> None:
-        """In a table the parameter of the table's own name, if there is one, becomes the first one in it."""
+        """As in rcl, a parameter with the table's own name, if there is one, becomes the first one in the table."""
         if self._table_begins:
             if self._place >= len(self._section.names):
                 _refuse(event, f"expected the name of a table before {name!r}")
@@ -259,7 +259,7 @@ class _Walk:
 
 
 def _text(event: yaml.ScalarEvent) -> str:
-    """As C sees it, which ends at a zero."""
+    """The text as C sees it: it ends at a zero byte."""
     return str(event.value).partition("\0")[0]
 
 
@@ -278,7 +278,7 @@ def _value(event: yaml.ScalarEvent) -> bool | int | float | str:
 
 
 def _number(read: Callable[..., float], text: str, *base: int) -> float | None:
-    """None if the text is no number from its beginning to its end, or one that is too large or too small."""
+    """The number that the whole text spells; None if it spells none, or one that is out of range."""
     buffer = ctypes.create_string_buffer(text.encode())
     end = ctypes.c_void_p()
     ctypes.set_errno(0)

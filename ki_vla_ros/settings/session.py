@@ -1,7 +1,7 @@
-"""What a bag must say of the policy that was running: bundle, parameters, names of topics. The text on `~/session`.
+"""What a bag must say about the policy that was running: bundle, parameters and topic names, as text on `~/session`.
 
 The node publishes it (std_msgs/String, JSON, transient local) when it is configured, at each activation and whenever a
-parameter changes. A bag that holds it needs no parameter file to be replayed. No ROS here.
+parameter changes. A bag that holds it can be replayed without a parameter file. No ROS here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Part(BaseModel):
 
 
 class BundleIdentity(_Part):
-    """`manifest_sha256` is that of manifest.json, which holds the sums of all other files."""
+    """`manifest_sha256` is that of manifest.json, which holds the hashes of all other files."""
 
     name: str
     manifest_sha256: str
@@ -34,7 +34,8 @@ class BundleIdentity(_Part):
 class SessionTopics(_Part):
     """Full names, after remapping.
 
-    `command` is the arm's, whoever commands it; `shadow`, in shadow mode alone, has what the policy would command.
+    `command` is the arm's, whoever commands it; `shadow`, set only in shadow mode, is for what the policy would
+    command.
     """
 
     cameras: dict[str, str]
@@ -57,7 +58,7 @@ class Session(_Part):
 
     @property
     def settings(self) -> Settings:
-        """ConfigurationError if this version knows a parameter no more, or bounds it more tightly."""
+        """ConfigurationError if this version no longer has a parameter, or bounds it more tightly."""
         return settings_from_parameters(self.parameters)
 
     @property
@@ -85,7 +86,7 @@ class Session(_Part):
 def resolve(topic: str, node: str) -> str:
     """The full name that ROS gives `topic` in the node whose full name is `node`, before remapping.
 
-    `/arm/state` is full already, `state` lies in the node's namespace, `~/state` below the node itself; `{node}`,
+    `/arm/state` is already full, `state` is in the node's namespace, `~/state` below the node itself; `{node}`,
     `{ns}` and `{namespace}` stand for the node's name and namespace. ConfigurationError for what ROS refuses.
     """
     namespace, _, name = node.rpartition("/")
@@ -107,7 +108,7 @@ def session_topic(node: str) -> str:
 
 
 def read_session(text: str) -> Session:
-    """From a message on `~/session`; InputError if it is none, or of another version."""
+    """The session in a message on `~/session`; InputError if it holds none, or one of another version."""
     try:
         return Session.model_validate_json(text)
     except ValidationError as error:

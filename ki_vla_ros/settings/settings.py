@@ -1,6 +1,6 @@
 """Every runtime setting once: default, unit, range, and whether it may change while the node is configured.
 
-ROS parameters are declared from this model (see ros/node.py), so a name, a bound or a description stands nowhere else.
+ROS parameters are declared from this model (see ros/node.py), so each name, bound and description is written only here.
 Nested models become dotted names: `limits.velocity_scale`, `cameras.<camera>.topic`.
 """
 
@@ -41,8 +41,8 @@ class Settings(SettingsModel):
     bundle: str = setting("", "folder of the model bundle, or the name of a bundle shipped in models/")
     engine: Literal["onnx", "torch", "tensorrt", "tensorrt_rtx"] = setting(
         "onnx",
-        "inference engine; torch needs the wheel torch and a bundle exported with --torch, the last two an NVIDIA card "
-        "and the module of that name",
+        "inference engine; torch needs the wheel torch and a bundle exported with --torch, the TensorRT ones an NVIDIA "
+        "card and the module of the same name",
     )
     provider: Literal["cpu", "cuda", "tensorrt"] = setting(
         "cpu", "what runs the engine: the processor, an NVIDIA card, or (engine onnx) TensorRT inside onnxruntime"
@@ -53,9 +53,7 @@ class Settings(SettingsModel):
         "seconds to minutes at configure; graph: as CUDA graphs (provider cuda); compile_graph: both; auto: eager on a "
         "cpu, graph on cuda",
     )
-    engine_cache: str = setting(
-        "", "TensorRT: folder of the engines that were built; empty: ~/.cache/ki_vla_ros/engines"
-    )
+    engine_cache: str = setting("", "TensorRT: folder of built engines; empty: ~/.cache/ki_vla_ros/engines")
     threads: int = setting(1, "processor threads of the engine", ge=1, le=64)
     autostart: bool = setting(False, "configure and activate at start, without a lifecycle client")
     instruction: str = setting("", "task at start; empty means hold until one arrives on ~/instruction")
@@ -83,15 +81,15 @@ class Settings(SettingsModel):
     )
     inference_delay: int = setting(
         -1,
-        "d, actions that are consumed while the next chunk is computed, for rtc and rtc_trained; -1 takes the 95th "
-        "percentile of what was really consumed lately",
+        "rtc and rtc_trained: d, the actions that are consumed while the next chunk is computed; -1: the 95th "
+        "percentile of recent measurements",
         ge=-1,
         le=100,
         changeable=True,
     )
     guidance_horizon_s: float = setting(
         0.0,
-        "rtc: until when from its observation on a new chunk is guided towards the running one; 0: as far as that goes",
+        "rtc: how long after its observation a new chunk is guided towards the running one; 0: to the latter's end",
         unit="s",
         ge=0.0,
         le=10.0,
@@ -102,8 +100,8 @@ class Settings(SettingsModel):
     )
     guidance_jacobian: JacobianName = setting(
         "identity",
-        "rtc: derivative of the foreseen action that the guidance goes through; exact: the paper's, which needs engine "
-        "torch and takes about three expert steps in place of one",
+        "rtc: derivative of the predicted action that the guidance uses; exact: the paper's, which needs engine torch "
+        "and costs about three expert steps instead of one",
     )
     ensemble_decay: float = setting(
         0.01,
@@ -127,7 +125,7 @@ class Settings(SettingsModel):
     )
     hold_after_s: float = setting(
         0.5,
-        "watchdog: without a fresh chunk for so long while the arm moves, it is held where it is",
+        "watchdog: a moving arm without a fresh chunk for this long is held where it is",
         unit="s",
         ge=0.05,
         le=10.0,
@@ -135,7 +133,7 @@ class Settings(SettingsModel):
     )
     ramp_in_s: float = setting(
         0.5,
-        "after activation, a stop or a reset the speed limits rise from a tenth to their full value in this time",
+        "after activation, a stop or a reset the speed limits rise from a tenth to their full value over this time",
         unit="s",
         ge=0.0,
         le=30.0,
@@ -145,12 +143,12 @@ class Settings(SettingsModel):
     shadow: bool = setting(
         False,
         "someone else moves the arm: commands go to ~/shadow/command and never to command_topic, and /diagnostics says "
-        "how far what the policy would do is from what the arm does",
+        "how far the policy's commands are from what the arm does",
     )
     shadow_reference: ReferenceName = setting(
         "joint_states",
-        "shadow: what is compared with: the joint_states that followed, or the command that another sends to "
-        "command_topic",
+        "shadow: what the policy is compared with: the joint_states that followed, or the command that someone else "
+        "sends to command_topic",
     )
     flow_steps: int = setting(
         0, "Euler steps from noise to actions; 0 means as many as the bundle says", ge=0, le=100, changeable=True
@@ -188,7 +186,7 @@ class Settings(SettingsModel):
     )
     max_kv_age_s: float = setting(
         0.5,
-        "oldest images behind keys and values that are used again",
+        "oldest images behind keys and values that are reused",
         unit="s",
         ge=0.02,
         le=5.0,
@@ -196,16 +194,16 @@ class Settings(SettingsModel):
     )
     align_to_cameras: bool = setting(
         True,
-        "move the ticks, by at most 2 ms each, to shortly after the images' arrival, so that they act on the youngest; "
+        "move the ticks, by at most 2 ms each, to shortly after the images arrive, so that they act on the newest; "
         "only where the period of the ticks is a multiple of the cameras'",
         changeable=True,
     )
     use_receive_time: bool = setting(
         False,
-        "take the time of arrival instead of the header's stamp, for drivers that do not stamp; what is late then "
-        "counts as fresh",
+        "use the time of arrival instead of the header's stamp, for drivers that do not stamp; late messages then "
+        "count as fresh",
     )
-    robot_description: str = setting("", "URDF whose joint limits count where they are tighter; empty: none")
+    robot_description: str = setting("", "URDF whose joint limits apply where they are tighter; empty: none")
 
     joint_states_topic: str = setting("joint_states", "sensor_msgs/JointState topic to read")
     command_topic: str = setting(
@@ -216,7 +214,7 @@ class Settings(SettingsModel):
     limits: LimitSettings = LimitSettings()
 
     def camera(self, name: str) -> CameraSettings:
-        """With its topic filled in."""
+        """The camera's settings, with its topic filled in."""
         chosen = self.cameras.get(name, CameraSettings())
         suffix = "/compressed" if chosen.transport == "compressed" else ""
         return chosen.model_copy(update={"topic": chosen.topic or f"camera/{name}/image_raw{suffix}"})
@@ -242,7 +240,7 @@ class Settings(SettingsModel):
             )
         if self.engine in ("tensorrt", "tensorrt_rtx") and self.provider != "cuda":
             yield (
-                f"parameter 'provider': expected cuda for engine {self.engine}, which runs on NVIDIA cards alone, got "
+                f"parameter 'provider': expected cuda for engine {self.engine}, which runs only on NVIDIA cards, got "
                 f"{self.provider}"
             )
         if self.guidance_jacobian == "exact" and self.engine != "torch":
@@ -272,7 +270,7 @@ class Settings(SettingsModel):
         if self.prefill_period_s > 0.0 and not manifest.state.as_token:
             yield (
                 f"parameter 'prefill_period_s': got {self.prefill_period_s:g} s, but bundle {manifest.name!r} has the "
-                "joint state in the prompt alone, so every new state needs a prefill; set 0, or train with state_token"
+                "joint state only in the prompt, so every new state needs a prefill; set 0, or train with state_token"
             )
         if self.prefill_period_s > self.max_kv_age_s:
             yield (

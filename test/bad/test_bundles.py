@@ -130,7 +130,7 @@ def drop(*path: str | int) -> Callable[[Path], None]:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (lambda f: shutil.rmtree(f), r"expected a folder, got .*, which is not there"),
+    "no folder": (lambda f: shutil.rmtree(f), r"expected a folder, got .*, which is missing"),
     "a file": (lambda f: (shutil.rmtree(f), f.write_text("")), r"expected a folder, got .*, which is a file"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), r"expected manifest.json in a bundle, got none"),
     "manifest no JSON": (lambda f: (f / MANIFEST).write_text("{"), r"manifest.json: expected JSON"),
@@ -150,12 +150,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no camera": (put("cameras", value=[]), r"cameras: .*at least 1"),
     "only optional cameras": (
         lambda f: edit_manifest(f, lambda m: [c.update(optional=True) for c in m["cameras"]]),
-        r"cameras: expected at least one that is required",
+        r"cameras: expected at least one required camera",
     ),
     "statistics swapped": (put("state", "low", 0, value=4.0), r"state: dimension 0: expected low < high"),
     "statistics uneven": (
         put("action", "high", value=[1.0]),
-        r"action: expected low and high of one length, got 7 and 1",
+        r"action: expected low and high of equal length, got 7 and 1",
     ),
     "statistics of six": (
         put("action", value={"low": [-1.0] * 6, "high": [1.0] * 6}),
@@ -170,7 +170,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "prefix length": (put("graph", "prefix_length", value=41), r"graph.prefix_length: expected 40 .*got 41"),
     "state dim": (
         put("graph", "state_dim", value=7),
-        r"graph.state_dim: expected None \(the prompt has the state\), got 7",
+        r"graph.state_dim: expected None \(the state is in the prompt\), got 7",
     ),
     "too narrow": (put("pad_to", value=3), r"pad_to: expected at least 7 \(the joints\), got 3"),
     "modulation": (
@@ -201,7 +201,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "code listed": (lambda f: add_file(f, "model.py", listed=True), r"got 'model.py', which no graph refers to"),
     "graph no ONNX": (
         lambda f: ((f / EXPERT).write_bytes(b"PK\x03\x04" * 50), rehash(f)),
-        r"expert.onnx: expected an ONNX model, got bytes that are none",
+        r"expert.onnx: expected an ONNX model, got other bytes",
     ),
     "graph empty": (lambda f: ((f / EXPERT).write_bytes(b""), rehash(f)), r"expert.onnx: expected an ONNX model"),
     "graph cut off and hashed": (
@@ -264,7 +264,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
                 truncation={"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
             ),
         ),
-        r"expected no truncation and no padding of its own, got .*8",
+        r"expected neither truncation nor padding, got .*8",
     ),
     "ids beyond the table": (put("graph", "vocab_size", value=100), r"expected ids below 100 .*for '255'"),
     "prompt too short": (

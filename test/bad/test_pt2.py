@@ -123,7 +123,7 @@ FAULTS: dict[str, tuple[Callable[[Records], object], str]] = {
     ),
     "unwritten tensor": (
         in_node(lambda n: n["inputs"][0].update(arg={"as_tensor": {"name": "nowhere"}})),
-        r"expected operations to read what is written before them, got 'nowhere'",
+        r"expected operations to read only what was written before them, got 'nowhere'",
     ),
     "unread weight": (
         in_json(CONFIG, lambda c: c["config"].update(head=first_weight(c))),

@@ -93,7 +93,11 @@ def assert_commands_within_limits(robot: Robot) -> None:
 INPUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "cameras stop": ({"imaging": False}, {"imaging": True}, "max_age_s); is /"),
     "cameras lag by 400 ms": ({"image_delay_ns": 400_000_000}, {"image_delay_ns": 0}, "ms old, limit 250 ms"),
-    "an encoding nobody reads": ({"encoding": "32FC1"}, {"encoding": "rgb8"}, "image encoding '32FC1' is not read"),
+    "an encoding nobody reads": (
+        {"encoding": "32FC1"},
+        {"encoding": "rgb8"},
+        "image encoding '32FC1' is not supported",
+    ),
     "joint states stop": ({"stating": False}, {"stating": True}, "joint state: "),
     "a joint is missing": ({"joint_names": list(JOINTS[:-1])}, {"joint_names": list(JOINTS)}, "gripper missing among"),
     "joints of another robot": ({"joint_names": list("abcdefg")}, {"joint_names": list(JOINTS)}, "missing among a, b"),

@@ -76,7 +76,7 @@ def test_a_lifecycle(robot: Robot, start: Callable[..., PolicyProcess], bundle_p
     [
         ({"execution_horizon": 0.2}, "no such parameter; did you mean 'execution_horizon_s'?"),
         ({"rate_hz": 10}, "parameter 'rate_hz': expected float from 0.5 to 50, got int 10"),
-        ({"autostart": True, "bundle": "/not/there"}, "expected a folder, got /not/there, which is not there"),
+        ({"autostart": True, "bundle": "/not/there"}, "expected a folder, got /not/there, which is missing"),
         ({"autostart": True, "cameras__wrst__topic": "/w"}, "'cameras.wrst.*': bundle 'test-policy' has only scene"),
         ({"autostart": True, "instruction": "juggle the red cube"}, "does not know 'juggle'"),
     ],
@@ -177,7 +177,7 @@ def test_failing_inputs_bring_the_arm_to_rest_and_are_named(
     robot.stating = True
     until(moves)
     robot.encoding = "32FC1"
-    until(held_because("last message refused: camera 'scene': image encoding '32FC1' is not read"))
+    until(held_because("last message refused: camera 'scene': image encoding '32FC1' is not supported"))
     robot.encoding = "rgb8"
     until(moves)
     robot.joint_names = ["a", "b", "c", "d", "e", "f", "g"]

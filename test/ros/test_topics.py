@@ -74,7 +74,7 @@ def test_rgb8_without_padding_is_not_copied() -> None:
 @pytest.mark.parametrize(
     "changes, fault",
     [
-        ({"encoding": "32FC1"}, "camera 'scene': image encoding '32FC1' is not read, expected one of rgb8, bgr8"),
+        ({"encoding": "32FC1"}, "camera 'scene': image encoding '32FC1' is not supported, expected one of rgb8, bgr8"),
         ({"step": 8}, "needs step >= 9 and height [*] step bytes, got step 8 and 18 bytes"),
         ({"height": 3}, "3 x 3 rgb8 .* got step 9 and 18 bytes"),
         ({"height": 0}, "got step 9 and 18 bytes"),
@@ -119,7 +119,7 @@ def test_an_image_cut_off_in_its_pixels_is_refused() -> None:
     message = image(RGB, "rgb8")
     wire = serialize_message(message)
     start = wire.index(bytes(message.data))
-    with pytest.raises(InputError, match="18 bytes of pixels announced, 5 are there"):
+    with pytest.raises(InputError, match="18 bytes of pixels announced, 5 present"):
         read_image("a test", wire[: start + 5])
 
 

@@ -212,11 +212,11 @@ def test_prefix_delay_reaches_the_loss() -> None:
 def test_bad_configurations_name_file_key_and_fault(tmp_path: Path, settings: dict[str, Any]) -> None:
     path = tmp_path / "bad.yaml"
     with pytest.raises(
-        ConfigurationError, match=r"configuration .*bad\.yaml: expected a YAML file, got none that can be read"
+        ConfigurationError, match=r"configuration .*bad\.yaml: expected a YAML file, got one that cannot be read"
     ):
         load_config(path)
     path.write_text("a: [")
-    with pytest.raises(ConfigurationError, match="expected YAML, got none"):
+    with pytest.raises(ConfigurationError, match="expected YAML, got something else"):
         load_config(path)
     path.write_text(yaml.safe_dump(settings | {"lerning_rate": 1}))
     with pytest.raises(ConfigurationError, match="lerning_rate: Extra inputs are not permitted"):

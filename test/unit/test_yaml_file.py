@@ -34,11 +34,11 @@ def test_a_file_is_read_with_anchors_and_merged_keys(tmp_path: Path) -> None:
         ("name: a\nparts: []\nname: b\n", "line 3: expected each key once, got 'name' again"),
         ('name: a\n"name": a\n', "line 2: expected each key once, got 'name' again"),
         ("name: a\nparts:\n- {salt: 1}\n- {oil: 1,\n   oil: 1}\n", "line 5: expected each key once, got 'oil' again"),
-        ("name: [", "expected YAML, got none (line 1: "),
-        ("name: 2026-13-45", "expected YAML, got none (month must be in 1..12"),
-        ("[" * 5000, "expected YAML, got none ("),
+        ("name: [", "expected YAML, got something else (line 1: "),
+        ("name: 2026-13-45", "expected YAML, got something else (month must be in 1..12"),
+        ("[" * 5000, "expected YAML, got something else ("),
         ("name: !!python/object:os.system {}", "could not determine a constructor"),
-        ("name: \x07", "expected YAML, got none ("),
+        ("name: \x07", "expected YAML, got something else ("),
         ("nam: a", "name: Field required; nam: Extra inputs are not permitted, got 'a'"),
         ("", "as a whole: Input should be a valid dictionary"),
     ],
@@ -55,8 +55,8 @@ def test_a_fault_is_named_with_its_file_and_place(tmp_path: Path, content: str, 
 
 def test_what_is_no_text_or_no_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "meal.yaml"
-    with pytest.raises(ConfigurationError, match=r"expected a YAML file, got none that can be read .No such file"):
+    with pytest.raises(ConfigurationError, match=r"expected a YAML file, got one that cannot be read .No such file"):
         read(path)
     path.write_bytes(b"name: \xff")
-    with pytest.raises(ConfigurationError, match=r"expected YAML, got none .'utf-8' codec"):
+    with pytest.raises(ConfigurationError, match=r"expected YAML, got something else .'utf-8' codec"):
         read(path)

@@ -50,7 +50,7 @@ JOINT = {"name": "a", "unit": "rad", "lower": -1.0, "upper": 1.0, "max_velocity"
         ({"joints": [JOINT, JOINT]}, r"joints: expected distinct names, got \['a', 'a'\]"),
         ({"joints": [JOINT | {"upper": -1.0}]}, r"joints\.0: joint 'a': expected lower < upper, got -1\.0 and -1\.0"),
         ({"joints": [JOINT | {"unit": "deg"}]}, r"joints\.0\.unit: Input should be 'rad' or 'm', got 'deg'"),
-        ({"cameras": [{"name": "a", "optional": True}]}, r"cameras: expected at least one that is required"),
+        ({"cameras": [{"name": "a", "optional": True}]}, r"cameras: expected at least one required camera"),
     ],
 )
 def test_faults_name_file_key_and_value(tmp_path: Path, changes: dict[str, object], fault: str) -> None:
@@ -62,9 +62,9 @@ def test_faults_name_file_key_and_value(tmp_path: Path, changes: dict[str, objec
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "robot.yaml"
-    with pytest.raises(ConfigurationError, match=r"expected a YAML file, got none that can be read \(No such file"):
+    with pytest.raises(ConfigurationError, match=r"expected a YAML file, got one that cannot be read \(No such file"):
         read_robot(path)
     for text in ("a: [", "name: a\nname: b\n"):
         path.write_text(text)
-        with pytest.raises(ConfigurationError, match=r"(?s)expected YAML, got none"):
+        with pytest.raises(ConfigurationError, match=r"(?s)expected YAML, got something else"):
             read_robot(path)

@@ -195,8 +195,8 @@ def test_a_nan_in_a_joint_that_the_bundle_does_not_have_does_no_harm() -> None:
 
 def test_a_refused_messages_reason_is_repeated_until_a_good_one_comes() -> None:
     buffer = filled([9950], [])
-    buffer.refuse("wrist", "encoding 'weird' is not read")
-    with pytest.raises(StaleInput, match="no image yet; last message refused: encoding 'weird' is not read"):
+    buffer.refuse("wrist", "encoding 'weird' is not supported")
+    with pytest.raises(StaleInput, match="no image yet; last message refused: encoding 'weird' is not supported"):
         buffer.observe(NOW, MAX_AGE, SLOP)
     buffer.add_frame(frame("wrist", 9950))
     assert chosen_ms(buffer) == {"scene": 9950, "wrist": 9950}

@@ -185,7 +185,7 @@ def test_faults_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest
     edit(files["--robot"], speed=3)
     refused("speed: Extra inputs are not permitted")
     files["--robot"].write_text("a: [")
-    refused("expected YAML, got none")
+    refused("expected YAML, got something else")
     files["--robot"].write_text(original)
     edit(files["--robot"], cameras=[{"name": "base"}, {"name": "base"}])
     refused("cameras: expected distinct names")
