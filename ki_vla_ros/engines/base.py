@@ -21,7 +21,7 @@ from ki_vla_ros.records import ModelInput
 class KVCache:
     """A ticket for the keys and values that an engine holds where it runs.
 
-    An engine has one set of buffers, so a prefill overwrites what an earlier ticket stood for: that ticket is refused.
+    An engine has one set of buffers, so a prefill overwrites what earlier tickets stood for: those are refused.
     """
 
     engine: object
@@ -52,8 +52,9 @@ class Engine(Protocol):
         time: float,
         clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
-        """One expert step: the flow's velocity [H, A] at x_t and flow time 0..1 (0 for clean actions); the caller may
-        keep it.
+        """One expert step: the flow's velocity [H, A] at x_t and flow time 0..1; the caller may keep it.
+
+        Clean actions have time 0, whatever `time` is.
         """
         ...
 
@@ -96,7 +97,7 @@ class DifferentiableEngine(Engine, Protocol):
 
 
 def prefill_inputs(model_input: ModelInput) -> dict[str, NDArray[np.generic]]:
-    """By the names that the prefill graph has for them."""
+    """The inputs by their names in the prefill graph."""
     return {
         "images": model_input.images_VCHW,
         "image_mask": model_input.image_mask_V,
@@ -113,7 +114,7 @@ def expert_inputs(
     clean_H: NDArray[np.bool_],
     step: float = 0.0,
 ) -> dict[str, NDArray[np.generic]]:
-    """Those that change from step to step; EngineError for a state that the expert does not take, or lacks."""
+    """The inputs that change from step to step; EngineError if a state is missing, or the expert takes none."""
     expected = "state" in types
     if expected != (state_S is not None):
         wanted, got = ("a state token", "none") if expected else ("none, the prompt has it as text", "one")
@@ -131,7 +132,7 @@ def check_types(graph: str, types: Mapping[str, TensorType], inputs: Mapping[str
 
 
 def check_cache(engine: object, cache: KVCache, newest: int) -> None:
-    """EngineError unless the ticket is of this engine's newest prefill."""
+    """EngineError unless the ticket comes from this engine's newest prefill."""
     if cache.engine is not engine or cache.generation != newest:
         raise EngineError(
             f"KV cache: expected that of this engine's newest prefill ({newest}), got one of prefill "
@@ -152,5 +153,5 @@ def check_open(graphs: Mapping[str, object]) -> None:
 
 
 def step_times(steps: int) -> list[float]:
-    """Of the Euler steps from t = 1 to 0. Counted in integers: a sum of -1/steps would be off by rounding."""
+    """Times of the Euler steps from t = 1 to 0; counted in integers, since a sum of -1/steps would drift."""
     return [1.0 - step / steps for step in range(steps)]

@@ -27,9 +27,9 @@ from ki_vla_ros.share import find_bundle
 def build_engines(
     bundle: Bundle, library: Library, gpus: Sequence[str], cache: PlanCache, options: BuildOptions, say: Say
 ) -> list[Path]:
-    """Both plans for each GPU, built where the cache lacks them."""
+    """Paths of both plans for each GPU, built where the cache lacks them."""
     for gpu in gpus:
-        check_gpu(library, gpu)  # all of them, before the first build takes its time
+        check_gpu(library, gpu)  # all of them before the first build, which takes long
     paths = []
     for gpu in gpus:
         for graph in (PREFILL, EXPERT):
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--compute", help="tensorrt_rtx: GPUs to build for, such as sm89,sm120; default: this machine's"
     )
     parser.add_argument("--out", type=Path, help=f"folder of engines (default: {default_folder()})")
-    parser.add_argument("--workspace", type=int, metavar="MB", help="most scratch memory of a kernel")
+    parser.add_argument("--workspace", type=int, metavar="MB", help="largest scratch memory of a kernel")
     parser.add_argument(
         "--memory-check",
         action=argparse.BooleanOptionalAction,

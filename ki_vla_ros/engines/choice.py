@@ -1,4 +1,4 @@
-"""The engine that the settings choose, opened; only the libraries of that one need to be installed."""
+"""Opens the engine that the settings choose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _print(message: str) -> None:
 
 
 def open_engine(bundle: Bundle, settings: Settings, say: Callable[[str], object] = _print) -> Engine:
-    """The chosen engine; only its libraries need to be installed. `say` is told what takes long."""
+    """The chosen engine; only its libraries need to be installed. `say` announces slow work."""
     try:
         folder = Path(settings.engine_cache).expanduser() if settings.engine_cache else default_folder()
         if settings.engine in ("tensorrt", "tensorrt_rtx"):

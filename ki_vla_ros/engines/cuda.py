@@ -1,4 +1,4 @@
-"""The few CUDA calls that an engine needs, behind one interface: memory, one stream, graphs.
+"""The few CUDA calls that an engine needs, behind one interface: memory, one stream and graphs.
 
 `Device` is what engines see; `CudaDevice` is the real one. Nothing here computes.
 """
@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ki_vla_ros.errors import EngineError
 
-ALIGNMENT = 256  # bytes; cudaMalloc's, and what TensorRT asks of every address that it is given
+ALIGNMENT = 256  # bytes; cudaMalloc's alignment, which TensorRT requires of every address
 
 
 class Device(Protocol):
@@ -131,7 +131,7 @@ class CudaDevice:
         self._call("cudaMemcpyAsync", pinned.ctypes.data, address, pinned.nbytes, kind, self._stream)
 
     def record(self, work: Callable[[], None]) -> int:
-        # Other threads of a node may use CUDA meanwhile; only this one's calls are to be judged.
+        # Thread-local: other threads of a node may use CUDA meanwhile, and their calls must not break the capture.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
         try:

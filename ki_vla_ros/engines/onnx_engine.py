@@ -28,7 +28,7 @@ from ki_vla_ros.records import ModelInput
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
-"""By the setting `provider`."""
+"""Execution providers by the values of the setting `provider`."""
 _DEVICE_OF = {CPU: "cpu", CUDA: "cuda", TENSORRT: "cuda"}
 _WHEEL_OF = {CPU: "onnxruntime", CUDA: "onnxruntime-gpu", TENSORRT: "onnxruntime-gpu (and TensorRT's libraries)"}
 _BFLOAT16 = 16  # ONNX's number for the element type; numpy has none
@@ -55,7 +55,7 @@ class OnnxEngine:
         self._provider = provider
         self._options: dict[str, str] = {}
         if provider == TENSORRT and engine_cache is not None:
-            # Building takes minutes; onnxruntime keys what it keeps by graph, version and card.
+            # Building takes minutes; onnxruntime keys its cache by graph, version and card.
             engine_cache.mkdir(parents=True, exist_ok=True)
             self._options = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(engine_cache)}
             self._options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(engine_cache)}

@@ -1,6 +1,6 @@
 """The cache of built engines ("plans"): one file per graph, library version and GPU, with a record of what it is.
 
-A plan serves one version of one library on one GPU, so its file name holds all three beside the graph's hash. The
+A plan serves one version of one library on one GPU, so its file name holds all three and the graph's hash. The
 record (JSON, the file's name with .json) is written last: a plan without one, or whose bytes it does not describe, was
 cut off or damaged and is built again.
 """
@@ -25,7 +25,7 @@ from ki_vla_ros.errors import ConfigurationError, EngineError
 
 
 class PlanKey(BaseModel):
-    """What a plan was built from and for; `gpu` is such as sm89, for `tensorrt` with the product's name behind it."""
+    """What a plan was built from and for; `gpu` is, say, sm89, followed by the product's name for `tensorrt`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,7 +56,7 @@ class PlanRecord(PlanKey):
 
 
 def graph_sha256(bundle: Bundle, graph: str) -> str:
-    """Hash of a graph with the weights that it refers to, from the manifest, whose hashes `load_bundle` has checked."""
+    """Hash of a graph and its weight files, made of the manifest's hashes, which `load_bundle` has checked."""
     files = bundle.manifest.files
     digest = hashlib.sha256(files[graph].encode())
     for name in sorted(read_header(bundle.path / graph).external_files):
@@ -73,7 +73,7 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True)
 class PlanCache:
-    """Plans in `folder`; ConfigurationError where it can be neither made nor written."""
+    """Plans in `folder`; ConfigurationError if it cannot be made or written to."""
 
     folder: Path
 
@@ -93,7 +93,7 @@ class PlanCache:
     def read(self, key: PlanKey) -> memoryview | None:
         """The plan, mapped from its file, or None where there is none or a damaged one.
 
-        EngineError for one that says itself that it is for something else.
+        EngineError if its record says that it is for something else.
         """
         path = self.path(key)
         try:
@@ -121,7 +121,7 @@ class PlanCache:
         return path
 
     def others(self, key: PlanKey) -> list[str]:
-        """For which other software and GPUs this very graph has a plan here."""
+        """Other software and GPUs for which this same graph has a plan here."""
         found = set()
         for path in self.folder.glob("*.plan.json"):
             try:
@@ -156,7 +156,7 @@ def _write_whole(path: Path, content: memoryview | bytes) -> None:
             try:
                 file.write(content)
                 file.flush()
-                os.fchmod(file.fileno(), 0o644)  # the node may run as another user than who built
+                os.fchmod(file.fileno(), 0o644)  # the node may run as another user than the build did
                 os.fsync(file.fileno())
                 os.replace(file.name, path)
             except BaseException:

@@ -55,8 +55,8 @@ def plan_key(bundle: Bundle, graph: str, library: Library, gpu: str) -> PlanKey:
 def gpu_of(device: Device, library: Library) -> str:
     """The GPU as plans are keyed by it.
 
-    TensorRT chooses kernels by timing them, so a plan is for one product; one of TensorRT for RTX is for all GPUs of a
-    compute capability.
+    TensorRT chooses kernels by timing them, so its plans are for one product; those of TensorRT for RTX are for all
+    GPUs of a compute capability.
     """
     if library.name == "tensorrt_rtx":
         return device.compute_capability
@@ -64,27 +64,27 @@ def gpu_of(device: Device, library: Library) -> str:
 
 
 def dtype_name(dtype: Named) -> str:
-    """The library's element type by the name that the manifest has for it."""
+    """The manifest's name for an element type of the library."""
     return _DTYPES.get(dtype.name, dtype.name)
 
 
 def find_or_build(
     bundle: Bundle, key: PlanKey, library: Library, cache: PlanCache, say: Say, options: BuildOptions | None = None
 ) -> memoryview:
-    """The plan for `key`, built where the cache has none; `say` is told what takes long.
+    """The plan for `key`, built if the cache has none; `say` announces a build and its end.
 
     EngineError for what cannot be built here, ConfigurationError for a cache that cannot be written.
     """
     if (plan := cache.read(key)) is not None:
         return plan
     with cache.locked():
-        if (plan := cache.read(key)) is not None:  # another process has built it meanwhile
+        if (plan := cache.read(key)) is not None:  # another process has built it in the meantime
             return plan
         damaged = "a damaged engine" if cache.path(key).exists() else "no engine"
         others = cache.others(key)
         say(
             f"{key.graph}: {damaged} for {key.target} in {cache.folder}"
-            f"{' (there: for ' + ', '.join(others) + ')' if others else ''}; building it, which can take minutes"
+            f"{' (only for ' + ', '.join(others) + ')' if others else ''}; building it, which can take minutes"
         )
         start = time.monotonic()
         plan = build_plan(bundle, key, library, cache, options or BuildOptions(), say)
@@ -127,7 +127,7 @@ def build_plan(
 
 
 def parse(library: Library, builder: Builder, log: Log, path: Path) -> Network:
-    """By path, so that weights in files beside it are found; EngineError lists every fault that the parser found."""
+    """Parse by path, so that weight files beside it are found; EngineError lists every fault that the parser found."""
     network = library.new_network(builder)
     parser = library.new_parser(network, log)
     parsed = parser.parse_from_file(str(path))
@@ -144,7 +144,7 @@ def parse(library: Library, builder: Builder, log: Log, path: Path) -> Network:
 def check_network(
     path: Path, library: Library, network: Network, inputs: dict[str, TensorType], outputs: dict[str, TensorType]
 ) -> None:
-    """EngineError where the library's view of inputs and outputs is another than the manifest's."""
+    """EngineError if the library's view of inputs and outputs differs from the manifest's."""
     for side, expected, got in (
         ("input", inputs, [network.get_input(i) for i in range(network.num_inputs)]),
         ("output", outputs, [network.get_output(i) for i in range(network.num_outputs)]),
@@ -172,8 +172,8 @@ def check_memory(path: Path) -> None:
     if needed > available:
         raise EngineError(
             f"{path}: expected about {needed / 1e9:.1f} GB of free memory for a build with {weights / 1e9:.1f} GB of "
-            f"weights, got {available / 1e9:.1f} GB (MemAvailable); end other programs, add swap, build it elsewhere "
-            "with tensorrt_rtx and --compute, or try nevertheless with --no-memory-check"
+            f"weights, got {available / 1e9:.1f} GB (MemAvailable); close other programs, add swap, build it elsewhere "
+            "with tensorrt_rtx and --compute, or try anyway with --no-memory-check"
         )
 
 
@@ -201,7 +201,7 @@ def _configure(library: Library, builder: Builder, log: Log, key: PlanKey, optio
         check_gpu(library, key.gpu)
         config.num_compute_capabilities = 1
         if not config.set_compute_capability(known[key.gpu], 0):
-            raise EngineError(f"{library}: it refused the compute capability {key.gpu}: {log.take()}")
+            raise EngineError(f"{library}: expected it to accept compute capability {key.gpu}, got: {log.take()}")
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(library.module.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
     return config
@@ -210,9 +210,9 @@ def _configure(library: Library, builder: Builder, log: Log, key: PlanKey, optio
 def _attach_timings(
     library: Library, config: BuilderConfig, cache: PlanCache, key: PlanKey
 ) -> Callable[[], tuple[Path, memoryview]] | None:
-    """Timings of kernels from earlier builds; what it returns gives them back after this one.
+    """Give the build the kernel timings of earlier ones; the result yields the updated timings and where to save them.
 
-    TensorRT for RTX measures nothing while it builds.
+    None for TensorRT for RTX, which measures nothing while it builds.
     """
     if library.name == "tensorrt_rtx":
         return None
@@ -228,7 +228,7 @@ def _attach_timings(
 
 
 class BuildPhases:
-    """How far a build is, from its nested phases; called from the library's threads."""
+    """How far a build is, computed from its nested phases; called from the library's threads."""
 
     def __init__(self, name: str, progress: Progress) -> None:
         self.interrupted = False
@@ -257,7 +257,7 @@ class BuildPhases:
             self._phases = [phase for phase in self._phases if phase[0] != name]
 
     def _show(self) -> None:
-        done, width = 0.0, 1.0
+        done, width = 0.0, 1.0  # each phase fills one step of the phase around it
         for _, steps, completed in self._phases:
             done += width * min(completed, steps) / steps
             width /= steps

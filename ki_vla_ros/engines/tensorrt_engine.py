@@ -2,8 +2,8 @@
 
 All buffers are allocated at the start, and their addresses never change. The prefill writes keys, values and prefix
 mask where the expert reads them. Each Euler step reads x_t at one address and writes x_next at another, and the next
-step has the two exchanged; its row of the time table is an address in a table on the device. So a chunk is: copies in
-and prefill (the first CUDA graph), small copies in, N steps and the actions out (the second).
+step swaps the two; its row of the time table is an address in a table on the device. So a chunk is two CUDA graphs:
+copies in and prefill; then small copies in, N steps, and the actions out.
 
 Legend: H horizon, A action dim, S width of the state token, M modulation.
 """
@@ -39,7 +39,7 @@ from ki_vla_ros.records import ModelInput
 
 _BYTES = {"float32": 4, "bfloat16": 2, "int64": 8, "bool": 1}
 _PREFILL_INPUTS = ("images", "image_mask", "tokens", "token_mask")
-_STEP_INPUTS = ("x_t", "clean", "state")  # what is new for every chunk
+_STEP_INPUTS = ("x_t", "clean", "state")  # new for every chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class LoadedPlans:
 
 
 def open_tensorrt(bundle: Bundle, library: LibraryName, cache: PlanCache, say: Say) -> TensorRTEngine:
-    """On this machine's GPU; builds what the cache lacks, and tells `say` so."""
+    """The engine on this machine's GPU; builds what the cache lacks, and announces that through `say`."""
     loaded = load_library(library)
     device = CudaDevice()
     try:
@@ -81,9 +81,9 @@ def load_plans(bundle: Bundle, library: Library, device: Device, cache: PlanCach
 
 
 class TensorRTEngine:
-    """One bundle on one device; takes both over, and closes the device.
+    """One bundle on one device; the engine owns plans and device, and closes the device.
 
-    `integrate` captures its CUDA graph anew when it is called with another number of steps: that call takes longer.
+    `integrate` captures its CUDA graph again when the number of steps changes: that call takes longer.
     """
 
     def __init__(self, bundle: Bundle, plans: LoadedPlans, device: Device) -> None:
@@ -102,7 +102,7 @@ class TensorRTEngine:
         self._host = {
             name: device.pin(_shape(self._types[name]), self._types[name].dtype) for name in sorted(host_side)
         }
-        self._row_stride = -(-_size(self._types["modulation"]) // ALIGNMENT) * ALIGNMENT
+        self._row_stride = -(-_size(self._types["modulation"]) // ALIGNMENT) * ALIGNMENT  # rounded up
         self._table, self._table_rows, self._steps = 0, 0, 0
         # A context per CUDA graph: TensorRT allows a captured context no other use.
         self._contexts = {
@@ -110,7 +110,7 @@ class TensorRTEngine:
             for use, graph in (("prefill", PREFILL), ("chunk", EXPERT), ("step", EXPERT))
         }
         self._graphs: dict[str, int] = {}
-        # In this order each finds its inputs written: keys and values by the prefill, `step` by `_prepare`.
+        # The order matters: keys and values are written by the prefill, `step` by `_prepare`.
         self._capture("prefill", self._enqueue_prefill)
         self._prepare(bundle.manifest.flow.steps)
         self._capture("step", self._enqueue_step)
@@ -120,7 +120,7 @@ class TensorRTEngine:
         self._check_usable()
         inputs = prefill_inputs(model_input)
         check_types(PREFILL, self._types, inputs)
-        if self._prefill_pending:  # the device may still be copying what would be written over
+        if self._prefill_pending:  # the device may still be copying what would be overwritten
             self._wait("prefill")
         self._generation += 1
         self._stage(inputs)
@@ -174,7 +174,7 @@ class TensorRTEngine:
             return
         self._graphs.clear()
         self._host.clear()
-        with suppress(EngineError):  # of a device that has failed already
+        with suppress(EngineError):  # from a device that has failed already
             self._device.synchronize()
         # Contexts before their engines, engines before the runtime, all before the device.
         self._contexts.clear()
@@ -227,7 +227,7 @@ class TensorRTEngine:
         for k, row_M in enumerate(self._times.rows(step_times(steps))):
             np.copyto(self._host["modulation"], row_M)
             self._device.copy_in(self._table + k * self._row_stride, self._host["modulation"])
-            self._wait("copy of the time table")  # before the next row takes its place in the pinned one
+            self._wait("copy of the time table")  # before the next row overwrites the pinned array
         self._host["step"][0] = 1.0 / steps
         self._device.copy_in(self._at["step"], self._host["step"])
         self._steps = steps
@@ -251,7 +251,7 @@ class TensorRTEngine:
         try:
             self._device.synchronize()
         except EngineError as error:
-            # After a fault every CUDA call of this process fails, often with a message of its own: this is the first.
+            # After a fault every CUDA call of this process fails, often with another message: keep the first.
             self._failure = f"{running}: failed on the device ({error}); {self.description}: {self._plans.log.take()}"
             raise EngineError(self._failure) from error
         finally:
@@ -264,7 +264,7 @@ class TensorRTEngine:
 
 
 class _Context:
-    """An execution context, and the addresses that it has."""
+    """An execution context, and the addresses bound to it."""
 
     def __init__(self, graph: str, plans: LoadedPlans, names: Sequence[str]) -> None:
         context = plans.engines[graph].create_execution_context()
@@ -288,7 +288,7 @@ class _Context:
 def check_plan(
     graph: str, plans: LoadedPlans, inputs: Mapping[str, TensorType], outputs: Mapping[str, TensorType]
 ) -> None:
-    """EngineError where what the engine reports about itself is not what the manifest says."""
+    """EngineError if what the engine reports about itself is not what the manifest says."""
     engine = plans.engines[graph]
     got: dict[str, tuple[str, TensorType, str]] = {}
     for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):

@@ -1,4 +1,4 @@
-"""TensorRT (`tensorrt`) and TensorRT for RTX (`tensorrt_rtx`): which is here, in which version, and the calls used.
+"""TensorRT (`tensorrt`) and TensorRT for RTX (`tensorrt_rtx`): finding a version that is new enough, and its calls.
 
 Both modules have one API, without type stubs. The protocols below are the part of it that this package calls;
 test_tensorrt_library.py holds them against the installed module, name by name and argument by argument.
@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 from ki_vla_ros.errors import EngineError
 
 LibraryName = Literal["tensorrt", "tensorrt_rtx"]
-# Strongly typed networks with bfloat16 and int64 inputs: what JetPack 6 brings, and the RTX release whose builds time
-# nothing.
+# Both have strongly typed networks with bfloat16 and int64 inputs: what JetPack 6 brings, and the RTX release whose
+# builds time nothing.
 OLDEST: dict[LibraryName, tuple[int, int]] = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 2)}
 _INSTALL: dict[LibraryName, str] = {
     "tensorrt": "on a Jetson install JetPack's package python3-libnvinfer (JetPack 6 or newer), elsewhere the wheel "
@@ -144,7 +144,7 @@ class Library:
         return f"{self.name} {self.version}"
 
     def new_log(self) -> Log:
-        """Must live as long as what was made with it."""
+        """A log, which must outlive whatever is made with it."""
         base, severity = self.module.ILogger, self.module.ILogger.Severity
 
         class Collected(base):  # type: ignore[misc,valid-type]
@@ -168,7 +168,7 @@ class Library:
         return builder
 
     def new_network(self, builder: Builder) -> Network:
-        """Strongly typed: precision is what the graph says. 10.x asks for that, 11.x has nothing else."""
+        """A strongly typed network: the graph says the precision. 10.x needs a flag for that, 11.x has nothing else."""
         flag = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return builder.create_network(0 if flag is None else 1 << int(flag))
 
@@ -181,13 +181,13 @@ class Library:
         return runtime
 
     def compute_capabilities(self) -> dict[str, object]:
-        """Those that it builds for without their GPU, by names such as sm89; none for `tensorrt`."""
+        """What it can build for without such a GPU, by names such as sm89; empty for `tensorrt`."""
         members = getattr(getattr(self.module, "ComputeCapability", None), "__members__", {})
         return {name.lower(): value for name, value in members.items() if re.fullmatch(r"SM\d+", name)}
 
 
 def load_library(name: LibraryName) -> Library:
-    """EngineError where the module is missing, broken or too old."""
+    """Import the library; EngineError if its module is missing, broken or too old."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -13,9 +13,9 @@ SIDE, REPEATS, SMALLEST_READ = 8192, 7, 1 << 16
 
 
 def check_card() -> None:
-    """EngineError where torch has no card that it can use."""
+    """EngineError if torch has no card that it can use."""
     if not torch.cuda.is_available():
-        raise EngineError(f"expected an NVIDIA card that torch can use, torch {torch.__version__} has none")
+        raise EngineError(f"expected an NVIDIA card that torch can use, got torch {torch.__version__} without one")
 
 
 def measure_card(dtype: str, sizes: Sequence[int]) -> tuple[float, dict[int, float], str]:

@@ -1,7 +1,8 @@
-"""Both graphs on torch, with a backward pass through the expert; it needs a bundle exported with `--torch`.
+"""Both graphs on torch, with a backward pass through the expert; needs a bundle exported with `--torch`.
 
-For parity with the model, for real-time chunking with the true Jacobian (policy/policy.py), and for speed on NVIDIA
-cards without TensorRT: as CUDA graphs, compiled, or both. It runs the operations of the .pt2 files: no model code.
+It is for parity with the model, for real-time chunking with the true Jacobian (policy/policy.py), and for speed on
+NVIDIA cards without TensorRT: as CUDA graphs, compiled, or both. It runs the operations of the .pt2 files, and no model
+code.
 
 Legend: H horizon, A action dim, S width of the state token, M modulation.
 """
@@ -33,15 +34,15 @@ from ki_vla_ros.errors import EngineError
 from ki_vla_ros.records import ModelInput
 from ki_vla_ros.settings import TorchModeName
 
-VELOCITY, LOOP = "velocity", "loop"  # what is captured beside the prefill: one step, and all steps of a chunk
+VELOCITY, LOOP = "velocity", "loop"  # captured besides the prefill: one step, and all steps of a chunk
 CACHE = ("keys", "values", "prefix_mask")
 
 
 class TorchEngine:
     """One bundle on one device, "cpu" or "cuda"; EngineError where this machine or the bundle lacks what it needs.
 
-    `mode`: see settings.torch_mode. `threads` holds for all of torch in this process: it has no setting per model.
-    `stream` stands in for the device's own in tests.
+    `mode`: see settings.torch_mode. `threads` applies to all of torch in this process, which has no setting per model.
+    In tests `stream` stands in for the device's own.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class TorchEngine:
         self._captures, compiles = mode in ("graph", "compile_graph"), mode in ("compile", "compile_graph")
         if self._captures and device == "cpu" and stream is None:
             raise EngineError(
-                f"torch_mode {mode}: expected provider cuda, since a CUDA graph runs on an NVIDIA card alone, got cpu; "
+                f"torch_mode {mode}: expected provider cuda, since a CUDA graph runs only on an NVIDIA card, got cpu; "
                 "set torch_mode to eager or compile, or provider to cuda"
             )
         missing = [name for name in PROGRAMS.values() if name not in bundle.manifest.files]
@@ -135,7 +136,7 @@ class TorchEngine:
             self._upload(EXPERT, inputs)
             if steps != self._steps:
                 self._captured.pop(LOOP, None)
-                # One tensor each: a row within another tensor need not lie where compiled kernels want their inputs.
+                # One tensor each: a row of a larger one may not have the alignment that compiled kernels want.
                 self._rows = [torch.tensor(row_M, device=self._device) for row_M in rows_NM]
                 self._steps = steps
             (x_0_HA,) = self._repeat(LOOP, self._take_all_steps)
@@ -150,7 +151,7 @@ class TorchEngine:
         clean_H: NDArray[np.bool_],
         vector_HA: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """Operation by operation in every mode: a captured or compiled forward pass has no backward one."""
+        """Runs operation by operation in every mode: a captured or compiled forward pass has no backward pass."""
         with self._running(EXPERT, cache):
             check_types(EXPERT, {"vector": self._types["x_t"]}, {"vector": vector_HA})
             self._upload(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times[time], clean_H))
@@ -184,7 +185,7 @@ class TorchEngine:
 
     def _upload(self, graph: str, inputs: Mapping[str, NDArray[np.generic]]) -> None:
         check_types(graph, self._types, inputs)
-        # On a card, an index beyond the table would end every later call of the process.
+        # On a card, an index beyond the table would make every later CUDA call of the process fail.
         tokens = inputs.get("tokens", np.zeros(1))
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise EngineError(

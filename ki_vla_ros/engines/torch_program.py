@@ -13,17 +13,17 @@ from ki_vla_ros.bundle import AnyDevice, Constant, Operation, Program, TensorNam
 from ki_vla_ros.errors import BundleError, EngineError
 
 ProgramCall = Callable[[Mapping[str, Tensor]], list[Tensor]]
-"""From at least the program's inputs, by name, to its outputs in order."""
+"""Takes at least the program's inputs, by name; returns its outputs in order."""
 
 
 class Interpreter:
-    """The operations one by one, as the file lists them. The only way with a backward pass."""
+    """Runs the operations one by one, as the file lists them: the only way with a backward pass."""
 
     def __init__(self, program: Program, device: torch.device) -> None:
         self.program, self.device = program, device
         self.weights = {name: _weight(program, name).to(device) for name in program.weights}
         self._steps = [(_resolve(operation), operation) for operation in program.operations]
-        # A tensor is let go after its last reader: the prefill of a large model would keep all layers' at once.
+        # A tensor is dropped after its last use: otherwise the prefill of a large model would keep those of all layers.
         last = {name: k for k, operation in enumerate(program.operations) for name in operation.names()}
         kept = {*program.outputs, *program.inputs, *program.weights}
         self._done = [
@@ -45,7 +45,7 @@ class Interpreter:
         return [tensors[name] for name in self.program.outputs]
 
     def fill(self, operation: Operation, tensors: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments and options of the operation, with whatever `tensors` has in the place of names."""
+        """Arguments and options of the operation, with names replaced by what `tensors` has for them."""
         arguments = [self._value(tensors, value) for value in operation.arguments]
         return arguments, {name: self._value(tensors, value) for name, value in operation.options.items()}
 
@@ -63,10 +63,10 @@ class Interpreter:
 
 
 def graph_module(interpreter: Interpreter) -> fx.GraphModule:
-    """The same operations for torch.fx, which makes Python source of them.
+    """The same operations for torch.fx, which turns them into Python source.
 
-    So no text of the file may become a name there: inputs, weights and results are counted, and an option must be one
-    that the operator has. Numbers and text stand in the source as literals.
+    So no text of the file may become a name there: inputs, weights and results are numbered, and an option must be one
+    that the operator has. Numbers and text become literals in the source.
     """
     program, graph = interpreter.program, fx.Graph()
     root, values = torch.nn.Module(), dict[str, fx.Node]()
@@ -95,14 +95,14 @@ def graph_module(interpreter: Interpreter) -> fx.GraphModule:
 
 
 def compile_program(interpreter: Interpreter, backend: str = "inductor") -> ProgramCall:
-    """Through torch.compile: as one graph, for the bundle's fixed shapes. The first run compiles (seconds to minutes).
+    """Through torch.compile, as one graph for the bundle's fixed shapes.
 
-    EngineError, then or now, where torch cannot compile on this machine.
+    The first run compiles (seconds to minutes). EngineError, now or then, if torch cannot compile on this machine.
     """
-    from torch._dynamo import config  # seconds of imports, for this mode alone
+    from torch._dynamo import config  # seconds of imports, only for this mode
     from torch._dynamo.exc import TorchDynamoException
 
-    if config.disable:  # torch.compile would hand back what it was given
+    if config.disable:  # torch.compile would silently return the module as it is
         raise EngineError(
             "torch_mode: expected torch.compile, got a process in which it is switched off; unset "
             "TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or set torch_mode to eager"
@@ -118,7 +118,7 @@ def compile_program(interpreter: Interpreter, backend: str = "inductor") -> Prog
         try:
             return list(compiled(*(inputs[name] for name in names)))
         except TorchDynamoException as error:
-            reason = " ".join(str(error).partition("\n\n")[0].split())  # after it come hints for torch's developers
+            reason = " ".join(str(error).partition("\n\n")[0].split())  # hints for torch's developers follow
             raise EngineError(
                 f"{path}: torch {torch.__version__} could not compile it ({reason}); torch_mode compile needs {tool}: "
                 f"install what is missing, or set torch_mode to {other}"

@@ -1,6 +1,6 @@
-"""Where the torch engine's graphs run: their input buffers, the way in and out, and capture.
+"""Where the torch engine's graphs run: their input buffers, upload, download, and capture.
 
-All that knows CUDA is `CudaStream`: work is queued in order on one stream; `download` and `synchronize` wait for it.
+Only `CudaStream` knows CUDA: work is queued in order on one stream; `download` and `synchronize` wait for it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ WARM_UP = 2  # runs before a capture: libraries allocate their workspaces in the
 
 class TorchStream(Protocol):
     def allocate(self, name: str, tensor: TensorType) -> Tensor:
-        """The input `name`, at an address that stays."""
+        """A buffer for the input `name`, at an address that stays."""
         ...
 
     def active(self) -> AbstractContextManager[object]:
-        """What is called inside runs here."""
+        """A context in which torch's calls run here."""
         ...
 
     def upload(self, name: str, array: NDArray[np.generic]) -> None:
-        """Into the input `name`; the array is the caller's again at once."""
+        """Copy into the input `name`; the caller may change the array at once."""
         ...
 
     def download(self, tensor: Tensor) -> NDArray[np.float32]:
-        """Wait for everything so far; the result is the caller's."""
+        """Wait for everything so far; the caller may keep the result."""
         ...
 
     def synchronize(self) -> None:
@@ -109,8 +109,8 @@ class CudaStream:
         for _ in range(WARM_UP):
             work()
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads of the node may use the card meanwhile. A pool of its own: what one graph leaves
-        # behind, the other must not overwrite.
+        # thread_local: other threads of the node may use the card meanwhile. No shared memory pool: one
+        # graph must not overwrite what another leaves behind.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             outputs = work()
 

@@ -62,7 +62,7 @@ def test_a_plan_is_found_again_only_for_the_same_graph_version_and_gpu(
     assert fake_builds == variants and len(set(first)) == len(variants)
     assert [bytes(find_or_build(bundle, variant, RTX, cache, said.append)) for variant in variants] == first
     assert fake_builds == variants
-    assert f"there: for tensorrt_rtx {RTX.version} on sm89" in next(line for line in said if "on sm899" in line)
+    assert f"only for tensorrt_rtx {RTX.version} on sm89" in next(line for line in said if "on sm899" in line)
 
 
 @pytest.mark.parametrize(
