@@ -1,4 +1,4 @@
-"""Measures this machine: the node, the two graphs, two set-ups in turns."""
+"""Measures on this machine: the node, the two graphs, or two set-ups in turns."""
 
 from ki_vla_ros.bench.model import EngineSetUp, least_ms, longest_input, time_parts
 from ki_vla_ros.bench.roofline import Work, measure_ceiling

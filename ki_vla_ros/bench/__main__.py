@@ -4,8 +4,8 @@
     python -m ki_vla_ros.bench model --bundle demo --engine onnx --threads 2
     python -m ki_vla_ros.bench compare onnx:threads=2 torch:threads=2 --bundle my_bundle
 
-`node`: what the ROS node adds to the model, on real topics. `model`: the two graphs on an engine, beside the least time
-that the device's arithmetic and memory allow. `compare`: two engines, settings or bundles in turns.
+`node`: what the ROS node adds to the model, on real topics. `model`: the two graphs on an engine, next to the least
+time that the device's arithmetic and memory allow. `compare`: two engines, settings or bundles in turns.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, dest="command")
     node = commands.add_parser("node", help="what the node adds to the model; also the soak test")
-    node.add_argument("--seconds", type=float, default=60.0, help="after five seconds of warm-up; default 60")
+    node.add_argument("--seconds", type=float, default=60.0, help="duration after five seconds of warm-up; default 60")
     node.add_argument("--bundle", default="bench", help="default: three cameras, random weights, hardly any work")
-    node.add_argument("--instruction", default="touch the red cube", help="one that the bundle understands")
-    node.add_argument("--hogs", type=int, default=0, help="processes that do nothing but use a processor")
+    node.add_argument("--instruction", default="touch the red cube", help="an instruction that the bundle understands")
+    node.add_argument("--hogs", type=int, default=0, help="processes that only keep a processor busy")
     model = commands.add_parser("model", help="a bundle's graphs on an engine, and the device's roofline")
     model.add_argument("--engine", choices=_choices("engine"), default="onnx")
-    model.add_argument("--no-roofline", action="store_false", dest="roofline", help="leave the device unmeasured")
+    model.add_argument("--no-roofline", action="store_false", dest="roofline", help="do not measure the device")
     model.add_argument("--processor-time", action="store_true", help="for a busy machine; provider cpu, one thread")
     compare = commands.add_parser("compare", help="two set-ups in turns")
     for name in ("a", "b"):
@@ -97,10 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     for command in (model, compare):
         command.add_argument("--bundle", default="demo", help="folder, or the name of a shipped one; default: demo")
         command.add_argument("--provider", choices=_choices("provider"), default="cpu")
-        command.add_argument("--threads", type=int, default=1, help="default 1, as the node")
+        command.add_argument("--threads", type=int, default=1, help="default 1, as for the node")
         command.add_argument("--flow-steps", type=int, default=0, help="default: as the bundle says")
-        command.add_argument("--torch-mode", choices=_choices("torch_mode"), default="auto", help="of engine torch")
-        command.add_argument("--calls", type=int, default=CALLS, help=f"of each part; default {CALLS}")
+        command.add_argument("--torch-mode", choices=_choices("torch_mode"), default="auto", help="for engine torch")
+        command.add_argument("--calls", type=int, default=CALLS, help=f"calls of each part; default {CALLS}")
     for command in (node, model, compare):
         command.add_argument("--json", type=Path, help="write the figures there")
     return parser

@@ -1,4 +1,4 @@
-"""`bench compare`: whole chunks of two set-ups in turns, in one process, so that both meet the same machine."""
+"""`bench compare`: whole chunks of two set-ups in turns, in one process, so that both see the same machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench model`: how long a bundle's graphs take on an engine, and how near that is to what the device can do.
+"""`bench model`: how long a bundle's graphs take on an engine, and how close that is to what the device can do.
 
 No ROS is needed. The input is noise of the bundle's sizes, all cameras present and the prompt full: the longest case.
 """
@@ -27,7 +27,7 @@ from ki_vla_ros.share import find_bundle
 from ki_vla_ros.statistics import spread
 
 CALLS = 1000
-"""Fewer give no 99th percentile worth the name."""
+"""Fewer give no meaningful 99th percentile."""
 WARM_UP = 10
 PARTS = ("prefill", "one step", "all steps", "chunk")
 
@@ -53,7 +53,7 @@ class EngineSetUp:
     torch_mode: str = "auto"
 
     def open(self) -> Policy:
-        """The policy, warm; its engine is the caller's to close."""
+        """The policy, warmed up; the caller closes its engine."""
         chosen = {
             "engine": self.engine,
             "provider": self.provider,
@@ -84,7 +84,7 @@ def bench_model(
     graphs = graph_figures(policy.bundle)
     try:
         ceiling = None
-        if roofline:  # first: where the device cannot be measured, nobody waits for the parts
+        if roofline:  # first: if the device cannot be measured, this fails before the long part
             sizes = [graph["bytes_read"] for graph in graphs.values()]
             ceiling = measure_ceiling(set_up.provider, set_up.threads, manifest.graph.dtype, sizes)
         parts = time_parts(policy, calls, say, clock_ns)
@@ -111,7 +111,7 @@ def bench_model(
 def time_parts(
     policy: Policy, calls: int, say: Callable[[str], None], clock_ns: Callable[[], int] = time.perf_counter_ns
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """ms of each of PARTS, `calls` times. A chunk is a prefill and all its steps, without a pause between them."""
+    """ms of each of PARTS, `calls` times; a chunk is a prefill and all its steps, without a pause between them."""
     model_input, noise_HA = (
         longest_input(policy.bundle.manifest, policy.bundle.manifest.graph.vocab_size),
         policy.noise(0),
@@ -142,7 +142,7 @@ def time_parts(
 
 
 def longest_input(policy: PolicySpec, vocab_size: int, seed: int = 0) -> ModelInput:
-    """Noise; every camera is there and every prompt token counts."""
+    """Noise with every camera present and every prompt token used."""
     rng = np.random.default_rng(seed)
     cameras, size, length = len(policy.cameras), policy.image.size, policy.prompt.length
     return ModelInput(
@@ -155,9 +155,9 @@ def longest_input(policy: PolicySpec, vocab_size: int, seed: int = 0) -> ModelIn
 
 
 def graph_figures(bundle: Bundle) -> dict[str, dict[str, int]]:
-    """Of prefill and expert step: weights and their bytes in the file; bytes that one run must move, and operations.
+    """Per graph: weights and their bytes in the file; the bytes that one run must move, and its operations.
 
-    A run reads all weights but the token table, of which it reads the prompt's rows, and writes (prefill) or reads
+    A run reads all weights except the token table, of which it reads the prompt's rows, and writes (prefill) or reads
     (step) the keys and values. Activations are left out: they may stay in a cache.
     """
     graph = bundle.manifest.graph
@@ -176,7 +176,7 @@ def graph_figures(bundle: Bundle) -> dict[str, dict[str, int]]:
 
 
 def weights_read(header: GraphHeader, rows: int) -> int:
-    """Bytes of weights that one run reads; of a weight that is looked up `rows` rows, or all if it has fewer."""
+    """Bytes of weights that one run reads; of looked-up weights, `rows` rows, or all if there are fewer."""
     total = 0
     for name, size in header.weight_bytes.items():
         share = min(1.0, rows / header.weights[name][0]) if name in header.looked_up and header.weights[name] else 1.0
@@ -190,7 +190,7 @@ def roofline_figures(
     steps: int,
     parts: Mapping[str, np.ndarray[Any, Any]],
 ) -> dict[str, Any]:
-    """The device's limits, the least ms of each part, what bounds each graph, and how many times the least p50 is."""
+    """The device's limits, the least ms of each part, what bounds each graph, and p50 as a multiple of the least."""
     work = {name: Work(graph["flops"], graph["bytes_read"]) for name, graph in graphs.items()}
     limit_ms = least_ms(ceiling, work["prefill"], work["step"], steps)
     return {

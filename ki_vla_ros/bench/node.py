@@ -1,6 +1,6 @@
-"""`bench node`: the policy node as a process of its own on real topics, and its robot in this one.
+"""`bench node`: the policy node in its own process on real topics, and its robot in this one.
 
-The robot: cameras (640 x 480 at 30 Hz), joint states (200 Hz), and an arm that does exactly what it is told. What is
+The robot has cameras (640 x 480 at 30 Hz), joint states (200 Hz), and an arm that does exactly what it is told. What is
 measured is what the node adds to the model. With `--seconds 600`, perhaps `--hogs 2`, it is the soak test.
 """
 
@@ -40,17 +40,17 @@ from ki_vla_ros.statistics import spread
 IMAGE_WIDTH, IMAGE_HEIGHT = 640, 480
 MODEL_STAGES = ("prefill", "denoise")
 CAMERA_HZ, JOINT_HZ, TICK_HZ = 30.0, 200.0, 10.0
-# Where CDR puts the stamp of a message that begins with a header: seconds and nanoseconds after four bytes.
+# In CDR, the stamp of a message that begins with a header: seconds and nanoseconds after four bytes.
 STAMP, STAMP_OFFSET = struct.Struct("<iI"), 4
-# Not counted: discovery, first touches of memory, ticks finding the cameras' rhythm.
+# Not counted: discovery, first touches of memory, and the ticks' alignment to the cameras.
 WARM_UP_S = 5.0
 START_LIMIT_S = 30.0
-# After the last image the node gets this long to say how many came.
+# After the last image the node gets this long to report how many arrived.
 SETTLE_S = 2.5
 
 
 class BenchRobot:
-    """The node's other side. `run` publishes in a thread while messages are handled in the caller's."""
+    """The node's robot; `run` publishes in a thread of its own and handles messages in the caller's."""
 
     def __init__(self, policy: PolicySpec) -> None:
         self.ticks: list[dict[str, Any]] = []
@@ -118,7 +118,7 @@ class BenchRobot:
             if since_s >= images / CAMERA_HZ:
                 images += 1
                 for publisher, image in self._cameras:
-                    # Serialized once: a driver in C++ has not this process's cost for each image either.
+                    # Serialized once: a driver in C++ would not cost the machine what rclpy does per image.
                     STAMP.pack_into(image, STAMP_OFFSET, *divmod(time.time_ns(), NS_PER_S))
                     publisher.publish(bytes(image))
                     self.images_sent += 1
@@ -145,7 +145,7 @@ class BenchRobot:
 
 
 def bench_node(bundle: str, instruction: str, seconds: float, hogs: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs node and robot for `WARM_UP_S` + `seconds`; figures over the latter. ChildError if the node ends."""
+    """Runs node and robot for `WARM_UP_S` + `seconds`: figures over the latter; ChildError if the node exits."""
     policy = load_bundle(find_bundle(bundle)).manifest
     with tempfile.TemporaryDirectory(prefix="ki_vla_bench_") as folder, Children(Path(folder)) as children:
         prepare_environment(Path(folder))
@@ -191,8 +191,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Figures of one run; all durations in ms.
 
-    `overhead_ms`: from the newest image's stamp to the published command, less the model's time (stages prefill and
-    denoise). `observation_to_command_ms`: from the oldest stamp, the model included. A missed deadline is unnoticed if
+    `overhead_ms`: from the newest image's stamp to the published command, minus the model's time (stages prefill and
+    denoise). `observation_to_command_ms`: from the oldest stamp, including the model. A missed deadline is unnoticed if
     a tick is missing that the node did not count.
     """
     if not ticks:
@@ -265,8 +265,8 @@ def table(figures: Mapping[str, Any]) -> str:
         f"({memory['growth']:+.1f}); longest pause for garbage: {figures['gc_pause_ms_max']:.2f} ms",
     ]
     lines += [
-        "overhead: from the newest image's stamp to the command, less the model (prefill, denoise);",
-        f"share: of a tick; all but the count of images without the first {WARM_UP_S:g} s",
+        "overhead: from the newest image's stamp to the command, minus the model (prefill, denoise);",
+        f"share: of a tick; all figures but the count of images leave out the first {WARM_UP_S:g} s",
     ]
     return "\n".join(lines)
 

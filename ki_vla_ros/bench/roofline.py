@@ -1,12 +1,12 @@
-"""The least time that a device needs for a graph: its operations at the device's peak, or its bytes at the bandwidth,
-whichever takes longer (Williams, Waterman and Patterson 2009).
+"""The roofline: the least time that a device needs for a graph (Williams, Waterman and Patterson 2009).
 
-Both are measured on this machine. Peak: the product of two large matrices, on a processor by numpy's BLAS in float32,
-on a GPU by torch in the bundle's dtype. Bandwidth: reading an array as large as what the graph reads, again and again,
-so that a graph that fits a cache is judged by that cache.
+That is its operations at the device's peak or its bytes at the device's bandwidth, whichever takes longer. Both are
+measured on this machine. Peak: the product of two large matrices, on a processor by numpy's BLAS in float32, on a GPU
+by torch in the bundle's dtype. Bandwidth: reading an array as large as what the graph reads, again and again, so that a
+graph that fits into a cache is judged by that cache.
 
-numpy's product stands for onnxruntime's, which would need a graph. One thread, processor time, products by turns, the
-fastest of 15 (2048 x 2048) and of 199 (512 x 512), AMD EPYC, 2026-11-26: numpy 100.0 and 101.8 GFLOP/s, onnxruntime
+numpy's product stands in for onnxruntime's, which would need a graph. One thread, processor time, products in turns,
+the fastest of 15 (2048 x 2048) and of 199 (512 x 512), AMD EPYC, 2026-11-26: numpy 100.0 and 101.8 GFLOP/s, onnxruntime
 83.2 and 100.0. So the peak is what onnxruntime reaches at its best size.
 """
 
@@ -38,7 +38,7 @@ BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "B
 
 @dataclass(frozen=True)
 class Work:
-    """What one run of a graph cannot do without: operations, and bytes read or written (weights, keys and values)."""
+    """What one run of a graph must do at least: operations, and bytes read or written (weights, keys and values)."""
 
     flops: float
     bytes: float
@@ -46,7 +46,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a device can do at most: FLOP/s, bytes/s by the size that is read, and how that is known."""
+    """What a device can do at most: FLOP/s, bytes/s by the size that is read, and where the figures come from."""
 
     flops_per_s: float
     bytes_per_s: Mapping[int, float]
@@ -56,7 +56,7 @@ class Ceiling:
         return max(self.times_ms(work).values())
 
     def bound(self, work: Work) -> str:
-        """What decides: "compute" or "bytes"."""
+        """What limits the work: "compute" or "bytes"."""
         times_ms = self.times_ms(work)
         return max(times_ms, key=times_ms.__getitem__)
 
@@ -69,7 +69,7 @@ class Ceiling:
 
 
 def measure_ceiling(provider: str, threads: int, dtype: str, sizes: Sequence[int]) -> Ceiling:
-    """Of this machine, for what an engine may use of it. EngineError on a card without torch."""
+    """The ceiling of the part of this machine that an engine may use; EngineError on a card without torch."""
     if provider == "cpu":
         return _measure_cpu(threads, sizes)
     try:
@@ -83,7 +83,7 @@ def measure_ceiling(provider: str, threads: int, dtype: str, sizes: Sequence[int
 
 
 def _measure_cpu(threads: int, sizes: Sequence[int]) -> Ceiling:
-    """In a process of its own: numpy's BLAS reads its number of threads when it is loaded, and only then."""
+    """Measured in another process: numpy's BLAS reads its number of threads only when it is loaded."""
     call = f"cpu_rates({threads}, {[*sizes]})"
     code = f"import json; from ki_vla_ros.bench.roofline import cpu_rates; print(json.dumps({call}))"
     environment = os.environ | dict.fromkeys(BLAS_THREADS, str(threads))
@@ -98,14 +98,14 @@ def _measure_cpu(threads: int, sizes: Sequence[int]) -> Ceiling:
 
 def cpu_rates(threads: int, sizes: Sequence[int]) -> list[float]:
     """FLOP/s, then bytes/s for each size, with the threads that this process's BLAS has."""
-    # One thread's own time does not count what others do on the machine meanwhile; times of several would add up.
+    # Processor time leaves out what others do on the machine meanwhile, but the times of several threads add up.
     clock_s = time.process_time if threads == 1 else time.perf_counter
     a, b = np.random.default_rng(0).standard_normal((2, SIDE, SIDE), dtype=np.float32)
     rates = [2.0 * SIDE**3 / _fastest_s(lambda: a @ b, clock_s)]
     with ThreadPoolExecutor(threads) as pool:
         for size in sizes:
             whole = np.ones(max(size, SMALLEST_READ) // 8, dtype=np.int64)
-            # Small arrays are read many times per task, or handing out the tasks would be what is timed.
+            # Small arrays are read many times per task: otherwise handing out the tasks would be what is timed.
             times = max(1, LONG_READ // whole.nbytes)
             read = partial(_read_all, pool, np.array_split(whole, threads), times)
             rates.append(whole.nbytes * times / _fastest_s(read, clock_s))
@@ -119,7 +119,7 @@ def _read_all(pool: ThreadPoolExecutor, parts: Sequence[NDArray[np.int64]], time
 
 def _read(part: NDArray[np.int64], times: int) -> None:
     for _ in range(times):
-        np.bitwise_or.reduce(part)  # without the interpreter's lock, and faster than memory
+        np.bitwise_or.reduce(part)  # releases the interpreter's lock, and is faster than memory
 
 
 def _fastest_s(call: Callable[[], object], clock_s: Callable[[], float]) -> float:

@@ -1,4 +1,4 @@
-"""Durations, taken in turns; statistics.py has what is said about them."""
+"""Durations of calls that take turns; statistics.py summarises them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Durations = NDArray[np.float64]
 
 
 def alternating(names: Sequence[str], rounds: int) -> Iterator[tuple[str, ...]]:
-    """Order of the calls in each round: forwards, backwards, forwards, ... so that none always follows the same one."""
+    """The order of the calls in each round: forwards, backwards, ..., so that none always follows the same one."""
     for n in range(rounds):
         yield tuple(names) if n % 2 == 0 else tuple(reversed(names))
 
@@ -26,8 +26,9 @@ def time_alternating(
     after_round: Callable[[int], None] = lambda n: None,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Durations]:
-    """ms of every call in every round, those of the warm-up dropped. What disturbs the machine for longer than a round
-    disturbs all calls alike.
+    """ms of every call in every round, without those of the warm-up.
+
+    What disturbs the machine for longer than a round disturbs all calls equally.
     """
     if rounds < 1 or warm_up < 0:
         raise ConfigurationError(f"timing: expected at least 1 round and 0 of warm-up, got {rounds} and {warm_up}")
@@ -44,13 +45,14 @@ def time_alternating(
 
 
 def every_tenth(rounds: int, say: Callable[[str], None]) -> Callable[[int], None]:
-    """For `after_round`: ten lines in all say how far it is."""
+    """For `after_round`: about ten lines in all say how far it is."""
     return lambda n: say(f"{n} of {rounds}") if n % max(1, rounds // 10) == 0 else None
 
 
 def choose_clock(processor_time: bool, threads: int) -> Callable[[], int]:
-    """The wall's clock, or this process's processor time: for a machine that others use at the same time. The latter
-    needs one thread: the times of more add up, and waiting counts.
+    """The wall clock, or this process's processor time, for a machine that others use at the same time.
+
+    The latter needs a single thread: the times of several add up, waiting included.
     """
     if processor_time and threads != 1:
         raise ConfigurationError(f"--processor-time: expected one thread, got {threads}; their times would add up")

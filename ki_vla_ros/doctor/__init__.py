@@ -1,1 +1,1 @@
-"""Looks at a setup, a bag or a running robot for what costs people days."""
+"""Looks for the faults that cost people days, in a setup, a bag or a running robot."""

@@ -1,4 +1,4 @@
-"""Looks for what costs people days, and says what to do about each.
+"""Looks for the faults that cost people days, and says what to do about each.
 
     ros2 run ki_vla_ros doctor --params my_robot.yaml            the running robot, without commanding it
     ros2 run ki_vla_ros doctor --bag BAG --params my_robot.yaml  a recording; the same as python -m ki_vla_ros.doctor
@@ -41,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m ki_vla_ros.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bag", type=Path, help="a recording; without it, what runs in this ROS domain")
-    parser.add_argument("--params", type=Path, help="the node's parameter file; default: the running node's, the bag's")
+    parser.add_argument(
+        "--params",
+        type=Path,
+        help="the node's parameter file; default: the parameters of the running node, or those in the bag",
+    )
     parser.add_argument("--bundle", default="", help="folder or name; default: as the parameters say")
     parser.add_argument("--node", default=NODE, help=f"the policy node's full name; default {NODE}")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long running topics are watched; default 5")

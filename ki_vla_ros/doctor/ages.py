@@ -14,7 +14,7 @@ from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.settings import Settings
 from ki_vla_ros.statistics import spread
 
-# Share of anything else that is passed over: single events are the node's to refuse.
+# Faults in a smaller share of the messages are ignored: the node refuses single ones itself.
 RARE = 0.01
 # Stamps farther from the time of arrival were not taken by this clock at all.
 OTHER_CLOCK_S = 3600.0
@@ -28,12 +28,12 @@ class Limit(NamedTuple):
 
     @classmethod
     def of(cls, own: str, own_s: float, settings: Settings) -> Limit:
-        """An input's own limit, 0 where it has none."""
+        """An input's own limit, or max_age_s if that is 0."""
         return cls(own, own_s) if own_s else cls("max_age_s", settings.max_age_s)
 
 
 def check_period(watch: InputWatch, traffic: Traffic, limit: Limit, findings: Findings) -> None:
-    """Whether the newest message is always too old shortly before the next one comes."""
+    """Finds a topic whose newest message is always too old shortly before the next one comes."""
     every_s = period_s(traffic.received)
     if every_s is None or every_s <= limit.value_s:
         return
@@ -60,7 +60,7 @@ def check_stamps(watch: InputWatch, traffic: Traffic, limit: Limit, findings: Fi
                 traffic.topic,
                 f"{(gaps_s > limit_s).sum()} gaps longer than {limit_s:g} s, the longest {gaps_s.max():.1f} s after "
                 f"{at_s:.1f} s",
-                "the arm is held meanwhile; see whether driver, network or recorder stalled",
+                "the arm is held meanwhile; check whether driver, network or recorder stalled",
             )
     if settings.use_receive_time or not len(stamps):
         return
@@ -104,7 +104,7 @@ def check_stamps(watch: InputWatch, traffic: Traffic, limit: Limit, findings: Fi
             "stamps",
             traffic.topic,
             f"{(steps == 0).sum()} of {len(stamps)} messages repeat the stamp of the one before",
-            "frozen driver, or one that stamps once: restart or mend it, or set use_receive_time: true",
+            "frozen driver, or one that stamps once: restart or fix it, or set use_receive_time: true",
         )
     back_s = -steps.min() / NS_PER_S if len(steps) else 0.0
     if back_s > settings.sync_slop_s:
@@ -117,7 +117,7 @@ def check_stamps(watch: InputWatch, traffic: Traffic, limit: Limit, findings: Fi
 
 
 def check_skew(watch: InputWatch, findings: Findings) -> None:
-    """Stamps of any two required cameras: from each of the one with fewer images to the nearest of the other one."""
+    """Compares any two required cameras: each stamp of the one with fewer images with the nearest of the other."""
     optional = {camera.name for camera in watch.manifest.cameras if camera.optional}
     required = [(name, traffic) for name, traffic in watch.cameras.items() if name not in optional and traffic.stamps]
     limit_s = watch.settings.sync_slop_s
@@ -148,7 +148,7 @@ def _p90(values_N: NDArray[np.float64]) -> float:
 
 
 def _rounded_up(duration_s: float) -> float:
-    """To whole milliseconds, for a setting to be proposed."""
+    """To whole milliseconds, for a suggested setting."""
     return float(np.ceil(duration_s * 1e3 - 1e-6)) / 1e3
 
 

@@ -1,4 +1,4 @@
-"""Judges what came in (doctor/inputs.py). Limits are the settings', the bundle's, or stand here by name."""
+"""Judges what came in (doctor/inputs.py) by the limits of settings and bundle, and by the constants below."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ki_vla_ros.records import NS_PER_S
 
 # Share of the images that may be missing between the first and the last.
 LOSS = 0.05
-# Correlation of where a joint was told to be and where it was, below which it goes the wrong way.
+# A joint goes the wrong way if the correlation of where it was told to be and where it was is below this.
 OPPOSED = -0.5
 # A joint that moved by less than this share of its range says nothing about its direction.
 MOVED = 0.05
@@ -27,7 +27,7 @@ PROFILE_FIX = (
 
 
 def check_inputs(watch: InputWatch, findings: Findings, others: Mapping[str, Sequence[str]]) -> None:
-    """`others`: types by name of all topics that have messages, to name the likely ones where one is missing."""
+    """Judges all inputs; `others` holds the types of all topics with messages, to suggest some for a missing one."""
     for name, traffic in watch.cameras.items():
         optional = next(camera.optional for camera in watch.manifest.cameras if camera.name == name)
         expected = watch.image_types[name]
@@ -77,7 +77,7 @@ def _present(
         findings.error(
             "missing",
             traffic.topic,
-            f"no message for {subject}; {noun} topics that are there: {', '.join(fitting) or 'none'}",
+            f"no message for {subject}; {noun} topics present: {', '.join(fitting) or 'none'}",
             f"start the driver, or set {parameter} to its topic" + ("" if not near else f" (perhaps {near[0]})"),
         )
     for kind, count in traffic.refused.most_common(3):
@@ -98,7 +98,7 @@ def _refusal_fix(reason: str) -> str:
             "set joint_states_topic to this arm's joint states, or take the bundle that was trained on it",
         ),
         ("more than once", "let one program publish each joint"),
-        ("as in training", "bring the unit, zero and sign of this joint to those of the training data"),
+        ("as in training", "make the unit, zero and sign of this joint those of the training data"),
         ("jpeg", "check the camera's cable and driver, and lower its rate or quality"),
         ("encoding", "set the camera driver to rgb8 or bgr8"),
     ):
@@ -118,7 +118,7 @@ def _check_camera(watch: InputWatch, name: str, traffic: Traffic, optional: bool
             "encoding",
             traffic.topic,
             f"images come in {', '.join(sorted(traffic.encodings))}",
-            "colours are right in each, but something reconfigures the camera, or two drivers publish here: find out",
+            "colours are right in each, but something reconfigures the camera, or two drivers publish here",
         )
     every_s = period_s(traffic.received)
     if every_s is None:
@@ -174,7 +174,7 @@ def _check_joints(watch: InputWatch, findings: Findings) -> None:
             findings.warning(
                 "trained range",
                 joint.name,
-                f"was outside of the range of training ({trained_low:.3f} to {trained_high:.3f} {joint.unit}) "
+                f"was outside the range of training ({trained_low:.3f} to {trained_high:.3f} {joint.unit}) "
                 f"{100 * outside:.0f} % of the time",
                 "compare this joint's zero, sign and unit with the training data's; or train on data from here",
             )
@@ -184,7 +184,7 @@ def _check_joints(watch: InputWatch, findings: Findings) -> None:
 def _check_speed(
     watch: InputWatch, times: NDArray[np.int64], position_NJ: NDArray[np.float64], findings: Findings
 ) -> None:
-    """Speeds over at least 50 ms against the limits that commands have."""
+    """Compares speeds, over at least 50 ms, with the limits of commands."""
     limits, manifest = watch.settings.limits, watch.manifest
     later = np.searchsorted(times, times + NS_PER_S // 20)
     first = np.flatnonzero(later < len(times))
@@ -194,7 +194,7 @@ def _check_speed(
     if not usable.any():
         return
     speed_NJ = np.abs(position_NJ[last] - position_NJ[first])[usable] / elapsed_N[usable, None]
-    fast_J = np.percentile(speed_NJ, 95, axis=0)  # an arm that is put back jumps
+    fast_J = np.percentile(speed_NJ, 95, axis=0)  # not the maximum: an arm that is put back by hand or simulator jumps
     for j, joint in enumerate(manifest.joints):
         limit = min(joint.max_velocity * limits.velocity_scale, limits.of(joint.name).velocity)
         if fast_J[j] > limit * limits.max_overspeed:
@@ -219,7 +219,7 @@ def _check_command_type(watch: InputWatch, findings: Findings) -> None:
 
 
 def _check_direction(watch: InputWatch, findings: Findings) -> None:
-    """Where each joint was told to be against where it was then."""
+    """Compares where each joint was told to be with where it was at that time."""
     due, wanted_NJ = watch.commands.arrays()
     times, position_NJ = watch.positions.arrays()
     if len(due) < 10 or len(times) < 10:
@@ -238,15 +238,15 @@ def _check_direction(watch: InputWatch, findings: Findings) -> None:
                 "direction",
                 joint.name,
                 f"moves against its commands (correlation {together:.2f})" + (": open is closed" if gripper else ""),
-                "turn the sign in the controller or in the joint state publisher, so that both count the same way",
+                "flip the sign in the controller or in the joint state publisher, so that both count the same way",
             )
 
 
 def _lost(times: object) -> float:
     """Share of the messages that are missing between others.
 
-    Steps are counted in the shortest usual one, so that also every second message may be missing; steps of more than
-    ten are a stall, not a loss.
+    Gaps are measured in the shortest usual one, so that a loss of every second message shows; gaps of more than ten of
+    those are a stall, not a loss.
     """
     steps = np.diff(np.sort(np.array(times, dtype=np.int64)))
     steps = steps[steps > 0]

@@ -15,7 +15,7 @@ WIDTH = 110
 class Finding:
     """`check` names what was looked at, `where` the topic, joint or file; `fix` is what to do.
 
-    error: the robot will not do what it should, or holds; warning: it does, but worse than it could.
+    error: the robot holds, or will not do what it should; warning: it does, but worse than it could.
     """
 
     level: Severity
@@ -55,7 +55,7 @@ def as_table(findings: Sequence[Finding], looked_at: Sequence[str]) -> str:
         fix = textwrap.wrap(f"-> {finding.fix}", WIDTH - len(head), break_on_hyphens=False)
         lines += ["", head + body[0], *(" " * len(head) + line for line in [*body[1:], *fix])]
     count = errors(findings)
-    lines += ["", f"{count} errors, {len(findings) - count} warnings" if findings else "nothing found to be wrong"]
+    lines += ["", f"{count} errors, {len(findings) - count} warnings" if findings else "no faults found"]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The doctor's look at what runs: nodes, topics, QoS, clock, controller. It subscribes, asks, and publishes nothing."""
+"""The doctor's look at a running system: nodes, topics, QoS, clock, controller. It publishes nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ki_vla_ros.ros.process import check_domain
 from ki_vla_ros.ros.qos import EVENT, SENSOR
 from ki_vla_ros.settings import Settings, resolve, settings_from_values
 
-# How long discovery of the node, of all the rest, and an answer of a service may take.
+# How long discovery of the node, of everything else, and a service's answer may take.
 FIRST_S, DISCOVERY_S, ANSWER_S = 5.0, 2.0, 3.0
 KINDS: Mapping[str, Any] = {
     IMAGE: Image,
@@ -47,19 +47,19 @@ CONTROLLER_PARAMETERS = (
     "interpolate_from_desired_state",
     "allow_partial_joints_goal",
 )
-# EVENT, as the node's publisher of commands offers it: rclpy's zero durations mean "as usual", its check does not know.
+# EVENT as the node's publisher offers it: rclpy's zero durations mean "default", which rclpy's check does not know.
 COMMAND_QOS = QoSProfile(depth=EVENT.depth, deadline=Infinite, lifespan=Infinite, liveliness_lease_duration=Infinite)
-QOS_FIX = "give both sides a fitting QoS: a reliable, volatile publisher fits every subscription of this package"
+QOS_FIX = "give both sides compatible QoS: a reliable, volatile publisher suits every subscription of this package"
 
 
 class Graph:
-    """What can be asked of the running system."""
+    """Questions that one can ask a running system."""
 
     def __init__(self, node: Node, spin_until: Callable[[Callable[[], bool], float], None]) -> None:
         self.node, self._spin_until = node, spin_until
 
     def wait_for(self, node: str) -> None:
-        """Until it is discovered, and then for the rest of what there is."""
+        """Wait until the node is discovered, and then for everything else."""
         self._spin_until(lambda: node in self.nodes, FIRST_S)
         self.wait(DISCOVERY_S)
 
@@ -72,17 +72,17 @@ class Graph:
         return [f"{namespace.rstrip('/')}/{name}" for name, namespace in pairs if name != self.node.get_name()]
 
     def topics(self) -> dict[str, list[str]]:
-        """Types by name, of those that someone publishes."""
+        """Types by name, of the topics that someone publishes."""
         return {
             name: kinds for name, kinds in self.node.get_topic_names_and_types() if self.node.count_publishers(name)
         }
 
     def parameters(self, node: str, names: Sequence[str] | None = None) -> dict[str, Any] | None:
-        """All, or those named that are set; None if the node does not answer."""
+        """A node's parameters, all or those of `names` that are set; None if it does not answer."""
         listed = self._call(ListParameters, f"{node}/list_parameters", ListParameters.Request())
         if listed is None:
             return None
-        # Asked for one that it does not have, a node may answer with none at all.
+        # A node that is asked for a parameter it does not have may answer with none at all.
         known = [name for name in listed.result.names if names is None or name in names]
         found = self._call(GetParameters, f"{node}/get_parameters", GetParameters.Request(names=known))
         if found is None:
@@ -147,7 +147,7 @@ def open_graph() -> Iterator[Graph]:
     context = rclpy.Context()
     try:
         rclpy.init(context=context)
-    except Exception as error:  # from C; its message is all there is
+    except Exception as error:  # from C code; only its message is usable
         raise ConfigurationError(f"ROS 2 cannot start: {error}") from error
     node = rclpy.create_node("doctor", context=context, enable_rosout=False, start_parameter_services=False)
     executor = SingleThreadedExecutor(context=context)
@@ -194,7 +194,7 @@ def _check_clock(graph: Graph, node: str, simulated: bool, findings: Findings) -
         findings.warning(
             "clock",
             node,
-            "/clock is published, but the node goes by the wall clock",
+            "/clock is published, but the node uses the wall clock",
             "set use_sim_time: true for all nodes",
         )
 
@@ -217,7 +217,7 @@ def _check_endpoints(graph: Graph, watch: InputWatch, node: str, running: bool, 
         findings.error(
             "command",
             command,
-            f"nobody takes {expected} here" + (f", only {', '.join(others)}" if others else ""),
+            f"nobody subscribes to {expected} here" + (f", only {', '.join(others)}" if others else ""),
             "start the controller, or correct command_topic"
             + (" or publish_mode" if others else "")
             + (f" (there is {', '.join(t for t in likely if not t.startswith(node))})" if likely else ""),
@@ -246,7 +246,7 @@ def _name(end: Any) -> str:
 def _check_controller(
     graph: Graph, watch: InputWatch, manifest: Manifest, settings: Settings, findings: Findings
 ) -> None:
-    """joint_trajectory_controller's parameters, where the command topic is one's and it answers."""
+    """Checks the joint_trajectory_controller's parameters if the command topic belongs to one that answers."""
     controller = watch.command.topic.rpartition("/")[0]
     values = graph.parameters(controller, CONTROLLER_PARAMETERS) if controller in graph.nodes else None
     if not values or not isinstance(values.get("joints"), list):
@@ -277,7 +277,7 @@ def _check_controller(
         findings.warning(
             "controller",
             controller,
-            "interpolate_from_desired_state is false: each new command begins at the measured place, with its lag",
+            "interpolate_from_desired_state is false: each new command begins at the measured position, with its lag",
             "set it to true",
         )
     manager = (
@@ -322,7 +322,7 @@ def is_policy_node(arguments: Sequence[bytes]) -> bool:
 
 
 def with_node_environment(machine: Machine) -> Machine:
-    """The Fast DDS profile of a policy node on this machine counts, where this shell has none: launch files set it."""
+    """Takes a Fast DDS profile from a policy node on this machine if this shell sets none: launch files set it."""
     if any(machine.environment.get(variable) for variable in PROFILE_VARIABLES):
         return machine
     for process in Path("/proc").glob("[0-9]*"):

@@ -1,6 +1,6 @@
 """What comes in, from a bag or from running topics, against what the bundle and the settings expect.
 
-`InputWatch` takes every message and keeps numbers only; `check_inputs` reads them. Stamps in integer ns. Legend: N
+`InputWatch` takes every message and keeps only numbers; `check_inputs` reads them. Stamps are in integer ns. Legend: N
 messages, J joints.
 """
 
@@ -33,9 +33,9 @@ from ki_vla_ros.records import NS_PER_S, time_to_ns
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
 from ki_vla_ros.settings import Settings
 
-# Images per camera that are decoded; of all others the header is read.
+# Images per camera that are decoded; of all others only the header is read.
 IMAGES_DECODED = 200
-# Joint positions and commands that are kept; when there are more, every other one goes.
+# Joint positions and commands that are kept; when there are more, every second one is dropped.
 ROWS_KEPT = 20_000
 
 
@@ -70,7 +70,7 @@ def command_type(settings: Settings) -> str:
 
 
 class Rows:
-    """(time, values) kept evenly over the whole recording, however long it is."""
+    """Pairs of time and values, kept evenly over the whole recording, however long it is."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[int, NDArray[np.float64]]] = []
@@ -91,7 +91,7 @@ class Rows:
 
 
 class InputWatch:
-    """`topics`: resolved names by camera, and of the joint states and the commands."""
+    """Takes messages of the cameras, joint states and commands, whose topics are given by their resolved names."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class InputWatch:
             self.positions.add(message.log_ns, position_J)
 
     def _add_command(self, message: BagMessage) -> None:
-        """Keeps the place of the point that is farthest ahead within a tenth of a second, and when it is due."""
+        """Keeps the last point within a tenth of a second: its position, and when it is due."""
         self.command.kinds[message.type] += 1
         if message.type != TRAJECTORY:
             return

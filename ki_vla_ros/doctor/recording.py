@@ -28,7 +28,10 @@ def examine(path: Path, request: Request, findings: Findings) -> list[str]:
         looked_at.append(f"bag {path} ({_extent(bag)})")
         for fault in bag.faults:
             findings.warning(
-                "bag", fault.where, fault.message, "figures of this bag are of the rest; record again if it matters"
+                "bag",
+                fault.where,
+                fault.message,
+                "the figures of this bag are from the rest; record again if it matters",
             )
     return looked_at
 
@@ -36,7 +39,7 @@ def examine(path: Path, request: Request, findings: Findings) -> list[str]:
 def _settings_for(
     bag: Bag, session: Session | None, request: Request, findings: Findings, looked_at: list[str]
 ) -> Settings | None:
-    """Of the parameter file, or of the session that was recorded with the bag."""
+    """Settings from the parameter file, or from the session recorded in the bag."""
     if request.params is not None:
         looked_at.append(f"parameters {request.params}")
         return read_settings(request.params, findings, request.node)
@@ -58,7 +61,7 @@ def _examine_topics(
     if session is not None and request.params is None:  # names after remapping
         cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
         joints, command = session.topics.joint_states, session.topics.command
-    # Where the node made chunks it had images: then it is the recorder that compressed them.
+    # A node that made chunks had raw images: then it was the recorder that compressed them.
     chunks = bag.topics.get(f"{node}/chunk")
     recorded_compressed = {}
     for name, topic in cameras.items():

@@ -36,7 +36,7 @@ START_FIX = "the node does not start with this; config/demo.yaml explains every 
 
 @dataclass(frozen=True)
 class Request:
-    """What the doctor shall look at; `node` is the policy node's full name."""
+    """What the doctor is to look at; `node` is the policy node's full name."""
 
     bag: Path | None = None
     params: Path | None = None
@@ -70,7 +70,7 @@ def check_machine(machine: Machine, findings: Findings) -> None:
                 "ros",
                 f"ROS_DISTRO {distribution}",
                 f"expected {' or '.join(SUPPORTED)}",
-                "install one of them beside it",
+                "install one of them next to it",
             )
         if machine.python != python:
             findings.error(
@@ -100,7 +100,7 @@ def _check_profile(variable: str, file: Path, findings: Findings) -> None:
         findings.error("fast dds", f"{variable}={file}", f"cannot be read: {error.strerror}", PROFILE_FIX)
         return
     except ElementTree.ParseError as error:
-        findings.error("fast dds", f"{variable}={file}", f"is no XML: {error}", PROFILE_FIX)
+        findings.error("fast dds", f"{variable}={file}", f"is not XML: {error}", PROFILE_FIX)
         return
     sizes = [int(element.text or 0) for element in root.iter() if element.tag.endswith("segment_size")]
     if max(sizes, default=0) < LEAST_SEGMENT:
@@ -113,11 +113,11 @@ def _check_profile(variable: str, file: Path, findings: Findings) -> None:
 
 
 def check_profile_is_set(machine: Machine, findings: Findings) -> None:
-    """For running topics: of a bag nobody knows with which profile it was recorded."""
+    """Only for running topics: nobody knows which profile a bag was recorded with."""
     if "fastrtps" not in machine.environment.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp"):
         return
     if not any(machine.environment.get(variable) for variable in PROFILE_VARIABLES):
-        findings.warning("fast dds", PROFILE_VARIABLES[0], "is not set: images may be lost without a word", PROFILE_FIX)
+        findings.warning("fast dds", PROFILE_VARIABLES[0], "is not set: images may be lost silently", PROFILE_FIX)
 
 
 def examine_setup(settings: Settings, request: Request, findings: Findings, looked_at: list[str]) -> Bundle | None:
@@ -141,11 +141,7 @@ def read_settings(path: Path, findings: Findings, node: str = NODE) -> Settings 
     except ConfigurationError as error:
         message = str(error).removeprefix(f"{path}: ")
         check = "node name" if "no parameters for node" in message else "parameters"
-        fix = (
-            "ROS ignores the whole file without a word: correct the name at its top"
-            if check == "node name"
-            else START_FIX
-        )
+        fix = "ROS silently ignores the whole file: correct the name at its top" if check == "node name" else START_FIX
         findings.error(check, str(path), message, fix)
         return None
 
@@ -159,7 +155,7 @@ def read_bundle(name: str, findings: Findings) -> Bundle | None:
 
 
 def check_settings(settings: Settings, bundle: Bundle, findings: Findings) -> None:
-    """Settings against the bundle, and each other."""
+    """Checks settings against the bundle, and against each other."""
     manifest = bundle.manifest
     try:
         settings.validate_against(manifest)
@@ -191,7 +187,7 @@ def _check_periods(settings: Settings, manifest: Manifest, findings: Findings) -
             "period",
             "command_period_s",
             f"{settings.command_period_s:g} s between a command's points, but actions are {manifest.action_period_s:g} "
-            "s apart: some are passed over",
+            "s apart: some are skipped",
             f"set it to {manifest.action_period_s:g} or less",
         )
     if settings.hold_after_s < settings.execution_horizon_s:
@@ -205,7 +201,7 @@ def _check_periods(settings: Settings, manifest: Manifest, findings: Findings) -
 
 
 def check_engine(settings: Settings, bundle: Bundle | None, findings: Findings) -> None:
-    """Whether the chosen engine can be had here; nothing is loaded or built."""
+    """Checks that the chosen engine is available here; nothing is loaded or built."""
     try:
         _find_engine(settings, bundle)
     except EngineError as error:

@@ -1,4 +1,4 @@
-"""HTML pages and plots that stand alone."""
+"""HTML pages and plots that need no other file."""
 
 from ki_vla_ros.report.pages import page, remark, section, table, tiles, warning
 from ki_vla_ros.report.plots import Axes, Span, clock, figure, lanes, spark

@@ -1,4 +1,4 @@
-"""HTML pages that stand alone: one style for all, light or dark as the reader's system is, from phone to desk."""
+"""HTML pages that need no other file: one style for all, light or dark like the reader's system, from phone to desk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 
 def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
-    """`title` and `subtitle` are plain text, the sections are HTML."""
+    """A whole page; `title` and `subtitle` are plain text, the sections are HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{html.escape(title)}</title>"
@@ -22,7 +22,7 @@ def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
-    """`note`: plain text under the heading, for how to read what follows."""
+    """A section; `note`, in plain text under the heading, says how to read what follows."""
     told = f'<p class="note">{html.escape(note)}</p>' if note else ""
     return f"<section><h2>{html.escape(title)}</h2>{told}{''.join(parts)}</section>"
 
@@ -38,7 +38,7 @@ def tiles(entries: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(names: Sequence[str], rows: Iterable[Sequence[str]], marked: int | None = None) -> str:
-    """Cells are HTML; all but the first column are set as figures. Row number `marked` is set off."""
+    """A table of HTML cells, all but the first column aligned as figures; row number `marked` is highlighted."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = "".join(
         f"<tr{' class=marked' if k == marked else ''}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
@@ -52,7 +52,7 @@ def warning(text: str) -> str:
 
 
 def remark(text: str) -> str:
-    """As a warning, but nothing is wrong."""
+    """Looks like a warning without its colour: nothing is wrong."""
     return f'<p class="warning told">{html.escape(text)}</p>'
 
 

@@ -1,7 +1,7 @@
 """Plots as inline SVG that stretch to any width: the drawing is scaled, strokes and labels are not.
 
-A plot is a box of HTML: an SVG of `WIDTH` by `HEIGHT` units with `preserveAspectRatio="none"`, and labels that are
-placed in per cent of it, so that they are as large on a phone as on a desk.
+A plot is a box of HTML: an SVG of `WIDTH` by `HEIGHT` units with `preserveAspectRatio="none"`, and labels placed in per
+cent of it, so that they are as large on a phone as on a desk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 WIDTH, HEIGHT = 1000, 300
-# Of one line, over the whole width: more cannot be seen and only makes the page larger.
+# Points of one line over the whole width: more cannot be seen and only make the page larger.
 MOST_POINTS = 1000
 
 
@@ -28,7 +28,7 @@ class Span:
 
     @staticmethod
     def of(*values: ArrayLike, margin: float = 0.0, zero: bool = False) -> Span:
-        """What holds all finite values, wider by the share `margin`, with 0 if asked for; 0..1 if there are none."""
+        """Holds all finite values, wider by the share `margin`, and 0 if asked for; 0..1 if there are none."""
         flat = np.concatenate([np.asarray(part, dtype=np.float64).ravel() for part in values] or [np.empty(0)])
         flat = flat[np.isfinite(flat)]
         if not len(flat):
@@ -37,7 +37,7 @@ class Span:
         if zero:
             low, high = min(low, 0.0), max(high, 0.0)
         room = (high - low) * margin
-        # Rounding noise of a still joint would fill the plot otherwise.
+        # Otherwise the rounding noise of a still joint would fill the plot.
         least = max(1e-9, 1e-6 * max(abs(low), abs(high)))
         if high - low < least:
             room = max(least, 0.05 * abs(high))
@@ -64,7 +64,7 @@ class Axes:
     y: Span
 
     def line(self, x_N: ArrayLike, y_N: ArrayLike, kind: str) -> str:
-        """A line through the finite points, interrupted at the others."""
+        """A line through the finite points, broken at the others."""
         x_N, y_N = thinned(np.asarray(x_N, dtype=np.float64), np.asarray(y_N, dtype=np.float64), self.x)
         return f'<path class="{kind}" d="{self._path(x_N, y_N)}"/>' if len(x_N) else ""
 
@@ -85,7 +85,7 @@ class Axes:
         return f'<line class="{kind}" x1="0" x2="{WIDTH}" y1="{height:.1f}" y2="{height:.1f}"/>'
 
     def marks(self, x_N: ArrayLike, kind: str) -> str:
-        """Upright lines from bottom to top."""
+        """Vertical lines from bottom to top."""
         seen = dict.fromkeys(f"M{self._x(x):.0f} 0V{HEIGHT}" for x in np.asarray(x_N, dtype=np.float64))
         return f'<path class="{kind}" d="{"".join(seen)}"/>' if seen else ""
 
@@ -165,7 +165,7 @@ def spark(values: Sequence[float]) -> str:
 def thinned(
     x_N: NDArray[np.float64], y_N: NDArray[np.float64], span: Span
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The points, or where there are too many, the lowest and the highest of each slice of the x axis, in order."""
+    """The points, or if there are too many, the lowest and highest of each slice of the x axis, in order."""
     if len(x_N) <= MOST_POINTS:
         return x_N, y_N
     slices = MOST_POINTS // 2
@@ -182,14 +182,14 @@ def thinned(
 
 
 def number(value: float, span: float) -> str:
-    """With as many digits as tell neighbours on an axis of this span apart."""
+    """As text, with the digits that tell neighbouring labels apart on an axis of this span."""
     told = f"{value:.{min(max(0, 2 - math.floor(math.log10(span))), 9)}f}"
     told = told.rstrip("0").rstrip(".") if "." in told else told
     return "0" if told == "-0" else told
 
 
 def clock(seconds: float, span: float) -> str:
-    """Seconds, or hours, minutes and seconds where the axis is longer than a minute."""
+    """As seconds, or as hours, minutes and seconds if the axis spans a minute or more."""
     if span < 60.0:
         return number(seconds, span)
     minutes, rest = divmod(round(seconds), 60)
@@ -198,6 +198,6 @@ def clock(seconds: float, span: float) -> str:
 
 
 def _short(value: float) -> str:
-    """One decimal, and none where it is 0."""
+    """With one decimal, or none if that would be 0."""
     told = f"{value:.1f}"
     return told[:-2] if told.endswith(".0") else told

@@ -209,10 +209,10 @@ def test_all_that_does_not_fit_the_bundle_is_found_at_once(tmp_path: Path) -> No
 def test_where_a_camera_is_missing_the_image_topics_are_listed(tmp_path: Path) -> None:
     (finding,) = examine(tmp_path, cameras={"scene": {"topic": "/front/color/image_raw"}})
     assert finding.check == "missing" and finding.where == "/front/color/image_raw"
-    assert finding.found.endswith(f"image topics that are there: {SCENE}, {WRIST}")
+    assert finding.found.endswith(f"image topics present: {SCENE}, {WRIST}")
     only_joints = [message for message in recording(4.0) if message.type != sample_bags.IMAGE]
     missing = examine(tmp_path, only_joints)
-    assert [f.found.endswith("image topics that are there: none") for f in missing] == [True, True]
+    assert [f.found.endswith("image topics present: none") for f in missing] == [True, True]
 
 
 def test_a_healthy_recording_gets_no_finding(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.delenv("ROS_DISTRO", raising=False)
     bag = str(write_mcap(tmp_path / "b.mcap", recording(4.0)))
     assert main(["--bag", bag, "--params", str(find_share("config/demo.yaml"))]) == 0
-    assert "nothing found to be wrong" in capsys.readouterr().out
+    assert "no faults found" in capsys.readouterr().out
     assert main(["--bag", bag, "--params", str(params_file(tmp_path, execution_horizon_s=0.17))]) == 0
     assert "0 errors, 1 warnings" in capsys.readouterr().out
     assert main(["--bag", bag, "--params", str(params_file(tmp_path, provider="cuda")), "--json"]) == 1
