@@ -26,9 +26,9 @@ class ActionSpace:
 
     @classmethod
     def fit(cls, state_NJ: NDArray[np.floating], chunk_NHJ: NDArray[np.floating]) -> ActionSpace:
-        """State: full range and a margin, because its bins cannot say more; action: symmetric 1 % and 99 % quantiles.
+        """State: full range and a margin, as its bins cannot express more; action: symmetric 1 % and 99 % quantiles.
 
-        Symmetric, so that "stay" is exactly 0 and a left and a right motion are equally fine.
+        Symmetric, so that "stay" is exactly 0 and motions to the left and to the right are resolved equally.
         """
         low, high = state_NJ.min(axis=0), state_NJ.max(axis=0)
         margin = np.maximum(0.05 * (high - low), LEAST_RANGE / 2)

@@ -1,4 +1,4 @@
-"""What a training run is, as data: one YAML file, checked before anything is computed."""
+"""A training run as data: one YAML file, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HINTS: frozenset[Loss] = frozenset({"cells", "pointing", "grounding", "readout"}
 
 
 class DataConfig(Frozen):
-    """Simulated data. Frames are kept at the model's image size; `folder` is reused when it was made from the same."""
+    """Simulated data, at the model's image size; `folder` is reused if it was made from the same settings."""
 
     folder: Path
     seed: int = 0
@@ -31,13 +31,13 @@ class DataConfig(Frozen):
     workers: Positive = 1
     recorded: Path | None = Field(
         default=None,
-        description="LeRobot dataset of the robot's joints and cameras, whose frames take the place of simulated "
-        "robot episodes (docs/data.md)",
+        description="LeRobot dataset with the robot's joints and cameras, whose frames replace the simulated robot "
+        "episodes (docs/data.md)",
     )
 
 
 class HintsConfig(Frozen):
-    """The hints of `training.losses.hints`, which are not in the paper. Without them no stage may list their losses."""
+    """The hints of `training.losses.hints`, which are not in the paper; without them no stage may list their losses."""
 
     readout_frequencies: Positive = Field(
         description="lowest DCT frequencies that the learned prompt tokens name; one token each"
@@ -51,6 +51,8 @@ class HintsConfig(Frozen):
 
 
 class ModelConfig(Frozen):
+    """The sizes that a configuration chooses; tokenizer and robot determine the others."""
+
     vision: VisionConfig
     backbone: GemmaConfig
     expert: GemmaConfig
@@ -58,11 +60,13 @@ class ModelConfig(Frozen):
 
 
 class ParallelConfig(Frozen):
-    """How the model is laid over processes. The defaults: whole on each of them, float32, gradients averaged."""
+    """How the model is spread over processes; by default whole on each, in float32, with gradients averaged."""
 
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="cuda: one process per card")
     shard: bool = Field(default=False, description="FSDP2: divide weights, gradients and optimizer state (torchrun)")
-    cpu_offload: bool = Field(default=False, description="sharded: these three in host memory, the optimizer there too")
+    cpu_offload: bool = Field(
+        default=False, description="with shard: keep all three in host memory and run the optimizer there"
+    )
     activation_checkpointing: bool = Field(
         default=False, description="compute each layer, and the logits, again for the backward pass"
     )
@@ -73,16 +77,16 @@ class ParallelConfig(Frozen):
     @model_validator(mode="after")
     def _check_offload(self) -> ParallelConfig:
         if self.cpu_offload and not self.shard:
-            raise ValueError("cpu_offload is a way of sharding: set shard, too")
+            raise ValueError("cpu_offload: expected shard with it, got shard: false; set shard as well")
         return self
 
 
 class StageConfig(Frozen):
-    """One stretch of training: which losses count, which parts learn, for how long, from how many samples of what.
+    """One stage of training: which losses count, which parts learn, for how long, from how many samples of what.
 
     Every step draws one batch from each of `sources` ("views", "scenes", "robot": training/run.py), in their order,
-    and computes those losses for which the batch has targets. `gates` are figures of
-    `training.evaluate.offline.measure` that must be reached to go on.
+    and computes the losses that the batch has targets for. `gates` are figures of `training.evaluate.offline.measure`
+    that must be reached before the next stage.
     """
 
     name: str
@@ -100,6 +104,8 @@ class StageConfig(Frozen):
 
 
 class TrainingConfig(Frozen):
+    """A whole training run."""
+
     name: str
     robot: str = Field(description="a robot file, or the name of one in config/robots/")
     seed: int = 0
@@ -112,18 +118,18 @@ class TrainingConfig(Frozen):
     fast_scale: float = 10.0
     fast_published: Path | None = Field(
         default=None,
-        description="folder with a FAST vocabulary as others publish them (tokenizer.json, processor_config.json), in "
-        "place of one of fast_vocabulary tokens that is fitted on the data",
+        description="folder with a published FAST vocabulary (tokenizer.json, processor_config.json), used in place of "
+        "one with fast_vocabulary tokens fitted on the data",
     )
     prompt_length: Positive
     hints: HintsConfig | None = None
-    flow_steps: Positive = Field(default=10, description="Euler steps that the model is measured with, and runs with")
+    flow_steps: Positive = Field(default=10, description="Euler steps that the model is measured with and runs with")
     max_prefix_delay: int = Field(description="largest clean chunk prefix (actions) that training conditions on")
     prefix_lead: float = Field(
         default=0.0,
         ge=0.0,
         description="how many actions the clean prefix may be ahead of the arm; for chunks whose velocity is a "
-        "function of the place. 0: it begins where the arm is, as in a recording",
+        "function of the position. 0: it begins where the arm is, as in a recording",
     )
     stages: tuple[StageConfig, ...]
 
@@ -134,7 +140,7 @@ class TrainingConfig(Frozen):
                 if given := sorted(HINTS & stage.losses.keys()) + ["heads"] * ("heads" in stage.train):
                     raise ValueError(f"stage {stage.name}: expected hints for {', '.join(given)}, got none")
             return self
-        # What the last layer's attention finds reaches no key or value, so the expert could not read it.
+        # What the last layer's attention finds goes into no key or value, so the expert could not read it.
         layer, last = self.hints.probe_layer, self.model.backbone.depth - 2
         if not 0 <= layer <= last:
             raise ValueError(f"hints.probe_layer: expected 0..{last}, before the last layer, got {layer}")

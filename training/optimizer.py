@@ -1,4 +1,4 @@
-"""What a stage's optimizer works on: parameters, learning rate, clipped gradients, and its state when a run goes on."""
+"""A stage's optimizer: its parameters, its learning rate, clipped gradients, and its state in a resumed run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def select_parameters(model: VLA, heads: TrainingHeads | None, parts: tuple[Part
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to a twentieth."""
+    """Linear warm-up, then a cosine down to a twentieth of the stage's learning rate."""
     if step < stage.warmup_steps:
         return stage.learning_rate * (step + 1) / stage.warmup_steps
     done = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
@@ -43,7 +43,7 @@ def learning_rate(stage: StageConfig, step: int) -> float:
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """Sharded parameters are updated by the fused kernel: the one over lists makes copies as large as all of them."""
+    """AdamW; the fused kernel updates sharded parameters, as the one over lists would copy all of them."""
     groups = [
         {"params": group} | ({"fused": True} if isinstance(group[0], DTensor) else {})
         for group in by_placement(parameters)
@@ -52,7 +52,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], learning_rate: float, wei
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """Scale all gradients so that their norm over all processes is at most `limit`; returns the norm before."""
+    """Scale all gradients so that their norm over all processes is at most `limit`; returns the norm before that."""
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return nn.utils.clip_grad_norm_(parameters, limit)
     norms = []
@@ -66,20 +66,20 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
 
 
 def by_placement(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Sharded and whole parameters apart: torch's fused operations on lists take one kind at a time."""
+    """Sharded and whole parameters separately: torch's fused operations on lists take one kind at a time."""
     groups = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
     return [group for group in groups if group]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`load_state_dict` of whole tensors; moments are sharded as their parameter is."""
+    """`load_state_dict` of whole tensors; moments are sharded like their parameter."""
     ours, theirs = (
         [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
     )
     if ours != theirs:
         raise ConfigurationError(
-            f"resume: expected optimizer state of parameter groups {ours}, got {theirs}; within a stage, go on with "
-            "the settings it began with (parallel.shard, train)"
+            f"resume: expected optimizer state of parameter groups {ours}, got {theirs}; within a stage, keep the "
+            "settings that it began with (parallel.shard, train)"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {

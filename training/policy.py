@@ -1,4 +1,4 @@
-"""What a bundle's manifest says of a policy before any export, from its robot file and what training knows."""
+"""What a bundle's manifest says about a policy before any export, from its robot file and from training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ki_vla_ros.robot import Robot
 
 
 def describe_policy(robot: Robot, **fields: Any) -> PolicySpec:
-    """`fields` are those of `PolicySpec` that the robot file does not give; ConfigurationError if they do not fit."""
+    """A policy; `fields` are what the robot file does not give; ConfigurationError if they do not fit."""
     try:
         return PolicySpec(
             created=datetime.now(timezone.utc).strftime("%Y-%m-%d"),

@@ -1,4 +1,4 @@
-"""Everything that a training configuration determines: robot, data, tokenizers, model; then the stage loop over it.
+"""What a training configuration determines: robot, data, tokenizers and model, and the stage loop that trains it.
 
 `python -m training.train CONFIG` comes here.
 """
@@ -38,7 +38,7 @@ FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
 
 
 class Run:
-    """What `config` determines, and the trainer over it; `frames` and `validation` draw from robot episodes."""
+    """What `config` determines, and its trainer; `frames` and `validation` draw from robot episodes."""
 
     def __init__(self, config: TrainingConfig) -> None:
         torch.set_num_threads(config.threads)
@@ -59,7 +59,7 @@ class Run:
 
     def open_data(self) -> None:
         """The arrays, what is fitted on them (normalisation, FAST), and the sources that stages draw from."""
-        # The simulator's modules load MuJoCo, which chooses how it renders when it is imported.
+        # Imported late: the simulator's modules load MuJoCo, which chooses how it renders when it is imported.
         from training.data.simulated import (
             SceneQuestions,
             SceneViews,
@@ -89,7 +89,7 @@ class Run:
             )
         self.space = ActionSpace.fit(episodes["state"], episodes["chunk"])
         self.fast = make_fast(config, episodes, self.space)
-        # A fit may find fewer merges than it may have; the model's size does not depend on that.
+        # A fit may use fewer tokens than it is allowed; the model's size must not depend on that.
         action_ids = config.fast_vocabulary if config.fast_published is None else self.fast.vocab_size
         self.tokenizer = build_tokenizer(action_ids)
         maker = BatchMaker(self.tokenizer, length=config.prompt_length, grid=timing.grid, device=self.device)
@@ -131,7 +131,7 @@ class Run:
             shard(self.model, config.parallel, init_device_mesh(self.device.type, (self.processes,)))
 
     def run(self) -> None:
-        """All stages; then the policy folder that `training.export` reads."""
+        """Run all stages, then write the policy folder that `training.export` reads."""
         self.config.out.mkdir(parents=True, exist_ok=True)
         progress = self.trainer.run()
         if self.trainer.measures:
@@ -145,7 +145,7 @@ class Run:
             return measure(self.model, self.validation, self.config.flow_steps, self.heads, probe)
 
     def save_policy(self, folder: Path, progress: train.RunPosition) -> None:
-        """What `training.export` turns into a bundle, with the finished model's figures on held-out frames."""
+        """Write what `training.export` turns into a bundle, with the model's figures on held-out frames."""
         config = self.config
         figures = self.figures()
         weights = self.trainer.whole_weights()
@@ -179,7 +179,7 @@ class Run:
 
 
 def make_fast(config: TrainingConfig, episodes: Arrays, space: ActionSpace) -> FastTokenizer:
-    """The vocabulary of others that the configuration names, or one that is fitted on chunks of the episodes."""
+    """The published vocabulary that the configuration names, or one fitted on chunks of the episodes."""
     if config.fast_published is not None:
         return FastTokenizer.load_published(config.fast_published, *episodes["chunk"].shape[1:])
     rng, frames = np.random.default_rng(config.seed), len(episodes["state"])

@@ -3,10 +3,10 @@
     python -m training.train config/training/demo.yaml
 
 Knowledge insulation (arXiv 2505.23705): the backbone learns from cross-entropies only (answers, FAST action tokens),
-the action expert learns flow matching and reads the backbone's keys and values through a stop-gradient. So the backbone
-never feels the expert, and a stage may train both at once, or one after the other at less cost: the configuration
-decides, the code is one. A run that stops resumes at its last checkpoint; what it draws depends on seed, stage and step
-alone.
+the action expert learns flow matching and reads the backbone's keys and values through a stop-gradient. So the expert
+never affects the backbone, and the same code can train both at once, or one after the other at less cost, as the
+configuration says. A run that stops resumes at its last checkpoint; what it draws depends only on seed, stage, step and
+process.
 
 Nothing is built here: `training.run` makes robot, data, tokenizers and model from the configuration.
 """
@@ -39,9 +39,9 @@ LARGEST_NORM = 1.0  # of all gradients of a step; longer ones are scaled down to
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Where a run stands: the next step of a stage. `optimizer` is its state there, None at a stage's beginning.
+    """Where a run stands: the next step of a stage; `optimizer` is its state there, None when a stage begins.
 
-    `minutes` is the time that each stage has taken so far, over all runs that were resumed.
+    `minutes` is the time that each stage has taken so far, including the runs that were resumed.
     """
 
     stage: int = 0
@@ -51,7 +51,7 @@ class RunPosition:
 
 
 class Trainer:
-    """`figures` measures the model for a stage's gates; sharded, it takes all processes."""
+    """Trains a model by its stages; `figures` measures it for their gates (if sharded, in all processes)."""
 
     def __init__(
         self,
@@ -65,11 +65,11 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.heads = config, model, heads
         self.sources, self.losses, self.figures, self.rank = sources, losses, figures, rank
-        # Sharded, a forward pass takes all processes.
+        # A sharded model's forward pass takes all processes.
         self.measures = rank == 0 or config.parallel.shard
 
     def run(self) -> RunPosition:
-        """All stages, each from its checkpoint where there is one."""
+        """Run all stages, from the last checkpoint if there is one."""
         for stage in self.config.stages:
             self.check_sources(stage)
         progress = self.load()
@@ -78,11 +78,11 @@ class Trainer:
                 progress = self.run_stage(index, stage, progress, board)
                 if self.measures:
                     self.check_gates(stage, board)
-                self.save(progress)  # not before: a run that missed its gate must meet it again when it goes on
+                self.save(progress)  # only now: a run that missed its gate must meet it again when it is resumed
         return progress
 
     def run_stage(self, index: int, stage: StageConfig, progress: RunPosition, board: SummaryWriter) -> RunPosition:
-        """Gradient steps from `progress.step` to the stage's last; returns the beginning of the next stage."""
+        """Take gradient steps from `progress.step` to the stage's last; returns the beginning of the next stage."""
         began_s, before = time.monotonic(), progress.minutes
 
         def minutes() -> dict[str, float]:
@@ -116,7 +116,7 @@ class Trainer:
         return RunPosition(index + 1, minutes=minutes())
 
     def accumulate_gradients(self, stage: StageConfig, rng: np.random.Generator) -> dict[str, float]:
-        """One backward pass for the batch of each source; the losses' values by name, summed over the sources."""
+        """One backward pass per source's batch; returns the losses' values by name, summed over the sources."""
         values: dict[str, float] = {}
         for name, count in stage.sources.items():
             batch = self.sources[name].draw(count, rng)
@@ -128,11 +128,11 @@ class Trainer:
         return values
 
     def precision(self) -> torch.autocast:
-        """What forward passes are to run under: products in `parallel.dtype`, sensitive operations in float32."""
+        """The context for forward passes: products in `parallel.dtype`, sensitive operations in float32."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.config.parallel.dtype == "bfloat16")
 
     def check_sources(self, stage: StageConfig) -> None:
-        """ConfigurationError where a source is unknown or teaches nothing, or a loss has no targets in any source."""
+        """ConfigurationError if a source is unknown or teaches nothing, or a loss has no targets in any source."""
         if unknown := stage.sources.keys() - self.sources.keys():
             raise ConfigurationError(
                 f"stage {stage.name}: sources: expected some of {', '.join(self.sources)}, got {', '.join(unknown)}"
@@ -153,7 +153,7 @@ class Trainer:
             )
 
     def check_gates(self, stage: StageConfig, board: SummaryWriter) -> None:
-        """ConfigurationError when a figure misses its gate, so that no later stage builds on sand."""
+        """ConfigurationError if a figure misses its gate, so that no later stage builds on sand."""
         if not stage.gates:
             return
         figures = self.figures()
@@ -170,7 +170,7 @@ class Trainer:
             )
 
     def save(self, progress: RunPosition) -> None:
-        """All processes hold the same weights, or a shard each; the first one writes them."""
+        """Write a checkpoint in the first process; the others hold the same weights, or a shard each."""
         weights = self.whole_weights()
         heads = {} if self.heads is None else self.heads.state_dict()
         resume = gather(vars(progress), keep=self.rank == 0) | {"heads": heads}
@@ -178,13 +178,13 @@ class Trainer:
             save_checkpoint(self.config.out, self.model, resume, weights)
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """The model's, in the first process; every process must ask for them."""
+        """The model's whole weights, in the first process only; every process must call this."""
         free_gathered(self.model)
         whole: dict[str, Tensor] = gather(self.model.state_dict(), keep=self.rank == 0)
         return whole
 
     def load(self) -> RunPosition:
-        """Weights and progress of an earlier run in the same folder; the beginning where there is none."""
+        """Load an earlier run's weights from the same folder; returns its progress, or the beginning if none."""
         if not (self.config.out / RESUME).exists():
             return RunPosition()
         state = load_resume(self.config.out)

@@ -1,4 +1,4 @@
-"""A bundle with large weights in bfloat16: its programs and graphs against the model in float32, and what stays so."""
+"""A bundle with bfloat16 weights: its programs and graphs against the float32 model, and what stays float32."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cosine(ours: Array, theirs: Array) -> float:
 
 
 def test_its_actions_are_those_of_float32(half: Made) -> None:
-    """What the flow adds to the noise is compared too: the noise alone lies nearly along the chunk."""
+    """What the flow adds to the noise is compared too, because the noise alone is nearly parallel to the chunk."""
     policy = Policy(half.bundle, TorchEngine(half.bundle), flow_steps=STEPS)
     for seed, given in enumerate(inputs(half)):
         noise = policy.noise(seed)
@@ -82,7 +82,7 @@ def test_all_steps_at_once_are_the_single_steps_bit_for_bit(half: Made) -> None:
 
 
 def test_norms_of_the_programs_read_float32(half: Made) -> None:
-    """Their softmax is within `scaled_dot_product_attention`, which computes it in float32."""
+    """Their softmax is inside `scaled_dot_product_attention`, which computes it in float32."""
     counted: dict[str, int] = {}
     for name in PROGRAMS.values():
         program = torch.export.load(half.bundle.path / name)
@@ -164,4 +164,4 @@ def test_the_export_compares_and_refuses(
     monkeypatch.setattr("training.export.bundle.lowest_cosine", lambda *given: float("nan"))
     with pytest.raises(ExportError, match=r"expected a cosine of 0\.999 to float32 or more, got nan"):
         export_bundle(checkpoint, tmp_path / "bundle", with_torch=True, dtype="bfloat16")
-    assert (tmp_path / "bundle" / "manifest.json").exists(), "the bundle of before stays"
+    assert (tmp_path / "bundle" / "manifest.json").exists(), "the earlier bundle stays"

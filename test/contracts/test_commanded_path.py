@@ -1,4 +1,4 @@
-"""What a bag's arm was told is one and the same for a replay's reference and for a dataset's actions."""
+"""A replay's reference and a dataset's actions agree on what a bag's arm was commanded."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_the_graphs_hold_no_answers_and_no_dead_weights(exported: tuple[Path, Bu
     assert tables == [(rows, model.config.backbone.width)], "one token table, and no head beside it"
     for dims in (*weights[PREFILL].values(), *weights[EXPERT].values()):
         assert model.config.vocab_size not in dims
-    # Of the last backbone layer keys and values are on board; its MLP (gate and up, down) is there for the first only.
+    # Only the first backbone layer has its MLP on board (gate and up, down); the last has keys and values alone.
     assert sum(dims in {(32, 96), (96, 32), (48, 32), (32, 48)} for dims in weights[PREFILL].values()) == 2
 
 
@@ -114,7 +114,7 @@ def test_too_many_weights_are_refused(exported: tuple[Path, Bundle], tmp_path: P
         check_left_behind(model, rows - 200, bundle.path)
 
 
-def test_the_files_tell_nothing_of_the_trainers_machine(exported: tuple[Path, Bundle]) -> None:
+def test_the_files_say_nothing_about_the_trainers_machine(exported: tuple[Path, Bundle]) -> None:
     _, bundle = exported
     for name in (PREFILL, EXPERT):
         content = (bundle.path / name).read_bytes()
@@ -134,7 +134,7 @@ def test_manifest_and_model_card_carry_the_policy(exported: tuple[Path, Bundle])
         assert expected in card
 
 
-def test_an_export_replaces_an_earlier_bundle_only_when_it_is_whole(
+def test_an_earlier_bundle_is_replaced_only_once_the_new_one_is_whole(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, out = made.checkpoint, Path(shutil.copytree(made.bundle.path, tmp_path / "bundle"))
@@ -147,7 +147,7 @@ def test_an_export_replaces_an_earlier_bundle_only_when_it_is_whole(
     monkeypatch.setattr("training.export.bundle.parity_error", lambda model, bundle: 0.0)
     again = export_bundle(checkpoint, out)
     assert again.path == out and load_bundle(out).manifest == again.manifest
-    assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"], "no scratch is left"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"], "no scratch files are left"
 
 
 def test_a_folder_of_something_else_is_not_replaced(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The arranged graphs against the model that they are made of."""
+"""The arranged graphs against the model that they are made from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def small_model(conditioning: Conditioning, state_dim: int | None) -> VLA:
 
 @pytest.mark.parametrize(("conditioning", "state_dim"), [("adarms", None), ("adarms", 4), ("concat", 4)])
 @pytest.mark.parametrize("clean_actions", [0, 2])
-def test_one_step_is_the_models_with_a_time_for_each_action(
+def test_one_step_equals_the_models_with_a_time_for_each_action(
     conditioning: Conditioning, state_dim: int | None, clean_actions: int
 ) -> None:
     model, batch = small_model(conditioning, state_dim), make_batch(state_dim)
@@ -62,7 +62,7 @@ def test_operations_are_counted_for_each_graph() -> None:
     policy = small_policy("text").model_copy(update={"horizon": CONFIG.horizon})
     graph = describe_graphs(model, policy, CONFIG.vocab_size)
     cameras, length = len(policy.cameras), policy.prompt.length
-    # On "meta": the CPU's attention is one operation that the counter does not know.
+    # On "meta", because the CPU's attention is a single operation that the counter does not know.
     prefix = [
         torch.ones(1, cameras, 3, 24, 24, device="meta"),
         torch.ones(1, cameras, dtype=torch.bool, device="meta"),
@@ -72,11 +72,11 @@ def test_operations_are_counted_for_each_graph() -> None:
     whole = on_meta(model)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         cache = whole.prefill(*prefix)
-        # Of the last layer the model computes keys and values alone, as the graph does.
+        # In the last layer the model computes only keys and values, as the graph does.
         assert graph.prefill_flops == counter.get_total_flops()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         whole.velocity(cache, batch["x_t"][:1].to("meta"), batch["time"][:1].to("meta"))
-    # The model computes the time's layers too, which the graph looks up.
+    # The model also computes the time layers, whose result the graph looks up.
     width, horizon, layers = CONFIG.expert.width, CONFIG.horizon, 2 * CONFIG.expert.depth + 1
     assert graph.step_flops == counter.get_total_flops() - 2 * horizon * width * (2 * width + layers * 3 * width)
 

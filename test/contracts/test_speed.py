@@ -1,4 +1,4 @@
-"""The contestants compute the same; the ratios are of the right pairs. How fast they are is not judged here."""
+"""The contestants compute the same, and ratios are of the right pairs; how fast they are is not judged here."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_everything_compared_computes_the_same(
     assert "| ratio of medians | found | 95 % interval | goal | |" in said and RATIOS[0].what in said
 
 
-def test_a_bundle_of_other_weights_is_no_contest(exported: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_bundle_with_other_weights_is_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "other", DEEP, POLICY, seed=1)
     with pytest.raises(ConfigurationError, match="is the bundle an export of this checkpoint"):
         compare(tmp_path / "other", exported[1], torch.get_num_threads(), 1, 1, lambda line: None)
 
 
-def test_processor_time_is_of_one_thread(exported: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_processor_time_needs_a_single_thread(exported: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--checkpoint", str(exported[0]), "--bundle", str(exported[1]), "--rounds", "1", "--slow-rounds", "1"]
     assert main([*command, "--processor-time", "--threads", "2"]) == 2
     assert "--processor-time: expected one thread, got 2" in capsys.readouterr().err
@@ -78,11 +78,11 @@ def test_the_peer_has_our_weights(exported: tuple[Path, Path]) -> None:
     theirs = peer_prefill(build_peer(model), images_BVCSS[0], tokens_BL)()
     torch.testing.assert_close(theirs.keys_NBKPD, ours.keys_NBKPD, atol=1e-4, rtol=0)
     torch.testing.assert_close(theirs.values_NBKPD, ours.values_NBKPD, atol=1e-4, rtol=0)
-    with pytest.raises(ConfigurationError, match="mark of an image"):
+    with pytest.raises(ConfigurationError, match="which marks an image, got it"):
         peer_prefill(build_peer(model), images_BVCSS[0], torch.full_like(tokens_BL, DEEP.vocab_size - 1))
 
 
-def test_a_ratio_is_of_calls_of_the_same_rounds() -> None:
+def test_a_ratio_compares_calls_from_the_same_rounds() -> None:
     quick = {"a": np.full(5, 10.0), "b": np.full(5, 5.0)}
     slow = {"a": np.full(3, 12.0), "c": np.full(3, 60.0)}
     assert judge(Ratio("x", "a", "b", 1.5), quick, slow) == {
@@ -93,7 +93,7 @@ def test_a_ratio_is_of_calls_of_the_same_rounds() -> None:
 
 
 @torch.no_grad()
-def test_what_runs_on_a_card_agrees_where_there_is_none() -> None:
+def test_what_runs_on_a_card_agrees_on_a_cpu() -> None:
     inputs = make_inputs(POLICY, DEEP, 0)
     exact = build_model(DEEP, 0, torch.float32)
     reference_RHA = plain(exact, inputs).chunk()

@@ -36,7 +36,7 @@ def test_a_row_is_what_every_norm_would_compute(tmp_path: Path) -> None:
     np.testing.assert_allclose(rows, expected.numpy(), atol=2e-6)
 
 
-def test_with_concat_it_is_the_times_part_of_the_first_layer(tmp_path: Path) -> None:
+def test_with_concat_a_row_is_the_times_part_of_the_first_layer(tmp_path: Path) -> None:
     model = make_model(dataclasses.replace(CONFIG, conditioning="concat", state_dim=4))
     rows = table(model.expert, tmp_path / "time.npz", CONFIG.expert.width).rows(TIMES)
     action = torch.randn(len(TIMES), CONFIG.expert.width)

@@ -107,9 +107,9 @@ def test_joint_step_gives_the_backbone_the_same_gradients_without_the_expert(set
 
 
 def test_cached_flow_loss_equals_the_full_forward(settings: dict[str, Any]) -> None:
-    """`flow_alone` is `joint` without the backbone's graph: same value, same gradients of the expert."""
+    """`flow_alone` is `joint` without the backbone's graph: the same value, the same gradients for the expert."""
     run = Run(configure(settings))
-    with torch.no_grad():  # at its start the gates of all the expert's branches are closed
+    with torch.no_grad():  # open the gates of the expert's branches, which start closed
         for name, parameter in run.model.named_parameters():
             if name.endswith("dense.bias"):
                 parameter.fill_(0.5)
@@ -250,7 +250,7 @@ def test_sources_that_cannot_feed_a_stage_are_refused_before_the_first_step(
 
 
 def test_the_papers_recipe_needs_no_hints(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Answers, FAST and flow in one stage: no head, no probe, no label of a camera or object."""
+    """Answers, FAST and flow in one stage, without heads, probe, or labels of cameras or objects."""
     stage = settings["stages"][2] | {"losses": {"text": 1.0, "fast": 1.0, "flow": 1.0}, "train": ["backbone", "expert"]}
     config = configure({**settings, "hints": None}, out=tmp_path, stages=[stage])
     run = Run(config)
@@ -268,7 +268,7 @@ def test_another_robot_than_the_simulated_one_is_refused(settings: dict[str, Any
 
 
 def test_a_step_stays_on_its_device(settings: dict[str, Any], tmp_path: Path) -> None:
-    """No card is here: the device "meta" stands for it, where operations check devices and shapes and compute nothing.
+    """The device "meta" stands in for a card: operations check devices and shapes there, and compute nothing.
 
     Losses that choose rows by a mask cannot run there, so they are not covered.
     """
@@ -289,6 +289,6 @@ def test_a_step_stays_on_its_device(settings: dict[str, Any], tmp_path: Path) ->
     assert {tensor.device.type for tensor in (output.velocity_RHA, target, learned, found["cells"])} == {"meta"}
 
 
-def test_a_card_that_is_not_there_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_card_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"expected a usable NVIDIA card 0, got torch .* that sees 0"):
         Run(configure(settings, out=tmp_path, parallel={"device": "cuda"}))

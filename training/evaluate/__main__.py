@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     bundle = load_bundle(options.bundle)
-    # Simulated time: a second between two scenes' clocks would look like one that was set back.
+    # No ramp-in: every scene is a start with its clock set back, so the ramp would slow each episode's beginning.
     chosen = settings_from_parameters({"ramp_in_s": 0.0} | dict(pair.split("=", 1) for pair in options.set))
     chosen.validate_against(bundle.manifest)
     engine = open_engine(bundle, chosen)

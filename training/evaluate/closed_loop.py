@@ -2,7 +2,7 @@
 
 The policy is the robot's own code (`ki_vla_ros.policy.policy` on the chosen engine), the arm executes trajectories as a
 real controller does, and a chunk arrives a fixed delay after the observation it was made from. The demo measures the
-same over real topics and in real time; here an episode takes about a second.
+same over real topics in real time; here an episode takes about a second.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Arm:
         self._controller = CommandedPath(self.world.joints, self.world.joint_position_J)
 
     def advance(self, until_ns: int) -> None:
-        """Physics until then, or until the episode is over."""
+        """Run the physics until then, or until the episode is over."""
         while self.time_ns() < until_ns - to_ns(TIMESTEP_S) // 2 and not self.world.judge.done:
             self.world.step(self._controller.sample(self.time_ns())[0])
             self.speeds[-1].append(self.world.joint_velocity_J)
@@ -51,13 +51,13 @@ class Arm:
         self._ready_ns = self.time_ns() + self.delay_ns
 
     def jerk_rms(self) -> float:
-        """Of the measured motion of the arm's joints, in rad/s^3, from speeds at 100 Hz."""
+        """RMS jerk of the arm's joints as measured, in rad/s^3, from speeds at 100 Hz."""
         every = round(0.01 / TIMESTEP_S)
         jerks = [np.diff(np.array(speeds)[::every, :-1], n=2, axis=0) / 0.01**2 for speeds in self.speeds]
         return float(np.sqrt(np.square(np.concatenate(jerks)).mean()))
 
     def time_ns(self) -> int:
-        # Not from 0 on: that means "no time yet".
+        # Starts at one second: 0 means "no time yet".
         return NS_PER_S + to_ns(self.world.time_s)
 
     def now_ns(self) -> int:
@@ -82,7 +82,7 @@ class Arm:
 
 
 class LiveBuffer(ObservationBuffer):
-    """Joint states go on coming in while the policy thinks: asked for them, it lets that time pass."""
+    """A buffer whose joint states keep arriving while the policy computes: reading the latest advances the arm."""
 
     def __init__(self, cameras: Sequence[str], arm: Arm) -> None:
         super().__init__([CameraSource(name, name) for name in cameras], arm.world.joints, "joint_states")
@@ -116,14 +116,14 @@ class ClosedLoop:
             buffer.add_joints(JointReading(now_ns, world.joints, world.joint_position_J))
             arm.begin_tick()
             loop.step(self.settings, now_ns, 0)
-            # As on the robot, a tick that takes longer than its period costs the next ones.
+            # As on the robot, a tick that takes longer than its period skips the next ones.
             period_ns = to_ns(1.0 / self.settings.rate_hz)
             arm.advance(now_ns + max(1, -(-arm.delay_ns // period_ns)) * period_ns)
         return world.judge.reached, world.judge.success, world.time_s
 
 
 def as_trajectory(motion: Motion, sent_ns: int) -> Trajectory:
-    """The controller's message, as `convert.command_message` makes it: "start now"."""
+    """The controller's message as the node makes it: the points after `sent_ns`, starting now (stamp 0)."""
     first = min(int(np.searchsorted(motion.time_N, sent_ns, side="right")), len(motion.time_N) - 1)
     points = [
         TrajectoryPoint(int(motion.time_N[k]) - sent_ns, motion.position_NJ[k].tolist(), motion.velocity_NJ[k].tolist())
@@ -133,10 +133,10 @@ def as_trajectory(motion: Motion, sent_ns: int) -> Trajectory:
 
 
 def evaluate(policy: Policy, scenes: Sequence[Scene], delay_s: float, settings: Settings) -> dict[str, float]:
-    """Rates over these scenes: `follow_rate` (the instructed object was the first one reached) and `success_rate`.
+    """Figures over these scenes, such as `success_rate` and `follow_rate` (the instructed object was reached first).
 
     `seam_step` (rad or m) and `seam_speed_step` (per second) are the largest steps of the commanded motion where one
-    command takes over from another; `jerk_rms` is that of the measured motion.
+    command takes over from another; `jerk_rms` is of the measured motion.
     """
     loop = ClosedLoop(policy, delay_s, settings)
     outcomes = [loop.run(scene) for scene in scenes]

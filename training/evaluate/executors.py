@@ -1,4 +1,4 @@
-"""How each chunk executor does on the simulated arm when inference takes its time: docs/results/executors.md.
+"""How each chunk executor does on the simulated arm when inference is slow: docs/results/executors.md.
 
 python -m training.evaluate.executors models/demo --episodes 20
 """

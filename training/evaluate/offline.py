@@ -1,7 +1,7 @@
 """Offline figures of a model on held-out instructions: the gates of training.
 
-"Follow" here means: among the demonstrator's chunks towards every object of the scene, the predicted one lies nearest
-to that towards the instructed object.
+"Follow" here means: of the demonstrator's chunks towards each object of the scene, the one towards the instructed
+object is the nearest to the prediction.
 
 Legend: B batch, F frames, O objects of a scene, H horizon, J joints, A action dim, N image cells.
 """
@@ -22,7 +22,7 @@ from training.model import VLA
 from training.tokens import FastDecodeError, FastTokenizer, cosine_basis
 
 FRAMES = 256  # held-out frames that the offline figures are computed on
-BATCH = 64  # frames at once; FAST is decoded token by token, which takes long, so only the first batch of them
+BATCH = 64  # frames at once; FAST is decoded token by token, which is slow, so only for the first batch
 
 
 @torch.no_grad()
@@ -33,13 +33,12 @@ def measure(
     heads: TrainingHeads | None = None,
     probe: tuple[int, int] | None = None,
 ) -> dict[str, float]:
-    """Rates in 0..1, `*_error` in rad (mean over joints and steps).
+    """Figures by name: rates in 0..1, and `*_error` in rad (mean over joints and steps).
 
-    The arrays of `frames` have, beside what it draws from, `rivals` [F, O, H, J] (the demonstrator's chunks towards
-    each object; NaN: none), `target` [F] (the instructed one) and `uv` [F, O, 2] (the objects in the last camera's
-    image).
-    `pointing` (with heads and probe): the probe's strongest scene cell lies nearest to the instructed object.
-    `*_follow`: see the module's docstring, by the expert (`flow`), the readout tokens (`readout`, with heads) and
+    The arrays of `frames` also have `rivals` [F, O, H, J] (the demonstrator's chunks towards each object; NaN: none),
+    `target` [F] (the instructed object) and `uv` [F, O, 2] (the objects in the last camera's image).
+    `pointing` (with heads and probe): the object nearest to the probe's strongest scene cell is the instructed one.
+    `*_follow` (see the module's docstring): by the expert (`flow`), the readout tokens (`readout`, with heads) and
     greedy FAST decoding (`fast`); malformed FAST counts as a miss.
     """
     arrays = frames.arrays
@@ -59,12 +58,12 @@ def measure(
             hits.setdefault(f"{name}_follow", []).append(distance.argmin(axis=1) == arrays["target"][rows])
             errors.setdefault(f"{name}_error", []).append(np.abs(arrays["chunk"][rows] - chunk_BHJ).mean(axis=(1, 2)))
     figures = {name: np.concatenate(values) for name, values in (hits | errors).items()}
-    # No error can be given for FAST while every sequence is malformed; its follow rate says so.
+    # FAST has no error if every sequence is malformed; its follow rate says so.
     return {name: float(np.nanmean(values)) for name, values in figures.items() if not np.isnan(values).all()}
 
 
 def strongest_cells(model: VLA, batch: Batch, probe: tuple[int, int]) -> NDArray[np.int64]:
-    """[B]: the cell of the last camera's image that the first asking token looks at most."""
+    """[B]: the cell of the last camera's image that the first asking token attends to most."""
     output = model(*batch.prefix, probe=probe)
     cells_B: NDArray[np.int64] = scene_scores(model, batch, output)[:, 0].argmax(dim=1).cpu().numpy()
     return cells_B
@@ -108,7 +107,7 @@ def predict(
 def decode_greedily(
     model: VLA, fast: FastTokenizer, first: int, batch: Batch, longest: int = 80
 ) -> NDArray[np.float64]:
-    """FAST tokens by argmax, decoded; NaN where they are no chunk. Only a figure: the robot never decodes tokens.
+    """Chunks decoded from FAST tokens by argmax, NaN if malformed; only a figure: the robot never decodes tokens.
 
     `first` is the id of FAST's token 0 in the model's vocabulary.
     """

@@ -3,7 +3,7 @@
     python -m training.export --checkpoint out/training/demo/policy --out models/demo
 
 With `--torch` the bundle also holds both graphs as programs for the torch engine; `--dtype bfloat16` is for GPUs.
-Exit codes: 0 fine, 1 the exported graphs are not the model, 2 could not run.
+Exit codes: 0 fine, 1 the exported graphs do not match the model, 2 could not run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from training.weights import POLICY
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.export", description="Make a bundle of a checkpoint.")
+    parser = argparse.ArgumentParser(prog="python -m training.export", description="Make a bundle from a checkpoint.")
     parser.add_argument("--checkpoint", type=Path, required=True, help=f"folder with weights, {POLICY} and {TOKENIZER}")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the bundle; an earlier bundle there is replaced"

@@ -1,10 +1,10 @@
 """From a checkpoint to a bundle, checked against torch.
 
 A checkpoint folder holds the weights and sizes (`training.weights.checkpoints`), `policy.json` (a `PolicySpec`) and
-`tokenizer.json`. Exported are the prefix up to its last keys and values, and one expert step; of the token table, only
-the rows that a prompt can hold. So the robot cannot decode answer, place or action tokens.
+`tokenizer.json`. The prefix up to its last keys and values is exported, and one expert step; of the token table, only
+the rows that a prompt can hold. So the robot cannot decode answer, location or action tokens.
 
-The two graphs as modules are in graphs.py, how they become files in formats.py.
+graphs.py has the two graphs as modules, formats.py turns them into files.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from training.tokens import prompt_tokenizer, prompt_vocab_size
 from training.weights import POLICY, load_checkpoint
 
 TOLERANCE = 1e-4
-COSINE = 0.999  # of a bfloat16 bundle's chunks and the float32 model's
-CONSTANTS = 4096  # shapes, frequencies and the like in a graph, as numbers
+COSINE = 0.999  # least, between a bfloat16 bundle's chunks and the float32 model's
+CONSTANTS = 4096  # most numbers that a graph may have beside its weights: shapes, frequencies and the like
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ExportError(RuntimeError):
-    """The exported graphs are not the model: they differ from torch, or hold what must stay behind."""
+    """The exported graphs do not match the model: they differ from torch, or hold what must stay behind."""
 
 
 def export_bundle(
@@ -67,8 +67,8 @@ def export_bundle(
 ) -> Bundle:
     """Write the bundle `out` and return it loaded; an earlier bundle there is replaced once the new one is whole.
 
-    `with_torch`: with the programs for the torch engine. A float32 bundle is run and compared with the model. bfloat16
-    graphs have no kernels in onnxruntime's CPU provider, so ONNX's own checker alone sees those; the programs are run
+    `with_torch` adds the programs for the torch engine. A float32 bundle is run and compared with the model. bfloat16
+    graphs have no kernels in onnxruntime's CPU provider, so only ONNX's own checker sees them; their programs are run
     and compared with the model in float32, which then has to fit into memory.
     """
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
@@ -103,7 +103,7 @@ def export_bundle(
                     raise ExportError(f"parity: expected the graphs within {TOLERANCE:g} of torch, got {error:.3g}")
             compared = f"within {max(errors):.1e} of torch"
         elif with_torch:
-            del model  # the one in float32 needs its place
+            del model  # to make room in memory for the one in float32
             cosine = lowest_cosine(checkpoint, bundle)
             if not cosine >= COSINE:
                 raise ExportError(f"parity: expected a cosine of {COSINE:g} to float32 or more, got {cosine:.6f}")
@@ -118,7 +118,7 @@ def export_bundle(
 
 
 def read_policy(path: Path) -> PolicySpec:
-    """What training wrote beside the weights."""
+    """The policy's description, which training wrote beside the weights."""
     try:
         return PolicySpec.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -128,7 +128,7 @@ def read_policy(path: Path) -> PolicySpec:
 
 
 def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:
-    """The policy's description, the tokenizer and the model's sizes must be of one thing."""
+    """ConfigurationError unless the policy's description, the tokenizer and the model's sizes belong together."""
     config = model.config
     state_dim = policy.width if policy.state.as_token else None
     for what, expected, got in (
@@ -143,7 +143,7 @@ def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:
 
 
 def check_left_behind(model: VLA, prompt_rows: int, folder: Path) -> None:
-    """Refuse graphs with more weights than prefix and expert step have: they would hold a head or rows of answers."""
+    """ExportError if a graph has more weights than prefix or expert step: it would hold a head, or rows of answers."""
 
     def size(*parts: nn.Module | None) -> int:
         return sum(parameter.numel() for part in parts if part is not None for parameter in part.parameters())

@@ -15,7 +15,7 @@ STATE_WAYS = {
 
 
 def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:
-    """What the manifest says, for people; `notes` (Markdown) say what it cannot know: abilities, limits, training."""
+    """The manifest in prose; `notes` (Markdown) say what it cannot know: abilities, limits, training."""
     origin = policy.provenance
     lines = [
         f"# {policy.name}",

@@ -1,4 +1,4 @@
-"""One graph to one file: as ONNX, and as a torch.export program."""
+"""How a graph becomes a file: as ONNX, and as a torch.export program."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ki_vla_ros.bundle import EXPERT, PREFILL, PROGRAMS
 from training.export.graphs import Inputs
 
 OPSET = 20
-EMBEDDED_BYTES = 64 << 20  # larger weights lie in a file beside the graph; ONNX files themselves end at 2 GiB
+EMBEDDED_BYTES = 64 << 20  # if the weights are larger, they go to a file beside the graph; ONNX ends at 2 GiB
 OUTPUTS = ("keys", "values", "prefix_mask"), ("velocity", "x_next")
 
 Graphs = Sequence[tuple[nn.Module, Inputs]]
 
 
 def write_graphs(graphs: Graphs, folder: Path) -> None:
-    """Both graphs as ONNX."""
+    """Write both graphs as ONNX."""
     for (graph, inputs), name, outputs in zip(graphs, (PREFILL, EXPERT), OUTPUTS, strict=True):
         save_onnx(graph, inputs, outputs, folder / name)
 
 
 def write_programs(graphs: Graphs, folder: Path) -> None:
-    """Both graphs as torch.export programs."""
+    """Write both graphs as torch.export programs."""
     for (graph, inputs), name in zip(graphs, (PREFILL, EXPERT), strict=True):
         save_program(graph, inputs, folder / PROGRAMS[name])
 
 
 def save_onnx(graph: nn.Module, inputs: Inputs, outputs: Sequence[str], path: Path) -> None:
-    """One graph to one file, without the trainer's file names and stack traces; large weights lie beside it."""
+    """Write one graph, without the trainer's file names and stack traces; large weights go to a file beside it."""
     with torch_deprecations_ignored():
         program = torch.onnx.export(
             graph,
@@ -58,20 +58,20 @@ def save_onnx(graph: nn.Module, inputs: Inputs, outputs: Sequence[str], path: Pa
 
 @contextmanager
 def torch_deprecations_ignored() -> Iterator[None]:
-    """torch's exporter uses a class that torch itself has deprecated; here warnings are errors."""
+    """Ignore one warning: torch's exporter uses a class that torch has deprecated, and here warnings are errors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`isinstance\\(treespec", category=FutureWarning)
         yield
 
 
 def save_program(graph: nn.Module, inputs: Inputs, path: Path) -> None:
-    """One graph to one file: what it reads, and nothing of the rest of the model or of the trainer's machine."""
+    """Write one graph with the weights it reads, and nothing else of the model or of the trainer's machine."""
     with torch_deprecations_ignored():
         program = torch.export.export(graph.eval(), tuple(inputs.values()))
         names = program.graph_signature.inputs_to_parameters
         unread = []
         for node in list(program.graph.nodes):
-            # The device of each tensor as traced: on another one these assertions would fail.
+            # These assert the device that each tensor was traced on, and would fail on any other.
             if node.target is torch.ops.aten._assert_tensor_metadata.default:
                 program.graph.erase_node(node)
         for node in list(program.graph.nodes):
@@ -88,7 +88,7 @@ def save_program(graph: nn.Module, inputs: Inputs, path: Path) -> None:
 
 
 def strip_remarks(model: onnx_ir.Model) -> None:
-    """torch notes a stack trace at every node: useless on a robot, and it names the trainer's files."""
+    """Remove the stack trace that torch leaves at every node: useless on a robot, and it names the trainer's files."""
     graph = model.graph
     values = [value for node in graph.all_nodes() for value in node.outputs]
     parts: list[Any] = [model, graph, *graph.all_nodes(), *values, *graph.inputs, *graph.initializers.values()]

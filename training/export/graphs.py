@@ -1,4 +1,4 @@
-"""The two graphs of a bundle, as modules made of a trained model: what runs on the robot, and nothing else.
+"""The two graphs of a bundle, as modules made from a trained model: what runs on the robot, and nothing else.
 
 They compute what `VLA.prefill` and `VLA.velocity` compute, arranged for speed: one matrix for queries, keys and values,
 one for gate and up, and the flow time as a `modulation` that the robot looks up (ki_vla_ros/bundle/time_table.py).
@@ -41,7 +41,7 @@ Inputs = dict[str, Tensor]
 
 
 class PrefillGraph(nn.Module):
-    """The prefix of one observation, without a batch axis; its inputs have the names of the bundle's interface."""
+    """The prefix of one observation, without a batch axis; inputs are named as in the bundle's interface."""
 
     def __init__(self, model: VLA) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class PrefillGraph(nn.Module):
 
 
 class ExpertGraph(nn.Module):
-    """One expert step on the cached prefix, as `PrefillGraph`."""
+    """One expert step on the cached prefix, without a batch axis like `PrefillGraph`."""
 
     def __init__(self, model: VLA) -> None:
         super().__init__()
@@ -84,16 +84,16 @@ class ExpertGraph(nn.Module):
 
 
 class StepTime(NamedTuple):
-    """What stands in the graph for the time of each action: one modulation [M], and which actions [H] have time 0."""
+    """The graph's stand-in for the time of each action: one modulation [M], and which actions [H] have time 0."""
 
     modulation: Tensor
     clean: Tensor
 
 
 class LookedUpExpert(Expert):
-    """The expert without the layers that only the time goes through; takes a `StepTime` in the place of times.
+    """The expert without the layers that only the time goes through; it takes a `StepTime` in place of times.
 
-    Shares the layers of the expert that it is made from, whose norms must be `LookedUpNorm` then.
+    It shares the layers of the expert that it is made from; their norms must have become `LookedUpNorm`.
     """
 
     def __init__(self, expert: Expert) -> None:
@@ -118,7 +118,7 @@ class LookedUpExpert(Expert):
 
 
 class LookedUpNorm(nn.Module):
-    """An `AdaRMSNorm` whose dense layer is a part of the modulation; that of time 0 is a constant."""
+    """Stands in for an `AdaRMSNorm`'s dense layer: its result is a part of the modulation, a constant for time 0."""
 
     def __init__(self, start: int, clean: Tensor) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class LookedUpNorm(nn.Module):
 
 
 class MergedProjections(Projections):
-    """Queries, keys and values by one matrix, of which queries and keys are rotated together."""
+    """Queries, keys and values by one matrix; queries and keys are rotated together."""
 
     def __init__(self, parts: Projections) -> None:
         nn.Module.__init__(self)
@@ -147,7 +147,7 @@ class MergedProjections(Projections):
 
 
 class MergedKeysValues(Projections):
-    """Of the last prefix layer: keys and values alone."""
+    """For the last prefix layer: only keys and values."""
 
     def __init__(self, parts: Projections) -> None:
         nn.Module.__init__(self)
@@ -189,7 +189,7 @@ def frozen(weight: Tensor) -> nn.Parameter:
 
 
 def merge(*parts: nn.Linear) -> nn.Linear:
-    """One layer whose outputs are those of `parts`, one after the other."""
+    """One layer whose output is the outputs of `parts`, one after the other."""
     with torch.device("meta"):
         merged = nn.Linear(parts[0].in_features, sum(p.out_features for p in parts), parts[0].bias is not None)
     merged.weight = nn.Parameter(torch.cat([p.weight.detach() for p in parts]), requires_grad=False)
@@ -199,10 +199,10 @@ def merge(*parts: nn.Linear) -> nn.Linear:
 
 
 def arrange(model: VLA, prompt_rows: int) -> tuple[PrefillGraph, ExpertGraph]:
-    """Both graphs of a model, which stays as it is. Weights that are not merged are shared with it, not copied.
+    """Both graphs of a model, which stays as it is; weights that are not merged are shared with it, not copied.
 
-    The token table is cut to the `prompt_rows` that a prompt can hold; head, heads of training and the last prefix
-    layer's queries and MLP are not in them.
+    The token table is cut to the `prompt_rows` that a prompt can hold. The output head, the heads of training and the
+    last prefix layer's queries and MLP are left out.
     """
     prefill = copy_sharing_weights(model)
     del prefill.expert, prefill.action_in, prefill.action_out, prefill.state_in, prefill.backbone.norm
@@ -239,13 +239,13 @@ def copy_sharing_weights(model: VLA) -> VLA:
 
 
 def expert_norms(expert: Expert) -> list[AdaRMSNorm]:
-    """Those that the time goes through, in the order of the modulation."""
+    """The norms that the time conditions, in the order of the modulation."""
     norms = [norm for layer in expert.layers for norm in (layer.norm1, layer.norm2)] + [expert.norm]
     return [norm for norm in norms if isinstance(norm, AdaRMSNorm)]
 
 
 def time_layers(expert: Expert) -> list[tuple[Tensor, Tensor]]:
-    """Weights and biases between the embedded time and the modulation; silu goes between them."""
+    """Weights and biases of the layers from the embedded time to the modulation, with silu between layers."""
     if expert.conditioning == "concat":
         return [(expert.time_in.weight[:, expert.config.width :], expert.time_in.bias)]
     norms = [norm.dense for norm in expert_norms(expert)]
@@ -254,7 +254,7 @@ def time_layers(expert: Expert) -> list[tuple[Tensor, Tensor]]:
 
 
 def modulations(expert: Expert, time_N: Tensor) -> Tensor:
-    """[N, M] in float32: what the robot's table (ki_vla_ros/bundle/time_table.py) has for these times."""
+    """[N, M] in float32: the rows of the robot's table (ki_vla_ros/bundle/time_table.py) for these times."""
     with torch.no_grad():
         angle = time_N.double()[:, None] * (2.0 * torch.pi / time_periods(expert.config.width))
         x = torch.cat((angle.sin(), angle.cos()), dim=-1).float()
@@ -264,7 +264,7 @@ def modulations(expert: Expert, time_N: Tensor) -> Tensor:
 
 
 def time_file(expert: Expert) -> bytes:
-    """`time.npz` of the bundle."""
+    """The content of the bundle's `time.npz`."""
     arrays: dict[str, NDArray[Any]] = {"periods": time_periods(expert.config.width).numpy()}
     for n, layer in enumerate(time_layers(expert)):
         for kind, tensor in zip(("weight", "bias"), layer, strict=True):
@@ -277,10 +277,10 @@ def time_file(expert: Expert) -> bytes:
 
 
 def cast_weights(model: VLA, dtype: torch.dtype) -> VLA:
-    """The weights of all large matrices in `dtype`, in place.
+    """Cast the weights of all large matrices to `dtype`, in place.
 
-    Norms, time, the way from pixels to tokens and the ways in and out of the flow stay float32: they are small, what
-    they compute enters every layer, and ONNX has no convolution in bfloat16 before opset 22.
+    Norms, time layers, the image stem, and the layers into and out of the flow stay float32: they are small, their
+    results enter every layer, and ONNX has no convolution in bfloat16 before opset 22.
     """
     kept = [
         model.vision.stem,
@@ -303,12 +303,12 @@ def prefix_length(model: VLA, policy: PolicySpec) -> int:
 
 
 def kv_dtype(model: VLA) -> torch.dtype:
-    """Of the large weights, and so of keys and values."""
+    """The type of the large weights, and so of keys and values."""
     return model.backbone.layers[0].attention.k.weight.dtype
 
 
 def sample_inputs(model: VLA, policy: PolicySpec) -> tuple[Inputs, Inputs]:
-    """Of prefill and expert step, by name, in the policy's sizes."""
+    """Inputs of prefill and expert step, by name, in the policy's sizes."""
     config, cameras, length, size = model.config, len(policy.cameras), policy.prompt.length, policy.image.size
     prefix = prefix_length(model, policy)
     prefill = {
@@ -319,7 +319,7 @@ def sample_inputs(model: VLA, policy: PolicySpec) -> tuple[Inputs, Inputs]:
     }
     kv_shape = (config.backbone.depth, config.backbone.kv_heads, prefix, config.backbone.head_dim)
     expert = {
-        # Two tensors: the tracer would take one tensor, given twice, for one input.
+        # Two tensors: if one were given twice, the tracer would take it for a single input.
         "keys": torch.zeros(kv_shape, dtype=kv_dtype(model)),
         "values": torch.zeros(kv_shape, dtype=kv_dtype(model)),
         "prefix_mask": torch.ones(prefix, dtype=torch.bool),
@@ -358,7 +358,7 @@ def describe_graphs(model: VLA, policy: PolicySpec, prompt_rows: int) -> GraphSp
 
 
 def on_meta(model: VLA) -> VLA:
-    """The model's shapes without its numbers."""
+    """The model with shapes but no numbers."""
     shapes = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, shapes)
 

@@ -1,4 +1,4 @@
-"""Does a bundle compute what the model computes? Both answer random inputs.
+"""Whether a bundle computes what the model computes: both are given random inputs.
 
 Legend: H horizon, A action dim.
 """
@@ -33,7 +33,7 @@ Prefix = tuple[Tensor, Tensor, Tensor, Tensor]
 def parity_error(
     model: VLA, bundle: Bundle, cases: int = CASES, engine: OnnxEngine | TorchEngine | None = None
 ) -> float:
-    """Largest difference between bundle and torch, over keys, values and whole chunks of random inputs.
+    """Largest difference between bundle and torch, over keys, values and whole chunks for random inputs.
 
     `engine` (default: onnxruntime) runs the bundle and is closed afterwards.
     """
@@ -61,9 +61,9 @@ def parity_error(
 
 
 def lowest_cosine(checkpoint: Path, bundle: Bundle, cases: int = CASES) -> float:
-    """Of whole chunks of random inputs, the bundle's on the torch engine and the model's in float32.
+    """Lowest cosine between whole chunks for random inputs: the bundle's on the torch engine, the model's in float32.
 
-    One after the other: of a large model, memory does not hold both.
+    They run one after the other, because memory would not hold both copies of a large model.
     """
     steps, shape = bundle.manifest.flow.steps, (bundle.manifest.horizon, bundle.manifest.graph.action_dim)
     noise = [np.random.default_rng(case).standard_normal(shape, dtype=np.float32) for case in range(cases)]
@@ -79,7 +79,7 @@ def lowest_cosine(checkpoint: Path, bundle: Bundle, cases: int = CASES) -> float
 
 
 def cosine(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
-    """Of two chunks as vectors; 1 where they point the same way."""
+    """The cosine of two chunks as vectors: 1 if they point the same way."""
     a, b = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
@@ -102,7 +102,7 @@ def as_batch(given: ModelInput, state_dim: int | None) -> tuple[Prefix, Tensor |
 
 
 def random_input(bundle: Bundle, case: int) -> ModelInput:
-    """Noise pictures, random prompts of random length; every other case lacks the last of several cameras."""
+    """Noise images, a random prompt of random length; every other case lacks the last of several cameras."""
     manifest, rng = bundle.manifest, np.random.default_rng(case)
     cameras, length = len(manifest.cameras), manifest.prompt.length
     image_mask_V = np.ones(cameras, dtype=np.bool_)

@@ -1,10 +1,10 @@
-"""Checkpoints with random weights, of named sizes: to export, build and time what is not trained; never for an arm.
+"""Checkpoints of named sizes with random weights, to export, build and time untrained; never for an arm.
 
     python -m training.export.random_weights --size pi05 --out out/random/pi05
 
 writes a checkpoint folder that `training.export` reads; `--bundle FOLDER` exports it too. The weights are drawn so that
-activations keep about unit size in every layer, every residual branch is open and time conditioning has an effect: a
-wrong layer then shows in the chunk, which with freshly initialised weights (closed branches) it would not.
+activations keep about unit size in every layer, every residual branch is open and time conditioning has an effect: so a
+wrong layer shows in the chunk. With freshly initialised weights (closed branches) it would not.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from training.weights import CONFIG, POLICY, WEIGHTS, shapes
 
 PROMPT_ROWS = 256_000  # of PaliGemma's token table; the rest are places and segments, which no prompt holds
 PLAIN_PROMPT = "{task}\n"  # pi0's
-OUTLIERS = 3.0  # weights are cut there, in standard deviations
+OUTLIERS = 3.0  # where weights are clamped, in standard deviations
 
 
 def pi05_slice() -> VLAConfig:
-    """Two layers of each part of pi0.5 at full width, for builders that care for widths and types only."""
+    """Two layers of each part of pi0.5 at full width, for builders that care only about widths and types."""
     config = paligemma_3b("pi05")
     return dataclasses.replace(
         config,
@@ -49,7 +49,7 @@ def pi05_slice() -> VLAConfig:
 
 
 def hundred_million() -> VLAConfig:
-    """About 100 M weights: large enough that arithmetic decides on a CPU, small enough for a thousand calls."""
+    """About 100 M weights: large enough for arithmetic to dominate on a CPU, small enough for a thousand calls."""
     return VLAConfig(
         VisionConfig(image_size=224, patch_size=28, width=384, depth=12, heads=6, mlp=1536),
         GemmaConfig(width=768, depth=10, mlp=2304, heads=8, kv_heads=1, head_dim=64),
@@ -70,7 +70,7 @@ PROMPT_LENGTH = {"100m": 48, "pi05-slice": 200, "pi05": 200, "pi0": 48}
 
 
 def policy_spec(config: VLAConfig, name: str, cameras: int, prompt_length: int, seed: int) -> PolicySpec:
-    """Of an arm that does not exist: `action_dim` joints, absolute actions over their whole range."""
+    """The policy of an arm that does not exist: `action_dim` joints, absolute actions over their whole range."""
     joints = config.action_dim
     joint = {"unit": "rad", "lower": -3.0, "upper": 3.0, "max_velocity": 3.0, "relative": False}
     everywhere = {"low": [-3.0] * joints, "high": [3.0] * joints}
@@ -95,9 +95,9 @@ def policy_spec(config: VLAConfig, name: str, cameras: int, prompt_length: int, 
 
 
 def stand_in_tokenizer(vocab_size: int) -> Tokenizer:
-    """The demo's words in a vocabulary of the model's size; what is left over becomes filler that no text yields.
+    """The demo's words in a vocabulary of the model's size; the rest is filler that no text yields.
 
-    At PaliGemma's size a prompt can hold 256000 ids, as there; the rest stays behind at export.
+    At PaliGemma's size a prompt can hold 256000 ids, as PaliGemma's can; the others stay behind at export.
     """
     smallest = build_tokenizer(fast_vocab=1)
     answers = smallest.get_vocab_size() - prompt_vocab_size(smallest) - 1
@@ -119,7 +119,7 @@ def stand_in_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def draw_weights(config: VLAConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One tensor of `dtype` per weight of the model, which itself is never built; needs their size in memory, once."""
+    """One tensor of `dtype` per weight; the model is never built, so this takes their size in memory only once."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes(config).items():
@@ -131,7 +131,7 @@ def draw_weights(config: VLAConfig, seed: int, dtype: torch.dtype) -> dict[str, 
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation."""
+    """Mean and standard deviation of one weight."""
     fan_in = math.prod(shape[1:])
     if ".dense.bias" in name:
         return 0.0, 0.3  # gates, scales and shifts: the branches of the expert are open

@@ -1,11 +1,11 @@
-"""A bundle with random weights that costs next to nothing to run: for tests, and for measuring what is not the model.
+"""A bundle with random weights that costs next to nothing to run: for tests, and to time everything but the model.
 
     python -m training.export.tiny models/bench
 
-Made with onnx alone. Its prefill mixes pixels and tokens into keys and values; its expert attends to them, and its
-flow leads straight to a smooth, small motion whose size depends on images and prompt. So chunks look like a policy's,
-are the same for the same input and differ for another. `models/bench` has three cameras of 224 pixels and a horizon of
-50, as pi0 has.
+It is made with onnx alone. Its prefill mixes pixels and tokens into keys and values; its expert attends to them, and
+its flow leads straight to a smooth, small motion whose size depends on images and prompt. So chunks look like a
+policy's, are the same for the same input and different for another. `models/bench` has three cameras of 224 pixels and
+a horizon of 50, as pi0 has.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CARD = "Random weights: for tests and benchmarks only, **never for an arm**.\n"
 
 
 def bench_policy() -> PolicySpec:
-    """Three cameras; absolute actions, so that an arm that follows them stays in one place."""
+    """Three cameras; absolute actions, so that an arm that follows them does not wander."""
     joint = {"unit": "rad", "lower": -3.0, "upper": 3.0, "max_velocity": 3.0, "relative": False}
     return PolicySpec.model_validate(
         {
@@ -53,7 +53,7 @@ def bench_policy() -> PolicySpec:
 
 
 def write_tiny_bundle(folder: Path, policy: PolicySpec, seed: int = 0) -> Bundle:
-    """Make `folder` a valid bundle with random weights drawn from `seed`."""
+    """Make `folder` a valid bundle, with random weights drawn from `seed`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = prompt_tokenizer(build_tokenizer(fast_vocab=8))
     prefix = len(policy.cameras) * _GRID**2 + policy.prompt.length
@@ -126,9 +126,9 @@ def prefill_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator
 
 
 def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator) -> onnx.ModelProto:
-    """velocity = (x_t - target) / time: any number of Euler steps ends on the target, which depends on the prefix.
+    """An expert with velocity = (x_t - target) / time, where the target depends on the prefix.
 
-    `modulation` is the time.
+    Any number of Euler steps ends on the target. `modulation` is the time.
     """
     horizon, action_dim, dim = policy.horizon, graph.action_dim, graph.head_dim
     phase = np.linspace(1.0 / horizon, 1.0, horizon)[:, np.newaxis]

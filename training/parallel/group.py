@@ -1,7 +1,7 @@
-"""Data parallelism over processes: `torchrun --nproc-per-node N -m training.train ...`. One process alone needs nothing
-of it.
+"""Data parallelism over processes: `torchrun --nproc-per-node N -m training.train ...`.
 
-Each process draws its own samples; gradients are averaged, so N processes are one with an N times larger batch.
+Each process draws its own samples; gradients are averaged, so N processes equal one with an N times larger batch. A
+single process needs none of this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ki_vla_ros.errors import ConfigurationError
 
 
 def choose_device(kind: str) -> torch.device:
-    """This process's: with "cuda" the card of its number on this machine. ConfigurationError where there is none."""
+    """This process's device: with "cuda", the card of its number on this machine; ConfigurationError if none."""
     if kind == "cpu":
         return torch.device("cpu")
     index, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -33,12 +33,14 @@ def choose_device(kind: str) -> torch.device:
 
 
 def join_group(alone: bool = True, device: str = "cpu") -> tuple[int, int]:
-    """(rank, number of processes); connects to the others when torchrun started this process.
+    """Rank and number of processes; connects to the others if torchrun started this process.
 
-    With `alone` one process needs no group; sharding does, even of one.
+    With `alone`, a single process forms no group; sharding needs one, even of a single process.
     """
     if not alone and "WORLD_SIZE" not in os.environ:
-        raise ConfigurationError("parallel.shard: expected a process started by torchrun (one is enough), got another")
+        raise ConfigurationError(
+            "parallel.shard: expected a process started by torchrun, got another; torchrun with one process is enough"
+        )
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if (size > 1 or not alone) and not dist.is_initialized():
         # Rank 0 alone simulates data and measures figures while the others wait for it.
@@ -54,11 +56,11 @@ def wait_for_all() -> None:
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, in one message.
 
-    A parameter without gradient stays so everywhere.
+    A parameter without a gradient has none in any process, and stays without.
     """
     if not dist.is_initialized():
         return
-    # A sharded parameter's gradient is averaged by the backward pass.
+    # The backward pass averages a sharded parameter's gradient.
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     if not gradients:
         return

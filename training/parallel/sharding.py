@@ -1,8 +1,8 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`): parameters, gradients and optimizer state divided over the processes.
 
     each layer      gathered before it runs, freed after it, gathered again for its backward pass
-    root            everything that is no layer (token table, stem, norms, time and action maps), one unit; gathered in
-                    the forward pass and kept until the backward pass has ended
+    root            everything outside the layers (token table, stem, norms, time and action maps), one unit; gathered
+                    in the forward pass and kept until the backward pass has ended
 
 The root's lifetime is what lets losses use the token table (tied with the output head) and the final norm after the
 forward pass. Each process holds a float32 shard of every weight; layers compute in `dtype`, gradients are averaged in
@@ -43,10 +43,10 @@ def layers(model: VLA) -> Iterator[nn.Module]:
 
 
 def checkpoint_activations(model: VLA) -> None:
-    """Of each layer keep only its inputs for the backward pass, which computes the rest again.
+    """Keep only each layer's inputs for the backward pass, which computes the rest again.
 
-    The method is replaced on the instance, inside of FSDP's hooks: no module changes its name, and the second
-    computation finds the weights that FSDP has gathered for the backward pass.
+    The method is replaced on the instance, inside FSDP's hooks: no module changes its name, and the second computation
+    finds the weights that FSDP has gathered for the backward pass.
     """
     for layer in layers(model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -55,7 +55,7 @@ def checkpoint_activations(model: VLA) -> None:
 def shard(model: VLA, config: ParallelConfig, mesh: DeviceMesh) -> None:
     """Shard the model in place over a one-dimensional mesh; its parameters are DTensors from here on.
 
-    Entry points other than `forward` get FSDP's hooks too, as they read weights: `prefill`, `velocity` and
+    Entry points other than `forward` get FSDP's hooks too, because they read weights: `prefill`, `velocity` and
     `stem_features` of the model, `keys_values` and `scores` of the backbone's layers.
     """
     # Keys and values are transposed views; nothing writes to them in place, which is what torch warns of.
@@ -70,7 +70,7 @@ def shard(model: VLA, config: ParallelConfig, mesh: DeviceMesh) -> None:
         if config.cpu_offload
         else OffloadPolicy(),
     }
-    # Vision takes its type from a layer's weights, and those are float32 until the layer has gathered them.
+    # Vision casts its activations to the type of a layer's weights, which are float32 until the layer gathers them.
     seeing = policy | {"mp_policy": dataclasses.replace(mixed, cast_forward_inputs=True)}
     for layer in layers(model):
         fully_shard(layer, **(seeing if isinstance(layer, VisionLayer) else policy))
@@ -83,15 +83,15 @@ def shard(model: VLA, config: ParallelConfig, mesh: DeviceMesh) -> None:
 
 
 def free_gathered(model: nn.Module) -> None:
-    """Free what a forward pass without backward pass has left gathered: `parameters()` are the shards again."""
+    """Free what a forward pass without a backward pass left gathered, so that `parameters()` are shards again."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def gather(value: Any, keep: bool) -> Any:
-    """The same nested state with whole tensors in host memory instead of shards, where `keep`; None elsewhere.
+    """The same nested state with whole tensors in host memory if `keep`, else None, in place of shards.
 
-    Every process must call it at the same place, as gathering a tensor takes all of them.
+    Every process must call it at the same point, because gathering a tensor takes all of them.
     """
     if isinstance(value, DTensor):
         whole = value.full_tensor()
@@ -102,7 +102,7 @@ def gather(value: Any, keep: bool) -> Any:
 
 
 def like(whole: Tensor, place: Tensor) -> Tensor:
-    """`whole` as `place` has it: this process's shard of it if that is a DTensor."""
+    """`whole` laid out like `place`: this process's shard of it if `place` is a DTensor."""
     if not isinstance(place, DTensor):
         return whole
     return distribute_tensor(whole.to(place.device), place.device_mesh, place.placements, src_data_rank=None)

@@ -1,1 +1,1 @@
-"""How fast the runtime is beside others, and how much memory training takes."""
+"""How fast the runtime is compared with others, and how much memory training takes."""

@@ -1,9 +1,9 @@
-"""How fast the runtime is on a CPU beside the obvious ways of doing the same: tables for docs/results/cpu.md.
+"""How fast the runtime is on a CPU, compared with the obvious alternatives: tables for docs/results/cpu.md.
 
     python -m training.export.random_weights --size 100m --out out/random/100m --bundle out/random/100m-bundle
     python -m training.speed --checkpoint out/random/100m --bundle out/random/100m-bundle --threads 2
 
-The model of full size on an NVIDIA card: `python -m training.speed.gpu`. Memory: `python -m training.speed.memory`.
+The full-size model on an NVIDIA card: `python -m training.speed.gpu`. Memory: `python -m training.speed.memory`.
 Exit codes: 0 fine, 2 could not run.
 """
 
@@ -28,7 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, required=True, help="the checkpoint's export")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
-    parser.add_argument("--slow-rounds", type=int, default=SLOW_ROUNDS, help="with the prefix in every step")
+    parser.add_argument(
+        "--slow-rounds",
+        type=int,
+        default=SLOW_ROUNDS,
+        help=f"for chunks with the prefix in every step; default {SLOW_ROUNDS}",
+    )
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with one thread only")
     parser.add_argument("--json", type=Path, help="write the figures there")
     return run_command("speed", partial(_measure, parser.parse_args(arguments)))

@@ -1,8 +1,8 @@
-"""How fast the runtime is beside the obvious ways of doing the same, on a CPU, in float32, all calls in turns.
+"""How fast the runtime is on a CPU in float32, compared with the obvious alternatives, with all calls taking turns.
 
 Compared, on the same weights and input:
 
-- the prefix computed once for all steps, against once in every step
+- the prefix computed once for all steps, against once per step
 - our prefill against that of `transformers`' PaliGemma
 - whole chunks by onnxruntime from the bundle, against a plain loop of torch operations (the training classes)
 """
@@ -35,7 +35,7 @@ from training.weights import load_checkpoint
 
 ROUNDS, SLOW_ROUNDS, WARM_UP = 100, 20, 3
 AGREEMENT = 1e-3
-"""Largest difference between two ways of computing the same, in keys, values and normalised actions."""
+"""Largest difference allowed between two ways of computing the same keys, values and normalised actions."""
 
 Call = Callable[[], object]
 Actions = NDArray[np.float32]
@@ -61,7 +61,7 @@ RATIOS = (
 
 
 class Contest:
-    """Every way of computing, on one model and one input; `checked` has compared their results."""
+    """Every way of computing, on one model and one input; `check` compares their results."""
 
     def __init__(self, model: VLA, policy: Policy) -> None:
         self._model, self._policy = model, policy
@@ -92,7 +92,7 @@ class Contest:
         }
 
     def check(self) -> dict[str, float]:
-        """Largest differences; ConfigurationError where one is above AGREEMENT: then they are not doing the same."""
+        """The largest differences; ConfigurationError if one is above AGREEMENT, so that they are not comparable."""
         ours, theirs = self.torch_prefill(), self._peer()
         chunk_RHA = self.torch_chunk()
         found = {
@@ -123,7 +123,7 @@ class Contest:
 
     @torch.no_grad()
     def torch_uncached_chunk(self) -> Tensor:
-        """The prefix anew in every step; of its last layer only what the expert reads, as in ours."""
+        """The prefix again in every step; of its last layer only what the expert reads, as in ours."""
         x_t, steps = self._noise_RHA, self._policy.flow_steps
         for time in step_times(steps):
             cache = self._model.prefill(*self._inputs)
@@ -155,7 +155,7 @@ def compare(
     say: Callable[[str], None],
     processor_time: bool = False,
 ) -> dict[str, Any]:
-    """All figures; durations in ms, on the clock that `choose_clock` describes."""
+    """All figures, with durations in ms on the clock that `choose_clock` describes."""
     clock_ns = choose_clock(processor_time, threads)
     torch.set_num_threads(threads)
     model = load_checkpoint(checkpoint).eval().requires_grad_(False)
@@ -197,14 +197,14 @@ def compare(
 def judge(
     ratio: Ratio, taken_ms: Mapping[str, Durations], slow_ms: Mapping[str, Durations]
 ) -> dict[str, float | str | bool]:
-    """Both sides of the same rounds: the quick ones, unless only the slow ones have both."""
+    """The ratio, with both sides from the same rounds: the quick ones, unless only the slow ones have both."""
     source = taken_ms if ratio.slow in taken_ms and ratio.fast in taken_ms else slow_ms
     found = ratio_of_medians(source[ratio.slow], source[ratio.fast])
     return {"what": ratio.what, "goal": ratio.goal, "reached": found["ratio"] >= ratio.goal, **found}
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Markdown."""
+    """The figures as Markdown tables."""
     lines = [f"| ms ({figures['clock']} time) | p50 | p90 | p99 | max |", "|---|---|---|---|---|"]
     for name, row in figures["ms"].items():
         lines.append(f"| {name} | {' | '.join(f'{row[key]:.1f}' for key in ('p50', 'p90', 'p99', 'max'))} |")

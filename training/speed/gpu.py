@@ -1,16 +1,16 @@
-"""The model of full size on an NVIDIA card: one command fills the table of docs/results/gpu.md.
+"""The full-size model on an NVIDIA card: one command fills the table in docs/results/gpu.md.
 
     python -m training.speed.gpu
     python -m training.speed.gpu --bundles out/random/pi05 --calls 10000
 
-Random weights, bfloat16, batch 1, one to three views, 200 prompt tokens, 50 actions, 10 steps. Compared: the training
-classes eagerly, compiled, and compiled within CUDA graphs; the graphs as they are exported (training.export.graphs:
-merged matrices, flow time looked up), compiled within CUDA graphs; and, with `--bundles FOLDER`, the tensorrt engine on
-FOLDER/1, /2 and /3 (by number of views, exported from the same seed). A way that cannot run here is a row that says
-why.
+Random weights, bfloat16, batch 1, one to three views, 200 prompt tokens, 50 actions, 10 steps. Compared are the
+training classes (eager, compiled, and compiled within CUDA graphs); the graphs as they are exported
+(training.export.graphs: merged matrices, flow time looked up), compiled within CUDA graphs; and, with `--bundles
+FOLDER`, the tensorrt engine on FOLDER/1, /2 and /3 (by number of views, exported from the same seed). A way that cannot
+run here becomes a row that says why.
 
-It was written where there is no card: with `--device cpu --size pi05-slice` (the tests: a tiny model) it runs what can
-run without one, everything but the CUDA graphs.
+It was written on a machine without a card: with `--device cpu --size pi05-slice` (in tests, a tiny model) it runs
+everything but the CUDA graphs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ GOALS = {"chunk_ms": 11.0, "steps_ms": 3.0, "p99_over_p50": 1.05, "cosine": 0.99
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one chunk, on the device. Legend: as in training.model.vla; batch and rows are 1."""
+    """The inputs of one chunk, on the device; legend as in training.model.vla, batch and rows are 1."""
 
     prefix: Prefix
     noise_RHA: Tensor
@@ -91,8 +91,8 @@ def make_inputs(policy: PolicySpec, config: VLAConfig, seed: int) -> Inputs:
 def build_model(config: VLAConfig, seed: int, dtype: torch.dtype) -> VLA:
     """Large weights in `dtype`, drawn in bfloat16 so that every dtype has the same numbers.
 
-    The time's layers feed each other: the export, which looks their result up, may keep the first ones in float32, but
-    the training classes run them in one type.
+    The time layers feed each other. The export, which looks up their result, may keep the first ones in float32; the
+    training classes run all of them in one type.
     """
     model = assemble(config, draw_weights(config, seed, torch.bfloat16))
     cast_weights(model.eval().requires_grad_(False), dtype)
@@ -103,9 +103,9 @@ def build_model(config: VLAConfig, seed: int, dtype: torch.dtype) -> VLA:
 
 
 def plain(model: VLA, inputs: Inputs, compiler: Callable[[Any], Any] = lambda function: function) -> Way:
-    """The training classes: `sample_actions`, with both halves perhaps compiled."""
+    """The training classes: `sample_actions`, its two halves passed through `compiler`."""
     prefill, velocity = compiler(model.prefill), compiler(model.velocity)
-    # Made once: a number that is put into a tensor on the device cannot be captured in a graph.
+    # Made once: putting a number into a tensor on the device cannot be captured in a graph.
     times = [torch.full_like(inputs.noise_RHA[..., 0], time) for time in step_times(inputs.steps)]
 
     def steps(cache: Cache) -> Tensor:
@@ -118,7 +118,7 @@ def plain(model: VLA, inputs: Inputs, compiler: Callable[[Any], Any] = lambda fu
 
 
 def arranged(model: VLA, inputs: Inputs, compiler: Callable[[nn.Module], Any] = lambda graph: graph) -> Way:
-    """The bundle's two graphs; the table of modulations is made once."""
+    """The bundle's two graphs, with the table of modulations made once."""
     device = inputs.noise_RHA.device
     prefill, expert = (compiler(graph) for graph in arrange(model, model.config.vocab_size))
     rows = modulations(model.expert, torch.tensor(step_times(inputs.steps), dtype=torch.float64)).to(device)
@@ -162,7 +162,7 @@ def captured(way: Way) -> Way:
 
 
 def ways(model: VLA, inputs: Inputs) -> Iterator[tuple[str, Callable[[], Way]]]:
-    """From the slowest to what should be the fastest; each is built when it is its turn."""
+    """The ways from the slowest to what should be the fastest; each is built when its turn comes."""
 
     def compiler(function: Any) -> Any:
         return torch.compile(function, dynamic=False, fullgraph=True)
@@ -178,8 +178,8 @@ def ways(model: VLA, inputs: Inputs) -> Iterator[tuple[str, Callable[[], Way]]]:
 
 @torch.no_grad()
 def measure(way: Way, reference_RHA: Tensor, rounds: int, wait: Callable[[], None]) -> dict[str, Any]:
-    """Whole chunks, and all steps on one cache, in ms; cosine of the actions with the float32 reference."""
-    alike = cosine(*(chunk.float().cpu().numpy() for chunk in (way.chunk(), reference_RHA)))
+    """Times of whole chunks, and of all steps on one cache, in ms; cosine with the float32 reference's actions."""
+    agreement = cosine(*(chunk.float().cpu().numpy() for chunk in (way.chunk(), reference_RHA)))
     cache = way.prefill()
     wait()
 
@@ -192,17 +192,17 @@ def measure(way: Way, reference_RHA: Tensor, rounds: int, wait: Callable[[], Non
         wait()
 
     taken_ms = time_alternating({"chunk": chunk, "all steps": steps}, rounds, WARM_UP)
-    return figures_of(taken_ms, alike)
+    return figures_of(taken_ms, agreement)
 
 
-def figures_of(taken_ms: dict[str, Durations], alike: float) -> dict[str, Any]:
+def figures_of(taken_ms: dict[str, Durations], agreement: float) -> dict[str, Any]:
     found = {name: spread(values) for name, values in taken_ms.items()}
     steadiness = found["chunk"]["p99"] / found["chunk"]["p50"]
-    return {"ms": found, "calls": len(taken_ms["chunk"]), "p99_over_p50": steadiness, "cosine": alike}
+    return {"ms": found, "calls": len(taken_ms["chunk"]), "p99_over_p50": steadiness, "cosine": agreement}
 
 
 def measure_engine(bundle: Path, rounds: int) -> dict[str, Any]:
-    """The tensorrt engine through the policy, as the robot runs it. No cosine: its parity is tested elsewhere."""
+    """The tensorrt engine through the policy, as the robot runs it; no cosine, as its parity is tested elsewhere."""
     policy = EngineSetUp(bundle=str(bundle), engine="tensorrt", provider="cuda").open()
     try:
         taken_ms = time_parts(policy, rounds, lambda line: None)
@@ -220,7 +220,7 @@ def compare(
     seed: int,
     bundle: Path | None,
 ) -> dict[str, Any]:
-    """Rows by way for one number of views; the last torch way is timed `calls` times, the others `rounds` times."""
+    """Rows by way, for one number of views; the last torch way is timed `calls` times, the others `rounds` times."""
     inputs = make_inputs(policy, config, seed).to(device)
     wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     exact = build_model(config, seed, torch.float32).to(device)
@@ -256,7 +256,7 @@ def compare(
 
 
 def model_bytes(*modules: nn.Module) -> int:
-    """Of all weights but the time conditioning's, which the bundle looks up."""
+    """Bytes of all weights but the time conditioning's, whose results the bundle looks up."""
     total = 0
     for module in modules:
         for name, parameter in module.named_parameters():
@@ -266,7 +266,7 @@ def model_bytes(*modules: nn.Module) -> int:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Markdown."""
+    """The figures as a Markdown table."""
     lines = [
         "| views | way | chunk p50, ms | p99 | p99 / p50 | all steps p50, ms | cosine | calls |",
         "|---|---|---|---|---|---|---|---|",

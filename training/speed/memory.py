@@ -5,8 +5,9 @@
 
 The plan runs the step itself (FSDP2, mixed precision, both losses, insulated, clipping, fused AdamW) on fake tensors in
 a fake process group, and torch's FSDPMemTracker adds up every tensor's storage while it lives. So nothing is assumed
-about layers or autograd, but kernels are the CPU's: their attention keeps what the GPU's fused ones keep (output and
-one number per row), their scratch memory is not seen, nor are CUDA context, NCCL and fragmentation (`RESERVE`).
+about layers or autograd. The kernels, though, are the CPU's: their attention keeps what the GPU's fused ones keep
+(output and one number per row), but the plan does not see scratch memory, CUDA context, NCCL or fragmentation
+(`RESERVE`).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SGD_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step is of. `batch` samples on each GPU, one noise sample each."""
+    """One optimizer step: `batch` samples on each GPU, with one noise sample each."""
 
     model: VLAConfig
     gpus: int
@@ -61,29 +62,30 @@ class Step:
     views: int = VIEWS
     fast: int = FAST
     recipe: bool = True
-    """False: weights in bfloat16, each moved against its gradient (SGD) as soon as that is there, which is then freed;
-    no moments, no clipping. Not how to train, but the real step of the whole model fits this way in 24 GiB."""
+    """False: weights in bfloat16, and SGD that moves each weight as soon as its gradient is there, then frees the
+    gradient; no moments, no clipping. That is no way to train, but a real step of the whole model then fits in 24 GiB.
+    """
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one GPU. The first three at rest, the other three when the total is largest."""
+    """Bytes on one GPU: the first three at rest, the other ones when the total is largest."""
 
     parameters: int
     gradients: int
     optimizer: int
     gathered: int
-    """Weights of the layers at work in `dtype`, and buffers of their communication."""
+    """Weights of the layers at work, in `dtype`, and their communication buffers."""
     activations: int
-    """And gradients of activations and of gathered weights."""
+    """Activations, and gradients of activations and of gathered weights."""
     peak: int
     offloaded_peak: int
-    """The largest total if parameters, gradients and optimizer are in host memory. Here that is the same memory, so the
-    copies on their way to the GPU (the layer at work and the next) are added by hand."""
+    """The largest total on the GPU if parameters, gradients and optimizer are in host memory. The plan's host and GPU
+    share one memory, so the copies on their way to the GPU (the layer at work and the next) are added by hand."""
 
 
 class Tracker(FSDPMemTracker):
-    """Also the largest sum of what stays on the GPU with CPU offload."""
+    """Also tracks the largest sum of what stays on the GPU with CPU offload."""
 
     HOST = ("Sharded Param", "Sharded Grad", "OptState")
     offloaded_peak = 0
@@ -101,7 +103,7 @@ def label(kind: Any) -> str:
 
 @contextmanager
 def group(gpus: int, backend: str) -> Iterator[DeviceMesh]:
-    """Processes to shard over: fake ones in any number, or this one alone."""
+    """Processes to shard over: any number of fake ones, or only this one."""
     store = FakeStore() if backend == "fake" else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, rank=0, world_size=gpus, store=store)
     try:
@@ -111,13 +113,13 @@ def group(gpus: int, backend: str) -> Iterator[DeviceMesh]:
 
 
 def empty_model(step: Step) -> VLA:
-    """Without memory for its weights."""
+    """The step's model, without memory for its weights."""
     model = model_without_memory(step.model)
     return model if step.recipe else model.bfloat16()
 
 
 def prepare(model: VLA, step: Step, mesh: DeviceMesh) -> torch.optim.Optimizer | None:
-    """Fill and shard an empty model; its optimizer, with both moments."""
+    """Fill and shard an empty model; returns its optimizer with both moments, or None for SGD."""
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
@@ -131,14 +133,16 @@ def prepare(model: VLA, step: Step, mesh: DeviceMesh) -> torch.optim.Optimizer |
     optimizer = make_optimizer(list(model.parameters()), learning_rate=1e-5, weight_decay=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    clip_gradients(list(model.parameters()), 1.0)  # DTensor's first use of an operation takes whole fake tensors
+    clip_gradients(
+        list(model.parameters()), 1.0
+    )  # so that it is not in the measured step: a DTensor operation's first use takes whole fake tensors
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer
 
 
 def descend(parameter: Tensor) -> None:
-    """One step of SGD; the gradient is freed."""
+    """Take one step of SGD and free the gradient."""
     assert parameter.grad is not None
     local(parameter).sub_(local(parameter.grad), alpha=SGD_RATE)
     parameter.grad = None
@@ -188,7 +192,7 @@ def compute_loss(model: VLA, step: Step, inputs: dict[str, Tensor]) -> Tensor:
 def take_step(
     model: VLA, optimizer: torch.optim.Optimizer | None, step: Step, inputs: dict[str, Tensor]
 ) -> float | None:
-    """Forward and backward pass, clipping, AdamW; the loss before, if tensors have values."""
+    """Forward and backward pass, clipping, AdamW; returns the loss before, or None on fake tensors."""
     loss = compute_loss(model, step, inputs)
     loss.backward()
     value = None if isinstance(loss, FakeTensor) else float(loss.detach())
@@ -201,7 +205,7 @@ def take_step(
 
 
 def predict(step: Step) -> Footprint:
-    """The step on fake tensors."""
+    """The footprint of a step, taken on fake tensors."""
     model = empty_model(step)
     with group(step.gpus, "fake") as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         optimizer = prepare(model, step, mesh)
@@ -228,11 +232,10 @@ def predict(step: Step) -> Footprint:
 
 @dataclass(frozen=True)
 class Measured:
-    """A real step: peak of this process's resident memory beyond what it was before the model, loss before and after
-    on the same batch, and how long it took.
-    """
+    """A real step: its memory, the loss before and after on the same batch, and how long it took."""
 
     peak: int
+    """Bytes of this process's resident memory at its peak, beyond what it was before the model."""
     loss_before: float
     loss_after: float
     seconds: float
@@ -244,7 +247,7 @@ def measure(step: Step) -> Measured:
     with group(1, "gloo") as mesh:
         optimizer = prepare(model, step, mesh)
         inputs = make_inputs(step)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: building needs other memory
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak: building the model has its own
         began_s = time.monotonic()
         loss_before = take_step(model, optimizer, step, inputs)
         seconds, peak = time.monotonic() - began_s, resident("VmHWM") - before
@@ -276,7 +279,7 @@ def yes(answer: bool) -> str:
 
 
 def cards(size: int) -> str:
-    """The smallest card that it fits."""
+    """The smallest card that it fits on, with `RESERVE` to spare."""
     return next((f"{card} GB" for card in CARDS_GB if size <= (1 - RESERVE) * card * GIB), "none")
 
 
@@ -311,8 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", default="1,4,8", type=numbers)
     parser.add_argument("--batch", default="1,8,32", help="samples on each GPU", type=numbers)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--depth", type=int, help="layers of each part, instead of 27 and 18")
-    parser.add_argument("--vocabulary", type=int, help="tokens, instead of 257152")
+    parser.add_argument("--depth", type=int, help="layers of each part, in place of 27 and 18")
+    parser.add_argument("--vocabulary", type=int, help="tokens, in place of 257152")
     parser.add_argument("--measure", action="store_true", help="take a real step in this process and compare")
     parser.add_argument(
         "--checkpointing", default="yes,no", type=lambda text: [part == "yes" for part in text.split(",")]
@@ -344,7 +347,7 @@ def _plan(given: argparse.Namespace) -> int:
     heads += ["loss before", "after", "seconds"]
     print_row(*heads)
     print_row(*["---"] * len(heads))
-    # A new process for each: what the last one has left in its memory pools would count.
+    # A new process for each: what the last one left in its memory pools would count.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for step in (step for step in steps if step.gpus == 1):
             predicted, measured = predict(step).peak, pool.apply(measure, (step,))

@@ -50,7 +50,7 @@ def peer_config(config: VLAConfig) -> PaliGemmaConfig:
 
 
 def build_peer(model: VLA) -> PaliGemmaModel:
-    """Without the language head, which a prefill does not need; ConfigurationError where names do not match."""
+    """The peer without the language head, which a prefill does not need; ConfigurationError if names do not match."""
     peer = PaliGemmaModel(peer_config(model.config))
     weights = {
         peer_name(name, model.config): tensor for name, tensor in model.state_dict().items() if name.startswith(OURS)
@@ -67,12 +67,12 @@ def peer_name(name: str, config: VLAConfig) -> str:
 
 
 def peer_prefill(peer: PaliGemmaModel, images_VCSS: Tensor, tokens_BL: Tensor) -> Callable[[], Cache]:
-    """A call that runs the peer on all cameras and a full prompt: bidirectional, positions from 0, as ours."""
+    """A call that runs the peer on all cameras and a full prompt: bidirectional, with positions from 0, as ours."""
     vision: Any = peer.config.vision_config
     image_tokens = images_VCSS.shape[0] * (vision.image_size // vision.patch_size) ** 2
     image_id = peer.config.image_token_id
     if bool((tokens_BL == image_id).any()):
-        raise ConfigurationError(f"PaliGemma: expected a prompt without token {image_id}, its mark of an image")
+        raise ConfigurationError(f"PaliGemma: expected a prompt without token {image_id}, which marks an image, got it")
     input_ids = torch.cat((torch.full((1, image_tokens), image_id, device=tokens_BL.device), tokens_BL), dim=1)
     position_ids = torch.arange(input_ids.shape[1], device=tokens_BL.device)[None]
     token_type_ids, mask = torch.zeros_like(input_ids), torch.ones_like(input_ids)

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights: sizes, and activations that stay sane and depend on everything."""
+"""Checkpoints with random weights: their sizes, and activations that stay sane and depend on every input."""
 
 from __future__ import annotations
 

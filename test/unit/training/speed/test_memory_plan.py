@@ -1,4 +1,4 @@
-"""The memory plan at a size where it can be counted, and against a step that is taken."""
+"""The memory plan at a size that can be counted by hand, and against a step that is really taken."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_checkpointing_keeps_less_than_half_of_the_activations() -> None:
     assert predict(checkpointed(STEP)).activations < 0.5 * predict(STEP).activations
 
 
-def test_a_step_of_the_recipe_updates_by_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured is real: the loss on the same batch falls, with AdamW and with SGD in the backward pass."""
+def test_the_step_that_is_measured_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same batch, with AdamW and with SGD during the backward pass: so what is measured is a real step."""
     monkeypatch.setattr(memory_plan, "SGD_RATE", 0.1)
     for step in (checkpointed(STEP), replace(checkpointed(STEP), recipe=False)):
         torch.manual_seed(0)
