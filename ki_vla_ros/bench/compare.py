@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from ki_vla_ros.bench.model import CALLS, WARM_UP, EngineSetUp, longest_input
+from ki_vla_ros.bench.model import CALLS, WARM_UP, EngineSetUp
 from ki_vla_ros.bench.timing import every_tenth, time_alternating
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy import Policy
+from ki_vla_ros.policy import Policy, longest_input
 from ki_vla_ros.statistics import ratio_of_medians, spread
 
 

@@ -17,11 +17,10 @@ import numpy as np
 
 from ki_vla_ros.bench.roofline import Ceiling, Work, measure_ceiling
 from ki_vla_ros.bench.timing import choose_clock, every_tenth, time_alternating
-from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, GraphHeader, PolicySpec, load_bundle, read_header
+from ki_vla_ros.bundle import EXPERT, PREFILL, Bundle, GraphHeader, load_bundle, read_header
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy import Policy
-from ki_vla_ros.records import ModelInput
+from ki_vla_ros.policy import Policy, longest_input
 from ki_vla_ros.settings import settings_from_parameters
 from ki_vla_ros.share import find_bundle
 from ki_vla_ros.statistics import spread
@@ -139,19 +138,6 @@ def time_parts(
 
     timed = dict(zip(PARTS, (prefill, one_step, all_steps, chunk), strict=True))
     return time_alternating(timed, calls, WARM_UP, every_tenth(calls, say), clock_ns)
-
-
-def longest_input(policy: PolicySpec, vocab_size: int, seed: int = 0) -> ModelInput:
-    """Noise with every camera present and every prompt token used."""
-    rng = np.random.default_rng(seed)
-    cameras, size, length = len(policy.cameras), policy.image.size, policy.prompt.length
-    return ModelInput(
-        images_VCHW=rng.uniform(-1.0, 1.0, (cameras, 3, size, size)).astype(np.float32),
-        image_mask_V=np.ones(cameras, dtype=np.bool_),
-        tokens_L=rng.integers(0, vocab_size, length),
-        token_mask_L=np.ones(length, dtype=np.bool_),
-        state_J=rng.uniform(-1.0, 1.0, len(policy.joints)).astype(np.float32) if policy.state.as_token else None,
-    )
 
 
 def graph_figures(bundle: Bundle) -> dict[str, dict[str, int]]:

@@ -5,6 +5,7 @@ from ki_vla_ros.policy.policy import Policy, widen
 from ki_vla_ros.policy.preprocess import (
     check_instruction,
     images_to_input,
+    longest_input,
     make_model_input,
     normalize,
     render_prompt,
@@ -20,6 +21,7 @@ __all__ = [
     "Policy",
     "check_instruction",
     "images_to_input",
+    "longest_input",
     "make_model_input",
     "normalize",
     "render_prompt",

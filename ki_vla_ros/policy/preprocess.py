@@ -179,6 +179,19 @@ def make_model_input(
     return ModelInput(images_VCHW, image_mask_V, tokens_L, token_mask_L, state_J)
 
 
+def longest_input(policy: PolicySpec, vocab_size: int, seed: int = 0) -> ModelInput:
+    """Noise from `seed`, with every camera present and every prompt token used: what takes longest to compute."""
+    rng = np.random.default_rng(seed)
+    cameras, size, length = len(policy.cameras), policy.image.size, policy.prompt.length
+    return ModelInput(
+        images_VCHW=rng.uniform(-1.0, 1.0, (cameras, 3, size, size)).astype(np.float32),
+        image_mask_V=np.ones(cameras, dtype=np.bool_),
+        tokens_L=rng.integers(0, vocab_size, length),
+        token_mask_L=np.ones(length, dtype=np.bool_),
+        state_J=rng.uniform(-1.0, 1.0, len(policy.joints)).astype(np.float32) if policy.state.as_token else None,
+    )
+
+
 def state_token(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[np.float32] | None:
     """The state as the expert reads it, normalised [J]; None where the bundle has it as text alone."""
     if not manifest.state.as_token:

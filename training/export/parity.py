@@ -14,12 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bench import longest_input
 from ki_vla_ros.bundle import PREFILL, Bundle
 from ki_vla_ros.engines.base import prefill_inputs
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
-from ki_vla_ros.policy import Policy, widen
+from ki_vla_ros.policy import Policy, longest_input, widen
 from ki_vla_ros.records import ModelInput
 from training.model import VLA, Cache
 from training.weights import load_checkpoint

@@ -21,12 +21,12 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.bench import Durations, choose_clock, every_tenth, longest_input, time_alternating
+from ki_vla_ros.bench import Durations, choose_clock, every_tenth, time_alternating
 from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.engines.base import KVCache, step_times
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy import Policy
+from ki_vla_ros.policy import Policy, longest_input
 from ki_vla_ros.statistics import ratio_of_medians, spread
 from training.export import as_batch
 from training.model import VLA, Cache

@@ -32,7 +32,6 @@ from ki_vla_ros.bench import (
     EngineSetUp,
     Work,
     least_ms,
-    longest_input,
     measure_ceiling,
     time_alternating,
     time_parts,
@@ -41,6 +40,7 @@ from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.policy import longest_input
 from ki_vla_ros.statistics import spread
 from training.export import Prefix, arrange, as_batch, cast_weights, cosine, describe_graphs, modulations
 from training.export.random_weights import PROMPT_LENGTH, SIZES, draw_weights, policy_spec

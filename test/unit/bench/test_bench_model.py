@@ -19,7 +19,6 @@ from ki_vla_ros.bench.model import (
     PARTS,
     EngineSetUp,
     graph_figures,
-    longest_input,
     roofline_figures,
     time_parts,
     weights_read,
@@ -118,14 +117,6 @@ def test_only_a_prefill_alone_waits_for_the_device(tmp_path: Path) -> None:
     forwards = ["prefill", "wait", "step", "step", "step", "prefill", "step", "step"]
     backwards = ["prefill", "step", "step", "step", "step", "step", "prefill", "wait"]
     assert engine.asked[:17] == ["prefill", *forwards, *backwards]
-
-
-def test_the_input_is_the_longest() -> None:
-    manifest = load_bundle(ROOT / "models" / "bench").manifest
-    given = longest_input(manifest, manifest.graph.vocab_size)
-    assert given.image_mask_V.all() and given.token_mask_L.all() and given.state_J is not None
-    assert given.tokens_L.max() < manifest.graph.vocab_size
-    assert given.images_VCHW.shape == (3, 3, 224, 224) and given.images_VCHW.dtype == np.float32
 
 
 def test_set_ups_are_read_and_refused() -> None:

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import ROOT
 from support.bundles import JOINTS, demo_observation, demo_policy, state_token_policy
 from tokenizers import Tokenizer
 
+from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.errors import InputError, InstructionError
 from ki_vla_ros.policy.preprocess import (
     clean_instruction,
     images_to_input,
+    longest_input,
     make_model_input,
     normalize,
     render_prompt,
@@ -241,3 +244,11 @@ def test_every_demo_instruction_is_known(tokenizer: Tokenizer) -> None:
             for shape in ("cube", "ball", "disc", "pole"):
                 prompt = render_prompt(DEMO_PROMPT, f"{verb} the {colour} {shape}", [255] * len(JOINTS))
                 tokenize(tokenizer, prompt, 32)
+
+
+def test_the_longest_input_fills_every_camera_and_token() -> None:
+    manifest = load_bundle(ROOT / "models" / "bench").manifest
+    given = longest_input(manifest, manifest.graph.vocab_size)
+    assert given.image_mask_V.all() and given.token_mask_L.all() and given.state_J is not None
+    assert given.tokens_L.max() < manifest.graph.vocab_size
+    assert given.images_VCHW.shape == (3, 3, 224, 224) and given.images_VCHW.dtype == np.float32
