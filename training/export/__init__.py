@@ -1,10 +1,10 @@
 """From a checkpoint to a bundle."""
 
 from training.export.graphs import arrange, cast_weights, describe_graphs, modulations
-from training.export.parity import Prefix, as_batch, cosine
+from training.export.parity import PrefixTensors, as_batch, cosine
 
 __all__ = [
-    "Prefix",
+    "PrefixTensors",
     "arrange",
     "as_batch",
     "cast_weights",

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from ki_vla_ros.bundle import EXPERT, PREFILL, PROGRAMS
-from training.export.graphs import Inputs
+from training.export.graphs import GraphInputs
 
 OPSET = 20
 EMBEDDED_BYTES = 64 << 20  # if the weights are larger, they go to a file beside the graph; ONNX ends at 2 GiB
 OUTPUTS = ("keys", "values", "prefix_mask"), ("velocity", "x_next")
 
-Graphs = Sequence[tuple[nn.Module, Inputs]]
+Graphs = Sequence[tuple[nn.Module, GraphInputs]]
 
 
 def write_graphs(graphs: Graphs, folder: Path) -> None:
@@ -35,7 +35,7 @@ def write_programs(graphs: Graphs, folder: Path) -> None:
         save_program(graph, inputs, folder / PROGRAMS[name])
 
 
-def save_onnx(graph: nn.Module, inputs: Inputs, outputs: Sequence[str], path: Path) -> None:
+def save_onnx(graph: nn.Module, inputs: GraphInputs, outputs: Sequence[str], path: Path) -> None:
     """Write one graph, without the trainer's file names and stack traces; large weights go to a file beside it."""
     with torch_deprecations_ignored():
         program = torch.onnx.export(
@@ -64,7 +64,7 @@ def torch_deprecations_ignored() -> Iterator[None]:
         yield
 
 
-def save_program(graph: nn.Module, inputs: Inputs, path: Path) -> None:
+def save_program(graph: nn.Module, inputs: GraphInputs, path: Path) -> None:
     """Write one graph with the weights it reads, and nothing else of the model or of the trainer's machine."""
     with torch_deprecations_ignored():
         program = torch.export.export(graph.eval(), tuple(inputs.values()))

@@ -37,7 +37,8 @@ from training.model import (
     time_periods,
 )
 
-Inputs = dict[str, Tensor]
+GraphInputs = dict[str, Tensor]
+"""A graph's inputs by the names of the bundle's interface."""
 
 
 class PrefillGraph(nn.Module):
@@ -307,7 +308,7 @@ def kv_dtype(model: VLA) -> torch.dtype:
     return model.backbone.layers[0].attention.k.weight.dtype
 
 
-def sample_inputs(model: VLA, policy: PolicySpec) -> tuple[Inputs, Inputs]:
+def sample_inputs(model: VLA, policy: PolicySpec) -> tuple[GraphInputs, GraphInputs]:
     """Inputs of prefill and expert step, by name, in the policy's sizes."""
     config, cameras, length, size = model.config, len(policy.cameras), policy.prompt.length, policy.image.size
     prefix = prefix_length(model, policy)

@@ -25,7 +25,7 @@ from training.weights import load_checkpoint
 
 CASES = 4
 
-Prefix = tuple[Tensor, Tensor, Tensor, Tensor]
+PrefixTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 """Images [1, V, C, S, S], image mask [1, V], tokens [1, L], token mask [1, L]."""
 
 
@@ -91,7 +91,7 @@ def answer(model: VLA, given: ModelInput, noise_HA: NDArray[np.float32], steps: 
         return cache, model.sample_actions(cache, torch.from_numpy(noise_HA)[None], steps, state_RS)[0]
 
 
-def as_batch(given: ModelInput, state_dim: int | None) -> tuple[Prefix, Tensor | None]:
+def as_batch(given: ModelInput, state_dim: int | None) -> tuple[PrefixTensors, Tensor | None]:
     """A batch of one, as `VLA.prefill` takes it, and the state token [1, S] of a model that has one."""
     images, image_mask = torch.from_numpy(given.images_VCHW)[None], torch.from_numpy(given.image_mask_V)[None]
     tokens, token_mask = torch.from_numpy(given.tokens_L)[None], torch.from_numpy(given.token_mask_L)[None]

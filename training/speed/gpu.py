@@ -42,7 +42,7 @@ from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.policy import longest_input
 from ki_vla_ros.statistics import spread
-from training.export import Prefix, arrange, as_batch, cast_weights, cosine, describe_graphs, modulations
+from training.export import PrefixTensors, arrange, as_batch, cast_weights, cosine, describe_graphs, modulations
 from training.export.random_weights import PROMPT_LENGTH, SIZES, draw_weights, policy_spec
 from training.model import VLA, Cache, VLAConfig
 from training.weights import assemble
@@ -53,15 +53,15 @@ GOALS = {"chunk_ms": 11.0, "steps_ms": 3.0, "p99_over_p50": 1.05, "cosine": 0.99
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ChunkInputs:
     """The inputs of one chunk, on the device; legend as in training.model.vla, batch and rows are 1."""
 
-    prefix: Prefix
+    prefix: PrefixTensors
     noise_RHA: Tensor
     state_RS: Tensor | None
     steps: int
 
-    def to(self, device: torch.device) -> Inputs:
+    def to(self, device: torch.device) -> ChunkInputs:
         state_RS = None if self.state_RS is None else self.state_RS.to(device)
         return replace(
             self,
@@ -82,10 +82,12 @@ class Way:
         return self.steps(self.prefill())
 
 
-def make_inputs(policy: PolicySpec, config: VLAConfig, seed: int) -> Inputs:
+def make_inputs(policy: PolicySpec, config: VLAConfig, seed: int) -> ChunkInputs:
     prefix, state_RS = as_batch(longest_input(policy, config.vocab_size, seed), config.state_dim)
     rng = torch.Generator().manual_seed(seed)
-    return Inputs(prefix, torch.randn(1, config.horizon, config.action_dim, generator=rng), state_RS, policy.flow.steps)
+    return ChunkInputs(
+        prefix, torch.randn(1, config.horizon, config.action_dim, generator=rng), state_RS, policy.flow.steps
+    )
 
 
 def build_model(config: VLAConfig, seed: int, dtype: torch.dtype) -> VLA:
@@ -102,7 +104,7 @@ def build_model(config: VLAConfig, seed: int, dtype: torch.dtype) -> VLA:
     return model
 
 
-def plain(model: VLA, inputs: Inputs, compiler: Callable[[Any], Any] = lambda function: function) -> Way:
+def plain(model: VLA, inputs: ChunkInputs, compiler: Callable[[Any], Any] = lambda function: function) -> Way:
     """The training classes: `sample_actions`, its two halves passed through `compiler`."""
     prefill, velocity = compiler(model.prefill), compiler(model.velocity)
     # Made once: putting a number into a tensor on the device cannot be captured in a graph.
@@ -117,7 +119,7 @@ def plain(model: VLA, inputs: Inputs, compiler: Callable[[Any], Any] = lambda fu
     return Way(lambda: prefill(*inputs.prefix), steps)
 
 
-def arranged(model: VLA, inputs: Inputs, compiler: Callable[[nn.Module], Any] = lambda graph: graph) -> Way:
+def arranged(model: VLA, inputs: ChunkInputs, compiler: Callable[[nn.Module], Any] = lambda graph: graph) -> Way:
     """The bundle's two graphs, with the table of modulations made once."""
     device = inputs.noise_RHA.device
     prefill, expert = (compiler(graph) for graph in arrange(model, model.config.vocab_size))
@@ -161,7 +163,7 @@ def captured(way: Way) -> Way:
     return Way(prefill, steps)
 
 
-def ways(model: VLA, inputs: Inputs) -> Iterator[tuple[str, Callable[[], Way]]]:
+def ways(model: VLA, inputs: ChunkInputs) -> Iterator[tuple[str, Callable[[], Way]]]:
     """The ways from the slowest to what should be the fastest; each is built when its turn comes."""
 
     def compiler(function: Any) -> Any:
