@@ -28,6 +28,22 @@ def describe_policy(robot: Robot, **fields: Any) -> PolicySpec:
         raise ConfigurationError(f"policy for robot {robot.name!r}: {describe_validation(error)}") from error
 
 
+def describe_random_policy(joints: int, seed: int = 0, **fields: Any) -> PolicySpec:
+    """A policy with random weights for an arm that does not exist; `fields` are the other ones of `PolicySpec`.
+
+    Its joints go from -3 to 3 rad, and its actions are absolute, one every 0.02 s.
+    """
+    joint = {"unit": "rad", "lower": -3.0, "upper": 3.0, "max_velocity": 3.0, "relative": False}
+    return PolicySpec.model_validate(
+        {
+            "joints": [{"name": f"joint{n + 1}", **joint} for n in range(joints)],
+            "action_period_s": 0.02,
+            "provenance": {"recipe": "random weights", "seed": seed, "commit": "none", "data_fingerprint": "none"},
+            **fields,
+        }
+    )
+
+
 def commit() -> str:
     """The checkout's commit, with '+' when tracked files differ from it; 'unknown' outside a checkout."""
     try:

@@ -28,6 +28,7 @@ from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
 from training.export.bundle import DTYPES, export_bundle
 from training.model import GemmaConfig, VisionConfig, VLAConfig, paligemma_3b
+from training.policy import describe_random_policy
 from training.tokens import DEMO_PROMPT, VOCABULARY, build_tokenizer, prompt_vocab_size
 from training.weights import CONFIG, POLICY, WEIGHTS, shapes
 
@@ -71,26 +72,19 @@ PROMPT_LENGTH = {"100m": 48, "pi05-slice": 200, "pi05": 200, "pi0": 48}
 
 def policy_spec(config: VLAConfig, name: str, cameras: int, prompt_length: int, seed: int) -> PolicySpec:
     """The policy of an arm that does not exist: `action_dim` joints, absolute actions over their whole range."""
-    joints = config.action_dim
-    joint = {"unit": "rad", "lower": -3.0, "upper": 3.0, "max_velocity": 3.0, "relative": False}
-    everywhere = {"low": [-3.0] * joints, "high": [3.0] * joints}
-    return PolicySpec.model_validate(
-        {
-            "name": f"random {name}",
-            "created": "2026-11-21",
-            "cameras": [{"name": camera} for camera in ("base", "left_wrist", "right_wrist")[:cameras]],
-            "image": {"size": config.vision.image_size},
-            "prompt": {
-                "template": DEMO_PROMPT if config.state_dim is None else PLAIN_PROMPT,
-                "length": prompt_length,
-            },
-            "joints": [{"name": f"joint{n + 1}", **joint} for n in range(joints)],
-            "state": {"encoding": "text" if config.state_dim is None else "token", **everywhere},
-            "action": everywhere,
-            "horizon": config.horizon,
-            "action_period_s": 0.02,
-            "provenance": {"recipe": "random weights", "seed": seed, "commit": "none", "data_fingerprint": "none"},
-        }
+    text_state = config.state_dim is None
+    everywhere = {"low": [-3.0] * config.action_dim, "high": [3.0] * config.action_dim}
+    return describe_random_policy(
+        config.action_dim,
+        seed,
+        name=f"random {name}",
+        created="2026-11-21",
+        cameras=[{"name": camera} for camera in ("base", "left_wrist", "right_wrist")[:cameras]],
+        image={"size": config.vision.image_size},
+        prompt={"template": DEMO_PROMPT if text_state else PLAIN_PROMPT, "length": prompt_length},
+        state={"encoding": "text" if text_state else "token", **everywhere},
+        action=everywhere,
+        horizon=config.horizon,
     )
 
 

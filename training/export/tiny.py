@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ki_vla_ros.bundle import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
 from ki_vla_ros.console import ExitCode, run_command
+from training.policy import describe_random_policy
 from training.tokens import DEMO_PROMPT, build_tokenizer, prompt_tokenizer
 
 _GRID = 2  # image tokens per side
@@ -34,21 +35,16 @@ _CARD = "Random weights: for tests and benchmarks only, **never for an arm**.\n"
 
 def bench_policy() -> PolicySpec:
     """Three cameras; absolute actions, so that an arm that follows them does not wander."""
-    joint = {"unit": "rad", "lower": -3.0, "upper": 3.0, "max_velocity": 3.0, "relative": False}
-    return PolicySpec.model_validate(
-        {
-            "name": "bench",
-            "created": "2026-11-21T00:00:00Z",
-            "cameras": [{"name": "front"}, {"name": "left"}, {"name": "right"}],
-            "image": {"size": 224},
-            "prompt": {"template": DEMO_PROMPT, "length": 48},
-            "joints": [{"name": f"joint{n}", **joint} for n in range(1, 8)],
-            "state": {"encoding": "both", "low": [-3.0] * 7, "high": [3.0] * 7},
-            "action": {"low": [-0.4] * 7, "high": [0.4] * 7},
-            "horizon": 50,
-            "action_period_s": 0.02,
-            "provenance": {"recipe": "random weights", "seed": 0, "commit": "none", "data_fingerprint": "none"},
-        }
+    return describe_random_policy(
+        joints=7,
+        name="bench",
+        created="2026-11-21T00:00:00Z",
+        cameras=[{"name": "front"}, {"name": "left"}, {"name": "right"}],
+        image={"size": 224},
+        prompt={"template": DEMO_PROMPT, "length": 48},
+        state={"encoding": "both", "low": [-3.0] * 7, "high": [3.0] * 7},
+        action={"low": [-0.4] * 7, "high": [0.4] * 7},
+        horizon=50,
     )
 
 
