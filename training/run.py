@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,8 +151,6 @@ class Run:
             return
         save_checkpoint(folder, self.model, weights=weights)
         self.tokenizer.save(str(folder / "tokenizer.json"))
-        self.fast.save(folder / "fast.json")
-        (folder / "space.json").write_text(json.dumps(asdict(self.space)))
         figures |= {f"minutes_{name}": value for name, value in progress.minutes.items()}
         figures["processes"] = float(self.processes)
         state: dict[str, Any] = {"low": self.space.state_low, "high": self.space.state_high}

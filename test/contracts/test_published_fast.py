@@ -183,14 +183,6 @@ def test_coefficients_without_a_character_are_clamped_and_counted(tmp_path: Path
     assert np.rint(fast.coefficients(fast.decode(fast.encode(gap))))[0].tolist() == [below, 0, 0, 0]
 
 
-def test_a_copy_of_it_is_kept_like_a_fitted_one(published: Path, tmp_path: Path) -> None:
-    fast, chunk_HA = load(published), smooth_chunks(1, seed=5)[0]
-    fast.save(tmp_path / "fast.json")
-    again = FastTokenizer.load(tmp_path / "fast.json")
-    assert again.encode(chunk_HA) == fast.encode(chunk_HA)
-    np.testing.assert_array_equal(again.decode(fast.encode(chunk_HA)), fast.decode(fast.encode(chunk_HA)))
-
-
 def test_a_run_takes_the_vocabulary_that_its_configuration_names(published: Path, tmp_path: Path) -> None:
     chunk_NHA = smooth_chunks(50).astype(np.float32)
     episodes = {"chunk": chunk_NHA, "state": np.zeros((50, ACTION_DIM), np.float32)}

@@ -1,6 +1,7 @@
 """The recipe end to end at a tiny size: stages, insulation, resuming, gates, data, and a bundle at the end."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,9 @@ def test_figures_of_a_perfect_prediction_are_perfect(settings: dict[str, Any], m
     figures = run.figures()
     assert figures["flow_follow"] == 1.0
     assert figures["flow_error"] < 1e-3  # state and chunk are kept in float32
+    assert figures["fast_clamped"] < 0.1
+    run.validation.fast = replace(run.fast, lowest=0, highest=1)
+    assert run.figures()["fast_clamped"] > 0.1
 
 
 def test_data_are_reproducible_and_never_command_held_out_combinations(

@@ -40,9 +40,12 @@ def measure(
     `pointing` (with heads and probe): the object nearest to the probe's strongest scene cell is the instructed one.
     `*_follow` (see the module's docstring): by the expert (`flow`), the readout tokens (`readout`, with heads) and
     greedy FAST decoding (`fast`); malformed FAST counts as a miss.
+    `fast_clamped`: the share of coefficients that FAST's vocabulary cannot express, so that their tokens are not exact.
     """
     arrays = frames.arrays
     rows_F = np.linspace(0, len(arrays["state"]) - 1, FRAMES).astype(np.int64)
+    state_FJ, chunk_FHJ = (arrays[name][rows_F].astype(np.float64) for name in ("state", "chunk"))
+    clamped = frames.fast.count_clamped(frames.space.normalize_chunk(chunk_FHJ, state_FJ)) / chunk_FHJ.size
     rng = np.random.default_rng(0)
     hits: dict[str, list[NDArray[Any]]] = {}
     errors: dict[str, list[NDArray[Any]]] = {}
@@ -59,7 +62,8 @@ def measure(
             errors.setdefault(f"{name}_error", []).append(np.abs(arrays["chunk"][rows] - chunk_BHJ).mean(axis=(1, 2)))
     figures = {name: np.concatenate(values) for name, values in (hits | errors).items()}
     # FAST has no error if every sequence is malformed; its follow rate says so.
-    return {name: float(np.nanmean(values)) for name, values in figures.items() if not np.isnan(values).all()}
+    means = {name: float(np.nanmean(values)) for name, values in figures.items() if not np.isnan(values).all()}
+    return means | {"fast_clamped": clamped}
 
 
 def strongest_cells(model: VLA, batch: Batch, probe: tuple[int, int]) -> NDArray[np.int64]:

@@ -51,7 +51,7 @@ def cosine_basis(horizon: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class FastTokenizer:
-    """`fit` makes one from the training chunks, `save` and `load` keep it; `load_published` reads one of others."""
+    """FAST for chunks of one shape: `fit` makes it from the training chunks, `load_published` reads one from disk."""
 
     horizon: int
     action_dim: int
@@ -181,27 +181,6 @@ class FastTokenizer:
         if piece is None:
             raise FastDecodeError(f"FAST: expected ids in 0..{self.vocab_size - 1}, got id {token}{where}")
         return piece
-
-    def save(self, path: Path) -> None:
-        path.write_text(
-            json.dumps(
-                {
-                    "horizon": self.horizon,
-                    "action_dim": self.action_dim,
-                    "scale": self.scale,
-                    "lowest": self.lowest,
-                    "highest": self.highest,
-                    "byte_level": self.byte_level,
-                    "bpe": json.loads(self.bpe.to_str()),
-                }
-            )
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> FastTokenizer:
-        data = json.loads(path.read_text())
-        bpe = Tokenizer.from_str(json.dumps(data.pop("bpe")))
-        return cls(bpe=bpe, **data)
 
 
 def read_vocabulary(path: Path) -> Tokenizer:

@@ -1,7 +1,5 @@
 """FAST: round trip within its bound, malformed tokens refused, out-of-range coefficients counted."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -91,11 +89,3 @@ def test_bad_chunks_and_too_small_vocabularies_are_refused(fast: FastTokenizer) 
         fast.encode(np.full((16, 7), np.nan))
     with pytest.raises(ValueError, match="symbols, but the vocabulary has 4"):
         FastTokenizer.fit(smooth_chunks(100), vocab_size=4)
-
-
-def test_saved_tokenizer_is_the_same(fast: FastTokenizer, tmp_path: Path) -> None:
-    fast.save(tmp_path / "fast.json")
-    again = FastTokenizer.load(tmp_path / "fast.json")
-    chunk = smooth_chunks(1, seed=5)[0]
-    assert again.encode(chunk) == fast.encode(chunk)
-    assert (again.lowest, again.highest, again.scale) == (fast.lowest, fast.highest, fast.scale)
