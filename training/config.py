@@ -65,7 +65,8 @@ class ParallelConfig(Frozen):
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="cuda: one process per card")
     shard: bool = Field(default=False, description="FSDP2: divide weights, gradients and optimizer state (torchrun)")
     cpu_offload: bool = Field(
-        default=False, description="with shard: keep all three in host memory and run the optimizer there"
+        default=False,
+        description="with shard: weights, gradients and optimizer state in host memory, where the optimizer runs",
     )
     activation_checkpointing: bool = Field(
         default=False, description="compute each layer, and the logits, again for the backward pass"

@@ -80,7 +80,7 @@ def commands(kind: str) -> Messages:
 
 
 def replayed(bag_path: Path, bundle: Bundle) -> dict[int, NDArray[np.float64]]:
-    """Where the replay says that the arm was told to be, by time; only where it knows."""
+    """The positions that the replay says were commanded, by time, where it knows them."""
     with open_bag(bag_path) as bag:
         plan = set_up(bag, str(bundle.path), reference="command", changes=LOOSE)
         options = ReplayOptions(probe_every_s=0.0, latency=parse_latency("0.02"))
@@ -96,7 +96,7 @@ def replayed(bag_path: Path, bundle: Bundle) -> dict[int, NDArray[np.float64]]:
 
 
 @pytest.mark.parametrize("kind", ["velocities", "positions", "future", "begun", "past", "stream"])
-def test_a_replay_and_a_dataset_say_the_same_of_a_bag(tmp_path: Path, bundle: Bundle, kind: str) -> None:
+def test_a_replay_and_a_dataset_agree_about_a_bag(tmp_path: Path, bundle: Bundle, kind: str) -> None:
     others = [message for message in recording(SECONDS) if message.topic != COMMAND_TOPIC]
     told = commands(kind)
     bag = write_bag(tmp_path / "bag", sorted([*others, *told], key=lambda message: message.log_ns))

@@ -194,7 +194,7 @@ from training.weights.foreign import import_weights
 import dataclasses
 folder, task = Path(sys.argv[1]), sys.argv[2]
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
-empty_model(CONFIG)  # what torch imports for it is no weight
+empty_model(CONFIG)  # so that what torch imports for it does not count
 before = peak()
 longer = dataclasses.replace(LARGE, vocab_size=LARGE.vocab_size + 100)
 if task == "load":

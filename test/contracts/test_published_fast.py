@@ -143,7 +143,7 @@ def test_an_id_stands_for_whole_coefficients_or_a_part_of_one(published: Path) -
         ids = fast.encode(smooth_chunks(1, seed=3)[0])
         assert [c for token in ids for c in read[token]] == slow_coefficients(smooth_chunks(1, seed=3)[0])
     else:
-        assert [] in read.values(), "a byte of two is no coefficient"
+        assert [] in read.values(), "one byte of two is not a coefficient"
 
 
 def test_malformed_ids_are_errors(published: Path) -> None:

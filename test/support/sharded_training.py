@@ -31,7 +31,7 @@ def configure(settings: dict[str, Any], parallel: dict[str, Any], **changes: Any
 
 
 def opened(config: TrainingConfig) -> Run:
-    """A run whose expert reads the prefix: at its start the gates of all its branches are closed."""
+    """A run whose expert reads the prefix: the gates of its branches, which start closed, are opened."""
     run = Run(config)
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
@@ -52,7 +52,7 @@ def gradients(run: Run) -> dict[str, torch.Tensor | None]:
 
 
 def gradients_of(run: Run, stage: StageConfig) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
-    """Of all losses of the stage, and their norm as clipping reports it."""
+    """The gradients of all the stage's losses, and their norm as clipping reports it."""
     parameters = select_parameters(run.model, run.heads, stage.train)
     run.trainer.accumulate_gradients(stage, np.random.default_rng([1, run.rank]))
     average_gradients(parameters)
@@ -61,7 +61,7 @@ def gradients_of(run: Run, stage: StageConfig) -> tuple[dict[str, torch.Tensor |
 
 
 def check_gradients(plain: Run, sharded: Run) -> None:
-    """All stages: the weights are shards, and their gradients and norm those of the model that is whole everywhere."""
+    """In all stages the weights are shards, with the gradients and the norm of the unsharded model."""
     assert sum(isinstance(parameter, DTensor) for parameter in sharded.model.parameters()) > 0
     for stage in plain.config.stages:
         expected, norm = gradients_of(plain, stage)

@@ -1,4 +1,4 @@
-"""FSDP2 in two real processes against the model that is whole in each of them."""
+"""FSDP2 in two real processes against a model that is whole in each of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from support import ROOT
 from support.recipes import tiny_run
 
 
-def test_sharded_training_is_training(tmp_path: Path) -> None:
-    """Gradients of every stage, insulation, BFloat16 with offload, resuming: see support/sharded_training.py."""
+def test_sharded_training_equals_training(tmp_path: Path) -> None:
+    """Gradients of every stage, insulation, bfloat16 with offload, resuming: see support/sharded_training.py."""
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(tiny_run(tmp_path, steps=1)))
     command = [

@@ -324,7 +324,7 @@ class _Cutter:
         self.held = []
 
     def _gap(self, cause: str, example: str) -> None:
-        """End the piece; at an episode's beginning there is none yet, so it only begins later."""
+        """End the piece being written; before its first frame there is none, so the episode just begins later."""
         began = self.written or self.held
         self.done.leave_out(cause if began else f"{cause} yet, at an episode's beginning", example)
         self._close_piece()

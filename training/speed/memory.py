@@ -175,7 +175,10 @@ def everything(batch: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def compute_loss(model: VLA, step: Step, inputs: dict[str, Tensor]) -> Tensor:
-    """Next-token loss of the FAST tokens plus insulated flow loss, from one forward pass."""
+    """Next-token loss of the FAST tokens plus insulated flow loss, from one forward pass.
+
+    `BatchLosses` cannot run here: it selects rows by a mask, and the masks of fake tensors have no values.
+    """
     with torch.autocast("cpu", torch.bfloat16, enabled=step.parallel.dtype == "bfloat16"):
         output = model(**inputs, prefix_rows=step.prompt)
         last = torch.full((step.batch,), step.prompt - 1)

@@ -1,4 +1,4 @@
-"""Makes the demo's data with the simulator; training does the same when they are not there.
+"""Make the demo's data with the simulator; training does the same if they are missing.
 
 python -m training.data.simulated config/training/demo.yaml
 """
