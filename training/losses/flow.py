@@ -40,9 +40,8 @@ def run_ahead(action_RHA: Tensor, learned_RH: Tensor, lead: float, generator: to
     phase_RH = start_R1 + pace_R1 * torch.minimum(k_H, prefix_R1 - 1) + (k_H - prefix_R1 + 1).clamp(min=0)
     phase_RH = torch.where(prefix_R1 > 0, phase_RH, k_H.to(phase_RH.dtype))
     before_RH = phase_RH.floor().clamp(0, horizon - 2).long()
-    share_RH1 = (phase_RH - before_RH).clamp(max=1.0)[
-        ..., None
-    ]  # below 0 before the first action: on the line of the first two
+    # Below 0 before the first action: on the line of the first two.
+    share_RH1 = (phase_RH - before_RH).clamp(max=1.0)[..., None]
     one, two = (action_RHA.gather(1, (before_RH + i)[..., None].expand_as(action_RHA)) for i in (0, 1))
     return one + share_RH1 * (two - one), learned_RH & (phase_RH <= horizon - 1)
 

@@ -63,9 +63,8 @@ class BatchLosses:
             state=self.expert_state(batch, stage.noise_samples) if drawn else None,
             insulate=stage.insulate,
             probe=None if hints is None else hints.probe,
-            prefix_rows=batch.tokens_BL.shape[
-                1
-            ],  # only the prompt passes through the last layer: losses read no image token there
+            # Only the prompt passes through the last layer: losses read no image token there.
+            prefix_rows=batch.tokens_BL.shape[1],
         )
         found = self.predict(batch, output, wanted)
         if hints is not None and self.heads is not None:

@@ -133,9 +133,8 @@ def prepare(model: VLA, step: Step, mesh: DeviceMesh) -> torch.optim.Optimizer |
     optimizer = make_optimizer(list(model.parameters()), learning_rate=1e-5, weight_decay=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    clip_gradients(
-        list(model.parameters()), 1.0
-    )  # so that it is not in the measured step: a DTensor operation's first use takes whole fake tensors
+    # Here, not first in the measured step: a DTensor operation's first use takes whole fake tensors.
+    clip_gradients(list(model.parameters()), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer
