@@ -55,9 +55,16 @@ def as_table(findings: Sequence[Finding], looked_at: Sequence[str]) -> str:
         fix = textwrap.wrap(f"-> {finding.fix}", WIDTH - len(head), break_on_hyphens=False)
         lines += ["", head + body[0], *(" " * len(head) + line for line in [*body[1:], *fix])]
     count = errors(findings)
-    lines += ["", f"{count} errors, {len(findings) - count} warnings" if findings else "no faults found"]
+    lines += [
+        "",
+        f"{_counted(count, 'error')}, {_counted(len(findings) - count, 'warning')}" if findings else "no faults found",
+    ]
     return "\n".join(lines)
 
 
 def _ordered(findings: Sequence[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: finding.level != "error")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -29,10 +29,13 @@ def open_engine(bundle: Bundle, settings: Settings, say: Callable[[str], object]
             from ki_vla_ros.engines.torch_engine import TorchEngine
 
             return TorchEngine(bundle, settings.provider, settings.threads, settings.torch_mode)
-        from ki_vla_ros.engines.onnx_engine import PROVIDERS, OnnxEngine
+        if settings.engine == "onnx":
+            from ki_vla_ros.engines.onnx_engine import PROVIDERS, OnnxEngine
+
+            return OnnxEngine(bundle, PROVIDERS[settings.provider], settings.threads, folder)
     except ModuleNotFoundError as error:
         raise EngineError(
             f"engine {settings.engine}: expected the Python module {error.name}, got none; install the wheel "
             f"{error.name} or choose another engine"
         ) from error
-    return OnnxEngine(bundle, PROVIDERS[settings.provider], settings.threads, folder)
+    raise EngineError(f"engine {settings.engine!r}: the setting allows it, but engines/choice.py does not open it")

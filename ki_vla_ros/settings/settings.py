@@ -1,6 +1,6 @@
 """Every runtime setting once: default, unit, range, and whether it may change while the node is configured.
 
-ROS parameters are declared from this model (see ros/node.py), so each name, bound and description is written only here.
+ROS parameters are declared from this model (ros/parameters.py), so each name, bound and description stands only here.
 Nested models become dotted names: `limits.velocity_scale`, `cameras.<camera>.topic`.
 """
 

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from ki_vla_ros.runtime.loop import PolicyLoop
 from ki_vla_ros.runtime.paths import CommandedPath
 from ki_vla_ros.runtime.safety import extremes
 from ki_vla_ros.settings.names import settings_from_parameters
-from ki_vla_ros.settings.settings import Settings
+from ki_vla_ros.settings.settings import ExecutorName, Settings
 
 CASES = int(os.environ.get("KI_VLA_SEAM_CASES", "10000"))
 MS = 1_000_000
@@ -40,7 +40,7 @@ ARM = JointSpec(name="arm", unit="rad", lower=-2.0, upper=2.0, max_velocity=1.5,
 GRIPPER = JointSpec(name="gripper", unit="m", lower=0.0, upper=0.04, max_velocity=0.1, relative=False)
 JOINTS = (ARM, GRIPPER)
 NAMES = ("arm", "gripper")
-EXECUTORS = ("synchronous", "asynchronous", "temporal_ensemble", "rtc", "rtc_trained")
+EXECUTORS = get_args(ExecutorName)
 LOWER, UPPER, SPEED = np.array([-2.0, 0.0]), np.array([2.0, 0.04]), np.array([1.5, 0.1])
 ACCELERATION = SPEED / 0.15
 

@@ -155,9 +155,8 @@ def expert(made: Made) -> tuple[Interpreter, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
-@pytest.mark.filterwarnings(
-    "ignore:The distutils package is deprecated:DeprecationWarning"
-)  # torch's own, once a process
+# torch imports distutils once in a process, whichever test comes first.
+@pytest.mark.filterwarnings("ignore:The distutils package is deprecated:DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles C++ with g++, which is not here")
 @pytest.mark.parametrize("made", ["token"], indirect=True)
 def test_inductor_compiles_the_expert(made: Made) -> None:

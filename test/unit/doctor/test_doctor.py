@@ -1,4 +1,4 @@
-"""Each planted fault is found, with its fix; a healthy recording gets no finding. Running ones: test_doctor_graph."""
+"""Each planted fault is found, with its fix; a healthy recording gets no finding. Running nodes: ros/test_doctor.py."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert main(["--bag", bag, "--params", str(find_share("config/demo.yaml"))]) == 0
     assert "no faults found" in capsys.readouterr().out
     assert main(["--bag", bag, "--params", str(params_file(tmp_path, execution_horizon_s=0.17))]) == 0
-    assert "0 errors, 1 warnings" in capsys.readouterr().out
+    assert "0 errors, 1 warning" in capsys.readouterr().out
     assert main(["--bag", bag, "--params", str(params_file(tmp_path, provider="cuda")), "--json"]) == 1
     printed = json.loads(capsys.readouterr().out)
     assert printed["errors"] == 1 and printed["findings"][0]["check"] == "engine"
@@ -324,3 +324,9 @@ def test_findings_are_ordered_and_told() -> None:
     assert table.index("error") < table.index("warning") and "-> do d" in table
     assert max(map(len, table.splitlines())) <= 110
     assert [f["check"] for f in as_json(findings, [])["findings"]] == ["c", "a"]
+
+
+def test_a_parameter_file_that_is_not_there_is_no_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bag = str(write_mcap(tmp_path / "bag.mcap", recording(1.0)))
+    assert main(["--bag", bag, "--params", str(tmp_path / "none.yaml")]) == 2
+    assert "expected a parameter file, got" in capsys.readouterr().err

@@ -71,6 +71,7 @@ def test_impossible_pairs_are_refused_and_counted() -> None:
         ("executor=fast", "executor"),
         ("guidance_weight=1000", "guidance_weight"),
         ("bundle=demo", "cannot be swept"),
+        ("torch_mode=eager,graph", "cannot be swept"),
         ("joint_states_topic=a", "cannot be swept"),
     ],
 )
