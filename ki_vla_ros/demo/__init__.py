@@ -1,1 +1,1 @@
-"""The demo: a simulated arm does what it is told, over ROS; measured, recorded and filmed."""
+"""The demo: a simulated arm does what it is told, over ROS, and the run is measured, recorded and filmed."""

@@ -2,8 +2,8 @@
 
     python -m ki_vla_ros.demo [--episodes 20] [--instruction "touch the blue ball"] [--seed 0] [--no-video]
 
-It starts the simulator and the policy as processes of their own, leads them through the episodes and stops them,
-whatever happens. Everything lands in --out: summary.json, index.html, demo.mp4, bag/ (mcap, for Foxglove), log/.
+It starts the simulator and the policy as child processes, leads them through the episodes and stops them, whatever
+happens. All results go to --out: summary.json, index.html, demo.mp4, bag/ (mcap, for Foxglove), log/.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from ki_vla_ros.statistics import spread
 
 SEEDS_PER_RUN: Final = 100_000
 FIRST_CHUNK_LIMIT_S: Final = 5.0
-# The judge ends every episode at TIME_LIMIT_S of simulated time; by then the simulator must be stuck or far too slow.
+# The judge ends every episode after TIME_LIMIT_S of simulated time; after this much real time the simulator must be
+# stuck or far too slow.
 EPISODE_LIMIT_S: Final = 10.0 * TIME_LIMIT_S
-# After a reset the arm is elsewhere at once; the policy shall not begin with pictures from before.
+# A reset moves the arm at once; the policy must not begin with images from before it.
 SETTLE_S: Final = 0.25
-# The arm is watched for a moment after the verdict, so that one sees it.
+# The recording goes on for a moment after the verdict, so that the film shows it.
 LINGER_S: Final = 1.0
 VIDEO: Final = "demo.mp4"
 
@@ -64,9 +65,9 @@ class DemoOptions:
 
 
 def parse_options(arguments: Sequence[str] | None) -> DemoOptions:
-    """Raises KiVlaError for whatever would not work later; nothing has been started by then."""
+    """The options; KiVlaError for anything that would fail later, before any process is started."""
     parser = argparse.ArgumentParser(
-        prog="python -m ki_vla_ros.demo", description="a simulated arm does what it is told, over ROS"
+        prog="python -m ki_vla_ros.demo", description="A simulated arm does what it is told, over ROS."
     )
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--instruction", default="", help="the same in every episode; default: drawn with each scene")
@@ -107,7 +108,7 @@ def parse_options(arguments: Sequence[str] | None) -> DemoOptions:
 
 
 def run(options: DemoOptions) -> dict[str, Any]:
-    """The whole demo; returns the summary."""
+    """Runs the whole demo; returns the summary."""
     bundle = load_bundle(options.bundle)
     clear_results(options.out)
     shared = prepare_environment(options.out)
@@ -146,7 +147,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
 def run_episode(
     driver: Driver, options: DemoOptions, seed: int, line: StatusLine, has_acted: bool = False
 ) -> tuple[EpisodeResult, Observed]:
-    """One scene from reset to verdict; the policy is active in between. `has_acted`: it has made a chunk before."""
+    """Runs one scene from reset to verdict; `has_acted`: the policy has made a chunk in an earlier episode."""
     scene = driver.reset(seed, options.split, options.instruction)
     instruction = scene["instruction"]
     driver.instruct(instruction)
@@ -156,9 +157,9 @@ def run_episode(
     while not (status := driver.status)["done"]:
         driver.sleep(0.05)
         seen, waited_s = driver.observed, time.monotonic() - began_s
-        # Later, a policy that is held has failed in this episode; before its first chunk it does not work at all.
+        # A policy that never made a chunk does not work at all; later, one that is held only fails this episode.
         if not (seen.chunk_times_s or has_acted) and waited_s > FIRST_CHUNK_LIMIT_S:
-            reason = (seen.ticks[-1]["hold"] or "its ticks make none") if seen.ticks else "it does not tick"
+            reason = (seen.ticks[-1]["hold"] or "its ticks make no chunk") if seen.ticks else "it makes no ticks"
             raise KiVlaError(f"the policy published no chunk within {FIRST_CHUNK_LIMIT_S:g} s: {reason}")
         if waited_s > EPISODE_LIMIT_S:
             raise KiVlaError(f"the simulator gave no verdict within {EPISODE_LIMIT_S:g} s; is the machine overloaded?")
@@ -182,7 +183,7 @@ def run_episode(
 
 
 def run_demonstrator(options: DemoOptions) -> list[bool]:
-    """Whether the demonstrator succeeds in each of the run's scenes; faster than real time, without pictures."""
+    """Whether the demonstrator succeeds in each of the run's scenes, simulated without images as fast as possible."""
     world = World(render=False)
     task = Task.parse(options.instruction) if options.instruction else None
     outcomes = []
@@ -199,7 +200,7 @@ def run_demonstrator(options: DemoOptions) -> list[bool]:
 
 
 class StatusLine(Progress):
-    """How this episode goes, and how those before went; where output is no terminal, a line per episode is enough."""
+    """Shows the present episode's figures and the score; without a terminal, only one line per finished episode."""
 
     def __init__(self, episodes: int) -> None:
         super().__init__(sys.stdout, line_every_s=math.inf)
@@ -243,7 +244,7 @@ def recording(driver: Driver, bag: Path) -> Iterator[None]:
 
 @contextmanager
 def naming_the_cause(policy: Child) -> Iterator[None]:
-    """Adds what the policy's log says last to an error that does not carry it yet."""
+    """Adds the last error in the policy's log to a KiVlaError; a ChildError already has it."""
     try:
         yield
     except ChildError:
@@ -258,7 +259,9 @@ def clear_results(out: Path) -> None:
     bag = out / "bag"
     foreign = [path for path in bag.glob("*") if path.name != "metadata.yaml" and path.suffix != ".mcap"]
     if foreign:
-        raise ConfigurationError(f"--out {out}: {foreign[0]} is not from an earlier demo; choose another folder")
+        raise ConfigurationError(
+            f"--out {out}: expected only an earlier demo's files in bag/, got {foreign[0]}; choose another folder"
+        )
     if bag.exists():
         shutil.rmtree(bag)
     for name in ("summary.json", "index.html", VIDEO):
@@ -266,7 +269,7 @@ def clear_results(out: Path) -> None:
 
 
 def describe(summary: dict[str, Any], out: Path) -> str:
-    """The run in four lines."""
+    """The run in three lines."""
     tick = summary["tick_ms"]
     return (
         f"followed {summary['follow_rate']:.0%} (chance {summary['chance_follow_rate']:.0%}), "
@@ -282,7 +285,7 @@ def interrupt(_number: int, _frame: object) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 after all episodes, whatever became of them; otherwise as `run_command` says."""
+    """Returns 0 after all episodes, whatever their outcome; otherwise as `run_command` says."""
     signal.signal(signal.SIGTERM, interrupt)
     return run_command("demo", partial(_demonstrate, arguments), "interrupted; all processes were stopped")
 

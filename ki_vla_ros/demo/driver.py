@@ -1,7 +1,7 @@
-"""The demo's ROS client: tells simulator and policy what to do, and takes down what comes out.
+"""The demo's ROS client: tells simulator and policy what to do, and notes what they publish.
 
-A thread spins the node; its callbacks only note numbers and pass messages on to the recorder. The methods that ask for
-something (`configure`, `reset`, ...) block the calling thread and raise when no answer or a refusal comes.
+A thread spins the node; its callbacks only note numbers and pass messages on to the recorder. The methods that request
+something (`configure`, `reset`, ...) block the calling thread, and raise on a refusal or if no answer comes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TOPICS: Final[Mapping[str, tuple[type[Any], str]]] = {
     INSTRUCTION: (String, TEXT),
     SESSION: (String, TEXT),
 }
-# Participants that missed each other's first announcements meet at the next one, 3 s later.
+# Participants that miss each other's first announcement discover each other at the next one, 3 s later.
 DISCOVERY_LIMIT_S: Final = 5.0
 START_LIMIT_S: Final = 60.0
 ANSWER_LIMIT_S: Final = 15.0
@@ -68,7 +68,7 @@ RecordMessage = Callable[[str, int, bytes], None]
 
 @dataclass(slots=True)
 class Observed:
-    """What came in while the policy was active; arrival times in s on a steady clock, ticks as the policy sent them."""
+    """What was received while the policy was active: arrival times in s on a steady clock, and the ticks' fields."""
 
     chunk_times_s: list[float] = field(default_factory=list)
     image_times_s: dict[str, list[float]] = field(default_factory=lambda: {SCENE_IMAGE: [], WRIST_IMAGE: []})
@@ -76,7 +76,7 @@ class Observed:
 
 
 class Driver:
-    """Use as a context manager: joins ROS on entering, leaves it on exit."""
+    """A context manager: joins ROS on entering the `with` block and leaves it on exit."""
 
     def __init__(self, check_children: Callable[[], None]) -> None:
         """`check_children` raises when a child process has ended; every wait calls it."""
@@ -89,7 +89,7 @@ class Driver:
         self._stop = threading.Event()
 
     def __enter__(self) -> Driver:
-        # Ctrl-C shall raise KeyboardInterrupt in the main thread and leave ROS alive for an orderly end.
+        # Ctrl-C must raise KeyboardInterrupt in the main thread and leave ROS alive for an orderly end.
         rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         self._node = Node("demo")
         self._instruct = self._node.create_publisher(String, INSTRUCTION, EVENT)
@@ -99,7 +99,7 @@ class Driver:
         )
         self._reset: Client[Any, Any] = self._node.create_client(Trigger, f"/{ARM}/reset")
         for topic, (kind, _) in TOPICS.items():
-            # An image more or less does not matter; no chunk or tick may be lost.
+            # A lost image does not matter; no chunk or tick may be lost.
             qos = SENSOR if kind is Image else LATCHED if topic in (STATUS, SESSION) else EVERYTHING
             self._node.create_subscription(kind, topic, partial(self._on_message, topic), qos, raw=True)
         self._thread = threading.Thread(target=self._spin, name="ros")
@@ -118,29 +118,29 @@ class Driver:
         while not self._stop.is_set():
             executor.spin_once(timeout_sec=0.1)
 
-    # --- what the demo asks for
+    # --- requests
 
     def check_alone(self) -> None:
-        """Before any child is started: ConfigurationError if an arm or a policy already runs in this ROS domain."""
+        """ConfigurationError if an arm or a policy already runs in this ROS domain; to be called before any starts."""
         end_s = time.monotonic() + DISCOVERY_LIMIT_S
         while time.monotonic() < end_s:
             for name in self._node.get_node_names():
                 if name in (POLICY, ARM):
                     domain = self._node.context.get_domain_id()
                     raise ConfigurationError(
-                        f"ROS domain {domain} is in use: a node '{name}' already runs in it, and two would command one "
-                        "arm; stop it, or choose another ROS_DOMAIN_ID (unset, the demo finds a free one)"
+                        f"ROS domain {domain} is in use: a node '{name}' already runs in it, and two policies would "
+                        "command one arm; stop it, choose another ROS_DOMAIN_ID, or unset that for a free one"
                     )
             time.sleep(0.1)
 
     def wait_until_up(self) -> None:
-        """Waits for both children's services."""
+        """Waits for both children's services and for the policy's subscription to instructions."""
         for client in (self._reset, self._set_parameters, self._change_state):
             self._wait(client.service_is_ready, f"service {client.srv_name}", START_LIMIT_S)
         self._wait(lambda: self._instruct.get_subscription_count() > 0, f"subscriber to {INSTRUCTION}", START_LIMIT_S)
 
     def record(self, record: RecordMessage | None) -> None:
-        """From now on gives each message to `record`, or to nobody."""
+        """Passes each message to `record` from now on; None: to nobody."""
         self._record = record
 
     def configure(self) -> None:
@@ -153,12 +153,12 @@ class Driver:
         self._transition(Transition.TRANSITION_ACTIVATE, "activate", ANSWER_LIMIT_S)
 
     def deactivate(self) -> Observed:
-        """Stops the policy; returns what came in since `activate`."""
+        """Deactivates the policy; returns what was received since `activate`."""
         self._transition(Transition.TRANSITION_DEACTIVATE, "deactivate", ANSWER_LIMIT_S)
         return self.observed
 
     def reset(self, seed: int, split: str, task: str) -> dict[str, Any]:
-        """Has the simulator build a scene; returns its status. `task` "" means: the task drawn with the scene."""
+        """Has the simulator build a scene; returns its status. With `task` "" the task is drawn with the scene."""
         values = {
             "scene_seed": ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=seed),
             "split": ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=split),
@@ -181,13 +181,13 @@ class Driver:
         self._instruct.publish(String(data=text))
 
     def sleep(self, duration_s: float) -> None:
-        """Waits, and raises if a child ends meanwhile."""
+        """Waits; raises if a child ends meanwhile."""
         deadline_s = time.monotonic() + duration_s
         while (left_s := deadline_s - time.monotonic()) > 0.0:
             self._check_children()
             time.sleep(min(left_s, 0.1))
 
-    # --- what came in
+    # --- what was received
 
     @property
     def status(self) -> dict[str, Any]:
@@ -197,12 +197,12 @@ class Driver:
 
     @property
     def overruns(self) -> int:
-        """How often the simulator had to give up time, since it started."""
+        """How often the simulator has dropped time to keep up with the wall clock, since it started."""
         return self._overruns
 
     @property
     def observed(self) -> Observed:
-        """A copy of what came in since `activate`."""
+        """A copy of what was received since `activate`."""
         with self._lock:
             now = self._observed
             images = {topic: list(times) for topic, times in now.image_times_s.items()}

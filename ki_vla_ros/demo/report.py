@@ -1,4 +1,4 @@
-"""What the demo says about a run: summary.json, and index.html with plots and a table of the episodes."""
+"""The demo's results: summary.json, and index.html with plots and a table of the episodes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class EpisodeResult:
 
 @dataclass(frozen=True, slots=True)
 class DemoRun:
-    """Everything that a summary is made from; `observed[k]` and `demonstrator_success[k]` belong to `episodes[k]`."""
+    """Everything a summary is made from; `observed[k]` and `demonstrator_success[k]` belong to `episodes[k]`."""
 
     episodes: Sequence[EpisodeResult]
     observed: Sequence[Observed]
@@ -51,7 +51,7 @@ class DemoRun:
 
 
 def summarise(run: DemoRun) -> dict[str, Any]:
-    """The content of summary.json; rates of success in 0..1, latencies of ticks that made a chunk."""
+    """The content of summary.json; success rates are 0 to 1, and latencies are those of ticks that made a chunk."""
     episodes = run.episodes
     ticks = [tick for observed in run.observed for tick in observed.ticks if tick["chunk_index"] is not None]
     stages: dict[str, list[float]] = {}
@@ -87,7 +87,7 @@ def summarise(run: DemoRun) -> dict[str, Any]:
 
 
 def rate_hz(arrivals_s: Iterable[Sequence[float]]) -> float:
-    """Mean rate within the given stretches of time, pauses between them left out; 0 without two arrivals in any."""
+    """Mean rate within the given stretches of arrivals, without the pauses between; 0 if none has two arrivals."""
     stretches = [times for times in arrivals_s if len(times) > 1]
     span_s = sum(times[-1] - times[0] for times in stretches)
     return round(sum(len(times) - 1 for times in stretches) / span_s, 3) if span_s > 0.0 else 0.0
@@ -109,7 +109,7 @@ def _processor() -> str:
 
 
 def write_report(out: Path, run: DemoRun, video: str | None) -> dict[str, Any]:
-    """Writes summary.json and index.html (with the film `video` beside them) into `out`; returns the summary."""
+    """Writes summary.json and index.html into `out`; `video` names the film beside them. Returns the summary."""
     summary = summarise(run)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (out / "index.html").write_text(_page(summary, run, video), encoding="utf-8")
@@ -150,7 +150,7 @@ def _page(summary: Mapping[str, Any], run: DemoRun, video: str | None) -> str:
             "Timing",
             f'<div class="plots">{plots}</div>',
             table(["stage, ms", "p50", "p90", "p99", "max"], stages),
-            note="Of ticks that made a chunk.",
+            note="Only ticks that made a chunk.",
         ),
     ]
     return page("ki_vla_ros demo", subtitle, sections)
@@ -169,7 +169,7 @@ def _row(episode: EpisodeResult, demonstrator_success: bool) -> list[str]:
 
 
 def histogram(title: str, note: str, values_ms: Sequence[float], marked_ms: float | None) -> str:
-    """A figure of how often each duration occurs; `marked_ms` gets an upright line."""
+    """A histogram of durations; a vertical line marks `marked_ms`."""
     span = Span.of(values_ms, zero=True, margin=0.02)
     counts, edges_ms = np.histogram(values_ms, bins=BINS, range=(span.low, span.high))
     axes = Axes(span, Span.of(counts, zero=True, margin=0.05))

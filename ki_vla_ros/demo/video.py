@@ -1,7 +1,7 @@
 """The demo's film, made from the recorded bag after the run: both cameras, instruction, verdict, predicted chunk.
 
-Every pair of images becomes one frame. The newest chunk is drawn into the scene as the way that the fingertips are
-predicted to take. Legend: H horizon, S side of one picture in pixels.
+Every pair of images becomes one frame. The newest chunk is drawn into the scene as the predicted path of the
+fingertips. Legend: H horizon, X pixel coordinates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LONGEST_GAP_MS: Final = 500
 SIDE: Final = 480
 HEADER: Final = 60
 FONT: Final = cv2.FONT_HERSHEY_DUPLEX
-# Colours are blue, green, red.
+# Colours are in the order blue, green, red.
 INK, PALE, GROUND = (245, 245, 245), (160, 160, 160), (28, 21, 16)
 GOOD, BAD = (110, 200, 80), (110, 90, 235)
 PATH, PATH_EDGE = (40, 150, 255), (20, 20, 20)
@@ -39,7 +39,7 @@ Picture = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class FilmFrame:
-    """One picture of the film, HWC, blue first, and when its images were taken."""
+    """One picture of the film (HWC, BGR) and when its images were taken."""
 
     stamp_ns: int
     picture: Picture
@@ -47,19 +47,19 @@ class FilmFrame:
 
 @dataclass(slots=True)
 class Film:
-    """What is known at one moment of the bag."""
+    """The film's state at one moment of the bag."""
 
     episodes: int
     projector: World
     instruction: str = ""
     status: dict[str, Any] = field(default_factory=dict)
     episode: int = 0
-    scene: CameraFrame | None = None  # the newest of that camera
+    scene: CameraFrame | None = None  # the scene camera's newest frame
     path_HX: NDArray[np.float64] | None = None  # the chunk's tip positions, pixels right and down
     due_H: NDArray[np.int64] | None = None  # when each is due, ns
 
     def see(self, message: BagMessage) -> FilmFrame | None:
-        """Takes in one message; gives a frame if it completed the images of one instant within an episode."""
+        """Takes in one message; returns a frame if it completes the images of one instant within an episode."""
         if message.topic == STATUS:
             self.status = json.loads(decode(message).data)
         elif message.topic == INSTRUCTION:  # one per episode
@@ -119,7 +119,7 @@ def make_video(bag: Path, path: Path, episodes: int) -> int:
     """Writes the film of `bag` to `path` (H.264 in mp4); returns its number of frames."""
     av = import_av()
     projector = World(render_size=SIDE, render=False)
-    projector.reset(sample_scene(0, split="all"))  # cameras have their place only in a world with a scene
+    projector.reset(sample_scene(0, split="all"))  # camera poses are known only in a world with a scene
     count, time_ms, before_ns = 0, 0, 0
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_S, options={"preset": "veryfast", "crf": "24"})
@@ -127,7 +127,7 @@ def make_video(bag: Path, path: Path, episodes: int) -> int:
         stream.codec_context.time_base = Fraction(1, 1000)
         for frame in frames(bag, Film(episodes, projector)):
             picture = av.VideoFrame.from_ndarray(frame.picture, format="bgr24")
-            # In real time even where images were lost; the pauses between episodes are cut.
+            # Real time, even where images were lost; the pauses between episodes are cut.
             time_ms += min(LONGEST_GAP_MS, max(1, (frame.stamp_ns - before_ns) // 1_000_000)) if count else 0
             picture.pts, picture.time_base, before_ns = time_ms, Fraction(1, 1000), frame.stamp_ns
             container.mux(stream.encode(picture))
@@ -145,12 +145,12 @@ def frames(bag: Path, film: Film) -> Iterator[FilmFrame]:
 
 
 def import_av() -> Any:
-    """The library that encodes films; ConfigurationError where it is not installed."""
+    """PyAV, which encodes the film; ConfigurationError if it is not installed."""
     try:
         import av
     except ImportError as error:
         raise ConfigurationError(
-            f"no video without PyAV ({error}): 'pip install av', or run with --no-video"
+            f"no video without PyAV ({error}); run 'pip install av', or the demo with --no-video"
         ) from error
     return av
 
@@ -160,7 +160,7 @@ def _picture(frame: CameraFrame) -> Picture:
 
 
 def _draw_path(picture: Picture, path_HX: NDArray[np.float64]) -> None:
-    """Thinner and paler the farther ahead; a dark edge keeps it visible on any colour."""
+    """Draws the path with dots that shrink the farther ahead they are; a dark edge keeps it visible on any colour."""
     shift = 4  # fractional bits of OpenCV's coordinates
     points = np.round(path_HX * 2**shift).astype(int)
     for colour, extra in ((PATH_EDGE, 2), (PATH, 0)):

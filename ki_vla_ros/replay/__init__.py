@@ -1,4 +1,4 @@
-"""Evaluates a policy on a recorded bag: the loop over a bag, its figures and its report."""
+"""Evaluates a policy on a recorded bag: runs the loop over it, computes figures and writes a report."""
 
 from ki_vla_ros.replay.latency import parse_latency
 from ki_vla_ros.replay.loop import Replay

@@ -5,8 +5,8 @@
     python -m ki_vla_ros.replay BAG --sweep execution_horizon=1..H inference_delay=0..4 executor=asynchronous,rtc
 
 A bag that holds the policy's ~/session needs neither --bundle nor --params. Figures go to OUT/metrics.json
-(docs/replay.md), a page to look at to OUT/report.html, the predicted chunks beside what was recorded to OUT/predicted,
-an mcap for Foxglove. With --sweep many settings are tried, and OUT/recommended.yaml says which to take.
+(docs/replay.md), a readable page to OUT/report.html, and the predicted chunks beside the recorded ones to
+OUT/predicted, an mcap for Foxglove. With --sweep many settings are tried, and OUT/recommended.yaml holds the best.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from ki_vla_ros.replay.trace import Trace
 from ki_vla_ros.settings import parameter_specs
 
 PREDICTED, REPORT = "predicted", "report.html"
-FAIL_HELP = 'e.g. "error.rms>0.1" or "error.by_step.0.rms>0.05": then exit code 1; an unknown name lists all'
-OUT_HELP = "folder for the results; default: out/replay. What an earlier replay left in it is overwritten"
+FAIL_HELP = 'exit code 1 if this holds, e.g. "error.rms>0.1" or "error.by_step.0.rms>0.05"; an unknown name lists all'
+OUT_HELP = "folder for the results; default: out/replay. Results of an earlier replay in it are overwritten"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +51,9 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
     thresholds = [parse_threshold(text) for text in chosen.fail_if]
     as_recorded = chosen.ticks == "recorded"
     if chosen.bag.resolve().is_relative_to((chosen.out / PREDICTED).resolve()):
-        raise ConfigurationError(f"--out {chosen.out}: expected a folder that does not hold {chosen.bag}, got its own")
+        raise ConfigurationError(
+            f"--out {chosen.out}: expected a folder without the bag, got one that holds {chosen.bag}; choose another"
+        )
     with ExitStack() as resources:
         bag = resources.enter_context(open_bag(chosen.bag))
         setup = set_up(
@@ -64,7 +66,7 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
             dict(_change(pair) for pair in chosen.set),
         )
         manifest, seed = setup.bundle.manifest, setup.settings.noise_seed
-        # Everything that was asked for is checked before anything takes long.
+        # Everything the user asked for is checked before anything takes long.
         for threshold in thresholds:
             check_figure(threshold, manifest, as_recorded)
         options = ReplayOptions(
@@ -109,7 +111,7 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 class BagProgress:
-    """How much of the bag is done. Within it, Ctrl-C takes effect at the next `show`."""
+    """Shows how much of the bag is done; inside the `with` block, Ctrl-C takes effect at the next `show`."""
 
     def __init__(self, bag: Bag) -> None:
         self._whole_s = ((bag.end_ns or 0) - (bag.start_ns or 0)) / NS_PER_S
@@ -119,7 +121,7 @@ class BagProgress:
 
     def __enter__(self) -> BagProgress:
         def interrupt(_number: int, _frame: object) -> None:
-            if self._interrupted:  # asked for twice: at once
+            if self._interrupted:  # a second Ctrl-C takes effect at once
                 raise KeyboardInterrupt
             self._interrupted = True
 
@@ -132,7 +134,7 @@ class BagProgress:
         self._progress.clear()
 
     def show(self, share: float) -> None:
-        """KeyboardInterrupt after Ctrl-C."""
+        """Shows that `share` of the bag is done; KeyboardInterrupt after Ctrl-C."""
         if self._interrupted:
             raise KeyboardInterrupt
         done_s = share * self._whole_s
@@ -157,7 +159,7 @@ def _print_summary(out: Path, result: ReplayResult) -> None:
 
 def _print_advice(out: Path, advice: Advice) -> None:
     others = len(advice.rows) - 1
-    print(f"sweep: {others} setting{'' if others == 1 else 's'} and the given one; {advice.verdict}: {advice.reason}")
+    print(f"sweep: {others} setting{'' if others == 1 else 's'} and the given ones; {advice.verdict}: {advice.reason}")
     print(f"see {out / RECOMMENDED}")
 
 
@@ -170,10 +172,10 @@ def _interval(interval: Sequence[float] | None) -> str:
 
 
 def _change(pair: str) -> tuple[str, object]:
-    """NAME=VALUE, the value as text: settings turn it into what the parameter is."""
+    """The name and value of NAME=VALUE; the value stays text, which the settings convert to the parameter's type."""
     name, equals, value = pair.partition("=")
     if not equals or not name:
-        raise ConfigurationError(f"--set {pair}: expected NAME=VALUE, as executor=rtc")
+        raise ConfigurationError(f"--set {pair}: expected NAME=VALUE, for example executor=rtc")
     kinds = {spec.name: type(spec.default) for spec in parameter_specs()}
     if kinds.get(name) is bool and value not in ("true", "false"):
         raise ConfigurationError(f"--set {pair}: expected true or false")
@@ -188,20 +190,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", default="", help="folder, or the name of a shipped one; default: as recorded")
     parser.add_argument("--params", type=Path, help="the node's ROS parameter file; default: the recorded parameters")
     parser.add_argument("--out", type=Path, default=Path("out/replay"), help=OUT_HELP)
-    parser.add_argument("--node", help="the policy's full name; default: of the bag's session, else /policy")
+    parser.add_argument("--node", help="the policy's full name; default: the one in the bag's session, else /policy")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, e.g. rate_hz=5")
-    parser.add_argument("--instruction", default="", help="instead of those in the bag")
-    parser.add_argument("--instruction-other", default="", help="also ask: does the action change with this one?")
+    parser.add_argument("--instruction", default="", help="replaces those in the bag")
+    parser.add_argument("--instruction-other", default="", help="also measure how much this one changes the actions")
     parser.add_argument("--reference", choices=REFERENCES, help="what actions are compared with; default: joint_states")
     parser.add_argument("--reference-topic", help="with --reference command; default: the policy's own command topic")
     parser.add_argument(
         "--latency",
-        help="measured (here; default), seconds (0.012), backbone+expert (0.030+0.012), recorded, or a JSON file",
+        help="measured (on this machine; default), seconds (0.012), backbone+expert (0.030+0.012), recorded, or a JSON "
+        "file",
     )
     parser.add_argument(
-        "--ticks", choices=("paced", "recorded"), default="paced", help="recorded: the very ticks of the live node"
+        "--ticks", choices=("paced", "recorded"), default="paced", help="recorded: repeat the live node's own ticks"
     )
-    parser.add_argument("--sensitivity-every", type=float, default=2.0, metavar="S", help="0: none; default 2 s")
+    parser.add_argument(
+        "--sensitivity-every",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="time between two sensitivity probes; 0: none; default 2 s",
+    )
     parser.add_argument(
         "--sweep",
         nargs="+",

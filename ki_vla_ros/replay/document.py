@@ -1,4 +1,4 @@
-"""metrics.json: the figures of a replay with what they belong to. Its schema is in docs/replay.md."""
+"""metrics.json: the figures of a replay, with the bag, bundle and settings they belong to; see docs/replay.md."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ from ki_vla_ros.replay.setup import Setup
 METRICS = "metrics.json"
 SCHEMA = 1
 CAUSES_LISTED = 20
-
-
-JUMPS = "the arm was set elsewhere {} times (faster than its joints turn): no action is compared beyond that"
+JUMPS = "the arm was put elsewhere {} times (faster than its joints can move): no action is compared across that"
 
 
 def make_metrics(
     bag: Bag, chosen: Setup, replay: Replay, figures: Figures, wall_s: float, stopped: str | None
 ) -> dict[str, Any]:
-    """`stopped`: why the replay ended before the bag (None: it did not)."""
+    """The content of metrics.json; `stopped`: why the replay ended before the bag (None: it did not)."""
     topics, options = chosen.topics, replay.options
     duration_s = (replay.now_ns - replay.start_ns) / NS_PER_S
     ticks = figures.summary(
@@ -76,7 +74,7 @@ def make_metrics(
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Whole or not at all: a reader never finds half a file."""
+    """Writes the file whole or not at all, so a reader never finds half of it."""
     written = folder / f"{METRICS}.part"
     written.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     written.replace(folder / METRICS)

@@ -1,6 +1,6 @@
-"""The figures of a replay, from its ticks: what metrics.json holds, described in docs/replay.md.
+"""The figures of a replay, computed from its ticks: the content of metrics.json, described in docs/replay.md.
 
-Only sums are kept, by segment of time, and a few numbers per tick, so a bag may be of any length.
+Only sums per segment of time and a few numbers per tick are kept, so a bag may be of any length.
 Legend: H horizon, J joints.
 """
 
@@ -22,18 +22,18 @@ Array = NDArray[np.float64]
 
 # Sampling period of the commanded motion for its jerk; `training.evaluate` uses the same.
 JERK_PERIOD_NS = 10_000_000
-# Of a long bag's latencies at most this many are written down, evenly spaced.
+# At most this many of a long bag's latencies are written to metrics.json, evenly spaced.
 LATENCIES_KEPT = 1000
 SHORTEST_SEGMENT_S = 2.0
 
 
 class Figures:
-    """`add` each tick; `summary` may be asked for at any time."""
+    """Sums up ticks: `add` each one; `summary` may be called at any time."""
 
     def __init__(self, manifest: PolicySpec, other_instruction: str, probe_every_s: float, seed: int) -> None:
         self._manifest, self._seed = manifest, seed
         self._other_instruction, self._probe_every_s = other_instruction, probe_every_s
-        # Longer than a chunk, so that two segments share little.
+        # Longer than a chunk, so that neighbouring segments share few actions and are nearly independent.
         self.segment_s = max(SHORTEST_SEGMENT_S, 2.0 * manifest.horizon * manifest.action_period_s)
         self._squares, self._sums = SegmentSums(self.segment_s), SegmentSums(self.segment_s)
         self._largest_J = np.zeros(len(manifest.joints))
@@ -132,7 +132,7 @@ class Figures:
         }
 
     def timing(self) -> dict[str, Any]:
-        """What this machine took; differs from run to run."""
+        """Durations on this machine, which differ from run to run."""
         step = max(1, -(-len(self._latency_ms) // LATENCIES_KEPT))
         totals = [took for took in self._stage_ms.get("total", [])]
         return {
@@ -143,7 +143,7 @@ class Figures:
     def _error(self, reference: str | None, missing: str | None) -> dict[str, Any]:
         drawn = self._squares.drawn(self._seed)
         if drawn is None and missing is None:
-            missing = "reference: no chunk has one; does the bag go on after the chunks, without gaps?"
+            missing = "reference: no chunk has one; does the bag continue after the chunks, without gaps?"
         figures: dict[str, Any] = {
             "reference": reference,
             "missing": missing if drawn is None else None,
@@ -201,7 +201,7 @@ class Figures:
         }
 
     def _sensitivity(self) -> dict[str, Any]:
-        said = {
+        descriptions = {
             "noise": "another noise, everything else the same: the policy's own spread",
             "instruction": f"told {self._other_instruction!r} instead",
         }
@@ -214,14 +214,14 @@ class Figures:
             by_joint = {
                 joint.name: drawn.of(root_mean(columns=[j]))[0] for j, joint in enumerate(self._manifest.joints)
             }
-            what = said.get(name, f"without the camera {name.removeprefix('camera.')!r}")
+            what = descriptions.get(name, f"without the camera {name.removeprefix('camera.')!r}")
             rms = _with_interval("rms", drawn, columns=self._main)
             probes[name] = {"what": what, **rms, **_ratio(drawn, noise, self._main), "by_joint": by_joint}
         return {"every_s": self._probe_every_s, "chunks": self._counts["probed"], "probes": probes}
 
 
 class Jerk:
-    """Of the commanded motion as one motion after the other takes over, from its speed at 100 Hz."""
+    """Jerk of the commanded motion, across its handovers, from its velocity sampled at 100 Hz."""
 
     def __init__(self, columns: NDArray[np.intp]) -> None:
         self._columns = columns
@@ -239,7 +239,7 @@ class Jerk:
         old, self._motion = self._motion, motion
         if old is not None:
             until_ns = min(motion.from_ns, old.end_ns)
-            if motion.from_ns > old.end_ns:  # it had come to rest: the next one begins anew
+            if motion.from_ns > old.end_ns:  # it had come to rest: the next motion starts afresh
                 until_ns = old.end_ns
             for at_ns in range(self._next_ns, until_ns, JERK_PERIOD_NS):
                 self._speeds.append(old.at(at_ns)[1][self._columns])
@@ -260,7 +260,7 @@ def _with_interval(name: str, drawn: Draws, **selection: Any) -> dict[str, Any]:
 
 
 def _ratio(drawn: Draws, noise: Draws, columns: NDArray[np.intp]) -> dict[str, Any]:
-    """To the change under another noise; segments are drawn together, since both were probed at the same ticks."""
+    """The change relative to that under another noise; both were probed at the same ticks, so segments are paired."""
     figure = root_mean(columns=columns)
     one, other = figure(drawn.total, drawn.count), figure(noise.total, noise.count)
     if not other > 0.0:
@@ -272,7 +272,7 @@ def _ratio(drawn: Draws, noise: Draws, columns: NDArray[np.intp]) -> dict[str, A
 
 
 def _cause(reason: str) -> str:
-    """What stands before the first colon, as /diagnostics counts."""
+    """The part before the first colon, by which /diagnostics counts too."""
     return reason.partition(":")[0]
 
 

@@ -1,4 +1,4 @@
-"""A camera's frame that is still in its bag message: decoded only when a tick looks at it."""
+"""A camera frame that stays in its bag message and is decoded only when a tick uses it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ki_vla_ros.records import CameraFrame, header_ns
 
 
 class BagFrame(CameraFrame):
-    """A frame whose pixels are decoded, and shrunk to the model's size, only when a tick looks at them.
+    """A frame whose pixels are decoded, and shrunk to the model's size, on first use.
 
-    `rgb_HWC` raises InputError if they cannot be.
+    `rgb_HWC` raises InputError if they cannot be decoded.
     """
 
     message: BagMessage
@@ -35,7 +35,7 @@ class BagFrame(CameraFrame):
 
 
 def bag_frame(message: BagMessage, camera: str, size: int, use_receive_time: bool) -> BagFrame:
-    """InputError where even the stamp cannot be read; faults in the pixels come to light when they are looked at."""
+    """The frame in a message; InputError if its stamp cannot be read. Faults in the pixels show on first use."""
     if use_receive_time:
         stamp_ns = message.log_ns
     elif message.type == IMAGE:

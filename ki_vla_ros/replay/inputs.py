@@ -1,6 +1,6 @@
-"""A bag's messages as inputs of the policy, at the pace of a clock that the replay moves by hand.
+"""A bag's messages as inputs of the policy, paced by a clock that the replay moves by hand.
 
-`Feed` is the clock, `Inbox` sorts what arrives, `ReplayBuffer` holds the inputs that the policy observes.
+`Feed` is the clock, `Inbox` sorts incoming messages, `ReplayBuffer` holds the inputs that the policy observes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ki_vla_ros.robot import JointSpec
 from ki_vla_ros.runtime import ObservationBuffer
 from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
 
-# A recorder may receive a message this much later than the node did. Frames stay in the buffer for longer than this.
+# A recorder may receive a message this much later than the node did. The buffer keeps frames for longer.
 RECORDER_LAG_NS = 200_000_000
 
 
 class Feed:
-    """Hands messages on when the clock passes their log time. `foreseen` gets each as soon as it is read."""
+    """Passes messages to `received` when the clock reaches their log time, to `foreseen` as soon as they are read."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Feed:
         return self._all_read and not self._ahead
 
     def foresee(self, until_ns: int) -> None:
-        """Reads on until a message beyond that time, without handing anything on."""
+        """Reads ahead to the first message after `until_ns`, without moving the clock."""
         while not self._all_read and (not self._ahead or self._ahead[-1].log_ns <= until_ns):
             message = next(self._messages, None)
             if message is None:
@@ -59,7 +59,7 @@ class Feed:
             self._foreseen(message)
 
     def advance(self, at_ns: int, until: Callable[[], bool] = lambda: False) -> None:
-        """Sets the clock to `at_ns`, or to where `until` became true."""
+        """Moves the clock to `at_ns`, or to the moment at which `until` becomes true."""
         while not until():
             self.foresee(self.now_ns)
             if not self._ahead or self._ahead[0].log_ns > at_ns:
@@ -71,10 +71,10 @@ class Feed:
 
 
 class ReplayBuffer(ObservationBuffer):
-    """Asked for the present, it first takes in what the bag has until then.
+    """An observation buffer that first takes in what the bag has up to the time it is asked about.
 
-    `recorded` is set while a recorded tick is made again: then the observation is of the frames and joint states that
-    it used, wherever the recorder's own delays put them.
+    `recorded` is set while a recorded tick is repeated: the observation is then made of the frames and joint states
+    that the tick used, even if the recorder received them later than the node did.
     """
 
     feed: Feed
@@ -110,7 +110,7 @@ class ReplayBuffer(ObservationBuffer):
         return super().latest(now_ns, max_age_ns)[1]
 
     def _broken(self, observation: Observation) -> CameraFrame | None:
-        """The first frame whose pixels cannot be read; the node would have refused it when it came."""
+        """The first frame whose pixels cannot be read; the node would have refused it on arrival."""
         for frame in observation.frames.values():
             try:
                 _ = frame.rgb_HWC
@@ -129,7 +129,7 @@ class ReplayBuffer(ObservationBuffer):
         if tick.chunk_index is None:
             raise StaleInput(tick.hold or "recorded: no chunk was due")
         if not (tick.frame_ns and tick.joint_ns):
-            raise StaleInput("recorded: the node that ran then did not say which frames it used")
+            raise StaleInput("recorded: the recorded node did not say which frames it used")
         self._await_recorded(tick, tick.frame_ns)
         frames = {}
         for name, stamp_ns in tick.frame_ns.items():
@@ -148,7 +148,7 @@ class ReplayBuffer(ObservationBuffer):
         return Observation(stamp_ns, frames, state_J, tick.joint_ns)
 
     def _await_recorded(self, tick: RecordedTick, frame_ns: Mapping[str, int]) -> None:
-        """Until the bag has given what the tick used, or the recorder cannot have been that late."""
+        """Advances until the bag has given what the tick used, or until it is too late for the recorder's lag."""
         joints = set(tick.joint_ns)
 
         def has_all() -> bool:
@@ -166,7 +166,7 @@ class ReplayBuffer(ObservationBuffer):
 
 
 class Inbox:
-    """`reference` is None where the bag has none."""
+    """Sorts messages to the buffer, the paths and the parity check; `reference` is None where the bag has none."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class Inbox:
             self.reference = self._commanded if topics.command else self.measured
 
     def take(self, message: BagMessage) -> None:
-        """InputError where it cannot be used."""
+        """Takes a message in; InputError if it cannot be used."""
         topic, topics = message.topic, self._topics
         if (camera := self._cameras.get(topic)) is not None:
             try:
@@ -213,9 +213,10 @@ class Inbox:
             self.parity.add_published(header_ns(published), positions)
 
     def answer(self, reference: ArmPath, due_N: NDArray[np.int64], since_ns: int) -> NDArray[np.float64]:
-        """[N, J]: what the arm did at these instants, in answer to a chunk that began at `since_ns`. Calls come in
-        order: what lies before `since_ns` is forgotten. NaN where the bag does not say, and after the arm was set
-        elsewhere.
+        """What the arm did [N, J] at the instants `due_N`, as the answer to a chunk that began at `since_ns`.
+
+        NaN where the bag does not say, and after the arm was put elsewhere. Calls must come in order: whatever lies
+        before `since_ns`, less a second, is forgotten.
         """
         answer_NJ = reference.at(due_N)
         jump_ns = self.measured.jump_after(since_ns)

@@ -1,8 +1,8 @@
-"""How long a tick takes in a replay: as measured here, as given, or as recorded. Durations in ns.
+"""How long a tick takes in a replay: as measured here, as given, or as recorded.
 
-The replay's clock stands still while the policy computes; a model says what the robot's clock would have shown. So the
-ages of inputs, the actions that are consumed and the deadlines that are missed belong to the machine that is asked
-about, not to the one that replays.
+The replay's clock stands still while the policy computes; a latency model says what the robot's clock would have shown.
+Input ages, consumed actions and missed deadlines are thus those of the machine in question, not of the one that
+replays. Durations in ns.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ class Latency(Protocol):
     def description(self) -> str: ...
 
     def begin(self, number: int, recorded_ns: int | None) -> None:
-        """A tick with this number starts; `recorded_ns` is what it took when it was recorded, if that is known."""
+        """Starts tick `number`; `recorded_ns` is how long it took when it was recorded, if that is known."""
         ...
 
     def computed(self, prefill: bool) -> None:
-        """The backbone (`prefill`) or the expert has just run."""
+        """Notes that the backbone (`prefill`) or the expert has just run."""
         ...
 
     def elapsed_ns(self) -> int:
-        """Since the tick's start, on the robot."""
+        """Time since the tick's start on the robot."""
         ...
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For work that the robot does not do within its tick."""
+        """Excludes work that the robot does not do within its tick."""
         ...
 
 
 class MeasuredLatency:
-    """What this machine takes, without what only a replay does. Two runs differ."""
+    """The time this machine takes, without the work that only a replay does; it differs from run to run."""
 
     description = "measured on this machine"
 
@@ -73,7 +73,7 @@ class MeasuredLatency:
 
 
 class _Simulated:
-    """Nothing but the model counts."""
+    """A latency in which only the model's own figures count, not this machine's time."""
 
     def __init__(self) -> None:
         self._elapsed_ns = 0
@@ -87,7 +87,7 @@ class _Simulated:
 
 
 class FixedLatency(_Simulated):
-    """`prefill_ns` for the backbone and `expert_ns` for all the rest of a tick that makes a chunk."""
+    """A tick that makes a chunk takes `prefill_ns` for the backbone, if it runs, and `expert_ns` for all the rest."""
 
     def __init__(self, prefill_ns: int, expert_ns: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class FixedLatency(_Simulated):
 
 
 class DrawnLatency(_Simulated):
-    """Drawn for each tick that makes a chunk, the same for the same seed and number of the tick."""
+    """A latency drawn for each tick that makes a chunk; the same seed and tick number give the same latency."""
 
     def __init__(self, durations_ns: Sequence[int], source: str, seed: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class DrawnLatency(_Simulated):
 
 
 class RecordedLatency(_Simulated):
-    """Each recorded tick takes what it took; for replays of recorded ticks."""
+    """Each tick takes as long as when it was recorded; for replays of recorded ticks."""
 
     description = "of each tick as it was recorded"
 
@@ -141,8 +141,10 @@ class RecordedLatency(_Simulated):
 
 
 def parse_latency(text: str, seed: int = 0) -> Latency:
-    """ "measured", seconds ("0.012"), backbone and expert ("0.030+0.012"), or a JSON file: a list of seconds, or the
-    metrics.json of a replay, whose `timing.latency_s` is what that machine took.
+    """The latency model that a text names; ConfigurationError if it names none.
+
+    "measured", "recorded", seconds ("0.012"), backbone and expert ("0.030+0.012"), or a JSON file: a list of seconds,
+    or the metrics.json of a replay, whose `timing.latency_s` is what that machine took.
     """
     if text == MEASURED:
         return MeasuredLatency()
@@ -153,7 +155,7 @@ def parse_latency(text: str, seed: int = 0) -> Latency:
     except ValueError:
         return DrawnLatency(_durations_ns(Path(text)), Path(text).name, seed)
     if len(parts) > 2 or not all(math.isfinite(part) and 0.0 <= part <= LONGEST_S for part in parts):
-        raise ConfigurationError(f"--latency {text}: expected 0 to {LONGEST_S:g} s, as 0.012 or 0.030+0.012")
+        raise ConfigurationError(f"--latency {text}: expected 0 to {LONGEST_S:g} s, for example 0.012 or 0.030+0.012")
     expert_s, prefill_s = parts[-1], parts[0] if len(parts) == 2 else 0.0
     return FixedLatency(to_ns(prefill_s), to_ns(expert_s))
 
@@ -169,5 +171,5 @@ def _durations_ns(path: Path) -> list[int]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{expected}; got {error!r}") from error
     if not all(math.isfinite(value) and 0.0 <= value <= LONGEST_S for value in durations_s):
-        raise ConfigurationError(f"{expected}; got durations outside of 0 to {LONGEST_S:g} s")
+        raise ConfigurationError(f"{expected}; got durations outside 0 to {LONGEST_S:g} s")
     return [to_ns(value) for value in durations_s]

@@ -1,10 +1,10 @@
-"""Drives the policy loop over a bag: the node's own loop, with the bag's clock in place of time.
+"""Drives the policy loop over a bag: the same loop as in the node, on the bag's clock.
 
     for tick in Replay(bag, bundle, engine, settings, topics, options).ticks():
         ...
 
-Open loop: the arm of the bag does what it did, so every chunk starts from what the robot really saw, and the governor's
-motion is made against the recorded joint states.
+The replay is open loop: the arm in the bag does what it did, so every chunk starts from what the robot really saw, and
+the governor's motion is made against the recorded joint states.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ START_WAIT_NS = 1_000_000_000
 
 
 class MessageSource(Protocol):
-    """What a replay needs of a bag."""
+    """The part of a bag that a replay needs."""
 
     @property
     def path(self) -> Path: ...
@@ -58,10 +58,10 @@ class MessageSource(Protocol):
 
 
 class Replay:
-    """One pass over `bag`; `ticks` may be called once. The engine stays the caller's.
+    """One pass over `bag`; `ticks` may be called once, and the caller keeps and closes the engine.
 
-    `on_message` gets each message when its time has come; `on_tick` each tick at once, still without reference, and the
-    observation that its chunk was made of (None: it has no chunk).
+    `on_message` gets each message when its time has come. `on_tick` gets each tick at once, still without its
+    reference, and the observation that its chunk was made from (None: it has no chunk).
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Replay:
         on_tick: Callable[[Tick, Observation | None], None] = lambda tick, observation: None,
     ) -> None:
         settings.validate_against(bundle.manifest)
-        # Nothing is sent anywhere, and a dry run would begin each motion at the arm.
+        # A replay sends nothing anyway, and a dry run would start each motion where the arm is.
         self.settings = settings.model_copy(update={"dry_run": False})
         self.topics, self.options, self.bundle = topics, options, bundle
         self._on_message, self._on_tick = on_message, on_tick
@@ -99,9 +99,11 @@ class Replay:
                 check_instruction(bundle, instruction)
         self._loop.instruction = options.instruction or settings.instruction
         if not (self._loop.instruction or topics.instruction or topics.tick):
-            raise ConfigurationError(f"bag {bag.path}: it has no instruction; give one with --instruction")
+            raise ConfigurationError(f"bag {bag.path}: expected an instruction, got none; give one with --instruction")
         if options.as_recorded and topics.tick is None:
-            raise ConfigurationError(f"bag {bag.path}: it has no recorded ticks; replay without --ticks recorded")
+            raise ConfigurationError(
+                f"bag {bag.path}: expected recorded ticks, got none; replay without --ticks recorded"
+            )
         self.inbox = Inbox(
             topics, options, self._buffer, manifest.joints, manifest.image.size, settings.use_receive_time
         )
@@ -125,12 +127,12 @@ class Replay:
         return self._loop.latched
 
     def ticks(self) -> Iterator[Tick]:
-        """Each as soon as the bag has shown what happened until its chunk's last action was due."""
+        """Yields each tick as soon as the bag has shown what happened until its chunk's last action was due."""
         for known in self.steps():
             yield from known
 
     def steps(self) -> Iterator[Sequence[Tick]]:
-        """One tick at a time: those that are known by then. For a caller that drives several replays side by side."""
+        """Advances by one tick each time and yields the ticks known by then, to drive several replays side by side."""
         self._wire.clock_ns = self._feed.now_ns
         for tick in self._recorded_ticks() if self.options.as_recorded else self._paced_ticks():
             self._pending.append(tick)
@@ -141,7 +143,7 @@ class Replay:
         yield self.take_pending()
 
     def take_pending(self) -> Sequence[Tick]:
-        """What `ticks` has not handed on, with the reference as far as the bag was read; for a pass that is ended."""
+        """The ticks not yielded yet, with the reference as far as the bag was read; for a pass that ends early."""
         pending = [self._with_reference(tick) for tick in self._pending]
         self._pending.clear()
         return pending
@@ -149,7 +151,7 @@ class Replay:
     # --- ticks
 
     def _paced_ticks(self) -> Iterator[Tick]:
-        """As the loop's own thread would: on time, aligned with the cameras, where the recorded node was active."""
+        """Ticks as the node's thread would make them: on time, aligned with the cameras, while the node was active."""
         missed = 0
         while (start_ns := self._next_start()) is not None:
             self._loop.begin()
@@ -167,7 +169,7 @@ class Replay:
                     self._feed.advance(now_ns + BURST_WAIT_NS, until=lambda at=now_ns: self._buffer.has_burst(at))  # type: ignore[misc]
                 tick, ended_ns = self._make_tick(self._feed.now_ns, pacer.missed, None)
                 if tick.hold is not None and self._feed.ended:
-                    return  # the bag ended while it computed: nobody knows what would have come of it
+                    return  # the bag ended while the tick was computed, so its outcome is unknown
                 yield tick
                 pacer.advance(ended_ns, to_ns(1.0 / settings.rate_hz))
                 if settings.align_to_cameras:
@@ -200,9 +202,9 @@ class Replay:
             yield tick
 
     def _make_tick(self, tick_ns: int, missed: int, recorded: RecordedTick | None) -> tuple[Tick, int]:
-        """The tick, and when it ended."""
+        """Runs one tick; returns it and the time at which it ended."""
         ages = {name: status.age_ns for name, status in self._buffer.status(tick_ns).items()}
-        wish_before = self._loop.executing
+        target_before = self._loop.executing
         self._policy.decoded, self._diagnostics.last_corrections = None, ()
         self._buffer.recorded = recorded
         self._policy.chunk_index = None if recorded is None else recorded.chunk_index
@@ -218,7 +220,7 @@ class Replay:
         report, motions = self._wire.report, self._wire.take_motions()
         prediction = None
         if self._policy.decoded is not None:
-            seam = self._seam(wish_before, motions, report.command_ns)
+            seam = self._seam(target_before, motions, report.command_ns)
             prediction = self._prediction(*self._policy.decoded, tick_ns, ended_ns, seam)
             if recorded is not None and report.command_ns is not None:
                 self.inbox.parity.add_made(prediction.start_ns, prediction.position_HJ)
@@ -269,7 +271,7 @@ class Replay:
         )
 
     def _seam(self, before: ActionChunk | None, motions: tuple[Motion, ...], command_ns: int | None) -> Seam | None:
-        """Where the motion of this tick took over from one that was still running."""
+        """The seam at which this tick's motion took over from one that was still running; None: there was none."""
         after, old = self._loop.executing, self._motion
         if before is None or after is None or command_ns is None or old is None or not motions:
             return None
@@ -285,7 +287,7 @@ class Replay:
     # --- the clock
 
     def _next_start(self) -> int | None:
-        """When ticks are to begin (again); None: the bag is over."""
+        """When ticks are to begin, for the first time or again; None: the bag is over."""
         if self.topics.tick is None:
             if self._number:
                 return None
@@ -311,13 +313,16 @@ class Replay:
         return all(status[name].count for name in (*self.topics.cameras, "joint state"))
 
     def _advance(self, until_ns: int) -> None:
-        """The clock, with the watchdog looking on."""
+        """Moves the clock, running the watchdog on the way."""
         self._watch(until_ns)
         self._feed.advance(until_ns)
         self._wire.clock_ns = max(self._wire.clock_ns, self._feed.now_ns)
 
     def _watch(self, until_ns: int) -> None:
-        """What the watchdog does until then: it looks every 20 ms, but has work only where a motion runs unrenewed."""
+        """Runs the watchdog up to `until_ns`, where a motion has gone so long without a fresh chunk that it matters.
+
+        The node runs it every 20 ms; skipping the calls that could do nothing makes a replay faster.
+        """
         motion, hold_ns = self._motion, to_ns(self.settings.hold_after_s)
         if motion is None or until_ns - motion.from_ns <= hold_ns:
             return
@@ -381,7 +386,7 @@ class Replay:
     # --- reference
 
     def _is_known(self, tick: Tick) -> bool:
-        """Whether the bag has come past all that the tick's chunk speaks of."""
+        """Whether the bag has passed everything that the tick's chunk covers."""
         chunk = tick.prediction
         return chunk is None or self._feed.now_ns > chunk.due_ns(len(chunk.position_HJ) - 1) + LONGEST_GAP_NS
 
@@ -391,6 +396,6 @@ class Replay:
             return tick
         due_H = chunk.start_ns + (np.arange(len(chunk.position_HJ)) + 1) * chunk.period_ns
         reference_HJ = self.inbox.answer(self.inbox.reference, due_H, chunk.start_ns)
-        if self.topics.tick is not None:  # what the arm did after the node had stopped is no answer to the chunk
+        if self.topics.tick is not None:  # after the node had stopped, the arm no longer answered the chunk
             reference_HJ[due_H > self._activity.end_of(tick.stamp_ns)] = np.nan
         return dataclasses.replace(tick, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))

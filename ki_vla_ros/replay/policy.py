@@ -1,4 +1,4 @@
-"""The robot's own policy in a replay: it tells the latency model what ran, and it can be asked "what if"."""
+"""The robot's own policy in a replay: it tells the latency model what ran, and it answers "what if" questions."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ Array = NDArray[np.float64]
 
 
 class ReplayPolicy(Policy):
-    """`decoded` is the last chunk with its observation, whether or not it went out; set it to None before a tick."""
+    """A policy that keeps its last chunk.
+
+    `decoded` is that chunk with its observation, whether or not it was sent; the caller sets it to None before a tick.
+    """
 
     def __init__(self, bundle: Bundle, engine: Engine, latency: Latency, guidance_jacobian: JacobianName) -> None:
         super().__init__(bundle, engine, guidance_jacobian=guidance_jacobian)
         self._latency = latency
         self.decoded: tuple[ActionChunk, Observation] | None = None
-        self.chunk_index: int | None = None  # instead of the loop's own count, for recorded ticks
+        self.chunk_index: int | None = None  # replaces the loop's own count, for recorded ticks
         self.drawn_index = 0
         self._input: ModelInput | None = None
-        # The loop's ticket for keys and values, and ours, which differ after a probe has overwritten them.
+        # The cache the loop was given, and the one the engine holds; they differ after a probe has overwritten it.
         self._given: KVCache | None = None
         self._held: KVCache | None = None
         self._call: tuple[NDArray[np.float32] | None, Guide | None] = (None, None)
@@ -66,7 +69,7 @@ class ReplayPolicy(Policy):
     def probe(self, observation: Observation, other_instruction: str, cameras: Sequence[str]) -> dict[str, Array]:
         """The last chunk's positions [H, J] with one thing changed: the noise, the instruction, or one camera missing.
 
-        A camera that is taken away is masked out and black, like an optional one that is absent.
+        A camera that is taken away is masked out and black, like an optional camera that is missing.
         """
         assert self._input is not None
         given, found = self._input, {}

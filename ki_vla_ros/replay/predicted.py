@@ -1,7 +1,7 @@
 """What a replay predicted, beside what was recorded, as a rosbag2 folder that Foxglove opens.
 
-Recorded topics are copied but for the images: of those, the frames that the policy looked at, as JPEG of at most 480
-pixels, so that a bag of gigabytes gives one of megabytes.
+Recorded topics are copied, except for images: only the frames that the policy used are kept, as JPEG of at most 480
+pixels a side, so a bag of gigabytes becomes one of megabytes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SAMPLE_NS = 20_000_000
 
 
 class PredictionBag:
-    """Chunks, ticks and the commanded motion are written below `<node>/replay`.
+    """Writes chunks, ticks and the commanded motion below `<node>/replay`.
 
-    What an earlier replay wrote to `folder` is replaced; ConfigurationError if anything else is in it.
+    Replaces what an earlier replay wrote to `folder`; ConfigurationError if there is anything else in it.
     """
 
     def __init__(self, folder: Path, topics: ReplayTopics, node: str, joints: tuple[str, ...]) -> None:
@@ -49,7 +49,7 @@ class PredictionBag:
                 folder.rmdir()
             except OSError as error:
                 raise ConfigurationError(
-                    f"--out: expected nothing in {folder} but what a replay wrote, got {error}; choose another --out"
+                    f"--out: expected only an earlier replay's files in {folder}, got {error}; choose another --out"
                 ) from error
         self._writer = Writer(folder, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP)
         self._writer.open()
@@ -63,7 +63,7 @@ class PredictionBag:
         self._sampled_ns = 0
 
     def copy(self, message: BagMessage) -> None:
-        """A recorded message; images are written when a tick has used them."""
+        """Copies a recorded message, unless it is an image: those are written when a tick has used them."""
         if message.type in (IMAGE, COMPRESSED_IMAGE):
             return
         self._write(message.topic, message.type, message.log_ns, message.data)
@@ -111,7 +111,7 @@ class PredictionBag:
         self._message(self._names["chunk"], TRAJECTORY, log_ns, header=header, joint_names=joints, points=points)
 
     def _sample(self, until_ns: int) -> None:
-        """The motion in force, until the next one takes over."""
+        """Writes the motion in force, until `until_ns`, when the next one takes over."""
         motion = self._motion
         if motion is None:
             return

@@ -1,4 +1,4 @@
-"""What a bag says of the live run: the ticks the node made, when it was active, and the chunks that it published."""
+"""What a bag says about the live run: the node's ticks, when it was active, and the chunks it published."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import to_ns
 
-# The node counts as inactive where its ticks are farther apart than both of these.
+# The node counts as inactive where its ticks are farther apart than the longer of these two.
 INACTIVE_NS, INACTIVE_PERIODS = 500_000_000, 3
 
 
 @dataclass(frozen=True)
 class RecordedTick:
-    """What the live node said of a tick: enough to make it again from the bag."""
+    """What the live node published about a tick: enough to repeat it from the bag."""
 
     stamp_ns: int
     chunk_index: int | None
@@ -33,7 +33,7 @@ class RecordedTick:
 
 
 def read_tick(text: str) -> RecordedTick:
-    """InputError if the text is not a tick's, or one of a version that did not name its frames."""
+    """The tick in a text from ~/tick; InputError if it is none. An old node's ticks may name no frames or joints."""
     try:
         fields = json.loads(text)
         index = fields["chunk_index"]
@@ -52,7 +52,7 @@ def read_tick(text: str) -> RecordedTick:
 
 
 class Activity:
-    """Spans from a first tick to a last one, known as far as ticks have been read."""
+    """The spans in which the node was active, from a first tick to a last one, as far as ticks have been read."""
 
     def __init__(self, rate_hz: float) -> None:
         self.gap_ns = max(INACTIVE_NS, to_ns(INACTIVE_PERIODS / rate_hz))
@@ -66,7 +66,7 @@ class Activity:
             self._spans.append([stamp_ns, stamp_ns])
 
     def begin_next(self) -> int | None:
-        """When the next span starts, which is then the present one; None: not known of any."""
+        """Makes the next span the present one and returns its start; None: no next span is known yet."""
         if self._begun == len(self._spans):
             return None
         self._begun += 1
@@ -74,7 +74,7 @@ class Activity:
 
     @property
     def end_ns(self) -> int:
-        """Of the present span, as far as is known."""
+        """The end of the present span, as far as is known."""
         return self._spans[self._begun - 1][1]
 
     def end_of(self, stamp_ns: int) -> int:
@@ -83,7 +83,7 @@ class Activity:
 
 
 class Parity:
-    """How far the chunks made again are from those that the node published, by their stamp and order."""
+    """How far the repeated chunks are from those that the node published, matched by stamp and order."""
 
     def __init__(self) -> None:
         self._published: dict[int, deque[NDArray[np.float64]]] = {}
@@ -91,26 +91,26 @@ class Parity:
         self._count, self._largest = 0, 0.0
 
     def add_published(self, start_ns: int, position_HJ: NDArray[np.float64]) -> None:
-        self._meet(self._published, self._made, start_ns, position_HJ)
+        self._match(self._published, self._made, start_ns, position_HJ)
 
     def add_made(self, start_ns: int, position_HJ: NDArray[np.float64]) -> None:
-        self._meet(self._made, self._published, start_ns, position_HJ)
+        self._match(self._made, self._published, start_ns, position_HJ)
 
     def summary(self) -> dict[str, float | int | None]:
-        """`unmatched`: chunks made again without a published one in the bag, or the other way round."""
+        """Figures for metrics.json; `unmatched`: repeated chunks without a published one in the bag, and vice versa."""
         left = sum(len(chunks) for table in (self._published, self._made) for chunks in table.values())
         return {"chunks": self._count, "max_difference": self._largest if self._count else None, "unmatched": left}
 
-    def _meet(
+    def _match(
         self, own: dict[int, Any], other: dict[int, Any], start_ns: int, position_HJ: NDArray[np.float64]
     ) -> None:
         waiting = other.get(start_ns)
         if not waiting:
             own.setdefault(start_ns, deque()).append(position_HJ)
             return
-        met_HJ = waiting.popleft()
+        other_HJ = waiting.popleft()
         if not waiting:
             del other[start_ns]
-        same = met_HJ.shape == position_HJ.shape
+        same = other_HJ.shape == position_HJ.shape
         self._count += 1
-        self._largest = max(self._largest, float(np.abs(met_HJ - position_HJ).max()) if same else float("inf"))
+        self._largest = max(self._largest, float(np.abs(other_HJ - position_HJ).max()) if same else float("inf"))

@@ -1,4 +1,7 @@
-"""report.html of a replay: one file that needs neither network nor script. Legend: H horizon, J joints."""
+"""report.html of a replay: one page that needs neither network nor script.
+
+Legend: H horizon, J joints.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from ki_vla_ros.report import Axes, Span, clock, figure, lanes, page, remark, se
 from ki_vla_ros.robot import JointSpec
 from ki_vla_ros.settings import UNLIMITED, parameter_specs
 
-# Joints drawn per worst moment: those that were farthest off.
+# Joints drawn per worst moment: those with the largest errors.
 MOMENT_JOINTS = 3
 LANES = {"hold": ("held", "bad"), "refused": ("chunk refused", "bad"), "corrected": ("corrected", "c3")}
-LANES |= {"restart": ("motion began anew", "c1")}
+LANES |= {"restart": ("motion restarted", "c1")}
 Metrics = Mapping[str, Any]
 
 
 def report(trace: Trace, metrics: Metrics, command: str, extra: Iterable[str] = ()) -> str:
-    """The page. `metrics` is what metrics.json holds, `command` how it was called, `extra` further sections."""
+    """The page as HTML; `metrics`: the content of metrics.json, `command`: the command line, `extra`: more sections."""
     bag, bundle = metrics["bag"], metrics["bundle"]
     subtitle = (
         f"bag {bag['name']} · {_duration(bag['duration_s'])} · bundle {bundle['name']} · "
@@ -76,9 +79,9 @@ def _summary(metrics: Metrics) -> str:
 
 def _warnings(metrics: Metrics) -> Iterable[str]:
     if not metrics["complete"]:
-        yield warning(f"Not the whole bag: {metrics['stopped']}. The figures are of what was read.")
+        yield warning(f"Not the whole bag: {metrics['stopped']}. The figures cover only the part that was read.")
     if metrics["safety"]["stopped"]:
-        yield warning(f"Stopped for good: {metrics['safety']['stopped']}")
+        yield warning(f"Stopped until a reset: {metrics['safety']['stopped']}")
     if metrics["error"]["rms"] is None:
         yield warning(f"No errors: {metrics['error']['missing']}")
     for fault in metrics["bag"]["faults"]:
@@ -107,8 +110,8 @@ def _joints(trace: Trace, metrics: Metrics) -> str:
         *([("var(--orange)", "recorded command")] if commanded else []),
     )
     note = (
-        "Each chunk starts at the recorded joint state that it was computed from, and ends one horizon later. The arm "
-        "of the bag did what it did, whatever was predicted."
+        "Each chunk starts at the recorded joint state that it was computed from and ends one horizon later. The "
+        "predictions did not move the arm in the bag."
     )
     return section("Predicted and recorded", legend, f'<div class="plots">{"".join(figures)}</div>', note=note)
 
@@ -119,7 +122,7 @@ def _joint_note(joint: JointSpec, metrics: Metrics) -> str:
 
 
 def _curve(trace: Trace, chunk: Prediction, j: int) -> tuple[list[float], list[float]]:
-    """From the observed state through the chunk's positions."""
+    """Times and positions of one joint, from the observed state through the chunk."""
     times = [trace.seconds(chunk.start_ns), *(trace.seconds(chunk.due_ns(k)) for k in range(len(chunk.position_HJ)))]
     return times, [float(chunk.state_J[j]), *chunk.position_HJ[:, j].tolist()]
 
@@ -138,7 +141,7 @@ def _horizon(trace: Trace, metrics: Metrics) -> str:
     bands = [step["rms_ci"] or [step["rms"], step["rms"]] for step in steps]
     axes = Axes(Span(0.0, max(times)), Span.of([step["rms"] for step in steps], bands, margin=0.05, zero=True))
     layers = [axes.band(times, *zip(*bands, strict=True)), axes.line(times, [step["rms"] for step in steps], "mean")]
-    joints = "all joints" if len({joint.unit for joint in trace.spec.joints}) == 1 else "joints that turn"
+    joints = "all joints" if len({joint.unit for joint in trace.spec.joints}) == 1 else "revolute joints"
     drawn = figure(f"rms error over the horizon, {error['unit']}", f"{joints}; 95 % interval", axes, layers, height=190)
     rows = []
     for name, found in error["by_joint"].items():
@@ -154,8 +157,8 @@ def _horizon(trace: Trace, metrics: Metrics) -> str:
         )
     names = ("joint", "rms", "bias", "largest", "over the horizon")
     note = (
-        f"Against what the {'commands' if error['reference'] == 'command' else 'joints'} of the bag show at each "
-        f"action's instant; {error['chunks']} chunks in {error['segments']} segments of time, over which the intervals "
+        f"Compared with the {'commands' if error['reference'] == 'command' else 'joint states'} in the bag when each "
+        f"action was due; {error['chunks']} chunks in {error['segments']} segments of time, over which the intervals "
         "are taken."
     )
     return section("Error over the horizon", f'<div class="plots wide">{drawn}</div>', table(names, rows), note=note)
@@ -173,7 +176,7 @@ def _timeline(trace: Trace, metrics: Metrics) -> str:
     if not rows:
         return section("Holds and refusals", "<p>None: every chunk that was due went out unchanged.</p>")
     span = Span.of([0.0], trace.time_s)
-    note = "When the arm would have been held, and which chunks the gate refused or corrected; in brackets how often."
+    note = "When the arm would have been held and which chunks the gate refused or corrected, with counts in brackets."
     return section("Holds and refusals", f"<figure>{lanes(rows, span)}</figure>", note=note)
 
 
@@ -191,16 +194,16 @@ def _inputs(trace: Trace, metrics: Metrics) -> str:
     skew, delay = metrics["inputs"]["skew_ms"], metrics["inputs"]["observation_to_command_ms"]
     note = "At the start of each tick."
     if skew:
-        note += f" Between the cameras' stamps lie {skew['p50']:.1f} ms in the median, {skew['max']:.1f} at most."
+        note += f" The cameras' stamps are {skew['p50']:.1f} ms apart in the median, {skew['max']:.1f} ms at most."
     if delay:
-        note += f" From observation to command it takes {delay['p50']:.0f} ms, {delay['p99']:.0f} at p99."
+        note += f" From observation to command: {delay['p50']:.0f} ms in the median, {delay['p99']:.0f} ms at p99."
     note += f" Latency: {metrics['replay']['latency']}."
     return section("Inputs and latency", f'<div class="plots">{"".join(figures)}</div>', note=note)
 
 
 def _over_time(trace: Trace, title: str, told: str, values: Sequence[float], limit: float) -> str:
     largest = np.nanmax(values) if len(values) and not np.all(np.isnan(values)) else 0.0
-    # A limit far above all values would press them flat; the caption says it anyway.
+    # A limit far above all values would flatten the curve; the caption gives it anyway.
     shown = [limit] if largest > limit / 4.0 else []
     axes = Axes(Span.of([0.0], trace.time_s), Span.of(values, shown, margin=0.05, zero=True))
     layers = [axes.line(trace.time_s, values, "c0 fine"), *(axes.across(value, "limit") for value in shown)]
@@ -211,8 +214,8 @@ def _moments(trace: Trace, moments: Sequence[Moment]) -> str:
     if not moments:
         return ""
     note = (
-        f"The chunks farthest from what the bag shows, at most {MOMENTS} and some seconds apart, by the rms over all "
-        "actions in the model's units (1: half of an action's range). Images as the policy saw them, smaller."
+        f"The chunks farthest from the reference, at most {MOMENTS} and some seconds apart, by the rms over all "
+        "actions in the model's units (1: half of an action's range). The images are those the policy used, smaller."
     )
     return section("Worst moments", *(_moment(trace, moment) for moment in moments), note=note)
 
@@ -259,9 +262,10 @@ def _sensitivity(metrics: Metrics) -> str:
         )
     note = (
         f"How far the chunk moves when one thing is changed, on {found['chunks']} chunks, one every "
-        f"{found['every_s']:g} s. The ratio is to another noise: what is near 1 or below has no effect beyond chance."
+        f"{found['every_s']:g} s. The ratio compares this with another noise: near 1 or below, there is no effect "
+        "beyond chance."
     )
-    return section("Sensitivity", table(("changed", "rms", "to other noise"), rows), note=note)
+    return section("Sensitivity", table(("changed", "rms", "ratio to noise"), rows), note=note)
 
 
 def _parameters(trace: Trace, metrics: Metrics) -> str:
@@ -293,7 +297,7 @@ def _making(metrics: Metrics, command: str) -> str:
     if metrics.get("realtime_factor"):
         rows.append(["speed here", f"{metrics['realtime_factor']:.1f} x real time, {timing['wall_s']:.1f} s"])
     made = table(("what", "which"), rows).replace("<table>", '<table class="words">')
-    note = "All figures of this page, and more, are in metrics.json; docs/replay.md says what each means."
+    note = "All figures on this page, and more, are in metrics.json; docs/replay.md says what each means."
     return section("How this was made", f"<pre>{html.escape(command)}</pre>", made, note=note)
 
 
@@ -313,7 +317,7 @@ def _interval(ci: Sequence[float] | None, unit: str = "") -> str:
 
 
 def _most(counts: Mapping[str, int]) -> str:
-    """The most frequent cause."""
+    """The most frequent cause, or ""."""
     return max(counts, key=lambda name: counts[name]) if counts else ""
 
 
@@ -326,7 +330,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _short(value: object) -> str:
-    """As JSON, and cut where it is long (a URDF)."""
+    """The value as JSON, cut short where it is long (a URDF)."""
     if isinstance(value, float) and abs(value) == UNLIMITED:
         return "not set"
     told = value if isinstance(value, str) else json.dumps(value)

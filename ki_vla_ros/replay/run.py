@@ -4,7 +4,7 @@
         result = replay(bag, set_up(bag), ReplayOptions(latency=parse_latency("0.030")))
     print(result.metrics["error"]["rms"], result.metrics["deadlines"]["missed"])
 
-For each tick rather than the figures, use `Replay` (replay/loop.py).
+For the ticks instead of the figures, use `Replay` (replay/loop.py).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:  # opencv's encoder and the mcap writer are loaded only by a c
     from ki_vla_ros.replay.predicted import PredictionBag
     from ki_vla_ros.replay.trace import Trace
 
-# While a long bag is read, metrics.json is first written after the first of these, then renewed every second one.
+# While a long bag is read, metrics.json is first written after FIRST_FIGURES_S, then again every FIGURES_EVERY_S.
 FIRST_FIGURES_S, FIGURES_EVERY_S = 3.0, 15.0
 INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplayResult:
-    """`metrics` is what metrics.json holds; `complete` is False after KeyboardInterrupt: figures of what was read."""
+    """`metrics` is the content of metrics.json; `complete` is False if an interrupt left the rest of the bag unread."""
 
     metrics: Mapping[str, Any]
     complete: bool
@@ -56,10 +56,10 @@ def replay(
 ) -> ReplayResult:
     """Runs the policy over the bag and returns its figures.
 
-    `out` also gets metrics.json, renewed while the bag is read. `trace` collects what the report draws, `predicted`
-    what goes into an mcap; both stay the caller's. `on_progress` gets the share of the bag that is done at each
-    message; KeyboardInterrupt from there, or from Ctrl-C, ends the replay with the figures so far. ConfigurationError
-    if bag, bundle and options do not go together.
+    `out`, if given, gets metrics.json, rewritten while the bag is read. `trace` collects what the report draws,
+    `predicted` what goes into an mcap; the caller closes both. `on_progress` is called with the share of the bag that
+    is done, at each message; a KeyboardInterrupt from there, or from Ctrl-C, ends the replay with the figures so far.
+    ConfigurationError if bag, bundle and options do not fit together.
     """
     start_ns, span_ns = bag.start_ns or 0, max((bag.end_ns or 0) - (bag.start_ns or 0), 1)
 

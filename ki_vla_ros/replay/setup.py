@@ -35,12 +35,13 @@ REFERENCES = (*get_args(ReferenceName), "none")
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """`instruction` replaces those of the bag. `probe_every_s`: bag time between two "what if"s (0: none).
+    """How to replay; ConfigurationError if `latency` needs recorded ticks and `as_recorded` is not set.
 
-    `as_recorded`: ticks as the node made them, with the frames that it used. `follow_session`: settings change where
-    the node's did. `noise_by_tick`: a chunk's noise belongs to its tick's number and not to the count of chunks, so
-    that replays with other settings start from the same. `read_frame` and `read_joints` decode messages; a sweep shares
-    their results. ConfigurationError where `latency` needs recorded ticks and these are not asked for.
+    `instruction` replaces those in the bag. `probe_every_s`: bag time between two "what if" probes (0: none).
+    `as_recorded`: repeat the node's own ticks, with the frames that it used. `follow_session`: settings change where
+    the node's did. `noise_by_tick`: a chunk's noise depends on its tick's number and not on the count of chunks, so
+    that replays with other settings start from the same noise. `read_frame` and `read_joints` decode messages; a sweep
+    shares their results.
     """
 
     instruction: str = ""
@@ -56,14 +57,17 @@ class ReplayOptions:
     def __post_init__(self) -> None:
         if isinstance(self.latency, RecordedLatency) and not self.as_recorded:
             raise ConfigurationError(
-                "--latency recorded: expected --ticks recorded beside it, whose ticks took that long; for other ticks "
-                "give seconds, or the metrics.json of a replay"
+                "--latency recorded: expected --ticks recorded with it, got --ticks paced; for paced ticks give "
+                "seconds, or the metrics.json of a replay"
             )
 
 
 @dataclass(frozen=True)
 class Setup:
-    """`node`: the policy's full name in the bag. `follow_session`: settings come from the bag and change as there."""
+    """What a replay runs with.
+
+    `node`: the policy's full name in the bag. `follow_session`: settings come from the bag and change as they do there.
+    """
 
     bundle: Bundle
     manifest_sha256: str
@@ -89,7 +93,11 @@ def set_up(
     reference_topic: str | None = None,
     changes: Mapping[str, object] | None = None,
 ) -> Setup:
-    """Settings are those of `params`, else of the bag's session, else the defaults; `changes` come on top."""
+    """Loads and checks everything that a replay needs.
+
+    Settings are those in `params`, or else in the bag's session, or else the defaults; `changes` are applied on top.
+    ConfigurationError, or InputError for an unreadable session, if something is missing or does not fit.
+    """
     session = find_session(bag, node)
     notes = []
     if params is not None:
@@ -108,7 +116,7 @@ def set_up(
     sha256 = file_sha256(loaded.path / MANIFEST)
     if session is not None and session.bundle.manifest_sha256 != sha256:
         notes.append(
-            f"bundle: the bag was recorded with {session.bundle.name!r}, another than {loaded.manifest.name!r}"
+            f"bundle: the bag was recorded with {session.bundle.name!r}, which is not this {loaded.manifest.name!r}"
         )
     named = session if params is None else None
     topics = resolve_topics(bag, loaded.manifest, settings, named, node, name, topic)
@@ -125,7 +133,7 @@ def set_up(
 
 
 def _replay_table(params: Path) -> Mapping[str, object]:
-    """What the parameter file says for replays; empty if nothing."""
+    """The parameter file's values for replays; empty if it has none."""
     return {
         name: value
         for section, values in load_sections(params).items()
@@ -135,11 +143,16 @@ def _replay_table(params: Path) -> Mapping[str, object]:
 
 
 def _bundle_folder(bundle: str, settings: Settings, session: Session | None) -> Path:
-    """As asked for; else as the settings say; else, where that was a folder of the robot, a shipped one of its name."""
+    """The bundle's folder: `bundle`, or else the one in the settings.
+
+    If that was a folder on the robot that does not exist here, it is the shipped bundle of the same name.
+    """
     if bundle:
         return find_bundle(bundle)
     if not settings.bundle:
-        raise ConfigurationError("bundle: none is named; give --bundle, a folder or the name of one in models/")
+        raise ConfigurationError(
+            "bundle: expected one, got none; give --bundle with a folder or the name of one in models/"
+        )
     folder = find_bundle(settings.bundle)
     if folder.is_dir() or session is None:
         return folder

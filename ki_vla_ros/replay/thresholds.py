@@ -23,7 +23,7 @@ _CONDITION = re.compile(r"^\s*(?P<name>[^<>=]+?)\s*(?P<operator>>=|<=|>|<)\s*(?P
 
 _SPREAD = ("p50", "p90", "p99", "max")
 _RMS = ("rms", "rms_ci.BOUND")
-# The numbers of metrics.json (docs/replay.md) by where they stand. In capitals: what the bundle or the bag names.
+# The numbers in metrics.json (docs/replay.md) by their place. In capitals: names that come from the bundle or the bag.
 _FIGURES: Mapping[str, Sequence[str]] = {
     "": ("schema", "realtime_factor"),
     "bag": ("start_ns", "end_ns", "duration_s", "messages.TOPIC"),
@@ -55,7 +55,7 @@ _FIGURES: Mapping[str, Sequence[str]] = {
 _PLACEHOLDER = re.compile(r"[A-Z]+")
 
 
-# Their keys are causes: one that never occurred is missing and counts as 0.
+# The keys in these are causes; one that never occurred is missing and counts as 0.
 _COUNTERS = (
     "safety.holds.",
     "safety.refusals.",
@@ -67,7 +67,7 @@ _COUNTERS = (
 
 @dataclass(frozen=True)
 class Threshold:
-    """`name`: where the figure stands in metrics.json, with dots; in lists a number, from 0."""
+    """A condition on one figure; `name`: its place in metrics.json, with dots, and an index from 0 in lists."""
 
     text: str
     name: str
@@ -75,16 +75,18 @@ class Threshold:
     limit: float
 
     def verdict(self, metrics: Mapping[str, Any]) -> str | None:
-        """Why the replay fails (None: it does not). A figure that is not known fails: nothing was checked.
+        """Why the replay fails (None: it does not); an unknown figure fails too, because nothing was checked.
 
-        The name is one that `check_figure` has let pass; a cause that never occurred has the count 0.
+        `check_figure` must have accepted the name. A cause that never occurred has the count 0.
         """
         found = list(_find(metrics, self.name))
         value = found[0] if found else 0 if self.name.startswith(_COUNTERS) else None
         if value is None:
             return f"{self.name} is not known, so {self.text!r} cannot be checked"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigurationError(f"--fail-if {self.text!r}: {self.name} is no number but {type(value).__name__}")
+            raise ConfigurationError(
+                f"--fail-if {self.text!r}: expected {self.name} to be a number, got {type(value).__name__}"
+            )
         return f"{self.name} is {value:g}: {self.text}" if _OPERATORS[self.operator](value, self.limit) else None
 
 
@@ -97,13 +99,15 @@ def parse_threshold(text: str) -> Threshold:
         if math.isnan(limit):
             raise ValueError
     except ValueError:
-        raise ConfigurationError(f"--fail-if {text!r}: expected NAME>NUMBER (or >=, <, <=), as error.rms>0.1") from None
+        raise ConfigurationError(
+            f"--fail-if {text!r}: expected NAME>NUMBER (or >=, <, <=), for example error.rms>0.1"
+        ) from None
     assert match is not None
     return Threshold(text, match["name"], match["operator"], limit)
 
 
 def check_figure(threshold: Threshold, spec: PolicySpec, recorded_ticks: bool) -> None:
-    """ConfigurationError, with all names, if metrics.json of a replay of this policy can have no such figure."""
+    """ConfigurationError, listing all names, if this policy's metrics.json can have no such figure."""
     cameras = [camera.name for camera in spec.cameras]
     named: Mapping[str, Sequence[str]] = {
         "JOINT": spec.joint_names,
@@ -132,14 +136,14 @@ def check_figure(threshold: Threshold, spec: PolicySpec, recorded_ticks: bool) -
 
 
 def figure_names() -> Iterator[str]:
-    """All that a threshold may name, with placeholders in capitals."""
+    """All names that a threshold may have, with placeholders in capitals."""
     for place, leaves in _FIGURES.items():
         for leaf in leaves:
             yield f"{place}.{leaf}" if place else leaf
 
 
 def _find(tree: Any, name: str) -> Iterator[Any]:
-    """Names in metrics.json may have dots themselves (camera.wrist)."""
+    """The values at a dotted name; keys in metrics.json may contain dots themselves (camera.wrist)."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             if name == key:

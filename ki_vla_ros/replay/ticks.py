@@ -1,8 +1,8 @@
-"""What a replay gives, tick by tick.
+"""What a replay yields, tick by tick.
 
-`Replay.ticks()` (replay/loop.py) yields one `Tick` per tick of the loop, in order and some time behind the bag's clock:
-a chunk is handed on only when the bag has shown what really happened until its last action was due. Nobody keeps all of
-them; figures (replay/figures.py) and report take what they need from each.
+`Replay.ticks()` (replay/loop.py) yields one `Tick` per tick of the loop, in order but later than the bag's clock: a
+chunk is yielded only when the bag has shown what really happened until its last action was due. Nobody keeps all ticks;
+the figures (replay/figures.py) and the report take what they need from each.
 
 Legend: H horizon, J joints in the manifest's order. Positions in rad or m, as the manifest says; stamps in ns on the
 node's clock, which a replay takes from the bag.
@@ -21,11 +21,11 @@ from ki_vla_ros.records import Motion
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seam:
-    """Where one command took over from another.
+    """Where one command took over from another, at `time_ns`.
 
-    `jump_J`: what the executor wished before and after, at the instant of the handover (before the governor);
-    `position_step_J` and `speed_step_J`: of the commanded motion. `restarted`: the recorded arm was not where the
-    replayed motion had it, so the new motion began at the arm instead.
+    `jump_J`: from the executor's old target to its new one, before the governor. `position_step_J` and `speed_step_J`:
+    steps in the commanded motion. `restarted`: the recorded arm was not where the replayed motion had it, so the new
+    motion started from the arm instead.
     """
 
     time_ns: int
@@ -37,14 +37,14 @@ class Seam:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """One chunk as the policy predicted it (before executor, gate and governor), and what came of it.
+    """One chunk as the policy predicted it (before executor, gate and governor), and what became of it.
 
     `position_HJ[k]` is due at `start_ns + (k + 1) * period_ns`; `reference_HJ` is the reference at the same instants,
     NaN where the bag has none. `frame_ns` holds the stamp of each camera's frame, `joint_ns` those of the one or two
     joint states that `state_J` comes from. `command_ns`: when the command went out in simulated time (None: refused,
-    `refusal` says why). `corrections`: what the gate changed, in words. `consumed`: actions that were in the past by
-    then. `probe_HJ`: chunks of the same tick with one thing changed, by the probe's name ("noise", "instruction",
-    "camera.<name>"); only every few seconds.
+    `refusal` says why). `corrections`: what the gate changed, in words. `consumed`: how many actions were in the past
+    when the command took effect. `probe_HJ`: chunks of the same tick with one thing changed, by the probe's name
+    ("noise", "instruction", "camera.<name>"); only every few seconds.
     """
 
     index: int
@@ -67,18 +67,19 @@ class Prediction:
 
     @property
     def skew_ns(self) -> int:
-        """Between the oldest and the newest frame."""
+        """Time between the oldest and the newest frame."""
         return max(self.frame_ns.values()) - min(self.frame_ns.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tick:
-    """One tick. `hold`: why the arm was held (None: it was not); `prediction` is None where none was due or possible.
+    """One tick of the loop.
 
-    `age_ns`: of the newest frame of each camera and of "joint state" when the tick began (None: there was none).
-    `latency_ns`: simulated, from the tick's start to its command or end. `missed`: deadlines missed so far. `motions`:
-    what was sent since the tick before, holds too. `stage_ms`: what the stages took on this machine (with reading the
-    bag in "observation"), which nothing else here depends on when the latency is fixed.
+    `hold`: why the arm was held (None: it was not). `prediction`: None where no chunk was due or possible. `age_ns`:
+    the age of each camera's newest frame, and of "joint state", when the tick began (None: there was none).
+    `latency_ns`: simulated time from the tick's start to its end. `missed`: deadlines missed so far. `motions`: those
+    sent since the previous tick, holds included. `stage_ms`: durations of the stages on this machine ("observation"
+    includes reading the bag); no other field depends on them if the latency is fixed.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""Which topics of a bag a replay reads: as the bag's own session names them, or the settings do."""
+"""Which topics of a bag a replay reads: those that the bag's session names, or else the settings."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ki_vla_ros.settings import NODE, ReferenceName, Session, Settings, read_ses
 
 @dataclass(frozen=True)
 class ReplayTopics:
-    """Full names. `instruction`, `command`, `tick`, `chunk` and `session` are None where the bag has none.
+    """Full topic names; `instruction`, `command`, `tick`, `chunk` and `session` are None where the bag has none.
 
-    `missing_reference`: why there is no reference (None: there is one). `notes`: what a user should know.
+    `missing_reference`: why there is no reference (None: there is one). `notes`: remarks for the user.
     """
 
     cameras: dict[str, str]
@@ -47,9 +47,7 @@ def resolve_topics(
     reference: ReferenceName | None,
     reference_topic: str,
 ) -> ReplayTopics:
-    """`session` names the topics where it is given, otherwise `settings` do. ConfigurationError where an input is not
-    in the bag.
-    """
+    """The topics that `session` names or, if it is None, `settings`; ConfigurationError if the bag lacks an input."""
     node = session.node if session else node or NODE
     full_name = partial(resolve, node=node)
     notes: list[str] = []
@@ -60,9 +58,9 @@ def resolve_topics(
         if found is not None:
             cameras[source.name] = found
             if found != topic:
-                notes.append(f"camera {source.name!r}: the bag has {found} in place of {topic}")
+                notes.append(f"camera {source.name!r}: the bag has {found} instead of {topic}")
         elif source.optional:
-            notes.append(f"camera {source.name!r} (optional): no images on {topic}; the policy goes without it")
+            notes.append(f"camera {source.name!r} (optional): no images on {topic}; the policy runs without it")
         else:
             raise _absent(bag, f"camera {source.name!r}", topic, (IMAGE, COMPRESSED_IMAGE), "cameras.*.topic")
     joints = session.topics.joint_states if session else full_name(settings.joint_states_topic)
@@ -81,7 +79,7 @@ def resolve_topics(
     instruction = session.topics.instruction if session else f"{node}/instruction"
     tick = session.topics.tick if session else f"{node}/tick"
     chunk = session.topics.chunk if session else f"{node}/chunk"
-    own = session.topic if session else session_topic(node)
+    session_name = session.topic if session else session_topic(node)
     return ReplayTopics(
         cameras=cameras,
         joint_states=joints,
@@ -89,7 +87,7 @@ def resolve_topics(
         command=command,
         chunk=chunk if _has(bag, chunk, (TRAJECTORY,)) else None,
         tick=tick if _has(bag, tick, (TEXT,)) else None,
-        session=own if session is not None and _has(bag, own, (TEXT,)) else None,
+        session=session_name if session is not None and _has(bag, session_name, (TEXT,)) else None,
         missing_reference=missing,
         notes=tuple(notes),
     )
@@ -121,7 +119,7 @@ def _candidates(bag: Bag, topic: str, types: Iterable[str]) -> str:
 
 
 def read_later_session(text: str) -> Session | None:
-    """A session that replaces the one before; None if it cannot be read (the one before stays in force)."""
+    """A session that replaces the previous one; None if it cannot be read (the previous one stays in force)."""
     try:
         return read_session(text)
     except InputError:

@@ -1,7 +1,7 @@
-"""What the report keeps of a replay while it runs: a few numbers per tick, some chunks, and the worst moments.
+"""What is kept of a replay for the report: a few numbers per tick, some chunks, and the worst moments.
 
-Bounded, however long the bag is, but for those few numbers (about 100 bytes a tick). Legend: H horizon, J joints,
-V cameras. Times in s from the first tick.
+Memory is bounded, however long the bag is, except for the few numbers (about 100 bytes a tick). Legend: H horizon,
+J joints. Times in s from the first tick.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation, to_ns
 from ki_vla_ros.replay.frames import BagFrame
 from ki_vla_ros.replay.ticks import Prediction, Tick
 
-# Chunks drawn over the whole bag; the worst moments, and how far around each of them chunks are drawn.
+# How many chunks are drawn over the whole bag; how many worst moments, and for how long around each chunks are drawn.
 MOST_CHUNKS = 240
 MOMENTS, AROUND_S = 4, 3.0
-# Lines are interrupted where ticks, or chunks, are farther apart: the node was not active.
+# Lines have a gap where ticks, or chunks, are farther apart than this: the node was not active.
 GAP_S = 1.0
-# Kept per lane of the timeline; the page is 1000 units wide.
+# Instants kept per lane of the timeline; the page is only 1000 units wide.
 MOST_INSTANTS = 4000
 THUMB_PX, THUMB_QUALITY = 224, 78
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moment:
-    """A chunk that was farther from what happened than those around it. `error` is in the model's units."""
+    """A chunk with a larger error than all those around it; `error` is in the model's units."""
 
     error: float
     at_s: float
@@ -48,7 +48,7 @@ class Moment:
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    """A chunk among the latest, until the moments around it are over."""
+    """A recent chunk, kept until all its neighbours are known."""
 
     error: float
     instruction: str
@@ -57,7 +57,7 @@ class _Kept:
 
 
 class Lane:
-    """Instants at which something happened; every other one is forgotten whenever there are too many."""
+    """Instants at which something happened; every second one is dropped whenever there are too many."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -75,7 +75,7 @@ class Lane:
 
 @dataclass
 class Trace:
-    """Fed by the replay: `see` with the frames of each observation, `add` with each record; then `finish`."""
+    """Collects what the report draws: `see` each observation, `add` each tick, then `finish`."""
 
     spec: PolicySpec
     start_ns: int | None = None
@@ -87,7 +87,7 @@ class Trace:
     lanes: dict[tuple[str, str], Lane] = field(default_factory=dict)
     """By kind ("hold", "refused", "corrected", "restart") and cause."""
     chunks: list[Prediction] = field(default_factory=list)
-    """Evenly over the bag, at most `MOST_CHUNKS`."""
+    """At most `MOST_CHUNKS`, spread evenly over the bag."""
 
     def __post_init__(self) -> None:
         self.state_JT = [array("f") for _ in self.spec.joints]
@@ -95,12 +95,12 @@ class Trace:
         self._every, self._seen = 1, 0
         self._frames: deque[CameraFrame] = deque()
         self._latest: deque[_Kept] = deque()
-        self._waiting = 0  # the first of the latest that has not been compared with its neighbours
+        self._waiting = 0  # index of the first of the latest not yet compared with its neighbours
         self._order = itertools.count()
         self._moments: list[tuple[float, int, Moment]] = []
 
     def see(self, observation: Observation) -> None:
-        """What a chunk is made of, before its record comes."""
+        """Takes the observation that a chunk is made from, before the chunk's tick is added."""
         self._frames.extend(observation.frames.values())
 
     def add(self, tick: Tick) -> None:
@@ -117,7 +117,7 @@ class Trace:
             self._add_prediction(tick.prediction, tick.instruction, at_s)
 
     def finish(self) -> Sequence[Moment]:
-        """The worst moments, the worst first; no record may follow."""
+        """The worst moments, the worst first; no tick may be added afterwards."""
         self._compare(None)
         return [moment for _, _, moment in sorted(self._moments, key=lambda entry: (-entry[0], entry[1]))]
 
@@ -169,7 +169,7 @@ class Trace:
             row.append(value)
 
     def _compare(self, now_ns: int | None) -> None:
-        """Takes the highest of its neighbourhood into the worst moments, once all its neighbours are known."""
+        """Keeps each chunk that has the largest error of its neighbourhood, once all its neighbours are known."""
         around_ns = to_ns(AROUND_S)
         while self._waiting < len(self._latest):
             kept = self._latest[self._waiting]
@@ -202,12 +202,12 @@ class Trace:
 
 
 def cause(reason: str) -> str:
-    """What a hold or a refusal is counted under: its first words."""
+    """The cause a hold or a refusal is counted under: the part before the first colon."""
     return reason.partition(":")[0]
 
 
 def _thumbnail(frame: CameraFrame) -> bytes:
-    """As JPEG; a replay's frames hold only what the model sees, but the message that it was made from as well."""
+    """The frame as a small JPEG, made from the message if there is one: the frame itself is padded for the model."""
     rgb_HWC = camera_frame(frame.message, frame.camera).rgb_HWC if isinstance(frame, BagFrame) else frame.rgb_HWC
     height, width = rgb_HWC.shape[:2]
     if width > THUMB_PX:

@@ -1,4 +1,4 @@
-"""Where the loop's commands go in a replay, and the clock that it reads there."""
+"""The loop's `Wire` in a replay: where its commands go, and the clock that it reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ki_vla_ros.replay.latency import Latency
 
 @dataclass(frozen=True)
 class TickReport:
-    """What the loop said of a tick: why it holds, when the command went out, how long the stages took."""
+    """What the loop reported about a tick: why it holds, when the command went out, how long the stages took."""
 
     hold: str | None = None
     command_ns: int | None = None
@@ -20,7 +20,7 @@ class TickReport:
 
 
 class ReplayWire:
-    """Within a tick the clock shows its start and what the latency model says has passed since."""
+    """Within a tick, the clock shows the tick's start plus the time that the latency model says has passed."""
 
     def __init__(self, latency: Latency) -> None:
         self._latency = latency
@@ -34,14 +34,14 @@ class ReplayWire:
         self._tick_ns, self.report = tick_ns, TickReport()
 
     def end_tick(self) -> int:
-        """When it ended."""
+        """Ends the tick and returns the time at which it ended."""
         self.clock_ns = self.now_ns()
         self._tick_ns = None
         return self.clock_ns
 
     @contextmanager
     def standing_at(self, time_ns: int) -> Iterator[None]:
-        """For the watchdog, which runs while a tick computes."""
+        """Stops the clock at `time_ns`, for the watchdog, which runs while a tick computes."""
         self._standing_ns = time_ns
         try:
             yield
@@ -49,7 +49,7 @@ class ReplayWire:
             self._standing_ns = None
 
     def take_motions(self) -> tuple[Motion, ...]:
-        """Those sent since the last call."""
+        """The motions sent since the last call."""
         motions, self._motions = tuple(self._motions), []
         return motions
 

@@ -1,8 +1,8 @@
 """The simulated arm as a ROS node: cameras and joint states out, joint trajectories in, in real time.
 
-Two threads. The main thread spins ROS; the simulation thread owns the world and its rendering context (which works only
-in the thread that made it), follows the wall clock and publishes. They share the simulated controller, under a lock,
-and a one-place queue for resets. Legend: H image height, W width, C channel, J joints.
+There are two threads. The main thread spins ROS; the simulation thread owns the world and its rendering context (which
+works only in the thread that made it), follows the wall clock and publishes. They share the simulated controller, under
+a lock, and a one-place queue for resets. Legend: H image height, W width, C channel, J joints.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ki_vla_ros.sim.task import LARGEST_SEED, Scene, Task, sample_scene
 from ki_vla_ros.sim.world import CAMERAS, HOME_J, JOINTS, TIMESTEP_S, Verdict, World
 
 NODE_NAME: Final = "sim_arm"
-# Physics that lags behind the wall clock by more than this is given up (and counted), not made good in one rush.
+# If physics lags behind the wall clock by more than this, the excess is dropped (and counted), not caught up in a rush.
 MOST_CATCH_UP_S: Final = 0.1
 RESET_LIMIT_S: Final = 10.0
 STEP_NS: Final = to_ns(TIMESTEP_S)
@@ -50,10 +50,10 @@ STEPS_PER_S: Final = round(1.0 / TIMESTEP_S)
 
 
 class Pace:
-    """How many physics steps the wall clock asks for. Times are seconds on a steady clock."""
+    """How many physics steps are due by the wall clock; times in s on a steady clock."""
 
     def __init__(self, step_s: float, most_s: float) -> None:
-        self.overruns = 0  # how often time was given up
+        self.overruns = 0  # how often time was dropped
         self._step_s = step_s
         self._most = round(most_s / step_s)
         self._next_s = 0.0
@@ -62,7 +62,7 @@ class Pace:
         self._next_s = now_s + self._step_s
 
     def due(self, now_s: float) -> int:
-        """Steps to make now."""
+        """How many steps to make now."""
         steps = max(0, int((now_s - self._next_s) / self._step_s + 1.0))
         self._next_s += steps * self._step_s
         if steps > self._most:
@@ -76,7 +76,7 @@ class Pace:
 
 @dataclass(slots=True)
 class Reset:
-    """Scene to build next; the simulation thread fills `status` and then sets `finished`."""
+    """The scene to build next; the simulation thread fills `status`, then sets `finished`."""
 
     scene: Scene
     split: str
@@ -100,13 +100,13 @@ def image_message(camera: str, stamp: Time, rgb_HWC: NDArray[np.uint8]) -> Image
     message.height, message.width = int(rgb_HWC.shape[0]), int(rgb_HWC.shape[1])
     message.encoding = "rgb8"
     message.step = 3 * message.width
-    # An array.array is taken over as it is; any other sequence is checked byte by byte (50 ms instead of 0.03).
+    # The setter takes an array.array as it is; it checks any other sequence byte by byte (50 ms instead of 0.03).
     message.data = array.array("B", rgb_HWC.tobytes())
     return message
 
 
 class ArmNode(Node):
-    """Simulates from `start` to `stop`. ConfigurationError or InstructionError for parameters that cannot be."""
+    """Simulates from `start` to `stop`; ConfigurationError or InstructionError for impossible parameters."""
 
     def __init__(self) -> None:
         super().__init__(NODE_NAME)
@@ -138,11 +138,11 @@ class ArmNode(Node):
 
     @property
     def alive(self) -> bool:
-        """Whether the simulation thread runs."""
+        """Whether the simulation thread is running."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Ends the simulation thread, waits for it, and raises what had ended it before, if anything."""
+        """Ends the simulation thread and waits for it; raises the error that ended it before, if there was one."""
         self._stop.set()
         self._thread.join()
         if self._failure is not None:
@@ -163,17 +163,17 @@ class ArmNode(Node):
         seed = whole("seed of the scene; used at the next reset", 0, LARGEST_SEED, read_only=False)
         self.declare_parameter("scene_seed", 0, seed)
         self.declare_parameter(
-            "split", "all", text("combinations to ask for (train, held_out, all); used at the next reset")
+            "split", "all", text("combinations to choose from (train, held_out, all); used at the next reset")
         )
         self.declare_parameter(
-            "task", "", text("instruction to build the scene for, empty: drawn; used at the next reset")
+            "task", "", text("instruction to build the scene for, drawn if empty; used at the next reset")
         )
         self.declare_parameter("image_size", 288, whole("side of the images in pixels", 32, 640, read_only=True))
         self.declare_parameter("camera_rate_hz", 20.0, rate("images per second and camera", 1.0, 60.0))
         self.declare_parameter("joint_rate_hz", 100.0, rate("joint states per second", 10.0, 500.0))
 
     def _check_overrides(self) -> None:
-        """rclpy ignores parameters that nobody declares; a misspelt one must not pass unseen."""
+        """ConfigurationError for a parameter that nobody declares, perhaps misspelt; rclpy would ignore it."""
         for name in sorted(self._parameter_overrides):
             if not self.has_parameter(name):
                 known = "scene_seed, split, task, image_size, camera_rate_hz, joint_rate_hz"
@@ -215,7 +215,7 @@ class ArmNode(Node):
             self.get_logger().error(str(error), throttle_duration_sec=1.0)
 
     def _simulate(self) -> None:
-        """The simulation thread."""
+        """Runs in the simulation thread."""
         try:
             world = World(render_size=self.get_parameter("image_size").value)
             try:
@@ -242,7 +242,7 @@ class ArmNode(Node):
                 world.step(command_J)
                 steps += 1
                 stamp = Time(sec=step_ns // NS_PER_S, nanosec=step_ns % NS_PER_S)
-                # By steps, not by the clock: after a slow picture the rates are kept, each message with its own time.
+                # Counted in steps, not by the clock: after a slow image the rates and the messages' stamps stay right.
                 if steps % joint_period == 0:
                     self._joint_publisher.publish(joint_message(stamp, world))
                 if steps % camera_period == 0:
@@ -255,7 +255,7 @@ class ArmNode(Node):
             self._stop.wait(pace.wait_s(joint_period - steps % joint_period, time.monotonic()))
 
     def _period(self, rate: str) -> int:
-        """Physics steps per message."""
+        """Physics steps between two messages."""
         rate_hz = float(self.get_parameter(rate).value)
         return max(1, round(1.0 / (rate_hz * TIMESTEP_S)))
 
@@ -315,7 +315,7 @@ def _run(_given: argparse.Namespace, stop: threading.Event) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The executable `sim_arm`: 0 after SIGINT or SIGTERM, 2 with one message if something failed."""
+    """The executable `sim_arm`: returns 0 after SIGINT or SIGTERM, 2 with one message if something failed."""
     description = "The simulated arm: cameras and joint states out, joint trajectories in, in real time."
     return run_node(argparse.ArgumentParser(prog=NODE_NAME, description=description), _run, arguments)
 

@@ -1,9 +1,9 @@
-"""The demonstrator, a script: inverse kinematics and minimum-jerk motions that solve the simulated tasks.
+"""The scripted demonstrator: inverse kinematics and minimum-jerk motions that solve the simulated tasks.
 
-A demonstration is planned in the space of the fingertip point: horizontal motion and height are piecewise quintics, and
-the descent starts as early as it can without passing low over other objects. What the start's joints have beyond that
-tip motion (a tilted tool, a turned wrist, their speeds) fades out as a quintic in joint space, so that it can start
-from any joint position, velocity and acceleration.
+A demonstration is planned for the fingertip point: horizontal motion and height are piecewise quintics, and the descent
+starts as early as possible without passing low over other objects. Whatever the starting joints have beyond that tip
+motion (a tilted tool, a turned wrist, their speeds) fades out as a quintic in joint space. A demonstration can thus
+start from any joint position, velocity and acceleration.
 
 Legend: J joints (seven), n samples, K segments, D coordinates. Lengths in m, angles in rad, times in s from the
 demonstration's start.
@@ -25,16 +25,17 @@ Array = NDArray[np.float64]
 # Lengths of arm.xml: shoulder above the table, upper arm, forearm with tube (elbow to wrist), wrist to fingertip point.
 _SHOULDER_M, _UPPER_M, _FOREARM_M, _TOOL_M = 0.18, 0.34, 0.34, 0.18
 
-# A touch leaves the fingers a little open: 0 is the joint's limit, and a policy that imitates this errs to both sides.
+# A touch leaves the fingers a little open: a policy that imitates this errs to both sides, and 0 is the joint's limit.
 _GRIPPER_END_M = {"touch": 0.004, "point at": 0.02}
 _POINT_HEIGHT_M = 0.06
-# The demonstration of a touch ends this deep inside the object, so that the tip arrives with some speed and in spite of
-# small errors. The flattest object is 14 mm high.
+# A touch is planned to end this deep inside the object, so that the tip arrives with some speed and despite small
+# errors. The flattest object is 14 mm high.
 _PRESS_M = 0.01
-# Far from the target the tip travels this high above the tallest object; it leaves its place once it is nearly there.
+# Far from the target the tip travels _CLEARANCE_M above the tallest object; it starts across once it has risen to
+# within _ALMOST_CLEAR_M of that height.
 _CLEARANCE_M = 0.06
 _ALMOST_CLEAR_M = 0.03
-# Below that height it stays within _NEAR_M of the target's axis, or _CORRECT_M where it is already on its way down.
+# Below the clear height it stays within _NEAR_M of the target's axis, or _CORRECT_M if it is already on its way down.
 _NEAR_M, _CORRECT_M = 0.02, 0.03
 
 # A minimum-jerk move of length d from rest to rest lasts (60 d / jerk)^(1/3): the jerk at its end sets the pace.
@@ -48,7 +49,7 @@ _DIFFERENCE_S = 3e-4
 def tip_to_joints(xyz: ArrayLike, gripper_m: float = 0.0) -> Array:
     """Joints [J] that bring the fingertip point to `xyz`, tool pointing down, fingers opening along the world's y.
 
-    Raises SimulationError for a point out of the arm's reach.
+    SimulationError if the point is out of the arm's reach.
     """
     tips = np.asarray(xyz, dtype=np.float64).reshape(1, 3)
     return _solve(tips, np.array([gripper_m])).reshape(len(JOINTS))
@@ -79,8 +80,8 @@ def _solve(tips_n3: Array, gripper_n: Array) -> Array:
     outside = ~((np.abs(cos_elbow) <= 0.995) & (radius >= 0.1))
     if outside.any():
         raise SimulationError(
-            f"tip position {np.round(tips_n3[np.argmax(outside)], 3).tolist()} is out of the arm's reach: wrist within "
-            f"{_UPPER_M + _FOREARM_M:.2f} m of the shoulder and at least 0.10 m before the base expected"
+            f"tip position {np.round(tips_n3[np.argmax(outside)], 3).tolist()} is out of the arm's reach: expected the "
+            f"wrist within {_UPPER_M + _FOREARM_M:.2f} m of the shoulder and at least 0.10 m from the base's axis"
         )
     elbow = np.arccos(cos_elbow)
     lift = np.arctan2(radius, height) - np.arctan2(_FOREARM_M * np.sin(elbow), _UPPER_M + _FOREARM_M * np.cos(elbow))
@@ -106,7 +107,7 @@ class _Spline:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Where a motion begins: position, velocity, acceleration, each [D]."""
+    """One end of a motion: position, velocity, acceleration, each [D]."""
 
     x: Array
     v: Array
@@ -123,7 +124,7 @@ class _Motion:
         self._coefficients: list[Array] = []
 
     def go(self, x: Array, duration_s: float, v: Array | None = None) -> None:
-        """To `x` with velocity `v` (default: rest) and no acceleration."""
+        """Adds a segment to `x` that ends with velocity `v` (default: at rest) and no acceleration."""
         if duration_s <= 0.0:
             return
         end = _State(x, np.zeros_like(x) if v is None else v, np.zeros_like(x))
@@ -160,9 +161,9 @@ def _quintic(start: _State, end: _State, duration_s: float) -> Array:
 def _duration(start: _State, goal: Array, jerk: float) -> float:
     """Time to come to rest at `goal` such that the jerk at the end is `jerk`.
 
-    A minimum-jerk motion planned anew on its way with the same end time stays itself, and so does the jerk at its
-    end. Taking the longest time with that jerk therefore continues a running motion unchanged; from rest it is the
-    cube-root law above.
+    If a minimum-jerk motion is planned again on its way, with the same end time, it does not change, and neither does
+    the jerk at its end. So the longest time with that jerk continues a running motion unchanged; from rest it follows
+    the cube-root law above.
     """
     times = np.geomspace(_SHORTEST_S, _LONGEST_S, 300)
     t = times[:, None]
@@ -231,11 +232,11 @@ class Demonstrator:
         via_tip_xyz: ArrayLike | None = None,
         joint_acceleration_J: ArrayLike | None = None,
     ) -> Demonstration:
-        """From the given motion (None: at rest, not accelerating) to the end of the scene's task.
+        """A demonstration from the given motion (None: at rest, not accelerating) to the end of the scene's task.
 
-        `object_positions` [n, 3] are the objects' present centres, by default where the scene put them. Through
-        `via_tip_xyz` the tip passes without stopping before it turns to the target. Raises SimulationError where the
-        way is out of the arm's reach.
+        `object_positions` [n, 3]: the objects' present centres, by default where the scene put them. `via_tip_xyz`: a
+        point that the tip passes without stopping before it turns to the target. SimulationError if the path leaves the
+        arm's reach.
         """
         still_J = np.zeros(len(JOINTS))
         q = _State(
@@ -271,7 +272,7 @@ class Demonstrator:
             self._lower_J,
             self._upper_J,
         )
-        demonstration.sample(np.linspace(0.0, duration_s, 50))  # refuses a way out of reach now, not halfway
+        demonstration.sample(np.linspace(0.0, duration_s, 50))  # refuses a path out of reach now, not halfway
         return demonstration
 
 
@@ -291,7 +292,7 @@ def _goal(scene: Scene, object_positions: ArrayLike | None) -> tuple[Array, floa
 
 
 def _pass_through(across: _Motion, height: _Motion, via: Array, goal: Array) -> None:
-    """First leg: to `via` with about the mean speed of the whole way, heading for the goal, level."""
+    """Adds the leg to `via`, passed level, heading for the goal at about the mean speed of the whole path."""
     start = across.state.x
     leg_s = _duration(across.state, via[:2], _TIP_JERK)
     leg_s = max(leg_s, _duration(height.state, via[2:], _TIP_JERK))
@@ -301,7 +302,7 @@ def _pass_through(across: _Motion, height: _Motion, via: Array, goal: Array) -> 
 
 
 def _approach(across: _Motion, height: _Motion, goal: Array, clear_m: float) -> None:
-    """Over the target and down: never below `clear_m` far from it, except while rising from a low start."""
+    """Adds the motion over the target and down; far from it, never below `clear_m` except to rise from a low start."""
     begin_s = height.end_s
     z, goal_z = height.state, goal[2:]
     far = np.hypot(*(across.state.x - goal[:2])) > _CORRECT_M
@@ -329,7 +330,7 @@ def _approach(across: _Motion, height: _Motion, goal: Array, clear_m: float) -> 
 
 
 def _first(height: _Spline, level_m: float, after_s: float, *, above: bool) -> float:
-    """When, from `after_s` on, the height first passes `level_m`; its end if it never does."""
+    """The first time from `after_s` on at which the height passes `level_m`; the end if it never does."""
     times = np.linspace(after_s, height.end_s, 200)
     z = height(times)[:, 0]
     passed = np.flatnonzero(z >= level_m if above else z < level_m - 1e-6)
@@ -337,7 +338,7 @@ def _first(height: _Spline, level_m: float, after_s: float, *, above: bool) -> f
 
 
 def _first_near(across: _Spline, goal: Array, radius_m: float) -> float:
-    """From when on the way stays within `radius_m` of the goal."""
+    """The time from which on the path stays within `radius_m` of the goal."""
     times = np.linspace(0.0, across.end_s, 400)
     outside = np.flatnonzero(np.linalg.norm(across(times) - goal, axis=1) > radius_m)
     return float(times[outside[-1]]) if outside.size else 0.0

@@ -1,7 +1,7 @@
-"""Off-screen pictures of the simulated robot, on EGL or OSMesa.
+"""Off-screen images of the simulated robot, on EGL or OSMesa.
 
-MuJoCo binds a GL library when it is imported, according to MUJOCO_GL, and fails there in ways that name no remedy. Here
-it is imported without GL, so that physics needs none, and a context is made for the first world with pictures.
+MuJoCo binds a GL library on import, according to MUJOCO_GL, and its failures there name no remedy. So it is imported
+here without GL, which physics does not need, and a context is made for the first world with images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ki_vla_ros.errors import SimulationError
 _requested = os.environ.get("MUJOCO_GL")
 os.environ["MUJOCO_GL"] = "disable"
 try:
-    import mujoco as mujoco  # for world.py too, which must not import it otherwise
+    import mujoco as mujoco  # world.py takes it from here, so that it is never imported with GL
 except ImportError as error:
     raise SimulationError(
         f"the simulated robot needs the package 'mujoco' ({error}); run 'pip install mujoco'"
@@ -39,10 +39,10 @@ _MAX_GEOMS = 254
 
 
 class Cameras:
-    """Square pictures of one model, an array of pixels per call; for the thread that made it, as GL binds to it."""
+    """Square images of one model; usable only in the thread that made it, to which GL binds. S: side in pixels."""
 
     def __init__(self, model: Any, size: int) -> None:
-        """Raises SimulationError when no GL library works here. `size` is at most the model's off-screen buffer."""
+        """`size`: at most that of the model's off-screen buffer. SimulationError if no GL library works here."""
         self._model = model
         self._size = size
         context = _open_context(size)
@@ -62,7 +62,7 @@ class Cameras:
         self._context = context
 
     def render(self, data: Any, camera: str) -> NDArray[np.uint8]:
-        """RGB [S, S, 3], first row on top."""
+        """An RGB image [S, S, 3], top row first."""
         return self._draw(data, camera)
 
     def segment(self, data: Any, camera: str) -> NDArray[np.int64]:
@@ -83,7 +83,7 @@ class Cameras:
         return geoms
 
     def close(self) -> None:
-        """Frees the context; without effect the second time."""
+        """Frees the context; has no effect the second time."""
         if self._context is None:
             return
         self._context.make_current()
@@ -92,7 +92,7 @@ class Cameras:
         self._context = None
 
     def __del__(self) -> None:
-        # At interpreter exit the GL bindings may be half gone; the process's end frees the context then.
+        # At interpreter exit the GL bindings may be half gone; the end of the process frees the context anyway.
         if not sys.is_finalizing() and getattr(self, "_context", None) is not None:
             self.close()
 
@@ -112,10 +112,10 @@ class Cameras:
 
 
 def _open_context(size: int) -> Any:
-    """A GL context of the library that MUJOCO_GL names; where it is unset, EGL if it works here, else OSMesa."""
+    """A GL context of the library that MUJOCO_GL names; if it is unset, EGL if that works here, or else OSMesa."""
     requested = os.environ.get("MUJOCO_GL", "").strip().lower()
     if requested not in ("", *_APT):
-        raise SimulationError(f"MUJOCO_GL={requested!r}: expected 'egl', 'osmesa' or not set; run 'unset MUJOCO_GL'")
+        raise SimulationError(f"MUJOCO_GL={requested!r}: expected 'egl', 'osmesa' or unset; run 'unset MUJOCO_GL'")
     backend = requested or ("egl" if _works("egl") else "osmesa")
     try:
         if backend == "egl":
@@ -123,19 +123,19 @@ def _open_context(size: int) -> Any:
         else:
             from mujoco.osmesa import GLContext
         context = GLContext(size, size)
-    except Exception as error:  # the bindings raise whatever their half-loaded libraries lead to
+    except Exception as error:  # half-loaded GL bindings raise errors of any type
         tried = backend if requested else "egl, then osmesa"
         remedy = _APT[requested or "egl"]
         raise SimulationError(
             f"no off-screen OpenGL for the simulated cameras (tried {tried}; {type(error).__name__}: {error}); "
             f"run '{remedy}'" + ("" if requested else f" or '{_APT['osmesa']}'")
         ) from error
-    os.environ["MUJOCO_GL"] = backend  # decided once; child processes need not probe again
+    os.environ["MUJOCO_GL"] = backend  # child processes need not probe again
     return context
 
 
 def _works(backend: str) -> bool:
-    """Whether a context can be made, tried in a child: a failed attempt leaves PyOpenGL bound to the wrong library."""
+    """Whether a context can be made, tried in a child because a failure leaves PyOpenGL bound to the wrong library."""
     attempt = f"from mujoco.{backend} import GLContext; GLContext(8, 8).make_current()"
     child = subprocess.run(
         [sys.executable, "-c", attempt], env={**os.environ, "MUJOCO_GL": "disable"}, capture_output=True, check=False

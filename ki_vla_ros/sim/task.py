@@ -1,8 +1,8 @@
-"""What the simulated robot can be told, and the scenes it is told it in.
+"""The simulated robot's tasks, and the scenes in which it does them.
 
 A task is a verb and one of 24 colour-shape combinations. Six combinations (`HELD_OUT`) are never commanded in training,
-in any verb; they still lie about as distractors. In every scene some other object shares the target's colour and
-another its shape, so that no single word of the instruction is enough. Lengths in m, angles in rad, in the frame of the
+with any verb; they still appear as distractors. In every scene one other object shares the target's colour and another
+shares its shape, so no single word of the instruction is enough. Lengths in m, angles in rad, in the frame of the
 robot's base (x forward, y left, z up, table top at z = 0).
 """
 
@@ -22,7 +22,7 @@ COLOURS: Final = ("red", "green", "blue", "yellow", "purple", "white")
 SHAPES: Final = ("cube", "ball", "disc", "pole")
 VERBS: Final = ("touch", "point at")
 
-# Each colour once, every shape at least once: each word of a held-out instruction is known from other commands.
+# Each colour once, every shape at least once, so training still teaches each word through other commands.
 HELD_OUT: Final = frozenset(
     {("red", "disc"), ("green", "ball"), ("blue", "cube"), ("yellow", "pole"), ("purple", "cube"), ("white", "disc")}
 )
@@ -39,7 +39,7 @@ _MAX_OBJECTS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One object standing on the table, centre at (`x`, `y`), turned by `yaw`; `size` scales the shape's dimensions."""
+    """One object on the table, centred at (`x`, `y`) and turned by `yaw`; `size` scales the shape's dimensions."""
 
     colour: str
     shape: str
@@ -79,12 +79,12 @@ class Task:
 
 
 LARGEST_SEED: Final = 2**63 - 1
-"""Of a scene: what an integer parameter of ROS can hold."""
+"""The largest seed of a scene: what an integer ROS parameter can hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Objects and the task; `seed` is the one it was drawn with."""
+    """The objects and the task; `seed` is the one they were drawn with."""
 
     seed: int
     objects: tuple[SceneObject, ...]
@@ -96,15 +96,15 @@ class Scene:
         for index, item in enumerate(self.objects):
             if (item.colour, item.shape) == (self.task.colour, self.task.shape):
                 return index
-        raise SimulationError(f"scene {self.seed} has no {self.task.colour} {self.task.shape}; it cannot be asked for")
+        raise SimulationError(f"scene {self.seed} has no {self.task.colour} {self.task.shape}; choose another task")
 
 
 def sample_scene(seed: int, *, split: Split, task: Task | None = None) -> Scene:
-    """A scene of 3 to 5 different objects and a task in it, the same for the same arguments on every machine.
+    """A scene of 3 to 5 different objects with a task; the same arguments give the same scene on every machine.
 
-    `split` says which combinations may be commanded: those of training, the held-out ones, or all. The split enters the
-    random stream, so equal seeds of two splits give unrelated scenes. With `task` the scene is built around that task;
-    a task that `split` does not command is refused with SimulationError.
+    `split` says which combinations may be commanded: those of training, the held-out ones, or all. It is part of the
+    random seed, so equal seeds of two splits give unrelated scenes. With `task` the scene is built around that task;
+    SimulationError if `split` does not command it.
     """
     if split not in get_args(Split):
         raise SimulationError(f"split {split!r}: expected one of {', '.join(get_args(Split))}")
@@ -112,7 +112,7 @@ def sample_scene(seed: int, *, split: Split, task: Task | None = None) -> Scene:
         raise SimulationError(f"scene seed {seed}: expected 0 to {LARGEST_SEED}")
     entropy = [seed, get_args(Split).index(split)]
     if seed >= 2**32:
-        entropy.append(1)  # numpy makes two words of it: [2**32, 0] alone would be the stream of [0, 1]
+        entropy.append(1)  # numpy splits such a seed into two words: [2**32, 0] would be the same stream as [0, 1]
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
     drawn = _sample_task(rng, split)
     if task is None:
@@ -139,7 +139,7 @@ def _sample_task(rng: np.random.Generator, split: Split) -> Task:
 
 
 def _sample_kinds(rng: np.random.Generator, target: tuple[str, str]) -> list[tuple[str, str]]:
-    """What is in the scene, in random order: the target, one of its colour, one of its shape, and up to two more."""
+    """The scene's objects in random order: the target, one of its colour, one of its shape, and up to two more."""
     colour, shape = target
     same_colour = [(colour, other) for other in SHAPES if other != shape]
     same_shape = [(other, shape) for other in COLOURS if other != colour]
@@ -151,7 +151,7 @@ def _sample_kinds(rng: np.random.Generator, target: tuple[str, str]) -> list[tup
 
 
 def _sample_places(rng: np.random.Generator, count: int) -> list[tuple[float, float]]:
-    """Centres on the table, no two closer than MIN_DISTANCE_M; starts over when the free space ran out."""
+    """Centres on the table, no two closer than MIN_DISTANCE_M; starts over when the free space seems used up."""
     places: list[tuple[float, float]] = []
     refused = 0
     while len(places) < count:

@@ -1,6 +1,6 @@
 """The simulated robot: a six-joint arm with a gripper before a table, two cameras, and the judge of what it touched.
 
-No ROS here. Lengths in m, angles in rad, in the frame of the robot's base (x forward, y left, z up, table top at
+It needs no ROS. Lengths in m, angles in rad, in the frame of the robot's base (x forward, y left, z up, table top at
 z = 0). Legend: J joints (seven, in the order of `JOINTS`), S image side in pixels, n objects of the scene.
 """
 
@@ -22,10 +22,10 @@ CAMERAS: Final = ("scene", "wrist")
 TIMESTEP_S: Final = 0.002
 TIME_LIMIT_S: Final = 8.0
 
-# The tip at (0.30, 0, 0.25), tool down, gripper a little open; a test compares it with tip_to_joints (demonstrator.py).
+# The tip is at (0.30, 0, 0.25), tool down, gripper a little open; a test checks it against demonstrator.tip_to_joints.
 HOME_J: Final = np.array([0.0, -0.0830101436, 1.9181363885, 0.0, 1.3064664088, 0.0, 0.01])
 
-# "point at": the tip stays this close above the object, this long.
+# "point at": the tip must stay this close to the object's axis, in this range of heights above it, for this long.
 POINT_RADIUS_M: Final = 0.03
 POINT_HEIGHT_M: Final = (0.03, 0.10)
 POINT_HOLD_S: Final = 0.5
@@ -49,7 +49,7 @@ _NOMINAL: Final = {
 _OBJECT_BIT, _ALL_BITS = 2, 7
 _SHOWN, _HIDDEN = 1, 5
 _MASS_KG, _INERTIA_KGM2 = 0.25, 2e-4
-# A light touch moves nothing far, and the ball does not roll on: linear in N s/m, angular in N m s/rad.
+# So that a light touch moves nothing far and the ball does not roll away: linear in N s/m, angular in N m s/rad.
 _LINEAR_DAMPING, _ANGULAR_DAMPING = 1.0, 0.004
 _PARKED_Z_M = -1.0
 _LARGEST_PICTURE = 2048
@@ -72,7 +72,7 @@ class Judge:
         self._pointing = scene.task.verb == "point at"
         self._target = scene.target
         self._half_height_n = np.array([item.top_m / 2.0 for item in scene.objects])
-        self._since_n = np.full(len(scene.objects), np.inf)  # since when the tip has been over each object
+        self._since_n = np.full(len(scene.objects), np.inf)  # when the tip came over each object; inf: it is not
         self.verdict = Verdict()
 
     @property
@@ -88,11 +88,11 @@ class Judge:
         return self.verdict.done
 
     def observe(self, time_s: float, touched: set[int], tip: NDArray[np.float64], centres: NDArray[np.float64]) -> None:
-        """One physics step: indices of the objects the gripper touches, the tip [3] and the objects' centres [n, 3]."""
+        """Judges one physics step: the objects that the gripper touches, the tip [3], the objects' centres [n, 3]."""
         if self.verdict.done:
             return
         if touched:
-            # Two at once: the wrong one counts, as the instruction was to touch only one.
+            # If it touches two at once, the wrong one counts, because the instruction names only one.
             wrong = sorted(touched - {self._target})
             reached = wrong[0] if wrong else self._target
             self.verdict = Verdict(reached, success=reached == self._target and not self._pointing, done=True)
@@ -111,12 +111,12 @@ class Judge:
 
 
 class World:
-    """Physics, cameras and judge. Steps only when told to; real time is the caller's affair."""
+    """Physics, cameras and judge; it steps only when told to, so the caller keeps real time."""
 
     joints = JOINTS
 
     def __init__(self, render_size: int = 288, render: bool = True) -> None:
-        """With `render` False no GL library is needed and `render`/`segment` refuse."""
+        """With `render` False no GL library is needed, and the methods `render` and `segment` refuse to work."""
         if not 1 <= render_size <= _LARGEST_PICTURE:
             raise SimulationError(f"render_size: expected 1..{_LARGEST_PICTURE} pixels, got {render_size}")
         self._model = _build_model(render_size)
@@ -143,7 +143,7 @@ class World:
             self._cameras = None
 
     def reset(self, scene: Scene, joint_position_J: ArrayLike | None = None) -> None:
-        """Places the scene's objects, teleports the arm (to HOME_J by default) at rest, clears time and judge."""
+        """Places the scene's objects, puts the arm at rest (at HOME_J by default), resets time and judge."""
         if len(scene.objects) > SLOTS:
             raise SimulationError(f"scene {scene.seed}: expected at most {SLOTS} objects, got {len(scene.objects)}")
         position_J = self._checked(HOME_J if joint_position_J is None else joint_position_J)
@@ -158,10 +158,10 @@ class World:
         self._scene, self._judge = scene, judge
 
     def step(self, command_J: ArrayLike) -> None:
-        """One physics step of TIMESTEP_S towards the commanded positions; beyond a joint's limits the limit counts."""
+        """Makes one physics step of TIMESTEP_S towards the commanded positions, clipped to the joints' limits."""
         judge = self.judge
         self._data.ctrl[:] = self._checked(command_J)
-        # mj_step in its two halves, the second first: contacts and poses then belong to the new joint positions.
+        # The two halves of mj_step, second half first: contacts and poses then match the new joint positions.
         mujoco.mj_step2(self._model, self._data)
         mujoco.mj_step1(self._model, self._data)
         judge.observe(self.time_s, self._touched(), self.tip_position, self.object_positions)
@@ -202,18 +202,18 @@ class World:
         return self._data.xpos[self._bodies[: len(self.scene.objects)]]  # type: ignore[no-any-return]
 
     def render(self, camera: str) -> NDArray[np.uint8]:
-        """RGB picture [S, S, 3] of camera "scene" or "wrist"."""
+        """An RGB image [S, S, 3] of camera "scene" or "wrist"."""
         return self._opened_cameras().render(self._data, camera)
 
     def segment(self, camera: str) -> NDArray[np.int8]:
-        """Index in `scene.objects` of the object seen in each pixel [S, S], -1 elsewhere (arm, table, background)."""
+        """The index in `scene.objects` of the object in each pixel [S, S]; -1 for arm, table and background."""
         geoms = self._opened_cameras().segment(self._data, camera)
         return self._slot_of_geom[geoms]  # geom -1 reads the last entry, which stands for "nothing"
 
     def project(self, camera: str, xyz: ArrayLike) -> tuple[float, float]:
-        """Where a point is seen: (u right, v down) in pixels, (0, 0) the image's upper left corner; may lie outside it.
+        """Where a point appears, in pixels (u right, v down) from the image's upper left corner; maybe outside it.
 
-        Raises SimulationError for a point behind the camera.
+        SimulationError for a point behind the camera.
         """
         if camera not in CAMERAS:
             raise SimulationError(f"camera {camera!r}: expected one of {', '.join(CAMERAS)}")
@@ -230,7 +230,7 @@ class World:
     def _opened_cameras(self) -> Cameras:
         if self._cameras is None:
             raise SimulationError(
-                "no pictures: this world was made with render=False, or is closed; use World(render=True)"
+                "no images: this world was made with render=False, or is closed; use World(render=True)"
             )
         return self._cameras
 
@@ -290,7 +290,7 @@ class _Slot:
 def _build_model(render_size: int) -> Any:
     """The arm of arm.xml with SLOTS object slots.
 
-    The off-screen buffer has the picture's size: it is cleared whole for every picture.
+    The off-screen buffer is no larger than the image, because all of it is cleared for every image.
     """
     spec = mujoco.MjSpec.from_file(str(Path(__file__).with_name("arm.xml")))
     spec.option.timestep = TIMESTEP_S
@@ -308,7 +308,7 @@ def _build_model(render_size: int) -> Any:
         body.inertia = [_INERTIA_KGM2] * 3
         body.add_freejoint(name=f"object{index}")
         for shape, kind in kinds.items():
-            # Compiled at the largest size: MuJoCo derives the bounding boxes of its broad phase here and keeps them.
+            # At the largest size, because MuJoCo computes its broad phase's bounding boxes now and keeps them.
             size = np.array(_NOMINAL[shape]) * SIZE_RANGE[1]
             geom = body.add_geom(name=f"object{index}_{shape}", type=kind, size=size)
             geom.contype, geom.conaffinity, geom.group = _OBJECT_BIT, _ALL_BITS, _SHOWN
@@ -322,7 +322,7 @@ def _build_model(render_size: int) -> Any:
 
 
 def _index_geoms(model: Any) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
-    """By geom: its object slot or -1 (with one more -1 at the end), and whether it can touch for the gripper."""
+    """For each geom, its object slot or -1 (and one more -1 at the end), and whether it counts as the gripper."""
     slot_of_geom = np.full(model.ngeom + 1, -1, dtype=np.int8)
     gripper_geom = np.zeros(model.ngeom, dtype=np.bool_)
     for geom in range(model.ngeom):

@@ -158,7 +158,7 @@ def test_command_writes_report_and_recommendation(
     assert found["settings"][0]["jerk"] == metrics["seam"]["jerk_rms"] > 0.0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3].startswith("realtime_factor")  # the replay's summary comes first
-    assert lines[-2].startswith("sweep: 2 settings and the given one; ") and lines[-1] == f"see {out / RECOMMENDED}"
+    assert lines[-2].startswith("sweep: 2 settings and the given ones; ") and lines[-1] == f"see {out / RECOMMENDED}"
     assert (
         lines[-2].partition("; ")[2].startswith(("keep the given settings: With", "take executor ", "take execution_h"))
     )

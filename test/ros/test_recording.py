@@ -218,7 +218,7 @@ def test_impossible_options_are_refused_at_once(
     (tmp_path / "bag").mkdir()
     recording = record(*arguments)
     assert recording.process.wait(PATIENCE_S) == 2
-    assert recording.output.startswith("record: ") and fault in recording.output
+    assert recording.output.startswith("python -m ki_vla_ros.record: ") and fault in recording.output
 
 
 def test_without_a_policy_there_is_no_bag(record: Callable[..., Recording]) -> None:

@@ -27,7 +27,7 @@ except SimulationError as error:
 
 def test_unknown_gl_library_is_named() -> None:
     result = run_python(REPORT, MUJOCO_GL="bogus")
-    assert result.stdout.strip() == "MUJOCO_GL='bogus': expected 'egl', 'osmesa' or not set; run 'unset MUJOCO_GL'"
+    assert result.stdout.strip() == "MUJOCO_GL='bogus': expected 'egl', 'osmesa' or unset; run 'unset MUJOCO_GL'"
     assert result.stderr == ""
 
 

@@ -1,4 +1,4 @@
-"""Many settings tried over one bag, and which of them to take."""
+"""Tries many settings over one bag and recommends the best."""
 
 from ki_vla_ros.replay.sweep.advice import Advice, sweep_section
 from ki_vla_ros.replay.sweep.grid import make_grid

@@ -1,4 +1,4 @@
-"""What a sweep found: the trade-off as a table and a plot, and the settings that it recommends, with the reason.
+"""What a sweep found: the trade-off as a table and a plot, and the recommended settings with the reason.
 
 Legend: C candidates, G segments of time, J joints, R draws.
 """
@@ -22,18 +22,20 @@ from ki_vla_ros.settings import NODE, PARAMETERS
 from ki_vla_ros.statistics import FEWEST_SEGMENTS, Draws, interval_95
 
 Array = NDArray[np.float64]
-# Share of ticks with holds, refusals or missed deadlines: this much more than the best counts as equal.
-FAILURES_ALIKE = 0.005
-# Seams up to this much rougher than the smoothest count as equally smooth.
-SMOOTH_ALIKE = 1.1
+# A share of failed ticks (held, refused or late) that exceeds the least by no more than this counts as equal.
+EQUAL_FAILURES = 0.005
+# Seams rougher than the smoothest by no more than this factor count as equally smooth.
+EQUAL_SMOOTHNESS = 1.1
 KEEP = "keep the given settings"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting's figures. `error`: rms of the commanded motion from the reference in the model's units (1: half of
-    an action's range); `error_main`: the same in rad, over the joints that turn (or in m where none does); `jerk`:
-    of the commanded motion, in rad/s^3 over these, in the sweep's run.
+    """One setting's figures.
+
+    `error`: rms deviation of the commanded motion from the reference, in the model's units (1: half of an action's
+    range). `error_main`: the same in rad over the revolute joints, or in m where there are none. `jerk`: of the
+    commanded motion of these joints, in rad/s^3 or m/s^3, in the sweep's own run.
     """
 
     changes: Changes
@@ -54,8 +56,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Advice:
-    """`rows` in the grid's order, the given settings first; `chosen` is the index of the recommended one. `source` says
-    what was swept over. `period_s`: of the actions.
+    """The outcome of a sweep.
+
+    `rows` are in the grid's order, the given settings first; `chosen` is the index of the recommended row. `source`:
+    what was swept over, in words. `period_s`: the action period.
     """
 
     grid: Grid
@@ -68,21 +72,24 @@ class Advice:
 
     @property
     def verdict(self) -> str:
-        """What to do, as "take executor rtc, execution_horizon 6 actions (0.3 s)"."""
+        """What to do, in words: "take executor rtc, execution_horizon 6 actions (0.3 s)"."""
         return f"take {told}" if (told := _told(self.rows[self.chosen].changes, self.period_s)) else KEEP
 
 
 def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int, source: str) -> Advice:
-    """Fewest failures, then least error as far as the bag can tell, then smoothest, then fewest inferences."""
+    """Picks the setting with fewest failures, then least error, then smoothest seams, then fewest inferences.
+
+    Settings count as equal where the bag cannot tell them apart.
+    """
     scale_J = (np.array(spec.action.high) - np.array(spec.action.low)) / 2.0
-    turning_J = np.array([joint.unit == "rad" for joint in spec.joints])
-    main_J, unit = (turning_J, "rad") if turning_J.any() else (~turning_J, "m")
+    revolute_J = np.array([joint.unit == "rad" for joint in spec.joints])
+    main_J, unit = (revolute_J, "rad") if revolute_J.any() else (~revolute_J, "m")
     draws = _draws(outcomes, lambda square_J: float(np.sum(square_J / scale_J**2)), len(spec.joints), seed)
     error_C, error_RC = _roots(draws.total, draws.count), None if draws.drawn is None else _roots(*draws.drawn)
     failures_C = np.array([(o.held + o.refused + o.missed) / max(o.ticks + o.missed, 1) for o in outcomes])
-    able_C = (failures_C <= failures_C.min() + FAILURES_ALIKE) & np.isfinite(error_C)
+    able_C = (failures_C <= failures_C.min() + EQUAL_FAILURES) & np.isfinite(error_C)
     if not able_C.any():  # no reference, so only failures and seams can be judged
-        able_C = failures_C <= failures_C.min() + FAILURES_ALIKE
+        able_C = failures_C <= failures_C.min() + EQUAL_FAILURES
         good_C = able_C
     else:
         best = int(np.argmin(np.where(able_C, error_C, np.inf)))
@@ -119,32 +126,30 @@ def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int,
 
 def _choose(rows: Sequence[Row]) -> int:
     good = [c for c, row in enumerate(rows) if row.as_good]
-    # An executor that comes to rest before each chunk has no seams, and none of this merit.
+    # An executor that comes to rest before each chunk has no seams, so it cannot win by smooth ones.
     seams = [jump for c in good if (jump := rows[c].jump) is not None]
     if seams:
-        limit = SMOOTH_ALIKE * min(seams)
+        limit = EQUAL_SMOOTHNESS * min(seams)
         smooth = [c for c in good if (jump := rows[c].jump) is not None and jump <= limit]
     else:
         smooth = good
     fewest = min(rows[c].chunks_per_s for c in smooth)
-    # 2 % fewer chunks are a matter of where the bag ends.
+    # A difference of 2 % in chunks depends on where the bag ends.
     return min((c for c in smooth if rows[c].chunks_per_s <= 1.02 * fewest), key=lambda c: (rows[c].error or 0.0, c))
 
 
 def _untold(rows: Sequence[Row], able_C: NDArray[np.bool_], draws: Draws) -> str:
-    """Where the intervals tell no two settings apart though their errors differ; "" where they do."""
+    """A sentence if errors differ but the intervals tell no two settings apart; "" otherwise."""
     able = [row for row, is_able in zip(rows, able_C, strict=True) if is_able]
     if len({row.error for row in able} - {None}) < 2:
         return ""
     if draws.drawn is None:
         return (
-            f"The bag is too short to tell: intervals need {FEWEST_SEGMENTS} segments of time, so the errors count as "
-            "they are."
+            f"The bag is too short to tell: intervals need {FEWEST_SEGMENTS} segments of time, so the errors are "
+            "compared as they are."
         )
     if all(row.as_good for row in able):
-        return (
-            "The bag is too short to tell which setting has the least error: none differs from the least beyond chance."
-        )
+        return "The bag is too short to tell which setting has the least error: the differences may all be chance."
     return ""
 
 
@@ -156,8 +161,8 @@ def _reason(rows: Sequence[Row], chosen: int, unit: str, untold: str) -> str:
         parts.append("The bag has no reference, so only holds, refusals and seams could be compared.")
     else:
         parts.append(
-            f"With these settings the commanded motion is {row.error_main:.3g} {unit} (rms) from what the bag shows; "
-            f"{good} of {len(rows)} settings are as near as the bag can tell (least error {least:.3g}, this one "
+            f"With these settings the commanded motion is {row.error_main:.3g} {unit} (rms) from the reference; as far "
+            f"as the bag can tell, {good} of {len(rows)} settings are equally near (least error {least:.3g}, this one "
             f"{row.error:.3g}, in the model's units)."
         )
     if untold:
@@ -165,12 +170,13 @@ def _reason(rows: Sequence[Row], chosen: int, unit: str, untold: str) -> str:
     jumps = [other.jump for other in rows if other.as_good and other.jump is not None]
     if row.jump is not None and jumps:
         parts.append(
-            f"Among those they are one of the smoothest: {row.jump:.2g} {unit} from chunk to chunk (the roughest: "
-            f"{max(jumps):.2g}), and of the equally smooth they infer least, {row.chunks_per_s:.1f} chunks per second."
+            f"Among those, these settings are one of the smoothest: {row.jump:.2g} {unit} from chunk to chunk (the "
+            f"roughest: {max(jumps):.2g}). Of the equally smooth ones they infer least often: {row.chunks_per_s:.1f} "
+            "chunks per second."
         )
     parts.append(
-        f"The arm was held, refused or the deadline missed in {row.failures:.1%} of the ticks; the best setting in "
-        f"{min(other.failures for other in rows):.1%}."
+        f"In {row.failures:.1%} of the ticks the arm was held, the chunk refused or the deadline missed; with the best "
+        f"setting in {min(other.failures for other in rows):.1%}."
     )
     given = rows[0]
     if chosen and given.error_main is not None and row.error_main is not None:
@@ -182,13 +188,13 @@ def _reason(rows: Sequence[Row], chosen: int, unit: str, untold: str) -> str:
 
 
 CAUTION = (
-    "A bag cannot answer back: the arm in it did what it did. How fast a setting reacts to what it causes is not in "
-    "these figures, only how old the images behind its actions are (age). Try it on the robot before you keep it."
+    "The arm in a bag does not react to the policy. These figures do not show how fast a setting reacts to what it "
+    "causes, only how old the images behind its actions are (age). Try it on the robot before you keep it."
 )
 
 
 def recommended_yaml(advice: Advice) -> str:
-    """A parameter file with the differences from the given settings alone."""
+    """A parameter file with only the differences from the given settings."""
     row = advice.rows[advice.chosen]
     lines = [f"Recommended by a sweep of {len(advice.rows)} settings over {advice.source}.", ""]
     lines += [f"{_sentence(advice.verdict)}.", "", advice.reason, "", CAUTION]
@@ -199,7 +205,7 @@ def recommended_yaml(advice: Advice) -> str:
 
 
 def sweep_section(advice: Advice) -> str:
-    """For the report."""
+    """The sweep's section of the report, as HTML."""
     grid, unit = advice.grid, advice.unit
     given = parameters_of(grid.candidates[0].settings)
     swept = [name for name in grid.names if name in {n for row in advice.rows for n in row.changes}]
@@ -230,8 +236,8 @@ def sweep_section(advice: Advice) -> str:
     left_out = f"{grid.asked} asked for, {grid.same} of them do the same as another" + (":" if refused else ".")
     listed = f"<details><summary>{left_out}</summary><ul>{refused}</ul></details>" if refused else f"<p>{left_out}</p>"
     note = (
-        "Error: the commanded motion against what the bag shows. Settings whose error the bag cannot tell from the "
-        f"least come first. Jerk is of the sweep's own run; the replay above draws other noise. {CAUTION}"
+        "Error: the commanded motion against the reference. Settings whose error the bag cannot tell from the least "
+        f"come first. Jerk is from the sweep's own run; the replay above draws other noise. {CAUTION}"
     )
     drawn = _trade_off(advice, given)
     position = order.index(advice.chosen)
@@ -239,7 +245,7 @@ def sweep_section(advice: Advice) -> str:
 
 
 def sweep_document(advice: Advice) -> dict[str, Any]:
-    """What sweep.json holds."""
+    """The content of sweep.json."""
     grid = advice.grid
     return {
         "asked": grid.asked,
@@ -253,7 +259,7 @@ def sweep_document(advice: Advice) -> dict[str, Any]:
 
 
 def _trade_off(advice: Advice, given: Mapping[str, Value]) -> str:
-    """Error against seams, and against the rate of inferences; a colour per executor."""
+    """Plots of error against seams and against the rate of inferences, with a colour per executor."""
     executors = sorted({str(row.changes.get("executor", given["executor"])) for row in advice.rows})
     figures = []
     for title, x_unit, values in (
@@ -282,7 +288,7 @@ def _trade_off(advice: Advice, given: Mapping[str, Value]) -> str:
 
 
 def _draws(outcomes: Sequence[Outcome], weigh: Callable[[Array], float], joints: int, seed: int) -> Draws:
-    """Sums and counts [G, C]: the same segments are drawn for all candidates, so that they can be compared in pairs."""
+    """Sums and counts [G, C]; the same segments are drawn for all candidates, so they can be compared in pairs."""
     segments = sorted({segment for outcome in outcomes for segment in outcome.squares})
     total_GC, count_GC = np.zeros((len(segments), len(outcomes))), np.zeros((len(segments), len(outcomes)))
     for c, outcome in enumerate(outcomes):
@@ -299,7 +305,7 @@ def _roots(total: Array, count: Array) -> Array:
 
 
 def _as_good(error_C: Array, error_RC: Array | None, best: int) -> NDArray[np.bool_]:
-    """Not worse than `best` in more than 97.5 % of the draws; without draws only what is not worse at all."""
+    """Which candidates [C] are worse than `best` in at most 97.5 % of the draws; without draws, those not worse."""
     if error_RC is None:
         return np.asarray(error_C <= error_C[best])
     worse_RC = error_RC - error_RC[:, [best]]
@@ -335,7 +341,7 @@ def _told(changes: Changes, period_s: float) -> str:
 
 
 def _value(name: str, value: Value, period_s: float) -> str:
-    """As in a parameter file; a horizon also in actions, as --sweep counts it."""
+    """A value as in a parameter file; a horizon in actions too, as --sweep counts it."""
     if name != HORIZON_S:
         return _yaml(value)
     actions = round(float(value) / period_s, 2)

@@ -1,8 +1,8 @@
-"""What a sweep measures of one setting: how well the arm would have been where the bag's was, and at what price.
+"""What a sweep measures for one setting: how close the arm would have been to the recorded one, and at what price.
 
-The chunk's own error (metrics.json) hardly depends on these settings. What does is which of its actions count: so the
-commanded motion, after executor, gate and governor, is compared with the reference at each instant that an action is
-due, until the next chunk takes over. Legend: J joints, G segments of time.
+The error of the chunks themselves (metrics.json) hardly depends on these settings; which of their actions count does.
+So the commanded motion, after executor, gate and governor, is compared with the reference whenever an action is due,
+until the next chunk takes over. Legend: J joints, N instants.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ Array = NDArray[np.float64]
 
 @dataclass
 class Outcome:
-    """Of one setting. `squares` (errors) and `jumps`: by segment of time, sums [J] of squares and how many there were.
-    `jerk_rms`: as `seam.jerk_rms` of metrics.json. `age_s`: summed over the `acted` actions, since the observations
-    they came from.
+    """The sums for one setting.
+
+    `squares` (of errors) and `jumps`: by segment of time, sums [J] of squares and how many there were. `jerk_rms`: as
+    `seam.jerk_rms` in metrics.json. `acted`: actions that counted; `age_s`: the sum of their ages, each since the
+    observation it came from.
     """
 
     ticks: int = 0
@@ -48,10 +50,10 @@ class Execution:
         self._segment_ns = to_ns(segment_s)
         self._joints = len(spec.joints)
         self._first_ns: int | None = None
-        self._chunk: Prediction | None = None  # the one whose actions count at present
-        self._motions: list[Motion] = []  # since it was made, and the one before
-        turning_J = np.array([joint.unit == "rad" for joint in spec.joints])
-        self._jerk = Jerk(np.flatnonzero(turning_J if turning_J.any() else ~turning_J))
+        self._chunk: Prediction | None = None  # the chunk whose actions count at present
+        self._motions: list[Motion] = []  # those since that chunk, and the last one before it
+        revolute_J = np.array([joint.unit == "rad" for joint in spec.joints])
+        self._jerk = Jerk(np.flatnonzero(revolute_J if revolute_J.any() else ~revolute_J))
 
     def add(self, tick: Tick) -> None:
         outcome = self.outcome
@@ -80,7 +82,7 @@ class Execution:
         return self.outcome
 
     def _settle(self, until_ns: int | None) -> None:
-        """The actions of the present chunk that count, now that it is known when it was replaced."""
+        """Adds up the present chunk's actions that count, once it is known when it was replaced."""
         chunk = self._chunk
         if chunk is None or not self._motions:
             return

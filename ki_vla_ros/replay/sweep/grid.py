@@ -1,4 +1,4 @@
-"""Which settings a sweep tries: ranges from the command line -> settings, each behaviour once.
+"""Which settings a sweep tries: turns ranges from the command line into settings, each behaviour once.
 
     execution_horizon=1..H inference_delay=0..4 executor=asynchronous,rtc
 
@@ -29,7 +29,7 @@ Value = bool | int | float | str
 Changes = Mapping[str, Value]
 HORIZON, HORIZON_S = "execution_horizon", "execution_horizon_s"
 _RANGE = re.compile(r"^(-?[0-9.]+)\.\.(-?[0-9.]+|H)(?:/([0-9.]+))?$")
-# Parameters that only some executors use. With the others a sweep leaves them as they were.
+# Parameters that only some executors use. With other executors a sweep leaves them unchanged.
 _ONLY_FOR = {
     "execution_horizon_s": ("synchronous", "asynchronous", "rtc", "rtc_trained"),
     "inference_delay": ("rtc", "rtc_trained"),
@@ -37,7 +37,7 @@ _ONLY_FOR = {
     "guidance_weight": ("rtc",),
     "ensemble_decay": ("temporal_ensemble",),
 }
-# They belong to the machine or to the bag; another bundle or engine is another replay.
+# Parameters that belong to the machine or to the bag; another bundle or engine needs another replay.
 _FIXED = re.compile(
     r"^(bundle|engine|provider|torch_mode|engine_cache|threads|autostart|instruction|dry_run|robot_description|.*_?topic|"
     r"publish_mode|use_receive_time|cameras\..*)$"
@@ -46,7 +46,7 @@ _FIXED = re.compile(
 
 @dataclass(frozen=True)
 class Candidate:
-    """`changes`: the parameters, by name, that differ from the given settings."""
+    """Settings to try; `changes`: the parameters that differ from the given settings, by name."""
 
     changes: Changes
     settings: Settings
@@ -54,8 +54,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Grid:
-    """`asked`: points of the grid. `refused`: reasons why settings are not possible, and how many of each. `same`:
-    points left out because another one does the same.
+    """The settings to try, and what became of the other points.
+
+    `asked`: points of the grid. `refused`: reasons why points are not possible, with counts. `same`: points left out
+    because another one behaves the same.
     """
 
     names: tuple[str, ...]
@@ -66,8 +68,9 @@ class Grid:
 
 
 def make_grid(texts: Sequence[str], base: Settings, manifest: PolicySpec) -> Grid:
-    """The settings to try, the given ones first. ConfigurationError for a text that is no range, or if nothing but the
-    given settings is possible.
+    """The settings to try, the given ones first.
+
+    ConfigurationError for a text that is no range, or if only the given settings are possible.
     """
     axes = dict(_axis(text, manifest) for text in texts)
     if len(axes) != len(texts):
@@ -101,14 +104,18 @@ def make_grid(texts: Sequence[str], base: Settings, manifest: PolicySpec) -> Gri
 def _axis(text: str, manifest: PolicySpec) -> tuple[str, tuple[Value, ...]]:
     name, equals, listed = text.partition("=")
     if not equals or not listed:
-        raise ConfigurationError(f"--sweep {text}: expected name=values, as execution_horizon=1..H or executor=rtc")
+        raise ConfigurationError(
+            f"--sweep {text}: expected NAME=VALUES, for example execution_horizon=1..H or executor=rtc"
+        )
     parts = [value for part in listed.split(",") for value in _values(part, manifest.horizon, text)]
     if name == HORIZON:
         numbers = [_typed(part, 1, text) for part in parts]
         return HORIZON_S, tuple(round(int(n) * manifest.action_period_s, 9) for n in numbers)
     check_names([name])
     if _FIXED.match(name):
-        raise ConfigurationError(f"--sweep {text}: {name} cannot be swept; it is not how chunks are made or executed")
+        raise ConfigurationError(
+            f"--sweep {text}: {name} cannot be swept: it does not change how chunks are made or executed"
+        )
     specs = parameter_specs([camera.name for camera in manifest.cameras], manifest.joint_names)
     spec = next(spec for spec in specs if spec.name == name)
     return name, tuple(_checked(_typed(part, spec.default, text), spec, text) for part in parts)
@@ -142,7 +149,7 @@ def _checked(value: Value, spec: ParameterSpec, text: str) -> Value:
 
 
 def _behaviour(settings: Settings, manifest: PolicySpec) -> tuple[object, ...]:
-    """Equal for settings that no replay could tell apart."""
+    """A key that is equal for settings that no replay could tell apart."""
     values = dict(parameters_of(settings))
     values |= {name: 0 for name in _ONLY_FOR if not is_used(name, settings.executor)}
     if settings.executor == "synchronous":
@@ -150,7 +157,7 @@ def _behaviour(settings: Settings, manifest: PolicySpec) -> tuple[object, ...]:
         values["execution_horizon_s"] = max(1, min(manifest.horizon, executed))
     elif values["execution_horizon_s"]:
         ticks = settings.execution_horizon_s * settings.rate_hz
-        # Halfway between two ticks, a millisecond more or less decides.
+        # Halfway between two ticks, a millisecond more or less decides, so such horizons are kept apart.
         halfway = ticks > 1.0 and abs(ticks % 1.0 - 0.5) < 0.1
         values["execution_horizon_s"] = round(ticks, 3) if halfway else float(max(1, round(ticks)))
     return tuple(sorted(values.items()))
@@ -162,6 +169,6 @@ def is_used(name: str, executor: str) -> bool:
 
 
 def parameters_of(settings: Settings) -> dict[str, Value]:
-    """By dotted name, as they would stand in a parameter file."""
+    """Values by dotted name, as in a parameter file."""
     values = parameter_values(settings, list(settings.cameras), list(settings.limits.joints))
     return cast("dict[str, Value]", values)

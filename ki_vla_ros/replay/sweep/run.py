@@ -1,8 +1,8 @@
-"""Many settings over one bag: all cores, each process drives its share side by side, tick by tick.
+"""Many settings over one bag, on all cores: each process drives its share of the settings together, tick by tick.
 
-Side by side, they read the bag once and share what they have in common (replay/sweep/shared_engine.py). All start a
-tick's chunk from the same noise, so that settings are compared and not noise. With a latency that is not measured anew,
-two sweeps give the same bytes, whatever the number of processes.
+Driven together, they read the bag once and share what they have in common (replay/sweep/shared_engine.py). All start a
+tick's chunk from the same noise, so the sweep compares settings and not noise. With the same latencies, two sweeps give
+the same bytes, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from ki_vla_ros.replay.ticks import Tick
 from ki_vla_ros.replay.topics import ReplayTopics
 
 SWEEP, RECOMMENDED = "sweep.json", "recommended.yaml"
-# Decoded messages that are kept for all settings: about two seconds of them.
+# Decoded messages kept for all settings to share: about two seconds of them.
 FRAMES_KEPT, READINGS_KEPT = 128, 1024
 PROGRESS_PERIOD_S = 0.5
 
 
 @dataclass(frozen=True)
 class SweepInputs:
-    """What every process needs to begin. `latency` makes a model of its own for each setting."""
+    """What every process needs to begin; `latency` makes a new latency model for each setting."""
 
     bag: Path
     bundle: Path
@@ -62,9 +62,10 @@ def sweep(
     metrics: Mapping[str, Any],
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Advice:
-    """Tries the settings of the grid. `metrics` are those of `replay` with the given settings and the same `options`;
-    measured latencies are drawn from them. `on_progress` gets the share of the bag that is done; what it raises ends
-    all.
+    """Tries the settings of the grid over the bag.
+
+    `metrics` are those of `replay` with the given settings and the same `options`; if the latency is measured, it is
+    drawn from them. `on_progress` gets the share of the bag that is done; if it raises, the sweep ends.
     """
     seed = setup.settings.noise_seed
     inputs = SweepInputs(
@@ -94,11 +95,11 @@ def try_settings(
     processes: int | None = None,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> list[Outcome]:
-    """Outcomes in the candidates' order; by default a process per core."""
+    """The outcomes in the candidates' order; by default with one process per core."""
     count = max(1, min(processes or os.cpu_count() or 1, len(candidates)))
     if count == 1:
         return _drive(inputs, candidates, on_progress)
-    # Those that infer most often cost most: dealt out in turn, so that no process gets them all.
+    # Settings that infer most often cost most; they are dealt out in turn, so that no process gets them all.
     order = sorted(range(len(candidates)), key=lambda i: _cost(candidates[i]), reverse=True)
     shares = [order[first::count] for first in range(count)]
     outcomes: list[Outcome | None] = [None] * len(candidates)
@@ -119,7 +120,10 @@ def try_settings(
 
 
 def _latency(model: Latency, metrics: Mapping[str, Any], seed: int) -> Callable[[], Latency]:
-    """Makes equal models, one per setting. Measured latencies are drawn from: side by side nothing can be timed."""
+    """A function that makes equal latency models, one per setting.
+
+    Measured latencies are drawn from the replay's: settings that run together and share results cannot be timed.
+    """
     if not isinstance(model, MeasuredLatency):
         return functools.partial(_again, model)
     durations_ns = [to_ns(took_s) for took_s in metrics["timing"]["latency_s"]]
@@ -131,12 +135,12 @@ def _again(model: Latency) -> Latency:
 
 
 _done: Any = None
-"""In each process: how far every process is."""
+"""In each process: the share of the bag that each process has done."""
 
 
 def _remember(done: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; only the first one acts on it
-    global _done  # a pool hands shared memory on at its processes' start alone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; only the parent acts on it
+    global _done  # a pool can pass shared memory only when its processes start
     _done = done
 
 
@@ -145,7 +149,7 @@ def _drive_share(place: int, inputs: SweepInputs, candidates: Sequence[Candidate
 
 
 def _cost(candidate: Candidate) -> tuple[bool, float]:
-    """Guided chunks share nothing but the prefix."""
+    """A sort key by cost: guided chunks share only the prefix, so they cost most."""
     settings = candidate.settings
     guided = settings.executor in ("rtc", "rtc_trained")
     period_s = 0.0 if settings.executor == "temporal_ensemble" else settings.execution_horizon_s
@@ -155,7 +159,7 @@ def _cost(candidate: Candidate) -> tuple[bool, float]:
 def _drive(
     inputs: SweepInputs, candidates: Sequence[Candidate], on_progress: Callable[[float], None] = lambda share: None
 ) -> list[Outcome]:
-    """All candidates through one engine and one reading of the bag, each a tick further in turn."""
+    """Drives all candidates through one engine and one reading of the bag, each by one tick in turn."""
     bundle = load_bundle(inputs.bundle)
     engine = open_engine(bundle, candidates[0].settings, lambda text: None)
     with closing(engine), open_bag(inputs.bag) as whole:
@@ -189,7 +193,7 @@ def _drive(
 
 
 class _SharedBag:
-    """A bag whose messages are read once for several readers that keep abreast of each other."""
+    """A bag whose messages are read once for several readers that advance together."""
 
     def __init__(self, bag: Bag, readers: int) -> None:
         self._bag, self._readers, self.path = bag, readers, bag.path

@@ -1,7 +1,7 @@
-"""One engine for several replays side by side: what one has computed, the others reuse.
+"""One engine for several replays that run together: what one has computed, the others reuse.
 
 Settings that only change how chunks are executed see the same inputs at the same tick. Driven tick by tick, they share
-the backbone's keys and values, and where they also start from the same noise with no guide, the chunk as well.
+the backbone's keys and values and, if they also start from the same noise without a guide, the chunk too.
 Legend: H horizon, A action dim, S width of the state token.
 """
 
@@ -20,7 +20,7 @@ Array = NDArray[np.float32]
 
 
 class SharedEngine:
-    """Wraps an engine, whose results it keeps until the next input that differs. Closing is left to the owner."""
+    """Wraps an engine and keeps its results until the input changes; the owner closes the engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -28,12 +28,12 @@ class SharedEngine:
         self._digest = b""
         self._cache: KVCache | None = None
         self._known: dict[tuple[object, ...], Array] = {}
-        # Which protocols it fulfils depends on what it wraps.
+        # Which protocols this object fulfils depends on the engine it wraps.
         if isinstance(engine, IntegratingEngine):
-            self.integrate: Callable[..., Array] = self._memorized(engine.integrate)
+            self.integrate: Callable[..., Array] = self._memoized(engine.integrate)
         if isinstance(engine, DifferentiableEngine):
             self.pullback: Callable[..., Array] = engine.pullback
-        self._velocity = self._memorized(engine.velocity)
+        self._velocity = self._memoized(engine.velocity)
 
     def prefill(self, model_input: ModelInput) -> KVCache:
         digest = hashlib.blake2b(digest_size=16)
@@ -52,7 +52,7 @@ class SharedEngine:
 
     def close(self) -> None: ...
 
-    def _memorized(self, compute: Callable[..., Array]) -> Callable[..., Array]:
+    def _memoized(self, compute: Callable[..., Array]) -> Callable[..., Array]:
         def call(
             cache: KVCache, state_S: Array | None, x_t_HA: Array, time_or_steps: float, clean_H: NDArray[np.bool_]
         ) -> Array:

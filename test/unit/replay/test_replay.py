@@ -139,10 +139,13 @@ def test_nothing_is_overwritten_but_what_a_replay_wrote(
     replay(inputs, tmp_path / "out", bundle, "--latency", "0.5")
     again = tmp_path / "out" / "predicted"
     replay(again, tmp_path / "out", bundle, code=ExitCode.FAILED)
-    assert "expected a folder that does not hold" in capsys.readouterr().err and (again / "predicted.mcap").is_file()
+    assert "expected a folder without the bag" in capsys.readouterr().err and (again / "predicted.mcap").is_file()
     (again / "notes.txt").write_text("keep me")
     replay(inputs, tmp_path / "out", bundle, code=ExitCode.FAILED)
-    assert "expected nothing in" in capsys.readouterr().err and (again / "notes.txt").read_text() == "keep me"
+    assert (
+        "expected only an earlier replay's files in" in capsys.readouterr().err
+        and (again / "notes.txt").read_text() == "keep me"
+    )
 
 
 def read_bytes(folder: Path) -> bytes:
@@ -301,8 +304,8 @@ def test_a_broken_image_is_refused_and_the_one_before_is_used(tmp_path: Path, bu
         ("", ["--set", "rate_hz=fast"], "rate_hz"),
         ("", ["--set", "rate=5"], "parameter 'rate': no such parameter; did you mean 'rate_hz'?"),
         ("", ["--latency", "-1"], "--latency"),
-        ("", ["--ticks", "recorded"], "no recorded ticks"),
-        ("", ["--latency", "recorded"], "expected --ticks recorded beside it"),
+        ("", ["--ticks", "recorded"], "expected recorded ticks, got none"),
+        ("", ["--latency", "recorded"], "expected --ticks recorded with it"),
         ("", ["--fail-if", "error.rsm>0.1"], "error.rsm"),
         ("", ["--instruction", "zyx"], "zyx"),
     ],

@@ -36,7 +36,7 @@ def choose(*outcomes: Outcome) -> Advice:
 def test_fewest_failures_come_before_everything() -> None:
     advice = choose(outcome(0.01, held=5), outcome(0.03), outcome(0.01, held=5), outcome(0.01, held=5))
     assert advice.chosen == 1
-    assert "missed in 0.0% of the ticks" in advice.reason
+    assert "In 0.0% of the ticks the arm was held" in advice.reason
 
 
 def test_least_error_where_the_bag_can_tell() -> None:
