@@ -1,4 +1,4 @@
-"""Fixtures and marks of all tests. Whatever talks over ROS does so on a domain of its own, to this machine only."""
+"""Fixtures and marks of all tests; whatever talks over ROS does so on its own domain, to this machine only."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from support.loop_rig import Rig
     from support.robots import PolicyProcess, Robot
 
-# From 61 on the demo looks for a free domain of its own.
+# The demo looks for a free domain from 61 on.
 _DOMAINS = 60
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-# Another run on this machine begins at another domain.
+# Another run on this machine starts at another domain.
 _run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
 _own_domains = itertools.cycle([1 + (_run + i) % _DOMAINS for i in range(_worker, _DOMAINS, _workers)])
 
 # For tests that start ROS without the fixture, and for whatever they start; a domain must never be the user's.
 os.environ["ROS_DOMAIN_ID"] = str(next(_own_domains))
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
-os.environ["ROS_PYTHON_CHECK_FIELDS"] = "1"  # otherwise a misspelt message field is published without a word
+os.environ["ROS_PYTHON_CHECK_FIELDS"] = "1"  # otherwise a misspelt message field is published silently
 os.environ.setdefault("ROS_LOG_DIR", tempfile.mkdtemp(prefix="ros_log_"))
 
 
@@ -36,9 +36,9 @@ os.environ.setdefault("ROS_LOG_DIR", tempfile.mkdtemp(prefix="ros_log_"))
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
-# For tests that export, trace and search long, and for those that start processes and wait several times.
+# For tests that export, trace or search for long, and for those that start processes and wait several times.
 SLOW_LIMIT_S = 600
-# Whoever uses these waits for an export.
+# Fixtures that wait for an export.
 _EXPORTED = {"made", "half", "exported"}
 
 
@@ -59,10 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def ros_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """Puts this test on a domain of its own, with its logs in `tmp_path`; returns the environment for its processes."""
+    """Puts this test on its own domain, with its logs in `tmp_path`; returns the environment for its processes."""
     from ki_vla_ros.ros.children import is_free
 
-    # Other runs of these tests on this machine walk through the same domains, each from another one on.
+    # Other runs of these tests on this machine walk through the same domains, each from a different start.
     domain = next((domain for domain in itertools.islice(_own_domains, _DOMAINS) if is_free(domain)), None)
     assert domain is not None, f"no free ROS domain from 1 to {_DOMAINS}"
     monkeypatch.setenv("ROS_DOMAIN_ID", str(domain))

@@ -1,7 +1,7 @@
 """TensorRT (`tensorrt`) and TensorRT for RTX (`tensorrt_rtx`): finding a version that is new enough, and its calls.
 
 Both modules have one API, without type stubs. The protocols below are the part of it that this package calls;
-test_tensorrt_library.py holds them against the installed module, name by name and argument by argument.
+test_tensorrt_library.py checks them against the installed module, name by name and argument by argument.
 """
 
 from __future__ import annotations

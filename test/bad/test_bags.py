@@ -1,4 +1,4 @@
-"""Bags as robots leave them: what can be read is read, what cannot is said, and nothing else is."""
+"""Bags as robots leave them: what can be read is read, what cannot is named, and nothing is made up."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_what_can_be_read_is_read_and_the_rest_is_named(name: str, tmp_path: Pat
         ("truncated compressed file", 0.0),
     ],
 )
-def test_most_of_what_is_there_is_read(name: str, least: float, tmp_path: Path) -> None:
+def test_most_of_a_damaged_bag_is_read(name: str, least: float, tmp_path: Path) -> None:
     with open_bag(CASES[name].make(tmp_path)) as bag:
         assert len(list(bag.messages())) >= least * len(recording())
 
@@ -97,7 +97,7 @@ def message(kind: str, data: bytes) -> BagMessage:
     return BagMessage("/topic", kind, 5, data)
 
 
-def test_trailing_bytes_do_not_matter() -> None:
+def test_trailing_bytes_are_ignored() -> None:
     data = sample_bags.joint_state(7, sample_bags.MIDDLE_J)
     for trailing in (0, 1, 4, 100):
         reading = joint_reading(message(sample_bags.JOINT_STATE, data + bytes(trailing)))
@@ -118,12 +118,12 @@ def test_trailing_bytes_do_not_matter() -> None:
         (sample_bags.STRING, b"\0\1\0\0\xff\xff\xff\xff", "expected a std_msgs/msg/String"),
     ],
 )
-def test_what_is_no_message_is_refused(kind: str, data: bytes, fault: str) -> None:
+def test_bytes_that_are_not_a_message_are_refused(kind: str, data: bytes, fault: str) -> None:
     with pytest.raises(InputError, match=fault):
         decode(message(kind, data))
 
 
-def test_images_that_are_none_are_refused() -> None:
+def test_bytes_that_are_not_an_image_are_refused() -> None:
     with pytest.raises(InputError, match="expected sensor_msgs/msg/Image or"):
         camera_frame(message(sample_bags.STRING, sample_bags.text("x")), "scene")
     for content, fault in [
@@ -135,7 +135,7 @@ def test_images_that_are_none_are_refused() -> None:
             camera_frame(message(sample_bags.COMPRESSED_IMAGE, sample_bags.jpeg(0, content)), "scene")
 
 
-def test_faults_are_not_listed_without_end() -> None:
+def test_the_list_of_faults_is_limited() -> None:
     faults = Faults()
     for i in range(10 * FAULTS_LISTED):
         faults.add("message", f"message {i}", "is broken")
@@ -144,7 +144,7 @@ def test_faults_are_not_listed_without_end() -> None:
 
 
 def test_chunks_that_overlap_are_read_again_rather_than_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each chunk has a message from the end of the recording, so all are begun when the first is not yet over."""
+    """Each chunk has a message from the end of the recording, so all are begun before the first is finished."""
     messages = recording()
     chunk = 20
     last = messages[-len(messages) // chunk :]
@@ -161,7 +161,7 @@ def test_chunks_that_overlap_are_read_again_rather_than_kept(tmp_path: Path, mon
 
 
 def read_all(path: Path) -> None:
-    """Nothing but messages, in order, and faults; nothing but InputError from what is in them."""
+    """Reading yields only messages, in order, and faults; decoding them raises only InputError."""
     with open_bag(path) as bag:
         last_ns = 0
         for found in bag.messages():
@@ -233,7 +233,7 @@ def _name(original: bytes) -> str:
 
 @settings(max_examples=90)
 @given(which=st.integers(0, 5), seed=st.integers(0, 2**32))
-def test_no_bytes_make_it_fail(originals: list[bytes], which: int, seed: int) -> None:
+def test_damaged_bytes_never_make_the_reader_fail(originals: list[bytes], which: int, seed: int) -> None:
     try_damaged(originals[which], seed)
 
 

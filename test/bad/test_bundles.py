@@ -50,7 +50,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 
 
 def rehash(folder: Path) -> None:
-    """Make the manifest list what lies there, so that only the fault at hand is left."""
+    """Make the manifest list what is there, so that only the fault under test remains."""
     names = [entry.name for entry in folder.iterdir() if entry.name != MANIFEST]
     edit_manifest(folder, lambda m: m.update(files={name: file_sha256(folder / name) for name in names}))
 
@@ -275,7 +275,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def edit_graph_unchecked(folder: Path, name: str, change: Callable[[onnx.GraphProto], object]) -> None:
-    """As `edit_graph`, for references that onnx itself would not write."""
+    """Like `edit_graph`, for references that onnx itself would not write."""
     model = onnx.load(str(folder / name))
     change(model.graph)
     (folder / name).write_bytes(model.SerializeToString())

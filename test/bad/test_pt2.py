@@ -157,7 +157,7 @@ def test_a_program_with_anything_else_is_refused(folder: Path, fault: str) -> No
     st.randoms(use_true_random=False), st.sampled_from([None, -1, 10**12, 0.5, "", "x", [], {}, [[]], {"as_int": {}}])
 )
 def test_a_damaged_graph_is_refused_or_read(folder: Path, random: Random, junk: Any) -> None:
-    """Whatever stands where in the graph's JSON: a BundleError, and never another exception."""
+    """Whatever the graph's JSON holds, the only exception is BundleError."""
 
     def damage(model: Any) -> None:
         while True:
@@ -248,7 +248,7 @@ def test_it_is_what_torch_itself_reads(exported: tuple[Path, Bundle]) -> None:
     for name, key in theirs.graph_signature.inputs_to_parameters.items():
         np.testing.assert_array_equal(ours.read_weight(name), theirs.state_dict[key].numpy())
     assert len(ours.weights) == len(theirs.state_dict)
-    # They write the parts of a tuple as operations of their own.
+    # torch writes the parts of a tuple as separate operations.
     called = [node.target for node in theirs.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     assert [f"aten.{operation.operator}" for operation in ours.operations] == [str(target) for target in called]
 
@@ -258,7 +258,7 @@ def test_the_programs_hold_no_answers_and_nothing_of_the_trainers_machine(export
     model, rows = load_checkpoint(checkpoint), bundle.manifest.graph.vocab_size
     prefill, expert = (read_program(bundle.path / name) for name in (PROGRAMS[PREFILL], STEP))
     shapes = [weight.shape for program in (prefill, expert) for weight in program.weights.values()]
-    assert shapes.count((rows, model.config.backbone.width)) == 1, "one token table, and no head beside it"
+    assert shapes.count((rows, model.config.backbone.width)) == 1, "one token table, and no head besides it"
     assert not [shape for shape in shapes if model.config.vocab_size in shape]
     assert sum(shape in {(96, 32), (32, 48)} for shape in shapes) == 2, "no MLP of the last backbone layer"
     for name in PROGRAMS.values():
@@ -279,7 +279,7 @@ def test_too_many_weights_are_refused(exported: tuple[Path, Bundle], folder: Pat
         check_left_behind(model, rows, folder)
 
 
-def test_what_the_graph_does_not_read_stays_behind(tmp_path: Path) -> None:
+def test_weights_that_the_graph_does_not_read_are_left_out(tmp_path: Path) -> None:
     class Graph(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

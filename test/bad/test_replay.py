@@ -1,4 +1,4 @@
-"""Bad bags replayed: what is there is judged, what is not is said, and nothing is made up."""
+"""Bad bags replayed: what is there is judged, what is missing is named, and nothing is made up."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def whole_rms(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 @pytest.mark.parametrize("name", [*CASES, *MORE])
-def test_a_bad_bag_is_replayed_as_far_as_it_goes(
+def test_a_bad_bag_is_replayed_as_far_as_possible(
     name: str, whole_rms: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = {**CASES, **MORE}[name]
@@ -75,6 +75,6 @@ def test_a_bad_bag_is_replayed_as_far_as_it_goes(
     assert code == 0, said
     assert bad_bags.fits([f"{f['where']}: {f['message']}" for f in metrics["bag"]["faults"]], case.faults)
     if name.startswith("good") or name in ("trailing bytes", "split by time", "a damaged record length"):
-        # The same recording: the same figures to the last digit.
+        # The recording is the same, so the figures are, to the last digit.
         assert metrics["error"]["rms"] == whole_rms
     assert metrics["ticks"]["chunks"] <= 21 and (name == "a gap of minutes" or metrics["ticks"]["count"] <= 21)

@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: the same numbers as torch, nothing more on board than the robot runs, and clear refusals."""
+"""Checkpoint to bundle: the same numbers as torch, nothing that the robot does not run, and clear refusals."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_graphs_hold_no_answers_and_no_dead_weights(exported: tuple[Path, Bu
     assert bundle.tokenizer.token_to_id("<fast_0>") is None and bundle.tokenizer.token_to_id("<loc_0>") is None
     weights = {name: read_header(bundle.path / name).weights for name in (PREFILL, EXPERT)}
     tables = [dims for dims in weights[PREFILL].values() if rows in dims]
-    assert tables == [(rows, model.config.backbone.width)], "one token table, and no head beside it"
+    assert tables == [(rows, model.config.backbone.width)], "one token table, and no head besides it"
     for dims in (*weights[PREFILL].values(), *weights[EXPERT].values()):
         assert model.config.vocab_size not in dims
     # Only the first backbone layer has its MLP on board (gate and up, down); the last has keys and values alone.

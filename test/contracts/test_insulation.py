@@ -46,7 +46,7 @@ def test_flow_loss_never_reaches_the_backbone(repeats: int) -> None:
 def test_without_insulation_flow_loss_reaches_every_weight_that_it_reads() -> None:
     model, batch = make_model(), make_batch()
     found = gradients(model, flow_loss(model(**batch, insulate=False)))
-    # A key's bias shifts all scores of a row by the same, so the softmax hides it: SigLIP's gradient there is rounding.
+    # A key's bias shifts all scores of a row equally, so the softmax hides it: SigLIP's gradient there is rounding.
     untouched = {name for name, g in found.items() if not g.count_nonzero() and not name.endswith("k.bias")}
     assert untouched == {name for name in found if name.startswith(UNREAD)}
 

@@ -168,7 +168,7 @@ def test_half_a_character_is_an_error_and_not_another_coefficient(tmp_path: Path
 
 
 def test_coefficients_without_a_character_are_clamped_and_counted(tmp_path: Path) -> None:
-    """Below the lowest, and where the fit never met a byte, which a byte-level BPE drops in silence."""
+    """Below the lowest, and where the fit never met a byte, which a byte-level BPE drops silently."""
     fast = load(publish(tmp_path / "narrow", smooth_chunks(20)))
     assert fast.known[0] == fast.lowest and fast.known[-1] < 1000
     low = np.zeros((HORIZON, ACTION_DIM))

@@ -64,7 +64,7 @@ class Wire:
     def report_tick(self, fields: Any) -> None: ...
 
     def log(self, message: str, cause: str) -> None:
-        assert cause != "internal error", message  # a loop that fails in each tick sends nothing, and has no seams
+        assert cause != "internal error", message  # a loop that fails in every tick sends nothing, and so has no seams
 
     def commanded(self, rest_J: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return self.sent[-1][1].at(self.time_ns) if self.sent else (rest_J, np.zeros(2))

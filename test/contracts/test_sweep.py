@@ -1,4 +1,4 @@
-"""Settings side by side find what each finds alone, however they are spread over processes."""
+"""Settings tried side by side give what each gives alone, however they are spread over processes."""
 
 from __future__ import annotations
 

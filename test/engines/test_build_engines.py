@@ -1,6 +1,6 @@
 """ONNX graphs through NVIDIA's own parser and builder (TensorRT for RTX, ahead of time), and what stops it.
 
-No GPU is needed for any of it, and none is here: that the plans run is not tested.
+None of it needs a GPU: whether the plans run is not tested here.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ def parsed(path: Path) -> Any:
 # --- both graphs of every bundle, for three GPUs
 
 
-def test_both_graphs_are_built_for_gpus_that_are_not_here(
-    any_bundle: Bundle, cache: PlanCache, said: list[str]
-) -> None:
+def test_both_graphs_are_built_for_absent_gpus(any_bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
     bundle = any_bundle
     paths = build_engines.build_engines(bundle, RTX, GPUS, cache, BuildOptions(), said.append)
     assert len({path.read_bytes() for path in paths}) == len(paths) == 6
@@ -109,7 +107,7 @@ def test_both_graphs_are_built_for_gpus_that_are_not_here(
 
 
 @pytest.mark.parametrize("graph", [PREFILL, EXPERT])
-def test_the_parsed_network_is_the_manifests(any_bundle: Bundle, graph: str) -> None:
+def test_the_parsed_network_matches_the_manifest(any_bundle: Bundle, graph: str) -> None:
     bundle = any_bundle
     inputs, outputs = graph_interface(bundle.manifest)[graph]
     seen = parsed(bundle.path / graph)
@@ -127,7 +125,7 @@ def test_the_parsed_network_is_the_manifests(any_bundle: Bundle, graph: str) -> 
                 check_network(bundle.path / graph, RTX, seen.network, **changed)
 
 
-def test_a_graph_that_is_not_the_manifests_is_not_built(bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
+def test_a_graph_that_differs_from_the_manifest_is_not_built(bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
     manifest = bundle.manifest.model_copy(update={"horizon": bundle.manifest.horizon + 1})
     changed = dataclasses.replace(bundle, manifest=manifest)
     with pytest.raises(EngineError, match=rf"{EXPERT}: input 'clean': expected bool \[{manifest.horizon}\], got bool"):
@@ -164,7 +162,7 @@ def test_element_types_survive(tmp_path: Path) -> None:
 
 
 def write_external(folder: Path, size: int = 64) -> Path:
-    """y = x @ w in bfloat16, w in a file of its own."""
+    """y = x @ w in bfloat16, with w in a separate file."""
     (folder / "g.onnx.data").write_bytes(np.zeros((size, size), np.uint16).tobytes())
     weight = TensorProto(
         name="w", data_type=TensorProto.BFLOAT16, dims=[size, size], data_location=TensorProto.EXTERNAL
@@ -186,7 +184,7 @@ def test_weights_beside_the_graph_are_found(tmp_path: Path, monkeypatch: pytest.
         parsed(path)
 
 
-def test_every_fault_of_the_parser_is_told_with_its_node(tmp_path: Path) -> None:
+def test_every_fault_of_the_parser_is_reported_with_its_node(tmp_path: Path) -> None:
     flat = (TensorProto.FLOAT, [4])
     nodes = [
         helper.make_node("Unheard", ["x"], ["a"], name="first_fault"),
@@ -200,7 +198,7 @@ def test_every_fault_of_the_parser_is_told_with_its_node(tmp_path: Path) -> None
     assert "sound" not in text
 
 
-def test_bytes_that_are_no_graph_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_a_graph_are_refused(tmp_path: Path) -> None:
     (tmp_path / "g.onnx").write_bytes(b"no graph")
     with pytest.raises(EngineError, match=r"g\.onnx: expected operators"):
         parsed(tmp_path / "g.onnx")
@@ -251,7 +249,7 @@ def test_external_weights_are_part_of_the_key(bundle: Bundle, tmp_path: Path) ->
 
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
 def test_timings_are_kept_from_build_to_build(bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
-    """`tensorrt` cannot be had here: its calls are made on tensorrt_rtx, whose timing caches are empty."""
+    """`tensorrt` is not installed here: its calls are made on tensorrt_rtx, whose timing caches are empty."""
     library = Library("tensorrt", tensorrt_rtx)
     key = plan_key(bundle, EXPERT, library, "sm89")
     path = cache.timing_path(key.library, key.version, key.gpu)
@@ -262,8 +260,8 @@ def test_timings_are_kept_from_build_to_build(bundle: Bundle, cache: PlanCache, 
         assert len(path.read_bytes()) > len(b"damaged")
 
 
-def test_timings_that_the_library_refuses_are_begun_anew(cache: PlanCache) -> None:
-    """As `tensorrt` does with those of another driver; tensorrt_rtx takes anything, so this is a stand-in."""
+def test_timings_that_the_library_refuses_are_measured_again(cache: PlanCache) -> None:
+    """As `tensorrt` refuses those of another driver; tensorrt_rtx takes anything, so this is a stand-in."""
     key = PlanKey(graph="g.onnx", graph_sha256="0" * 64, library="tensorrt", version="10.3.0", gpu="sm87 Orin")
     cache.timing_path(key.library, key.version, key.gpu).write_bytes(b"of another driver")
     attached: list[bytes] = []

@@ -1,7 +1,7 @@
 """The real CUDA bindings, called as `CudaDevice` calls them, on a machine without a driver.
 
-Each call reaches the real function, so names and arguments are judged; it answers that there is no driver, and that
-answer is replaced by success and a made-up handle. What a GPU does with the calls was not seen.
+Each call reaches the real function, so names and arguments are checked; it answers that there is no driver, and that
+answer is replaced by success and a made-up handle. What a GPU does with the calls is not tested here.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ def device(rehearsal: Rehearsal) -> CudaDevice:
     return made
 
 
-def test_the_device_tells_what_it_is(rehearsal: Rehearsal) -> None:
+def test_the_device_describes_itself(rehearsal: Rehearsal) -> None:
     assert hasattr(runtime.cudaDeviceProp(), "name")
     device = CudaDevice()
     assert (device.name, device.compute_capability, device.stream) == ("Orin", "sm87", 5)
     assert ("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking) in rehearsal.calls
 
 
-def test_pinned_arrays_are_of_the_pages_that_were_locked(device: CudaDevice, rehearsal: Rehearsal) -> None:
+def test_pinned_arrays_use_the_locked_pages(device: CudaDevice, rehearsal: Rehearsal) -> None:
     for dtype, shape in (("float32", (2, 3)), ("bool", (5,)), ("int64", (4,))):
         array = device.pin(shape, dtype)
         assert array.dtype == dtype and array.shape == shape and not array.any()
@@ -147,7 +147,7 @@ def test_a_recording_that_fails_ends(device: CudaDevice, rehearsal: Rehearsal) -
     assert rehearsal.names() == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
 
 
-def test_a_fault_is_told_with_the_call_and_the_drivers_words(device: CudaDevice, rehearsal: Rehearsal) -> None:
+def test_an_error_names_the_call_and_quotes_the_driver(device: CudaDevice, rehearsal: Rehearsal) -> None:
     rehearsal.fails = "cudaStreamSynchronize"
     with pytest.raises(
         EngineError,
@@ -156,13 +156,13 @@ def test_a_fault_is_told_with_the_call_and_the_drivers_words(device: CudaDevice,
         device.synchronize()
 
 
-def test_everything_is_given_back_once(device: CudaDevice, rehearsal: Rehearsal) -> None:
+def test_everything_is_freed_once(device: CudaDevice, rehearsal: Rehearsal) -> None:
     kept, freed = device.allocate(16), device.allocate(32)
     device.free(freed)
     device.pin((4,), np.float32)
     device.record(lambda: None)
     rehearsal.calls.clear()
-    rehearsal.fails = "cudaStreamSynchronize"  # of a device that has failed: the rest is given back all the same
+    rehearsal.fails = "cudaStreamSynchronize"  # a device that has failed: the rest is freed all the same
     device.close()
     device.close()
     assert rehearsal.names() == [
@@ -175,7 +175,7 @@ def test_everything_is_given_back_once(device: CudaDevice, rehearsal: Rehearsal)
     assert rehearsal.calls[2][1] == kept
 
 
-def test_without_a_gpu_it_is_refused_with_the_drivers_words() -> None:
+def test_without_a_gpu_the_error_quotes_the_driver() -> None:
     with pytest.raises(
         EngineError, match=r"expected an NVIDIA GPU and its driver, got cudaErrorInsufficientDriver \(CUDA"
     ):
@@ -188,7 +188,7 @@ def test_a_driver_without_a_gpu_is_refused(rehearsal: Rehearsal) -> None:
         CudaDevice()
 
 
-def test_without_the_bindings_their_wheel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bindings_name_their_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(cuda.bindings, "runtime")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)

@@ -1,4 +1,4 @@
-"""Real-time chunking's guidance in its two forms: the identity in the Jacobian's place, and the true Jacobian."""
+"""Real-time chunking's guidance in its two forms: with the identity for the Jacobian, and with the true one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def engine(made: Made) -> TorchEngine:
 
 
 class LinearFlow:
-    """v = matrix @ x_t + offset over the flattened chunk, so the Jacobian of the foresight is I - t * matrix."""
+    """v = matrix @ x_t + offset over the flattened chunk, so the Jacobian of the predicted chunk is I - t * matrix."""
 
     description = "linear flow"
 
@@ -56,7 +56,7 @@ class LinearFlow:
 
 
 class StraightFlow(LinearFlow):
-    """v = (x_t - target) / t: it foresees the target whatever x_t is, so the true Jacobian is 0."""
+    """v = (x_t - target) / t: it predicts the target whatever x_t is, so the true Jacobian is 0."""
 
     def velocity(self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time: float, clean_H: Array) -> Array:
         return ((x_t_HA - self.offset.reshape(x_t_HA.shape)) / time).astype(np.float32)
@@ -77,7 +77,7 @@ def soft_guide(action_HA: Array, strength: float = 5.0) -> Guide:
 
 
 @pytest.mark.parametrize("jacobian", ["identity", "exact"])
-def test_both_forms_on_a_linear_flow_are_their_formulas(plain: Bundle, jacobian: str) -> None:
+def test_both_forms_follow_their_formulas_on_a_linear_flow(plain: Bundle, jacobian: str) -> None:
     rng, size = np.random.default_rng(0), HORIZON * A
     flow = LinearFlow(rng.standard_normal((size, size)) / size**0.5, rng.standard_normal(size))
     guide = soft_guide(draw(1))
@@ -94,7 +94,7 @@ def test_both_forms_on_a_linear_flow_are_their_formulas(plain: Bundle, jacobian:
     assert flow.pullbacks == (5 if jacobian == "exact" else 0)
 
 
-def test_what_the_flow_cannot_change_the_true_form_does_not_pull(plain: Bundle) -> None:
+def test_the_true_form_does_not_pull_what_the_flow_cannot_change(plain: Bundle) -> None:
     flow = StraightFlow(np.zeros((1, 1)), draw(1).astype(np.float64).ravel())
     guide, target = soft_guide(draw(1) + np.float32(0.5)), draw(1)
     true = Policy(plain, flow, guidance_jacobian="exact").denoise(KVCache(flow, 0), draw(2), None, guide)
@@ -150,11 +150,11 @@ def test_the_true_form_is_the_papers_algorithm(made: Made, engine: TorchEngine, 
     assert np.abs(got - free).max() > 0.1
 
 
-def test_both_forms_draw_a_chunk_to_the_running_one(made: Made, engine: TorchEngine) -> None:
-    """The running chunk is one that the model made itself, from other noise; measured over both models and these seeds:
+def test_both_forms_draw_a_chunk_towards_the_running_one(made: Made, engine: TorchEngine) -> None:
+    """The running chunk is one that the model itself made from other noise.
 
-    unguided, the first four actions lie up to 4.0 away; guided, at most 0.06 (identity) or 0.11 (true). The two forms
-    differ by up to 0.26 in single actions.
+    Measured over both models and these seeds: unguided, the first four actions lie up to 4.0 away; guided, at most 0.06
+    (identity) or 0.11 (true). The two forms differ by up to 0.26 in single actions.
     """
     identity = Policy(made.bundle, engine)
     true = Policy(made.bundle, engine, guidance_jacobian="exact")

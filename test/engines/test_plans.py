@@ -68,7 +68,7 @@ def test_a_plan_is_found_again_only_for_the_same_graph_version_and_gpu(
 @pytest.mark.parametrize(
     "damage", ["cut", "changed", "no record", "no plan", "empty plan", "broken record", "old record"]
 )
-def test_what_is_damaged_is_built_again(
+def test_damaged_plans_are_built_again(
     damage: str, bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey]
 ) -> None:
     key = plan_key(bundle, EXPERT, RTX, "sm89")
@@ -130,7 +130,7 @@ def test_a_half_written_plan_is_never_seen(
     assert cache.read(key) is None
 
 
-def test_a_new_plan_is_not_taken_for_the_one_of_the_old_record(
+def test_a_new_plan_is_not_read_with_the_old_record(
     bundle: Bundle, cache: PlanCache, said: list[str], fake_builds: list[PlanKey], monkeypatch: Any
 ) -> None:
     """The machine loses power between the two files."""
@@ -151,7 +151,7 @@ def test_a_new_plan_is_not_taken_for_the_one_of_the_old_record(
     assert not cache.path(key).with_name(cache.path(key).name + ".json").exists()
 
 
-def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match=r"engine cache: expected a folder to write to, got .*file/engines"):
         PlanCache(tmp_path / "file" / "engines")

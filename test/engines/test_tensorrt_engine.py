@@ -1,6 +1,6 @@
-"""The TensorRT engine on a double of its GPU (support/tensorrt_double.py says what that proves and what not).
+"""The TensorRT engine on a double of its GPU (support/tensorrt_double.py says what that proves and what it does not).
 
-What CUDA and TensorRT do with the same calls was not seen: there is no GPU here.
+What CUDA and TensorRT do with the same calls is tested in test/gpu.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def test_clean_actions_stay_and_steer_the_others(rig: Rig) -> None:
     got = rig.integrate(3, rows=4)
     assert np.array_equal(got[:4], rig.noise(3)[:4])
     assert got == pytest.approx(rig.expected(3, rows=4), abs=1e-5)
-    if rig.bundle.manifest.name == "demo":  # in the others no action looks at another
+    if rig.bundle.manifest.name == "demo":  # in the others no action attends to another
         assert np.abs(got - rig.integrate(3))[4:].max() > 1e-3
 
 
@@ -219,7 +219,7 @@ def test_another_number_of_steps_is_captured_once(rig: Rig) -> None:
     assert len(held) == 1, "graphs or tables of other numbers of steps are left"
 
 
-def test_results_are_the_callers_and_inputs_are_only_read(rig: Rig) -> None:
+def test_the_caller_may_keep_results_and_inputs_are_only_read(rig: Rig) -> None:
     x_t = rig.noise(0)
     cache = rig.engine.prefill(rig.given)
     velocity = rig.engine.velocity(cache, rig.state_S, x_t, 1.0, rig.clean())
@@ -249,7 +249,7 @@ def test_a_fault_of_the_device_surfaces_with_its_cause_and_stays(rig: Rig) -> No
     assert rig.device.closed
 
 
-def test_numbers_that_are_none_are_refused(rig: Rig) -> None:
+def test_results_that_are_not_finite_are_refused(rig: Rig) -> None:
     cache, broken = rig.engine.prefill(rig.given), rig.noise(0)
     broken[2, 3] = np.nan
     with pytest.raises(EngineError, match="expected finite actions"):
@@ -334,7 +334,7 @@ def test_an_engine_of_another_bundle_is_refused(bundle: Bundle) -> None:
             opened(bundle, change)
 
 
-def test_too_little_memory_for_a_context_is_told(bundle: Bundle) -> None:
+def test_too_little_memory_for_a_context_is_reported(bundle: Bundle) -> None:
     def no_memory(engines: dict[str, FakeEngine]) -> None:
         engines[EXPERT].out_of_memory = True
 
@@ -368,7 +368,7 @@ def test_without_a_gpu_the_choice_is_refused(bundle: Bundle, tmp_path: Path) -> 
         open_engine(bundle, settings)
 
 
-def test_the_engine_runs_on_nvidia_cards_alone(bundle: Bundle) -> None:
+def test_the_engine_runs_only_on_nvidia_cards(bundle: Bundle) -> None:
     refused = [(name, "cpu", "cuda") for name in ("tensorrt", "tensorrt_rtx")]
     for name, provider, wanted in [*refused, *((name, "tensorrt", "cpu or cuda") for name in ("torch", "tensorrt"))]:
         with pytest.raises(ConfigurationError, match=rf"expected {wanted} for engine {name},.* got {provider}"):
@@ -376,7 +376,7 @@ def test_the_engine_runs_on_nvidia_cards_alone(bundle: Bundle) -> None:
 
 
 @no_gpu
-def test_a_plan_that_the_library_cannot_load_is_told_with_its_reason(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_plan_that_the_library_cannot_load_is_reported_with_its_reason(bundle: Bundle, tmp_path: Path) -> None:
     """As far as the real library goes without a GPU: build, keep, make a runtime, and refuse to deserialise."""
     said: list[str] = []
     library = Library("tensorrt_rtx", tensorrt_rtx)

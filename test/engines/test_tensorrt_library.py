@@ -1,4 +1,4 @@
-"""The calls that this package makes, against the installed modules: they have no type stubs, and no GPU is here."""
+"""The calls that this package makes, against the installed modules, which have no type stubs; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def members(protocol: type) -> dict[str, Any]:
     return own | dict.fromkeys(vars(protocol).get("__annotations__", {}))
 
 
-def test_every_protocol_is_held_against_a_class() -> None:
+def test_every_protocol_is_checked_against_a_class() -> None:
     protocols = {
         value
         for value in vars(tensorrt_library).values()
@@ -66,7 +66,7 @@ def test_the_module_has_every_call_with_these_arguments(protocol: type) -> None:
         assert any(wanted == arguments[: len(wanted)] for arguments in offered), (name, wanted, offered)
 
 
-def test_what_is_taken_from_the_module_by_name_is_there() -> None:
+def test_every_name_taken_from_the_module_exists() -> None:
     """`library.module.X.Y` and `self.module.X.Y` in the sources, and the enumeration members that are compared."""
     found = set()
     for path in SOURCES.glob("tensorrt_*.py"):
@@ -145,7 +145,7 @@ def test_an_old_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("version", ["10.3.0", "10.16.1.11", "11.0.0.1"])
-def test_versions_from_jetpack_6_to_11_are_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_from_jetpack_6_to_11_are_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=version))  # type: ignore[arg-type]
     assert load_library("tensorrt").version == version
 

@@ -62,8 +62,8 @@ def test_an_export_of_other_numbers_is_refused(made: Made, tmp_path: Path, monke
     assert not (tmp_path / "bundle").exists()
 
 
-def test_one_time_per_action_is_heeded(made: Made, engine: TorchEngine) -> None:
-    """A clean prefix: time 0 in the first rows alone."""
+def test_each_action_has_its_own_time(made: Made, engine: TorchEngine) -> None:
+    """A clean prefix: time 0 only in the first rows."""
     onnx = OnnxEngine(made.bundle)
     clean_H = np.arange(HORIZON) < 3
     ours, theirs = (
@@ -95,7 +95,7 @@ def test_the_pullback_agrees_with_finite_differences(made: Made, engine: TorchEn
     assert got.ravel() == pytest.approx(expected, abs=2e-3 * np.abs(expected).max())
 
 
-def test_the_pullback_is_linear_and_leaves_nothing_behind(made: Made, engine: TorchEngine) -> None:
+def test_the_pullback_is_linear_and_leaves_no_trace(made: Made, engine: TorchEngine) -> None:
     cache, state_J = engine.prefill(made.given), made.given.state_J
     assert isinstance(engine, DifferentiableEngine) and not isinstance(OnnxEngine(made.bundle), DifferentiableEngine)
     x_t, before = draw(1), engine.velocity(cache, state_J, draw(1), 0.5, NONE)
@@ -131,7 +131,7 @@ def test_wrong_shapes_and_types_are_refused(made: Made, engine: TorchEngine) -> 
         engine.pullback(cache, state_J, draw(0), 1.0, NONE, draw(0)[0])
 
 
-def test_a_state_where_none_belongs_is_refused_and_a_missing_one_too(made: Made, engine: TorchEngine) -> None:
+def test_an_unexpected_and_a_missing_state_are_refused(made: Made, engine: TorchEngine) -> None:
     state_J = None if made.given.state_J is not None else np.zeros(A, np.float32)
     message = "expected a state token, got none" if state_J is None else "the prompt has it as text, got one"
     cache = engine.prefill(made.given)
@@ -141,7 +141,7 @@ def test_a_state_where_none_belongs_is_refused_and_a_missing_one_too(made: Made,
         engine.pullback(cache, state_J, draw(0), 1.0, NONE, draw(1))
 
 
-def test_numbers_that_are_none_are_refused(made: Made, engine: TorchEngine) -> None:
+def test_results_that_are_not_finite_are_refused(made: Made, engine: TorchEngine) -> None:
     state_J, broken = made.given.state_J, draw(0)
     broken[2, 3] = np.nan
     cache = engine.prefill(made.given)
@@ -158,9 +158,7 @@ def test_a_token_beyond_the_table_never_reaches_the_device(made: Made, engine: T
         engine.prefill(dataclasses.replace(made.given, tokens_L=np.full(32, token)))
 
 
-def test_what_torch_raises_is_an_error_of_the_engine(
-    made: Made, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchs_errors_become_engine_errors(made: Made, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = engine.prefill(made.given)
 
     def fail(inputs: object) -> list[torch.Tensor]:
@@ -193,7 +191,7 @@ def test_an_absent_device_is_refused(made: Made, monkeypatch: pytest.MonkeyPatch
         TorchEngine(made.bundle, device="cuda")
 
 
-def test_velocities_are_the_callers_to_keep_and_inputs_stay(made: Made, engine: TorchEngine) -> None:
+def test_the_caller_may_keep_velocities_and_inputs_are_unchanged(made: Made, engine: TorchEngine) -> None:
     cache, x_t = engine.prefill(made.given), draw(0)
     first = engine.velocity(cache, made.given.state_J, x_t, 1.0, NONE)
     before = first.copy()

@@ -45,7 +45,7 @@ def engine(made: Made) -> TorchEngine:
 
 
 def by_velocity(made: Made, engine: TorchEngine, x_t: Array, steps: int, clean: NDArray[np.bool_] = NONE) -> Array:
-    """The chunk as a host computes it that has one step alone."""
+    """The chunk as a host computes it from single steps."""
     cache = engine.prefill(made.given)
     for t in step_times(steps):
         v_t = engine.velocity(cache, made.given.state_J, x_t, t, clean)
@@ -68,7 +68,7 @@ def test_all_steps_at_once_are_the_single_steps_bit_for_bit(
     assert np.array_equal(x_t, draw(0))
 
 
-def test_they_are_the_policys_own_loop(made: Made) -> None:
+def test_all_steps_agree_with_the_policys_own_loop(made: Made) -> None:
     """The policy divides by the number of steps, the graph multiplies: equal to the bit only for powers of two."""
     guide = Guide(draw(1), CLEAN.astype(np.float32), True, 0.0)
     for steps, atol in ((8, 0.0), (10, 1e-6)):
@@ -82,7 +82,7 @@ def test_they_are_the_policys_own_loop(made: Made) -> None:
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
 
-def test_the_policy_takes_them_unless_it_guides_each_step(
+def test_the_policy_takes_all_steps_at_once_unless_it_guides_each(
     made: Made, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(engine, IntegratingEngine)
@@ -106,7 +106,7 @@ def test_the_same_inputs_give_the_same_bytes(made: Made, engine: TorchEngine) ->
     assert chunk(engine, 4) != first and chunk(engine, 10) == first and chunk(TorchEngine(made.bundle), 10) == first
 
 
-def test_actions_that_are_none_are_refused_and_closed_or_stale_ones_too(made: Made, engine: TorchEngine) -> None:
+def test_bad_actions_stale_caches_and_a_closed_engine_are_refused(made: Made, engine: TorchEngine) -> None:
     state_J, broken = made.given.state_J, draw(0)
     broken[1, 1] = np.inf
     old, cache = engine.prefill(made.given), engine.prefill(made.given)
@@ -129,7 +129,7 @@ def test_actions_that_are_none_are_refused_and_closed_or_stale_ones_too(made: Ma
 def test_a_compiled_engine_computes_what_the_others_do(
     made: Made, engine: TorchEngine, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What torch makes of the operations, without the last stage, which the next test has."""
+    """What torch makes of the operations, without the last stage, which the next test covers."""
     monkeypatch.setattr(torch_engine, "compile_program", lambda program: compile_program(program, backend))
     compiled = TorchEngine(made.bundle, mode="compile")
     assert ", compile, " in compiled.description
@@ -170,7 +170,7 @@ def test_inductor_compiles_the_expert(made: Made) -> None:
 
 @pytest.mark.parametrize("made", ["token"], indirect=True)
 def test_a_missing_compiler_is_named(made: Made, tmp_path: Path) -> None:
-    """In a process of its own: torch looks for a compiler once."""
+    """In a separate process: torch looks for a compiler only once."""
     program = (
         "import sys, torch\n"
         "from ki_vla_ros.engines.torch_program import Interpreter, compile_program\n"
@@ -219,7 +219,7 @@ def test_no_text_of_a_program_becomes_source(made: Made) -> None:
 
 
 class Recording(TorchDispatchMode):
-    """What a CUDA graph is, for a CPU: operations on tensors at fixed places, repeated without the Python around."""
+    """A CUDA graph for the CPU: operations on tensors at fixed places, repeated without the Python around them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class Recording(TorchDispatchMode):
 
 
 class DoubledStream(HostStream):
-    """A double of `CudaStream`, since no card is here: it keeps the order of calls, and captures into a `Recording`."""
+    """A double of `CudaStream` that needs no card: it records the order of calls, and captures into a `Recording`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,6 +327,6 @@ def test_graphs_need_a_card(made: Made) -> None:
             TorchEngine(made.bundle, mode=mode)  # type: ignore[arg-type]
 
 
-def test_the_mode_changes_at_configure_alone() -> None:
+def test_the_mode_changes_only_at_configure() -> None:
     (spec,) = (spec for spec in parameter_specs() if spec.name == "torch_mode")
     assert spec.default == "auto" and not spec.changeable and "compile_graph" in spec.description

@@ -20,7 +20,7 @@ REAL = {name: getattr(torch.cuda, name) for name in ("graph", "Stream", "Event",
 
 
 class Card:
-    """A double of the parts of torch.cuda that CudaStream calls, since no card is here: it keeps their order.
+    """A double of the parts of torch.cuda that CudaStream calls, which needs no card: it records their order.
 
     Each call is held against the signature of torch's own function.
     """

@@ -1,4 +1,4 @@
-"""Every engine on a real card against onnxruntime or torch on the processor; skipped, by name, for what is not here.
+"""Every engine on a real card against onnxruntime or torch on the processor; what is missing is skipped by name.
 
 The engines' sequences of calls are tested without a card on doubles (test/engines). What a double cannot show is here:
 that CUDA and TensorRT behave as the doubles do, and that the numbers are the same.

@@ -1,4 +1,4 @@
-"""What tests share: made-up robots, bags, bundles, and the far side of what is tested."""
+"""What tests share: made-up robots, bags and bundles, and the other side of what is tested."""
 
 from pathlib import Path
 

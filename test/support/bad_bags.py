@@ -1,9 +1,9 @@
 """Bags as robots leave them: cases that are generated, and what their reader must find.
 
-`CASES[name].make(folder)` returns the bag's path. `faults`: regular expressions, one per fault that reading must
-name, and no other fault may be named. `lost`: messages by topic that are in the good recording and
-cannot be read from this bag. The recording is of the shipped demo bundle's robot, so that the replay and the doctor can
-be tried on the same cases.
+`CASES[name].make(folder)` returns the bag's path. `faults`: regular expressions, one for each fault that reading must
+name; no other fault may be named. `lost`: how many messages of the good recording cannot be read from this bag, by
+topic. The recording is of the shipped demo bundle's robot, so that the replay and the doctor can be tested on the same
+cases.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from support.sample_bags import (
 class Case:
     make: Callable[[Path], Path]
     faults: tuple[str, ...] = ()
-    lost: dict[str, int] | None = field(default_factory=dict)  # None: how much is lost is not fixed
+    lost: dict[str, int] | None = field(default_factory=dict)  # None: how much is lost varies
 
 
 def counts(messages: Messages) -> Counter[str]:
@@ -85,7 +85,7 @@ def _chunk_starts(path: Path) -> list[int]:
 
 
 def _damaged_message_index(path: Path) -> Path:
-    """The second of the indexes behind the first chunk has a wrong length of entries."""
+    """The second message index after the first chunk gives a wrong length for its entries."""
     content = bytearray(path.read_bytes())
     chunk = _chunk_starts(path)[0]
     first = chunk + 9 + struct.unpack_from("<Q", content, chunk + 1)[0]
@@ -180,7 +180,7 @@ def _stamp(message: BagMessage) -> int:
     return sec * NS_PER_S + nanosec
 
 
-# A frame of zstd that says it has 2**40 bytes.
+# A zstd frame that claims to hold 2**40 bytes.
 HUGE = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + bytes(60)
 WITHOUT_METADATA = r"metadata.yaml: is missing"
 CASES: dict[str, Case] = {

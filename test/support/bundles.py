@@ -1,4 +1,4 @@
-"""What tests take for a bundle, a policy and an observation; the bundle is training/export/tiny.py's."""
+"""A bundle, a policy and an observation for tests; training/export/tiny.py makes the bundle."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def demo_policy(**changes: Any) -> PolicySpec:
 
 
 def state_token_policy() -> PolicySpec:
-    """As `demo_policy`, with the state as a token of the expert instead of text."""
+    """Like `demo_policy`, with the state as a token of the expert instead of text."""
     low, high = demo_policy().state.low, demo_policy().state.high
     return demo_policy(
         prompt={"template": "Task: {task};\nAction: ", "length": PROMPT_LENGTH},
@@ -56,7 +56,7 @@ def state_token_policy() -> PolicySpec:
 
 
 def both_ways_policy() -> PolicySpec:
-    """As `demo_policy`, with the state as text and as a token."""
+    """Like `demo_policy`, with the state as text and as a token."""
     low, high = demo_policy().state.low, demo_policy().state.high
     return demo_policy(state={"encoding": "both", "low": low, "high": high})
 
@@ -78,7 +78,7 @@ def demo_observation(stamp_ns: int = 1_000_000_000, image_size: int = 288, seed:
 
 
 def params_file(folder: Path, node: str = "/**/policy", **values: Any) -> Path:
-    """JSON is YAML."""
+    """A parameter file for `node`, written as JSON, which is YAML."""
     path = folder / "robot.yaml"
     path.write_text(json.dumps({node: {"ros__parameters": {"bundle": "demo", "max_age_s": 0.4, **values}}}))
     return path

@@ -1,4 +1,4 @@
-"""Small checkpoints for the tests of the export and of what runs it."""
+"""Small checkpoints for the tests of the export and of the engines that run it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def small_policy(kind: str) -> PolicySpec:
 
 
 def write_checkpoint(folder: Path, kind: str) -> Path:
-    """Weights far from initial values: at its start the expert ignores the prefix, and any export would look right."""
+    """Weights far from initial values, with which the expert ignores the prefix and any export would look right."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(fast_vocab=16)
     config = VLAConfig(

@@ -1,4 +1,4 @@
-"""A small model and the bundle that was made of it, with the programs for the torch engine."""
+"""A small model and the bundle made from it, with the programs for the torch engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Made:
 
 
 def export(factory: pytest.TempPathFactory, kind: str, dtype: str = "float32") -> Made:
-    """Exported once per run of the tests: copy the folders before you change them. `kind` as in `write_checkpoint`."""
+    """Exported once per test run: copy the folders before you change them; `kind` as in `write_checkpoint`."""
 
     def make(folder: Path) -> None:
         checkpoint = write_checkpoint(folder / "checkpoint", kind)
@@ -50,7 +50,7 @@ def export(factory: pytest.TempPathFactory, kind: str, dtype: str = "float32") -
 
 
 def skip_tracing(monkeypatch: pytest.MonkeyPatch, made: Made) -> None:
-    """Exports of `made.checkpoint` take the graphs and programs that were made of it before, as tracing takes long."""
+    """Lets exports of `made.checkpoint` reuse its graphs and programs, since tracing takes long."""
 
     def take(names: Iterable[str], folder: Path) -> None:
         for name in names:

@@ -1,4 +1,4 @@
-"""The policy loop without ROS: a real bundle, a clock in our hand, a wire that remembers."""
+"""The policy loop without ROS: a real bundle, a clock that the test moves, a wire that records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START = 1_000 * NS_PER_S
 
 
 class FakeWire:
-    """Remembers what went out. `now_ns` stands still unless told otherwise."""
+    """Records what went out; `now_ns` stands still until the test changes it."""
 
     def __init__(self) -> None:
         self.time_ns = START
@@ -53,7 +53,7 @@ class FakeWire:
 
 
 class Rig:
-    """A loop with everything that it needs; `give_inputs` makes an observation of the present moment."""
+    """A loop with everything that it needs; `give_inputs` supplies an observation of the present moment."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.engine = OnnxEngine(bundle)
@@ -82,7 +82,7 @@ class Rig:
         return None if sent is None else sent.index, watch
 
     def run_ticks(self, count: int, before: Callable[[int], None]) -> None:
-        """Through the thread: after each tick time goes on by one period, and `before(n)` sets the stage for tick n."""
+        """Run ticks in the loop's thread: time advances by one period after each, and `before(n)` prepares tick n."""
         done = threading.Event()
 
         def next_tick() -> None:

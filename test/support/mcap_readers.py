@@ -3,9 +3,9 @@
     git show COMMIT:ki_vla_ros/bags/mcap.py > OTHER.py
     PYTHONPATH=.:test python -m support.mcap_readers OTHER.py [--seed 0] [--count 200]
 
-Prints a table: files by kind of damage, messages that each reads, files of which one reads more than the other,
-messages that are not as they were recorded (some cases are of changed ones), and the ratio of processor time; then the
-lines of code of both.
+Prints a table: files by kind of damage, messages that each reader reads, files from which one reads more than the
+other, messages that differ from the recording (some cases change them), and the ratio of processor time; then both
+readers' lines of code.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def flip(content: bytearray, chance: random.Random) -> None:
 
 
 def flip_definition(content: bytearray, chance: random.Random) -> None:
-    """In or beside a topic's name, where it is not compressed; in every second file it is in no summary again."""
+    """In or next to a topic's name, where it is not compressed; in every second file no summary repeats it."""
     if chance.random() < 0.5:
         del content[next(at for at, kind, _ in records(content) if kind == DATA_END) :]
     names = [at for topic in TOPICS if (at := content.find(topic.encode())) > 0]

@@ -1,4 +1,4 @@
-"""Small models: their sizes, weights away from their start, and a batch with all that a mask must get right."""
+"""Small models: their sizes, weights away from initial values, and a batch with all that a mask must get right."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ CONFIG = VLAConfig(
     horizon=5,
 )
 
-# Deep enough for activations to say something.
+# Deep enough for activations to be meaningful.
 DEEP = VLAConfig(
     vision=VisionConfig(image_size=56, patch_size=28, width=64, depth=6, heads=2, mlp=128),
     backbone=GemmaConfig(width=128, depth=6, mlp=256, heads=4, kv_heads=1, head_dim=32),
@@ -30,7 +30,7 @@ BATCH, CAMERAS, PROMPT, POSTFIX = 2, 2, 6, 4
 
 
 def make_model(config: VLAConfig = CONFIG) -> VLA:
-    """Weights away from their start, where expert branches are closed and would hide every fault."""
+    """Weights away from initial values, with which expert branches are closed and would hide every fault."""
     torch.manual_seed(0)
     model = VLA(config).eval()
     with torch.no_grad():

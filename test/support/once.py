@@ -1,4 +1,4 @@
-"""What takes long to make is made once per run of the tests, by whichever of its processes asks for it first."""
+"""Makes what takes long once per test run, in whichever process asks for it first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The folder `name` as `make(folder)` filled it. All tests share it: copy it before you change anything.
+    """The folder `name` as `make(folder)` filled it; all tests share it, so copy it before you change anything.
 
     Processes that ask meanwhile wait. What `make` leaves when it fails is removed, and the next to ask tries again.
     """

@@ -1,4 +1,4 @@
-"""Bags for replay tests: the node's own loop runs without ROS on a made-up robot, and all that it saw and said is kept.
+"""Bags for replay tests: the node's own loop runs without ROS on a made-up robot, and all it reads and sends is kept.
 
 The recorder gets every message 3 ms after the node did, as a real one would.
 """
@@ -103,7 +103,7 @@ class _SlowWire(FakeWire):
 
 
 def record_run(folder: Path, bundle: Bundle, seconds: float, settings: Mapping[str, object]) -> list[ActionChunk]:
-    """The run of a node with these settings, inputs and outputs recorded in `folder`; its chunks as published."""
+    """Runs a node's loop with these settings and records inputs and outputs in `folder`; its chunks as published."""
     rig = Rig(bundle)
     rig.wire = rig.loop.wire = _SlowWire()  # type: ignore[assignment]
     rig.change(**settings)
@@ -132,7 +132,7 @@ def record_run(folder: Path, bundle: Bundle, seconds: float, settings: Mapping[s
 
 
 def record_inputs(folder: Path, seconds: float, instruction: str = TASK) -> None:
-    """Only what a robot's drivers publish, and the task; the arm moves on `path_J`."""
+    """Only what a robot's drivers publish, and the task; the arm follows `path_J`."""
     writer = RecordingWriter(folder)
     if instruction:
         writer.text("/policy/instruction", START - MS, instruction)

@@ -1,4 +1,4 @@
-"""Results of a replay that are made up, so that the report can be tested on any of them, however odd."""
+"""Made-up results of a replay, so that the report can be tested on any, however odd."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def made_up_trace(spec: PolicySpec, ticks: int = 300, worst: int = 120) -> Trace
 
 
 def made_up_metrics(spec: PolicySpec) -> dict[str, Any]:
-    """As docs/replay.md describes them; figures that do not belong to any trace."""
+    """Metrics as docs/replay.md describes them, with figures that belong to no trace."""
     steps = [
         {"step": k + 1, "time_s": 0.05 * (k + 1), "rms": 0.01 * (k + 1), "rms_ci": [0.009 * (k + 1), 0.011 * (k + 1)]}
         for k in range(spec.horizon)

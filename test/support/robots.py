@@ -1,4 +1,4 @@
-"""A robot for tests: the other side of the policy node's topics and services, and the node as a process of its own."""
+"""A robot for tests: the other side of the policy node's topics and services, and the node as a process."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Robot:
         rclpy.shutdown(context=self.context)
 
     def do(self, work: Callable[[], object]) -> None:
-        """In the thread that spins: it must not find destroyed what it is about to wait for."""
+        """Runs `work` in the spinning thread, so that nothing it is about to wait for is destroyed under it."""
         done = threading.Event()
         self._executor.create_task(lambda: (work(), done.set()))
         assert done.wait(PATIENCE_S)
@@ -150,7 +150,7 @@ class Robot:
         return str(self.call("policy/get_state", GetState, GetState.Request()).current_state.label)
 
     def set(self, **values: object) -> str:
-        """Atomically; the reason of a refusal, or ""."""
+        """Sets parameters atomically; the reason of a refusal, or ""."""
         parameters = [
             Parameter(name.replace("__", "."), value=value).to_parameter_msg() for name, value in values.items()
         ]

@@ -1,4 +1,4 @@
-"""A small sentencepiece model made as PaliGemma's: for the tests of the tokenizer and of the import."""
+"""A small sentencepiece model trained like PaliGemma's, for the tests of the tokenizer and of the import."""
 
 from __future__ import annotations
 

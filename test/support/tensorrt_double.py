@@ -1,8 +1,8 @@
-"""A CPU double of the GPU behind `TensorRTEngine`, because neither CI nor its developers' machine has a GPU.
+"""A CPU double of the GPU behind `TensorRTEngine`, for machines without one.
 
-It is no proof that CUDA or TensorRT behave so. It holds the engine to their rules, as their documentation has them:
+It does not prove that CUDA and TensorRT behave like this. It holds the engine to the rules in their documentation:
 
-- work on a stream runs later: here as late as can be, when the host waits;
+- work on a stream runs later: here as late as possible, when the host waits;
 - memory is read only after something has written it, outputs and inputs of one launch do not overlap, and addresses are
   multiples of 256;
 - pinned host memory must not change while a copy from it is under way;
@@ -51,7 +51,7 @@ class Allocation:
 
 
 class FakeDevice:
-    """`ki_vla_ros.engines.cuda.Device`; `events` tells in which order it was used."""
+    """`ki_vla_ros.engines.cuda.Device`; `events` records the order of its use."""
 
     name = "double of a GPU"
     compute_capability = "sm89"
@@ -253,7 +253,7 @@ class FakeContext:
         assert self.addresses.keys() == self.engine._tensors.keys(), "not every tensor has an address"
         if self.refuses:
             return False
-        addresses = dict(self.addresses)  # as TensorRT: later changes do not reach what is enqueued
+        addresses = dict(self.addresses)  # like TensorRT: later changes do not reach what is enqueued
         spans = {name: (at, at + self._size(name)) for name, at in addresses.items()}
         for output in self.engine.outputs:
             for other, (start, end) in spans.items():

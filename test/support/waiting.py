@@ -1,4 +1,4 @@
-"""How tests wait for what must come: they look for it, and give up after a time that is set here alone."""
+"""How tests wait for what must come: they poll, and give up after a time that is set only here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PATIENCE_S = 60.0
 
 
 def until(condition: Callable[[], object], what: str = "") -> None:
-    """Returns as soon as `condition()` is true; after `PATIENCE_S` the test fails and says what never came."""
+    """Returns as soon as `condition()` is true; after `PATIENCE_S` the test fails and names what never came."""
     deadline_s = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline_s, f"waited {PATIENCE_S:.0f} s in vain{what and ' for '}{what}"

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and what it says."""
+"""How a command ends: exit codes, messages and progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def raising(error: BaseException) -> Callable[[], int]:
 
 
 @pytest.mark.parametrize("code", ExitCode)
-def test_a_command_ends_with_the_code_of_its_work(code: ExitCode) -> None:
+def test_a_command_returns_the_code_of_its_work(code: ExitCode) -> None:
     assert run_command("replay", lambda: code) == code
 
 
@@ -31,14 +31,14 @@ def test_a_command_ends_with_the_code_of_its_work(code: ExitCode) -> None:
         (KeyboardInterrupt(), 130, "replay: figures so far are kept\n"),
     ],
 )
-def test_what_stops_a_command_is_one_message(
+def test_an_error_that_stops_a_command_is_one_message(
     capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
 ) -> None:
     assert run_command("replay", raising(error), "figures so far are kept") == code
     assert capsys.readouterr().err == said
 
 
-def test_a_fault_of_ours_is_not_taken_for_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_is_not_reported_as_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("doctor", raising(ZeroDivisionError("here"))) == ExitCode.FAILED
     said = capsys.readouterr().err
     assert said.startswith("doctor: Traceback") and "ZeroDivisionError: here" in said
@@ -49,7 +49,7 @@ class Terminal(StringIO):
         return True
 
 
-def test_progress_renews_one_line_on_a_terminal_and_leaves_none() -> None:
+def test_progress_updates_one_line_on_a_terminal_and_erases_it() -> None:
     terminal = Terminal()
     with Progress(terminal, renew_every_s=0.0) as progress:
         progress.show("1 of 3", 1 / 3)
@@ -64,7 +64,7 @@ def test_progress_renews_one_line_on_a_terminal_and_leaves_none() -> None:
     ]
 
 
-def test_a_line_that_is_renewed_is_gone_when_something_fails() -> None:
+def test_the_progress_line_is_erased_when_something_fails() -> None:
     terminal = Terminal()
     with pytest.raises(BundleError), Progress(terminal) as progress:
         progress.show("nearly there")
@@ -73,7 +73,7 @@ def test_a_line_that_is_renewed_is_gone_when_something_fails() -> None:
     assert terminal.getvalue() == "\r\x1b[Knearly there\r\x1b[K"
 
 
-def test_elsewhere_progress_is_a_line_now_and_then() -> None:
+def test_without_a_terminal_progress_is_a_line_now_and_then() -> None:
     stream, said = StringIO(), list[str]()
     for every_s, expected in ((0.0, ["1 of 3", "2 of 3"]), (60.0, [])):
         with Progress(stream, said.append, line_every_s=every_s) as progress:

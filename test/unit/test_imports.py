@@ -32,7 +32,7 @@ for command in COMMANDS:
 # Names of commands, and the front door: nothing imports them.
 ENTRIES = ("__init__", "__main__", "record", "build_engines")
 
-# Files that other packages may import beside the face: what is heavy, or all that a package may use of another.
+# Files that other packages may import besides the face: heavy ones, or all that a package may use of another.
 OPEN_FILES = {
     "engines.base": "the contract, for policy/, which must not see any engine",
     "engines.onnx_engine": "imports onnxruntime",
@@ -44,7 +44,7 @@ OPEN_FILES = {
     "training.export.random_weights": "a command",
     "ros.process": "needs no other part of ros/, and rclpy only when a node runs",
     "ros.children": "needs no rclpy",
-    "ros.qos": "QoS alone, for robots that are no policy node",
+    "ros.qos": "only QoS, for robots, which are not the policy node",
     "runtime.paths": "the controller model, for sim/, which must not see the policy's runtime",
     "bags.writer": "writing needs none of the readers",
 }
@@ -108,7 +108,7 @@ def test_every_package_has_its_place() -> None:
     }
 
 
-def test_packages_import_what_they_may() -> None:
+def test_packages_import_only_what_they_may() -> None:
     broken = [
         f"{place(path, line)}: {part(module)} may not import {target}"
         for module, path in ROBOT.items()

@@ -20,7 +20,7 @@ def test_the_documented_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == f"{joints} ({horizon}, {len(joints)})"
 
 
-def test_every_name_of_the_front_door_is_there() -> None:
+def test_every_name_of_the_front_door_can_be_loaded() -> None:
     for name in ki_vla_ros.__all__:
         assert getattr(ki_vla_ros, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

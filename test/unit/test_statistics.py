@@ -14,13 +14,13 @@ def test_spread_is_percentiles() -> None:
     assert found == pytest.approx({"p50": 500.0, "p90": 900.0, "p99": 990.0, "max": 1000.0})
 
 
-def test_the_interval_leaves_out_what_is_not_finite() -> None:
+def test_the_interval_leaves_out_values_that_are_not_finite() -> None:
     drawn_R = np.arange(1001.0)
     assert interval_95(drawn_R) == pytest.approx([25.0, 975.0])
     assert interval_95(np.append(drawn_R, [np.nan, np.inf])) == pytest.approx([25.0, 975.0])
 
 
-def test_the_interval_holds_the_ratio_and_knows_common_disturbance() -> None:
+def test_the_interval_holds_the_ratio_and_cancels_common_disturbance() -> None:
     rng = np.random.default_rng(1)
     disturbance = rng.lognormal(0.0, 1.0, 400)
     fast = disturbance * rng.normal(10.0, 0.1, 400)

@@ -1,4 +1,4 @@
-"""What the folders of the tests promise, read from imports and names."""
+"""What the test folders promise, checked by imports and names."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def breaks(path: Path) -> list[str]:
     for name in imports(path):
         parts = name.split(".")
         if any(part.startswith("test_") or part == "conftest" for part in parts) or parts[0] in FOLDERS - {"support"}:
-            found.append(f"{place} imports {name}: what tests share lies in support/")
+            found.append(f"{place} imports {name}: what tests share belongs in support/")
         is_ros = parts[0] in ("rclpy", "launch", "launch_ros") or parts[0].endswith(("_msgs", "_srvs"))
         if place.parts[0] == "unit" and (is_ros or parts[0] in PROCESSES or name.startswith("support.robots")):
-            found.append(f"{place} imports {name}: what needs ROS or processes lies in ros/ or system/")
+            found.append(f"{place} imports {name}: what needs ROS or processes belongs in ros/ or system/")
     return found
 
 
-def test_each_test_stands_alone_and_units_need_nothing_around_them() -> None:
+def test_tests_are_independent_and_units_need_neither_ros_nor_processes() -> None:
     assert len(FILES) > 100
     assert [fault for path in FILES for fault in breaks(path)] == []
 

@@ -1,4 +1,4 @@
-"""YAML files: what is read, and that each fault is named with file and line."""
+"""YAML files: what is read, and faults named with file and line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_fault_is_named_with_its_file_and_place(tmp_path: Path, content: str, 
     assert "\n" not in said
 
 
-def test_what_is_no_text_or_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "meal.yaml"
     with pytest.raises(ConfigurationError, match=r"expected a YAML file, got one that cannot be read .No such file"):
         read(path)

@@ -56,7 +56,7 @@ def test_weights_and_bytes_are_those_of_the_files() -> None:
         )
 
 
-def test_of_a_table_only_the_rows_are_read() -> None:
+def test_only_the_looked_up_rows_of_a_table_are_read() -> None:
     header = GraphHeader(
         weights={"table": (1000, 8), "few": (5, 8), "matrix": (8, 8), "number": ()},
         weight_bytes={"table": 32_000, "few": 160, "matrix": 256, "number": 4},
@@ -86,7 +86,7 @@ def test_the_roofline_of_parts() -> None:
 
 
 class DeferringDouble:
-    """Stands for an engine whose prefill returns early, as on a GPU; notes what it is asked to do."""
+    """Stands in for an engine whose prefill returns early, as on a GPU; records what it is asked to do."""
 
     description = "a double"
 

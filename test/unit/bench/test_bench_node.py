@@ -15,7 +15,7 @@ START = 1_000_000 * MS
 
 
 def tick(n: int, missed: int = 0, **changes: Any) -> dict[str, Any]:
-    """One that begins 3 ms after the newest image and takes 5 + 1 ms, 4 of them the model's."""
+    """A tick that begins 3 ms after the newest image and takes 5 + 1 ms, 4 of them the model's."""
     begun_ns = START + n * 100 * MS
     stages = {"observation": 0.5, "prefill": 3.0, "denoise": 1.0, "publish": 1.5}
     return {
@@ -47,7 +47,7 @@ def test_the_model_is_not_overhead() -> None:
     assert "prefill" in table(found) and "303 sent, 3 lost" in table(found)
 
 
-def test_holds_and_dual_rate_ticks_are_no_chunks_with_a_prefill() -> None:
+def test_a_hold_is_no_chunk_and_a_tick_without_prefill_is_one() -> None:
     ticks = [tick(n) for n in range(100)]
     ticks[70] = tick(70, chunk_index=None, observation_ns=None, newest_image_ns=None, command_ns=None, hold="camera: x")
     ticks[80]["stage_ms"] = {"denoise": 1.0, "total": 1.0}

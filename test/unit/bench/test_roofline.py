@@ -1,4 +1,4 @@
-"""The roofline's arithmetic, and one real measurement of this processor whose size is not judged."""
+"""The roofline's arithmetic, and one real measurement of this processor whose value is not judged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ki_vla_ros.errors import EngineError
 CEILING = Ceiling(1e12, {1_000_000: 100e9, 1_000_000_000: 10e9}, "made up")
 
 
-def test_the_larger_of_both_times_decides() -> None:
+def test_the_longer_time_decides() -> None:
     compute = Work(flops=5e9, bytes=10e6)
     assert CEILING.times_ms(compute) == pytest.approx({"compute": 5.0, "bytes": 0.1})
     assert CEILING.least_ms(compute) == pytest.approx(5.0) and CEILING.bound(compute) == "compute"
@@ -35,7 +35,7 @@ def test_this_processor_is_measured() -> None:
 
 
 def test_threads_are_set_before_the_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of its own does the measuring, and is told of the threads in its environment."""
+    """A separate process measures, with the number of threads in its environment."""
     seen = {}
 
     def run(command: list[str], env: dict[str, str], **_: object) -> object:

@@ -1,4 +1,4 @@
-"""Order and arithmetic of durations, on a clock of the test's own. No real time is judged."""
+"""Order and arithmetic of durations, on the test's own clock; no real time is judged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_calls_are_timed_in_turns_without_the_warm_up() -> None:
         time_alternating({}, 0, 0)
 
 
-def test_processor_time_is_of_one_thread() -> None:
+def test_processor_time_needs_a_single_thread() -> None:
     assert choose_clock(True, 1) is time.process_time_ns and choose_clock(False, 2) is time.perf_counter_ns
     with pytest.raises(ConfigurationError, match="expected one thread, got 2"):
         choose_clock(True, 2)

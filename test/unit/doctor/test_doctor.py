@@ -184,7 +184,7 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own_s, found", [(0.0, {JOINT_TOPIC}), (0.4, set())])
-def test_an_own_limit_counts_in_place_of_the_common_one(own_s: float, found: set[str], tmp_path: Path) -> None:
+def test_an_inputs_own_limit_replaces_the_common_one(own_s: float, found: set[str], tmp_path: Path) -> None:
     cameras = {name: {"max_age_s": 0.4} for name in sample_bags.CAMERAS}
     slow = change(JOINT_TOPIC, lambda k, m: m if k % 5 == 0 else None)(recording(4.0))
     findings = examine(tmp_path, slow, max_age_s=0.04, cameras=cameras, joint_max_age_s=own_s)
@@ -200,7 +200,7 @@ def test_all_mistakes_in_the_parameters_are_found_at_once(tmp_path: Path) -> Non
     assert "did you mean 'rate_hz'?" in said and "did you mean 'engine'?" in said
 
 
-def test_all_that_does_not_fit_the_bundle_is_found_at_once(tmp_path: Path) -> None:
+def test_everything_that_does_not_fit_the_bundle_is_found_at_once(tmp_path: Path) -> None:
     findings = examine(tmp_path, cameras={"front": {"topic": "/front"}}, limits={"joints": {"knee": {"upper": 1.0}}})
     assert [f.check for f in findings] == ["parameters"] * 2
     assert "cameras.front" in findings[0].found and "limits.joints.knee" in findings[1].found
@@ -222,8 +222,8 @@ def test_a_healthy_recording_gets_no_finding(tmp_path: Path) -> None:
     assert examine(tmp_path, bag=bag, cameras=compressed) == []
 
 
-def test_images_that_the_recorder_compressed_are_no_fault(tmp_path: Path) -> None:
-    """Where there are chunks, the node had its images."""
+def test_images_that_the_recorder_compressed_are_not_a_fault(tmp_path: Path) -> None:
+    """If there are chunks, the node had its images."""
     messages = recording(4.0, transport="compressed")
     chunk = BagMessage(
         "/policy/chunk", sample_bags.TRAJECTORY, messages[-1].log_ns, sample_bags.command(sample_bags.MIDDLE_J)
@@ -231,7 +231,7 @@ def test_images_that_the_recorder_compressed_are_no_fault(tmp_path: Path) -> Non
     assert examine(tmp_path, [*messages, chunk]) == []
 
 
-# What the doctor says of bad bags that can be read whole.
+# What the doctor says about bad bags that can be read completely.
 JUDGED = {
     "zero messages": "missing",
     "missing topics": "missing",
@@ -246,7 +246,7 @@ JUDGED = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_bag_makes_it_fail(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_bag_makes_the_doctor_fail(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bag = CASES[name].make(tmp_path)
     transport = "compressed" if "jpegs" in name else "raw"
     params = params_file(tmp_path, cameras={camera: {"transport": transport} for camera in sample_bags.CAMERAS})
@@ -318,7 +318,7 @@ def test_a_small_profile_is_found(tmp_path: Path) -> None:
         assert [f.check for f in examine(tmp_path, machine=here)] == ["fast dds"] * found
 
 
-def test_findings_are_ordered_and_told() -> None:
+def test_findings_are_ordered_and_printed() -> None:
     findings = [Finding("warning", "a", "there", "small", "do b"), Finding("error", "c", "here", "large " * 40, "do d")]
     table = as_table(findings, ["a bag"])
     assert table.index("error") < table.index("warning") and "-> do d" in table

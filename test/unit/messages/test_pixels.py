@@ -1,4 +1,4 @@
-"""Image bytes -> RGB, each encoding against what it is by definition (against cv_bridge: ros/test_topics.py)."""
+"""Image bytes to RGB, each encoding against its definition (against cv_bridge: ros/test_topics.py)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_odd_sizes_of_paired_encodings_are_refused() -> None:
         decode("bayer_rggb8", np.zeros((5, WIDTH), dtype=np.uint8))
 
 
-def test_jpeg_is_read_as_the_camera_sees_it() -> None:
+def test_jpeg_is_read_as_the_camera_took_it() -> None:
     smooth = cv2.resize(np.array([[[200, 30, 60], [30, 200, 60]]], dtype=np.uint8), (64, 48))
     _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(smooth, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
     rgb = decode_compressed("camera", jpeg.tobytes())

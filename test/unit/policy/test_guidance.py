@@ -1,4 +1,4 @@
-"""What the flow makes of a condition: clean rows stay, soft ones pull, and nothing asked changes nothing."""
+"""What the flow makes of a condition: clean rows stay, soft rows pull, and no condition changes nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_clean_rows_enter_every_step_as_given_with_time_zero(bundle: Bundle, mon
         assert time == 1.0 - step / 10 and x_t_HA.dtype == np.float32
 
 
-def test_guided_rows_come_near_and_free_ones_hardly_move(bundle: Bundle) -> None:
+def test_guided_rows_come_near_the_guide_and_free_ones_hardly_move(bundle: Bundle) -> None:
     free = denoise(bundle, None)
     weight_H = np.where(np.arange(HORIZON) < 6, 1.0, 0.0).astype(np.float32)
     gaps = []
@@ -75,7 +75,7 @@ def test_guided_rows_come_near_and_free_ones_hardly_move(bundle: Bundle) -> None
     assert gaps[2] < 0.3
 
 
-def test_a_condition_is_put_relative_to_the_new_observation(bundle: Bundle) -> None:
+def test_a_condition_becomes_relative_to_the_new_observation(bundle: Bundle) -> None:
     policy = Policy(bundle, OnnxEngine(bundle))
     observation = demo_observation()
     chunk = policy.infer(observation, TEXT, 0)

@@ -63,7 +63,7 @@ def test_the_state_may_enter_as_text_and_as_token(both_bundle: Bundle) -> None:
 
 
 class StraightFlow:
-    """An engine whose flow leads straight to `target`; it notes the times it was asked for."""
+    """An engine whose flow leads straight to `target`; it records the times it was asked for."""
 
     description = "straight flow"
 
@@ -115,7 +115,9 @@ def test_one_prefill_serves_all_steps(bundle: Bundle, target_HA: NDArray[np.floa
     assert engine.prefills == 1 and len(engine.times) == bundle.manifest.flow.steps == 10
 
 
-def test_flow_steps_may_change_between_chunks_but_not_to_none(bundle: Bundle, target_HA: NDArray[np.float32]) -> None:
+def test_flow_steps_may_change_between_chunks_and_are_at_least_one(
+    bundle: Bundle, target_HA: NDArray[np.float32]
+) -> None:
     engine = StraightFlow(target_HA)
     policy = Policy(bundle, engine, flow_steps=10)
     policy.flow_steps = 2
@@ -125,7 +127,7 @@ def test_flow_steps_may_change_between_chunks_but_not_to_none(bundle: Bundle, ta
         Policy(bundle, engine, flow_steps=0)
 
 
-def test_noise_depends_on_seed_and_index_alone(bundle: Bundle, target_HA: NDArray[np.float32]) -> None:
+def test_noise_depends_only_on_seed_and_index(bundle: Bundle, target_HA: NDArray[np.float32]) -> None:
     first, second = (Policy(bundle, StraightFlow(target_HA), noise_seed=seed) for seed in (3, 4))
     expected = np.random.default_rng((3, 1)).standard_normal((HORIZON, 7), dtype=np.float32)
     first.noise(0)
@@ -163,7 +165,7 @@ def test_velocities_are_central_differences_of_the_path_from_the_state(
     assert chunk.velocity_HJ[-1] == pytest.approx((path[-1] - path[-2]) / 0.05)
 
 
-def test_positions_that_are_no_numbers_are_refused(bundle: Bundle, target_HA: NDArray[np.float32]) -> None:
+def test_positions_that_are_not_finite_are_refused(bundle: Bundle, target_HA: NDArray[np.float32]) -> None:
     target_HA[3, 2] = np.nan
     with pytest.raises(EngineError, match="expected finite positions"):
         Policy(bundle, StraightFlow(target_HA)).decode(target_HA, demo_observation())
@@ -215,7 +217,7 @@ def test_bound_buffers_give_what_plain_sessions_give(
         assert chunk.position_HJ == pytest.approx(absolute_HJ)
 
 
-def test_chunks_follow_images_instruction_and_state(bundle: Bundle) -> None:
+def test_chunks_depend_on_images_instruction_and_state(bundle: Bundle) -> None:
     policy, observation = Policy(bundle, OnnxEngine(bundle)), demo_observation()
     moved = dataclasses.replace(observation, state_J=observation.state_J + 0.2 * (np.arange(7) == 1))
 
@@ -239,7 +241,7 @@ def test_keys_and_values_are_written_where_the_expert_reads_them(bundle: Bundle)
     assert np.abs(engine._buffers["keys"].numpy()).max() > 0
 
 
-def test_velocities_are_the_callers_to_keep(bundle: Bundle) -> None:
+def test_the_caller_may_keep_velocities(bundle: Bundle) -> None:
     engine = OnnxEngine(bundle)
     policy = Policy(bundle, engine)
     cache = policy.prefill(make_model_input(bundle.manifest, bundle.tokenizer, demo_observation(), TEXT))
@@ -281,7 +283,7 @@ def test_inputs_of_another_shape_or_type_are_refused(bundle: Bundle) -> None:
         engine.prefill(dataclasses.replace(given, images_VCHW=given.images_VCHW.astype(np.float64)))
 
 
-def test_a_state_where_none_belongs_is_refused_and_a_missing_one_too(bundle: Bundle, state_bundle: Bundle) -> None:
+def test_an_unexpected_and_a_missing_state_are_refused(bundle: Bundle, state_bundle: Bundle) -> None:
     for chosen, state, message in (
         (bundle, np.zeros(7, np.float32), "expected none, the prompt has it as text, got one"),
         (state_bundle, None, "expected a state token, got none"),
@@ -292,7 +294,7 @@ def test_a_state_where_none_belongs_is_refused_and_a_missing_one_too(bundle: Bun
             policy.denoise(policy.prefill(given), policy.noise(0), state)
 
 
-def test_velocities_that_are_no_numbers_are_refused(bundle: Bundle) -> None:
+def test_velocities_that_are_not_finite_are_refused(bundle: Bundle) -> None:
     engine = OnnxEngine(bundle)
     policy = Policy(bundle, engine)
     given = make_model_input(bundle.manifest, bundle.tokenizer, demo_observation(), TEXT)
@@ -325,10 +327,10 @@ def test_half_precision_is_refused_where_it_has_no_kernels(bundle: Bundle) -> No
         OnnxEngine(half)
 
 
-def test_tensorrt_in_onnxruntime_keeps_what_it_builds(
+def test_tensorrt_in_onnxruntime_caches_what_it_builds(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here no provider but the CPU's exists: what onnxruntime is asked for is all that can be seen."""
+    """Only the CPU's provider exists here, so the test sees only what onnxruntime is asked for."""
     asked: list[object] = []
 
     class Stop(Exception):

@@ -46,7 +46,7 @@ def test_shrinking_by_three_averages_nine_pixels() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 96), (96, 48), (480, 640), (31, 77), (5, 1)])
-def test_other_proportions_are_padded_not_stretched(height: int, width: int) -> None:
+def test_other_aspect_ratios_are_padded_not_stretched(height: int, width: int) -> None:
     out = resize_with_pad(np.full((height, width, 3), 200, dtype=np.uint8), 64)
     assert out.shape == (64, 64, 3)
     inside = (out == 200).all(axis=2)
@@ -65,7 +65,7 @@ def test_an_image_of_the_right_size_is_untouched() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)])
-def test_what_is_no_rgb_image_is_refused(bad: np.ndarray) -> None:
+def test_an_array_that_is_not_an_rgb_image_is_refused(bad: np.ndarray) -> None:
     with pytest.raises(InputError, match="image: expected uint8"):
         resize_with_pad(bad, 96)
 
@@ -106,7 +106,7 @@ def test_bins_have_equal_widths_and_clamp(value: float, bins: int) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_state_that_is_no_number_is_refused(value: float) -> None:
+def test_a_state_that_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(InputError, match="finite"):
         state_to_bins(np.array([0.0, value]))
 
@@ -125,7 +125,7 @@ def test_an_empty_instruction_is_refused(text: str) -> None:
         clean_instruction(text)
 
 
-def test_an_instruction_cannot_bring_special_tokens() -> None:
+def test_an_instruction_cannot_contain_special_tokens() -> None:
     with pytest.raises(InstructionError, match="plain words"):
         clean_instruction("touch <act_query_0> the cube")
 
@@ -219,7 +219,7 @@ def test_prompt_ids_come_first_and_answers_are_consecutive() -> None:
         token_id(tokenizer, "<fast_512>")
 
 
-def test_every_number_of_the_state_is_one_token_of_its_own(tokenizer: Tokenizer) -> None:
+def test_every_number_of_the_state_is_one_token(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(" ".join(map(str, range(256))), add_special_tokens=False).ids
     assert len(set(ids)) == 256 and tokenizer.token_to_id("<unk>") not in ids
 

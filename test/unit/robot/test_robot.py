@@ -1,4 +1,4 @@
-"""The robot file: read by name or path, its faults named, and the demo's arm as bundle and simulator have it."""
+"""The robot file: read by name or path, its faults named, and the demo's arm the same in bundle and simulator."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from ki_vla_ros.sim.world import World
 EXAMPLE = find_robot("imported_arm")
 
 
-def test_the_demos_arm_is_what_the_shipped_bundle_says() -> None:
+def test_the_demo_arm_agrees_with_the_shipped_bundle() -> None:
     robot, manifest = read_robot(find_robot("demo_arm")), load_bundle(ROOT / "models/demo").manifest
     for field in ("cameras", "joints", "horizon", "action_period_s"):
         assert getattr(robot, field) == getattr(manifest, field), field
 
 
-def test_the_demos_arm_is_what_the_simulator_moves() -> None:
+def test_the_demo_arm_agrees_with_the_simulator() -> None:
     robot, world = read_robot(find_robot("demo_arm")), World(render=False)
     assert robot.joint_names == world.joints
     np.testing.assert_array_equal([joint.lower for joint in robot.joints], world.lower_J)
@@ -60,7 +60,7 @@ def test_faults_name_file_key_and_value(tmp_path: Path, changes: dict[str, objec
         read_robot(path)
 
 
-def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "robot.yaml"
     with pytest.raises(ConfigurationError, match=r"expected a YAML file, got one that cannot be read \(No such file"):
         read_robot(path)

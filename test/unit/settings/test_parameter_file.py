@@ -1,4 +1,4 @@
-"""Parameter files without ROS. That rcl reads them alike is tested with rcl, in test/ros/test_parameter_file.py."""
+"""Parameter files without ROS; test/ros/test_parameter_file.py compares the result with rcl's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The session's text: it gives back what went in, and says what is wrong with what is none."""
+"""The session's text: what went in comes back, and any other text is refused with a reason."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_the_topics_and_their_types() -> None:
         ({"colour": "red"}, "session: colour: Extra inputs are not permitted, got 'red'"),
     ],
 )
-def test_what_is_no_session_is_named(change: dict[str, Any], fault: str) -> None:
+def test_a_text_that_is_not_a_session_is_refused(change: dict[str, Any], fault: str) -> None:
     with pytest.raises(InputError) as raised:
         read_session(json.dumps({**json.loads(make_session().text()), **change}))
     assert str(raised.value).startswith(fault) and "replay with --params" in str(raised.value)
 
 
-def test_a_text_that_is_no_json() -> None:
+def test_a_text_that_is_not_json_is_refused() -> None:
     with pytest.raises(InputError, match="session: text: Invalid JSON"):
         read_session("{")
 

@@ -65,7 +65,7 @@ def test_bad_values_are_refused_by_name(name: str, value: object) -> None:
         settings_from_parameters({name: value})
 
 
-def test_all_mistakes_are_told_at_once_a_line_each() -> None:
+def test_all_mistakes_are_reported_at_once_one_per_line() -> None:
     with pytest.raises(ParameterError) as error:
         settings_from_parameters({"rate": 5, "limits.velocity": 1.0, "flow_steps": -1, "engine": "abacus"})
     assert len(error.value.problems) == 4 and str(error.value).splitlines() == list(error.value.problems)
@@ -188,7 +188,7 @@ def test_delay_horizon_and_executor_fit_together() -> None:
         )
 
 
-def test_two_rates_need_a_state_token_and_keys_that_live_long_enough() -> None:
+def test_a_slower_prefill_needs_a_state_token_and_a_cache_that_lives_long_enough() -> None:
     two_rates = settings_from_parameters({"prefill_period_s": 0.3})
     two_rates.validate_against(both_ways_policy())
     with pytest.raises(
