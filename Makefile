@@ -1,4 +1,4 @@
-# `make demo` and `make test` are the two that need nothing but python3 and make; `make help` lists the rest.
+# `make demo` and `make test` need nothing but python3 and make; `make help` lists all targets.
 PYTHON ?= python3
 ARGS ?=
 JOBS ?= 2
@@ -6,7 +6,7 @@ CONFIG ?= config/training/demo.yaml
 CHECKPOINT ?= out/training/demo/policy
 BUNDLE ?= models/demo
 
-# Beside a ROS 2 installation the environment sees that installation's packages, so it is another one.
+# With a ROS 2 installation sourced, the environment sees that installation's packages, so it gets its own folder.
 VENV := .venv$(addprefix -,$(ROS_DISTRO))
 RUN := $(VENV)/bin/python -m
 REQUIREMENTS := $(wildcard requirements/*.txt)
@@ -15,7 +15,7 @@ PYTEST := pytest -p xdist -p pytest_timeout -p hypothesispytest -n $(JOBS) --dis
 TESTING := OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
 export PYTHON
-# The ROS wheels restart Python once with their library path; inherited from another environment, this mark would prevent it.
+# The ROS wheels restart Python once with their library path; if this mark were inherited, they would not.
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
 .DEFAULT_GOAL := help
@@ -33,7 +33,7 @@ test: lint ## every test, with coverage (ARGS="test/bad/test_bundles.py" for som
 	$(RUN) coverage combine --quiet
 	$(if $(ARGS),,$(RUN) coverage report)
 
-test-fast: $(VENV)/developer ## in a minute: unit tests and contracts but for those that trace, train or search long (JOBS=2)
+test-fast: $(VENV)/developer ## unit tests and contracts without the slow ones, in about a minute (JOBS=2)
 	$(TESTING) $(RUN) $(PYTEST) -m "not slow" $(or $(ARGS),test/unit test/contracts)
 
 lint: $(VENV)/developer ## ruff (rules, format) and mypy
@@ -44,7 +44,7 @@ lint: $(VENV)/developer ## ruff (rules, format) and mypy
 paths: $(VENV)/developer ## count the code of the main paths: image to trajectory, batch to optimizer step, bag to figures
 	ROS_LOG_DIR=out/log $(VENV)/bin/python scripts/paths
 
-train: $(VENV)/developer ## train the policy (CONFIG=config/training/demo.yaml, JOBS=2 processes); goes on where it stopped
+train: $(VENV)/developer ## train the policy (CONFIG=config/training/demo.yaml, JOBS=2 processes); resumes where it stopped
 	OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --nproc-per-node $(JOBS) -m training.train $(CONFIG)
 
 export: $(VENV)/developer ## write a bundle from a checkpoint (CHECKPOINT=..., BUNDLE=models/demo, ARGS)
@@ -53,7 +53,7 @@ export: $(VENV)/developer ## write a bundle from a checkpoint (CHECKPOINT=..., B
 evaluate: $(VENV)/developer ## closed-loop figures of a bundle without ROS (BUNDLE=models/demo, ARGS="--episodes 20")
 	$(RUN) training.evaluate $(BUNDLE) $(ARGS)
 
-clean: ## remove the environments and everything that the other targets wrote, except models
+clean: ## remove the environments and everything that other targets wrote, except models
 	rm -rf .venv .venv-* out build log *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/robot: scripts/environment $(REQUIREMENTS)

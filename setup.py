@@ -1,10 +1,10 @@
 """Installs the robot's side, with launch files, settings and models as share files; training/ runs from a checkout.
 
-Two kinds of commands, since neither serves both kinds of people:
-- `ki-vla` is the one on the PATH of who installs with pip; the other names are too common for that.
-- `ros2 run` and launch files look for executables in lib/ki_vla_ros. Those are the files of scripts/ros, installed as
-  data: colcon copies or (--symlink-install) links them, and they start the python3 of the PATH, so that a virtual
-  environment counts, which the interpreter that colcon itself runs in would not.
+There are two kinds of commands:
+- pip puts only `ki-vla` on the PATH; the other commands' names are too common for that.
+- `ros2 run` and launch files look for executables in lib/ki_vla_ros. These are the files in scripts/ros, installed as
+  data: colcon copies them (or links them with --symlink-install). They start the python3 on the PATH, which may be a
+  virtual environment's; console scripts would start the interpreter that colcon itself runs in.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ NAME = "ki_vla_ros"
 
 
 def installed_files() -> list[tuple[str, list[str]]]:
-    """(destination below the prefix, files) as `ros2 launch` and the package index look for them."""
+    """(Destination below the prefix, files) pairs, where `ros2 launch` and the package index look for them."""
     found = [("share/ament_index/resource_index/packages", [f"resource/{NAME}"]), (f"share/{NAME}", ["package.xml"])]
     found.append((f"lib/{NAME}", sorted(path.as_posix() for path in Path("scripts/ros").iterdir())))
     for folder, pattern in (("launch", "*.launch.py"), ("config", "**/*"), ("models", "**/*")):
@@ -41,9 +41,9 @@ setup(
     data_files=installed_files(),
     install_requires=["lz4", "mcap", "numpy", "pydantic>=2", "pyyaml", "rosbags", "tokenizers", "zstandard"],
     extras_require={
-        # Beside a ROS installation python3-opencv is there already, and a robot may prefer onnxruntime-gpu.
+        # Not required above: a ROS installation has python3-opencv already, and a robot may prefer onnxruntime-gpu.
         "demo": ["av", "mujoco", "onnxruntime", "opencv-python-headless"],
-        # colcon runs a package's tests only when they are announced here.
+        # colcon runs a package's tests only if they are declared here.
         "test": ["pytest"],
     },
     zip_safe=False,

@@ -3,9 +3,9 @@
     ros2 launch ki_vla_ros demo.launch.py instruction:="touch the blue pole"
     ros2 topic pub --once /policy/instruction std_msgs/msg/String "data: point at the white cube"
 
-The scene is built for the instruction given at start; without one, that of config/demo.yaml (scene_seed 0) has a white
-pole, a white cube, a blue pole and a green pole. It runs until Ctrl-C. For episodes with a judge, video and figures use
-`ros2 run ki_vla_ros demo`.
+The scene is built for the instruction given at start. Without one, the scene of config/demo.yaml (scene_seed 0) has a
+white pole, a white cube, a blue pole and a green pole. It runs until Ctrl-C. For episodes with a judge, a video and
+figures, use `ros2 run ki_vla_ros demo`.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def generate_launch_description() -> LaunchDescription:
         package="ki_vla_ros",
         executable="sim_arm",
         name="sim_arm",
-        # The scene is built for the instruction; an empty one is the scene's own.
+        # The scene is built for this instruction; if it is empty, the scene has its own task.
         parameters=[
             LaunchConfiguration("params_file"),
             {"task": ParameterValue(LaunchConfiguration("instruction"), value_type=str)},
@@ -50,7 +50,7 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("instruction", default_value="", description="task at start; empty: wait for one"),
             DeclareLaunchArgument("record", default_value="false", description="true: record the policy into a bag"),
             DeclareLaunchArgument(
-                "record_to", default_value="", description="folder to make for the bag; empty: policy_ and the time"
+                "record_to", default_value="", description="folder to create for the bag; empty: policy_ and the time"
             ),
             arm,
             policy,

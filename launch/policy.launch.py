@@ -3,8 +3,8 @@
     ros2 launch ki_vla_ros policy.launch.py params_file:=my_robot.yaml bundle:=/path/to/bundle
     ros2 launch ki_vla_ros policy.launch.py params_file:=my_robot.yaml record:=true    # see docs/runtime.md
 
-Cameras should be started with the same Fast DDS profile (see config/fastdds.xml); an environment variable
-FASTDDS_DEFAULT_PROFILES_FILE that is set already is left as it is.
+Start the cameras with the same Fast DDS profile (see config/fastdds.xml). If the environment variable
+FASTDDS_DEFAULT_PROFILES_FILE is set already, it is left as it is.
 """
 
 from pathlib import Path
@@ -47,13 +47,13 @@ def launch_policy(context: LaunchContext) -> list:
     activate_when_configured = RegisterEventHandler(
         OnStateTransition(
             target_lifecycle_node=policy,
-            # Without the start state this would also undo every later deactivation by hand.
+            # Without start_state this would also reactivate the node after every later deactivation by hand.
             start_state="configuring",
             goal_state="inactive",
             entities=[change(Transition.TRANSITION_ACTIVATE)],
         )
     )
-    # The recorder comes first: it waits for the policy, and its subscriptions shall be there when the first tick is.
+    # The recorder comes first: it waits for the policy, and its subscriptions must be there for the first tick.
     recorders = [recorder(context, profile)] if is_true("record", context) else []
     return [*recorders, policy, activate_when_configured, change(Transition.TRANSITION_CONFIGURE)]
 
@@ -91,7 +91,7 @@ def generate_launch_description() -> LaunchDescription:
                 "instruction", default_value="", description="task at start; empty: as params_file says"
             ),
             DeclareLaunchArgument(
-                "urdf", default_value="", description="URDF file whose joint limits count where they are tighter"
+                "urdf", default_value="", description="URDF file whose joint limits apply where they are tighter"
             ),
             DeclareLaunchArgument(
                 "record",
@@ -99,7 +99,7 @@ def generate_launch_description() -> LaunchDescription:
                 description="true: record what the policy reads and publishes into a bag",
             ),
             DeclareLaunchArgument(
-                "record_to", default_value="", description="folder to make for the bag; empty: policy_ and the time"
+                "record_to", default_value="", description="folder to create for the bag; empty: policy_ and the time"
             ),
             DeclareLaunchArgument("namespace", default_value="", description="namespace of the node and its topics"),
             OpaqueFunction(function=launch_policy),
