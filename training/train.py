@@ -129,7 +129,8 @@ class Trainer:
 
     def precision(self) -> torch.autocast:
         """The context for forward passes: products in `parallel.dtype`, sensitive operations in float32."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.parallel.dtype == "bfloat16")
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.parallel.dtype == "bfloat16")
 
     def check_sources(self, stage: StageConfig) -> None:
         """ConfigurationError if a source is unknown or teaches nothing, or a loss has no targets in any source."""
