@@ -58,7 +58,7 @@ class Progress:
     ) -> None:
         """`stream` (default: standard error) decides whether this is a terminal.
 
-        If it is none, `say` (default: print to the stream) gets the lines. The first comes after `line_every_s`, so
+        Elsewhere `say` (default: print to the stream) gets the lines, the first after `line_every_s`, so that
         quick work prints nothing.
         """
         self._stream = sys.stderr if stream is None else stream

@@ -58,7 +58,7 @@ def _examine(given: argparse.Namespace) -> int:
     if not given.node.startswith("/") or given.seconds <= 0:
         raise ConfigurationError("expected --node to begin with a slash and --seconds above 0")
     if given.params is not None and not given.params.is_file():
-        raise ConfigurationError(f"--params: expected a parameter file, got {given.params}, which is none")
+        raise ConfigurationError(f"--params: expected a parameter file, got {given.params}, which is not a file")
     findings, looked_at = diagnose(Request(given.bag, given.params, given.bundle, given.node, given.seconds))
     print(json.dumps(as_json(findings, looked_at), indent=1) if given.json else as_table(findings, looked_at))
     return ExitCode.FOUND if errors(findings) else ExitCode.FINE

@@ -91,7 +91,7 @@ class PlanCache:
         return self.folder / key.file_name
 
     def read(self, key: PlanKey) -> memoryview | None:
-        """The plan, mapped from its file, or None where there is none or a damaged one.
+        """The plan, mapped from its file; None if it is missing or damaged.
 
         EngineError if its record says that it is for something else.
         """
