@@ -1,4 +1,4 @@
-"""Import of a random pi0.5 at its published sizes, in openpi's spelling and shards of 2 GB: time and peak memory.
+"""Measures the import of a random full-size pi0.5, with openpi's names in shards of 2 GB: time and peak memory.
 
     PYTHONPATH=test python -m system.full_size_import FOLDER        # takes 14 GB there
 
@@ -38,7 +38,7 @@ sys.exit(code)
 
 
 def write_weights(folder: Path) -> int:
-    """-> bytes"""
+    """Writes the checkpoint; returns its size in bytes."""
     folder.mkdir(parents=True)
     config = paligemma_3b("pi05")
     noise = (0.02 * torch.randn(2**24, generator=torch.Generator().manual_seed(0))).bfloat16()
@@ -62,7 +62,7 @@ def write_weights(folder: Path) -> int:
 
 
 def write_tokenizer(path: Path) -> None:
-    """The small model of the tests, filled up to PaliGemma's 257,152 pieces."""
+    """The tests' small tokenizer, padded to PaliGemma's 257,152 pieces."""
     model = train()
     del model.pieces[-PLACES - SEGMENTS :]
     kinds = type(model).SentencePiece

@@ -1,9 +1,10 @@
-"""A synthetic recording of any size, and what reading it takes.
+"""Writes a synthetic recording of any size, and measures reading it.
 
     PYTHONPATH=test python -m system.large_bag write out/large --gigabytes 5 [--storage sqlite3] [--cut]
     PYTHONPATH=test python -m system.large_bag read out/large
 
-The demo robot's two cameras at 640 x 480 and 30 Hz as raw noise (nothing to compress), joint states at 200 Hz.
+It has the demo robot's two cameras at 640 x 480 and 30 Hz as raw noise (which does not compress), and joint states at
+200 Hz.
 `--cut`: the last part is missing, and so are the index and metadata.yaml, as after a power loss.
 """
 

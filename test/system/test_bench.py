@@ -1,4 +1,4 @@
-"""The benchmarks as commands: one short run of each for real. No timing is judged here."""
+"""The benchmarks as commands: one short real run of each, without judging any timing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ki_vla_ros.bundle.folder import load_bundle
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Without ROS, as on a machine that has none."""
+    """An environment without ROS, as on a machine that has none."""
     code = "import sys; sys.modules['rclpy'] = None; from ki_vla_ros.bench.__main__ import main; sys.exit(main())"
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
 

@@ -1,4 +1,4 @@
-"""Every command answers --help, and refuses what it does not know with exit code 2."""
+"""Every command answers --help, and refuses unknown arguments with exit code 2."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_command_answers_help_and_refuses_what_it_does_not_know(package: s
 
 
 def test_ki_vla_has_every_command_of_the_package() -> None:
-    """All but those that another command starts, and the names that older habits and documents use."""
+    """All commands but those that another command starts, and the names that older documents use."""
     listed = {module for _, module, _ in COMMANDS}
     others = {"ki_vla_ros.__main__", "ki_vla_ros.build_engines", "ki_vla_ros.record"}
     assert set(commands("ki_vla_ros")) - others == listed - {"ki_vla_ros.engines.build", "ki_vla_ros.ros.recorder"}
@@ -67,13 +67,13 @@ def ki_vla(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
-def test_ki_vla_hands_arguments_on() -> None:
+def test_ki_vla_passes_arguments_on() -> None:
     done = ki_vla("doctor", "--bag", "nowhere")
     assert done.returncode == 2 and done.stderr.startswith("doctor: ") and "nowhere" in done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "got"), [([], "got none"), (["fly"], "got 'fly'")])
-def test_ki_vla_lists_what_there_is(arguments: list[str], got: str) -> None:
+def test_ki_vla_lists_its_commands(arguments: list[str], got: str) -> None:
     done = ki_vla(*arguments)
     assert done.returncode == 2 and f"expected a command, {got}" in done.stderr
     assert all(f"\n  {name} " in done.stderr for name, _, _ in COMMANDS)

@@ -1,4 +1,4 @@
-"""The demo as a user runs it: what it takes, what it writes, what it refuses, and that nothing is left running."""
+"""The demo as a user runs it: its options, results and refusals, and that it leaves no process behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen
 
 
 def left_running(folder: Path) -> list[str]:
-    """Command lines of processes that were given something in `folder`."""
+    """Command lines of processes that have an argument in `folder`."""
     lines = []
     for entry in Path("/proc").iterdir():
         try:
@@ -48,7 +48,7 @@ def left_running(folder: Path) -> list[str]:
 
 @pytest.fixture
 def given(tmp_path: Path, bundle: Path) -> list[str]:
-    """Arguments for a short run; the parameter file's path marks the processes that were started with it."""
+    """Arguments for a short run; the parameter file's path marks the processes that it starts."""
     params = shutil.copy(find_share("config/demo.yaml"), tmp_path / "demo.yaml")
     return ["--bundle", str(bundle), "--params", str(params), "--out", str(tmp_path / "out"), "--episodes", "1"]
 

@@ -1,4 +1,4 @@
-"""Ctrl-C during a replay: the process ends soon, and leaves figures and predictions of what it had done."""
+"""Ctrl-C during a replay: the process ends soon and leaves the figures and predictions it had by then."""
 
 from __future__ import annotations
 

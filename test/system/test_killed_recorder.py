@@ -1,4 +1,4 @@
-"""A writer that is killed, as by a power cut, leaves a bag with all that it had written."""
+"""A writer that is killed, as by a power cut, leaves a bag with everything it had written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for k in itertools.count(1):
 
 
 def contents(bag: Path) -> list[tuple[str, int]]:
-    """Topic and time of all messages that are whole; nothing while the bag's first bytes are not there yet."""
+    """Topic and time of all complete messages; none while the bag's first bytes are not there yet."""
     try:
         with open_bag(bag) as opened:
             return [(message.topic, message.log_ns) for message in opened.messages()]

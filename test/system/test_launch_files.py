@@ -1,8 +1,7 @@
-"""Launch files and configuration files.
+"""Launch files and configuration files, without a ROS installation.
 
-launch and launch_ros cannot be installed where there is no ROS installation, so this file uses a STAND-IN for them:
-every name that the launch files import from them becomes a recorder of its arguments. It shows what the files ask for,
-not that launch does it.
+launch and launch_ros cannot be installed without ROS, so this file uses a STAND-IN: every name that the launch files
+import from them becomes a recorder of its arguments. It shows what the files ask for, not that launch does it.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ STANDARD = {"ament_index_python", "launch", "launch_ros", "lifecycle_msgs", "pat
 
 @dataclass
 class Recorded:
-    """A call of something that the stand-in stands for."""
+    """A recorded call of something that the stand-in replaces."""
 
     kind: str
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def perform(self, context: dict[str, str]) -> str:
-        """LaunchConfiguration."""
+        """The value of a LaunchConfiguration."""
         return context[self.args[0]]
 
     def flat(self) -> list[Recorded]:
-        """This and everything recorded in its arguments."""
+        """This call and all calls recorded in its arguments."""
         found = [self]
         for value in (*self.args, *self.kwargs.values()):
             for item in value if isinstance(value, (list, tuple)) else [value]:
@@ -78,7 +77,7 @@ def generate(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def of(kind: str, found: list[Recorded]) -> list[Recorded]:
-    """Each once, though several others may refer to it."""
+    """The calls of a kind, each once even if several others refer to it."""
     return list({id(entity): entity for entity in found if entity.kind == kind}.values())
 
 
@@ -107,7 +106,7 @@ def test_the_policy_is_led_from_configure_to_active(generate: Any) -> None:
     assert chosen["bundle"].args == ("my",) and "instruction" not in chosen and chosen["autostart"] is False
 
 
-def test_the_urdf_is_handed_on_by_content(generate: Any, tmp_path: Path) -> None:
+def test_the_urdf_is_passed_on_by_content(generate: Any, tmp_path: Path) -> None:
     (tmp_path / "arm.urdf").write_text("<robot/>")
     found = generate("policy.launch.py", **ARGUMENTS | {"urdf": str(tmp_path / "arm.urdf")})
     assert of("LifecycleNode", found)[0].kwargs["parameters"][1]["robot_description"].args == ("<robot/>",)
@@ -125,7 +124,7 @@ def test_a_recorder_beside_the_policy(generate: Any, folder: str, arguments: lis
     assert recorder.kwargs["namespace"].args == policy.kwargs["namespace"].args == ("namespace",)
 
 
-def test_a_recorder_neither_wanted_nor_not(generate: Any) -> None:
+def test_record_must_be_true_or_false(generate: Any) -> None:
     with pytest.raises(ValueError, match="launch argument record: expected true or false, got 'yes'"):
         generate("policy.launch.py", **ARGUMENTS | {"record": "yes"})
 

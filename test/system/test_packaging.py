@@ -1,4 +1,4 @@
-"""The package as others get it: installed files, declared dependencies, pinned versions, the Makefile's commands."""
+"""The package as users get it: installed files, declared dependencies, pinned versions, the Makefile's targets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def requirements(name: str) -> list[Requirement]:
 
 
 def imported_modules(folder: Path) -> set[str]:
-    """Top-level names imported anywhere below `folder`, the standard library left out."""
+    """Top-level names imported anywhere below `folder`, without the standard library."""
     found: set[str] = set()
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -58,7 +58,7 @@ def run_python(code: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pip install` puts below its prefix; built from a copy, because building writes beside the sources."""
+    """The prefix after `pip install` from a copy, because building writes beside the sources."""
     source = tmp_path_factory.mktemp("source") / "checkout"
     shutil.copytree(ROOT, source, ignore=NOT_SOURCES)
     target = tmp_path_factory.mktemp("prefix")
@@ -84,7 +84,7 @@ def test_share_files_land_where_ros_looks(prefix: Path) -> None:
 
 
 def test_installed_package_is_complete(prefix: Path, tmp_path: Path) -> None:
-    """Every module of the checkout and each data file beside them, for whoever imports it from elsewhere."""
+    """Every module of the checkout and every data file beside them can be used from elsewhere."""
     installed = site_packages(prefix) / "ki_vla_ros"
     for path in (ROOT / "ki_vla_ros").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
@@ -153,7 +153,7 @@ def test_everything_imported_is_declared_for_rosdep() -> None:
 
 
 def test_everything_imported_is_required_from_pip() -> None:
-    """Also where a package comes along with another one today."""
+    """This includes packages that another package happens to bring along today."""
     ours = {"ki_vla_ros", "training"}
     distributions = {
         "cv2": "opencv-python-headless",
@@ -184,7 +184,7 @@ def test_each_requirement_has_one_pinned_version(version: str) -> None:
 
 
 def loaded_by(modules: str) -> set[str]:
-    """Top-level names of all that is loaded when `modules` are imported."""
+    """Top-level names of everything loaded when `modules` are imported."""
     code = f"import sys, {modules}; print(*{{name.split('.')[0] for name in sys.modules}})"
     return set(run_python(code).split())
 

@@ -1,4 +1,4 @@
-"""The simulated world in a process whose off-screen OpenGL is missing, is another than asked for, or is not needed."""
+"""The simulated world in a process whose off-screen OpenGL is missing, unknown or not needed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_unknown_gl_library_is_named() -> None:
     ],
 )
 def test_missing_gl_library_names_the_package(gl: str, remedy: str) -> None:
-    """PyOpenGL told to use another platform fails just as it does without the library."""
+    """PyOpenGL fails the same way if told to use another platform as without the library."""
     result = run_python(REPORT, MUJOCO_GL=gl, PYOPENGL_PLATFORM="glx")
     assert result.stdout.count("\n") == 1
     assert "no off-screen OpenGL for the simulated cameras" in result.stdout

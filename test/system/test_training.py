@@ -32,7 +32,7 @@ from training.run import Run
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The data folder is shared by the module, simulated once."""
+    """Settings whose data folder the module shares, so that it is simulated only once."""
     return tiny_run(tmp_path_factory.mktemp("training"), steps=2)
 
 
@@ -254,7 +254,7 @@ def test_sources_that_cannot_feed_a_stage_are_refused_before_the_first_step(
 
 
 def test_the_papers_recipe_needs_no_hints(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Answers, FAST and flow in one stage, without heads, probe, or labels of cameras or objects."""
+    """Answers, FAST and flow in one stage, without heads, probe, or labels for cameras or objects."""
     stage = settings["stages"][2] | {"losses": {"text": 1.0, "fast": 1.0, "flow": 1.0}, "train": ["backbone", "expert"]}
     config = configure({**settings, "hints": None}, out=tmp_path, stages=[stage])
     run = Run(config)
@@ -264,7 +264,7 @@ def test_the_papers_recipe_needs_no_hints(settings: dict[str, Any], tmp_path: Pa
     assert "flow_follow" in figures and not {"pointing", "readout_follow"} & figures.keys()
 
 
-def test_another_robot_than_the_simulated_one_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_robot_other_than_the_simulated_one_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"'my-arm': cameras: expected wrist, scene .* got base, left_wrist"):
         Run(configure(settings, out=tmp_path, robot="imported_arm"))
     with pytest.raises(ConfigurationError, match=r"max_prefix_delay: expected less than the horizon 16 .* got 16"):

@@ -1,4 +1,4 @@
-"""What imports cost, seen from processes of their own."""
+"""What imports cost, measured in fresh processes."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def modules() -> dict[str, Path]:
 
 
 def test_no_module_outside_the_simulators_loads_mujoco() -> None:
-    """It would choose how MuJoCo renders, for every program that trains on recordings alone."""
+    """Loading it would choose MuJoCo's renderer in every program, even one that only trains on recordings."""
     names = [n for n in modules() if not n.startswith(SIMULATING) and not n.endswith("__main__")]
     assert {"training.train", "training.run", "training.losses.hints", "training.evaluate.offline"} <= set(names)
     code = (

@@ -1,4 +1,4 @@
-"""The demo before its processes start: what it takes and refuses, and one episode against a scripted driver."""
+"""The demo before its processes start: which options it takes and refuses, and an episode with a scripted driver."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_defaults_ask_for_held_out_combinations_and_an_instruction_for_all(bundl
     assert not set(chosen.seeds) & set(replace(chosen, seed=3, episodes=1000).seeds)
 
 
-def test_any_32_bit_seed_has_scenes_of_its_own(bundle: Path) -> None:
+def test_any_32_bit_seed_has_its_own_scenes(bundle: Path) -> None:
     most = demo.parse_options(["--bundle", str(bundle), "--no-video", "--seed", str(2**32 - 1)]).seeds
     assert (most[0], most[-1]) == (429_496_729_500_000, 429_496_729_500_019)
     # As in every run so far: figures in docs/results name scenes by their seeds.

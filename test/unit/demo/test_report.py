@@ -1,4 +1,4 @@
-"""What the demo says about a run: the figures of summary.json, and the page."""
+"""The demo's results: the figures in summary.json, and the page."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_shows_figures_and_episodes_and_escapes_what_it_was_given(tmp_path: Path) -> None:
+def test_the_page_shows_figures_and_episodes_and_escapes_text(tmp_path: Path) -> None:
     summary = write_report(tmp_path, a_run(), "demo.mp4")
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     page = Page((tmp_path / "index.html").read_text())

@@ -1,4 +1,4 @@
-"""The film that is made from the demo's bag."""
+"""The film made from the demo's bag."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def projector() -> World:
 
 
 def episode_messages(start_ns: int = 0) -> list[tuple[str, int, bytes]]:
-    """Status, instruction, and a pair of images 50 ms apart from the next; the second is seen with a chunk."""
+    """Messages: status, instruction, and pairs of images 50 ms apart; the second pair comes with a chunk."""
     pairs = []
     for k in range(3):
         stamp_ns = start_ns + k * 50_000_000

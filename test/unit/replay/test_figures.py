@@ -28,7 +28,7 @@ MS = 1_000_000
 # --- latency
 
 
-def test_a_number_is_the_same_for_every_tick() -> None:
+def test_a_fixed_latency_is_the_same_for_every_tick() -> None:
     latency = parse_latency("0.030+0.012")
     latency.begin(0, None)
     latency.computed(prefill=True)
@@ -60,7 +60,7 @@ def test_a_recorded_distribution_is_drawn_from_by_tick(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["-0.1", "nan", "1+2+3", "61", "nowhere.json", ""])
-def test_a_latency_that_is_none_is_refused(text: str) -> None:
+def test_text_that_is_no_latency_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="--latency"):
         parse_latency(text)
 
@@ -68,7 +68,7 @@ def test_a_latency_that_is_none_is_refused(text: str) -> None:
 # --- reference
 
 
-def test_what_follows_a_reset_is_no_answer_to_what_began_before_it() -> None:
+def test_motion_after_a_reset_is_no_reference_for_earlier_chunks() -> None:
     inbox = Inbox.__new__(Inbox)  # of all its parts only the paths
     inbox.measured, inbox._commanded = MeasuredPath(JOINTS, [3.0] * 7), CommandedPath(JOINTS)
     for n in range(20):
@@ -105,19 +105,19 @@ def test_thresholds(text: str, fails: bool) -> None:
 
 
 @pytest.mark.parametrize("text", ["error.rms", "error.rms>", ">1", "error.rms>a", "error.rms>nan", "a<b<1", "error=1"])
-def test_a_threshold_that_is_none_is_refused(text: str) -> None:
+def test_text_that_is_no_threshold_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="--fail-if"):
         parse_threshold(text)
 
 
-def test_a_figure_that_is_not_known_fails_and_a_cause_that_never_occurred_counts_zero() -> None:
+def test_an_unknown_figure_fails_and_a_cause_that_never_occurred_counts_zero() -> None:
     assert "is not known" in str(parse_threshold("error.by_step.7.rms>1").verdict(METRICS))
     assert parse_threshold("safety.holds.never>0").verdict(METRICS) is None
     assert parse_threshold("safety.holds.never<1").verdict(METRICS) is not None
 
 
 @pytest.mark.parametrize("text", ["complete>0", "error>1"])
-def test_a_threshold_on_no_figure_is_refused(text: str) -> None:
+def test_a_threshold_on_something_else_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="--fail-if"):
         parse_threshold(text).verdict(METRICS)
 
@@ -126,7 +126,7 @@ def test_a_threshold_on_no_figure_is_refused(text: str) -> None:
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """Errors that stay alike for a second; intervals over single ticks would cover far less."""
+    """Errors are correlated over a second; intervals over single ticks would cover far less often."""
     covered = 0
     generator = np.random.default_rng(0)
     for trial in range(200):
@@ -143,7 +143,7 @@ def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.85 <= covered / 200 <= 1.0
 
 
-def test_few_segments_have_no_interval_and_no_values_no_figure() -> None:
+def test_few_segments_give_no_interval_and_no_values_give_no_figure() -> None:
     sums = SegmentSums(2.0)
     assert sums.drawn(0) is None
     sums.add(0, np.array([[np.nan, 4.0]]))
@@ -170,7 +170,7 @@ def test_known_errors_come_out_as_they_went_in() -> None:
     json.dumps(summary, allow_nan=False)
 
 
-def test_nothing_at_all_is_a_summary_too() -> None:
+def test_a_replay_without_ticks_has_a_summary() -> None:
     figures = Figures(demo_policy(), "", 2.0, 0)
     summary = figures.summary("rtc", 0.1, "joint_states", None)
     assert summary["error"]["rms"] is None and "no chunk" in summary["error"]["missing"]
@@ -179,7 +179,7 @@ def test_nothing_at_all_is_a_summary_too() -> None:
 
 
 def test_memory_does_not_grow_with_the_chunks() -> None:
-    """An hour at 10 Hz: sums by segment, not chunks."""
+    """An hour at 10 Hz keeps sums by segment, not chunks."""
     spec = demo_policy()
     figures = Figures(spec, "", 0.0, 0)
     tick = made_up_tick(spec, 0)

@@ -1,4 +1,4 @@
-"""A replay is the node's loop again: the same chunks from a recorded run, and figures that mean what they say."""
+"""A replay runs the node's loop again: it makes the same chunks from a recorded run, and its figures are right."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def demo() -> Bundle:
-    """A trained one: random weights make nearly the same of any noise."""
+    """A trained bundle: random weights turn any noise into nearly the same chunk."""
     return load_bundle(ROOT / "models/demo")
 
 
@@ -47,7 +47,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def replay(bag: Path, out: Path, bundle: Bundle, *arguments: str, code: int = 0) -> dict[str, Any]:
-    """metrics.json of a run of the command."""
+    """Runs the command and returns its metrics.json."""
     given = [str(bag), "--bundle", str(bundle.path), "--out", str(out), *LOOSE_ARGUMENTS, *arguments]
     assert main(given) == code
     metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
@@ -89,7 +89,7 @@ def test_recorded_ticks_give_the_published_chunks_again(
     assert other["parity"]["max_difference"] > 1e-3
 
 
-def test_keys_and_values_that_the_node_used_again_are_used_again(tmp_path: Path) -> None:
+def test_keys_and_values_that_the_node_reused_are_reused(tmp_path: Path) -> None:
     bundle = write_test_bundle(tmp_path / "bundle", state_token_policy())
     settings: dict[str, object] = {"prefill_period_s": 0.3}
     published = record_run(tmp_path / "bag", bundle, 4.0, LOOSE | settings)
@@ -100,7 +100,7 @@ def test_keys_and_values_that_the_node_used_again_are_used_again(tmp_path: Path)
     assert metrics["parity"]["chunks"] == len(published) and metrics["parity"]["max_difference"] < 1e-7
 
 
-def test_a_tick_whose_frame_is_not_in_the_bag_is_said_and_not_made_up(tmp_path: Path, bundle: Bundle) -> None:
+def test_a_tick_whose_frame_is_not_in_the_bag_is_reported_and_not_made_up(tmp_path: Path, bundle: Bundle) -> None:
     record_run(tmp_path / "whole", bundle, 3.0, LOOSE)
     writer = RecordingWriter(tmp_path / "bag")
     with open_bag(tmp_path / "whole") as whole:
@@ -133,7 +133,7 @@ def test_two_runs_with_a_fixed_latency_are_the_same_to_the_byte(tmp_path: Path, 
     assert read_bytes(tmp_path / "three" / "predicted") != runs[0][1]
 
 
-def test_nothing_is_overwritten_but_what_a_replay_wrote(
+def test_only_an_earlier_replays_files_are_overwritten(
     tmp_path: Path, bundle: Bundle, inputs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replay(inputs, tmp_path / "out", bundle, "--latency", "0.5")
@@ -173,7 +173,7 @@ def test_from_python_it_gives_the_same_figures_and_writes_nothing(tmp_path: Path
     assert json.loads((tmp_path / "metrics.json").read_text()) == half.metrics
 
 
-def test_time_belongs_to_the_machine_that_is_asked_about(tmp_path: Path, bundle: Bundle, inputs: Path) -> None:
+def test_latency_is_that_of_the_given_machine(tmp_path: Path, bundle: Bundle, inputs: Path) -> None:
     quick, slow, late = (
         replay(inputs, tmp_path / text, bundle, "--latency", text, "--no-mcap") for text in ("0.001", "0.25", "0.6")
     )
@@ -192,7 +192,7 @@ def test_time_belongs_to_the_machine_that_is_asked_about(tmp_path: Path, bundle:
 
 
 def test_errors_are_those_of_the_predicted_chunks(tmp_path: Path, bundle: Bundle, inputs: Path) -> None:
-    """Against the arm's path, which the test knows at every instant."""
+    """The errors are against the arm's path, which the test knows at every instant."""
     metrics = replay(inputs, tmp_path / "out", bundle, "--latency", "0.02")
     errors = []
     with open_bag(tmp_path / "out" / "predicted") as bag:
@@ -218,7 +218,7 @@ def test_errors_are_those_of_the_predicted_chunks(tmp_path: Path, bundle: Bundle
     assert found["rms_ci"][0] < found["rms"] < found["rms_ci"][1]
 
 
-def test_a_missing_reference_is_said(tmp_path: Path, bundle: Bundle, inputs: Path) -> None:
+def test_a_missing_reference_is_reported(tmp_path: Path, bundle: Bundle, inputs: Path) -> None:
     metrics = replay(inputs, tmp_path / "out", bundle, "--latency", "0.02", "--reference", "command", "--no-mcap")
     assert "arm_controller/joint_trajectory" in metrics["error"]["missing"]
     assert metrics["error"]["rms"] is None and metrics["ticks"]["chunks"] > 50
@@ -266,7 +266,7 @@ def test_thresholds_give_an_exit_code(tmp_path: Path, bundle: Bundle, inputs: Pa
 
 
 @pytest.mark.slow
-def test_what_if(tmp_path: Path, demo: Bundle, inputs: Path) -> None:
+def test_what_if_probes_are_reported(tmp_path: Path, demo: Bundle, inputs: Path) -> None:
     arguments = ["--latency", "0.02", "--no-mcap", "--sensitivity-every", "0.5"]
     with_probes = replay(inputs, tmp_path / "with", demo, *arguments, "--instruction-other", "touch the blue ball")
     probes = with_probes["sensitivity"]["probes"]
@@ -310,7 +310,7 @@ def test_a_broken_image_is_refused_and_the_one_before_is_used(tmp_path: Path, bu
         ("", ["--instruction", "zyx"], "zyx"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(
+def test_impossible_requests_are_refused_in_one_line(
     tmp_path: Path,
     bundle: Bundle,
     capsys: pytest.CaptureFixture[str],

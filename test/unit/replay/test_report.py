@@ -20,7 +20,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Tags that do not match, whatever would be fetched, and the text."""
+    """Collects unmatched tags, everything that would be fetched, and the text."""
 
     def __init__(self, content: str) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """<path/>: nothing stays open."""
+        """Handles self-closing tags such as <path/>: nothing stays open."""
 
     def handle_endtag(self, tag: str) -> None:
         if not self.open or self.open.pop() != tag:
@@ -99,7 +99,7 @@ def test_long_bag_gives_a_small_page() -> None:
     assert "error 0.3" in content  # the worst moment, found in the middle of it
 
 
-def test_missing_reference_is_said_and_nothing_is_drawn_of_it() -> None:
+def test_missing_reference_is_reported_and_not_drawn() -> None:
     spec, metrics = demo_policy(), made_up_metrics(demo_policy())
     nothing = dict.fromkeys(("rms", "rms_ci", "max", "unit", "by_step", "by_joint", "by_joint_step", "reference"))
     metrics["error"] |= nothing | {"missing": "reference: no messages on /arm/commands"}
@@ -109,7 +109,7 @@ def test_missing_reference_is_said_and_nothing_is_drawn_of_it() -> None:
     assert "Error over the horizon" not in page.text
 
 
-def test_broken_bag_and_early_end_are_told() -> None:
+def test_broken_bag_and_early_end_are_reported() -> None:
     spec, metrics = demo_policy(), made_up_metrics(demo_policy())
     metrics |= {"complete": False, "stopped": "interrupted"}
     metrics["bag"]["faults"] = [{"kind": "truncated", "where": "kitchen.mcap", "message": "ends <early>"}]

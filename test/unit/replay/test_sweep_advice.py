@@ -1,4 +1,4 @@
-"""Which settings are recommended, and what is said of it."""
+"""Which settings are recommended, and the reason given."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRID = make_grid(("executor=rtc", "execution_horizon=2..6/2"), Settings(), SPEC)
 def outcome(
     error: float = 0.01, jump: float | None = 0.01, chunks: int = 100, held: int = 0, spread: float = 0.0, seed: int = 0
 ) -> Outcome:
-    """Of 20 segments with 10 actions each; `spread`: how much the error differs between segments."""
+    """An outcome of 20 segments with 10 actions each; `spread`: how much the error differs between segments."""
     factor_G = 1.0 + spread * np.random.default_rng(seed).uniform(-1.0, 1.0, 20)
     squares = {g: (np.full(7, 10 * (error * factor) ** 2), 10) for g, factor in enumerate(factor_G)}
     jumps = {} if jump is None else {g: (np.full(7, 10 * jump**2), 10) for g in range(20)}
@@ -65,7 +65,7 @@ def test_equal_settings_stay_as_given() -> None:
 
 
 def test_pairs_are_compared_on_the_same_segments() -> None:
-    """An error that differs wildly over time, and is always a tenth larger: that can be told."""
+    """An error that varies widely over time but is always a tenth larger can be told apart."""
     advice = choose(*(outcome(error, spread=0.9, seed=3) for error in (0.011, 0.01, 0.011, 0.011)))
     low, high = advice.rows[0].error_ci or (0.0, 0.0)
     assert low < (advice.rows[1].error or 0.0) < high  # the intervals overlap by far
@@ -82,7 +82,7 @@ def test_without_reference_failures_and_seams_decide() -> None:
 
 
 @pytest.mark.parametrize("best", [0, 2])
-def test_yaml_has_the_differences_alone_and_a_reason(best: int, tmp_path: Path) -> None:
+def test_yaml_has_only_the_differences_and_a_reason(best: int, tmp_path: Path) -> None:
     advice = choose(*(outcome(0.01 if c == best else 0.02) for c in range(4)))
     written = recommended_yaml(advice)
     path = tmp_path / "recommended.yaml"
@@ -108,7 +108,7 @@ def test_the_verdict_names_what_to_take_in_actions_and_seconds() -> None:
 
 
 def test_table_shows_the_given_value_and_jerk() -> None:
-    """Also where the given executor looks at no horizon."""
+    """It does so even if the given executor uses no horizon."""
     grid = make_grid(("executor=rtc", "execution_horizon=2,6"), Settings(executor="temporal_ensemble"), SPEC)
     section = sweep_section(advise(grid, [outcome()] * 3, SPEC, 0, ""))
     rows = section.partition("<tbody>")[2].split("</tr>")
@@ -121,7 +121,7 @@ def test_table_shows_the_given_value_and_jerk() -> None:
 @pytest.mark.parametrize(
     ("segments", "spread", "short"), [(2, 0.0, True), (4, 0.9, True), (20, 0.0, False)], ids=["none", "wide", "narrow"]
 )
-def test_a_bag_too_short_to_tell_is_said(segments: int, spread: float, short: bool) -> None:
+def test_a_bag_too_short_to_tell_is_reported(segments: int, spread: float, short: bool) -> None:
     outcomes = [outcome(0.01 + 0.0001 * c, spread=spread, seed=c) for c in range(4)]
     for each in outcomes:
         for g in range(segments, 20):
@@ -131,5 +131,5 @@ def test_a_bag_too_short_to_tell_is_said(segments: int, spread: float, short: bo
     assert ("too short to tell" in sweep_section(advice)) == short
 
 
-def test_equal_errors_are_no_matter_of_the_bags_length() -> None:
+def test_equal_errors_do_not_blame_the_bags_length() -> None:
     assert "too short" not in choose(*[outcome() for _ in range(4)]).reason

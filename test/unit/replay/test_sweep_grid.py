@@ -23,7 +23,7 @@ def test_given_settings_come_first() -> None:
     assert changes(grid("execution_horizon=4,6")) == [{}, {"execution_horizon_s": 0.2}, {"execution_horizon_s": 0.3}]
 
 
-def test_horizon_counts_actions_and_knows_h() -> None:
+def test_horizon_counts_actions_and_understands_h() -> None:
     found = grid("execution_horizon=1..H", base=settings_from_parameters({"executor": "synchronous"}))
     horizons = [candidate.settings.execution_horizon_s for candidate in found.candidates]
     # 16 actions of 0.05 s; a chunk must outlast the horizon by a tick of 0.1 s.
@@ -45,7 +45,7 @@ def test_horizons_within_one_tick_are_one_setting() -> None:
         grid("execution_horizon=1,2")
 
 
-def test_what_an_executor_does_not_look_at_is_not_varied() -> None:
+def test_parameters_that_an_executor_ignores_are_not_varied() -> None:
     found = grid("executor=asynchronous,temporal_ensemble,rtc", "inference_delay=0..1", "execution_horizon=2,4")
     assert [c for c in changes(found) if c.get("executor") == "temporal_ensemble"] == [
         {"executor": "temporal_ensemble"}

@@ -50,7 +50,7 @@ def test_nested_names_are_known(name: str) -> None:
         *("inputs.age_ms.tail.p50", "sensitivity.probes.camera.tail.rms", "parity.chunks", "error_rms"),
     ],
 )
-def test_names_of_no_number_are_refused_with_those_there_are(name: str) -> None:
+def test_unknown_names_are_refused_with_a_list_of_known_ones(name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"error\.by_step\.STEP\.rms.*STEP: 0 to 15") as refusal:
         check_figure(parse_threshold(f"{name}>1"), SPEC, recorded_ticks=False)
     assert repr(name) in str(refusal.value)
@@ -60,7 +60,7 @@ def test_recorded_ticks_have_parity() -> None:
     check_figure(parse_threshold("parity.max_difference>0"), SPEC, recorded_ticks=True)
 
 
-def test_the_nearest_name_is_proposed() -> None:
+def test_the_nearest_name_is_suggested() -> None:
     with pytest.raises(ConfigurationError, match=r"did you mean error\.rms\?"):
         check_figure(parse_threshold("error.rsm>1"), SPEC, recorded_ticks=False)
 

@@ -93,7 +93,7 @@ def test_demonstrator_rises_from_a_low_start_beside_a_tall_object(
 
 
 def test_tip_passes_above_everything_until_it_is_over_the_target(demonstrator: Demonstrator) -> None:
-    """On the straight way from home to the disc stands the pole."""
+    """The pole stands on the straight line from home to the disc."""
     demonstration = demonstrator.plan(HOME_J, None, HIGH_SCENE)
     tip_n3 = joints_to_tip(demonstration.sample(np.linspace(0.0, demonstration.duration_s, 400)))
     target = HIGH_SCENE.objects[1]
@@ -141,7 +141,7 @@ def test_demonstration_continues_any_motion(demonstrator: Demonstrator, seed: in
 
 @pytest.mark.parametrize("via", [None, (0.34, 0.16, 0.24)])
 def test_demonstration_is_smooth(demonstrator: Demonstrator, via: tuple[float, float, float] | None) -> None:
-    """Speeds and accelerations stay those of a calm arm, across all joints between segments."""
+    """Speeds and accelerations stay those of a calm arm, also where segments join."""
     for seed in range(10):
         demonstration = demonstrator.plan(HOME_J, None, sample_scene(seed, split="all"), via_tip_xyz=via)
         position_nJ = demonstration.sample(np.arange(0.0, demonstration.duration_s + 0.1, 0.002))
@@ -162,7 +162,7 @@ def test_via_point_is_passed_at_speed(demonstrator: Demonstrator) -> None:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_planning_anew_on_the_way_changes_nothing(demonstrator: Demonstrator, share: float) -> None:
+def test_planning_again_on_the_way_changes_nothing(demonstrator: Demonstrator, share: float) -> None:
     for seed in range(10):
         scene = sample_scene(seed, split="all")
         first = demonstrator.plan(HOME_J, None, scene)
@@ -176,6 +176,6 @@ def test_planning_anew_on_the_way_changes_nothing(demonstrator: Demonstrator, sh
         assert np.abs(gap_n3).max() < 4e-3
 
 
-def test_way_out_of_reach_is_refused_when_planning(demonstrator: Demonstrator) -> None:
+def test_path_out_of_reach_is_refused_when_planning(demonstrator: Demonstrator) -> None:
     with pytest.raises(SimulationError, match="out of the arm's reach"):
         demonstrator.plan(HOME_J, None, HIGH_SCENE, via_tip_xyz=(0.9, 0.0, 0.2))

@@ -51,7 +51,7 @@ def test_split_commands_exactly_its_combinations(split: str, expected: set[tuple
     assert {task.verb for task in tasks} == set(VERBS)
 
 
-def test_held_out_combinations_lie_about_as_distractors_in_training() -> None:
+def test_held_out_combinations_appear_as_distractors_in_training() -> None:
     scenes = [sample_scene(seed, split="train") for seed in SEEDS]
     assert any(kind(item) in HELD_OUT for scene in scenes for item in scene.objects)
 

@@ -32,12 +32,12 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def blind() -> World:
-    """Without pictures."""
+    """A world without images."""
     return World(render=False)
 
 
 def carry_out(world: World, task: Task, scene: Scene) -> None:
-    """Lets the expert do `task` in the world's running `scene`, which may ask for something else."""
+    """Lets the demonstrator do `task` in the world's running `scene`, whose own task may differ."""
     reference = Demonstrator(world).plan(world.joint_position_J, None, Scene(0, scene.objects, task))
     begin_s = world.time_s
     while world.time_s < begin_s + reference.duration_s + 0.8:
@@ -79,7 +79,7 @@ def test_objects_stay_where_they_stand(blind: World) -> None:
 
 
 def test_unused_slots_touch_nothing_and_keep_still(blind: World) -> None:
-    """A scene of one after a scene of four: the other bodies wait below the floor."""
+    """After a scene of four objects comes a scene of one: the other bodies wait below the floor."""
     blind.reset(scene_of(Task("touch", "red", "ball")))
     blind.reset(scene_of(Task("touch", "red", "cube"), (CUBE,)))
     parked = blind._data.xpos[blind._bodies[1:]].copy()
@@ -92,7 +92,7 @@ def test_unused_slots_touch_nothing_and_keep_still(blind: World) -> None:
 
 
 def test_arm_follows_closely_and_holds(blind: World) -> None:
-    """A tenth of a radian per 0.1 s in every joint: a few ms behind on the way, exact at rest."""
+    """At a tenth of a radian per 0.1 s in every joint, the arm is a few ms behind in motion and exact at rest."""
     blind.reset(scene_of(Task("touch", "red", "ball")))
     speed_J = np.array([1.0, 0.5, -0.5, 0.5, -0.5, 1.0, 0.02])
     for k in range(250):
@@ -213,7 +213,7 @@ def test_pointing_needs_place_and_time(
     assert blind.judge.reached == reached
 
 
-def test_hover_is_no_touch(blind: World) -> None:
+def test_hovering_is_no_touch(blind: World) -> None:
     scene = scene_of(Task("touch", "red", "ball"))
     joint_J = tip_to_joints((BALL.x, BALL.y, BALL.top_m + 0.06))
     blind.reset(scene, joint_J)
@@ -246,7 +246,7 @@ def test_picture_is_square_rgb_and_repeatable(world: World, camera: str) -> None
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_objects_are_drawn_in_their_colours(world: World, colour: str) -> None:
-    """Each colour is nearest to its own name's, brightness aside, wherever the segmentation says the object is."""
+    """In an object's pixels, as the segmentation gives them, the nearest named colour is its own, brightness aside."""
     world.reset(scene_of(Task("touch", colour, "cube"), (SceneObject(colour, "cube", 0.45, 0.1, 0.3, 1.0),)))
     seen = world.render("scene")[world.segment("scene") == 0].astype(float).mean(axis=0)
     directions = {name: np.array(rgba[:3]) / np.linalg.norm(rgba[:3]) for name, rgba in RGBA.items()}
@@ -265,7 +265,7 @@ def test_segmentation_shows_each_object_once_and_large_enough(world: World) -> N
 
 
 def test_projection_agrees_with_segmentation(world: World) -> None:
-    """The middle of a ball's pixels is where its centre is projected; anywhere on the table, in both pictures."""
+    """The middle of a ball's pixels is where its centre is projected, anywhere on the table, in both images."""
     for x, y in ((0.32, -0.2), (0.32, 0.2), (0.50, -0.2), (0.50, 0.2), (0.40, 0.0)):
         ball = SceneObject("green", "ball", x, y, 0.0, 1.0)
         # The arm looks at it from above and aside, so that the fingers hide nothing.
@@ -286,8 +286,8 @@ def test_hidden_slots_are_not_drawn(world: World) -> None:
         assert set(np.unique(world.segment(camera))) <= {-1, 0}
 
 
-def test_pictures_show_the_present(world: World) -> None:
-    """After a step the pictures belong to the joint positions that are read beside them."""
+def test_images_show_the_present_state(world: World) -> None:
+    """After a step the images show the arm at the joint positions that are read then."""
     scene = scene_of(Task("touch", "red", "ball"))
     world.reset(scene)
     command_J = HOME_J + np.array([0.5, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0])
