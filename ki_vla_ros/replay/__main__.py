@@ -152,6 +152,9 @@ def _print_summary(out: Path, result: ReplayResult) -> None:
     print(f"seams ({seam['executor']}): jump {_number(seam['jump_rms'])} rms, jerk {_number(seam['jerk_rms'])} rad/s^3")
     holds = ", ".join(f"{cause} {count}" for cause, count in metrics["safety"]["holds"].items())
     print(f"held in {ticks['held']} ticks{f': {holds}' if holds else ''}")
+    if parity := metrics.get("parity"):
+        difference = "" if parity["max_difference"] is None else f", largest difference {parity['max_difference']:.2g}"
+        print(f"{parity['chunks']} recorded chunks made again, {parity['unmatched']} unmatched{difference}")
     for fault in metrics["bag"]["faults"]:
         print(f"bag: {fault['where']}: {fault['message']}")
     print(f"realtime_factor {metrics['realtime_factor']:.1f}; {out / METRICS}{'' if result.complete else ' (partial)'}")

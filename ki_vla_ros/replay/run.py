@@ -61,6 +61,8 @@ def replay(
     is done, at each message; a KeyboardInterrupt from there, or from Ctrl-C, ends the replay with the figures so far.
     ConfigurationError if bag, bundle and options do not fit together.
     """
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     start_ns, span_ns = bag.start_ns or 0, max((bag.end_ns or 0) - (bag.start_ns or 0), 1)
 
     def on_message(message: BagMessage) -> None:
