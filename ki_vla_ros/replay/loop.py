@@ -291,6 +291,11 @@ class Replay:
         if self.topics.tick is None:
             if self._number:
                 return None
+            if self._feed.ended:
+                raise ConfigurationError(
+                    "bag: expected messages to replay, got none that can be read on the topics of the policy; "
+                    "`python -m ki_vla_ros.doctor --bag` says what is wrong with the bag"
+                )
             self._feed.advance(self._feed.now_ns + START_WAIT_NS, until=self._has_all_inputs)
             return self._feed.now_ns
         while True:

@@ -22,6 +22,7 @@ NOTHING = {
     "zero messages": "camera 'wrist'",
     "missing topics": "camera 'scene'",
     "another serialization": "camera 'wrist'",
+    "a compression of no kind": "got none that can be read",
 }
 
 
