@@ -79,3 +79,8 @@ def describe_validation(error: ValidationError) -> str:
         got = "" if finding["type"] in ("missing", "value_error") else f", got {finding['input']!r:.80}"
         parts.append(f"{where}: {finding['msg'].removeprefix('Value error, ')}{got}")
     return "; ".join(parts)
+
+
+def cause_of(reason: str) -> str:
+    """What a hold or refusal is counted under: the part of its message before the first colon."""
+    return reason.partition(":")[0]

@@ -28,7 +28,7 @@ from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle import PolicySpec, load_bundle
-from ki_vla_ros.errors import KiVlaError
+from ki_vla_ros.errors import KiVlaError, cause_of
 from ki_vla_ros.records import NS_PER_S, to_ns
 from ki_vla_ros.ros import ns_to_stamp
 from ki_vla_ros.ros.children import Child, Children, prepare_environment
@@ -227,7 +227,7 @@ def summarize(
         },
         "ticks": len(counted),
         "chunks": len(sent),
-        "holds": sorted({str(t["hold"]).partition(":")[0] for t in counted if t["hold"] is not None}),
+        "holds": sorted({cause_of(str(t["hold"])) for t in counted if t["hold"] is not None}),
         "deadlines_missed": missed,
         "deadlines_missed_share": missed / max(1.0, periods),
         "deadlines_missed_unnoticed": max(0, missing - missed),

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import PolicySpec
+from ki_vla_ros.errors import cause_of
 from ki_vla_ros.records import NS_PER_S, Motion
 from ki_vla_ros.replay.ticks import Prediction, Tick
+from ki_vla_ros.robot import main_joints
 from ki_vla_ros.statistics import Draws, SegmentSums, interval_95, root_mean, spread
 
 Array = NDArray[np.float64]
@@ -50,9 +52,8 @@ class Figures:
         self._latency_ms: list[float] = []
         self._jump_max = self._position_step = self._speed_step = 0.0
         self._missed = 0
-        rad = [joint.unit == "rad" for joint in manifest.joints]
-        self._main = np.flatnonzero(rad) if any(rad) else np.arange(len(rad))
-        self._metres = np.flatnonzero(~np.array(rad)) if any(rad) else np.array([], dtype=np.int64)
+        main_J, _ = main_joints(manifest.joints)
+        self._main, self._metres = np.flatnonzero(main_J), np.flatnonzero(~np.array(main_J))
         self._jerk = Jerk(self._main)
 
     def add(self, tick: Tick) -> None:
@@ -67,7 +68,7 @@ class Figures:
             self._jerk.add(motion)
         if tick.hold is not None:
             self._counts["held"] += 1
-            self._holds[_cause(tick.hold)] += 1
+            self._holds[cause_of(tick.hold)] += 1
         if tick.prediction is None:
             self._counts["idle"] += tick.hold is None
             return
@@ -85,7 +86,7 @@ class Figures:
         self._skew_ms.append(chunk.skew_ns / 1e6)
         if chunk.command_ns is None:
             self._counts["refused"] += 1
-            self._refusals[_cause(chunk.refusal or "")] += 1
+            self._refusals[cause_of(chunk.refusal or "")] += 1
         else:
             self._counts["sent"] += 1
             self._command_age_ms.append((chunk.command_ns - min(chunk.frame_ns.values())) / 1e6)
@@ -133,11 +134,10 @@ class Figures:
 
     def timing(self) -> dict[str, Any]:
         """Durations on this machine, which differ from run to run."""
-        step = max(1, -(-len(self._latency_ms) // LATENCIES_KEPT))
-        totals = [took for took in self._stage_ms.get("total", [])]
+        totals = self._stage_ms.get("total", [])
         return {
             "stage_ms": {stage: _spread(took) for stage, took in self._stage_ms.items()},
-            "latency_s": [round(took / 1e3, 6) for took in totals[:: max(step, -(-len(totals) // LATENCIES_KEPT))]],
+            "latency_s": [round(took / 1e3, 6) for took in totals[:: max(1, -(-len(totals) // LATENCIES_KEPT))]],
         }
 
     def _error(self, reference: str | None, missing: str | None) -> dict[str, Any]:
@@ -269,11 +269,6 @@ def _ratio(drawn: Draws, noise: Draws, columns: NDArray[np.intp]) -> dict[str, A
     if drawn.drawn is not None and noise.drawn is not None:
         interval = interval_95(figure(*drawn.drawn) / figure(*noise.drawn))
     return {"ratio": float(one / other), "ratio_ci": interval}
-
-
-def _cause(reason: str) -> str:
-    """The part before the first colon, by which /diagnostics counts too."""
-    return reason.partition(":")[0]
 
 
 def _sorted(counts: Mapping[str, int]) -> dict[str, int]:

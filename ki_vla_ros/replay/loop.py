@@ -19,7 +19,7 @@ import numpy as np
 
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import Engine
-from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
+from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError, cause_of
 from ki_vla_ros.messages import TEXT, BagMessage, decode
 from ki_vla_ros.policy import check_instruction
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation, to_ns
@@ -386,7 +386,7 @@ class Replay:
             self._loop.instruction = instruction
 
     def _count_refusal(self, refusal: KiVlaError) -> None:
-        self.refused[str(refusal).partition(":")[0]] += 1
+        self.refused[cause_of(str(refusal))] += 1
 
     # --- reference
 

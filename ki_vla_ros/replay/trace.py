@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import PolicySpec
+from ki_vla_ros.errors import cause_of
 from ki_vla_ros.messages import camera_frame
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation, to_ns
 from ki_vla_ros.replay.frames import BagFrame
@@ -112,7 +113,7 @@ class Trace:
         self._add_row(at_s, tick.age_ns, tick.latency_ns / 1e6)
         refused = tick.prediction is not None and tick.prediction.refusal is not None
         if tick.hold is not None and not refused:
-            self._mark("hold", cause(tick.hold), at_s)
+            self._mark("hold", cause_of(tick.hold), at_s)
         if tick.prediction is not None:
             self._add_prediction(tick.prediction, tick.instruction, at_s)
 
@@ -139,7 +140,7 @@ class Trace:
             self._add_state(self.state_s[-1], np.full(len(prediction.state_J), np.nan))
         self._add_state(start_s, prediction.state_J)
         if prediction.refusal is not None:
-            self._mark("refused", cause(prediction.refusal), at_s)
+            self._mark("refused", cause_of(prediction.refusal), at_s)
         for words in prediction.corrections:
             verb, _, joints = words.partition(" ")
             for joint in joints.split(", "):
@@ -199,11 +200,6 @@ class Trace:
 
     def _mark(self, kind: str, why: str, at_s: float) -> None:
         self.lanes.setdefault((kind, why), Lane()).add(at_s)
-
-
-def cause(reason: str) -> str:
-    """The cause a hold or a refusal is counted under: the part before the first colon."""
-    return reason.partition(":")[0]
 
 
 def _thumbnail(frame: CameraFrame) -> bytes:

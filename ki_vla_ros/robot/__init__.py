@@ -11,6 +11,7 @@ from ki_vla_ros.robot.robot import (
     Robot,
     check_parts,
     find_robot,
+    main_joints,
     read_robot,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "Robot",
     "check_parts",
     "find_robot",
+    "main_joints",
     "read_robot",
 ]

@@ -52,6 +52,15 @@ class JointSpec(Frozen):
         return self
 
 
+def main_joints(joints: Sequence[JointSpec]) -> tuple[list[bool], Literal["rad", "m"]]:
+    """Which joints one figure for the whole arm is taken over, and its unit.
+
+    Such a figure cannot mix rad and m: the revolute joints count, or all where there are none.
+    """
+    revolute = [joint.unit == "rad" for joint in joints]
+    return (revolute, "rad") if any(revolute) else ([True] * len(revolute), "m")
+
+
 class Robot(Frozen):
     """One robot: cameras in the order of the images, joints in the order of state and action.
 

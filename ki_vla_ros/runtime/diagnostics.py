@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from ki_vla_ros.errors import cause_of
 from ki_vla_ros.runtime.observation import InputStatus
 from ki_vla_ros.statistics import spread
 
@@ -121,7 +122,7 @@ class Diagnostics:
     def record_refusal(self, reason: str) -> None:
         """Counts a refusal by its cause, which is the part of `reason` before the first colon."""
         with self._lock:
-            self._refusals[reason.partition(":")[0]] += 1
+            self._refusals[cause_of(reason)] += 1
 
     def record_tick(self, hold: str | None, instruction: str, missed: int) -> None:
         """Records why the arm is held (None: it is not), the instruction, and deadlines missed since activation."""

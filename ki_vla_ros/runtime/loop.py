@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.engines.base import KVCache
-from ki_vla_ros.errors import EmergencyStop, InstructionError, KiVlaError, SafetyRefusal, StaleInput
+from ki_vla_ros.errors import EmergencyStop, InstructionError, KiVlaError, SafetyRefusal, StaleInput, cause_of
 from ki_vla_ros.policy import Policy, make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation, to_ns
 from ki_vla_ros.runtime.chunking import ChunkExecutor
@@ -296,7 +296,7 @@ class PolicyLoop:
             hold = f"internal error: {error!r}"
             self.wire.log(traceback.format_exc(), "internal error")
         if hold is not None:
-            self.wire.log(f"holding: {hold}", hold.partition(":")[0])
+            self.wire.log(f"holding: {hold}", cause_of(hold))
             self._prefix = None
             self._hold(settings)
         self.diagnostics.record_tick(hold, instruction, missed)

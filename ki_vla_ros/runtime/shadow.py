@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
-from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.robot import JointSpec, main_joints
 from ki_vla_ros.runtime.diagnostics import WINDOW
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS, CommandedPath, MeasuredPath
 from ki_vla_ros.settings import ReferenceName
@@ -84,9 +84,7 @@ class ShadowComparison:
         error_NHJ = np.array(self._errors)
         for j, joint in enumerate(self._joints):
             yield f"shadow rms {joint.name}", _rms(error_NHJ[..., j])
-        units = [joint.unit for joint in self._joints]
-        # One figure for the arm cannot mix rad and m: the revolute joints', or all where there are none.
-        arm = error_NHJ[..., [unit == ("rad" if "rad" in units else "m") for unit in units]]
+        arm = error_NHJ[..., main_joints(self._joints)[0]]
         yield "shadow rms", _rms(arm)
         horizon = error_NHJ.shape[1]
         for k in sorted({0, horizon // 2, horizon - 1}):

@@ -16,6 +16,7 @@ from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.records import NS_PER_S, Motion, to_ns
 from ki_vla_ros.replay.figures import Jerk
 from ki_vla_ros.replay.ticks import Prediction, Tick
+from ki_vla_ros.robot import main_joints
 
 Array = NDArray[np.float64]
 
@@ -52,8 +53,7 @@ class Execution:
         self._first_ns: int | None = None
         self._chunk: Prediction | None = None  # the chunk whose actions count at present
         self._motions: list[Motion] = []  # those since that chunk, and the last one before it
-        revolute_J = np.array([joint.unit == "rad" for joint in spec.joints])
-        self._jerk = Jerk(np.flatnonzero(revolute_J if revolute_J.any() else ~revolute_J))
+        self._jerk = Jerk(np.flatnonzero(main_joints(spec.joints)[0]))
 
     def add(self, tick: Tick) -> None:
         outcome = self.outcome

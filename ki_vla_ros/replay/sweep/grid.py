@@ -118,7 +118,7 @@ def _axis(text: str, manifest: PolicySpec) -> tuple[str, tuple[Value, ...]]:
         )
     specs = parameter_specs([camera.name for camera in manifest.cameras], manifest.joint_names)
     spec = next(spec for spec in specs if spec.name == name)
-    return name, tuple(_checked(_typed(part, spec.default, text), spec, text) for part in parts)
+    return name, tuple(_checked(_typed(part, spec.default, text), spec) for part in parts)
 
 
 def _values(part: str, horizon: int, text: str) -> Iterator[str]:
@@ -143,7 +143,7 @@ def _typed(part: str, like: Value, text: str) -> Value:
         raise ConfigurationError(f"--sweep {text}: expected {type(like).__name__}s, got {part!r}") from None
 
 
-def _checked(value: Value, spec: ParameterSpec, text: str) -> Value:
+def _checked(value: Value, spec: ParameterSpec) -> Value:
     settings_from_parameters({spec.name: value})  # names the bounds
     return value
 
