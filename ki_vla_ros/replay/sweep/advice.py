@@ -83,8 +83,8 @@ def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int,
     Settings count as equal where the bag cannot tell them apart.
     """
     scale_J = (np.array(spec.action.high) - np.array(spec.action.low)) / 2.0
-    chosen, unit = main_joints(spec.joints)
-    main_J = np.array(chosen, dtype=np.bool_)
+    counted, unit = main_joints(spec.joints)
+    main_J = np.array(counted, dtype=np.bool_)
     draws = _draws(outcomes, lambda square_J: float(np.sum(square_J / scale_J**2)), len(spec.joints), seed)
     error_C, error_RC = _roots(draws.total, draws.count), None if draws.drawn is None else _roots(*draws.drawn)
     failures_C = np.array([(o.held + o.refused + o.missed) / max(o.ticks + o.missed, 1) for o in outcomes])
