@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import setuptools  # noqa: F401  # takes the place of distutils before torch looks for it, whichever test comes first
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
