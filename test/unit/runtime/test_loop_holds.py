@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,3 +239,20 @@ def test_a_fault_between_two_ticks_holds_and_the_loop_continues(rig: Rig, monkey
     assert len(rig.wire.ticks) == 3
     assert any("ZeroDivisionError: a bug" in line for line in rig.wire.lines)
     assert [is_hold(motion) for motion, _ in rig.wire.commands][:2] == [False, True]
+
+
+def test_a_tick_that_is_running_at_the_end_sends_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoise = rig.policy.denoise
+
+    def end_meanwhile(*given: Any) -> Any:
+        rig.loop.end()
+        return denoise(*given)
+
+    rig.loop.begin()
+    rig.give_inputs()
+    monkeypatch.setattr(rig.policy, "denoise", end_meanwhile)
+    assert rig.tick()[0] is None
+    assert rig.wire.commands == [] and rig.wire.chunks == []
+    monkeypatch.setattr(rig.policy, "denoise", denoise)
+    rig.loop.begin()
+    assert rig.tick()[0] == 0 and len(rig.wire.commands) == 1
