@@ -101,13 +101,21 @@ def missing_commands(page: Path, text: str) -> Iterator[str]:
             yield f"ros2 run ki_vla_ros {name}: no such executable"
 
 
+def missing_tests(page: Path, text: str) -> Iterator[str]:
+    """Tests, as `folder/test_x.py::test_y`, that are not there."""
+    for file, test in re.findall(r"([\w/]+\.py)::(\w+)", text):
+        path = ROOT / "test" / file
+        if not path.is_file() or not re.search(rf"^ *def {test}\(", path.read_text(), re.MULTILINE):
+            yield f"{file}::{test}: no such test"
+
+
 def dates(page: Path, text: str) -> Iterator[str]:
     if page.parent != DOCS / "results":
         yield from (f"{date}: dated figures are in docs/results" for date in re.findall(r"\b20\d\d-\d\d-\d\d\b", text))
 
 
 def faults(page: Path, text: str) -> list[str]:
-    checks = (dead_links, missing_files, missing_modules, missing_commands, dates)
+    checks = (dead_links, missing_files, missing_modules, missing_commands, missing_tests, dates)
     return [f"{page.relative_to(ROOT)}: {fault}" for check in checks for fault in check(page, text)]
 
 
@@ -136,6 +144,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         "`make gone`",
         "    make gone ARGS=x",
         "ros2 run ki_vla_ros gone",
+        "`unit/test_docs.py::test_gone`",
         "measured on 2026-11-21",
     ],
 )
