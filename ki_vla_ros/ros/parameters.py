@@ -16,8 +16,11 @@ from rclpy.parameter import Parameter
 
 from ki_vla_ros.bundle import Manifest
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.runtime import joint_bounds
 from ki_vla_ros.settings import ParameterSpec, Settings, check_names, parameter_specs, settings_from_parameters
 
+# Declared by rclpy. The stamps of inputs and motions that a configured node holds are times of one clock.
+SIMULATED_TIME = "use_sim_time"
 _REFUSALS = (InvalidParameterTypeException, InvalidParameterValueException, ParameterUninitializedException)
 
 
@@ -34,6 +37,7 @@ class Parameters:
         self._node = node
         self._report_change = report_change
         self._specs: dict[str, ParameterSpec] = {}
+        self._of_bundle: set[str] = set()  # declared by `load`
         # rclpy silently ignores overrides that nobody declares, and it has no public way to list them.
         self._overrides: Mapping[str, Parameter[Any]] = node._parameter_overrides
         cameras, joints = check_names(name for name in self._overrides if not node.has_parameter(name))
@@ -45,14 +49,22 @@ class Parameters:
     def load(self, manifest: Manifest) -> Settings:
         """Declares the parameters of the bundle's cameras and joints that YAML did not name; returns the settings.
 
-        ConfigurationError if the settings do not fit the bundle. Until `unload`, changed settings must fit it too, and
-        limits may only become tighter.
+        ConfigurationError if the settings do not fit the bundle or leave a joint no range. Until `unload`, changed
+        settings must fit it too, and limits may only become tighter.
         """
         cameras = [camera.name for camera in manifest.cameras]
-        known = parameter_specs(cameras, manifest.joint_names)
-        self._declare([spec for spec in known if spec.name not in self._specs])
+        known = {spec.name: spec for spec in parameter_specs(cameras, manifest.joint_names)}
+        # What an earlier bundle brought and nobody has set since must not stand in the way of this one.
+        for name in self._of_bundle - known.keys():
+            if self._node.get_parameter(name).value == self._specs[name].default:
+                self._node.undeclare_parameter(name)
+                self._of_bundle.remove(name)
+                del self._specs[name]
+        new = [spec for name, spec in known.items() if name not in self._specs]
+        self._declare(new)
+        self._of_bundle.update(spec.name for spec in new)
         self.settings = self._read({})
-        self.settings.validate_against(manifest)
+        self._check_fit(self.settings, manifest)
         self.manifest, self._configured = manifest, self.settings
         return self.settings
 
@@ -81,18 +93,25 @@ class Parameters:
     def _read(self, changes: Mapping[str, object]) -> Settings:
         return settings_from_parameters({**self.values, **changes})
 
+    @staticmethod
+    def _check_fit(settings: Settings, manifest: Manifest) -> None:
+        """Whatever could keep the loop from acting upon these settings: what ROS stores must be what is in force."""
+        settings.validate_against(manifest)
+        joint_bounds(manifest.joints, settings.limits, settings.robot_description)
+
     def _check(self, parameters: list[Parameter[Any]]) -> SetParametersResult:
         changes = {p.name: p.value for p in parameters if p.name in self._specs}
         try:
             if self.manifest is not None:
-                for name, value in changes.items():
-                    if not self._specs[name].changeable and value != self._node.get_parameter(name).value:
+                for name, value in ((p.name, p.value) for p in parameters):
+                    fixed = name == SIMULATED_TIME or (name in self._specs and not self._specs[name].changeable)
+                    if fixed and value != self._node.get_parameter(name).value:
                         raise ConfigurationError(
                             f"parameter {name!r}: changes only while the node is unconfigured; clean up first"
                         )
             settings = self._read(changes)
             if self.manifest is not None:
-                settings.validate_against(self.manifest)
+                self._check_fit(settings, self.manifest)
                 settings.validate_change(self._configured)
         except ConfigurationError as error:
             return SetParametersResult(successful=False, reason=str(error))
