@@ -79,6 +79,8 @@ class PolicyNode(LifecycleNode):
     def __init__(self) -> None:
         super().__init__("policy")
         self._loaded: Loaded | None = None
+        # A stop that nobody has released, while no loop is there to keep it: it outlives cleanup and errors.
+        self._stopped: str | None = None
         self.parameters = Parameters(self, self._publish_session)
         self._resources = ExitStack()
         self._diagnostics = Diagnostics()
@@ -112,18 +114,25 @@ class PolicyNode(LifecycleNode):
             self.get_logger().info(f"instruction: {message.data}")
 
     def _on_stop(self, _message: Empty) -> None:
-        if self._loaded is not None:
-            self._loaded.loop.latch("by the topic ~/stop")
+        self._latch("by the topic ~/stop")
 
     def _serve_stop(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        response.success = self._loaded is not None
-        response.message = "stopped until ~/reset" if self._loaded else "nothing is loaded, so nothing moves"
-        if self._loaded is not None:
-            self._loaded.loop.latch("by the service ~/stop")
+        self._latch("by the service ~/stop")
+        response.success, response.message = True, "stopped until ~/reset"
         return response
 
+    def _latch(self, reason: str) -> None:
+        if self._loaded is not None:
+            self._loaded.loop.latch(reason)
+        else:  # nothing moves, but whoever stops it does not want the next activation to move it either
+            self._stopped = reason
+            self.get_logger().warning(f"stopped: {reason}")
+
     def _serve_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        response.success = self._loaded is not None and self._loaded.loop.reset()
+        if self._loaded is not None:
+            response.success = self._loaded.loop.reset()
+        else:
+            response.success, self._stopped = self._stopped is not None, None
         response.message = "released" if response.success else "no stop was in force"
         self.get_logger().info(f"reset: {response.message}")
         return response
@@ -219,6 +228,8 @@ class PolicyNode(LifecycleNode):
             )
             loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)
             loop.instruction = settings.instruction
+            if self._stopped is not None:
+                loop.latch(self._stopped)
             identity = BundleIdentity(name=manifest.name, manifest_sha256=file_sha256(bundle.path / MANIFEST))
             inputs = Inputs(self, manifest, settings, sources, buffer, wire, self._diagnostics, shadow)
             resources.callback(inputs.close)
@@ -277,6 +288,8 @@ class PolicyNode(LifecycleNode):
     def close(self) -> None:
         """Holds the arm if it moves, then frees everything."""
         self._halt()
+        if self._loaded is not None:
+            self._stopped = self._loaded.loop.latched
         self._loaded = None
         self._resources.close()
         gc.unfreeze()

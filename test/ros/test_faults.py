@@ -208,6 +208,20 @@ def test_a_stop_is_latched(moving: PolicyProcess, robot: Robot) -> None:
     until(lambda: "stopped: by the topic ~/stop" in robot.hold)
 
 
+@pytest.mark.parametrize("stopped_while", ["active", "unconfigured"])
+def test_a_stop_outlives_every_transition(moving: PolicyProcess, robot: Robot, stopped_while: str) -> None:
+    for state, step in (("active", "deactivate"), ("inactive", "cleanup"), ("unconfigured", "configure")):
+        if state == stopped_while:
+            assert robot.trigger("stop") == (True, "stopped until ~/reset")
+        assert robot.change(step)
+    assert robot.change("activate")
+    count, ticks = len(robot.commands), len(robot.ticks)
+    until(lambda: len(robot.ticks) > ticks + 5)
+    assert "stopped: by the service ~/stop" in robot.hold and len(robot.commands) == count
+    assert robot.trigger("reset") == (True, "released")
+    until(lambda: moves(robot))
+
+
 def test_killed_and_started_again(moving: PolicyProcess, robot: Robot, start: Start, bundle_path: str) -> None:
     """No node is left to hold the arm, but each command ends at rest by itself."""
     start_s = time.monotonic()

@@ -43,6 +43,7 @@ def test_from_messages_to_commands_until_a_signal(
 def test_a_lifecycle(robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str) -> None:
     policy = start(instruction=TASK)
     assert robot.state == "unconfigured"
+    assert [robot.trigger(what)[0] for what in ("reset", "stop", "reset", "reset")] == [False, True, True, False]
     assert not robot.change("configure")
     until(lambda: "cannot configure: parameter 'bundle': expected the folder of a model bundle" in policy.output)
     assert robot.state == "unconfigured"
