@@ -29,6 +29,7 @@ from ki_vla_ros.doctor.inputs import InputWatch, command_type, image_type
 from ki_vla_ros.doctor.setup import PROFILE_VARIABLES, Machine, Request, examine_setup, read_settings
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY, BagMessage
+from ki_vla_ros.ros import endpoint_name, publishers
 from ki_vla_ros.ros.process import check_domain
 from ki_vla_ros.ros.qos import EVENT, SENSOR
 from ki_vla_ros.settings import Settings, resolve, settings_from_values
@@ -222,25 +223,29 @@ def _check_endpoints(graph: Graph, watch: InputWatch, node: str, running: bool, 
             + (" or publish_mode" if others else "")
             + (f" (there is {', '.join(t for t in likely if not t.startswith(node))})" if likely else ""),
         )
-    if running:
-        drives = [end for end in graph.node.get_publishers_info_by_topic(command) if _name(end) != node]
-        if drives:
-            findings.error(
-                "command",
-                command,
-                f"is also published by {', '.join(sorted({_name(end) for end in drives}))}: two masters",
-                "stop the other one, or let it publish elsewhere",
-            )
+    masters = publishers(graph.node, command)
+    others = [name for name in masters if name != node]
+    if others and (running or len(masters) > 1) and not watch.settings.shadow:  # a shadow is there to watch another
+        findings.error(
+            "command",
+            command,
+            f"is {'also ' if running else ''}published by {', '.join(others)}: two masters",
+            "stop all but one, or let the others publish elsewhere",
+        )
+    joints = watch.joints.topic
+    if len(names := publishers(graph.node, joints)) > 1:
+        findings.error(
+            "joint states",
+            joints,
+            f"is published {len(names)} times, by {', '.join(names)}: the arm would be in several places at once",
+            "stop all but one (often a joint_state_publisher), or let the others publish elsewhere",
+        )
 
 
 def _check_qos(topic: str, end: Any, offered: QoSProfile, asked: QoSProfile, effect: str, findings: Findings) -> None:
     fits, reason = qos_check_compatible(offered, asked)
     if fits == QoSCompatibility.ERROR:
-        findings.error("qos", topic, f"{_name(end)}: {effect}: {reason.strip().rstrip(';')}", QOS_FIX)
-
-
-def _name(end: Any) -> str:
-    return f"{end.node_namespace.rstrip('/')}/{end.node_name}"
+        findings.error("qos", topic, f"{endpoint_name(end)}: {effect}: {reason.strip().rstrip(';')}", QOS_FIX)
 
 
 def _check_controller(

@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ki_vla_ros.ros.node import PolicyNode
     from ki_vla_ros.ros.process import run_node
-    from ki_vla_ros.ros.topics import ns_to_stamp
+    from ki_vla_ros.ros.topics import endpoint_name, ns_to_stamp, publishers
 
-__all__ = ["PolicyNode", "ns_to_stamp", "run_node"]
+__all__ = ["PolicyNode", "endpoint_name", "ns_to_stamp", "publishers", "run_node"]
 
-_HOMES = {"PolicyNode": "node", "ns_to_stamp": "topics", "run_node": "process"}
+_HOMES = {
+    "PolicyNode": "node",
+    "endpoint_name": "topics",
+    "ns_to_stamp": "topics",
+    "publishers": "topics",
+    "run_node": "process",
+}
 
 
 def __getattr__(name: str) -> Any:

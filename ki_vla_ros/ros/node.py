@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,10 +37,11 @@ from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.ros.parameters import Parameters
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVENT, LATCHED
-from ki_vla_ros.ros.topics import SHADOW_COMMAND, Inputs, NodeWire, diagnostics_message, subscribe
+from ki_vla_ros.ros.topics import SHADOW_COMMAND, Inputs, NodeWire, diagnostics_message, publishers, subscribe
 from ki_vla_ros.runtime import (
     WATCHDOG_NS,
     Diagnostics,
+    Level,
     LoopThread,
     ObservationBuffer,
     PolicyLoop,
@@ -94,6 +95,7 @@ class PolicyNode(LifecycleNode):
         self.create_timer(WATCHDOG_NS / NS_PER_S, self._watch, clock=steady)
         self.create_timer(1.0, self._report, clock=steady)
         self._activated_s = 0.0
+        self._others: set[str] = set()  # what `_find_others` found a second ago
 
     # --- messages
 
@@ -153,11 +155,38 @@ class PolicyNode(LifecycleNode):
         engine = self._loaded.engine.description if self._loaded else ""
         now_ns = int(self.get_clock().now().nanoseconds)
         inputs = self._loaded.buffer.status(now_ns) if self._loaded else {}
-        report = self._diagnostics.report(lifecycle, engine, time.monotonic(), inputs)
+        report = self._diagnostics.report(lifecycle, engine, time.monotonic(), inputs, self._find_others(lifecycle))
         if self._loaded is not None and self._loaded.shadow is not None:
             report = replace(report, values={**report.values, **self._loaded.shadow.values(now_ns)})
         name, hardware = self.get_fully_qualified_name(), self._loaded.bundle.manifest.name if self._loaded else ""
         self._diagnostics_publisher.publish(diagnostics_message(name, hardware, report, now_ns))
+
+    def _find_others(self, lifecycle: str) -> Mapping[str, Level]:
+        """Who commands the arm beside this node while it does, and who publishes joint states if several do.
+
+        A new finding is logged once.
+        """
+        if self._loaded is None:
+            return {}
+        settings, faults = self.parameters.settings, {}
+        topic = self.resolve_topic_name(settings.joint_states_topic)
+        if len(names := publishers(self, topic)) > 1:
+            faults[f"{topic}: {len(names)} publishers of joint states: {', '.join(names)}; stop all but one"] = (
+                Level.WARNING
+            )
+        topic = self.resolve_topic_name(settings.command_topic)
+        if lifecycle == "active" and not settings.shadow and not settings.dry_run:
+            names = publishers(self, topic)
+            if (own := self.get_fully_qualified_name()) in names:
+                names.remove(own)
+            if names:
+                faults[f"{topic}: also commanded by {', '.join(names)}; stop it, or let it publish elsewhere"] = (
+                    Level.ERROR
+                )
+        for fault in faults.keys() - self._others:
+            self.get_logger().error(fault)
+        self._others = set(faults)
+        return faults
 
     # --- lifecycle
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rclpy.duration import Duration
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNode, LifecyclePublisher
+from rclpy.node import Node
 from rclpy.qos import QoSPolicyKind, QoSProfile
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -40,6 +41,8 @@ from ki_vla_ros.settings import Settings
 # Least time between two log lines about the same cause.
 REPEAT_LOG_S = 5.0
 SHADOW_COMMAND = "~/shadow/command"
+# What rmw calls the node of a publisher that was discovered before its node, or that has none (a bare DDS writer).
+UNKNOWN_NAME = "_NODE_NAME_UNKNOWN_"
 
 
 class Inputs:
@@ -137,6 +140,18 @@ def subscribe(
 
     events = SubscriptionEventCallbacks(incompatible_qos=on_incompatible)
     return node.create_subscription(kind, topic, callback, qos, event_callbacks=events, raw=serialized)
+
+
+def publishers(node: Node, topic: str) -> list[str]:
+    """The full names of the nodes that publish on a topic, one for each publisher."""
+    return sorted(endpoint_name(end) for end in node.get_publishers_info_by_topic(topic))
+
+
+def endpoint_name(end: Any) -> str:
+    """The full name of the node that a publisher or subscription belongs to, as far as discovery knows it."""
+    if UNKNOWN_NAME in end.node_name:
+        return "a node whose name is unknown"
+    return f"{end.node_namespace.rstrip('/')}/{end.node_name}"
 
 
 class NodeWire:

@@ -1,7 +1,7 @@
 """One tick of the policy, without ROS: observation, chunking, governor, safety, loop; and the arm's paths."""
 
 from ki_vla_ros.runtime.chunking import cubic
-from ki_vla_ros.runtime.diagnostics import Diagnostics, Report
+from ki_vla_ros.runtime.diagnostics import Diagnostics, Level, Report
 from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
 from ki_vla_ros.runtime.observation import BURST_WAIT_NS, CameraSource, ObservationBuffer, camera_sources, own_limit_ns
 from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
@@ -14,6 +14,7 @@ __all__ = [
     "WATCHDOG_NS",
     "CameraSource",
     "Diagnostics",
+    "Level",
     "LoopThread",
     "ObservationBuffer",
     "Pacer",

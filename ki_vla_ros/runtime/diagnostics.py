@@ -133,9 +133,17 @@ class Diagnostics:
             self._hold, self._instruction, self._missed = hold, instruction, missed
 
     def report(
-        self, lifecycle: str, engine: str, now_s: float, inputs: Mapping[str, InputStatus] | None = None
+        self,
+        lifecycle: str,
+        engine: str,
+        now_s: float,
+        inputs: Mapping[str, InputStatus] | None = None,
+        faults: Mapping[str, Level] | None = None,
     ) -> Report:
-        """The figures so far; `inputs` by name, with their rates taken over the time since the previous report."""
+        """The figures so far; `inputs` by name, with their rates taken over the time since the previous report.
+
+        `faults` are sentences on what is wrong around the node, whatever it is doing; they come first in the summary.
+        """
         with self._lock:
             rate_hz, prefill_hz = (_rate_hz(times, now_s) for times in (self._chunk_times_s, self._prefill_times_s))
             values = {
@@ -164,11 +172,13 @@ class Diagnostics:
             values.update({f"refused {cause}": str(count) for cause, count in self._refusals.items()})
             values.update({f"corrected {what}": str(count) for what, count in self._corrections.items()})
             hold = self._hold
-        if lifecycle != "active":
-            return Report(Level.OK, lifecycle, values)
-        if hold is not None:
-            return Report(Level.WARNING, f"holding: {hold}", values)
-        return Report(Level.OK, f"{rate_hz:.1f} chunks per second", values)
+        level, summary = Level.OK, lifecycle
+        if lifecycle == "active":
+            held = hold is not None
+            level = Level.WARNING if held else Level.OK
+            summary = f"holding: {hold}" if held else f"{rate_hz:.1f} chunks per second"
+        faults = faults or {}
+        return Report(max(level, *faults.values(), Level.OK), "; ".join([*faults, summary]), values)
 
     def _describe_inputs(self, inputs: Mapping[str, InputStatus], now_s: float) -> Iterator[tuple[str, str]]:
         before_s, before = self._inputs or (now_s, {})

@@ -9,6 +9,7 @@ import pytest
 import rclpy
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import JointState
 from std_msgs.msg import String
 from support.bundles import JOINTS, TASK, params_file
 from support.robots import PolicyProcess, Robot
@@ -58,6 +59,7 @@ def test_a_running_policy(robot: Robot, start: Callable[..., PolicyProcess], bun
     careless = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
     robot.node.create_publisher(String, "policy/instruction", careless)
     robot.node.create_publisher(JointTrajectory, "arm_controller/joint_trajectory", 1)
+    robot.node.create_publisher(JointState, "joint_states", 1)
     robot.node.create_publisher(Clock, "/clock", 1)
     robot.imaging = False
     controller = rclpy.create_node("arm_controller", context=robot.context)
@@ -68,10 +70,14 @@ def test_a_running_policy(robot: Robot, start: Callable[..., PolicyProcess], bun
     expected = {("missing", f"/camera/{name}/image_raw") for name in robot.image} | {
         ("qos", "/policy/instruction"),
         ("command", "/arm_controller/joint_trajectory"),
+        ("joint states", "/joint_states"),
         ("clock", "/policy"),
         ("controller", "/arm_controller"),
     }
     findings, _ = diagnose_until(expected)
+    two = {f.check: f.found for f in findings if f.check in ("joint states", "command")}
+    assert "published 2 times, by /robot, /robot" in two["joint states"]
+    assert "also published by /robot: two masters" in two["command"]
     told = [f.found for f in findings if f.check == "controller"]
     assert len(told) == 4 and any(f"does not move {JOINTS[-1]}" in t for t in told) and any("rail" in t for t in told)
     robot.do(lambda: (robot._executor.remove_node(controller), controller.destroy_node()))

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rclpy
+from diagnostic_msgs.msg import DiagnosticStatus
 from rcl_interfaces.srv import DescribeParameters
+from sensor_msgs.msg import JointState
 from support.bundles import JOINTS, TASK, demo_policy, write_test_bundle
 from support.robots import PolicyProcess, Robot, is_hold
 from support.waiting import until
+from trajectory_msgs.msg import JointTrajectory
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -206,6 +210,42 @@ def test_two_nodes_of_one_name_do_not_both_move_the_arm(
     assert second.process.poll() in (None, 2), second.output
     assert "ROS domain" not in first.output
     assert first.stop() == 0
+
+
+def test_publishers_beside_the_node_are_named(
+    robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str
+) -> None:
+    policy = start(bundle=bundle_path, autostart=True, instruction=TASK)
+    until(lambda: len(robot.commands) >= 5 and robot.diagnosed("state") == "active")
+
+    def status() -> tuple[bytes, str]:
+        newest = robot.diagnostics[-1].status[0]
+        return newest.level, newest.message
+
+    until(lambda: status()[0] == DiagnosticStatus.OK)
+    other = rclpy.create_node("teleoperation", context=robot.context, namespace="/left")
+    try:
+        command = other.create_publisher(JointTrajectory, "/arm_controller/joint_trajectory", 1)
+        until(lambda: "/arm_controller/joint_trajectory: also commanded by /left/teleoperation" in status()[1])
+        assert status()[0] == DiagnosticStatus.ERROR
+        other.create_publisher(JointState, "/joint_states", 1)
+        twice = "/joint_states: 2 publishers of joint states: /left/teleoperation, /robot"
+        until(lambda: twice in status()[1] and "also commanded" in status()[1])
+        other.destroy_publisher(command)
+        until(lambda: "also commanded" not in status()[1])
+        assert status()[0] == DiagnosticStatus.WARN and twice in status()[1]
+        # Whoever is to command the arm while this node does not may do so.
+        assert robot.change("deactivate")
+        other.create_publisher(JointTrajectory, "/arm_controller/joint_trajectory", 1)
+        count = len(robot.diagnostics)
+        until(lambda: len(robot.diagnostics) > count + 2)
+        assert "also commanded" not in status()[1]
+    finally:
+        other.destroy_node()
+    until(lambda: status() == (DiagnosticStatus.OK, "inactive"))
+    assert policy.stop() == 0
+    for named in ("also commanded by /left/teleoperation", twice):
+        assert policy.output.count(named) == 1
 
 
 def test_two_robots_in_one_graph_do_not_disturb_each_other(

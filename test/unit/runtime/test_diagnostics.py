@@ -41,3 +41,17 @@ def test_inputs_skew_and_prefills_are_reported() -> None:
     second = {"scene": InputStatus(160, 12_000_000), "joint state": InputStatus(400, 0)}
     values = diagnostics.report("active", "an engine", 16.0, second).values
     assert (values["scene rate_hz"], values["joint state rate_hz"]) == ("30.0", "200.0")
+
+
+def test_faults_around_the_node_are_reported_whatever_it_does() -> None:
+    diagnostics = Diagnostics()
+    faults = {"/a: also commanded by /b": Level.ERROR, "/c: two": Level.WARNING}
+    report = diagnostics.report("active", "an engine", 1.0, faults=faults)
+    assert (report.level, report.summary) == (
+        Level.ERROR,
+        "/a: also commanded by /b; /c: two; 0.0 chunks per second",
+    )
+    report = diagnostics.report("inactive", "an engine", 1.0, faults={"/c: two": Level.WARNING})
+    assert (report.level, report.summary) == (Level.WARNING, "/c: two; inactive")
+    diagnostics.record_tick("camera: old", TASK, 0)
+    assert diagnostics.report("active", "an engine", 1.0, faults=faults).summary.endswith("holding: camera: old")
