@@ -1,4 +1,4 @@
-"""What a robot is: its cameras, joints and the timing of its actions, read from one YAML file."""
+"""What a robot is: its cameras, joints and the timing of its actions, from one YAML file; and limits from its URDF."""
 
 from ki_vla_ros.robot.robot import (
     ActionPeriod,
@@ -14,6 +14,7 @@ from ki_vla_ros.robot.robot import (
     main_joints,
     read_robot,
 )
+from ki_vla_ros.robot.urdf import UrdfJoint, read_urdf
 
 __all__ = [
     "ActionPeriod",
@@ -24,8 +25,10 @@ __all__ = [
     "JointSpec",
     "Name",
     "Robot",
+    "UrdfJoint",
     "check_parts",
     "find_robot",
     "main_joints",
     "read_robot",
+    "read_urdf",
 ]

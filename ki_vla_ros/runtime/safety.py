@@ -9,15 +9,15 @@ bounds. Legend: H actions, N instants, J joints. Positions in rad or m, times in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
-from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
+from ki_vla_ros.robot import UrdfJoint, read_urdf
 from ki_vla_ros.runtime.governor import Bounds
 from ki_vla_ros.settings import LimitSettings, RuleAction
 
@@ -42,44 +42,22 @@ class JointLimit(Protocol):
 
 def joint_bounds(joints: Sequence[JointLimit], limits: LimitSettings, robot_description: str = "") -> Bounds:
     """The tightest limits of bundle, URDF and settings; ConfigurationError if they leave a joint no range."""
-    urdf = urdf_limits(robot_description)
+    urdf = read_urdf(robot_description, [joint.name for joint in joints])
     rows = []
     for joint in joints:
         chosen = limits.of(joint.name)
-        low, high, speed = urdf.get(joint.name, (-np.inf, np.inf, np.inf))
-        low, high = max(low, joint.lower, chosen.lower), min(high, joint.upper, chosen.upper)
+        there = urdf.get(joint.name, UrdfJoint(-np.inf, np.inf, np.inf, False))
+        low, high = max(there.lower, joint.lower, chosen.lower), min(there.upper, joint.upper, chosen.upper)
         if not low < high:
             raise ConfigurationError(
                 f"joint {joint.name!r}: bundle, URDF and limits.joints leave no range, from {low:g} to {high:g}; "
                 "are they for the same robot and in the same unit?"
             )
-        speed = min(speed, joint.max_velocity, chosen.velocity) * limits.velocity_scale
+        speed = min(there.velocity, joint.max_velocity, chosen.velocity) * limits.velocity_scale
         rows.append(
             (low, high, speed, min(speed / limits.velocity_scale / limits.time_to_speed_s, chosen.acceleration))
         )
     return Bounds(*np.array(rows).T)
-
-
-def urdf_limits(robot_description: str) -> Mapping[str, tuple[float, float, float]]:
-    """Lower, upper and speed limit by joint name; infinite where a joint gives none.
-
-    Empty for an empty string. ConfigurationError if the text is no XML.
-    """
-    if not robot_description:
-        return {}
-    try:
-        root = ElementTree.fromstring(robot_description)
-    except ElementTree.ParseError as error:
-        path = "" if "<" in robot_description else f" in {robot_description[:60]!r}; give its content, not its path"
-        raise ConfigurationError(f"parameter 'robot_description': expected a URDF, got {error}{path}") from None
-    found = {}
-    for joint in root.iter("joint"):
-        limit = joint.find("limit")
-        if limit is not None and "name" in joint.attrib:
-            turns = joint.get("type") == "continuous"
-            low, high = (np.inf, np.inf) if turns else (float(limit.get("lower", 0)), float(limit.get("upper", 0)))
-            found[joint.attrib["name"]] = (-np.inf if turns else low, high, float(limit.get("velocity", "inf")))
-    return found
 
 
 class SafetyGate:

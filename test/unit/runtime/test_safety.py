@@ -16,7 +16,7 @@ from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
 from ki_vla_ros.robot.robot import JointSpec
 from ki_vla_ros.runtime.governor import Governor
-from ki_vla_ros.runtime.safety import SafetyGate, extremes, joint_bounds, urdf_limits
+from ki_vla_ros.runtime.safety import SafetyGate, extremes, joint_bounds
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.sim.demonstrator import Demonstrator
 from ki_vla_ros.sim.task import sample_scene
@@ -68,9 +68,7 @@ def motion_of(position_NJ: Any, velocity_NJ: Any, period_ns: int = PERIOD) -> Mo
 def test_bounds_are_the_tightest_of_bundle_urdf_and_settings() -> None:
     urdf = """<robot name="r">
       <joint name="arm" type="revolute"><limit lower="-1.5" upper="3" velocity="0.8"/></joint>
-      <joint name="wheel" type="continuous"><limit velocity="9"/></joint>
       <joint name="fixed" type="fixed"/></robot>"""
-    assert urdf_limits(urdf) == {"arm": (-1.5, 3.0, 0.8), "wheel": (-np.inf, np.inf, 9.0)}
     chosen = settings_from_parameters(
         {"limits.velocity_scale": 0.5, "limits.joints.gripper.upper": 0.03, "limits.joints.arm.acceleration": 2.0}
     ).limits
@@ -81,12 +79,10 @@ def test_bounds_are_the_tightest_of_bundle_urdf_and_settings() -> None:
     np.testing.assert_allclose(bounds.acceleration_J, [2.0, 0.1 / 0.15])
 
 
-def test_limits_that_leave_no_range_and_text_that_is_no_urdf_are_refused() -> None:
+def test_limits_that_leave_no_range_are_refused() -> None:
     chosen = settings_from_parameters({"limits.joints.gripper.lower": 0.05}).limits
     with pytest.raises(ConfigurationError, match=r"joint 'gripper': bundle, URDF and limits.joints leave no range"):
         joint_bounds(JOINTS, chosen)
-    with pytest.raises(ConfigurationError, match="'robot_description': expected a URDF"):
-        urdf_limits("<robot>")
 
 
 # --- what the policy asks for
