@@ -7,7 +7,10 @@ a user (`ConfigurationError`, `BundleError`), the robot's inputs (`InputError`),
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import errno
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -63,6 +66,29 @@ class EmergencyStop(SafetyRefusal):
 
 class SimulationError(KiVlaError):
     """The simulator cannot start or was asked for something it cannot do."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write says where a disk, a quota or the largest permitted file is full."""
+
+
+@contextmanager
+def writing(path: Path | str, left: str = "") -> Iterator[None]:
+    """Makes of an OSError in its block a KiVlaError that names `path` and what to do.
+
+    The operating system's own says "No space left on device" without where. `left`: what is there now, as a sentence.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise KiVlaError(cannot_write(path, error, left)) from error
+
+
+def cannot_write(path: Path | str, error: BaseException, left: str = "") -> str:
+    full = isinstance(error, OSError) and error.errno in FULL
+    reason = (error.strerror if isinstance(error, OSError) else None) or repr(error)
+    remedy = "make room there or choose another place" if full else "choose a place that can be written to"
+    return f"{path}: cannot be written: {reason}; {f'{left}; ' if left else ''}{remedy}"
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -15,18 +15,16 @@ import argparse
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from ki_vla_ros.bags import Bag, open_bag
+from ki_vla_ros.bags import open_bag
 from ki_vla_ros.console import ExitCode, Progress, run_command
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.replay.document import METRICS
-from ki_vla_ros.replay.latency import MEASURED, RECORDED, parse_latency
+from ki_vla_ros.replay.document import METRICS, make_folder, write_whole
+from ki_vla_ros.replay.latency import choose_latency
 from ki_vla_ros.replay.predicted import PredictionBag
 from ki_vla_ros.replay.report import report
 from ki_vla_ros.replay.run import ReplayResult, replay
@@ -44,7 +42,11 @@ OUT_HELP = "folder for the results; default: out/replay. Results of an earlier r
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command("replay", partial(_replay, chosen, given))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also before the replay itself
+    try:
+        return run_command("replay", partial(_replay, chosen, given))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -65,7 +67,7 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
             chosen.reference_topic,
             dict(_change(pair) for pair in chosen.set),
         )
-        manifest, seed = setup.bundle.manifest, setup.settings.noise_seed
+        manifest = setup.bundle.manifest
         # Everything the user asked for is checked before anything takes long.
         for threshold in thresholds:
             check_figure(threshold, manifest, as_recorded)
@@ -74,24 +76,24 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
             other_instruction=chosen.instruction_other,
             probe_every_s=chosen.sensitivity_every,
             as_recorded=as_recorded,
-            latency=parse_latency(chosen.latency or (RECORDED if as_recorded else MEASURED), seed),
+            latency=choose_latency(chosen.latency, setup.settings, setup.topics.tick is not None),
         )
         grid = make_grid(chosen.sweep, setup.settings, manifest) if chosen.sweep else None
         for note in (*setup.notes, setup.topics.missing_reference):
             if note:
                 print(f"note: {note}", file=sys.stderr)
-        chosen.out.mkdir(parents=True, exist_ok=True)
+        make_folder(chosen.out)
         trace, predicted = Trace(manifest), None
         if chosen.mcap:
             predicted = PredictionBag(chosen.out / PREDICTED, setup.topics, setup.node, manifest.joint_names)
             resources.callback(predicted.close)
-        with BagProgress(bag) as bar:
+        with BagProgress() as bar:
             result = replay(bag, setup, options, chosen.out, trace=trace, predicted=predicted, on_progress=bar.show)
-        _print_summary(chosen.out, result)
-        sections, interrupted = [], not result.complete
-        if grid is not None and result.complete:
+        _print_summary(chosen.out, result, setup.notes)
+        sections, interrupted = [], not result.complete or (grid is not None and bar.interrupted)
+        if grid is not None and not interrupted:
             try:
-                with BagProgress(bag) as bar:
+                with BagProgress() as bar:
                     advice = sweep(bag, setup, grid, options, result.metrics, bar.show)
             except KeyboardInterrupt:
                 interrupted = True
@@ -101,7 +103,7 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
                 _print_advice(chosen.out, advice)
                 sections.append(sweep_section(advice))
         command = shlex.join(["python", "-m", "ki_vla_ros.replay", *arguments])
-        (chosen.out / REPORT).write_text(report(trace, result.metrics, command, sections), encoding="utf-8")
+        write_whole(chosen.out / REPORT, report(trace, result.metrics, command, sections))
     failures = [verdict for threshold in thresholds if (verdict := threshold.verdict(result.metrics)) is not None]
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -111,19 +113,20 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 class BagProgress:
-    """Shows how much of the bag is done; inside the `with` block, Ctrl-C takes effect at the next `show`."""
+    """Shows how much of the bag is done; inside the `with` block, Ctrl-C takes effect at the next `show`.
 
-    def __init__(self, bag: Bag) -> None:
-        self._whole_s = ((bag.end_ns or 0) - (bag.start_ns or 0)) / NS_PER_S
+    Before the first `show`, while the engine is built, there is nothing to leave in order, and it takes effect at once.
+    """
+
+    def __init__(self) -> None:
         self._progress = Progress()
-        self._began_s = time.monotonic()
-        self._interrupted = False
+        self._shown = self.interrupted = False
 
     def __enter__(self) -> BagProgress:
         def interrupt(_number: int, _frame: object) -> None:
-            if self._interrupted:  # a second Ctrl-C takes effect at once
+            if self.interrupted or not self._shown:  # a second Ctrl-C takes effect at once
                 raise KeyboardInterrupt
-            self._interrupted = True
+            self.interrupted = True
 
         self._handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -135,26 +138,28 @@ class BagProgress:
 
     def show(self, share: float) -> None:
         """Shows that `share` of the bag is done; KeyboardInterrupt after Ctrl-C."""
-        if self._interrupted:
+        self._shown = True
+        if self.interrupted:
             raise KeyboardInterrupt
-        done_s = share * self._whole_s
-        speed = done_s / max(time.monotonic() - self._began_s, 1e-9)
-        text = f"{done_s:.0f} of {self._whole_s:.0f} s of the bag, {speed:.1f} times real time"
-        self._progress.show(text, share)
+        self._progress.show(f"{share:.0%} of the bag", share)
 
 
-def _print_summary(out: Path, result: ReplayResult) -> None:
+def _print_summary(out: Path, result: ReplayResult, told: Sequence[str]) -> None:
+    """`told`: the notes that were printed before the replay."""
     metrics = result.metrics
     error, ticks, seam = metrics["error"], metrics["ticks"], metrics["seam"]
     rms = error["missing"] or f"{_number(error['rms'])} {error['unit']} rms{_interval(error['rms_ci'])}"
     print(f"{ticks['count']} ticks, {ticks['chunks']} chunks: {ticks['sent']} sent, {ticks['refused']} refused")
     print(f"error against {error['reference']}: {rms}" if error["reference"] else rms)
     print(f"seams ({seam['executor']}): jump {_number(seam['jump_rms'])} rms, jerk {_number(seam['jerk_rms'])} rad/s^3")
+    print(f"latency: {metrics['replay']['latency']}")
     holds = ", ".join(f"{cause} {count}" for cause, count in metrics["safety"]["holds"].items())
     print(f"held in {ticks['held']} ticks{f': {holds}' if holds else ''}")
     if parity := metrics.get("parity"):
         difference = "" if parity["max_difference"] is None else f", largest difference {parity['max_difference']:.2g}"
         print(f"{parity['chunks']} recorded chunks made again, {parity['unmatched']} unmatched{difference}")
+    for note in metrics["bag"]["notes"][len(told) :]:
+        print(f"note: {note}")
     for fault in metrics["bag"]["faults"]:
         print(f"bag: {fault['where']}: {fault['message']}")
     print(f"realtime_factor {metrics['realtime_factor']:.1f}; {out / METRICS}{'' if result.complete else ' (partial)'}")
@@ -201,8 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference-topic", help="with --reference command; default: the policy's own command topic")
     parser.add_argument(
         "--latency",
-        help="measured (on this machine; default), seconds (0.012), backbone+expert (0.030+0.012), recorded, or a JSON "
-        "file",
+        default="",
+        help="recorded (default where the bag has the node's ticks), assumed (half of their period; default elsewhere),"
+        " seconds (0.012), backbone+expert (0.030+0.012), a JSON file, or measured (on this machine; two runs differ)",
     )
     parser.add_argument(
         "--ticks", choices=("paced", "recorded"), default="paced", help="recorded: repeat the live node's own ticks"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ki_vla_ros.bags import Bag
+from ki_vla_ros.errors import ConfigurationError, writing
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.loop import Replay
@@ -17,6 +19,7 @@ from ki_vla_ros.replay.setup import Setup
 METRICS = "metrics.json"
 SCHEMA = 1
 CAUSES_LISTED = 20
+SILENCES = "{} times no message came for longer than {:g} s, {:.1f} s in all: no ticks are made there"
 JUMPS = "the arm was put elsewhere {} times (faster than its joints can move): no action is compared across that"
 
 
@@ -25,7 +28,8 @@ def make_metrics(
 ) -> dict[str, Any]:
     """The content of metrics.json; `stopped`: why the replay ended before the bag (None: it did not)."""
     topics, options = chosen.topics, replay.options
-    duration_s = (replay.now_ns - replay.start_ns) / NS_PER_S
+    feed = replay.feed
+    duration_s = (replay.now_ns - replay.start_ns - feed.silent_ns) / NS_PER_S
     ticks = figures.summary(
         chosen.settings.executor, 1.0 / chosen.settings.rate_hz, chosen.reference, topics.missing_reference
     )
@@ -39,6 +43,7 @@ def make_metrics(
             "start_ns": replay.start_ns,
             "end_ns": replay.now_ns,
             "duration_s": duration_s,
+            "silences": {"count": feed.silences, "seconds": feed.silent_ns / NS_PER_S},
             "topics": {
                 **{f"camera {name}": topic for name, topic in topics.cameras.items()},
                 "joint_states": topics.joint_states,
@@ -49,16 +54,13 @@ def make_metrics(
             },
             "messages": dict(sorted(replay.messages.items())),
             "faults": [dataclasses.asdict(fault) for fault in bag.faults],
-            "notes": [
-                *chosen.notes,
-                *([JUMPS.format(replay.inbox.measured.jumps)] if replay.inbox.measured.jumps else []),
-            ],
+            "notes": _notes(chosen, replay),
         },
         "bundle": {"name": chosen.bundle.manifest.name, "manifest_sha256": chosen.manifest_sha256},
         "settings": chosen.parameters(),
         "replay": {
             "ticks": "recorded" if options.as_recorded else "paced",
-            "latency": options.latency.description,
+            "latency": replay.latency.description,
             "seed": chosen.settings.noise_seed,
             "segment_s": figures.segment_s,
         },
@@ -73,8 +75,39 @@ def make_metrics(
     return metrics
 
 
+def _notes(chosen: Setup, replay: Replay) -> list[str]:
+    notes = list(chosen.notes)
+    if replay.feed.silences:
+        feed = replay.feed
+        notes.append(SILENCES.format(feed.silences, feed.silence_ns / NS_PER_S, feed.silent_ns / NS_PER_S))
+    if jumps := replay.inbox.measured.jumps:
+        notes.append(JUMPS.format(jumps))
+    return notes
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder for results; ConfigurationError if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = "a file" if folder.is_file() else error.strerror
+        raise ConfigurationError(
+            f"--out {folder}: expected a folder for the results, got {got}; choose another"
+        ) from error
+
+
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Writes the file whole or not at all, so a reader never finds half of it."""
-    written = folder / f"{METRICS}.part"
-    written.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    written.replace(folder / METRICS)
+    write_whole(folder / METRICS, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes the file whole or not at all, so a reader never finds half of it; KiVlaError if that is not possible."""
+    part = path.with_name(f"{path.name}.part")
+    with writing(path, "what an earlier write left there is unchanged" if path.exists() else ""):
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise

@@ -56,6 +56,10 @@ class Figures:
         self._main, self._metres = np.flatnonzero(main_J), np.flatnonzero(~np.array(main_J))
         self._jerk = Jerk(self._main)
 
+    @property
+    def ticks(self) -> int:
+        return self._counts["count"]
+
     def add(self, tick: Tick) -> None:
         self._counts["count"] += 1
         self._missed = tick.missed

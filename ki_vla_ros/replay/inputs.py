@@ -28,25 +28,48 @@ RECORDER_LAG_NS = 200_000_000
 
 
 class Feed:
-    """Passes messages to `received` when the clock reaches their log time, to `foreseen` as soon as they are read."""
+    """Passes messages to `received` when the clock reaches their log time, to `foreseen` as soon as they are read.
+
+    `silences` and `silent_ns`: how many stretches longer than `silence_ns` had no message so far, and their sum.
+    """
 
     def __init__(
         self,
         messages: Iterator[BagMessage],
         received: Callable[[BagMessage], None],
         foreseen: Callable[[BagMessage], None],
+        silence_ns: int,
     ) -> None:
         self._messages, self._received, self._foreseen = messages, received, foreseen
+        self.silence_ns, self.silences, self.silent_ns = silence_ns, 0, 0
         self._ahead: deque[BagMessage] = deque()
         self._all_read = False
         self.now_ns = 0
         self.foresee(0)
         if self._ahead:
             self.now_ns = self._ahead[0].log_ns
+        self._heard_ns = self.now_ns  # log time of the last message that was passed on
 
     @property
     def ended(self) -> bool:
         return self._all_read and not self._ahead
+
+    @property
+    def next_ns(self) -> int:
+        """When the next message is due; now, if there is none."""
+        self.foresee(self.now_ns)
+        return max(self.now_ns, self._ahead[0].log_ns) if self._ahead else self.now_ns
+
+    @property
+    def in_silence(self) -> bool:
+        """Whether the next message, if there is one, comes more than `silence_ns` after the last."""
+        self.foresee(self.now_ns)
+        return not self._ahead or self._ahead[0].log_ns - self._heard_ns > self.silence_ns
+
+    def silent_at(self, at_ns: int) -> bool:
+        """Whether no message is due at or before `at_ns`, and none was passed on for `silence_ns` before it."""
+        self.foresee(self.now_ns)
+        return at_ns - self._heard_ns >= self.silence_ns and (self.ended or self._ahead[0].log_ns > at_ns)
 
     def foresee(self, until_ns: int) -> None:
         """Reads ahead to the first message after `until_ns`, without moving the clock."""
@@ -66,6 +89,9 @@ class Feed:
                 self.now_ns = max(self.now_ns, at_ns)
                 return
             message = self._ahead.popleft()
+            if (silent_ns := message.log_ns - self._heard_ns) > self.silence_ns:
+                self.silences, self.silent_ns = self.silences + 1, self.silent_ns + silent_ns
+            self._heard_ns = message.log_ns
             self.now_ns = max(self.now_ns, message.log_ns)
             self._received(message)
 

@@ -1,4 +1,4 @@
-"""How long a tick takes in a replay: as measured here, as given, or as recorded.
+"""How long a tick takes in a replay: as recorded, as given, or as measured here.
 
 The replay's clock stands still while the policy computes; a latency model says what the robot's clock would have shown.
 Input ages, consumed actions and missed deadlines are thus those of the machine in question, not of the one that
@@ -19,9 +19,12 @@ import numpy as np
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import to_ns
+from ki_vla_ros.settings import Settings
 from ki_vla_ros.statistics import spread
 
-MEASURED, RECORDED = "measured", "recorded"
+MEASURED, RECORDED, ASSUMED = "measured", "recorded", "assumed"
+# The assumed latency as a share of the period: a machine that keeps up with its rate.
+ASSUMED_SHARE = 0.5
 LONGEST_S = 60.0
 
 
@@ -89,12 +92,11 @@ class _Simulated:
 class FixedLatency(_Simulated):
     """A tick that makes a chunk takes `prefill_ns` for the backbone, if it runs, and `expert_ns` for all the rest."""
 
-    def __init__(self, prefill_ns: int, expert_ns: int) -> None:
+    def __init__(self, prefill_ns: int, expert_ns: int, reason: str = "") -> None:
         super().__init__()
         self._prefill_ns, self._expert_ns = prefill_ns, expert_ns
-        self.description = f"{(prefill_ns + expert_ns) / 1e6:g} ms" + (
-            f" ({expert_ns / 1e6:g} ms where keys and values are used again)" if prefill_ns else ""
-        )
+        again = f" ({expert_ns / 1e6:g} ms where keys and values are used again)" if prefill_ns else ""
+        self.description = f"{(prefill_ns + expert_ns) / 1e6:g} ms{again}{reason}"
 
     def begin(self, number: int, recorded_ns: int | None) -> None:
         self._elapsed_ns = 0
@@ -124,32 +126,54 @@ class DrawnLatency(_Simulated):
 
 
 class RecordedLatency(_Simulated):
-    """Each tick takes as long as when it was recorded; for replays of recorded ticks."""
+    """Each tick that makes a chunk takes as long as the node's own at that time did."""
 
-    description = "of each tick as it was recorded"
-
-    def __init__(self) -> None:
+    def __init__(self, otherwise_ns: int) -> None:
+        """`otherwise_ns`: where no recorded tick says how long it took."""
         super().__init__()
-        self._recorded_ns = 0
+        self._otherwise_ns = otherwise_ns
+        self._recorded_ns: int | None = 0  # until the first tick: warming up is none
+        self._assumed = 0
+
+    @property
+    def description(self) -> str:
+        told = "as recorded by the node's own ticks"
+        if self._assumed:
+            told += f", but {self._otherwise_ns / 1e6:g} ms assumed for {self._assumed} that do not say it"
+        return told
 
     def begin(self, number: int, recorded_ns: int | None) -> None:
-        self._recorded_ns, self._elapsed_ns = recorded_ns or 0, 0
+        self._recorded_ns, self._elapsed_ns = recorded_ns, 0
 
     def computed(self, prefill: bool) -> None:
         if not prefill:
-            self._elapsed_ns = self._recorded_ns
+            self._assumed += self._recorded_ns is None
+            self._elapsed_ns = self._otherwise_ns if self._recorded_ns is None else self._recorded_ns
 
 
-def parse_latency(text: str, seed: int = 0) -> Latency:
+def choose_latency(text: str, settings: Settings, recorded_ticks: bool) -> Latency:
+    """The latency model that `text` names, or "" the one that two runs agree on.
+
+    That is `recorded`, or `assumed` for a bag without the node's ticks. ConfigurationError as from `parse_latency`.
+    """
+    name = text or (RECORDED if recorded_ticks else ASSUMED)
+    return parse_latency(name, settings.noise_seed, 1.0 / settings.rate_hz)
+
+
+def parse_latency(text: str, seed: int = 0, period_s: float = 0.1) -> Latency:
     """The latency model that a text names; ConfigurationError if it names none.
 
-    "measured", "recorded", seconds ("0.012"), backbone and expert ("0.030+0.012"), or a JSON file: a list of seconds,
-    or the metrics.json of a replay, whose `timing.latency_s` is what that machine took.
+    "measured", "recorded", "assumed" (half of the period between ticks), seconds ("0.012"), backbone and expert
+    ("0.030+0.012"), or a JSON file: a list of seconds, or the metrics.json of a replay, whose `timing.latency_s` is
+    what that machine took.
     """
+    assumed_ns = to_ns(ASSUMED_SHARE * period_s)
     if text == MEASURED:
         return MeasuredLatency()
     if text == RECORDED:
-        return RecordedLatency()
+        return RecordedLatency(assumed_ns)
+    if text == ASSUMED:
+        return FixedLatency(0, assumed_ns, ", assumed: half of the period between ticks")
     try:
         parts = [float(part) for part in text.split("+")]
     except ValueError:
@@ -161,7 +185,10 @@ def parse_latency(text: str, seed: int = 0) -> Latency:
 
 
 def _durations_ns(path: Path) -> list[int]:
-    expected = f"--latency {path}: expected {MEASURED}, seconds, or a JSON file with a list of seconds or metrics.json"
+    expected = (
+        f"--latency {path}: expected {RECORDED}, {ASSUMED}, {MEASURED}, seconds, or a JSON file with a list of seconds "
+        "or metrics.json"
+    )
     try:
         content = json.loads(path.read_text())
         listed = content["timing"]["latency_s"] if isinstance(content, dict) else content

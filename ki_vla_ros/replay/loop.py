@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from ki_vla_ros.messages import TEXT, BagMessage, decode
 from ki_vla_ros.policy import check_instruction
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation, to_ns
 from ki_vla_ros.replay.inputs import Feed, Inbox, ReplayBuffer
+from ki_vla_ros.replay.latency import RecordedLatency, choose_latency
 from ki_vla_ros.replay.policy import ReplayPolicy
 from ki_vla_ros.replay.recorded import Activity, RecordedTick, read_tick
 from ki_vla_ros.replay.setup import ReplayOptions
@@ -46,6 +48,11 @@ from ki_vla_ros.settings import Settings
 
 # The first tick waits this long at most for the first message of every input.
 START_WAIT_NS = 1_000_000_000
+# No ticks are made after this long, this many periods, and this many times the oldest usable input without a message:
+# they could only be held until the next one.
+SILENCE_NS, SILENCE_PERIODS, SILENCE_AGES = 1_000_000_000, 3, 2
+# A tick is recorded within a second of its stamp; one farther off was stamped by a clock that was not set, or another.
+LARGEST_TICK_OFFSET_NS = 10_000_000_000
 
 
 class MessageSource(Protocol):
@@ -81,10 +88,16 @@ class Replay:
         self.topics, self.options, self.bundle = topics, options, bundle
         self._on_message, self._on_tick = on_message, on_tick
         self.refused, self.messages, self.not_reproduced = (Counter[str]() for _ in range(3))
-        self._latency, manifest = options.latency, bundle.manifest
+        manifest = bundle.manifest
+        self.latency = options.latency or choose_latency("", settings, topics.tick is not None)
+        if isinstance(self.latency, RecordedLatency) and topics.tick is None:
+            raise ConfigurationError(
+                f"--latency recorded: expected a bag with the node's ticks, got none in {bag.path}; give seconds, or "
+                "the metrics.json of a replay"
+            )
         self._diagnostics = Diagnostics()
-        self._wire = ReplayWire(self._latency)
-        self._policy = ReplayPolicy(bundle, engine, self._latency, settings.guidance_jacobian)
+        self._wire = ReplayWire(self.latency)
+        self._policy = ReplayPolicy(bundle, engine, self.latency, settings.guidance_jacobian)
         self._policy.warm_up()
         self._buffer = ReplayBuffer(
             camera_sources(manifest, settings, lambda name: name, topics.cameras),
@@ -109,18 +122,19 @@ class Replay:
         )
         self._recorded: deque[RecordedTick] = deque()
         self._activity = Activity(settings.rate_hz)
+        self._took: deque[tuple[int, int]] = deque()  # stamp and duration of recorded ticks, from the present one on
         self._pending: deque[Tick] = deque()
         self._motion: Motion | None = None
         self._number, self._probed_ns = 0, 0
-        self._feed = Feed(iter(bag.messages(topics.all)), self._receive, self._foresee)
-        self._buffer.feed, self._buffer.watch, self._buffer.paused = self._feed, self._watch, self._latency.paused
+        self.feed = Feed(iter(bag.messages(topics.all)), self._receive, self._foresee, _silence_ns(settings))
+        self._buffer.feed, self._buffer.watch, self._buffer.paused = self.feed, self._watch, self.latency.paused
         self._buffer.count_refusal = self._count_refusal
-        self.start_ns = self._feed.now_ns
+        self.start_ns = self.feed.now_ns
 
     @property
     def now_ns(self) -> int:
         """How far the bag has been read, in its own time."""
-        return self._feed.now_ns
+        return self.feed.now_ns
 
     @property
     def stopped(self) -> str | None:
@@ -133,7 +147,7 @@ class Replay:
 
     def steps(self) -> Iterator[Sequence[Tick]]:
         """Advances by one tick each time and yields the ticks known by then, to drive several replays side by side."""
-        self._wire.clock_ns = self._feed.now_ns
+        self._wire.clock_ns = self.feed.now_ns
         for tick in self._recorded_ticks() if self.options.as_recorded else self._paced_ticks():
             self._pending.append(tick)
             known = []
@@ -163,12 +177,12 @@ class Replay:
                 self._advance(pacer.due_ns)
                 settings = self.settings
                 self._loop.adopt(settings)
-                now_ns = self._feed.now_ns
+                now_ns = self.feed.now_ns
                 behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
                 if settings.align_to_cameras and behind_ns is not None and abs(behind_ns) <= BURST_WAIT_NS:
-                    self._feed.advance(now_ns + BURST_WAIT_NS, until=lambda at=now_ns: self._buffer.has_burst(at))  # type: ignore[misc]
-                tick, ended_ns = self._make_tick(self._feed.now_ns, pacer.missed, None)
-                if tick.hold is not None and self._feed.ended:
+                    self.feed.advance(now_ns + BURST_WAIT_NS, until=lambda at=now_ns: self._buffer.has_burst(at))  # type: ignore[misc]
+                tick, ended_ns = self._make_tick(self.feed.now_ns, pacer.missed, None)
+                if tick.hold is not None and self.feed.ended:
                     return  # the bag ended while the tick was computed, so its outcome is unknown
                 yield tick
                 pacer.advance(ended_ns, to_ns(1.0 / settings.rate_hz))
@@ -181,12 +195,12 @@ class Replay:
         last_ns: int | None = None
         missed, period_ns = 0, to_ns(1.0 / self.settings.rate_hz)
         while True:
-            self._feed.foresee(self._feed.now_ns + self._activity.gap_ns)
+            self.feed.foresee(self.feed.now_ns + self._activity.gap_ns)
             if not self._recorded:
-                if self._feed.ended:
+                if self.feed.ended:
                     return
                 self._loop.rest()
-                self._advance(self._feed.now_ns + self._activity.gap_ns)
+                self._advance(max(self.feed.now_ns + self._activity.gap_ns, self.feed.next_ns))
                 continue
             recorded = self._recorded.popleft()
             if last_ns is None or recorded.stamp_ns - last_ns > self._activity.gap_ns:
@@ -210,8 +224,7 @@ class Replay:
         self._policy.chunk_index = None if recorded is None else recorded.chunk_index
         if self.options.noise_by_tick:
             self._policy.chunk_index = self._number
-        took_ns = None if recorded is None or recorded.joined_ns is None else recorded.joined_ns - recorded.stamp_ns
-        self._latency.begin(self._number, took_ns)
+        self.latency.begin(self._number, self._took_ns(tick_ns) if recorded is None else recorded.took_ns)
         self._wire.begin_tick(tick_ns)
         if recorded is None or recorded.chunk_index is not None or recorded.hold is not None:
             self._loop.step(self.settings, tick_ns, missed)  # otherwise no chunk was due
@@ -289,39 +302,46 @@ class Replay:
     def _next_start(self) -> int | None:
         """When ticks are to begin, for the first time or again; None: the bag is over."""
         if self.topics.tick is None:
-            if self._number:
-                return None
-            if self._feed.ended:
-                raise ConfigurationError(
-                    "bag: expected messages to replay, got none that can be read on the topics of the policy; "
-                    "`python -m ki_vla_ros.doctor --bag` says what is wrong with the bag"
-                )
-            self._feed.advance(self._feed.now_ns + START_WAIT_NS, until=self._has_all_inputs)
-            return self._feed.now_ns
+            return self._next_inputs()
         while True:
-            self._feed.foresee(self._feed.now_ns + self._activity.gap_ns)
+            self.feed.foresee(self.feed.now_ns + self._activity.gap_ns)
             if (start_ns := self._activity.begin_next()) is not None:
-                return max(start_ns, self._feed.now_ns)
-            if self._feed.ended:
+                return max(start_ns, self.feed.now_ns)
+            if self.feed.ended:
                 return None
-            self._advance(self._feed.now_ns + self._activity.gap_ns // 2)
+            self._advance(max(self.feed.now_ns + self._activity.gap_ns // 2, self.feed.next_ns))
+
+    def _next_inputs(self) -> int | None:
+        """Goes to the next messages, however far away, and waits there until every input has come, or long enough."""
+        while not self.feed.ended:
+            has_all = partial(self._has_more, self._counts())
+            first_ns = self.feed.next_ns
+            self._advance(first_ns - 1)
+            self.feed.advance(first_ns + START_WAIT_NS, until=has_all)
+            if has_all() or not self.feed.in_silence:
+                return self.feed.now_ns
+        return None
 
     def _is_active(self, at_ns: int) -> bool:
         if self.topics.tick is None:
-            self._feed.foresee(at_ns)
-            return not self._feed.ended
-        self._feed.foresee(at_ns + self._activity.gap_ns)
+            self.feed.foresee(at_ns)
+            return not (self.feed.ended or self.feed.silent_at(at_ns))
+        self.feed.foresee(at_ns + self._activity.gap_ns)
         return at_ns <= self._activity.end_ns
 
-    def _has_all_inputs(self) -> bool:
-        status = self._buffer.status(self._feed.now_ns)
-        return all(status[name].count for name in (*self.topics.cameras, "joint state"))
+    def _counts(self) -> Sequence[int]:
+        """How many messages of every input have come."""
+        status = self._buffer.status(self.feed.now_ns)
+        return [status[name].count for name in (*self.topics.cameras, "joint state")]
+
+    def _has_more(self, before: Sequence[int]) -> bool:
+        return all(count > known for count, known in zip(self._counts(), before, strict=True))
 
     def _advance(self, until_ns: int) -> None:
         """Moves the clock, running the watchdog on the way."""
         self._watch(until_ns)
-        self._feed.advance(until_ns)
-        self._wire.clock_ns = max(self._wire.clock_ns, self._feed.now_ns)
+        self.feed.advance(until_ns)
+        self._wire.clock_ns = max(self._wire.clock_ns, self.feed.now_ns)
 
     def _watch(self, until_ns: int) -> None:
         """Runs the watchdog up to `until_ns`, where a motion has gone so long without a fresh chunk that it matters.
@@ -331,9 +351,9 @@ class Replay:
         motion, hold_ns = self._motion, to_ns(self.settings.hold_after_s)
         if motion is None or until_ns - motion.from_ns <= hold_ns:
             return
-        first_ns = max(self._feed.now_ns, motion.from_ns + hold_ns - 2 * WATCHDOG_NS)
+        first_ns = max(self.feed.now_ns, motion.from_ns + hold_ns - 2 * WATCHDOG_NS)
         for at_ns in range(first_ns, min(until_ns, motion.end_ns), WATCHDOG_NS):
-            self._feed.advance(at_ns)
+            self.feed.advance(at_ns)
             with self._wire.standing_at(at_ns):
                 self._loop.watch()
 
@@ -344,11 +364,18 @@ class Replay:
             return
         try:
             tick = read_tick(decode(message, TEXT).data)
+            if abs(off_ns := tick.stamp_ns - message.log_ns) > LARGEST_TICK_OFFSET_NS:
+                raise InputError(
+                    f"tick: expected a stamp within {LARGEST_TICK_OFFSET_NS / NS_PER_S:g} s of when it was recorded, "
+                    f"got one {off_ns / NS_PER_S:+.1f} s from it"
+                )
         except InputError as refusal:
             self._count_refusal(refusal)
             return
         if self.options.as_recorded:
             self._recorded.append(tick)
+        elif tick.took_ns is not None:
+            self._took.append((tick.stamp_ns, tick.took_ns))
         self._activity.add(tick.stamp_ns)
         if tick.instruction and not self._loop.instruction:
             self._instruct(tick.instruction)
@@ -388,12 +415,18 @@ class Replay:
     def _count_refusal(self, refusal: KiVlaError) -> None:
         self.refused[cause_of(str(refusal))] += 1
 
+    def _took_ns(self, tick_ns: int) -> int | None:
+        """What the chunk of the last recorded tick up to `tick_ns` took, else of the first one after; None: unknown."""
+        while len(self._took) > 1 and self._took[1][0] <= tick_ns:
+            self._took.popleft()
+        return self._took[0][1] if self._took else None
+
     # --- reference
 
     def _is_known(self, tick: Tick) -> bool:
         """Whether the bag has passed everything that the tick's chunk covers."""
         chunk = tick.prediction
-        return chunk is None or self._feed.now_ns > chunk.due_ns(len(chunk.position_HJ) - 1) + LONGEST_GAP_NS
+        return chunk is None or self.feed.now_ns > chunk.due_ns(len(chunk.position_HJ) - 1) + LONGEST_GAP_NS
 
     def _with_reference(self, tick: Tick) -> Tick:
         chunk = tick.prediction
@@ -404,3 +437,8 @@ class Replay:
         if self.topics.tick is not None:  # after the node had stopped, the arm no longer answered the chunk
             reference_HJ[due_H > self._activity.end_of(tick.stamp_ns)] = np.nan
         return dataclasses.replace(tick, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))
+
+
+def _silence_ns(settings: Settings) -> int:
+    ages_s = (settings.max_age_s, settings.joint_max_age_s, *(camera.max_age_s for camera in settings.cameras.values()))
+    return max(SILENCE_NS, to_ns(SILENCE_PERIODS / settings.rate_hz), to_ns(SILENCE_AGES * max(ages_s)))

@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.records import to_ns
+from ki_vla_ros.records import NS_PER_S, to_ns
 
 # The node counts as inactive where its ticks are farther apart than the longer of these two.
 INACTIVE_NS, INACTIVE_PERIODS = 500_000_000, 3
+# No chunk takes longer; what says so is no tick of a node.
+LONGEST_NS = 60 * NS_PER_S
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,11 @@ class RecordedTick:
     joined_ns: int | None
     instruction: str
     hold: str | None
-    total_ms: float
+
+    @property
+    def took_ns(self) -> int | None:
+        """From the tick's start until its chunk was ready to be sent; None: it has no chunk, or an old node's."""
+        return None if self.joined_ns is None else self.joined_ns - self.stamp_ns
 
 
 def read_tick(text: str) -> RecordedTick:
@@ -37,7 +43,7 @@ def read_tick(text: str) -> RecordedTick:
     try:
         fields = json.loads(text)
         index = fields["chunk_index"]
-        return RecordedTick(
+        tick = RecordedTick(
             stamp_ns=int(fields["stamp_ns"]),
             chunk_index=None if index is None else int(index),
             frame_ns={str(name): int(stamp) for name, stamp in (fields.get("frame_ns") or {}).items()},
@@ -45,10 +51,12 @@ def read_tick(text: str) -> RecordedTick:
             joined_ns=int(fields["joined_ns"]) if fields.get("joined_ns") else None,
             instruction=str(fields["instruction"]),
             hold=None if fields["hold"] is None else str(fields["hold"]),
-            total_ms=float(fields["stage_ms"]["total"]),
         )
+        if tick.took_ns is not None and not 0 <= tick.took_ns <= LONGEST_NS:
+            raise ValueError(f"a chunk that took {tick.took_ns / NS_PER_S:g} s")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"tick: expected what the node writes there, got {text[:60]!r}: {error}") from error
+    return tick
 
 
 class Activity:

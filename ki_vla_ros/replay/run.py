@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from ki_vla_ros.bags import Bag
 from ki_vla_ros.engines import open_engine
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages import BagMessage
 from ki_vla_ros.records import Observation
-from ki_vla_ros.replay.document import make_metrics, write_metrics
+from ki_vla_ros.replay.document import make_folder, make_metrics, write_metrics
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.loop import Replay
 from ki_vla_ros.replay.setup import ReplayOptions, Setup
@@ -57,20 +58,24 @@ def replay(
     """Runs the policy over the bag and returns its figures.
 
     `out`, if given, gets metrics.json, rewritten while the bag is read. `trace` collects what the report draws,
-    `predicted` what goes into an mcap; the caller closes both. `on_progress` is called with the share of the bag that
-    is done, at each message; a KeyboardInterrupt from there, or from Ctrl-C, ends the replay with the figures so far.
-    ConfigurationError if bag, bundle and options do not fit together.
+    `predicted` what goes into an mcap; the caller closes both. `on_progress` is called with the share of the bag's
+    messages that are done, at each message and tick; a KeyboardInterrupt from there, or from Ctrl-C, ends the replay
+    with the figures so far. ConfigurationError if bag, bundle and options do not fit together, or no tick came of it.
     """
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    start_ns, span_ns = bag.start_ns or 0, max((bag.end_ns or 0) - (bag.start_ns or 0), 1)
+        make_folder(out)
+    last = max(sum(bag.topics[name].count or 0 for name in set(setup.topics.all)) - 1, 1)
+    done = 0
 
     def on_message(message: BagMessage) -> None:
-        on_progress((message.log_ns - start_ns) / span_ns)
+        nonlocal done
+        on_progress(min(done / last, 1.0))
+        done += 1
         if predicted is not None:
             predicted.copy(message)
 
     def on_tick(tick: Tick, observation: Observation | None) -> None:
+        on_progress(min(done / last, 1.0))
         if predicted is not None:
             predicted.add(tick, observation)
         if trace is not None and observation is not None:
@@ -104,7 +109,25 @@ def _measure(bag: Bag, setup: Setup, running: Replay, out: Path | None, trace: T
         stopped = INTERRUPTED
         for tick in running.take_pending():
             figures.add(tick)
+            if trace is not None:
+                trace.add(tick)
+    if stopped is None and not figures.ticks:
+        raise ConfigurationError(_without_ticks(setup, running))
     result = ReplayResult(metrics(stopped), stopped is None)
     if out is not None:
         write_metrics(out, dict(result.metrics))
     return result
+
+
+def _without_ticks(setup: Setup, running: Replay) -> str:
+    if not running.messages:
+        got = "no message that can be read on the policy's topics"
+    elif setup.topics.tick is not None:
+        got = f"none: the bag's {setup.topics.tick} never says that the node was active"
+    else:
+        got = "only messages with long silences between them"
+    refused = ", ".join(f"{cause} ({count})" for cause, count in running.refused.most_common())
+    return (
+        f"bag: expected ticks to replay, got {got}{f'; refused: {refused}' if refused else ''}; "
+        "`python -m ki_vla_ros.doctor --bag` says what is wrong with the bag"
+    )

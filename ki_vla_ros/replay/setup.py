@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages import BagMessage, joint_reading
 from ki_vla_ros.records import CameraFrame, JointReading
 from ki_vla_ros.replay.frames import bag_frame
-from ki_vla_ros.replay.latency import Latency, MeasuredLatency, RecordedLatency
+from ki_vla_ros.replay.latency import Latency
 from ki_vla_ros.replay.topics import ReplayTopics, resolve_topics
 from ki_vla_ros.settings import (
     NODE,
@@ -35,13 +34,13 @@ REFERENCES = (*get_args(ReferenceName), "none")
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """How to replay; ConfigurationError if `latency` needs recorded ticks and `as_recorded` is not set.
+    """How to replay.
 
     `instruction` replaces those in the bag. `probe_every_s`: bag time between two "what if" probes (0: none).
     `as_recorded`: repeat the node's own ticks, with the frames that it used. `follow_session`: settings change where
-    the node's did. `noise_by_tick`: a chunk's noise depends on its tick's number and not on the count of chunks, so
-    that replays with other settings start from the same noise. `read_frame` and `read_joints` decode messages; a sweep
-    shares their results.
+    the node's did. `latency`: None: as recorded, or assumed where the bag has no ticks of the node. `noise_by_tick`: a
+    chunk's noise depends on its tick's number and not on the count of chunks, so that replays with other settings start
+    from the same noise. `read_frame` and `read_joints` decode messages; a sweep shares their results.
     """
 
     instruction: str = ""
@@ -49,17 +48,10 @@ class ReplayOptions:
     probe_every_s: float = 2.0
     as_recorded: bool = False
     follow_session: bool = True
-    latency: Latency = dataclasses.field(default_factory=MeasuredLatency)
+    latency: Latency | None = None
     noise_by_tick: bool = False
     read_frame: Callable[[BagMessage, str, int, bool], CameraFrame] = bag_frame
     read_joints: Callable[[BagMessage], JointReading] = joint_reading
-
-    def __post_init__(self) -> None:
-        if isinstance(self.latency, RecordedLatency) and not self.as_recorded:
-            raise ConfigurationError(
-                "--latency recorded: expected --ticks recorded with it, got --ticks paced; for paced ticks give "
-                "seconds, or the metrics.json of a replay"
-            )
 
 
 @dataclass(frozen=True)

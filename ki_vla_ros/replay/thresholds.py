@@ -26,7 +26,7 @@ _RMS = ("rms", "rms_ci.BOUND")
 # The numbers in metrics.json (docs/replay.md) by their place. In capitals: names that come from the bundle or the bag.
 _FIGURES: Mapping[str, Sequence[str]] = {
     "": ("schema", "realtime_factor"),
-    "bag": ("start_ns", "end_ns", "duration_s", "messages.TOPIC"),
+    "bag": ("start_ns", "end_ns", "duration_s", "silences.count", "silences.seconds", "messages.TOPIC"),
     "settings": ("PARAMETER",),
     "replay": ("seed", "segment_s"),
     "ticks": ("count", "chunks", "sent", "refused", "held", "idle"),

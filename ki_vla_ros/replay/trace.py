@@ -1,7 +1,7 @@
 """What is kept of a replay for the report: a few numbers per tick, some chunks, and the worst moments.
 
 Memory is bounded, however long the bag is, except for the few numbers (about 100 bytes a tick). Legend: H horizon,
-J joints. Times in s from the first tick.
+J joints. Times in s from the first tick, less long stretches without one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ MOST_CHUNKS = 240
 MOMENTS, AROUND_S = 4, 3.0
 # Lines have a gap where ticks, or chunks, are farther apart than this: the node was not active.
 GAP_S = 1.0
+# Longer stretches without a tick are left out of the time axis: an hour of nothing would leave no width for the rest.
+LONGEST_DRAWN_S = 60.0
 # Instants kept per lane of the timeline; the page is only 1000 units wide.
 MOST_INSTANTS = 4000
 THUMB_PX, THUMB_QUALITY = 224, 78
@@ -93,6 +95,8 @@ class Trace:
     def __post_init__(self) -> None:
         self.state_JT = [array("f") for _ in self.spec.joints]
         self._scale_J = (np.array(self.spec.action.high) - np.array(self.spec.action.low)) / 2.0
+        self._left_out: list[tuple[int, int]] = []  # from when on, how many ns are left out of the axis in all
+        self._last_ns = 0
         self._every, self._seen = 1, 0
         self._frames: deque[CameraFrame] = deque()
         self._latest: deque[_Kept] = deque()
@@ -106,7 +110,12 @@ class Trace:
 
     def add(self, tick: Tick) -> None:
         if self.start_ns is None:
-            self.start_ns = tick.stamp_ns
+            self.start_ns = self._last_ns = tick.stamp_ns
+        if (apart_ns := tick.stamp_ns - self._last_ns) > to_ns(LONGEST_DRAWN_S):
+            before_ns = self._left_out[-1][1] if self._left_out else 0
+            # The gap that stays tells the two stretches apart.
+            self._left_out.append((tick.stamp_ns - NS_PER_S, before_ns + apart_ns - to_ns(2.0 * GAP_S)))
+        self._last_ns = tick.stamp_ns
         at_s = self.seconds(tick.stamp_ns)
         if self.time_s and at_s - self.time_s[-1] > GAP_S:
             self._add_row(self.time_s[-1], {}, float("nan"))
@@ -123,7 +132,9 @@ class Trace:
         return [moment for _, _, moment in sorted(self._moments, key=lambda entry: (-entry[0], entry[1]))]
 
     def seconds(self, time_ns: int) -> float:
-        return (time_ns - (self.start_ns or 0)) / NS_PER_S
+        """Where `time_ns` is on the time axis."""
+        left_out_ns = next((ns for from_ns, ns in reversed(self._left_out) if time_ns >= from_ns), 0)
+        return (time_ns - (self.start_ns or 0) - left_out_ns) / NS_PER_S
 
     def _add_row(self, at_s: float, age_ns: Mapping[str, int | None], latency_ms: float) -> None:
         for name in age_ns:

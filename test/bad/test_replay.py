@@ -22,7 +22,7 @@ NOTHING = {
     "zero messages": "camera 'wrist'",
     "missing topics": "camera 'scene'",
     "another serialization": "camera 'wrist'",
-    "a compression of no kind": "got none that can be read",
+    "a compression of no kind": "got no message that can be read",
 }
 
 

@@ -26,7 +26,7 @@ from ki_vla_ros.engines import open_engine
 from ki_vla_ros.messages import BagMessage, joint_reading
 from ki_vla_ros.records import to_ns
 from ki_vla_ros.replay.frames import bag_frame
-from ki_vla_ros.replay.latency import DrawnLatency, Latency, MeasuredLatency
+from ki_vla_ros.replay.latency import DrawnLatency, Latency, MeasuredLatency, choose_latency
 from ki_vla_ros.replay.loop import Replay
 from ki_vla_ros.replay.setup import ReplayOptions, Setup
 from ki_vla_ros.replay.sweep.advice import Advice, advise, recommended_yaml, sweep_document
@@ -72,7 +72,9 @@ def sweep(
         bag=bag.path,
         bundle=setup.bundle.path,
         topics=setup.topics,
-        latency=_latency(options.latency, metrics, seed),
+        latency=_latency(
+            options.latency or choose_latency("", setup.settings, setup.topics.tick is not None), metrics, seed
+        ),
         segment_s=metrics["replay"]["segment_s"],
         instruction=options.instruction,
     )

@@ -305,7 +305,7 @@ def test_a_broken_image_is_refused_and_the_one_before_is_used(tmp_path: Path, bu
         ("", ["--set", "rate=5"], "parameter 'rate': no such parameter; did you mean 'rate_hz'?"),
         ("", ["--latency", "-1"], "--latency"),
         ("", ["--ticks", "recorded"], "expected recorded ticks, got none"),
-        ("", ["--latency", "recorded"], "expected --ticks recorded with it"),
+        ("", ["--latency", "recorded"], "expected a bag with the node's ticks"),
         ("", ["--fail-if", "error.rsm>0.1"], "error.rsm"),
         ("", ["--instruction", "zyx"], "zyx"),
     ],
