@@ -12,19 +12,18 @@ from numpy.typing import NDArray
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
 
 
-def encode_command(motion: Motion, now_ns: int, splice: bool = False) -> bytes:
-    """What lies ahead of a motion, as a serialized JointTrajectory for joint_trajectory_controller.
+def encode_command(motion: Motion, now_ns: int, stamp_ns: int = 0) -> bytes:
+    """What lies ahead of a motion at `now_ns`, as a serialized JointTrajectory for joint_trajectory_controller.
 
-    Without `splice` that is everything after `now_ns`, with stamp 0 ("start now"). With `splice` the stamp is the
-    instant from which the motion is new; until then a controller that can splice keeps to what it has.
+    The times of its points count from `now_ns`. `stamp_ns` 0 means "from when you get this"; the present time on the
+    controller's clock means that they keep their times however long the message takes.
     """
-    start_ns = motion.from_ns if splice else now_ns
     # Always keep the last instant: a motion that only says "stay" has no other.
-    first = min(int(np.searchsorted(motion.time_N, start_ns, side="right")), len(motion.time_N) - 1)
+    first = min(int(np.searchsorted(motion.time_N, now_ns, side="right")), len(motion.time_N) - 1)
     return _encode_trajectory(
-        start_ns if splice else 0,
+        stamp_ns,
         motion.joints,
-        motion.time_N[first:] - start_ns,
+        np.maximum(motion.time_N[first:] - now_ns, 0),
         motion.position_NJ[first:],
         motion.velocity_NJ[first:],
     )

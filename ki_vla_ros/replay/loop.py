@@ -176,7 +176,6 @@ class Replay:
             while self._is_active(pacer.due_ns):
                 self._advance(pacer.due_ns)
                 settings = self.settings
-                self._loop.adopt(settings)
                 now_ns = self.feed.now_ns
                 behind_before_ns, behind_ns = behind_ns, self._buffer.since_burst_ns(now_ns)
                 if settings.align_to_cameras and behind_ns is not None and abs(behind_ns) <= BURST_WAIT_NS:
@@ -208,7 +207,6 @@ class Replay:
                 self._loop.begin()
             last_ns = recorded.stamp_ns
             self._advance(recorded.stamp_ns)
-            self._loop.adopt(self.settings)
             if not self.options.instruction:
                 self._instruct(recorded.instruction)
             tick, ended_ns = self._make_tick(recorded.stamp_ns, missed, recorded)

@@ -58,8 +58,14 @@ class ReplayWire:
             return self._standing_ns
         return self.clock_ns if self._tick_ns is None else self._tick_ns + self._latency.elapsed_ns()
 
+    def motion_ns(self) -> int:
+        return self.now_ns()
+
     def simulated_clock(self) -> bool:
         return True
+
+    def moves_arm(self) -> bool:
+        return False
 
     def send_command(self, motion: Motion, now_ns: int) -> None:
         self._motions.append(motion)

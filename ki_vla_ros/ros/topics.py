@@ -166,7 +166,12 @@ class NodeWire:
         kind = Float64MultiArray if self._mode == "stream" else JointTrajectory
         topic = settings.command_topic if shadow is None else SHADOW_COMMAND
         self._command: LifecyclePublisher[Any] = node.create_lifecycle_publisher(kind, topic, EVENT)
-        self._stream = MotionStream(self._publish_positions, self.now_ns, settings.command_period_s)
+        # Fixed, because use_sim_time does not change while a bundle is loaded.
+        self._simulated = bool(node.get_parameter("use_sim_time").value)
+        self._steady_ns = self.now_ns if self._simulated else time.monotonic_ns
+        self._stream = MotionStream(
+            self._publish_positions, self._steady_ns, settings.command_period_s, self._simulated
+        )
         self._chunk: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
             JointTrajectory, "~/chunk", EVENT
         )
@@ -176,14 +181,21 @@ class NodeWire:
     def now_ns(self) -> int:
         return int(self._node.get_clock().now().nanoseconds)
 
+    def motion_ns(self) -> int:
+        return self._stream.motion_ns() if self._mode == "stream" else self._steady_ns()
+
     def simulated_clock(self) -> bool:
-        return bool(self._node.get_parameter("use_sim_time").value)
+        return self._simulated
+
+    def moves_arm(self) -> bool:
+        return self._shadow is None
 
     def send_command(self, motion: Motion, now_ns: int) -> None:
         if self._mode == "stream":
             self._stream.play(motion)
         else:
-            self._command.publish(encode_command(motion, now_ns, splice=self._mode == "splice"))
+            stamp_ns = self.now_ns() if self._mode == "splice" else 0
+            self._command.publish(encode_command(motion, now_ns, stamp_ns))
 
     def _publish_positions(self, position_J: NDArray[np.float64]) -> None:
         self._command.publish(Float64MultiArray(data=_doubles(position_J)))
@@ -197,8 +209,6 @@ class NodeWire:
         self._tick.publish(text_message(fields))
 
     def log(self, message: str, cause: str) -> None:
-        if self._shadow is not None and cause == "moved":
-            return  # expected: someone else moves the arm
         now_s = time.monotonic()
         if now_s - self._logged_s.get(cause, -REPEAT_LOG_S) >= REPEAT_LOG_S:
             self._logged_s[cause] = now_s

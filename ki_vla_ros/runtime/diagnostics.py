@@ -40,7 +40,7 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.stage_ms[name] = (time.perf_counter_ns() - start_ns) / 1e6
+            self.stage_ms[name] = self.stage_ms.get(name, 0.0) + (time.perf_counter_ns() - start_ns) / 1e6
 
     @property
     def total_ms(self) -> float:
@@ -89,6 +89,7 @@ class Diagnostics:
         self.last_corrections: tuple[str, ...] = ()
         self._chunks = 0
         self._missed = 0
+        self._clock_steps = 0
         self._hold: str | None = None
         self._instruction = ""
 
@@ -124,6 +125,10 @@ class Diagnostics:
         with self._lock:
             self._refusals[cause_of(reason)] += 1
 
+    def record_clock_step(self) -> None:
+        with self._lock:
+            self._clock_steps += 1
+
     def record_tick(self, hold: str | None, instruction: str, missed: int) -> None:
         """Records why the arm is held (None: it is not), the instruction, and deadlines missed since activation."""
         if hold is not None:
@@ -156,6 +161,7 @@ class Diagnostics:
                 "prefill_rate_hz": f"{prefill_hz:.2f}",
                 "chunk_delay_actions": str(self._delay),
                 "deadline_misses": str(self._missed),
+                "clock_steps": str(self._clock_steps),
                 "holds": str(self._holds),
                 "gc_pause_ms_max": f"{self.collector.longest_ms:.2f}",
             }

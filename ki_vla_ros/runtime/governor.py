@@ -16,14 +16,20 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.records import ActionChunk, Motion, to_ns
+from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, to_ns
 from ki_vla_ros.runtime.chunking import cubic
 
 Array = NDArray[np.float64]
 
 # Share of the acceleration limit spent on closing a gap to the path; the path's own acceleration needs the rest.
 CORRECTION = 0.5
-_STILL = 1e-7  # rad or m, and per second: less than this is no motion
+# No motion follows a target longer than this, whatever a bundle or a stamp says: a motion's size stays bounded.
+LONGEST_TARGET_NS = 60 * NS_PER_S
+# A resting arm farther from its last command than this share of a joint's range, or than the joint turns in this time,
+# has been moved by someone else.
+MOVED_SHARE, MOVED_S = 0.02, 0.1
+# A controller that someone else commanded may be as far from the measured position as the joint turns in this time.
+START_GAP_S = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +43,57 @@ class Bounds:
 
 
 class Governor:
-    """Makes each motion continue the one before it.
+    """Makes each motion continue the one before it, from where the controller has really got to.
 
-    `running` is the motion the wire was last told; None: nothing moves.
+    Times in ns on the clock by which the controller moves the arm (`Wire.motion_ns`). `running` is the motion that the
+    wire was last told; None: none yet.
     """
 
     def __init__(self, joints: tuple[str, ...], period_s: float) -> None:
         self.running: Motion | None = None
+        self._bounds: Bounds | None = None  # that `running` was made within
         self._joints = joints
         self._period_s, self._period_ns = period_s, to_ns(period_s)
+
+    def commit(self, motion: Motion, bounds: Bounds) -> None:
+        """Notes that the wire was told `motion`, which was made within `bounds`."""
+        self.running, self._bounds = motion, bounds
+
+    def forget(self) -> None:
+        """Notes that nothing is known any more of what the controller does."""
+        self.running = None
+
+    def at_rest(self, now_ns: int) -> bool:
+        return self.running is None or now_ns >= self.running.end_ns
+
+    def keeps(self, bounds: Bounds, now_ns: int) -> bool:
+        """Whether what is left of the running motion keeps these bounds."""
+        running = self.running
+        if running is None or self.at_rest(now_ns):
+            return True
+        left = slice(max(int(np.searchsorted(running.time_N, now_ns, side="right")) - 1, 0), None)
+        position_NJ, velocity_NJ = running.position_NJ[left], running.velocity_NJ[left]
+        period_N = np.diff(running.time_N[left])[:, None] / NS_PER_S
+        acceleration_NJ = np.abs(np.diff(velocity_NJ, axis=0)) / period_N
+        kept = (bounds.lower_J <= position_NJ).all() and (position_NJ <= bounds.upper_J).all()
+        kept = kept and (np.abs(velocity_NJ) <= bounds.speed_J).all()
+        return bool(kept and (acceleration_NJ <= bounds.acceleration_J * (1.0 + 1e-9)).all())
+
+    def start(self, measured_J: Array, bounds: Bounds, *, first: bool) -> tuple[Array, float]:
+        """Where a motion from rest is to start, and the time in s that the controller needs to get there.
+
+        The controller may be where it was sent, or, after a reset or under someone else's command, where the arm is. It
+        joins the two with a cubic. If they are far apart, the motion starts where the arm is. `first`: someone else may
+        have commanded the arm before, so the controller may also be a little beside both.
+        """
+        sent_J = measured_J if self.running is None else self.running.position_NJ[-1]
+        gap_J = np.abs(sent_J - measured_J)
+        start_J = measured_J if np.any(gap_J > moved_room(bounds)) else sent_J
+        if first or self.running is None:
+            gap_J = np.maximum(gap_J, bounds.speed_J * START_GAP_S)
+        # From rest to rest over a distance d in a time T, a cubic's peaks are 1.5 d / T and 6 d / T^2.
+        settle_J = np.maximum(1.5 * gap_J / bounds.speed_J, np.sqrt(6.0 * gap_J / bounds.acceleration_J))
+        return start_J, float(settle_J.max())
 
     def handover_ns(self, now_ns: int, lead_ns: int) -> int:
         """The first instant of the running motion that is at least `lead_ns` away, where the next motion takes over."""
@@ -53,61 +101,52 @@ class Governor:
             return now_ns + lead_ns
         return int(self.running.time_N[np.searchsorted(self.running.time_N, now_ns + lead_ns)])
 
-    def follow(self, target: ActionChunk, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds) -> Motion:
+    def follow(self, target: ActionChunk, start_J: Array | None, from_ns: int, now_ns: int, bounds: Bounds) -> Motion:
         """Continues the running motion until `from_ns`, then follows `target` and ends at rest.
 
-        If no motion is running, it starts at rest from `measured_J`.
+        With `start_J` it starts there, at rest, at `from_ns`.
         """
-        end_ns = target.due_ns(target.horizon - 1)
+        end_ns = min(target.due_ns(target.horizon - 1), from_ns + LONGEST_TARGET_NS)
         steps = max(1, -((from_ns - end_ns) // self._period_ns))  # rounded up: the last action is still reached
         path_NJ, speed_NJ = cubic(target, from_ns + self._period_ns * (np.arange(steps) + 1))
-        return self._continue(path_NJ, speed_NJ, measured_J, from_ns, now_ns, bounds)
+        return self._continue(path_NJ, speed_NJ, start_J, from_ns, now_ns, bounds)
 
-    def rest_at(self, position_J: Array, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds) -> Motion:
-        """Comes to rest at `position_J` as fast as the bounds allow."""
-        reach_s = np.max(
-            np.abs(bounds.upper_J - bounds.lower_J) / bounds.speed_J + 4 * bounds.speed_J / bounds.acceleration_J
-        )
-        path_NJ = np.tile(position_J, (int(reach_s / self._period_s) + 2, 1))
-        motion = self._continue(path_NJ, np.zeros_like(path_NJ), measured_J, from_ns, now_ns, bounds)
-        return _without_tail(motion)
+    def settle(self, start_J: Array, from_ns: int) -> Motion:
+        """Only leads the controller to `start_J`, where it is to be, at rest, at `from_ns`."""
+        return Motion(self._joints, from_ns, np.array([from_ns]), start_J[None], np.zeros((1, len(self._joints))))
 
-    def brake(self, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds) -> Motion:
-        """Comes to rest as soon as the bounds allow, wherever that is."""
+    def brake(self, from_ns: int, now_ns: int) -> tuple[Motion, Bounds]:
+        """The running motion until `from_ns`, then to rest as soon as the bounds allow that it was made within."""
+        assert self._bounds is not None
         nowhere = np.zeros((0, len(self._joints)))
-        return self._continue(nowhere, nowhere, measured_J, from_ns, now_ns, bounds)
+        return self._continue(nowhere, nowhere, None, from_ns, now_ns, self._bounds), self._bounds
 
     def _continue(
-        self, path_NJ: Array, speed_NJ: Array, measured_J: Array, from_ns: int, now_ns: int, bounds: Bounds
+        self, path_NJ: Array, speed_NJ: Array, start_J: Array | None, from_ns: int, now_ns: int, bounds: Bounds
     ) -> Motion:
         old = self.running
-        if old is None:
-            start_p, start_v = measured_J, np.zeros_like(measured_J)
-            keep = slice(0, 0)
+        before = None
+        if start_J is not None or old is None:
+            assert start_J is not None
+            start_p, start_v = start_J, np.zeros_like(start_J)
         else:
             start_p, start_v = old.at(from_ns)
             # From the last instant that is not after now, so that the new motion covers the present too.
             now = max(int(np.searchsorted(old.time_N, now_ns, side="right")) - 1, 0)
             keep = slice(now, int(np.searchsorted(old.time_N, from_ns, side="left")))
+            before = old.time_N[keep], old.position_NJ[keep], old.velocity_NJ[keep]
         position_NJ, velocity_NJ = follow(start_p, start_v, path_NJ, speed_NJ, self._period_s, bounds)
         times = from_ns + self._period_ns * np.arange(len(position_NJ) + 1, dtype=np.int64)
-        before = (old.time_N[keep], old.position_NJ[keep], old.velocity_NJ[keep]) if old else None
         parts = [(times, np.vstack([start_p, position_NJ]), np.vstack([start_v, velocity_NJ]))]
         parts = [before, *parts] if before else parts
         time_N, position_NJ, velocity_NJ = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
         return Motion(self._joints, from_ns, time_N, position_NJ, velocity_NJ)
 
 
-def _without_tail(motion: Motion) -> Motion:
-    """The motion, cut off where nothing moves any more (_STILL); what it repeats of the previous motion is kept."""
-    still = np.all(np.abs(motion.velocity_NJ) < _STILL, axis=1)
-    still &= np.all(np.abs(motion.position_NJ - motion.position_NJ[-1]) < _STILL, axis=1)
-    moving = np.flatnonzero(~still)
-    last = max(int(moving[-1]) + 1 if moving.size else 0, int(np.searchsorted(motion.time_N, motion.from_ns)))
-    head = slice(0, last + 1)
-    velocity_NJ = motion.velocity_NJ[head].copy()
-    velocity_NJ[-1] = 0.0
-    return Motion(motion.joints, motion.from_ns, motion.time_N[head], motion.position_NJ[head], velocity_NJ)
+def moved_room(bounds: Bounds) -> Array:
+    """How far [J] a resting arm may be from its last command before someone else must have moved it."""
+    room_J: Array = np.minimum(MOVED_SHARE * (bounds.upper_J - bounds.lower_J), MOVED_S * bounds.speed_J)
+    return room_J
 
 
 def follow(

@@ -13,18 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.engines.base import KVCache
-from ki_vla_ros.errors import EmergencyStop, InstructionError, KiVlaError, SafetyRefusal, StaleInput, cause_of
+from ki_vla_ros.errors import (
+    EmergencyStop,
+    InstructionError,
+    KiVlaError,
+    MotionInterrupted,
+    SafetyRefusal,
+    cause_of,
+)
 from ki_vla_ros.policy import Policy, make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation, to_ns
 from ki_vla_ros.runtime.chunking import ChunkExecutor
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
-from ki_vla_ros.runtime.governor import Bounds, Governor
+from ki_vla_ros.runtime.governor import Bounds, Governor, moved_room
 from ki_vla_ros.runtime.observation import ObservationBuffer
 from ki_vla_ros.runtime.safety import SafetyGate, joint_bounds
 from ki_vla_ros.settings import Settings
 
-# A resting arm farther from its last command than this share of a joint's range has been moved by someone else.
-MOVED_SHARE = 0.02
+# A chunk waits no longer than this for the controller to get to where its motion starts; else it gets there first.
+SETTLE_S = 0.25
+# How often a motion that was finished too late is thrown away and made again.
+ATTEMPTS = 5
 # Share of the speed limits that the ramp over ramp_in_s starts from.
 FIRST_SHARE = 0.1
 # How often the node and a replay call `watch`. An arm is held at most this much later than hold_after_s: a fifth of a
@@ -33,15 +42,31 @@ WATCHDOG_NS = 20_000_000
 
 
 class Wire(Protocol):
-    """The node's clock, and where commands and reports go: ROS topics, a replay or a simulation."""
+    """The node's clocks, and where commands and reports go: ROS topics, a replay or a simulation."""
 
     def now_ns(self) -> int:
-        """The node's time; 0 while there is none (simulated time before the first message on /clock)."""
+        """The node's time, which stamps are on; 0 while there is none (simulated, before the first /clock)."""
+        ...
+
+    def motion_ns(self) -> int:
+        """The time by which the controller moves the arm: steady, whatever happens to the node's time.
+
+        Simulated time moves a simulated arm too, so there both are the same.
+        """
         ...
 
     def simulated_clock(self) -> bool: ...
 
-    def send_command(self, motion: Motion, now_ns: int) -> None: ...
+    def moves_arm(self) -> bool:
+        """Whether an arm follows the commands; in a replay and in shadow mode it does what someone else says."""
+        ...
+
+    def send_command(self, motion: Motion, now_ns: int) -> None:
+        """Sends the motion, whose times are on the clock of `motion_ns`; `now_ns` is the present on it.
+
+        MotionInterrupted if the motion before was cut short on the way to the controller.
+        """
+        ...
 
     def report_chunk(self, chunk: ActionChunk) -> None:
         """The whole chunk as predicted, before anything is dropped or corrected."""
@@ -66,7 +91,10 @@ class Prefix:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sent:
-    """A chunk that went out: its number, its observation, the time its motion was made for, and when it was sent."""
+    """A chunk that went out: its number, its observation, the time its motion was made for, and when it was sent.
+
+    Times on the node's clock.
+    """
 
     index: int
     observation: Observation
@@ -105,11 +133,13 @@ class PolicyLoop:
         self._gate = self._make_gate(settings())
         self._prefix: Prefix | None = None
         self._chunks = 0
-        self._fresh_ns = 0  # when the newest chunk went out
+        # On the clock of the motion: when the newest chunk went out, and when the speed limits began to rise.
+        self._fresh_ns = 0
         self._ramp_from_ns: int | None = None
         self._latched: str | None = None
-        self._started = False  # `begin` was called, and no chunk has gone out since
+        self._started = False  # `begin` or `reset` was called, and nothing has gone out since
         self._held = False  # the running motion is already a hold
+        self._waiting = ""  # why no chunk may go out before the running motion has ended; "": it may
         self._moving = threading.RLock()  # held by whoever changes what the arm does
         self._ended = False
 
@@ -132,7 +162,12 @@ class PolicyLoop:
                 observation = Observation(stamp_ns, prefix.observation.frames, state_J, (stamp_ns,))
         if not instruction:
             raise InstructionError("instruction: none yet; publish one on the policy's ~/instruction")
-        if not self._executor.wants_chunk(settings, tick_ns, self._at_rest(tick_ns)):
+        at_rest = self._governor.at_rest(wire.motion_ns())
+        if at_rest:
+            self._waiting = ""
+        if self._waiting:
+            raise SafetyRefusal(self._waiting)
+        if not self._executor.wants_chunk(settings, tick_ns, at_rest):
             return None
         if prefix is None:
             prefix = self._prefill(observation, instruction, tick_ns, watch)
@@ -152,19 +187,26 @@ class PolicyLoop:
             measured_J = self.buffer.measured(now_ns, max_age_ns)
             with watch.stage("safety"):
                 screened, corrections = self._gate.screen(chunk, observation.stamp_ns, measured_J, now_ns)
+            start_J, wait_ns = self._start(settings, measured_J)
+            if start_J is not None and wait_ns > to_ns(SETTLE_S):
+                self._settle(settings, start_J, wait_ns, watch)
+                raise SafetyRefusal(self._waiting)
+            lead_ns = max(lead_ns, wait_ns)
             with watch.stage("chunking"):
-                self._forget_if_moved(measured_J, now_ns)
                 target = self._executor.join(settings, screened, now_ns, lead_ns)
-                from_ns = self._governor.handover_ns(now_ns, lead_ns)
-                motion = self._governor.follow(target, measured_J, from_ns, now_ns, self._ramped(settings, now_ns))
-            with watch.stage("verify"):
-                self._gate.judge(motion, measured_J)
+                ahead_ns = wire.motion_ns() - wire.now_ns()
+                path = dataclasses.replace(target, start_ns=target.start_ns + ahead_ns)
+            bounds = self._ramped(settings)
+
+            def follow(from_ns: int, at_ns: int) -> tuple[Motion, Bounds]:
+                return self._governor.follow(path, start_J, from_ns, at_ns, bounds), bounds
+
+            self._send(follow, lead_ns, watch, measured_J, dry_run=settings.dry_run)
             with watch.stage("publish"):
-                if not settings.dry_run:  # in a dry run, the running motion stays what the arm was really told
-                    self._send(motion, now_ns)
                 sent = Sent(self._chunks, observation, now_ns, wire.now_ns())
                 self._executor.accept(target, tick_ns)
-                self._fresh_ns, self._held, self._started = now_ns, False, False
+                self._fresh_ns = wire.motion_ns()
+                self._held = self._started = False
                 wire.report_chunk(chunk)
         self._chunks += 1
         self.diagnostics.record_chunk(
@@ -211,19 +253,27 @@ class PolicyLoop:
         self._hold(self.settings())
 
     def forget(self) -> None:
-        """Drops every input and motion, because the clock was set back and their stamps mean nothing now."""
+        """Drops every input and motion, because simulated time was set back and nothing is where it was."""
         with self._moving:
-            self.buffer.clear()
+            self.clock_stepped(back=True)
+            self._governor.forget()
+            self._ramp_from_ns = None
+
+    def clock_stepped(self, back: bool) -> None:
+        """Drops what its stamps say nothing about any more; the motion goes on, because it is on another clock."""
+        with self._moving:
             self._executor.stop()
-            self._governor.running = self._ramp_from_ns = self._prefix = None
+            self._prefix = None
+            if back:
+                self.buffer.clear()
 
     def watch(self) -> None:
         """The watchdog: holds an arm that moves without a fresh chunk; to be called every WATCHDOG_NS."""
         settings = self.settings()
         with self._moving:
-            now_ns = self.wire.now_ns()
-            late_ns = now_ns - self._fresh_ns
-            if self._held or self._at_rest(now_ns) or late_ns <= to_ns(settings.hold_after_s):
+            at_ns = self.wire.motion_ns()
+            late_ns = at_ns - self._fresh_ns
+            if self._held or self._governor.at_rest(at_ns) or late_ns <= to_ns(settings.hold_after_s):
                 return
             reason = f"watchdog: no fresh chunk for {late_ns / 1e6:.0f} ms, limit {settings.hold_after_s * 1e3:.0f} ms"
             self.wire.log(f"holding: {reason} (hold_after_s)", "watchdog")
@@ -232,8 +282,8 @@ class PolicyLoop:
 
     def latch(self, reason: str) -> None:
         """Stops the arm at once and keeps it stopped until `reset`."""
+        self._latched = reason  # before the lock: a tick that has it sends nothing more
         with self._moving:
-            self._latched = reason
             self.wire.log(f"stopped: {reason}", "stop")
             self._hold(self.settings())
 
@@ -246,7 +296,7 @@ class PolicyLoop:
     def reset(self) -> bool:
         """Releases a latched stop; returns whether there was one."""
         with self._moving:
-            was, self._latched, self._ramp_from_ns = self._latched, None, None
+            was, self._latched, self._ramp_from_ns, self._started = self._latched, None, None, True
         return was is not None
 
     @property
@@ -262,17 +312,24 @@ class PolicyLoop:
         """Applies, between two ticks, the settings that a tick does not read itself."""
         self._policy.flow_steps = settings.flow_steps or self._policy.bundle.manifest.flow.steps
         self._policy.noise_seed = settings.noise_seed
-        if settings.limits != self._limits:
-            self._limits = settings.limits
-            self._gate = self._make_gate(settings)
+        if settings.limits == self._limits:
+            return
+        gate = self._make_gate(settings)
+        with self._moving:
+            self._limits, self._gate = settings.limits, gate
+            if not self._governor.keeps(gate.bounds, self.wire.motion_ns()):
+                # Braked as hard as the limits allow that it was made within: the new ones may be too low to stop.
+                self._waiting = "limits: became tighter than the running motion; coming to rest first"
+                self._hold(settings)
 
     def _make_gate(self, settings: Settings) -> SafetyGate:
         joints = self._policy.bundle.manifest.joints
         bounds = joint_bounds(joints, settings.limits, settings.robot_description)
         return SafetyGate(joints, settings.limits, bounds)
 
-    def _ramped(self, settings: Settings, now_ns: int) -> Bounds:
+    def _ramped(self, settings: Settings) -> Bounds:
         """The bounds, with speed limits that grow over ramp_in_s after a start or a reset."""
+        now_ns = self.wire.motion_ns()
         if self._ramp_from_ns is None or self._ramp_from_ns > now_ns:
             self._ramp_from_ns = now_ns
         since_s = (now_ns - self._ramp_from_ns) / NS_PER_S
@@ -282,10 +339,12 @@ class PolicyLoop:
         return dataclasses.replace(self._gate.bounds, speed_J=self._gate.bounds.speed_J * share)
 
     def step(self, settings: Settings, tick_ns: int, missed: int) -> None:
+        """Runs a tick and reports it; whatever it raises becomes a hold."""
         watch, instruction = Stopwatch(), self.instruction
         sent: Sent | None = None
         hold: str | None = None
         try:
+            self.adopt(settings)
             sent = self.tick(settings, tick_ns, watch)
         except EmergencyStop as fault:
             hold = str(fault)
@@ -317,49 +376,102 @@ class PolicyLoop:
             }
         )
 
-    def _at_rest(self, now_ns: int) -> bool:
-        running = self._governor.running
-        return running is None or now_ns >= running.end_ns
+    def _send(
+        self,
+        make: Callable[[int, int], tuple[Motion, Bounds]],
+        lead_ns: int,
+        watch: Stopwatch,
+        measured_J: NDArray[np.float64] | None,
+        dry_run: bool = False,
+    ) -> None:
+        """Sends what `make` makes of (when it takes over, now), before that moment has come.
 
-    def _send(self, motion: Motion, now_ns: int) -> None:
-        self.wire.send_command(motion, now_ns)
-        self._governor.running = motion
+        A motion that is finished later is thrown away and made again: the controller has gone on without it. With
+        `measured_J` the gate judges it. SafetyRefusal if the gate does not let it pass, or if all were late.
+        """
+        took_ns = 0
+        for _ in range(ATTEMPTS):
+            with watch.stage("chunking"):
+                at_ns = self.wire.motion_ns()
+                from_ns = self._governor.handover_ns(at_ns, lead_ns + took_ns)
+                motion, bounds = make(from_ns, at_ns)
+            if measured_J is not None:
+                with watch.stage("verify"):
+                    self._gate.judge(motion, measured_J)
+            with watch.stage("publish"):
+                sent_ns = self.wire.motion_ns()
+                took_ns = 2 * (sent_ns - at_ns)
+                if sent_ns > from_ns:
+                    continue
+                if dry_run:
+                    return  # the running motion stays what the arm was really told
+                try:
+                    self.wire.send_command(motion, sent_ns)
+                except MotionInterrupted as interruption:
+                    self._governor.commit(self._governor.settle(interruption.position_J, sent_ns), bounds)
+                    raise
+                self._governor.commit(motion, bounds)
+                return
+        raise SafetyRefusal(
+            f"motion: finished {(sent_ns - from_ns) / 1e6:.0f} ms after it had to take over, {ATTEMPTS} times running; "
+            "is this computer overloaded? Free it, or raise lead_s"
+        )
+
+    def _start(self, settings: Settings, measured_J: NDArray[np.float64]) -> tuple[NDArray[np.float64] | None, int]:
+        """Where the next motion starts at rest, and the time in ns that the controller needs to get there.
+
+        (None, time) if the running motion goes on instead. SafetyRefusal if the arm is not where a running motion, or a
+        stream, should have brought it.
+        """
+        governor, bounds, at_ns = self._governor, self._gate.bounds, self.wire.motion_ns()
+        running, at_rest = governor.running, governor.at_rest(at_ns)
+        if running is None:
+            off_J = room_J = np.zeros_like(measured_J)
+        else:
+            off_J = np.abs(running.at(at_ns)[0] - measured_J)
+            # A moving arm trails its command.
+            room_J = moved_room(bounds) if at_rest else bounds.speed_J * self._limits.max_jump_s
+        away = np.flatnonzero(off_J > room_J)
+        if not self.wire.moves_arm():
+            if running is None or len(away):
+                return measured_J, 0
+            return (None if not at_rest else running.position_NJ[-1]), 0
+        if len(away):
+            joint = self._policy.bundle.manifest.joints[away[0]]
+            where = f"arm: joint {joint.name!r} is {off_J[away[0]]:.3f} {joint.unit} from where it was sent"
+            if not at_rest:
+                raise SafetyRefusal(f"{where} (limits.max_jump_s): is it blocked, or moved by someone else?")
+            if settings.publish_mode == "stream" and not self._started:
+                raise SafetyRefusal(
+                    f"{where}, and a stream would make it jump; find out why, then call ~/reset to go on from there"
+                )
+            if not self._started:  # between deactivation and activation it may be anywhere
+                self.wire.log(f"{where}; continuing from where it is", "moved")
+        if not at_rest:
+            assert running is not None
+            return None, max(0, int(running.time_N[0]) - at_ns)
+        start_J, settle_s = governor.start(measured_J, bounds, first=self._started)
+        return start_J, 0 if settings.publish_mode == "stream" else to_ns(settle_s)
+
+    def _settle(self, settings: Settings, start_J: NDArray[np.float64], wait_ns: int, watch: Stopwatch) -> None:
+        """Leads the controller to where the next motion starts; chunks wait until it is there."""
+
+        def settle(from_ns: int, at_ns: int) -> tuple[Motion, Bounds]:
+            return self._governor.settle(start_J, from_ns), self._gate.bounds
+
+        self._waiting = "start: the controller is being led to where the arm is; the next chunk follows from there"
+        self._send(settle, wait_ns, watch, None, dry_run=settings.dry_run)
+        self._held, self._started = True, False
 
     def _hold(self, settings: Settings) -> None:
-        """Ends a running motion at the measured position, or brakes at once where that position is not known."""
+        """Brakes on the commanded path, if a motion of ours moves the arm that is not a hold already."""
         with self._moving:
-            now_ns = self.wire.now_ns()
             self._executor.stop()
-            if self._at_rest(now_ns):
-                return  # nothing of ours moves the arm
-            if self._held:
+            if self._held or self._governor.at_rest(self.wire.motion_ns()):
                 return
-            bounds = self._gate.bounds
-            from_ns = self._governor.handover_ns(now_ns, to_ns(settings.lead_s))
-            try:
-                measured_J = self.buffer.measured(now_ns, to_ns(settings.max_age_s))
-                motion = self._governor.rest_at(measured_J, measured_J, from_ns, now_ns, bounds)
-                self._gate.judge(motion, measured_J)
-            except (StaleInput, SafetyRefusal) as refusal:
-                self.wire.log(f"hold: braking on the commanded path, because {refusal}", "hold")
-                position_J, _ = self._governor.running.at(now_ns)  # type: ignore[union-attr]  # not at rest
-                motion = self._governor.brake(position_J, from_ns, now_ns, bounds)
-            self._send(motion, now_ns)  # in a dry run too: something sent before it is still moving the arm
+            try:  # in a dry run too: something sent before it is still moving the arm
+                self._send(self._governor.brake, to_ns(settings.lead_s), Stopwatch(), None)
+            except SafetyRefusal as refusal:
+                self.wire.log(f"hold: {refusal}", "hold")
+                return
             self._held = True
-
-    def _forget_if_moved(self, measured_J: NDArray[np.float64], now_ns: int) -> None:
-        """Makes the next motion start where the arm is, if that is not where it was sent (moved, or held up).
-
-        A moving arm trails its command, so it is allowed `limits.max_jump_s` of lag. The first chunk after `begin` gets
-        no such allowance: a hold from before may seem to be running still.
-        """
-        running, bounds = self._governor.running, self._gate.bounds
-        if running is None:
-            return
-        strict = self._started or now_ns >= running.end_ns
-        trailing_J = bounds.speed_J * self._limits.max_jump_s
-        room_J = MOVED_SHARE * (bounds.upper_J - bounds.lower_J) if strict else trailing_J
-        if np.any(np.abs(running.at(now_ns)[0] - measured_J) > room_J):
-            if not self._started:  # between deactivation and activation it may be anywhere
-                self.wire.log("arm: it is not where it was sent; continuing from where it is", "moved")
-            self._governor.running = None

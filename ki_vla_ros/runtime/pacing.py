@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
+from ki_vla_ros.records import NS_PER_S
+
 # The largest step by which ticks move towards the cameras' frames, and how much the offset to them may differ between
 # two ticks that still count as steady.
 LARGEST_SHIFT_NS, STEADY_NS = 2_000_000, 3_000_000
+# A difference below this is no step of a clock but its drift, or that of reading two clocks one after the other.
+SMALLEST_STEP_NS, READING_NS = 20_000_000, 1_000_000
+# Simulated time may run this many times as fast as real time.
+FASTEST_SIMULATION = 10
 
 
 class Pacer:
@@ -28,12 +37,35 @@ class Pacer:
         """Delays the next deadline and all later ones by `by_ns` (negative: brings them forward)."""
         self.due_ns += by_ns
 
-    def set_back(self, now_ns: int) -> bool:
-        """Whether the clock was set back, which shows in a deadline too far ahead; if so, the next tick is due now."""
-        if self.due_ns - now_ns <= 2 * self._period_ns:
-            return False
+    def restart(self, now_ns: int) -> None:
+        """Makes the next tick due now, because the clock jumped: what lay between is not missed."""
         self.due_ns = now_ns
-        return True
+
+
+class ClockWatch:
+    """Notices steps of the node's clock, which the steady clock does not take part in."""
+
+    def __init__(self, node_ns: Callable[[], int], simulated: bool) -> None:
+        self._node_ns, self._simulated = node_ns, simulated
+        self._last: tuple[int, int] | None = None  # the node's time and the steady time
+
+    def step_ns(self) -> int:
+        """By how much the clock has stepped since the last call; 0: not at all.
+
+        Simulated time may run at any speed: only going back, or ahead by far more than the time that passed, is a step.
+        """
+        before_ns = time.monotonic_ns()
+        now_ns, after_ns = self._node_ns(), time.monotonic_ns()
+        if after_ns - before_ns > READING_NS:
+            return 0  # the process was stopped between the two readings, so they do not belong together
+        last, self._last = self._last, (now_ns, after_ns)
+        if last is None:
+            return 0
+        moved_ns, passed_ns = now_ns - last[0], after_ns - last[1]
+        if self._simulated:
+            return moved_ns if moved_ns < 0 or moved_ns > FASTEST_SIMULATION * passed_ns + NS_PER_S else 0
+        step_ns = moved_ns - passed_ns
+        return step_ns if abs(step_ns) > SMALLEST_STEP_NS else 0
 
 
 def alignment_ns(before_ns: int | None, behind_ns: int | None) -> int:

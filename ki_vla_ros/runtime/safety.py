@@ -21,6 +21,8 @@ from ki_vla_ros.robot import UrdfJoint, read_urdf
 from ki_vla_ros.runtime.governor import Bounds
 from ki_vla_ros.settings import LimitSettings, RuleAction
 
+# No joint may need longer than this to stop from its speed limit.
+LONGEST_STOP_S = 10.0
 # Slack for rounding in the final verification, as a share of a limit.
 _ROUNDING = 1e-7
 
@@ -53,10 +55,15 @@ def joint_bounds(joints: Sequence[JointLimit], limits: LimitSettings, robot_desc
                 f"joint {joint.name!r}: bundle, URDF and limits.joints leave no range, from {low:g} to {high:g}; "
                 "are they for the same robot and in the same unit?"
             )
-        speed = min(there.velocity, joint.max_velocity, chosen.velocity) * limits.velocity_scale
-        rows.append(
-            (low, high, speed, min(speed / limits.velocity_scale / limits.time_to_speed_s, chosen.acceleration))
-        )
+        full_speed = min(there.velocity, joint.max_velocity, chosen.velocity)
+        acceleration = min(full_speed / limits.time_to_speed_s, chosen.acceleration)
+        if full_speed > acceleration * LONGEST_STOP_S * (1.0 + 1e-9):
+            raise ConfigurationError(
+                f"joint {joint.name!r}: at limits.joints.{joint.name}.acceleration {acceleration:g} it would need "
+                f"{full_speed / acceleration:.3g} s to stop from its speed limit {full_speed:g}, expected at most "
+                f"{LONGEST_STOP_S:g} s; raise the acceleration, or lower the velocity"
+            )
+        rows.append((low, high, full_speed * limits.velocity_scale, acceleration))
     return Bounds(*np.array(rows).T)
 
 
@@ -77,6 +84,10 @@ class SafetyGate:
         self._check_form(chunk)
         self._check_measured(measured_J)
         age_ns = now_ns - observed_ns
+        if age_ns < -self._limits.max_chunk_age_s * NS_PER_S:
+            raise SafetyRefusal(
+                f"chunk: its observation is {-age_ns / 1e6:.0f} ms ahead of the node's clock; do all use one clock?"
+            )
         if age_ns > self._limits.max_chunk_age_s * NS_PER_S:
             raise SafetyRefusal(
                 f"chunk: its observation is {age_ns / 1e6:.0f} ms old, limit {self._limits.max_chunk_age_s * 1e3:.0f} "

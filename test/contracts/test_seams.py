@@ -53,7 +53,13 @@ class Wire:
     def now_ns(self) -> int:
         return self.time_ns
 
+    def motion_ns(self) -> int:
+        return self.now_ns()
+
     def simulated_clock(self) -> bool:
+        return True
+
+    def moves_arm(self) -> bool:
         return True
 
     def send_command(self, motion: Motion, now_ns: int) -> None:
@@ -204,7 +210,9 @@ def walk(sent: list[tuple[int, Motion]], mode: str) -> NDArray[np.float64]:
         while waiting and waiting[0][0] <= time_ns:
             now_ns, running = waiting.pop(0)
             if mode != "stream":
-                message = deserialize_message(encode_command(running, now_ns, splice=mode == "splice"), JointTrajectory)
+                message = deserialize_message(
+                    encode_command(running, now_ns, now_ns * (mode == "splice")), JointTrajectory
+                )
                 controller.take(message, now_ns)
         found.append(running.at(int(time_ns))[0] if mode == "stream" else controller.sample(int(time_ns))[0])
     return np.array(found)

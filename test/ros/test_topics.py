@@ -172,17 +172,18 @@ def test_command_starts_now_and_points_are_due_relative_to_now() -> None:
     assert [list(p.velocities) for p in message.points] == [[0.25, 0.0], [0.125, 0.0], [0.0, 0.0]]
 
 
-def test_a_spliced_command_says_when_it_takes_over() -> None:
-    message = trajectory(encode_command(motion(), now_ns=9_020_000_000, splice=True))
-    assert message.header.stamp == Time(sec=9, nanosec=50_000_000)
-    assert due(message) == [50_000_000, 100_000_000]
+def test_a_spliced_command_says_when_its_times_begin() -> None:
+    """On the controller's clock, which is not the one by which the motion was made."""
+    message = trajectory(encode_command(motion(), now_ns=9_020_000_000, stamp_ns=70_000_000_001))
+    assert message.header.stamp == Time(sec=70, nanosec=1)
+    assert due(message) == [30_000_000, 80_000_000, 130_000_000]
 
 
 def test_a_motion_of_one_instant_is_still_a_command() -> None:
     whole = motion()
     rest = Motion(whole.joints, whole.from_ns, np.array([whole.from_ns]), whole.position_NJ[:1], np.zeros((1, 2)))
     assert due(trajectory(encode_command(rest, now_ns=9_020_000_000))) == [30_000_000]
-    assert due(trajectory(encode_command(rest, now_ns=9_020_000_000, splice=True))) == [0]
+    assert due(trajectory(encode_command(rest, now_ns=9_060_000_000))) == [0]
 
 
 def test_streamed_positions() -> None:
@@ -257,7 +258,7 @@ def test_a_serialized_trajectory_equals_rclpys(joints: list[str], points: int, s
         )
         for k in range(points)
     ]
-    serialized = encode_command(made, now_ns=0, splice=True)
+    serialized = encode_command(made, now_ns=start_ns, stamp_ns=start_ns)
     assert trajectory(serialized) == message
 
 

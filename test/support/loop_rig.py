@@ -35,7 +35,13 @@ class FakeWire:
     def now_ns(self) -> int:
         return self.time_ns
 
+    def motion_ns(self) -> int:
+        return self.now_ns()
+
     def simulated_clock(self) -> bool:
+        return True
+
+    def moves_arm(self) -> bool:
         return True
 
     def send_command(self, motion: Motion, now_ns: int) -> None:

@@ -63,7 +63,13 @@ class Arm:
     def now_ns(self) -> int:
         return max(self.time_ns(), self._ready_ns)
 
+    def motion_ns(self) -> int:
+        return self.now_ns()
+
     def simulated_clock(self) -> bool:
+        return True
+
+    def moves_arm(self) -> bool:
         return True
 
     def send_command(self, motion: Motion, now_ns: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ki_vla_ros.errors import InstructionError, SafetyRefusal, StaleInput
 from ki_vla_ros.policy.preprocess import make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
-from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
+from ki_vla_ros.runtime.pacing import ClockWatch, Pacer, alignment_ns
 
 STAGES = ["observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish"]
 
@@ -32,10 +33,10 @@ def test_a_tick_sends_what_is_left_of_the_policys_chunk(rig: Rig) -> None:
     expected = rig.policy.infer(demo_observation(START - 60 * MS), TASK, 0)
     np.testing.assert_array_equal(chunk.position_HJ, expected.position_HJ)
     assert chunk.start_ns == START - 60 * MS
-    # It takes over after the lead, from where the arm is; 60 ms have passed, so the first action is in the past.
-    assert (sent_ns, command.from_ns) == (START, START + 10 * MS)
+    # It takes over, from where the arm is, when the controller has had the time to get there.
+    assert sent_ns == START and START + 200 * MS < command.from_ns < START + 220 * MS
     np.testing.assert_array_equal(command.position_NJ[0], demo_observation().state_J)
-    for k in range(8, 16):
+    for k in range(12, 16):
         np.testing.assert_allclose(command.at(chunk.due_ns(k))[0], chunk.position_HJ[k], atol=2e-3)
     np.testing.assert_array_equal(command.velocity_NJ[-1], 0.0)
 
@@ -113,11 +114,12 @@ def test_changed_settings_apply_from_the_next_tick_on(rig: Rig) -> None:
             changes = {"limits.velocity_scale": 0.01, "limits.max_overspeed": 1.0, "limits.max_jump_s": 10.0}
             rig.change(**changes, flow_steps=3, noise_seed=9, rate_hz=20.0)
 
-    rig.run_ticks(4, before)
+    rig.run_ticks(8, before)
     assert (rig.policy.flow_steps, rig.policy.noise_seed) == (3, 9)
     holds = [tick["hold"] for tick in rig.wire.ticks]
     assert holds[:2] == [None, None]
-    assert all("more than limits.max_overspeed" in str(hold) for hold in holds[2:])
+    assert str(holds[2]).startswith("limits: became tighter than the running motion")
+    assert all("more than limits.max_overspeed" in str(hold) for hold in holds[5:])
     stamps = [int(str(tick["stamp_ns"])) for tick in rig.wire.ticks]
     assert stamps[3] - stamps[2] == 50 * MS
 
@@ -152,9 +154,55 @@ def test_pacer_keeps_to_its_grid_and_counts_missed_deadlines() -> None:
     assert (pacer.due_ns, pacer.missed) == (1400, 1)
     pacer.advance(1850, 100)
     assert (pacer.due_ns, pacer.missed) == (1900, 5)
-    assert not pacer.set_back(1850)
-    assert pacer.set_back(900)
-    assert pacer.due_ns == 900
+    pacer.restart(900)
+    assert (pacer.due_ns, pacer.missed) == (900, 5)
+
+
+@pytest.mark.parametrize("step_ms, noticed", [(0, False), (5, False), (50, True), (-50, True), (3_600_000, True)])
+def test_a_step_of_the_clock_is_noticed(monkeypatch: pytest.MonkeyPatch, step_ms: int, noticed: bool) -> None:
+    steady_ns = [START]
+    monkeypatch.setattr(time, "monotonic_ns", lambda: steady_ns[0])
+    ahead_ns = [7 * NS_PER_S]
+    clock = ClockWatch(lambda: steady_ns[0] + ahead_ns[0], simulated=False)
+    assert clock.step_ns() == 0
+    steady_ns[0] += 100 * MS
+    assert clock.step_ns() == 0
+    ahead_ns[0] += step_ms * MS
+    steady_ns[0] += 100 * MS
+    assert clock.step_ns() == (step_ms * MS if noticed else 0)
+    steady_ns[0] += 100 * MS
+    assert clock.step_ns() == 0
+
+
+@pytest.mark.parametrize("moved_ms, noticed", [(0, False), (500, False), (1_900, False), (-1, True), (2_100, True)])
+def test_simulated_time_may_run_fast_or_stand_but_not_jump(
+    monkeypatch: pytest.MonkeyPatch, moved_ms: int, noticed: bool
+) -> None:
+    steady_ns, simulated_ns = [START], [NS_PER_S]
+    monkeypatch.setattr(time, "monotonic_ns", lambda: steady_ns[0])
+    clock = ClockWatch(lambda: simulated_ns[0], simulated=True)
+    clock.step_ns()
+    steady_ns[0] += 100 * MS
+    simulated_ns[0] += moved_ms * MS
+    assert clock.step_ns() == (moved_ms * MS if noticed else 0)
+
+
+def test_readings_that_do_not_belong_together_are_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process stands still between reading one clock and the other."""
+    steady_ns, pause_ns = [START], [0]
+
+    def node_ns() -> int:
+        now_ns = steady_ns[0]
+        steady_ns[0] += pause_ns[0]
+        return now_ns
+
+    monkeypatch.setattr(time, "monotonic_ns", lambda: steady_ns[0])
+    clock = ClockWatch(node_ns, simulated=False)
+    clock.step_ns()
+    pause_ns[0] = 300 * MS
+    assert clock.step_ns() == 0
+    pause_ns[0] = 0
+    assert clock.step_ns() == 0
 
 
 @pytest.fixture

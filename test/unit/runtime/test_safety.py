@@ -115,10 +115,9 @@ def test_clean_demonstrations_are_not_flagged() -> None:
             governor = Governor(SIM_JOINTS, 0.02)
             before = reference.sample(start_s + np.array([-0.02, 0.0])) if start_s else path[[0, 0]]
             speed = (before[1] - before[0]) / 0.02
-            governor.running = Motion(
-                SIM_JOINTS, NOW, np.array([NOW, NOW + MS]), np.stack([path[0], path[0]]), np.stack([speed, speed])
-            )
-            motion = governor.follow(wished, path[0], NOW, NOW, gate.bounds)
+            moving = np.stack([path[0], path[0]]), np.stack([speed, speed])
+            governor.commit(Motion(SIM_JOINTS, NOW, np.array([NOW, NOW + MS]), *moving), gate.bounds)
+            motion = governor.follow(wished, None, NOW, NOW, gate.bounds)
             gate.judge(motion, path[0])
             due = np.array([motion.at(chunk.due_ns(k))[0] for k in range(1, 16)])
             worst = max(worst, float(np.abs(due - chunk.position_HJ[1:]).max()))
@@ -230,7 +229,8 @@ def test_a_motion_beyond_the_bounds_is_refused(position: Any, velocity: Any) -> 
 
 def test_an_arm_outside_its_limits_may_come_back_but_not_go_farther() -> None:
     gate, outside = gate_of(), np.array([2.1, 0.02])
-    way_back = Governor(("arm", "gripper"), 0.02).rest_at(np.array([1.9, 0.02]), outside, NOW, NOW, gate.bounds)
+    inside = ActionChunk(NOW, PERIOD, ("arm", "gripper"), np.array([[1.9, 0.02]] * 16), np.zeros((16, 2)))
+    way_back = Governor(("arm", "gripper"), 0.02).follow(inside, outside, NOW, NOW, gate.bounds)
     gate.judge(way_back, outside)
     with pytest.raises(SafetyRefusal, match="joint 'arm'"):
         gate.judge(motion_of([[2.1, 0.02], [2.105, 0.02], [2.11, 0.02]], [[0, 0], [0.2, 0], [0, 0]]), outside)
