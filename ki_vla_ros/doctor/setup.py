@@ -18,7 +18,7 @@ from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.engines import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
 from ki_vla_ros.policy import check_instruction
-from ki_vla_ros.settings import NODE, Settings, load_settings
+from ki_vla_ros.settings import NODE, NoSectionError, Settings, load_settings
 from ki_vla_ros.share import find_bundle
 
 # The Python that each ROS 2 release is built for (its Ubuntu's), and the major version of numpy that comes with it.
@@ -32,6 +32,7 @@ PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES
 # An image of 640 x 480 rgb8, twice: what is being written and what is being read.
 LEAST_SEGMENT = 2 * 640 * 480 * 3
 START_FIX = "the node does not start with this; config/demo.yaml explains every parameter"
+SHARED_SECTION_FIX = "correct its name if it is meant for this node; nothing to do if it is another node's"
 
 
 @dataclass(frozen=True)
@@ -133,17 +134,18 @@ def examine_setup(settings: Settings, request: Request, findings: Findings, look
 
 def read_settings(path: Path, findings: Findings, node: str = NODE) -> Settings | None:
     try:
-        return load_settings(path, node)
+        return load_settings(
+            path, node, lambda found: findings.warning("parameters", str(path), found, SHARED_SECTION_FIX)
+        )
     except ParameterError as error:
         for problem in error.problems:
             findings.error("parameters", str(path), problem, START_FIX)
-        return None
+    except NoSectionError as error:
+        fix = "ROS silently ignores the whole file: correct the name at its top"
+        findings.error("node name", str(path), str(error).removeprefix(f"{path}: "), fix)
     except ConfigurationError as error:
-        message = str(error).removeprefix(f"{path}: ")
-        check = "node name" if "no parameters for node" in message else "parameters"
-        fix = "ROS silently ignores the whole file: correct the name at its top" if check == "node name" else START_FIX
-        findings.error(check, str(path), message, fix)
-        return None
+        findings.error("parameters", str(path), str(error).removeprefix(f"{path}: "), START_FIX)
+    return None
 
 
 def read_bundle(name: str, findings: Findings) -> Bundle | None:

@@ -91,9 +91,10 @@ def set_up(
     ConfigurationError, or InputError for an unreadable session, if something is missing or does not fit.
     """
     session = find_session(bag, node)
-    notes = []
+    notes: list[str] = []
     if params is not None:
-        settings, told = load_settings(params, node or (session.node if session else NODE)), _replay_table(params)
+        name_of_node = node or (session.node if session else NODE)
+        settings, told = load_settings(params, name_of_node, notes.append), _replay_table(params)
     else:
         settings, told = (session.settings if session else Settings()), {}
     chosen = reference or str(told.get("reference", "joint_states"))

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,7 +37,7 @@ from ki_vla_ros.policy import Policy, check_instruction
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.ros.parameters import Parameters
 from ki_vla_ros.ros.process import run_node
-from ki_vla_ros.ros.qos import EVENT, LATCHED
+from ki_vla_ros.ros.qos import EVENT, LATCHED, OVERRIDABLE
 from ki_vla_ros.ros.topics import SHADOW_COMMAND, Inputs, NodeWire, diagnostics_message, publishers, subscribe
 from ki_vla_ros.runtime import (
     WATCHDOG_NS,
@@ -77,16 +78,21 @@ class Loaded:
 class PolicyNode(LifecycleNode):
     """The node `policy`; ConfigurationError if a parameter is unknown, of the wrong type or out of range."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Sequence[str] = ()) -> None:
+        """`arguments`: the process's, for its parameter files."""
         super().__init__("policy")
         self._loaded: Loaded | None = None
         # A stop that nobody has released, while no loop is there to keep it: it outlives cleanup and errors.
         self._stopped: str | None = None
-        self.parameters = Parameters(self, self._publish_session)
+        self.parameters = Parameters(self, self._publish_session, arguments)
         self._resources = ExitStack()
         self._diagnostics = Diagnostics()
-        self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", EVENT)
-        self._session_publisher = self.create_publisher(String, session_topic("~"), LATCHED)
+        self._diagnostics_publisher = self.create_publisher(
+            DiagnosticArray, "/diagnostics", copy(EVENT), qos_overriding_options=OVERRIDABLE
+        )
+        self._session_publisher = self.create_publisher(
+            String, session_topic("~"), copy(LATCHED), qos_overriding_options=OVERRIDABLE
+        )
         self._listen(String, "~/instruction", self._on_instruction)
         self._listen(Empty, "~/stop", self._on_stop)
         self.create_service(Trigger, "~/stop", self._serve_stop)
@@ -276,6 +282,7 @@ class PolicyNode(LifecycleNode):
         command_topic = SHADOW_COMMAND if settings.shadow else settings.command_topic
         self.get_logger().info(f"{topics}; joints from {joint_topic}; commands to {command_topic}")
         self.get_logger().info(f"limits: {loop.describe_limits()}")
+        self.parameters.warn_of_unused_overrides()
 
     def _publish_session(self) -> None:
         """Publishes what replay needs to know; does nothing while no bundle is loaded."""
@@ -328,11 +335,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The executable `policy_node`: returns 0 after SIGINT or SIGTERM, 2 with one message if it could not start."""
     sys.setswitchinterval(SWITCH_S)
     description = "The policy as a lifecycle node; its settings are ROS parameters, see config/demo.yaml."
-    return run_node(argparse.ArgumentParser(prog="policy_node", description=description), _run, arguments)
+    parser = argparse.ArgumentParser(prog="policy_node", description=description)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_node(parser, lambda _, stop: _run(given, stop), given)
 
 
-def _run(_given: argparse.Namespace, stop: threading.Event) -> int:
-    node = PolicyNode()
+def _run(arguments: Sequence[str], stop: threading.Event) -> int:
+    node = PolicyNode(arguments)
     try:
         if not node.parameters.settings.autostart:
             node.get_logger().info(

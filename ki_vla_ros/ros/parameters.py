@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
@@ -15,12 +17,27 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from ki_vla_ros.bundle import Manifest
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, ParameterError
 from ki_vla_ros.runtime import joint_bounds
-from ki_vla_ros.settings import ParameterSpec, Settings, check_names, parameter_specs, settings_from_parameters
+from ki_vla_ros.settings import (
+    ParameterSpec,
+    Settings,
+    check_names,
+    foreign_names,
+    foreign_warning,
+    load_sections,
+    of_ros,
+    override_faults,
+    override_topic,
+    parameter_specs,
+    settings_from_parameters,
+    shared_names,
+)
 
 # Declared by rclpy. The stamps of inputs and motions that a configured node holds are times of one clock.
 SIMULATED_TIME = "use_sim_time"
+# Topics of every node, which rclpy makes.
+TOPICS_OF_ROS = ("/clock", "/parameter_events", "/rosout")
 _REFUSALS = (InvalidParameterTypeException, InvalidParameterValueException, ParameterUninitializedException)
 
 
@@ -31,8 +48,13 @@ class Parameters:
     while a bundle is loaded: settings must then fit it, and only some may change.
     """
 
-    def __init__(self, node: Node, report_change: Callable[[], None] = lambda: None) -> None:
-        """`report_change` is called after each change, when `settings` already has it."""
+    def __init__(
+        self, node: Node, report_change: Callable[[], None] = lambda: None, arguments: Sequence[str] = ()
+    ) -> None:
+        """`report_change` is called after each change, when `settings` already has it.
+
+        `arguments` are the process's: only its parameter files tell which values were meant for other nodes too.
+        """
         self.manifest: Manifest | None = None
         self._node = node
         self._report_change = report_change
@@ -40,11 +62,35 @@ class Parameters:
         self._of_bundle: set[str] = set()  # declared by `load`
         # rclpy silently ignores overrides that nobody declares, and it has no public way to list them.
         self._overrides: Mapping[str, Parameter[Any]] = node._parameter_overrides
-        cameras, joints = check_names(name for name in self._overrides if not node.has_parameter(name))
-        self._declare(parameter_specs(cameras, joints))
+        self._declare(parameter_specs(*self._check_overrides(arguments)))
         self.settings = self._configured = self._read({})
         node.add_on_set_parameters_callback(self._check)
         node.add_post_set_parameters_callback(self._apply)
+
+    def _check_overrides(self, arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The cameras and joints that YAML and command line name; ParameterError for what is not a parameter of ours.
+
+        In sections for several nodes, names that are not like ours are left to the other nodes, with a warning.
+        """
+        given = {name: parameter.value for name, parameter in self._overrides.items()}
+        files = [Path(file) for flag, file in pairwise(arguments) if flag == "--params-file"]
+        self._shared = shared_names(map(load_sections, files), self._node.get_fully_qualified_name())
+        foreign = foreign_names(given, self._shared)
+        for name in foreign:
+            self._node.get_logger().warning(foreign_warning(name))
+        if faults := list(override_faults(given, self._shared)):
+            raise ParameterError(faults)
+        return check_names(name for name in given if name not in foreign and not of_ros(name))
+
+    def warn_of_unused_overrides(self) -> None:
+        """To be called when all topics are there: an override for a topic that the node does not have has no effect."""
+        for name in self._overrides.keys() - self._shared:
+            topic = override_topic(name)
+            if topic and topic not in TOPICS_OF_ROS and not self._node.has_parameter(name):
+                self._node.get_logger().warning(
+                    f"parameter {name!r}: has no effect, this node has no such publisher or subscription on {topic}; "
+                    "give the topic's full name, after remapping"
+                )
 
     def load(self, manifest: Manifest) -> Settings:
         """Declares the parameters of the bundle's cameras and joints that YAML did not name; returns the settings.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
+from rclpy.qos import DurabilityPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
+from rclpy.qos_overriding_options import QoSOverridingOptions
 
 # Images and joint states. A subscription with it fits every publisher. A late image is not sent again: the next one
 # comes soon.
@@ -21,3 +22,9 @@ EVERYTHING: Final = QoSProfile(depth=500)
 # The same for what sensors send without waiting for anyone. An image takes a megabyte, so only ten of those.
 EVERY_READING: Final = QoSProfile(depth=500, reliability=ReliabilityPolicy.BEST_EFFORT)
 EVERY_IMAGE: Final = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
+
+# What the parameters qos_overrides.TOPIC.publisher.POLICY may change of a topic (settings/names.py checks the values).
+# Give rclpy a copy of the profile with it: rclpy writes the overrides into the profile.
+OVERRIDABLE: Final = QoSOverridingOptions(
+    (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
+)

@@ -10,6 +10,7 @@ import array
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -33,7 +34,7 @@ from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages import ENCODINGS, decode_compressed, decode_raw, encode_chunk, encode_command, read_image
 from ki_vla_ros.policy import resize_with_pad
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, header_ns
-from ki_vla_ros.ros.qos import EVENT, SENSOR
+from ki_vla_ros.ros.qos import EVENT, OVERRIDABLE, SENSOR
 from ki_vla_ros.ros.stream import MotionStream
 from ki_vla_ros.runtime import CameraSource, Diagnostics, ObservationBuffer, Report, ShadowComparison
 from ki_vla_ros.settings import Settings
@@ -139,7 +140,9 @@ def subscribe(
         )
 
     events = SubscriptionEventCallbacks(incompatible_qos=on_incompatible)
-    return node.create_subscription(kind, topic, callback, qos, event_callbacks=events, raw=serialized)
+    return node.create_subscription(
+        kind, topic, callback, copy(qos), event_callbacks=events, qos_overriding_options=OVERRIDABLE, raw=serialized
+    )
 
 
 def publishers(node: Node, topic: str) -> list[str]:
@@ -165,18 +168,19 @@ class NodeWire:
         self._mode = settings.publish_mode
         kind = Float64MultiArray if self._mode == "stream" else JointTrajectory
         topic = settings.command_topic if shadow is None else SHADOW_COMMAND
-        self._command: LifecyclePublisher[Any] = node.create_lifecycle_publisher(kind, topic, EVENT)
+        self._command: LifecyclePublisher[Any] = self._publisher(kind, topic)
         # Fixed, because use_sim_time does not change while a bundle is loaded.
         self._simulated = bool(node.get_parameter("use_sim_time").value)
         self._steady_ns = self.now_ns if self._simulated else time.monotonic_ns
         self._stream = MotionStream(
             self._publish_positions, self._steady_ns, settings.command_period_s, self._simulated
         )
-        self._chunk: LifecyclePublisher[JointTrajectory] = node.create_lifecycle_publisher(
-            JointTrajectory, "~/chunk", EVENT
-        )
-        self._tick: LifecyclePublisher[String] = node.create_lifecycle_publisher(String, "~/tick", EVENT)
+        self._chunk: LifecyclePublisher[JointTrajectory] = self._publisher(JointTrajectory, "~/chunk")
+        self._tick: LifecyclePublisher[String] = self._publisher(String, "~/tick")
         self._logged_s: dict[str, float] = {}
+
+    def _publisher(self, kind: Any, topic: str) -> Any:
+        return self._node.create_lifecycle_publisher(kind, topic, copy(EVENT), qos_overriding_options=OVERRIDABLE)
 
     def now_ns(self) -> int:
         return int(self._node.get_clock().now().nanoseconds)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -14,6 +15,19 @@ from ki_vla_ros.errors import ParameterError, did_you_mean
 from ki_vla_ros.settings.limits import JointLimitSettings
 from ki_vla_ros.settings.settings import CameraSettings, Settings
 
+# Parameters that rclpy declares in every node, and those that it declares for each topic.
+OF_ROS = ("use_sim_time", "start_type_description_service")
+OVERRIDES = "qos_overrides."
+_OVERRIDE = re.compile(r"qos_overrides\.(?P<topic>/.+)\.(publisher|subscription)\.(?P<policy>[a-z_]+)")
+# What may be overridden of a topic's quality of service, with the values that rclpy takes; depth is a number.
+QOS_POLICIES: Mapping[str, tuple[str, ...]] = {
+    "history": ("keep_last", "keep_all", "system_default"),
+    "depth": (),
+    "reliability": ("reliable", "best_effort", "system_default"),
+    "durability": ("volatile", "transient_local", "system_default"),
+}
+# An unknown name that is at least this similar to one of ours is a misspelt one of ours.
+MISSPELT = 0.8
 # Parameters of one camera or joint; the bundle has their names.
 _NAMED = re.compile(r"^(?P<table>cameras|limits\.joints)\.(?P<name>.+)\.(?P<field>[a-z_]+)$")
 
@@ -62,6 +76,52 @@ def sort_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...], 
             candidates = [*known, *(f"{match['table']}.{match['name']}.{f}" for f in fields if match)]
             unknown[name] = f"parameter {name!r}: no such parameter{did_you_mean(name, candidates)}"
     return tuple(found["cameras"]), tuple(found["limits.joints"]), unknown
+
+
+def foreign_names(names: Iterable[str], shared: Collection[str]) -> list[str]:
+    """Those of `shared`, which are given to several nodes, that mean nothing to this one.
+
+    A name that stands in one of our tables or resembles one of ours is not foreign but misspelt.
+    """
+    known = [spec.name for spec in parameter_specs()]
+    unknown = sort_names(name for name in names if name in shared and not of_ros(name))[2]
+    return [
+        name
+        for name in unknown
+        if not name.startswith(("cameras.", "limits."))
+        and not difflib.get_close_matches(name, known, n=1, cutoff=MISSPELT)
+    ]
+
+
+def of_ros(name: str) -> bool:
+    return name in OF_ROS or name.startswith(OVERRIDES)
+
+
+def override_topic(name: str) -> str:
+    """The topic whose quality of service this parameter overrides; "" if it overrides none."""
+    match = _OVERRIDE.fullmatch(name)
+    return match["topic"] if match else ""
+
+
+def override_faults(values: Mapping[str, object], shared: Collection[str] = ()) -> Iterator[str]:
+    """A message for each override of a quality of service that rclpy would ignore or end the node for.
+
+    In `shared`, those with a name that this node does not know may be for another one.
+    """
+    for name, value in values.items():
+        if not name.startswith(OVERRIDES):
+            continue
+        match = _OVERRIDE.fullmatch(name)
+        if match is None or match["policy"] not in QOS_POLICIES:
+            if name not in shared:
+                yield (
+                    f"parameter {name!r}: expected qos_overrides.TOPIC.publisher.POLICY or .subscription.POLICY, with "
+                    f"the topic's full name and one of {', '.join(QOS_POLICIES)}"
+                )
+        elif match["policy"] == "depth" and (type(value) is not int or value < 1):
+            yield f"parameter {name!r}: expected an int of 1 or more, got {value!r}"
+        elif match["policy"] != "depth" and value not in QOS_POLICIES[match["policy"]]:
+            yield f"parameter {name!r}: expected one of {', '.join(QOS_POLICIES[match['policy']])}, got {value!r}"
 
 
 def settings_from_parameters(values: Mapping[str, object]) -> Settings:

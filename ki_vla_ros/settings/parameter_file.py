@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -19,14 +19,25 @@ from typing import NoReturn
 import yaml
 
 from ki_vla_ros.errors import ConfigurationError, ParameterError
-from ki_vla_ros.settings.names import parameter_specs, settings_from_parameters, sort_names
+from ki_vla_ros.settings.names import (
+    OF_ROS,
+    foreign_names,
+    of_ros,
+    override_faults,
+    parameter_specs,
+    settings_from_parameters,
+    sort_names,
+)
 from ki_vla_ros.settings.settings import Settings
 
 PARAMETERS = "ros__parameters"
 # The node's name unless it is given another.
 NODE = "/policy"
-# Parameters that rclpy declares in every node.
-_OF_ROS = ("use_sim_time", "start_type_description_service")
+
+
+class NoSectionError(ConfigurationError):
+    """No section of a parameter file is for the node: ROS would silently start it with its defaults."""
+
 
 _TRUE = ("Y", "y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON")
 _FALSE = ("N", "n", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF")
@@ -46,24 +57,35 @@ def load_parameters(path: Path, node: str = NODE) -> dict[str, object]:
     ConfigurationError if rcl would refuse the file, and if no section is for this node: ROS would then silently start
     the node with its defaults.
     """
-    sections = load_sections(path)
+    return _values_for(load_sections(path), path, node)
+
+
+def _values_for(sections: Mapping[str, Mapping[str, object]], path: Path, node: str) -> dict[str, object]:
     matching = [values for name, values in sections.items() if matches(name, node)]
     if not matching:
-        raise ConfigurationError(
+        raise NoSectionError(
             f"{path}: no parameters for node {node}, only for {', '.join(sections) or 'no node'}; name it "
             f"/**{node[node.rindex('/') :]}, which matches any namespace"
         )
     return {name: value for values in matching for name, value in values.items()}
 
 
-def load_settings(path: Path, node: str = NODE) -> Settings:
-    """Settings from a file; ConfigurationError with every reason for which the node would refuse to start with it."""
-    values = load_parameters(path, node)
+def load_settings(path: Path, node: str = NODE, warn: Callable[[str], None] = lambda message: None) -> Settings:
+    """Settings from a file; ConfigurationError with every reason for which the node would refuse to start with it.
+
+    `warn` is told of each parameter that this node does not know, in a section that is for other nodes too.
+    """
+    sections = load_sections(path)
+    values = _values_for(sections, path, node)
+    shared = shared_names([sections], node)
+    for name in foreign_names(values, shared):
+        del values[name]
+        warn(foreign_warning(name))
+    problems = list(override_faults(values, shared))
     cameras, joints, _ = sort_names(values)
-    types = {name: bool for name in _OF_ROS} | {
+    types = {name: bool for name in OF_ROS} | {
         spec.name: type(spec.default) for spec in parameter_specs(cameras, joints)
     }
-    problems = []
     for name, expected in types.items():
         # ROS does not turn 10 into 10.0: the node would not start.
         if name in values and type(values[name]) is not expected:
@@ -78,9 +100,24 @@ def load_settings(path: Path, node: str = NODE) -> Settings:
     return settings
 
 
+def shared_names(files: Iterable[Mapping[str, Mapping[str, object]]], node: str) -> set[str]:
+    """Parameters that `node` has only from sections for nodes of any name (`/**`, `/left/*`), given all its files."""
+    shared, own = set[str](), set[str]()
+    for pattern, values in (section for sections in files for section in sections.items() if matches(section[0], node)):
+        (shared if pattern.rpartition("/")[2].startswith("*") else own).update(values)
+    return shared - own
+
+
+def foreign_warning(name: str) -> str:
+    return (
+        f"parameter {name!r}: ignored, this node has none of that name, and the section that sets it is for other "
+        "nodes too"
+    )
+
+
 def settings_from_values(values: Mapping[str, object]) -> Settings:
-    """Settings from a node's parameters, which include those that rclpy declares in every node."""
-    return settings_from_parameters({name: value for name, value in values.items() if name not in _OF_ROS})
+    """Settings from a node's parameters, which include those that rclpy declares."""
+    return settings_from_parameters({name: value for name, value in values.items() if not of_ros(name)})
 
 
 def parameter_values(settings: Settings, cameras: Sequence[str], joints: Sequence[str]) -> dict[str, object]:

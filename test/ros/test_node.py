@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus
 from rcl_interfaces.srv import DescribeParameters
 from sensor_msgs.msg import JointState
-from support.bundles import JOINTS, TASK, demo_policy, write_test_bundle
+from support.bundles import CAMERAS, JOINTS, TASK, demo_policy, write_test_bundle
 from support.robots import PolicyProcess, Robot, is_hold
 from support.waiting import until
 from trajectory_msgs.msg import JointTrajectory
@@ -79,6 +81,7 @@ def test_a_lifecycle(robot: Robot, start: Callable[..., PolicyProcess], bundle_p
 @pytest.mark.parametrize(
     "parameters, fault",
     [
+        ({"qos_overrides./policy/tick.publisher.depth": -1}, "expected an int of 1 or more, got -1"),
         ({"execution_horizon": 0.2}, "no such parameter; did you mean 'execution_horizon_s'?"),
         ({"rate_hz": 10}, "parameter 'rate_hz': expected float from 0.5 to 50, got int 10"),
         ({"autostart": True, "bundle": "/not/there"}, "expected a folder, got /not/there, which is missing"),
@@ -210,6 +213,38 @@ def test_two_nodes_of_one_name_do_not_both_move_the_arm(
     assert second.process.poll() in (None, 2), second.output
     assert "ROS domain" not in first.output
     assert first.stop() == 0
+
+
+# rclpy warns those whom the overrides cut off through an interface that rclpy itself has deprecated.
+@pytest.mark.filterwarnings("ignore:Deprecated in favor of:DeprecationWarning")
+def test_qos_of_every_topic_can_be_overridden(
+    robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str, tmp_path: Path
+) -> None:
+    inputs = ["/joint_states", "/policy/instruction", "/policy/stop", *(f"/camera/{c}/image_raw" for c in CAMERAS)]
+    outputs = ["/policy/chunk", "/policy/tick", "/policy/session", "/diagnostics", "/arm_controller/joint_trajectory"]
+    values = {f"qos_overrides.{topic}.subscription.reliability": "reliable" for topic in inputs}
+    values |= {f"qos_overrides.{topic}.publisher.reliability": "best_effort" for topic in outputs[1:]}
+    values |= {"qos_overrides./policy/stop.subscription.reliability": "best_effort", "update_rate": 100}
+    params = tmp_path / "params.yaml"
+    params.write_text(json.dumps({"/**": {"ros__parameters": values}}))
+    nowhere = "qos_overrides./nowhere.publisher.depth"
+    policy = start("--params-file", str(params), "-p", f"{nowhere}:=5", bundle=bundle_path)
+    assert robot.change("configure")
+
+    def reliability(ends: Callable[[str], list[Any]], topic: str) -> set[str]:
+        return {e.qos_profile.reliability.name.lower() for e in ends(topic) if e.node_name == "policy"}
+
+    readers, writers = robot.node.get_subscriptions_info_by_topic, robot.node.get_publishers_info_by_topic
+    for topic in inputs:
+        expected = {"best_effort" if topic == "/policy/stop" else "reliable"}
+        until(lambda topic=topic, expected=expected: reliability(readers, topic) == expected, topic)
+    for topic in outputs:  # a profile that topics share stays as it was for those without an override
+        expected = {"reliable" if topic == outputs[0] else "best_effort"}
+        until(lambda topic=topic, expected=expected: reliability(writers, topic) == expected, topic)
+    assert robot.change("cleanup") and robot.change("configure")
+    assert f"parameter '{nowhere}': has no effect" in policy.output and policy.output.count("has no effect") == 2
+    assert policy.output.count("parameter 'update_rate': ignored") == 1
+    assert policy.stop() == 0
 
 
 def test_publishers_beside_the_node_are_named(

@@ -142,7 +142,7 @@ def declared(path: Path) -> Settings | None:
     """The settings of the policy node that starts with this file; None if it does not start."""
     try:
         with real_node(path, NODE) as node:
-            return Parameters(node).settings
+            return Parameters(node, arguments=["--ros-args", "--params-file", str(path)]).settings
     except (ConfigurationError, InvalidParameterTypeException):
         return None
 
@@ -164,7 +164,35 @@ BAD = [
     "{rate: 10.0}",
     "{use_sim_time: 1}",
     "{qos_overrides./clock.depth: 1}",
+    "{qos_overrides./policy/chunk.publisher.depth: 0}",
+    "{qos_overrides./policy/chunk.publisher.reliability: always}",
+    "{qos_overrides./policy/chunk.publisher.liveliness: automatic}",
 ]
+
+
+SHARED = [
+    "/**:\n  ros__parameters: {update_rate: 100, rate_hz: 20.0, robot_description_semantic: x, tf: {prefix: p}}\n",
+    "/*:\n  ros__parameters: {joints: [a]}\n/policy:\n  ros__parameters: {rate_hz: 20.0, use_sim_time: false}\n",
+    "/**:\n  ros__parameters: {qos_overrides: {/scan: {subscription: {deadline: 5}}}, threads: 2}\n",
+]
+
+
+@pytest.mark.parametrize("text", SHARED)
+def test_a_file_for_several_nodes_starts_this_one(path: Path, text: str) -> None:
+    path.write_text(text)
+    settings = load_settings(path)
+    assert settings == declared(path) != Settings()
+    findings = Findings()
+    assert read_settings(path, findings) == settings and {finding.level for finding in findings} <= {"warning"}
+    path.write_text(text.replace("/**:", "/policy:").replace("/*:", "/policy:"))
+    assert declared(path) is None
+
+
+def test_a_misspelt_name_in_a_section_for_several_nodes_is_refused(path: Path) -> None:
+    path.write_text("/**:\n  ros__parameters: {update_rate: 100, execution_horizon: 0.2}\n")
+    findings = Findings()
+    assert declared(path) is None and read_settings(path, findings) is None
+    assert {finding.level for finding in findings} == {"warning", "error"}
 
 
 def test_a_file_that_starts_the_node_can_be_replayed_and_examined(path: Path) -> None:

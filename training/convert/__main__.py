@@ -106,7 +106,8 @@ def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
     """Sources from --params, else the bag's own ~/session, else the defaults; single options override these."""
     node = arguments.node or NODE
     session = None if arguments.params else find_session(bag, arguments.node)
-    settings = load_settings(arguments.params, node) if arguments.params else Settings()
+    warn = partial(print, file=sys.stderr)
+    settings = load_settings(arguments.params, node, warn) if arguments.params else Settings()
     name = arguments.bundle or (session.settings if session else settings).bundle
     manifest = read_manifest(name) if name else None
     cameras = dict(pair.split("=", 1) for pair in arguments.camera)

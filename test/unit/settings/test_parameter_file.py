@@ -77,6 +77,72 @@ def test_all_values_of_a_wrong_type_are_named(tmp_path: Path) -> None:
     ]
 
 
+SHARED = """
+/**:
+  ros__parameters: {update_rate: 100, use_sim_time: true, qos_overrides./scan.subscription.deadline: 5, max_age_s: 0.3}
+/left/*:
+  ros__parameters: {joints: [a, b], tf: {prefix: left}}
+policy_2:
+  ros__parameters: {nothing: 1}
+"""
+
+
+def test_other_nodes_parameters_in_a_shared_section_are_left_to_them(tmp_path: Path) -> None:
+    path, warnings = tmp_path / "params.yaml", list[str]()
+    path.write_text(SHARED)
+    assert load_settings(path, "/left/policy", warnings.append).max_age_s == 0.3
+    assert len(warnings) == 3
+    for name, warning in zip(("update_rate", "joints", "tf.prefix"), warnings, strict=True):
+        assert warning.startswith(f"parameter '{name}': ignored") and "is for other nodes too" in warning
+
+
+@pytest.mark.parametrize("section", ["/**", "/*", "/**/policy", "/policy"])
+@pytest.mark.parametrize(
+    "name", ["execution_horizon", "max_age", "limits.velocity", "cameras.wrist.fps", "joint_state_topic", "update_rate"]
+)
+def test_misspelt_names_are_refused_in_every_section(tmp_path: Path, section: str, name: str) -> None:
+    path, warnings = tmp_path / "params.yaml", list[str]()
+    path.write_text(f"{section}:\n  ros__parameters: {{{name}: 0.2}}\n")
+    if name == "update_rate" and section.endswith("*"):
+        assert load_settings(path, "/policy", warnings.append) == Settings() and len(warnings) == 1
+        return
+    with pytest.raises(ParameterError, match=f"parameter '{name}': no such parameter"):
+        load_settings(path, "/policy", warnings.append)
+    assert warnings == []
+
+
+def test_a_name_that_an_exact_section_has_too_is_ours(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("/**:\n  ros__parameters: {update_rate: 1}\n/policy:\n  ros__parameters: {update_rate: 2}\n")
+    with pytest.raises(ParameterError, match="'update_rate'"):
+        load_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "parameter", "fault"),
+    [
+        ("/policy", "qos_overrides./joint_states.subscription.reliability: reliable", ""),
+        ("/policy", "qos_overrides./policy/chunk.publisher.depth: 3", ""),
+        ("/policy", "qos_overrides./policy/chunk.publisher.depth: 0", "expected an int of 1 or more, got 0"),
+        ("/**", "qos_overrides./policy/chunk.publisher.depth: 1.0", "expected an int of 1 or more, got 1.0"),
+        ("/**", "qos_overrides./a.publisher.reliability: sometimes", "expected one of reliable, best_effort, system_d"),
+        ("/policy", "qos_overrides./a.publisher.deadline: 5", "one of history, depth, reliability, durability"),
+        ("/policy", "qos_overrides./a.depth: 5", "expected qos_overrides.TOPIC.publisher.POLICY"),
+        ("/policy", "qos_overrides.a.publisher.depth: 5", "with the topic's full name"),
+        ("/**", "qos_overrides./a.publisher.deadline: 5", ""),
+    ],
+)
+def test_overrides_of_qos(tmp_path: Path, section: str, parameter: str, fault: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"{section}:\n  ros__parameters: {{{parameter}}}\n")
+    if not fault:
+        assert load_settings(path) == Settings()
+        return
+    with pytest.raises(ParameterError) as caught:
+        load_settings(path)
+    assert fault in str(caught.value)
+
+
 def test_settings_become_parameters_and_come_back() -> None:
     values = {"limits.joints.elbow.velocity": 0.5, "cameras.wrist.topic": "/wrist", "rate_hz": 20.0}
     settings = settings_from_parameters(values)
