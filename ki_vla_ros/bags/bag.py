@@ -125,9 +125,15 @@ class Bag:
         if metadata is None:
             if not there:
                 raise ConfigurationError(f"bag {self.path}: expected {METADATA} or files .mcap or .db3 in it, got none")
-            return there, {}
+            for file in there:
+                if file.suffix == ".zstd" and file.with_suffix("") in there:
+                    told = "is there without compression as well and is left out (the recorder did not finish it)"
+                    self._faults.add("file", file.name, told)
+            return [file for file in there if not (file.suffix == ".zstd" and file.with_suffix("") in there)], {}
         files, announced = metadata
-        listed = [self.path / PurePosixPath(file).name for file in files]
+        listed = list(dict.fromkeys(self.path / PurePosixPath(file).name for file in files))
+        if len(listed) < len(files):
+            self._faults.add("metadata", METADATA, "lists a file more than once; it is read once")
         for file in listed:
             if not file.is_file():
                 self._faults.add("file", file.name, f"is listed in {METADATA}, but is not there")
@@ -178,6 +184,9 @@ class Bag:
         for storage in self._storages:
             for name, topic in storage.topics.items():
                 before = merged.get(name)
+                if before is not None and name not in seen and before.type != topic.type:
+                    told = f"has messages of {topic.type}, not of {before.type} as {METADATA} says"
+                    self._faults.add("type", name, told)
                 if seen.setdefault(name, topic.type) != topic.type:
                     self._faults.add("type", name, f"has messages of {seen[name]} and of {topic.type}")
                 count = None if topic.count is None else topic.count + ((before.count or 0) if before else 0)

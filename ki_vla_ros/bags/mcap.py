@@ -34,6 +34,8 @@ from ki_vla_ros.messages import BagMessage
 
 # Bytes of a record's kind and length, and of the whole record of the footer.
 _HEAD, _FOOTER = 1 + 8, 1 + 8 + 20
+# Records of this kind and above are a writer's own; others must skip them.
+PRIVATE = 0x80
 # Raised where a damaged record is taken apart.
 _DAMAGE = (McapError, struct.error, ValueError)
 
@@ -52,10 +54,16 @@ _DECOMPRESSORS: dict[str, Callable[[bytes, int], bytes]] = {
 }
 
 
+Place = tuple[int, int]
+"""Where in the file something is: a record's or a chunk's offset, and within a chunk the offset in its content."""
+_NOWHERE: Place = (1 << 64, 0)
+
+
 class _Channel(NamedTuple):
     topic: str
-    type: str
+    type: str  # "": it names no schema, or one that nothing defines
     encoding: str
+    until: Place  # from here on it is defined otherwise, and nobody knows what its messages are
 
 
 @dataclass(slots=True)
@@ -79,11 +87,14 @@ class McapFile:
         """`name`: how faults call the file, by default its own name."""
         self._name, self._faults = name or path.name, faults
         self._file, self._size = path.open("rb"), path.stat().st_size
-        self._schemas: dict[int, str] = {0: ""}
+        # By kind of record and id: each content that it was defined with, and the first place where.
+        self._definitions: dict[tuple[int, int], dict[tuple[Any, ...], Place]] = {}
+        self._settled = True  # the channels are what the definitions say
         self._channels: dict[int, _Channel] = {}
         self._content: OrderedDict[int, bytes] = OrderedDict()
         self._spans: list[_Span] = []
         self._announced: int | None = None  # messages, by the file's own statistics
+        self._announced_on: dict[int, int] = {}  # the same by channel, as far as they say
         self._indexed: list[int] = []  # where chunks begin, by the file's own index
         self._scan()
         self._survey()
@@ -97,7 +108,7 @@ class McapFile:
         self._file.close()
 
     def messages(self, topics: Collection[str] | None) -> Iterator[Pending]:
-        channels = [item for item in self._channels.items() if item[1].encoding == "cdr"]
+        channels = [item for item in self._channels.items() if item[1].encoding == "cdr" and item[1].type]
         wanted = {key for key, channel in channels if topics is None or channel.topic in topics}
         spans = [span for span in self._spans if span.counts.keys() & wanted]
         return in_time_order([Piece(span.first_ns, partial(self._pending, span, wanted)) for span in spans])
@@ -167,10 +178,10 @@ class McapFile:
 
     def _note(self, kind: int, start: int, size: int) -> None:
         last = self._spans[-1] if self._spans else None
-        definition = kind in (Opcode.SCHEMA, Opcode.CHANNEL)
-        record = self._stream(start, size if definition else min(size, 32))  # chunks and messages are not read yet
-        if definition:
-            self._define(kind, record)
+        whole = kind in (Opcode.SCHEMA, Opcode.CHANNEL, Opcode.STATISTICS)
+        record = self._stream(start, size if whole else min(size, 32))  # chunks and messages are not read yet
+        if kind in (Opcode.SCHEMA, Opcode.CHANNEL):
+            self._define(kind, record, (start, 0))
         elif kind == Opcode.MESSAGE:
             channel, _, log_ns = record.read2(), record.read4(), record.read8()
             begin = start - _HEAD
@@ -188,11 +199,13 @@ class McapFile:
             if entries_size + 6 != size:
                 raise ValueError(f"{entries_size} bytes of entries in a record of {size}")
             if entries_size:
-                last.counts[channel] = entries_size // 16
+                last.counts[channel] += entries_size // 16
         elif kind == Opcode.CHUNK_INDEX:
             self._indexed.append(self._indexed_chunk(start))
         elif kind == Opcode.STATISTICS:
             self._announced = record.read8()
+            record.read(2 + 4 * 4 + 2 * 8)  # counts of other records, and times
+            self._announced_on = {record.read2(): record.read8() for _ in range(record.read4() // 10)}
 
     def _chunk(self, start: int) -> _Span:
         """The chunk whose record's content begins there; one of _DAMAGE if it is none that is read."""
@@ -223,40 +236,74 @@ class McapFile:
 
     # --- what the records say
 
-    def _define(self, kind: int, record: ReadDataStream) -> None:
+    def _define(self, kind: int, record: ReadDataStream, place: Place) -> None:
         """A text that is cut comes as a shorter one: the length that should follow it then fails."""
         key = record.read2()
+        content: tuple[Any, ...]
         if kind == Opcode.SCHEMA:
-            name, _ = record.read_prefixed_string(), record.read4()
-            self._schemas[key] = name
+            name, size = record.read_prefixed_string(), record.read4()
+            content = (name, crc32(record.read(size)), crc32(record.read(1 << 30)))
         else:
             schema, topic = record.read2(), record.read_prefixed_string()
             encoding, _ = record.read_prefixed_string(), record.read4()
-            if key not in self._channels or not self._channels[key].type:
-                self._channels[key] = _Channel(topic, self._schemas.get(schema, ""), encoding)
+            content = (topic, schema, encoding)
+        known = self._definitions.setdefault((kind, key), {})
+        if place < known.get(content, _NOWHERE):
+            known[content], self._settled = place, False
 
     def _survey(self) -> None:
-        """Reads chunks that have no index, or messages on channels that are not defined elsewhere."""
+        """Reads the first chunk of each channel, which defines it, and chunks that have no index."""
+        seen: set[int] = set()
         for span in self._spans:
             unknown = span.doubted or not span.counts
-            if unknown or (span.chunk and not span.counts.keys() <= self._channels.keys()):
-                found = list(self._entries(span, self._read_content(span), define=True))
+            if unknown or (span.chunk and not span.counts.keys() <= seen):
+                found = list(self._entries(span, self._read_content(span)))
                 if unknown:
                     span.counts = Counter(channel for _, channel, _, _ in found)
                     times = [log_ns for log_ns, *_ in found]
                     span.first_ns, span.last_ns = min(times, default=0), max(times, default=0)
+            seen |= span.counts.keys()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Says what each channel is: the first definition counts, until another one contradicts it."""
+        if self._settled:
+            return
+        self._settled = True
+        until: dict[tuple[int, int], Place] = {}
+        first: dict[tuple[int, int], tuple[Any, ...]] = {}
+        for (kind, key), known in self._definitions.items():
+            in_order = sorted(known, key=lambda content: known[content])
+            before = first[kind, key] = in_order[0]
+            for other in in_order[1:]:
+                what = f"{'schema' if kind == Opcode.SCHEMA else 'channel'} {key}, {_told(before)},"
+                if kind == Opcode.SCHEMA and other[0] == before[0]:
+                    self._fault("type", known[other][0], f"{what} is defined again with another text")
+                else:
+                    told = f"is defined again as {_told(other)}; messages on it from here on are left out"
+                    self._fault("type", known[other][0], f"{what} {told}")
+                    until.setdefault((kind, key), known[other])
+        for (kind, key), content in first.items():
+            if kind == Opcode.CHANNEL:
+                topic, schema, encoding = content
+                name = first.get((Opcode.SCHEMA, schema), ("",))[0] if schema else ""
+                end = min(until.get((kind, key), _NOWHERE), until.get((Opcode.SCHEMA, schema), _NOWHERE))
+                self._channels[key] = _Channel(topic, name, encoding, end)
 
     def _topics(self) -> dict[str, Topic]:
         topics: dict[str, Topic] = {}
-        counts = self._counts()
-        for key, (name, kind, encoding) in self._channels.items():
-            where, count, before = f"{self._name}, {name}", counts[key], topics.get(name, Topic(name, kind, 0))
+        for key, (name, kind, encoding, until) in self._channels.items():
+            where, before = f"{self._name}, {name}", topics.get(name, Topic(name, kind, 0))
+            count = sum(span.counts[key] for span in self._spans if (span.start, 0) < until)
             if encoding != "cdr":
                 self._faults.add("type", where, f"encoded as {encoding!r}, not as cdr; left out")
                 count = 0
-            if before.type != kind:
+            elif not kind:
+                self._faults.add("type", where, "its channel names no schema, so its messages have no type; left out")
+                count = 0
+            if kind and before.type and before.type != kind:
                 self._faults.add("type", where, f"has messages of {before.type} and of {kind}")
-            topics[name] = Topic(name, before.type, count + (before.count or 0))
+            topics[name] = Topic(name, before.type or kind, count + (before.count or 0))
         return topics
 
     def _counts(self) -> Counter[int]:
@@ -272,6 +319,11 @@ class McapFile:
             self._faults.add("damaged", self._name, f"{lost} messages are on channels that nothing defines; left out")
         if self._announced not in (None, found := counts.total()):
             self._faults.add("count", self._name, f"its statistics announce {self._announced} messages, found {found}")
+        elif self._announced_on and (wrong := {**counts, **self._announced_on}.items() - counts.items()):
+            for key, announced in sorted(wrong):
+                topic = self._channels[key].topic if key in self._channels else f"channel {key}"
+                told = f"its statistics announce {announced} messages on {topic}, found {counts[key]}"
+                self._faults.add("count", self._name, told)
         steps = [(before.last_ns - span.first_ns, span.start) for before, span in pairwise(self._spans)]
         if back := [step for step in steps if step[0] > CLOCK_STEP_NS]:
             far = f"goes back by at least {max(back)[0] / 1e9:.1f} s"
@@ -281,9 +333,18 @@ class McapFile:
 
     def _pending(self, span: _Span, wanted: Collection[int]) -> Iterator[Pending]:
         entries = list(self._entries(span, content := self._content_of(span)))
-        if content and (announced := span.counts.total()) != len(entries):
-            self._fault("count", span.start, f"this chunk's index has {announced} messages, found {len(entries)}")
-        found = sorted((log_ns, at, channel, size) for log_ns, channel, at, size in entries if channel in wanted)
+        self._settle()
+        if content and Counter(channel for _, channel, _, _ in entries) != span.counts:
+            announced = span.counts.total()
+            told = f"has {announced} messages, found {len(entries)}"
+            if announced == len(entries):
+                told = "has its messages on other channels than they are"
+            self._fault("count", span.start, f"this chunk's index {told}")
+        found = sorted(
+            (log_ns, at, channel, size)
+            for log_ns, channel, at, size in entries
+            if channel in wanted and (span.start, at) < self._channels[channel].until
+        )
         del content, entries
         for log_ns, at, channel, size in found:
             yield log_ns, partial(self._message, span, log_ns, at, size, self._channels[channel])
@@ -291,8 +352,8 @@ class McapFile:
     def _message(self, span: _Span, log_ns: int, at: int, size: int, channel: _Channel) -> BagMessage:
         return BagMessage(channel.topic, channel.type, log_ns, self._content_of(span)[at : at + size])
 
-    def _entries(self, span: _Span, content: bytes, define: bool = False) -> Iterator[tuple[int, int, int, int]]:
-        """(log time, channel, offset, size) of each message in a chunk's content."""
+    def _entries(self, span: _Span, content: bytes) -> Iterator[tuple[int, int, int, int]]:
+        """(log time, channel, offset, size) of each message in a chunk's content; notes its definitions."""
         end, file = 0, BytesIO(content)
         for kind, start, size in _records(file, 0, len(content)):
             end, record = start + size, ReadDataStream(file)
@@ -302,8 +363,11 @@ class McapFile:
                     if size < record.count or log_ns >= 1 << 63:
                         raise ValueError("its log time or size is none")
                     yield log_ns, channel, start + record.count, size - record.count
-                elif define and kind in (Opcode.SCHEMA, Opcode.CHANNEL):
-                    self._define(kind, ReadDataStream(BytesIO(content[start:end])))
+                elif kind in (Opcode.SCHEMA, Opcode.CHANNEL):
+                    self._define(kind, ReadDataStream(BytesIO(content[start:end])), (span.start, start))
+                elif kind < PRIVATE:
+                    what = "a chunk" if kind == Opcode.CHUNK else f"a record of kind {kind}"
+                    raise ValueError(f"{what} has no place in a chunk")
             except _DAMAGE as error:
                 self._fault("damaged", span.start, f"a record in this chunk is left out: {_why(error)}")
         if end != len(content) and not span.cut:
@@ -358,3 +422,11 @@ def _records(file: IO[bytes], at: int, end: int) -> Iterator[tuple[int, int, int
 def _why(error: Exception) -> str:
     """Some errors of the package, and MemoryError, say nothing but their name."""
     return str(error) or type(error).__name__
+
+
+def _told(definition: tuple[Any, ...]) -> str:
+    """A schema's or a channel's definition in words."""
+    if len(definition) == 3 and isinstance(definition[2], str):
+        topic, schema, encoding = definition
+        return f"{topic} with schema {schema} in {encoding}"
+    return str(definition[0])

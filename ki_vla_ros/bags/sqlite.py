@@ -83,9 +83,16 @@ class SqliteFile:
         return database
 
     def _read_topics(self, database: sqlite3.Connection) -> None:
+        rows: dict[int, dict[tuple[str, str, str], None]] = {}
         for key, name, kind, encoding in database.execute("SELECT id, name, type, serialization_format FROM topics"):
             if not isinstance(key, int) or not isinstance(name, str) or not isinstance(kind, str):
                 self._fault(f"a topic is left out, its row is {(key, name, kind)!r:.200}")
+            else:
+                rows.setdefault(key, {})[name, kind, str(encoding)] = None
+        for key, ((name, kind, encoding), *others) in rows.items():
+            if others:  # a table without a primary key
+                told = f"topic {key} is {name} ({kind}) and {others[0][0]} ({others[0][1]}); its messages are left out"
+                self._faults.add("type", self._name, told)
             elif encoding != "cdr":
                 self._faults.add("type", f"{self._name}, {name}", f"encoded as {encoding!r}, not as cdr; left out")
                 self.topics[name] = Topic(name, kind, 0)
@@ -121,7 +128,9 @@ class SqliteFile:
         error: sqlite3.Error | None = None
         while error is None:
             query = (
-                f"SELECT timestamp, id, topic_id FROM messages WHERE id > ? AND id < ? ORDER BY id {order} LIMIT {ROWS}"
+                # Not by `id`, which need not be unique in a table made by others.
+                "SELECT timestamp, rowid, topic_id FROM messages WHERE rowid > ? AND rowid < ? "
+                f"ORDER BY rowid {order} LIMIT {ROWS}"
             )
             block = []
             try:
@@ -131,7 +140,7 @@ class SqliteFile:
                 error = failure
             if not block:
                 break
-            usable = [row for row in block if all(isinstance(value, int) for value in row) and row[2] in self._by_id]
+            usable = [row for row in block if self._is_usable(row)]
             if len(usable) < len(block):
                 self._fault(f"{len(block) - len(usable)} messages without a time or a known topic are left out")
             if usable:
@@ -141,6 +150,9 @@ class SqliteFile:
                 break  # the rows are not in order, so there is no row to continue from
             bounds = (last, bounds[1]) if order == "ASC" else (bounds[0], last)
         return parts, error
+
+    def _is_usable(self, row: tuple[Any, ...]) -> bool:
+        return all(isinstance(value, int) for value in row) and row[0] >= 0 and row[2] in self._by_id
 
     def _count(self) -> None:
         by_topic = Counter(self._index["topic"].tolist())
@@ -155,7 +167,7 @@ class SqliteFile:
         assert self._database is not None  # there are rows only if it was opened
         where = f"{self._name}, row {row}"
         try:
-            found = self._database.execute("SELECT data FROM messages WHERE id = ?", (row,)).fetchone()
+            found = self._database.execute("SELECT data FROM messages WHERE rowid = ?", (row,)).fetchone()
         except (sqlite3.Error, MemoryError) as error:
             self._faults.add("message", where, f"a message on {topic} cannot be read and is left out: {error}")
             return None

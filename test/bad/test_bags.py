@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import sqlite3
+import struct
 import tempfile
+from binascii import crc32
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +18,15 @@ from hypothesis import strategies as st
 from rosbags.rosbag2 import CompressionMode
 from support import bad_bags, sample_bags
 from support.bad_bags import CASES, counts, fits
-from support.sample_bags import JOINT_TOPIC, SCENE, recording, write_bag, write_mcap
+from support.sample_bags import JOINT_TOPIC, SCENE, record, recording, sized, write_bag, write_mcap
 
 from ki_vla_ros.bags import mcap as bag_mcap
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bags.storage import FAULTS_LISTED, Faults
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading
+
+SMALL = recording(seconds=0.2)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,6 +97,205 @@ def test_no_bag(tmp_path: Path) -> None:
         open_bag(tmp_path / "notes.txt")
     with pytest.raises(ConfigurationError, match=r"expected metadata\.yaml or files \.mcap or \.db3 in it, got none"):
         open_bag(tmp_path)
+
+
+# --- a message belongs to one topic and one type, or it is left out and said so
+
+
+def schema(key: int, name: str, text: str = "") -> bytes:
+    return record(3, struct.pack("<H", key) + sized(name) + sized("ros2msg") + sized(text))
+
+
+def channel(key: int, schema_key: int, topic: str, encoding: str = "cdr") -> bytes:
+    return record(4, struct.pack("<HH", key, schema_key) + sized(topic) + sized(encoding) + sized(b""))
+
+
+def put(key: int, log_ns: int) -> bytes:
+    return record(5, struct.pack("<HIQQ", key, 0, log_ns, log_ns) + sample_bags.text(f"{key} {log_ns}"))
+
+
+def chunk(*records: bytes, times: tuple[int, int], index: dict[int, int] | None = None) -> bytes:
+    """`index`: entries of the message indexes behind it, by channel."""
+    content = b"".join(records)
+    head = struct.pack("<QQQI", *times, len(content), crc32(content)) + sized("") + struct.pack("<Q", len(content))
+    indexes = ((key, bytes(16 * count)) for key, count in (index or {}).items())
+    behind = (record(7, struct.pack("<H", key) + sized(entries)) for key, entries in indexes)
+    return record(6, head + content) + b"".join(behind)
+
+
+def mcap_of(path: Path, data: bytes, summary: bytes = b"") -> Path:
+    begin = b"\x89MCAP0\r\n" + record(1, sized("ros2") + sized("test")) + data + record(15, struct.pack("<I", 0))
+    footer = record(2, struct.pack("<QQI", len(begin) if summary else 0, 0, 0))
+    path.write_bytes(begin + summary + footer + b"\x89MCAP0\r\n")
+    return path
+
+
+def statistics(total: int, on: dict[int, int]) -> bytes:
+    by_channel = b"".join(struct.pack("<HQ", *item) for item in on.items())
+    return record(11, struct.pack("<QHIIIIQQ", total, 1, 1, 0, 0, 0, 0, 0) + sized(by_channel))
+
+
+TEXT, OTHER = sample_bags.STRING, sample_bags.JOINT_STATE
+KNOWN = schema(1, TEXT) + schema(2, OTHER) + channel(1, 1, "/a")
+A_TWICE = chunk(put(1, 1), put(1, 2), times=(1, 2), index={1: 2})
+NESTED = chunk(KNOWN, put(1, 1), chunk(put(1, 2), times=(2, 2)), put(1, 3), times=(1, 3))
+CONTRADICTIONS: dict[str, tuple[bytes, bytes, list[tuple[str, str, int]], str]] = {
+    "a channel, outside of chunks": (
+        KNOWN + put(1, 1) + channel(1, 1, "/b") + put(1, 2),
+        b"",
+        [("/a", TEXT, 1)],
+        "channel 1, /a with schema 1 in cdr, is defined again as /b with schema 1 in cdr; messages on it from here on",
+    ),
+    "a channel, in a later chunk": (
+        chunk(KNOWN, put(1, 1), times=(1, 1), index={1: 1})
+        + chunk(put(1, 2), channel(1, 1, "/b"), put(1, 3), times=(2, 3), index={1: 2})
+        + chunk(put(1, 4), times=(4, 4), index={1: 1}),
+        b"",
+        [("/a", TEXT, 1), ("/a", TEXT, 2)],
+        "channel 1, /a with schema 1 in cdr, is defined again as /b",
+    ),
+    "a channel's type": (
+        KNOWN + put(1, 1) + channel(1, 2, "/a") + put(1, 2),
+        b"",
+        [("/a", TEXT, 1)],
+        "is defined again as /a with schema 2 in cdr",
+    ),
+    "a channel's encoding": (
+        KNOWN + put(1, 1) + channel(1, 1, "/a", "json") + put(1, 2),
+        b"",
+        [("/a", TEXT, 1)],
+        "is defined again as /a with schema 1 in json",
+    ),
+    "a channel, in the summary": (
+        chunk(KNOWN, put(1, 1), times=(1, 1), index={1: 1}),
+        channel(1, 2, "/b"),
+        [("/a", TEXT, 1)],
+        "channel 1, /a with schema 1 in cdr, is defined again as /b with schema 2 in cdr",
+    ),
+    "a schema's name": (
+        KNOWN + put(1, 1) + schema(1, OTHER) + put(1, 2),
+        b"",
+        [("/a", TEXT, 1)],
+        "schema 1, std_msgs/msg/String, is defined again as sensor_msgs/msg/JointState; messages on it from here on",
+    ),
+    "a schema's text": (
+        KNOWN + put(1, 1) + schema(1, TEXT, "string text") + put(1, 2),
+        b"",
+        [("/a", TEXT, 1), ("/a", TEXT, 2)],
+        "schema 1, std_msgs/msg/String, is defined again with another text",
+    ),
+    "a channel without a schema": (
+        KNOWN + channel(2, 0, "/b") + put(1, 1) + put(2, 2),
+        b"",
+        [("/a", TEXT, 1)],
+        "/b: its channel names no schema, so its messages have no type; left out",
+    ),
+    "a channel whose schema is nowhere": (
+        KNOWN + channel(2, 9, "/b") + put(1, 1) + put(2, 2),
+        b"",
+        [("/a", TEXT, 1)],
+        "/b: its channel names no schema",
+    ),
+    "a message before its channel": (
+        chunk(put(1, 1), KNOWN, times=(1, 1)),
+        b"",
+        [("/a", TEXT, 1)],  # there is no other that it could be on
+        "",
+    ),
+    "a message on no channel": (
+        KNOWN + put(1, 1) + put(7, 2),
+        b"",
+        [("/a", TEXT, 1)],
+        "1 messages are on channels that nothing defines; left out",
+    ),
+    "a chunk in a chunk": (
+        NESTED,
+        b"",
+        [("/a", TEXT, 1), ("/a", TEXT, 3)],
+        "left out: a chunk has no place in a chunk",
+    ),
+    "an attachment in a chunk": (
+        chunk(KNOWN, put(1, 1), record(9, b"?"), times=(1, 1)),
+        b"",
+        [("/a", TEXT, 1)],
+        "a record of kind 9 has no place in a chunk",
+    ),
+    "a writer's own record in a chunk": (
+        chunk(KNOWN, put(1, 1), record(0x90, b"?"), times=(1, 1)),
+        b"",
+        [("/a", TEXT, 1)],
+        "",
+    ),
+    "statistics by channel": (
+        KNOWN + channel(2, 1, "/b") + A_TWICE,
+        statistics(2, {1: 1, 2: 1}),
+        [("/a", TEXT, 1), ("/a", TEXT, 2)],
+        "its statistics announce 1 messages on /a, found 2",
+    ),
+    "an index that names another channel": (
+        KNOWN + channel(2, 1, "/b") + chunk(put(1, 1), put(2, 2), times=(1, 2), index={1: 2}),
+        b"",
+        [("/a", TEXT, 1), ("/b", TEXT, 2)],
+        "this chunk's index has its messages on other channels than they are",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_no_message_is_credited_to_another_topic_or_type(name: str, tmp_path: Path) -> None:
+    data, summary, expected, told = CONTRADICTIONS[name]
+    with open_bag(mcap_of(tmp_path / "b.mcap", data, summary)) as bag:
+        for _ in range(2):
+            assert [(m.topic, m.type, m.log_ns) for m in bag.messages()] == expected
+            assert all(decode(m).data.split() == [str(1 + (m.topic == "/b")), str(m.log_ns)] for m in bag.messages())
+        said = [str(fault) for fault in bag.faults]
+        assert all(bag.topics[topic].type == kind for topic, kind, _ in expected)
+    assert (told in " ".join(said) and len(said) <= 2) if told else not said, said
+
+
+def database(path: Path, script: str) -> Path:
+    """Without the primary keys that a recorder's tables have."""
+    with closing(sqlite3.connect(path)) as opened:
+        opened.executescript(
+            "CREATE TABLE topics (id, name, type, serialization_format); "
+            f"CREATE TABLE messages (id, topic_id, timestamp, data); {script}"
+        )
+    return path
+
+
+def rows(table: str, *values: str) -> str:
+    return "".join(f"INSERT INTO {table} VALUES ({value});" for value in values)
+
+
+def test_no_row_is_credited_to_another_topic_or_message(tmp_path: Path) -> None:
+    topics = rows("topics", f"1, '/a', '{TEXT}', 'cdr'", f"2, '/b', '{TEXT}', 'cdr'", f"1, '/c', '{OTHER}', 'cdr'")
+    messages = rows("messages", "1, 1, 10, x'0001'", "2, 2, 20, x'0002'", "2, 2, 30, x'0003'", "3, 2, -5, x'0004'")
+    with open_bag(database(tmp_path / "b.db3", topics + messages)) as bag:
+        found = [(m.topic, m.log_ns, m.data) for m in bag.messages()]
+        said = " ".join(map(str, bag.faults))
+    assert found == [("/b", 20, b"\0\2"), ("/b", 30, b"\0\3")]
+    told = "topic 1 is /a (std_msgs/msg/String) and /c (sensor_msgs/msg/JointState); its messages are left out"
+    assert told in said and "2 messages without a time or a known topic are left out" in said
+
+
+def test_no_file_is_read_twice_and_metadata_is_no_witness(tmp_path: Path) -> None:
+    once = write_bag(tmp_path / "bag", SMALL)
+    metadata = (once / "metadata.yaml").read_text()
+    doubled = metadata.replace("  - bag.mcap\n", "  - bag.mcap\n  - bag.mcap\n", 1).replace(sample_bags.STRING, OTHER)
+    (once / "metadata.yaml").write_text(doubled)
+    with open_bag(once) as bag:
+        assert counts(list(bag.messages())) == counts(SMALL)
+        said = " ".join(map(str, bag.faults))
+    assert "metadata.yaml: lists a file more than once; it is read once" in said
+    assert f"has messages of {TEXT}, not of {OTHER} as metadata.yaml says" in said
+
+    twice = write_bag(tmp_path / "packed", SMALL, compression=CompressionMode.FILE)
+    (twice / "metadata.yaml").unlink()
+    (packed,) = twice.glob("*.zstd")
+    (twice / packed.stem).write_bytes((once / "bag.mcap").read_bytes())
+    with open_bag(twice) as bag:
+        assert counts(list(bag.messages())) == counts(SMALL)
+        assert "is there without compression as well and is left out" in " ".join(map(str, bag.faults))
 
 
 def message(kind: str, data: bytes) -> BagMessage:
@@ -176,9 +381,6 @@ def read_all(path: Path) -> None:
                 pass
         for fault in bag.faults:
             assert str(fault) and "\n" not in str(fault)
-
-
-SMALL = recording(seconds=0.2)
 
 
 def small_bags(folder: Path) -> list[bytes]:
