@@ -86,10 +86,7 @@ def import_checkpoint(
     vocabulary = config.vocab_size - action_ids
     tokenizer = read_tokenizer(tokenizer_file, action_ids, vocabulary)
     model = import_weights(config, source, kind, dtype=None, vocabulary=vocabulary)
-    save_checkpoint(out, model)
-    tokenizer.save(str(out / TOKENIZER), pretty=False)
-    if policy is not None:
-        (out / POLICY).write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    save_checkpoint(out, model, tokenizer=tokenizer, policy=policy)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

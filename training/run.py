@@ -30,7 +30,7 @@ from training.model import VLA, VLAConfig, order_embeddings
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
 from training.tokens import DEMO_PROMPT, FastTokenizer, act_query_ids, build_tokenizer
-from training.weights import POLICY, save_checkpoint
+from training.weights import save_checkpoint
 
 FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
 
@@ -149,8 +149,6 @@ class Run:
         weights = self.trainer.whole_weights()
         if self.rank > 0:
             return
-        save_checkpoint(folder, self.model, weights=weights)
-        self.tokenizer.save(str(folder / "tokenizer.json"))
         figures |= {f"minutes_{name}": value for name, value in progress.minutes.items()}
         figures["processes"] = float(self.processes)
         state: dict[str, Any] = {"low": self.space.state_low, "high": self.space.state_high}
@@ -171,7 +169,7 @@ class Run:
                 figures=figures,
             ),
         )
-        (folder / POLICY).write_text(spec.model_dump_json(indent=1))
+        save_checkpoint(folder, self.model, weights=weights, tokenizer=self.tokenizer, policy=spec)
 
 
 def make_fast(config: TrainingConfig, episodes: Arrays, space: ActionSpace) -> FastTokenizer:

@@ -14,9 +14,12 @@ Nothing is built here: `training.run` makes robot, data, tokenizers and model fr
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ from training.losses import BatchLosses, TrainingHeads, targets
 from training.model import VLA
 from training.optimizer import clip_gradients, learning_rate, load_optimizer, make_optimizer, select_parameters
 from training.parallel import average_gradients, free_gathered, gather, load_whole
-from training.weights import RESUME, load_checkpoint, load_resume, save_checkpoint
+from training.weights import load_checkpoint, load_resume, newest_checkpoint, save_run
 
 LARGEST_NORM = 1.0  # of all gradients of a step; longer ones are scaled down to it
 
@@ -73,7 +76,7 @@ class Trainer:
         for stage in self.config.stages:
             self.check_sources(stage)
         progress = self.load()
-        with SummaryWriter(str(self.config.out / "tensorboard" / f"rank{self.rank}")) as board:
+        with open_log(self.config.out / "tensorboard" / f"rank{self.rank}") as board:
             for index, stage in enumerate(self.config.stages[progress.stage :], start=progress.stage):
                 progress = self.run_stage(index, stage, progress, board)
                 if self.measures:
@@ -176,7 +179,7 @@ class Trainer:
         heads = {} if self.heads is None else self.heads.state_dict()
         resume = gather(vars(progress), keep=self.rank == 0) | {"heads": heads}
         if self.rank == 0:
-            save_checkpoint(self.config.out, self.model, resume, weights)
+            save_run(self.config.out, self.model, resume, weights)
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's whole weights, in the first process only; every process must call this."""
@@ -185,15 +188,59 @@ class Trainer:
         return whole
 
     def load(self) -> RunPosition:
-        """Load an earlier run's weights from the same folder; returns its progress, or the beginning if none."""
-        if not (self.config.out / RESUME).exists():
+        """Load an earlier run's weights from the same folder; returns its progress, or the beginning if none.
+
+        ConfigurationError if they are of another model, or one run has hints and the other has none.
+        """
+        folder = newest_checkpoint(self.config.out)
+        if folder is None:
             return RunPosition()
-        state = load_resume(self.config.out)
-        load_whole(self.model, load_checkpoint(self.config.out).state_dict())
+        state, found = load_resume(folder), load_checkpoint(folder)
         heads = state.pop("heads")
+        ours = {} if self.heads is None else self.heads.state_dict()
+        shapes = [{f"heads.{name}": tuple(x.shape) for name, x in given.items()} for given in (ours, heads)]
+        expected, got = vars(self.model.config) | shapes[0], vars(found.config) | shapes[1]
+        for name in expected | got:
+            if expected.get(name) != got.get(name):
+                raise ConfigurationError(
+                    f"resume {folder}: {name}: expected {expected.get(name, 'none')}, as this configuration says, got "
+                    f"{got.get(name, 'none')}; keep the model, the robot and the hints that the run began with, or "
+                    "name another folder under out"
+                )
+        load_whole(self.model, found.state_dict())
         if self.heads is not None:
             self.heads.load_state_dict(heads)
         return RunPosition(**state)
+
+
+@contextmanager
+def open_log(folder: Path) -> Iterator[SummaryWriter]:
+    """TensorBoard's writer; ConfigurationError if the log cannot be written.
+
+    The file is written by a thread, which would print a traceback; its error comes up in whichever call is next.
+    """
+    failed: list[BaseException] = []
+    print_traceback = threading.excepthook
+
+    def note(thread: threading.ExceptHookArgs) -> None:
+        if isinstance(thread.exc_value, OSError):
+            failed.append(thread.exc_value)
+        else:
+            print_traceback(thread)
+
+    threading.excepthook = note
+    try:
+        with SummaryWriter(str(folder)) as board:
+            yield board
+    except OSError as error:
+        if not failed:
+            raise
+        raise ConfigurationError(
+            f"{folder}: expected to write the log, got {failed[0]}; make room on the disk, and the same command goes "
+            "on from the last checkpoint"
+        ) from error
+    finally:
+        threading.excepthook = print_traceback
 
 
 if __name__ == "__main__":

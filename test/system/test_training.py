@@ -1,6 +1,7 @@
 """The recipe end to end at a tiny size: stages, insulation, resuming, gates, data, and a bundle at the end."""
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from training.losses.flow import draw_flow_time
 from training.losses.tokens import next_token_hidden
 from training.optimizer import select_parameters
 from training.run import Run
+from training.run import main as train_main
+from training.weights.checkpoints import load_resume, newest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,51 @@ def test_interrupted_run_resumes_to_the_same_weights(
     assert (progress.stage, progress.step) == (0, 2)
     resumed.run()
     assert same(weights(whole), weights(resumed))
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No room for the log, no room for the weights: files larger than a limit cannot be written."""
+    stage = settings["stages"][3] | {"steps": 8, "checkpoint_every": 1}
+    given = tmp_path / "run.yaml"
+    given.write_text(yaml.safe_dump(settings | {"out": str(tmp_path / "run"), "stages": [stage | {"steps": 2}]}))
+    assert train_main([str(given)]) == 0
+    given.write_text(yaml.safe_dump(settings | {"out": str(tmp_path / "run"), "stages": [stage, stage]}))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, fault in (
+        (60, "tensorboard/rank0: expected to write the log, got"),
+        (1000, "checkpoint-000003/weights.safetensors: expected to write it whole, got"),
+    ):
+        capsys.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            assert train_main([str(given)]) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        said = [
+            line for line in capsys.readouterr().err.splitlines() if not line.startswith("\r") and "it/s" not in line
+        ]
+        assert len([line for line in said if line.strip()]) == 1 and fault in said[-1], said
+        assert load_resume(newest_checkpoint(tmp_path / "run") or tmp_path)["step"] == 0
+        assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-000002"]
+
+
+def test_a_run_of_another_model_or_without_its_hints_is_not_resumed(settings: dict[str, Any], tmp_path: Path) -> None:
+    stages = settings["stages"][3:]
+    Run(configure(settings, out=tmp_path, stages=stages)).run()
+    for changes, fault in (
+        (
+            {"hints": None},
+            r"resume .*checkpoint-000001: heads\.cells\.weight: expected none, as this configuration says",
+        ),
+        (
+            {"model": settings["model"] | {"state_token": False}},
+            r"checkpoint-000001: state_dim: expected None, .* got 7",
+        ),
+    ):
+        with pytest.raises(ConfigurationError, match=fault):
+            Run(configure(settings, out=tmp_path, stages=stages, **changes)).trainer.load()
 
 
 def test_missed_gate_stops_the_run_and_names_the_figure(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ go straight to their video.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,8 +80,17 @@ class DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        if kind is None or self.episodes or self._columns["index"]:
+        if kind is not None and not self.episodes and not self._columns["index"]:
+            return
+        try:
             self.close()
+        except OSError as error:
+            with suppress(OSError):
+                self._close_rows()
+            raise ConfigurationError(
+                f"dataset {self.folder}: expected to write it whole, got {error}; it has no meta/info.json: "
+                "remove it, make room on the disk, and convert again"
+            ) from error
 
     def add(self, frame: Frame) -> None:
         """Add a frame; InputError if image sizes change, or the cameras' names or the number of joints do not fit."""
@@ -181,11 +191,11 @@ class DatasetWriter:
         return self._place
 
     def _close_rows(self) -> None:
-        if self._parquet is not None and self._file is not None:
-            self._parquet.close()
-            self._file.close()
-            self._parquet = self._file = None
-        self._rows_in_file = 0
+        parquet, file = self._parquet, self._file
+        self._parquet, self._file, self._rows_in_file = None, None, 0
+        if parquet is not None and file is not None:
+            with file:
+                parquet.close()
 
     def _write_episodes(self) -> None:
         table = pa.Table.from_pylist(self.episodes)

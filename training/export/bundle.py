@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 import resource
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -49,6 +47,7 @@ from training.export.graphs import (
 )
 from training.export.parity import lowest_cosine, parity_error
 from training.model import VLA
+from training.storage import whole_folder
 from training.tokens import prompt_tokenizer, prompt_vocab_size
 from training.weights import POLICY, load_checkpoint
 
@@ -71,8 +70,11 @@ def export_bundle(
     graphs have no kernels in onnxruntime's CPU provider, so only ONNX's own checker sees them; their programs are run
     and compared with the model in float32, which then has to fit into memory.
     """
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise ConfigurationError(f"{out}: expected an empty place or an earlier bundle, got a folder of something else")
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file())):
+        raise ConfigurationError(
+            f"{out}: expected an empty place or an earlier bundle, got "
+            f"{'a folder of something else' if out.is_dir() else 'a file'}; name another folder"
+        )
     began_s = time.monotonic()
     policy = read_policy(checkpoint / POLICY)
     full_tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
@@ -80,10 +82,7 @@ def export_bundle(
     check_policy(policy, model, full_tokenizer)
     prompt_rows = prompt_vocab_size(full_tokenizer)
     tokenizer = prompt_tokenizer(full_tokenizer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        folder = Path(scratch).resolve() / out.name
-        folder.mkdir()
+    with whole_folder(out) as folder:
         graphs = list(zip(arrange(model, prompt_rows), sample_inputs(model, policy), strict=True))
         write_graphs(graphs, folder)
         if with_torch:
@@ -108,9 +107,6 @@ def export_bundle(
             if not cosine >= COSINE:
                 raise ExportError(f"parity: expected a cosine of {COSINE:g} to float32 or more, got {cosine:.6f}")
             compared = f"cosine {cosine:.6f} to torch in float32"
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
     megabytes = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{out}: {megabytes:.1f} MB, {compared}; {time.monotonic() - began_s:.0f} s, peak memory {peak_gb:.1f} GiB")

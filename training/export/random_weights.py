@@ -19,18 +19,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ki_vla_ros.bundle import TOKENIZER, PolicySpec
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
 from training.export.bundle import DTYPES, export_bundle
 from training.model import GemmaConfig, VisionConfig, VLAConfig, paligemma_3b
 from training.policy import describe_random_policy
 from training.tokens import DEMO_PROMPT, VOCABULARY, build_tokenizer, prompt_vocab_size
-from training.weights import CONFIG, POLICY, WEIGHTS, shapes
+from training.weights import empty_model, save_checkpoint, shapes
 
 PROMPT_ROWS = 256_000  # of PaliGemma's token table; the rest are places and segments, which no prompt holds
 PLAIN_PROMPT = "{task}\n"  # pi0's
@@ -144,12 +143,8 @@ def write_checkpoint(
     folder: Path, config: VLAConfig, policy: PolicySpec, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> None:
     """A folder that `training.export` and `training.weights.checkpoints.load_checkpoint` read."""
-    tokenizer = stand_in_tokenizer(config.vocab_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(draw_weights(config, seed, dtype), folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    (folder / POLICY).write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(str(folder / TOKENIZER), pretty=False)
+    weights, tokenizer = draw_weights(config, seed, dtype), stand_in_tokenizer(config.vocab_size)
+    save_checkpoint(folder, empty_model(config), weights=weights, tokenizer=tokenizer, policy=policy)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

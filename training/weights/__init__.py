@@ -9,7 +9,9 @@ from training.weights.checkpoints import (
     empty_model,
     load_checkpoint,
     load_resume,
+    newest_checkpoint,
     save_checkpoint,
+    save_run,
     shapes,
 )
 from training.weights.files import find_weights
@@ -30,8 +32,10 @@ __all__ = [
     "import_weights",
     "load_checkpoint",
     "load_resume",
+    "newest_checkpoint",
     "read_ranges",
     "save_checkpoint",
+    "save_run",
     "shapes",
     "their_name",
 ]

@@ -1,10 +1,16 @@
 """Our own weights on disk: checkpoints, and training state to resume from; foreign.py reads other formats.
 
+A folder appears whole or not at all (training/storage.py). A run's checkpoints are numbered folders, of which the
+newest counts; its weights and its training state carry the same identity.
+
 Nothing here executes code from a file: weights are safetensors, configs JSON, and optimizer state is loaded with
 `weights_only=True`.
 """
 
 import json
+import re
+import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,32 +18,91 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from ki_vla_ros.bundle import TOKENIZER, PolicySpec
 from ki_vla_ros.errors import ConfigurationError
 from training.model import VLA, GemmaConfig, VisionConfig, VLAConfig
-from training.weights.files import WeightFiles, check_fit
+from training.storage import whole_folder, writing
+from training.weights.files import WeightFiles, check_fit, open_safetensors
 
 WEIGHTS, CONFIG, RESUME = "weights.safetensors", "config.json", "resume.pt"
 POLICY = "policy.json"  # a `PolicySpec`, beside the weights of a finished policy
+NAMES = (WEIGHTS, CONFIG, RESUME, POLICY, TOKENIZER)
+IDENTITY = "identity"  # the same random text in weights and training state that were saved together
+NUMBERED = "checkpoint-{:06d}"
 
 
 def save_checkpoint(
-    folder: Path, model: VLA, resume: Mapping[str, Any] | None = None, weights: Mapping[str, Tensor] | None = None
+    folder: Path,
+    model: VLA,
+    resume: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    tokenizer: Tokenizer | None = None,
+    policy: PolicySpec | None = None,
 ) -> None:
-    """Write weights and config, and what is needed to resume (tensors, numbers, strings, lists and dicts only).
+    """Write weights and config; what is needed to resume (tensors, numbers, strings, lists and dicts only); a policy.
 
-    `weights` are the whole weights of a sharded model. Each file is replaced in one step, so that an interrupted save
-    leaves the previous one readable.
+    `weights` are the whole weights of a sharded model. An earlier checkpoint in the folder is replaced in one step;
+    files of other names in it are kept. ConfigurationError if the disk is full; the earlier one is then still there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict() if weights is None else weights
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / f"{WEIGHTS}.part")
-    (folder / f"{CONFIG}.part").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
-    if resume is not None:
-        torch.save(dict(resume), folder / f"{RESUME}.part")
-    for part in sorted(folder.glob("*.part")):
-        part.replace(part.with_suffix(""))
+    identity = {} if resume is None else {IDENTITY: secrets.token_hex(16)}
+    with whole_folder(folder) as part:
+        if folder.is_dir():
+            top = str(folder)
+            shutil.copytree(
+                folder, part, dirs_exist_ok=True, ignore=lambda path, _: NAMES if path == top else (), symlinks=True
+            )
+        with writing(folder / WEIGHTS):
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part / WEIGHTS, identity or None)
+        with writing(folder / CONFIG):
+            (part / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+        if resume is not None:
+            with writing(folder / RESUME):
+                torch.save({**resume, **identity}, part / RESUME)
+        if tokenizer is not None:
+            with writing(folder / TOKENIZER):
+                tokenizer.save(str(part / TOKENIZER), pretty=False)
+        if policy is not None:
+            with writing(folder / POLICY):
+                (part / POLICY).write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def save_run(out: Path, model: VLA, resume: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
+    """Save a run's next checkpoint; the earlier ones go when it is on the disk, those in version 0.2's form too."""
+    earlier = numbered(out)
+    save_checkpoint(out / NUMBERED.format(max(earlier, default=0) + 1), model, resume, weights)
+    for folder in earlier.values():
+        shutil.rmtree(folder)
+    for name in (RESUME, WEIGHTS, CONFIG):
+        for path in (out / name, out / f"{name}.part"):
+            path.unlink(missing_ok=True)
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The folder that a run resumes from: its newest checkpoint, or `out` itself in version 0.2's form; None if none.
+
+    ConfigurationError if version 0.2 was killed while it replaced one file after the other.
+    """
+    if found := numbered(out):
+        return found[max(found)]
+    resume, weights = out / RESUME, out / f"{WEIGHTS}.part"
+    if not resume.exists():
+        return None
+    if weights.exists() and weights.stat().st_mtime_ns <= resume.stat().st_mtime_ns:
+        raise ConfigurationError(
+            f"checkpoint {out}: expected {WEIGHTS} and {RESUME} of one step, got the weights of an earlier one: an "
+            f"earlier version was killed while it saved; rename {weights.name} to {WEIGHTS}, and the run goes on"
+        )
+    return out
+
+
+def numbered(out: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their number."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*"))
+    return {int(match[1]): path for match, path in found if match is not None}
 
 
 def read_config(folder: Path) -> VLAConfig:
@@ -85,9 +150,22 @@ def assemble(config: VLAConfig, weights: Mapping[str, Tensor]) -> VLA:
 
 
 def load_resume(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given to resume from."""
+    """What `save_checkpoint` was given to resume from; ConfigurationError unless the weights were saved with it."""
     path = folder / RESUME
     if not path.is_file():
         raise ConfigurationError(f"checkpoint {folder}: expected {RESUME} to resume from, found none; start again")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        identity = state.pop(IDENTITY, None)
+    except Exception as error:  # torch raises what pickles and zip files raise
+        raise ConfigurationError(
+            f"{path}: expected the state of a run, without code, got {path.stat().st_size} bytes that are cut off or "
+            "something else; resume from another checkpoint, or start again"
+        ) from error
+    theirs = (open_safetensors(folder / WEIGHTS).metadata() or {}).get(IDENTITY)
+    if identity != theirs:
+        raise ConfigurationError(
+            f"checkpoint {folder}: expected {WEIGHTS} and {RESUME} that were saved together, got identities "
+            f"{theirs or 'none'} and {identity or 'none'}; take both files from one checkpoint"
+        )
     return state

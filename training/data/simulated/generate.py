@@ -38,6 +38,7 @@ from ki_vla_ros.sim import (
 from training.config import DataConfig
 from training.data.batch import Arrays, ChunkTiming
 from training.data.simulated.questions import COMBINATIONS, SeenObject
+from training.storage import whole_folder, write_whole, writing
 
 FORMAT = 3
 CAMERAS = ("wrist", "scene")  # as config/robots/demo_arm.yaml orders them (tested)
@@ -243,17 +244,17 @@ def make_source(source: str, count: int, config: DataConfig, timing: ChunkTiming
     offset = {"robot": 0, "scenes": 10_000_000, "validation": 20_000_000}[source] + config.seed * 100_000_000
     seeds = [range(offset + start, offset + min(start + 50, count)) for start in range(0, count, 50)]
     jobs = [(source, block, config, timing) for block in seeds]
-    folder = config.folder / source
-    folder.mkdir(parents=True, exist_ok=True)
     blocks: list[Arrays] = []
     failed = 0
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         for block, misses in tqdm(pool.map(_record_many, jobs), total=len(jobs), desc=f"simulate {source}", unit="50"):
             blocks.append(block)
             failed += misses
-    for name in list(blocks[0]):  # popped as they are written, or everything would lie in memory twice
-        np.save(folder / f"{name}.npy", np.concatenate([block.pop(name) for block in blocks]))
-    frames = len(np.load(folder / "uv.npy", mmap_mode="r"))
+    frames = sum(len(block["uv"]) for block in blocks)
+    with whole_folder(config.folder / source) as folder:
+        for name in list(blocks[0]):  # popped as they are written, or everything would lie in memory twice
+            with writing(config.folder / source / f"{name}.npy"):
+                np.save(folder / f"{name}.npy", np.concatenate([block.pop(name) for block in blocks]))
     return {"episodes" if source != "scenes" else "scenes": count, "frames": frames, "demonstrator_failed": failed}
 
 
@@ -279,20 +280,40 @@ def check_robot(robot: Robot) -> None:
 
 
 def make_data(config: DataConfig, timing: ChunkTiming) -> dict[str, Any]:
-    """Make all sources, unless `config.folder` has them from the same settings; returns `meta.json`."""
+    """Make all sources, unless `config.folder` has them from the same settings; returns `meta.json`.
+
+    While they are made there is no meta.json: data that a killed process left half new is never taken for whole.
+    """
     meta_path = config.folder / "meta.json"
     settings = (
         json.loads(config.model_dump_json(exclude={"folder", "workers", "recorded"}))
         | vars(timing)
         | {"format": FORMAT}
     )
-    if meta_path.exists() and (meta := json.loads(meta_path.read_text()))["settings"] == settings:
-        return dict(meta)
+    if (meta := read_meta(meta_path)) is not None and meta["settings"] == settings:
+        return meta
+    meta_path.unlink(missing_ok=True)
     counts = {
         "scenes": make_source("scenes", config.scenes, config, timing),
         "robot": make_source("robot", config.robot_episodes, config, timing),
         "validation": make_source("validation", config.validation_episodes, config, timing),
     }
     meta = {"settings": settings, "counts": counts, "fingerprint": fingerprint(config.folder)}
-    meta_path.write_text(json.dumps(meta, indent=1))
+    write_whole(meta_path, json.dumps(meta, indent=1))
+    return meta
+
+
+def read_meta(path: Path) -> dict[str, Any] | None:
+    """What the data was made from; None if there is no data."""
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("settings", "counts", "fingerprint"):
+            meta[key]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{path}: expected settings, counts and fingerprint of the data as JSON, got something else ({error!r}); "
+            "delete it, and the data is made again"
+        ) from error
     return meta

@@ -1,0 +1,249 @@
+"""Kills whoever writes: `python support/kills.py FOLDER WHAT...`, in a process without threads, which may fork.
+
+For each WHAT, a function below or its name and a number, children save the next version of something and are killed:
+at the n-th operation on files (n = 1, 2, ... until a child comes through), or with `WHAT=TIMES` at that many random
+moments. After each kill, what is on the disk must be one whole version, and never an earlier one than before. Prints
+how many kills there were, and how often there was no version at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from ki_vla_ros.bundle.folder import EXPERT, PREFILL, load_bundle
+from ki_vla_ros.bundle.manifest import PolicySpec
+from support.checkpoints import small_policy
+from support.models import make_model
+from training import storage
+from training.config import DataConfig
+from training.data.batch import ChunkTiming
+from training.data.simulated import generate
+from training.export import bundle as export
+from training.tokens.words import build_tokenizer
+from training.weights.checkpoints import (
+    POLICY,
+    WEIGHTS,
+    load_resume,
+    newest_checkpoint,
+    read_config,
+    save_checkpoint,
+    save_run,
+)
+
+Save = Callable[[int], object]
+Read = Callable[[], "int | None"]
+"""The version on the disk, None for none; AssertionError or ConfigurationError if it is not one version."""
+
+WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate"}
+
+
+def run_checkpoint(folder: Path) -> tuple[Save, Read]:
+    model = make_model()
+    bias = model.action_out.bias
+
+    def save(version: int) -> None:
+        with torch.no_grad():
+            bias.fill_(version)
+        save_run(folder, model, {"step": version, "moments": bias.detach().clone()})
+
+    def read() -> int | None:
+        place = newest_checkpoint(folder)
+        if place is None:
+            return None
+        state, found = load_resume(place), load_file(place / WEIGHTS)["action_out.bias"]
+        read_config(place)
+        assert (found == state["step"]).all() and (state["moments"] == state["step"]).all()
+        return int(state["step"])
+
+    return save, read
+
+
+def policy(folder: Path) -> tuple[Save, Read]:
+    """Weights and their policy.json; a name says the version."""
+    model, tokenizer, spec = make_model(), build_tokenizer(fast_vocab=2), small_policy("text")
+
+    def save(version: int) -> None:
+        with torch.no_grad():
+            model.action_out.bias.fill_(version)
+        named = spec.model_copy(update={"name": f"version {version}"})
+        save_checkpoint(folder, model, tokenizer=tokenizer, policy=named)
+
+    def read() -> int | None:
+        if not folder.exists():
+            return None
+        named = PolicySpec.model_validate_json((folder / POLICY).read_text())
+        version = int(named.name.split()[1])
+        assert (load_file(folder / WEIGHTS)["action_out.bias"] == version).all()
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return version
+
+    return save, read
+
+
+def policy_without_exchange(folder: Path) -> tuple[Save, Read]:
+    """On a file system where two folders cannot change places, the earlier one may be beside its place."""
+
+    def refuse(*_: Path) -> None:
+        raise OSError(errno.EINVAL, "as on NFS")
+
+    storage.exchange = refuse
+    save, read = policy(folder)
+    aside = folder.with_name(f".{folder.name}.old")
+
+    def read_beside() -> int | None:
+        return read() if folder.exists() or not aside.exists() else policy(aside)[1]()
+
+    return save, read_beside
+
+
+def data(folder: Path) -> tuple[Save, Read]:
+    """Simulated data in place of other simulated data: the seed is the version."""
+
+    class Inline:  # in place of a pool of processes
+        def __init__(self, *_: object, **__: object) -> None: ...
+        def __enter__(self) -> Inline:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        map = staticmethod(map)
+
+    def record(job: tuple[str, range, DataConfig, ChunkTiming]) -> tuple[dict[str, Any], int]:
+        return {name: np.full(3, job[2].seed) for name in ("uv", "state")}, 0
+
+    generate.ProcessPoolExecutor, generate._record_many = Inline, record  # type: ignore[attr-defined, assignment]
+    timing = ChunkTiming(24, 5, 0.1, 2)
+
+    def save(version: int) -> None:
+        config = DataConfig(folder=folder, seed=version, robot_episodes=1, frames_per_episode=1, scenes=1,
+                            validation_episodes=1)  # fmt: skip
+        generate.make_data(config, timing)
+
+    def read() -> int | None:
+        meta = generate.read_meta(folder / "meta.json")
+        if meta is None:
+            return None
+        arrays = [x for name in meta["counts"] for x in generate.load_arrays(folder / name).values()]
+        assert len(arrays) == 6 and all((x == meta["settings"]["seed"]).all() for x in arrays)
+        assert meta["fingerprint"] == generate.fingerprint(folder)
+        return int(meta["settings"]["seed"])
+
+    return save, read
+
+
+def bundle(folder: Path) -> tuple[Save, Read]:
+    """An export in place of an earlier bundle; the graphs are those of the bundle beside, as tracing takes long."""
+    made = folder.parent.parent / "made"
+
+    def take(_: object, place: Path) -> None:
+        for name in (PREFILL, EXPERT):
+            shutil.copy(made / "bundle" / name, place)
+
+    export.write_graphs, export.parity_error = take, lambda *_, **__: 0.0  # type: ignore[assignment]
+    spec = PolicySpec.model_validate_json((made / "checkpoint" / POLICY).read_text())
+
+    def save(version: int) -> None:
+        named = spec.model_copy(update={"name": f"version {version}"})
+        (made / "checkpoint" / POLICY).write_text(named.model_dump_json())
+        with contextlib.redirect_stdout(None):
+            export.export_bundle(made / "checkpoint", folder)
+
+    def read() -> int | None:
+        return int(load_bundle(folder).manifest.name.split()[1]) if folder.exists() else None
+
+    return save, read
+
+
+def die_at(operation: int) -> None:
+    """SIGKILL before the n-th operation of this process that changes a folder or opens a file to write."""
+    numbers = count(1)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (opened or event in WRITES) and next(numbers) == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def die_within(seconds: float) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def fork(work: Callable[[], object]) -> bool:
+    """Whether a child that does the work was killed; RuntimeError if it failed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if not os.WIFSIGNALED(status) and status != 0:
+        raise RuntimeError(f"a child that was not killed failed: {status}")
+    return os.WIFSIGNALED(status)
+
+
+def kills(save: Save, read: Read, times: int) -> Iterator[int | None]:
+    """The version on the disk after each kill."""
+    newest = 1
+    fork(lambda: save(newest))
+    rng = random.Random(0)
+    for number in range(1, times + 1) if times else count(1):
+        moment = rng.uniform(0.001, 0.02)
+
+        def work(number: int = number, moment: float = moment, version: int = newest + 1) -> None:
+            if not times:
+                die_at(number)
+                save(version)
+                return
+            die_within(moment)
+            for later in count(version):
+                save(later)
+
+        killed = fork(work)
+        found = read()
+        yield found
+        newest = max(newest, found or 0)
+        if not killed:
+            return
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for argument in sys.argv[2:]:
+        what, _, times = argument.partition("=")
+        place = Path(sys.argv[1]) / argument / "place"
+        place.parent.mkdir(parents=True)
+        save, read = globals()[what](place)
+        before, versions = 0, list[int | None]()
+        for version in kills(save, read, int(times or 0)):
+            assert version is None or version >= before, (what, version, before)
+            before = max(before, version or 0)
+            versions.append(version)
+        left = sorted(path.name for path in place.parent.iterdir())
+        figures = {"what": argument, "kills": len(versions), "none": versions.count(None), "newest": before}
+        print(json.dumps(figures | {"left": left}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""A disk that fills up, as a limit on the size of files: one clear error, and what was there before stays."""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from support.bundles import demo_policy
+from support.exported import export, skip_tracing
+from support.lerobot_runs import run
+from support.models import make_model
+from support.sample_bags import recording, write_bag
+
+from ki_vla_ros.bundle.folder import load_bundle
+from ki_vla_ros.errors import ConfigurationError
+from training.export.__main__ import main as export_main
+from training.tokens.words import build_tokenizer
+from training.weights.checkpoints import load_checkpoint, load_resume, newest_checkpoint, save_checkpoint, save_run
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "name"), [(1000, "weights.safetensors"), (500_000, "resume.pt")])
+def test_a_runs_checkpoint(tmp_path: Path, size: int, name: str) -> None:
+    model = make_model()
+    save_run(tmp_path, model, {"step": 1})
+    with (
+        files_of_at_most(size),
+        pytest.raises(ConfigurationError, match=f"{name}: expected to write it whole, got .*room"),
+    ):
+        save_run(tmp_path, model, {"step": 2, "moments": torch.zeros(1_000_000)})
+    place = newest_checkpoint(tmp_path)
+    assert place is not None and load_resume(place) == {"step": 1}
+    load_checkpoint(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
+def test_a_policy(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), build_tokenizer(fast_vocab=20_000)  # the larger file
+    with (
+        files_of_at_most(300_000),
+        pytest.raises(ConfigurationError, match=r"tokenizer\.json: expected to write it whole, got .*room"),
+    ):
+        save_checkpoint(tmp_path / "policy", model, tokenizer=tokenizer, policy=demo_policy())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [100, 1000, 5000])
+def test_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int) -> None:
+    """What is not whole has no meta/info.json: nobody takes it for a dataset."""
+    bag = write_bag(tmp_path / "bag", recording(seconds=1.5))
+    with files_of_at_most(size):
+        assert run("from-bag", bag, "--out", tmp_path / "dataset", "--actions", "states", "--bundle", "demo") == 2
+    said = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"convert: dataset .*dataset: expected to write it whole, got .*too large.*again", said), said
+    assert not (tmp_path / "dataset" / "meta" / "info.json").exists()
+
+
+@pytest.mark.slow
+def test_an_export(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = export(tmp_path_factory, "text")
+    skip_tracing(monkeypatch, made)
+    shutil.copytree(made.bundle.path, tmp_path / "bundle")
+    for size in (100, 2_000, 20_000):
+        with files_of_at_most(size):
+            assert (
+                export_main(["--checkpoint", str(made.checkpoint), "--out", str(tmp_path / "bundle"), "--torch"]) == 2
+            )
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("export: ") and "\n" not in said and "too large" in said, said
+        load_bundle(tmp_path / "bundle")
+        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -1,0 +1,47 @@
+"""Killed while it writes, whatever has several files is one whole version: the earlier or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import ROOT
+from support.exported import export
+
+CASES = ("run_checkpoint", "run_checkpoint=200", "policy", "bundle", "data", "policy_without_exchange")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What support/kills.py found, by case."""
+    folder, made = tmp_path_factory.mktemp("kills"), export(tmp_path_factory, "text")
+    shutil.copytree(made.checkpoint.parent, folder / "made")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'test'}", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(Path(ROOT, "test/support/kills.py")), str(folder), *CASES],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {found["what"]: found for found in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "data"])
+def test_there_is_always_one_whole_version(figures: dict[str, dict[str, Any]], case: str) -> None:
+    found = figures[case]
+    assert found["none"] == 0
+    assert found["newest"] > 2
+    assert found["kills"] >= (200 if "=" in case else 12)
+    assert set(found["left"]) - {"place"} <= {".place.part"} | ({".place.old"} if case == CASES[-1] else set())
+
+
+def test_data_that_is_half_made_counts_as_none(figures: dict[str, dict[str, Any]]) -> None:
+    """A seed makes it again; while it is made, there is no meta.json."""
+    assert figures["data"]["kills"] >= 20 and figures["data"]["newest"] == 2
