@@ -16,6 +16,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -206,10 +207,12 @@ def fork(work: Callable[[], object]) -> bool:
 def kills(save: Save, read: Read, times: int) -> Iterator[int | None]:
     """The version on the disk after each kill."""
     newest = 1
+    began_s = time.monotonic()
     fork(lambda: save(newest))
+    longest_s = 1.5 * (time.monotonic() - began_s)  # some children come through one save, most do not
     rng = random.Random(0)
     for number in range(1, times + 1) if times else count(1):
-        moment = rng.uniform(0.001, 0.02)
+        moment = rng.uniform(0.001, longest_s)
 
         def work(number: int = number, moment: float = moment, version: int = newest + 1) -> None:
             if not times:
