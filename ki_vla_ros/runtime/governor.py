@@ -23,8 +23,9 @@ Array = NDArray[np.float64]
 
 # Share of the acceleration limit spent on closing a gap to the path; the path's own acceleration needs the rest.
 CORRECTION = 0.5
-# No motion follows a target longer than this, whatever a bundle or a stamp says: a motion's size stays bounded.
-LONGEST_TARGET_NS = 60 * NS_PER_S
+# No motion follows a target for more periods than this, whatever bundle, stamps and settings say, so that what is
+# computed while a stop waits stays small.
+MOST_PERIODS = 5000
 # A resting arm farther from its last command than this share of a joint's range, or than the joint turns in this time,
 # has been moved by someone else.
 MOVED_SHARE, MOVED_S = 0.02, 0.1
@@ -106,8 +107,9 @@ class Governor:
 
         With `start_J` it starts there, at rest, at `from_ns`.
         """
-        end_ns = min(target.due_ns(target.horizon - 1), from_ns + LONGEST_TARGET_NS)
+        end_ns = target.due_ns(target.horizon - 1)
         steps = max(1, -((from_ns - end_ns) // self._period_ns))  # rounded up: the last action is still reached
+        steps = min(steps, MOST_PERIODS)
         path_NJ, speed_NJ = cubic(target, from_ns + self._period_ns * (np.arange(steps) + 1))
         return self._continue(path_NJ, speed_NJ, start_J, from_ns, now_ns, bounds)
 

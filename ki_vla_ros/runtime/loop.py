@@ -33,7 +33,7 @@ from ki_vla_ros.settings import Settings
 # A chunk waits no longer than this for the controller to get to where its motion starts; else it gets there first.
 SETTLE_S = 0.25
 # How often a motion that was finished too late is thrown away and made again.
-ATTEMPTS = 5
+ATTEMPTS = 3
 # Share of the speed limits that the ramp over ramp_in_s starts from.
 FIRST_SHARE = 0.1
 # How often the node and a replay call `watch`. An arm is held at most this much later than hold_after_s: a fifth of a
@@ -199,6 +199,8 @@ class PolicyLoop:
             bounds = self._ramped(settings)
 
             def follow(from_ns: int, at_ns: int) -> tuple[Motion, Bounds]:
+                if self._latched is not None:
+                    raise SafetyRefusal(f"stopped: {self._latched}")
                 return self._governor.follow(path, start_J, from_ns, at_ns, bounds), bounds
 
             self._send(follow, lead_ns, watch, measured_J, dry_run=settings.dry_run)

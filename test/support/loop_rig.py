@@ -26,6 +26,8 @@ class FakeWire:
 
     def __init__(self) -> None:
         self.time_ns = START
+        self.stepped_ns = 0  # by how much the node's clock has been set since the start
+        self.computing_ns: list[int] = []  # how long what is computed between two looks at the motion's clock takes
         self.commands: list[tuple[Motion, int]] = []
         self.chunks: list[ActionChunk] = []
         self.ticks: list[Mapping[str, object]] = []
@@ -36,7 +38,9 @@ class FakeWire:
         return self.time_ns
 
     def motion_ns(self) -> int:
-        return self.now_ns()
+        if self.computing_ns:
+            self.time_ns += self.computing_ns.pop(0)
+        return self.time_ns - self.stepped_ns
 
     def simulated_clock(self) -> bool:
         return True

@@ -14,8 +14,8 @@ from support.loop_rig import MS, START, Rig, is_hold
 
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import EngineError, SafetyRefusal
-from ki_vla_ros.records import ActionChunk, JointReading, Motion
-from ki_vla_ros.runtime.governor import START_GAP_S, Bounds
+from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
+from ki_vla_ros.runtime.governor import MOST_PERIODS, START_GAP_S, Bounds, Governor
 from ki_vla_ros.runtime.safety import extremes, joint_bounds
 
 
@@ -323,3 +323,107 @@ def test_a_tick_that_is_running_at_the_end_sends_nothing(rig: Rig, monkeypatch: 
     monkeypatch.setattr(rig.policy, "denoise", denoise)
     rig.loop.begin()
     assert rig.tick()[0] == 0 and len(rig.wire.commands) == 1
+
+
+# --- clocks, lateness, limits
+
+
+@pytest.mark.parametrize("step_ms", [10, 50, -150, 240, -3_600_000, 3_600_000])
+def test_a_step_of_the_nodes_clock_is_no_step_of_the_arm(rig: Rig, step_ms: int) -> None:
+    rig.give_inputs()
+    rig.tick()
+    before, _ = rig.wire.commands[0]
+    rig.wire.time_ns += (300 + step_ms) * MS
+    rig.wire.stepped_ns = step_ms * MS
+    rig.loop.clock_stepped(back=step_ms < 0)
+    rig.give_inputs()
+    rig.tick()
+    after, sent_ns = rig.wire.commands[1]
+    assert sent_ns == START + 300 * MS and after.from_ns <= sent_ns + (10 + 20) * MS
+    for a, b in zip(before.at(after.from_ns), after.at(after.from_ns), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+    chunk = rig.wire.chunks[1]  # dated by the node's clock, executed by the other
+    ahead_ns = rig.wire.stepped_ns
+    np.testing.assert_allclose(after.at(chunk.due_ns(12) - ahead_ns)[0], chunk.position_HJ[12], atol=2e-3)
+
+
+def test_a_motion_that_was_finished_too_late_is_made_again(rig: Rig) -> None:
+    rig.give_inputs()
+    rig.tick()
+    running, _ = rig.wire.commands[0]
+    rig.wire.time_ns += 300 * MS
+    rig.give_inputs()
+    rig.wire.computing_ns = [0] * 5 + [60 * MS]
+    rig.tick()
+    after, sent_ns = rig.wire.commands[1]
+    assert sent_ns == START + 360 * MS and after.from_ns >= sent_ns
+    for a, b in zip(running.at(after.from_ns), after.at(after.from_ns), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+def test_motions_that_are_always_too_late_are_never_sent(rig: Rig) -> None:
+    rig.give_inputs()
+    rig.tick()
+    rig.wire.time_ns += 300 * MS
+    rig.give_inputs()
+    # Each one takes longer than the time that the one before it makes it take into account.
+    rig.wire.computing_ns = [0] * 5 + [40 * MS, 0, 200 * MS, 0, 900 * MS]
+    with pytest.raises(SafetyRefusal, match=r"motion: finished .* after it had to take over, 3 times running"):
+        rig.tick()
+    assert len(rig.wire.commands) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"limits.joints.shoulder_pan.acceleration": 0.35},  # 9 s to stop from full speed
+        {"limits.time_to_speed_s": 10.0},
+        {"limits.velocity_scale": 0.01},
+        {"limits.joints.shoulder_pan.velocity": 1e-6},
+    ],
+)
+def test_limits_that_become_tighter_than_the_motion_stop_it_first(rig: Rig, changes: dict[str, float]) -> None:
+    """Within the limits that it was made within: with the new ones it might never come to rest."""
+    bounds = limits_of(rig)
+    rig.give_inputs()
+    rig.tick()
+    rig.wire.time_ns += 400 * MS
+    rig.give_inputs()
+    running, _ = rig.wire.commands[0]
+    assert np.abs(running.at(rig.wire.time_ns)[1][0]) > 0.0
+    rig.change(**changes)
+    rig.loop.step(rig.settings, rig.wire.time_ns, 0)
+    assert str(rig.wire.ticks[0]["hold"]).startswith("limits: became tighter than the running motion")
+    hold, sent_ns = rig.wire.commands[1]
+    assert hold.end_ns - sent_ns < 200 * MS
+    _, _, _, acceleration_J = extremes(hold)
+    assert np.all(acceleration_J <= bounds.acceleration_J * (1 + 1e-6))
+
+
+def test_a_change_of_limits_that_is_no_range_holds_the_arm(rig: Rig) -> None:
+    """The node refuses such a parameter; should one get here all the same, it must not count as in force."""
+    rig.give_inputs()
+    rig.tick()
+    joint = rig.policy.bundle.manifest.joint_names[0]
+    rig.change(**{f"limits.joints.{joint}.lower": 5.0})
+    for n in range(3):
+        rig.wire.time_ns += 100 * MS
+        rig.give_inputs()
+        rig.loop.step(rig.settings, rig.wire.time_ns, 0)
+        assert "leave no range" in str(rig.wire.ticks[n]["hold"])
+    assert [is_hold(motion) for motion, _ in rig.wire.commands] == [False, True]
+
+
+def test_a_hold_is_small_whatever_the_limits_are() -> None:
+    """A joint that turns for ever, slowly braking: the motion has as many pieces as braking takes periods."""
+    wide = Bounds(np.array([-1e9]), np.array([1e9]), np.array([3.0]), np.array([0.3]))
+    governor = Governor(("wheel",), 0.002)
+    target = ActionChunk(START, 3600 * NS_PER_S, ("wheel",), np.array([[1e8], [2e8]]), np.array([[3.0], [3.0]]))
+    motion = governor.follow(target, np.zeros(1), START, START, wide)
+    assert len(motion.time_N) <= 2 * MOST_PERIODS + 2
+    governor.commit(motion, wide)
+    at_ns = START + 9 * NS_PER_S
+    speed = float(motion.at(at_ns)[1][0])
+    brake, within = governor.brake(at_ns, at_ns)
+    assert within is wide and speed > 2.0
+    assert (brake.end_ns - at_ns) / NS_PER_S == pytest.approx(speed / 0.3, abs=0.01)
