@@ -16,8 +16,8 @@ clock are no lateness: nothing is allowed for them.
 **Limits that change** hold for each message whose tick began after the change. A joint that is too fast or too far out
 by the new ones may take the time that braking takes; a tighter acceleration counts from its next rest on.
 
-**Strangers.** What another publisher's trajectory does is not judged, nor the first piece with which ours takes over
-from one that still moves or has just come: nobody could know that state. All others are.
+**Strangers.** What another publisher's command does is not judged, nor the first piece with which ours takes over while
+its motion, or the one of ours that it broke off, is not over for SEEN_NS: nobody could know that state. All others are.
 
 Legend: J joints, N milliseconds. Times in ns on the steady clock unless a name says ROS.
 """
@@ -31,18 +31,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from types import FrameType, SimpleNamespace
 from typing import Any, get_args
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.errors import EngineError, InputError
+from ki_vla_ros.errors import ConfigurationError, EngineError, InputError
 from ki_vla_ros.messages.encoding import encode_command
-from ki_vla_ros.records import ActionChunk, CameraFrame, JointReading, Motion
+from ki_vla_ros.records import ActionChunk, CameraFrame, JointReading, Motion, to_ns
 from ki_vla_ros.robot.robot import JointSpec
-from ki_vla_ros.ros.stream import MotionStream
+from ki_vla_ros.ros.stream import Player
+from ki_vla_ros.runtime import joint_bounds, pacing, thread
 from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
@@ -119,7 +120,7 @@ class Case:
         self.fail = rng.choice((0.0, 0.4)) if "gaps" in self.faults else 0.0
         self.stalls = {}
         if "stalls" in self.faults:
-            self.stalls = {rng.randint(1, 25): rng.choice((3, 30, 100, 300, 1000)) for _ in range(rng.randint(1, 2))}
+            self.stalls = {rng.randint(1, 60): rng.choice((3, 30, 100, 300, 1000)) for _ in range(rng.randint(1, 2))}
         self.events: list[Event] = sorted(
             [event for fault in sorted(self.faults) for event in getattr(self, f"_{fault}", lambda: ())()],
             key=lambda event: event[0],
@@ -252,7 +253,8 @@ class World:
     calls: int = 0
     logged: list[str] = field(default_factory=list)
     latches: list[int] = field(default_factory=list)
-    streamed: list[tuple[Array, Told | None]] = field(default_factory=list)
+    streamed: list[tuple[int, Array, Told | None]] = field(default_factory=list)
+    stalled: list[tuple[int, int]] = field(default_factory=list)
     late: list[tuple[int, float]] = field(default_factory=list)  # from when on, by how many ns the starts may differ
 
     def __post_init__(self) -> None:
@@ -270,7 +272,7 @@ class World:
         self.meant = TrajectoryController(NAMES, at_J, self.steady, self.offset_ns)
         self.real = TrajectoryController(NAMES, at_J, self.steady, self.offset_ns)
         self.buffer = Inputs(self)
-        self.stream = Stream(self)
+        self.player, self.playing = Player(to_ns(PERIOD_S)), self.first
         self.diagnostics = Diagnostics()
         self.loop = PolicyLoop(Policy(self), self.buffer, self, self.diagnostics, lambda: self.settings)  # type: ignore[arg-type]
         self.loop.instruction = "go"
@@ -286,15 +288,21 @@ class World:
     # --- the loop's wire
 
     def now_ns(self) -> int:
-        return self.steady + self.offset_ns
+        self.stall()
+        return self.ros_ns()
 
-    def steady_ns(self) -> int:
-        return self.steady
+    def motion_ns(self) -> int:
+        self.stall()
+        return self.player.motion_ns(self.steady) if self.case.mode == "stream" else self.steady
 
     def simulated_clock(self) -> bool:
         return False
 
+    def moves_arm(self) -> bool:
+        return True
+
     def send_command(self, motion: Motion, now_ns: int) -> None:
+        """As NodeWire's, but that what it publishes may come late."""
         if self.ramp_from is None:
             self.ramp_from = self.decoded
         share = 1.0
@@ -302,9 +310,10 @@ class World:
             share = min(1.0, 0.1 + 0.9 * (self.steady - self.ramp_from) / ramp_ns)
         told = Told(self.tick_limits, share)
         if self.case.mode == "stream":
-            self.stream.begin(motion, told)
+            self.player.play(motion, self.steady)
+            self.playing = told
             return
-        data = encode_command(motion, now_ns, splice=self.case.mode == "splice")
+        data = encode_command(motion, now_ns, self.ros_ns() if self.case.mode == "splice" else 0)
         self.meant.offset_ns = self.offset_ns
         meant = self.meant.receive(data, self.steady, told)
         late_ns = self.rng.choice((0, 0, self.case.late_ms)) * MS
@@ -320,6 +329,9 @@ class World:
     def log(self, message: str, cause: str) -> None:
         if cause == "internal error":
             self.logged.append(message.strip().splitlines()[-1])
+
+    def ros_ns(self) -> int:
+        return self.steady + self.offset_ns
 
     # --- what the loop's thread waits on
 
@@ -337,13 +349,15 @@ class World:
         """Called wherever the process may stop: nothing of the node runs, everything else goes on."""
         self.calls += 1
         if stalled_ms := self.case.stalls.get(self.calls):
+            self.stalled.append((self.steady, self.steady + stalled_ms * MS))
             self._happen_until(self.steady + stalled_ms * MS)
             self.steady += stalled_ms * MS
 
     def flow(self, end: int, until_stopped: bool = False) -> None:
         """Lets time pass: the inputs come, the watchdog runs, the stream sends, and what the case says happens."""
         while not (until_stopped and not self.active):
-            due = min(self.reading_due, self.watch_due, self.stream.due, *(at for at, _, _ in self.events), 1 << 62)
+            stream_due = 1 << 62 if self.player.motion is None else self.player.due_ns()
+            due = min([self.reading_due, self.watch_due, stream_due, *(at for at, _, _ in self.events[:1])])
             if due > end:
                 break
             self.steady = max(self.steady, due)
@@ -352,8 +366,9 @@ class World:
             elif self.reading_due <= self.steady:
                 self.reading_due = self.steady + READING_NS
                 self.buffer.fill()
-            elif self.stream.due <= self.steady:
-                self.stream.sample()
+            elif stream_due <= self.steady:
+                if (position_J := self.player.next(self.steady)) is not None:
+                    self.streamed.append((self.steady, position_J.copy(), self.playing))
             else:
                 self.watch_due = self.steady + WATCHDOG_NS
                 self.loop.watch()
@@ -389,26 +404,24 @@ class World:
                 if any(piece.from_ns > self.steady for piece in self.meant.pieces):
                     self.late.append((self.steady, abs(step_ms) * MS))
         elif what == "stranger":
+            self.late.append((self.steady, float("inf")))  # it does not come between the same messages in both
             self._interfere(*how)
         elif what == "restart":
             position_J = self.place(how)
             self.state = ("true", 0.0, 0)
-            self.streamed.append((position_J, None))
+            self.streamed.append((self.steady, position_J, None))
             for controller in (self.meant, self.real):
                 controller.rest(position_J, self.steady)
+        elif what == "state" and not (self.streamed or self.meant.pieces[1:]):
+            self._plan(self.steady + READING_NS, what, how)  # before the first command, readings are all that it has
         elif what == "state":
             self.state = (*how, self.steady)
         elif what == "cameras":
             self.cameras = how
-        elif what in ("set", "unset"):
-            changed = (
-                self.parameters | how
-                if what == "set"
-                else {k: self.parameters[k] for k in self.parameters if k not in how}
-            )
-            self.parameters = {**changed}
-            self.settings = _settings(tuple(self.parameters.items()))
-            self.limits = limits_of(self.case.joints, self.parameters)
+        elif what == "set":
+            self._change(self.parameters | how)
+        elif what == "unset":
+            self._change({name: value for name, value in self.parameters.items() if name not in how})
         elif what == "latch":
             self.latches.append(self.steady)
             self.loop.latch("by the case")
@@ -421,13 +434,23 @@ class World:
         elif what == "activate":
             self.active = self.steady < START + self.case.ms * MS
 
+    def _change(self, parameters: dict[str, Any]) -> None:
+        """As the node's parameter callback: what it refuses changes nothing."""
+        settings = _settings(tuple(parameters.items()))
+        try:
+            joint_bounds(self.case.joints, settings.limits)
+        except ConfigurationError:
+            return
+        self.settings, self.parameters = settings, parameters
+        self.limits = limits_of(self.case.joints, parameters)
+
     def _interfere(self, share: float, lasts_s: float) -> None:
         """Someone else's command: for a while to a place near by, at half of the speed limit."""
         position_J, _ = self.commanded()
         way_J = (2.0 * share - 1.0) * 0.3 * self.limits.speed_J * lasts_s
         goal_J = np.clip(position_J + way_J, self.limits.lower_J, self.limits.upper_J)
         if self.case.mode == "stream":
-            self.streamed.append((goal_J, None))
+            self.streamed.append((self.steady, goal_J, None))
             return
         time_N = self.now_ns() + np.array([0, round(lasts_s * NS_PER_S)])
         still = np.zeros((2, 2))
@@ -441,7 +464,7 @@ class World:
 
     def commanded(self) -> tuple[Array, Array]:
         if self.case.mode == "stream":
-            position_J = self.streamed[-1][0] if self.streamed else self.real.pieces[0].position_KJ[0]
+            position_J = self.streamed[-1][1] if self.streamed else self.real.pieces[0].position_KJ[0]
             return position_J, np.zeros(2)
         return self.real.sample(self.steady - self.case.lag_ms * MS)
 
@@ -449,6 +472,17 @@ class World:
         """Beside where the arm is told to be, by this share of its range (at most 4 rad)."""
         lower_J, upper_J = self.limits.lower_J, self.limits.upper_J
         return np.asarray(np.clip(self.commanded()[0] + share * np.minimum(upper_J - lower_J, 4.0), lower_J, upper_J))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Gives the runtime this world's steady clock, and no images to prepare."""
+        clock, model_input = SimpleNamespace(monotonic_ns=lambda: self.steady), SimpleNamespace(state_J=None)
+        with (
+            patch.object(thread, "time", clock),
+            patch.object(pacing, "time", clock),
+            patch.object(loop_module, "make_model_input", lambda *_: model_input),
+        ):
+            yield
 
     def grace_ns(self) -> int:
         leads = [
@@ -458,7 +492,7 @@ class World:
         return round((max(leads) + PERIOD_S) * NS_PER_S) + MS
 
     def run(self) -> None:
-        end = START + (self.case.ms + 400) * MS
+        end = START + self.case.ms * MS
         while self.steady < end:
             if self.active:
                 self.ramp_from = None
@@ -466,9 +500,8 @@ class World:
                 self.thread._run()
                 self.loop.rest()
             else:
-                later = [at for at, what, _ in self.events if what == "activate"]
-                self.flow(min([end, *later]))
-        self.flow(end + 400 * MS)
+                self.flow(min([end, *(at for at, what, _ in self.events if what == "activate")]))
+        self.flow(self.steady + 100 * MS)
 
 
 class Inputs(ObservationBuffer):
@@ -482,7 +515,7 @@ class Inputs(ObservationBuffer):
 
     def fill(self) -> None:
         world = self.world
-        stamp_ns = world.now_ns()
+        stamp_ns = world.ros_ns()
         if world.cameras:
             self.add_frame(CameraFrame("scene", stamp_ns, self.image))
         kind, share, since = world.state
@@ -509,30 +542,6 @@ class Inputs(ObservationBuffer):
         found = super().latest(*given)
         self.world.stall()  # a motion is about to be made from it
         return found
-
-
-class Stream(MotionStream):
-    """The stream's thread without the thread: `sample` is what it does between two waits."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(lambda position_J: None, world.now_ns, PERIOD_S)
-        self.world, self.due = world, 1 << 62
-
-    def begin(self, motion: Motion, told: Told) -> None:
-        if self._motion is None:
-            self.due = max(self.world.steady, self.due if self.due < 1 << 62 else 0)
-        self._motion, self.told = motion, told
-
-    def sample(self) -> None:
-        world, motion = self.world, self._motion
-        if motion is None:
-            self.due = 1 << 62
-            return
-        now_ns = world.now_ns()
-        world.streamed.append((motion.at(now_ns)[0].copy(), self.told))
-        self.due = world.steady + round(PERIOD_S * NS_PER_S)
-        if now_ns >= motion.end_ns:
-            self._motion = None
 
 
 class Policy:
@@ -618,22 +627,19 @@ class Unbounded(BaseException):
 
 def judge(case: Case) -> Verdict:
     faults: list[str] = []
-    model_input, loop_module.make_model_input = loop_module.make_model_input, lambda *_: SimpleNamespace(state_J=None)  # type: ignore[assignment]
+    world = World(case)
     try:
-        world = World(case)
-        with limited_time():
+        with world.in_place(), limited_time():
             world.run()
     except Unbounded:
         faults.append("takes too long")
     except Exception as error:
         faults.append(f"raises {type(error).__name__} in {traceback.extract_tb(error.__traceback__)[-1].name}")
-    finally:
-        loop_module.make_model_input = model_input
     faults += sorted({f"internal error: {line}"[:90] for line in world.logged})
     faults += [f"the controller refuses it: {why}" for why in world.meant.refused[:1]]
     track = stream_track(world) if case.mode == "stream" else path_track(world)
     ratios = Ratios(track)
-    if case.mode != "stream":
+    if case.mode != "stream" and max(ratios.worst.values()) <= TOLERANCE:
         widest = ratios.speed_PJ.max(axis=0), ratios.acceleration_PJ.max(axis=0)
         ratios.worst["lateness"] = lateness(world, track.time_N, track.position_NJ, *widest)
     return Verdict(case, ratios.worst, [*faults], bool(np.any(ratios.speed_NJ)), ratios.where)
@@ -660,13 +666,15 @@ def path_track(world: World) -> Track:
     time_N = np.arange(START, end + 3 * MS, MS)
     position_NJ, _, number_N = world.meant.walk(time_N)
     judged_N = np.ones(len(time_N), dtype=bool)
-    for piece, after in pairwise([*pieces, None]):
-        assert piece is not None
-        if piece is pieces[0] or piece.label is not None:
+    for before, piece, after in zip([None, *pieces], pieces, [*pieces[1:], None], strict=False):
+        if before is None or piece.label is not None:
             continue
         until = int(time_N[-1]) if after is None else after.from_ns
-        if after is not None and after.from_ns < int(piece.time_K[-1]) + SEEN_NS:
-            until = int(after.time_K[min(1, len(after.time_K) - 1)]) + 3 * MS
+        # Ours too: as far as the node knows, it goes on. And while the node is stopped, it sees nothing.
+        if after is not None:
+            unseen = [end for begin, end in world.stalled if begin <= after.from_ns]
+            if after.from_ns < max([int(before.time_K[-1]), int(piece.time_K[-1]), *unseen]) + SEEN_NS:
+                until = int(after.time_K[min(1, len(after.time_K) - 1)]) + 3 * MS
         judged_N[(time_N >= piece.from_ns) & (time_N < until)] = False
     told = [piece.label if isinstance(piece.label, Told) else world.first for piece in pieces]
     begun = [piece.from_ns for piece in pieces]
@@ -674,20 +682,39 @@ def path_track(world: World) -> Track:
 
 
 def stream_track(world: World) -> Track:
-    """Every position that was sent, as if they were one period apart: a step is one however late it comes."""
+    """Every position that was sent, as if they were one period apart: a step is one however late it comes.
+
+    While the process is stopped no position comes, and the arm stands still: after more than a period of that it has
+    been stopped, and is judged from there on.
+    """
     rest_J = world.real.pieces[0].position_KJ[0]
-    sent = [(rest_J, world.first), (rest_J, world.first), *world.streamed]
-    period_ns = round(PERIOD_S * NS_PER_S)
+    period_ns = to_ns(PERIOD_S)
+    sent: list[tuple[Array, Told, bool]] = [(rest_J, world.first, True)] * 2
+    before_ns, stranger_ns, excused, stranger = START, 0, 0, Told(world.first.limits)
+    for time_ns, position_J, told in world.streamed:
+        if any(a < time_ns and before_ns < b for a, b in world.stalled) and time_ns - before_ns > 2 * period_ns:
+            sent += [(sent[-1][0], sent[-1][1], False)] * 2
+        if told is None:
+            sent += [(position_J, stranger, False)] * 3
+            excused, stranger_ns = 2, time_ns
+        else:
+            excused = excused if time_ns < stranger_ns + SEEN_NS else 0
+            sent.append((position_J, told, not excused))
+            excused = max(excused - 1, 0)
+        before_ns = time_ns
+    number_N = np.cumsum([bool(n) and told is not sent[n - 1][1] for n, (_, told, _) in enumerate(sent)])
     time_N = START + period_ns * np.arange(len(sent))
-    judged_N = np.array([None not in (told for _, told in sent[max(n - 2, 0) : n + 1]) for n in range(len(sent))])
-    number_N, told_P, begun = [], [], []
-    for n, (_, told) in enumerate(sent):
-        if not n or told is not sent[n - 1][1]:
-            told_P.append(told or world.first)
-            begun.append(int(time_N[n]))
-        number_N.append(len(told_P) - 1)
-    position_NJ = np.array([position_J for position_J, _ in sent])
-    return Track(PERIOD_S, time_N, position_NJ, np.array(number_N), told_P, begun, judged_N, world.grace_ns())
+    first_P = np.unique(number_N, return_index=True)[1]
+    return Track(
+        PERIOD_S,
+        time_N,
+        np.array([position_J for position_J, _, _ in sent]),
+        number_N,
+        [sent[n][1] for n in first_P],
+        time_N[first_P].tolist(),
+        np.array([judged for _, _, judged in sent]),
+        world.grace_ns(),
+    )
 
 
 class Ratios:
@@ -729,11 +756,15 @@ class Ratios:
         return highest
 
     def _acceleration(self, n: int, j: int, ratio: float) -> float:
-        """The widest limit since the joint last rested counts."""
-        still = np.flatnonzero(self.speed_NJ[: n + 1, j] == 0.0)
-        numbers = np.unique(self.track.number_N[int(still[-1]) if len(still) else 0 : n + 1])
-        widest = float(self.acceleration_PJ[numbers, j].max())
-        return ratio * float(self.acceleration_PJ[self.track.number_N[n], j]) / widest
+        """The widest limit since the joint last rested counts; what repeats the motion before is part of that."""
+        still_N = self.speed_NJ[:n, j] == 0.0
+        rested = np.flatnonzero(still_N[1:] & still_N[:-1])
+        first = int(rested[-1]) + 2 if len(rested) else 0
+        k = int(self.track.number_N[first])
+        if self.track.time_N[first] - self.track.from_P[k] <= self.track.grace_ns:
+            k = max(k - 1, 0)
+        here = int(self.track.number_N[n])
+        return ratio * float(self.acceleration_PJ[here, j]) / float(self.acceleration_PJ[k : here + 1, j].max())
 
     def _speed(self, n: int, j: int, ratio: float) -> float:
         k = int(self.track.number_N[n])
