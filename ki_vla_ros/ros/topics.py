@@ -41,6 +41,8 @@ from ki_vla_ros.settings import Settings
 
 # Least time between two log lines about the same cause.
 REPEAT_LOG_S = 5.0
+# Two readings of a clock no farther apart than this belong together.
+READING_NS = 100_000
 SHADOW_COMMAND = "~/shadow/command"
 # What rmw calls the node of a publisher that was discovered before its node, or that has none (a bare DDS writer).
 UNKNOWN_NAME = "_NODE_NAME_UNKNOWN_"
@@ -198,8 +200,18 @@ class NodeWire:
         if self._mode == "stream":
             self._stream.play(motion)
         else:
-            stamp_ns = self.now_ns() if self._mode == "splice" else 0
+            stamp_ns = self._stamp_of(now_ns) if self._mode == "splice" else 0
             self._command.publish(encode_command(motion, now_ns, stamp_ns))
+
+    def _stamp_of(self, motion_ns: int) -> int:
+        """A time on the clock of the motion, on the node's clock.
+
+        Both clocks are read until nothing has come between the readings: the process may be stopped at any moment.
+        """
+        while True:
+            before_ns, now_ns, after_ns = self._steady_ns(), self.now_ns(), self._steady_ns()
+            if self._simulated or after_ns - before_ns < READING_NS:
+                return now_ns - (after_ns - motion_ns)
 
     def _publish_positions(self, position_J: NDArray[np.float64]) -> None:
         self._command.publish(Float64MultiArray(data=_doubles(position_J)))

@@ -24,6 +24,8 @@ from support.bundles import JOINTS, TASK, demo_policy
 from support.robots import PolicyProcess, Robot, ns_of
 from support.waiting import until
 
+from ki_vla_ros.runtime.paths import CommandedPath
+
 FAULTY = (str(ROOT / "test" / "support" / "faulty_node.py"),)
 # The test bundle's chunks lead anywhere, in the end to a limit: the arm must stay there without refusals.
 NODE = {"autostart": True, "instruction": TASK, "limits__on_position": "clamp"}
@@ -297,6 +299,35 @@ def test_clock_jumps(robot: Robot, start: Start, bundle_path: str) -> None:
     assert_commands_within_limits(robot)
 
 
+def test_a_process_that_stands_still_sends_no_step(robot: Robot, start: Start, bundle_path: str) -> None:
+    """Stopped at any moment and for any time: what it sends then goes on from what the controller did meanwhile.
+
+    The stamps of `splice` say when each command counts from, so the machine's own delays are not in the way.
+    """
+    robot.follows = True
+    policy = start(**NODE, bundle=bundle_path, publish_mode="splice", ramp_in_s=0.0)
+    until(lambda: moves(robot))
+    draw = random.Random(0)
+    for _ in range(20):
+        time.sleep(draw.uniform(0.05, 0.35))
+        policy.process.send_signal(signal.SIGSTOP)
+        time.sleep(draw.choice([0.005, 0.02, 0.05, 0.15, 0.3]))
+        policy.process.send_signal(signal.SIGCONT)
+    count = len(robot.commands)
+    until(lambda: len(robot.commands) > count + 3 and moves(robot))
+    assert_commands_within_limits(robot)
+    path, continued = CommandedPath(JOINTS, np.array(robot.commands[0].points[0].positions)), 0
+    for command in list(robot.commands):
+        first_ns = ns_of(command.header.stamp) + ns_of(command.points[0].time_from_start)
+        position_J, velocity_J = path.sample(first_ns)
+        if np.any(velocity_J):  # otherwise it may lead to where the arm is
+            continued += 1
+            np.testing.assert_allclose(command.points[0].positions, position_J, atol=1e-5)
+            np.testing.assert_allclose(command.points[0].velocities, velocity_J, atol=1e-3)
+        path.take(command, ns_of(command.header.stamp))
+    assert continued > 20
+
+
 def test_an_incompatible_publisher_is_named(moving: PolicyProcess, robot: Robot) -> None:
     unreliable = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
     quiet = PublisherEventCallbacks(use_default_callbacks=False)  # rclpy's own callback uses what rclpy deprecates
@@ -322,7 +353,7 @@ def test_streamed_positions_move_the_arm(robot: Robot, start: Start, bundle_path
     assert policy.stop() == 0, policy.output
 
 
-def test_spliced_commands_say_when_they_take_over(robot: Robot, start: Start, bundle_path: str) -> None:
+def test_spliced_commands_say_when_their_times_begin(robot: Robot, start: Start, bundle_path: str) -> None:
     robot.follows = True
     start(**NODE, bundle=bundle_path, publish_mode="splice")
     until(lambda: len(robot.commands) > 10)
