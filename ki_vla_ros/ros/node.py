@@ -299,7 +299,8 @@ class PolicyNode(LifecycleNode):
             shadow=full_name(SHADOW_COMMAND) if settings.shadow else None,
         )
         node, values = self.get_fully_qualified_name(), self.parameters.values
-        session = Session(node=node, bundle=self._loaded.identity, parameters=values, topics=topics)
+        simulated, identity = self._loaded.wire.simulated_clock(), self._loaded.identity
+        session = Session(node=node, simulated_clock=simulated, bundle=identity, parameters=values, topics=topics)
         self._session_publisher.publish(String(data=session.text()))
 
     def _check_alone(self) -> None:

@@ -2,8 +2,8 @@
 
     ros2 run ki_vla_ros record [--out FOLDER] [--writer auto|ros2bag|own] [--ros-args -r __ns:=/left]
 
-Bundle, parameters and topic names come from the policy's ~/session; the recorder waits until that is published. Where
-`ros2 bag` and its mcap storage are installed, this process becomes `ros2 bag record`; otherwise it writes the bag
+Bundle, parameters, topic names and clock come from the policy's ~/session; the recorder waits until that is published.
+Where `ros2 bag` and its mcap storage are installed, this process becomes `ros2 bag record`; otherwise it writes the bag
 itself (bags/writer.py). Images are neither decoded nor changed. It ends on SIGINT and SIGTERM.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.experimental.events_executor import EventsExecutor
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
@@ -57,9 +59,12 @@ NICENESS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class RecordOptions:
-    out: Path
+    """`out` is None for a folder named after the policy and the time."""
+
+    out: Path | None
     policy: str
     writer: str
+    simulated_clock: bool
 
 
 class RecorderNode(Node):
@@ -67,17 +72,33 @@ class RecorderNode(Node):
 
     def __init__(self, options: RecordOptions) -> None:
         super().__init__("recorder")
+        if options.simulated_clock:
+            self._follow_simulated_clock()
         self.session: Session | None = None
         self.writer: BagWriter | None = None
         self._options = options
         self._topics: set[str] = set()
         self._fault: ConfigurationError | None = None
-        self._session_topic = session_topic(self.resolve_topic_name(options.policy))
+        self._unwritten: bytes | None = None  # a session that came before the simulated clock
+        policy = self.resolve_topic_name(options.policy)
+        # Two policies that are started together must not ask for the same folder.
+        named = policy.strip("/").replace("/", "_") + time.strftime("_%Y_%m_%d-%H_%M_%S")
+        self.out = Path(named) if options.out is None else options.out
+        self._session_topic = session_topic(policy)
         self.create_subscription(String, self._session_topic, self._on_session, LATCHED, raw=True)
         self.get_logger().info(f"waiting for {self._session_topic}; is the policy configured?")
 
+    def _follow_simulated_clock(self) -> None:
+        self.set_parameters([Parameter("use_sim_time", value=True)])
+
+    @property
+    def simulated_clock(self) -> bool:
+        return bool(self.get_parameter("use_sim_time").value)
+
     def check(self) -> None:
-        """Raises the error that has ended the recording, if there is one."""
+        """Raises the error that has ended the recording, if there is one; to be called every tenth of a second."""
+        if self._unwritten is not None and self.get_clock().now().nanoseconds > 0:
+            self._record_session(self._unwritten)
         if self._fault is not None:
             raise self._fault
         if self.writer is not None and self.writer.failure is not None:
@@ -86,20 +107,31 @@ class RecorderNode(Node):
     def _on_session(self, serialised: bytes) -> None:
         try:
             self.session = read_session(deserialize_message(serialised, String).data)
-            types = {**self.session.message_types, **EXTRA_TOPIC_TYPES}
+            if self.session.simulated_clock and not self.simulated_clock:
+                self._follow_simulated_clock()
             if self._options.writer == "own":
-                self._record_session(types, serialised)
+                self._record_session(serialised)
         except InputError as error:
             self._fault = ConfigurationError(str(error))
         except ConfigurationError as error:
             self._fault = error
 
-    def _record_session(self, types: dict[str, str], serialised: bytes) -> None:
+    def types(self) -> dict[str, str]:
+        """ROS type by topic of all that is recorded; there must be a session."""
+        assert self.session is not None
+        return {**self.session.message_types, **EXTRA_TOPIC_TYPES}
+
+    def _record_session(self, serialised: bytes) -> None:
+        types, self._unwritten = self.types(), None
+        if self.get_clock().now().nanoseconds == 0:  # a bag that begins at time 0 has a gap of years
+            self._unwritten = serialised
+            self.get_logger().info("waiting for /clock, because the policy uses simulated time")
+            return
         if self.writer is None:
-            self.writer = BagWriter(self._options.out, {}, self._warn)
+            self.writer = BagWriter(self.out, {}, self._warn)
             self.writer.add_topic(self._session_topic, TEXT)
             self._topics.add(self._session_topic)
-            self.get_logger().info(f"recording into {self._options.out}: {', '.join(sorted(types))}")
+            self.get_logger().info(f"recording into {self.out}: {', '.join(sorted(types))}")
         self._on_message(self._session_topic, serialised)
         for topic, kind in types.items():  # a node that is configured again may name other topics
             if topic not in self._topics:
@@ -130,8 +162,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(time.strftime("policy_%Y_%m_%d-%H_%M_%S")),
-        help="folder to create for the bag; default: policy_ and the time",
+        help="folder to create for the bag; default: the policy's full name and the time",
     )
     parser.add_argument("--policy", default="policy", help="name of the policy node in the recorder's namespace")
     parser.add_argument(
@@ -140,18 +171,23 @@ def argument_parser() -> argparse.ArgumentParser:
         default="auto",
         help="ros2bag: `ros2 bag record`; own: this process; auto: ros2bag where it is installed with mcap",
     )
+    parser.add_argument(
+        "--use-sim-time",
+        action="store_true",
+        help="take the time from /clock; default: as the policy does",
+    )
     return parser
 
 
 def check_options(given: argparse.Namespace) -> RecordOptions:
     """The options to record with; ConfigurationError if the folder exists or `ros2 bag` is wanted but missing."""
-    if given.out.exists():
+    if given.out is not None and given.out.exists():
         raise ConfigurationError(f"recording: {given.out} exists already; remove it or choose another --out")
     missing = missing_for_ros2_bag()
     if given.writer == "ros2bag" and missing:
         raise ConfigurationError(f"--writer ros2bag: {missing} is not installed; install it, or use --writer own")
     writer = ("own" if missing else "ros2bag") if given.writer == "auto" else given.writer
-    return RecordOptions(given.out, given.policy, writer)
+    return RecordOptions(given.out, given.policy, writer, given.use_sim_time)
 
 
 def missing_for_ros2_bag() -> str:
@@ -167,28 +203,25 @@ def missing_for_ros2_bag() -> str:
     return ""
 
 
-def ros2_bag_command(options: RecordOptions, topics: Sequence[str], simulated_clock: bool) -> list[str]:
+def ros2_bag_command(out: Path, topics: Sequence[str], simulated_clock: bool) -> list[str]:
     """The command line for Jazzy and later; it compresses chunks, as our own writer does."""
     command = ["ros2", "bag", "record", "--storage", "mcap", "--storage-preset-profile", "zstd_fast"]
-    command += ["--output", str(options.out), "--disable-keyboard-controls"]
+    command += ["--output", str(out), "--disable-keyboard-controls"]
     command += ["--use-sim-time"] if simulated_clock else []
     return [*command, "--topics", *topics]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The executable `record`: returns 0 after SIGINT or SIGTERM, 2 with one message if it could not record."""
-    command: list[str] = []
-    code = run_node(argument_parser(), partial(_run, command), arguments)
-    if code == ExitCode.FINE and command:
-        os.execvp(command[0], command)  # exec, not a child: signals reach `ros2 bag` directly
-    return code
+    return run_node(argument_parser(), _run, arguments)
 
 
-def _run(command: list[str], given: argparse.Namespace, stop: threading.Event) -> int:
-    """Records until `stop`, or puts into `command` what is to record in this process's place."""
+def _run(given: argparse.Namespace, stop: threading.Event) -> int:
+    """Records until `stop`, or becomes the process that records."""
     options = check_options(given)
     os.nice(NICENESS)
     node = RecorderNode(options)
+    command: list[str] = []
     try:
         executor = EventsExecutor()
         executor.add_node(node)
@@ -196,12 +229,19 @@ def _run(command: list[str], given: argparse.Namespace, stop: threading.Event) -
             executor.spin_once(timeout_sec=0.1)
             node.check()
             if node.session is not None and options.writer == "ros2bag":
-                topics = sorted({**node.session.message_types, **EXTRA_TOPIC_TYPES})
-                command += ros2_bag_command(options, topics, bool(node.get_parameter("use_sim_time").value))
+                topics = sorted(node.types())
+                command = ros2_bag_command(node.out, topics, node.simulated_clock)
                 node.get_logger().info(f"ros2 bag record takes over: {', '.join(topics)}")
     finally:
         try:
             node.close()
         finally:
             node.destroy_node()
+    if command:
+        rclpy.try_shutdown()
+        # A signal that is ignored stays ignored after exec: Ctrl-C would not reach `ros2 bag`.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        if not stop.is_set():  # until here a signal ended this process; from here on it ends the next
+            os.execvp(command[0], command)  # exec, not a child: signals reach `ros2 bag` directly
     return ExitCode.FINE

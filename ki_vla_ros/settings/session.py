@@ -48,10 +48,14 @@ class SessionTopics(_Part):
 
 
 class Session(_Part):
-    """`node`: the policy's full name. `parameters`: every setting of the node by its ROS name."""
+    """`node`: the policy's full name. `parameters`: every setting of the node by its ROS name.
+
+    `simulated_clock`: the node takes its time from /clock, so a recording must, too.
+    """
 
     version: Literal[1] = 1
     node: str
+    simulated_clock: bool = False
     bundle: BundleIdentity
     parameters: dict[str, ParameterValue]
     topics: SessionTopics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from support.waiting import PATIENCE_S, until
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.messages.decoding import camera_frame, decode
+from ki_vla_ros.replay.__main__ import main as replay
 from ki_vla_ros.settings.session import read_session
 
 
@@ -177,27 +179,77 @@ def test_a_policy_in_a_namespace(
         robot.close()
 
 
-def test_ros2_bag_records_where_it_is_installed(
+def test_a_recording_in_simulated_time_replays(
     robot: Robot, start: Callable[..., PolicyProcess], record: Callable[..., Recording], bundle_path: str,
-    ros_environment: dict[str, str], tmp_path: Path,
+    tmp_path: Path,
 ) -> None:  # fmt: skip
-    """`ros2 bag` cannot be installed beside the wheels, so a STAND-IN takes its place and writes down its arguments."""
-    index = tmp_path / "share" / "ament_index" / "resource_index" / "packages"
-    for folder in (index, tmp_path / "bin", tmp_path / "ros2bag"):
-        folder.mkdir(parents=True)
-    (index / "rosbag2_storage_mcap").touch()
-    (tmp_path / "ros2bag" / "__init__.py").touch()
-    ros2 = tmp_path / "bin" / "ros2"
-    ros2.write_text(
-        f'#!/bin/sh\nfor a in "$@"; do echo "$a"; done > {tmp_path}/part && mv {tmp_path}/part {tmp_path}/given\n'
-    )
-    ros2.chmod(0o755)
-    ros_environment["PATH"] = f"{ros2.parent}:{os.environ['PATH']}"
-    ros_environment["AMENT_PREFIX_PATH"] = ros_environment["PYTHONPATH"] = str(tmp_path)
-    recording = record("--ros-args", "-p", "use_sim_time:=true")
+    """The recorder takes the policy's clock; before that clock has a time, it writes nothing."""
+    robot.imaging = robot.stating = False
+    recording = record("--writer", "own")
+    start(bundle=bundle_path, autostart=True, instruction=TASK, use_sim_time=True)
+    until(lambda: "waiting for /clock" in recording.output)
+    assert not recording.bag.exists()
+    robot.clock_ns = began_ns = 10**12
+    robot.imaging = robot.stating = True
+    until(lambda: recording.counts()["/policy/chunk"] >= 10)
+    assert recording.end() == 0, recording.output
+    with open_bag(recording.bag) as bag:
+        messages = list(bag.messages())
+    assert all(began_ns <= message.log_ns <= robot.clock_ns for message in messages)
+    assert read_session(next(decode(m).data for m in messages if m.topic == "/policy/session")).simulated_clock
+    assert replay([str(recording.bag), "--out", str(tmp_path / "replay")]) == 0
+    ticks = json.loads((tmp_path / "replay" / "metrics.json").read_text())["ticks"]
+    assert ticks["count"] >= 10 and ticks["held"] <= ticks["count"] // 2
+
+
+@pytest.fixture
+def ros2_bag(ros_environment: dict[str, str], tmp_path: Path) -> Callable[[str], Path]:
+    """`ros2 bag` cannot be installed beside the wheels, so a STAND-IN takes its place: a script of these lines.
+
+    Before them, it writes its arguments into the file whose path is returned.
+    """
+    given = tmp_path / "given"
+
+    def install(lines: str) -> Path:
+        index = tmp_path / "share" / "ament_index" / "resource_index" / "packages"
+        for folder in (index, tmp_path / "bin", tmp_path / "ros2bag"):
+            folder.mkdir(parents=True)
+        (index / "rosbag2_storage_mcap").touch()
+        (tmp_path / "ros2bag" / "__init__.py").touch()
+        ros2 = tmp_path / "bin" / "ros2"
+        ros2.write_text(
+            f'#!/bin/sh\nfor a in "$@"; do echo "$a"; done > {tmp_path}/part && mv {tmp_path}/part {given}\n{lines}\n'
+        )
+        ros2.chmod(0o755)
+        ros_environment["PATH"] = f"{ros2.parent}:{os.environ['PATH']}"
+        ros_environment["AMENT_PREFIX_PATH"] = ros_environment["PYTHONPATH"] = str(tmp_path)
+        return given
+
+    return install
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_ros2_bag(
+    start: Callable[..., PolicyProcess], record: Callable[..., Recording], bundle_path: str,
+    ros2_bag: Callable[[str], Path], number: signal.Signals,
+) -> None:  # fmt: skip
+    """A signal that a process ignores stays ignored in what takes its place."""
+    given = ros2_bag("exec sleep 600")
+    recording = record()
+    start(bundle=bundle_path, autostart=True)
+    until(given.exists)
+    assert recording.end(number) == -number, recording.output
+
+
+def test_ros2_bag_records_where_it_is_installed(
+    start: Callable[..., PolicyProcess], record: Callable[..., Recording], bundle_path: str,
+    ros2_bag: Callable[[str], Path],
+) -> None:  # fmt: skip
+    given = ros2_bag("")
+    recording = record("--use-sim-time")
     start(bundle=bundle_path, autostart=True)
     assert recording.process.wait(PATIENCE_S) == 0, recording.output
-    options, _, topics = (tmp_path / "given").read_text().partition("--topics\n")
+    options, _, topics = given.read_text().partition("--topics\n")
     assert options.split() == [
         "bag", "record", "--storage", "mcap", "--storage-preset-profile", "zstd_fast",
         "--output", str(recording.bag), "--disable-keyboard-controls", "--use-sim-time",
