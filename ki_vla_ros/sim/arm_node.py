@@ -1,8 +1,9 @@
 """The simulated arm as a ROS node: cameras and joint states out, joint trajectories in, in real time.
 
 There are two threads. The main thread spins ROS; the simulation thread owns the world and its rendering context (which
-works only in the thread that made it), follows the wall clock and publishes. They share the simulated controller, under
-a lock, and a one-place queue for resets. Legend: H image height, W width, C channel, J joints.
+works only in the thread that made it), follows the clock and publishes. They share the simulated controller, under a
+lock, and a one-place queue for resets. With `use_sim_time` the arm moves by /clock, which something else publishes.
+Legend: H image height, W width, C channel, J joints.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import array
 import json
+import math
 import sys
 import threading
 import time
@@ -45,24 +47,28 @@ NODE_NAME: Final = "sim_arm"
 # If physics lags behind the wall clock by more than this, the excess is dropped (and counted), not caught up in a rush.
 MOST_CATCH_UP_S: Final = 0.1
 RESET_LIMIT_S: Final = 10.0
+# Simulated time may run at any speed, so the waiting simulation thread checks it this often.
+SIMULATED_CLOCK_POLL_S: Final = 0.005
 STEP_NS: Final = to_ns(TIMESTEP_S)
 STEPS_PER_S: Final = round(1.0 / TIMESTEP_S)
 
 
 class Pace:
-    """How many physics steps are due by the wall clock; times in s on a steady clock."""
+    """How many physics steps are due by the clock; times in s."""
 
     def __init__(self, step_s: float, most_s: float) -> None:
         self.overruns = 0  # how often time was dropped
         self._step_s = step_s
         self._most = round(most_s / step_s)
-        self._next_s = 0.0
+        self._next_s = math.inf  # so that the first call of `due` restarts it
 
     def restart(self, now_s: float) -> None:
         self._next_s = now_s + self._step_s
 
     def due(self, now_s: float) -> int:
-        """How many steps to make now."""
+        """How many steps to make now; none at the first call, nor when the clock was set back."""
+        if now_s < self._next_s - self._step_s:
+            self.restart(now_s)
         steps = max(0, int((now_s - self._next_s) / self._step_s + 1.0))
         self._next_s += steps * self._step_s
         if steps > self._most:
@@ -122,6 +128,7 @@ class ArmNode(Node):
         self._controller = CommandedPath(JOINTS, HOME_J)
         self._refused = 0
         self._stop = threading.Event()
+        self._simulated_clock = bool(self.get_parameter("use_sim_time").value)
         self._image_publishers = {
             camera: self.create_publisher(Image, f"camera/{camera}/image_raw", SENSOR) for camera in CAMERAS
         }
@@ -182,6 +189,8 @@ class ArmNode(Node):
     def _on_parameters(self, parameters: list[Parameter[Any]]) -> SetParametersResult:
         for parameter in parameters:
             try:
+                if parameter.name == "use_sim_time" and parameter.value != self._simulated_clock:
+                    raise ConfigurationError("parameter 'use_sim_time': changes only at start")
                 if parameter.name == "split":
                     sample_scene(0, split=parameter.value)
                 elif parameter.name == "task" and parameter.value:
@@ -228,13 +237,18 @@ class ArmNode(Node):
     def _run(self, world: World) -> None:
         joint_period, camera_period = self._period("joint_rate_hz"), self._period("camera_rate_hz")
         pace = Pace(TIMESTEP_S, MOST_CATCH_UP_S)
-        pace.restart(time.monotonic())
-        steps = 0
+        steps = before_ns = 0
+        if self._simulated_clock:
+            self.get_logger().info("use_sim_time: the arm moves by /clock")
         while not self._stop.is_set():
             with suppress(Empty):
                 self._begin(world, self._resets.get_nowait())
-            due = pace.due(time.monotonic())
-            now_ns = self.get_clock().now().nanoseconds
+            now_s, now_ns = self._now_s(), self.get_clock().now().nanoseconds
+            due = pace.due(now_s) if now_ns else 0  # 0: before the first message on /clock
+            if now_ns < before_ns:
+                with self._lock:  # its trajectory is of a time that has not come yet
+                    self._controller.hold(world.joint_position_J)
+            before_ns = now_ns
             for behind in reversed(range(due)):
                 step_ns = now_ns - behind * STEP_NS
                 with self._lock:
@@ -252,7 +266,12 @@ class ArmNode(Node):
                     self._diagnostics_publisher.publish(self._diagnostics(stamp, pace))
             if world.judge.verdict != self._shown:
                 self._publish_status(world)
-            self._stop.wait(pace.wait_s(joint_period - steps % joint_period, time.monotonic()))
+            wait_s = pace.wait_s(joint_period - steps % joint_period, self._now_s())
+            self._stop.wait(min(wait_s, SIMULATED_CLOCK_POLL_S) if self._simulated_clock else wait_s)
+
+    def _now_s(self) -> float:
+        """The time by which the arm moves. Without /clock it is a steady one, so nobody's correction makes it jump."""
+        return self.get_clock().now().nanoseconds / NS_PER_S if self._simulated_clock else time.monotonic()
 
     def _period(self, rate: str) -> int:
         """Physics steps between two messages."""

@@ -22,6 +22,7 @@ from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -62,6 +63,14 @@ def test_pace_drops_and_counts_time_that_is_too_far_behind() -> None:
     assert pace.overruns == 1
 
 
+def test_pace_begins_with_its_first_call_and_again_when_the_clock_is_set_back() -> None:
+    pace = Pace(step_s=0.002, most_s=0.1)
+    for now_s in (1000.0, 3.0):
+        assert pace.due(now_s) == 0
+        assert pace.due(now_s + 0.0101) == 5
+    assert pace.overruns == 0
+
+
 def test_an_image_message_carries_the_pixels_as_rgb8() -> None:
     rgb_HWC = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     message = image_message("wrist", rclpy.time.Time(nanoseconds=5).to_msg(), rgb_HWC)
@@ -88,14 +97,20 @@ def test_a_trajectory_message_is_read_field_by_field() -> None:
 
 
 class Client:
-    """Another node in the arm's domain; it keeps each topic's newest message and the number of messages."""
+    """Another node in the arm's domain; it keeps each topic's newest message and the number of messages.
 
-    def __init__(self) -> None:
+    With `clock_ns` it publishes simulated time, which runs at half the real speed while it spins.
+    """
+
+    def __init__(self, clock_ns: int | None = None) -> None:
         self._context = Context()
         rclpy.init(context=self._context)
         self.node = Node("client", context=self._context)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
+        self.clock_ns, self._clock = clock_ns, self.node.create_publisher(Clock, "/clock", 10)
+        if clock_ns is not None:
+            self.node.create_timer(0.01, self._tick)
         self.newest: dict[str, Any] = {}
         self.count: dict[str, int] = {}
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -118,6 +133,10 @@ class Client:
         self.node.destroy_node()
         self._executor.shutdown()
         rclpy.shutdown(context=self._context)
+
+    def _tick(self) -> None:
+        self.clock_ns += 5_000_000
+        self._clock.publish(Clock(clock=rclpy.time.Time(nanoseconds=self.clock_ns).to_msg()))
 
     def _keep(self, topic: str, message: Any) -> None:
         self.newest[topic] = message
@@ -155,6 +174,11 @@ class Client:
         self._command.publish(message)
 
     @property
+    def stamp_ns(self) -> int:
+        """That of the newest joint state."""
+        return rclpy.time.Time.from_msg(self.newest["/joint_states"].header.stamp).nanoseconds
+
+    @property
     def position_J(self) -> np.ndarray:
         return np.array(self.newest["/joint_states"].position)
 
@@ -168,8 +192,8 @@ class Client:
 
 
 @pytest.fixture
-def arm(ros_environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    arguments = ["--ros-args", "-p", "image_size:=64", "-p", "scene_seed:=5"]
+def arm(ros_environment: dict[str, str], request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    arguments = ["--ros-args", "-p", "image_size:=64", "-p", "scene_seed:=5", *getattr(request, "param", ())]
     process = subprocess.Popen([*COMMAND, *arguments], env=ros_environment, stderr=subprocess.PIPE, text=True)
     with process:
         yield process
@@ -212,6 +236,31 @@ def test_it_publishes_cameras_joints_status_and_diagnostics(client: Client) -> N
     assert [(o["colour"], o["shape"]) for o in client.status["objects"]] == [(o.colour, o.shape) for o in scene.objects]
     assert (client.status["reset_id"], client.status["reached"], client.status["done"]) == (1, None, False)
     assert client.diagnostic("resets") == 1
+
+
+@pytest.mark.parametrize("arm", [("-p", "use_sim_time:=true")], indirect=True)
+def test_in_simulated_time_it_moves_by_the_clock(arm: subprocess.Popen[str]) -> None:
+    client = Client(clock_ns=10**12)
+    try:
+        assert 10**12 < client.stamp_ns <= client.clock_ns
+        goal_J = HOME_J + np.array([0.3, -0.1, 0.1, 0.0, 0.1, 0.2, 0.005])
+        sent_ns = client.clock_ns
+        client.send(list(JOINTS), [(0.3, goal_J)])
+        client.until(lambda: bool(np.abs(client.position_J - goal_J).max() < 2e-3), "arrival")
+        assert client.stamp_ns > sent_ns + 250_000_000
+        client.send(list(JOINTS), [(30.0, HOME_J)])  # on its way when the clock is set back
+        client.until(lambda: bool(np.abs(client.position_J - goal_J).max() > 3e-3), "motion")
+        client.clock_ns = 10**11
+        client.until(lambda: 10**11 + 500_000_000 < client.stamp_ns < 10**12, "half a second of the new time")
+        assert client.position_J == pytest.approx(goal_J, abs=2e-2)
+        values = [Parameter(name="use_sim_time", value=ParameterValue(type=ParameterType.PARAMETER_BOOL))]
+        answer = client.call(client._parameters, SetParametersAtomically.Request(parameters=values)).result
+        assert (answer.successful, answer.reason) == (False, "parameter 'use_sim_time': changes only at start")
+        seen = client.count["/joint_states"]
+        client.until(lambda: client.count["/joint_states"] > seen + 10, "joint states by the same clock")
+        assert client.stamp_ns < 10**12
+    finally:
+        client.close()
 
 
 def test_it_follows_a_trajectory_and_refuses_a_bad_one(client: Client) -> None:
