@@ -11,35 +11,42 @@ figures, use `ros2 run ki_vla_ros demo`.
 from pathlib import Path
 
 from ament_index_python.packages import get_package_share_directory
-from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, GroupAction, IncludeLaunchDescription, OpaqueFunction
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import EnvironmentVariable, LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 SHARE = Path(get_package_share_directory("ki_vla_ros"))
+PASSED_ON = (
+    "params_file", "bundle", "instruction", "activate", "record", "record_to", "namespace", "respawn", "use_sim_time",
+)  # fmt: skip
 
 
-def generate_launch_description() -> LaunchDescription:
+def launch_arm(context: LaunchContext) -> list:
+    # The scene is built for this instruction; if it is empty, the scene has its own task.
+    chosen = {"task": ParameterValue(LaunchConfiguration("instruction"), value_type=str)}
+    if LaunchConfiguration("use_sim_time").perform(context):
+        chosen["use_sim_time"] = ParameterValue(LaunchConfiguration("use_sim_time"), value_type=bool)
     own_profile = str(SHARE / "config" / "fastdds.xml")
     profile = EnvironmentVariable("FASTDDS_DEFAULT_PROFILES_FILE", default_value=own_profile)
     arm = Node(
         package="ki_vla_ros",
         executable="sim_arm",
         name="sim_arm",
-        # The scene is built for this instruction; if it is empty, the scene has its own task.
-        parameters=[
-            LaunchConfiguration("params_file"),
-            {"task": ParameterValue(LaunchConfiguration("instruction"), value_type=str)},
-        ],
+        namespace=LaunchConfiguration("namespace"),
+        parameters=[LaunchConfiguration("params_file"), chosen],
         additional_env={"FASTDDS_DEFAULT_PROFILES_FILE": profile},
         output="screen",
     )
-    passed_on = ("params_file", "bundle", "instruction", "record", "record_to")
+    return [arm]
+
+
+def generate_launch_description() -> LaunchDescription:
     policy = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(str(SHARE / "launch" / "policy.launch.py")),
-        launch_arguments=[(name, LaunchConfiguration(name)) for name in passed_on],
+        launch_arguments=[(name, LaunchConfiguration(name)) for name in PASSED_ON],
     )
     return LaunchDescription(
         [
@@ -48,11 +55,25 @@ def generate_launch_description() -> LaunchDescription:
             ),
             DeclareLaunchArgument("bundle", default_value="", description="model bundle; empty: as params_file says"),
             DeclareLaunchArgument("instruction", default_value="", description="task at start; empty: wait for one"),
+            DeclareLaunchArgument(
+                "activate", default_value="true", description="false: leave the policy's activation to someone else"
+            ),
             DeclareLaunchArgument("record", default_value="false", description="true: record the policy into a bag"),
             DeclareLaunchArgument(
-                "record_to", default_value="", description="folder to create for the bag; empty: policy_ and the time"
+                "record_to",
+                default_value="",
+                description="folder to create for the bag; empty: the policy's name and the time",
             ),
-            arm,
-            policy,
+            DeclareLaunchArgument("namespace", default_value="", description="namespace of both nodes and all topics"),
+            DeclareLaunchArgument(
+                "respawn", default_value="false", description="true: start the policy again if it dies, unconfigured"
+            ),
+            DeclareLaunchArgument(
+                "use_sim_time",
+                default_value="",
+                description="true: all take the time from /clock, which something else publishes",
+            ),
+            OpaqueFunction(function=launch_arm),
+            GroupAction([policy]),  # it keeps the arguments to itself
         ]
     )

@@ -1,4 +1,7 @@
-"""A bundle, a policy and an observation for tests; training/export/tiny.py makes the bundle."""
+"""A bundle, a policy and an observation for tests; training/export/tiny.py makes the bundle.
+
+The trainer is imported by what needs it: the robot's own environment lacks what it needs (test/conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ import numpy as np
 from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import CameraFrame, Observation
-from training.export.tiny import write_tiny_bundle
 from training.tokens.words import DEMO_PROMPT
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow", "forearm_roll", "wrist_pitch", "wrist_roll", "gripper")
@@ -63,6 +65,8 @@ def both_ways_policy() -> PolicySpec:
 
 def write_test_bundle(folder: Path, policy: PolicySpec | None = None, seed: int = 0) -> Bundle:
     """Make `folder` a valid bundle with random weights drawn from `seed`."""
+    from training.export.tiny import write_tiny_bundle
+
     return write_tiny_bundle(folder, policy or demo_policy(), seed)
 
 

@@ -1,7 +1,8 @@
 """Launch files and configuration files, without a ROS installation.
 
 launch and launch_ros cannot be installed without ROS, so this file uses a STAND-IN: every name that the launch files
-import from them becomes a recorder of its arguments. It shows what the files ask for, not that launch does it.
+import from them becomes a recorder of its arguments. It shows what the files ask for, not that launch does it: that is
+in test_launch.py, for where they are installed.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def generate(monkeypatch: pytest.MonkeyPatch) -> Any:
     packages = SimpleNamespace(get_package_share_directory=lambda name: str(ROOT))
     monkeypatch.setitem(sys.modules, "ament_index_python.packages", packages)
 
-    def run(name: str, **arguments: str) -> list[Recorded]:
-        description = runpy.run_path(str(ROOT / "launch" / name))["generate_launch_description"]()
+    def run(file: str, /, **arguments: str) -> list[Recorded]:
+        description = runpy.run_path(str(ROOT / "launch" / file))["generate_launch_description"]()
         found: list[Recorded] = description.flat()
         for function in [entity for entity in found if entity.kind == "OpaqueFunction"]:
             for entity in function.kwargs["function"](arguments):
@@ -90,19 +91,30 @@ def test_launch_files_use_only_what_every_ros_installation_has(path: Path) -> No
     assert "Composable" not in path.read_text()
 
 
-def test_the_policy_is_led_from_configure_to_active(generate: Any) -> None:
-    found = generate("policy.launch.py", **ARGUMENTS | {"bundle": "my", "params_file": "p.yaml"})
+@pytest.mark.parametrize(
+    ("activate", "came_to", "expected"), [("true", "inactive", [3]), ("true", "unconfigured", []), ("false", "", [])]
+)
+def test_the_policy_is_activated_once_and_only_if_asked(
+    generate: Any, activate: str, came_to: str, expected: list[int]
+) -> None:
+    found = generate("policy.launch.py", **ARGUMENTS | {"bundle": "my", "activate": activate})
     (node,) = of("LifecycleNode", found)
-    assert (node.kwargs["package"], node.kwargs["name"]) == ("ki_vla_ros", "policy")
+    assert (node.kwargs["package"], node.kwargs["name"].args) == ("ki_vla_ros", ("name",))
     assert node.kwargs["executable"] in executables()
+    (configure,) = of("ChangeState", found)
+    assert configure.kwargs["transition_id"] == 1
     (transition,) = of("OnStateTransition", found)
-    (activate,) = of("ChangeState", transition.flat())
-    (configure,) = [change for change in of("ChangeState", found) if change is not activate]
-    assert (configure.kwargs["transition_id"], activate.kwargs["transition_id"]) == (1, 3)
-    # Without the start state every deactivation by hand would be undone.
-    assert (transition.kwargs["start_state"], transition.kwargs["goal_state"]) == ("configuring", "inactive")
+    assert transition.kwargs["start_state"] == "configuring"
+    # What the handler does after the first attempt to configure, and after those that follow by hand.
+    (handler,) = transition.kwargs["entities"]
+    for orders, state in ((expected, came_to), ([], "inactive")):
+        event = SimpleNamespace(locals=SimpleNamespace(event=SimpleNamespace(goal_state=state)))
+        changes = [
+            change for entity in handler.kwargs["function"](event) for change in of("ChangeState", entity.flat())
+        ]
+        assert [change.kwargs["transition_id"] for change in changes] == orders
     chosen = node.kwargs["parameters"][1]
-    assert "robot_description" not in chosen
+    assert "robot_description" not in chosen and "use_sim_time" not in chosen
     assert chosen["bundle"].args == ("my",) and "instruction" not in chosen and chosen["autostart"] is False
 
 
@@ -118,31 +130,53 @@ def test_a_recorder_beside_the_policy(generate: Any, folder: str, arguments: lis
     found = generate("policy.launch.py", **ARGUMENTS | {"record": "True", "record_to": folder, "namespace": "left"})
     (recorder,) = of("Node", found)
     assert recorder.kwargs["executable"] == "record" and "record" in executables()
-    assert recorder.kwargs["arguments"] == arguments
+    assert recorder.kwargs["arguments"][0] == "--policy" and recorder.kwargs["arguments"][1].args == ("name",)
+    assert recorder.kwargs["arguments"][2:] == arguments
     # It looks for the policy in its own namespace.
     (policy,) = of("LifecycleNode", found)
     assert recorder.kwargs["namespace"].args == policy.kwargs["namespace"].args == ("namespace",)
 
 
-def test_record_must_be_true_or_false(generate: Any) -> None:
-    with pytest.raises(ValueError, match="launch argument record: expected true or false, got 'yes'"):
-        generate("policy.launch.py", **ARGUMENTS | {"record": "yes"})
+@pytest.mark.parametrize("name", ["record", "activate", "respawn", "use_sim_time"])
+def test_these_must_be_true_or_false(generate: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"launch argument {name}: expected true or false, got 'yes'"):
+        generate("policy.launch.py", **ARGUMENTS | {name: "yes"})
+
+
+@pytest.mark.parametrize("name", ["params_file", "urdf"])
+def test_these_must_exist(generate: Any, name: str) -> None:
+    """launch would warn of a missing parameter file, and start the node with its defaults."""
+    with pytest.raises(ValueError, match=f"launch argument {name}: expected a file, got '/nowhere', which is missing"):
+        generate("policy.launch.py", **ARGUMENTS | {name: "/nowhere"})
+
+
+def test_simulated_time_reaches_every_node(generate: Any) -> None:
+    found = generate("policy.launch.py", **ARGUMENTS | {"use_sim_time": "true", "record": "true"})
+    (policy,), (recorder,) = of("LifecycleNode", found), of("Node", found)
+    assert policy.kwargs["parameters"][-1]["use_sim_time"] is True
+    assert recorder.kwargs["parameters"] == [{"use_sim_time": True}]
+    (arm,) = of("Node", generate("demo.launch.py", **ARGUMENTS | {"use_sim_time": "true"}))
+    assert arm.kwargs["parameters"][-1]["use_sim_time"].args[0].args == ("use_sim_time",)
 
 
 def test_the_demo_starts_arm_and_policy(generate: Any) -> None:
-    found = generate("demo.launch.py")
+    found = generate("demo.launch.py", **ARGUMENTS)
     (arm,) = of("Node", found)
     assert arm.kwargs["executable"] in executables() and arm.kwargs["name"] == "sim_arm"
+    assert arm.kwargs["namespace"].args == ("namespace",)
     assert arm.kwargs["parameters"][1]["task"].args[0].args == ("instruction",)
     (source,) = of("PythonLaunchDescriptionSource", found)
     assert Path(source.args[0]) == ROOT / "launch" / "policy.launch.py"
     (included,) = of("IncludeLaunchDescription", found)
     declared = {entity.args[0] for entity in of("DeclareLaunchArgument", generate("policy.launch.py", **ARGUMENTS))}
     assert {name for name, _ in included.kwargs["launch_arguments"]} <= declared
+    (group,) = of("GroupAction", found)  # without it, the arguments would reach what is included after the demo
+    assert group.args == ([included],)
 
 
 ARGUMENTS = {
-    "urdf": "", "bundle": "", "instruction": "", "params_file": "", "namespace": "", "record": "false", "record_to": "",
+    "urdf": "", "bundle": "", "instruction": "", "params_file": str(ROOT / "config" / "demo.yaml"), "namespace": "",
+    "name": "policy", "record": "false", "record_to": "", "activate": "true", "respawn": "false", "use_sim_time": "",
 }  # fmt: skip
 
 
@@ -154,7 +188,10 @@ def test_arguments_have_descriptions_and_defaults_that_exist(generate: Any, path
     assert used <= set(declared)
     for name, options in declared.items():
         assert options["description"], name
-    assert Path(declared["params_file"]["default_value"]).is_file()
+    if path.name == "demo.launch.py":
+        assert Path(declared["params_file"]["default_value"]).is_file()
+    else:  # nobody knows whose arm it is
+        assert "default_value" not in declared["params_file"]
 
 
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.name)
