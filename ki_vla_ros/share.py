@@ -6,10 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from ki_vla_ros.errors import ConfigurationError
 
 PACKAGE = "ki_vla_ros"
+
+# Name a file with Fast DDS profiles, such as config/fastdds.xml: the second one in Humble's Fast DDS (2.6).
+PROFILE_VARIABLES: Final[tuple[str, ...]] = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 
 
 def find_share(relative: str) -> Path:

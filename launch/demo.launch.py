@@ -19,6 +19,7 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 SHARE = Path(get_package_share_directory("ki_vla_ros"))
+PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 PASSED_ON = (
     "params_file", "bundle", "instruction", "activate", "record", "record_to", "namespace", "respawn", "use_sim_time",
 )  # fmt: skip
@@ -30,14 +31,16 @@ def launch_arm(context: LaunchContext) -> list:
     if LaunchConfiguration("use_sim_time").perform(context):
         chosen["use_sim_time"] = ParameterValue(LaunchConfiguration("use_sim_time"), value_type=bool)
     own_profile = str(SHARE / "config" / "fastdds.xml")
-    profile = EnvironmentVariable("FASTDDS_DEFAULT_PROFILES_FILE", default_value=own_profile)
+    profile = EnvironmentVariable(
+        PROFILE_VARIABLES[0], default_value=EnvironmentVariable(PROFILE_VARIABLES[1], default_value=own_profile)
+    )
     arm = Node(
         package="ki_vla_ros",
         executable="sim_arm",
         name="sim_arm",
         namespace=LaunchConfiguration("namespace"),
         parameters=[LaunchConfiguration("params_file"), chosen],
-        additional_env={"FASTDDS_DEFAULT_PROFILES_FILE": profile},
+        additional_env=dict.fromkeys(PROFILE_VARIABLES, profile),
         output="screen",
     )
     return [arm]

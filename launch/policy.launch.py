@@ -11,7 +11,8 @@ started again after a crash (respawn), is not activated.
 once puts each into a `GroupAction`, as in docs/robot.md.
 
 Start the cameras with the same Fast DDS profile (see config/fastdds.xml). If the environment variable
-FASTDDS_DEFAULT_PROFILES_FILE is set already, it is left as it is.
+FASTDDS_DEFAULT_PROFILES_FILE is set already, or FASTRTPS_DEFAULT_PROFILES_FILE, as Humble's Fast DDS calls it, it is
+left as it is.
 """
 
 from pathlib import Path
@@ -29,6 +30,7 @@ from launch_ros.parameter_descriptions import ParameterValue
 from lifecycle_msgs.msg import Transition
 
 CONFIG = Path(get_package_share_directory("ki_vla_ros")) / "config"
+PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 RESPAWN_DELAY_S = 2.0
 
 
@@ -45,14 +47,17 @@ def launch_policy(context: LaunchContext) -> list:
     clock = {}
     if LaunchConfiguration("use_sim_time").perform(context):
         clock["use_sim_time"] = is_true("use_sim_time", context)
-    profile = EnvironmentVariable("FASTDDS_DEFAULT_PROFILES_FILE", default_value=str(CONFIG / "fastdds.xml"))
+    profile = EnvironmentVariable(
+        PROFILE_VARIABLES[0],
+        default_value=EnvironmentVariable(PROFILE_VARIABLES[1], default_value=str(CONFIG / "fastdds.xml")),
+    )
     policy = LifecycleNode(
         package="ki_vla_ros",
         executable="policy_node",
         name=LaunchConfiguration("name"),
         namespace=LaunchConfiguration("namespace"),
         parameters=[str(params_file), {**chosen, **clock}],
-        additional_env={"FASTDDS_DEFAULT_PROFILES_FILE": profile},
+        additional_env=dict.fromkeys(PROFILE_VARIABLES, profile),
         respawn=is_true("respawn", context),
         respawn_delay=RESPAWN_DELAY_S,
         output="screen",
@@ -101,7 +106,7 @@ def recorder(context: LaunchContext, profile: EnvironmentVariable, clock: dict) 
         namespace=LaunchConfiguration("namespace"),
         parameters=[clock] if clock else [],
         arguments=["--policy", LaunchConfiguration("name"), *(["--out", folder] if folder else [])],
-        additional_env={"FASTDDS_DEFAULT_PROFILES_FILE": profile},
+        additional_env=dict.fromkeys(PROFILE_VARIABLES, profile),
         output="screen",
     )
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.experimental.events_executor import EventsExecutor
 from rclpy.serialization import serialize_message
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
@@ -30,7 +29,7 @@ from trajectory_msgs.msg import JointTrajectory
 from ki_vla_ros.bundle import PolicySpec, load_bundle
 from ki_vla_ros.errors import KiVlaError, cause_of
 from ki_vla_ros.records import NS_PER_S, to_ns
-from ki_vla_ros.ros import ns_to_stamp
+from ki_vla_ros.ros import make_executor, ns_to_stamp
 from ki_vla_ros.ros.children import Child, Children, prepare_environment
 from ki_vla_ros.ros.qos import EVENT, EVERYTHING, SENSOR
 from ki_vla_ros.runtime.paths import CommandedPath
@@ -73,7 +72,7 @@ class BenchRobot:
         self._node.create_subscription(String, "policy/tick", self._on_tick, EVERYTHING)
         self._node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, EVENT)
         self._node.create_subscription(JointTrajectory, "arm_controller/joint_trajectory", self._on_command, EVENT)
-        self._executor = EventsExecutor()
+        self._executor = make_executor()
         self._executor.add_node(self._node)
 
     def wait_until(self, done: Callable[[], bool], policy: Child, what: str) -> None:

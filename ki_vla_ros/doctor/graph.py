@@ -26,13 +26,14 @@ from ki_vla_ros.bundle import Manifest
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import InputWatch, command_type, image_type
-from ki_vla_ros.doctor.setup import PROFILE_VARIABLES, Machine, Request, examine_setup, read_settings
+from ki_vla_ros.doctor.setup import Machine, Request, examine_setup, read_settings
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY, BagMessage
 from ki_vla_ros.ros import endpoint_name, publishers
 from ki_vla_ros.ros.process import check_domain
 from ki_vla_ros.ros.qos import EVENT, SENSOR
 from ki_vla_ros.settings import Settings, resolve, settings_from_values
+from ki_vla_ros.share import PROFILE_VARIABLES
 
 # How long discovery of the node, of everything else, and a service's answer may take.
 FIRST_S, DISCOVERY_S, ANSWER_S = 5.0, 2.0, 3.0

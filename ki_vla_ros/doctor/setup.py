@@ -19,7 +19,7 @@ from ki_vla_ros.engines import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
 from ki_vla_ros.policy import check_instruction
 from ki_vla_ros.settings import NODE, NoSectionError, Settings, load_settings
-from ki_vla_ros.share import find_bundle
+from ki_vla_ros.share import PROFILE_VARIABLES, find_bundle
 
 # The Python that each ROS 2 release is built for (its Ubuntu's), and the major version of numpy that comes with it.
 RELEASES: Mapping[str, tuple[tuple[int, int], int]] = {
@@ -27,8 +27,6 @@ RELEASES: Mapping[str, tuple[tuple[int, int], int]] = {
     "jazzy": ((3, 12), 1),
     "kilted": ((3, 12), 1),
 }
-SUPPORTED = ("jazzy", "kilted")
-PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 # An image of 640 x 480 rgb8, twice: what is being written and what is being read.
 LEAST_SEGMENT = 2 * 640 * 480 * 3
 START_FIX = "the node does not start with this; config/demo.yaml explains every parameter"
@@ -64,14 +62,21 @@ def check_machine(machine: Machine, findings: Findings) -> None:
     have = ".".join(map(str, machine.python))
     if machine.python < (3, 10):
         findings.error("python", sys.executable, f"is Python {have}, expected 3.10 or newer", "use a newer python3")
+    if distribution and distribution not in RELEASES:
+        findings.warning(
+            "ros",
+            f"ROS_DISTRO {distribution}",
+            f"is none of {', '.join(RELEASES)}, which this package is made for",
+            "use one of them; with another, try the arm's limits and ~/stop first",
+        )
     if distribution in RELEASES:
         python, numpy_major = RELEASES[distribution]
-        if distribution not in SUPPORTED:
-            findings.error(
+        if distribution == "humble":
+            findings.warning(
                 "ros",
-                f"ROS_DISTRO {distribution}",
-                f"expected {' or '.join(SUPPORTED)}",
-                "install one of them next to it",
+                "ROS_DISTRO humble",
+                "this package supports it in code, but has not been run on a real installation of it",
+                "try the arm's limits and ~/stop first; where you can, use jazzy or kilted",
             )
         if machine.python != python:
             findings.error(

@@ -18,7 +18,7 @@ from typing import Final
 
 from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.ros.process import LARGEST_DOMAIN
-from ki_vla_ros.share import find_share
+from ki_vla_ros.share import PROFILE_VARIABLES, find_share
 
 # How long the processes get to end after SIGINT, and again after SIGTERM.
 STOP_LIMIT_S: Final = 8.0
@@ -129,8 +129,11 @@ def prepare_environment(out: Path) -> bool:
     ros_logs.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("ROS_LOG_DIR", str(ros_logs))
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    if os.environ.get("ROS_DISTRO") == "humble":  # it does not know that variable; later releases warn of this one
+        os.environ.setdefault("ROS_LOCALHOST_ONLY", "1")
     # Fast DDS's default shared memory is smaller than one image, so most images would be lost.
-    os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(find_share("config/fastdds.xml")))
+    if not any(os.environ.get(name) for name in PROFILE_VARIABLES):
+        os.environ.update(dict.fromkeys(PROFILE_VARIABLES, str(find_share("config/fastdds.xml"))))
     # Three processes on few cores: threads that wait for each other cost more time than they save.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return not is_free(int(domain)) or os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] != "LOCALHOST"

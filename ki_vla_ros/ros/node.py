@@ -21,9 +21,7 @@ from typing import Any
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.clock import Clock
-from rclpy.clock_type import ClockType
-from rclpy.experimental.events_executor import EventsExecutor
+from rclpy.clock import Clock, ClockType  # type: ignore[attr-defined]  # on Humble there is no rclpy.clock_type
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from std_msgs.msg import Empty, String
 from std_srvs.srv import Trigger
@@ -38,6 +36,7 @@ from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.ros.parameters import Parameters
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVENT, LATCHED, OVERRIDABLE
+from ki_vla_ros.ros.releases import make_executor
 from ki_vla_ros.ros.topics import SHADOW_COMMAND, Inputs, NodeWire, diagnostics_message, publishers, subscribe
 from ki_vla_ros.runtime import (
     WATCHDOG_NS,
@@ -350,9 +349,9 @@ def _run(arguments: Sequence[str], stop: threading.Event) -> int:
             )
         elif not node.start():
             return ExitCode.FAILED
-        executor = EventsExecutor()
+        executor = make_executor()
         executor.add_node(node)
-        # Its spin() never fires a callback in rclpy 9.1; short waits also let Python see signals.
+        # The events executor's spin() never fires a callback in rclpy 9.1; short waits also let Python see signals.
         while rclpy.ok() and not stop.is_set():
             executor.spin_once(timeout_sec=0.1)
         return ExitCode.FINE

@@ -18,6 +18,7 @@ from rclpy.parameter import Parameter
 
 from ki_vla_ros.bundle import Manifest
 from ki_vla_ros.errors import ConfigurationError, ParameterError
+from ki_vla_ros.ros.releases import call_after_set
 from ki_vla_ros.runtime import joint_bounds
 from ki_vla_ros.settings import (
     ParameterSpec,
@@ -65,7 +66,7 @@ class Parameters:
         self._declare(parameter_specs(*self._check_overrides(arguments)))
         self.settings = self._configured = self._read({})
         node.add_on_set_parameters_callback(self._check)
-        node.add_post_set_parameters_callback(self._apply)
+        call_after_set(node, self._apply)
 
     def _check_overrides(self, arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The cameras and joints that YAML and command line name; ParameterError for what is not a parameter of ours.

@@ -24,7 +24,6 @@ from typing import Any, Final
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.experimental.events_executor import EventsExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.serialization import deserialize_message
@@ -38,6 +37,7 @@ from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.messages import COMPRESSED_IMAGE, DIAGNOSTICS, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVERY_IMAGE, EVERY_READING, EVERYTHING, LATCHED
+from ki_vla_ros.ros.releases import make_executor
 from ki_vla_ros.settings import Session, read_session, session_topic
 
 MESSAGES: Final[dict[str, Any]] = {
@@ -192,6 +192,8 @@ def check_options(given: argparse.Namespace) -> RecordOptions:
 
 def missing_for_ros2_bag() -> str:
     """The missing package that `ros2 bag record --storage mcap` needs, or ""."""
+    if os.environ.get("ROS_DISTRO") == "humble":
+        return "ros2bag of Jazzy or later (Humble's has no --topics)"
     if shutil.which("ros2") is None or importlib.util.find_spec("ros2bag") is None:
         return "ros2bag"
     try:
@@ -223,7 +225,7 @@ def _run(given: argparse.Namespace, stop: threading.Event) -> int:
     node = RecorderNode(options)
     command: list[str] = []
     try:
-        executor = EventsExecutor()
+        executor = make_executor()
         executor.add_node(node)
         while rclpy.ok() and not stop.is_set() and not command:
             executor.spin_once(timeout_sec=0.1)

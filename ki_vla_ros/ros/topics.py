@@ -20,7 +20,6 @@ from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from numpy.typing import NDArray
 from rclpy.duration import Duration
-from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNode, LifecyclePublisher
 from rclpy.node import Node
 from rclpy.qos import QoSPolicyKind, QoSProfile
@@ -35,6 +34,7 @@ from ki_vla_ros.messages import ENCODINGS, decode_compressed, decode_raw, encode
 from ki_vla_ros.policy import resize_with_pad
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, header_ns
 from ki_vla_ros.ros.qos import EVENT, OVERRIDABLE, SENSOR
+from ki_vla_ros.ros.releases import SubscriptionEventCallbacks
 from ki_vla_ros.ros.stream import MotionStream
 from ki_vla_ros.runtime import CameraSource, Diagnostics, ObservationBuffer, Report, ShadowComparison
 from ki_vla_ros.settings import Settings

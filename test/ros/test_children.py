@@ -12,6 +12,7 @@ from support.waiting import PATIENCE_S, until
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.ros.children import ChildError, Children, free_domain, prepare_environment
+from ki_vla_ros.share import PROFILE_VARIABLES, find_share
 
 
 def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> str:
@@ -63,7 +64,7 @@ def test_a_domain_with_a_participant_is_not_free(monkeypatch: pytest.MonkeyPatch
 def test_a_domain_with_a_participant_or_open_to_other_machines_may_be_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ros_environment: dict[str, str]
 ) -> None:
-    for name in ("FASTDDS_DEFAULT_PROFILES_FILE", "OMP_NUM_THREADS"):
+    for name in (*PROFILE_VARIABLES, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "1")  # so that what the demo would set does not stay for other tests
     assert not prepare_environment(tmp_path)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as participant:
@@ -71,6 +72,21 @@ def test_a_domain_with_a_participant_or_open_to_other_machines_may_be_shared(
         assert prepare_environment(tmp_path)
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "SUBNET")
     assert prepare_environment(tmp_path)
+
+
+@pytest.mark.parametrize("given", [None, *PROFILE_VARIABLES])
+def test_a_profile_that_is_set_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ros_environment: dict[str, str], given: str | None
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in PROFILE_VARIABLES:  # set first, so that it is taken back afterwards
+        monkeypatch.setenv(name, "")
+    if given:
+        monkeypatch.setenv(given, "/my.xml")
+    prepare_environment(tmp_path)
+    own = str(find_share("config/fastdds.xml"))
+    expected = {given: "/my.xml"} if given else dict.fromkeys(PROFILE_VARIABLES, own)
+    assert {name: value for name in PROFILE_VARIABLES if (value := os.environ[name])} == expected
 
 
 @pytest.mark.parametrize("domain", ["233", "-1", "robot"])

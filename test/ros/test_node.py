@@ -14,11 +14,16 @@ import pytest
 import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus
 from rcl_interfaces.srv import DescribeParameters
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import JointState
+from std_msgs.msg import String
+from support import ROOT
 from support.bundles import CAMERAS, JOINTS, TASK, demo_policy, write_test_bundle
 from support.robots import PolicyProcess, Robot, is_hold
 from support.waiting import until
 from trajectory_msgs.msg import JointTrajectory
+
+BEST_EFFORT = ReliabilityPolicy.BEST_EFFORT
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -162,6 +167,27 @@ def test_parameters_while_active(robot: Robot, start: Callable[..., PolicyProces
     # 15 ticks of 0.05 s make 0.75 s; a busy machine loses some to lateness. Before the change: one tick per chunk.
     gaps = np.diff(np.flatnonzero(new))
     assert len(gaps) and gaps.min() > 2
+
+
+# rclpy warns the careless publisher through an interface that rclpy itself has deprecated.
+@pytest.mark.filterwarnings("ignore:Deprecated in favor of:DeprecationWarning")
+def test_a_node_on_humble(robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str) -> None:
+    """The single-threaded executor and the other replacements for what rclpy has gained since."""
+    program = (str(ROOT / "test" / "support" / "humble_node.py"),)
+    policy = start(program=program, bundle=bundle_path, autostart=True, instruction=TASK)
+    until(lambda: len(robot.commands) >= 5 and robot.diagnosed("state") == "active")
+    assert "no range" in robot.set(limits__joints__elbow__lower=9.0)
+    count = len(robot.sessions)
+    assert robot.set(limits__velocity_scale=0.5) == ""
+    until(lambda: len(robot.sessions) > count and '"limits.velocity_scale":0.5' in robot.sessions[-1])
+    assert "changed: limits.velocity_scale = 0.5" in policy.output
+    robot.node.create_publisher(String, "policy/instruction", QoSProfile(depth=1, reliability=BEST_EFFORT))
+    until(lambda: "/policy/instruction: a publisher's reliability does not fit" in policy.output)
+    assert robot.trigger("stop")[0]
+    until(lambda: robot.hold.startswith("stopped"))
+    assert robot.trigger("reset")[0] and robot.change("deactivate") and robot.change("cleanup")
+    assert policy.stop() == 0, policy.output
+    assert "Traceback" not in policy.output
 
 
 def test_failing_inputs_bring_the_arm_to_rest_and_are_named(

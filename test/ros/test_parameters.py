@@ -126,6 +126,21 @@ def test_the_clock_does_not_change_under_a_configured_node(
     assert change(node, use_sim_time=True) == ""
 
 
+def test_on_humble_too_what_is_stored_is_in_force(
+    make: Callable[..., tuple[Node, Parameters]], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rclpy has no callback after parameters are set."""
+    monkeypatch.delattr(Node, "add_post_set_parameters_callback")
+    node, parameters = make()
+    parameters.load(bundle.manifest)
+    assert change(node, rate_hz=20.0, limits__velocity_scale=0.5) == ""
+    assert (parameters.settings.rate_hz, parameters.settings.limits.velocity_scale) == (20.0, 0.5)
+    assert "'executor'" in change(node, rate_hz=10.0, executor="nothing")
+    assert parameters.settings.rate_hz == 20.0
+    assert [r.successful for r in node.set_parameters([Parameter("rate_hz", value=15.0)])] == [True]
+    assert parameters.settings.rate_hz == 15.0
+
+
 def test_another_bundle_after_cleanup(
     make: Callable[..., tuple[Node, Parameters]], bundle: Bundle, tmp_path: Path
 ) -> None:

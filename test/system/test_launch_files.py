@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from support import ROOT
 
+from ki_vla_ros.share import PROFILE_VARIABLES
+
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
 STANDARD = {"ament_index_python", "launch", "launch_ros", "lifecycle_msgs", "pathlib"}
 
@@ -200,9 +202,13 @@ def test_every_process_gets_the_profile_that_keeps_images(generate: Any, path: P
     nodes = [entity for entity in found if entity.kind in ("Node", "LifecycleNode")]
     assert nodes
     for node in nodes:
-        profile = node.kwargs["additional_env"]["FASTDDS_DEFAULT_PROFILES_FILE"]
-        assert profile.kind == "EnvironmentVariable" and profile.args == ("FASTDDS_DEFAULT_PROFILES_FILE",)
-        assert Path(profile.kwargs["default_value"]).is_file()
+        environment = node.kwargs["additional_env"]
+        assert set(environment) == set(PROFILE_VARIABLES)
+        for profile in environment.values():
+            for name in PROFILE_VARIABLES:  # one that is set already counts, whichever it is
+                assert profile.kind == "EnvironmentVariable" and profile.args == (name,)
+                profile = profile.kwargs["default_value"]
+            assert Path(profile).is_file()
 
 
 def executables() -> set[str]:
