@@ -94,11 +94,13 @@ def writing(path: Path | str, left: str = "") -> Iterator[None]:
         raise KiVlaError(cannot_write(path, error, left)) from error
 
 
-def cannot_write(path: Path | str, error: BaseException, left: str = "") -> str:
-    full = isinstance(error, OSError) and error.errno in FULL
-    reason = (error.strerror if isinstance(error, OSError) else None) or repr(error)
-    remedy = "make room there or choose another place" if full else "choose a place that can be written to"
-    return f"{path}: cannot be written: {reason}; {f'{left}; ' if left else ''}{remedy}"
+def cannot_write(path: Path | str, error: Exception, left: str = "") -> str:
+    """The message of `writing`, for those who know more than an OSError."""
+    reason, remedy = repr(error), "please report this"
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        remedy = "make room" if error.errno in FULL else "choose a place that can be written to"
+    return f"{path} cannot be written: {reason}; {f'{left}; ' if left else ''}{remedy}"
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

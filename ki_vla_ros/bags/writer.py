@@ -1,8 +1,8 @@
-"""Writes messages into an mcap rosbag2, in a thread, so that `write` never waits for the disk.
+"""Writes mcap rosbag2s: `BagFile` in the caller's thread, `BagWriter` in its own, so that nothing waits for the disk.
 
-Messages come in serialised and are written unchanged, in chunks compressed with zstd. Once a second everything goes to
-the disk, so a power failure or a killed process loses at most about one second. Such a bag has neither index nor
-metadata.yaml; bags/bag.py reads it.
+Messages come in serialised and are written unchanged. Once a second a `BagWriter` puts everything on the disk, so a
+power failure or a killed process loses at most about one second. Such a bag, and one whose disk was full, has neither
+index nor metadata.yaml; bags/bag.py reads it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, Queue
-from typing import Final
+from types import TracebackType
+from typing import Final, NoReturn
 
 from rosbags.interfaces import Connection
-from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer, WriterError
 from rosbags.rosbag2.storage_mcap import McapWriter
 
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.errors import ConfigurationError, KiVlaError, cannot_write
 from ki_vla_ros.messages import typestore
 
 FLUSH_PERIOD_S: Final = 1.0
@@ -29,8 +31,103 @@ FLUSH_PERIOD_S: Final = 1.0
 LARGEST_BACKLOG: Final = 256 * 1024 * 1024
 
 
+class BagFile:
+    """A bag being written. Where that fails there is a KiVlaError, and what was written until then can be read.
+
+    As a context manager it is closed with its index, or, after an exception, without one: a reader then says so.
+    """
+
+    def __init__(self, folder: Path, compress: bool = False) -> None:
+        """ConfigurationError if `folder` exists already or cannot be created."""
+        if folder.exists():
+            raise ConfigurationError(f"bag {folder} exists already; remove it or choose another --out")
+        self.folder = folder
+        self.failure: BaseException | None = None
+        self._connections: dict[tuple[str, str], Connection] = {}
+        self._writer = Writer(folder, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP)
+        if compress:
+            self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
+        try:
+            self._writer.open()
+        except (OSError, WriterError) as error:
+            with suppress(OSError):
+                folder.rmdir()  # made, but the file in it could not be
+            raise ConfigurationError(f"bag {folder} cannot be created: {error}; choose another --out") from error
+
+    def write(self, topic: str, kind: str, log_ns: int, serialised: bytes) -> None:
+        with self._trying():
+            self._writer.write(self._connect(topic, kind), log_ns, serialised)
+
+    def add_topic(self, topic: str, kind: str) -> None:
+        """Names a topic in the bag, whether or not a message of it comes."""
+        with self._trying():
+            self._connect(topic, kind)
+
+    def flush(self) -> None:
+        """Ends the chunk, whatever its size, and puts it on the disk."""
+        with self._trying():
+            storage = self._storage()
+            if storage.chunk.bio.tell():
+                storage.close_chunk()
+            storage.bio.flush()
+            os.fsync(storage.bio.fileno())
+            if os.fstat(storage.bio.fileno()).st_nlink == 0:
+                raise FileNotFoundError(0, "it was deleted meanwhile")
+
+    def close(self) -> None:
+        """Writes what is left, the index and metadata.yaml; raises the error again with which writing failed."""
+        with self._trying():
+            self._writer.close()
+
+    def abandon(self) -> None:
+        """Closes the file as far as it was written."""
+        with suppress(Exception):
+            if self.failure is None:  # or a part of the chunk may be in the file, and the whole one would follow it
+                self._storage().close_chunk()
+        with suppress(Exception):
+            self._writer.abort()
+
+    def __enter__(self) -> BagFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def _storage(self) -> McapWriter:
+        storage = self._writer.storage
+        assert isinstance(storage, McapWriter)
+        return storage
+
+    def _connect(self, topic: str, kind: str) -> Connection:
+        if (topic, kind) not in self._connections:
+            self._connections[topic, kind] = self._writer.add_connection(topic, kind, typestore=typestore())
+        return self._connections[topic, kind]
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        if self.failure is not None:
+            raise self.failure
+        try:
+            yield
+        except Exception as error:  # whatever it is, what comes after would not be in the bag
+            left = "what was written until then can be read"
+            self._fail(KiVlaError(f"bag {cannot_write(self.folder, error, left)}"), error)
+        except BaseException as interrupt:
+            self._fail(interrupt, None)
+
+    def _fail(self, failure: BaseException, cause: BaseException | None) -> NoReturn:
+        self.failure = failure
+        self.abandon()
+        raise failure from cause
+
+
 class BagWriter:
-    """A bag being written; `write` and `add_topic` may be called from any thread until `close`."""
+    """A bag being written in a thread; `write` and `add_topic` may be called from any thread until `close`."""
 
     def __init__(
         self,
@@ -43,21 +140,14 @@ class BagWriter:
 
         ConfigurationError if `folder` exists already or cannot be created.
         """
-        if folder.exists():
-            raise ConfigurationError(f"recording: {folder} exists already; remove it or choose another --out")
         self.failure: Exception | None = None
-        self._queue: Queue[tuple[Connection, int, bytes] | None] = Queue()
+        self._queue: Queue[tuple[str, int, bytes] | None] = Queue()
         self._backlog, self._largest_backlog = 0, largest_backlog
         self._dropped: Counter[str] = Counter()
         self._counting, self._writing = threading.Lock(), threading.Lock()
         self._warn = warn
-        self._writer = Writer(folder, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP)
-        self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
-        try:
-            self._writer.open()
-        except OSError as error:
-            raise ConfigurationError(f"recording: {folder} cannot be created: {error}; choose another --out") from error
-        self._connections: dict[str, Connection] = {}
+        self._file = BagFile(folder, compress=True)
+        self._types: dict[str, str] = {}
         for topic, kind in topics.items():
             self.add_topic(topic, kind)
         self._thread = threading.Thread(target=self._run, name="bag writer")
@@ -65,32 +155,36 @@ class BagWriter:
 
     def add_topic(self, topic: str, kind: str) -> None:
         with self._writing:
-            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=typestore())
+            self._types[topic] = kind
+            self._file.add_topic(topic, kind)
 
     def write(self, topic: str, time_ns: int, serialised: bytes) -> None:
         """Queues a message received at `time_ns`; drops and counts it if the backlog is full."""
-        connection = self._connections[topic]
         with self._counting:
             if self._backlog + len(serialised) > self._largest_backlog:
                 self._dropped[topic] += 1
                 return
             self._backlog += len(serialised)
-        self._queue.put((connection, time_ns, serialised))
+        self._queue.put((topic, time_ns, serialised))
 
     def close(self) -> None:
         """Writes what is still queued, then the bag's index; KiVlaError if writing fails or has failed before."""
         self._queue.put(None)
         self._thread.join()
-        if self.failure is None:
-            try:
-                self._writer.close()
-            except OSError as error:
-                self.failure = error
         if self.failure is not None:
-            self._writer.abort()  # what was written before can be read
-            raise KiVlaError(f"recording to {self._writer.path} failed: {self.failure}; is the disk full?")
+            self._file.abandon()
+            raise self.failure
+        self._file.close()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # whatever it is, `close` and the recorder must say that messages are missing
+            self.failure = error if isinstance(error, KiVlaError) else KiVlaError(f"recording ended: {error!r}")
+            with suppress(Exception):
+                self._warn(str(self.failure))
+
+    def _work(self) -> None:
         flush_s = time.monotonic() + FLUSH_PERIOD_S
         while True:
             try:
@@ -102,39 +196,16 @@ class BagWriter:
             except Empty:
                 pass
             if time.monotonic() >= flush_s:
-                self._flush()
+                with self._writing:
+                    self._file.flush()
                 self._report_dropped()
                 flush_s = time.monotonic() + FLUSH_PERIOD_S
 
-    def _write(self, connection: Connection, time_ns: int, serialised: bytes) -> None:
+    def _write(self, topic: str, time_ns: int, serialised: bytes) -> None:
         with self._counting:
             self._backlog -= len(serialised)
-        if self.failure is not None:
-            return
-        try:
-            with self._writing:
-                self._writer.write(connection, time_ns, serialised)
-        except OSError as error:  # close() reports it
-            self._fail(error)
-
-    def _flush(self) -> None:
-        """Ends the chunk, whatever its size, and syncs it to the disk."""
-        storage = self._writer.storage
-        assert isinstance(storage, McapWriter)
-        if self.failure is not None:
-            return
-        try:
-            with self._writing:
-                if storage.chunk.bio.tell():
-                    storage.close_chunk()
-                storage.bio.flush()
-            os.fsync(storage.bio.fileno())
-        except OSError as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        self.failure = error
-        self._warn(f"recording to {self._writer.path} failed: {error}")
+        with self._writing:
+            self._file.write(topic, self._types[topic], time_ns, serialised)
 
     def _report_dropped(self) -> None:
         with self._counting:

@@ -12,8 +12,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from rosbags.rosbag2 import StoragePlugin, Writer
 
+from ki_vla_ros.bags.writer import BagFile
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages import (
     COMPRESSED_IMAGE,
@@ -42,22 +42,20 @@ class PredictionBag:
     """
 
     def __init__(self, folder: Path, topics: ReplayTopics, node: str, joints: tuple[str, ...]) -> None:
-        for name in ("metadata.yaml", f"{folder.name}.mcap"):
-            (folder / name).unlink(missing_ok=True)
-        if folder.exists():
-            try:
+        try:
+            for name in ("metadata.yaml", f"{folder.name}.mcap"):
+                (folder / name).unlink(missing_ok=True)
+            if folder.exists():
                 folder.rmdir()
-            except OSError as error:
-                raise ConfigurationError(
-                    f"--out: expected only an earlier replay's files in {folder}, got {error}; choose another --out"
-                ) from error
-        self._writer = Writer(folder, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP)
-        self._writer.open()
+        except OSError as error:
+            raise ConfigurationError(
+                f"--out: expected only an earlier replay's files in {folder}, got {error}; choose another --out"
+            ) from error
+        self._file = BagFile(folder)
         self._cameras, self._joints = topics.cameras, joints
-        self._connections: dict[str, Any] = {}
         self._names = {name: f"{node}/replay/{name}" for name in ("chunk", "tick", "commanded")}
         for name, kind in (("chunk", TRAJECTORY), ("tick", TEXT), ("commanded", JOINT_STATE)):
-            self._connect(self._names[name], kind)
+            self._file.add_topic(self._names[name], kind)
         self._written: dict[str, int] = {}
         self._motion: Motion | None = None
         self._sampled_ns = 0
@@ -66,7 +64,7 @@ class PredictionBag:
         """Copies a recorded message, unless it is an image: those are written when a tick has used them."""
         if message.type in (IMAGE, COMPRESSED_IMAGE):
             return
-        self._write(message.topic, message.type, message.log_ns, message.data)
+        self._file.write(message.topic, message.type, message.log_ns, message.data)
 
     def add(self, tick: Tick, observation: Observation | None) -> None:
         ended_ns = tick.stamp_ns + tick.latency_ns
@@ -91,7 +89,7 @@ class PredictionBag:
     def close(self) -> None:
         if self._motion is not None:
             self._sample(self._motion.end_ns)
-        self._writer.close()
+        self._file.close()
 
     def _add_chunk(self, chunk: Prediction, log_ns: int) -> None:
         types = typestore().types
@@ -135,7 +133,7 @@ class PredictionBag:
         self._written[frame.camera] = frame.stamp_ns
         assert isinstance(frame, BagFrame)
         if frame.message.type == COMPRESSED_IMAGE:
-            self._write(frame.message.topic, COMPRESSED_IMAGE, log_ns, frame.message.data)
+            self._file.write(frame.message.topic, COMPRESSED_IMAGE, log_ns, frame.message.data)
             return
         rgb_HWC = camera_frame(frame.message, frame.camera).rgb_HWC
         height, width = rgb_HWC.shape[:2]
@@ -154,12 +152,4 @@ class PredictionBag:
 
     def _message(self, topic: str, kind: str, log_ns: int, **fields: Any) -> None:
         message = typestore().types[kind](**fields)
-        self._write(topic, kind, log_ns, bytes(typestore().serialize_cdr(message, kind)))
-
-    def _connect(self, topic: str, kind: str) -> Any:
-        if topic not in self._connections:
-            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=typestore())
-        return self._connections[topic]
-
-    def _write(self, topic: str, kind: str, log_ns: int, data: bytes) -> None:
-        self._writer.write(self._connect(topic, kind), log_ns, data)
+        self._file.write(topic, kind, log_ns, bytes(typestore().serialize_cdr(message, kind)))

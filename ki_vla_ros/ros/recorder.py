@@ -33,7 +33,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bags.writer import BagWriter
 from ki_vla_ros.console import ExitCode
-from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
+from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.messages import COMPRESSED_IMAGE, DIAGNOSTICS, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVERY_IMAGE, EVERY_READING, EVERYTHING, LATCHED
@@ -102,7 +102,7 @@ class RecorderNode(Node):
         if self._fault is not None:
             raise self._fault
         if self.writer is not None and self.writer.failure is not None:
-            raise KiVlaError(f"recording ended: {self.writer.failure}; is the disk full?")
+            raise self.writer.failure
 
     def _on_session(self, serialised: bytes) -> None:
         try:

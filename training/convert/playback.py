@@ -16,9 +16,9 @@ from typing import Any, Final
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from rosbags.rosbag2 import StoragePlugin, Writer
 
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.bags.writer import BagFile
+from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.messages import TRAJECTORY, typestore
 from ki_vla_ros.records import NS_PER_S
 from training.convert.episodes import MARKERS
@@ -55,9 +55,10 @@ class Topics:
 
 
 def write_bag(dataset: Dataset, out: Path) -> int:
-    """Write the bag, return its number of messages; ConfigurationError if `out` exists or joints have no names."""
-    if out.exists():
-        raise ConfigurationError(f"bag {out} exists already; remove it or choose another --out")
+    """Write the bag, return its number of messages; ConfigurationError if `out` exists or joints have no names.
+
+    After any other error, which says so, the bag holds the messages until then and has no index.
+    """
     joints = _names(dataset, STATE)
     if ACTION in dataset.info.features and _names(dataset, ACTION) != joints:
         raise ConfigurationError(
@@ -68,14 +69,17 @@ def write_bag(dataset: Dataset, out: Path) -> int:
     kinds = dict.fromkeys(topics.cameras.values(), TYPES["image"])
     kinds |= {topics.joint_states: TYPES["joints"], topics.command: TYPES["command"]}
     kinds |= dict.fromkeys((topics.instruction, MARKER.topic), TYPES["text"])
-    with Writer(out, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP) as writer:
-        connections = {name: writer.add_connection(name, kind, typestore=typestore()) for name, kind in kinds.items()}
+    with BagFile(out) as bag:
+        for name, kind in kinds.items():
+            bag.add_topic(name, kind)
         end_ns = 0
-        for episode in dataset.episodes:
-            for topic, log_ns, message in _messages(dataset, episode, topics, joints, end_ns):
-                data = typestore().serialize_cdr(message, kinds[topic])
-                writer.write(connections[topic], log_ns, bytes(data))
-                written, end_ns = written + 1, log_ns
+        try:
+            for episode in dataset.episodes:
+                for topic, log_ns, message in _messages(dataset, episode, topics, joints, end_ns):
+                    bag.write(topic, kinds[topic], log_ns, bytes(typestore().serialize_cdr(message, kinds[topic])))
+                    written, end_ns = written + 1, log_ns
+        except InputError as error:
+            raise InputError(f"{error}; bag {out} has only the {written} messages before that, and no index") from error
     return written
 
 

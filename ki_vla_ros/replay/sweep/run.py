@@ -25,6 +25,7 @@ from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.messages import BagMessage, joint_reading
 from ki_vla_ros.records import to_ns
+from ki_vla_ros.replay.document import write_whole
 from ki_vla_ros.replay.frames import bag_frame
 from ki_vla_ros.replay.latency import DrawnLatency, Latency, MeasuredLatency, choose_latency
 from ki_vla_ros.replay.loop import Replay
@@ -87,8 +88,8 @@ def sweep(
 
 
 def write_sweep(folder: Path, advice: Advice) -> None:
-    (folder / SWEEP).write_text(json.dumps(sweep_document(advice), indent=2) + "\n", encoding="utf-8")
-    (folder / RECOMMENDED).write_text(recommended_yaml(advice), encoding="utf-8")
+    write_whole(folder / SWEEP, json.dumps(sweep_document(advice), indent=2) + "\n")
+    write_whole(folder / RECOMMENDED, recommended_yaml(advice))
 
 
 def try_settings(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import resource
+import re
+import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.disks import largest_file
 from support.waiting import until
 
 from ki_vla_ros.bags.bag import open_bag
-from ki_vla_ros.bags.writer import BagWriter, typestore
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.bags.writer import BagFile, BagWriter, typestore
+from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from ki_vla_ros.messages.decoding import decode
 
 TOPICS = {"/image": "sensor_msgs/msg/Image", "/text": "std_msgs/msg/String"}
@@ -84,15 +84,8 @@ def test_a_single_small_message_does_not_wait_for_others(tmp_path: Path) -> None
     assert contents(tmp_path / "bag") == [("/text", 1, "alone")]
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Simulates a full disk: no file grows beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+FULL = r"bag .*/(bag|full) cannot be written: File too large; what was written until then can be read; make room"
+NOISE = b"\0\1\0\0" + np.random.default_rng(0).bytes(300_000)
 
 
 def test_a_full_disk_is_reported_at_once_and_what_was_written_stays(tmp_path: Path) -> None:
@@ -100,15 +93,57 @@ def test_a_full_disk_is_reported_at_once_and_what_was_written_stays(tmp_path: Pa
     writer = BagWriter(tmp_path / "bag", TOPICS, warnings.append)
     writer.write("/text", 1, text("before"))
     until(lambda: contents(tmp_path / "bag"))
-    noise = np.random.default_rng(0)
     with largest_file(100_000):
-        writer.write("/image", 2, b"\0\1\0\0" + noise.bytes(300_000))
+        writer.write("/image", 2, NOISE)
         until(lambda: writer.failure)
         writer.write("/text", 3, text("after"))
-        with pytest.raises(KiVlaError, match=r"recording to .*bag failed: .*too large; is the disk full\?"):
+        with pytest.raises(KiVlaError, match=FULL):
             writer.close()
-    assert warnings == [str(w) for w in warnings if "failed" in w] != []
+    assert len(warnings) == 1 and re.search(FULL, warnings[0])
     assert contents(tmp_path / "bag") == [("/text", 1, "before")]
+
+
+def test_whatever_ends_the_writing_thread_is_reported(tmp_path: Path) -> None:
+    """Not only what the operating system refuses: a time before 1970 is no number that the format has."""
+    writer = BagWriter(tmp_path / "bag", TOPICS)
+    writer.write("/text", 1, text("before"))
+    writer.write("/text", -1, text("impossible"))
+    until(lambda: writer.failure)
+    with pytest.raises(KiVlaError, match=r"cannot be written: .*; what was written until then can be read"):
+        writer.close()
+
+
+def test_a_warning_that_cannot_be_given_does_not_hide_that_messages_are_missing(tmp_path: Path) -> None:
+    def warn(_: str) -> None:
+        raise RuntimeError("no logger any more")
+
+    writer = BagWriter(tmp_path / "bag", TOPICS, warn, largest_backlog=10)
+    writer.write("/image", 1, SERIALIZED_IMAGE)  # dropped
+    with pytest.raises(KiVlaError, match=r"recording ended: .*no logger any more"):
+        writer.close()
+
+
+def test_a_bag_that_is_deleted_while_it_is_written_is_reported(tmp_path: Path) -> None:
+    writer = BagWriter(tmp_path / "bag", TOPICS)
+    writer.write("/text", 1, text("lost"))
+    shutil.rmtree(tmp_path / "bag")
+    until(lambda: writer.failure)
+    with pytest.raises(KiVlaError, match="bag cannot be written: it was deleted meanwhile"):
+        writer.close()
+
+
+def test_a_bag_file_keeps_what_was_written_before_an_error(tmp_path: Path) -> None:
+    with largest_file(2_000_000), pytest.raises(KiVlaError, match=FULL), BagFile(tmp_path / "full") as bag:
+        for k in range(20):
+            bag.write("/image", TOPICS["/image"], k, NOISE)
+    kept = contents(tmp_path / "full")
+    assert 4 <= len(kept) < 20 and kept == [("/image", k, NOISE) for k in range(len(kept))]
+    with pytest.raises(InputError, match="broken"), BagFile(tmp_path / "ended") as bag:
+        bag.write("/text", TOPICS["/text"], 1, text("before"))
+        raise InputError("broken")
+    assert contents(tmp_path / "ended") == [("/text", 1, "before")]
+    with open_bag(tmp_path / "ended") as opened:
+        assert "metadata.yaml: is missing (the recorder did not close the bag)" in str(opened.faults[0])
 
 
 def test_messages_beyond_the_backlog_are_dropped_and_counted(tmp_path: Path) -> None:
