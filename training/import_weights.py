@@ -32,6 +32,7 @@ from training.weights import (
     WEIGHTS,
     Kind,
     Method,
+    check_published,
     find_weights,
     import_weights,
     read_ranges,
@@ -121,6 +122,7 @@ def _import(chosen: argparse.Namespace) -> int:
         robot = read_robot(find_robot(chosen.robot))
         config = replace(config, horizon=robot.horizon)
         method = chosen.normalization or METHODS[chosen.kind]
+        check_published(chosen.source, chosen.kind, config, robot, chosen.stats, method)
         policy = describe_import(chosen.kind, config, robot, chosen.stats, method, chosen.flow_steps)
     import_checkpoint(
         chosen.kind,

@@ -1,6 +1,6 @@
 """The network: vision, backbone, action expert, and the insulation between them."""
 
-from training.model.expert import AdaRMSNorm, Expert, time_periods
+from training.model.expert import LONGEST_PERIOD, SHORTEST_PERIOD, AdaRMSNorm, Expert, time_periods
 from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, Rotation, rotate
 from training.model.initialization import order_embeddings
 from training.model.siglip import LayerNorm, VisionConfig, VisionLayer
@@ -8,7 +8,9 @@ from training.model.sizes import paligemma_3b
 from training.model.vla import VLA, Cache, Output, VLAConfig
 
 __all__ = [
+    "LONGEST_PERIOD",
     "MLP",
+    "SHORTEST_PERIOD",
     "VLA",
     "AdaRMSNorm",
     "Cache",

@@ -16,6 +16,7 @@ from training.weights.checkpoints import (
 )
 from training.weights.files import find_weights
 from training.weights.foreign import Kind, import_weights, their_name
+from training.weights.published import check_published
 from training.weights.statistics import FIELDS, Method, read_ranges
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Kind",
     "Method",
     "assemble",
+    "check_published",
     "empty_model",
     "find_weights",
     "import_weights",

@@ -161,21 +161,18 @@ def check_kind(keys: Iterable[str], kind: Kind, path: Path) -> None:
 def choose_table(keys: dict[str, str], kind: Kind, weights: WeightFiles, path: Path) -> str:
     """The file's key of the token table, which is tied to the output head: a file may hold either or both.
 
-    For pi0 and pi0.5 the head is taken, as in LeRobot's loader. PaliGemma is what training goes on from: there, both
-    must be the same.
+    Of both, the table counts: the prompt is made of it. LeRobot trains it, and keeps the head that it began with.
+    PaliGemma's head is what training goes on from: there, both must be the same.
     """
     head = keys.pop(HEAD, None)
     table = keys.setdefault(TABLE, head) if head is not None else keys.get(TABLE)
     if table is None:
         raise ConfigurationError(f"{path}: expected the token table ({TABLE} or {HEAD}), got neither")
-    if head is None or head == table:
-        return table
-    if kind == "paligemma" and not same(weights, table, head):
+    if kind == "paligemma" and head is not None and head != table and not same(weights, table, head):
         raise ConfigurationError(
             f"{path}: expected output head and token table to be tied, got different {head}, {table}"
         )
-    keys[TABLE] = head
-    return head
+    return table
 
 
 def same(weights: WeightFiles, one: str, other: str) -> bool:

@@ -1,0 +1,223 @@
+"""What is published beside pi0's and pi0.5's weights, in LeRobot's and openpi's files, must agree with the import."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from support import ROOT
+from support.golden import CONFIG
+
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.robot.robot import Robot
+from training.weights.published import check_published
+
+EXAMPLE = yaml.safe_load((ROOT / "config" / "robots" / "imported_arm.yaml").read_text())
+ROBOT = Robot.model_validate(EXAMPLE)
+PI05 = dataclasses.replace(CONFIG, horizon=50, action_dim=32)
+NAMES = [f"joint{n}.pos" for n in range(1, 7)] + ["gripper.pos"]
+STATE_FILE = "policy_preprocessor_step_3_normalizer_processor.safetensors"
+MODES = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
+FEATURES = {
+    "observation.images.base": {"type": "VISUAL", "shape": [3, 480, 640]},
+    "observation.images.left_wrist": {"type": "VISUAL", "shape": [3, 480, 640]},
+    "observation.images.right_wrist": {"type": "VISUAL", "shape": [3, 480, 640]},
+    "observation.images.empty_camera_0": {"type": "VISUAL", "shape": [3, 224, 224]},
+    "observation.state": {"type": "STATE", "shape": [7]},
+}
+ACTIONS = {"action": {"type": "ACTION", "shape": [7]}}
+RELATIVE = {"enabled": True, "exclude_joints": ["gripper"], "action_names": NAMES}
+
+
+def lerobot() -> dict[str, Any]:
+    """config.json as LeRobot writes it for pi0.5, without what only training reads."""
+    return {
+        "type": "pi05",
+        "n_obs_steps": 1,
+        "input_features": json.loads(json.dumps(FEATURES)),
+        "output_features": json.loads(json.dumps(ACTIONS)),
+        "device": "cuda",
+        "paligemma_variant": "gemma_2b",
+        "action_expert_variant": "gemma_300m",
+        "dtype": "float32",
+        "chunk_size": 50,
+        "n_action_steps": 50,
+        "max_state_dim": 32,
+        "max_action_dim": 32,
+        "num_inference_steps": 10,
+        "min_period": 0.004,
+        "max_period": 4.0,
+        "use_relative_actions": True,
+        "relative_exclude_joints": ["gripper"],
+        "action_feature_names": list(NAMES),
+        "rtc_config": None,
+        "image_resolution": [PI05.vision.image_size] * 2,
+        "empty_cameras": 1,
+        "tokenizer_max_length": 200,
+        "normalization_mapping": dict(MODES),
+    }
+
+
+def preprocessor() -> dict[str, Any]:
+    """policy_preprocessor.json of the same policy."""
+    prompt = "pi05_prepare_state_tokenizer_processor_step"
+    normalizer = {"eps": 1e-8, "features": FEATURES | ACTIONS, "norm_map": dict(MODES)}
+    steps = [
+        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
+        {"registry_name": "to_batch_processor", "config": {}},
+        {"registry_name": "relative_actions_processor", "config": dict(RELATIVE)},
+        {"registry_name": "normalizer_processor", "config": normalizer, "state_file": STATE_FILE},
+        {"registry_name": prompt, "config": {}},
+        {"registry_name": "tokenizer_processor", "config": {"max_length": 200, "task_key": "task"}},
+        {"registry_name": "device_processor", "config": {"device": "cuda", "float_dtype": None}},
+    ]
+    return {"name": "policy_preprocessor", "steps": steps}
+
+
+def statistics(shift: float = 0.0) -> dict[str, Any]:
+    values = {"mean": 0.1 + shift, "std": 0.5, "q01": -1.0 + shift, "q99": 1.25 + shift}
+    return {name: {key: [value] * 7 for key, value in values.items()} for name in ("observation.state", "action")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "stats.json").write_text(json.dumps(statistics()))
+    write(tmp_path, lerobot(), preprocessor())
+    return tmp_path
+
+
+def write(folder: Path, config: Any, steps: Any, shift: float = 0.0) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "policy_preprocessor.json").write_text(json.dumps(steps))
+    flat = {f"{name}.{key}": torch.tensor(v) for name, fields in statistics(shift).items() for key, v in fields.items()}
+    save_file(flat, folder / STATE_FILE)
+
+
+def check(folder: Path, robot: Robot = ROBOT, **changes: Any) -> None:
+    given = {"source": folder, "kind": "pi05", "method": "quantiles", "config": PI05} | changes
+    check_published(robot=robot, stats=folder / "stats.json", **given)
+
+
+def test_files_that_agree_pass(folder: Path) -> None:
+    check(folder)
+    check(folder, source=folder / "model.safetensors")  # a file: what is beside it
+    base = lerobot()
+    for features in ("input_features", "output_features"):  # a base model is for no robot
+        for feature in base[features].values():
+            if feature["type"] != "VISUAL":
+                feature["shape"] = [32]
+    base["normalization_mapping"] = {}
+    write(folder, base, preprocessor())
+    check(folder)
+
+
+def at(path: str, value: Any) -> Callable[[Any], None]:
+    """Sets what stands at a path of keys and indices."""
+
+    def change(content: Any) -> None:
+        *way, last = [int(key) if key.isdigit() else key for key in path.split("/")]
+        for key in way:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+SWAPPED = {key: FEATURES[key] for key in sorted(FEATURES, key=lambda key: "wrist" not in key)}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (at("type", "smolvla"), "type: expected pi05, as imported, got smolvla"),
+        (at("type", "pi0"), "type: expected pi05, as imported, got pi0"),
+        (at("chunk_size", 30), "chunk_size: expected 50, as imported, got 30"),
+        (at("n_obs_steps", 2), "n_obs_steps: expected 1"),
+        (at("min_period", 0.01), "min_period: expected 0.004"),
+        (at("use_visual_memory", True), "use_visual_memory: expected False"),
+        (at("use_proprioceptive_memory", True), "use_proprioceptive_memory: expected False"),
+        (at("image_resolution", [256, 256]), "image_resolution: expected"),
+        (at("normalization_mapping/STATE", "MEAN_STD"), "normalization_mapping.STATE: expected QUANTILES"),
+        (at("normalization_mapping/ACTION", "MIN_MAX"), "normalization_mapping.ACTION: expected QUANTILES"),
+        (at("normalization_mapping/VISUAL", "MEAN_STD"), "normalization_mapping.VISUAL: expected IDENTITY"),
+        (at("use_relative_actions", False), "relative joints: expected joint1, .*joint6, as imported, got none"),
+        (at("relative_exclude_joints", []), "relative joints: expected .*joint6, as imported, got .*joint6, gripper"),
+        (at("action_feature_names", None), "relative joints: expected .*joint6, as imported, got .*joint6, gripper"),
+        (at("action_feature_names", NAMES[:6]), "relative actions: action names: expected"),
+        (at("action_feature_names", [NAMES[1], NAMES[0], *NAMES[2:]]), "order of the actions: expected"),
+        (at("input_features/observation.state/shape", [8]), r"features.observation.state.shape: expected \[7\]"),
+        (at("output_features/action/shape", [14]), r"features.action.shape: expected \[7\], as imported, got \[14\]"),
+        (at("input_features", SWAPPED), "order of the cameras: expected .'base', 'left_wrist'"),
+        (
+            at("input_features", {k: v for k, v in FEATURES.items() if "right" not in k}),
+            r"features: cameras .* expected",
+        ),
+        (at("chunk_size", "many"), "config.json: expected a file as LeRobot writes it: chunk_size"),
+    ],
+)
+def test_a_config_that_says_something_else_is_refused(folder: Path, change: Callable[[Any], None], fault: str) -> None:
+    config = lerobot()
+    change(config)
+    write(folder, config, preprocessor())
+    with pytest.raises(ConfigurationError, match=fault) as error:
+        check(folder)
+    assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (at("steps/2/config/enabled", False), r"steps.2 \(relative_actions_processor\): relative joints: expected"),
+        (at("steps/3/config/norm_map/ACTION", "IDENTITY"), "steps.3 .*norm_map.ACTION: expected QUANTILES"),
+        (at("steps/4/config/include_state_in_prompt", False), "include_state_in_prompt: expected True"),
+        (at("steps/5/registry_name", "my_step"), r"steps.5 \(my_step\): expected one of .*device_processor"),
+        (at("steps", 3), "policy_preprocessor.json: expected a file as LeRobot writes it: steps"),
+    ],
+)
+def test_a_preprocessor_that_does_something_else_is_refused(
+    folder: Path, change: Callable[[Any], None], fault: str
+) -> None:
+    steps = preprocessor()
+    change(steps)
+    write(folder, lerobot(), steps)
+    with pytest.raises(ConfigurationError, match=fault) as error:
+        check(folder)
+    assert "policy_preprocessor.json" in str(error.value)
+
+
+def test_other_statistics_than_the_weights_own_are_refused(folder: Path) -> None:
+    write(folder, lerobot(), preprocessor(), shift=0.01)
+    with pytest.raises(
+        ConfigurationError, match=rf"state_file {STATE_FILE}: expected the statistics of --stats .*stats"
+    ):
+        check(folder)
+
+
+def test_all_faults_are_named_at_once(folder: Path) -> None:
+    config = lerobot() | {"chunk_size": 10}
+    write(folder, config, preprocessor())
+    with pytest.raises(ConfigurationError) as error:
+        check(folder, method="mean_std")
+    assert str(error.value).count("expected") == 5  # the horizon, and twice STATE and ACTION
+
+
+def test_openpis_files(tmp_path: Path) -> None:
+    (tmp_path / "stats.json").write_text(json.dumps(statistics()))
+    (tmp_path / "config.json").write_text(json.dumps({"action_dim": 32, "action_horizon": 50, "precision": "bfloat16"}))
+    own = {"state": statistics()["observation.state"], "actions": statistics()["action"]}
+    place = tmp_path / "assets" / "physical-intelligence" / "my_arm" / "norm_stats.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"norm_stats": own}))
+    check(tmp_path)
+    with pytest.raises(ConfigurationError, match="action_horizon: expected 20, as imported, got 50"):
+        check(tmp_path, config=dataclasses.replace(PI05, horizon=20))
+    (tmp_path / "stats.json").write_text(json.dumps(statistics(0.1)))
+    with pytest.raises(ConfigurationError, match=r"assets: .*my_arm/norm_stats\.json: expected the statistics"):
+        check(tmp_path)

@@ -1,0 +1,245 @@
+"""What LeRobot and openpi write beside the weights of pi0 and pi0.5, against what they are imported as.
+
+LeRobot: `config.json`, and `policy_preprocessor.json` with the statistics in a file that it names. openpi: the
+`config.json` of the conversion to PyTorch, and `assets/ID/norm_stats.json`. All are read if they are there. A wrong
+horizon, joint order, normalisation or kind of action fits the weights just as well, and moves the arm elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ki_vla_ros.errors import ConfigurationError, describe_validation
+from ki_vla_ros.robot import Robot
+from training.model import LONGEST_PERIOD, SHORTEST_PERIOD, VLAConfig
+from training.weights.foreign import Kind
+from training.weights.statistics import LEROBOT, Method, read_json, read_ranges
+
+CONFIG, PREPROCESSOR = "config.json", "policy_preprocessor.json"
+STATE, ACTION = LEROBOT
+IMAGES, EMPTY = "observation.images.", "observation.images.empty_camera_"
+MODES: dict[Method, str] = {"quantiles": "QUANTILES", "mean_std": "MEAN_STD"}
+TOLERANCE = 1e-4  # of statistics, which LeRobot keeps in float32
+
+Misfit = tuple[str, object, object]
+"""What, as it is imported, as the file says."""
+
+
+class Lenient(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Feature(Lenient):
+    type: str
+    shape: tuple[int, ...]
+
+
+class Published(Lenient):
+    """LeRobot's config.json, as far as it changes what the weights mean; openpi's has other names for two of these."""
+
+    type: str
+    chunk_size: int
+    n_obs_steps: int = 1
+    image_resolution: tuple[int, int] | None = None
+    min_period: float = SHORTEST_PERIOD
+    max_period: float = LONGEST_PERIOD
+    use_visual_memory: bool = False
+    use_proprioceptive_memory: bool = False
+    use_relative_actions: bool = False
+    relative_exclude_joints: list[str] = Field(default_factory=list)
+    action_feature_names: list[str] | None = None
+    normalization_mapping: dict[str, str] = Field(default_factory=dict)
+    input_features: dict[str, Feature] | None = None
+    output_features: dict[str, Feature] | None = None
+
+
+class Step(Lenient):
+    """One step of LeRobot's preprocessor; `state_file` holds its tensors."""
+
+    registry_name: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    state_file: str | None = None
+
+
+class Preprocessor(Lenient):
+    steps: list[Step]
+
+
+class Relative(Lenient):
+    enabled: bool = False
+    exclude_joints: list[str] = Field(default_factory=list)
+    action_names: list[str] | None = None
+
+
+class Normalizer(Lenient):
+    norm_map: dict[str, str]
+    features: dict[str, Feature] = Field(default_factory=dict)
+
+
+class Prompt(Lenient):
+    include_state_in_prompt: bool = True
+
+
+STEPS = {
+    "rename_observations_processor",
+    "to_batch_processor",
+    "relative_actions_processor",
+    "normalizer_processor",
+    "pi05_prepare_state_tokenizer_processor_step",
+    "pi0_new_line_processor",
+    "tokenizer_processor",
+    "device_processor",
+}
+
+
+def check_published(source: Path, kind: Kind, config: VLAConfig, robot: Robot, stats: Path, method: Method) -> None:
+    """ConfigurationError names every file and field beside the weights at `source` that says something else."""
+    folder = source if source.is_dir() else source.parent
+    faults = [
+        f"  {path}: {what}: expected {expected}, as imported, got {got}"
+        for path, misfits in (
+            (folder / CONFIG, config_misfits(folder / CONFIG, kind, config, robot, method)),
+            (folder / PREPROCESSOR, preprocessor_misfits(folder / PREPROCESSOR, robot, stats, method)),
+            (folder / "assets", assets_misfits(folder / "assets", stats, method, len(robot.joints))),
+        )
+        for what, expected, got in misfits
+    ]
+    if faults:
+        raise ConfigurationError(
+            f"{folder}: the weights were trained for something else than they are imported as\n"
+            + "\n".join(faults)
+            + "\ncorrect --robot, --stats, --normalization or --as; weights that need what this package does not run "
+            "cannot be imported"
+        )
+
+
+def config_misfits(path: Path, kind: Kind, config: VLAConfig, robot: Robot, method: Method) -> Iterator[Misfit]:
+    if not path.exists():
+        return
+    content = read_json(path)
+    if "type" not in content:  # openpi's
+        for key, expected in (("action_horizon", config.horizon), ("action_dim", config.action_dim)):
+            if content.get(key, expected) != expected:
+                yield key, expected, content[key]
+        return
+    if content["type"] != kind:
+        yield "type", kind, content["type"]
+        return
+    theirs = validate(Published, content, path)
+    side = config.vision.image_size
+    needed: tuple[tuple[str, object], ...] = (
+        ("chunk_size", config.horizon),
+        ("n_obs_steps", 1),
+        ("min_period", SHORTEST_PERIOD),
+        ("max_period", LONGEST_PERIOD),
+        ("use_visual_memory", False),
+        ("use_proprioceptive_memory", False),
+    )
+    for key, wanted in needed:
+        if getattr(theirs, key) != wanted:
+            yield key, wanted, getattr(theirs, key)
+    if theirs.image_resolution not in (None, (side, side)):
+        yield "image_resolution", [side, side], list(theirs.image_resolution or ())
+    yield from mode_misfits("normalization_mapping", theirs.normalization_mapping, method)
+    yield from relative_misfits(
+        theirs.use_relative_actions, theirs.relative_exclude_joints, theirs.action_feature_names, robot
+    )
+    features = (theirs.input_features or {}) | (theirs.output_features or {})
+    yield from feature_misfits(features, robot, padded=config.action_dim)
+
+
+def preprocessor_misfits(path: Path, robot: Robot, stats: Path, method: Method) -> Iterator[Misfit]:
+    if not path.exists():
+        return
+    for number, step in enumerate(validate(Preprocessor, read_json(path), path).steps):
+        where = f"steps.{number} ({step.registry_name})"
+        if step.registry_name not in STEPS:
+            yield where, f"one of {', '.join(sorted(STEPS))}", "another step, which this package does not run"
+        elif step.registry_name == "relative_actions_processor":
+            relative = validate(Relative, step.config, path)
+            yield from relative_misfits(relative.enabled, relative.exclude_joints, relative.action_names, robot, where)
+        elif step.registry_name == "pi05_prepare_state_tokenizer_processor_step":
+            if not validate(Prompt, step.config, path).include_state_in_prompt:
+                yield f"{where}.include_state_in_prompt", True, False
+        elif step.registry_name == "normalizer_processor":
+            normalizer = validate(Normalizer, step.config, path)
+            yield from mode_misfits(f"{where}.norm_map", normalizer.norm_map, method)
+            state = path.parent / Path(step.state_file or "").name
+            if step.state_file and state.is_file() and not agree(state, stats, method, len(robot.joints)):
+                yield f"{where}.state_file {state.name}", f"the statistics of --stats {stats}", "others"
+
+
+def assets_misfits(folder: Path, stats: Path, method: Method, joints: int) -> Iterator[Misfit]:
+    """openpi keeps statistics by the name of the robot they are of; one of them must be those that were given."""
+    found = sorted(folder.glob("**/norm_stats.json"))
+    if found and not any(agree(path, stats, method, joints) for path in found):
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
+        yield names, f"the statistics of --stats {stats}", "others"
+
+
+def agree(path: Path, stats: Path, method: Method, joints: int) -> bool:
+    """Whether two files have the same statistics of the joints, as far as float32 can say."""
+    ours, theirs = (np.array(read_ranges(file, method, joints)) for file in (stats, path))
+    return bool(np.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE * np.ptp(ours)))
+
+
+def mode_misfits(where: str, mapping: Mapping[str, str], method: Method) -> Iterator[Misfit]:
+    for kind, expected in (("STATE", MODES[method]), ("ACTION", MODES[method]), ("VISUAL", "IDENTITY")):
+        if mapping.get(kind, expected) != expected:
+            yield f"{where}.{kind}", expected, mapping[kind]
+
+
+def relative_misfits(
+    enabled: bool, exclude: Sequence[str], names: Sequence[str] | None, robot: Robot, where: str = "relative actions"
+) -> Iterator[Misfit]:
+    """LeRobot keeps absolute what has an excluded name in its own; without names, everything becomes relative."""
+    joints = robot.joint_names
+    if names is not None:
+        bare = [name.removesuffix(".pos") for name in names]
+        if len(bare) != len(joints):
+            yield f"{where}: action names", list(joints), names
+            return
+        if set(bare) == set(joints) and bare != list(joints):
+            yield f"{where}: order of the actions", list(joints), names
+    kept = (
+        []
+        if names is None
+        else [n for n, name in enumerate(names) if any(e and e.lower() in name.lower() for e in exclude)]
+    )
+    theirs = [enabled and j not in kept for j in range(len(joints))]
+    ours = [joint.relative for joint in robot.joints]
+    if ours != theirs:
+
+        def say(flags: Sequence[bool]) -> str:
+            return ", ".join(joint for joint, flag in zip(joints, flags, strict=True) if flag) or "none"
+
+        yield f"{where}: relative joints", say(ours), say(theirs)
+
+
+def feature_misfits(features: Mapping[str, Feature], robot: Robot, padded: int) -> Iterator[Misfit]:
+    """A base model's features are as wide as the model: they say nothing about a robot."""
+    joints = len(robot.joints)
+    for key in LEROBOT:
+        if key in features and features[key].shape not in ((joints,), (padded,)):
+            yield f"features.{key}.shape", [joints], list(features[key].shape)
+    seen = [key.removeprefix(IMAGES) for key, feature in features.items() if feature.type == "VISUAL"]
+    seen = [name for name in seen if not name.startswith(EMPTY.removeprefix(IMAGES))]
+    cameras = list(robot.camera_names)
+    if seen and len(seen) != len(cameras):
+        yield "features: cameras (one that may be absent is `optional` in the robot file)", cameras, seen
+    elif set(seen) == set(cameras) and seen != cameras:
+        yield "features: order of the cameras", cameras, seen
+
+
+def validate(model: type[Any], content: object, path: Path) -> Any:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise ConfigurationError(
+            f"{path}: expected a file as LeRobot writes it: {describe_validation(error)}; download it again"
+        ) from error
