@@ -322,8 +322,8 @@ def test_a_process_that_stands_still_sends_no_step(robot: Robot, start: Start, b
         position_J, velocity_J = path.sample(first_ns)
         if np.any(velocity_J):  # otherwise it may lead to where the arm is
             continued += 1
-            np.testing.assert_allclose(command.points[0].positions, position_J, atol=1e-5)
-            np.testing.assert_allclose(command.points[0].velocities, velocity_J, atol=1e-3)
+            np.testing.assert_allclose(command.points[0].positions, position_J, atol=3e-4)  # 0.1 ms
+            np.testing.assert_allclose(command.points[0].velocities, velocity_J, atol=2e-3)
         path.take(command, ns_of(command.header.stamp))
     assert continued > 20
 
