@@ -35,6 +35,7 @@ class Player:
         self.motion: Motion | None = None
         self._played_ns = 0  # how far the motion has been played
         self._sent_ns = 0  # when its last position went out
+        self._sent_J: NDArray[np.float64] = np.empty(0)
         self._interruption: tuple[int, NDArray[np.float64]] | None = None  # how long the gap was, and where it ended
 
     def motion_ns(self, now_ns: int) -> int:
@@ -55,6 +56,7 @@ class Player:
         if self.motion is None or now_ns < self._sent_ns:  # the latter: simulated time was set back
             # It stands where the motion starts, as if just sent there.
             self._played_ns = self._sent_ns = now_ns
+            self._sent_J = motion.at(now_ns)[0]
         self.motion = motion
 
     def due_ns(self) -> int:
@@ -66,14 +68,15 @@ class Player:
         assert self.motion is not None
         gap_ns = now_ns - self._sent_ns
         if gap_ns > 2 * self.period_ns:
-            self._interruption = gap_ns, self.motion.at(self._played_ns)[0]
+            # Not where the motion was by then: it may have replaced another one since the last position went out.
+            self._interruption = gap_ns, self._sent_J
             self.motion = None
             return None
         self._played_ns, self._sent_ns = self.motion_ns(now_ns), now_ns
-        position_J = self.motion.at(self._played_ns)[0]
+        self._sent_J = self.motion.at(self._played_ns)[0]
         if self._played_ns >= self.motion.end_ns:
             self.motion = None
-        return position_J
+        return self._sent_J
 
 
 class MotionStream:

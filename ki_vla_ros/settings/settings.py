@@ -75,8 +75,8 @@ class Settings(SettingsModel):
     )
     publish_mode: Literal["replace", "splice", "stream"] = setting(
         "replace",
-        "replace: a trajectory that starts now, whole; splice: with the time stamp at which it takes over, for "
-        "controllers that replace trajectories in part; stream: one Float64MultiArray of positions per "
+        "replace: a trajectory that starts when it arrives; splice: the same, stamped with the present, so that its "
+        "way to the controller costs no time, for controllers on the node's clock; stream: one Float64MultiArray of positions per "
         "command_period_s, for controllers that forward commands",
     )
     inference_delay: int = setting(
@@ -125,7 +125,7 @@ class Settings(SettingsModel):
     )
     hold_after_s: float = setting(
         0.5,
-        "watchdog: a moving arm without a fresh chunk for this long is held where it is",
+        "watchdog: a moving arm without a fresh chunk for this long is brought to rest",
         unit="s",
         ge=0.05,
         le=10.0,

@@ -42,7 +42,7 @@ def test_on_time_the_motion_is_played_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("late_ms", [1, 10, 19, 20])
-def test_a_late_position_is_no_longer_step(late_ms: int) -> None:
+def test_a_late_position_makes_no_longer_step(late_ms: int) -> None:
     player, found, now_ns = play({10: late_ms, 15: late_ms})
     assert len(found) == 30
     np.testing.assert_allclose(np.diff(found), SPEED * PERIOD_MS / 1000)
@@ -61,6 +61,16 @@ def test_after_a_gap_the_motion_is_dropped_and_the_next_starts_where_it_stopped(
     assert player.motion is None and player.motion_ns(now_ns) == now_ns
     player.play(steady_motion(), now_ns)  # it knows now
     assert player.motion is not None
+
+
+def test_a_gap_after_a_motion_was_replaced_ends_where_the_last_position_was() -> None:
+    player, found, now_ns = play({}, count=10)
+    later = Motion(("a",), START, START + np.array([215, 400]) * MS, np.array([[0.4], [0.6]]), np.zeros((2, 1)))
+    player.play(later, now_ns + 5 * MS)  # it begins between two positions
+    assert player.next(now_ns + 100 * MS) is None
+    with pytest.raises(MotionInterrupted) as stopped:
+        player.play(later, now_ns + 100 * MS)
+    np.testing.assert_allclose(stopped.value.position_J, found[-1])
 
 
 def test_a_thread_that_starts_late_does_not_skip_the_beginning() -> None:
