@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -25,7 +26,7 @@ from rclpy.node import Node
 from rclpy.qos import QoSPolicyKind, QoSProfile
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import Float64MultiArray, String
+from std_msgs.msg import Float64MultiArray, MultiArrayDimension, MultiArrayLayout, String
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle import PolicySpec
@@ -44,6 +45,15 @@ REPEAT_LOG_S = 5.0
 # Two readings of a clock no farther apart than this belong together.
 READING_NS = 100_000
 SHADOW_COMMAND = "~/shadow/command"
+# The stages of a tick, and the names of the numbers in ~/tick_numbers, in order (docs/runtime.md).
+STAGES = (
+    *("observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish"),
+    "total",
+)
+TICK_NUMBERS = (
+    *("stamp_s", "chunk_index", "held", "deadline_misses", "observation_to_command_ms", "newest_image_to_command_ms"),
+    *(f"{stage}_ms" for stage in STAGES),
+)
 # What rmw calls the node of a publisher that was discovered before its node, or that has none (a bare DDS writer).
 UNKNOWN_NAME = "_NODE_NAME_UNKNOWN_"
 
@@ -179,6 +189,9 @@ class NodeWire:
         )
         self._chunk: LifecyclePublisher[JointTrajectory] = self._publisher(JointTrajectory, "~/chunk")
         self._tick: LifecyclePublisher[String] = self._publisher(String, "~/tick")
+        self._tick_numbers: LifecyclePublisher[Float64MultiArray] = self._publisher(Float64MultiArray, "~/tick_numbers")
+        names = MultiArrayDimension(label=",".join(TICK_NUMBERS), size=len(TICK_NUMBERS), stride=len(TICK_NUMBERS))
+        self._numbers = Float64MultiArray(layout=MultiArrayLayout(dim=[names]))
         self._logged_s: dict[str, float] = {}
 
     def _publisher(self, kind: Any, topic: str) -> Any:
@@ -223,6 +236,8 @@ class NodeWire:
 
     def report_tick(self, fields: Mapping[str, object]) -> None:
         self._tick.publish(text_message(fields))
+        self._numbers.data = _doubles(tick_numbers(fields))
+        self._tick_numbers.publish(self._numbers)
 
     def log(self, message: str, cause: str) -> None:
         now_s = time.monotonic()
@@ -237,7 +252,7 @@ class NodeWire:
 
     def close(self) -> None:
         self._stream.close()
-        for publisher in (self._command, self._chunk, self._tick):
+        for publisher in (self._command, self._chunk, self._tick, self._tick_numbers):
             self._node.destroy_lifecycle_publisher(publisher)
 
 
@@ -277,6 +292,21 @@ def reading_from_message(message: JointState, received_ns: int | None = None) ->
     """A reading from a JointState, stamped `received_ns` if given; InputError as in JointReading.from_fields."""
     stamp_ns = header_ns(message) if received_ns is None else received_ns
     return JointReading.from_fields(stamp_ns, message.name, message.position)
+
+
+def tick_numbers(fields: Mapping[str, Any]) -> list[float]:
+    """A tick's fields as TICK_NUMBERS; NaN for what it does not have, such as a stage that did not run."""
+    chunk_index, sent_ns = fields["chunk_index"], fields["command_ns"]
+    stage_ms = fields["stage_ms"]
+    return [
+        fields["stamp_ns"] / NS_PER_S,
+        math.nan if chunk_index is None else float(chunk_index),
+        float(fields["hold"] is not None),
+        float(fields["deadline_misses"]),
+        math.nan if sent_ns is None else (sent_ns - fields["observation_ns"]) / 1e6,
+        math.nan if sent_ns is None else (sent_ns - fields["newest_image_ns"]) / 1e6,
+        *(stage_ms.get(stage, math.nan) for stage in STAGES),
+    ]
 
 
 def text_message(fields: Mapping[str, object]) -> String:

@@ -16,7 +16,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from rcl_interfaces.srv import DescribeParameters
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import JointState
-from std_msgs.msg import String
+from std_msgs.msg import Float64MultiArray, String
 from support import ROOT
 from support.bundles import CAMERAS, JOINTS, TASK, demo_policy, write_test_bundle
 from support.robots import PolicyProcess, Robot, is_hold
@@ -30,8 +30,10 @@ BEST_EFFORT = ReliabilityPolicy.BEST_EFFORT
 def test_from_messages_to_commands_until_a_signal(
     robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str, number: signal.Signals
 ) -> None:
+    numbers: list[Float64MultiArray] = []
+    robot.node.create_subscription(Float64MultiArray, "policy/tick_numbers", numbers.append, 100)
     policy = start(bundle=bundle_path, autostart=True, instruction=TASK)
-    until(lambda: len(robot.commands) >= 5 and len(robot.chunks) >= 5 and robot.diagnostics)
+    until(lambda: len(robot.commands) >= 5 and len(robot.chunks) >= 5 and robot.diagnostics and numbers)
     for command in list(robot.commands):
         assert command.joint_names == list(JOINTS)
         assert (command.header.stamp.sec, command.header.stamp.nanosec) == (0, 0)
@@ -46,6 +48,18 @@ def test_from_messages_to_commands_until_a_signal(
         "observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish", "total",
     }  # fmt: skip
     assert robot.diagnostics[-1].status[0].name == "/policy"
+    (names,) = numbers[-1].layout.dim
+    assert names.size == len(numbers[-1].data) == names.stride
+    values = {message.data[0]: dict(zip(names.label.split(","), message.data, strict=True)) for message in numbers}
+    (told, tick), *_ = [(values[s], t) for t in robot.ticks if (s := t["stamp_ns"] / 1e9) in values and t["command_ns"]]
+    assert (told["chunk_index"], told["held"], told["deadline_misses"]) == (
+        tick["chunk_index"], 0.0, tick["deadline_misses"],
+    )  # fmt: skip
+    assert told["observation_to_command_ms"] == (tick["command_ns"] - tick["observation_ns"]) / 1e6
+    stages = {name.removesuffix("_ms"): told[name] for name in told if name.removesuffix("_ms") in tick["stage_ms"]}
+    assert stages == tick["stage_ms"]
+    holding = next(value for value in values.values() if value["held"])  # before the first images came
+    assert np.isnan([holding[name] for name in ("chunk_index", "observation_to_command_ms", "prefill_ms")]).all()
     before = len(robot.commands)
     assert policy.stop(number) == 0, policy.output
     until(lambda: len(robot.commands) > before and is_hold(robot.commands[-1], robot.position))
@@ -247,7 +261,14 @@ def test_qos_of_every_topic_can_be_overridden(
     robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str, tmp_path: Path
 ) -> None:
     inputs = ["/joint_states", "/policy/instruction", "/policy/stop", *(f"/camera/{c}/image_raw" for c in CAMERAS)]
-    outputs = ["/policy/chunk", "/policy/tick", "/policy/session", "/diagnostics", "/arm_controller/joint_trajectory"]
+    outputs = [
+        "/policy/chunk",
+        "/policy/tick",
+        "/policy/tick_numbers",
+        "/policy/session",
+        "/diagnostics",
+        "/arm_controller/joint_trajectory",
+    ]
     values = {f"qos_overrides.{topic}.subscription.reliability": "reliable" for topic in inputs}
     values |= {f"qos_overrides.{topic}.publisher.reliability": "best_effort" for topic in outputs[1:]}
     values |= {"qos_overrides./policy/stop.subscription.reliability": "best_effort", "update_rate": 100}
