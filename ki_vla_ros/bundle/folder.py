@@ -37,11 +37,13 @@ PROGRAMS = {PREFILL: "prefill.pt2", EXPERT: "expert.pt2"}  # the same graphs for
 TIME = "time.npz"
 TOKENIZER = "tokenizer.json"
 MODEL_CARD = "README.md"
+# What git and Hugging Face's downloads leave beside a bundle's files; nothing reads it.
+DOWNLOAD_TRACES = (".git", ".gitattributes", ".cache")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bundle:
-    """A bundle that has passed every check of `load_bundle`; `path` is its real folder."""
+    """A bundle that has passed every check of `load_bundle`; `path` is the folder that has its files by their names."""
 
     path: Path
     manifest: Manifest
@@ -82,8 +84,8 @@ def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType]
 def load_bundle(path: Path | str) -> Bundle:
     """Read and verify a bundle; BundleError names the first fault.
 
-    Files may be symbolic links (as colcon's --symlink-install makes them) if all of them point into the folder that
-    the manifest's link points into.
+    Files may be symbolic links if all of them point into the folder that the manifest's link points into: as colcon's
+    --symlink-install makes them, with the same names there, or as a Hugging Face cache does, whose blobs have others.
     """
     given = Path(path).expanduser()
     if not given.is_dir():
@@ -92,9 +94,10 @@ def load_bundle(path: Path | str) -> Bundle:
         )
     if not (given / MANIFEST).is_file():
         raise BundleError(f"{given}: expected {MANIFEST} in a bundle, got none; is this the folder that export wrote?")
-    root = (given / MANIFEST).resolve().parent
+    real = (given / MANIFEST).resolve()
+    root = real.parent if real.name == MANIFEST else given.resolve()
     manifest = _read_manifest(root / MANIFEST)
-    _check_files(root, manifest)
+    _check_files(root, real.parent, manifest)
     headers = {name: read_header(root / name) for name in (PREFILL, EXPERT)}
     _check_external_data(root, manifest, headers)
     for name, (inputs, outputs) in graph_interface(manifest).items():
@@ -151,7 +154,8 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path}: {describe_validation(error)}; export again") from error
 
 
-def _check_files(root: Path, manifest: Manifest) -> None:
+def _check_files(root: Path, home: Path, manifest: Manifest) -> None:
+    """`home` is the folder that all files of `root` must really be in; links into any other could lead anywhere."""
     for name in (PREFILL, EXPERT, TIME, TOKENIZER, MODEL_CARD):
         if name not in manifest.files:
             raise BundleError(f"{root / MANIFEST}: files: expected {name} among them, got {sorted(manifest.files)}")
@@ -162,18 +166,23 @@ def _check_files(root: Path, manifest: Manifest) -> None:
                 f"{root / MANIFEST}: files: expected plain names of files beside the manifest, got {name!r}"
             )
         if not file.is_file():
+            got_link = f"a link to {file.readlink()}, where there is none" if file.is_symlink() else "none"
             raise BundleError(
-                f"{root}: expected file {name}, which the manifest lists, got none; copy the whole folder"
+                f"{root}: expected file {name}, which the manifest lists, got {got_link}; copy or download the whole "
+                "folder"
             )
-        if file.resolve().parent != root:
-            raise BundleError(f"{file}: expected a file inside the bundle, got a link to {file.resolve()}")
+        if file.resolve().parent != home:
+            raise BundleError(
+                f"{file}: expected a file inside the bundle{'' if home == root else f', in {home}'}, got a link to "
+                f"{file.resolve()}; copy what the link points to into its place"
+            )
         got = file_sha256(file)
         if got != expected:
             raise BundleError(
                 f"{file}: expected sha256 {expected[:12]}..., got {got[:12]}...; changed or cut off: copy it again"
             )
     for entry in sorted(root.iterdir()):
-        if entry.name not in manifest.files and entry.name != MANIFEST:
+        if entry.name not in manifest.files and entry.name not in (MANIFEST, *DOWNLOAD_TRACES):
             raise BundleError(
                 f"{root}: expected only the files that the manifest lists, got {entry.name!r} beside them; remove it"
             )

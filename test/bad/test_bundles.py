@@ -30,6 +30,7 @@ from ki_vla_ros.bundle.folder import (
 )
 from ki_vla_ros.bundle.manifest import Manifest
 from ki_vla_ros.bundle.onnx_header import TensorType, read_header
+from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import BundleError
 
 
@@ -313,6 +314,52 @@ def test_a_bundle_of_links_into_one_folder_loads(valid: Path, tmp_path: Path) ->
     for file in valid.iterdir():
         (tmp_path / file.name).symlink_to(file)
     assert load_bundle(tmp_path).path == valid
+
+
+def cached(bundle: Path, cache: Path) -> Path:
+    """The bundle as Hugging Face's cache has it: links with its names into a folder of blobs; returns the links'."""
+    snapshot, blobs = cache / "snapshots" / "0a1b", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "another revision's").write_text("")
+    for file in bundle.iterdir():
+        digest = file_sha256(file)
+        shutil.copy(file, blobs / digest)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / digest)
+    (snapshot / ".gitattributes").write_text("*.onnx filter=lfs\n")
+    (snapshot / ".cache" / "huggingface").mkdir(parents=True)
+    return snapshot
+
+
+def test_a_bundle_in_a_hugging_face_cache_loads_and_runs(folder: Path, tmp_path: Path) -> None:
+    model = onnx.load(str(folder / PREFILL))
+    onnx.save(model, str(folder / PREFILL), save_as_external_data=True, location="prefill.data", size_threshold=4096)
+    rehash(folder)
+    snapshot = cached(folder, tmp_path / "models--me--arm")
+    bundle = load_bundle(snapshot)
+    assert bundle.path == snapshot and "prefill.data" in bundle.manifest.files
+    OnnxEngine(bundle).close()
+    (tmp_path / "by another link").symlink_to(snapshot)
+    assert load_bundle(tmp_path / "by another link").path == snapshot
+
+
+@pytest.mark.parametrize("name", [PREFILL, MODEL_CARD])
+def test_a_link_out_of_a_hugging_face_cache_is_refused(valid: Path, tmp_path: Path, name: str) -> None:
+    snapshot = cached(valid, tmp_path / "models--me--arm")
+    content, blob = (snapshot / name).read_bytes(), (snapshot / name).resolve()
+    for target in (tmp_path / "elsewhere", snapshot / "real", blob.parent / "deeper" / "blob"):
+        (snapshot / name).unlink()
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(content)  # the right content does not help
+        (snapshot / name).symlink_to(target)
+        with pytest.raises(BundleError, match=rf"{name}: expected a file inside the bundle, in .*blobs, got a link to"):
+            load_bundle(snapshot)
+        target.unlink()
+    blob.unlink()
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(blob)
+    with pytest.raises(BundleError, match=rf"expected file {name}, .* got a link to .*, where there is none; copy or"):
+        load_bundle(snapshot)
 
 
 def test_weights_beside_the_graph_are_listed_and_loaded(folder: Path) -> None:
