@@ -1,11 +1,23 @@
-"""Knowledge insulation: what the flow loss may teach, and what action tokens and expert see of each other."""
+"""Knowledge insulation: what the flow loss may teach, and what action tokens and expert see of each other.
 
+All models are away from their initial values: at those, the expert's branches are closed, and no leak would show.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import BATCH, CONFIG, POSTFIX, make_batch, make_model, run
+from support.models import BATCH, CONFIG, POSTFIX, make_batch, make_model, prefix_of, run
+from support.recipes import tiny_run
 from torch import Tensor
 
+from training.config import StageConfig, TrainingConfig
+from training.data.batch import Batch
+from training.losses.hints import TrainingHeads
+from training.losses.step import BatchLosses
 from training.model.vla import VLA, Output
 
 EXPERT_SIDE = ("expert.", "action_in.", "action_out.")
@@ -127,3 +139,109 @@ def test_postfix_is_causal_and_prefix_does_not_see_it() -> None:
     moved = (before.postfix_hidden_BTD != after.postfix_hidden_BTD).any(dim=-1)
     assert torch.equal(moved, (torch.arange(POSTFIX) >= 2).expand(BATCH, -1))
     assert torch.equal(before.prefix_hidden_BPD, after.prefix_hidden_BPD)
+
+
+# --- the trainer's joint step: `prefix_rows`, a probed layer, hints, and losses drawn by the stage
+
+BACKBONE = ("vision.", "projector.", "backbone.")
+TOKENS = {"fast": 1.0, "pointing": 1.0, "grounding": 1.0, "readout": 1.0}
+
+
+def joint_losses(tmp_path: Path) -> tuple[BatchLosses, Batch]:
+    """The trainer's losses over a batch that has targets for all hints, FAST and flow; the probe is in layer 1 of 3.
+
+    Of the second sample's postfix, only the first token counts.
+    """
+    config = TrainingConfig.model_validate(tiny_run(tmp_path, steps=1))
+    model, given = make_model(dataclasses.replace(CONFIG, state_dim=CONFIG.action_dim)), make_batch()
+    assert config.hints is not None and config.hints.probe_layer == 1 < CONFIG.backbone.depth - 1
+    frequencies = config.hints.readout_frequencies
+    heads = TrainingHeads(CONFIG.vision.width, CONFIG.backbone.width, 4, frequencies, CONFIG.action_dim)
+    images, image_mask, tokens, token_mask = prefix_of(given)
+    batch = Batch(
+        images,
+        torch.ones_like(image_mask),
+        tokens,
+        token_mask,
+        given["postfix_BT"],
+        fast_mask_BT=torch.arange(POSTFIX) < torch.tensor([[POSTFIX], [1]]),
+        asking_BR=torch.arange(frequencies).expand(BATCH, -1),
+        place_B2=torch.tensor([[0.2, 0.3], [0.7, 0.9]]),
+        target_cell_B=torch.tensor([0, 3]),
+        readout_BKA=torch.randn(BATCH, frequencies, CONFIG.action_dim),
+        action_BHA=torch.randn(BATCH, CONFIG.horizon, CONFIG.action_dim),
+        state_BJ=torch.randn(BATCH, CONFIG.action_dim),
+    )
+    return BatchLosses(model, heads, config), batch
+
+
+def stage_of(weights: dict[str, float], insulate: bool = True) -> StageConfig:
+    given = {"name": "joint", "steps": 1, "learning_rate": 1e-3, "train": ["backbone"], "sources": {"robot": BATCH}}
+    return StageConfig.model_validate(given | {"losses": weights, "insulate": insulate, "noise_samples": 2})
+
+
+def joint_gradients(losses: BatchLosses, batch: Batch, weights: dict[str, float], insulate: bool) -> dict[str, Tensor]:
+    found = losses.joint(batch, stage_of(weights, insulate), np.random.default_rng(0))
+    assert found.keys() == weights.keys()
+    return gradients(losses.model, torch.stack([weights[name] * loss for name, loss in found.items()]).sum())
+
+
+def test_the_joint_step_gives_the_backbone_the_gradients_of_a_step_without_the_expert(tmp_path: Path) -> None:
+    losses, batch = joint_losses(tmp_path)
+    joint = joint_gradients(losses, batch, TOKENS | {"flow": 1.0}, insulate=True)
+    alone = joint_gradients(losses, batch, TOKENS, insulate=True)
+    for name, gradient in joint.items():
+        if name.startswith(BACKBONE):
+            assert torch.equal(gradient, alone[name]), name
+        else:
+            assert gradient.count_nonzero() and not alone[name].count_nonzero(), name
+    flow = joint_gradients(losses, batch, {"flow": 1.0}, insulate=True)
+    assert [name for name, gradient in flow.items() if name.startswith(BACKBONE) and gradient.count_nonzero()] == []
+
+
+def test_the_joint_step_without_insulation_trains_all_that_the_expert_reads(tmp_path: Path) -> None:
+    losses, batch = joint_losses(tmp_path)
+    flow = joint_gradients(losses, batch, {"flow": 1.0}, insulate=False)
+    untouched = {name for name, g in flow.items() if not g.count_nonzero() and not name.endswith("k.bias")}
+    assert untouched == {name for name in flow if name.startswith(UNREAD)}
+
+
+def test_the_joint_steps_fast_loss_is_that_of_a_whole_forward_pass(tmp_path: Path) -> None:
+    """Each token that counts, the first too, against the logits of the token before it, one by one."""
+    losses, batch = joint_losses(tmp_path)
+    model, postfix, mask = losses.model, batch.postfix_BT, batch.fast_mask_BT
+    assert postfix is not None and mask is not None
+    joint = joint_gradients(losses, batch, {"fast": 1.0}, insulate=True)
+    output = model(*batch.prefix, postfix, mask)
+    surprises = []
+    for b, t in mask.nonzero().tolist():
+        last = int(batch.last_token_B[b]) - batch.tokens_BL.shape[1]
+        hidden = output.postfix_hidden_BTD[b, t - 1] if t else output.prefix_hidden_BPD[b, last]
+        surprises.append(-model.logits(hidden).log_softmax(-1)[postfix[b, t]])
+    assert len(surprises) == POSTFIX + 1
+    whole = gradients(model, torch.stack(surprises).mean())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(joint[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        assert gradient.count_nonzero() or not name.startswith(BACKBONE) or name.endswith("k.bias"), name
+
+
+def test_the_flow_loss_is_that_of_its_rows_one_by_one(tmp_path: Path) -> None:
+    """Each row reads the prefix and the state of its own sample, in `joint` and in `flow_alone`."""
+    losses, batch = joint_losses(tmp_path)
+    model, stage = losses.model, stage_of({"flow": 1.0})
+    x_t, time, target, learned = losses.draw_flow(batch, 2, np.random.default_rng(0))
+    assert batch.action_BHA is not None and batch.state_BJ is not None
+    errors = []
+    for row in range(2 * BATCH):
+        b = slice(row // 2, row // 2 + 1)
+        torch.testing.assert_close(x_t[row] - time[row, :, None] * target[row], batch.action_BHA[row // 2])
+        cache = model.prefill(*(tensor[b] for tensor in batch.prefix))
+        velocity = model.velocity(cache, x_t[row : row + 1], time[row : row + 1], batch.state_BJ[b])[0]
+        errors.append(((velocity - target[row]) ** 2)[learned[row]])
+    slow = gradients(model, torch.cat(errors).mean())
+    for found in (losses.joint, losses.flow_alone):
+        quick = gradients(model, found(batch, stage, np.random.default_rng(0))["flow"])
+        for name, gradient in slow.items():
+            if not name.startswith(BACKBONE):
+                assert gradient.count_nonzero(), name
+                torch.testing.assert_close(quick[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")  # noqa: B023

@@ -95,9 +95,18 @@ def test_expert_stage_trains_the_expert_and_nothing_else(settings: dict[str, Any
     assert changed == {"expert", "action_in", "action_out", "state_in"}
 
 
+def open_gates(run: Run) -> None:
+    """Those of the expert's branches start closed, and would hide every fault."""
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if name.endswith("dense.bias"):
+                parameter.fill_(0.5)
+
+
 def test_joint_step_gives_the_backbone_the_same_gradients_without_the_expert(settings: dict[str, Any]) -> None:
     """Insulation, through the trainer's own losses: the flow loss changes no backbone gradient."""
     run = Run(configure(settings))
+    open_gates(run)
     joint = run.config.stages[2]
     without = joint.model_copy(update={"losses": {k: v for k, v in joint.losses.items() if k != "flow"}})
     gradients = []
@@ -113,10 +122,7 @@ def test_joint_step_gives_the_backbone_the_same_gradients_without_the_expert(set
 def test_cached_flow_loss_equals_the_full_forward(settings: dict[str, Any]) -> None:
     """`flow_alone` is `joint` without the backbone's graph: the same value, the same gradients for the expert."""
     run = Run(configure(settings))
-    with torch.no_grad():  # open the gates of the expert's branches, which start closed
-        for name, parameter in run.model.named_parameters():
-            if name.endswith("dense.bias"):
-                parameter.fill_(0.5)
+    open_gates(run)
     stage, losses = run.config.stages[3], run.trainer.losses
     batch = run.frames.draw(2, np.random.default_rng(0))
     found = []
