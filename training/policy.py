@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -45,15 +46,15 @@ def describe_random_policy(joints: int, seed: int = 0, **fields: Any) -> PolicyS
 
 
 def commit() -> str:
-    """The checkout's commit, with '+' when tracked files differ from it; 'unknown' outside a checkout."""
+    """The commit of this code, with '+' when tracked files differ from it; 'unknown' if it is in no checkout."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
     try:
-        text = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        ).stdout
+        git("ls-files", "--error-unmatch", here.name)  # installed within the checkout of something else, it is unknown
+        return git("describe", "--always", "--dirty=+", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return text.strip()

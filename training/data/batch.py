@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy import images_to_input, tokenize
 from ki_vla_ros.robot import Robot
 from training.model import VisionConfig
@@ -124,7 +125,14 @@ class BatchMaker:
             postfix_BT[row, : len(postfix)] = torch.tensor(postfix)
             counts_BT[row, : len(postfix)] = True
         if asking:  # where each of these ids first occurs
-            asking_BR = (tokens[:, :, None] == torch.tensor(asking)).int().argmax(dim=1)
+            found_BLR = tokens[:, :, None] == torch.tensor(asking)
+            if not found_BLR.any(dim=1).all():
+                row, which = (~found_BLR.any(dim=1)).nonzero()[0].tolist()
+                raise ConfigurationError(
+                    f"prompt {prompts[row]!r}: expected the token that hints are read from, "
+                    f"{self.tokenizer.id_to_token(asking[which])!r}, got a prompt without it"
+                )
+            asking_BR = found_BLR.int().argmax(dim=1)
         else:
             asking_BR = (mask.sum(dim=1) - 1)[:, None]
         if place_B2 is None:
