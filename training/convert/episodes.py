@@ -25,6 +25,9 @@ from ki_vla_ros.runtime import CameraSource, ObservationBuffer
 from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
 from training.convert.sources import Sources
 
+# No observation is possible after this long, and this many times the oldest usable input, without a message.
+SILENCE_NS: Final = NS_PER_S
+SILENCE_AGES: Final = 2
 Actions = Literal["commands", "states"]
 Cut = Literal["auto", "marker", "instruction", "bag"]
 
@@ -74,8 +77,8 @@ class Conversion:
     left_out: Counter[str] = field(default_factory=Counter)  # ticks, and messages, by reason
     first_reason: dict[str, str] = field(default_factory=dict)  # an example of each
 
-    def leave_out(self, cause: str, example: str | None = None) -> None:
-        self.left_out[cause] += 1
+    def leave_out(self, cause: str, example: str | None = None, count: int = 1) -> None:
+        self.left_out[cause] += count
         if example is not None:
             self.first_reason.setdefault(cause, example)
 
@@ -171,6 +174,9 @@ class _Cutter:
         self.held: list[Frame] = []  # the first frames of a piece, until there are enough of them
         self.written = 0  # frames of the piece
         self.last_ns: int | None = None
+        self.heard_ns = 0  # when the last message came
+        ages_ns = (sources.max_age_ns, sources.joint_age_ns or 0, *sources.camera_age_ns.values())
+        self.silence_ns = max(SILENCE_NS, SILENCE_AGES * max(ages_ns))
         self.done = Conversion()
 
     def run(self, messages: Iterable[BagMessage]) -> Conversion:
@@ -178,6 +184,7 @@ class _Cutter:
         for message in messages:
             log_ns = message.log_ns
             self._advance(log_ns)
+            self.heard_ns = log_ns
             self._forget(log_ns)
             try:
                 self._take(message)
@@ -244,10 +251,16 @@ class _Cutter:
         try:
             fields = json.loads(text)
             value = fields[self.marker.key]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(
                 f"marker: expected JSON with {self.marker.key!r} on {self.marker.topic}, got {text[:80]!r}"
             ) from None
+        begin_ns, task = fields.get("begin_ns", log_ns), fields.get("instruction", self.task)
+        if type(begin_ns) is not int or not isinstance(task, str | None):
+            raise InputError(
+                f"marker: expected a text as instruction and a whole number as begin_ns on {self.marker.topic}, got "
+                f"{text[:80]!r}"
+            )
         if value == self.marked:
             return
         self._end_episode(log_ns)
@@ -256,8 +269,8 @@ class _Cutter:
             history.clear()
         self.marked = value
         if value is not None:
-            self.task = fields.get("instruction", self.task)
-            self._begin(log_ns, fields.get("begin_ns", log_ns))
+            self.task = task
+            self._begin(log_ns, begin_ns)
 
     # --- ticks
 
@@ -270,10 +283,22 @@ class _Cutter:
             tick_ns = self.begin_ns + self.ticks * NS_PER_S // self.fps
             if tick_ns >= log_ns:
                 return
+            if tick_ns - self.heard_ns > self.silence_ns:
+                self._skip_to(log_ns)
+                continue
             self.ticks += 1
             self._settle(tick_ns)
             self._tick(tick_ns)
         self._settle(log_ns)
+
+    def _skip_to(self, log_ns: int) -> None:
+        """Passes over the ticks before `log_ns`: without a message they could only be held, however many they are."""
+        assert self.begin_ns is not None
+        following = max(-((self.begin_ns - log_ns) * self.fps // NS_PER_S), self.ticks + 1)
+        cause = f"no message in the bag for more than {self.silence_ns / NS_PER_S:g} s"
+        example = f"{(log_ns - self.heard_ns) / NS_PER_S:.1f} s"
+        self.done.leave_out(cause, example, following - self.ticks)
+        self.ticks = following
 
     def _tick(self, tick_ns: int) -> None:
         sources = self.sources

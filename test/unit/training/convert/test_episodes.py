@@ -13,6 +13,7 @@ from support.lerobot_runs import convert, run
 from support.sample_bags import (
     COMMAND_TOPIC,
     INSTRUCTION_TOPIC,
+    JOINT_STATE,
     JOINT_TOPIC,
     JOINTS,
     START_NS,
@@ -107,6 +108,36 @@ def test_a_tick_sees_what_arrives_at_its_own_instant(tmp_path: Path) -> None:
     dataset = convert(tmp_path, sorted(messages, key=lambda m: (m.log_ns, m.topic != INSTRUCTION_TOPIC)))
     stamps = dataset.columns(dataset.episodes[0])["stamp_ns"]
     assert ((stamps - START_NS) / 1e8).tolist() == list(range(len(stamps)))
+
+
+@pytest.mark.parametrize("episodes", ["bag", "instruction"])
+def test_hours_without_a_message_make_no_ticks(
+    tmp_path: Path, episodes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A joint state logged at time 0, before the clock was set, and a pause of an hour in the middle."""
+    stray = BagMessage(JOINT_TOPIC, JOINT_STATE, 0, joint_state(0, where(0.0)))
+    later = recording(seconds=1.0, start_ns=START_NS + 3600 * NS_PER_S)
+    whole = convert(tmp_path, recording(seconds=1.0), "--episodes", episodes, fps=20)
+    capsys.readouterr()
+    (tmp_path / "more").mkdir()
+    messages = [stray, *recording(seconds=1.0), *later]
+    dataset = convert(tmp_path / "more", messages, "--episodes", episodes, fps=20)
+    said = capsys.readouterr().out
+    assert re.search(r"left out: \d+ x no message in the bag for more than 1 s \(the first: \d+.\d s\)", said)
+    assert [episode.length for episode in dataset.episodes] == 2 * [whole.episodes[0].length]
+
+
+@pytest.mark.parametrize("more", [{"begin_ns": "soon"}, {"begin_ns": 1.5}, {"instruction": 7}])
+def test_a_marker_that_says_nonsense_is_left_out(
+    tmp_path: Path, more: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    marks = [
+        BagMessage(STATUS, STRING, START_NS - 1, status(1, instruction="touch the red cube")),
+        BagMessage(STATUS, STRING, START_NS + NS_PER_S // 2, status(2, **more)),
+    ]
+    dataset = convert(tmp_path, sorted([*recording(seconds=1.0), *marks], key=lambda message: message.log_ns))
+    assert len(dataset.episodes) == 1
+    assert "left out: 1 x message on /sim_arm/status (the first: marker: expected a text as" in capsys.readouterr().out
 
 
 def test_a_bag_without_instructions_needs_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
