@@ -1,21 +1,22 @@
 """From frames of episodes to a dataset's folder.
 
-The dataset cannot be read before `close`, which writes meta/. Rows are kept in memory until their episode ends; images
-go straight to their video.
+The dataset cannot be read before `close`, which writes meta/ and ends the videos. Rows are kept in memory until their
+episode ends; images go straight to their video.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from training.convert.episodes import Frame
 from training.convert.statistics import FeatureFigures, PixelCounts, describe_values
 from training.data.lerobot import (
@@ -39,10 +40,17 @@ from training.data.lerobot import (
 )
 
 EpisodeRow = dict[str, Any]
+# Room that must stay free: a video that meets a full disk cannot be ended, and nothing of it can be read. Ending takes
+# the frames that the encoders hold back, indexes and meta/.
+RESERVE: Final = 256 * MIB
 
 
 class DatasetWriter:
-    """Use as a context manager: leaving it, even by an exception, makes what was written so far a valid dataset."""
+    """Use as a context manager: leaving it, even by an exception, makes what was written so far a valid dataset.
+
+    So does a disk that fills up, because `add` stops while there is room to finish. KiVlaError where a write fails all
+    the same: then the dataset is not complete.
+    """
 
     def __init__(
         self,
@@ -58,6 +66,8 @@ class DatasetWriter:
         """`folder` must not exist; `source` is what the dataset is made from; `info` gives the sizes of its files."""
         if folder.exists():
             raise ConfigurationError(f"dataset {folder} exists already; remove it or choose another --out")
+        self._broken = False
+        self._check_room(folder)
         if not cameras:
             raise ConfigurationError("dataset: expected at least one camera, got none; name one with --camera")
         self.folder, self.joints, self.source = folder, tuple(joints), source
@@ -80,20 +90,50 @@ class DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        if kind is not None and not self.episodes and not self._columns["index"]:
-            return
-        try:
+        if not self._broken and (kind is None or self.episodes or self._columns["index"]):
             self.close()
+
+    def add(self, frame: Frame) -> None:
+        """Add a frame; InputError if image sizes change, or the cameras' names or the number of joints do not fit.
+
+        KiVlaError if the disk is nearly full.
+        """
+        self._check_room(self.folder)
+        with self._writing():
+            self._add(frame)
+
+    def end_episode(self) -> None:
+        with self._writing():
+            self._end_episode()
+
+    def close(self) -> None:
+        """End the episode that has begun and write meta/; InputError if there is not a single frame."""
+        with self._writing():
+            self._close()
+
+    def _check_room(self, folder: Path) -> None:
+        place = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+        if (free := shutil.disk_usage(place).free) < RESERVE:
+            left = "what was added before is a valid dataset; " if place == folder else ""
+            raise KiVlaError(
+                f"dataset {folder}: expected {RESERVE // MIB} MiB free on its disk, to end the dataset in order, got "
+                f"{free // MIB}; {left}make room or choose another --out"
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            with suppress(OSError):
+            self._broken = True
+            with suppress(Exception):
                 self._close_rows()
             raise ConfigurationError(
                 f"dataset {self.folder}: expected to write it whole, got {error}; it has no meta/info.json: "
                 "remove it, make room on the disk, and convert again"
             ) from error
 
-    def add(self, frame: Frame) -> None:
-        """Add a frame; InputError if image sizes change, or the cameras' names or the number of joints do not fit."""
+    def _add(self, frame: Frame) -> None:
         if set(frame.images) != set(self.videos) or len(frame.state_J) != len(self.joints):
             raise InputError(
                 f"frame: expected cameras {sorted(self.videos)} and {len(self.joints)} joints, got "
@@ -119,7 +159,7 @@ class DatasetWriter:
         for name, value in values.items():
             self._columns[name].append(value)
 
-    def end_episode(self) -> None:
+    def _end_episode(self) -> None:
         rows = len(self._columns["index"])
         if rows == 0:
             return
@@ -148,9 +188,8 @@ class DatasetWriter:
         self._columns = {name: [] for name in self._columns}
         self._episode_pixels = {name: PixelCounts() for name in self.pixels}
 
-    def close(self) -> None:
-        """End the episode that has begun and write meta/; InputError if there is not a single frame."""
-        self.end_episode()
+    def _close(self) -> None:
+        self._end_episode()
         for video in self.videos.values():
             video.close()
         self._close_rows()

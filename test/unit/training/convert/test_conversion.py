@@ -1,10 +1,12 @@
 """From bags to LeRobot datasets and back: what belongs together, and what stays the same."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -24,6 +26,7 @@ from support.sample_bags import (
     recording,
     text,
     where,
+    write_bag,
 )
 
 from ki_vla_ros.bags.bag import open_bag
@@ -169,6 +172,34 @@ def test_bag_of_a_dataset_has_exact_states_stamps_instructions_and_commands(tmp_
         assert [frame.stamp_ns for frame in frames] == stamps.tolist()
         videos = [rgb for episode in dataset.episodes for rgb in dataset.images(episode, camera)]
         assert all(np.array_equal(frame.rgb_HWC, rgb) for frame, rgb in zip(frames, videos, strict=True))
+
+
+# --- a disk that fills up
+
+
+def test_a_disk_that_fills_up_ends_in_a_valid_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([*[500 << 20] * 11, *[99 << 20] * 99])  # one call before the first frame, then one a frame
+
+    def usage(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=next(free))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    bag, out = write_bag(tmp_path / "bag", recording(seconds=1.5)), tmp_path / "dataset"
+    given = ("from-bag", bag, "--actions", "states", "--bundle", "demo", "--fps", 20, "--out")
+    assert run(*given, out) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == (
+        f"convert: dataset {out}: expected 256 MiB free on its disk, to end the dataset in order, got 99; "
+        "what was added before is a valid dataset; make room or choose another --out"
+    )
+    dataset = Dataset(out)
+    assert dataset.info.total_frames == 10
+    assert [len(list(dataset.images(dataset.episodes[0], camera))) for camera in CAMERAS] == [10, 10]
+    assert run(*given, tmp_path / "other") == 2
+    assert "got 99; make room or choose another --out" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 # --- datasets that others made
