@@ -35,9 +35,10 @@ from training.data.lerobot import Dataset
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or as `run_command` says."""
     arguments = parse(argv)
-    return run_command(
-        "convert", partial(_convert, arguments), "stopped; the frames written so far are a valid dataset"
-    )
+    left = "the bag has what was written so far, and no index"
+    if arguments.command == "from-bag":
+        left = "the frames written so far are a valid dataset"
+    return run_command("convert", partial(_convert, arguments), f"stopped; {left}")
 
 
 def _convert(arguments: argparse.Namespace) -> int:

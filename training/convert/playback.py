@@ -69,48 +69,88 @@ def write_bag(dataset: Dataset, out: Path) -> int:
     kinds = dict.fromkeys(topics.cameras.values(), TYPES["image"])
     kinds |= {topics.joint_states: TYPES["joints"], topics.command: TYPES["command"]}
     kinds |= dict.fromkeys((topics.instruction, MARKER.topic), TYPES["text"])
+    schedule = _schedule(dataset)
     with BagFile(out) as bag:
         for name, kind in kinds.items():
             bag.add_topic(name, kind)
-        end_ns = 0
         try:
-            for episode in dataset.episodes:
-                for topic, log_ns, message in _messages(dataset, episode, topics, joints, end_ns):
+            for times in schedule:
+                for topic, log_ns, message in _messages(dataset, times, topics, joints):
                     bag.write(topic, kinds[topic], log_ns, bytes(typestore().serialize_cdr(message, kinds[topic])))
-                    written, end_ns = written + 1, log_ns
+                    written += 1
         except InputError as error:
             raise InputError(f"{error}; bag {out} has only the {written} messages before that, and no index") from error
     return written
 
 
-def _messages(
-    dataset: Dataset, episode: Episode, topics: Topics, joints: tuple[str, ...], end_ns: int
-) -> Iterator[tuple[str, int, Any]]:
-    """Topic, log time and message, in order, not before `end_ns`.
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """When an episode's messages are logged: its mark, its first frame, its end; `stamp_ns`: of its first frame."""
+
+    episode: Episode
+    begin_ns: int
+    first_ns: int
+    end_ns: int
+    stamp_ns: int
+
+
+def _schedule(dataset: Dataset) -> list[_Times]:
+    """The episodes in the order of their stamps; ConfigurationError if they overlap in time.
 
     A frame's messages are logged at evenly spaced times, whatever their stamps: so converting the bag at the dataset's
     rate gives the same frames, however the cameras' stamps lay relative to the ticks. A command is logged when it is
     due, because a controller rejects a trajectory that has ended before it arrives.
     """
+    stamped = STAMP in dataset.info.features
+    firsts_ns = [int(dataset.columns(episode)[STAMP][0]) if stamped else 0 for episode in dataset.episodes]
+    schedule: list[_Times] = []
+    end_ns, fps = 0, dataset.info.fps
+    for _, episode in sorted(zip(firsts_ns, dataset.episodes, strict=True), key=lambda pair: pair[0]):
+        stamp_N, grid_N = _stamps(dataset, episode, end_ns + PAUSE_NS), _grid(dataset, episode)
+        due_N = stamp_N + NS_PER_S // fps
+        if schedule and int(due_N[0]) < end_ns:
+            raise ConfigurationError(
+                f"dataset {dataset.folder}: expected episodes one after another, got episode {episode.index}, which "
+                f"begins {(end_ns - int(due_N[0])) / NS_PER_S:.3f} s before the end of episode "
+                f"{schedule[-1].episode.index}; convert the bags that they come from into separate datasets"
+            )
+        first_ns = max(int((stamp_N - grid_N).max()), end_ns)  # no frame is logged before it was taken
+        # The mark comes before the first command, which may be due before its frame is logged. Ticks count from the
+        # mark, so the first frame follows it by a whole number of them.
+        begin_ns = max(min(first_ns, int(due_N[0])), end_ns)
+        first_ns = begin_ns + -((begin_ns - first_ns) * fps // NS_PER_S) * NS_PER_S // fps
+        # It is over when the last action is due, and the last tick was (ticks are up to 1 ns later than this grid).
+        end_ns = max(int(due_N[-1]), first_ns + int(grid_N[-1]) + 2)
+        schedule.append(_Times(episode, begin_ns, first_ns, end_ns, int(stamp_N[0])))
+    return schedule
+
+
+def _stamps(dataset: Dataset, episode: Episode, start_ns: int) -> NDArray[np.int64]:
+    """The frames' stamps; where the dataset has none, they begin at `start_ns`, but not before START_NS."""
+    columns = dataset.columns(episode)
+    return columns[STAMP] if STAMP in columns else max(START_NS, start_ns) + _grid(dataset, episode)
+
+
+def _grid(dataset: Dataset, episode: Episode) -> NDArray[np.int64]:
+    return np.arange(episode.length, dtype=np.int64) * NS_PER_S // dataset.info.fps
+
+
+def _messages(
+    dataset: Dataset, times: _Times, topics: Topics, joints: tuple[str, ...]
+) -> Iterator[tuple[str, int, Any]]:
+    """Topic, log time and message of an episode, in order."""
+    episode = times.episode
     columns, period_ns = dataset.columns(episode), NS_PER_S // dataset.info.fps
-    grid_N = np.arange(episode.length, dtype=np.int64) * NS_PER_S // dataset.info.fps
-    stamp_N = columns[STAMP] if STAMP in columns else max(START_NS, end_ns + PAUSE_NS) + grid_N
+    stamp_N = _stamps(dataset, episode, times.stamp_ns)
     due_N, commanded = stamp_N + period_ns, 0 if ACTION in columns else episode.length
-    first_ns = max(int((stamp_N - grid_N).max()), end_ns)  # no frame is logged before it was taken
-    # The mark comes before the first command, which may be due before its frame is logged. Ticks count from the mark,
-    # so the first frame follows it by a whole number of them.
-    begin_ns = max(min(first_ns, int(due_N[0])), end_ns)
-    first_ns = begin_ns + -((begin_ns - first_ns) * dataset.info.fps // NS_PER_S) * NS_PER_S // dataset.info.fps
     images = {camera: dataset.images(episode, camera) for camera in topics.cameras}
     tasks, task = dataset.task_of(columns), None
-    marker = {MARKER.key: episode.index, "instruction": tasks[0], "begin_ns": int(stamp_N[0])}
-    yield MARKER.topic, begin_ns, _text(json.dumps(marker))
-    # The episode is over a tick after its last frame, when that frame's action is due.
-    last_ns = first_ns + episode.length * NS_PER_S // dataset.info.fps
-    for i, log_ns in enumerate([*(first_ns + grid_N).tolist(), last_ns]):
+    marker = {MARKER.key: episode.index, "instruction": tasks[0], "begin_ns": times.stamp_ns}
+    yield MARKER.topic, times.begin_ns, _text(json.dumps(marker))
+    for i, log_ns in enumerate([*(times.first_ns + _grid(dataset, episode)).tolist(), times.end_ns]):
         while commanded < episode.length and due_N[commanded] <= log_ns:
             due_ns = int(due_N[commanded])
-            yield topics.command, max(due_ns, begin_ns), _command(due_ns, joints, columns[ACTION][commanded])
+            yield topics.command, due_ns, _command(due_ns, joints, columns[ACTION][commanded])
             commanded += 1
         if i == episode.length:
             break
@@ -121,7 +161,7 @@ def _messages(
         yield topics.joint_states, log_ns, _joint_state(stamp_ns, joints, columns[STATE][i])
         for camera, topic in topics.cameras.items():
             yield topic, log_ns, _image(stamp_ns, camera, next(images[camera]))
-    yield MARKER.topic, last_ns, _text(json.dumps({MARKER.key: None}))
+    yield MARKER.topic, times.end_ns, _text(json.dumps({MARKER.key: None}))
 
 
 def _names(dataset: Dataset, key: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """From bags to LeRobot datasets and back: what belongs together, and what stays the same."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,9 +22,11 @@ from support.sample_bags import (
     JOINTS,
     START_NS,
     STRING,
+    TRAJECTORY,
     Messages,
     jpeg,
     recording,
+    serialize,
     text,
     where,
     write_bag,
@@ -33,6 +36,7 @@ from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S, header_ns
+from training.convert.playback import _command
 from training.data.lerobot.dataset import Dataset
 
 MS = 1_000_000
@@ -146,6 +150,56 @@ def test_actions_survive_the_way_back_where_images_arrived_late(tmp_path: Path) 
     for one, two in zip(first.episodes, second.episodes, strict=True):
         for name in ("stamp_ns", "action"):
             np.testing.assert_array_equal(first.columns(one)[name], second.columns(two)[name])
+
+
+@pytest.mark.slow
+def test_actions_survive_the_way_back_where_one_episode_follows_the_other_at_once(tmp_path: Path) -> None:
+    """The first action of an episode may be due before the last tick of the one before, counted from its first."""
+    names = ("touch the red cube", "point at the blue ball")
+    said = [BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + 310 * k * MS, text(names[k % 2])) for k in range(1, 12)]
+    # A command every 20 ms, in force at once, so that there is one as soon as an episode begins.
+    told = [
+        BagMessage(COMMAND_TOPIC, TRAJECTORY, at_ns, serialize(_command(at_ns, JOINTS, where(0.02 * k)), TRAJECTORY))
+        for k in range(200)
+        if (at_ns := START_NS + 20 * k * MS)
+    ]
+    others = [m for m in shaken_recording(longest_ms=15) if m.topic not in (INSTRUCTION_TOPIC, COMMAND_TOPIC)]
+    messages = sorted([*others, *said, *told], key=lambda message: message.log_ns)
+    first = convert(tmp_path, messages, "--episodes", "instruction", fps=20, actions="commands")
+    assert len(first.episodes) > 8
+    assert run("to-bag", first.folder, "--out", tmp_path / "back") == 0
+    again = ("from-bag", tmp_path / "back", "--bundle", "demo", "--fps", 20, "--actions", "commands")
+    assert run(*again, "--out", tmp_path / "second") == 0
+    second = Dataset(tmp_path / "second")
+    assert [episode.length for episode in second.episodes] == [episode.length for episode in first.episodes]
+    for one, two in zip(first.episodes, second.episodes, strict=True):
+        for name in ("stamp_ns", "action"):
+            np.testing.assert_array_equal(first.columns(one)[name], second.columns(two)[name])
+
+
+def test_episodes_go_into_a_bag_by_time_and_may_not_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    later = recording(seconds=1.0, start_ns=START_NS + 100 * NS_PER_S)
+    bags = {
+        "later": write_bag(tmp_path / "later", later),
+        "sooner": write_bag(tmp_path / "sooner", recording(seconds=1.0)),
+        "meanwhile": write_bag(tmp_path / "meanwhile", recording(seconds=1.0, start_ns=START_NS + NS_PER_S // 2)),
+    }
+    for out, chosen in (("both", ("later", "sooner")), ("parallel", ("sooner", "meanwhile"))):
+        given = (*(bags[name] for name in chosen), "--bundle", "demo", "--actions", "states", "--fps", 20)
+        assert run("from-bag", *given, "--out", tmp_path / out) == 0
+    first = Dataset(tmp_path / "both")
+    assert run("to-bag", first.folder, "--out", tmp_path / "back") == 0
+    again = ("from-bag", tmp_path / "back", "--bundle", "demo", "--fps", 20, "--actions", "commands")
+    assert run(*again, "--out", tmp_path / "second") == 0
+    second = Dataset(tmp_path / "second")
+    for one, two in zip(first.episodes, reversed(second.episodes), strict=True):
+        for name in ("stamp_ns", "action", "observation.state"):
+            np.testing.assert_array_equal(first.columns(one)[name], second.columns(two)[name])
+    capsys.readouterr()
+    assert run("to-bag", tmp_path / "parallel", "--out", tmp_path / "none") == 2
+    said = capsys.readouterr().err
+    assert re.search(r"got episode 1, which begins 0\.\d+ s before the end of episode 0; convert the bags", said), said
+    assert not (tmp_path / "none").exists()
 
 
 def test_bag_of_a_dataset_has_exact_states_stamps_instructions_and_commands(tmp_path: Path) -> None:
