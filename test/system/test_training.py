@@ -16,9 +16,11 @@ from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot.robot import find_robot, read_robot
+from ki_vla_ros.sim import World
 from ki_vla_ros.sim.task import HELD_OUT
 from training.config import StageConfig, TrainingConfig, load_config
 from training.data.batch import Batch, ChunkTiming
+from training.data.simulated import generate
 from training.data.simulated.generate import BACKGROUND, MAX_OBJECTS, load_arrays, make_data
 from training.data.simulated.questions import COMBINATIONS
 from training.evaluate.__main__ import main as evaluate_main
@@ -260,6 +262,16 @@ def test_changed_settings_make_new_data(settings: dict[str, Any], tmp_path: Path
     assert make_data(config, timing) == first
     second = make_data(config.model_copy(update={"seed": 1}), timing)
     assert second["fingerprint"] != first["fingerprint"]
+
+
+def test_an_episode_without_a_free_position_is_given_up(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(generate, "_is_free", lambda *_: tried.append(1))
+    world, timing = World(render_size=32), chunk_timing(configure(settings))
+    assert generate.record_episode(world, 0, "train", 3, timing, with_rivals=False) is None
+    assert len(tried) == generate.MOST_TRIES
 
 
 def test_prefix_delay_reaches_the_loss() -> None:

@@ -47,6 +47,7 @@ RENDER_SIZE = 288  # what the robot's cameras publish; the model's size is a who
 SETTLE_S = 0.6  # how long an episode goes on after the arm has arrived, so that the policy learns to stay
 LAG_S = 0.007  # by which the simulated arm trails its command (arm.xml)
 UNDER_WAY_S = 0.3  # see `_plan_chunk`
+MOST_TRIES = 1000  # draws of a frame's position; the demo's scenes need a few
 LOWEST_TIP_M = 0.01
 BACKGROUND = len(COMBINATIONS)
 
@@ -74,6 +75,8 @@ def record_episode(
 ) -> Arrays | None:
     """Frames of one demonstration; None if the demonstrator did not solve it (the caller counts these).
 
+    Nor did it if no position around its path is free, or none from which it finds a way, in `MOST_TRIES` draws.
+
     The frames do not lie on the flawless demonstration but around it (see `_draw_position`), each with the chunk that
     the demonstrator would execute from there: a policy must learn the way back from its mistakes. `with_rivals` adds,
     for each frame, the chunks that the demonstrator would execute for every object of the scene.
@@ -87,7 +90,10 @@ def record_episode(
     reference, astray = demonstrator.plan(start_J, None, scene), demonstrator.plan(start_J, None, wrong)
     due_s = LAG_S + (np.arange(timing.horizon) + 1) * timing.period_s
     rows: dict[str, list[Any]] = {name: [] for name in ("images", "state", "chunk", "uv", "rivals")}
+    tries = 0
     while len(rows["state"]) < frames:
+        if (tries := tries + 1) > MOST_TRIES:
+            return None
         position_J = _draw_position(rng, astray if rng.random() < 0.3 else reference, world)
         if not _is_free(world, scene, position_J):
             continue
@@ -101,6 +107,7 @@ def record_episode(
         rows["state"].append(position_J.astype(np.float32))
         rows["chunk"] += chunks
         rows["uv"].append(_project_objects(world, scene))
+        tries = 0
     world.reset(scene, start_J)
     _follow(world, reference)
     if not world.judge.success:
