@@ -76,8 +76,8 @@ class Settings(SettingsModel):
     publish_mode: Literal["replace", "splice", "stream"] = setting(
         "replace",
         "replace: a trajectory that starts when it arrives; splice: the same, stamped with the present, so that its "
-        "way to the controller costs no time, for controllers on the node's clock; stream: one Float64MultiArray of positions per "
-        "command_period_s, for controllers that forward commands",
+        "way to the controller costs no time, for controllers on the node's clock; stream: one Float64MultiArray of "
+        "positions per command_period_s, for controllers that forward commands",
     )
     inference_delay: int = setting(
         -1,

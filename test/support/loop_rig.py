@@ -65,11 +65,11 @@ class FakeWire:
 class Rig:
     """A loop with everything that it needs; `give_inputs` supplies an observation of the present moment."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, **changes: object) -> None:
         self.engine = OnnxEngine(bundle)
         self.policy = Policy(bundle, self.engine)
         self.wire = FakeWire()
-        self.settings = settings_from_parameters({"ramp_in_s": 0.0})
+        self.settings = settings_from_parameters({"ramp_in_s": 0.0, **changes})
         self.diagnostics = Diagnostics()
         self.buffer = ObservationBuffer([CameraSource(c, f"/{c}") for c in CAMERAS], JOINTS, "/joint_states")
         self.loop = PolicyLoop(self.policy, self.buffer, self.wire, self.diagnostics, lambda: self.settings)
