@@ -161,13 +161,16 @@ def ensemble(chunks: list[ActionChunk], decay: float) -> ActionChunk:
     """The weighted mean of all chunks at the newest chunk's instants; weights exp(-decay * i), i = 0 the oldest."""
     newest = chunks[-1]
     due_H = np.array([newest.due_ns(k) for k in range(newest.horizon)])
-    total_HJ, weights_H = np.zeros_like(newest.position_HJ), np.zeros(newest.horizon)
-    for i, chunk in enumerate(chunks):
-        covers_H = (due_H >= chunk.due_ns(0)) & (due_H <= chunk.due_ns(chunk.horizon - 1))
-        weight_H = math.exp(-decay * i) * covers_H
+    covers_NH = np.array(
+        [(due_H >= chunk.due_ns(0)) & (due_H <= chunk.due_ns(chunk.horizon - 1)) for chunk in chunks], dtype=np.bool_
+    )
+    # At each instant the largest weight is 1: of many chunks, exp(-decay * i) itself is 0 for all, or too large.
+    exponent_NH = np.where(covers_NH, -decay * np.arange(len(chunks))[:, None], -np.inf)
+    weight_NH = np.exp(exponent_NH - exponent_NH.max(axis=0))
+    total_HJ = np.zeros_like(newest.position_HJ)
+    for chunk, weight_H in zip(chunks, weight_NH, strict=True):
         total_HJ += weight_H[:, None] * resample(chunk, due_H)
-        weights_H += weight_H
-    position_HJ = total_HJ / weights_H[:, None]
+    position_HJ = total_HJ / weight_NH.sum(axis=0)[:, None]
     velocity_HJ = np.gradient(position_HJ, newest.period_ns / 1e9, axis=0)
     return dataclasses.replace(newest, position_HJ=position_HJ, velocity_HJ=velocity_HJ)
 

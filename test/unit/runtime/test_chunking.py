@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import BaseModel
+from support.bundles import demo_policy
 
-from ki_vla_ros.errors import SafetyRefusal
+from ki_vla_ros.engines.base import step_times
+from ki_vla_ros.errors import ParameterError, SafetyRefusal
+from ki_vla_ros.policy.guidance import guidance
 from ki_vla_ros.records import ActionChunk
 from ki_vla_ros.runtime.chunking import WARM_UP, ChunkExecutor, cubic, ensemble, resample, soft_mask
 from ki_vla_ros.settings.names import settings_from_parameters
@@ -127,6 +133,67 @@ def test_ensemble_is_the_weighted_mean_of_all_chunks_at_an_instant() -> None:
     made, settings = executor(), chosen("temporal_ensemble", ensemble_decay=0.5)
     made.join(settings, old, 0, 0)
     np.testing.assert_allclose(made.join(settings, new, 2 * PERIOD, 0).position_HJ[:, 0], expected)
+
+
+@pytest.mark.parametrize("decay", [-5.0, -0.7, 0.0, 0.01, 5.0])
+def test_an_ensemble_of_many_chunks_has_its_weights_to_rounding(decay: float) -> None:
+    """Exact arithmetic in place of exp(-decay * i), which is 0 for all, or infinite, with 200 chunks."""
+    horizon = 200
+    chunks = [ramp(horizon, start_ns=i * PERIOD, slope=0.001, offset=0.5 * (i % 3)) for i in range(horizon)]
+    with np.errstate(all="raise", under="ignore"):
+        mean = ensemble(chunks, decay)
+    weights = [Fraction(math.exp(-decay)) ** i for i in range(horizon)]
+    for k in (0, 1, 100, 198, 199):
+        covering = range(k, horizon)  # chunk i ends i instants after the oldest
+        value = [Fraction(float(resample(chunks[i], np.array([mean.due_ns(k)]))[0, 0])) for i in covering]
+        wanted = sum(weights[i] * x for i, x in zip(covering, value, strict=True)) / sum(weights[i] for i in covering)
+        assert mean.position_HJ[k, 0] == pytest.approx(float(wanted), abs=1e-9)
+    assert np.isfinite(mean.velocity_HJ).all()
+
+
+def bounds(model: type[BaseModel], prefix: str = "") -> dict[str, list[float]]:
+    """Both bounds of every numeric setting, and a value between them."""
+    found = {}
+    for name, field in model.model_fields.items():
+        least, most = (next((getattr(m, key) for m in field.metadata if hasattr(m, key)), None) for key in ("ge", "le"))
+        if isinstance(field.default, BaseModel):
+            found |= bounds(type(field.default), f"{prefix}{name}.")
+        elif least is not None and most is not None:
+            between = [(least + most) // 2 if isinstance(field.default, int) else (least + most) / 2]
+            found[f"{prefix}{name}"] = [least, *between, most]
+    return found
+
+
+@pytest.mark.parametrize("name", ["synchronous", "asynchronous", "temporal_ensemble", "rtc", "rtc_trained"])
+@pytest.mark.parametrize("horizon", [2, 16, 200])
+def test_every_permitted_setting_gives_finite_actions_between_those_of_the_chunks(name: str, horizon: int) -> None:
+    """Each numeric setting at its bounds and between them: refused by name for the bundle, or it works."""
+    policy = demo_policy(horizon=horizon, max_prefix_delay=horizon - 1)
+    tried = 0
+    for setting, values in bounds(Settings).items():
+        for value in values:
+            settings = chosen(name, **{setting: value})
+            with contextlib.suppress(ParameterError):
+                settings.validate_against(policy)
+                tried += 1
+            made, rng = ChunkExecutor(horizon, PERIOD, horizon - 1), np.random.default_rng(0)
+            with np.errstate(all="raise", under="ignore"):
+                for tick in range(12):
+                    now_ns = tick * 100 * MS
+                    made.wants_chunk(settings, now_ns, at_rest=tick % 2 == 0)
+                    condition = made.condition(settings, now_ns)
+                    if condition is not None:
+                        assert np.isfinite(condition.position_HJ).all() and (condition.weight_H <= 1.0).all()
+                        assert (condition.weight_H >= 0.0).all()
+                        for steps in (1, 2, 10, 100):
+                            strengths = [guidance(t, condition.strength) for t in step_times(steps)]
+                            assert np.isfinite(strengths).all() and max(strengths) <= 100.0
+                    chunk = ramp(horizon, now_ns, slope=0.01 * rng.standard_normal(), offset=rng.standard_normal())
+                    target = made.join(settings, chunk, now_ns, 0)
+                    assert np.isfinite(target.position_HJ).all() and np.isfinite(target.velocity_HJ).all()
+                    assert np.abs(target.position_HJ).max() < 20.0
+                    made.accept(target, now_ns)
+    assert tried > 60 or horizon < 16
 
 
 def test_the_cubic_goes_through_the_actions_and_rests_after_the_last() -> None:
