@@ -18,7 +18,7 @@ from pathlib import Path
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.doctor import recording
 from ki_vla_ros.doctor.findings import Findings, as_json, as_table, errors
-from ki_vla_ros.doctor.setup import Machine, Request, check_machine, check_profile_is_set
+from ki_vla_ros.doctor.setup import Machine, Request, check_machine, check_profile_is_set, check_shared_memory
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.settings import NODE
 
@@ -32,7 +32,9 @@ def diagnose(request: Request, machine: Machine | None = None) -> tuple[Findings
         return findings, looked_at + recording.examine(request.bag, request, findings)
     from ki_vla_ros.doctor import graph  # the only part that needs ROS
 
-    check_profile_is_set(graph.with_node_environment(machine), findings)
+    machine = graph.with_node_environment(machine)
+    check_profile_is_set(machine, findings)
+    check_shared_memory(machine, findings)
     return findings, looked_at + graph.examine(request, findings)
 
 

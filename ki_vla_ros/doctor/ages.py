@@ -78,7 +78,7 @@ def check_stamps(watch: InputWatch, traffic: Traffic, limit: Limit, findings: Fi
         findings.error(
             "clock",
             traffic.topic,
-            f"stamps are {median_s:+.0f} s from the time of arrival: two clocks, one of them perhaps simulated",
+            f"stamps are {-median_s:+.0f} s from the time of arrival: two clocks, one of them perhaps simulated",
             "run all nodes with the same use_sim_time (record a simulation with --use-sim-time)",
         )
         return
@@ -118,8 +118,8 @@ def check_stamps(watch: InputWatch, traffic: Traffic, limit: Limit, findings: Fi
 
 def check_skew(watch: InputWatch, findings: Findings) -> None:
     """Compares any two required cameras: each stamp of the one with fewer images with the nearest of the other."""
-    optional = {camera.name for camera in watch.manifest.cameras if camera.optional}
-    required = [(name, traffic) for name, traffic in watch.cameras.items() if name not in optional and traffic.stamps]
+    optional = watch.expected.optional_cameras
+    required = [(name, traffic) for name, traffic in watch.cameras.items() if not optional[name] and traffic.stamps]
     limit_s = watch.settings.sync_slop_s
     for pair in combinations(required, 2):
         (one, first), (two, second) = sorted(pair, key=lambda camera: len(camera[1].stamps))
@@ -157,3 +157,9 @@ def period_s(received: object) -> float | None:
     if len(times) < 10:
         return None
     return max(float(np.median(np.diff(times))) / NS_PER_S, 1e-6)
+
+
+def longest_gap_s(received: object) -> float:
+    """Infinite if there are fewer than two."""
+    times = np.array(received, dtype=np.int64)
+    return float(np.diff(times).max()) / NS_PER_S if len(times) > 1 else float("inf")

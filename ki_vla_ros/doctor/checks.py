@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.doctor.ages import Limit, check_period, check_skew, check_stamps, period_s
+from ki_vla_ros.doctor.ages import Limit, check_period, check_skew, check_stamps, longest_gap_s, period_s
 from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import InputWatch, Traffic, command_type
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE
@@ -16,6 +16,8 @@ from ki_vla_ros.records import NS_PER_S
 
 # Share of the images that may be missing between the first and the last.
 LOSS = 0.05
+# A longer gap is no loss of single images.
+STALL_S = 0.5
 # A joint goes the wrong way if the correlation of where it was told to be and where it was is below this.
 OPPOSED = -0.5
 # A joint that moved by less than this share of its range says nothing about its direction.
@@ -29,12 +31,14 @@ PROFILE_FIX = (
 def check_inputs(watch: InputWatch, findings: Findings, others: Mapping[str, Sequence[str]]) -> None:
     """Judges all inputs; `others` holds the types of all topics with messages, to suggest some for a missing one."""
     for name, traffic in watch.cameras.items():
-        optional = next(camera.optional for camera in watch.manifest.cameras if camera.name == name)
+        optional = watch.expected.optional_cameras[name]
         expected = watch.image_types[name]
-        if _present(traffic, f"camera {name!r}", f"cameras.{name}.topic", expected, others, findings, optional):
+        limit = _camera_limit(watch, name)
+        if _present(traffic, f"camera {name!r}", f"cameras.{name}.topic", expected, others, findings, limit, optional):
             _check_camera(watch, name, traffic, optional, findings)
-    if _present(watch.joints, "joint state", "joint_states_topic", JOINT_STATE, others, findings):
-        limit = Limit.of("joint_max_age_s", watch.settings.joint_max_age_s, watch.settings)
+    limit = Limit.of("joint_max_age_s", watch.settings.joint_max_age_s, watch.settings)
+    _check_other_joints(watch, findings)
+    if _present(watch.joints, "joint state", "joint_states_topic", JOINT_STATE, others, findings, limit=limit):
         check_period(watch, watch.joints, limit, findings)
         check_stamps(watch, watch.joints, limit, findings)
         _check_joints(watch, findings)
@@ -51,6 +55,7 @@ def _present(
     expected: str,
     others: Mapping[str, Sequence[str]],
     findings: Findings,
+    limit: Limit,
     optional: bool = False,
 ) -> bool:
     kinds = [kind for kind in traffic.kinds if kind != expected]
@@ -80,14 +85,36 @@ def _present(
             f"no message for {subject}; {noun} topics present: {', '.join(fitting) or 'none'}",
             f"start the driver, or set {parameter} to its topic" + ("" if not near else f" (perhaps {near[0]})"),
         )
+    holds = longest_gap_s(traffic.received) > limit.value_s
     for kind, count in traffic.refused.most_common(3):
+        found = f"{count} of {traffic.count} messages were refused, the first one: {traffic.reasons[kind]}"
+        if holds:
+            effect = "the node holds once the last usable one is too old: "
+            findings.error("unreadable", traffic.topic, found, effect + _refusal_fix(traffic.reasons[kind]))
+        else:
+            effect = "the node goes by the others, which come often enough: "
+            findings.warning("unreadable", traffic.topic, found, effect + _refusal_fix(traffic.reasons[kind]))
+    return bool(traffic.stamps)
+
+
+def _check_other_joints(watch: InputWatch, findings: Findings) -> None:
+    """Messages with none of the arm's joints: another robot's if there are no others, else a base beside the arm."""
+    if not watch.other_joints:
+        return
+    topic, names = watch.joints.topic, sorted({name for names in watch.other_joints for name in names})
+    found = f"{watch.other_joints.total()} of {watch.joints.count} messages have none of the bundle's joints, but "
+    found += ", ".join(names)
+    if not watch.joints.stamps:
         findings.error(
             "unreadable",
-            traffic.topic,
-            f"{count} of {traffic.count} messages were refused, the first one: {traffic.reasons[kind]}",
-            "the node holds while its newest input is refused: " + _refusal_fix(traffic.reasons[kind]),
+            topic,
+            found,
+            "set joint_states_topic to this arm's joint states, or take the bundle that was trained on it",
         )
-    return bool(traffic.stamps)
+    else:
+        findings.warning(
+            "other joints", topic, found, "the node leaves them out; publish them elsewhere to keep its log short"
+        )
 
 
 def _refusal_fix(reason: str) -> str:
@@ -107,9 +134,12 @@ def _refusal_fix(reason: str) -> str:
     return "look at the publisher of this topic"
 
 
+def _camera_limit(watch: InputWatch, name: str) -> Limit:
+    return Limit.of(f"cameras.{name}.max_age_s", watch.settings.camera(name).max_age_s, watch.settings)
+
+
 def _check_camera(watch: InputWatch, name: str, traffic: Traffic, optional: bool, findings: Findings) -> None:
-    settings = watch.settings
-    limit = Limit.of(f"cameras.{name}.max_age_s", settings.camera(name).max_age_s, settings)
+    settings, limit = watch.settings, _camera_limit(watch, name)
     if not optional:  # without an optional camera's image the node goes on
         check_period(watch, traffic, limit, findings)
     check_stamps(watch, traffic, limit, findings)
@@ -136,7 +166,7 @@ def _check_camera(watch: InputWatch, name: str, traffic: Traffic, optional: bool
 
 
 def _check_joints(watch: InputWatch, findings: Findings) -> None:
-    manifest, settings, topic = watch.manifest, watch.settings, watch.joints.topic
+    expected, settings, topic = watch.expected, watch.settings, watch.joints.topic
     every_s = period_s(watch.joints.received)
     if every_s is not None and 1.0 / every_s < settings.rate_hz:
         findings.error(
@@ -156,7 +186,7 @@ def _check_joints(watch: InputWatch, findings: Findings) -> None:
     times, position_NJ = watch.positions.arrays()
     if not len(times):
         return
-    for j, joint in enumerate(manifest.joints):
+    for j, joint in enumerate(expected.joints):
         own = settings.limits.of(joint.name)
         lower, upper = max(joint.lower, own.lower), min(joint.upper, own.upper)
         low, high = float(position_NJ[:, j].min()), float(position_NJ[:, j].max())
@@ -168,7 +198,9 @@ def _check_joints(watch: InputWatch, findings: Findings) -> None:
                 f"was at {low:.3f} to {high:.3f} {joint.unit}, commands may only go from {lower:.3f} to {upper:.3f}",
                 f"correct limits.joints.{joint.name}, or the joint's zero; the arm cannot be held where it is",
             )
-        trained_low, trained_high = manifest.state.low[j], manifest.state.high[j]
+        if expected.trained is None:
+            continue
+        trained_low, trained_high = (limits[j] for limits in expected.trained)
         outside = float(((position_NJ[:, j] < trained_low) | (position_NJ[:, j] > trained_high)).mean())
         if outside > 0.5:
             findings.warning(
@@ -185,7 +217,7 @@ def _check_speed(
     watch: InputWatch, times: NDArray[np.int64], position_NJ: NDArray[np.float64], findings: Findings
 ) -> None:
     """Compares speeds, over at least 50 ms, with the limits of commands."""
-    limits, manifest = watch.settings.limits, watch.manifest
+    limits = watch.settings.limits
     later = np.searchsorted(times, times + NS_PER_S // 20)
     first = np.flatnonzero(later < len(times))
     last = later[first]
@@ -195,7 +227,7 @@ def _check_speed(
         return
     speed_NJ = np.abs(position_NJ[last] - position_NJ[first])[usable] / elapsed_N[usable, None]
     fast_J = np.percentile(speed_NJ, 95, axis=0)  # not the maximum: an arm that is put back by hand or simulator jumps
-    for j, joint in enumerate(manifest.joints):
+    for j, joint in enumerate(watch.expected.joints):
         limit = min(joint.max_velocity * limits.velocity_scale, limits.of(joint.name).velocity)
         if fast_J[j] > limit * limits.max_overspeed:
             findings.warning(
@@ -225,7 +257,7 @@ def _check_direction(watch: InputWatch, findings: Findings) -> None:
     if len(due) < 10 or len(times) < 10:
         return
     inside = (due >= times[0]) & (due <= times[-1])
-    for j, joint in enumerate(watch.manifest.joints):
+    for j, joint in enumerate(watch.expected.joints):
         was_N = np.interp(due[inside], times, position_NJ[:, j])
         wanted_N = wanted_NJ[inside, j]
         moved = min(np.ptp(was_N), np.ptp(wanted_N)) if inside.sum() >= 10 else 0.0
@@ -245,13 +277,14 @@ def _check_direction(watch: InputWatch, findings: Findings) -> None:
 def _lost(times: object) -> float:
     """Share of the messages that are missing between others.
 
-    Gaps are measured in the shortest usual one, so that a loss of every second message shows; gaps of more than ten of
-    those are a stall, not a loss.
+    Gaps are measured in the shortest usual one, so that a loss of every second message shows. Longer ones than STALL_S,
+    or than ten of those, are a stall or a pause between two episodes, not a loss.
     """
     steps = np.diff(np.sort(np.array(times, dtype=np.int64)))
     steps = steps[steps > 0]
     if len(steps) < 10:
         return 0.0
-    periods = np.round(steps / np.percentile(steps, 10))
-    periods = periods[periods <= 10]
+    usual = float(np.percentile(steps, 10))
+    periods = np.round(steps.astype(np.float64) / usual)
+    periods = periods[periods <= np.clip(STALL_S * NS_PER_S / usual, 2.0, 10.0)]
     return float(1.0 - len(periods) / periods.sum())

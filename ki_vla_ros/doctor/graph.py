@@ -20,19 +20,19 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter, parameter_value_to_python
 from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
 from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
-from ki_vla_ros.bundle import Manifest
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.doctor.inputs import InputWatch, command_type, image_type
+from ki_vla_ros.doctor.inputs import Expected, InputWatch, command_type, image_type
 from ki_vla_ros.doctor.setup import Machine, Request, examine_setup, read_settings
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY, BagMessage
 from ki_vla_ros.ros import endpoint_name, publishers
 from ki_vla_ros.ros.process import check_domain
-from ki_vla_ros.ros.qos import EVENT, SENSOR
-from ki_vla_ros.settings import Settings, resolve, settings_from_values
+from ki_vla_ros.ros.qos import EVENT, LATCHED, SENSOR
+from ki_vla_ros.settings import Session, Settings, read_session, resolve, session_topic, settings_from_values
 from ki_vla_ros.share import PROFILE_VARIABLES
 
 # How long discovery of the node, of everything else, and a service's answer may take.
@@ -92,6 +92,19 @@ class Graph:
         values = zip(known, found.values, strict=True)
         return {name: value for name, v in values if (value := parameter_value_to_python(v)) is not None}
 
+    def session(self, node: str) -> Session | None:
+        """What the node says of itself (`~/session`, which late subscribers get too); None if nothing comes."""
+        texts: list[str] = []
+        topic = session_topic(node)
+        subscription = self.node.create_subscription(String, topic, lambda m: texts.append(m.data), LATCHED)
+        try:
+            self._spin_until(lambda: bool(texts), ANSWER_S if self.node.count_publishers(topic) else 0.0)
+            return read_session(texts[-1]) if texts else None
+        except InputError:
+            return None  # of another version
+        finally:
+            self.node.destroy_subscription(subscription)
+
     def _call(self, kind: Any, service: str, request: Any) -> Any:
         client: Any = self.node.create_client(kind, service)
         try:
@@ -123,21 +136,24 @@ def examine(request: Request, findings: Findings) -> list[str]:
         else:
             findings.error("node", request.node, "its parameters cannot be read", "start it, or give --params")
             return looked_at
-        if settings is None or (bundle := examine_setup(settings, request, findings, looked_at)) is None:
+        if settings is None:
             return looked_at
+        expected = Expected.of(examine_setup(settings, request, findings, looked_at), settings)
         simulated = bool((values or {}).get("use_sim_time", False))
         _check_clock(graph, request.node, simulated, findings)
-        manifest = bundle.manifest
-        watch = InputWatch(
-            manifest,
-            settings,
-            {c.name: resolve(settings.camera(c.name).topic, request.node) for c in manifest.cameras},
-            resolve(settings.joint_states_topic, request.node),
-            resolve(settings.command_topic, request.node),
-        )
+        cameras = {name: resolve(settings.camera(name).topic, request.node) for name in expected.optional_cameras}
+        joints = resolve(settings.joint_states_topic, request.node)
+        command = resolve(settings.command_topic, request.node)
+        session = graph.session(request.node) if running and request.params is None else None
+        if session is not None and session.settings == settings:  # names after remapping
+            looked_at.append("topics as the node says")
+            cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
+            joints, command = session.topics.joint_states, session.topics.command
+        watch = InputWatch(expected, settings, cameras, joints, command)
         _check_endpoints(graph, watch, request.node, running, findings)
-        _check_controller(graph, watch, manifest, settings, findings)
+        _check_controller(graph, watch, settings, findings)
         _listen(graph, watch, simulated, request.seconds)
+        _check_joint_publishers(graph, watch, findings)
         check_inputs(watch, findings, graph.topics())
         looked_at.append(f"topics for {request.seconds:g} s")
     return looked_at
@@ -233,12 +249,26 @@ def _check_endpoints(graph: Graph, watch: InputWatch, node: str, running: bool, 
             f"is {'also ' if running else ''}published by {', '.join(others)}: two masters",
             "stop all but one, or let the others publish elsewhere",
         )
-    joints = watch.joints.topic
-    if len(names := publishers(graph.node, joints)) > 1:
+
+
+def _check_joint_publishers(graph: Graph, watch: InputWatch, findings: Findings) -> None:
+    """Several publishers of joint states are an error, unless another one was heard to publish only other joints."""
+    topic = watch.joints.topic
+    if len(names := publishers(graph.node, topic)) < 2:
+        return
+    found = f"is published {len(names)} times, by {', '.join(names)}"
+    if watch.other_joints:
+        findings.warning(
+            "joint states",
+            topic,
+            f"{found}; at least one publishes other joints than the arm's",
+            "make sure that only one publishes the arm's",
+        )
+    else:
         findings.error(
             "joint states",
-            joints,
-            f"is published {len(names)} times, by {', '.join(names)}: the arm would be in several places at once",
+            topic,
+            f"{found}: the arm would be in several places at once",
             "stop all but one (often a joint_state_publisher), or let the others publish elsewhere",
         )
 
@@ -249,15 +279,14 @@ def _check_qos(topic: str, end: Any, offered: QoSProfile, asked: QoSProfile, eff
         findings.error("qos", topic, f"{endpoint_name(end)}: {effect}: {reason.strip().rstrip(';')}", QOS_FIX)
 
 
-def _check_controller(
-    graph: Graph, watch: InputWatch, manifest: Manifest, settings: Settings, findings: Findings
-) -> None:
+def _check_controller(graph: Graph, watch: InputWatch, settings: Settings, findings: Findings) -> None:
     """Checks the joint_trajectory_controller's parameters if the command topic belongs to one that answers."""
     controller = watch.command.topic.rpartition("/")[0]
     values = graph.parameters(controller, CONTROLLER_PARAMETERS) if controller in graph.nodes else None
-    if not values or not isinstance(values.get("joints"), list):
+    ours = list(watch.expected.joint_names)
+    if not values or not isinstance(values.get("joints"), list) or not ours:
         return
-    theirs, ours = values["joints"], list(manifest.joint_names)
+    theirs = values["joints"]
     if missing := [name for name in ours if name not in theirs]:
         findings.error("controller", controller, f"does not move {', '.join(missing)}", "add them to its joints")
     extra = [name for name in theirs if name not in ours]

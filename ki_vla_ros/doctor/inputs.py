@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.bundle import Manifest
+from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages import (
     COMPRESSED_IMAGE,
@@ -30,6 +31,7 @@ from ki_vla_ros.messages import (
     read_stamp_ns,
 )
 from ki_vla_ros.records import NS_PER_S, time_to_ns
+from ki_vla_ros.robot import JointSpec
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
 from ki_vla_ros.settings import Settings
 
@@ -69,6 +71,28 @@ def command_type(settings: Settings) -> str:
     return POSITIONS if settings.publish_mode == "stream" else TRAJECTORY
 
 
+@dataclass(frozen=True)
+class Expected:
+    """The inputs that are to be there: those of the bundle, or only those that the parameters name."""
+
+    optional_cameras: Mapping[str, bool]
+    joints: tuple[JointSpec, ...] = ()
+    trained: tuple[Sequence[float], Sequence[float]] | None = None
+
+    @classmethod
+    def of(cls, bundle: Bundle | None, settings: Settings) -> Expected:
+        """Without a bundle only topics, rates and stamps can be judged: its joints are not known."""
+        if bundle is None:
+            return cls(dict.fromkeys(settings.cameras, False))
+        manifest = bundle.manifest
+        cameras = {camera.name: camera.optional for camera in manifest.cameras}
+        return cls(cameras, tuple(manifest.joints), (manifest.state.low, manifest.state.high))
+
+    @property
+    def joint_names(self) -> tuple[str, ...]:
+        return tuple(joint.name for joint in self.joints)
+
+
 class Rows:
     """Pairs of time and values, kept evenly over the whole recording, however long it is."""
 
@@ -95,24 +119,24 @@ class InputWatch:
 
     def __init__(
         self,
-        manifest: Manifest,
+        expected: Expected,
         settings: Settings,
         cameras: dict[str, str],
         joints: str,
         command: str,
         expected_images: dict[str, int] | None = None,
     ) -> None:
-        self.manifest, self.settings = manifest, settings
+        self.expected, self.settings = expected, settings
         self.cameras = {name: Traffic(topic) for name, topic in cameras.items()}
         self.image_types = {name: image_type(settings, name) for name in cameras}
         self.joints, self.command = Traffic(joints), Traffic(command)
         self.positions, self.commands = Rows(), Rows()
         self.orders: Counter[tuple[str, ...]] = Counter()
+        self.other_joints: Counter[tuple[str, ...]] = Counter()  # messages with none of the arm's, such as wheels
         counts = expected_images or {}
         self._every = {name: max(1, counts.get(topic, 0) // IMAGES_DECODED) for name, topic in cameras.items()}
         sources = [CameraSource(name, topic) for name, topic in cameras.items()]
-        trained = (manifest.state.low, manifest.state.high)
-        self._buffer = ObservationBuffer(sources, manifest.joint_names, joints, trained)
+        self._buffer = ObservationBuffer(sources, expected.joint_names, joints, expected.trained)
         self._camera_of = {topic: name for name, topic in cameras.items()}
 
     @property
@@ -150,15 +174,18 @@ class InputWatch:
             return
         try:
             reading = joint_reading(message)
-            self.orders[reading.names] += 1
-            self.joints.stamps.append(reading.stamp_ns)
-            self.joints.received.append(message.log_ns)
+            if reading.names and self.expected.joints and set(reading.names).isdisjoint(self.expected.joint_names):
+                self.other_joints[reading.names] += 1
+                return
             self._buffer.add_joints(reading)
         except InputError as error:
             self.joints.refuse(error)
         else:
+            self.orders[reading.names] += 1
+            self.joints.stamps.append(reading.stamp_ns)
+            self.joints.received.append(message.log_ns)
             index = {name: j for j, name in enumerate(reading.names)}
-            position_J = reading.position_J[[index[name] for name in self.manifest.joint_names]]
+            position_J = reading.position_J[[index[name] for name in self.expected.joint_names]]
             self.positions.add(message.log_ns, position_J)
 
     def _add_command(self, message: BagMessage) -> None:
@@ -171,9 +198,9 @@ class InputWatch:
             names = list(command.joint_names)
             points = [(time_to_ns(p.time_from_start), p.positions) for p in command.points]
             near = [p for p in points if p[0] <= NS_PER_S // 10] or points[:1]
-            if not near or set(names) < set(self.manifest.joint_names):
+            if not near or not set(names) >= set(self.expected.joint_names):
                 return
-            order = [names.index(name) for name in self.manifest.joint_names]
+            order = [names.index(name) for name in self.expected.joint_names]
             self.commands.add(message.log_ns + near[-1][0], np.array(near[-1][1], dtype=np.float64)[order])
         except (InputError, ValueError, IndexError) as error:
             self.command.refuse(InputError(f"command: {error}"))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ki_vla_ros.bags import Bag, find_session, open_bag
-from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.doctor.inputs import InputWatch
+from ki_vla_ros.doctor.inputs import Expected, InputWatch
 from ki_vla_ros.doctor.setup import Request, examine_setup, read_settings
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages import COMPRESSED_IMAGE
@@ -22,9 +21,8 @@ def examine(path: Path, request: Request, findings: Findings) -> list[str]:
         session = find_session(bag, request.node)
         settings = _settings_for(bag, session, request, findings, looked_at)
         if settings is not None:
-            bundle = examine_setup(settings, request, findings, looked_at)
-            if bundle is not None:
-                _examine_topics(bag, settings, bundle, session, request, findings)
+            expected = Expected.of(examine_setup(settings, request, findings, looked_at), settings)
+            _examine_topics(bag, settings, expected, session, request, findings)
         looked_at.append(f"bag {path} ({_extent(bag)})")
         for fault in bag.faults:
             findings.warning(
@@ -53,10 +51,10 @@ def _settings_for(
 
 
 def _examine_topics(
-    bag: Bag, settings: Settings, bundle: Bundle, session: Session | None, request: Request, findings: Findings
+    bag: Bag, settings: Settings, expected: Expected, session: Session | None, request: Request, findings: Findings
 ) -> None:
-    manifest, node = bundle.manifest, request.node
-    cameras = {c.name: resolve(settings.camera(c.name).topic, node) for c in manifest.cameras}
+    node = request.node
+    cameras = {name: resolve(settings.camera(name).topic, node) for name in expected.optional_cameras}
     joints, command = resolve(settings.joint_states_topic, node), resolve(settings.command_topic, node)
     if session is not None and request.params is None:  # names after remapping
         cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
@@ -71,16 +69,17 @@ def _examine_topics(
         if chunks is not None and chunks.count:
             recorded_compressed[name] = packed
         else:
-            findings.error(
+            findings.warning(
                 "transport",
                 topic,
-                f"camera {name!r} is not in the bag as raw images, but {packed} is",
-                f"set cameras.{name}.transport to compressed and its topic to {packed}, or start a raw publisher",
+                f"camera {name!r} is not in the bag as raw images, but {packed} is: a replay takes those",
+                f"if the robot has no raw images either, set cameras.{name}.transport to compressed and its topic to "
+                f"{packed}",
             )
             recorded_compressed[name] = packed
     counts = {name: topic.count or 0 for name, topic in bag.topics.items()}
     watch = InputWatch(
-        manifest,
+        expected,
         settings,
         {**cameras, **recorded_compressed},
         joints,

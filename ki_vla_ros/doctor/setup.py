@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,6 +20,7 @@ from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.engines import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
 from ki_vla_ros.policy import check_instruction
+from ki_vla_ros.runtime import joint_bounds
 from ki_vla_ros.settings import NODE, NoSectionError, Settings, load_settings
 from ki_vla_ros.share import PROFILE_VARIABLES, find_bundle
 
@@ -27,6 +30,12 @@ RELEASES: Mapping[str, tuple[tuple[int, int], int]] = {
     "jazzy": ((3, 12), 1),
     "kilted": ((3, 12), 1),
 }
+DEFAULT_RMW = "rmw_fastrtps_cpp"
+MIB = 2**20
+# Fast DDS's own bookkeeping in each process (measured: 1.5 MiB with config/fastdds.xml, and 0.5 for another context).
+SEGMENT_OVERHEAD = 2 * MIB
+# The least that a robot runs: the policy, a camera driver, the controller, and one to look at them.
+PROCESSES = 4
 # An image of 640 x 480 rgb8, twice: what is being written and what is being read.
 LEAST_SEGMENT = 2 * 640 * 480 * 3
 START_FIX = "the node does not start with this; config/demo.yaml explains every parameter"
@@ -51,10 +60,38 @@ class Machine:
     python: tuple[int, int]
     numpy: str
     environment: Mapping[str, str]
+    # rclpy was compiled for this Python, as in a build from source or a distribution's own packages.
+    rclpy_fits: bool = False
+    shared_memory: SharedMemory | None = None
 
     @classmethod
     def here(cls) -> Machine:
-        return cls((sys.version_info[0], sys.version_info[1]), np.__version__, dict(os.environ))
+        python = (sys.version_info[0], sys.version_info[1])
+        return cls(python, np.__version__, dict(os.environ), _rclpy_fits(), SharedMemory.here())
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """/dev/shm, in bytes."""
+
+    total: int
+    free: int
+
+    @classmethod
+    def here(cls) -> SharedMemory | None:
+        try:
+            usage = shutil.disk_usage("/dev/shm")
+        except OSError:
+            return None
+        return cls(usage.total, usage.free)
+
+
+def _rclpy_fits() -> bool:
+    spec = importlib.util.find_spec("rclpy")
+    if spec is None or spec.origin is None:
+        return False
+    extension = Path(spec.origin).parent / "_rclpy_pybind11"
+    return any(extension.with_name(extension.name + suffix).is_file() for suffix in EXTENSION_SUFFIXES)
 
 
 def check_machine(machine: Machine, findings: Findings) -> None:
@@ -78,21 +115,22 @@ def check_machine(machine: Machine, findings: Findings) -> None:
                 "this package supports it in code, but has not been run on a real installation of it",
                 "try the arm's limits and ~/stop first; where you can, use jazzy or kilted",
             )
-        if machine.python != python:
+        own_build = machine.rclpy_fits and machine.python != python
+        if machine.python != python and not own_build:
             findings.error(
                 "python",
                 sys.executable,
                 f"is Python {have}, but ROS 2 {distribution} is built for {'.'.join(map(str, python))}",
                 "leave the virtual environment or conda, or make one with --system-site-packages from /usr/bin/python3",
             )
-        if int(machine.numpy.split(".")[0]) > numpy_major:
+        if int(machine.numpy.split(".")[0]) > numpy_major and not own_build:
             findings.warning(
                 "numpy",
                 f"numpy {machine.numpy}",
                 f"ROS 2 {distribution} comes with numpy {numpy_major}, its compiled modules (cv_bridge) crash with 2",
                 f"pip install 'numpy<{numpy_major + 1}'",
             )
-    middleware = machine.environment.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp")
+    middleware = machine.environment.get("RMW_IMPLEMENTATION", DEFAULT_RMW)
     if "fastrtps" in middleware:
         for variable in PROFILE_VARIABLES:
             if file := machine.environment.get(variable):
@@ -108,32 +146,77 @@ def _check_profile(variable: str, file: Path, findings: Findings) -> None:
     except ElementTree.ParseError as error:
         findings.error("fast dds", f"{variable}={file}", f"is not XML: {error}", PROFILE_FIX)
         return
-    sizes = [int(element.text or 0) for element in root.iter() if element.tag.endswith("segment_size")]
-    if max(sizes, default=0) < LEAST_SEGMENT:
+    try:
+        size = _segment_size(root)
+    except ValueError as error:
+        findings.error("fast dds", f"{variable}={file}", f"expected a number as segment_size: {error}", PROFILE_FIX)
+        return
+    if size < LEAST_SEGMENT:
         findings.warning(
             "fast dds",
             f"{variable}={file}",
-            f"gives shared memory {max(sizes, default=0)} bytes, two images need {LEAST_SEGMENT}",
+            f"gives shared memory {size} bytes, two images need {LEAST_SEGMENT}",
             PROFILE_FIX,
+        )
+
+
+def _segment_size(root: ElementTree.Element) -> int:
+    """The largest segment of shared memory, in bytes, that the profile gives a process; 0: the default (512 KB)."""
+    return max((int(e.text or 0) for e in root.iter() if e.tag.endswith("segment_size")), default=0)
+
+
+def check_shared_memory(machine: Machine, findings: Findings) -> None:
+    """Only for running topics. A process that gets no segment says nothing, and its images go over UDP or are lost."""
+    files = [machine.environment[name] for name in PROFILE_VARIABLES if machine.environment.get(name)]
+    memory = machine.shared_memory
+    if memory is None or not files or "fastrtps" not in machine.environment.get("RMW_IMPLEMENTATION", DEFAULT_RMW):
+        return
+    try:
+        segment = _segment_size(ElementTree.parse(files[0]).getroot())
+    except (OSError, ElementTree.ParseError, ValueError):
+        return  # `_check_profile` says so
+    each = segment + SEGMENT_OVERHEAD
+    room = f"has {memory.total / MIB:.0f} MiB, {memory.free / MIB:.0f} of them free; each process with this profile "
+    room += f"takes {each / MIB:.0f}"
+    if memory.total < PROCESSES * each:
+        findings.warning(
+            "shared memory",
+            "/dev/shm",
+            f"{room}: enough for {memory.total // each} of them, and images of the others may be lost silently",
+            f"in Docker, start the container with --shm-size={PROCESSES * each // MIB + 64}m or --ipc=host; elsewhere "
+            f"remount /dev/shm with a size of {PROCESSES * each // MIB + 64}M or more",
+        )
+    elif memory.free < each:
+        findings.warning(
+            "shared memory",
+            "/dev/shm",
+            f"{room}: the next process gets none, and its images may be lost silently",
+            "remove what dead processes left there (`fastdds shm clean`, or fastdds_* files of no process), or make it "
+            "larger",
         )
 
 
 def check_profile_is_set(machine: Machine, findings: Findings) -> None:
     """Only for running topics: nobody knows which profile a bag was recorded with."""
-    if "fastrtps" not in machine.environment.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp"):
+    if "fastrtps" not in machine.environment.get("RMW_IMPLEMENTATION", DEFAULT_RMW):
         return
     if not any(machine.environment.get(variable) for variable in PROFILE_VARIABLES):
         findings.warning("fast dds", PROFILE_VARIABLES[0], "is not set: images may be lost silently", PROFILE_FIX)
 
 
 def examine_setup(settings: Settings, request: Request, findings: Findings, looked_at: list[str]) -> Bundle | None:
-    """Bundle, engine and how they fit the settings; None where the bundle cannot be read."""
+    """Bundle, engine and how they fit the settings; None where the bundle cannot be read.
+
+    Inputs can be judged without it as far as the parameters name them.
+    """
     name = request.bundle or settings.bundle
     bundle = read_bundle(name, findings)
     check_engine(settings, bundle, findings)
     if bundle is not None:
         looked_at.append(f"bundle {bundle.manifest.name}")
         check_settings(settings, bundle, findings)
+    else:
+        looked_at.append("no bundle: of the inputs only those that the parameters name")
     return bundle
 
 
@@ -169,6 +252,10 @@ def check_settings(settings: Settings, bundle: Bundle, findings: Findings) -> No
     except ParameterError as error:
         for problem in error.problems:
             findings.error("parameters", manifest.name, problem, "the node does not configure with this")
+    try:
+        joint_bounds(manifest.joints, settings.limits, settings.robot_description)
+    except ConfigurationError as error:
+        findings.error("parameters", manifest.name, str(error), "the node does not configure with this")
     for name in ("execution_horizon_s", "prefill_period_s"):
         ticks = getattr(settings, name) * settings.rate_hz
         if abs(ticks - round(ticks)) > 1e-6:

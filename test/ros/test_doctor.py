@@ -50,10 +50,12 @@ def diagnose_until(expected: set[tuple[str, str]]) -> tuple[Findings, Sequence[s
 @pytest.mark.filterwarnings("ignore:Deprecated in favor of:DeprecationWarning")
 def test_a_running_policy(robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str, tmp_path: Path) -> None:
     robot.do(lambda: robot.node.destroy_publisher(robot._clock))
-    start(bundle=bundle_path, autostart=True, instruction=TASK, max_age_s=1.0)
+    remapped = ("-r", "states:=joint_states", "-r", "front:=camera/scene/image_raw")
+    topics = {"joint_states_topic": "states", "cameras__scene__topic": "front"}
+    start(*remapped, bundle=bundle_path, autostart=True, instruction=TASK, max_age_s=1.0, **topics)
     until(lambda: len(robot.commands) >= 5)
     _, looked_at = diagnose_until(set())
-    assert "parameters of /policy" in looked_at
+    assert {"parameters of /policy", "topics as the node says"} <= set(looked_at)
 
     # Everything that other nodes may do wrong, all at once.
     careless = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)

@@ -18,8 +18,8 @@ from support.bundles import params_file
 from support.sample_bags import COMMAND_TOPIC, JOINT_TOPIC, JOINTS, SCENE, Messages, jpeg, recording, write_mcap
 
 from ki_vla_ros.doctor.__main__ import diagnose, main
-from ki_vla_ros.doctor.findings import Finding, as_json, as_table
-from ki_vla_ros.doctor.setup import Machine, Request
+from ki_vla_ros.doctor.findings import Finding, Findings, as_json, as_table
+from ki_vla_ros.doctor.setup import MIB, Machine, Request, SharedMemory, check_shared_memory
 from ki_vla_ros.messages.decoding import BagMessage, typestore
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S
@@ -87,7 +87,7 @@ def machine(python: tuple[int, int] = (3, 12), numpy: str = "1.26.4", **environm
 PLANTS: dict[str, Plant] = {
     "camera topic misspelt": Plant("missing", "/camera/scene/image", "perhaps /camera/scene/image_raw",
         parameters={"cameras": {"scene": {"topic": "camera/scene/image"}}}),
-    "only compressed images": Plant("transport", SCENE, "transport to compressed",
+    "only compressed images": Plant("transport", SCENE, "transport to compressed", level="warning",
         recorded={"transport": "compressed"}),
     "compressed images on the raw topic": Plant("transport", SCENE, "cameras.scene.transport: compressed",
         bag=change(SCENE, lambda k, m: with_data(m, jpeg(m.log_ns - NS_PER_S // 500), type=COMPRESSED_IMAGE))),
@@ -157,6 +157,8 @@ PLANTS: dict[str, Plant] = {
     "misspelt parameter": Plant("parameters", "robot.yaml", "explains every parameter", parameters={"rate": 10.0}),
     "an integer for a float": Plant("parameters", "robot.yaml", "does not start", parameters={"rate_hz": 10}),
     "another node's parameters": Plant("node name", "robot.yaml", "correct the name", parameters={"node": "/vla"}),
+    "limits without a range": Plant("parameters", "demo", "does not configure",
+        parameters={"limits": {"joints": {"elbow": {"lower": 9.0}}}}, also=("limits",)),
     "no such bundle": Plant("bundle", "nowhere", "folder that export wrote", parameters={"bundle": "/nowhere"}),
     "unknown words": Plant("instruction", "instruction", "trained with", parameters={"instruction": "juggle"}),
     "no GPU": Plant("engine", "engine onnx, provider cuda", "install", parameters={"provider": "cuda"}),
@@ -184,6 +186,102 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
     assert any(f.level == plant.level and plant.fix in f.fix for f in found), found
     assert {f.check for f in findings} <= {plant.check, *plant.also}, findings
     assert "Traceback" not in as_table(findings, [])
+
+
+def test_stamps_of_another_clock_are_told_with_their_sign(tmp_path: Path) -> None:
+    for shift_ns, sign in ((NS_PER_S - sample_bags.START_NS, "-"), (10_000 * NS_PER_S, "+")):
+        shifted = change(SCENE, stamped(lambda k, ns, shift_ns=shift_ns: ns + shift_ns))(recording(1.0))
+        (found,) = [f.found for f in examine(tmp_path, shifted) if f.check == "clock"]
+        assert found.startswith(f"stamps are {sign}{abs(shift_ns) // NS_PER_S} s from the time of arrival")
+
+
+def with_wheels(messages: Messages) -> Messages:
+    """After each joint state one of the base below the arm, which another node publishes."""
+    wheels = positions(lambda p: np.array([400.0, -400.0]), ("wheel_left", "wheel_right"))
+    both = [(m, with_data(wheels(0, m), wheels(0, m).data, log_ns=m.log_ns + 1)) for m in messages if is_state(m)]
+    return sorted([*[m for m in messages if not is_state(m)], *[m for pair in both for m in pair]], key=at)
+
+
+def is_state(message: BagMessage) -> bool:
+    return message.topic == JOINT_TOPIC
+
+
+def at(message: BagMessage) -> int:
+    return message.log_ns
+
+
+def test_joints_beside_the_arms_are_no_error(tmp_path: Path) -> None:
+    """Wheels in the arm's messages, and in messages of their own."""
+    whole = positions(lambda p: np.append(p, [400.0, -400.0]), (*JOINTS, "wheel_left", "wheel_right"))
+    assert examine(tmp_path, change(JOINT_TOPIC, whole)(recording(4.0))) == []
+    (finding,) = examine(tmp_path, with_wheels(recording(4.0)))
+    assert (finding.level, finding.check, finding.where) == ("warning", "other joints", JOINT_TOPIC)
+    assert "400 of 800 messages have none of the bundle's joints, but wheel_left, wheel_right" in finding.found
+
+
+def test_refused_messages_among_usable_ones_are_a_warning(tmp_path: Path) -> None:
+    """The node goes by the others: it holds only when the last usable one is too old."""
+    degrees = positions(np.degrees)
+    some = change(JOINT_TOPIC, lambda k, m: degrees(k, m) if k % 5 == 0 else m)(recording(4.0))
+    assert {(f.level, f.check) for f in examine(tmp_path, some)} == {("warning", "unreadable")}
+    burst = change(JOINT_TOPIC, lambda k, m: degrees(k, m) if 100 < k < 160 else m)(recording(4.0))
+    assert ("error", "unreadable") in [(f.level, f.check) for f in examine(tmp_path, burst)]
+
+
+def test_pauses_between_episodes_are_no_lost_images(tmp_path: Path) -> None:
+    episodes = [recording(2.0, start_ns=sample_bags.START_NS + k * 3 * NS_PER_S, fps=10.0) for k in range(8)]
+    findings = examine(tmp_path, [message for episode in episodes for message in episode], rate_hz=9.0)
+    assert "image loss" not in {f.check for f in findings} and "gap" in {f.check for f in findings}
+
+
+def test_inputs_are_examined_without_a_bundle(tmp_path: Path) -> None:
+    cameras = {"scene": {"topic": SCENE}, "wrist": {"topic": "/nowhere"}, "front": {"transport": "compressed"}}
+    findings = examine(tmp_path, bundle="/not/there", cameras=cameras)
+    assert {(f.check, f.where) for f in findings} == {
+        ("bundle", "/not/there"), ("missing", "/nowhere"), ("missing", "/camera/front/image_raw/compressed"),
+    }  # fmt: skip
+    old = change(SCENE, stamped(lambda k, ns: ns - NS_PER_S))(recording(4.0))
+    findings = examine(tmp_path, old, bundle="/not/there", cameras={"scene": {"topic": SCENE}})
+    assert {(f.check, f.where) for f in findings} == {("bundle", "/not/there"), ("stamps", SCENE)}
+    slow = change(JOINT_TOPIC, lambda k, m: m if k % 20 == 0 else None)(recording(4.0))
+    assert {f.check for f in examine(tmp_path, slow, bundle="/not/there")} == {"bundle", "joint rate"}
+
+
+def test_a_build_from_source_has_the_python_that_it_was_built_with(tmp_path: Path) -> None:
+    here = machine((3, 13), "2.3.0", ROS_DISTRO="jazzy")
+    assert [f.check for f in examine(tmp_path, machine=here)] == ["python", "numpy"]
+    assert examine(tmp_path, machine=replace(here, rclpy_fits=True)) == []
+    # The release's own Python with another numpy than its modules were compiled with.
+    mixed = replace(machine((3, 12), "2.3.0", ROS_DISTRO="jazzy"), rclpy_fits=True)
+    assert [f.check for f in examine(tmp_path, machine=mixed)] == ["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "told"),
+    [
+        (64, 64, "has 64 MiB, 64 of them free; each process with this profile takes 34: enough for 1 of them"),
+        (64, 10, "enough for 1 of them"),
+        (136, 136, ""),
+        (
+            8192,
+            30,
+            "8192 MiB, 30 of them free; each process with this profile takes 34: the next process gets none",
+        ),
+        (8192, 34, ""),
+    ],
+)
+def test_shared_memory_that_is_too_small_for_the_profile(total: int, free: int, told: str) -> None:
+    profile = {"FASTRTPS_DEFAULT_PROFILES_FILE": str(find_share("config/fastdds.xml"))}
+    here = Machine((3, 12), "1.26.4", profile, shared_memory=SharedMemory(total * MIB, free * MIB))
+    findings = Findings()
+    check_shared_memory(here, findings)
+    assert [f.check for f in findings] == (["shared memory"] if told else [])
+    assert all(told in f.found and f.fix for f in findings)
+    if "enough for" in told:
+        assert "--shm-size=200m" in findings[0].fix
+    for environment in ({}, {**profile, "RMW_IMPLEMENTATION": "rmw_cyclonedds_cpp"}):
+        check_shared_memory(replace(here, environment=environment), none := Findings())
+        assert none == []
 
 
 @pytest.mark.parametrize("own_s, found", [(0.0, {JOINT_TOPIC}), (0.4, set())])
@@ -315,7 +413,12 @@ def test_a_changed_bundle_is_found(tmp_path: Path) -> None:
 
 def test_a_small_profile_is_found(tmp_path: Path) -> None:
     profile = find_share("config/fastdds.xml").read_text()
-    for text, found in ((profile, 0), (profile.replace("33554432", "524288"), 1), ("<dds", 1)):
+    for text, found in (
+        (profile, 0),
+        (profile.replace("33554432", "524288"), 1),
+        (profile.replace("33554432", "32M"), 1),
+        ("<dds", 1),
+    ):
         (tmp_path / "dds.xml").write_text(text)
         here = replace(HEALTHY, environment={"FASTDDS_DEFAULT_PROFILES_FILE": str(tmp_path / "dds.xml")})
         assert [f.check for f in examine(tmp_path, machine=here)] == ["fast dds"] * found
