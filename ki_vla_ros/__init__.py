@@ -6,6 +6,7 @@ The front door for use as a library, without ROS (docs/library.md). A name is lo
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,10 @@ _HOMES = {
     "settings": ("Settings",),
     "share": ("find_bundle",),
 }
+
+
+if sys.argv[:1] == ["-m"]:  # `python -m ki_vla_ros.doctor`: its own first import would already end in a traceback
+    import_module("ki_vla_ros.console").check_pydantic()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
-from ki_vla_ros.console import ExitCode
+from ki_vla_ros.console import ExitCode, check_pydantic
 
 # Name, module whose `main` takes the arguments, purpose.
 COMMANDS: Final = (
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{_usage()}\n\nki-vla: expected a command, {got}; choose one of the above", file=sys.stderr)
         return ExitCode.FAILED
     name, *rest = given
+    check_pydantic()
     try:
         command = import_module(modules[name])
     except ModuleNotFoundError as error:

@@ -43,6 +43,18 @@ def run_command(name: str, work: Callable[[], int], interrupted: str = "interrup
     return ExitCode.FAILED
 
 
+def check_pydantic() -> None:
+    """SystemExit with one line if pydantic is version 1, as apt installs it on Ubuntu 22.04 and 24.04."""
+    try:
+        from pydantic import VERSION
+    except ImportError:  # the command that needs it says so
+        return
+    if VERSION.startswith("1."):
+        remedy = "python3 -m pip install 'pydantic>=2' (docs/install.md)"
+        print(f"ki_vla_ros: expected pydantic 2 or newer, got {VERSION}; {remedy}", file=sys.stderr)
+        raise SystemExit(ExitCode.FAILED)
+
+
 class Progress:
     """How far the work is: on a terminal one line that updates itself, elsewhere a line now and then.
 

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import ROOT
 
 from ki_vla_ros.__main__ import COMMANDS
 
+POLICY_NODE = str(ROOT / "scripts" / "ros" / "policy_node")  # as `ros2 run` and launch files start it
 MAIN = 'if __name__ == "__main__":'
 # All of a package in one process: importing takes longer than answering.
 ASK = """
@@ -53,6 +55,17 @@ def test_every_command_answers_help_and_refuses_what_it_does_not_know(package: s
         assert (code, out) == (2, "") and "usage: " in error, name
         # Where something is required, argparse asks for that first.
         assert "--no-such-option" in error or "required" in error, name
+
+
+@pytest.mark.parametrize("command", [("-m", "ki_vla_ros.doctor"), ("-m", "ki_vla_ros", "replay"), (POLICY_NODE,)])
+def test_an_old_pydantic_is_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """apt on Ubuntu has pydantic 1; a STAND-IN knows no more than its version, and so raises as pydantic 1 would."""
+    (tmp_path / "pydantic.py").write_text('VERSION = "1.10.14"\n')
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ki_vla_ros: expected pydantic 2 or newer, got 1.10.14; python3 -m pip install ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_ki_vla_has_every_command_of_the_package() -> None:
