@@ -1,16 +1,25 @@
-"""Fixtures and marks of all tests; whatever talks over ROS does so on its own domain, to this machine only."""
+"""Fixtures and marks of all tests; whatever talks over ROS does so on its own domain, to this machine only.
+
+A test that needs a package which only the trainer or this test suite installs is skipped where that package is missing:
+`colcon test` on a robot runs the others.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+
+# The checkout, wherever pytest was started, and test/support.
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 if TYPE_CHECKING:
     from support.exported import Made
@@ -32,19 +41,38 @@ os.environ["ROS_PYTHON_CHECK_FIELDS"] = "1"  # otherwise a misspelt message fiel
 os.environ.setdefault("ROS_LOG_DIR", tempfile.mkdtemp(prefix="ros_log_"))
 
 
-# Nothing here judges how long an example takes: on a busy machine any may take long.
-settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("tests")
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
 
+    # Nothing here judges how long an example takes: on a busy machine any may take long.
+    settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("tests")
+
+# What a robot has no need of, by the name that is imported: requirements/training.txt, simulation.txt and test.txt.
+NOT_ON_A_ROBOT = {
+    "av", "coverage", "cuda", "google", "hypothesis", "mujoco", "onnx", "onnx_ir", "onnxscript", "packaging", "pyarrow",
+    "regex", "safetensors", "sentencepiece", "setuptools", "tensorboard", "tensorrt_rtx", "torch", "tqdm",
+    "transformers",
+}  # fmt: skip
+
+LIMIT_S = 180
 # For tests that export, trace or search for long, and for those that start processes and wait several times.
 SLOW_LIMIT_S = 600
 # Fixtures that wait for an export.
 _EXPORTED = {"made", "half", "exported"}
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """pytest 6 does not enter what it imports into sys.modules, where dataclasses look for their module."""
+    if isinstance(collector, pytest.Module) and not hasattr(collector, "path"):
+        name = Path(collector.fspath).stem
+        sys.modules.setdefault(name, ModuleType(name))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        file = Path(getattr(item, "path", None) or item.fspath)  # pytest 6 has only the latter
+        folder = file.relative_to(Path(__file__).parent).parts[0]
         fixtures = set(getattr(item, "fixturenames", ()))
         if folder == "ros" or "ros_environment" in fixtures:
             item.add_marker("ros")
@@ -53,8 +81,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if fixtures & _EXPORTED:
             item.add_marker("slow")
         slow = item.get_closest_marker("slow") or folder in ("ros", "system")
-        if slow and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S if slow else LIMIT_S))
+
+
+def missing_package(error: BaseException | None) -> str:
+    """The package that a robot need not have and whose absence caused the error, or ""."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            package = (error.name or "").partition(".")[0]
+            return package if package in NOT_ON_A_ROBOT and importlib.util.find_spec(package) is None else ""
+        error = error.__cause__
+    return ""
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    outcome: Any = yield
+    skip_what_a_robot_lacks(outcome.get_result(), outcome.get_result().call, collector.nodeid)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
+    outcome: Any = yield
+    skip_what_a_robot_lacks(outcome.get_result(), call, item.nodeid)
+
+
+def skip_what_a_robot_lacks(report: Any, call: Any, where: str) -> None:
+    """Turns the failure of a test, or of a whole file, that lacks such a package into a skip that names it."""
+    if report.failed and (package := missing_package(call.excinfo.value)):
+        report.outcome, report.longrepr = "skipped", (where, 0, f"Skipped: {package} is not installed")
 
 
 @pytest.fixture
