@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, TextIO
 
-from ki_vla_ros.errors import KiVlaError
+from ki_vla_ros.errors import KiVlaError, printable
 
 BAR: Final = 30
 START_OF_LINE: Final = "\r\x1b[K"  # and erase the line
@@ -31,15 +32,18 @@ def run_command(name: str, work: Callable[[], int], interrupted: str = "interrup
     `interrupted` says what Ctrl-C leaves behind. Only our own faults print a traceback. They are caught here because
     Python would exit with 1, which means that the command found something.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may be no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work()
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except (KiVlaError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(printable(f"{name}: {error}"), file=sys.stderr)
     except Exception:
-        print(f"{name}: {traceback.format_exc()}", file=sys.stderr)
+        print(printable(f"{name}: {traceback.format_exc()}"), file=sys.stderr)
     return ExitCode.FAILED
 
 

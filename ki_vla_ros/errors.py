@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import errno
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +20,20 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+# Characters of an error as text: a name from a file may have millions.
+LONGEST_TEXT: Final = 3000
+MOST_FINDINGS: Final = 20
+
+
 class KiVlaError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of everything this package raises on purpose.
+
+    As text it is safe to print, whatever a file or a message had in it: names are quoted in errors, and a terminal
+    obeys the control characters in them.
+    """
+
+    def __str__(self) -> str:
+        return shorten(printable(shorten(super().__str__(), LONGEST_TEXT)), LONGEST_TEXT)
 
 
 class ConfigurationError(KiVlaError):
@@ -103,19 +116,50 @@ def cannot_write(path: Path | str, error: Exception, left: str = "") -> str:
     return f"{path} cannot be written: {reason}; {f'{left}; ' if left else ''}{remedy}"
 
 
+def printable(text: str) -> str:
+    """The text with all that a terminal would not show as a character (controls, marks that reverse text, halves of
+    surrogate pairs) written as in Python's literals; line breaks stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def shorten(text: str, most: int) -> str:
+    """At most about `most` characters: a long text loses its middle, since its end says what to do."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 3 // 4]} [... {len(text) - most} characters ...] {text[-most // 4 :]}"
+
+
+def short_repr(value: Any) -> str:
+    """The beginning of `repr(value)`, at a cost that does not grow with the value."""
+    return _REPR.repr(value)[:80]
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 80, 80, 80
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 6
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """The end of a message, "; did you mean 'x'?", or "" if no candidate is close."""
-    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name[:200], list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def describe_validation(error: ValidationError) -> str:
     """pydantic's findings on one line: where, what was expected, what was got."""
     parts = []
-    for finding in error.errors(include_url=False):
+    findings = error.errors(include_url=False)
+    for finding in findings[:MOST_FINDINGS]:
         where = ".".join(str(part) for part in finding["loc"]) or "as a whole"
-        got = "" if finding["type"] in ("missing", "value_error") else f", got {finding['input']!r:.80}"
+        got = "" if finding["type"] in ("missing", "value_error") else f", got {short_repr(finding['input'])}"
         parts.append(f"{where}: {finding['msg'].removeprefix('Value error, ')}{got}")
+    if len(findings) > MOST_FINDINGS:
+        parts.append(f"and {len(findings) - MOST_FINDINGS} more")
     return "; ".join(parts)
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ki_vla_ros.errors import ConfigurationError, describe_validation
+from ki_vla_ros.files import read_text
 
 Record = TypeVar("Record", bound=BaseModel)
+LARGEST_YAML: Final = 2 << 20  # PyYAML reads about 0.3 MB per second
+MOST_NODES: Final = 200_000
+MOST_DEPTH: Final = 50
+LONGEST_NUMBER: Final = 400
 
 
 def read_yaml(path: Path, record: type[Record], what: str, examples: str) -> Record:
@@ -20,32 +25,74 @@ def read_yaml(path: Path, record: type[Record], what: str, examples: str) -> Rec
     """
     cause: Exception
     try:
-        return record.model_validate(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader))
+        return record.model_validate(parse_yaml(read_text(path, LARGEST_YAML)))
     except OSError as error:
         cause, fault = error, f"expected a YAML file, got one that cannot be read ({error.strerror})"
     except ValidationError as error:
         cause, fault = error, describe_validation(error)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        cause, fault = error, f"expected YAML, got something else ({_describe(error)})"
+    except ValueError as error:
+        cause, fault = error, f"expected YAML, got something else ({' '.join(str(error).split())})"
     raise ConfigurationError(f"{what} {path}: {fault}; {examples} has examples") from cause
 
 
-def _describe(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split())
+def parse_yaml(text: str) -> Any:
+    """The value that a YAML text holds; ValueError if it is none, too large or too deep, or has a key twice."""
+    if len(text) > LARGEST_YAML:
+        raise ValueError(f"expected at most {LARGEST_YAML} characters, got {len(text)}")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}{error.problem}") from error
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(str(error)) from error  # PyYAML's own conversions of numbers and dates
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where PyYAML silently takes the last value."""
+    """Refuses a key that is given twice, where PyYAML silently takes the last value, and what does not end."""
+
+    _depth = 0
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _size(node, {}) > MOST_NODES:
+            raise yaml.MarkedYAMLError(
+                problem=f"expected at most {MOST_NODES} values with all aliases written out, got more",
+                problem_mark=node.start_mark,
+            )
+        return node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > MOST_DEPTH:
+            raise yaml.YAMLError(f"expected at most {MOST_DEPTH} levels, got more")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         keys = set()
         for key, _ in node.value:
-            if (name := (key.tag, str(key.value))) in keys:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="expected plain keys", problem_mark=key.start_mark)
+            if (name := (key.tag, key.value)) in keys:
                 raise yaml.MarkedYAMLError(
                     problem=f"expected each key once, got {key.value!r} again", problem_mark=key.start_mark
                 )
             keys.add(name)
         return node
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Number of values in the node, those behind an alias counted each time; also refuses endless ones."""
+    if isinstance(node, yaml.ScalarNode):
+        # Numbers to base 60 (1:30:00) take quadratic time.
+        if len(node.value) > LONGEST_NUMBER and not node.tag.endswith(":str"):
+            raise yaml.MarkedYAMLError(problem="expected a shorter number", problem_mark=node.start_mark)
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES + 1  # until it is known, so that an alias of itself counts as too large
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ki_vla_ros.errors import printable
+
 Severity = Literal["error", "warning"]
 WIDTH = 110
 
@@ -59,7 +61,7 @@ def as_table(findings: Sequence[Finding], looked_at: Sequence[str]) -> str:
         "",
         f"{_counted(count, 'error')}, {_counted(len(findings) - count, 'warning')}" if findings else "no faults found",
     ]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _ordered(findings: Sequence[Finding]) -> list[Finding]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ki_vla_ros.bags import open_bag
 from ki_vla_ros.console import ExitCode, Progress, run_command
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, printable
 from ki_vla_ros.replay.document import METRICS, make_folder, write_whole
 from ki_vla_ros.replay.latency import choose_latency
 from ki_vla_ros.replay.predicted import PredictionBag
@@ -81,7 +81,7 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
         grid = make_grid(chosen.sweep, setup.settings, manifest) if chosen.sweep else None
         for note in (*setup.notes, setup.topics.missing_reference):
             if note:
-                print(f"note: {note}", file=sys.stderr)
+                print(f"note: {printable(note)}", file=sys.stderr)
         make_folder(chosen.out)
         trace, predicted = Trace(manifest), None
         if chosen.mcap:
@@ -106,7 +106,7 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
         write_whole(chosen.out / REPORT, report(trace, result.metrics, command, sections))
     failures = [verdict for threshold in thresholds if (verdict := threshold.verdict(result.metrics)) is not None]
     for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
+        print(f"failed: {printable(failure)}", file=sys.stderr)
     if interrupted:
         return ExitCode.INTERRUPTED
     return ExitCode.FOUND if failures else ExitCode.FINE

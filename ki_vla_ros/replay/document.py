@@ -105,7 +105,7 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     with writing(path, "what an earlier write left there is unchanged" if path.exists() else ""):
         try:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(text, "utf-8", "backslashreplace")  # a name from a file may be no text
             part.replace(path)
         except OSError:
             with suppress(OSError):

@@ -7,7 +7,6 @@ replays. Durations in ns.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, short_repr
+from ki_vla_ros.files import read_json
 from ki_vla_ros.records import to_ns
 from ki_vla_ros.settings import Settings
 from ki_vla_ros.statistics import spread
@@ -190,13 +190,13 @@ def _durations_ns(path: Path) -> list[int]:
         "or metrics.json"
     )
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         listed = content["timing"]["latency_s"] if isinstance(content, dict) else content
         durations_s = [float(value) for value in listed]
     except FileNotFoundError:
         raise ConfigurationError(f"{expected}; there is no such file") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"{expected}; got {error!r}") from error
+    except (ArithmeticError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{expected}; got {short_repr(error)}") from error
     if not all(math.isfinite(value) and 0.0 <= value <= LONGEST_S for value in durations_s):
         raise ConfigurationError(f"{expected}; got durations outside 0 to {LONGEST_S:g} s")
     return [to_ns(value) for value in durations_s]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.files import parse_json
 from ki_vla_ros.records import NS_PER_S, to_ns
 
 # The node counts as inactive where its ticks are farther apart than the longer of these two.
@@ -41,7 +41,7 @@ class RecordedTick:
 def read_tick(text: str) -> RecordedTick:
     """The tick in a text from ~/tick; InputError if it is none. An old node's ticks may name no frames or joints."""
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
         index = fields["chunk_index"]
         tick = RecordedTick(
             stamp_ns=int(fields["stamp_ns"]),
@@ -54,7 +54,7 @@ def read_tick(text: str) -> RecordedTick:
         )
         if tick.took_ns is not None and not 0 <= tick.took_ns <= LONGEST_NS:
             raise ValueError(f"a chunk that took {tick.took_ns / NS_PER_S:g} s")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"tick: expected what the node writes there, got {text[:60]!r}: {error}") from error
     return tick
 

@@ -18,8 +18,8 @@ from ki_vla_ros.yaml_file import read_yaml
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-/ ]*$")]
-Horizon = Annotated[int, Field(ge=2)]
-ActionPeriod = Annotated[Finite, Field(gt=0, le=1.0)]
+Horizon = Annotated[int, Field(ge=2, le=1000)]
+ActionPeriod = Annotated[Finite, Field(ge=0.001, le=1.0)]
 
 
 class Frozen(BaseModel):

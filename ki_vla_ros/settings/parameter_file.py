@@ -19,6 +19,7 @@ from typing import NoReturn
 import yaml
 
 from ki_vla_ros.errors import ConfigurationError, ParameterError
+from ki_vla_ros.files import read_file
 from ki_vla_ros.settings.names import (
     OF_ROS,
     foreign_names,
@@ -31,6 +32,8 @@ from ki_vla_ros.settings.names import (
 from ki_vla_ros.settings.settings import Settings
 
 PARAMETERS = "ros__parameters"
+# Beyond these no node starts, and rcl's own walk takes minutes.
+LARGEST_FILE, MOST_DEPTH, MOST_NAMES = 1 << 20, 100, 5000
 # The node's name unless it is given another.
 NODE = "/policy"
 
@@ -147,12 +150,11 @@ def load_sections(path: Path) -> dict[str, dict[str, object]]:
     """By section, which names a node or is a pattern for several, its values by dotted parameter name."""
     walk = _Walk()
     try:
-        with path.open("rb") as file:
-            for event in yaml.parse(file, Loader=yaml.CLoader):
-                walk.take(event)
+        for event in yaml.parse(read_file(path, LARGEST_FILE), Loader=yaml.CLoader):
+            walk.take(event)
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, _RefusedError) as error:
+    except (yaml.YAMLError, ValueError, _RefusedError) as error:
         raise ConfigurationError(f"{path}: expected a ROS parameter file (YAML): {error}") from error
     return {name: section.parameters() for name, section in walk.sections.items()}
 
@@ -174,6 +176,8 @@ class _Section:
 
     def place(self, name: str) -> int:
         if name not in self.names:
+            if len(self.names) == MOST_NAMES:
+                raise _RefusedError(f"expected at most {MOST_NAMES} parameters in a section, got more")
             self.names.append(name)
         return self.names.index(name)
 
@@ -231,6 +235,8 @@ class _Walk:
                 self._in_sequence, self._key_comes = False, True
             case yaml.MappingStartEvent():
                 self._depth += 1
+                if self._depth > MOST_DEPTH:
+                    _refuse(event, f"expected tables at most {MOST_DEPTH} deep")
                 self._key_comes = True
                 # The mapping of ros__parameters itself adds nothing to the names in it.
                 self._table_begins = not self._in_parameters or self._depth - self._node.count != 2

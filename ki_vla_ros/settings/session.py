@@ -11,7 +11,8 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.errors import ConfigurationError, InputError, short_repr
+from ki_vla_ros.files import parse_json
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import Settings
@@ -114,11 +115,13 @@ def session_topic(node: str) -> str:
 def read_session(text: str) -> Session:
     """The session in a message on `~/session`; InputError if it holds none, or one of another version."""
     try:
-        return Session.model_validate_json(text)
+        return Session.model_validate(parse_json(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "text"
         raise InputError(
-            f"session: {where}: {first['msg']}, got {str(first['input'])[:80]!r}; was it recorded with another version "
+            f"session: {where}: {first['msg']}, got {short_repr(first['input'])}; was it recorded with another version "
             "of ki_vla_ros? Then replay with --params"
         ) from error
+    except ValueError as error:
+        raise InputError(f"session: expected JSON, got {text[:80]!r} ({error})") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-GROUND = ("errors", "records", "statistics", "share", "console", "yaml_file")
+GROUND = ("errors", "records", "statistics", "share", "console", "files", "yaml_file")
 # Bottom to top. A package may import what is named here, and itself.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GROUND, GROUND),

@@ -44,7 +44,7 @@ JOINT = {"name": "a", "unit": "rad", "lower": -1.0, "upper": 1.0, "max_velocity"
     ("changes", "fault"),
     [
         ({"horizon": 1}, r"horizon: Input should be greater than or equal to 2, got 1"),
-        ({"action_period_s": 0}, r"action_period_s: Input should be greater than 0, got 0"),
+        ({"action_period_s": 0}, r"action_period_s: Input should be greater than or equal to 0.001, got 0"),
         ({"gripper": "left"}, r"gripper: Extra inputs are not permitted, got 'left'"),
         ({"joints": []}, r"joints: Tuple should have at least 1 item"),
         ({"joints": [JOINT, JOINT]}, r"joints: expected distinct names, got \['a', 'a'\]"),
