@@ -18,14 +18,15 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
-import yaml
 from zstandard import ZstdDecompressor, ZstdError, frame_content_size
 
 from ki_vla_ros.bags.mcap import LARGEST_CHUNK, McapFile
 from ki_vla_ros.bags.sqlite import SqliteFile
 from ki_vla_ros.bags.storage import BagFault, Faults, Piece, Storage, Topic, in_time_order
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.files import check_file, open_file, read_text
 from ki_vla_ros.messages import BagMessage
+from ki_vla_ros.yaml_file import LARGEST_YAML, parse_yaml
 
 METADATA = "metadata.yaml"
 STORAGES: Mapping[str, Callable[[Path, Faults, str], Storage]] = {".mcap": McapFile, ".db3": SqliteFile}
@@ -33,6 +34,8 @@ STORAGES: Mapping[str, Callable[[Path, Faults, str], Storage]] = {".mcap": McapF
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # Read of a compressed file at a time: zstd makes at most 128 MiB of so much.
 BLOCK = 4096
+# A file that was compressed as a whole may become so many times larger, or this large if that is more.
+MOST_RATIO, LARGEST_UNPACKED = 100, 1 << 28
 
 
 class Bag:
@@ -145,8 +148,7 @@ class Bag:
     def _metadata(self) -> tuple[list[str], dict[str, str]] | None:
         path = self.path / METADATA
         try:
-            text = path.read_text()
-            information = yaml.safe_load(text)["rosbag2_bagfile_information"]
+            information = parse_yaml(read_text(path, LARGEST_YAML))["rosbag2_bagfile_information"]
             files = [str(file) for file in information["relative_file_paths"]]
             topics = [topic["topic_metadata"] for topic in information["topics_with_message_count"]]
             announced = {str(topic["name"]): str(topic["type"]) for topic in topics}
@@ -155,7 +157,7 @@ class Bag:
                 "metadata", METADATA, "is missing (the recorder did not close the bag); all files are read"
             )
             return None
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
             self._faults.add("metadata", METADATA, f"cannot be read, all files of the folder are: {reason}")
             return None
@@ -165,9 +167,17 @@ class Bag:
         """Decompresses a file that was compressed as a whole, as far as possible, into a temporary folder."""
         whole = Path(self._folder.name, file.stem)
         decompressor = ZstdDecompressor().decompressobj()
-        with file.open("rb") as packed, whole.open("wb") as out:
+        largest = max(LARGEST_UNPACKED, MOST_RATIO * check_file(file))
+        with open_file(file) as packed, whole.open("wb") as out:
             try:
                 while not decompressor.eof:
+                    if out.tell() > largest:
+                        self._faults.add(
+                            "damaged",
+                            file.name,
+                            f"is more than {largest} bytes when decompressed; its beginning is read",
+                        )
+                        break
                     if not (block := packed.read(BLOCK)):
                         self._faults.add(
                             "truncated", file.name, "the compressed file ends too early; its beginning is read"

@@ -30,6 +30,7 @@ from mcap.writer import MCAP0_MAGIC as MAGIC
 from zstandard import ZstdDecompressor
 
 from ki_vla_ros.bags.storage import CLOCK_STEP_NS, Faults, Pending, Piece, Topic, in_time_order
+from ki_vla_ros.files import open_file
 from ki_vla_ros.messages import BagMessage
 
 # Bytes of a record's kind and length, and of the whole record of the footer.
@@ -41,6 +42,10 @@ _DAMAGE = (McapError, struct.error, ValueError)
 
 # A larger chunk is refused: recorders write some 1 MB, and a damaged size must not fill the memory.
 LARGEST_CHUNK = 128 << 20
+# And so is one that is large only when it is decompressed: a file of a few kB would take minutes.
+SMALL_CHUNK, MOST_RATIO = 16 << 20, 1000
+# Messages of a chunk, which are listed before they are read; the smallest take 31 bytes.
+MOST_MESSAGES = 1 << 20
 # Content of begun chunks that is kept; beyond, chunks are read again when it is their turn.
 CONTENT_KEPT = 128 << 20
 # Messages outside of chunks are read in runs of about so many bytes.
@@ -86,7 +91,7 @@ class McapFile:
     def __init__(self, path: Path, faults: Faults, name: str = "") -> None:
         """`name`: how faults call the file, by default its own name."""
         self._name, self._faults = name or path.name, faults
-        self._file, self._size = path.open("rb"), path.stat().st_size
+        self._file, self._size = open_file(path), path.stat().st_size
         # By kind of record and id: each content that it was defined with, and the first place where.
         self._definitions: dict[tuple[int, int], dict[tuple[Any, ...], Place]] = {}
         self._settled = True  # the channels are what the definitions say
@@ -213,7 +218,7 @@ class McapFile:
         first_ns, last_ns, content_size, _ = head.read8(), head.read8(), head.read8(), head.read4()
         head.read_prefixed_string()
         stored = head.read8()
-        if max(content_size, stored) > LARGEST_CHUNK:
+        if max(content_size, stored) > LARGEST_CHUNK or content_size > max(SMALL_CHUNK, MOST_RATIO * stored):
             raise ValueError(f"a chunk of {stored} bytes that are {content_size}, more than {LARGEST_CHUNK}")
         end = start + head.count + stored
         return _Span(start, end - start, first_ns, last_ns, chunk=True, cut=end > self._size)
@@ -354,7 +359,7 @@ class McapFile:
 
     def _entries(self, span: _Span, content: bytes) -> Iterator[tuple[int, int, int, int]]:
         """(log time, channel, offset, size) of each message in a chunk's content; notes its definitions."""
-        end, file = 0, BytesIO(content)
+        end, count, file = 0, 0, BytesIO(content)
         for kind, start, size in _records(file, 0, len(content)):
             end, record = start + size, ReadDataStream(file)
             try:
@@ -362,6 +367,11 @@ class McapFile:
                     channel, _, log_ns, _ = record.read2(), record.read4(), record.read8(), record.read8()
                     if size < record.count or log_ns >= 1 << 63:
                         raise ValueError("its log time or size is none")
+                    if (count := count + 1) > MOST_MESSAGES:
+                        self._fault(
+                            "damaged", span.start, f"more than {MOST_MESSAGES} messages in this chunk are left out"
+                        )
+                        return
                     yield log_ns, channel, start + record.count, size - record.count
                 elif kind in (Opcode.SCHEMA, Opcode.CHANNEL):
                     self._define(kind, ReadDataStream(BytesIO(content[start:end])), (span.start, start))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -20,10 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bags.storage import CLOCK_STEP_NS, Faults, Pending, Topic
+from ki_vla_ros.errors import short_repr
+from ki_vla_ros.files import check_file
 from ki_vla_ros.messages import BagMessage
 
 # Rows per query. Each query starts at a row number, so an error costs at most the rest of one.
 ROWS = 4096
+MOST_TOPICS, LONGEST_NAME = 10_000, 1000
+# Of SQLite's virtual machine; a block of rows takes 40,000.
+STEPS = 10_000_000
 _INDEX = np.dtype([("log_ns", np.int64), ("row", np.int64), ("topic", np.int64)])
 
 
@@ -36,6 +42,7 @@ class SqliteFile:
         self._faults = faults
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._database: sqlite3.Connection | None = None
+        self._steps = 0  # times STEPS, since the last query began
         self._by_id: dict[int, tuple[str, str]] = {}
         self._index: NDArray[Any] = np.zeros(0, dtype=_INDEX)
         self.topics: dict[str, Topic] = {}
@@ -73,22 +80,44 @@ class SqliteFile:
             for file in (path, *pending):
                 shutil.copy(file, self._folder.name)
             path, mode = Path(self._folder.name, path.name), "mode=rw"
+        size = check_file(path)
         database = sqlite3.connect(f"file:{quote(str(path.resolve()))}?{mode}", uri=True, check_same_thread=False)
+        if sys.version_info >= (3, 11):
+            # A damaged chain of pages may repeat a small file for ever.
+            database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(1 << 20, size))
         database.text_factory = lambda text: text.decode(errors="replace")
         # A file from elsewhere must not run functions through its schema.
         database.execute("PRAGMA trusted_schema=OFF")
         database.execute("PRAGMA cell_size_check=ON")
         # Nothing is written, despite the name: without it SQLite refuses a file shorter than its header says.
         database.execute("PRAGMA writable_schema=ON")
+        database.set_progress_handler(self._is_endless, STEPS)
+        for table in ("topics", "messages"):
+            # A view, or a column that is computed, is a program; rosbag2 writes tables.
+            kinds = database.execute(
+                "SELECT type FROM pragma_table_list WHERE name = ? COLLATE NOCASE", (table,)
+            ).fetchall()
+            hidden = database.execute("SELECT max(hidden) FROM pragma_table_xinfo(?)", (table,)).fetchone()
+            if any(kind != "table" for (kind,) in kinds) or hidden[0]:
+                raise sqlite3.DatabaseError(f"expected a table {table}, got a view or computed columns")
         return database
+
+    def _is_endless(self) -> bool:
+        """Called by SQLite after each STEPS instructions; a query of ours needs less than twice as many."""
+        self._steps += 1
+        return self._steps > 2
 
     def _read_topics(self, database: sqlite3.Connection) -> None:
         rows: dict[int, dict[tuple[str, str, str], None]] = {}
-        for key, name, kind, encoding in database.execute("SELECT id, name, type, serialization_format FROM topics"):
-            if not isinstance(key, int) or not isinstance(name, str) or not isinstance(kind, str):
-                self._fault(f"a topic is left out, its row is {(key, name, kind)!r:.200}")
+        query = f"SELECT id, name, type, serialization_format FROM topics LIMIT {MOST_TOPICS}"
+        for key, *texts in database.execute(query):
+            if not isinstance(key, int) or not all(
+                isinstance(text, str) and len(text) <= LONGEST_NAME for text in texts
+            ):
+                self._fault(f"a topic is left out, its row is {short_repr((key, *texts))}")
             else:
-                rows.setdefault(key, {})[name, kind, str(encoding)] = None
+                name, kind, encoding = texts
+                rows.setdefault(key, {})[name, kind, encoding] = None
         for key, ((name, kind, encoding), *others) in rows.items():
             if others:  # a table without a primary key
                 told = f"topic {key} is {name} ({kind}) and {others[0][0]} ({others[0][1]}); its messages are left out"
@@ -132,7 +161,7 @@ class SqliteFile:
                 "SELECT timestamp, rowid, topic_id FROM messages WHERE rowid > ? AND rowid < ? "
                 f"ORDER BY rowid {order} LIMIT {ROWS}"
             )
-            block = []
+            block, self._steps = [], 0
             try:
                 for row in database.execute(query, bounds):
                     block.append(row)
@@ -165,7 +194,7 @@ class SqliteFile:
 
     def _message(self, log_ns: int, row: int, topic: str, kind: str) -> BagMessage | None:
         assert self._database is not None  # there are rows only if it was opened
-        where = f"{self._name}, row {row}"
+        where, self._steps = f"{self._name}, row {row}", 0
         try:
             found = self._database.execute("SELECT data FROM messages WHERE rowid = ?", (row,)).fetchone()
         except (sqlite3.Error, MemoryError) as error:

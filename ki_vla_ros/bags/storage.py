@@ -8,11 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from ki_vla_ros.errors import printable
 from ki_vla_ros.messages import BagMessage
 
 FaultKind = Literal["metadata", "file", "truncated", "damaged", "database", "message", "type", "clock", "count"]
 # Most faults listed per kind: a million broken messages must not fill the memory with a million faults.
 FAULTS_LISTED = 50
+LONGEST_FAULT = 500
 # Messages of several threads are recorded a little out of order; a larger step back was the recorder's clock.
 CLOCK_STEP_NS = 500_000_000
 
@@ -50,7 +52,8 @@ class Faults:
         self._counts: dict[FaultKind, int] = {}
 
     def add(self, kind: FaultKind, where: str, message: str) -> None:
-        fault = BagFault(kind, where, message)
+        # Both quote names and reasons from the file; a fault is one line, without a terminal's control characters.
+        fault = BagFault(kind, *(printable(" ".join(text.split("\n")))[:LONGEST_FAULT] for text in (where, message)))
         if fault in self._known or self._counts.get(kind, 0) > FAULTS_LISTED:
             return
         count = self._counts[kind] = self._counts.get(kind, 0) + 1
