@@ -7,21 +7,24 @@ cut off or damaged and is built again.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import mmap
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ki_vla_ros.bundle import Bundle, read_header
 from ki_vla_ros.errors import ConfigurationError, EngineError
+from ki_vla_ros.files import open_file, read_json
 
 
 class PlanKey(BaseModel):
@@ -79,7 +82,8 @@ class PlanCache:
 
     def __post_init__(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            check_trusted(self.folder)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
@@ -97,11 +101,16 @@ class PlanCache:
         """
         path = self.path(key)
         try:
-            record = PlanRecord.model_validate_json(_record_path(path).read_bytes())
-            with path.open("rb") as file:
+            record = self._record(_record_path(path))
+            check_trusted(path)
+            with open_file(path) as file:
                 plan = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (FileNotFoundError, ValueError):  # ValidationError among them, and mmap's for an empty file
             return None
+        except OSError as error:
+            raise EngineError(
+                f"{path}: expected an engine or nothing there, got {error.strerror}; delete it, and it is built again"
+            ) from error
         got = PlanKey(**record.model_dump(include=set(PlanKey.model_fields)))
         if got != key:
             raise EngineError(
@@ -125,12 +134,16 @@ class PlanCache:
         found = set()
         for path in self.folder.glob("*.plan.json"):
             try:
-                record = PlanRecord.model_validate_json(path.read_bytes())
-            except (OSError, ValidationError):
+                record = self._record(path)
+            except (OSError, ValueError):
                 continue
             if (record.graph, record.graph_sha256) == (key.graph, key.graph_sha256) and record.target != key.target:
                 found.add(record.target)
         return sorted(found)
+
+    def _record(self, path: Path) -> PlanRecord:
+        check_trusted(path)
+        return PlanRecord.model_validate(read_json(path))
 
     def timing_path(self, library: str, version: str, gpu: str) -> Path:
         return self.folder / re.sub(r"[^A-Za-z0-9.]+", "_", f"timing-{library}-{version}-{gpu}.cache")
@@ -144,6 +157,21 @@ class PlanCache:
         with (self.folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def check_trusted(path: Path) -> None:
+    """OSError unless only this user (or root) can change the file or folder: whoever can also runs code here.
+
+    An engine is loaded as it is; its record, beside it, vouches for nothing.
+    """
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        raise OSError(errno.EPERM, f"expected no symbolic link, got one to {os.readlink(path)}", str(path))
+    if found.st_uid not in (0, os.geteuid()):
+        raise OSError(errno.EPERM, f"expected it to be yours, got one of user {found.st_uid}", str(path))
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.filemode(found.st_mode)
+        raise OSError(errno.EPERM, f"expected it to be writable for you alone (chmod go-w), got {mode}", str(path))
 
 
 def _record_path(plan: Path) -> Path:
