@@ -27,9 +27,11 @@ from ki_vla_ros.bundle.manifest import (
 from ki_vla_ros.bundle.onnx_header import GraphHeader, TensorType, read_header
 from ki_vla_ros.bundle.pt2 import AnyDevice, Constant, Operation, Program, TensorName, read_program
 from ki_vla_ros.bundle.time_table import TimeTable
+from ki_vla_ros.bundle.tokenizer import LARGEST_TOKENIZER, encode, load_tokenizer, make_tokenizer
 
 __all__ = [
     "EXPERT",
+    "LARGEST_TOKENIZER",
     "MANIFEST",
     "PAD_TOKEN",
     "PREFILL",
@@ -53,9 +55,12 @@ __all__ = [
     "TensorName",
     "TensorType",
     "TimeTable",
+    "encode",
     "file_sha256",
     "graph_interface",
     "load_bundle",
+    "load_tokenizer",
+    "make_tokenizer",
     "read_header",
     "read_program",
     "write_bundle",

@@ -9,8 +9,7 @@ torch's own loader, which uses pickle.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from ki_vla_ros.bundle.manifest import (
-    PAD_TOKEN,
-    UNKNOWN_TOKEN,
     GraphSpec,
     Manifest,
     PolicySpec,
@@ -27,7 +24,9 @@ from ki_vla_ros.bundle.manifest import (
 from ki_vla_ros.bundle.onnx_header import GraphHeader, TensorType, read_header
 from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.bundle.time_table import TimeTable
+from ki_vla_ros.bundle.tokenizer import read_tokenizer
 from ki_vla_ros.errors import BundleError, describe_validation
+from ki_vla_ros.files import read_json
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -39,6 +38,8 @@ TOKENIZER = "tokenizer.json"
 MODEL_CARD = "README.md"
 # What git and Hugging Face's downloads leave beside a bundle's files; nothing reads it.
 DOWNLOAD_TRACES = (".git", ".gitattributes", ".cache")
+MOST_NUMBERS = 1 << 28
+LONGEST_NAME = 255  # of a file, in bytes, on all usual file systems
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,6 +99,7 @@ def load_bundle(path: Path | str) -> Bundle:
     root = real.parent if real.name == MANIFEST else given.resolve()
     manifest = _read_manifest(root / MANIFEST)
     _check_files(root, real.parent, manifest)
+    _check_size(root, manifest)
     headers = {name: read_header(root / name) for name in (PREFILL, EXPERT)}
     _check_external_data(root, manifest, headers)
     for name, (inputs, outputs) in graph_interface(manifest).items():
@@ -113,7 +115,7 @@ def load_bundle(path: Path | str) -> Bundle:
             _check_interface(program.path, "input", inputs, program.inputs)
             _check_interface(program.path, "output", outputs, program.named_outputs(outputs))
     TimeTable(root / TIME, manifest.graph.modulation)
-    return Bundle(root, manifest, _read_tokenizer(root / TOKENIZER, manifest))
+    return Bundle(root, manifest, read_tokenizer(root / TOKENIZER, manifest))
 
 
 def write_bundle(folder: Path, policy: PolicySpec, graph: GraphSpec, tokenizer: Tokenizer, model_card: str) -> Bundle:
@@ -137,8 +139,8 @@ def file_sha256(path: Path) -> str:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise BundleError(f"{path}: expected JSON, got something else ({error}); export again") from error
     if not isinstance(content, dict):
         raise BundleError(f"{path}: expected a JSON object, got {type(content).__name__}; export again")
@@ -161,7 +163,7 @@ def _check_files(root: Path, home: Path, manifest: Manifest) -> None:
             raise BundleError(f"{root / MANIFEST}: files: expected {name} among them, got {sorted(manifest.files)}")
     for name, expected in manifest.files.items():
         file = root / name
-        if Path(name).name != name or name == MANIFEST:
+        if Path(name).name != name or name == MANIFEST or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
             raise BundleError(
                 f"{root / MANIFEST}: files: expected plain names of files beside the manifest, got {name!r}"
             )
@@ -186,6 +188,18 @@ def _check_files(root: Path, home: Path, manifest: Manifest) -> None:
             raise BundleError(
                 f"{root}: expected only the files that the manifest lists, got {entry.name!r} beside them; remove it"
             )
+
+
+def _check_size(root: Path, manifest: Manifest) -> None:
+    """Engines allocate every input and output once; pi0.5's take 45 MB."""
+    sides = [side for graph in graph_interface(manifest).values() for side in graph]
+    numbers = sum(math.prod(map(int, tensor.shape)) for side in sides for tensor in side.values())
+    if numbers > MOST_NUMBERS:
+        raise BundleError(
+            f"{root / MANIFEST}: expected graphs with at most {MOST_NUMBERS} numbers as inputs and outputs, got "
+            f"{numbers}: cameras, image.size, prompt.length, horizon, layers, kv_heads, prefix_length or head_dim "
+            "cannot be right; export again"
+        )
 
 
 def _check_external_data(root: Path, manifest: Manifest, headers: dict[str, GraphHeader]) -> None:
@@ -215,50 +229,3 @@ def _check_interface(path: Path, side: str, expected: dict[str, TensorType], got
     for name, tensor in expected.items():
         if got[name] != tensor:
             raise BundleError(f"{path}: {side} {name!r}: expected {tensor}, got {got[name]}; export again")
-
-
-def _read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise BundleError(f"{path}: expected a tokenizers file, got something else ({error}); export again") from error
-    prompt, vocab_size = manifest.prompt, manifest.graph.vocab_size
-    if tokenizer.truncation is not None or tokenizer.padding is not None:
-        raise BundleError(
-            f"{path}: expected neither truncation nor padding, got {tokenizer.truncation or tokenizer.padding}; "
-            "export again"
-        )
-    for token in (PAD_TOKEN, UNKNOWN_TOKEN, *re.findall(r"<[^<>\s]+>", prompt.template)):
-        if tokenizer.token_to_id(token) is None:
-            raise BundleError(f"{path}: expected the token {token} in the vocabulary, got none")
-    word, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= vocab_size:
-        raise BundleError(f"{path}: expected ids below {vocab_size} (graph.vocab_size), got {largest} for {word!r}")
-    unknown_id = tokenizer.token_to_id(UNKNOWN_TOKEN)
-    frame_text = prompt.template.replace("{task}", " ").replace("{state}", " ")
-    frame = tokenizer.encode(frame_text)
-    if unknown_id in frame.ids:
-        start, end = frame.offsets[frame.ids.index(unknown_id)]
-        raise BundleError(
-            f"{path}: expected every token of prompt.template, got no {frame_text[start:end]!r} in the vocabulary"
-        )
-    needed = len(frame.ids) + 1
-    if manifest.state.in_prompt and prompt.style == "words":
-        needed += len(manifest.joints)
-        bins = tokenizer.encode_batch([str(i) for i in range(prompt.state_bins)], add_special_tokens=False)
-        for i, encoding in enumerate(bins):
-            if len(encoding.ids) != 1 or encoding.ids[0] == unknown_id:
-                raise BundleError(
-                    f"{path}: expected a token for each state bin 0..{prompt.state_bins - 1}, got none for '{i}'"
-                )
-    elif manifest.state.in_prompt:
-        # Each digit is a token here: count the longest bin for every joint.
-        texts = [f" {i}" for i in range(-1, prompt.state_bins)]
-        bins = tokenizer.encode_batch(texts, add_special_tokens=False)
-        needed += len(manifest.joints) * max(len(encoding.ids) for encoding in bins)
-    if needed > prompt.length:
-        raise BundleError(
-            f"{path}: expected room for an instruction in prompt.length {prompt.length}, got a template that "
-            f"needs {needed} tokens with a single word"
-        )
-    return tokenizer

@@ -5,6 +5,7 @@ Training writes a `PolicySpec` beside each checkpoint; export adds the graphs' d
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -15,7 +16,7 @@ from ki_vla_ros.robot import ActionPeriod, CameraSpec, Finite, Frozen, Horizon, 
 PAD_TOKEN = "<pad>"
 UNKNOWN_TOKEN = "<unk>"
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
 
 
 PromptStyle = Literal["words", "openpi"]
@@ -33,9 +34,9 @@ class ImageSpec(Frozen):
 class PromptSpec(Frozen):
     """`template` with {task} and, for a state as text, {state}; `length` tokens after padding."""
 
-    template: str
-    length: Positive
-    max_instruction_chars: Positive = 200
+    template: Annotated[str, Field(max_length=2000)]
+    length: Annotated[int, Field(gt=0, le=16384)]
+    max_instruction_chars: Annotated[int, Field(gt=0, le=2000)] = 200
     state_bins: Annotated[int, Field(ge=2, le=4096)] = 256
     style: PromptStyle = "words"
 
@@ -51,6 +52,8 @@ class _Range(Frozen):
         for j, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
             if not low < high:
                 raise ValueError(f"dimension {j}: expected low < high, got {low} and {high}")
+            if not math.isfinite(2.0 * (high - low)):
+                raise ValueError(f"dimension {j}: expected a range that a number can hold, got {low} and {high}")
         return self
 
 

@@ -7,7 +7,6 @@ and every operation one of `OPERATORS`; any other file is refused.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zipfile
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle.onnx_header import TensorType
 from ki_vla_ros.errors import BundleError
+from ki_vla_ros.files import LARGEST_TEXT, open_stored, parse_json
 
 SCHEMA = 8  # major version of torch's serialised programs; torch 2.13 writes it
 # What prefill and expert use, and nothing else: torch.ops.aten also has operators that read and write files.
@@ -93,7 +93,7 @@ class Program:
     def read_weight(self, name: str) -> NDArray[np.generic]:
         """A copy that the caller may keep and change; bfloat16 comes as uint16 with the same bits."""
         weight = self.weights[name]
-        with zipfile.ZipFile(self.path) as archive:
+        with open_stored(self.path) as archive:
             content = bytearray(archive.read(weight.record))
         return np.frombuffer(content, dtype=_stored(weight.dtype)).reshape(weight.shape)
 
@@ -101,9 +101,9 @@ class Program:
 def read_program(path: Path) -> Program:
     """Read and check a program; BundleError if it holds anything but numbers and known operations."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_stored(path) as archive:
             return _read(path, archive)
-    except (zipfile.BadZipFile, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise BundleError(
             f"{path}: expected a torch.export program of schema {SCHEMA}, got something else ({error!r}); "
             "export again with --torch"
@@ -117,14 +117,16 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Program:
         name, inner = entry.filename, entry.filename.removeprefix(root)
         known = inner in {_CONFIG, _CONSTANTS, _MODEL, *_SMALL} or _WEIGHT.fullmatch(inner)
         empty = inner == _SAMPLES and entry.file_size == 0
-        if inner == name or not (known or empty) or entry.compress_type != zipfile.ZIP_STORED:
+        if inner == name or not (known or empty):
             raise BundleError(
-                f"{path}: expected only weights and a graph, uncompressed, got the record {name!r}; a bundle "
-                "holds no code and no pickle, export again with --torch"
+                f"{path}: expected only weights and a graph, got the record {name!r}; a bundle holds no code and no "
+                "pickle, export again with --torch"
             )
 
     def load(name: str) -> Any:
-        return json.loads(archive.read(root + name))
+        if sizes[root + name] > LARGEST_TEXT:
+            raise ValueError(f"{name} of {sizes[root + name]} bytes")
+        return parse_json(archive.read(root + name))
 
     if load(_CONSTANTS)["config"]:
         raise BundleError(f"{path}: expected no constants beside the weights, got {sorted(load(_CONSTANTS)['config'])}")

@@ -12,7 +12,9 @@ Legend: E embedding, M modulation.
 
 from __future__ import annotations
 
-import zipfile
+import io
+import math
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import BundleError, EngineError
+from ki_vla_ros.files import open_stored
 
 MOST_ROWS = 256  # more than the times of any two values of flow_steps together
 
@@ -33,14 +36,14 @@ class TimeTable(dict[float, NDArray[np.float32]]):
     def __init__(self, path: Path, modulation: int) -> None:
         super().__init__()
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                self._periods = np.asarray(arrays["periods"], dtype=np.float64)
-                layers = (len(arrays.files) - 1) // 2
-                self._layers = [(arrays[f"weight{n}"], arrays[f"bias{n}"]) for n in range(layers)]
-                names = {"periods", *(f"{kind}{n}" for kind in ("weight", "bias") for n in range(layers))}
-                if names != set(arrays.files):
-                    raise ValueError(f"arrays {sorted(arrays.files)}")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            arrays = _read_arrays(path)
+            self._periods = np.asarray(arrays["periods"], dtype=np.float64)
+            layers = (len(arrays) - 1) // 2
+            self._layers = [(arrays[f"weight{n}"], arrays[f"bias{n}"]) for n in range(layers)]
+            names = {"periods", *(f"{kind}{n}" for kind in ("weight", "bias") for n in range(layers))}
+            if names != set(arrays) or self._periods.ndim != 1:
+                raise ValueError(f"arrays {sorted(arrays)}")
+        except (OSError, ValueError, KeyError) as error:
             raise BundleError(
                 f"{path}: expected arrays of numbers in an npz file, got {error}; export again"
             ) from error
@@ -82,6 +85,36 @@ class TimeTable(dict[float, NDArray[np.float32]]):
             weight = _float32(weight)
             x = np.stack([weight @ row for row in x]) + _float32(bias)
         return x
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+    """The arrays of an npz file by name; OSError or ValueError if it is not as np.savez writes numbers.
+
+    numpy's own reader believes the size that an array says it has, and decompresses whatever comes.
+    """
+    arrays: dict[str, NDArray[np.generic]] = {}
+    with open_stored(path) as archive:
+        for member in archive.infolist():
+            content = archive.read(member)
+            file = io.BytesIO(content)
+            try:
+                if np.lib.format.read_magic(file) != (1, 0):
+                    raise ValueError(f"{member.filename!r} of another version")
+                shape, transposed, dtype = np.lib.format.read_array_header_1_0(file)
+            except (SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError) as error:
+                raise ValueError(f"{member.filename!r} without a header ({error})") from error
+            numbers = len(content) - file.tell()
+            if (
+                dtype.kind not in "fiu"
+                or transposed
+                or math.prod(shape) * dtype.itemsize != numbers
+                or min(shape, default=0) < 0
+            ):
+                raise ValueError(f"{member.filename!r} of {numbers} bytes as {dtype} {list(shape)}")
+            arrays[member.filename.removesuffix(".npy")] = np.frombuffer(content, dtype, offset=file.tell()).reshape(
+                shape
+            )
+    return arrays
 
 
 def _float32(values: NDArray[np.generic]) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN, Bundle, PolicySpec, PromptStyle
+from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN, Bundle, PolicySpec, PromptStyle, encode
 from ki_vla_ros.errors import InputError, InstructionError
 from ki_vla_ros.records import CameraFrame, ModelInput, Observation
 
@@ -105,6 +105,8 @@ def clean_instruction(task: str, style: PromptStyle = "words") -> str:
         cleaned = " ".join(task.lower().split()).rstrip(". ")
     if not cleaned.strip():
         raise InstructionError(f"instruction: expected some words, got {task!r}")
+    if not cleaned.isprintable():
+        raise InstructionError(f"instruction: expected plain words, got characters that are none in {task!r}")
     if "<" in cleaned or ">" in cleaned:
         # The prompt's own special tokens are written in angle brackets; an instruction must not be able to add one.
         raise InstructionError(f"instruction: expected plain words, got '<' or '>' in {task!r}")
@@ -121,7 +123,7 @@ def render_prompt(
 
 def tokenize(tokenizer: Tokenizer, text: str, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Token ids, padded at the end, and the mask of the real ones; unknown words and overlong text are refused."""
-    encoding = tokenizer.encode(text)
+    encoding = encode(tokenizer, text)
     unknown_id = tokenizer.token_to_id(UNKNOWN_TOKEN)
     unknown = [text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown_id]
     if unknown:

@@ -8,7 +8,6 @@ Legend: J joints, H W C of an image.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bags import Bag
 from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
+from ki_vla_ros.files import parse_json
 from ki_vla_ros.messages import POSITIONS, TRAJECTORY, BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.records import NS_PER_S, Observation
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
@@ -249,9 +249,9 @@ class _Cutter:
     def _take_marker(self, text: str, log_ns: int) -> None:
         assert self.marker is not None
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
             value = fields[self.marker.key]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (KeyError, TypeError, ValueError):
             raise InputError(
                 f"marker: expected JSON with {self.marker.key!r} on {self.marker.topic}, got {text[:80]!r}"
             ) from None

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bags.writer import BagFile
 from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.files import read_json
 from ki_vla_ros.messages import TRAJECTORY, typestore
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.settings import resolve
 from training.convert.episodes import MARKERS
 from training.data.lerobot import ACTION, SOURCE, STAMP, STATE, Dataset, Episode
 
@@ -48,10 +50,18 @@ class Topics:
     def of(cls, dataset: Dataset) -> Topics:
         """Those of the bags that the dataset was made from, if it names them."""
         path = dataset.folder / SOURCE
-        given = json.loads(path.read_text())["topics"] if path.exists() else {"cameras": {}}
-        named = {camera: f"/camera/{camera}/image_raw" for camera in dataset.cameras} | given.pop("cameras")
-        compressed = {camera: f"{topic.removesuffix('/compressed')}/compressed" for camera, topic in named.items()}
-        return cls(compressed, **given)
+        try:
+            given = read_json(path)["topics"] if path.exists() else {"cameras": {}}
+            named = {camera: f"/camera/{camera}/image_raw" for camera in dataset.cameras} | given.pop("cameras")
+            compressed = {camera: f"{topic.removesuffix('/compressed')}/compressed" for camera, topic in named.items()}
+            topics = cls(compressed, **given)
+            for name in (*compressed.values(), topics.joint_states, topics.instruction, topics.command):
+                resolve(name, "/convert")
+            return topics
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"{path}: expected the topics of the bags, got something else ({error})"
+            ) from error
 
 
 def write_bag(dataset: Dataset, out: Path) -> int:

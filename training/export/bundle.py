@@ -28,12 +28,14 @@ from ki_vla_ros.bundle import (
     TOKENIZER,
     Bundle,
     PolicySpec,
+    load_tokenizer,
     read_header,
     read_program,
     write_bundle,
 )
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError, describe_validation
+from ki_vla_ros.files import read_json
 from training.export.card import model_card
 from training.export.formats import write_graphs, write_programs
 from training.export.graphs import (
@@ -77,7 +79,10 @@ def export_bundle(
         )
     began_s = time.monotonic()
     policy = read_policy(checkpoint / POLICY)
-    full_tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
+    try:
+        full_tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    except (OSError, ValueError) as fault:
+        raise ConfigurationError(f"{checkpoint / TOKENIZER}: expected a tokenizers file, got none ({fault})") from fault
     model = cast_weights(load_checkpoint(checkpoint, dtype=None).eval().requires_grad_(False), DTYPES[dtype])
     check_policy(policy, model, full_tokenizer)
     prompt_rows = prompt_vocab_size(full_tokenizer)
@@ -116,11 +121,13 @@ def export_bundle(
 def read_policy(path: Path) -> PolicySpec:
     """The policy's description, which training wrote beside the weights."""
     try:
-        return PolicySpec.model_validate_json(path.read_text(encoding="utf-8"))
+        return PolicySpec.model_validate(read_json(path))
     except FileNotFoundError as error:
         raise ConfigurationError(f"{path}: expected the policy's description beside the weights, got none") from error
     except ValidationError as error:
         raise ConfigurationError(f"{path}: {describe_validation(error)}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: expected the policy's description as JSON, got none ({error})") from error
 
 
 def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:

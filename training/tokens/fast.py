@@ -28,7 +28,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+from ki_vla_ros.bundle import load_tokenizer
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.files import read_json
 
 FIRST_CHARACTER = 0x4E00
 """The first of a long run of assigned letters: any coefficient range fits, none is a space or a control code."""
@@ -186,8 +188,8 @@ class FastTokenizer:
 def read_vocabulary(path: Path) -> Tokenizer:
     """A byte-level BPE that leaves the text unchanged; ConfigurationError if the file holds another tokenizer."""
     try:
-        bpe = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+        bpe = load_tokenizer(path)
+    except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"{path}: expected a published FAST vocabulary ({VOCABULARY} and {PROCESSOR}), got none ({error})"
         ) from error
@@ -213,7 +215,7 @@ def read_vocabulary(path: Path) -> Tokenizer:
 def read_processor(path: Path) -> dict[str, Any]:
     """The configuration: `scale` and `min_token`; `vocab_size`, `time_horizon`, `action_dim` may be missing or null."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path}: expected FAST's configuration as JSON, got none ({error})") from error
     if not isinstance(config, dict):

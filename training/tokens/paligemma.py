@@ -18,10 +18,12 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Replace as ReplaceText
 from tokenizers.processors import TemplateProcessing
 
-from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN
+from ki_vla_ros.bundle import LARGEST_TOKENIZER, PAD_TOKEN, UNKNOWN_TOKEN, make_tokenizer
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.files import parse_json, read_file
 from training.tokens.prompt import BOS_TOKEN, EOS_TOKEN, fast_token, paligemma_loc_token
 
+LONGEST_PIECE = 1000
 VOCABULARY = 257_152
 """Gemma's 256,000 tokens, 1,024 places <loc0000>.., 128 segments <seg000>.."""
 
@@ -33,7 +35,7 @@ def read_tokenizer(path: Path, action_ids: int = 0, vocabulary: int = VOCABULARY
     if path.is_dir():
         raise ConfigurationError(f"{path}: expected a tokenizer's file (.model or .json), got a folder")
     try:
-        content = path.read_bytes()
+        content = read_file(path, LARGEST_TOKENIZER)
     except OSError as error:
         raise ConfigurationError(
             f"{path}: expected PaliGemma's tokenizer (.model or .json), got none ({error})"
@@ -62,19 +64,17 @@ def read_tokenizer(path: Path, action_ids: int = 0, vocabulary: int = VOCABULARY
 def from_json(content: bytes, path: Path, vocabulary: int) -> Tokenizer:
     """The tokenizer in Hugging Face's file, without the tokens that follow the vocabulary (<image>)."""
     try:
-        description = json.loads(content)
+        description = parse_json(content, LARGEST_TOKENIZER)
         kind = description["model"]["type"], description["model"]["byte_fallback"]
         added = [token for token in description["added_tokens"] if token["id"] < vocabulary]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(
-            f"{path}: expected a file of the tokenizers library, got another ({error!r})"
-        ) from error
+        raise ConfigurationError(f"{path}: expected a file of the tokenizers library, got another ({error})") from error
     if kind != ("BPE", True):
         raise ConfigurationError(f"{path}: expected a BPE with byte_fallback, got {kind[0]} with {kind[1]}")
     description["added_tokens"] = added
     try:
-        return Tokenizer.from_str(json.dumps(description))
-    except Exception as error:  # the library raises bare Exception
+        return make_tokenizer(json.dumps(description).encode())
+    except ValueError as error:
         raise ConfigurationError(f"{path}: expected a file of the tokenizers library, got another ({error})") from error
 
 
@@ -96,6 +96,8 @@ def from_sentencepiece(content: bytes, path: Path) -> Tokenizer:
     refuse_other_forms(model, path)
     kinds = model.SentencePiece
     vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    if not all(isinstance(piece, str) for piece in vocab):  # protobuf gives bytes where they are no UTF-8
+        raise ConfigurationError(f"{path}: expected pieces of text, got bytes; is the file damaged?")
     if len(vocab) != len(model.pieces):
         raise ConfigurationError(f"{path}: expected each piece once, got {len(model.pieces) - len(vocab)} twice")
     normal = [(piece.piece, piece.score) for piece in model.pieces if piece.type == kinds.NORMAL]
@@ -132,6 +134,8 @@ def merges(normal: Iterable[tuple[str, float]]) -> Iterable[tuple[str, str]]:
     """Pairs of normal pieces that make a normal piece, best first."""
     scores = dict(normal)
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        if len(piece) > LONGEST_PIECE:  # each is cut in every place
+            raise ConfigurationError(f"sentencepiece model: expected pieces of at most {LONGEST_PIECE} characters")
         for cut in range(1, len(piece)):
             if piece[:cut] in scores and piece[cut:] in scores:
                 yield piece[:cut], piece[cut:]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ki_vla_ros.bundle import TOKENIZER, PolicySpec
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.files import read_json
 from training.model import VLA, GemmaConfig, VisionConfig, VLAConfig
 from training.storage import whole_folder, writing
 from training.weights.files import WeightFiles, check_fit, open_safetensors
@@ -111,11 +112,11 @@ def read_config(folder: Path) -> VLAConfig:
     if not path.is_file():
         raise ConfigurationError(f"checkpoint {folder}: expected {WEIGHTS} and {CONFIG}, found no {CONFIG}")
     try:
-        fields = json.loads(path.read_text())
+        fields = read_json(path)
         fields["vision"] = VisionConfig(**fields["vision"])
         fields["backbone"], fields["expert"] = GemmaConfig(**fields["backbone"]), GemmaConfig(**fields["expert"])
         return VLAConfig(**fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigurationError(f"{path}: not the config of a model of this version ({error})") from error
 
 

@@ -6,7 +6,6 @@ here executes code from a file: pickles are refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.files import check_file, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -67,6 +67,7 @@ def shorten(keys: Sequence[str]) -> str:
 
 def open_safetensors(file: Path) -> Any:
     try:
+        check_file(file)
         return safe_open(file, "pt")
     except FileNotFoundError as error:
         raise ConfigurationError(f"{file}: expected the weights as safetensors, got no such file") from error
@@ -108,9 +109,9 @@ def refuse_pickle(path: Path) -> None:
 def read_index(path: Path) -> WeightFiles:
     """The shards that an index lists; each must hold exactly the keys that the index says."""
     try:
-        listed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        listed: dict[str, str] = read_json(path)["weight_map"]
         shards = sorted(set(listed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path}: expected an index of safetensors with a weight_map ({error!r})") from error
     for name in shards:
         refuse_pickle(path.parent / name)

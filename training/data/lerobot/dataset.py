@@ -13,8 +13,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import ConfigurationError, InputError
-from training.data.lerobot.layout import EPISODES, TASKS, Info, read_info
+from ki_vla_ros.files import check_file
+from training.data.lerobot.layout import EPISODES, TASKS, Info, fill_path, read_info
 from training.data.lerobot.video import read_frames
+
+# Bytes and rows of a table once it is read: LeRobot begins another file after 100 MB.
+LARGEST_TABLE = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Dataset:
     def columns(self, episode: Episode) -> dict[str, NDArray[Any]]:
         """The episode's rows by feature, [N] or [N, D]; InputError if they are not as meta/ describes them."""
         place = {name: episode.row[f"data/{name}"] for name in ("chunk_index", "file_index")}
-        path = self._inside(self.info.data_path.format(**place))
+        path = self._inside(fill_path(self.info.data_path, **place))
         if self._table is None or self._table[0] != path:
             names = [name for name, feature in self.info.features.items() if len(feature.shape) == 1]
             self._table = path, _read_parquet(path).select(names)
@@ -79,7 +83,7 @@ class Dataset:
                 f"{', '.join(self.cameras) or 'none'}"
             )
         place = {name: episode.row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-        path = self._inside(self.info.video_path.format(video_key=key, **place))
+        path = self._inside(fill_path(self.info.video_path, video_key=key, **place))
         from_s = float(episode.row[f"videos/{key}/from_timestamp"])
         return read_frames(path, from_s, episode.length, self.info.fps)
 
@@ -117,10 +121,15 @@ class Dataset:
 
 def _read_parquet(path: Path) -> pa.Table:
     try:
-        return pq.ParquetFile(path).read()
+        check_file(path)
+        with pq.ParquetFile(path) as file:
+            size = sum(file.metadata.row_group(k).total_byte_size for k in range(file.num_row_groups))
+            if max(size, file.metadata.num_rows) > LARGEST_TABLE:
+                raise pa.ArrowInvalid(f"{size} bytes in {file.metadata.num_rows} rows, more than {LARGEST_TABLE}")
+            return file.read()
     except FileNotFoundError:
         raise ConfigurationError(f"dataset: expected {path}, found none; is the copy whole?") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ConfigurationError(f"{path}: not a whole parquet file: {error}") from error
 
 

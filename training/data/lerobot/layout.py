@@ -17,6 +17,8 @@ an extra feature, `STAMP`, and what a dataset was made from in an extra file, `S
 from __future__ import annotations
 
 import json
+import re
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -24,7 +26,8 @@ from typing import Annotated, Any, Final, Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, short_repr
+from ki_vla_ros.files import read_json
 
 VERSION: Final = "v3.0"
 CHUNK_FILE: Final = "chunk-{chunk_index:03d}/file-{file_index:03d}"
@@ -99,14 +102,36 @@ def read_info(folder: Path) -> Info:
     """Read meta/info.json; ConfigurationError names what `folder` lacks, or the key that breaks the format."""
     path = folder / INFO
     try:
-        return Info.model_validate_json(path.read_text())
+        return Info.model_validate(read_json(path))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigurationError(f"dataset {folder}: expected a LeRobot dataset with {INFO}, found none") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "content"
         version = " (datasets of v2.1 must be converted with LeRobot's own tool)" if "version" in where else ""
-        raise ConfigurationError(f"{path}: {where}: {first['msg']}, got {first['input']!r:.80}{version}") from error
+        raise ConfigurationError(
+            f"{path}: {where}: {first['msg']}, got {short_repr(first['input'])}{version}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{path}: expected the description of a dataset as JSON, got none ({error})"
+        ) from error
+
+
+def fill_path(pattern: str, **values: object) -> str:
+    """A file's name from its pattern in meta/info.json; ConfigurationError if the pattern asks for anything else.
+
+    Python's patterns can ask for any attribute of a value, and for a width of gigabytes.
+    """
+    try:
+        for _, name, width, conversion in string.Formatter().parse(pattern):
+            if name is not None and (name not in values or conversion or not re.fullmatch(r"0?\d?d?", width or "")):
+                raise ValueError(f"{{{name}:{width}}}")
+        return pattern.format(**values)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{INFO}: expected a path with {', '.join(values)} in braces, got {pattern!r:.200} ({error})"
+        ) from error
 
 
 def vector(dtype: str, names: Sequence[str]) -> Feature:

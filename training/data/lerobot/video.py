@@ -128,7 +128,9 @@ def read_frames(path: Path, from_s: float, count: int, fps: int) -> Iterator[NDA
     done = 0
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+            stream = next(iter(container.streams.video), None)
+            if stream is None:
+                raise InputError(f"video {path}: expected a stream of images, got a file without")
             if (tick_s := stream.time_base) is None:
                 raise InputError(f"video {path}: expected a stream with a time base, got one without")
             if from_s > 0:
