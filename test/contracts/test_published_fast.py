@@ -249,7 +249,7 @@ def add_token(folder: Path) -> None:
         (lambda f: change(f / PROCESSOR, time_horizon=50), "time_horizon: expected 10, .*, got 50"),
         (lambda f: change(f / PROCESSOR, action_dim=7), "action_dim: expected 4, .*, got 7"),
         (lambda f: change(f / PROCESSOR, vocab_size=20), "expected at most 20 tokens"),
-        (normalise, "normalizer: expected None"),
+        (normalise, "normalizer: expected Replace, got 'NFKC'"),
         (prefix_space, r"add_prefix_space: expected False, as in the published FAST vocabulary, got True"),
         (add_token, "added_tokens: expected"),
         (lambda f: Tokenizer(BPE()).save(str(f / VOCABULARY)), "pre_tokenizer: expected ByteLevel"),

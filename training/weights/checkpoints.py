@@ -13,8 +13,9 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -22,12 +23,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ki_vla_ros.bundle import TOKENIZER, PolicySpec
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, short_repr
 from ki_vla_ros.files import read_json
 from training.model import VLA, GemmaConfig, VisionConfig, VLAConfig
+from training.model.expert import Conditioning
 from training.storage import whole_folder, writing
 from training.weights.files import WeightFiles, check_fit, open_safetensors
 
+DEEPEST, LARGEST_SIZE = 200, 1 << 20
 WEIGHTS, CONFIG, RESUME = "weights.safetensors", "config.json", "resume.pt"
 POLICY = "policy.json"  # a `PolicySpec`, beside the weights of a finished policy
 NAMES = (WEIGHTS, CONFIG, RESUME, POLICY, TOKENIZER)
@@ -115,9 +118,27 @@ def read_config(folder: Path) -> VLAConfig:
         fields = read_json(path)
         fields["vision"] = VisionConfig(**fields["vision"])
         fields["backbone"], fields["expert"] = GemmaConfig(**fields["backbone"]), GemmaConfig(**fields["expert"])
-        return VLAConfig(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        config = VLAConfig(**fields)
+        for part in (config, config.vision, config.backbone, config.expert):
+            _check_sizes(part)
+        return config
+    except (ArithmeticError, KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{path}: not the config of a model of this version ({error})") from error
+
+
+def _check_sizes(part: VLAConfig | VisionConfig | GemmaConfig) -> None:
+    """ValueError unless the sizes are those of a model: dataclasses take anything, and building takes minutes."""
+    for field in fields_of(part):
+        value = getattr(part, field.name)
+        if field.name == "conditioning":
+            fits = value in get_args(Conditioning)
+        elif field.name in ("stem", "vision", "backbone", "expert") or (field.name == "state_dim" and value is None):
+            continue
+        else:
+            most = DEEPEST if field.name == "depth" else LARGEST_SIZE
+            fits = type(value) is int and 0 < value <= most
+        if not fits:
+            raise ValueError(f"{field.name} {short_repr(value)}")
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype | None = torch.float32) -> VLA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ki_vla_ros.files import check_file
 from training.data.lerobot.layout import EPISODES, TASKS, Info, fill_path, read_info
 from training.data.lerobot.video import read_frames
 
-# Bytes and rows of a table once it is read: LeRobot begins another file after 100 MB.
+# Bytes of a table once it is read: LeRobot begins another file after 100 MB.
 LARGEST_TABLE = 1 << 29
 
 
@@ -42,8 +43,9 @@ class Dataset:
                 f"dataset {folder}: expected images as videos, got {', '.join(inside)} inside the tables; LeRobot's "
                 "own tools can turn them into videos"
             )
-        self.tasks = self._read_tasks()
-        self.episodes = self._read_episodes()
+        with _described(folder):
+            self.tasks = self._read_tasks()
+            self.episodes = self._read_episodes()
         self._table: tuple[Path, pa.Table] | None = None  # the last file that was read
         frames = sum(episode.length for episode in self.episodes)
         if (frames, len(self.episodes)) != (self.info.total_frames, self.info.total_episodes):
@@ -58,21 +60,22 @@ class Dataset:
 
     def columns(self, episode: Episode) -> dict[str, NDArray[Any]]:
         """The episode's rows by feature, [N] or [N, D]; InputError if they are not as meta/ describes them."""
-        place = {name: episode.row[f"data/{name}"] for name in ("chunk_index", "file_index")}
-        path = self._inside(fill_path(self.info.data_path, **place))
-        if self._table is None or self._table[0] != path:
-            names = [name for name, feature in self.info.features.items() if len(feature.shape) == 1]
-            self._table = path, _read_parquet(path).select(names)
-        table = self._table[1]
-        rows = np.flatnonzero(table["episode_index"].to_numpy() == episode.index)
-        if len(rows) != episode.length or np.any(np.diff(rows) != 1):
-            raise InputError(f"{path}: expected {episode.length} rows of episode {episode.index}, got {len(rows)}")
-        part = table.slice(int(rows[0]), len(rows))
-        columns = {name: _array(part[name].combine_chunks()) for name in part.column_names}
-        wanted = np.arange(episode.length) / self.info.fps
-        if not np.allclose(columns["timestamp"], wanted, rtol=1e-6, atol=1e-4):
-            raise InputError(f"{path}: episode {episode.index}: expected a timestamp every 1 / {self.info.fps} s")
-        return columns
+        with _described(self.folder):
+            place = {name: episode.row[f"data/{name}"] for name in ("chunk_index", "file_index")}
+            path = self._inside(fill_path(self.info.data_path, **place))
+            if self._table is None or self._table[0] != path:
+                names = [name for name, feature in self.info.features.items() if len(feature.shape) == 1]
+                self._table = path, _read_parquet(path).select(names)
+            table = self._table[1]
+            rows = np.flatnonzero(table["episode_index"].to_numpy() == episode.index)
+            if len(rows) != episode.length or np.any(np.diff(rows) != 1):
+                raise InputError(f"{path}: expected {episode.length} rows of episode {episode.index}, got {len(rows)}")
+            part = table.slice(int(rows[0]), len(rows))
+            columns = {name: _array(part[name].combine_chunks()) for name in part.column_names}
+            wanted = np.arange(episode.length) / self.info.fps
+            if not np.allclose(columns["timestamp"], wanted, rtol=1e-6, atol=1e-4):
+                raise InputError(f"{path}: episode {episode.index}: expected a timestamp every 1 / {self.info.fps} s")
+            return columns
 
     def images(self, episode: Episode, camera: str) -> Iterator[NDArray[np.uint8]]:
         """The image [H, W, 3] of each frame; InputError if the video lacks one."""
@@ -82,14 +85,16 @@ class Dataset:
                 f"dataset {self.folder}: expected videos of camera {camera!r}, got those of "
                 f"{', '.join(self.cameras) or 'none'}"
             )
-        place = {name: episode.row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-        path = self._inside(fill_path(self.info.video_path, video_key=key, **place))
-        from_s = float(episode.row[f"videos/{key}/from_timestamp"])
-        return read_frames(path, from_s, episode.length, self.info.fps)
+        with _described(self.folder):
+            place = {name: episode.row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
+            path = self._inside(fill_path(self.info.video_path, video_key=key, **place))
+            from_s = float(episode.row[f"videos/{key}/from_timestamp"])
+            return read_frames(path, from_s, episode.length, self.info.fps)
 
     def task_of(self, columns: Mapping[str, NDArray[Any]]) -> list[str]:
         """The task of each frame."""
-        return [self.tasks[int(index)] for index in columns["task_index"]]
+        with _described(self.folder):
+            return [self.tasks[int(index)] for index in columns["task_index"]]
 
     def _read_tasks(self) -> dict[int, str]:
         table = _read_parquet(self.folder / TASKS)
@@ -119,14 +124,31 @@ class Dataset:
         return path
 
 
+@contextmanager
+def _described(folder: Path) -> Iterator[None]:
+    """Makes of what a table of other columns, types or numbers leads to an InputError."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError, pa.ArrowException) as error:
+        raise InputError(
+            f"dataset {folder}: expected tables as meta/info.json describes them, got others ({error!r})"
+        ) from error
+
+
 def _read_parquet(path: Path) -> pa.Table:
     try:
         check_file(path)
         with pq.ParquetFile(path) as file:
+            # A value that is stored once may stand in millions of rows, so what a part becomes is seen before the next.
+            texts = any(word in str(file.schema_arrow) for word in ("string", "binary"))
+            parts, read = [], 0
             size = sum(file.metadata.row_group(k).total_byte_size for k in range(file.num_row_groups))
-            if max(size, file.metadata.num_rows) > LARGEST_TABLE:
-                raise pa.ArrowInvalid(f"{size} bytes in {file.metadata.num_rows} rows, more than {LARGEST_TABLE}")
-            return file.read()
+            for part in file.iter_batches(batch_size=256 if texts else 65536):
+                parts.append(part)
+                read += part.nbytes
+                if max(size, read) > LARGEST_TABLE:
+                    raise ValueError(f"it has more than {LARGEST_TABLE} bytes")
+            return pa.Table.from_batches(parts, file.schema_arrow)
     except FileNotFoundError:
         raise ConfigurationError(f"dataset: expected {path}, found none; is the copy whole?") from None
     except (pa.ArrowException, OSError, ValueError) as error:

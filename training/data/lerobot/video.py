@@ -147,7 +147,7 @@ def read_frames(path: Path, from_s: float, count: int, fps: int) -> Iterator[NDA
                 done += 1
                 if done == count:
                     return
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OverflowError, UnicodeDecodeError, ZeroDivisionError) as error:  # its names and times, too
         raise InputError(f"video {path}: {error}") from error
     raise InputError(
         f"video {path}: expected {count} frames at {fps} per second from {from_s:g} s on, but there is none at "
