@@ -1,6 +1,6 @@
 """The network: vision, backbone, action expert, and the insulation between them."""
 
-from training.model.expert import LONGEST_PERIOD, SHORTEST_PERIOD, AdaRMSNorm, Expert, time_periods
+from training.model.expert import LONGEST_PERIOD, SHORTEST_PERIOD, AdaRMSNorm, Conditioning, Expert, time_periods
 from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, Rotation, rotate
 from training.model.initialization import order_embeddings
 from training.model.siglip import LayerNorm, VisionConfig, VisionLayer
@@ -14,6 +14,7 @@ __all__ = [
     "VLA",
     "AdaRMSNorm",
     "Cache",
+    "Conditioning",
     "Expert",
     "GemmaConfig",
     "LayerNorm",

@@ -25,8 +25,7 @@ from torch import Tensor
 from ki_vla_ros.bundle import TOKENIZER, PolicySpec
 from ki_vla_ros.errors import ConfigurationError, short_repr
 from ki_vla_ros.files import read_json
-from training.model import VLA, GemmaConfig, VisionConfig, VLAConfig
-from training.model.expert import Conditioning
+from training.model import VLA, Conditioning, GemmaConfig, VisionConfig, VLAConfig
 from training.storage import whole_folder, writing
 from training.weights.files import WeightFiles, check_fit, open_safetensors
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.files import read_json
+from ki_vla_ros.files import parse_json, read_file
 from training.weights.files import open_safetensors
 
 Method = Literal["quantiles", "mean_std"]
@@ -36,7 +36,7 @@ class Ranges(NamedTuple):
 
 def read_ranges(path: Path, method: Method, joints: int) -> Ranges:
     """The ranges of the first `joints` dimensions (models pad to 32); ConfigurationError names field and fault."""
-    statistics = read_safetensors(path) if path.suffix == ".safetensors" else _read_statistics(path)
+    statistics = read_safetensors(path) if path.suffix == ".safetensors" else read_json(path)
     openpi = isinstance(statistics.get("norm_stats"), dict)
     if openpi:
         statistics = statistics["norm_stats"]
@@ -69,9 +69,9 @@ def lerobot_range(first: NDArray[np.float64], second: NDArray[np.float64], metho
     return first, np.where(second == first, first + LEROBOT_EPSILON, second)
 
 
-def _read_statistics(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = read_json(path)
+        content = parse_json(read_file(path))
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path}: expected normalisation statistics as JSON, got none ({error})") from error
     if not isinstance(content, dict):
