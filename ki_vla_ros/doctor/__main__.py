@@ -22,6 +22,8 @@ from ki_vla_ros.doctor.setup import Machine, Request, check_machine, check_profi
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.settings import NODE
 
+LONGEST_S = 86400.0
+
 
 def diagnose(request: Request, machine: Machine | None = None) -> tuple[Findings, list[str]]:
     """The findings, and what was looked at. ConfigurationError if it is not clear what to look at."""
@@ -57,8 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _examine(given: argparse.Namespace) -> int:
-    if not given.node.startswith("/") or given.seconds <= 0:
-        raise ConfigurationError("expected --node to begin with a slash and --seconds above 0")
+    if not given.node.startswith("/"):
+        raise ConfigurationError(f"--node: expected a full name that begins with a slash, got {given.node!r}")
+    if not 0.0 < given.seconds < LONGEST_S:
+        raise ConfigurationError(f"--seconds: expected a time above 0 and below {LONGEST_S:g} s, got {given.seconds:g}")
     if given.params is not None and not given.params.is_file():
         raise ConfigurationError(f"--params: expected a parameter file, got {given.params}, which is not a file")
     findings, looked_at = diagnose(Request(given.bag, given.params, given.bundle, given.node, given.seconds))

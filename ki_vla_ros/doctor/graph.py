@@ -27,10 +27,10 @@ from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import Expected, InputWatch, command_type, image_type
 from ki_vla_ros.doctor.setup import Machine, Request, examine_setup, read_settings
-from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY, BagMessage
 from ki_vla_ros.ros import endpoint_name, publishers
-from ki_vla_ros.ros.process import check_domain
+from ki_vla_ros.ros.process import cannot_start, check_domain
 from ki_vla_ros.ros.qos import EVENT, LATCHED, SENSOR
 from ki_vla_ros.settings import Session, Settings, read_session, resolve, session_topic, settings_from_values
 from ki_vla_ros.share import PROFILE_VARIABLES
@@ -138,14 +138,16 @@ def examine(request: Request, findings: Findings) -> list[str]:
             return looked_at
         if settings is None:
             return looked_at
-        expected = Expected.of(examine_setup(settings, request, findings, looked_at), settings)
+        session = graph.session(request.node) if values is not None and request.params is None else None
+        if session is not None and not session.parameters.items() <= (values or {}).items():
+            session = None  # from before it was cleaned up and got other parameters
+        expected = Expected.of(examine_setup(settings, request, findings, looked_at), settings, session)
         simulated = bool((values or {}).get("use_sim_time", False))
         _check_clock(graph, request.node, simulated, findings)
         cameras = {name: resolve(settings.camera(name).topic, request.node) for name in expected.optional_cameras}
         joints = resolve(settings.joint_states_topic, request.node)
         command = resolve(settings.command_topic, request.node)
-        session = graph.session(request.node) if running and request.params is None else None
-        if session is not None and session.settings == settings:  # names after remapping
+        if session is not None:  # names after remapping
             looked_at.append("topics as the node says")
             cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
             joints, command = session.topics.joint_states, session.topics.command
@@ -166,7 +168,7 @@ def open_graph() -> Iterator[Graph]:
     try:
         rclpy.init(context=context)
     except Exception as error:  # from C code; only its message is usable
-        raise ConfigurationError(f"ROS 2 cannot start: {error}") from error
+        raise cannot_start(error) from error
     node = rclpy.create_node("doctor", context=context, enable_rosout=False, start_parameter_services=False)
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)

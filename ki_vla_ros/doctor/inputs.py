@@ -33,7 +33,7 @@ from ki_vla_ros.messages import (
 from ki_vla_ros.records import NS_PER_S, time_to_ns
 from ki_vla_ros.robot import JointSpec
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings import Session, Settings
 
 # Images per camera that are decoded; of all others only the header is read.
 IMAGES_DECODED = 200
@@ -73,17 +73,17 @@ def command_type(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class Expected:
-    """The inputs that are to be there: those of the bundle, or only those that the parameters name."""
+    """The inputs that are to be there: those of the bundle, or only those that parameters and session name."""
 
     optional_cameras: Mapping[str, bool]
     joints: tuple[JointSpec, ...] = ()
     trained: tuple[Sequence[float], Sequence[float]] | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle | None, settings: Settings) -> Expected:
+    def of(cls, bundle: Bundle | None, settings: Settings, session: Session | None) -> Expected:
         """Without a bundle only topics, rates and stamps can be judged: its joints are not known."""
         if bundle is None:
-            return cls(dict.fromkeys(settings.cameras, False))
+            return cls(dict.fromkeys([*settings.cameras, *(session.topics.cameras if session else ())], False))
         manifest = bundle.manifest
         cameras = {camera.name: camera.optional for camera in manifest.cameras}
         return cls(cameras, tuple(manifest.joints), (manifest.state.low, manifest.state.high))

@@ -21,8 +21,9 @@ def examine(path: Path, request: Request, findings: Findings) -> list[str]:
         session = find_session(bag, request.node)
         settings = _settings_for(bag, session, request, findings, looked_at)
         if settings is not None:
-            expected = Expected.of(examine_setup(settings, request, findings, looked_at), settings)
-            _examine_topics(bag, settings, expected, session, request, findings)
+            own = session if request.params is None else None
+            expected = Expected.of(examine_setup(settings, request, findings, looked_at), settings, own)
+            _examine_topics(bag, settings, expected, own, request, findings)
         looked_at.append(f"bag {path} ({_extent(bag)})")
         for fault in bag.faults:
             findings.warning(
@@ -56,7 +57,7 @@ def _examine_topics(
     node = request.node
     cameras = {name: resolve(settings.camera(name).topic, node) for name in expected.optional_cameras}
     joints, command = resolve(settings.joint_states_topic, node), resolve(settings.command_topic, node)
-    if session is not None and request.params is None:  # names after remapping
+    if session is not None:  # names after remapping
         cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
         joints, command = session.topics.joint_states, session.topics.command
     # A node that made chunks had raw images: then it was the recorder that compressed them.

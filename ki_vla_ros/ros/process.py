@@ -76,7 +76,7 @@ def _without_ros_arguments(arguments: Sequence[str]) -> list[str]:
     try:
         return list(remove_ros_args(["", *arguments])[1:])  # it expects the program's name first
     except Exception as error:  # raised by C code, as below
-        raise _cannot_start(error) from error
+        raise cannot_start(error) from error
 
 
 def _init_ros(arguments: Sequence[str]) -> None:
@@ -84,10 +84,10 @@ def _init_ros(arguments: Sequence[str]) -> None:
     try:
         rclpy.init(args=list(arguments), signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:  # raised by C code, with no type to tell it by
-        raise _cannot_start(error) from error
+        raise cannot_start(error) from error
 
 
-def _cannot_start(error: Exception) -> ConfigurationError:
+def cannot_start(error: Exception) -> ConfigurationError:
     return ConfigurationError(
         f"ROS 2 cannot start: {error}; check the arguments after --ros-args and that ROS_LOG_DIR can be written to"
     )
