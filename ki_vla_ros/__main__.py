@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Final
 
 from ki_vla_ros.console import ExitCode, check_pydantic
+from ki_vla_ros.errors import KiVlaError
 
 # Name, module whose `main` takes the arguments, purpose.
 COMMANDS: Final = (
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "sourced ROS installation or requirements/ros.txt, the others from pip",
             file=sys.stderr,
         )
+        return ExitCode.FAILED
+    except KiVlaError as error:  # the simulated arm without mujoco
+        print(f"ki-vla {name}: {error}", file=sys.stderr)
         return ExitCode.FAILED
     code: int = command.main(rest)
     return code

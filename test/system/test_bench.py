@@ -39,6 +39,7 @@ def test_a_bundle_that_is_not_there_is_named() -> None:
 
 
 def test_the_shipped_bundle_is_what_its_command_makes(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     subprocess.run([sys.executable, "-m", "training.export.tiny", str(tmp_path / "b")], cwd=ROOT, check=True)
     made, shipped = load_bundle(tmp_path / "b").manifest, load_bundle(ROOT / "models" / "bench").manifest
     assert made == shipped

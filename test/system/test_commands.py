@@ -41,8 +41,9 @@ def commands(package: str) -> list[str]:
     return ["training.run" if name == "training.train" else name for name in names]
 
 
-@pytest.mark.parametrize("package", ["ki_vla_ros", "training"])
-def test_every_command_answers_help_and_refuses_what_it_does_not_know(package: str) -> None:
+@pytest.mark.parametrize(("package", "needs"), [("ki_vla_ros", "mujoco"), ("training", "torch")])
+def test_every_command_answers_help_and_refuses_what_it_does_not_know(package: str, needs: str) -> None:
+    pytest.importorskip(needs)
     names = commands(package)
     done = subprocess.run([sys.executable, "-c", ASK, *names], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -66,6 +67,15 @@ def test_an_old_pydantic_is_one_line(tmp_path: Path, command: tuple[str, ...]) -
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("ki_vla_ros: expected pydantic 2 or newer, got 1.10.14; python3 -m pip install ")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_simulated_arm_without_mujoco_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mujoco.py").write_text("raise ModuleNotFoundError(\"No module named 'mujoco'\", name='mujoco')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, str(ROOT / "scripts" / "ros" / "sim_arm")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert "the simulated robot needs the package 'mujoco'" in done.stderr
 
 
 def test_ki_vla_has_every_command_of_the_package() -> None:

@@ -117,6 +117,7 @@ def test_pip_puts_one_command_on_the_path(prefix: Path, tmp_path: Path) -> None:
 
 def test_colcon_puts_all_executables_where_ros_looks(tmp_path: Path) -> None:
     """The command that `colcon build` runs for a package of this kind."""
+    pytest.importorskip("mujoco")
     source = tmp_path / "checkout"
     shutil.copytree(ROOT, source, ignore=NOT_SOURCES)
     command = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "egg_info", "install", "--prefix", tmp_path]
@@ -190,6 +191,7 @@ def loaded_by(modules: str) -> set[str]:
 
 
 def test_robot_needs_no_trainer_and_the_trainer_no_ros() -> None:
+    pytest.importorskip("torch")
     modules = "[m.name for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if '.torch_' not in m.name]"
     code = (
         "import importlib, pkgutil, sys, {0} as p;"

@@ -23,6 +23,7 @@ def metrics_of(out: Path, bag: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.ros
 def test_a_recorded_demo_replays_to_the_chunks_that_were_published(tmp_path: Path) -> None:
+    pytest.importorskip("mujoco")
     environment = {name: value for name, value in os.environ.items() if name != "ROS_DOMAIN_ID"}  # the demo finds one
     command = [
         sys.executable,

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import ROOT
 from support.recipes import tiny_run
+
+pytest.importorskip("torch")
 
 
 def test_sharded_training_equals_training(tmp_path: Path) -> None:

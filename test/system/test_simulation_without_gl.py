@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytest.importorskip("mujoco")
+
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

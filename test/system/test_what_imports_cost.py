@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import ROOT
 
 SIMULATING = ("training.data.simulated", "training.evaluate.closed_loop", "training.evaluate.executors")
@@ -25,6 +26,7 @@ def modules() -> dict[str, Path]:
 
 def test_no_module_outside_the_simulators_loads_mujoco() -> None:
     """Loading it would choose MuJoCo's renderer in every program, even one that only trains on recordings."""
+    pytest.importorskip("torch")
     names = [n for n in modules() if not n.startswith(SIMULATING) and not n.endswith("__main__")]
     assert {"training.train", "training.run", "training.losses.hints", "training.evaluate.offline"} <= set(names)
     code = (
