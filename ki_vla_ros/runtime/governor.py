@@ -26,9 +26,9 @@ CORRECTION = 0.5
 # No motion follows a target for more periods than this, whatever bundle, stamps and settings say, so that what is
 # computed while a stop waits stays small.
 MOST_PERIODS = 5000
-# A resting arm farther from its last command than this share of a joint's range, or than the joint turns in this time,
-# has been moved by someone else.
-MOVED_SHARE, MOVED_S = 0.02, 0.1
+# A resting joint farther from its last command than this share of its range, or than this (rad or m), has been moved by
+# someone else.
+MOVED_SHARE, MOVED_MOST = 0.02, 0.1
 # A controller that someone else commanded may be as far from the measured position as the joint turns in this time.
 START_GAP_S = 0.05
 
@@ -80,16 +80,18 @@ class Governor:
         kept = kept and (np.abs(velocity_NJ) <= bounds.speed_J).all()
         return bool(kept and (acceleration_NJ <= bounds.acceleration_J * (1.0 + 1e-9)).all())
 
-    def start(self, measured_J: Array, bounds: Bounds, *, first: bool) -> tuple[Array, float]:
+    def start(
+        self, measured_J: Array, moved_J: NDArray[np.bool_], bounds: Bounds, *, first: bool
+    ) -> tuple[Array, float]:
         """Where a motion from rest is to start, and the time in s that the controller needs to get there.
 
         The controller may be where it was sent, or, after a reset or under someone else's command, where the arm is. It
-        joins the two with a cubic. If they are far apart, the motion starts where the arm is. `first`: someone else may
-        have commanded the arm before, so the controller may also be a little beside both.
+        joins the two with a cubic. The joints `moved_J` start where they are, the others where they were sent. `first`:
+        someone else may have commanded the arm before, so the controller may also be a little beside both.
         """
         sent_J = measured_J if self.running is None else self.running.position_NJ[-1]
         gap_J = np.abs(sent_J - measured_J)
-        start_J = measured_J if np.any(gap_J > moved_room(bounds)) else sent_J
+        start_J = np.where(moved_J, measured_J, sent_J)
         if first or self.running is None:
             gap_J = np.maximum(gap_J, bounds.speed_J * START_GAP_S)
         # From rest to rest over a distance d in a time T, a cubic's peaks are 1.5 d / T and 6 d / T^2.
@@ -147,7 +149,7 @@ class Governor:
 
 def moved_room(bounds: Bounds) -> Array:
     """How far [J] a resting arm may be from its last command before someone else must have moved it."""
-    room_J: Array = np.minimum(MOVED_SHARE * (bounds.upper_J - bounds.lower_J), MOVED_S * bounds.speed_J)
+    room_J: Array = np.minimum(MOVED_SHARE * (bounds.upper_J - bounds.lower_J), MOVED_MOST)
     return room_J
 
 

@@ -22,7 +22,8 @@ from ki_vla_ros.errors import (
     cause_of,
 )
 from ki_vla_ros.policy import Policy, make_model_input, state_token
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, Observation, to_ns
+from ki_vla_ros.records import ActionChunk, Motion, Observation, to_ns
+from ki_vla_ros.robot import main_joints
 from ki_vla_ros.runtime.chunking import ChunkExecutor
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.runtime.governor import Bounds, Governor, moved_room
@@ -30,8 +31,6 @@ from ki_vla_ros.runtime.observation import ObservationBuffer
 from ki_vla_ros.runtime.safety import SafetyGate, joint_bounds
 from ki_vla_ros.settings import Settings
 
-# A chunk waits no longer than this for the controller to get to where its motion starts; else it gets there first.
-SETTLE_S = 0.25
 # How often a motion that was finished too late is thrown away and made again.
 ATTEMPTS = 3
 # Share of the speed limits that the ramp over ramp_in_s starts from.
@@ -129,6 +128,7 @@ class PolicyLoop:
         manifest = policy.bundle.manifest
         self._executor = ChunkExecutor(manifest.horizon, manifest.action_period_ns, manifest.max_prefix_delay)
         self._governor = Governor(manifest.joint_names, settings().command_period_s)
+        self._main_J = np.array(main_joints(manifest.joints)[0])
         self._limits = settings().limits
         self._gate = self._make_gate(settings())
         self._prefix: Prefix | None = None
@@ -188,7 +188,8 @@ class PolicyLoop:
             with watch.stage("safety"):
                 screened, corrections = self._gate.screen(chunk, observation.stamp_ns, measured_J, now_ns)
             start_J, wait_ns = self._start(settings, measured_J)
-            if start_J is not None and wait_ns > to_ns(SETTLE_S):
+            # A chunk of which too little would be left does not wait: the controller gets to the start first.
+            if start_J is not None and wait_ns > screened.horizon * screened.period_ns // 2:
                 self._settle(settings, start_J, wait_ns, watch)
                 raise SafetyRefusal(self._waiting)
             lead_ns = max(lead_ns, wait_ns)
@@ -330,15 +331,18 @@ class PolicyLoop:
         return SafetyGate(joints, settings.limits, bounds)
 
     def _ramped(self, settings: Settings) -> Bounds:
-        """The bounds, with speed limits that grow over ramp_in_s after a start or a reset."""
+        """The bounds, with speed limits that grow over ramp_in_s after a start or a reset: from the first motion on."""
         now_ns = self.wire.motion_ns()
         if self._ramp_from_ns is None or self._ramp_from_ns > now_ns:
             self._ramp_from_ns = now_ns
-        since_s = (now_ns - self._ramp_from_ns) / NS_PER_S
-        if since_s >= settings.ramp_in_s:
-            return self._gate.bounds
-        share = FIRST_SHARE + (1.0 - FIRST_SHARE) * since_s / settings.ramp_in_s
-        return dataclasses.replace(self._gate.bounds, speed_J=self._gate.bounds.speed_J * share)
+        share, bounds = self._ramp_share(settings, now_ns), self._gate.bounds
+        return bounds if share >= 1.0 else dataclasses.replace(bounds, speed_J=bounds.speed_J * share)
+
+    def _ramp_share(self, settings: Settings, now_ns: int) -> float:
+        since_ns = 0 if self._ramp_from_ns is None else max(0, now_ns - self._ramp_from_ns)
+        if since_ns >= to_ns(settings.ramp_in_s):
+            return 1.0
+        return FIRST_SHARE + (1.0 - FIRST_SHARE) * since_ns / to_ns(settings.ramp_in_s)
 
     def step(self, settings: Settings, tick_ns: int, missed: int) -> None:
         """Runs a tick and reports it; whatever it raises becomes a hold."""
@@ -433,7 +437,11 @@ class PolicyLoop:
             off_J = np.abs(running.at(at_ns)[0] - measured_J)
             # A moving arm trails its command.
             room_J = moved_room(bounds) if at_rest else bounds.speed_J * self._limits.max_jump_s
-        away = np.flatnonzero(off_J > room_J)
+        streams = settings.publish_mode == "stream"
+        away_J = off_J > room_J
+        if not (streams and self._started):
+            away_J &= self._main_J  # a gripper that holds something never gets to where it was sent
+        away = np.flatnonzero(away_J)
         if not self.wire.moves_arm():
             if running is None or len(away):
                 return measured_J, 0
@@ -443,7 +451,7 @@ class PolicyLoop:
             where = f"arm: joint {joint.name!r} is {off_J[away[0]]:.3f} {joint.unit} from where it was sent"
             if not at_rest:
                 raise SafetyRefusal(f"{where} (limits.max_jump_s): is it blocked, or moved by someone else?")
-            if settings.publish_mode == "stream" and not self._started:
+            if streams and not self._started:
                 raise SafetyRefusal(
                     f"{where}, and a stream would make it jump; find out why, then call ~/reset to go on from there"
                 )
@@ -452,8 +460,11 @@ class PolicyLoop:
         if not at_rest:
             assert running is not None
             return None, max(0, int(running.time_N[0]) - at_ns)
-        start_J, settle_s = governor.start(measured_J, bounds, first=self._started)
-        return start_J, 0 if settings.publish_mode == "stream" else to_ns(settle_s)
+        if self._ramp_share(settings, at_ns) < 1.0:  # a speed within limits that rise so fast rises no faster
+            rise_J = (1.0 - FIRST_SHARE) * bounds.speed_J / settings.ramp_in_s
+            bounds = dataclasses.replace(bounds, acceleration_J=np.minimum(bounds.acceleration_J, rise_J))
+        start_J, settle_s = governor.start(measured_J, away_J, bounds, first=self._started)
+        return start_J, 0 if streams else to_ns(settle_s)
 
     def _settle(self, settings: Settings, start_J: NDArray[np.float64], wait_ns: int, watch: Stopwatch) -> None:
         """Leads the controller to where the next motion starts; chunks wait until it is there."""
@@ -461,6 +472,7 @@ class PolicyLoop:
         def settle(from_ns: int, at_ns: int) -> tuple[Motion, Bounds]:
             return self._governor.settle(start_J, from_ns), self._gate.bounds
 
+        self._ramped(settings)  # begins with this motion
         self._waiting = "start: the controller is being led to where the arm is; the next chunk follows from there"
         self._send(settle, wait_ns, watch, None, dry_run=settings.dry_run)
         self._held, self._started = True, False

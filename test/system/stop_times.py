@@ -2,7 +2,7 @@
 
     PYTHONPATH=test python -m system.stop_times
 
-The loop runs in real time on the test bundle. Each row: STOPS stops at random moments, in ms from the call to the command
+The loop runs in real time on the test bundle. Each row: STOPS stops at random moments, from the call to the command
 that brakes.
 """
 
@@ -99,11 +99,9 @@ def main() -> None:
             bundle = Path(write_test_bundle(Path(folder) / f"bundle{reach}", policy).path)
             for name, changes in CASES.items():
                 took_ms = measure(bundle, changes)
-                rate_hz = float(str(changes.get("rate_hz", 10.0)))
-                print(
-                    f"| {name}{ending} | {1e3 / rate_hz:.0f} ms | {np.median(took_ms):.1f} ms | {max(took_ms):.1f} ms |",
-                    flush=True,
-                )
+                tick_ms = 1e3 / float(str(changes.get("rate_hz", 10.0)))
+                times = f"{np.median(took_ms):.1f} ms | {max(took_ms):.1f} ms"
+                print(f"| {name}{ending} | {tick_ms:.0f} ms | {times} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from support.loop_rig import MS, START, Rig, is_hold
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import EngineError, SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
-from ki_vla_ros.runtime.governor import MOST_PERIODS, START_GAP_S, Bounds, Governor
+from ki_vla_ros.runtime.governor import MOST_PERIODS, MOVED_MOST, START_GAP_S, Bounds, Governor
 from ki_vla_ros.runtime.safety import extremes, joint_bounds
 
 
@@ -150,18 +150,20 @@ def test_a_dry_run_is_not_what_the_arm_was_told(rig: Rig) -> None:
     rig.wire.time_ns += 100 * MS
     rig.give_inputs()
     rig.tick()
-    np.testing.assert_allclose(rig.wire.commands[2][0].position_NJ[0], demo_observation().state_J, atol=1e-6)
+    assert rig.wire.commands[2][0].from_ns > rig.wire.time_ns
+    np.testing.assert_allclose(rig.wire.commands[2][0].position_NJ[0], demo_observation().state_J, atol=MOVED_MOST)
 
 
 def test_speed_limits_rise_after_activation(rig: Rig) -> None:
     rig.change(**{"ramp_in_s": 1.0, "limits.velocity_scale": 0.2, "limits.max_jump_s": 10.0})
     rig.loop.adopt(rig.settings)
     rig.run_ticks(12, lambda n: rig.give_inputs())
-    speeds = [np.abs(motion.velocity_NJ).max(axis=0) for motion, _ in rig.wire.commands[:-1]]
     limit_J = 0.2 * np.array([joint.max_velocity for joint in rig.policy.bundle.manifest.joints])
-    assert np.all(speeds[0] <= 0.1 * limit_J * (1 + 1e-9))
-    assert np.all(speeds[5] <= 0.55 * limit_J * (1 + 1e-9))
-    assert np.any(speeds[-1] > 0.55 * limit_J)
+    first_ns, shares = rig.wire.commands[0][1], []
+    for motion, sent_ns in rig.wire.commands[:-1]:
+        shares.append(float((np.abs(motion.velocity_NJ) / limit_J).max()))
+        assert shares[-1] <= min(1.0, 0.1 + 0.9 * (sent_ns - first_ns) / NS_PER_S) * (1 + 1e-9)
+    assert len(shares) > 5 and shares[-1] > 0.9
 
 
 def give_state(rig: Rig, state_J: NDArray[np.float64]) -> None:
@@ -211,6 +213,19 @@ def test_an_arm_beside_its_command_starts_within_the_limits_from_both(rig: Rig, 
         with contextlib.suppress(SafetyRefusal):
             rig.tick()
     assert rig.wire.commands[-1][0].end_ns > motion.end_ns  # it went on
+
+
+@pytest.mark.parametrize("mode", ["replace", "stream"])
+def test_a_gripper_that_holds_something_does_not_let_go(rig: Rig, mode: str) -> None:
+    """It never gets to where it was sent, at rest or in motion, and is still told to go there."""
+    rig.change(**{"limits.max_jump_s": 10.0, "publish_mode": mode})
+    rig.give_inputs()
+    rig.tick()
+    rig.wire.time_ns += 3_000 * MS
+    sent_J = rig.wire.commands[0][0].position_NJ[-1]
+    give_state(rig, sent_J + 0.015 * np.eye(7)[6] * (1 if sent_J[6] < 0.02 else -1))
+    rig.tick()
+    np.testing.assert_allclose(rig.wire.commands[1][0].position_NJ[0], sent_J, atol=1e-9)
 
 
 def test_the_first_motion_waits_for_a_controller_that_is_a_little_elsewhere(rig: Rig) -> None:
