@@ -12,6 +12,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from xml.etree import ElementTree
 
+import cv2
 import numpy as np
 
 from ki_vla_ros.bundle import Bundle, Manifest, load_bundle
@@ -63,11 +64,15 @@ class Machine:
     # rclpy was compiled for this Python, as in a build from source or a distribution's own packages.
     rclpy_fits: bool = False
     shared_memory: SharedMemory | None = None
+    opencv: str = ""
+    cv_bridge: bool = False
 
     @classmethod
     def here(cls) -> Machine:
         python = (sys.version_info[0], sys.version_info[1])
-        return cls(python, np.__version__, dict(os.environ), _rclpy_fits(), SharedMemory.here())
+        cv_bridge = importlib.util.find_spec("cv_bridge") is not None
+        own = _rclpy_fits(), SharedMemory.here(), str(cv2.__version__), cv_bridge
+        return cls(python, np.__version__, dict(os.environ), *own)
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,14 @@ def check_machine(machine: Machine, findings: Findings) -> None:
                 f"ROS 2 {distribution} comes with numpy {numpy_major}, its compiled modules (cv_bridge) crash with 2",
                 f"pip install 'numpy<{numpy_major + 1}'",
             )
+    if machine.cv_bridge and machine.opencv.startswith("5."):
+        findings.warning(
+            "opencv",
+            f"OpenCV {machine.opencv}",
+            "cv_bridge is installed, too, and is built for OpenCV 4, whose numbers for types of images are others",
+            "pip uninstall opencv-python-headless (apt's python3-opencv stays), or pip install "
+            "'opencv-python-headless<5'",
+        )
     middleware = machine.environment.get("RMW_IMPLEMENTATION", DEFAULT_RMW)
     if "fastrtps" in middleware:
         for variable in PROFILE_VARIABLES:

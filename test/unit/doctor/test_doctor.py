@@ -165,6 +165,8 @@ PLANTS: dict[str, Plant] = {
     "no such Python": Plant("python", "", "--system-site-packages", machine=machine((3, 11), ROS_DISTRO="jazzy")),
     "numpy 2 under ROS": Plant("numpy", "numpy 2.1.0", "numpy<2", level="warning",
         machine=machine(numpy="2.1.0", ROS_DISTRO="jazzy")),
+    "OpenCV 5 beside cv_bridge": Plant("opencv", "OpenCV 5.0.0", "opencv-python-headless<5", level="warning",
+        machine=Machine((3, 12), "1.26.4", {}, opencv="5.0.0", cv_bridge=True)),
     "Humble": Plant("ros", "ROS_DISTRO humble", "try the arm's limits", level="warning",
         machine=machine((3, 10), ROS_DISTRO="humble")),
     "another ROS": Plant("ros", "ROS_DISTRO foxy", "use one of them", level="warning",
