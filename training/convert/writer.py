@@ -6,6 +6,7 @@ episode ends; images go straight to their video.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -112,7 +113,10 @@ class DatasetWriter:
             self._close()
 
     def _check_room(self, folder: Path) -> None:
-        place = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+        place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            got = "one that may not be written to" if place.is_dir() else "a file"
+            raise ConfigurationError(f"dataset {folder}: expected a folder at {place}, got {got}; choose another --out")
         if (free := shutil.disk_usage(place).free) < RESERVE:
             left = "what was added before is a valid dataset; " if place == folder else ""
             raise KiVlaError(

@@ -256,6 +256,15 @@ def test_a_disk_that_fills_up_ends_in_a_valid_dataset(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    bag = write_bag(tmp_path / "bag", recording(seconds=0.5))
+    assert run("from-bag", bag, "--actions", "states", "--bundle", "demo", "--out", tmp_path / "file" / "x") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    told = f"dataset {tmp_path / 'file' / 'x'}: expected a folder at {tmp_path / 'file'}, got a file"
+    assert said == f"convert: {told}; choose another --out"
+
+
 # --- datasets that others made
 
 
