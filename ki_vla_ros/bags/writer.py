@@ -136,7 +136,7 @@ class BagWriter:
         warn: Callable[[str], None] = lambda _: None,
         largest_backlog: int = LARGEST_BACKLOG,
     ) -> None:
-        """`topics`: message type by topic. `warn` is called by the writing thread.
+        """`topics`: message type by topic. `warn` is called by the writing thread where messages are dropped.
 
         ConfigurationError if `folder` exists already or cannot be created.
         """
@@ -181,8 +181,6 @@ class BagWriter:
             self._work()
         except Exception as error:  # whatever it is, `close` and the recorder must say that messages are missing
             self.failure = error if isinstance(error, KiVlaError) else KiVlaError(f"recording ended: {error!r}")
-            with suppress(Exception):
-                self._warn(str(self.failure))
 
     def _work(self) -> None:
         flush_s = time.monotonic() + FLUSH_PERIOD_S

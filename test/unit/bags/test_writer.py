@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import threading
 from pathlib import Path
@@ -99,7 +98,7 @@ def test_a_full_disk_is_reported_at_once_and_what_was_written_stays(tmp_path: Pa
         writer.write("/text", 3, text("after"))
         with pytest.raises(KiVlaError, match=FULL):
             writer.close()
-    assert len(warnings) == 1 and re.search(FULL, warnings[0])
+    assert warnings == []  # whoever records says it once
     assert contents(tmp_path / "bag") == [("/text", 1, "before")]
 
 
