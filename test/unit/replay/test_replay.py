@@ -161,6 +161,8 @@ def test_from_python_it_gives_the_same_figures_and_writes_nothing(tmp_path: Path
         result = run_replay(bag, setup, ReplayOptions(latency=parse_latency("0.02")), on_progress=shares.append)
     assert result.complete and result.metrics["fingerprint"] == told["fingerprint"]
     assert shares == sorted(shares) and shares[0] == 0.0 and shares[-1] == 1.0
+    # At each message and at each tick, so that an interrupt acts within a tick.
+    assert len(shares) == sum(result.metrics["bag"]["messages"].values()) + result.metrics["ticks"]["count"]
 
     def interrupt(share: float) -> None:
         if share > 0.5:
