@@ -56,6 +56,8 @@ class ClockWatch:
         """
         before_ns = time.monotonic_ns()
         now_ns, after_ns = self._node_ns(), time.monotonic_ns()
+        if now_ns == 0:
+            return 0  # there is no simulated time yet
         if after_ns - before_ns > READING_NS:
             return 0  # the process was stopped between the two readings, so they do not belong together
         last, self._last = self._last, (now_ns, after_ns)

@@ -22,6 +22,9 @@ class LoopThread:
 
     def __init__(self, loop: PolicyLoop) -> None:
         self._loop = loop
+        # From now on, not from `start`: while the loop stands still, inputs come in and the clock may step too.
+        self._clock = ClockWatch(loop.wire.now_ns, loop.wire.simulated_clock())
+        self._clock.step_ns()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -47,12 +50,11 @@ class LoopThread:
             pass
         # Ticks are paced on the steady clock, so that a step of the node's clock neither crowds nor delays them.
         pace_ns = wire.now_ns if wire.simulated_clock() else time.monotonic_ns
-        clock = ClockWatch(wire.now_ns, wire.simulated_clock())
         pacer = Pacer(pace_ns())
         behind_ns: int | None = None
         while not self._stop.is_set():
             try:
-                self._note_step(clock, pacer)
+                self._note_step(pacer)
                 settings = loop.settings()
                 now_ns = wire.now_ns()
                 behind_before_ns, behind_ns = behind_ns, loop.buffer.since_burst_ns(now_ns)
@@ -62,14 +64,14 @@ class LoopThread:
                 pacer.advance(pace_ns(), to_ns(1.0 / settings.rate_hz))
                 if settings.align_to_cameras:
                     pacer.shift(alignment_ns(behind_before_ns, behind_ns))
-                self._sleep_until_due(clock, pacer, pace_ns)
+                self._sleep_until_due(pacer, pace_ns)
             except Exception:  # a bug between two ticks must not leave a node that is active and does nothing
                 wire.log(traceback.format_exc(), "internal error")
                 loop.diagnostics.record_refusal("internal error")
                 loop.rest()
                 self._stop.wait(FAILED_TICK_S)
 
-    def _sleep_until_due(self, clock: ClockWatch, pacer: Pacer, pace_ns: Callable[[], int]) -> None:
+    def _sleep_until_due(self, pacer: Pacer, pace_ns: Callable[[], int]) -> None:
         simulated = self._loop.wire.simulated_clock()
         while not self._stop.is_set():
             left_s = (pacer.due_ns - pace_ns()) / NS_PER_S
@@ -77,10 +79,10 @@ class LoopThread:
                 return
             self._stop.wait(min(left_s, SIMULATED_CLOCK_POLL_S) if simulated else left_s)
             if simulated:
-                self._note_step(clock, pacer)
+                self._note_step(pacer)
 
-    def _note_step(self, clock: ClockWatch, pacer: Pacer) -> None:
-        step_ns = clock.step_ns()
+    def _note_step(self, pacer: Pacer) -> None:
+        step_ns = self._clock.step_ns()
         if not step_ns:
             return
         loop, wire = self._loop, self._loop.wire

@@ -137,6 +137,15 @@ def test_a_clock_that_is_set_back_drops_buffers_and_the_running_chunk(rig: Rig) 
     assert any("set back" in line for line in rig.wire.lines)
 
 
+def test_a_clock_that_is_set_back_between_two_activations_is_noticed(rig: Rig) -> None:
+    """Otherwise what came before would seem newer than what comes after."""
+    rig.run_ticks(2, lambda n: rig.give_inputs())
+    rig.wire.time_ns -= 100 * MS
+    rig.wire.ticks.clear()
+    rig.run_ticks(1, lambda n: None)
+    assert str(rig.wire.ticks[0]["hold"]).startswith("camera 'scene': no image yet")
+
+
 def test_without_a_clock_the_loop_waits(rig: Rig) -> None:
     rig.wire.time_ns = 0
     rig.thread.start()
