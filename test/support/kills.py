@@ -8,12 +8,10 @@ how many kills there were, and how often there was no version at all.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -27,7 +25,6 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from ki_vla_ros.bundle.folder import EXPERT, PREFILL, load_bundle
 from ki_vla_ros.bundle.manifest import PolicySpec
 from support.checkpoints import small_policy
 from support.models import make_model
@@ -35,7 +32,6 @@ from training import storage
 from training.config import DataConfig
 from training.data.batch import ChunkTiming
 from training.data.simulated import generate
-from training.export import bundle as export
 from training.tokens.words import build_tokenizer
 from training.weights.checkpoints import (
     POLICY,
@@ -148,29 +144,6 @@ def data(folder: Path) -> tuple[Save, Read]:
     return save, read
 
 
-def bundle(folder: Path) -> tuple[Save, Read]:
-    """An export in place of an earlier bundle; the graphs are those of the bundle beside, as tracing takes long."""
-    made = folder.parent.parent / "made"
-
-    def take(_: object, place: Path) -> None:
-        for name in (PREFILL, EXPERT):
-            shutil.copy(made / "bundle" / name, place)
-
-    export.write_graphs, export.parity_error = take, lambda *_, **__: 0.0  # type: ignore[assignment]
-    spec = PolicySpec.model_validate_json((made / "checkpoint" / POLICY).read_text())
-
-    def save(version: int) -> None:
-        named = spec.model_copy(update={"name": f"version {version}"})
-        (made / "checkpoint" / POLICY).write_text(named.model_dump_json())
-        with contextlib.redirect_stdout(None):
-            export.export_bundle(made / "checkpoint", folder)
-
-    def read() -> int | None:
-        return int(load_bundle(folder).manifest.name.split()[1]) if folder.exists() else None
-
-    return save, read
-
-
 def die_at(operation: int) -> None:
     """SIGKILL before the n-th operation of this process that changes a folder or opens a file to write."""
     numbers = count(1)
@@ -209,7 +182,7 @@ def kills(save: Save, read: Read, times: int) -> Iterator[int | None]:
     newest = 1
     began_s = time.monotonic()
     fork(lambda: save(newest))
-    longest_s = 1.5 * (time.monotonic() - began_s)  # some children come through one save, most do not
+    longest_s = time.monotonic() - began_s  # the first takes longest: some children come through a save, many do not
     rng = random.Random(0)
     for number in range(1, times + 1) if times else count(1):
         moment = rng.uniform(0.001, longest_s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import resource
 import shutil
@@ -19,6 +21,7 @@ from support.sample_bags import recording, write_bag
 
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.errors import ConfigurationError
+from training import storage
 from training.export.__main__ import main as export_main
 from training.tokens.words import build_tokenizer
 from training.weights.checkpoints import load_checkpoint, load_resume, newest_checkpoint, save_checkpoint, save_run
@@ -89,3 +92,10 @@ def test_an_export(
         assert said.startswith("export: ") and "\n" not in said and "too large" in said, said
         load_bundle(tmp_path / "bundle")
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+    def refuse(*_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(storage, "replace_folder", refuse)  # at the last moment: nothing has gone before
+    assert export_main(["--checkpoint", str(made.checkpoint), "--out", str(tmp_path / "bundle")]) == 2
+    load_bundle(tmp_path / "bundle")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any
 
 import pytest
 from support import ROOT
-from support.exported import export
 
-CASES = ("run_checkpoint", "run_checkpoint=200", "policy", "bundle", "data", "policy_without_exchange")
+CASES = ("run_checkpoint", "run_checkpoint=200", "policy", "data", "policy_without_exchange")
 
 pytestmark = pytest.mark.slow
 
@@ -22,8 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What support/kills.py found, by case."""
-    folder, made = tmp_path_factory.mktemp("kills"), export(tmp_path_factory, "text")
-    shutil.copytree(made.checkpoint.parent, folder / "made")
+    folder = tmp_path_factory.mktemp("kills")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'test'}", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, str(Path(ROOT, "test/support/kills.py")), str(folder), *CASES],
