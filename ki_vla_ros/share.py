@@ -12,7 +12,8 @@ from ki_vla_ros.errors import ConfigurationError
 
 PACKAGE = "ki_vla_ros"
 
-# Name a file with Fast DDS profiles, such as config/fastdds.xml: the second one in Humble's Fast DDS (2.6).
+# Name a file with Fast DDS profiles, such as config/fastdds.xml. Humble's Fast DDS (2.6) knows only the second one, and
+# newer ones warn of it.
 PROFILE_VARIABLES: Final[tuple[str, ...]] = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 
 

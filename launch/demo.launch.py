@@ -8,6 +8,7 @@ white pole, a white cube, a blue pole and a green pole. It runs until Ctrl-C. Fo
 figures, use `ros2 run ki_vla_ros demo`.
 """
 
+import os
 from pathlib import Path
 
 from ament_index_python.packages import get_package_share_directory
@@ -20,6 +21,7 @@ from launch_ros.parameter_descriptions import ParameterValue
 
 SHARE = Path(get_package_share_directory("ki_vla_ros"))
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+PROFILE_VARIABLE = PROFILE_VARIABLES[os.environ.get("ROS_DISTRO") == "humble"]
 PASSED_ON = (
     "params_file", "bundle", "instruction", "activate", "record", "record_to", "namespace", "respawn", "use_sim_time",
 )  # fmt: skip
@@ -40,7 +42,7 @@ def launch_arm(context: LaunchContext) -> list:
         name="sim_arm",
         namespace=LaunchConfiguration("namespace"),
         parameters=[LaunchConfiguration("params_file"), chosen],
-        additional_env=dict.fromkeys(PROFILE_VARIABLES, profile),
+        additional_env={PROFILE_VARIABLE: profile},
         output="screen",
     )
     return [arm]

@@ -15,6 +15,7 @@ FASTDDS_DEFAULT_PROFILES_FILE is set already, or FASTRTPS_DEFAULT_PROFILES_FILE,
 left as it is.
 """
 
+import os
 from pathlib import Path
 
 from ament_index_python.packages import get_package_share_directory
@@ -31,6 +32,7 @@ from lifecycle_msgs.msg import Transition
 
 CONFIG = Path(get_package_share_directory("ki_vla_ros")) / "config"
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+PROFILE_VARIABLE = PROFILE_VARIABLES[os.environ.get("ROS_DISTRO") == "humble"]
 RESPAWN_DELAY_S = 2.0
 
 
@@ -57,7 +59,7 @@ def launch_policy(context: LaunchContext) -> list:
         name=LaunchConfiguration("name"),
         namespace=LaunchConfiguration("namespace"),
         parameters=[str(params_file), {**chosen, **clock}],
-        additional_env=dict.fromkeys(PROFILE_VARIABLES, profile),
+        additional_env={PROFILE_VARIABLE: profile},
         respawn=is_true("respawn", context),
         respawn_delay=RESPAWN_DELAY_S,
         output="screen",
@@ -106,7 +108,7 @@ def recorder(context: LaunchContext, profile: EnvironmentVariable, clock: dict) 
         namespace=LaunchConfiguration("namespace"),
         parameters=[clock] if clock else [],
         arguments=["--policy", LaunchConfiguration("name"), *(["--out", folder] if folder else [])],
-        additional_env=dict.fromkeys(PROFILE_VARIABLES, profile),
+        additional_env={PROFILE_VARIABLE: profile},
         output="screen",
     )
 

@@ -204,7 +204,8 @@ def state_token(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[n
 def check_instruction(bundle: Bundle, instruction: str) -> None:
     """InstructionError unless a tick can use it: it is tried as in a tick, with black images and a mid-range state."""
     manifest = bundle.manifest
-    black_HWC = np.zeros((1, 1, 3), dtype=np.uint8)
+    size = manifest.image.size  # nothing to resize: OpenCV 4.5.4 (Ubuntu 22.04) fails at images of one pixel
+    black_HWC = np.zeros((size, size, 3), dtype=np.uint8)
     frames = {camera.name: CameraFrame(camera.name, 0, black_HWC) for camera in manifest.cameras}
     middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
     make_model_input(manifest, bundle.tokenizer, Observation(0, frames, middle_J), instruction)

@@ -133,7 +133,8 @@ def prepare_environment(out: Path) -> bool:
         os.environ.setdefault("ROS_LOCALHOST_ONLY", "1")
     # Fast DDS's default shared memory is smaller than one image, so most images would be lost.
     if not any(os.environ.get(name) for name in PROFILE_VARIABLES):
-        os.environ.update(dict.fromkeys(PROFILE_VARIABLES, str(find_share("config/fastdds.xml"))))
+        variable = PROFILE_VARIABLES[os.environ.get("ROS_DISTRO") == "humble"]
+        os.environ[variable] = str(find_share("config/fastdds.xml"))
     # Three processes on few cores: threads that wait for each other cost more time than they save.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return not is_free(int(domain)) or os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] != "LOCALHOST"

@@ -196,19 +196,23 @@ def test_arguments_have_descriptions_and_defaults_that_exist(generate: Any, path
         assert "default_value" not in declared["params_file"]
 
 
+@pytest.mark.parametrize("distribution", ["humble", "jazzy"])
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.name)
-def test_every_process_gets_the_profile_that_keeps_images(generate: Any, path: Path) -> None:
+def test_every_process_gets_the_profile_that_keeps_images(
+    generate: Any, path: Path, distribution: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROS_DISTRO", distribution)
     found = generate(path.name, **ARGUMENTS | {"record": "true"})
     nodes = [entity for entity in found if entity.kind in ("Node", "LifecycleNode")]
     assert nodes
     for node in nodes:
         environment = node.kwargs["additional_env"]
-        assert set(environment) == set(PROFILE_VARIABLES)
-        for profile in environment.values():
-            for name in PROFILE_VARIABLES:  # one that is set already counts, whichever it is
-                assert profile.kind == "EnvironmentVariable" and profile.args == (name,)
-                profile = profile.kwargs["default_value"]
-            assert Path(profile).is_file()
+        assert list(environment) == [PROFILE_VARIABLES[distribution == "humble"]]
+        (profile,) = environment.values()
+        for name in PROFILE_VARIABLES:  # one that is set already counts, whichever it is
+            assert profile.kind == "EnvironmentVariable" and profile.args == (name,)
+            profile = profile.kwargs["default_value"]
+        assert Path(profile).is_file()
 
 
 def executables() -> set[str]:

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
-from support.bundles import JOINTS, demo_observation, demo_policy, state_token_policy
+from support.bundles import JOINTS, TASK, demo_observation, demo_policy, state_token_policy
 from tokenizers import Tokenizer
 
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.errors import InputError, InstructionError
 from ki_vla_ros.policy.preprocess import (
+    check_instruction,
     clean_instruction,
     images_to_input,
     longest_input,
@@ -252,3 +253,13 @@ def test_the_longest_input_fills_every_camera_and_token() -> None:
     assert given.image_mask_V.all() and given.token_mask_L.all() and given.state_J is not None
     assert given.tokens_L.max() < manifest.graph.vocab_size
     assert given.images_VCHW.shape == (3, 3, 224, 224) and given.images_VCHW.dtype == np.float32
+
+
+def test_an_instruction_is_checked_without_resizing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenCV 4.5.4, which comes with Ubuntu 22.04, fails at images of one pixel."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("resized")
+
+    monkeypatch.setattr("cv2.resize", refuse)
+    check_instruction(load_bundle(ROOT / "models" / "demo"), TASK)
