@@ -22,7 +22,7 @@ from support import ROOT
 from ki_vla_ros.share import PROFILE_VARIABLES
 
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
-STANDARD = {"ament_index_python", "launch", "launch_ros", "lifecycle_msgs", "pathlib"}
+STANDARD = {"ament_index_python", "launch", "launch_ros", "lifecycle_msgs", "os", "pathlib"}
 
 
 @dataclass
