@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -27,6 +27,7 @@ from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.bundle.tokenizer import read_tokenizer
 from ki_vla_ros.errors import BundleError, describe_validation
 from ki_vla_ros.files import read_json
+from ki_vla_ros.robot import read_urdf
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -49,6 +50,16 @@ class Bundle:
     path: Path
     manifest: Manifest
     tokenizer: Tokenizer
+
+    def on_robot(self, robot_description: str) -> Bundle:
+        """The same with joints continuous that the robot's URDF calls so; ConfigurationError as in `read_urdf`."""
+        joints = self.manifest.joints
+        urdf = read_urdf(robot_description, self.manifest.joint_names)
+        turning = [joint.name for joint in joints if joint.name in urdf and urdf[joint.name].continuous]
+        if not turning:
+            return self
+        marked = tuple(joint.model_copy(update={"continuous": joint.name in turning}) for joint in joints)
+        return replace(self, manifest=self.manifest.model_copy(update={"joints": marked}))
 
 
 def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType], dict[str, TensorType]]]:

@@ -14,8 +14,9 @@ from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache, step_times
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy.guidance import Guide, guidance
-from ki_vla_ros.policy.preprocess import make_model_input, normalize, unnormalize
+from ki_vla_ros.policy.preprocess import make_model_input, normalize, trained_turn, unnormalize
 from ki_vla_ros.records import ActionChunk, Condition, ModelInput, Observation
+from ki_vla_ros.robot import continuous
 from ki_vla_ros.settings import JacobianName
 
 
@@ -41,6 +42,7 @@ class Policy:
         self.engine = engine
         self.flow_steps = bundle.manifest.flow.steps if flow_steps is None else flow_steps
         self.noise_seed = noise_seed
+        self._relative_J = np.array([joint.relative for joint in bundle.manifest.joints])
         if self.flow_steps < 1:
             raise ConfigurationError(f"flow_steps: expected at least 1, got {self.flow_steps}")
         # Checked once: a runtime check of a protocol costs more than a small expert's step.
@@ -126,19 +128,21 @@ class Policy:
     def encode(self, position_HJ: NDArray[np.float64], state_J: NDArray[np.float64]) -> NDArray[np.float32]:
         """Joint positions -> normalised actions [H, J]: the inverse of `decode`."""
         manifest = self.bundle.manifest
-        relative_J = np.array([joint.relative for joint in manifest.joints])
-        actions_HJ = position_HJ - np.where(relative_J, state_J, 0.0)
+        actions_HJ = position_HJ - self._origin(state_J)
         return normalize(actions_HJ, manifest.action.low, manifest.action.high).astype(np.float32)
 
     def decode(self, actions_HA: NDArray[np.float32], observation: Observation) -> ActionChunk:
         """Normalised actions -> joint positions, and velocities of the path from the observed state through them."""
         manifest = self.bundle.manifest
         actions_HJ = unnormalize(actions_HA[:, : len(manifest.joints)], manifest.action.low, manifest.action.high)
-        relative_J = np.array([joint.relative for joint in manifest.joints])
-        position_HJ = actions_HJ + np.where(relative_J, observation.state_J, 0.0)
+        position_HJ = actions_HJ + self._origin(observation.state_J)
         if not np.all(np.isfinite(position_HJ)):
             raise EngineError("policy: expected finite positions, got NaN or infinity; is the bundle damaged?")
         path = np.concatenate([observation.state_J[np.newaxis], position_HJ])
+        # Absolute angles of a joint that turns without end may be a turn apart: the arm takes the shortest way.
+        if (wound_J := continuous(manifest.joints) & ~self._relative_J).any():
+            path[:, wound_J] = np.unwrap(path[:, wound_J], axis=0)
+            position_HJ = path[1:]
         # Central differences; the last point has no successor and takes the difference to its predecessor.
         velocity_HJ = np.gradient(path, manifest.action_period_s, axis=0)[1:]
         return ActionChunk(
@@ -148,6 +152,11 @@ class Policy:
             position_HJ=position_HJ,
             velocity_HJ=velocity_HJ,
         )
+
+    def _origin(self, state_J: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What actions are counted from [J]: the state where they are relative, else zero in the state's turn."""
+        turns_J = state_J - trained_turn(self.bundle.manifest, state_J)
+        return np.where(self._relative_J, state_J, turns_J)
 
     def warm_up(self) -> None:
         """Run both graphs once on a blank input, so that the first real chunk is as fast as the rest."""

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN, Bundle, PolicySpec, PromptStyle, encode
 from ki_vla_ros.errors import InputError, InstructionError
 from ki_vla_ros.records import CameraFrame, ModelInput, Observation
+from ki_vla_ros.robot import continuous, nearest_turn
 
 
 def resize_with_pad(rgb_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -171,7 +172,7 @@ def make_model_input(
         )
     if not np.all(np.isfinite(observation.state_J)):
         raise InputError(f"joint state: expected finite numbers, got {observation.state_J.tolist()}")
-    state_norm_J = normalize(observation.state_J, manifest.state.low, manifest.state.high)
+    state_norm_J = normalize(trained_turn(manifest, observation.state_J), manifest.state.low, manifest.state.high)
     as_text = manifest.state.in_prompt
     spec = manifest.prompt
     bins = state_to_bins(state_norm_J, spec.state_bins, spec.style) if as_text else ()
@@ -198,7 +199,13 @@ def state_token(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[n
     """The state as the expert reads it, normalised [J]; None where the bundle has it as text alone."""
     if not manifest.state.as_token:
         return None
-    return normalize(state_J, manifest.state.low, manifest.state.high).astype(np.float32)
+    return normalize(trained_turn(manifest, state_J), manifest.state.low, manifest.state.high).astype(np.float32)
+
+
+def trained_turn(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same state in the turns that training saw; only joints that turn without end can be in others."""
+    middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
+    return nearest_turn(state_J, middle_J, continuous(manifest.joints))
 
 
 def check_instruction(bundle: Bundle, instruction: str) -> None:

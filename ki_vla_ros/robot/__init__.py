@@ -14,9 +14,11 @@ from ki_vla_ros.robot.robot import (
     main_joints,
     read_robot,
 )
+from ki_vla_ros.robot.turns import TURN, continuous, nearest_turn
 from ki_vla_ros.robot.urdf import UrdfJoint, read_urdf
 
 __all__ = [
+    "TURN",
     "ActionPeriod",
     "CameraSpec",
     "Finite",
@@ -27,8 +29,10 @@ __all__ = [
     "Robot",
     "UrdfJoint",
     "check_parts",
+    "continuous",
     "find_robot",
     "main_joints",
+    "nearest_turn",
     "read_robot",
     "read_urdf",
 ]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ki_vla_ros.share import find_share
 from ki_vla_ros.yaml_file import read_yaml
@@ -36,7 +36,12 @@ class CameraSpec(Frozen):
 
 
 class JointSpec(Frozen):
-    """Limits of position (`unit`) and speed (per second), and whether the joint's action is relative to its state."""
+    """Limits of position (`unit`) and speed (per second), and whether the joint's action is relative to its state.
+
+    A `continuous` joint turns without end: angles a whole turn apart are one place, and the shortest way between two
+    goes across pi. Commands keep its limits all the same. It is left out of files where it is false, as in those that
+    were written before it existed.
+    """
 
     name: Name
     unit: Literal["rad", "m"]
@@ -44,12 +49,20 @@ class JointSpec(Frozen):
     upper: Finite
     max_velocity: Annotated[Finite, Field(gt=0)]
     relative: bool
+    continuous: bool = False
 
     @model_validator(mode="after")
     def _ordered(self) -> JointSpec:
         if not self.lower < self.upper:
             raise ValueError(f"joint {self.name!r}: expected lower < upper, got {self.lower} and {self.upper}")
+        if self.continuous and self.unit != "rad":
+            raise ValueError(f"joint {self.name!r}: expected unit rad for a continuous joint, got {self.unit}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _brief(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = whole(self)
+        return fields if self.continuous else {name: fields[name] for name in fields if name != "continuous"}
 
 
 def main_joints(joints: Sequence[JointSpec]) -> tuple[list[bool], Literal["rad", "m"]]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
-from ki_vla_ros.robot import JointSpec, main_joints
+from ki_vla_ros.robot import JointSpec, continuous, main_joints, nearest_turn
 from ki_vla_ros.runtime.diagnostics import WINDOW
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS, CommandedPath, MeasuredPath
 from ki_vla_ros.settings import ReferenceName
@@ -71,7 +71,8 @@ class ShadowComparison:
         while self._waiting and self._waiting[0].due_ns(self._waiting[0].horizon - 1) + LONGEST_GAP_NS < now_ns:
             chunk = self._waiting.popleft()
             due_H = chunk.start_ns + (np.arange(chunk.horizon) + 1) * chunk.period_ns
-            self._errors.append(chunk.position_HJ - path.at(due_H))
+            reference_HJ = nearest_turn(path.at(due_H), chunk.position_HJ, continuous(self._joints))
+            self._errors.append(chunk.position_HJ - reference_HJ)
         for kept in (self._measured, self._commanded):
             kept.forget(now_ns - KEPT_NS)
 

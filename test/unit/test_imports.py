@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "messages": GROUND,
     "settings": (*GROUND, "bundle", "robot", "messages"),
     "engines": (*GROUND, "bundle", "settings"),
-    "policy": (*GROUND, "bundle", "settings", "engines.base"),
+    "policy": (*GROUND, "robot", "bundle", "settings", "engines.base"),
 }
 MAY_IMPORT["runtime"] = (*GROUND, "robot", "bundle", "messages", "settings", "engines", "policy")
 MAY_IMPORT["bags"] = (*GROUND, "messages", "settings")

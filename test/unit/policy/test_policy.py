@@ -24,7 +24,7 @@ from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.policy.preprocess import make_model_input, unnormalize
+from ki_vla_ros.policy.preprocess import make_model_input, state_token, unnormalize
 from ki_vla_ros.records import Condition, ModelInput
 
 TEXT = "touch the red cube"
@@ -163,6 +163,30 @@ def test_velocities_are_central_differences_of_the_path_from_the_state(
     for k in range(HORIZON - 1):
         assert chunk.velocity_HJ[k] == pytest.approx((path[k + 2] - path[k]) / 0.1)
     assert chunk.velocity_HJ[-1] == pytest.approx((path[-1] - path[-2]) / 0.05)
+
+
+def test_a_joint_that_turns_without_end_takes_the_shortest_way(tmp_path: Path, target_HA: NDArray[np.float32]) -> None:
+    """Its state may be some turns away from those that training saw: the model sees the same, and the arm goes on."""
+    joints = [joint.model_dump() | {"continuous": j in (0, 2)} for j, joint in enumerate(demo_policy().joints)]
+    joints[2]["relative"] = False
+    given = state_token_policy().model_copy(update={"joints": demo_policy(joints=joints).joints})
+    policy = Policy(write_test_bundle(tmp_path / "turning", given), StraightFlow(target_HA))
+    manifest, seen = policy.bundle.manifest, demo_observation()
+    turns_J = 2 * np.pi * np.array([3, 0, -2, 0, 0, 0, 0])
+    moved = dataclasses.replace(seen, state_J=seen.state_J + turns_J)
+    np.testing.assert_allclose(state_token(manifest, moved.state_J), state_token(manifest, seen.state_J), atol=1e-6)
+    there, here = policy.decode(target_HA, moved), policy.decode(target_HA, seen)
+    np.testing.assert_allclose(there.position_HJ, here.position_HJ + turns_J, atol=1e-6)
+    np.testing.assert_allclose(there.velocity_HJ, here.velocity_HJ, atol=1e-6)
+    np.testing.assert_allclose(
+        policy.encode(there.position_HJ, moved.state_J), policy.encode(here.position_HJ, seen.state_J), atol=1e-6
+    )
+    # An absolute target just beyond pi, which training saw as just above -pi.
+    high = np.float32(np.pi / 0.4)
+    across_HA = np.zeros_like(target_HA)
+    across_HA[:, 2] = [high * sign for sign in (0.99, -0.99)] * (HORIZON // 2)
+    near = dataclasses.replace(seen, state_J=np.where(np.arange(7) == 2, 3.0, seen.state_J))
+    assert np.ptp(policy.decode(across_HA, near).position_HJ[:, 2]) == pytest.approx(0.02 * np.pi, abs=1e-6)
 
 
 def test_positions_that_are_not_finite_are_refused(bundle: Bundle, target_HA: NDArray[np.float32]) -> None:

@@ -9,7 +9,7 @@ from support import ROOT
 
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.robot.robot import find_robot, read_robot
+from ki_vla_ros.robot.robot import JointSpec, find_robot, read_robot
 from ki_vla_ros.sim.world import World
 
 EXAMPLE = find_robot("imported_arm")
@@ -68,3 +68,21 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigurationError, match=r"(?s)expected YAML, got something else"):
             read_robot(path)
+
+
+def test_continuous_is_written_only_where_it_is_said() -> None:
+    """Old files stay as they are, and what is written for other joints can be read by old readers."""
+    joint = read_robot(find_robot("demo_arm")).joints[0]
+    assert not joint.continuous and "continuous" not in joint.model_dump()
+    assert "continuous" not in joint.model_dump_json()
+    turning = joint.model_copy(update={"continuous": True})
+    assert JointSpec.model_validate_json(turning.model_dump_json()) == turning
+    with pytest.raises(ValueError, match="joint 'shoulder_pan': expected unit rad for a continuous joint, got m"):
+        JointSpec.model_validate(turning.model_dump() | {"unit": "m"})
+
+
+def test_a_urdf_may_say_that_a_joint_turns_without_end() -> None:
+    bundle = load_bundle(ROOT / "models/demo")
+    urdf = '<robot><joint name="forearm_roll" type="continuous"/></robot>'
+    marked = [joint.name for joint in bundle.on_robot(urdf).manifest.joints if joint.continuous]
+    assert marked == ["forearm_roll"] and bundle.on_robot("") is bundle
