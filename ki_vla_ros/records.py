@@ -164,5 +164,12 @@ def time_to_ns(time: Any) -> int:
 
 
 def header_ns(message: Any) -> int:
-    """The stamp in a message's header."""
-    return time_to_ns(message.header.stamp)
+    """The stamp in a message's header; InputError as in `stamp_to_ns`."""
+    return stamp_to_ns(int(message.header.stamp.sec), int(message.header.stamp.nanosec))
+
+
+def stamp_to_ns(sec: int, nanosec: int) -> int:
+    """A header's stamp; InputError if its nanoseconds are a second or more, which no clock gives."""
+    if not 0 <= nanosec < NS_PER_S:
+        raise InputError(f"stamp: expected nanosec below {NS_PER_S}, got {nanosec}; is the message damaged?")
+    return sec * NS_PER_S + nanosec

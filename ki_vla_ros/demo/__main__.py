@@ -40,8 +40,9 @@ FIRST_CHUNK_LIMIT_S: Final = 5.0
 # The judge ends every episode after TIME_LIMIT_S of simulated time; after this much real time the simulator must be
 # stuck or far too slow.
 EPISODE_LIMIT_S: Final = 10.0 * TIME_LIMIT_S
-# A reset moves the arm at once; the policy must not begin with images from before it.
-SETTLE_S: Final = 0.25
+# A reset moves the arm at once; the policy must not begin with images from before it, and takes half a second to
+# believe that the arm is elsewhere.
+SETTLE_S: Final = 0.75
 # The recording goes on for a moment after the verdict, so that the film shows it.
 LINGER_S: Final = 1.0
 VIDEO: Final = "demo.mp4"

@@ -136,7 +136,7 @@ class InputWatch:
         counts = expected_images or {}
         self._every = {name: max(1, counts.get(topic, 0) // IMAGES_DECODED) for name, topic in cameras.items()}
         sources = [CameraSource(name, topic) for name, topic in cameras.items()]
-        self._buffer = ObservationBuffer(sources, expected.joint_names, joints, expected.trained)
+        self._buffer = ObservationBuffer(sources, expected.joint_names, joints, expected.joints)
         self._camera_of = {topic: name for name, topic in cameras.items()}
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages.pixels import decode_compressed, decode_raw, read_image
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE
-from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, header_ns
+from ki_vla_ros.records import CameraFrame, JointReading, header_ns, stamp_to_ns
 
 if TYPE_CHECKING:
     from rosbags.typesys.store import Typestore
@@ -82,4 +82,4 @@ def read_stamp_ns(message: BagMessage) -> int:
         sec, nanosec = struct.unpack_from("<iI" if message.data[1] else ">iI", message.data, 4)
     except (struct.error, IndexError) as error:
         raise InputError(f"{message.topic}: expected a header, got {len(message.data)} bytes") from error
-    return int(sec) * NS_PER_S + int(nanosec)
+    return stamp_to_ns(sec, nanosec)

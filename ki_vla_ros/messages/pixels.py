@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import stamp_to_ns
 
 Pixels = NDArray[np.uint8]
 JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -115,7 +115,7 @@ def read_image(where: str, message: bytes) -> WireImage:
             raise IndexError(f"{size} bytes of pixels announced, {len(data)} present")
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: expected a whole sensor_msgs/Image, got {len(message)} bytes: {error}") from error
-    return WireImage(sec * NS_PER_S + nanosec, height, width, encoding, is_bigendian, step, data)
+    return WireImage(stamp_to_ns(sec, nanosec), height, width, encoding, is_bigendian, step, data)
 
 
 def _aligned(offset: int) -> int:

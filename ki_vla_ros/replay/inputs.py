@@ -180,12 +180,12 @@ class ReplayBuffer(ObservationBuffer):
         def has_all() -> bool:
             stamps = {name: [frame.stamp_ns for frame in camera.frames] for name, camera in self._cameras.items()}
             frames = all(stamp in stamps.get(name, ()) for name, stamp in frame_ns.items())
-            return frames and joints <= {stamp for stamp, _ in self._readings}
+            return frames and joints <= {stamp for stamp, _ in self._readings.kept}
 
         self.feed.advance(tick.stamp_ns + RECORDER_LAG_NS, until=has_all)
 
     def _reading(self, stamp_ns: int) -> NDArray[np.float64]:
-        for stamp, position_J in reversed(self._readings):
+        for stamp, position_J in reversed(self._readings.kept):
             if stamp == stamp_ns:
                 return position_J
         raise StaleInput(f"recorded: joint state: the one of stamp {stamp_ns} is not in the bag")
@@ -225,8 +225,7 @@ class Inbox:
                 raise
         elif topic == topics.joint_states:
             try:
-                reading = self._reading(message)
-                self._buffer.add_joints(reading)
+                reading = self._buffer.add_joints(self._reading(message), message.log_ns)
             except InputError as refusal:
                 self._buffer.refuse("joint state", str(refusal))
                 raise

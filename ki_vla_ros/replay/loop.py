@@ -32,6 +32,7 @@ from ki_vla_ros.replay.setup import ReplayOptions
 from ki_vla_ros.replay.ticks import Prediction, Seam, Tick
 from ki_vla_ros.replay.topics import ReplayTopics, read_later_session
 from ki_vla_ros.replay.wire import ReplayWire
+from ki_vla_ros.robot import continuous, nearest_turn
 from ki_vla_ros.runtime import (
     BURST_WAIT_NS,
     WATCHDOG_NS,
@@ -83,6 +84,7 @@ class Replay:
         on_tick: Callable[[Tick, Observation | None], None] = lambda tick, observation: None,
     ) -> None:
         settings.validate_against(bundle.manifest)
+        bundle = bundle.on_robot(settings.robot_description)
         # A replay sends nothing anyway, and a dry run would start each motion where the arm is.
         self.settings = settings.model_copy(update={"dry_run": False})
         self.topics, self.options, self.bundle = topics, options, bundle
@@ -103,7 +105,7 @@ class Replay:
             camera_sources(manifest, settings, lambda name: name, topics.cameras),
             manifest.joint_names,
             topics.joint_states,
-            (manifest.state.low, manifest.state.high),
+            manifest.joints,
             own_limit_ns(settings.joint_max_age_s),
         )
         self._loop = PolicyLoop(self._policy, self._buffer, self._wire, self._diagnostics, lambda: self.settings)
@@ -432,6 +434,7 @@ class Replay:
             return tick
         due_H = chunk.start_ns + (np.arange(len(chunk.position_HJ)) + 1) * chunk.period_ns
         reference_HJ = self.inbox.answer(self.inbox.reference, due_H, chunk.start_ns)
+        reference_HJ = nearest_turn(reference_HJ, chunk.position_HJ, continuous(self.bundle.manifest.joints))
         if self.topics.tick is not None:  # after the node had stopped, the arm no longer answered the chunk
             reference_HJ[due_H > self._activity.end_of(tick.stamp_ns)] = np.nan
         return dataclasses.replace(tick, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))

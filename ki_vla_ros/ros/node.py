@@ -238,10 +238,11 @@ class PolicyNode(LifecycleNode):
 
     def _configure(self) -> None:
         bundle = load_bundle(find_bundle(self.parameters.settings.bundle))
-        manifest = bundle.manifest
-        settings = self.parameters.load(manifest)
+        settings = self.parameters.load(bundle.manifest)
         with ExitStack() as resources:
             resources.callback(self.parameters.unload)
+            bundle = bundle.on_robot(settings.robot_description)
+            manifest = bundle.manifest
             if settings.instruction:
                 check_instruction(bundle, settings.instruction)
             engine = open_engine(bundle, settings, self.get_logger().info)
@@ -257,7 +258,7 @@ class PolicyNode(LifecycleNode):
                 sources,
                 manifest.joint_names,
                 joint_topic,
-                (manifest.state.low, manifest.state.high),
+                manifest.joints,
                 own_limit_ns(settings.joint_max_age_s),
             )
             loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)

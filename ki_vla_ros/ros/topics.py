@@ -98,8 +98,7 @@ class Inputs:
 
     def add_joints(self, message: JointState) -> None:
         try:
-            reading = reading_from_message(message, self._received_ns())
-            self._buffer.add_joints(reading)
+            reading = self._buffer.add_joints(reading_from_message(message, self._received_ns()), self._wire.now_ns())
             if self._shadow is not None:
                 self._shadow.add_joints(reading)
         except InputError as refusal:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import InputError, StaleInput
 from ki_vla_ros.records import CameraFrame, JointReading, Observation, to_ns
+from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.runtime.readings import Readings, insert
 from ki_vla_ros.settings import Settings
 
 # Frames per camera that an observation may be chosen from: at 30 Hz the last 0.27 s. No more, as these are full images.
@@ -28,8 +30,9 @@ FRAMES_KEPT = 8
 ARRIVALS_KEPT, BURST_GAP_NS = 96, 5_000_000
 # How near the end of a burst must be for a tick to wait for it, and how long it waits at most.
 BURST_WAIT_NS = 3_000_000
-# Joint readings to interpolate between: 2.5 s at 200 Hz, half a second at 1 kHz.
-READINGS_KEPT = 512
+# Stamps farther ahead of the node's clock than this are refused: of another clock, they would hide all that come later.
+# As much as an image may be old by default: clocks of several machines, and of a simulator, are never quite the same.
+AHEAD_NS = 250_000_000
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,21 @@ class ObservationBuffer:
         cameras: Sequence[CameraSource],
         joints: Sequence[str],
         joint_topic: str,
-        trained: tuple[Sequence[float], Sequence[float]] | None = None,
+        specs: Sequence[JointSpec] | None = None,
         joint_max_age_ns: int | None = None,
     ) -> None:
-        """`trained`: the lowest and highest joint positions in training, to tell degrees from radians.
+        """`specs`: what is known of `joints`, to tell degrees from radians and readings from impossible ones.
 
         `joint_max_age_ns`: the greatest age at which a joint state may be acted upon; None: the caller's limit holds.
         """
         self._cameras = {camera.name: _Frames(camera) for camera in cameras}
         self._joints = tuple(joints)
         self._joint_topic = joint_topic
-        self._readings: deque[tuple[int, NDArray[np.float64]]] = deque(maxlen=READINGS_KEPT)
-        self._trained = None if trained is None else (np.array(trained[0]), np.array(trained[1]))
+        self._names: tuple[str, ...] = ()  # of the last reading, and where in them each joint is
+        self._index: list[int] = []
+        self._readings = Readings(specs, joint_topic)
+        self._specs = tuple(specs or ())
+        self._plausible = _plausible(len(self._joints), self._specs)
         self._joint_max_age_ns = joint_max_age_ns
         self._readings_count = 0
         self._arrivals: deque[int] = deque(maxlen=ARRIVALS_KEPT)
@@ -91,8 +97,10 @@ class ObservationBuffer:
         self._frame_came = threading.Condition(self._lock)
 
     def add_frame(self, frame: CameraFrame, arrived_ns: int | None = None) -> None:
+        """InputError for a stamp that cannot be right at `arrived_ns` (the node's clock)."""
         with self._lock:
             camera = self._cameras[frame.camera]
+            _check_stamp(f"camera {frame.camera!r}", camera.source.topic, frame.stamp_ns, arrived_ns)
             frames = camera.frames
             stamps = [kept.stamp_ns for kept in frames]
             place = bisect.bisect_left(stamps, frame.stamp_ns)
@@ -100,55 +108,58 @@ class ObservationBuffer:
             camera.repeats = place < len(stamps) and stamps[place] == frame.stamp_ns
             if camera.repeats:
                 return  # a frozen camera repeats its stamp: its frame must go stale
-            _insert(frames, place, frame)
+            insert(frames, place, frame)
             if arrived_ns is not None:
                 self._arrivals.append(arrived_ns)
                 camera.arrived_ns = arrived_ns
                 self._frame_came.notify_all()
             self._refused.pop(frame.camera, None)
 
-    def add_joints(self, reading: JointReading) -> None:
-        """Picks the manifest's joints from `reading` by name; InputError if one is missing or not finite."""
-        index = {name: i for i, name in enumerate(reading.names)}
-        missing = [name for name in self._joints if name not in index]
+    def add_joints(self, reading: JointReading, arrived_ns: int | None = None) -> JointReading:
+        """Picks the manifest's joints from `reading` by name; returns them as they are kept.
+
+        InputError if one is missing, not finite, in another unit or farther from the last reading than it can turn, or
+        for a stamp that cannot be right at `arrived_ns` (the node's clock).
+        """
+        if reading.names != self._names:
+            self._index = self._find(reading.names)
+            self._names = reading.names
+        position_J = reading.position_J[self._index]
+        low_J, high_J = self._plausible
+        plausible_J = (position_J >= low_J) & (position_J <= high_J)
+        if not plausible_J.all():  # also for NaN
+            raise self._implausible(position_J, int(np.argmin(plausible_J)))
+        _check_stamp("joint state", self._joint_topic, reading.stamp_ns, arrived_ns)
+        with self._lock:
+            position_J = self._readings.add(reading.stamp_ns, position_J)
+            self._readings_count += not self._readings.repeats
+            self._refused.pop("joint state", None)
+        return JointReading(reading.stamp_ns, self._joints, position_J)
+
+    def _find(self, names: tuple[str, ...]) -> list[int]:
+        missing = [name for name in self._joints if name not in names]
         if missing:
             raise InputError(
                 f"joint state: expected joints {', '.join(self._joints)}, but {', '.join(missing)} missing among "
-                f"{', '.join(reading.names) or 'no names'} on {self._joint_topic}; is this the robot that the bundle "
+                f"{', '.join(names) or 'no names'} on {self._joint_topic}; is this the robot that the bundle "
                 "was made for?"
             )
-        position_J = np.array([reading.position_J[index[name]] for name in self._joints], dtype=np.float64)
-        for name, value in zip(self._joints, position_J, strict=True):
-            if not np.isfinite(value):
-                raise InputError(f"joint {name!r}: expected a finite position, got {value} on {self._joint_topic}")
-        self._check_unit(position_J)
-        with self._lock:
-            place = len(self._readings)
-            if place and self._readings[-1][0] >= reading.stamp_ns:  # rare: a search through all stamps
-                place = bisect.bisect_left([stamp for stamp, _ in self._readings], reading.stamp_ns)
-            if place == len(self._readings) or self._readings[place][0] != reading.stamp_ns:
-                _insert(self._readings, place, (reading.stamp_ns, position_J))
-                self._readings_count += 1
-            self._refused.pop("joint state", None)
+        return [names.index(name) for name in self._joints]
 
-    def _check_unit(self, position_J: NDArray[np.float64]) -> None:
-        """InputError for a joint farther outside the range seen in training than that range is wide.
-
-        The message asks about degrees where the value would fit if it were in degrees.
-        """
-        if self._trained is None:
-            return
-        low_J, high_J = self._trained
-        range_J = high_J - low_J
-        far_J = (position_J < low_J - range_J) | (position_J > high_J + range_J)
-        for j in np.flatnonzero(far_J)[:1]:
-            radians = np.radians(position_J[j])
-            fits = low_J[j] - range_J[j] <= radians <= high_J[j] + range_J[j]
-            hint = f"; as degrees it would be {radians:.3f} rad: is it published in degrees?" if fits else ""
-            raise InputError(
-                f"joint {self._joints[j]!r}: expected about {low_J[j]:.3f} to {high_J[j]:.3f}, as in training, got "
-                f"{position_J[j]:.4g} on {self._joint_topic}{hint}"
+    def _implausible(self, position_J: NDArray[np.float64], j: int) -> InputError:
+        """The message asks about degrees where the value of joint `j` would fit if it were in degrees."""
+        if not np.isfinite(position_J[j]):
+            return InputError(
+                f"joint {self._joints[j]!r}: expected a finite position, got {position_J[j]} on {self._joint_topic}"
             )
+        low_J, high_J = self._plausible
+        joint, radians = self._specs[j], np.radians(position_J[j])
+        fits = joint.unit == "rad" and low_J[j] <= radians <= high_J[j]
+        hint = f"; as degrees it would be {radians:.3f} rad: is it published in degrees?" if fits else ""
+        return InputError(
+            f"joint {joint.name!r}: expected about {joint.lower:.3f} to {joint.upper:.3f} {joint.unit}, its limits, "
+            f"got {position_J[j]:.4g} on {self._joint_topic}{hint}"
+        )
 
     def refuse(self, subject: str, reason: str) -> None:
         """Remembers why the newest message of a camera (by name) or of "joint state" could not be used."""
@@ -172,7 +183,8 @@ class ObservationBuffer:
                 name: (camera.count, camera.frames[-1].stamp_ns if camera.frames else None)
                 for name, camera in self._cameras.items()
             }
-            newest["joint state"] = self._readings_count, self._readings[-1][0] if self._readings else None
+            kept = self._readings.kept
+            newest["joint state"] = self._readings_count, kept[-1][0] if kept else None
         return {
             name: InputStatus(count, None if stamp_ns is None else now_ns - stamp_ns)
             for name, (count, stamp_ns) in newest.items()
@@ -223,7 +235,8 @@ class ObservationBuffer:
                 name: [frame for frame in camera.frames if frame.stamp_ns <= now_ns + slop_ns]
                 for name, camera in self._cameras.items()
             }
-            readings = list(self._readings)
+            readings = list(self._readings.kept)
+            joint_fault = self._joint_fault(now_ns, max_age_ns)
             refused = dict(self._refused)
         required = {name: kept for name, kept in usable.items() if not self._cameras[name].source.optional}
         for name, kept in required.items():
@@ -244,7 +257,8 @@ class ObservationBuffer:
                 in_span = [frame for frame in candidates if stamp_ns <= frame.stamp_ns <= stamp_ns + slop_ns]
                 if in_span:
                     frames[name] = in_span[0]
-        self._check_readings(readings, now_ns, max_age_ns, refused)
+        if joint_fault:
+            raise StaleInput(joint_fault)
         state_J, joint_ns = self._joints_at(readings, stamp_ns, max_age_ns)
         return Observation(stamp_ns, frames, state_J, joint_ns)
 
@@ -255,10 +269,9 @@ class ObservationBuffer:
     def latest(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
         """The stamp of the newest joint positions, and the positions; see `measured`."""
         with self._lock:
-            readings = list(self._readings)
-            refused = dict(self._refused)
-        self._check_readings(readings, now_ns, max_age_ns, refused)
-        return readings[-1]
+            if fault := self._joint_fault(now_ns, max_age_ns):
+                raise StaleInput(fault)
+            return self._readings.kept[-1]
 
     def _check_camera(
         self, camera: _Frames, usable: list[CameraFrame], now_ns: int, max_age_ns: int, refused: Mapping[str, str]
@@ -280,30 +293,30 @@ class ObservationBuffer:
                 f"camera {name!r}: newest frame {_ms(age_ns)} ms old, limit {_ms(limit_ns)} ms (max_age_s){why}"
             )
 
-    def _check_readings(
-        self,
-        readings: list[tuple[int, NDArray[np.float64]]],
-        now_ns: int,
-        max_age_ns: int,
-        refused: Mapping[str, str],
-    ) -> None:
-        topic = self._joint_topic
-        why = (
-            f"; last message refused: {refused['joint state']}"
-            if "joint state" in refused
-            else f"; is {topic} published?"
-        )
-        if not readings:
-            raise StaleInput(f"joint state: none yet{why}")
+    def _joint_fault(self, now_ns: int, max_age_ns: int) -> str | None:
+        """Why the newest joint positions say nothing about where the arm is; the caller has the lock."""
+        topic, kept = self._joint_topic, self._readings.kept
+        if (reason := self._refused.get("joint state")) is not None:
+            why = f"; last message refused: {reason}"
+        elif self._readings.repeats:
+            why = f"; those on {topic} all have one stamp: is it frozen, or does it not stamp (use_receive_time)?"
+        else:
+            why = f"; is {topic} published?"
+        if not kept:
+            return f"joint state: none yet{why}"
+        if self._readings.in_doubt:
+            last = f"; the last: {reason}" if reason else ""
+            return f"joint state: expected one arm on {topic}, got readings of two places in turn{last}"
         max_age_ns = max_age_ns if self._joint_max_age_ns is None else self._joint_max_age_ns
-        age_ns = now_ns - readings[-1][0]
+        age_ns = now_ns - kept[-1][0]
         if age_ns > max_age_ns:
-            raise StaleInput(f"joint state: newest {_ms(age_ns)} ms old, limit {_ms(max_age_ns)} ms (max_age_s){why}")
-        if age_ns < -max_age_ns:
-            raise StaleInput(
+            return f"joint state: newest {_ms(age_ns)} ms old, limit {_ms(max_age_ns)} ms (max_age_s){why}"
+        if age_ns < -AHEAD_NS:
+            return (
                 f"joint state: stamps on {topic} are ahead of the node's clock by {_ms(-age_ns)} ms; "
                 "do both use the same clock (use_sim_time)?"
             )
+        return None
 
     def _joints_at(
         self, readings: list[tuple[int, NDArray[np.float64]]], stamp_ns: int, max_age_ns: int
@@ -331,6 +344,12 @@ class ObservationBuffer:
         if len(near) == 1:
             return near[0][1], (near[0][0],)
         (before_ns, before_J), (after_ns, after_J) = near
+        if (np.abs(after_J - before_J) > np.pi).any():
+            j = int(np.argmax(np.abs(after_J - before_J)))
+            raise StaleInput(
+                f"joint state: joint {self._joints[j]!r} goes from {before_J[j]:.3f} to {after_J[j]:.3f} around the "
+                "images, and no value between is right; if it turns without end, its robot file must say continuous"
+            )
         weight = (stamp_ns - before_ns) / (after_ns - before_ns)
         return before_J + weight * (after_J - before_J), (before_ns, after_ns)
 
@@ -362,14 +381,32 @@ def _out_of_step(frames: Mapping[str, Sequence[CameraFrame]], slop_ns: int) -> s
     )
 
 
-def _insert(kept: deque, place: int, item: object) -> None:  # type: ignore[type-arg]
-    """Inserts in order; a full deque drops its oldest item and refuses one older than all it holds."""
-    if kept.maxlen is not None and len(kept) == kept.maxlen:
-        if place == 0:
-            return
-        kept.popleft()
-        place -= 1
-    kept.insert(place, item)
+def _check_stamp(what: str, topic: str, stamp_ns: int, arrived_ns: int | None) -> None:
+    if arrived_ns is None:
+        return
+    if stamp_ns - arrived_ns > AHEAD_NS:
+        raise InputError(
+            f"{what} from the future: stamped {_ms(stamp_ns - arrived_ns)} ms ahead of the node's clock on {topic}, "
+            f"limit {_ms(AHEAD_NS)} ms; do both use the same clock (use_sim_time)?"
+        )
+    if stamp_ns <= 0:
+        raise InputError(
+            f"{what} without a stamp: got {stamp_ns} ns on {topic}, expected the time at which it was taken; for "
+            "drivers that do not stamp set use_receive_time"
+        )
+
+
+def _plausible(joints: int, specs: Sequence[JointSpec]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Positions [J] that no joint is beyond: its limits, and on either side as much again as they are apart.
+
+    A joint that turns without end may be anywhere that a float tells small angles apart; where `specs` is empty,
+    anywhere.
+    """
+    if not specs:
+        return np.full(joints, -np.finfo(np.float64).max), np.full(joints, np.finfo(np.float64).max)
+    rows = [(-1e6, 1e6) if s.continuous else (2.0 * s.lower - s.upper, 2.0 * s.upper - s.lower) for s in specs]
+    low_J, high_J = np.array(rows).T.copy()
+    return low_J, high_J
 
 
 def _ms(duration_ns: int) -> str:

@@ -24,11 +24,19 @@ from ki_vla_ros.records import NS_PER_S, JointReading, header_ns, time_to_ns
 
 # Joint states farther apart than this say nothing about the time between them.
 LONGEST_GAP_NS = 250_000_000
-# An arm that is farther from its last reading than its joints can move in the time between plus this was put elsewhere:
-# by a simulator's reset, or by a bag joined from pieces.
-JUMP_S = 0.05
+# How much longer than their stamps say two readings may lie apart: times of arrival vary, and where a slow gripper is
+# merged into the messages of a fast arm, it moves in steps this long.
+JUMP_S = 0.1
 
 Array = NDArray[np.float64]
+
+
+def reach(speed_J: Array, since_ns: int) -> Array:
+    """How far from each other [J] two readings may be that are `since_ns` apart; what is farther was no motion.
+
+    After a longer gap nobody knows what has happened, so it counts as LONGEST_GAP_NS.
+    """
+    return speed_J * (min(abs(since_ns), LONGEST_GAP_NS) / NS_PER_S + JUMP_S)
 
 
 class ArmPath(Protocol):
@@ -359,15 +367,18 @@ def _factors(state_3MJ: Array, length_N: Array, degree_N: NDArray[np.int64]) -> 
 class MeasuredPath:
     """Where the arm was: on the straight line between two joint states.
 
-    Anything faster than `max_velocity_J` (per second; None: not known) was no motion but a jump; `jump_after` says
-    when. Joint states more than `max_gap_ns` apart say nothing about the time between them.
+    Anything faster than `max_velocity_J` (per second; None: not known) was no motion but a jump: a simulator's reset,
+    or a bag joined from pieces; `jump_after` says when. A jump, and joint states more than `max_gap_ns` apart, say
+    nothing about the time between.
     """
 
     def __init__(
         self, joints: Sequence[str], max_velocity_J: Sequence[float] | None = None, max_gap_ns: int = LONGEST_GAP_NS
     ) -> None:
         self._joints, self._max_gap_ns = tuple(joints), max_gap_ns
-        self._max_velocity_J = np.inf if max_velocity_J is None else np.asarray(max_velocity_J)
+        self._max_velocity_J = (
+            np.full(len(self._joints), np.inf) if max_velocity_J is None else np.array(max_velocity_J)
+        )
         self._names: tuple[str, ...] = ()
         self._index: list[int] = []
         self.clear()
@@ -386,8 +397,8 @@ class MeasuredPath:
             self._names, self._index = reading.names, [reading.names.index(name) for name in self._joints]
         position_J = reading.position_J[self._index]
         if self._stamps:
-            passed_s = (reading.stamp_ns - self._stamps[-1]) / NS_PER_S
-            if np.any(np.abs(position_J - self._positions[-1]) > self._max_velocity_J * (passed_s + JUMP_S)):
+            reach_J = reach(self._max_velocity_J, reading.stamp_ns - self._stamps[-1])
+            if np.any(np.abs(position_J - self._positions[-1]) > reach_J):
                 self._jumps.append(self._stamps[-1])
                 self.jumps += 1
         self._stamps.append(reading.stamp_ns)
@@ -410,6 +421,7 @@ class MeasuredPath:
         before_N = np.maximum(after_N - 1, 0)
         before_ns, after_ns = stamp_M[before_N], stamp_M[after_N]
         between_N = (time_N > before_ns) & (time_N < after_ns) & (after_ns - before_ns <= self._max_gap_ns)
+        between_N &= ~np.isin(before_ns, self._jumps)
         weight_N = ((time_N - before_ns) / np.maximum(after_ns - before_ns, 1))[:, None]
         line_NJ = position_MJ[before_N] * (1.0 - weight_N) + position_MJ[after_N] * weight_N
         path_NJ[between_N] = line_NJ[between_N]

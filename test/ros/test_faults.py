@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from rclpy.event_handler import PublisherEventCallbacks
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Empty, String
 from support import ROOT
 from support.bundles import JOINTS, TASK, demo_policy
-from support.robots import PolicyProcess, Robot, ns_of
+from support.robots import PolicyProcess, Robot, ns_of, stamp_of
 from support.waiting import until
 
 from ki_vla_ros.runtime.paths import CommandedPath
@@ -140,6 +141,39 @@ def test_impossible_joint_states(moving: PolicyProcess, robot: Robot, value: flo
     robot.position = good
     robot.follows = True
     until(lambda: moves(robot))
+
+
+def test_a_second_publisher_of_joint_states(moving: PolicyProcess, robot: Robot) -> None:
+    """A forgotten joint_state_publisher sends zeros, as often as the arm is read."""
+    publisher = robot.node.create_publisher(JointState, "joint_states", 10)
+    start_s = time.monotonic()
+
+    def send_zeros() -> None:
+        message = JointState(name=list(JOINTS), position=[0.0] * len(JOINTS))
+        message.header.stamp = robot.node.get_clock().now().to_msg()
+        publisher.publish(message)
+
+    timer = robot.node.create_timer(0.01, send_zeros)
+    until(lambda: "expected one arm on /joint_states, got readings of two places in turn" in robot.hold)
+    comes_to_rest(robot, "a second publisher of joint states", start_s)
+    until(lambda: robot.diagnosed("refused joint state that jumps"))
+    timer.cancel()
+    until(lambda: moves(robot))
+
+
+def test_stamps_from_the_future(moving: PolicyProcess, robot: Robot) -> None:
+    """One joint state and nine images of an hour ahead: counted, and nothing is held because of them."""
+    ahead = stamp_of(robot.now_ns() + 3_600_000_000_000)
+    state = JointState(name=list(JOINTS), position=[0.0] * len(JOINTS))
+    image = Image(height=96, width=96, step=288, encoding="rgb8", data=bytes(96 * 96 * 3))
+    state.header.stamp = image.header.stamp = ahead
+    robot.joints.publish(state)
+    for _ in range(9):
+        robot.image["scene"].publish(image)
+        time.sleep(0.01)
+    for subject in ("joint state", "camera 'scene'"):
+        until(lambda subject=subject: robot.diagnosed(f"refused {subject} from the future"))
+    until(lambda: [tick["hold"] for tick in robot.ticks[-5:]] == [None] * 5, "five ticks without a hold")
 
 
 def test_joints_and_frames_may_come_in_another_order(moving: PolicyProcess, robot: Robot) -> None:

@@ -125,7 +125,7 @@ def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
             "--params of a node that has one, or --camera NAME=TOPIC and --joints NAME..."
         )
     if arguments.joints:
-        sources = replace(sources, joints=tuple(arguments.joints), trained=None)
+        sources = replace(sources, joints=tuple(arguments.joints), specs=None)
     given = {
         "cameras": cameras or None,
         "joint_topic": arguments.joint_states,

@@ -21,6 +21,7 @@ from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
 from ki_vla_ros.files import parse_json
 from ki_vla_ros.messages import POSITIONS, TRAJECTORY, BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.records import NS_PER_S, Observation
+from ki_vla_ros.robot import continuous, nearest_turn
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
 from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
 from training.convert.sources import Sources
@@ -159,11 +160,12 @@ class _Cutter:
             [CameraSource(n, t, max_age_ns=sources.camera_age_ns.get(n)) for n, t in sources.cameras.items()],
             sources.joints,
             sources.joint_topic,
-            sources.trained,
+            sources.specs,
             sources.joint_age_ns,
         )
         self.commanded = CommandedPath(sources.joints)
-        self.measured = MeasuredPath(sources.joints, max_gap_ns=sources.max_age_ns)
+        speeds = None if sources.specs is None else [joint.max_velocity for joint in sources.specs]
+        self.measured = MeasuredPath(sources.joints, speeds, sources.max_age_ns)
         self.followed: ArmPath = self.commanded if actions == "commands" else self.measured
         self.camera_of = {topic: name for name, topic in sources.cameras.items()}
         self.marked: Any = None
@@ -207,7 +209,7 @@ class _Cutter:
             stamp_ns = message.log_ns if sources.use_receive_time else frame.stamp_ns
             if self._is_from_before(stamp_ns):
                 return
-            self.buffer.add_frame(replace(frame, stamp_ns=stamp_ns))
+            self.buffer.add_frame(replace(frame, stamp_ns=stamp_ns), message.log_ns)
         elif topic == sources.joint_topic:
             self._take_joints(message)
         elif topic == sources.command_topic and self.actions == "commands":
@@ -226,7 +228,7 @@ class _Cutter:
                 reading = replace(reading, stamp_ns=message.log_ns)
             if self._is_from_before(reading.stamp_ns):
                 return
-            self.buffer.add_joints(reading)
+            reading = self.buffer.add_joints(reading, message.log_ns)
         except InputError as error:
             self.buffer.refuse("joint state", str(error))
             raise
@@ -324,7 +326,8 @@ class _Cutter:
             elif np.isnan(action_J := self.followed.at(np.array([first.due_ns]))[0]).any():
                 self._gap("no action", f"no {self.actions} at {first.due_ns}")
             else:
-                frames = first.observation.frames
+                frames, specs = first.observation.frames, self.sources.specs or ()
+                action_J = nearest_turn(action_J, first.observation.state_J, continuous(specs))
                 images = {name: frames[name].rgb_HWC for name in self.sources.cameras}
                 self._hand_on(
                     Frame(first.observation.stamp_ns, first.task, first.observation.state_J, action_J, images)

@@ -13,6 +13,7 @@ from ki_vla_ros.bags import Bag
 from ki_vla_ros.bundle import Manifest, load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import to_ns
+from ki_vla_ros.robot import JointSpec
 from ki_vla_ros.settings import Session, Settings, resolve
 from ki_vla_ros.share import find_bundle
 
@@ -21,7 +22,7 @@ from ki_vla_ros.share import find_bundle
 class Sources:
     """Full topic names, joints in the order of state and action, and limits as `ObservationBuffer` takes them.
 
-    `trained` is the bundle's range of joint positions, which tells degrees from radians; None without a bundle.
+    `specs` is what the bundle says of the joints, which tells degrees from radians; None without a bundle.
     """
 
     cameras: Mapping[str, str]
@@ -34,7 +35,7 @@ class Sources:
     camera_age_ns: Mapping[str, int]
     joint_age_ns: int | None = None
     use_receive_time: bool = False
-    trained: tuple[Sequence[float], Sequence[float]] | None = None
+    specs: Sequence[JointSpec] | None = None
 
     def within(self, bag: Bag) -> Sources:
         """The same with cameras as recorded: a raw topic's images may be in the bag as `<topic>/compressed`.
@@ -72,7 +73,7 @@ def from_settings(
         camera_age_ns={name: to_ns(camera.max_age_s) for name, camera in known.items() if camera.max_age_s},
         joint_age_ns=to_ns(settings.joint_max_age_s) or None,
         use_receive_time=settings.use_receive_time,
-        trained=None if manifest is None else (manifest.state.low, manifest.state.high),
+        specs=None if manifest is None else manifest.joints,
     )
 
 

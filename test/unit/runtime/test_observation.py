@@ -10,6 +10,7 @@ import pytest
 
 from ki_vla_ros.errors import InputError, StaleInput
 from ki_vla_ros.records import CameraFrame, JointReading
+from ki_vla_ros.robot import JointSpec
 from ki_vla_ros.runtime.observation import FRAMES_KEPT, CameraSource, ObservationBuffer
 
 MS = 1_000_000
@@ -98,6 +99,47 @@ def test_stamps_of_another_clock_are_named() -> None:
     buffer.add_joints(reading(15000, 0.0, 0.0))
     with pytest.raises(StaleInput, match=r"joint state: stamps .* ahead of the node's clock by 5000 ms"):
         buffer.observe(NOW, MAX_AGE, SLOP)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_messages_from_the_future_are_refused_on_arrival(count: int) -> None:
+    """One joint state, or nine images, of an hour ahead would hold the arm until then."""
+    buffer = filled([9950], [9950])
+    for n in range(count):
+        ahead = 3_600_000 + 9950 + n
+        with pytest.raises(InputError, match=r"^camera 'scene' from the future: stamped 359995\d ms ahead .*/scene/"):
+            buffer.add_frame(frame("scene", ahead), NOW)
+        with pytest.raises(InputError, match=r"^joint state from the future: stamped 359995\d ms .* limit 250 ms"):
+            buffer.add_joints(reading(ahead, 0.0, 0.0), NOW)
+    assert chosen_ms(buffer) == {"scene": 9950, "wrist": 9950}
+    np.testing.assert_array_equal(buffer.measured(NOW, MAX_AGE), [9.99, -9.99])
+    # Clocks that differ a little are none of another time.
+    buffer.add_frame(frame("scene", 10_040), NOW)
+    buffer.add_joints(reading(10_200, 1.0, 2.0), NOW)
+    np.testing.assert_array_equal(buffer.measured(NOW, MAX_AGE), [1.0, 2.0])
+
+
+@pytest.mark.parametrize("stamp_ms", [0, -5])
+def test_messages_without_a_stamp_are_refused(stamp_ms: float) -> None:
+    buffer = make_buffer()
+    with pytest.raises(InputError, match=r"^camera 'scene' without a stamp: .*set use_receive_time"):
+        buffer.add_frame(frame("scene", stamp_ms), NOW)
+    with pytest.raises(InputError, match=r"^joint state without a stamp: .*/joint_states.*set use_receive_time"):
+        buffer.add_joints(reading(stamp_ms, 0.0, 0.0), NOW)
+
+
+def test_joint_states_of_one_stamp_are_named() -> None:
+    buffer = make_buffer()
+    for _ in range(3):
+        buffer.add_joints(reading(9000, 0.0, 0.0), NOW)
+    with pytest.raises(StaleInput, match=r"newest 1000 ms old.*all have one stamp: is it frozen, or does it not stamp"):
+        buffer.measured(NOW, MAX_AGE)
+
+
+def test_readings_of_long_ago_change_nothing() -> None:
+    buffer = filled([9950], [9950])
+    buffer.add_joints(reading(1, 7.0, 7.0), NOW)
+    np.testing.assert_array_equal(buffer.measured(NOW, MAX_AGE), [9.99, -9.99])
 
 
 def test_one_frame_from_the_future_does_not_hide_the_others() -> None:
@@ -234,14 +276,18 @@ def test_one_thread_at_a_time(use: Callable[[ObservationBuffer], object]) -> Non
 
 
 def test_degrees_are_told_from_radians() -> None:
-    trained = ([-1.0, 0.0], [1.0, 0.04])
-    buffer = ObservationBuffer([CameraSource("scene", "/scene")], ("arm", "gripper"), "/joint_states", trained)
+    rows = (("arm", "rad", -1.0, 1.0), ("gripper", "m", 0.0, 0.04))
+    joints = [
+        JointSpec(name=name, unit=unit, lower=low, upper=high, max_velocity=9.0, relative=True)  # type: ignore[arg-type]
+        for name, unit, low, high in rows
+    ]
+    buffer = ObservationBuffer([CameraSource("scene", "/scene")], ("arm", "gripper"), "/joint_states", joints)
     buffer.add_joints(JointReading(1, ("arm", "gripper"), np.array([2.9, 0.05])))
     with pytest.raises(
-        InputError, match=r"joint 'arm': expected about -1.000 to 1.000.*as degrees it would be 0.785 rad"
+        InputError, match=r"joint 'arm': expected about -1.000 to 1.000 rad.*as degrees it would be 0.785 rad"
     ):
         buffer.add_joints(JointReading(2, ("arm", "gripper"), np.array([45.0, 0.02])))
-    with pytest.raises(InputError, match=r"joint 'gripper': expected about 0.000 to 0.040, as in training, got 90"):
+    with pytest.raises(InputError, match=r"joint 'gripper': expected about 0.000 to 0.040 m, its limits, got 90"):
         buffer.add_joints(JointReading(2, ("arm", "gripper"), np.array([0.5, 90.0])))
 
 

@@ -558,6 +558,8 @@ def test_an_arm_that_is_put_elsewhere_has_not_moved_there() -> None:
     for n, value in enumerate([*turning, *(2.0 + v for v in turning), *turning]):
         path.add(JointReading(n * 10 * MS, JOINTS, np.full(2, value)))
     assert path.jumps == 2
+    between_N = path.at(np.array([85, 95, 105, 195]) * MS)[:, 0]
+    np.testing.assert_allclose(between_N, [0.255, np.nan, 2.015, np.nan], err_msg="nothing is between two places")
     since_and_jump = {0: 90, 90: 90, 91: 190, 190: 190, 191: None}
     for since_ms, jump_ms in since_and_jump.items():
         assert path.jump_after(since_ms * MS) == (None if jump_ms is None else jump_ms * MS)
