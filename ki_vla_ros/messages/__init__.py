@@ -2,7 +2,7 @@
 
 from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading, read_stamp_ns, typestore
 from ki_vla_ros.messages.encoding import encode_chunk, encode_command
-from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, read_image
+from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, is_depth, read_image
 from ki_vla_ros.messages.type_names import (
     COMPRESSED_IMAGE,
     DIAGNOSTICS,
@@ -29,6 +29,7 @@ __all__ = [
     "decode_raw",
     "encode_chunk",
     "encode_command",
+    "is_depth",
     "joint_reading",
     "read_image",
     "read_stamp_ns",

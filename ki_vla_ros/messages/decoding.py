@@ -62,11 +62,11 @@ def camera_frame(message: BagMessage, camera: str) -> CameraFrame:
     if message.type == IMAGE:
         image = read_image(where, message.data)
         size = (image.height, image.width, image.step)
-        pixels = decode_raw(where, image.encoding, *size, image.is_bigendian, image.data)
+        pixels = decode_raw(where, image.encoding, *size, image.data)
         return CameraFrame(camera, image.stamp_ns, pixels)
     if message.type == COMPRESSED_IMAGE:
         compressed = decode(message)
-        return CameraFrame(camera, header_ns(compressed), decode_compressed(where, compressed.data))
+        return CameraFrame(camera, header_ns(compressed), decode_compressed(where, compressed.data, compressed.format))
     raise InputError(f"{where}: expected {IMAGE} or {COMPRESSED_IMAGE} on {message.topic}, got {message.type}")
 
 

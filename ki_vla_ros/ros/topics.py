@@ -31,7 +31,15 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages import ENCODINGS, decode_compressed, decode_raw, encode_chunk, encode_command, read_image
+from ki_vla_ros.messages import (
+    ENCODINGS,
+    decode_compressed,
+    decode_raw,
+    encode_chunk,
+    encode_command,
+    is_depth,
+    read_image,
+)
 from ki_vla_ros.policy import resize_with_pad
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, header_ns
 from ki_vla_ros.ros.qos import EVENT, OVERRIDABLE, SENSOR
@@ -265,16 +273,17 @@ def frame_from_message(message: bytes | CompressedImage, camera: str, received_n
     where = f"camera {camera!r}"
     if isinstance(message, CompressedImage):
         stamp_ns = header_ns(message) if received_ns is None else received_ns
-        return CameraFrame(camera, stamp_ns, decode_compressed(where, message.data))
+        return CameraFrame(camera, stamp_ns, decode_compressed(where, message.data, message.format))
     image = read_image(where, message)
     stamp_ns = image.stamp_ns if received_ns is None else received_ns
-    if image.encoding not in ENCODINGS and (bridge := _cv_bridge()) is not None:
+    ours = image.encoding in ENCODINGS or is_depth(image.encoding)  # cv_bridge would make depth a grey image
+    if not ours and (bridge := _cv_bridge()) is not None:
         try:
             return CameraFrame(camera, stamp_ns, bridge.imgmsg_to_cv2(deserialize_message(message, Image), "rgb8"))
         except Exception as error:  # cv_bridge's errors and OpenCV's have no other common base
             raise InputError(f"{where}: image encoding {image.encoding!r}: cv_bridge says {error}") from error
     size = (image.height, image.width, image.step)
-    return CameraFrame(camera, stamp_ns, decode_raw(where, image.encoding, *size, image.is_bigendian, image.data))
+    return CameraFrame(camera, stamp_ns, decode_raw(where, image.encoding, *size, image.data))
 
 
 @cache

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import array
+import random
+import re
+import struct
+import zlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,23 +20,98 @@ from ki_vla_ros.messages.pixels import decode_compressed, decode_raw
 HEIGHT, WIDTH = 6, 8
 
 
-def decode(encoding: str, rows: NDArray[np.uint8], width: int = WIDTH, big: bool = False) -> NDArray[np.uint8]:
-    return decode_raw("camera", encoding, rows.shape[0], width, rows.shape[1], big, array.array("B", rows.tobytes()))
+def decode(encoding: str, rows: NDArray[np.uint8], width: int = WIDTH) -> NDArray[np.uint8]:
+    return decode_raw("camera", encoding, rows.shape[0], width, rows.shape[1], array.array("B", rows.tobytes()))
 
 
 def padded(rows: NDArray[np.uint8], padding: int) -> NDArray[np.uint8]:
     return np.concatenate([rows, np.full((rows.shape[0], padding), 255, dtype=np.uint8)], axis=1)
 
 
-@pytest.mark.parametrize("encoding", ["mono16", "16UC1"])
-@pytest.mark.parametrize("big", [False, True])
-def test_sixteen_bits_scale_to_eight(encoding: str, big: bool) -> None:
-    values = np.array([[0, 128, 129, 257, 32768, 65535, 386, 385]] * HEIGHT, dtype=np.uint16)
-    rows = values.astype(">u2" if big else "<u2").view(np.uint8).reshape(HEIGHT, -1)
-    grey = np.rint(values / 257.0).astype(np.uint8)
-    rgb = decode(encoding, padded(rows, 4), big=big)
-    for channel in range(3):
-        np.testing.assert_array_equal(rgb[..., channel], grey)
+DEPTH = ("mono16", "16UC1", "16SC1", "32FC1", "32SC1", "64FC1", "8SC1", "16UC3")
+
+
+@pytest.mark.parametrize("encoding", DEPTH)
+def test_depth_is_no_colour(encoding: str) -> None:
+    rows = np.zeros((HEIGHT, 4 * WIDTH), dtype=np.uint8)
+    fault = f"camera: image encoding '{encoding}' is not supported, expected one of rgb8, .*; it holds depth: name the"
+    with pytest.raises(InputError, match=fault):
+        decode(encoding, rows)
+
+
+FLAT = np.full((HEIGHT, WIDTH, 3), 90, dtype=np.uint8)
+
+
+def encoded(kind: str, pixels: NDArray[Any]) -> bytes:
+    return bytes(cv2.imencode(f".{kind}", pixels)[1].tobytes())
+
+
+@pytest.mark.parametrize(
+    "data, format, fault",
+    [
+        *((encoded("jpg", FLAT), f"{encoding}; jpeg compressed ", "which holds depth") for encoding in DEPTH),
+        (encoded("png", FLAT[..., 0]), "16UC1; png compressed ", "which holds depth: name the camera's colour topic"),
+        (bytes(12) + encoded("png", FLAT), "32FC1; compressedDepth png", "'32FC1; compressedDepth png', which holds"),
+        (encoded("png", FLAT), "compressedDepth", "which holds depth"),
+        (encoded("png", FLAT[..., 0].astype(np.uint16)), "png", "got a png of 16 bits, as depth has"),
+        (encoded("png", FLAT.astype(np.uint16)), "rgb16; png compressed bgr16", "got a png of 16 bits"),
+        (encoded("jpg", FLAT), "bayer_rggb8; jpeg compressed bgr8", "which is the sensor's mosaic compressed as if it"),
+        (encoded("jpg", FLAT[..., 0]), "bayer_gbrg8; jpeg compressed ", "compress the image after debayering"),
+        (encoded("webp", FLAT), "webp", "expected a jpeg or png image, got"),
+        (encoded("bmp", FLAT), "bmp", "expected a jpeg or png image, got"),
+    ],
+)  # fmt: skip
+def test_compressed_images_that_are_no_colour_are_refused(data: bytes, format: str, fault: str) -> None:
+    with pytest.raises(InputError, match=f"^camera: .*{re.escape(fault)}"):
+        decode_compressed("camera", data, format)
+
+
+@pytest.mark.parametrize(
+    "format", ["jpeg", "", "rgb8; jpeg compressed bgr8", "mono8; jpeg compressed ", "yuv422; jpeg"]
+)
+def test_formats_of_colour_images_pass(format: str) -> None:
+    for kind in ("jpg", "png"):
+        assert np.abs(decode_compressed("camera", encoded(kind, FLAT), format).astype(int) - 90).max() <= 2
+
+
+@pytest.mark.parametrize("width, height", [(60_000, 60_000), (65_535, 1_000), (0, 100), (100, 0)])
+def test_size_is_bounded_before_decoding(width: int, height: int) -> None:
+    jpeg, png = encoded("jpg", FLAT), encoded("png", FLAT)
+    frame = jpeg.index(b"\xff\xc0") + 5
+    jpeg = jpeg[:frame] + struct.pack(">HH", height, width) + jpeg[frame + 4 :]
+    header = png[12:16] + struct.pack(">II", width, height) + png[24:29]
+    png = png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+    for data in (jpeg, png):
+        with pytest.raises(
+            InputError, match=f"expected 1 to 50000000 pixels, got a file that announces {width} x {height}"
+        ):
+            decode_compressed("camera", data)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 8, 20, 24, 25, 40])
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_the_beginning_of_a_file_is_refused(kind: str, size: int) -> None:
+    with pytest.raises(InputError, match=r"^camera: expected a "):
+        decode_compressed("camera", encoded(kind, FLAT)[:size])
+
+
+@pytest.mark.parametrize("step, size", [(24, 143), (24, 145), (24, 0), (23, 138), (0, 0), (2**32 - 1, 144)])
+def test_rows_and_size_must_agree(step: int, size: int) -> None:
+    with pytest.raises(InputError, match="an image of 8 x 6 rgb8 needs step >= 24 and height"):
+        decode_raw("camera", "rgb8", HEIGHT, WIDTH, step, bytes(size))
+    with pytest.raises(InputError, match="needs step >="):
+        decode_raw("camera", "rgb8", 0, WIDTH, step, b"")
+
+
+def test_damaged_pngs_are_refused() -> None:
+    """Their chunks have checksums."""
+    draw = random.Random(0)
+    whole = encoded("png", np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    for _ in range(50):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(8, len(whole) - 12)] ^= 1 << draw.randrange(8)
+        with pytest.raises(InputError, match=r"^camera: expected "):
+            decode_compressed("camera", bytes(damaged))
 
 
 @pytest.mark.parametrize(
