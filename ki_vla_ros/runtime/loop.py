@@ -429,42 +429,47 @@ class PolicyLoop:
         (None, time) if the running motion goes on instead. SafetyRefusal if the arm is not where a running motion, or a
         stream, should have brought it.
         """
-        governor, bounds, at_ns = self._governor, self._gate.bounds, self.wire.motion_ns()
-        running, at_rest = governor.running, governor.at_rest(at_ns)
-        if running is None:
-            off_J = room_J = np.zeros_like(measured_J)
-        else:
-            off_J = np.abs(running.at(at_ns)[0] - measured_J)
-            # A moving arm trails its command.
-            room_J = moved_room(bounds) if at_rest else bounds.speed_J * self._limits.max_jump_s
-        streams = settings.publish_mode == "stream"
-        away_J = off_J > room_J
+        governor, at_ns = self._governor, self.wire.motion_ns()
+        if governor.at_rest(at_ns):
+            return self._start_from_rest(settings, measured_J, at_ns)
+        assert governor.running is not None
+        off_J = np.abs(governor.running.at(at_ns)[0] - measured_J)
+        away_J = (off_J > self._gate.bounds.speed_J * self._limits.max_jump_s) & self._main_J  # a moving arm trails
+        if not away_J.any():
+            return None, max(0, int(governor.running.time_N[0]) - at_ns)
+        if not self.wire.moves_arm():
+            return measured_J, 0
+        where = self._describe_away(away_J, off_J)
+        raise SafetyRefusal(f"{where} (limits.max_jump_s): is it blocked, or moved by someone else?")
+
+    def _start_from_rest(
+        self, settings: Settings, measured_J: NDArray[np.float64], at_ns: int
+    ) -> tuple[NDArray[np.float64], int]:
+        governor, bounds = self._governor, self._gate.bounds
+        sent_J = measured_J if governor.running is None else governor.running.position_NJ[-1]
+        off_J, streams = np.abs(sent_J - measured_J), settings.publish_mode == "stream"
+        away_J = off_J > moved_room(bounds)
+        if not self.wire.moves_arm():
+            return (measured_J if away_J.any() else sent_J), 0
         if not (streams and self._started):
             away_J &= self._main_J  # a gripper that holds something never gets to where it was sent
-        away = np.flatnonzero(away_J)
-        if not self.wire.moves_arm():
-            if running is None or len(away):
-                return measured_J, 0
-            return (None if not at_rest else running.position_NJ[-1]), 0
-        if len(away):
-            joint = self._policy.bundle.manifest.joints[away[0]]
-            where = f"arm: joint {joint.name!r} is {off_J[away[0]]:.3f} {joint.unit} from where it was sent"
-            if not at_rest:
-                raise SafetyRefusal(f"{where} (limits.max_jump_s): is it blocked, or moved by someone else?")
-            if streams and not self._started:
+        if away_J.any() and not self._started:  # between deactivation and activation it may be anywhere
+            where = self._describe_away(away_J, off_J)
+            if streams:
                 raise SafetyRefusal(
                     f"{where}, and a stream would make it jump; find out why, then call ~/reset to go on from there"
                 )
-            if not self._started:  # between deactivation and activation it may be anywhere
-                self.wire.log(f"{where}; continuing from where it is", "moved")
-        if not at_rest:
-            assert running is not None
-            return None, max(0, int(running.time_N[0]) - at_ns)
+            self.wire.log(f"{where}; continuing from where it is", "moved")
         if self._ramp_share(settings, at_ns) < 1.0:  # a speed within limits that rise so fast rises no faster
             rise_J = (1.0 - FIRST_SHARE) * bounds.speed_J / settings.ramp_in_s
             bounds = dataclasses.replace(bounds, acceleration_J=np.minimum(bounds.acceleration_J, rise_J))
         start_J, settle_s = governor.start(measured_J, away_J, bounds, first=self._started)
         return start_J, 0 if streams else to_ns(settle_s)
+
+    def _describe_away(self, away_J: NDArray[np.bool_], off_J: NDArray[np.float64]) -> str:
+        j = int(np.argmax(away_J))
+        joint = self._policy.bundle.manifest.joints[j]
+        return f"arm: joint {joint.name!r} is {off_J[j]:.3f} {joint.unit} from where it was sent"
 
     def _settle(self, settings: Settings, start_J: NDArray[np.float64], wait_ns: int, watch: Stopwatch) -> None:
         """Leads the controller to where the next motion starts; chunks wait until it is there."""
