@@ -276,14 +276,14 @@ class World:
         self.diagnostics = Diagnostics()
         self.loop = PolicyLoop(Policy(self), self.buffer, self, self.diagnostics, lambda: self.settings)  # type: ignore[arg-type]
         self.loop.instruction = "go"
-        self.thread = LoopThread(self.loop)
-        self.thread._stop = self  # type: ignore[assignment]  # its waits are the flow of time
         self.ramp_from: int | None = None
         self.decoded = 0
         self.events = [(START + at * MS, what, how) for at, what, how in case.events]
         self.events.append((START + case.ms * MS, "deactivate", None))
         self.events.sort(key=lambda event: event[0])
         self.reading_due = self.watch_due = self.steady
+        self.thread = LoopThread(self.loop)
+        self.thread._stop = self  # type: ignore[assignment]  # its waits are the flow of time
 
     # --- the loop's wire
 
