@@ -19,7 +19,7 @@ from ki_vla_ros.replay.setup import Setup
 METRICS = "metrics.json"
 SCHEMA = 1
 CAUSES_LISTED = 20
-SILENCES = "{} times no message came for longer than {:g} s, {:.1f} s in all: no ticks are made there"
+SILENCES = "stretches longer than {1:g} s without a message: {0}, {2:.1f} s in all; no ticks are made there"
 JUMPS = "the arm was put elsewhere {} times (faster than its joints can move): no action is compared across that"
 
 

@@ -113,7 +113,7 @@ def test_an_hour_without_messages_is_jumped_over(
     # A second of it is ticked, and held but for what a chunk covers: what the node would have done.
     assert metrics["ticks"]["count"] == pytest.approx(whole["ticks"]["count"] + 10, abs=2)
     assert 5 <= metrics["ticks"]["held"] <= 12 and metrics["ticks"]["sent"] >= whole["ticks"]["sent"] - 4
-    told = "1 times no message came for longer than 1 s, 3600.0 s in all: no ticks are made there"
+    told = "stretches longer than 1 s without a message: 1, 3600.0 s in all; no ticks are made there"
     assert told in capsys.readouterr().out and told in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from support.bundles import demo_policy
+from support.disks import largest_file
 from support.exported import export, skip_tracing
 from support.lerobot_runs import run
 from support.models import make_model
@@ -27,22 +25,12 @@ from training.tokens.words import build_tokenizer
 from training.weights.checkpoints import load_checkpoint, load_resume, newest_checkpoint, save_checkpoint, save_run
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(("size", "name"), [(1000, "weights.safetensors"), (500_000, "resume.pt")])
 def test_a_runs_checkpoint(tmp_path: Path, size: int, name: str) -> None:
     model = make_model()
     save_run(tmp_path, model, {"step": 1})
     with (
-        files_of_at_most(size),
+        largest_file(size),
         pytest.raises(ConfigurationError, match=f"{name}: expected to write it whole, got .*room"),
     ):
         save_run(tmp_path, model, {"step": 2, "moments": torch.zeros(1_000_000)})
@@ -55,7 +43,7 @@ def test_a_runs_checkpoint(tmp_path: Path, size: int, name: str) -> None:
 def test_a_policy(tmp_path: Path) -> None:
     model, tokenizer = make_model(), build_tokenizer(fast_vocab=20_000)  # the larger file
     with (
-        files_of_at_most(300_000),
+        largest_file(300_000),
         pytest.raises(ConfigurationError, match=r"tokenizer\.json: expected to write it whole, got .*room"),
     ):
         save_checkpoint(tmp_path / "policy", model, tokenizer=tokenizer, policy=demo_policy())
@@ -66,7 +54,7 @@ def test_a_policy(tmp_path: Path) -> None:
 def test_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int) -> None:
     """What is not whole has no meta/info.json: nobody takes it for a dataset."""
     bag = write_bag(tmp_path / "bag", recording(seconds=1.5))
-    with files_of_at_most(size):
+    with largest_file(size):
         assert run("from-bag", bag, "--out", tmp_path / "dataset", "--actions", "states", "--bundle", "demo") == 2
     said = capsys.readouterr().err.strip()
     assert re.fullmatch(r"convert: dataset .*dataset: expected to write it whole, got .*too large.*again", said), said
@@ -84,7 +72,7 @@ def test_an_export(
     skip_tracing(monkeypatch, made)
     shutil.copytree(made.bundle.path, tmp_path / "bundle")
     for size in (100, 2_000, 20_000):
-        with files_of_at_most(size):
+        with largest_file(size):
             assert (
                 export_main(["--checkpoint", str(made.checkpoint), "--out", str(tmp_path / "bundle"), "--torch"]) == 2
             )
