@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final
 
 # As objects, JSON takes up to 25 times its size in memory, and YAML more.
 LARGEST_TEXT: Final = 16 << 20
+LONGEST_NAME: Final = 255  # of a file, in bytes, on all usual file systems
 MOST_PARTS: Final = 2_000_000
 _KINDS: Final = {
     stat.S_IFIFO: "a named pipe",
@@ -37,6 +38,11 @@ def check_file(path: Path, most: int | None = None) -> int:
     if most is not None and found.st_size > most:
         raise OSError(errno.EFBIG, f"expected at most {most} bytes, got {found.st_size}", str(path))
     return found.st_size
+
+
+def is_name(text: str) -> bool:
+    """Whether a file in a folder can be called so: no path, nothing that no file system takes."""
+    return text.isprintable() and Path(text).name == text and len(text.encode()) <= LONGEST_NAME
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -26,7 +26,7 @@ from ki_vla_ros.bundle.pt2 import read_program
 from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.bundle.tokenizer import read_tokenizer
 from ki_vla_ros.errors import BundleError, describe_validation
-from ki_vla_ros.files import read_json
+from ki_vla_ros.files import is_name, read_json
 from ki_vla_ros.robot import read_urdf
 
 FORMAT_VERSION = 2
@@ -40,7 +40,6 @@ MODEL_CARD = "README.md"
 # What git and Hugging Face's downloads leave beside a bundle's files; nothing reads it.
 DOWNLOAD_TRACES = (".git", ".gitattributes", ".cache")
 MOST_NUMBERS = 1 << 28
-LONGEST_NAME = 255  # of a file, in bytes, on all usual file systems
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,7 +173,7 @@ def _check_files(root: Path, home: Path, manifest: Manifest) -> None:
             raise BundleError(f"{root / MANIFEST}: files: expected {name} among them, got {sorted(manifest.files)}")
     for name, expected in manifest.files.items():
         file = root / name
-        if Path(name).name != name or name == MANIFEST or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        if not is_name(name) or name == MANIFEST:
             raise BundleError(
                 f"{root / MANIFEST}: files: expected plain names of files beside the manifest, got {name!r}"
             )

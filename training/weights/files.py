@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.files import check_file, read_json
+from ki_vla_ros.files import check_file, is_name, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -114,9 +114,9 @@ def read_index(path: Path) -> WeightFiles:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path}: expected an index of safetensors with a weight_map ({error!r})") from error
     for name in shards:
-        refuse_pickle(path.parent / name)
-        if Path(name).name != name:
+        if not is_name(name):
             raise ConfigurationError(f"{path}: expected names of files beside the index, got {name!r}")
+        refuse_pickle(path.parent / name)
         if not (path.parent / name).is_file():
             raise ConfigurationError(f"{path}: expected {name}, which the index lists, beside it; download it too")
     weights = WeightFiles([path.parent / name for name in shards])
