@@ -23,6 +23,7 @@ from ki_vla_ros.engines.base import (
     expert_inputs,
     prefill_inputs,
 )
+from ki_vla_ros.engines.plans import PlanCache
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.records import ModelInput
 
@@ -56,7 +57,7 @@ class OnnxEngine:
         self._options: dict[str, str] = {}
         if provider == TENSORRT and engine_cache is not None:
             # Building takes minutes; onnxruntime keys its cache by graph, version and card.
-            engine_cache.mkdir(parents=True, exist_ok=True)
+            PlanCache(engine_cache)  # made, and nobody else's
             self._options = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(engine_cache)}
             self._options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(engine_cache)}
         self._generation = 0

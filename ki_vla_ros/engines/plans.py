@@ -109,7 +109,7 @@ class PlanCache:
             return None
         except OSError as error:
             raise EngineError(
-                f"{path}: expected an engine or nothing there, got {error.strerror}; delete it, and it is built again"
+                f"{path}: cannot be trusted: {error.strerror}; delete it, and it is built again"
             ) from error
         got = PlanKey(**record.model_dump(include=set(PlanKey.model_fields)))
         if got != key:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from ki_vla_ros.bundle.folder import EXPERT, PREFILL, Bundle, load_bundle
 from ki_vla_ros.engines import plans, tensorrt_builder
-from ki_vla_ros.engines.plans import PlanCache, PlanKey, default_folder
+from ki_vla_ros.engines.plans import PlanCache, PlanKey, PlanRecord, check_trusted, default_folder
 from ki_vla_ros.engines.tensorrt_builder import find_or_build, plan_key
 from ki_vla_ros.engines.tensorrt_library import load_library
 from ki_vla_ros.errors import ConfigurationError, EngineError
@@ -163,3 +165,59 @@ def test_the_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) 
     for unset in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
         assert default_folder() == Path.home() / ".cache/ki_vla_ros/engines"
+
+
+def test_the_cache_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0o002)  # Ubuntu's
+    try:
+        PlanCache(tmp_path / "engines")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "engines").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "engines"
+    PlanCache(folder)
+    for mode in (0o775, 0o757, 0o1777):
+        folder.chmod(mode)
+        with pytest.raises(
+            ConfigurationError, match=r"expected it to be writable for you alone \(chmod go-w\), got drwx"
+        ):
+            PlanCache(folder)
+    folder.chmod(0o755)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ConfigurationError, match=r"expected no symbolic link, got one to .*engines"):
+        PlanCache(tmp_path / "link")
+
+
+def test_an_engine_that_another_can_write_to_is_refused(bundle: Bundle, cache: PlanCache, tmp_path: Path) -> None:
+    key = plan_key(bundle, EXPERT, RTX, "sm89")
+    plan = memoryview(b"plan")
+    digest = hashlib.sha256(plan).hexdigest()
+    record = PlanRecord(**dict(key), plan_sha256=digest, size=4, created="now", build_s=1.0)
+    path = cache.write(record, plan)
+    assert cache.read(key) is not None
+    for file in (path, path.with_name(f"{path.name}.json")):
+        file.chmod(0o664)
+        with pytest.raises(EngineError, match="cannot be trusted: expected it to be writable"):
+            cache.read(key)
+        file.chmod(0o644)
+        moved = file.rename(tmp_path / "elsewhere")
+        file.symlink_to(moved)
+        with pytest.raises(EngineError, match="cannot be trusted: expected no symbolic link"):
+            cache.read(key)
+        file.unlink()
+        moved.rename(file)
+    path.unlink()
+    os.mkfifo(path, 0o644)
+    with pytest.raises(EngineError, match="cannot be trusted: expected a file, got a named pipe"):
+        cache.read(key)
+
+
+def test_a_cache_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plan").touch(mode=0o644)
+    found = os.stat_result((0o100644, 0, 0, 1, 1234, 0, 0, 0, 0, 0))
+    monkeypatch.setattr(Path, "lstat", lambda _: found)
+    with pytest.raises(OSError, match="expected it to be yours, got one of user 1234"):
+        check_trusted(tmp_path / "plan")
