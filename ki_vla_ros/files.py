@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,5 +115,5 @@ def open_stored(path: Path) -> Iterator[zipfile.ZipFile]:
             if (total := sum(member.file_size for member in members)) > size:
                 raise ValueError(f"expected members inside the file of {size} bytes, got {total}")
             yield archive
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, struct.error) as error:
         raise ValueError(str(error) or type(error).__name__) from error

@@ -93,8 +93,11 @@ class Program:
     def read_weight(self, name: str) -> NDArray[np.generic]:
         """A copy that the caller may keep and change; bfloat16 comes as uint16 with the same bits."""
         weight = self.weights[name]
-        with open_stored(self.path) as archive:
-            content = bytearray(archive.read(weight.record))
+        try:
+            with open_stored(self.path) as archive:
+                content = bytearray(archive.read(weight.record))
+        except (KeyError, OSError, ValueError) as error:
+            raise BundleError(f"{self.path}: {name}: cannot be read ({error}); copy it again") from error
         return np.frombuffer(content, dtype=_stored(weight.dtype)).reshape(weight.shape)
 
 

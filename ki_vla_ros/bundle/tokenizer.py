@@ -58,7 +58,7 @@ def encode(tokenizer: Tokenizer, text: str) -> Encoding:
 
 def _check_part(part: str, content: Any, types: set[str]) -> None:
     kind = content.get("type") if isinstance(content, dict) else None
-    if kind not in types:
+    if not isinstance(kind, str) or kind not in types:
         raise ValueError(f"{part}: expected {' or '.join(sorted(types))}, got {str(kind)[:80]!r}")
     if kind == "Sequence":
         parts = content.get("decoders")

@@ -30,7 +30,7 @@ from ki_vla_ros.bundle import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.console import ExitCode
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
-from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError
+from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError, printable
 from ki_vla_ros.policy import Policy, check_instruction
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.ros.parameters import Parameters
@@ -118,7 +118,7 @@ class PolicyNode(LifecycleNode):
             self.get_logger().error(f"instruction refused, {in_force or 'none'!r} stays in force: {refusal}")
         else:
             self._loaded.loop.instruction = message.data
-            self.get_logger().info(f"instruction: {message.data}")
+            self.get_logger().info(f"instruction: {printable(message.data)}")
 
     def _on_stop(self, _message: Empty) -> None:
         self._latch("by the topic ~/stop")

@@ -99,7 +99,7 @@ def read_field(fields: Mapping[str, Any], name: str, where: str, joints: int) ->
         raise ConfigurationError(f"{where}: expected {name}, got only {sorted(fields)}{remedy}")
     try:
         values = np.asarray(fields[name], dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{where}.{name}: expected a list of numbers ({error})") from error
     if values.ndim != 1 or len(values) < joints:
         raise ConfigurationError(
