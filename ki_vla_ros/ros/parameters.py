@@ -24,6 +24,7 @@ from ki_vla_ros.settings import (
     ParameterSpec,
     Settings,
     check_names,
+    check_sections,
     foreign_names,
     foreign_warning,
     load_sections,
@@ -75,7 +76,10 @@ class Parameters:
         """
         given = {name: parameter.value for name, parameter in self._overrides.items()}
         files = [Path(file) for flag, file in pairwise(arguments) if flag == "--params-file"]
-        self._shared = shared_names(map(load_sections, files), self._node.get_fully_qualified_name())
+        sections, node = [load_sections(file) for file in files], self._node.get_fully_qualified_name()
+        for file, found in zip(files, sections, strict=True):
+            check_sections(found, file, node)
+        self._shared = shared_names(sections, node)
         foreign = foreign_names(given, self._shared)
         for name in foreign:
             self._node.get_logger().warning(foreign_warning(name))

@@ -103,6 +103,13 @@ def load_settings(path: Path, node: str = NODE, warn: Callable[[str], None] = la
     return settings
 
 
+def check_sections(sections: Mapping[str, Mapping[str, object]], path: Path, node: str) -> None:
+    """NoSectionError if a file has a policy's bundle or limits, but under names that are not this node's."""
+    of_policy = any(name == "bundle" or name.startswith("limits.") for values in sections.values() for name in values)
+    if of_policy:  # a file of other nodes alone need not mention this one
+        _values_for(sections, path, node)
+
+
 def shared_names(files: Iterable[Mapping[str, Mapping[str, object]]], node: str) -> set[str]:
     """Parameters that `node` has only from sections for nodes of any name (`/**`, `/left/*`), given all its files."""
     shared, own = set[str](), set[str]()

@@ -18,7 +18,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray, String
 from support import ROOT
-from support.bundles import CAMERAS, JOINTS, TASK, demo_policy, write_test_bundle
+from support.bundles import CAMERAS, JOINTS, TASK, demo_policy, params_file, write_test_bundle
 from support.robots import PolicyProcess, Robot, is_hold
 from support.waiting import until
 from trajectory_msgs.msg import JointTrajectory
@@ -115,6 +115,15 @@ def test_a_node_that_cannot_start_says_why_and_exits(
     assert policy.wait() == 2
     assert fault in policy.output
     assert "Traceback" not in policy.output
+
+
+def test_a_file_for_a_policy_of_another_name_is_refused(start: Callable[..., PolicyProcess], tmp_path: Path) -> None:
+    """rclpy would pass over it, and the node would run with the default limits."""
+    limits = {"limits.velocity_scale": 0.1}
+    named = str(params_file(tmp_path, "/**/polcy", **limits))
+    policy = start("--params-file", named, bundle="demo")
+    assert policy.wait() == 2
+    assert "no parameters for node /policy, only for /**/polcy; name it /**/policy" in policy.output
 
 
 def test_ros_itself_cannot_start(
