@@ -40,7 +40,7 @@ def launch_policy(context: LaunchContext) -> list:
     params_file = file_of("params_file", context)
     if params_file is None:
         raise ValueError("launch argument params_file: expected the node's parameter file, got ''")
-    chosen = {"autostart": False}  # this file leads the node through its states
+    chosen = {"autostart": False}  # this file leads the node through its states; see also --no-autostart
     for name in ("bundle", "instruction"):
         if value := LaunchConfiguration(name).perform(context):
             chosen[name] = ParameterValue(value, value_type=str)
@@ -59,6 +59,7 @@ def launch_policy(context: LaunchContext) -> list:
         name=LaunchConfiguration("name"),
         namespace=LaunchConfiguration("namespace"),
         parameters=[str(params_file), {**chosen, **clock}],
+        arguments=["--no-autostart"],  # a parameter could be set again by a later section of params_file
         additional_env={PROFILE_VARIABLE: profile},
         respawn=is_true("respawn", context),
         respawn_delay=RESPAWN_DELAY_S,

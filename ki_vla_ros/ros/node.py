@@ -337,14 +337,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.setswitchinterval(SWITCH_S)
     description = "The policy as a lifecycle node; its settings are ROS parameters, see config/demo.yaml."
     parser = argparse.ArgumentParser(prog="policy_node", description=description)
+    parser.add_argument(
+        "--no-autostart",
+        dest="autostart",
+        action="store_false",
+        help="wait for a lifecycle client, whatever the parameter autostart says; launch files need this, because "
+        "another section of a parameter file may override what they set",
+    )
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_node(parser, lambda _, stop: _run(given, stop), given)
+    return run_node(parser, lambda chosen, stop: _run(given, chosen.autostart, stop), given)
 
 
-def _run(arguments: Sequence[str], stop: threading.Event) -> int:
+def _run(arguments: Sequence[str], may_start: bool, stop: threading.Event) -> int:
     node = PolicyNode(arguments)
     try:
-        if not node.parameters.settings.autostart:
+        if not (may_start and node.parameters.settings.autostart):
             node.get_logger().info(
                 "unconfigured: waiting for a lifecycle client (with autostart: true the node needs none)"
             )

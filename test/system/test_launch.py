@@ -142,7 +142,11 @@ def params_file(tmp_path: Path) -> str:
     """For the demo's bundle, which needs nothing of the trainer; what it makes of random pictures may be odd."""
     odd = ", ".join(f"limits.{rule}: clamp" for rule in ("on_position", "on_speed", "on_jump"))
     path = tmp_path / "arm.yaml"
-    path.write_text(f"/**:\n  ros__parameters: {{bundle: demo, autostart: true, {odd}}}\n")
+    # Of several sections for one node the last counts, here even against what the launch file sets for /policy.
+    path.write_text(
+        f"/**:\n  ros__parameters: {{bundle: demo, {odd}}}\n"
+        "/policy:\n  ros__parameters: {threads: 1}\n/*:\n  ros__parameters: {autostart: true}\n"
+    )
     return str(path)
 
 

@@ -103,6 +103,7 @@ def test_the_policy_is_activated_once_and_only_if_asked(
     (node,) = of("LifecycleNode", found)
     assert (node.kwargs["package"], node.kwargs["name"].args) == ("ki_vla_ros", ("name",))
     assert node.kwargs["executable"] in executables()
+    assert node.kwargs["arguments"] == ["--no-autostart"]
     (configure,) = of("ChangeState", found)
     assert configure.kwargs["transition_id"] == 1
     (transition,) = of("OnStateTransition", found)
