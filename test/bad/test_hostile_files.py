@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.bundles import write_test_bundle
 from support.sample_bags import record as mcap_record
@@ -34,8 +36,11 @@ from ki_vla_ros.replay.recorded import read_tick
 from ki_vla_ros.robot import read_robot
 from ki_vla_ros.settings import load_settings, read_session
 from training.config import load_config
+from training.data.lerobot import dataset
 from training.data.lerobot.layout import fill_path, read_info
+from training.tokens.paligemma import merges
 from training.weights import find_weights, load_resume, read_ranges
+from training.weights.checkpoints import read_config
 
 
 @pytest.fixture(scope="module")
@@ -212,18 +217,40 @@ def graph_field(content: bytes, number: int, tag_bits: int = 0) -> bytes:
     return varint(number << 3 | 2 | tag_bits) + varint(len(content)) + content
 
 
-def whole(model: bytes) -> bytes:
-    return model
+def in_graph(change: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    """The model with other bytes as its graph."""
+
+    def apply(content: bytes) -> bytes:
+        model = onnx.load_model_from_string(content)
+        graph = model.graph.SerializeToString()
+        model.ClearField("graph")
+        return model.SerializeToString() + graph_field(change(graph), 7)
+
+    return apply
+
+
+def in_tensor(more: bytes) -> Callable[[bytes], bytes]:
+    """The model with more fields in one of its weights."""
+
+    def change(graph: bytes) -> bytes:
+        tensor = onnx.GraphProto.FromString(graph).initializer[0].SerializeToString()
+        before = graph_field(tensor, 5)
+        assert graph.count(before) == 1
+        return graph.replace(before, graph_field(tensor + more, 5))
+
+    return in_graph(change)
 
 
 TENSOR = b"\x08\x01\x10\x01\x42\x01w"  # dims 1, float, name "w"
 ESCAPES: dict[str, Callable[[bytes], bytes]] = {
-    "external data, tag beyond 32 bits": lambda m: m + graph_field(graph_field(TENSOR + external(1 << 32), 5), 7),
-    "initializer, tag beyond 32 bits": lambda m: m + graph_field(graph_field(TENSOR + external(), 5, 1 << 35), 7),
+    "external data, tag beyond 32 bits": in_tensor(external(1 << 32)),
+    "external data that nothing else says": in_tensor(external()),
+    "initializer, tag beyond 32 bits": in_graph(lambda g: g + graph_field(TENSOR + external(), 5, 1 << 35)),
+    "sparse initializer": in_graph(lambda g: g + graph_field(graph_field(TENSOR + external(), 1), 15)),
     "a second graph, which protobuf merges": lambda m: m + graph_field(graph_field(TENSOR + external(), 5), 7),
     "a tag that is longer than it must be": lambda m: m + varint(8 << 3 | 2, extra=1) + b"\x00",
     "a length that is longer than it must be": lambda m: m + b"\x42" + varint(0, extra=2),
-    "a number of eleven bytes": lambda m: m + b"\x08" + b"\xff" * 10 + b"\x01",
+    "a number of eleven bytes": lambda m: m + b"\x28" + b"\xff" * 10 + b"\x01",
     "ir_version twice": lambda m: m + b"\x08\x0a",
     "a group": lambda m: m + b"\x3b\x3c",
     "field 0": lambda m: m + b"\x02\x00",
@@ -544,6 +571,34 @@ def test_a_training_state_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "resume.pt").write_bytes(b"PK\3\4 no archive")
     with pytest.raises(ConfigurationError, match=r"resume\.pt: expected the state of a run, without code"):
         load_resume(tmp_path)
+
+
+def test_a_table_of_one_text_in_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kB on disk, and 200 MB once they are read."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array(["x" * 100_000]))
+    pq.write_table(pa.table({"task": text}), tmp_path / "tasks.parquet", store_schema=False)
+    assert (tmp_path / "tasks.parquet").stat().st_size < 10_000
+    monkeypatch.setattr(dataset, "LARGEST_TABLE", 1 << 24)
+    with pytest.raises(
+        ConfigurationError, match=r"tasks\.parquet: not a whole parquet file: it has more than 16777216 b"
+    ):
+        dataset._read_parquet(tmp_path / "tasks.parquet")
+
+
+def test_a_piece_of_a_tokenizer_that_has_thousands_of_cuts() -> None:
+    with pytest.raises(ConfigurationError, match="expected pieces of at most 1000 characters"):
+        list(merges([("a" * 100_000, 0.0)]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("depth", 10**9), ("width", 10**12), ("heads", 0), ("mlp", "x")])
+def test_a_checkpoint_of_sizes_that_cannot_be(tmp_path: Path, name: str, value: object) -> None:
+    sizes = {"width": 16, "depth": 1, "mlp": 32, "heads": 2, "kv_heads": 1, "head_dim": 16}
+    vision = {"image_size": 24, "patch_size": 12, "width": 16, "depth": 1, "heads": 2, "mlp": 32}
+    fields = {"vision": vision | {name: value}, "backbone": sizes, "expert": sizes}
+    fields |= {"vocab_size": 99, "action_dim": 7, "horizon": 16}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigurationError, match=r"config\.json: not the config of a model|vision: "):
+        read_config(tmp_path)
 
 
 # --- terminals
