@@ -29,7 +29,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import FrameType, SimpleNamespace
 from typing import Any, get_args
@@ -58,9 +58,8 @@ Array = NDArray[np.float64]
 MS = 1_000_000
 START = 1_000 * NS_PER_S
 ROS_OFFSET = 1_700_000_000 * NS_PER_S
-READING_NS = 50 * MS
-HORIZON, ACTION_NS = 8, 50 * MS
-PERIOD_S = 0.02
+READING_NS = 100 * MS
+HORIZON, ACTION_NS = 10, 50 * MS
 MODES = ("replace", "splice", "stream")
 FAULTS = (
     "none",
@@ -76,15 +75,16 @@ FAULTS = (
     "ramp",
     "wide",
 )
-CHUNKS = ("smooth", "wander", "jumps", "anywhere")
+CHUNKS = (*3 * ("smooth", "wander"), "jumps", "jumps", "anywhere", "broken")
 ARM = JointSpec(name="arm", unit="rad", lower=-2.0, upper=2.0, max_velocity=1.5, relative=True)
 GRIPPER = JointSpec(name="gripper", unit="m", lower=0.0, upper=0.04, max_velocity=0.1, relative=False)
 WHEEL = JointSpec(name="arm", unit="rad", lower=-1e4, upper=1e4, max_velocity=8.0, relative=True)
 NAMES = ("arm", "gripper")
 # More than this share above a limit is a fault.
 TOLERANCE = 1.01
-# What a case may take of real time: a computation without bounds is a fault too.
+# What a case may take of processor time, a hundred times its usual: a computation without bounds is a fault too.
 LONGEST_S = 1.0
+TICK_NS = 100 * MS
 # After this time a reading has shown where a resting arm is.
 SEEN_NS = 200 * MS
 
@@ -101,26 +101,32 @@ class Case:
         self.mode: str = rng.choice(MODES)
         self.faults = frozenset(rng.sample(FAULTS, rng.choice((1, 1, 1, 1, 2, 2, 3))))
         self.chunks: str = rng.choice(CHUNKS)
-        self.ms = 100 * rng.randint(3, 7)
+        self.ms = 100 * rng.randint(3, 6)
         self.joints = (WHEEL if "wide" in self.faults else ARM, GRIPPER)
         self.parameters: dict[str, Any] = {
             "executor": rng.choice(get_args(ExecutorName)),
             "execution_horizon_s": rng.choice((0.1, 0.2)),
             "publish_mode": self.mode,
-            "ramp_in_s": 0.3 if "ramp" in self.faults else 0.0,
+            "ramp_in_s": rng.choice((0.5, 1.0)) if "ramp" in self.faults else 0.0,
             "lead_s": rng.choice((0.01, 0.01, 0.0, 0.03)),
+            "command_period_s": rng.choice((0.02, 0.02, 0.01, 0.05)),
             "align_to_cameras": False,
         }
-        if rng.random() < 0.7:
+        self.period_s: float = self.parameters["command_period_s"]
+        if rng.random() < 0.85:
             self.parameters |= {"limits.on_position": "clamp", "limits.on_speed": "clamp", "limits.max_jump_s": 10.0}
             self.parameters |= {"limits.max_chunk_age_s": 5.0, "max_age_s": 1.0}
-        self.inference_ms = rng.choice((0, 20, 60, 60, 300 if "gaps" in self.faults else 60))
+        elif rng.random() < 0.4:
+            self.parameters |= {"limits.on_jump": "stop", "limits.on_speed": "stop", "limits.on_position": "stop"}
+        self.inference_ms = rng.choice((0, 20, 60, 60, *((300, 900) if "gaps" in self.faults else ())))
         self.lag_ms = rng.choice((0, 20))
         self.late_ms = rng.choice((1, 5, 30)) if "late" in self.faults else 0
         self.fail = rng.choice((0.0, 0.4)) if "gaps" in self.faults else 0.0
-        self.stalls = {}
+        self.stalls: dict[int, float] = {}  # at which call, in ms
         if "stalls" in self.faults:
-            self.stalls = {rng.randint(1, 60): rng.choice((3, 30, 100, 300, 1000)) for _ in range(rng.randint(1, 2))}
+            self.stalls = {
+                rng.randint(1, 80): rng.choice((0.4, 3, 12.7, 30, 100, 300, 1000)) for _ in range(rng.randint(1, 5))
+            }
         self.events: list[Event] = sorted(
             [event for fault in sorted(self.faults) for event in getattr(self, f"_{fault}", lambda: ())()],
             key=lambda event: event[0],
@@ -136,21 +142,25 @@ class Case:
         )
 
     def _at(self) -> int:
-        return self.rng.randint(20, self.ms)
+        return self.rng.randint(100, self.ms)
 
     def _gaps(self) -> Iterator[Event]:
         at = self._at()
-        yield at, "cameras", False
-        yield at + self.rng.choice((100, 400, 900)), "cameras", True
+        what, gone, there = self.rng.choice((("cameras", False, True), ("instruct", "", "go")))
+        yield at, what, gone
+        yield at + self.rng.choice((100, 400, 900)), what, there
 
     def _clock(self) -> Iterator[Event]:
-        for _ in range(self.rng.randint(1, 2)):
+        for _ in range(self.rng.randint(1, 4)):
             step_ms = self.rng.choice((-1, 1)) * self.rng.choice((10, 50, 150, 240, 1000, 3_600_000))
             yield self._at(), "clock", (step_ms, self.rng.random() < 0.7)
 
     def _state(self) -> Iterator[Event]:
-        kind = self.rng.choice(("elsewhere", "moving", "swapped", "zeros", "restarted"))
+        kind = self.rng.choice(("elsewhere", "moving", "swapped", "zeros", "ahead", "sags", "noise", "restarted"))
         at, share = self._at(), self.rng.choice((-1, 1)) * self.rng.choice((0.03, 0.2))
+        if kind == "sags":  # from the start; where a stream's controller is then, nobody can know
+            yield 0, "state", (kind, 0.01 if self.mode != "stream" else 0.0)
+            return
         if kind == "restarted":  # while the node is inactive, someone moves the arm and starts the controller again
             yield at, "deactivate", None
             yield at + 200, "restart", share
@@ -200,9 +210,12 @@ class Case:
 
     def _stops(self) -> Iterator[Event]:
         at = self._at()
-        stop, go = self.rng.choice((("latch", "reset"), ("deactivate", "activate")))
-        yield at, stop, None
-        yield at + self.rng.choice((0, 5, 60, 400)), go, None
+        for _ in range(self.rng.randint(1, 2)):
+            stop, go = self.rng.choice((("latch", "reset"), ("deactivate", "activate")))
+            yield at, stop, None
+            at += self.rng.choice((0, 5, 60, 300))
+            yield at, go, None
+            at += self.rng.choice((0, 30, 150))
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,15 +228,20 @@ class Limits:
 
 def limits_of(joints: tuple[JointSpec, ...], parameters: Mapping[str, Any]) -> Limits:
     """The limits in force, from the description of the parameters."""
-    scale = parameters.get("limits.velocity_scale", 1.0)
     rows = []
     for joint in joints:
-        chosen = {k: parameters.get(f"limits.joints.{joint.name}.{k}") for k in ("lower", "upper", "velocity")}
-        speed = min(joint.max_velocity, chosen["velocity"] or np.inf)
-        acceleration = speed / parameters.get("limits.time_to_speed_s", 0.15)
-        acceleration = min(acceleration, parameters.get(f"limits.joints.{joint.name}.acceleration", np.inf))
-        low, high = (chosen["lower"] or -np.inf), (chosen["upper"] or np.inf)
-        rows.append((max(joint.lower, low), min(joint.upper, high), speed * scale, acceleration))
+        of = f"limits.joints.{joint.name}."
+        speed = min(joint.max_velocity, parameters.get(of + "velocity", np.inf))
+        rows.append(
+            (
+                max(joint.lower, parameters.get(of + "lower", -np.inf)),
+                min(joint.upper, parameters.get(of + "upper", np.inf)),
+                speed * parameters.get("limits.velocity_scale", 1.0),
+                min(
+                    speed / parameters.get("limits.time_to_speed_s", 0.15), parameters.get(of + "acceleration", np.inf)
+                ),
+            )
+        )
     return Limits(*np.array(rows).T)
 
 
@@ -237,7 +255,14 @@ class Told:
     """What a message was sent under: it is judged by this."""
 
     limits: Limits
-    share: float = 1.0  # of the speed limits, during the ramp
+    ramp_from: int = 0
+    ramp_in_s: float = 0.0
+
+    def share_N(self, time_N: NDArray[np.int64]) -> Array:
+        """The share [N] of the speed limits that is in force: a tenth at first, rising over ramp_in_s."""
+        if not self.ramp_in_s:
+            return np.ones(len(time_N))
+        return np.clip(0.1 + 0.9 * (time_N - self.ramp_from) / (self.ramp_in_s * NS_PER_S), 0.1, 1.0)
 
 
 @dataclass
@@ -249,10 +274,11 @@ class World:
     offset_ns: int = ROS_OFFSET
     active: bool = True
     cameras: bool = True
+    started: bool = False  # a chunk has gone out since activation or reset
     state: tuple[str, float, int] = ("true", 0.0, 0)
     calls: int = 0
     logged: list[str] = field(default_factory=list)
-    latches: list[int] = field(default_factory=list)
+    stopped: list[list[int]] = field(default_factory=list)  # from when to when
     streamed: list[tuple[int, Array, Told | None]] = field(default_factory=list)
     stalled: list[tuple[int, int]] = field(default_factory=list)
     late: list[tuple[int, float]] = field(default_factory=list)  # from when on, by how many ns the starts may differ
@@ -264,15 +290,17 @@ class World:
         self.parameters = dict(case.parameters)
         self.settings = _settings(tuple(self.parameters.items()))
         self.limits = self.tick_limits = limits_of(case.joints, self.parameters)
-        self.first = Told(self.limits, 1.0)
+        self.first = Told(self.limits)
         lower_J, upper_J = np.maximum(self.limits.lower_J, -2.0), np.minimum(self.limits.upper_J, 2.0)
         at_J = lower_J + (0.1 + 0.8 * self.random.random(2)) * (upper_J - lower_J)
         if "wide" in case.faults:
             at_J[0] = self.random.uniform(-9000.0, 9000.0)
         self.meant = TrajectoryController(NAMES, at_J, self.steady, self.offset_ns)
-        self.real = TrajectoryController(NAMES, at_J, self.steady, self.offset_ns)
+        # One and the same where nothing can make them differ.
+        apart = {"late", "clock"} & case.faults
+        self.real = TrajectoryController(NAMES, at_J, self.steady, self.offset_ns) if apart else self.meant
         self.buffer = Inputs(self)
-        self.player, self.playing = Player(to_ns(PERIOD_S)), self.first
+        self.player, self.playing = Player(to_ns(case.period_s)), self.first
         self.diagnostics = Diagnostics()
         self.loop = PolicyLoop(Policy(self), self.buffer, self, self.diagnostics, lambda: self.settings)  # type: ignore[arg-type]
         self.loop.instruction = "go"
@@ -305,10 +333,12 @@ class World:
         """As NodeWire's, but that what it publishes may come late."""
         if self.ramp_from is None:
             self.ramp_from = self.decoded
-        share = 1.0
-        if ramp_ns := self.settings.ramp_in_s * NS_PER_S:
-            share = min(1.0, 0.1 + 0.9 * (self.steady - self.ramp_from) / ramp_ns)
-        told = Told(self.tick_limits, share)
+        # An arm that is outside its limits may be led back from there.
+        limits, arm_J = self.tick_limits, self.arm()
+        if np.any(arm_J < limits.lower_J) or np.any(arm_J > limits.upper_J):
+            lower_J, upper_J = np.minimum(limits.lower_J, arm_J), np.maximum(limits.upper_J, arm_J)
+            limits = replace(limits, lower_J=lower_J, upper_J=upper_J)
+        told = Told(limits, self.ramp_from, self.settings.ramp_in_s)
         if self.case.mode == "stream":
             self.player.play(motion, self.steady)
             self.playing = told
@@ -316,13 +346,16 @@ class World:
         data = encode_command(motion, now_ns, self.ros_ns() if self.case.mode == "splice" else 0)
         self.meant.offset_ns = self.offset_ns
         meant = self.meant.receive(data, self.steady, told)
+        if self.real is self.meant:
+            return
         late_ns = self.rng.choice((0, 0, self.case.late_ms)) * MS
         arrives = max([self.steady + late_ns, *(at for at, what, _ in self.events if what == "message")])
         self.late.append((self.steady, arrives - self.steady))
         self._plan(arrives, "message", (data, told, meant))
         self._happen_until(self.steady)
 
-    def report_chunk(self, chunk: ActionChunk) -> None: ...
+    def report_chunk(self, chunk: ActionChunk) -> None:
+        self.started = True
 
     def report_tick(self, fields: Mapping[str, object]) -> None: ...
 
@@ -349,9 +382,9 @@ class World:
         """Called wherever the process may stop: nothing of the node runs, everything else goes on."""
         self.calls += 1
         if stalled_ms := self.case.stalls.get(self.calls):
-            self.stalled.append((self.steady, self.steady + stalled_ms * MS))
-            self._happen_until(self.steady + stalled_ms * MS)
-            self.steady += stalled_ms * MS
+            self.stalled.append((self.steady, self.steady + round(stalled_ms * MS)))
+            self._happen_until(self.steady + round(stalled_ms * MS))
+            self.steady += round(stalled_ms * MS)
 
     def flow(self, end: int, until_stopped: bool = False) -> None:
         """Lets time pass: the inputs come, the watchdog runs, the stream sends, and what the case says happens."""
@@ -400,9 +433,9 @@ class World:
             self.offset_ns += step_ms * MS
             self.meant.set_clock(self.meant.offset_ns, self.steady)
             if along:
+                if self.real.pieces[-1].from_ns > self.steady:  # what waits now begins this much earlier or later
+                    self.late.append((self.steady, abs(step_ms) * MS + max(late_ns for _, late_ns in self.late)))
                 self.real.set_clock(self.real.offset_ns + step_ms * MS, self.steady)
-                if any(piece.from_ns > self.steady for piece in self.meant.pieces):
-                    self.late.append((self.steady, abs(step_ms) * MS))
         elif what == "stranger":
             self.late.append((self.steady, float("inf")))  # it does not come between the same messages in both
             self._interfere(*how)
@@ -410,10 +443,12 @@ class World:
             position_J = self.place(how)
             self.state = ("true", 0.0, 0)
             self.streamed.append((self.steady, position_J, None))
-            for controller in (self.meant, self.real):
+            for controller in {self.meant, self.real}:
                 controller.rest(position_J, self.steady)
-        elif what == "state" and not (self.streamed or self.meant.pieces[1:]):
-            self._plan(self.steady + READING_NS, what, how)  # before the first command, readings are all that it has
+        elif what == "instruct":
+            self.loop.instruction = how
+        elif what == "state" and how[0] != "sags" and not self.started:
+            self._plan(self.steady + READING_NS, what, how)  # before the first chunk, readings are all that it has
         elif what == "state":
             self.state = (*how, self.steady)
         elif what == "cameras":
@@ -423,16 +458,26 @@ class World:
         elif what == "unset":
             self._change({name: value for name, value in self.parameters.items() if name not in how})
         elif what == "latch":
-            self.latches.append(self.steady)
+            self.stopped.append([self.steady, 1 << 62])
             self.loop.latch("by the case")
         elif what == "reset":
+            for stop in self.stopped:
+                stop[1] = min(stop[1], self.steady)
+            self._look()
             self.loop.reset()
-            self.ramp_from = None
+            self.ramp_from, self.started = None, False
         elif what == "deactivate":
             self.active = False
             self.loop.end()
         elif what == "activate":
+            self._look()
             self.active = self.steady < START + self.case.ms * MS
+
+    def _look(self) -> None:
+        """Whoever lets a stream go on has set its controller to where the arm is: no message tells where that is."""
+        if self.case.mode == "stream" and self.state[0] in ("elsewhere", "moving"):
+            self.streamed.append((self.steady, self.arm(), None))
+            self.state = ("true", 0.0, 0)
 
     def _change(self, parameters: dict[str, Any]) -> None:
         """As the node's parameter callback: what it refuses changes nothing."""
@@ -452,12 +497,9 @@ class World:
         if self.case.mode == "stream":
             self.streamed.append((self.steady, goal_J, None))
             return
-        time_N = self.now_ns() + np.array([0, round(lasts_s * NS_PER_S)])
-        still = np.zeros((2, 2))
-        data = encode_command(
-            Motion(NAMES, int(time_N[0]), time_N, np.array([position_J, goal_J]), still), self.now_ns()
-        )
-        for controller in (self.meant, self.real):
+        time_N = np.array([0, round(lasts_s * NS_PER_S)])
+        data = encode_command(Motion(NAMES, 0, time_N, np.array([position_J, goal_J]), np.zeros((2, 2))), 0)
+        for controller in {self.meant, self.real}:
             controller.receive(data, self.steady)
 
     # --- the arm
@@ -467,6 +509,17 @@ class World:
             position_J = self.streamed[-1][1] if self.streamed else self.real.pieces[0].position_KJ[0]
             return position_J, np.zeros(2)
         return self.real.sample(self.steady - self.case.lag_ms * MS)
+
+    def arm(self) -> Array:
+        """Where the arm really is."""
+        kind, share, since = self.state
+        if kind == "elsewhere":
+            return self.place(share)
+        if kind == "moving":
+            return self.place(share * min(1.0, (self.steady - since) / (500 * MS)))
+        if kind == "sags":
+            return self.commanded()[0] + share * np.minimum(self.first.limits.upper_J - self.first.limits.lower_J, 4.0)
+        return self.commanded()[0]
 
     def place(self, share: float) -> Array:
         """Beside where the arm is told to be, by this share of its range (at most 4 rad)."""
@@ -489,15 +542,17 @@ class World:
             self.case.parameters["lead_s"],
             *(how.get("lead_s", 0.0) for _, what, how in self.case.events if what == "set"),
         ]
-        return round((max(leads) + PERIOD_S) * NS_PER_S) + MS
+        return round((max(leads) + self.case.period_s) * NS_PER_S) + MS
 
     def run(self) -> None:
         end = START + self.case.ms * MS
+        loop_thread = LoopThread(self.loop)
+        loop_thread._stop = self  # type: ignore[assignment]  # its waits are the flow of time
         while self.steady < end:
             if self.active:
-                self.ramp_from = None
+                self.ramp_from, self.started = None, False
                 self.loop.begin()
-                self.thread._run()
+                loop_thread._run()
                 self.loop.rest()
             else:
                 self.flow(min([end, *(at for at, what, _ in self.events if what == "activate")]))
@@ -518,14 +573,13 @@ class Inputs(ObservationBuffer):
         stamp_ns = world.ros_ns()
         if world.cameras:
             self.add_frame(CameraFrame("scene", stamp_ns, self.image))
-        kind, share, since = world.state
-        position_J = world.commanded()[0]
-        if kind == "elsewhere":
-            position_J = world.place(share)
-        elif kind == "moving":
-            position_J = world.place(share * min(1.0, (world.steady - since) / (500 * MS)))
+        kind, position_J = world.state[0], world.arm()
+        if kind == "noise":
+            position_J = position_J + world.random.uniform(-1e-3, 1e-3, 2) * [1.0, 0.1]
         elif kind == "swapped":
             position_J = position_J[::-1]
+        elif kind == "ahead":
+            stamp_ns += 3600 * NS_PER_S
         try:
             if kind == "zeros":
                 self.add_joints(JointReading(stamp_ns - 1, NAMES, np.zeros(2)))
@@ -583,9 +637,11 @@ class Policy:
             "wander": lambda: start_J + np.cumsum(random_.normal(0, 1.0, (HORIZON, 2)) * step_J, axis=0),
             "jumps": lambda: start_J + random_.uniform(-8, 8, 2) * step_J + np.zeros((HORIZON, 2)),
             "anywhere": lambda: start_J + random_.uniform(-1, 1, (HORIZON, 2)) * [1.0, 0.03],
+            "broken": lambda: start_J * random_.choice([1.0, 1.0, 1.1, 1e9, np.nan], (HORIZON, 2)),
         }[world.case.chunks]()
         velocity_HJ = np.diff(path_HJ, axis=0, prepend=start_J[None]) / 0.05
         world.decoded = world.steady
+        world.buffer.fill()
         world.stall()
         return ActionChunk(observation.stamp_ns, ACTION_NS, NAMES, path_HJ, velocity_HJ)
 
@@ -607,18 +663,18 @@ class Verdict:
 
 @contextmanager
 def limited_time() -> Iterator[None]:
-    """TimeoutError in whatever takes longer than LONGEST_S."""
+    """Raises Unbounded in whatever takes longer than LONGEST_S of processor time."""
 
     def give_up(signum: int, frame: FrameType | None) -> None:
         raise Unbounded
 
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
+    before = signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, LONGEST_S)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, before)
 
 
 class Unbounded(BaseException):
@@ -642,7 +698,9 @@ def judge(case: Case) -> Verdict:
     if case.mode != "stream" and max(ratios.worst.values()) <= TOLERANCE:
         widest = ratios.speed_PJ.max(axis=0), ratios.acceleration_PJ.max(axis=0)
         ratios.worst["lateness"] = lateness(world, track.time_N, track.position_NJ, *widest)
-    return Verdict(case, ratios.worst, [*faults], bool(np.any(ratios.speed_NJ)), ratios.where)
+    if moves_when_stopped(world, ratios):
+        faults.append("moves after a stop")
+    return Verdict(case, ratios.worst, faults, bool(np.any(ratios.speed_NJ)), ratios.where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -656,6 +714,7 @@ class Track:
     told_P: list[Told]
     from_P: list[int]
     judged_N: NDArray[np.bool_]
+    sent_N: NDArray[np.int64]  # on the steady clock
     grace_ns: int  # how long a message may repeat the motion before it
 
 
@@ -666,19 +725,22 @@ def path_track(world: World) -> Track:
     time_N = np.arange(START, end + 3 * MS, MS)
     position_NJ, _, number_N = world.meant.walk(time_N)
     judged_N = np.ones(len(time_N), dtype=bool)
-    for before, piece, after in zip([None, *pieces], pieces, [*pieces[1:], None], strict=False):
-        if before is None or piece.label is not None:
+    ours_until = START
+    for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+        if piece.label is not None:
+            ours_until = int(piece.time_K[-1])
+        if piece.label is not None or piece is pieces[0]:
             continue
         until = int(time_N[-1]) if after is None else after.from_ns
         # Ours too: as far as the node knows, it goes on. And while the node is stopped, it sees nothing.
         if after is not None:
             unseen = [end for begin, end in world.stalled if begin <= after.from_ns]
-            if after.from_ns < max([int(before.time_K[-1]), int(piece.time_K[-1]), *unseen]) + SEEN_NS:
+            if after.from_ns < max([ours_until, int(piece.time_K[-1]), *unseen]) + SEEN_NS:
                 until = int(after.time_K[min(1, len(after.time_K) - 1)]) + 3 * MS
         judged_N[(time_N >= piece.from_ns) & (time_N < until)] = False
     told = [piece.label if isinstance(piece.label, Told) else world.first for piece in pieces]
     begun = [piece.from_ns for piece in pieces]
-    return Track(1e-3, time_N, position_NJ, number_N, told, begun, judged_N, world.grace_ns())
+    return Track(1e-3, time_N, position_NJ, number_N, told, begun, judged_N, time_N, world.grace_ns())
 
 
 def stream_track(world: World) -> Track:
@@ -688,32 +750,37 @@ def stream_track(world: World) -> Track:
     been stopped, and is judged from there on.
     """
     rest_J = world.real.pieces[0].position_KJ[0]
-    period_ns = to_ns(PERIOD_S)
+    period_ns = to_ns(world.case.period_s)
     sent: list[tuple[Array, Told, bool]] = [(rest_J, world.first, True)] * 2
+    sent_at = [START] * 2
     before_ns, stranger_ns, excused, stranger = START, 0, 0, Told(world.first.limits)
     for time_ns, position_J, told in world.streamed:
         if any(a < time_ns and before_ns < b for a, b in world.stalled) and time_ns - before_ns > 2 * period_ns:
             sent += [(sent[-1][0], sent[-1][1], False)] * 2
         if told is None:
             sent += [(position_J, stranger, False)] * 3
-            excused, stranger_ns = 2, time_ns
+            excused, stranger_ns = 3, time_ns
         else:
-            excused = excused if time_ns < stranger_ns + SEEN_NS else 0
+            unseen = [end for begin, end in world.stalled if begin <= time_ns]
+            if excused == 3 and time_ns >= max([stranger_ns, *unseen]) + SEEN_NS:
+                excused = 0
             sent.append((position_J, told, not excused))
             excused = max(excused - 1, 0)
+        sent_at += [time_ns] * (len(sent) - len(sent_at))
         before_ns = time_ns
     number_N = np.cumsum([bool(n) and told is not sent[n - 1][1] for n, (_, told, _) in enumerate(sent)])
     time_N = START + period_ns * np.arange(len(sent))
     first_P = np.unique(number_N, return_index=True)[1]
     return Track(
-        PERIOD_S,
+        world.case.period_s,
         time_N,
         np.array([position_J for position_J, _, _ in sent]),
         number_N,
         [sent[n][1] for n in first_P],
         time_N[first_P].tolist(),
         np.array([judged for _, _, judged in sent]),
-        world.grace_ns(),
+        np.array(sent_at),
+        world.grace_ns() + period_ns,  # a step is the mean of a period
     )
 
 
@@ -724,7 +791,10 @@ class Ratios:
         self.track, self.where = track, list[str]()
         limits = [told.limits for told in track.told_P]
         self.lower_PJ, self.upper_PJ = np.array([x.lower_J for x in limits]), np.array([x.upper_J for x in limits])
-        self.speed_PJ = np.array([told.limits.speed_J * told.share for told in track.told_P])
+        self.speed_PJ = np.array([x.speed_J for x in limits])
+        self.share_PN = np.array([told.share_N(track.sent_N) for told in track.told_P])
+        share_N = self.share_PN[track.number_N, np.arange(len(track.time_N))]
+        self.limit_NJ = self.speed_PJ[track.number_N] * share_N[:, None]
         self.acceleration_PJ = np.array([x.acceleration_J for x in limits])
         self.range_PJ = self.upper_PJ - self.lower_PJ
         position_NJ, number_N, step_s = track.position_NJ, track.number_N, track.step_s
@@ -735,7 +805,7 @@ class Ratios:
         out_NJ = np.maximum(self.lower_PJ[number_N] - position_NJ, position_NJ - self.upper_PJ[number_N])
         self.worst = {
             "position": self._worst("position", self._beyond(out_NJ, self.range_PJ[number_N]), self._position),
-            "step": self._worst("step", np.abs(self.speed_NJ) / self.speed_PJ[number_N], self._speed),
+            "step": self._worst("step", np.abs(self.speed_NJ) / self.limit_NJ, self._speed),
             "acceleration": self._worst("acceleration", change_NJ / self.acceleration_PJ[number_N], self._acceleration),
         }
 
@@ -761,22 +831,22 @@ class Ratios:
         rested = np.flatnonzero(still_N[1:] & still_N[:-1])
         first = int(rested[-1]) + 2 if len(rested) else 0
         k = int(self.track.number_N[first])
-        if self.track.time_N[first] - self.track.from_P[k] <= self.track.grace_ns:
-            k = max(k - 1, 0)
+        while k and self.track.time_N[first] - self.track.from_P[k] <= self.track.grace_ns:
+            k -= 1
         here = int(self.track.number_N[n])
         return ratio * float(self.acceleration_PJ[here, j]) / float(self.acceleration_PJ[k : here + 1, j].max())
 
     def _speed(self, n: int, j: int, ratio: float) -> float:
-        k = int(self.track.number_N[n])
-        return ratio * float(self.speed_PJ[k, j]) / self._allowed(k, j, int(self.track.time_N[n]))
+        return ratio * float(self.limit_NJ[n, j]) / self._allowed(int(self.track.number_N[n]), j, n)
 
-    def _allowed(self, k: int, j: int, time_ns: int) -> float:
-        """The speed limit of message k, or what it leaves of the one before while it brakes."""
-        limit, braking_ns = float(self.speed_PJ[k, j]), time_ns - self.track.from_P[k] - self.track.grace_ns
+    def _allowed(self, k: int, j: int, n: int) -> float:
+        """The speed limit of message k at step n, or what it leaves of the one before while it brakes."""
+        limit, track = float(self.speed_PJ[k, j] * self.share_PN[k, n]), self.track
         if k == 0:
             return limit
-        before = self._allowed(k - 1, j, min(time_ns, time_ns - braking_ns))
-        return max(limit, before - 0.9 * float(self.acceleration_PJ[k, j]) * max(braking_ns, 0) / NS_PER_S)
+        braking_s = max(int(track.time_N[n]) - track.from_P[k] - track.grace_ns, 0) / NS_PER_S
+        before = self._allowed(k - 1, j, n - round(braking_s / track.step_s))
+        return max(limit, before - 0.9 * float(self.acceleration_PJ[k, j]) * braking_s)
 
     def _position(self, n: int, j: int, ratio: float) -> float:
         """Where limits came closer: as far as the joint goes until it has braked."""
@@ -786,12 +856,29 @@ class Ratios:
             return ratio
         joined = slice(*np.searchsorted(track.time_N, [track.from_P[k], track.from_P[k] + track.grace_ns + MS]))
         at, speed = track.position_NJ[joined, j], self.speed_NJ[joined, j]
-        way = np.abs(speed) * PERIOD_S + speed**2 / 2.0 / self.acceleration_PJ[k, j]
+        way = np.abs(speed) * track.grace_ns / NS_PER_S + speed**2 / 2.0 / self.acceleration_PJ[k, j]
         out = max(
             min(lower, float((at - way).min())) - track.position_NJ[n, j],
             track.position_NJ[n, j] - max(upper, float((at + way).max())),
         )
         return float(self._beyond(np.array(out), self.range_PJ[k, j]))
+
+
+def moves_when_stopped(world: World, ratios: Ratios) -> bool:
+    """Whether the arm moves later after ~/stop than two ticks and the time that braking takes at most."""
+    if any(what in ("stranger", "restart") for _, what, _ in world.case.events):
+        return False
+    braking_s = float((ratios.speed_PJ / ratios.acceleration_PJ).max())
+    times, positions = list(ratios.track.time_N), list(ratios.track.position_NJ)
+    if world.case.mode == "stream":
+        times, positions = [t for t, _, _ in world.streamed], [position_J for _, position_J, _ in world.streamed]
+    for called, until in world.stopped:
+        since = called + sum(end - begin for begin, end in world.stalled if called < end and begin < until)
+        since += 2 * TICK_NS + world.grace_ns() + round(braking_s * NS_PER_S)
+        at_rest = [position_J for time_ns, position_J in zip(times, positions, strict=True) if since < time_ns < until]
+        if any(np.any(position_J != at_rest[0]) for position_J in at_rest):
+            return True
+    return False
 
 
 def lateness(
@@ -806,5 +893,5 @@ def lateness(
     apart_NJ = np.abs(world.real.walk(time_N)[0] - position_NJ)
     late_s_N = late_N[:, None] / NS_PER_S
     # A cubic of the length T whose start is off by a velocity v strays by 4/27 T v at most.
-    allowed_NJ = late_s_N * (speed_J + 4.0 / 27.0 * PERIOD_S * acceleration_J) + 1e-9
+    allowed_NJ = late_s_N * (speed_J + 4.0 / 27.0 * world.case.period_s * acceleration_J) + 1e-9
     return float((apart_NJ / allowed_NJ).max())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.controller import LiteralController
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import NS_PER_S, JointReading, Motion
@@ -291,93 +290,6 @@ def test_no_stream_of_messages_makes_the_command_jump(stream: list[tuple[int, in
 
 
 # --- against a controller written step by step
-
-
-State = tuple[float, float, float]  # position, velocity, acceleration of one joint
-
-
-def polynomial(states: tuple[State, State], orders: int, lasts_s: float, since_s: float) -> State:
-    """The polynomial of `2 * orders` coefficients with the given states at both ends, from its linear equations."""
-
-    def derivative(order: int, at_s: float) -> list[float]:
-        return [math.perm(power, order) * at_s ** max(power - order, 0) for power in range(2 * orders)]
-
-    rows = [derivative(order, at_s) for at_s in (0.0, lasts_s) for order in range(orders)]
-    factors = np.linalg.solve(np.array(rows), [state[order] for state in states for order in range(orders)])
-    position, velocity, acceleration = (float(np.dot(derivative(order, since_s), factors)) for order in range(3))
-    return position, velocity, acceleration
-
-
-@dataclass
-class LiteralController:
-    """The controller's documentation taken literally: a step per millisecond, joint by joint, nothing vectorised."""
-
-    state: dict[str, State]
-    active: Trajectory | None = None
-    waiting: tuple[Trajectory, ...] = ()
-    start_ns: int = 0
-    before_ns: int = 0
-    before: dict[str, State] | None = None
-
-    def receive(self, trajectory: Trajectory, now_ns: int) -> None:
-        stamp_ns = trajectory.stamp_ns
-        if stamp_ns and stamp_ns + trajectory.points[-1].time_from_start_ns < now_ns:
-            return
-        self.waiting = tuple(earlier for earlier in self.waiting if earlier.stamp_ns < max(stamp_ns, now_ns))
-        if stamp_ns > now_ns:
-            self.waiting += (trajectory,)
-        else:
-            self.install(trajectory, now_ns)
-
-    def install(self, trajectory: Trajectory, now_ns: int) -> None:
-        self.active, self.start_ns = trajectory, trajectory.stamp_ns or now_ns
-        self.before_ns, self.before = now_ns, dict(self.state)
-
-    def step(self, now_ns: int) -> list[float]:
-        if self.waiting and now_ns >= self.waiting[0].stamp_ns:
-            self.state = self.desired(now_ns)
-            self.install(self.waiting[0], now_ns)
-            self.waiting = self.waiting[1:]
-        self.state = self.desired(now_ns)
-        return [self.state[joint][0] for joint in JOINTS]
-
-    def desired(self, now_ns: int) -> dict[str, State]:
-        if self.active is None or self.before is None:
-            return self.state
-        found = {}
-        for joint in JOINTS:
-            if joint not in self.active.joints:
-                found[joint] = self.left_out(joint, now_ns)
-                continue
-            i = list(self.active.joints).index(joint)
-            knots = [
-                (self.start_ns + p.time_from_start_ns, [float(v[i]) for v in p[1:4] if len(v)])
-                for p in self.active.points
-            ]
-            found[joint] = self.follow([(self.before_ns, list(self.before[joint]))], knots, now_ns)
-        return found
-
-    def left_out(self, joint: str, now_ns: int) -> State:
-        """The state of a joint that is left out: where it was, and at rest if the other joints give velocities."""
-        assert self.active is not None and self.before is not None
-        stays = self.before[joint][0]
-        knots = [
-            (self.start_ns + p.time_from_start_ns, [stays, 0.0, 0.0][: sum(len(v) > 0 for v in p[1:4])])
-            for p in self.active.points
-        ]
-        return self.follow([(self.before_ns, list(self.before[joint]))], knots, now_ns)
-
-    @staticmethod
-    def follow(before: list[tuple[int, list[float]]], knots: list[tuple[int, list[float]]], now_ns: int) -> State:
-        if now_ns >= knots[-1][0]:
-            position, velocity, acceleration = (*knots[-1][1], 0.0, 0.0)[:3]
-            return position, velocity, acceleration
-        way = knots if now_ns >= knots[0][0] else before + knots
-        k = max(k for k in range(len(way)) if way[k][0] <= now_ns)
-        (one_ns, one), (two_ns, two) = way[k], way[k + 1]
-        orders = min(len(one), len(two))
-        ends = [(*values, 0.0, 0.0)[:3] for values in (one, two)]
-        return polynomial((ends[0], ends[1]), orders, (two_ns - one_ns) / NS_PER_S, (now_ns - one_ns) / NS_PER_S)
 
 
 @st.composite
