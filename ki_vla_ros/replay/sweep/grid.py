@@ -9,6 +9,7 @@ stands for `execution_horizon_s`; every other name is that of a parameter.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ki_vla_ros.settings import (
 
 Value = bool | int | float | str
 Changes = Mapping[str, Value]
+MOST_POINTS = 100_000  # checking them takes seconds; trying that many would take days
 HORIZON, HORIZON_S = "execution_horizon", "execution_horizon_s"
 _RANGE = re.compile(r"^(-?[0-9.]+)\.\.(-?[0-9.]+|H)(?:/([0-9.]+))?$")
 # Parameters that only some executors use. With other executors a sweep leaves them unchanged.
@@ -75,6 +77,10 @@ def make_grid(texts: Sequence[str], base: Settings, manifest: PolicySpec) -> Gri
     axes = dict(_axis(text, manifest) for text in texts)
     if len(axes) != len(texts):
         raise ConfigurationError(f"--sweep: expected each parameter once, got {' '.join(texts)}")
+    if (points := math.prod(map(len, axes.values()))) > MOST_POINTS:
+        raise ConfigurationError(
+            f"--sweep {' '.join(texts)}: expected at most {MOST_POINTS} settings, got {points}; sweep fewer values"
+        )
     given = parameters_of(base)
     first = Candidate({}, base)
     found, refused, asked = {_behaviour(base, manifest): first}, dict[str, int](), 0
@@ -126,10 +132,14 @@ def _values(part: str, horizon: int, text: str) -> Iterator[str]:
     if match is None:
         yield str(horizon) if part == "H" else part
         return
-    low, high = float(match[1]), float(horizon if match[2] == "H" else match[2])
-    step = float(match[3] or 1.0)
-    if step <= 0.0 or high < low or (high - low) / step > 1000.0:
-        raise ConfigurationError(f"--sweep {text}: expected LOW..HIGH or LOW..HIGH/STEP, rising, got {part}")
+    expected = f"--sweep {text}: expected LOW..HIGH or LOW..HIGH/STEP, rising, of at most 1000 steps, got {part}"
+    try:
+        low, high = float(match[1]), float(horizon if match[2] == "H" else match[2])
+        step = float(match[3] or 1.0)
+    except ValueError:  # 1.2.3
+        raise ConfigurationError(expected) from None
+    if not (step > 0.0 and 0.0 <= (high - low) / step <= 1000.0):
+        raise ConfigurationError(expected)
     for k in range(int((high - low) / step + 1e-9) + 1):
         yield f"{round(low + k * step, 9):g}"
 

@@ -73,8 +73,16 @@ def test_impossible_pairs_are_refused_and_counted() -> None:
         ("bundle=demo", "cannot be swept"),
         ("torch_mode=eager,graph", "cannot be swept"),
         ("joint_states_topic=a", "cannot be swept"),
+        ("execution_horizon=1.2.3..4", "expected LOW..HIGH"),
+        ("execution_horizon=" + "9" * 400 + ".." + "9" * 400, "expected LOW..HIGH"),
+        ("execution_horizon=1..2/" + "0." + "0" * 400 + "1", "expected LOW..HIGH"),
     ],
 )
 def test_nonsense_is_refused_by_name(text: str, says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         grid(text, "execution_horizon=4,6" if not text.startswith("execution_horizon=") else "executor=rtc")
+
+
+def test_a_grid_that_nobody_could_wait_for_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="expected at most 100000 settings, got 1030301000"):
+        grid("max_age_s=0.1..1.1/0.01", "sync_slop_s=0..1/0.01", "hold_after_s=1..2/0.01", "noise_seed=1..1000")
