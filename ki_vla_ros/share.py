@@ -17,6 +17,20 @@ PACKAGE = "ki_vla_ros"
 PROFILE_VARIABLES: Final[tuple[str, ...]] = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 
 
+def expand(path: Path | str) -> Path:
+    """The path with ~ as a home; ConfigurationError if no file can have it, or the user's home is not known."""
+    try:
+        expanded = Path(path).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            expanded.stat()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigurationError(
+            f"{str(path)[:80]!r}: expected a path, got one that no file can have here ({why})"
+        ) from error
+    return expanded
+
+
 def find_share(relative: str) -> Path:
     """The package's file or folder `relative` (say `config/demo.yaml`), in a ROS or pip installation or a checkout."""
     looked = []
@@ -36,7 +50,7 @@ def find_bundle(bundle: str) -> Path:
         raise ConfigurationError(
             "parameter 'bundle': expected the folder of a model bundle or the name of one in models/, got ''"
         )
-    folder = Path(bundle).expanduser()
+    folder = expand(bundle)
     if folder.is_dir() or folder.name != bundle:
         return folder
     return find_share(f"models/{bundle}")

@@ -26,6 +26,7 @@ from ki_vla_ros.bags.storage import BagFault, Faults, Piece, Storage, Topic, in_
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.files import check_file, open_file, read_text
 from ki_vla_ros.messages import BagMessage
+from ki_vla_ros.share import expand
 from ki_vla_ros.yaml_file import LARGEST_YAML, parse_yaml
 
 METADATA = "metadata.yaml"
@@ -221,7 +222,7 @@ def open_bag(path: str | Path) -> Bag:
 
     ConfigurationError if there is no bag at `path` or it cannot be opened.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     if not path.exists():
         raise ConfigurationError(f"bag {path}: no such file or folder")
     try:

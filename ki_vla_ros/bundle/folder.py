@@ -28,6 +28,7 @@ from ki_vla_ros.bundle.tokenizer import read_tokenizer
 from ki_vla_ros.errors import BundleError, describe_validation
 from ki_vla_ros.files import is_name, read_json
 from ki_vla_ros.robot import read_urdf
+from ki_vla_ros.share import expand
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -98,7 +99,7 @@ def load_bundle(path: Path | str) -> Bundle:
     Files may be symbolic links if all of them point into the folder that the manifest's link points into: as colcon's
     --symlink-install makes them, with the same names there, or as a Hugging Face cache does, whose blobs have others.
     """
-    given = Path(path).expanduser()
+    given = expand(path)
     if not given.is_dir():
         raise BundleError(
             f"bundle: expected a folder, got {given}, which is {'a file' if given.exists() else 'missing'}"

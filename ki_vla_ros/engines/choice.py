@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.engines.plans import PlanCache, default_folder
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.settings import Settings
+from ki_vla_ros.share import expand
 
 
 def _print(message: str) -> None:
@@ -20,7 +20,7 @@ def _print(message: str) -> None:
 def open_engine(bundle: Bundle, settings: Settings, say: Callable[[str], object] = _print) -> Engine:
     """The chosen engine; only its libraries need to be installed. `say` announces slow work."""
     try:
-        folder = Path(settings.engine_cache).expanduser() if settings.engine_cache else default_folder()
+        folder = expand(settings.engine_cache) if settings.engine_cache else default_folder()
         if settings.engine in ("tensorrt", "tensorrt_rtx"):
             from ki_vla_ros.engines.tensorrt_engine import open_tensorrt
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from ki_vla_ros.share import find_share
+from ki_vla_ros.share import expand, find_share
 from ki_vla_ros.yaml_file import read_yaml
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -111,7 +111,7 @@ def check_parts(cameras: Sequence[CameraSpec], joints: Sequence[JointSpec]) -> N
 
 def find_robot(robot: str) -> Path:
     """The file as given, or the one in config/robots/ of the robot of this name."""
-    path = Path(robot).expanduser()
+    path = expand(robot)
     return find_share(f"config/robots/{robot}.yaml") if path.name == robot and not path.suffix else path
 
 

@@ -33,8 +33,9 @@ from ki_vla_ros.files import parse_json, read_file
 from ki_vla_ros.policy import check_instruction
 from ki_vla_ros.replay.latency import parse_latency
 from ki_vla_ros.replay.recorded import read_tick
-from ki_vla_ros.robot import read_robot
+from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.settings import load_settings, read_session
+from ki_vla_ros.share import find_bundle
 from training.config import load_config
 from training.data.lerobot import dataset
 from training.data.lerobot.layout import fill_path, read_info
@@ -119,6 +120,14 @@ def test_a_file_larger_than_it_should_be_is_not_read(tmp_path: Path) -> None:
         read_robot(tmp_path / "r.yaml")
     with pytest.raises(OSError, match="expected at most 16777216 bytes"):
         read_file(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("path", ["~nobody-has-this-name/x", "a" * 5000, "a\0b", "\x1b[2J" * 2000])
+def test_a_path_that_no_file_can_have(path: str) -> None:
+    for read in (find_bundle, load_bundle, open_bag, find_robot):
+        with pytest.raises(ConfigurationError, match="expected a path, got one that no file can have here") as caught:
+            read(path)
+        assert str(caught.value).isprintable()
 
 
 # --- JSON and YAML
