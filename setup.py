@@ -39,7 +39,17 @@ setup(
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
     package_data={NAME: ["py.typed", "sim/*.xml"]},
     data_files=installed_files(),
-    install_requires=["lz4", "mcap", "numpy", "pydantic>=2", "pyyaml", "rosbags", "tokenizers", "zstandard"],
+    install_requires=[
+        "lz4",
+        "mcap",
+        "numpy",
+        "pydantic>=2",
+        "pyyaml",
+        "rosbags",
+        "simplejpeg",
+        "tokenizers",
+        "zstandard",
+    ],
     extras_require={
         # Not required above: a ROS installation has python3-opencv already, and a robot may prefer onnxruntime-gpu.
         "demo": ["av", "mujoco", "onnxruntime", "opencv-python-headless"],

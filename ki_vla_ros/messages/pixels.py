@@ -14,14 +14,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import stamp_to_ns
 
 Pixels = NDArray[np.uint8]
-JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
-PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
+JPEG_BEGIN, PNG_BEGIN = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 # 8K is 33 million. A file of some kilobytes may announce a thousand times as many, and the decoder makes room for them.
 MOST_PIXELS = 50_000_000
 _COLOUR = "name the camera's colour topic"
@@ -166,40 +166,49 @@ def decode_compressed(where: str, data: Any, format: str = "") -> Pixels:
             f"{where}: expected a colour image, got {format!r:.60}, which is the sensor's mosaic compressed as if it "
             "were grey: compress the image after debayering"
         )
-    width, height = _announced_size(where, content)
-    if not 0 < width * height <= MOST_PIXELS:
-        raise InputError(f"{where}: expected 1 to {MOST_PIXELS} pixels, got a file that announces {width} x {height}")
-    # OpenCV 4 silently fills the missing part of a truncated jpeg with black; every whole one has an end marker.
-    if content[:2] == JPEG_BEGIN and JPEG_END not in bytes(content):
-        raise InputError(f"{where}: expected a whole jpeg image, got the first {len(content)} bytes of one")
-    # The pixels as the camera took them: a rotation noted in the file is for viewers.
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        bgr_HWC = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flags)
-    except cv2.error:
-        bgr_HWC = None
-    if bgr_HWC is None:
-        raise InputError(f"{where}: expected a jpeg or png image, got {len(content)} bytes of a damaged one")
-    rgb_HWC: Pixels = np.asarray(cv2.cvtColor(bgr_HWC, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    read = _read_jpeg if content[:2] == JPEG_BEGIN else _read_png
+    rgb_HWC = read(where, content)
     rgb_HWC.flags.writeable = False
     return rgb_HWC
 
 
-def _announced_size(where: str, content: memoryview) -> tuple[int, int]:
-    """Width and height that a jpeg or png announces; InputError for other files, and for 16 bits per channel."""
-    if content[:8] == PNG_BEGIN and len(content) > 24:
-        width, height, bits = struct.unpack_from(">IIB", content, 16)
-        if bits == 16:
-            raise InputError(f"{where}: expected a colour image, got a png of 16 bits, as depth has: {_COLOUR}")
-        return width, height
-    at, marker = 2, 0xFFFF if content[:2] == JPEG_BEGIN else 0
+def _read_jpeg(where: str, content: memoryview) -> Pixels:
+    """Every warning of the decoder is an error: where data is lost, it makes up the pixels.
+
+    OpenCV uses the same decoder, and the pixels are the same, but its warnings only go to stderr. A jpeg has no
+    checksum: some damage makes another valid image (docs/runtime.md).
+    """
     try:
-        while marker >= 0xFF00:
-            marker, length = struct.unpack_from(">HH", content, at)
-            if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):  # a frame header
-                height, width = struct.unpack_from(">HH", content, at + 5)
-                return width, height
-            at += 2 + max(length, 2) if marker != 0xFFFF else 1  # before a marker there may be more 0xFF
-    except struct.error:
-        raise InputError(f"{where}: expected a whole jpeg image, got the first {len(content)} bytes of one") from None
-    raise InputError(f"{where}: expected a jpeg or png image, got {len(content)} bytes that are neither")
+        height, width, *_ = simplejpeg.decode_jpeg_header(content)
+        _check_size(where, width, height)
+        rgb_HWC: Pixels = simplejpeg.decode_jpeg(content, "RGB")
+    except ValueError as error:
+        raise InputError(
+            f"{where}: expected a whole jpeg image, got {len(content)} bytes of a damaged one: {error}"
+        ) from error
+    return rgb_HWC
+
+
+def _read_png(where: str, content: memoryview) -> Pixels:
+    """OpenCV refuses whatever does not fit the checksums of a png."""
+    if content[:8] != PNG_BEGIN:
+        raise InputError(f"{where}: expected a jpeg or png image, got {len(content)} bytes that are neither")
+    fault = f"{where}: expected a whole png image, got {len(content)} bytes of a damaged one"
+    if len(content) < 25:
+        raise InputError(fault)
+    width, height, bits = struct.unpack_from(">IIB", content, 16)
+    if bits == 16:
+        raise InputError(f"{where}: expected a colour image, got a png of 16 bits, as depth has: {_COLOUR}")
+    _check_size(where, width, height)
+    try:
+        bgr_HWC = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise InputError(fault) from error
+    if bgr_HWC is None:
+        raise InputError(fault)
+    return np.asarray(cv2.cvtColor(bgr_HWC, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def _check_size(where: str, width: int, height: int) -> None:
+    if not 0 < width * height <= MOST_PIXELS:
+        raise InputError(f"{where}: expected 1 to {MOST_PIXELS} pixels, got a file that announces {width} x {height}")

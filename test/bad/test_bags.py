@@ -329,8 +329,8 @@ def test_bytes_that_are_not_an_image_are_refused() -> None:
         camera_frame(message(sample_bags.STRING, sample_bags.text("x")), "scene")
     for content, fault in [
         (b"", "got 0 bytes that are neither"),
-        (b"\xff\xd8 no jpeg \xff\xd9", "got 13 bytes that are neither"),
-        (bad_bags._half_jpeg(), "expected a whole jpeg image, got the first"),
+        (b"\xff\xd8 no jpeg \xff\xd9", "expected a whole jpeg image, got 13 bytes of a damaged one"),
+        (bad_bags._half_jpeg(), "expected a whole jpeg image, got .* bytes of a damaged one"),
     ]:
         with pytest.raises(InputError, match=f"camera 'scene': .*{fault}"):
             camera_frame(message(sample_bags.COMPRESSED_IMAGE, sample_bags.jpeg(0, content)), "scene")

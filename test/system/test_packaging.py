@@ -26,7 +26,7 @@ ROSDEP_KEYS = {
     "yaml": "python3-yaml",
 }
 # Not to be had from rosdep, or for the demo alone: from pip, as package.xml and the README say.
-FROM_PIP = {"av", "lz4", "mcap", "mujoco", "onnxruntime", "rosbags", "tokenizers", "zstandard"}
+FROM_PIP = {"av", "lz4", "mcap", "mujoco", "onnxruntime", "rosbags", "simplejpeg", "tokenizers", "zstandard"}
 # Imported only when a parameter asks for it.
 OPTIONAL = {"cuda", "torch"}
 
