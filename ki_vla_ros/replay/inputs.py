@@ -129,11 +129,11 @@ class ReplayBuffer(ObservationBuffer):
             self.feed.advance(now_ns)
         return super().latest(now_ns, max_age_ns)
 
-    def measured(self, now_ns: int, max_age_ns: int) -> NDArray[np.float64]:
+    def measured(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
         with self.paused():
             self.watch(now_ns)
             self.feed.advance(now_ns)
-        return super().latest(now_ns, max_age_ns)[1]
+        return super().latest(now_ns, max_age_ns)
 
     def _broken(self, observation: Observation) -> CameraFrame | None:
         """The first frame whose pixels cannot be read; the node would have refused it on arrival."""

@@ -26,12 +26,13 @@ from ki_vla_ros.records import ActionChunk, Motion, Observation, to_ns
 from ki_vla_ros.robot import main_joints
 from ki_vla_ros.runtime.chunking import ChunkExecutor
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
-from ki_vla_ros.runtime.governor import Bounds, Governor, moved_room
+from ki_vla_ros.runtime.governor import START_GAP_S, Bounds, Governor, moved_room
 from ki_vla_ros.runtime.observation import ObservationBuffer
+from ki_vla_ros.runtime.pacing import READING_NS
 from ki_vla_ros.runtime.safety import SafetyGate, joint_bounds
 from ki_vla_ros.settings import Settings
 
-# How often a motion that was finished too late is thrown away and made again.
+# How often a motion that was finished too late is thrown away and made again, or two clocks are read again.
 ATTEMPTS = 3
 # Share of the speed limits that the ramp over ramp_in_s starts from.
 FIRST_SHARE = 0.1
@@ -184,18 +185,17 @@ class PolicyLoop:
                 raise SafetyRefusal(f"stopped: {self._latched}")
             if self._ended:
                 return None
-            measured_J = self.buffer.measured(now_ns, max_age_ns)
+            measured_ns, measured_J = self.buffer.measured(now_ns, max_age_ns)
             with watch.stage("safety"):
                 screened, corrections = self._gate.screen(chunk, observation.stamp_ns, measured_J, now_ns)
-            start_J, wait_ns = self._start(settings, measured_J)
+            ahead_ns = self._ahead_ns()
+            start_J, wait_ns = self._start(settings, measured_ns + ahead_ns, measured_J)
             # A chunk of which too little would be left does not wait: the controller gets to the start first.
             if start_J is not None and wait_ns > screened.horizon * screened.period_ns // 2:
                 self._settle(settings, start_J, wait_ns, watch)
                 raise SafetyRefusal(self._waiting)
-            lead_ns = max(lead_ns, wait_ns)
             with watch.stage("chunking"):
-                target = self._executor.join(settings, screened, now_ns, lead_ns)
-                ahead_ns = wire.motion_ns() - wire.now_ns()
+                target = self._executor.join(settings, screened, now_ns, lead_ns + wait_ns)
                 path = dataclasses.replace(target, start_ns=target.start_ns + ahead_ns)
             bounds = self._ramped(settings)
 
@@ -204,7 +204,9 @@ class PolicyLoop:
                     raise SafetyRefusal(f"stopped: {self._latched}")
                 return self._governor.follow(path, start_J, from_ns, at_ns, bounds), bounds
 
-            self._send(follow, lead_ns, watch, measured_J, dry_run=settings.dry_run)
+            if start_J is None:  # the controller is on its way to where the running motion begins
+                lead_ns, wait_ns = max(lead_ns, wait_ns), 0
+            self._send(follow, lead_ns, wait_ns, watch, measured_J, dry_run=settings.dry_run)
             with watch.stage("publish"):
                 sent = Sent(self._chunks, observation, now_ns, wire.now_ns())
                 self._executor.accept(target, tick_ns)
@@ -386,11 +388,12 @@ class PolicyLoop:
         self,
         make: Callable[[int, int], tuple[Motion, Bounds]],
         lead_ns: int,
+        wait_ns: int,
         watch: Stopwatch,
         measured_J: NDArray[np.float64] | None,
         dry_run: bool = False,
     ) -> None:
-        """Sends what `make` makes of (when it takes over, now), before that moment has come.
+        """Sends what `make` makes of (when it takes over, now), at least `wait_ns` before it takes over.
 
         A motion that is finished later is thrown away and made again: the controller has gone on without it. With
         `measured_J` the gate judges it. SafetyRefusal if the gate does not let it pass, or if all were late.
@@ -399,7 +402,7 @@ class PolicyLoop:
         for _ in range(ATTEMPTS):
             with watch.stage("chunking"):
                 at_ns = self.wire.motion_ns()
-                from_ns = self._governor.handover_ns(at_ns, lead_ns + took_ns)
+                from_ns = self._governor.handover_ns(at_ns, lead_ns + wait_ns + took_ns)
                 motion, bounds = make(from_ns, at_ns)
             if measured_J is not None:
                 with watch.stage("verify"):
@@ -407,7 +410,8 @@ class PolicyLoop:
             with watch.stage("publish"):
                 sent_ns = self.wire.motion_ns()
                 took_ns = 2 * (sent_ns - at_ns)
-                if sent_ns > from_ns:
+                late_ns = sent_ns + wait_ns - from_ns
+                if late_ns > 0:
                     continue
                 if dry_run:
                     return  # the running motion stays what the arm was really told
@@ -419,38 +423,59 @@ class PolicyLoop:
                 self._governor.commit(motion, bounds)
                 return
         raise SafetyRefusal(
-            f"motion: finished {(sent_ns - from_ns) / 1e6:.0f} ms after it had to take over, {ATTEMPTS} times running; "
+            f"motion: finished {late_ns / 1e6:.0f} ms after it had to be sent, {ATTEMPTS} times running; "
             "is this computer overloaded? Free it, or raise lead_s"
         )
 
-    def _start(self, settings: Settings, measured_J: NDArray[np.float64]) -> tuple[NDArray[np.float64] | None, int]:
+    def _ahead_ns(self) -> int:
+        """How far the clock of the motion is ahead of the node's; a process may be stopped between reading the two."""
+        for _ in range(ATTEMPTS):
+            before_ns, now_ns, after_ns = self.wire.motion_ns(), self.wire.now_ns(), self.wire.motion_ns()
+            if after_ns - before_ns < READING_NS:
+                break
+        return after_ns - now_ns
+
+    def _start(
+        self, settings: Settings, measured_ns: int, measured_J: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64] | None, int]:
         """Where the next motion starts at rest, and the time in ns that the controller needs to get there.
 
-        (None, time) if the running motion goes on instead. SafetyRefusal if the arm is not where a running motion, or a
-        stream, should have brought it.
+        (None, time) if the running motion goes on instead. `measured_ns` is on the clock of the motion. SafetyRefusal
+        if the arm is not where a running motion, or a stream, should have brought it.
         """
         governor, at_ns = self._governor, self.wire.motion_ns()
+        running = governor.running
+        if running is None:
+            return self._start_from_rest(settings, measured_J, measured_J, at_ns)
+        # The arm has gone on since it was measured, as it was told to.
+        arm_J = measured_J + running.at(at_ns)[0] - running.at(measured_ns)[0]
         if governor.at_rest(at_ns):
-            return self._start_from_rest(settings, measured_J, at_ns)
-        assert governor.running is not None
-        off_J = np.abs(governor.running.at(at_ns)[0] - measured_J)
-        away_J = (off_J > self._gate.bounds.speed_J * self._limits.max_jump_s) & self._main_J  # a moving arm trails
+            return self._start_from_rest(settings, running.position_NJ[-1], arm_J, at_ns)
+        off_J = np.abs(running.at(at_ns)[0] - arm_J)
+        away_J = (off_J > self._trailing_J()) & self._main_J
         if not away_J.any():
-            return None, max(0, int(governor.running.time_N[0]) - at_ns)
+            return None, max(0, int(running.time_N[0]) - at_ns)
         if not self.wire.moves_arm():
             return measured_J, 0
         where = self._describe_away(away_J, off_J)
         raise SafetyRefusal(f"{where} (limits.max_jump_s): is it blocked, or moved by someone else?")
 
+    def _trailing_J(self) -> NDArray[np.float64]:
+        """How far [J] a moving arm may trail its command."""
+        trailing_J: NDArray[np.float64] = self._gate.bounds.speed_J * self._limits.max_jump_s
+        return trailing_J
+
     def _start_from_rest(
-        self, settings: Settings, measured_J: NDArray[np.float64], at_ns: int
+        self, settings: Settings, sent_J: NDArray[np.float64], arm_J: NDArray[np.float64], at_ns: int
     ) -> tuple[NDArray[np.float64], int]:
         governor, bounds = self._governor, self._gate.bounds
-        sent_J = measured_J if governor.running is None else governor.running.position_NJ[-1]
-        off_J, streams = np.abs(sent_J - measured_J), settings.publish_mode == "stream"
-        away_J = off_J > moved_room(bounds)
+        off_J, streams = np.abs(sent_J - arm_J), settings.publish_mode == "stream"
+        room_J = moved_room(bounds)
+        if governor.running is not None and at_ns < governor.running.end_ns + to_ns(self._limits.max_jump_s):
+            room_J = np.maximum(room_J, bounds.speed_J * START_GAP_S)  # it has just arrived, and may still trail
+        away_J = off_J > room_J
         if not self.wire.moves_arm():
-            return (measured_J if away_J.any() else sent_J), 0
+            return (arm_J if away_J.any() else sent_J), 0
         if not (streams and self._started):
             away_J &= self._main_J  # a gripper that holds something never gets to where it was sent
         if away_J.any() and not self._started:  # between deactivation and activation it may be anywhere
@@ -463,7 +488,7 @@ class PolicyLoop:
         if self._ramp_share(settings, at_ns) < 1.0:  # a speed within limits that rise so fast rises no faster
             rise_J = (1.0 - FIRST_SHARE) * bounds.speed_J / settings.ramp_in_s
             bounds = dataclasses.replace(bounds, acceleration_J=np.minimum(bounds.acceleration_J, rise_J))
-        start_J, settle_s = governor.start(measured_J, away_J, bounds, first=self._started)
+        start_J, settle_s = governor.start(arm_J, away_J, bounds, first=self._started)
         return start_J, 0 if streams else to_ns(settle_s)
 
     def _describe_away(self, away_J: NDArray[np.bool_], off_J: NDArray[np.float64]) -> str:
@@ -479,7 +504,7 @@ class PolicyLoop:
 
         self._ramped(settings)  # begins with this motion
         self._waiting = "start: the controller is being led to where the arm is; the next chunk follows from there"
-        self._send(settle, wait_ns, watch, None, dry_run=settings.dry_run)
+        self._send(settle, to_ns(settings.lead_s), wait_ns, watch, None, dry_run=settings.dry_run)
         self._held, self._started = True, False
 
     def _hold(self, settings: Settings) -> None:
@@ -489,7 +514,7 @@ class PolicyLoop:
             if self._held or self._governor.at_rest(self.wire.motion_ns()):
                 return
             try:  # in a dry run too: something sent before it is still moving the arm
-                self._send(self._governor.brake, to_ns(settings.lead_s), Stopwatch(), None)
+                self._send(self._governor.brake, to_ns(settings.lead_s), 0, Stopwatch(), None)
             except SafetyRefusal as refusal:
                 self.wire.log(f"hold: {refusal}", "hold")
                 return

@@ -262,12 +262,15 @@ class ObservationBuffer:
         state_J, joint_ns = self._joints_at(readings, stamp_ns, max_age_ns)
         return Observation(stamp_ns, frames, state_J, joint_ns)
 
-    def measured(self, now_ns: int, max_age_ns: int) -> NDArray[np.float64]:
-        """The newest joint positions [J]; StaleInput if older than `max_age_ns` (or their own limit)."""
-        return self.latest(now_ns, max_age_ns)[1]
+    def measured(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
+        """`latest`, for what is about to be sent; a replay tells the two apart."""
+        return self.latest(now_ns, max_age_ns)
 
     def latest(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
-        """The stamp of the newest joint positions, and the positions; see `measured`."""
+        """The stamp of the newest joint positions, and the positions [J].
+
+        StaleInput if they are older than `max_age_ns` (or their own limit).
+        """
         with self._lock:
             if fault := self._joint_fault(now_ns, max_age_ns):
                 raise StaleInput(fault)

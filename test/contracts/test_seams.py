@@ -85,15 +85,16 @@ class Arm:
     rest_J: NDArray[np.float64]
     stale: float
 
-    def measured(self, now_ns: int, max_age_ns: int) -> NDArray[np.float64]:
-        return np.clip(self.wire.commanded(self.rest_J)[0] + self.rng.uniform(-1, 1, 2) * [2e-3, 1e-4], LOWER, UPPER)
+    def measured(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
+        error_J = self.rng.uniform(-1, 1, 2) * [2e-3, 1e-4]
+        return now_ns, np.clip(self.wire.commanded(self.rest_J)[0] + error_J, LOWER, UPPER)
 
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
         if self.rng.random() < self.stale:
             raise StaleInput("camera 'scene': newest frame 900 ms old")
         stamp_ns = now_ns - int(self.rng.integers(0, 60)) * MS
         frame = CameraFrame("scene", stamp_ns, np.zeros((1, 1, 3), np.uint8))
-        return Observation(stamp_ns, {"scene": frame}, self.measured(now_ns, max_age_ns))
+        return Observation(stamp_ns, {"scene": frame}, self.measured(now_ns, max_age_ns)[1])
 
     def clear(self) -> None: ...
 

@@ -368,7 +368,7 @@ def test_a_motion_that_was_finished_too_late_is_made_again(rig: Rig) -> None:
     running, _ = rig.wire.commands[0]
     rig.wire.time_ns += 300 * MS
     rig.give_inputs()
-    rig.wire.computing_ns = [0] * 5 + [60 * MS]
+    rig.wire.computing_ns = [0] * 6 + [60 * MS]
     rig.tick()
     after, sent_ns = rig.wire.commands[1]
     assert sent_ns == START + 360 * MS and after.from_ns >= sent_ns
@@ -382,8 +382,8 @@ def test_motions_that_are_always_too_late_are_never_sent(rig: Rig) -> None:
     rig.wire.time_ns += 300 * MS
     rig.give_inputs()
     # Each one takes longer than the time that the one before it makes it take into account.
-    rig.wire.computing_ns = [0] * 5 + [40 * MS, 0, 200 * MS, 0, 900 * MS]
-    with pytest.raises(SafetyRefusal, match=r"motion: finished .* after it had to take over, 3 times running"):
+    rig.wire.computing_ns = [0] * 6 + [40 * MS, 0, 200 * MS, 0, 900 * MS]
+    with pytest.raises(SafetyRefusal, match=r"motion: finished .* after it had to be sent, 3 times running"):
         rig.tick()
     assert len(rig.wire.commands) == 1
 

@@ -38,7 +38,7 @@ def add(buffer: ObservationBuffer, at_ms: float, *position: float) -> bool:
 
 
 def where(buffer: ObservationBuffer, at_ms: float) -> tuple[float, ...]:
-    return tuple(buffer.measured(NOW + round(at_ms * MS), 250 * MS))
+    return tuple(buffer.measured(NOW + round(at_ms * MS), 250 * MS)[1])
 
 
 def test_two_swapped_values_are_refused_and_named_and_hold_nothing() -> None:
