@@ -37,7 +37,7 @@ def test_a_tick_sends_what_is_left_of_the_policys_chunk(rig: Rig) -> None:
     assert sent_ns == START and START + 210 * MS < command.from_ns < START + 230 * MS
     np.testing.assert_array_equal(command.position_NJ[0], demo_observation().state_J)
     for k in range(14, 16):  # until then it makes up for the wait
-        np.testing.assert_allclose(command.at(chunk.due_ns(k))[0], chunk.position_HJ[k], atol=2e-3)
+        np.testing.assert_allclose(command.at(chunk.due_ns(k))[0], chunk.position_HJ[k], atol=5e-3)
     np.testing.assert_array_equal(command.velocity_NJ[-1], 0.0)
 
 
