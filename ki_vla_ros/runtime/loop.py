@@ -32,6 +32,8 @@ from ki_vla_ros.runtime.pacing import READING_NS
 from ki_vla_ros.runtime.safety import SafetyGate, joint_bounds
 from ki_vla_ros.settings import Settings
 
+# An arm may still trail this long after its motion has ended.
+ARRIVING_NS = 100_000_000
 # How often a motion that was finished too late is thrown away and made again, or two clocks are read again.
 ATTEMPTS = 3
 # Share of the speed limits that the ramp over ramp_in_s starts from.
@@ -471,7 +473,7 @@ class PolicyLoop:
         governor, bounds = self._governor, self._gate.bounds
         off_J, streams = np.abs(sent_J - arm_J), settings.publish_mode == "stream"
         room_J = moved_room(bounds)
-        if governor.running is not None and at_ns < governor.running.end_ns + to_ns(self._limits.max_jump_s):
+        if governor.running is not None and at_ns < governor.running.end_ns + ARRIVING_NS:
             room_J = np.maximum(room_J, bounds.speed_J * START_GAP_S)  # it has just arrived, and may still trail
         away_J = off_J > room_J
         if not self.wire.moves_arm():

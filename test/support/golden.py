@@ -11,6 +11,7 @@ from support import ROOT
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 from training.model.vla import VLAConfig
+from training.weights.foreign import HEAD, TABLE
 
 GOLDEN = ROOT / "test" / "contracts" / "golden"
 
@@ -32,4 +33,6 @@ def draw_weights() -> dict[str, Tensor]:
     for key, shape in shapes.items():
         generator = np.random.default_rng(zlib.crc32(key.encode()))
         weights[key] = torch.from_numpy(generator.standard_normal(shape).astype(np.float32) * np.float32(0.15))
+    # One tensor in openpi's model, where the draw for the head's key is in force.
+    weights[TABLE] = weights[HEAD].clone()
     return weights
