@@ -160,11 +160,21 @@ class PolicyNode(LifecycleNode):
         engine = self._loaded.engine.description if self._loaded else ""
         now_ns = int(self.get_clock().now().nanoseconds)
         inputs = self._loaded.buffer.status(now_ns) if self._loaded else {}
-        report = self._diagnostics.report(lifecycle, engine, time.monotonic(), inputs, self._find_others(lifecycle))
+        faults = {**self._find_others(lifecycle), **self._describe_stop(lifecycle)}
+        report = self._diagnostics.report(lifecycle, engine, time.monotonic(), inputs, faults)
         if self._loaded is not None and self._loaded.shadow is not None:
             report = replace(report, values={**report.values, **self._loaded.shadow.values(now_ns)})
         name, hardware = self.get_fully_qualified_name(), self._loaded.bundle.manifest.name if self._loaded else ""
         self._diagnostics_publisher.publish(diagnostics_message(name, hardware, report, now_ns))
+
+    def _describe_stop(self, lifecycle: str) -> Mapping[str, Level]:
+        """A stop that waits for ~/reset while the node is not active; an active node's ticks name it."""
+        stopped = self._stopped if self._loaded is None else self._loaded.loop.latched
+        return (
+            {}
+            if stopped is None or lifecycle == "active"
+            else {f"stopped: {stopped}; call ~/reset to release it": Level.WARNING}
+        )
 
     def _find_others(self, lifecycle: str) -> Mapping[str, Level]:
         """Who commands the arm beside this node while it does, and who publishes joint states if several do.

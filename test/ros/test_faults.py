@@ -250,6 +250,7 @@ def test_a_stop_outlives_every_transition(moving: PolicyProcess, robot: Robot, s
         if state == stopped_while:
             assert robot.trigger("stop") == (True, "stopped until ~/reset")
         assert robot.change(step)
+    until(lambda: "stopped: by the service ~/stop; call ~/reset" in robot.diagnostics[-1].status[0].message)
     assert robot.change("activate")
     count, ticks = len(robot.commands), len(robot.ticks)
     until(lambda: len(robot.ticks) > ticks + 5)
