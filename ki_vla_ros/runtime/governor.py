@@ -10,7 +10,7 @@ Legend: N periods, J joints. Positions in rad or m, times in s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import numpy as np
@@ -119,11 +119,16 @@ class Governor:
         """Only leads the controller to `start_J`, where it is to be, at rest, at `from_ns`."""
         return Motion(self._joints, from_ns, np.array([from_ns]), start_J[None], np.zeros((1, len(self._joints))))
 
-    def brake(self, from_ns: int, now_ns: int) -> tuple[Motion, Bounds]:
-        """The running motion until `from_ns`, then to rest as soon as the bounds allow that it was made within."""
+    def brake(self, from_ns: int, now_ns: int, acceleration_J: Array) -> tuple[Motion, Bounds]:
+        """The running motion until `from_ns`, then to rest as soon as bounds allow; and these bounds.
+
+        They are those that the motion was made within, or with the limits of acceleration that are in force now,
+        whichever stops the arm sooner.
+        """
         assert self._bounds is not None
-        nowhere = np.zeros((0, len(self._joints)))
-        return self._continue(nowhere, nowhere, None, from_ns, now_ns, self._bounds), self._bounds
+        acceleration_J = np.maximum(self._bounds.acceleration_J, acceleration_J)
+        bounds, nowhere = replace(self._bounds, acceleration_J=acceleration_J), np.zeros((0, len(self._joints)))
+        return self._continue(nowhere, nowhere, None, from_ns, now_ns, bounds), bounds
 
     def _continue(
         self, path_NJ: Array, speed_NJ: Array, start_J: Array | None, from_ns: int, now_ns: int, bounds: Bounds

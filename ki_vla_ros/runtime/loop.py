@@ -400,18 +400,19 @@ class PolicyLoop:
         A motion that is finished later is thrown away and made again: the controller has gone on without it. With
         `measured_J` the gate judges it. SafetyRefusal if the gate does not let it pass, or if all were late.
         """
-        took_ns = 0
+        more_ns = took_ns = 0
         for _ in range(ATTEMPTS):
             with watch.stage("chunking"):
                 at_ns = self.wire.motion_ns()
-                from_ns = self._governor.handover_ns(at_ns, lead_ns + wait_ns + took_ns)
+                from_ns = self._governor.handover_ns(at_ns, lead_ns + wait_ns + more_ns)
                 motion, bounds = make(from_ns, at_ns)
             if measured_J is not None:
                 with watch.stage("verify"):
                     self._gate.judge(motion, measured_J)
             with watch.stage("publish"):
                 sent_ns = self.wire.motion_ns()
-                took_ns = 2 * (sent_ns - at_ns)
+                # Whatever stopped the process once need not do it again; only then is it slow, and gets more time.
+                more_ns, took_ns = 2 * took_ns, sent_ns - at_ns
                 late_ns = sent_ns + wait_ns - from_ns
                 if late_ns > 0:
                     continue
@@ -509,6 +510,9 @@ class PolicyLoop:
         self._send(settle, to_ns(settings.lead_s), wait_ns, watch, None, dry_run=settings.dry_run)
         self._held, self._started = True, False
 
+    def _brake(self, from_ns: int, at_ns: int) -> tuple[Motion, Bounds]:
+        return self._governor.brake(from_ns, at_ns, self._gate.bounds.acceleration_J)
+
     def _hold(self, settings: Settings) -> None:
         """Brakes on the commanded path, if a motion of ours moves the arm that is not a hold already."""
         with self._moving:
@@ -516,7 +520,7 @@ class PolicyLoop:
             if self._held or self._governor.at_rest(self.wire.motion_ns()):
                 return
             try:  # in a dry run too: something sent before it is still moving the arm
-                self._send(self._governor.brake, to_ns(settings.lead_s), 0, Stopwatch(), None)
+                self._send(self._brake, to_ns(settings.lead_s), 0, Stopwatch(), None)
             except SafetyRefusal as refusal:
                 self.wire.log(f"hold: {refusal}", "hold")
                 return

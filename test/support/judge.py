@@ -436,10 +436,17 @@ class World:
                 if self.real.pieces[-1].from_ns > self.steady:  # what waits now begins this much earlier or later
                     self.late.append((self.steady, abs(step_ms) * MS + max(late_ns for _, late_ns in self.late)))
                 self.real.set_clock(self.real.offset_ns + step_ms * MS, self.steady)
+            elif self.case.mode == "splice" and self.offset_ns > self.real.offset_ns:
+                # Stamps are ahead of its clock: messages wait, and the next one drops them, for as long as that lasts.
+                self.late.append((self.steady, float("inf")))
         elif what == "stranger":
             self.late.append((self.steady, float("inf")))  # it does not come between the same messages in both
             self._interfere(*how)
+        elif what == "restart" and self.stalled and self.stalled[-1][1] > at:
+            pass  # whoever starts a controller anew waits until the node is inactive
         elif what == "restart":
+            # While it stops and starts, it listens to nothing: what is on its way is lost.
+            self.events = [event for event in self.events if event[1] != "message"]
             position_J = self.place(how)
             self.state = ("true", 0.0, 0)
             self.streamed.append((self.steady, position_J, None))
@@ -458,7 +465,10 @@ class World:
         elif what == "unset":
             self._change({name: value for name, value in self.parameters.items() if name not in how})
         elif what == "latch":
-            self.stopped.append([self.steady, 1 << 62])
+            # A controller that is being led to where the arm is gets there: nobody knows where it is on its way.
+            running = self.loop._governor.running
+            led_ns = 0 if running is None else int(running.time_N[0])
+            self.stopped.append([max(self.steady, led_ns), 1 << 62])
             self.loop.latch("by the case")
         elif what == "reset":
             for stop in self.stopped:
@@ -753,6 +763,8 @@ def stream_track(world: World) -> Track:
     period_ns = to_ns(world.case.period_s)
     sent: list[tuple[Array, Told, bool]] = [(rest_J, world.first, True)] * 2
     sent_at = [START] * 2
+    # A forwarding controller obeys whoever spoke last: beside a stranger there is nothing to judge.
+    alone_until = min([START + at * MS for at, what, _ in world.case.events if what == "stranger"], default=1 << 62)
     before_ns, stranger_ns, excused, stranger = START, 0, 0, Told(world.first.limits)
     for time_ns, position_J, told in world.streamed:
         if any(a < time_ns and before_ns < b for a, b in world.stalled) and time_ns - before_ns > 2 * period_ns:
@@ -764,7 +776,7 @@ def stream_track(world: World) -> Track:
             unseen = [end for begin, end in world.stalled if begin <= time_ns]
             if excused == 3 and time_ns >= max([stranger_ns, *unseen]) + SEEN_NS:
                 excused = 0
-            sent.append((position_J, told, not excused))
+            sent.append((position_J, told, not excused and time_ns < alone_until))
             excused = max(excused - 1, 0)
         sent_at += [time_ns] * (len(sent) - len(sent_at))
         before_ns = time_ns

@@ -439,6 +439,8 @@ def test_a_hold_is_small_whatever_the_limits_are() -> None:
     governor.commit(motion, wide)
     at_ns = START + 9 * NS_PER_S
     speed = float(motion.at(at_ns)[1][0])
-    brake, within = governor.brake(at_ns, at_ns)
-    assert within is wide and speed > 2.0
-    assert (brake.end_ns - at_ns) / NS_PER_S == pytest.approx(speed / 0.3, abs=0.01)
+    assert speed > 2.0
+    for limit, brakes in ((1e-3, 0.3), (0.3, 0.3), (3.0, 3.0)):  # the present limit, where it is the higher one
+        brake, within = governor.brake(at_ns, at_ns, np.array([limit]))
+        assert within.acceleration_J[0] == brakes and within.speed_J is wide.speed_J
+        assert (brake.end_ns - at_ns) / NS_PER_S == pytest.approx(speed / brakes, abs=0.01)
