@@ -199,7 +199,8 @@ class PolicyNode(LifecycleNode):
                     Level.ERROR
                 )
         for fault in faults.keys() - self._others:
-            self.get_logger().error(fault)
+            log = self.get_logger()
+            log.error(fault) if faults[fault] is Level.ERROR else log.warning(fault)
         self._others = set(faults)
         return faults
 

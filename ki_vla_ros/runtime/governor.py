@@ -30,7 +30,7 @@ MOST_PERIODS = 5000
 # someone else.
 MOVED_SHARE, MOVED_MOST = 0.02, 0.1
 # A controller that someone else commanded may be as far from the measured position as the joint turns in this time.
-START_GAP_S = 0.05
+START_GAP_S = 0.03
 
 
 @dataclass(frozen=True, eq=False)

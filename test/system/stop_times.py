@@ -2,12 +2,13 @@
 
     PYTHONPATH=test python -m system.stop_times
 
-The loop runs in real time on the test bundle. Each row: STOPS stops at random moments, from the call to the command
-that brakes.
+The loop runs in real time on the test bundle, for about five minutes. Each row: STOPS stops at random moments, from the
+call to the command that brakes.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import threading
 import time
@@ -89,6 +90,7 @@ def measure(bundle: Path, changes: Mapping[str, object]) -> list[float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="system.stop_times", description=__doc__).parse_args()
     print(f"| settings | tick | median | longest of {STOPS} |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for ending, reach in RANGES.items():

@@ -34,7 +34,7 @@ def test_a_tick_sends_what_is_left_of_the_policys_chunk(rig: Rig) -> None:
     np.testing.assert_array_equal(chunk.position_HJ, expected.position_HJ)
     assert chunk.start_ns == START - 60 * MS
     # It takes over, from where the arm is, when the controller has had the time to get there.
-    assert sent_ns == START and START + 210 * MS < command.from_ns < START + 230 * MS
+    assert sent_ns == START and START + 160 * MS < command.from_ns < START + 190 * MS
     np.testing.assert_array_equal(command.position_NJ[0], demo_observation().state_J)
     for k in range(14, 16):  # until then it makes up for the wait
         np.testing.assert_allclose(command.at(chunk.due_ns(k))[0], chunk.position_HJ[k], atol=5e-3)
