@@ -78,9 +78,7 @@ def _read_joint(name: str, joint: ElementTree.Element) -> UrdfJoint:
     kind = joint.get("type", "")
     if kind not in ("revolute", "prismatic", "continuous"):
         raise _refusal(f"joint {name!r}: expected type revolute, prismatic or continuous, got {kind!r:.60}")
-    limit, soft = (
-        next((child for child in joint if _local_name(child) == what), None) for what in ("limit", "safety_controller")
-    )
+    limit, soft = (_only_child(name, joint, what) for what in ("limit", "safety_controller"))
     if limit is None and kind != "continuous":
         raise _refusal(f"joint {name!r}: expected <limit>, which a {kind} joint must have, got none")
     velocity = _number(name, limit, "velocity", math.inf)
@@ -99,11 +97,20 @@ def _read_joint(name: str, joint: ElementTree.Element) -> UrdfJoint:
     return UrdfJoint(lower, upper, velocity, False)
 
 
+def _only_child(joint: str, element: ElementTree.Element, what: str) -> ElementTree.Element | None:
+    found = [child for child in element if _local_name(child) == what]
+    if len(found) > 1:  # readers differ in which of them counts
+        raise _refusal(f"joint {joint!r}: expected <{what}> once, got it {len(found)} times")
+    return found[0] if found else None
+
+
 def _number(joint: str, element: ElementTree.Element | None, attribute: str, default: float) -> float:
     text = None if element is None else element.get(attribute)
     if text is None:
         return default
-    if not _NUMBER.fullmatch(text.strip()):
+    written = _NUMBER.fullmatch(text.strip())
+    # A number too large for a float would pass for no limit, which is written inf.
+    if not written or (math.isinf(float(text)) and "inf" not in text):
         xacro = "; expand it with xacro first" if "${" in text else ""
         raise _refusal(f"joint {joint!r}: expected a number as {attribute}, got {text[:60]!r}{xacro}")
     return float(text)

@@ -19,6 +19,11 @@ from ki_vla_ros.settings.settings import CameraSettings, Settings
 OF_ROS = ("use_sim_time", "start_type_description_service")
 OVERRIDES = "qos_overrides."
 _OVERRIDE = re.compile(r"qos_overrides\.(?P<topic>/.+)\.(publisher|subscription)\.(?P<policy>[a-z_]+)")
+# Nodes in C++ can let more of it be overridden, and of one publisher among several.
+_OVERRIDE_ELSEWHERE = re.compile(
+    r"qos_overrides\./.+\.(publisher|subscription)(_\w+)?\.(history|depth|reliability|durability|deadline|lifespan"
+    r"|liveliness(_lease_duration)?|avoid_ros_namespace_conventions)"
+)
 # What may be overridden of a topic's quality of service, with the values that rclpy takes; depth is a number.
 QOS_POLICIES: Mapping[str, tuple[str, ...]] = {
     "history": ("keep_last", "keep_all", "system_default"),
@@ -73,7 +78,7 @@ def sort_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...], 
         if match and match["field"] in fields:
             found[match["table"]][match["name"]] = None
         elif name not in known:
-            candidates = [*known, *(f"{match['table']}.{match['name']}.{f}" for f in fields if match)]
+            candidates = [*known, *OF_ROS, *(f"{match['table']}.{match['name']}.{f}" for f in fields if match)]
             unknown[name] = f"parameter {name!r}: no such parameter{did_you_mean(name, candidates)}"
     return tuple(found["cameras"]), tuple(found["limits.joints"]), unknown
 
@@ -81,16 +86,22 @@ def sort_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...], 
 def foreign_names(names: Iterable[str], shared: Collection[str]) -> list[str]:
     """Those of `shared`, which are given to several nodes, that mean nothing to this one.
 
-    A name that stands in one of our tables or resembles one of ours is not foreign but misspelt.
+    A name that stands in one of our tables or resembles one of ours, in any case of letters, is misspelt, not foreign.
     """
-    known = [spec.name for spec in parameter_specs()]
     unknown = sort_names(name for name in names if name in shared and not of_ros(name))[2]
-    return [
-        name
-        for name in unknown
-        if not name.startswith(("cameras.", "limits."))
-        and not difflib.get_close_matches(name, known, n=1, cutoff=MISSPELT)
-    ]
+    return [name for name in unknown if not _is_misspelt(name.lower())]
+
+
+def _is_misspelt(name: str) -> bool:
+    """Whether a name, in small letters, resembles one of ours, or one of a camera's, a joint's or a topic's."""
+    if difflib.get_close_matches(name, [*(spec.name for spec in parameter_specs()), *OF_ROS], n=1, cutoff=MISSPELT):
+        return True
+    table, _, rest = name.partition(".")
+    near = difflib.get_close_matches(table, ("cameras", "limits", "qos_overrides"), n=1, cutoff=MISSPELT)
+    if not near or not rest:
+        return False
+    # Other nodes may have a table `camera`, but no names in it like ours.
+    return table in ("cameras", "limits") or near[0] == "qos_overrides" or not sort_names([f"{near[0]}.{rest}"])[2]
 
 
 def of_ros(name: str) -> bool:
@@ -106,14 +117,14 @@ def override_topic(name: str) -> str:
 def override_faults(values: Mapping[str, object], shared: Collection[str] = ()) -> Iterator[str]:
     """A message for each override of a quality of service that rclpy would ignore or end the node for.
 
-    In `shared`, those with a name that this node does not know may be for another one.
+    In `shared`, those that this node does not take may be for another one, if ROS has their names.
     """
     for name, value in values.items():
         if not name.startswith(OVERRIDES):
             continue
         match = _OVERRIDE.fullmatch(name)
         if match is None or match["policy"] not in QOS_POLICIES:
-            if name not in shared:
+            if name not in shared or not _OVERRIDE_ELSEWHERE.fullmatch(name):
                 yield (
                     f"parameter {name!r}: expected qos_overrides.TOPIC.publisher.POLICY or .subscription.POLICY, with "
                     f"the topic's full name and one of {', '.join(QOS_POLICIES)}"

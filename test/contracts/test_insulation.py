@@ -46,8 +46,12 @@ def gradients(model: VLA, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_flow_loss_never_reaches_the_backbone(repeats: int) -> None:
-    model, batch = make_model(), make_batch(repeats=repeats)
+@pytest.mark.parametrize("with_postfix", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_flow_loss_never_reaches_the_backbone(repeats: int, with_postfix: bool, training: bool) -> None:
+    model, batch = make_model().train(training), make_batch(repeats=repeats)
+    if not with_postfix:
+        batch = {name: tensor for name, tensor in batch.items() if not name.startswith("postfix")}
     found = gradients(model, flow_loss(model(**batch)))
     knowledge = {name: g for name, g in found.items() if not name.startswith(EXPERT_SIDE)}
     assert {name.split(".")[0] for name in knowledge} == {"vision", "projector", "backbone"}
@@ -172,7 +176,7 @@ def joint_losses(tmp_path: Path) -> tuple[BatchLosses, Batch]:
         action_BHA=torch.randn(BATCH, CONFIG.horizon, CONFIG.action_dim),
         state_BJ=torch.randn(BATCH, CONFIG.action_dim),
     )
-    return BatchLosses(model, heads, config), batch
+    return BatchLosses(model.train(), heads, config), batch
 
 
 def stage_of(weights: dict[str, float], insulate: bool = True) -> StageConfig:

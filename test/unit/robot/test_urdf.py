@@ -56,6 +56,10 @@ def velocity(text: str) -> str:
     [
         *((velocity(text), "joint 'arm': expected a number as velocity, got") for text in ("nan", "", "fast", "1,5")),
         *((velocity(text), "joint 'arm': expected a number as velocity, got") for text in ("1_0", "0x1", "٣", "1 2")),
+        *((velocity(text), "joint 'arm': expected a number as velocity, got") for text in ("1e400", "Infinity", "1d0")),
+        (arm('<limit lower="-1e400" upper="1" velocity="1"/>'), "expected a number as lower, got '-1e400'"),
+        (arm(LIMIT + LIMIT.replace("3", "2")), "joint 'arm': expected <limit> once, got it 2 times"),
+        (arm(LIMIT + "<safety_controller/>" * 3), "expected <safety_controller> once, got it 3 times"),
         (velocity("${speed}"), "got '${speed}'; expand it with xacro first"),
         (velocity("0"), "joint 'arm': expected velocity > 0, got 0"),
         (velocity("-1"), "joint 'arm': expected velocity > 0, got -1"),

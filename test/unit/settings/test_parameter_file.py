@@ -98,7 +98,12 @@ def test_other_nodes_parameters_in_a_shared_section_are_left_to_them(tmp_path: P
 
 @pytest.mark.parametrize("section", ["/**", "/*", "/**/policy", "/policy"])
 @pytest.mark.parametrize(
-    "name", ["execution_horizon", "max_age", "limits.velocity", "cameras.wrist.fps", "joint_state_topic", "update_rate"]
+    "name",
+    [
+        *("execution_horizon", "max_age", "limits.velocity", "cameras.wrist.fps", "joint_state_topic", "update_rate"),
+        *("camera.wrist.topic", "limit.joints.elbow.velocity", "LIMITS.VELOCITY_SCALE", "use_simtime"),
+        *("qos_overides./joint_states.subscription.depth", "qos_override./a.publisher.reliability"),
+    ],
 )
 def test_misspelt_names_are_refused_in_every_section(tmp_path: Path, section: str, name: str) -> None:
     path, warnings = tmp_path / "params.yaml", list[str]()
@@ -130,6 +135,10 @@ def test_a_name_that_an_exact_section_has_too_is_ours(tmp_path: Path) -> None:
         ("/policy", "qos_overrides./a.depth: 5", "expected qos_overrides.TOPIC.publisher.POLICY"),
         ("/policy", "qos_overrides.a.publisher.depth: 5", "with the topic's full name"),
         ("/**", "qos_overrides./a.publisher.deadline: 5", ""),
+        ("/**", "qos_overrides./a.publisher_2.depth: 5", ""),
+        ("/**", "qos_overrides./a.publisher.dept: 5", "expected qos_overrides.TOPIC.publisher.POLICY"),
+        ("/**", "qos_overrides./a.subscriber.depth: 5", "expected qos_overrides.TOPIC.publisher.POLICY"),
+        ("/**", "qos_overrides.a.publisher.depth: 5", "with the topic's full name"),
     ],
 )
 def test_overrides_of_qos(tmp_path: Path, section: str, parameter: str, fault: str) -> None:
