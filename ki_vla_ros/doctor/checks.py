@@ -13,6 +13,7 @@ from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import InputWatch, Traffic, command_type
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.robot import continuous, nearest_turn
 
 # Share of the images that may be missing between the first and the last.
 LOSS = 0.05
@@ -186,6 +187,10 @@ def _check_joints(watch: InputWatch, findings: Findings) -> None:
     times, position_NJ = watch.positions.arrays()
     if not len(times):
         return
+    trained_NJ = position_NJ
+    if expected.trained is not None:
+        middle_J = np.mean(expected.trained, axis=0)
+        trained_NJ = nearest_turn(position_NJ, middle_J, continuous(expected.joints))
     for j, joint in enumerate(expected.joints):
         own = settings.limits.of(joint.name)
         lower, upper = max(joint.lower, own.lower), min(joint.upper, own.upper)
@@ -201,7 +206,7 @@ def _check_joints(watch: InputWatch, findings: Findings) -> None:
         if expected.trained is None:
             continue
         trained_low, trained_high = (limits[j] for limits in expected.trained)
-        outside = float(((position_NJ[:, j] < trained_low) | (position_NJ[:, j] > trained_high)).mean())
+        outside = float(((trained_NJ[:, j] < trained_low) | (trained_NJ[:, j] > trained_high)).mean())
         if outside > 0.5:
             findings.warning(
                 "trained range",
@@ -257,9 +262,11 @@ def _check_direction(watch: InputWatch, findings: Findings) -> None:
     if len(due) < 10 or len(times) < 10:
         return
     inside = (due >= times[0]) & (due <= times[-1])
-    for j, joint in enumerate(watch.expected.joints):
-        was_N = np.interp(due[inside], times, position_NJ[:, j])
-        wanted_N = wanted_NJ[inside, j]
+    joints = watch.expected.joints
+    was_NJ = np.array([np.interp(due[inside], times, position_N) for position_N in position_NJ.T]).T
+    wanted_NJ = nearest_turn(wanted_NJ[inside], was_NJ, continuous(joints))
+    for j, joint in enumerate(joints):
+        was_N, wanted_N = was_NJ[:, j], wanted_NJ[:, j]
         moved = min(np.ptp(was_N), np.ptp(wanted_N)) if inside.sum() >= 10 else 0.0
         if moved < MOVED * (joint.upper - joint.lower):
             continue

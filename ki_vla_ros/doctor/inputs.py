@@ -177,16 +177,14 @@ class InputWatch:
             if reading.names and self.expected.joints and set(reading.names).isdisjoint(self.expected.joint_names):
                 self.other_joints[reading.names] += 1
                 return
-            self._buffer.add_joints(reading)
+            kept = self._buffer.add_joints(reading)
         except InputError as error:
             self.joints.refuse(error)
         else:
             self.orders[reading.names] += 1
             self.joints.stamps.append(reading.stamp_ns)
             self.joints.received.append(message.log_ns)
-            index = {name: j for j, name in enumerate(reading.names)}
-            position_J = reading.position_J[[index[name] for name in self.expected.joint_names]]
-            self.positions.add(message.log_ns, position_J)
+            self.positions.add(message.log_ns, kept.position_J)
 
     def _add_command(self, message: BagMessage) -> None:
         """Keeps the last point within a tenth of a second: its position, and when it is due."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -228,6 +229,8 @@ def examine_setup(settings: Settings, request: Request, findings: Findings, look
     if bundle is not None:
         looked_at.append(f"bundle {bundle.manifest.name}")
         check_settings(settings, bundle, findings)
+        with suppress(ConfigurationError):  # a finding already
+            bundle = bundle.on_robot(settings.robot_description)
     else:
         looked_at.append("no bundle: of the inputs only those that the parameters name")
     return bundle

@@ -185,7 +185,7 @@ def stage_of(weights: dict[str, float], insulate: bool = True) -> StageConfig:
 
 
 def joint_gradients(losses: BatchLosses, batch: Batch, weights: dict[str, float], insulate: bool) -> dict[str, Tensor]:
-    found = losses.joint(batch, stage_of(weights, insulate), np.random.default_rng(0))
+    found = losses(batch, stage_of(weights, insulate), np.random.default_rng(0))
     assert found.keys() == weights.keys()
     return gradients(losses.model, torch.stack([weights[name] * loss for name, loss in found.items()]).sum())
 
@@ -201,6 +201,15 @@ def test_the_joint_step_gives_the_backbone_the_gradients_of_a_step_without_the_e
             assert gradient.count_nonzero() and not alone[name].count_nonzero(), name
     flow = joint_gradients(losses, batch, {"flow": 1.0}, insulate=True)
     assert [name for name, gradient in flow.items() if name.startswith(BACKBONE) and gradient.count_nonzero()] == []
+
+
+def test_insulation_needs_no_hints(tmp_path: Path) -> None:
+    losses, batch = joint_losses(tmp_path)
+    config = losses.config.model_copy(update={"hints": None})
+    without = BatchLosses(losses.model, None, config)
+    joint = joint_gradients(without, batch, {"fast": 1.0, "flow": 1.0}, insulate=True)
+    alone = joint_gradients(without, batch, {"fast": 1.0}, insulate=True)
+    assert [name for name in joint if name.startswith(BACKBONE) and not torch.equal(joint[name], alone[name])] == []
 
 
 def test_the_joint_step_without_insulation_trains_all_that_the_expert_reads(tmp_path: Path) -> None:
@@ -246,6 +255,8 @@ def test_the_flow_loss_is_that_of_its_rows_one_by_one(tmp_path: Path) -> None:
     for found in (losses.joint, losses.flow_alone):
         quick = gradients(model, found(batch, stage, np.random.default_rng(0))["flow"])
         for name, gradient in slow.items():
-            if not name.startswith(BACKBONE):
+            if name.startswith(BACKBONE):
+                assert not quick[name].count_nonzero(), name
+            else:
                 assert gradient.count_nonzero(), name
                 torch.testing.assert_close(quick[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")  # noqa: B023

@@ -46,10 +46,13 @@ class Published(Lenient):
     chunk_size: int
     n_obs_steps: int = 1
     image_resolution: tuple[int, int] | None = None
+    resize_imgs_with_padding: tuple[int, int] | None = None  # the same in older files
     min_period: float = SHORTEST_PERIOD
     max_period: float = LONGEST_PERIOD
     use_visual_memory: bool = False
     use_proprioceptive_memory: bool = False
+    adapt_to_pi_aloha: bool = False
+    use_delta_joint_actions_aloha: bool = False
     use_relative_actions: bool = False
     relative_exclude_joints: list[str] = Field(default_factory=list)
     action_feature_names: list[str] | None = None
@@ -139,12 +142,15 @@ def config_misfits(path: Path, kind: Kind, config: VLAConfig, robot: Robot, meth
         ("max_period", LONGEST_PERIOD),
         ("use_visual_memory", False),
         ("use_proprioceptive_memory", False),
+        ("adapt_to_pi_aloha", False),
+        ("use_delta_joint_actions_aloha", False),
     )
     for key, wanted in needed:
         if getattr(theirs, key) != wanted:
             yield key, wanted, getattr(theirs, key)
-    if theirs.image_resolution not in (None, (side, side)):
-        yield "image_resolution", [side, side], list(theirs.image_resolution or ())
+    for key in ("image_resolution", "resize_imgs_with_padding"):
+        if (size := getattr(theirs, key)) not in (None, (side, side)):
+            yield key, [side, side], list(size)
     yield from mode_misfits("normalization_mapping", theirs.normalization_mapping, method)
     yield from relative_misfits(
         theirs.use_relative_actions, theirs.relative_exclude_joints, theirs.action_feature_names, robot
@@ -189,9 +195,10 @@ def agree(path: Path, stats: Path, method: Method, joints: int) -> bool:
 
 
 def mode_misfits(where: str, mapping: Mapping[str, str], method: Method) -> Iterator[Misfit]:
+    """LeRobot leaves as it is what the mapping does not name; an empty one, of a base model, says nothing."""
     for kind, expected in (("STATE", MODES[method]), ("ACTION", MODES[method]), ("VISUAL", "IDENTITY")):
-        if mapping.get(kind, expected) != expected:
-            yield f"{where}.{kind}", expected, mapping[kind]
+        if mapping and (got := mapping.get(kind, "IDENTITY")) != expected:
+            yield f"{where}.{kind}", expected, got
 
 
 def relative_misfits(

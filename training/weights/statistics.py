@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(read_file(path))
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path}: expected normalisation statistics as JSON, got none ({error})") from error
+        raise ConfigurationError(f"{path}: expected a JSON file, got none ({error})") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -197,6 +197,30 @@ def test_stamps_of_another_clock_are_told_with_their_sign(tmp_path: Path) -> Non
         assert found.startswith(f"stamps are {sign}{abs(shift_ns) // NS_PER_S} s from the time of arrival")
 
 
+def test_a_joint_that_turns_without_end_may_pass_pi(tmp_path: Path) -> None:
+    """The driver gives angles from -pi to pi, and commands go on in the turn in which they began."""
+    roll_J = np.eye(len(JOINTS))[3]
+
+    def turn(position_J: np.ndarray) -> np.ndarray:
+        return position_J + roll_J * (3.1 + 3.0 * position_J[3])
+
+    def wrap(position_J: np.ndarray) -> np.ndarray:
+        return np.where(roll_J > 0.0, np.mod(turn(position_J) + np.pi, 2 * np.pi) - np.pi, position_J)
+
+    def command(_k: int, message: BagMessage) -> BagMessage:
+        point = typestore().deserialize_cdr(message.data, message.type).points[0]
+        return with_data(message, sample_bags.command(turn(point.positions)))
+
+    messages = change(COMMAND_TOPIC, command)(change(JOINT_TOPIC, positions(wrap))(recording(4.0)))
+    urdf = '<robot name="r"><joint name="forearm_roll" type="continuous"/></robot>'
+    found = examine(tmp_path, messages, robot_description=urdf)
+    assert {(finding.check, finding.where) for finding in found} <= {
+        ("limits", "forearm_roll"),
+        ("trained range", "forearm_roll"),
+    }
+    assert {finding.check for finding in examine(tmp_path, messages)} >= {"unreadable"}
+
+
 def with_wheels(messages: Messages) -> Messages:
     """After each joint state one of the base below the arm, which another node publishes."""
     wheels = positions(lambda p: np.array([400.0, -400.0]), ("wheel_left", "wheel_right"))
