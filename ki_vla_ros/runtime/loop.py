@@ -212,8 +212,11 @@ class PolicyLoop:
             with watch.stage("publish"):
                 sent = Sent(self._chunks, observation, now_ns, wire.now_ns())
                 self._executor.accept(target, tick_ns)
-                self._fresh_ns = wire.motion_ns()
-                self._held = self._started = False
+                if settings.dry_run:  # an arm that still moves has nothing fresh; whoever ends the dry run starts it
+                    self._started, self._ramp_from_ns = True, None
+                else:
+                    self._fresh_ns = wire.motion_ns()
+                    self._held = self._started = False
                 wire.report_chunk(chunk)
         self._chunks += 1
         self.diagnostics.record_chunk(
@@ -477,7 +480,7 @@ class PolicyLoop:
         if governor.running is not None and at_ns < governor.running.end_ns + ARRIVING_NS:
             room_J = np.maximum(room_J, bounds.speed_J * START_GAP_S)  # it has just arrived, and may still trail
         away_J = off_J > room_J
-        if not self.wire.moves_arm():
+        if settings.dry_run or not self.wire.moves_arm():  # no controller has to get there first
             return (arm_J if away_J.any() else sent_J), 0
         if not (streams and self._started):
             away_J &= self._main_J  # a gripper that holds something never gets to where it was sent
@@ -507,7 +510,7 @@ class PolicyLoop:
 
         self._ramped(settings)  # begins with this motion
         self._waiting = "start: the controller is being led to where the arm is; the next chunk follows from there"
-        self._send(settle, to_ns(settings.lead_s), wait_ns, watch, None, dry_run=settings.dry_run)
+        self._send(settle, to_ns(settings.lead_s), wait_ns, watch, None)
         self._held, self._started = True, False
 
     def _brake(self, from_ns: int, at_ns: int) -> tuple[Motion, Bounds]:

@@ -129,6 +129,46 @@ def test_dry_run_computes_and_sends_nothing(rig: Rig) -> None:
     assert [tick["hold"] for tick in rig.wire.ticks] == [None] * 3
 
 
+def test_a_dry_run_waits_for_no_controller(rig: Rig) -> None:
+    """A controller would need longer to get to the start than half of the chunk lasts; here none has to."""
+    rig.change(dry_run=True, ramp_in_s=30.0)
+    rig.run_ticks(3, lambda n: rig.give_inputs())
+    assert [tick["hold"] for tick in rig.wire.ticks] == [None] * 3 and len(rig.wire.chunks) == 3
+
+
+def test_the_watchdog_holds_an_arm_that_a_dry_run_found_in_motion(rig: Rig) -> None:
+    """What a dry run computes is no fresh chunk: nobody sends it."""
+    rig.change(hold_after_s=0.2)
+    rig.give_inputs()
+    rig.tick()
+    rig.change(hold_after_s=0.2, dry_run=True)
+    for _ in range(3):
+        rig.wire.time_ns += 100 * MS
+        rig.give_inputs()
+        rig.tick()
+        rig.loop.watch()
+    assert len(rig.wire.commands) == 2 and is_hold(rig.wire.commands[1][0])
+
+
+def test_the_end_of_a_dry_run_is_a_start(rig: Rig) -> None:
+    """The speed limits rise from a tenth again, however long the dry run was."""
+    rig.change(ramp_in_s=5.0, dry_run=True)
+    for _ in range(60):
+        rig.wire.time_ns += 100 * MS
+        rig.give_inputs()
+        rig.tick()
+    rig.change(ramp_in_s=5.0, dry_run=False)
+    rig.wire.time_ns += 100 * MS
+    rig.give_inputs()
+    with pytest.raises(SafetyRefusal, match="start: the controller is being led"):
+        rig.tick()
+    rig.wire.time_ns += 1_500 * MS
+    rig.give_inputs()
+    rig.tick()
+    _, _, speed_J, _ = extremes(rig.wire.commands[1][0])
+    assert (speed_J <= 0.4 * rig.loop._gate.bounds.speed_J).all()
+
+
 def test_a_dry_run_is_not_what_the_arm_was_told(rig: Rig) -> None:
     """Switched on in motion, the arm can still be held; switched off, no motion starts where the arm never was."""
     rig.give_inputs()
