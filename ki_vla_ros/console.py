@@ -11,7 +11,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, TextIO
 
-from ki_vla_ros.errors import KiVlaError, printable
+from ki_vla_ros.errors import LONGEST_TEXT, KiVlaError, printable, shorten
 
 BAR: Final = 30
 START_OF_LINE: Final = "\r\x1b[K"  # and erase the line
@@ -41,7 +41,7 @@ def run_command(name: str, work: Callable[[], int], interrupted: str = "interrup
         print(f"{name}: {interrupted}", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except (KiVlaError, OSError) as error:
-        print(printable(f"{name}: {error}"), file=sys.stderr)
+        print(shorten(printable(f"{name}: {error}"), LONGEST_TEXT), file=sys.stderr)
     except Exception:
         print(printable(f"{name}: {traceback.format_exc()}"), file=sys.stderr)
     return ExitCode.FAILED

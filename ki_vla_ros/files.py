@@ -43,6 +43,8 @@ def check_file(path: Path, most: int | None = None) -> int:
 
 def is_name(text: str) -> bool:
     """Whether a file in a folder can be called so: no path, nothing that no file system takes."""
+    if text in ("", ".", ".."):
+        return False
     return text.isprintable() and Path(text).name == text and len(text.encode()) <= LONGEST_NAME
 
 

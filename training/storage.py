@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.share import expand
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2), which Python's os does not have
 
@@ -23,7 +24,7 @@ def whole_folder(place: Path) -> Iterator[Path]:
     If the work inside fails or is killed, `place` stays as it was. What a killed process leaves behind, the hidden
     folder `.NAME.part`, is cleared the next time. ConfigurationError if another process is writing the same place.
     """
-    place = place.resolve()  # a link stays a link
+    place = expand(place).resolve()  # a link stays a link
     place.parent.mkdir(parents=True, exist_ok=True)
     part, aside = (place.with_name(f".{place.name}.{what}") for what in ("part", "old"))
     part.mkdir(exist_ok=True)

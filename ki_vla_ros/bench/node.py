@@ -148,7 +148,7 @@ def bench_node(bundle: str, instruction: str, seconds: float, hogs: int, say: Ca
     policy = load_bundle(find_bundle(bundle)).manifest
     with tempfile.TemporaryDirectory(prefix="ki_vla_bench_") as folder, Children(Path(folder)) as children:
         prepare_environment(Path(folder))
-        rclpy.init()
+        rclpy.init(args=[])
         busy = [multiprocessing.Process(target=_spin, daemon=True) for _ in range(hogs)]
         robot = BenchRobot(policy)
         try:

@@ -48,10 +48,10 @@ def make_tokenizer(content: bytes) -> Tokenizer:
     return _guarded(lambda: Tokenizer.from_str(content.decode()), ValueError)
 
 
-def encode(tokenizer: Tokenizer, text: str) -> Encoding:
-    """The text's tokens; InstructionError where the library fails."""
+def encode(tokenizer: Tokenizer, text: str, special: bool = True) -> Encoding:
+    """The text's tokens, with those that the tokenizer adds if `special`; InstructionError where the library fails."""
     return _guarded(
-        lambda: tokenizer.encode(text),
+        lambda: tokenizer.encode(text, add_special_tokens=special),
         lambda error: InstructionError(f"prompt: expected text that the tokenizer reads, got {text[:80]!r}: {error}"),
     )
 
@@ -94,6 +94,14 @@ def read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
         tokenizer = load_tokenizer(path)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: expected a tokenizers file, got something else ({error}); export again") from error
+    try:
+        _check_fit(path, tokenizer, manifest)
+    except InstructionError as error:
+        raise BundleError(f"{path}: expected a tokenizer for the prompt, got one that fails ({error})") from error
+    return tokenizer
+
+
+def _check_fit(path: Path, tokenizer: Tokenizer, manifest: Manifest) -> None:
     prompt, vocab_size = manifest.prompt, manifest.graph.vocab_size
     if tokenizer.truncation is not None or tokenizer.padding is not None:
         raise BundleError(
@@ -117,7 +125,7 @@ def read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
     needed = len(frame.ids) + 1
     if manifest.state.in_prompt and prompt.style == "words":
         needed += len(manifest.joints)
-        bins = tokenizer.encode_batch([str(i) for i in range(prompt.state_bins)], add_special_tokens=False)
+        bins = [encode(tokenizer, str(i), special=False) for i in range(prompt.state_bins)]
         for i, encoding in enumerate(bins):
             if len(encoding.ids) != 1 or encoding.ids[0] == unknown_id:
                 raise BundleError(
@@ -125,12 +133,10 @@ def read_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
                 )
     elif manifest.state.in_prompt:
         # Each digit is a token here: count the longest bin for every joint.
-        texts = [f" {i}" for i in range(-1, prompt.state_bins)]
-        bins = tokenizer.encode_batch(texts, add_special_tokens=False)
+        bins = [encode(tokenizer, f" {i}", special=False) for i in range(-1, prompt.state_bins)]
         needed += len(manifest.joints) * max(len(encoding.ids) for encoding in bins)
     if needed > prompt.length:
         raise BundleError(
             f"{path}: expected room for an instruction in prompt.length {prompt.length}, got a template that "
             f"needs {needed} tokens with a single word"
         )
-    return tokenizer

@@ -90,7 +90,7 @@ class Driver:
 
     def __enter__(self) -> Driver:
         # Ctrl-C must raise KeyboardInterrupt in the main thread and leave ROS alive for an orderly end.
-        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+        rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
         self._node = Node("demo")
         self._instruct = self._node.create_publisher(String, INSTRUCTION, EVENT)
         self._change_state: Client[Any, Any] = self._node.create_client(ChangeState, f"/{POLICY}/change_state")

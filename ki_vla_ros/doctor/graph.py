@@ -166,7 +166,7 @@ def open_graph() -> Iterator[Graph]:
     check_domain()
     context = rclpy.Context()
     try:
-        rclpy.init(context=context)
+        rclpy.init(args=[], context=context)
     except Exception as error:  # from C code; only its message is usable
         raise cannot_start(error) from error
     node = rclpy.create_node("doctor", context=context, enable_rosout=False, start_parameter_services=False)

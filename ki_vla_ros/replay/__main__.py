@@ -33,6 +33,7 @@ from ki_vla_ros.replay.sweep import RECOMMENDED, Advice, make_grid, sweep, sweep
 from ki_vla_ros.replay.thresholds import check_figure, parse_threshold
 from ki_vla_ros.replay.trace import Trace
 from ki_vla_ros.settings import parameter_specs
+from ki_vla_ros.share import expand
 
 PREDICTED, REPORT = "predicted", "report.html"
 FAIL_HELP = 'exit code 1 if this holds, e.g. "error.rms>0.1" or "error.by_step.0.rms>0.05"; an unknown name lists all'
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
     thresholds = [parse_threshold(text) for text in chosen.fail_if]
     as_recorded = chosen.ticks == "recorded"
-    if chosen.bag.resolve().is_relative_to((chosen.out / PREDICTED).resolve()):
+    if expand(chosen.bag).resolve().is_relative_to(expand(chosen.out / PREDICTED).resolve()):
         raise ConfigurationError(
             f"--out {chosen.out}: expected a folder without the bag, got one that holds {chosen.bag}; choose another"
         )

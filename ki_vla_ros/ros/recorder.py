@@ -39,6 +39,7 @@ from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVERY_IMAGE, EVERY_READING, EVERYTHING, LATCHED
 from ki_vla_ros.ros.releases import make_executor
 from ki_vla_ros.settings import Session, read_session, session_topic
+from ki_vla_ros.share import expand
 
 MESSAGES: Final[dict[str, Any]] = {
     IMAGE: Image,
@@ -181,7 +182,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def check_options(given: argparse.Namespace) -> RecordOptions:
     """The options to record with; ConfigurationError if the folder exists or `ros2 bag` is wanted but missing."""
-    if given.out is not None and given.out.exists():
+    if given.out is not None and expand(given.out).exists():
         raise ConfigurationError(f"recording: {given.out} exists already; remove it or choose another --out")
     missing = missing_for_ros2_bag()
     if given.writer == "ros2bag" and missing:

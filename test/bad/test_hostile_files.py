@@ -19,6 +19,7 @@ import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from support.bundles import write_test_bundle
 from support.sample_bags import record as mcap_record
 from support.sample_bags import recording, sized, write_bag, write_mcap
@@ -31,6 +32,7 @@ from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import BundleError, ConfigurationError, InputError, InstructionError, KiVlaError, printable
 from ki_vla_ros.files import parse_json, read_file
 from ki_vla_ros.policy import check_instruction
+from ki_vla_ros.replay.__main__ import main as replay
 from ki_vla_ros.replay.latency import parse_latency
 from ki_vla_ros.replay.recorded import read_tick
 from ki_vla_ros.robot import find_robot, read_robot
@@ -39,9 +41,11 @@ from ki_vla_ros.share import find_bundle
 from training.config import load_config
 from training.data.lerobot import dataset
 from training.data.lerobot.layout import fill_path, read_info
+from training.storage import whole_folder
+from training.tokens.fast import read_processor
 from training.tokens.paligemma import merges
 from training.weights import find_weights, load_resume, read_ranges
-from training.weights.checkpoints import read_config
+from training.weights.checkpoints import newest_checkpoint, read_config
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +132,18 @@ def test_a_path_that_no_file_can_have(path: str) -> None:
         with pytest.raises(ConfigurationError, match="expected a path, got one that no file can have here") as caught:
             read(path)
         assert str(caught.value).isprintable()
+
+
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for arguments in ([loop], [tmp_path / "bag", "--out", loop]):
+        assert replay([str(argument) for argument in arguments]) == ExitCode.FAILED
+    with (
+        pytest.raises(ConfigurationError, match="expected a path, got one that no file can have here"),
+        whole_folder(loop),
+    ):
+        pass
 
 
 # --- JSON and YAML
@@ -469,6 +485,18 @@ def test_a_tokenizer_of_other_parts_than_ours(
         load_bundle(folder)
 
 
+def test_a_tokenizer_that_fails_at_its_first_text_is_named(folder: Path) -> None:
+    """It adds a token that it does not have, which the library finds out when it encodes."""
+
+    def change(content: dict[str, Any]) -> None:
+        single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "no", "type_id": 0}}]
+        content["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+
+    change_tokenizer(folder, change)
+    with pytest.raises(BundleError, match=r"tokenizer\.json: expected a tokenizer for the prompt, got one that fails"):
+        load_bundle(folder)
+
+
 class Panic(BaseException):
     """As the library's: no Exception."""
 
@@ -477,7 +505,7 @@ Panic.__name__ = "PanicException"
 
 
 class Panicking:
-    def encode(self, text: str) -> None:
+    def encode(self, text: str, add_special_tokens: bool) -> None:
         raise Panic("backtracking limit")
 
 
@@ -576,6 +604,89 @@ def test_a_datasets_path_is_no_program(pattern: str) -> None:
     assert fill_path("data/chunk-{chunk_index:03d}/{chunk_index}", chunk_index=3) == "data/chunk-003/3"
 
 
+def deflated_state(path: Path) -> None:
+    """As torch.save writes it, then compressed; the pickle inside goes on for 1 MB."""
+    torch.save({"step": 3}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content + bytes(1 << 20) if name.endswith("data.pkl") else content)
+
+
+def test_a_training_state_that_is_a_bomb(tmp_path: Path) -> None:
+    """torch unpacks it without a word."""
+    deflated_state(tmp_path / "resume.pt")
+    assert torch.load(tmp_path / "resume.pt", weights_only=True) == {"step": 3}
+    with pytest.raises(ConfigurationError, match=r"resume\.pt: expected the state of a run, without code"):
+        load_resume(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_checkpoint_that_is_no_folder_of_the_run(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "checkpoint-000001").mkdir()
+    if kind == "link":
+        (tmp_path / "checkpoint-000002").symlink_to("checkpoint-000001")
+    else:
+        (tmp_path / "checkpoint-000002").write_text("")
+    with pytest.raises(ConfigurationError, match=rf"checkpoint-000002: expected a checkpoint's folder, got a {kind}"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_tensor_that_is_there_twice(tmp_path: Path) -> None:
+    """safetensors takes the last."""
+    entries = (f'"a": {{"dtype": "F32", "shape": [1], "data_offsets": [{at}, {at + 4}]}}' for at in (4, 0))
+    header = f"{{{', '.join(entries)}}}".encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(ConfigurationError, match="expected each key once, got 'a' again"):
+        find_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", [3, "..", "", ".", "a/b", "a\0b", "\x1b[2J"])
+def test_an_index_of_no_files(tmp_path: Path, name: object) -> None:
+    (tmp_path / "w.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ConfigurationError, match="expected names of files beside the index, got"):
+        find_weights(tmp_path / "w.index.json")
+
+
+@pytest.mark.parametrize(
+    ("mean", "fault"),
+    [
+        ('["1", "2"]', "expected a list of numbers"),
+        ("[true, false]", "expected a list of numbers"),
+        ("[null, 1]", "expected a list of numbers"),
+        ("[1e308, 1]", r"expected finite numbers of at most 1e\+09"),
+        ("[NaN, 1]", "expected finite numbers"),
+    ],
+)
+def test_statistics_that_are_no_numbers(tmp_path: Path, mean: str, fault: str) -> None:
+    side = f'{{"mean": {mean}, "std": [1, 1]}}'
+    (tmp_path / "norm_stats.json").write_text(f'{{"norm_stats": {{"state": {side}, "actions": {side}}}}}')
+    with pytest.raises(ConfigurationError, match=fault):
+        read_ranges(tmp_path / "norm_stats.json", "mean_std", 2)
+
+
+def test_statistics_of_gigabytes(tmp_path: Path) -> None:
+    header = json.dumps({"action.mean": {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 4 << 30]}}).encode()
+    with (tmp_path / "stats.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + (4 << 30))
+    with pytest.raises(ConfigurationError, match="statistics of at most 16777216 bytes, got 4294967"):
+        read_ranges(tmp_path / "stats.safetensors", "mean_std", 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scale", "NaN"), ("scale", "Infinity"), ("scale", "1" + "0" * 400), ("min_token", "1" + "0" * 30)],
+)
+def test_a_fast_configuration_of_numbers_that_cannot_be(tmp_path: Path, key: str, value: str) -> None:
+    fields = {"scale": "10", "min_token": "-354"} | {key: value}
+    text = ", ".join(f'"{name}": {number}' for name, number in fields.items())
+    (tmp_path / "processor_config.json").write_text(f"{{{text}}}")
+    with pytest.raises(ConfigurationError, match=rf"processor_config\.json: {key}: expected a (whole )?number from"):
+        read_processor(tmp_path / "processor_config.json")
+
+
 def test_a_training_state_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "resume.pt").write_bytes(b"PK\3\4 no archive")
     with pytest.raises(ConfigurationError, match=r"resume\.pt: expected the state of a run, without code"):
@@ -626,6 +737,8 @@ def test_errors_are_safe_to_print(capsys: pytest.CaptureFixture[str]) -> None:
 
         return work
 
+    assert run_command("test", fail(OSError(36, "File name too long", "a" * 10**6))) == ExitCode.FAILED
+    assert len(capsys.readouterr().err) < 4000
     for error in (KiVlaError(hostile), OSError(2, "no such file", f"/tmp/{hostile}"), ZeroDivisionError(hostile)):
         assert run_command("test", fail(error)) == ExitCode.FAILED
         said = capsys.readouterr().err

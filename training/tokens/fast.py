@@ -29,13 +29,14 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from ki_vla_ros.bundle import load_tokenizer
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, short_repr
 from ki_vla_ros.files import read_json
 
 FIRST_CHARACTER = 0x4E00
 """The first of a long run of assigned letters: any coefficient range fits, none is a space or a control code."""
 LAST_CHARACTER = 0xD7FF
 """The last one before the surrogates, which have no UTF-8 form."""
+SMALLEST, LARGEST = 1e-6, 10**7  # of the numbers in a published configuration
 VOCABULARY, PROCESSOR = "tokenizer.json", "processor_config.json"  # of the published form
 
 
@@ -230,9 +231,12 @@ def read_processor(path: Path) -> dict[str, Any]:
         got = config.get(key)
         if got is None and not needed:
             continue
-        if isinstance(got, bool) or not isinstance(got, kinds) or (key != "min_token" and got <= 0):
-            wanted = "a whole number" if key == "min_token" else "a number above 0"
-            raise ConfigurationError(f"{path}: {key}: expected {wanted}, got {got!r}")
+        lowest = -LARGEST if key == "min_token" else SMALLEST
+        if isinstance(got, bool) or not isinstance(got, kinds) or not lowest <= got <= LARGEST:
+            wanted = "number" if float in kinds else "whole number"
+            raise ConfigurationError(
+                f"{path}: {key}: expected a {wanted} from {lowest:g} to {LARGEST:g}, got {short_repr(got)}"
+            )
     return config
 
 

@@ -8,6 +8,7 @@ Nothing here executes code from a file: weights are safetensors, configs JSON, a
 """
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ki_vla_ros.bundle import TOKENIZER, PolicySpec
 from ki_vla_ros.errors import ConfigurationError, short_repr
-from ki_vla_ros.files import read_json
+from ki_vla_ros.files import open_stored, read_json
 from training.model import VLA, Conditioning, GemmaConfig, VisionConfig, VLAConfig
 from training.storage import whole_folder, writing
 from training.weights.files import WeightFiles, check_fit, open_safetensors
@@ -103,9 +104,17 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 def numbered(out: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their number."""
-    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*"))
-    return {int(match[1]): path for match, path in found if match is not None}
+    """The checkpoints of a run by their number; ConfigurationError if one is no folder of this run's own."""
+    found = ((re.fullmatch(r"checkpoint-([0-9]{1,12})", path.name), path) for path in out.glob("checkpoint-*"))
+    checkpoints = {int(match[1]): path for match, path in found if match is not None}
+    for path in checkpoints.values():
+        if path.is_symlink() or not path.is_dir():
+            got = f"a link to {os.readlink(path)}" if path.is_symlink() else "a file"
+            raise ConfigurationError(
+                f"{path}: expected a checkpoint's folder, got {got}; a run replaces its checkpoints: move it away, or "
+                "copy what it points to into its place"
+            )
+    return checkpoints
 
 
 def read_config(folder: Path) -> VLAConfig:
@@ -176,7 +185,8 @@ def load_resume(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigurationError(f"checkpoint {folder}: expected {RESUME} to resume from, found none; start again")
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with open_stored(path):  # torch also unpacks what was compressed, whatever its size
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         identity = state.pop(IDENTITY, None)
     except Exception as error:  # torch raises what pickles and zip files raise
         raise ConfigurationError(

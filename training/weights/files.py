@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.files import check_file, is_name, read_json
+from ki_vla_ros.files import LARGEST_TEXT, is_name, open_file, parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -67,15 +67,22 @@ def shorten(keys: Sequence[str]) -> str:
 
 def open_safetensors(file: Path) -> Any:
     try:
-        check_file(file)
+        _check_header(file)
         return safe_open(file, "pt")
     except FileNotFoundError as error:
         raise ConfigurationError(f"{file}: expected the weights as safetensors, got no such file") from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ConfigurationError(
             f"{file}: expected the weights as safetensors, got {file.stat().st_size} bytes of something else or cut "
             f"off ({error}); download the file again and compare its sha256 with the publisher's"
         ) from error
+
+
+def _check_header(file: Path) -> None:
+    """OSError or ValueError unless the header is JSON with each tensor once: of two, readers may take either."""
+    with open_file(file) as content:
+        size = int.from_bytes(content.read(8), "little")
+        parse_json(content.read(min(size, LARGEST_TEXT + 1)))
 
 
 def find_weights(path: Path) -> WeightFiles:
@@ -114,7 +121,7 @@ def read_index(path: Path) -> WeightFiles:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path}: expected an index of safetensors with a weight_map ({error!r})") from error
     for name in shards:
-        if not is_name(name):
+        if not isinstance(name, str) or not is_name(name):
             raise ConfigurationError(f"{path}: expected names of files beside the index, got {name!r}")
         refuse_pickle(path.parent / name)
         if not (path.parent / name).is_file():

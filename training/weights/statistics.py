@@ -14,13 +14,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.files import parse_json, read_file
+from ki_vla_ros.errors import ConfigurationError, short_repr
+from ki_vla_ros.files import LARGEST_TEXT, parse_json, read_file
 from training.weights.files import open_safetensors
 
 Method = Literal["quantiles", "mean_std"]
 FIELDS: dict[Method, tuple[str, str]] = {"quantiles": ("q01", "q99"), "mean_std": ("mean", "std")}
 OPENPI, LEROBOT = ("state", "actions"), ("observation.state", "action")
+LARGEST = 1e9  # of any joint, in any unit
 OPENPI_EPSILON, LEROBOT_EPSILON = 1e-6, 1e-8
 
 
@@ -83,6 +84,11 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     """`feature.field` -> {feature: {field: values}}."""
     found: dict[str, Any] = {}
     with open_safetensors(path) as handle:
+        if (size := path.stat().st_size) > LARGEST_TEXT:
+            raise ConfigurationError(
+                f"{path}: expected normalisation statistics of at most {LARGEST_TEXT} bytes, got {size}; are these the "
+                "weights?"
+            )
         for key in handle.keys():  # noqa: SIM118 (not a mapping)
             feature, _, field = key.rpartition(".")
             found.setdefault(feature, {})[field] = handle.get_tensor(key).double().tolist()
@@ -98,7 +104,10 @@ def read_field(fields: Mapping[str, Any], name: str, where: str, joints: int) ->
         )
         raise ConfigurationError(f"{where}: expected {name}, got only {sorted(fields)}{remedy}")
     try:
-        values = np.asarray(fields[name], dtype=np.float64)
+        values = np.asarray(fields[name])
+        if values.dtype.kind not in "iuf":  # numpy takes texts and truth values for numbers
+            raise ValueError(f"got {short_repr(fields[name])}")
+        values = values.astype(np.float64)
     except (OverflowError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{where}.{name}: expected a list of numbers ({error})") from error
     if values.ndim != 1 or len(values) < joints:
@@ -106,8 +115,10 @@ def read_field(fields: Mapping[str, Any], name: str, where: str, joints: int) ->
             f"{where}.{name}: expected at least {joints} numbers (one per joint of the robot), got shape "
             f"{list(values.shape)}; do the robot's joints and the weights belong together?"
         )
-    if not np.all(np.isfinite(values[:joints])):
-        raise ConfigurationError(f"{where}.{name}: expected finite numbers, got {values[:joints].tolist()}")
+    if not np.all(np.abs(values[:joints]) <= LARGEST):  # NaN is not either
+        raise ConfigurationError(
+            f"{where}.{name}: expected finite numbers of at most {LARGEST:g}, got {values[:joints].tolist()}"
+        )
     return values[:joints]
 
 
