@@ -105,13 +105,13 @@ def test_faults_beyond_the_joints_do_not_matter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "as JSON, got none"), ("[1]", "got list"), ("{}", "got only those of")]
+    ("content", "message"), [("{", "a JSON file, got none"), ("[1]", "got list"), ("{}", "got only those of")]
 )
 def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "stats.json").write_text(content)
     with pytest.raises(ConfigurationError, match=message):
         read_ranges(tmp_path / "stats.json", "quantiles", JOINTS)
-    with pytest.raises(ConfigurationError, match="as JSON, got none"):
+    with pytest.raises(ConfigurationError, match="a JSON file, got none"):
         read_ranges(tmp_path / "missing.json", "quantiles", JOINTS)
     with pytest.raises(ConfigurationError, match="no such file"):
         read_ranges(tmp_path / "missing.safetensors", "quantiles", JOINTS)
