@@ -29,6 +29,9 @@ CONTRADICTED_NS = 10_000_000_000
 # Each refused reading adds to the doubt, each accepted one takes one away; from the limit on, where the arm is counts
 # as unknown. So a single wrong reading holds nothing, but one in five does.
 DOUBT_ADDED, DOUBT_LIMIT, DOUBT_MOST = 4, 16, 32
+# A refused reading that is newer than the last accepted one by more than this leaves open where the arm is: where
+# readings are rare, many refusals would take too long.
+UNKNOWN_NS = 50_000_000
 
 Reading = tuple[int, NDArray[np.float64]]
 
@@ -58,8 +61,9 @@ class Readings:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether so many readings were refused of late that nobody knows where the arm is."""
-        return self._doubt >= DOUBT_LIMIT
+        """Whether so many readings were refused of late, or for so long, that nobody knows where the arm is."""
+        unknown = self._elsewhere is not None and self._elsewhere[0] - self.kept[-1][0] > UNKNOWN_NS
+        return unknown or self._doubt >= DOUBT_LIMIT
 
     def add(self, stamp_ns: int, position_J: NDArray[np.float64]) -> NDArray[np.float64]:
         """Keeps a reading; returns it as kept. InputError for one that the arm cannot have made."""

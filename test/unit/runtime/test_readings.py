@@ -177,3 +177,15 @@ def test_a_turn_of_another_joint_is_refused_and_not_averaged() -> None:
     buffer.add_frame(CameraFrame("scene", NOW + 10 * MS, np.zeros((1, 1, 3), np.uint8)))
     with pytest.raises(StaleInput, match=r"joint 'a' goes from 3.130 to -3.130 around the images.*must say continuous"):
         buffer.observe(NOW + 20 * MS, 250 * MS, 50 * MS)
+
+
+@pytest.mark.parametrize("period_ms", [100, 200])
+def test_rare_readings_of_an_arm_put_elsewhere_are_not_outlived_by_the_last_believed_one(period_ms: int) -> None:
+    """An age limit of a second would let a motion start from where the arm was before."""
+    buffer = make_buffer()
+    assert add(buffer, 0, *REAL)
+    assert not add(buffer, period_ms, *ZERO)
+    with pytest.raises(StaleInput, match="readings of two places in turn; the last: joint state that jumps"):
+        buffer.measured(NOW + (period_ms + 10) * MS, 1000 * MS)
+    assert add(buffer, 2 * period_ms, *REAL)
+    assert tuple(buffer.measured(NOW + 2 * period_ms * MS, 1000 * MS)[1]) == REAL
