@@ -527,4 +527,7 @@ class PolicyLoop:
             except SafetyRefusal as refusal:
                 self.wire.log(f"hold: {refusal}", "hold")
                 return
+            except Exception:  # whatever it is, who stops or watches goes on; the watchdog tries again
+                self.wire.log(traceback.format_exc(), "internal error")
+                return
             self._held = True

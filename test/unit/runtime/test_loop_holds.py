@@ -380,6 +380,28 @@ def test_a_tick_that_is_running_at_the_end_sends_nothing(rig: Rig, monkeypatch: 
     assert rig.tick()[0] == 0 and len(rig.wire.commands) == 1
 
 
+def test_a_wire_that_fails_ends_neither_ticks_nor_stops_nor_watchdog(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("failed to publish")
+
+    rig.change(hold_after_s=0.2)
+    rig.give_inputs()
+    rig.tick()
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.wire, "send_command", fail)
+        for _ in range(3):
+            rig.wire.time_ns += 100 * MS
+            rig.give_inputs()
+            rig.loop.step(rig.settings, rig.wire.time_ns, 0)
+            rig.loop.watch()
+        rig.loop.latch("while it fails")
+        rig.loop.end()
+    assert [tick["hold"] for tick in rig.wire.ticks] == ["internal error: RuntimeError('failed to publish')"] * 3
+    assert len(rig.wire.commands) == 1
+    rig.loop.watch()
+    assert len(rig.wire.commands) == 2 and is_hold(rig.wire.commands[1][0])
+
+
 # --- clocks, lateness, limits
 
 
