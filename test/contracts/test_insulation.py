@@ -148,7 +148,7 @@ def test_postfix_is_causal_and_prefix_does_not_see_it() -> None:
 # --- the trainer's joint step: `prefix_rows`, a probed layer, hints, and losses drawn by the stage
 
 BACKBONE = ("vision.", "projector.", "backbone.")
-TOKENS = {"fast": 1.0, "pointing": 1.0, "grounding": 1.0, "readout": 1.0}
+TOKENS = {"text": 1.0, "fast": 1.0, "pointing": 1.0, "grounding": 1.0, "readout": 1.0}
 
 
 def joint_losses(tmp_path: Path) -> tuple[BatchLosses, Batch]:
@@ -169,6 +169,7 @@ def joint_losses(tmp_path: Path) -> tuple[BatchLosses, Batch]:
         token_mask,
         given["postfix_BT"],
         fast_mask_BT=torch.arange(POSTFIX) < torch.tensor([[POSTFIX], [1]]),
+        text_mask_BT=(torch.arange(POSTFIX) < 1).expand(BATCH, -1),
         asking_BR=torch.arange(frequencies).expand(BATCH, -1),
         place_B2=torch.tensor([[0.2, 0.3], [0.7, 0.9]]),
         target_cell_B=torch.tensor([0, 3]),
@@ -181,7 +182,8 @@ def joint_losses(tmp_path: Path) -> tuple[BatchLosses, Batch]:
 
 def stage_of(weights: dict[str, float], insulate: bool = True) -> StageConfig:
     given = {"name": "joint", "steps": 1, "learning_rate": 1e-3, "train": ["backbone"], "sources": {"robot": BATCH}}
-    return StageConfig.model_validate(given | {"losses": weights, "insulate": insulate, "noise_samples": 2})
+    samples = 1 if weights.keys() == {"fast", "flow"} else 2
+    return StageConfig.model_validate(given | {"losses": weights, "insulate": insulate, "noise_samples": samples})
 
 
 def joint_gradients(losses: BatchLosses, batch: Batch, weights: dict[str, float], insulate: bool) -> dict[str, Tensor]:
@@ -203,9 +205,11 @@ def test_the_joint_step_gives_the_backbone_the_gradients_of_a_step_without_the_e
     assert [name for name, gradient in flow.items() if name.startswith(BACKBONE) and gradient.count_nonzero()] == []
 
 
-def test_insulation_needs_no_hints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_insulation_needs_no_hints(tmp_path: Path, in_pieces: bool) -> None:
     losses, batch = joint_losses(tmp_path)
-    config = losses.config.model_copy(update={"hints": None})
+    parallel = losses.config.parallel.model_copy(update={"activation_checkpointing": in_pieces})
+    config = losses.config.model_copy(update={"hints": None, "parallel": parallel})
     without = BatchLosses(losses.model, None, config)
     joint = joint_gradients(without, batch, {"fast": 1.0, "flow": 1.0}, insulate=True)
     alone = joint_gradients(without, batch, {"fast": 1.0}, insulate=True)
