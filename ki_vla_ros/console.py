@@ -11,7 +11,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, TextIO
 
-from ki_vla_ros.errors import LONGEST_TEXT, KiVlaError, printable, shorten
+from ki_vla_ros.errors import LONGEST_TEXT, KiVlaError, cannot_write, printable, shorten
 
 BAR: Final = 30
 START_OF_LINE: Final = "\r\x1b[K"  # and erase the line
@@ -35,6 +35,18 @@ def run_command(name: str, work: Callable[[], int], interrupted: str = "interrup
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name may be no text
             stream.reconfigure(errors="backslashreplace")
+    code = _run(name, work, interrupted)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = io.StringIO()  # Python tries again at exit, and would end with 120
+        if code != ExitCode.FAILED:
+            print(f"{name}: {cannot_write('standard output', error)}", file=sys.stderr)
+        return ExitCode.FAILED
+    return code
+
+
+def _run(name: str, work: Callable[[], int], interrupted: str) -> int:
     try:
         return work()
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from ki_vla_ros.bench.compare import table as compare_table
 from ki_vla_ros.bench.model import CALLS, EngineSetUp, bench_model
 from ki_vla_ros.bench.model import table as model_table
 from ki_vla_ros.console import ExitCode, run_command
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, writing
 from ki_vla_ros.settings import Settings
 
 
@@ -32,10 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(chosen: argparse.Namespace) -> int:
+    if chosen.json is not None:
+        with writing(chosen.json):
+            chosen.json.open("a").close()  # a place that cannot be written is said before minutes of measuring
     figures, text = {"node": _node, "model": _model, "compare": _compare}[chosen.command](chosen)
     print(text)
     if chosen.json is not None:
-        chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
+        with writing(chosen.json):
+            chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
     return ExitCode.FINE
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import struct
+import subprocess
 import sys
 import time
 import zipfile
@@ -26,6 +27,7 @@ from support.sample_bags import recording, sized, write_bag, write_mcap
 from zstandard import ZstdCompressor
 
 from ki_vla_ros.bags import open_bag
+from ki_vla_ros.bench.__main__ import main as bench
 from ki_vla_ros.bundle import MANIFEST, PREFILL, TOKENIZER, TimeTable, file_sha256, load_bundle, read_header
 from ki_vla_ros.bundle.tokenizer import encode
 from ki_vla_ros.console import ExitCode, run_command
@@ -747,8 +749,23 @@ def test_errors_are_safe_to_print(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_name_that_is_no_text_can_be_printed(tmp_path: Path) -> None:
     """As os.fsdecode gives it; UTF-8 cannot write it."""
-    import subprocess
-
     code = "from ki_vla_ros.console import run_command; exit(run_command('t', lambda: print('a\\udcff') or 0))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONUTF8": "1"})
     assert (done.returncode, done.stdout) == (0, b"a\\udcff\n"), done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_to_a_full_disk(unbuffered: str) -> None:
+    """Python writes out what is buffered at exit, and would end with 120."""
+    code = "from ki_vla_ros.console import run_command; exit(run_command('t', lambda: print('a') or 0))"
+    variables = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, env=variables)
+    said = done.stderr.decode().splitlines()
+    assert done.returncode == ExitCode.FAILED and len(said) == 1 and "No space left on device" in said[0], said
+
+
+def test_figures_of_a_bench_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in (tmp_path / "no" / "f.json", tmp_path):
+        assert bench(["model", "--bundle", "bench", "--json", str(place)]) == ExitCode.FAILED
+        assert capsys.readouterr().err.startswith(f"bench: {place} cannot be written: ")
