@@ -221,6 +221,9 @@ class SafetyGate:
 def extremes(motion: Motion) -> tuple[NDArray[np.float64], ...]:
     """Lowest and highest position, highest speed and acceleration [J] of the cubics through the motion's instants.
 
+    Speed and acceleration are less what the rounding of positions makes of them: a joint that turns without end may be
+    at 1e6 rad, where doubles are 1e-10 apart and a point every 2 ms is off by 1e-4 rad/s^2.
+
     These cubics are what joint_trajectory_controller makes of positions and velocities. In a piece of length T with
     s = t / T, u = T * velocity and d = p1 - p0: position p0 + u0 s + b s^2 + c s^3 with b = 3 d - 2 u0 - u1 and
     c = u0 + u1 - 2 d; velocity (u0 + 2 b s + 3 c s^2) / T; acceleration (2 b + 6 c s) / T^2, extreme at the ends.
@@ -242,6 +245,8 @@ def extremes(motion: Motion) -> tuple[NDArray[np.float64], ...]:
     turns_GJ = [np.where((s > 0.0) & (s < 1.0), s, 0.0) for s in turns]
     steepest_GJ = np.where((steepest > 0.0) & (steepest < 1.0), steepest, 0.0)
     positions = np.vstack([motion.position_NJ] + [p0 + s * (u0 + s * (b + s * c)) for s in turns_GJ])
-    speeds = np.vstack([motion.velocity_NJ, (u0 + steepest_GJ * (2.0 * b + 3.0 * c * steepest_GJ)) / period_G])
-    accelerations = np.vstack([2.0 * b, 2.0 * b + 6.0 * c]) / np.vstack([period_G, period_G]) ** 2
-    return positions.min(axis=0), positions.max(axis=0), np.abs(speeds).max(axis=0), np.abs(accelerations).max(axis=0)
+    rounding_GJ = np.spacing(np.maximum(np.abs(p0), np.abs(motion.position_NJ[1:])))
+    within_GJ = (np.abs(u0 + steepest_GJ * (2.0 * b + 3.0 * c * steepest_GJ)) - 2.0 * rounding_GJ) / period_G
+    speeds = np.vstack([np.abs(motion.velocity_NJ), within_GJ])
+    accelerations = (np.maximum(np.abs(2.0 * b), np.abs(2.0 * b + 6.0 * c)) - 8.0 * rounding_GJ) / period_G**2
+    return positions.min(axis=0), positions.max(axis=0), speeds.max(axis=0), np.maximum(accelerations.max(axis=0), 0.0)

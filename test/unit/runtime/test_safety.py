@@ -323,3 +323,20 @@ def test_extremes_are_those_of_the_sampled_curve(
     np.testing.assert_allclose(high_J, position.max(axis=0), atol=1e-5)
     np.testing.assert_allclose(speed_J, np.abs(velocity).max(axis=0), atol=1e-3)
     np.testing.assert_allclose(acceleration_J, np.abs(acceleration).max(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("at_rad, period_ms", [(1e5, 2), (1e6, 2), (1e6, 20), (1e8, 20), (9e8, 200)])
+def test_the_rounding_of_large_positions_is_no_acceleration(at_rad: float, period_ms: int) -> None:
+    """A wheel that has turned for a year still turns; one per cent too much acceleration shows at 1e6 rad, too."""
+    joints = (ARM.model_copy(update={"lower": -1e9, "upper": 1e9}),)
+    limits = settings_from_parameters({}).limits
+    gate = SafetyGate(joints, limits, joint_bounds(joints, limits))
+    start_J, bounds = np.array([at_rad]), gate.bounds
+    path_HJ = start_J + np.cumsum(np.random.default_rng(0).normal(0.0, 0.05, (16, 1)), axis=0)
+    chunk = ActionChunk(NOW, PERIOD, ("arm",), path_HJ, np.gradient(path_HJ, 0.05, axis=0))
+    governor = Governor(("arm",), period_ms / 1e3)
+    gate.judge(governor.follow(chunk, start_J, NOW, NOW, bounds), start_J)
+    if at_rad <= 1e6:
+        wider = replace(bounds, acceleration_J=1.01 * bounds.acceleration_J)
+        with pytest.raises(SafetyRefusal, match="per second squared"):
+            gate.judge(governor.follow(chunk, start_J, NOW, NOW, wider), start_J)
