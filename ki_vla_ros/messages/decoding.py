@@ -40,7 +40,7 @@ def decode(message: BagMessage, *expected: str) -> Any:
     InputError if its type is unknown or not among `expected` (a topic may have messages of several types), or if the
     bytes are not such a message. For images use `camera_frame`.
     """
-    where = f"{message.topic} at {message.log_ns}"
+    where = f"{message.topic}: message of {message.log_ns} ns"
     if expected and message.type not in expected:
         raise InputError(f"{message.topic}: expected {' or '.join(expected)}, got a message of {message.type}")
     if message.data[:2] not in (b"\0\0", b"\0\1") or len(message.data) < 4:

@@ -12,6 +12,7 @@ OUT/predicted, an mcap for Foxglove. With --sweep many settings are tried, and O
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import signal
 import sys
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
     thresholds = [parse_threshold(text) for text in chosen.fail_if]
     as_recorded = chosen.ticks == "recorded"
+    if not (math.isfinite(chosen.sensitivity_every) and chosen.sensitivity_every >= 0.0):
+        raise ConfigurationError(f"--sensitivity-every: expected 0 s or more, got {chosen.sensitivity_every:g}")
     if expand(chosen.bag).resolve().is_relative_to(expand(chosen.out / PREDICTED).resolve()):
         raise ConfigurationError(
             f"--out {chosen.out}: expected a folder without the bag, got one that holds {chosen.bag}; choose another"

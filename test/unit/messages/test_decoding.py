@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages import IMAGE, BagMessage, read_image, read_stamp_ns
+from ki_vla_ros.errors import InputError, cause_of
+from ki_vla_ros.messages import IMAGE, BagMessage, decode, read_image, read_stamp_ns
 
 
 @pytest.mark.parametrize("nanosec", [1_000_000_000, 2**32 - 1])
@@ -18,3 +18,12 @@ def test_a_stamp_that_no_clock_gives_is_refused(nanosec: int) -> None:
     for read in (lambda: read_stamp_ns(BagMessage("/i", IMAGE, 0, header)), lambda: read_image("i", header + body)):
         with pytest.raises(InputError, match=f"stamp: expected nanosec below 1000000000, got {nanosec}"):
             read()
+
+
+def test_damaged_messages_of_a_topic_are_counted_together() -> None:
+    causes = set()
+    for n, data in enumerate((b"", b"\0\1\0\0", b"x" * 20)):
+        with pytest.raises(InputError, match=f"{n} ns: expected") as refused:
+            decode(BagMessage("/joint_states", "sensor_msgs/msg/JointState", n, data))
+        causes.add(cause_of(str(refused.value)))
+    assert causes == {"/joint_states"}

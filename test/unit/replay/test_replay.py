@@ -310,6 +310,8 @@ def test_a_broken_image_is_refused_and_the_one_before_is_used(tmp_path: Path, bu
         ("", ["--latency", "recorded"], "expected a bag with the node's ticks"),
         ("", ["--fail-if", "error.rsm>0.1"], "error.rsm"),
         ("", ["--instruction", "zyx"], "zyx"),
+        ("", ["--sensitivity-every", "nan"], "--sensitivity-every: expected 0 s or more, got nan"),
+        ("", ["--sensitivity-every", "-1"], "--sensitivity-every: expected 0 s or more, got -1"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_line(
