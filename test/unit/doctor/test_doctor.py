@@ -198,7 +198,7 @@ def test_stamps_of_another_clock_are_told_with_their_sign(tmp_path: Path) -> Non
 
 
 def test_a_joint_that_turns_without_end_may_pass_pi(tmp_path: Path) -> None:
-    """The driver gives angles from -pi to pi, and commands go on in the turn in which they began."""
+    """Driver and commands give angles from -pi to pi."""
     roll_J = np.eye(len(JOINTS))[3]
 
     def turn(position_J: np.ndarray) -> np.ndarray:
@@ -209,7 +209,7 @@ def test_a_joint_that_turns_without_end_may_pass_pi(tmp_path: Path) -> None:
 
     def command(_k: int, message: BagMessage) -> BagMessage:
         point = typestore().deserialize_cdr(message.data, message.type).points[0]
-        return with_data(message, sample_bags.command(turn(point.positions)))
+        return with_data(message, sample_bags.command(wrap(point.positions)))
 
     messages = change(COMMAND_TOPIC, command)(change(JOINT_TOPIC, positions(wrap))(recording(4.0)))
     urdf = '<robot name="r"><joint name="forearm_roll" type="continuous"/></robot>'
