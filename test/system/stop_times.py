@@ -16,19 +16,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from support.bundles import demo_policy, write_test_bundle
+from support.bundles import JOINTS, demo_observation, demo_policy, write_test_bundle
 from support.loop_rig import FakeWire, Rig
 
 from ki_vla_ros.bundle import load_bundle
-from ki_vla_ros.records import Motion
+from ki_vla_ros.records import JointReading, Motion
 
-STOPS, JOINT = 15, "shoulder_pan"
+STOPS, JOINT = 10, "shoulder_pan"
 CASES: dict[str, Mapping[str, object]] = {
     "defaults": {},
     "points every 2 ms": {"command_period_s": 0.002},
     "points every 2 ms, 10 s to reach full speed": {"command_period_s": 0.002, "limits.time_to_speed_s": 10.0},
     "the least acceleration of one joint": {f"limits.joints.{JOINT}.acceleration": 0.3},
-    "the least velocity of one joint": {f"limits.joints.{JOINT}.velocity": 1e-6},
+    "one joint nearly locked": {f"limits.joints.{JOINT}.velocity": 1e-3},
     "two ticks per second": {"rate_hz": 2.0, "hold_after_s": 2.0, "execution_horizon_s": 0.3},
 }
 # Joints that turn as far as one likes: a hold must not depend on how far.
@@ -64,8 +64,12 @@ def measure(bundle: Path, changes: Mapping[str, object]) -> list[float]:
 
     def supply() -> None:
         while not closing.wait(0.02):
-            wire.time_ns = time.time_ns()
-            rig.give_inputs()
+            observation = demo_observation(time.time_ns())
+            for frame in observation.frames.values():
+                rig.buffer.add_frame(frame)
+            running = rig.loop._governor.running  # the arm does what it is told
+            state_J = observation.state_J if running is None else running.at(wire.motion_ns())[0]
+            rig.buffer.add_joints(JointReading(observation.stamp_ns, JOINTS, state_J))
 
     inputs = threading.Thread(target=supply)
     inputs.start()
