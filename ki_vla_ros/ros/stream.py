@@ -59,6 +59,11 @@ class Player:
             self._sent_J = motion.at(now_ns)[0]
         self.motion = motion
 
+    def interrupt(self, now_ns: int) -> None:
+        """Drops the motion, because its last position did not go out or comes too late."""
+        self._interruption = now_ns - self._sent_ns, self._sent_J
+        self.motion = None
+
     def due_ns(self) -> int:
         """When the next position is due; only while a motion is playing."""
         return self._sent_ns + self.period_ns
@@ -69,8 +74,7 @@ class Player:
         gap_ns = now_ns - self._sent_ns
         if gap_ns > 2 * self.period_ns:
             # Not where the motion was by then: it may have replaced another one since the last position went out.
-            self._interruption = gap_ns, self._sent_J
-            self.motion = None
+            self.interrupt(now_ns)
             return None
         self._played_ns, self._sent_ns = self.motion_ns(now_ns), now_ns
         self._sent_J = self.motion.at(self._played_ns)[0]
@@ -133,7 +137,10 @@ class MotionStream:
                 position_J = player.next(min(now_ns, player.due_ns()) if self._simulated else now_ns)
                 # Under the lock: a motion that replaces this one must not be told that it starts elsewhere.
                 if position_J is not None:
-                    self._send(position_J)
+                    try:
+                        self._send(position_J)
+                    except Exception:  # whoever sends has said why; the next motion starts where the arm stands
+                        player.interrupt(now_ns)
                 if player.motion is None:
                     self._changed.notify_all()
 

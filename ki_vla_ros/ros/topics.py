@@ -10,6 +10,7 @@ import array
 import json
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -234,7 +235,11 @@ class NodeWire:
                 return now_ns - (after_ns - motion_ns)
 
     def _publish_positions(self, position_J: NDArray[np.float64]) -> None:
-        self._command.publish(Float64MultiArray(data=_doubles(position_J)))
+        try:
+            self._command.publish(Float64MultiArray(data=_doubles(position_J)))
+        except Exception:
+            self.log(traceback.format_exc(), "internal error")
+            raise
 
     def report_chunk(self, chunk: ActionChunk) -> None:
         self._chunk.publish(encode_chunk(chunk))

@@ -91,6 +91,31 @@ def test_simulated_time_that_is_set_back_does_not_stop_the_stream() -> None:
     assert player.due_ns() == START + PERIOD_MS * MS
 
 
+def test_a_position_that_cannot_be_sent_does_not_end_the_stream() -> None:
+    clock, tried, fails = [START], threading.Event(), [True]
+
+    def send(position_J: NDArray[np.float64]) -> None:
+        tried.set()
+        if fails[0]:
+            raise RuntimeError("the middleware is gone")
+
+    stream = MotionStream(send, lambda: clock[0], PERIOD_MS / 1000)
+    try:
+        stream.play(steady_motion())
+        clock[0] += PERIOD_MS * MS
+        assert tried.wait(PATIENCE_S)
+        stream.wait_until_ended()
+        with pytest.raises(MotionInterrupted):
+            stream.play(steady_motion())
+        fails[0] = False
+        tried.clear()
+        stream.play(steady_motion())
+        clock[0] += PERIOD_MS * MS
+        assert tried.wait(PATIENCE_S)
+    finally:
+        stream.close()
+
+
 def test_simulated_time_may_run_in_large_steps() -> None:
     """Positions then come in bursts, each still no farther from the one before."""
     clock, found, ended = [START], [0.0], threading.Event()
