@@ -442,7 +442,7 @@ class World:
         elif what == "stranger":
             self.late.append((self.steady, float("inf")))  # it does not come between the same messages in both
             self._interfere(*how)
-        elif what == "restart" and self.stalled and self.stalled[-1][1] > at:
+        elif what == "restart" and (self.active or (self.stalled and self.stalled[-1][1] > at)):
             pass  # whoever starts a controller anew waits until the node is inactive
         elif what == "restart":
             # While it stops and starts, it listens to nothing: what is on its way is lost.
