@@ -39,14 +39,14 @@ _MAX_GEOMS = 254
 
 
 class Cameras:
-    """Square images of one model; usable only in the thread that made it, to which GL binds. S: side in pixels."""
+    """Images of one model, [H, W]; usable only in the thread that made it, to which GL binds."""
 
-    def __init__(self, model: Any, size: int) -> None:
-        """`size`: at most that of the model's off-screen buffer. SimulationError if no GL library works here."""
+    def __init__(self, model: Any) -> None:
+        """The images are as large as the model's off-screen buffer. SimulationError if no GL library works here."""
         self._model = model
-        self._size = size
-        context = _open_context(size)
-        self._rect = mujoco.MjrRect(0, 0, size, size)
+        self._width, self._height = int(model.vis.global_.offwidth), int(model.vis.global_.offheight)
+        context = _open_context(self._width, self._height)
+        self._rect = mujoco.MjrRect(0, 0, self._width, self._height)
         self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._scene.flags[flag] = 0
@@ -62,11 +62,11 @@ class Cameras:
         self._context = context
 
     def render(self, data: Any, camera: str) -> NDArray[np.uint8]:
-        """An RGB image [S, S, 3], top row first."""
+        """An RGB image [H, W, 3], top row first."""
         return self._draw(data, camera)
 
     def segment(self, data: Any, camera: str) -> NDArray[np.int64]:
-        """Index of the geom seen in each pixel [S, S], -1 where there is none."""
+        """Index of the geom seen in each pixel [H, W], -1 where there is none."""
         flags = (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR)
         for flag in flags:
             self._scene.flags[flag] = 1
@@ -104,14 +104,14 @@ class Cameras:
         mujoco.mjv_updateScene(
             self._model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
         )
-        upside_down = np.empty((self._size, self._size, 3), dtype=np.uint8)
+        upside_down = np.empty((self._height, self._width, 3), dtype=np.uint8)
         self._context.make_current()  # another world may have drawn in between
         mujoco.mjr_render(self._rect, self._scene, self._mjr)
         mujoco.mjr_readPixels(upside_down, None, self._rect, self._mjr)
         return np.ascontiguousarray(upside_down[::-1])
 
 
-def _open_context(size: int) -> Any:
+def _open_context(width: int, height: int) -> Any:
     """A GL context of the library that MUJOCO_GL names; if it is unset, EGL if that works here, or else OSMesa."""
     requested = os.environ.get("MUJOCO_GL", "").strip().lower()
     if requested not in ("", *_APT):
@@ -122,7 +122,7 @@ def _open_context(size: int) -> Any:
             from mujoco.egl import GLContext
         else:
             from mujoco.osmesa import GLContext
-        context = GLContext(size, size)
+        context = GLContext(width, height)
     except Exception as error:  # half-loaded GL bindings raise errors of any type
         tried = backend if requested else "egl, then osmesa"
         remedy = _APT[requested or "egl"]

@@ -132,7 +132,7 @@ class World:
         self._bodies = np.array([slot.body for slot in self._slots])
         self._slot_of_geom, self._gripper_geom = _index_geoms(self._model)
         self._render_size = render_size
-        self._cameras = Cameras(self._model, render_size) if render else None
+        self._cameras = Cameras(self._model) if render else None
         self._scene: Scene | None = None
         self._judge: Judge | None = None
 

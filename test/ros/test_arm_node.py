@@ -30,8 +30,8 @@ from support.waiting import PATIENCE_S
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.runtime.paths import trajectory_from_message
-from ki_vla_ros.sim.arm_node import Pace, image_message
 from ki_vla_ros.sim.demonstrator import Demonstrator
+from ki_vla_ros.sim.simulation import Pace, image_message
 from ki_vla_ros.sim.task import Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, JOINTS, World
 

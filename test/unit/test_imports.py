@@ -48,7 +48,16 @@ OPEN_FILES = {
     "runtime.paths": "the controller model, for sim/, which must not see the policy's runtime",
     "bags.writer": "writing needs none of the readers",
 }
-ROS_FILES = ("ros/", "sim/arm_node.py", "demo/driver.py", "doctor/graph.py", "bench/node.py")
+ROS_FILES = (
+    "ros/",
+    "sim/arm_node.py",
+    "sim/simulation.py",
+    "sim/aloha/node.py",
+    "sim/aloha/teleoperator.py",
+    "demo/driver.py",
+    "doctor/graph.py",
+    "bench/node.py",
+)
 ROS_PACKAGES = ("rclpy", "builtin_interfaces", "lifecycle_msgs", "rcl_interfaces", "rosgraph_msgs")
 TORCH_FILES = ("engines/torch_",)
 MUJOCO_FILES = ("sim/",)
