@@ -36,7 +36,9 @@ from training.weights import (
     find_weights,
     import_weights,
     read_ranges,
+    read_sizes,
     save_checkpoint,
+    sizes_beside,
 )
 
 PROMPTS = {
@@ -80,13 +82,14 @@ def import_checkpoint(
     config: VLAConfig,
     policy: PolicySpec | None,
     action_ids: int = 0,
+    lora: Path | None = None,
 ) -> None:
     """Write the checkpoint; weights keep their types. The configuration's tokens include `action_ids`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"{out}: expected an empty place for the checkpoint, got something; name another")
     vocabulary = config.vocab_size - action_ids
     tokenizer = read_tokenizer(tokenizer_file, action_ids, vocabulary)
-    model = import_weights(config, source, kind, dtype=None, vocabulary=vocabulary)
+    model = import_weights(config, source, kind, dtype=None, vocabulary=vocabulary, lora=lora)
     save_checkpoint(out, model, tokenizer=tokenizer, policy=policy)
 
 
@@ -101,16 +104,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--stats", type=Path, help="norm_stats.json (openpi), stats.json or the normalizer's .safetensors (LeRobot)")
     add("--normalization", choices=list(FIELDS), help="default: quantiles for pi05, mean_std for pi0")
     add("--robot", help="robot file, or the name of one in config/robots/; copy imported_arm.yaml there")
+    add("--lora", type=Path, help="folder of a LoRA adapter (peft) of these weights, to merge into them")
+    add("--config", type=Path, help="the model's sizes, as in a checkpoint's config.json; default: the published ones")
     add("--flow-steps", type=int, default=10, help="Euler steps of the flow that the weights were evaluated with")
     add("--action-ids", type=int, default=0, help="action tokens after the vocabulary, for training with FAST")
     add("--out", type=Path, required=True, help="folder of the checkpoint")
     return run_command("import_weights", partial(_import, parser.parse_args(arguments)))
 
 
+def choose_config(chosen: argparse.Namespace) -> VLAConfig:
+    """The sizes of --config, else those that config.json beside the weights names, else those of pi0 and pi0.5."""
+    beside = sizes_beside(chosen.source)
+    if chosen.config is not None:
+        sizes = read_sizes(chosen.config)
+        return replace(sizes, vocab_size=sizes.vocab_size + chosen.action_ids)
+    return paligemma_3b("pi0" if chosen.kind == "pi0" else "pi05", chosen.action_ids, **beside)
+
+
 def _import(chosen: argparse.Namespace) -> int:
     find_weights(chosen.source)  # checked first: without the download, no other fault is worth correcting
     given = [name for name in ("stats", "robot") if getattr(chosen, name) is not None]
-    config, policy = paligemma_3b("pi0" if chosen.kind == "pi0" else "pi05", chosen.action_ids), None
+    config, policy = choose_config(chosen), None
     if chosen.kind == "paligemma":
         if given:
             raise ConfigurationError(
@@ -122,7 +136,7 @@ def _import(chosen: argparse.Namespace) -> int:
         robot = read_robot(find_robot(chosen.robot))
         config = replace(config, horizon=robot.horizon)
         method = chosen.normalization or METHODS[chosen.kind]
-        check_published(chosen.source, chosen.kind, config, robot, chosen.stats, method)
+        check_published(chosen.lora or chosen.source, chosen.kind, config, robot, chosen.stats, method)
         policy = describe_import(chosen.kind, config, robot, chosen.stats, method, chosen.flow_steps)
     import_checkpoint(
         chosen.kind,
@@ -132,6 +146,7 @@ def _import(chosen: argparse.Namespace) -> int:
         config=config,
         policy=policy,
         action_ids=chosen.action_ids,
+        lora=chosen.lora,
     )
     size = (chosen.out / WEIGHTS).stat().st_size / 1e9
     print(f"{chosen.out}: {size:.2f} GB of weights, {CONFIG}, {TOKENIZER}" + (f", {POLICY}" if policy else ""))

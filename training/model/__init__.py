@@ -4,13 +4,14 @@ from training.model.expert import LONGEST_PERIOD, SHORTEST_PERIOD, AdaRMSNorm, C
 from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, Rotation, rotate
 from training.model.initialization import order_embeddings
 from training.model.siglip import LayerNorm, VisionConfig, VisionLayer
-from training.model.sizes import paligemma_3b
+from training.model.sizes import VARIANTS, paligemma_3b
 from training.model.vla import VLA, Cache, Output, VLAConfig
 
 __all__ = [
     "LONGEST_PERIOD",
     "MLP",
     "SHORTEST_PERIOD",
+    "VARIANTS",
     "VLA",
     "AdaRMSNorm",
     "Cache",

@@ -15,19 +15,29 @@ from training.tokens import VOCABULARY
 SIGLIP_SO400M = VisionConfig(image_size=224, patch_size=14, width=1152, depth=27, heads=16, mlp=4304)
 GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp=16_384, heads=8, kv_heads=1, head_dim=256)
 GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp=4096, heads=8, kv_heads=1, head_dim=256)
+GEMMA_DUMMY = GemmaConfig(width=64, depth=4, mlp=128, heads=8, kv_heads=1, head_dim=16)
+# openpi's names, which LeRobot took over.
+VARIANTS = {"gemma_2b": GEMMA_2B, "gemma_300m": GEMMA_300M, "dummy": GEMMA_DUMMY}
 ACTION_DIM = 32
 HORIZON = 50
 
 
-def paligemma_3b(policy: Literal["pi0", "pi05"], action_ids: int = 0, horizon: int = HORIZON) -> VLAConfig:
+def paligemma_3b(
+    policy: Literal["pi0", "pi05"],
+    action_ids: int = 0,
+    horizon: int = HORIZON,
+    *,
+    backbone: GemmaConfig = GEMMA_2B,
+    expert: GemmaConfig = GEMMA_300M,
+) -> VLAConfig:
     """The sizes of pi0 (state token, time mixed with the actions) or pi0.5 (state as text, adaRMS).
 
     `action_ids` is the number of our own action tokens after the vocabulary.
     """
     return VLAConfig(
         vision=SIGLIP_SO400M,
-        backbone=GEMMA_2B,
-        expert=GEMMA_300M,
+        backbone=backbone,
+        expert=expert,
         vocab_size=VOCABULARY + action_ids,
         action_dim=ACTION_DIM,
         horizon=horizon,

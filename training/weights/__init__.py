@@ -10,13 +10,14 @@ from training.weights.checkpoints import (
     load_checkpoint,
     load_resume,
     newest_checkpoint,
+    read_sizes,
     save_checkpoint,
     save_run,
     shapes,
 )
 from training.weights.files import find_weights
 from training.weights.foreign import Kind, import_weights, their_name
-from training.weights.published import check_published
+from training.weights.published import check_published, sizes_beside
 from training.weights.statistics import FIELDS, Method, read_ranges
 
 __all__ = [
@@ -36,8 +37,10 @@ __all__ = [
     "load_resume",
     "newest_checkpoint",
     "read_ranges",
+    "read_sizes",
     "save_checkpoint",
     "save_run",
     "shapes",
+    "sizes_beside",
     "their_name",
 ]

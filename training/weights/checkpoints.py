@@ -122,6 +122,11 @@ def read_config(folder: Path) -> VLAConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigurationError(f"checkpoint {folder}: expected {WEIGHTS} and {CONFIG}, found no {CONFIG}")
+    return read_sizes(path)
+
+
+def read_sizes(path: Path) -> VLAConfig:
+    """A model's sizes, written as in a checkpoint's config.json."""
     try:
         fields = read_json(path)
         fields["vision"] = VisionConfig(**fields["vision"])

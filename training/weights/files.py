@@ -95,8 +95,12 @@ def find_weights(path: Path) -> WeightFiles:
         found = sorted(entry.name for entry in path.iterdir())
         for name in found:
             refuse_pickle(path / name)
-        jax = "; a JAX checkpoint: convert it with openpi's convert_jax_model_to_pytorch" if "params" in found else ""
-        raise ConfigurationError(f"{path}: expected {SINGLE} or {INDEX}, got {shorten(found) or 'nothing'}{jax}")
+        remedy = ""
+        if "params" in found:
+            remedy = "; a JAX checkpoint: convert it with openpi's convert_jax_model_to_pytorch"
+        elif "adapter_model.safetensors" in found:
+            remedy = "; a LoRA adapter: give its folder with --lora, and the weights that it was trained on with --from"
+        raise ConfigurationError(f"{path}: expected {SINGLE} or {INDEX}, got {shorten(found) or 'nothing'}{remedy}")
     refuse_pickle(path)
     if path.name.endswith(".index.json"):
         return read_index(path)

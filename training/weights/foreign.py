@@ -21,6 +21,7 @@ from training.model import VLA, VisionConfig, VLAConfig
 from training.tokens import VOCABULARY
 from training.weights.checkpoints import assemble, shapes
 from training.weights.files import WeightFiles, check_fit, find_weights
+from training.weights.lora import Adapter, refuse_lora
 
 Kind = Literal["paligemma", "pi0", "pi05"]
 HUGGING_FACE_ROWS = 64  # one for <image>, and padding, after PaliGemma's vocabulary
@@ -80,8 +81,11 @@ def import_weights(
     dtype: torch.dtype | None = torch.float32,
     vocabulary: int | None = None,
     seed: int = 0,
+    lora: Path | None = None,
 ) -> VLA:
     """A model with the weights at `path` (a file or folder, see `find_weights`), in `dtype` (None: as in the file).
+
+    `lora` is the folder of an adapter of these weights, which is merged into them.
 
     `vocabulary` is the source's number of tokens, by default PaliGemma's, or all that a smaller model has. Further rows
     of the model's token table are our own action ids: each starts as the mean of the others plus noise of a tenth of
@@ -92,6 +96,7 @@ def import_weights(
     """
     check_config(config, kind)
     weights = find_weights(path)
+    refuse_lora(weights.shapes, path, lora)
     keys = spellings(weights.shapes, path)
     check_kind(keys, kind, path)
     key_of_table = choose_table(keys, kind, weights, path)
@@ -107,7 +112,12 @@ def import_weights(
     check_fit(
         expected, got, str(path), f"expected {kind} of the sizes of the given configuration; is it another model?"
     )
+    adapter = None if lora is None else Adapter(lora, spellings)
+    if adapter is not None:
+        adapter.check({theirs: shape for theirs, shape in expected.items() if theirs != TABLE})
     found = {name: weights.get(keys[theirs], dtype) for name, theirs in wanted.items() if theirs != TABLE}
+    if adapter is not None:
+        found = {name: adapter.merge(wanted[name], tensor) for name, tensor in found.items()}
     found["backbone.embedding.weight"] = token_table(weights, key_of_table, vocabulary, config.vocab_size, dtype, seed)
     if kind == "paligemma":
         common = dtype or found["backbone.norm.weight"].dtype

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ki_vla_ros.errors import ConfigurationError, describe_validation
 from ki_vla_ros.robot import Robot
-from training.model import LONGEST_PERIOD, SHORTEST_PERIOD, VLAConfig
+from training.model import LONGEST_PERIOD, SHORTEST_PERIOD, VARIANTS, GemmaConfig, VLAConfig
 from training.weights.foreign import Kind
 from training.weights.statistics import LEROBOT, Method, read_json, read_ranges
 
@@ -24,6 +24,8 @@ CONFIG, PREPROCESSOR = "config.json", "policy_preprocessor.json"
 STATE, ACTION = LEROBOT
 IMAGES, EMPTY = "observation.images.", "observation.images.empty_camera_"
 MODES: dict[Method, str] = {"quantiles": "QUANTILES", "mean_std": "MEAN_STD"}
+PARTS = {"paligemma_variant": "backbone", "action_expert_variant": "expert"}
+LORA = "_lora"  # ends openpi's names of variants that it trains with LoRA
 TOLERANCE = 1e-4  # of statistics, which LeRobot keeps in float32
 
 Misfit = tuple[str, object, object]
@@ -121,10 +123,39 @@ def check_published(source: Path, kind: Kind, config: VLAConfig, robot: Robot, s
         )
 
 
+class Sizes(TypedDict, total=False):
+    backbone: GemmaConfig
+    expert: GemmaConfig
+
+
+def sizes_beside(source: Path) -> Sizes:
+    """Those that config.json names, where it does; openpi and LeRobot name them alike."""
+    path = (source if source.is_dir() else source.parent) / CONFIG
+    content = read_json(path) if path.exists() else {}
+    names = {part: content.get(key) for key, part in PARTS.items()}
+    if lora := [name for name in names.values() if isinstance(name, str) and name.endswith(LORA)]:
+        raise ConfigurationError(
+            f"{path}: expected whole weights, got those of {lora[0]}: openpi's conversion leaves LoRA out; add lora_a "
+            "times lora_b to the JAX arrays, convert them again, and name the variant without _lora"
+        )
+    found = {part: VARIANTS[name] for part, name in names.items() if isinstance(name, str) and name in VARIANTS}
+    return Sizes(**found)  # type: ignore[typeddict-item]
+
+
+def size_misfits(content: Mapping[str, object], config: VLAConfig) -> Iterator[Misfit]:
+    """The shapes of the weights do not say how many heads there are."""
+    for key, part in PARTS.items():
+        sizes = getattr(config, part)
+        got = content.get(key)
+        if got is not None and not (isinstance(got, str) and VARIANTS.get(got) == sizes):
+            yield key, next((name for name, variant in VARIANTS.items() if variant == sizes), sizes), got
+
+
 def config_misfits(path: Path, kind: Kind, config: VLAConfig, robot: Robot, method: Method) -> Iterator[Misfit]:
     if not path.exists():
         return
     content = read_json(path)
+    yield from size_misfits(content, config)
     if "type" not in content:  # openpi's
         for key, expected in (("action_horizon", config.horizon), ("action_dim", config.action_dim)):
             if content.get(key, expected) != expected:

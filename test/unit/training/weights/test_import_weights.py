@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import ROOT
 from support.bundles import demo_policy
 from support.golden import CONFIG
@@ -27,6 +28,7 @@ from ki_vla_ros.records import CameraFrame, Observation
 from training import import_weights
 from training.export import tiny as tiny_bundle
 from training.export.bundle import export_bundle
+from training.model.sizes import paligemma_3b
 from training.model.vla import VLAConfig
 from training.tokens.paligemma import read_tokenizer
 from training.tokens.prompt import prompt_tokenizer
@@ -65,11 +67,11 @@ def write_weights(folder: Path, kind: str) -> None:
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+def files(tmp_path: Path) -> dict[str, Path]:
     """A user's downloads, and the robot's YAML."""
-    monkeypatch.setattr(import_weights, "paligemma_3b", small)
-    for kind in ("pi0", "pi05", "paligemma"):
+    for kind in WIDTH:
         write_weights(tmp_path / kind, kind)
+        (tmp_path / f"{kind}.json").write_text(json.dumps(dataclasses.asdict(small(kind))))
     (tmp_path / "paligemma.model").write_bytes(SENTENCEPIECE.SerializeToString())
     statistics = {"mean": 0.1, "std": 0.5, "q01": -1.0, "q99": 1.25}
     padded = {name: [value] * 32 for name, value in statistics.items()}
@@ -86,7 +88,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 def run(files: dict[str, Path], kind: str, *more: str) -> int:
     options = [str(part) for pair in files.items() for part in pair]
-    return import_weights.main(["--from", str(files["--out"].parent / kind), "--as", kind, *options, *more])
+    folder = files["--out"].parent
+    first = ["--from", str(folder / kind), "--as", kind, "--config", str(folder / f"{kind}.json")]
+    return import_weights.main([*first, *options, *more])
 
 
 def observe() -> Observation:
@@ -135,6 +139,41 @@ def test_weights_keep_their_type_on_disk(files: dict[str, Path]) -> None:
     assert {p.dtype for p in load_checkpoint(files["--out"], dtype=None).parameters()} == {torch.bfloat16}
     assert {p.dtype for p in load_checkpoint(files["--out"]).parameters()} == {torch.float32}
     assert read_config(files["--out"]) == small("pi05")
+
+
+def test_a_lora_is_merged_on_the_way(files: dict[str, Path], tmp_path: Path) -> None:
+    """What is published beside the adapter counts, as the adapter is what was trained for the robot."""
+    module = "paligemma_with_expert.gemma_expert.model.layers.0.self_attn.q_proj"
+    a, b = torch.randn(2, 32), torch.randn(128, 2)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    save_file(
+        {f"base_model.model.model.{module}.lora_{name}.weight": part for name, part in (("A", a), ("B", b))},
+        lora / "adapter_model.safetensors",
+    )
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    config = {"type": "pi05", "chunk_size": 50, "use_peft": True}
+    (tmp_path / "pi05" / "config.json").write_text(json.dumps(config))  # the base's, of another robot
+    (lora / "config.json").write_text(json.dumps(config | {"chunk_size": 10, "use_relative_actions": True}))
+    assert run(files, "pi05", "--lora", str(lora)) == 2
+    relative = {"relative_exclude_joints": ["gripper"], "action_feature_names": [*"abcdef", "gripper"]}
+    (lora / "config.json").write_text(json.dumps(config | {"chunk_size": 10, "use_relative_actions": True} | relative))
+    assert run(files, "pi05", "--lora", str(lora)) == 0
+    got = load_checkpoint(files["--out"]).state_dict()["expert.layers.0.attention.q.weight"]
+    before = load_file(tmp_path / "pi05" / "model.safetensors")[f"{module}.weight"].float()
+    assert torch.equal(got, (before + 2 * (b @ a)).bfloat16().float())
+
+
+def test_the_sizes_are_the_published_ones(tmp_path: Path) -> None:
+    """Without --config: those that config.json beside the weights names, else those of 3 B."""
+    chosen = Namespace(source=tmp_path, config=None, kind="pi05", action_ids=3)
+    assert import_weights.choose_config(chosen) == paligemma_3b("pi05", 3)
+    (tmp_path / "config.json").write_text(json.dumps({"paligemma_variant": "gemma_300m"}))
+    config = import_weights.choose_config(chosen)
+    assert (config.backbone.width, config.expert.width, config.vocab_size) == (1024, 1024, 257_152 + 3)
+    (tmp_path / "mine.json").write_text(json.dumps(dataclasses.asdict(small("pi05"))))
+    chosen.config = tmp_path / "mine.json"
+    assert import_weights.choose_config(chosen) == small("pi05", action_ids=3)
 
 
 def test_room_for_the_longest_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

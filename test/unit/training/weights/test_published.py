@@ -17,7 +17,7 @@ from support.golden import CONFIG
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot.robot import Robot
-from training.weights.published import check_published
+from training.weights.published import check_published, sizes_beside
 
 EXAMPLE = yaml.safe_load((ROOT / "config" / "robots" / "imported_arm.yaml").read_text())
 ROBOT = Robot.model_validate(EXAMPLE)
@@ -44,8 +44,7 @@ def lerobot() -> dict[str, Any]:
         "input_features": json.loads(json.dumps(FEATURES)),
         "output_features": json.loads(json.dumps(ACTIONS)),
         "device": "cuda",
-        "paligemma_variant": "gemma_2b",
-        "action_expert_variant": "gemma_300m",
+        "paligemma_variant": "dummy",
         "dtype": "float32",
         "chunk_size": 50,
         "n_action_steps": 50,
@@ -139,6 +138,9 @@ SWAPPED = {key: FEATURES[key] for key in sorted(FEATURES, key=lambda key: "wrist
         (at("type", "smolvla"), "type: expected pi05, as imported, got smolvla"),
         (at("type", "pi0"), "type: expected pi05, as imported, got pi0"),
         (at("chunk_size", 30), "chunk_size: expected 50, as imported, got 30"),
+        (at("paligemma_variant", "gemma_2b"), "paligemma_variant: expected dummy, as imported, got gemma_2b"),
+        (at("paligemma_variant", 3), "paligemma_variant: expected dummy, as imported, got 3"),
+        (at("action_expert_variant", "gemma_9b"), r"action_expert_variant: expected GemmaConfig\(width=32, .*gemma_9b"),
         (at("n_obs_steps", 2), "n_obs_steps: expected 1"),
         (at("min_period", 0.01), "min_period: expected 0.004"),
         (at("use_visual_memory", True), "use_visual_memory: expected False"),
@@ -203,6 +205,26 @@ def test_other_statistics_than_the_weights_own_are_refused(folder: Path) -> None
         ConfigurationError, match=rf"state_file {STATE_FILE}: expected the statistics of --stats .*stats"
     ):
         check(folder)
+
+
+def test_sizes_go_by_name(tmp_path: Path) -> None:
+    """openpi's conversion and LeRobot write the same names."""
+    path = tmp_path / "config.json"
+    assert sizes_beside(tmp_path) == {}
+    for content, expected in (
+        ({"type": "paligemma", "text_config": {}}, {}),
+        ({"action_dim": 32, "paligemma_variant": "gemma_300m", "action_expert_variant": "gemma_300m"}, (1024, 1024)),
+        ({"type": "pi05", "paligemma_variant": "gemma_2b", "action_expert_variant": "dummy"}, (2048, 64)),
+        ({"paligemma_variant": "gemma_900b"}, {}),  # check_published names it
+    ):
+        path.write_text(json.dumps(content))
+        sizes = sizes_beside(tmp_path / "model.safetensors")
+        assert tuple(part.width for part in sizes.values()) == tuple(expected)
+        if sizes:
+            assert list(sizes) == ["backbone", "expert"]
+    path.write_text(json.dumps({"paligemma_variant": "gemma_2b_lora", "action_expert_variant": "gemma_300m_lora"}))
+    with pytest.raises(ConfigurationError, match=r"config\.json: expected whole weights, got those of gemma_2b_lora"):
+        sizes_beside(tmp_path)
 
 
 def test_all_faults_are_named_at_once(folder: Path) -> None:
