@@ -166,6 +166,12 @@ class ObservationBuffer:
         with self._lock:
             self._refused[subject] = reason
 
+    def discard(self, frame: CameraFrame, reason: str) -> None:
+        """Takes out a frame that has turned out to be of no use, and remembers why as `refuse` does."""
+        with self._lock:
+            self._cameras[frame.camera].frames.remove(frame)
+            self._refused[frame.camera] = reason
+
     def clear(self) -> None:
         """Forgets all inputs, for instance after the clock was set back; the counts stay."""
         with self._lock:

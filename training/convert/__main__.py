@@ -29,7 +29,7 @@ from training.convert.sources import (
     read_manifest,
 )
 from training.convert.writer import DatasetWriter
-from training.data.lerobot import Dataset
+from training.data.lerobot import Dataset, Video
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +75,7 @@ def convert_bags(arguments: argparse.Namespace) -> None:
         cameras=list(first.cameras),
         source=source,
         robot_type=arguments.robot_type,
+        video=arguments.video,
     ) as writer:
         for path in arguments.bags:
             with open_bag(path) as bag:
@@ -170,6 +171,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--marker", nargs=2, metavar=("TOPIC", "KEY"), help="a new value of KEY begins an episode")
     made.add_argument("--task", help="the instruction, where the bag has none")
     made.add_argument("--least-frames", type=int, default=2, help="shorter pieces are left out (default 2)")
+    made.add_argument(
+        "--video",
+        choices=get_args(Video),
+        default="h264",
+        help="encode the images (default), or keep the JPEGs as they were recorded: nothing is lost, and it is faster",
+    )
     made.add_argument("--robot-type", help="robot_type in meta/info.json")
     arguments = parser.parse_args(argv)
     for pair in getattr(arguments, "camera", ()):

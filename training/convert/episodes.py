@@ -1,7 +1,8 @@
 """From a bag to frames of episodes: what the node would have observed, tick by tick, and the action that followed.
 
 The bag's messages go through the node's own `ObservationBuffer` in order of arrival; every 1 / fps seconds it is asked
-for an observation, as in the node's tick. So a frame's state and images belong together exactly as at run time. A
+for an observation, as in the node's tick. So a frame's state and images belong together exactly as at run time. Only
+the images that become frames are decoded; one that is damaged is then refused, and the tick takes the one before. A
 frame's action is the position one period after its stamp: as commanded, or as measured.
 Legend: J joints, H W C of an image.
 """
@@ -19,11 +20,12 @@ from numpy.typing import NDArray
 from ki_vla_ros.bags import Bag
 from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
 from ki_vla_ros.files import parse_json
-from ki_vla_ros.messages import POSITIONS, TRAJECTORY, BagMessage, camera_frame, decode, joint_reading
+from ki_vla_ros.messages import POSITIONS, TRAJECTORY, BagMessage, decode, joint_reading, read_stamp_ns
 from ki_vla_ros.records import NS_PER_S, Observation
 from ki_vla_ros.robot import continuous, nearest_turn
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
 from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
+from training.convert.images import RecordedImage
 from training.convert.sources import Sources
 
 # No observation is possible after this long, and this many times the oldest usable input, without a message.
@@ -51,13 +53,14 @@ MARKERS: Final = (Marker("/sim_arm/status", "reset_id"), Marker("/dataset/episod
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """One row of a dataset; images by camera name."""
+    """One row of a dataset; images by camera name, and the files that they were recorded as, where they were any."""
 
     stamp_ns: int
     task: str
     state_J: NDArray[np.float64]
     action_J: NDArray[np.float64]
     images: Mapping[str, NDArray[np.uint8]]
+    files: Mapping[str, bytes | None] = field(default_factory=dict)
 
 
 class FrameWriter(Protocol):
@@ -202,14 +205,14 @@ class _Cutter:
         if topic in self.camera_of:
             name = self.camera_of[topic]
             try:
-                frame = camera_frame(message, name)
+                stamp_ns = message.log_ns if sources.use_receive_time else read_stamp_ns(message)
+                frame = RecordedImage(message, name, stamp_ns)
             except InputError as error:
                 self.buffer.refuse(name, str(error))
                 raise
-            stamp_ns = message.log_ns if sources.use_receive_time else frame.stamp_ns
             if self._is_from_before(stamp_ns):
                 return
-            self.buffer.add_frame(replace(frame, stamp_ns=stamp_ns), message.log_ns)
+            self.buffer.add_frame(frame, message.log_ns)
         elif topic == sources.joint_topic:
             self._take_joints(message)
         elif topic == sources.command_topic and self.actions == "commands":
@@ -306,6 +309,8 @@ class _Cutter:
         sources = self.sources
         try:
             observation = self.buffer.observe(tick_ns, sources.max_age_ns, sources.slop_ns)
+            while self._discard_damaged(observation):
+                observation = self.buffer.observe(tick_ns, sources.max_age_ns, sources.slop_ns)
         except StaleInput as error:
             self.waiting.append(str(error))
             return
@@ -313,6 +318,18 @@ class _Cutter:
             self.done.leave_out("before the first instruction")
         else:
             self.waiting.append(_Pending(observation, self.task, observation.stamp_ns + self.period_ns))
+
+    def _discard_damaged(self, observation: Observation) -> bool:
+        """Decode the images; whether one could not be and was taken from the buffer, as if it had been refused."""
+        damaged = False
+        for name, frame in observation.frames.items():
+            try:
+                _ = frame.rgb_HWC
+            except InputError as error:
+                self.buffer.discard(frame, str(error))
+                self.done.leave_out(f"message on {self.sources.cameras[name]}", str(error))
+                damaged = True
+        return damaged
 
     def _settle(self, now_ns: int) -> None:
         """Hand on the frames whose action is known now."""
@@ -329,8 +346,9 @@ class _Cutter:
                 frames, specs = first.observation.frames, self.sources.specs or ()
                 action_J = nearest_turn(action_J, first.observation.state_J, continuous(specs))
                 images = {name: frames[name].rgb_HWC for name in self.sources.cameras}
+                files = {name: frame.file for name, frame in frames.items() if isinstance(frame, RecordedImage)}
                 self._hand_on(
-                    Frame(first.observation.stamp_ns, first.task, first.observation.state_J, action_J, images)
+                    Frame(first.observation.stamp_ns, first.task, first.observation.state_J, action_J, images, files)
                 )
 
     def _forget(self, now_ns: int) -> None:

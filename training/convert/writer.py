@@ -32,6 +32,7 @@ from training.data.lerobot import (
     TASKS,
     VERSION,
     Info,
+    Video,
     VideoWriter,
     arrow_schema,
     make_features,
@@ -62,9 +63,13 @@ class DatasetWriter:
         cameras: Sequence[str],
         source: Mapping[str, Any],
         robot_type: str | None = None,
+        video: Video = "h264",
         info: Info | None = None,
     ) -> None:
-        """`folder` must not exist; `source` is what the dataset is made from; `info` gives the sizes of its files."""
+        """`folder` must not exist; `source` is what the dataset is made from; `info` gives the sizes of its files.
+
+        `video`: encode the images, or keep the JPEGs that they were recorded as.
+        """
         if folder.exists():
             raise ConfigurationError(f"dataset {folder} exists already; remove it or choose another --out")
         self._broken = False
@@ -75,7 +80,7 @@ class DatasetWriter:
         features = make_features(joints, {})
         base = info or Info(fps=fps, features=features)
         self.info = base.model_copy(update={"fps": fps, "features": features, "robot_type": robot_type})
-        self.videos = {name: VideoWriter(folder, IMAGES + name, self.info) for name in cameras}
+        self.videos = {name: VideoWriter(folder, IMAGES + name, self.info, video) for name in cameras}
         self.pixels = {name: PixelCounts() for name in cameras}
         self.tasks: dict[str, int] = {}
         self.episodes: list[EpisodeRow] = []
@@ -148,7 +153,7 @@ class DatasetWriter:
             for video in self.videos.values():
                 video.begin_episode()
         for name, rgb_HWC in frame.images.items():
-            self.videos[name].add(rgb_HWC)
+            self.videos[name].add(rgb_HWC, frame.files.get(name))
             self._episode_pixels[name].add(rgb_HWC)
         values = {
             STATE: frame.state_J.astype(np.float32),

@@ -20,7 +20,7 @@ from training.data.lerobot.layout import (
     tasks_table,
     write_json,
 )
-from training.data.lerobot.video import VideoWriter
+from training.data.lerobot.video import Video, VideoWriter
 
 __all__ = [
     "ACTION",
@@ -36,6 +36,7 @@ __all__ = [
     "Dataset",
     "Episode",
     "Info",
+    "Video",
     "VideoWriter",
     "arrow_schema",
     "load_recorded",

@@ -3,6 +3,9 @@
 H.264 at a quality (crf 18) that keeps simulated images of 288 pixels at 40 dB on average. Every second frame is a key
 frame, as in LeRobot's own files, so that a frame can be read without decoding many others. No frame refers to a later
 one, so that the first frame's time is 0.
+
+Or images that were recorded as JPEG are put into the file as they are (Motion JPEG): nothing is lost, and a reader gets
+the pixels that the node got.
 """
 
 from __future__ import annotations
@@ -10,27 +13,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import av
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.messages import decode_compressed
 from training.data.lerobot.layout import MIB, Feature, Info, next_file
 
 CODEC: Final = "libx264"
-OPTIONS: Final = {"crf": "18", "g": "2", "bf": "0"}
+# The slower presets make smaller files, not better ones, and files that take longer to read (docs/results/data.md).
+OPTIONS: Final = {"crf": "18", "g": "2", "bf": "0", "preset": "ultrafast"}
 PIXELS: Final = "yuv420p"
+JPEG: Final = "mjpeg"
+JPEG_BEGIN: Final = b"\xff\xd8"
+Video = Literal["h264", "jpeg"]
 TOLERANCE_S: Final = 1e-4  # LeRobot's: how near a frame must be to its timestamp
 
 
 class VideoWriter:
     """Writes the files of one camera."""
 
-    def __init__(self, folder: Path, key: str, info: Info) -> None:
-        """`info` gives the largest size of a file, the rate and the paths."""
-        self._folder, self._key, self._info = folder, key, info
+    def __init__(self, folder: Path, key: str, info: Info, video: Video = "h264") -> None:
+        """`info` gives the largest size of a file, the rate and the paths; `video`: encode, or keep recorded JPEGs."""
+        self._folder, self._key, self._info, self._video = folder, key, info, video
+        self._pixels = PIXELS
         self._place = (0, 0)
         self._container: Any = None
         self._stream: Any = None
@@ -46,25 +56,43 @@ class VideoWriter:
             self._place = next_file(*self._place, self._info.chunks_size)
         self._from_frame, self._from_bytes = self._frames, self._bytes
 
-    def add(self, rgb_HWC: NDArray[np.uint8]) -> None:
-        """Add a frame; InputError if its size is not that of the frames before, or cannot be encoded."""
+    def add(self, rgb_HWC: NDArray[np.uint8], file: bytes | None = None) -> None:
+        """Add a frame, with the `file` that it was recorded as, if any.
+
+        InputError if its size is not that of the frames before, or it cannot be encoded, or is no JPEG to be kept.
+        """
         size = rgb_HWC.shape[0], rgb_HWC.shape[1]
-        if self._size is None and (size[0] % 2 or size[1] % 2):
+        pixels = self._pixels_of(file) if self._video == "jpeg" else PIXELS
+        if self._size is None and self._video == "h264" and (size[0] % 2 or size[1] % 2):
             raise InputError(
                 f"{self._key}: expected an even width and height, for {PIXELS} video, got {size[1]} x {size[0]} pixels"
             )
-        if self._size is not None and self._size != size:
-            height, width = self._size
+        if self._size is not None and (self._size, self._pixels) != (size, pixels):
+            (height, width), form = self._size, "" if self._pixels == pixels else f" in {pixels}, not {self._pixels}"
             raise InputError(
-                f"{self._key}: expected {width} x {height} pixels as before, got {size[1]} x {size[0]}; convert bags "
-                "with different image sizes into separate datasets"
+                f"{self._key}: expected {width} x {height} pixels as before, got {size[1]} x {size[0]}{form}; convert "
+                "bags with different images into separate datasets"
             )
         if self._container is None:
-            self._open(size)
-        frame = av.VideoFrame.from_ndarray(rgb_HWC, format="rgb24")
+            self._open(size, pixels)
+        frame: Any = av.VideoFrame.from_ndarray(rgb_HWC, format="rgb24") if self._video == "h264" else av.Packet(file)
         frame.pts, frame.time_base = self._frames, Fraction(1, self._info.fps)
-        self._mux(self._stream.encode(frame))
+        if self._video == "h264":
+            self._mux(self._stream.encode(frame))
+        else:
+            frame.dts, frame.duration, frame.stream, frame.is_keyframe = frame.pts, 1, self._stream, True
+            self._mux([frame])
         self._frames += 1
+
+    def _pixels_of(self, file: bytes | None) -> str:
+        """The pixel format of a JPEG; InputError if it is none."""
+        if file is None or file[:2] != JPEG_BEGIN:
+            raise InputError(
+                f"{self._key}: expected images recorded as JPEG, to keep them as they are, got "
+                f"{'raw images' if file is None else 'other files'}; take --video h264"
+            )
+        *_, colours, sampling = simplejpeg.decode_jpeg_header(file)
+        return "gray" if colours == "Gray" else f"yuvj{sampling}p"
 
     def end_episode(self) -> dict[str, int | float]:
         """What the episode's row says about this video."""
@@ -92,28 +120,32 @@ class VideoWriter:
         info = {
             "video.height": height,
             "video.width": width,
-            "video.codec": "h264",
-            "video.pix_fmt": PIXELS,
+            "video.codec": "h264" if self._video == "h264" else JPEG,
+            "video.pix_fmt": self._pixels,
             "video.fps": self._info.fps,
             "video.channels": 3,
             "has_audio": False,
-            "video.g": int(OPTIONS["g"]),
-            "video.crf": int(OPTIONS["crf"]),
+            "video.g": int(OPTIONS["g"]) if self._video == "h264" else 1,
             "is_depth_map": False,
         }
+        if self._video == "h264":
+            info["video.crf"] = int(OPTIONS["crf"])
         return Feature(dtype="video", shape=(height, width, 3), names=["height", "width", "channels"], info=info)
 
-    def _open(self, size: tuple[int, int]) -> None:
-        self._size = size
+    def _open(self, size: tuple[int, int], pixels: str) -> None:
+        self._size, self._pixels = size, pixels
         assert self._info.video_path is not None
         chunk_index, file_index = self._place
         name = self._info.video_path.format(video_key=self._key, chunk_index=chunk_index, file_index=file_index)
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(str(path), "w")
-        self._stream = self._container.add_stream(CODEC, rate=self._info.fps, options=OPTIONS)
+        codec, options = (CODEC, OPTIONS) if self._video == "h264" else (JPEG, {})
+        self._stream = self._container.add_stream(codec, rate=self._info.fps, options=options)
         self._stream.height, self._stream.width = size
-        self._stream.pix_fmt = PIXELS
+        self._stream.pix_fmt = pixels
+        # As many bags are converted at once as there are cores; and the file is the same on any machine.
+        self._stream.codec_context.thread_count = 1
 
     def _mux(self, packets: Any) -> None:
         for packet in packets:
@@ -135,7 +167,7 @@ def read_frames(path: Path, from_s: float, count: int, fps: int) -> Iterator[NDA
                 raise InputError(f"video {path}: expected a stream with a time base, got one without")
             if from_s > 0:
                 container.seek(round(from_s / tick_s), stream=stream, backward=True)
-            for frame in container.decode(stream):
+            for frame in _frames(container, stream):
                 if frame.pts is None:
                     raise InputError(f"video {path}: expected frames with times, got one without")
                 time_s, due_s = float(frame.pts * tick_s), from_s + done / fps
@@ -143,7 +175,7 @@ def read_frames(path: Path, from_s: float, count: int, fps: int) -> Iterator[NDA
                     continue  # the key frame that decoding starts at may lie before the episode
                 if time_s > due_s + TOLERANCE_S:
                     break
-                yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+                yield _pixels(f"video {path}", frame)
                 done += 1
                 if done == count:
                     return
@@ -153,3 +185,18 @@ def read_frames(path: Path, from_s: float, count: int, fps: int) -> Iterator[NDA
         f"video {path}: expected {count} frames at {fps} per second from {from_s:g} s on, but there is none at "
         f"{from_s + done / fps:g} s; is the file whole?"
     )
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    """Decoded frames; for JPEGs that are whole files, packets: they are decoded as the node decodes them."""
+    for packet in container.demux(stream):
+        if stream.codec_context.name == JPEG and bytes(memoryview(packet)[:2]) == JPEG_BEGIN:
+            yield packet
+        else:
+            yield from packet.decode()
+
+
+def _pixels(where: str, frame: Any) -> NDArray[np.uint8]:
+    if isinstance(frame, av.Packet):
+        return decode_compressed(where, bytes(frame))
+    return np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)

@@ -119,6 +119,38 @@ def shaken_recording(longest_ms: int = 40) -> Messages:
     return sorted(messages, key=lambda message: message.log_ns)
 
 
+def test_recorded_jpegs_are_kept_as_they_are_and_read_as_the_node_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an odd size, which H.264 in yuv420p cannot have."""
+    noise_HWC = np.random.default_rng(0).integers(0, 256, (45, 63, 3), dtype=np.uint8)
+
+    def picture(stamp_ns: int, shape: str) -> bytes:
+        found = cv2.imencode(shape, np.roll(noise_HWC, stamp_ns // 10**7, axis=1))[1]
+        return jpeg(stamp_ns, found.tobytes())
+
+    def shaped(wrist: str) -> Messages:
+        shapes = {"/camera/scene/image_raw/compressed": ".jpg", "/camera/wrist/image_raw/compressed": wrist}
+        found = recording(seconds=1.0, transport="compressed")
+        return [replace(m, data=picture(m.log_ns, shapes[m.topic])) if m.topic in shapes else m for m in found]
+
+    messages = shaped(".jpg")
+    dataset = convert(tmp_path, messages, "--video", "jpeg")
+    (episode,) = dataset.episodes
+    feature = dataset.info.features["observation.images.scene"]
+    assert feature.info is not None and feature.shape == (45, 63, 3)
+    assert (feature.info["video.codec"], feature.info["video.pix_fmt"]) == ("mjpeg", "yuvj420p")
+    seen = {m.log_ns: camera_frame(m, "scene").rgb_HWC for m in messages if "scene" in m.topic}
+    stamps = dataset.columns(episode)["stamp_ns"].tolist()
+    for stamp_ns, rgb_HWC in zip(stamps, dataset.images(episode, "scene"), strict=True):
+        np.testing.assert_array_equal(rgb_HWC, seen[stamp_ns])
+    capsys.readouterr()
+    bag = write_bag(tmp_path / "mixed", shaped(".png"))
+    more = ("--bundle", "demo", "--actions", "states", "--video", "jpeg", "--out", tmp_path / "out")
+    assert run("from-bag", bag, *more) == 2
+    assert "wrist: expected images recorded as JPEG, to keep them as they are" in capsys.readouterr().err
+
+
 def test_dataset_to_bag_and_back_is_the_same_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = convert(tmp_path, shaken_recording(), "--episodes", "instruction", fps=20, actions="commands")
     report = capsys.readouterr().out

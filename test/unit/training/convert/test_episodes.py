@@ -229,14 +229,24 @@ def test_nothing_is_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "--actions" in capsys.readouterr().err
 
 
-def test_messages_that_cannot_be_used_are_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_image_is_named_where_a_frame_would_have_it_and_the_one_before_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images at 20 Hz, frames at 10: every second image is never decoded. Without the damaged ones, the same frames."""
     messages = recording(transport="compressed")
-    broken = [i for i, m in enumerate(messages) if "wrist" in m.topic][5]
-    messages[broken] = replace(messages[broken], data=jpeg(START_NS, b"no image"))
-    dataset = convert(tmp_path, messages)
+    images = [m for m in messages if "wrist" in m.topic]
+    damaged = [images[i] for i in (4, 8, 9, 14, 15)]
+    assert convert(tmp_path / "without", [m for m in messages if m not in damaged]).episodes
+    capsys.readouterr()
+    broken = [replace(m, data=jpeg(m.log_ns - 2 * MS, b"no image")) if m in damaged else m for m in messages]
+    dataset, expected = convert(tmp_path / "with", broken), Dataset(tmp_path / "without/dataset")
     report = capsys.readouterr().out
-    assert "1 x message on /camera/wrist/image_raw/compressed" in report and "neither" in report
-    assert len(dataset.episodes) == 1  # the frame before it was young enough
+    assert "4 x message on /camera/wrist/image_raw/compressed" in report and "neither" in report
+    (one,), (two,) = dataset.episodes, expected.episodes
+    assert (dataset.columns(one)["stamp_ns"] == expected.columns(two)["stamp_ns"]).all() and one.length >= 18
+    for camera in ("scene", "wrist"):
+        for image, wanted in zip(dataset.images(one, camera), expected.images(two, camera), strict=True):
+            np.testing.assert_array_equal(image, wanted)
 
 
 @pytest.mark.parametrize(
