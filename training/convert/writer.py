@@ -31,6 +31,7 @@ from training.data.lerobot import (
     STATS,
     TASKS,
     VERSION,
+    Feature,
     Info,
     Video,
     VideoWriter,
@@ -45,6 +46,130 @@ EpisodeRow = dict[str, Any]
 # Room that must stay free: a video that meets a full disk cannot be ended, and nothing of it can be read. Ending takes
 # the frames that the encoders hold back, indexes and meta/.
 RESERVE: Final = 256 * MIB
+
+
+class Tables:
+    """The tables of a dataset, episode by episode: data/, and at the end meta/. Its images are others' work.
+
+    Rows are kept in memory for their figures, about 100 bytes each.
+    """
+
+    def __init__(self, folder: Path, info: Info, cameras: Sequence[str]) -> None:
+        self.folder, self.info = folder, info
+        self.pixels = {name: PixelCounts() for name in cameras}
+        self.tasks: dict[str, int] = {}
+        self.episodes: list[EpisodeRow] = []
+        self.frames = 0
+        self._schema = arrow_schema(info.features)
+        self._all: dict[str, list[Any]] = {name: [] for name in self._schema.names}  # arrays, one per episode
+        self._rows_in_file = 0
+        self._place = (0, 0)
+        self._file: BinaryIO | None = None
+        self._parquet: pq.ParquetWriter | None = None
+
+    def add_episode(
+        self,
+        columns: Mapping[str, Any],
+        tasks: Sequence[str],
+        videos: Mapping[str, int | float],
+        image_figures: Mapping[str, FeatureFigures],
+    ) -> None:
+        """Its times and its place among the others are made here; `columns` [N] or [N, D] are all that it has else.
+
+        `tasks` has that of each row; `videos` says where its images are, in the names of meta/episodes; `image_figures`
+        are by camera.
+        """
+        rows = len(tasks)
+        arrays = {
+            **columns,
+            "timestamp": np.arange(rows) / self.info.fps,
+            "frame_index": np.arange(rows),
+            "episode_index": np.full(rows, len(self.episodes)),
+            "index": self.frames + np.arange(rows),
+            "task_index": np.array([self.tasks.setdefault(task, len(self.tasks)) for task in tasks]),
+        }
+        arrays = {name: arrays[name] for name in self._schema.names}
+        kinds = {name: self._schema.field(name).type for name in arrays}
+        place = self._write_rows(pa.table({n: _column(arrays[n], kinds[n]) for n in arrays}, self._schema))
+        self.episodes.append(
+            {
+                "episode_index": len(self.episodes),
+                "tasks": list(dict.fromkeys(tasks)),
+                "length": rows,
+                "data/chunk_index": place[0],
+                "data/file_index": place[1],
+                "dataset_from_index": self.frames,
+                "dataset_to_index": self.frames + rows,
+            }
+            | dict(videos)
+            | _flat(_figures(arrays, image_figures))
+        )
+        for name, array in arrays.items():
+            self._all[name].append(array)
+        self.frames += rows
+
+    def close(self, features: Mapping[str, Feature], source: Mapping[str, Any]) -> Info:
+        """Write meta/; `features` are all, with the images, and `source` is what the dataset is made from.
+
+        InputError if there is not a single episode.
+        """
+        self.close_rows()
+        if not self.episodes:
+            raise InputError(f"dataset {self.folder}: expected at least one frame, got none; nothing was written")
+        info = self.info.model_copy(
+            update={
+                "features": features,
+                "total_episodes": len(self.episodes),
+                "total_frames": self.frames,
+                "total_tasks": len(self.tasks),
+                "splits": {"train": f"0:{len(self.episodes)}"},
+            }
+        )
+        whole = {name: np.concatenate(arrays) for name, arrays in self._all.items()}
+        images = {name: counts.describe() for name, counts in self.pixels.items()}
+        write_json(self.folder / STATS, _figures(whole, images))
+        write_json(self.folder / SOURCE, {"format": VERSION, **source})
+        pq.write_table(tasks_table(list(self.tasks)), self.folder / TASKS)
+        self._write_episodes()
+        info.write(self.folder)
+        return info
+
+    def close_rows(self) -> None:
+        parquet, file = self._parquet, self._file
+        self._parquet, self._file, self._rows_in_file = None, None, 0
+        if parquet is not None and file is not None:
+            with file:
+                parquet.close()
+
+    def _write_rows(self, table: pa.Table) -> tuple[int, int]:
+        """Write a row group; into a new file if another episode like those in this one would make it too large."""
+        if self._file is not None:
+            size = self._file.tell()
+            if size + size / self._rows_in_file * len(table) >= self.info.data_files_size_in_mb * MIB:
+                self.close_rows()
+                self._place = next_file(*self._place, self.info.chunks_size)
+        if self._parquet is None:
+            chunk_index, file_index = self._place
+            path = self.folder / self.info.data_path.format(chunk_index=chunk_index, file_index=file_index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb")
+            self._parquet = pq.ParquetWriter(self._file, table.schema, compression="snappy")
+        self._parquet.write_table(table)
+        self._rows_in_file += len(table)
+        return self._place
+
+    def _write_episodes(self) -> None:
+        table = pa.Table.from_pylist(self.episodes)
+        rows_per_file = max(1, int(self.info.data_files_size_in_mb * MIB / (table.nbytes / len(table))))
+        place = (0, 0)
+        for start in range(0, len(table), rows_per_file):
+            part = table.slice(start, rows_per_file)
+            for name, index in zip(("chunk_index", "file_index"), place, strict=True):
+                part = part.append_column(f"meta/episodes/{name}", pa.array([index] * len(part), pa.int64()))
+            path = self.folder / EPISODES.format(chunk_index=place[0], file_index=place[1])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(part, path, compression="snappy")
+            place = next_file(*place, self.info.chunks_size)
 
 
 class DatasetWriter:
@@ -81,23 +206,19 @@ class DatasetWriter:
         base = info or Info(fps=fps, features=features)
         self.info = base.model_copy(update={"fps": fps, "features": features, "robot_type": robot_type})
         self.videos = {name: VideoWriter(folder, IMAGES + name, self.info, video) for name in cameras}
-        self.pixels = {name: PixelCounts() for name in cameras}
-        self.tasks: dict[str, int] = {}
-        self.episodes: list[EpisodeRow] = []
-        self._columns: dict[str, list[Any]] = {name: [] for name in arrow_schema(features).names}
-        self._episode_pixels = {name: PixelCounts() for name in cameras}
-        self._all: dict[str, list[Any]] = {name: [] for name in self._columns}  # arrays, one per episode
-        self._frames = self._rows_in_file = 0
-        self._place = (0, 0)
-        self._file: BinaryIO | None = None
-        self._parquet: pq.ParquetWriter | None = None
+        self.tables = Tables(folder, self.info, cameras)
+        self._begin_episode()
 
     def __enter__(self) -> DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        if not self._broken and (kind is None or self.episodes or self._columns["index"]):
+        if not self._broken and (kind is None or self.episodes or self._tasks):
             self.close()
+
+    @property
+    def episodes(self) -> list[EpisodeRow]:
+        return self.tables.episodes
 
     def add(self, frame: Frame) -> None:
         """Add a frame; InputError if image sizes change, or the cameras' names or the number of joints do not fit.
@@ -136,7 +257,7 @@ class DatasetWriter:
         except OSError as error:
             self._broken = True
             with suppress(Exception):
-                self._close_rows()
+                self.tables.close_rows()
             raise ConfigurationError(
                 f"dataset {self.folder}: expected to write it whole, got {error}; it has no meta/info.json: "
                 "remove it, make room on the disk, and convert again"
@@ -148,119 +269,46 @@ class DatasetWriter:
                 f"frame: expected cameras {sorted(self.videos)} and {len(self.joints)} joints, got "
                 f"{sorted(frame.images)} and {len(frame.state_J)}"
             )
-        row = len(self._columns["index"])
-        if row == 0:
+        if not self._tasks:
             for video in self.videos.values():
                 video.begin_episode()
         for name, rgb_HWC in frame.images.items():
             self.videos[name].add(rgb_HWC, frame.files.get(name))
-            self._episode_pixels[name].add(rgb_HWC)
-        values = {
-            STATE: frame.state_J.astype(np.float32),
-            ACTION: frame.action_J.astype(np.float32),
-            STAMP: frame.stamp_ns,
-            "timestamp": row / self.info.fps,
-            "frame_index": row,
-            "episode_index": len(self.episodes),
-            "index": self._frames + row,
-            "task_index": self.tasks.setdefault(frame.task, len(self.tasks)),
-        }
-        for name, value in values.items():
+            self._pixels[name].add(rgb_HWC)
+        row = {STATE: frame.state_J.astype(np.float32), ACTION: frame.action_J.astype(np.float32)}
+        for name, value in {**row, STAMP: frame.stamp_ns}.items():
             self._columns[name].append(value)
+        self._tasks.append(frame.task)
+
+    def _begin_episode(self) -> None:
+        self._columns: dict[str, list[Any]] = {STATE: [], ACTION: [], STAMP: []}
+        self._tasks: list[str] = []
+        self._pixels = {name: PixelCounts() for name in self.videos}
 
     def _end_episode(self) -> None:
-        rows = len(self._columns["index"])
-        if rows == 0:
+        if not self._tasks:
             return
-        schema = arrow_schema(self.info.features)
-        arrays = {name: np.array(values) for name, values in self._columns.items()}
-        names = list(self.tasks)
-        place = self._write_rows(pa.table({n: _column(arrays[n], schema.field(n).type) for n in schema.names}, schema))
-        self.episodes.append(
-            {
-                "episode_index": len(self.episodes),
-                "tasks": [names[i] for i in dict.fromkeys(self._columns["task_index"])],
-                "length": rows,
-                "data/chunk_index": place[0],
-                "data/file_index": place[1],
-                "dataset_from_index": self._frames,
-                "dataset_to_index": self._frames + rows,
-            }
-            | {key: value for video in self.videos.values() for key, value in video.end_episode().items()}
-            | _flat(self._figures(arrays, self._episode_pixels))
+        self.tables.add_episode(
+            {name: np.array(values) for name, values in self._columns.items()},
+            self._tasks,
+            {key: value for video in self.videos.values() for key, value in video.end_episode().items()},
+            {name: counts.describe() for name, counts in self._pixels.items()},
         )
-        for name, counts in self._episode_pixels.items():
-            self.pixels[name].merge(counts)
-        for name, array in arrays.items():
-            self._all[name].append(array)
-        self._frames += rows
-        self._columns = {name: [] for name in self._columns}
-        self._episode_pixels = {name: PixelCounts() for name in self.pixels}
+        for name, counts in self._pixels.items():
+            self.tables.pixels[name].merge(counts)
+        self._begin_episode()
 
     def _close(self) -> None:
         self._end_episode()
         for video in self.videos.values():
             video.close()
-        self._close_rows()
-        if not self.episodes:
-            raise InputError(f"dataset {self.folder}: expected at least one frame, got none; nothing was written")
-        images = {IMAGES + name: video.feature for name, video in self.videos.items()}
-        info = self.info.model_copy(
-            update={
-                "features": make_features(self.joints, images),
-                "total_episodes": len(self.episodes),
-                "total_frames": self._frames,
-                "total_tasks": len(self.tasks),
-                "splits": {"train": f"0:{len(self.episodes)}"},
-            }
-        )
-        whole = {name: np.concatenate(arrays) for name, arrays in self._all.items()}
-        write_json(self.folder / STATS, self._figures(whole, self.pixels))
-        write_json(self.folder / SOURCE, {"format": VERSION, **self.source})
-        pq.write_table(tasks_table(list(self.tasks)), self.folder / TASKS)
-        self._write_episodes()
-        info.write(self.folder)
+        images = {IMAGES + name: video.feature for name, video in self.videos.items()} if self.tables.episodes else {}
+        self.tables.close(make_features(self.joints, images), self.source)
 
-    def _write_rows(self, table: pa.Table) -> tuple[int, int]:
-        """Write a row group; into a new file if another episode like those in this one would make it too large."""
-        if self._file is not None:
-            size = self._file.tell()
-            if size + size / self._rows_in_file * len(table) >= self.info.data_files_size_in_mb * MIB:
-                self._close_rows()
-                self._place = next_file(*self._place, self.info.chunks_size)
-        if self._parquet is None:
-            chunk_index, file_index = self._place
-            path = self.folder / self.info.data_path.format(chunk_index=chunk_index, file_index=file_index)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("wb")
-            self._parquet = pq.ParquetWriter(self._file, table.schema, compression="snappy")
-        self._parquet.write_table(table)
-        self._rows_in_file += len(table)
-        return self._place
 
-    def _close_rows(self) -> None:
-        parquet, file = self._parquet, self._file
-        self._parquet, self._file, self._rows_in_file = None, None, 0
-        if parquet is not None and file is not None:
-            with file:
-                parquet.close()
-
-    def _write_episodes(self) -> None:
-        table = pa.Table.from_pylist(self.episodes)
-        rows_per_file = max(1, int(self.info.data_files_size_in_mb * MIB / (table.nbytes / len(table))))
-        place = (0, 0)
-        for start in range(0, len(table), rows_per_file):
-            part = table.slice(start, rows_per_file)
-            for name, index in zip(("chunk_index", "file_index"), place, strict=True):
-                part = part.append_column(f"meta/episodes/{name}", pa.array([index] * len(part), pa.int64()))
-            path = self.folder / EPISODES.format(chunk_index=place[0], file_index=place[1])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(part, path, compression="snappy")
-            place = next_file(*place, self.info.chunks_size)
-
-    def _figures(self, arrays: Mapping[str, Any], pixels: Mapping[str, PixelCounts]) -> dict[str, FeatureFigures]:
-        values = {name: describe_values(array) for name, array in arrays.items()}
-        return values | {IMAGES + name: counts.describe() for name, counts in pixels.items()}
+def _figures(arrays: Mapping[str, Any], images: Mapping[str, FeatureFigures]) -> dict[str, FeatureFigures]:
+    values = {name: describe_values(array) for name, array in arrays.items()}
+    return values | {IMAGES + name: figures for name, figures in images.items()}
 
 
 def _column(array: Any, kind: pa.DataType) -> pa.Array:
