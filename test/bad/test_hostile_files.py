@@ -41,7 +41,7 @@ from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.settings import load_settings, read_session
 from ki_vla_ros.share import find_bundle
 from training.config import load_config
-from training.data.lerobot import dataset
+from training.data.lerobot import tables
 from training.data.lerobot.layout import fill_path, read_info
 from training.storage import whole_folder
 from training.tokens.fast import read_processor
@@ -700,11 +700,11 @@ def test_a_table_of_one_text_in_every_row(tmp_path: Path, monkeypatch: pytest.Mo
     text = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array(["x" * 100_000]))
     pq.write_table(pa.table({"task": text}), tmp_path / "tasks.parquet", store_schema=False)
     assert (tmp_path / "tasks.parquet").stat().st_size < 10_000
-    monkeypatch.setattr(dataset, "LARGEST_TABLE", 1 << 24)
+    monkeypatch.setattr(tables, "LARGEST_TABLE", 1 << 24)
     with pytest.raises(
         ConfigurationError, match=r"tasks\.parquet: not a whole parquet file: it has more than 16777216 b"
     ):
-        dataset._read_parquet(tmp_path / "tasks.parquet")
+        tables.read_parquet(tmp_path / "tasks.parquet")
 
 
 def test_a_piece_of_a_tokenizer_that_has_thousands_of_cuts() -> None:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     left = "the bag has what was written so far, and no index"
     if arguments.command == "from-bag":
-        left = "the frames written so far are a valid dataset"
+        left = "the frames written so far, if any, are a valid dataset"
     return run_command("convert", partial(_convert, arguments), f"stopped; {left}")
 
 
@@ -71,7 +71,8 @@ def convert_bags(arguments: argparse.Namespace) -> None:
     with DatasetWriter(
         arguments.out,
         fps=arguments.fps,
-        joints=first.joints,
+        state_names=first.joints,
+        action_names=first.joints,
         cameras=list(first.cameras),
         source=source,
         robot_type=arguments.robot_type,

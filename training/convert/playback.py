@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
@@ -114,7 +115,7 @@ def _schedule(dataset: Dataset) -> list[_Times]:
     stamped = STAMP in dataset.info.features
     firsts_ns = [int(dataset.columns(episode)[STAMP][0]) if stamped else 0 for episode in dataset.episodes]
     schedule: list[_Times] = []
-    end_ns, fps = 0, dataset.info.fps
+    end_ns, fps = 0, Fraction(dataset.info.fps)
     for _, episode in sorted(zip(firsts_ns, dataset.episodes, strict=True), key=lambda pair: pair[0]):
         stamp_N, grid_N = _stamps(dataset, episode, end_ns + PAUSE_NS), _grid(dataset, episode)
         due_N = stamp_N + NS_PER_S // fps
@@ -142,7 +143,7 @@ def _stamps(dataset: Dataset, episode: Episode, start_ns: int) -> NDArray[np.int
 
 
 def _grid(dataset: Dataset, episode: Episode) -> NDArray[np.int64]:
-    return np.arange(episode.length, dtype=np.int64) * NS_PER_S // dataset.info.fps
+    return np.floor(np.arange(episode.length) * NS_PER_S / dataset.info.fps).astype(np.int64)
 
 
 def _messages(
@@ -150,7 +151,7 @@ def _messages(
 ) -> Iterator[tuple[str, int, Any]]:
     """Topic, log time and message of an episode, in order."""
     episode = times.episode
-    columns, period_ns = dataset.columns(episode), NS_PER_S // dataset.info.fps
+    columns, period_ns = dataset.columns(episode), NS_PER_S // Fraction(dataset.info.fps)
     stamp_N = _stamps(dataset, episode, times.stamp_ns)
     due_N, commanded = stamp_N + period_ns, 0 if ACTION in columns else episode.length
     images = {camera: dataset.images(episode, camera) for camera in topics.cameras}

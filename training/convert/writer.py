@@ -1,7 +1,7 @@
 """From frames of episodes to a dataset's folder.
 
-The dataset cannot be read before `close`, which writes meta/ and ends the videos. Rows are kept in memory until their
-episode ends; images go straight to their video.
+The dataset is not there before its end, when videos are ended, meta/ is written, and the folder gets its name. Rows are
+kept in memory until their episode ends; images go straight to their video.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -41,6 +41,7 @@ from training.data.lerobot import (
     tasks_table,
     write_json,
 )
+from training.storage import whole_folder
 
 EpisodeRow = dict[str, Any]
 # Room that must stay free: a video that meets a full disk cannot be ended, and nothing of it can be read. Ending takes
@@ -48,6 +49,7 @@ EpisodeRow = dict[str, Any]
 RESERVE: Final = 256 * MIB
 
 
+<<<<<<< HEAD
 class Tables:
     """The tables of a dataset, episode by episode: data/, and at the end meta/. Its images are others' work.
 
@@ -170,62 +172,90 @@ class Tables:
             path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(part, path, compression="snappy")
             place = next_file(*place, self.info.chunks_size)
+=======
+class _Abandoned(Exception):
+    """Nothing is to be left of the dataset."""
+>>>>>>> a3338b3 (Read LeRobot v2.0 and v2.1, and images inside tables)
 
 
 class DatasetWriter:
     """Use as a context manager: leaving it, even by an exception, makes what was written so far a valid dataset.
 
-    So does a disk that fills up, because `add` stops while there is room to finish. KiVlaError where a write fails all
-    the same: then the dataset is not complete.
+    So does a disk that fills up, because `add` stops while there is room to finish. Without a frame, or where a write
+    fails all the same (ConfigurationError), there is no folder at all. Until then it is the hidden `.NAME.part`.
     """
 
     def __init__(
         self,
-        folder: Path,
+        out: Path,
         *,
         fps: int,
-        joints: Sequence[str],
+        state_names: Sequence[str],
+        action_names: Sequence[str],
         cameras: Sequence[str],
         source: Mapping[str, Any],
         robot_type: str | None = None,
         video: Video = "h264",
         info: Info | None = None,
     ) -> None:
-        """`folder` must not exist; `source` is what the dataset is made from; `info` gives the sizes of its files.
+        """`out` must not exist; `source` is what the dataset is made from; `info` gives the sizes of its files.
 
         `video`: encode the images, or keep the JPEGs that they were recorded as.
         """
-        if folder.exists():
-            raise ConfigurationError(f"dataset {folder} exists already; remove it or choose another --out")
-        self._broken = False
-        self._check_room(folder)
+        self.out, self.source, self._video = out, source, video
+        self.state_names, self.action_names, self.cameras = tuple(state_names), tuple(action_names), tuple(cameras)
         if not cameras:
             raise ConfigurationError("dataset: expected at least one camera, got none; name one with --camera")
-        self.folder, self.joints, self.source = folder, tuple(joints), source
-        features = make_features(joints, {})
-        base = info or Info(fps=fps, features=features)
+        features = make_features(state_names, action_names, {})
+        base = info or Info(codebase_version=VERSION, fps=fps, features=features)
         self.info = base.model_copy(update={"fps": fps, "features": features, "robot_type": robot_type})
+<<<<<<< HEAD
         self.videos = {name: VideoWriter(folder, IMAGES + name, self.info, video) for name in cameras}
         self.tables = Tables(folder, self.info, cameras)
         self._begin_episode()
+=======
+        self.tasks: dict[str, int] = {}
+        self.episodes: list[EpisodeRow] = []
+        self._columns: dict[str, list[Any]] = {name: [] for name in arrow_schema(features).names}
+        self._all: dict[str, list[Any]] = {name: [] for name in self._columns}  # arrays, one per episode
+        self._frames = self._rows_in_file = 0
+        self._place = (0, 0)
+        self._file: BinaryIO | None = None
+        self._parquet: pq.ParquetWriter | None = None
+        self._broken = False
+        self._part = ExitStack()  # the folder in which the dataset grows
+        self._check_absent()
+        self._check_room()
+>>>>>>> a3338b3 (Read LeRobot v2.0 and v2.1, and images inside tables)
 
     def __enter__(self) -> DatasetWriter:
+        self.folder = self._part.enter_context(whole_folder(self.out))
+        self.videos = {name: VideoWriter(self.folder, IMAGES + name, self.info, self._video) for name in self.cameras}
+        self.pixels = {name: PixelCounts() for name in self.cameras}
+        self._episode_pixels = {name: PixelCounts() for name in self.cameras}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+<<<<<<< HEAD
         if not self._broken and (kind is None or self.episodes or self._tasks):
             self.close()
+=======
+        with suppress(_Abandoned), self._writing(), self._part:
+            if self._broken or (kind is not None and not self._has_frames):
+                raise _Abandoned
+            self._close()
+>>>>>>> a3338b3 (Read LeRobot v2.0 and v2.1, and images inside tables)
 
     @property
     def episodes(self) -> list[EpisodeRow]:
         return self.tables.episodes
 
     def add(self, frame: Frame) -> None:
-        """Add a frame; InputError if image sizes change, or the cameras' names or the number of joints do not fit.
+        """Add a frame; InputError if image sizes change, or cameras, state or action are not those of the dataset.
 
         KiVlaError if the disk is nearly full.
         """
-        self._check_room(self.folder)
+        self._check_room()
         with self._writing():
             self._add(frame)
 
@@ -233,20 +263,25 @@ class DatasetWriter:
         with self._writing():
             self._end_episode()
 
-    def close(self) -> None:
-        """End the episode that has begun and write meta/; InputError if there is not a single frame."""
-        with self._writing():
-            self._close()
+    @property
+    def _has_frames(self) -> bool:
+        return bool(self.episodes or self._columns["index"])
 
-    def _check_room(self, folder: Path) -> None:
-        place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    def _check_absent(self) -> None:
+        if self.out.exists():
+            raise ConfigurationError(f"dataset {self.out} exists already; remove it or choose another --out")
+
+    def _check_room(self) -> None:
+        place = next(parent for parent in self.out.absolute().parents if parent.exists())
         if not (place.is_dir() and os.access(place, os.W_OK)):
             got = "one that may not be written to" if place.is_dir() else "a file"
-            raise ConfigurationError(f"dataset {folder}: expected a folder at {place}, got {got}; choose another --out")
+            raise ConfigurationError(
+                f"dataset {self.out}: expected a folder at {place}, got {got}; choose another --out"
+            )
         if (free := shutil.disk_usage(place).free) < RESERVE:
-            left = "what was added before is a valid dataset; " if place == folder else ""
+            left = "what was added before is a valid dataset; " if self._has_frames else ""
             raise KiVlaError(
-                f"dataset {folder}: expected {RESERVE // MIB} MiB free on its disk, to end the dataset in order, got "
+                f"dataset {self.out}: expected {RESERVE // MIB} MiB free on its disk, to end the dataset in order, got "
                 f"{free // MIB}; {left}make room or choose another --out"
             )
 
@@ -259,15 +294,17 @@ class DatasetWriter:
             with suppress(Exception):
                 self.tables.close_rows()
             raise ConfigurationError(
-                f"dataset {self.folder}: expected to write it whole, got {error}; it has no meta/info.json: "
-                "remove it, make room on the disk, and convert again"
+                f"dataset {self.out}: expected to write it whole, got {error}; nothing of it is left: make room on "
+                "the disk, and convert again"
             ) from error
 
     def _add(self, frame: Frame) -> None:
-        if set(frame.images) != set(self.videos) or len(frame.state_J) != len(self.joints):
+        wanted = (sorted(self.videos), len(self.state_names), len(self.action_names))
+        got = (sorted(frame.images), len(frame.state_J), len(frame.action_J))
+        if wanted != got:
             raise InputError(
-                f"frame: expected cameras {sorted(self.videos)} and {len(self.joints)} joints, got "
-                f"{sorted(frame.images)} and {len(frame.state_J)}"
+                f"frame: expected cameras {wanted[0]}, {wanted[1]} numbers of state and {wanted[2]} of action, got "
+                f"{got[0]}, {got[1]} and {got[2]}"
             )
         if not self._tasks:
             for video in self.videos.values():
@@ -302,8 +339,31 @@ class DatasetWriter:
         self._end_episode()
         for video in self.videos.values():
             video.close()
+<<<<<<< HEAD
         images = {IMAGES + name: video.feature for name, video in self.videos.items()} if self.tables.episodes else {}
         self.tables.close(make_features(self.joints, images), self.source)
+=======
+        self._close_rows()
+        if not self.episodes:
+            raise InputError(f"dataset {self.out}: expected at least one frame, got none; nothing was written")
+        self._check_absent()
+        images = {IMAGES + name: video.feature for name, video in self.videos.items()}
+        info = self.info.model_copy(
+            update={
+                "features": make_features(self.state_names, self.action_names, images),
+                "total_episodes": len(self.episodes),
+                "total_frames": self._frames,
+                "total_tasks": len(self.tasks),
+                "splits": {"train": f"0:{len(self.episodes)}"},
+            }
+        )
+        whole = {name: np.concatenate(arrays) for name, arrays in self._all.items()}
+        write_json(self.folder / STATS, self._figures(whole, self.pixels))
+        write_json(self.folder / SOURCE, {"format": VERSION, **self.source})
+        pq.write_table(tasks_table(list(self.tasks)), self.folder / TASKS)
+        self._write_episodes()
+        info.write(self.folder)
+>>>>>>> a3338b3 (Read LeRobot v2.0 and v2.1, and images inside tables)
 
 
 def _figures(arrays: Mapping[str, Any], images: Mapping[str, FeatureFigures]) -> dict[str, FeatureFigures]:

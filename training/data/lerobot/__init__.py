@@ -1,7 +1,7 @@
-"""LeRobot datasets, format v3.0: made from bags, turned back into bags, read for training (docs/data.md)."""
+"""LeRobot datasets: v2.0, v2.1 and v3.0 read, v3.0 made from bags (docs/data.md)."""
 
 from training.data.lerobot.arrays import load_recorded
-from training.data.lerobot.dataset import Dataset, Episode
+from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.layout import (
     ACTION,
     EPISODES,
@@ -21,6 +21,7 @@ from training.data.lerobot.layout import (
     tasks_table,
     write_json,
 )
+from training.data.lerobot.meta import Episode
 from training.data.lerobot.video import Video, VideoWriter
 
 __all__ = [

@@ -1,162 +1,221 @@
-"""Reads datasets of format v3.0, whoever made them: episodes, their rows, and the images of their videos."""
+"""Reads datasets of formats v2.0, v2.1 and v3.0, whoever made them: episodes, their rows and their images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.files import check_file
-from training.data.lerobot.layout import EPISODES, TASKS, Info, fill_path, read_info
+from ki_vla_ros.files import read_file
+from ki_vla_ros.messages import decode_compressed
+from training.data.lerobot.layout import ACTIONS, STATES, Info, depth_reason, fill_path, read_info
+from training.data.lerobot.meta import Episode, read_episodes, read_tasks
+from training.data.lerobot.tables import described, read_parquet, read_rows
 from training.data.lerobot.video import read_frames
 
-# Bytes of a table once it is read: LeRobot begins another file after 100 MB.
-LARGEST_TABLE = 1 << 29
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One episode; `row` is its row of meta/episodes, by column."""
-
-    index: int
-    length: int
-    tasks: tuple[str, ...]
-    row: Mapping[str, Any]
+# What every dataset's rows have, whether meta/info.json lists it or not.
+ROWS: Final = ("timestamp", "episode_index", "task_index")
 
 
 class Dataset:
-    """A dataset on disk, with `tasks` by task_index; ConfigurationError if it is none or its parts do not fit."""
+    """A dataset on disk, with `tasks` by task_index; ConfigurationError if it is none or its parts do not fit.
+
+    Values are the dataset's own, in its units and under its names.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info: Info = read_info(folder)
-        if inside := [key for key, feature in self.info.features.items() if feature.dtype == "image"]:
-            raise ConfigurationError(
-                f"dataset {folder}: expected images as videos, got {', '.join(inside)} inside the tables; LeRobot's "
-                "own tools can turn them into videos"
-            )
-        with _described(folder):
-            self.tasks = self._read_tasks()
-            self.episodes = self._read_episodes()
+        with described(folder):
+            self.tasks = read_tasks(folder, self.info)
+            self.episodes = read_episodes(folder, self.info)
         self._table: tuple[Path, pa.Table] | None = None  # the last file that was read
-        frames = sum(episode.length for episode in self.episodes)
-        if (frames, len(self.episodes)) != (self.info.total_frames, self.info.total_episodes):
-            raise ConfigurationError(
-                f"dataset {folder}: expected {self.info.total_episodes} episodes of {self.info.total_frames} frames as "
-                f"meta/info.json says, got {len(self.episodes)} of {frames} in meta/episodes; is the copy whole?"
-            )
 
     @property
     def cameras(self) -> tuple[str, ...]:
         return tuple(self.info.cameras.values())
 
+    @property
+    def ignored(self) -> dict[str, str]:
+        """The features that are not read, with the reason: depth, texts, arrays."""
+        return self.info.ignored
+
+    @property
+    def state_key(self) -> str | None:
+        """The column of the state, where it is one; other datasets have parts of it in several."""
+        return self._vector(STATES)
+
+    @property
+    def action_key(self) -> str | None:
+        return self._vector(ACTIONS)
+
+    @property
+    def state_names(self) -> tuple[str, ...] | None:
+        """A name for each element of the state; None where the dataset has none."""
+        return self.names(self.state_key)
+
+    @property
+    def action_names(self) -> tuple[str, ...] | None:
+        return self.names(self.action_key)
+
+    def names(self, key: str | None) -> tuple[str, ...] | None:
+        """A name for each element of a column; None where the dataset has none."""
+        feature = self.info.features.get(key) if key else None
+        return feature.element_names or None if feature else None
+
     def columns(self, episode: Episode) -> dict[str, NDArray[Any]]:
-        """The episode's rows by feature, [N] or [N, D]; InputError if they are not as meta/ describes them."""
-        with _described(self.folder):
-            place = {name: episode.row[f"data/{name}"] for name in ("chunk_index", "file_index")}
-            path = self._inside(fill_path(self.info.data_path, **place))
-            if self._table is None or self._table[0] != path:
-                names = [name for name, feature in self.info.features.items() if len(feature.shape) == 1]
-                self._table = path, _read_parquet(path).select(names)
-            table = self._table[1]
-            rows = np.flatnonzero(table["episode_index"].to_numpy() == episode.index)
-            if len(rows) != episode.length or np.any(np.diff(rows) != 1):
-                raise InputError(f"{path}: expected {episode.length} rows of episode {episode.index}, got {len(rows)}")
-            part = table.slice(int(rows[0]), len(rows))
-            columns = {name: _array(part[name].combine_chunks()) for name in part.column_names}
-            wanted = np.arange(episode.length) / self.info.fps
-            if not np.allclose(columns["timestamp"], wanted, rtol=1e-6, atol=1e-4):
-                raise InputError(f"{path}: episode {episode.index}: expected a timestamp every 1 / {self.info.fps} s")
+        """The episode's rows by feature, [N] or [N, D]; InputError if they are not as meta/ describes them.
+
+        They are the features that are numbers or vectors of numbers; shape (1,) is [N], however it is stored.
+        """
+        with described(self.folder):
+            path, first = self._find(episode)
+            assert self._table is not None
+            part = self._table[1].slice(first, episode.length)
+            columns = {}
+            for name in part.column_names:
+                try:
+                    width = self.info.features[name].width if name in self.info.features else 1
+                    columns[name] = _array(part[name].combine_chunks(), width)
+                except ValueError as error:
+                    raise InputError(f"{path}: episode {episode.index}: column {name!r}: {error}") from error
+            self._check(path, episode, columns)
             return columns
 
     def images(self, episode: Episode, camera: str) -> Iterator[NDArray[np.uint8]]:
-        """The image [H, W, 3] of each frame; InputError if the video lacks one."""
-        key = next((key for key, name in self.info.cameras.items() if name == camera), None)
-        if key is None or self.info.video_path is None:
+        """The image [H, W, 3] of each frame, of a camera named as in `cameras` or by its key; InputError without one.
+
+        ConfigurationError names a camera that is not there, or is not a colour camera.
+        """
+        key = next((key for key, name in self.info.cameras.items() if camera in (name, key)), None)
+        if key is None:
+            found = self.info.features.get(camera)
+            reason = found and found.is_image and depth_reason(camera, found)
             raise ConfigurationError(
-                f"dataset {self.folder}: expected videos of camera {camera!r}, got those of "
-                f"{', '.join(self.cameras) or 'none'}"
+                f"dataset {self.folder}: expected colour images of camera {camera!r}, got "
+                + (f"{reason}" if reason else f"those of {', '.join(self.cameras) or 'none'}")
             )
-        with _described(self.folder):
-            place = {name: episode.row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-            path = self._inside(fill_path(self.info.video_path, video_key=key, **place))
-            from_s = float(episode.row[f"videos/{key}/from_timestamp"])
+        with described(self.folder):
+            if self.info.features[key].dtype == "image":
+                path, first = self._find(episode)
+                return self._pictures(path, key, first, episode)
+            if (pattern := self.info.video_path) is None:
+                raise ConfigurationError(f"dataset {self.folder}: expected a video_path for {key} in meta/info.json")
+            prefix = f"videos/{key}"
+            path = self._inside(fill_path(pattern, video_key=key, **self._place(episode, prefix)))
+            shared = "{episode_index" not in pattern
+            from_s = float(episode.row[f"{prefix}/from_timestamp"]) if shared else 0.0
             return read_frames(path, from_s, episode.length, self.info.fps)
 
     def task_of(self, columns: Mapping[str, NDArray[Any]]) -> list[str]:
         """The task of each frame."""
-        with _described(self.folder):
-            return [self.tasks[int(index)] for index in columns["task_index"]]
+        numbers = columns["task_index"].tolist()
+        if unknown := [number for number in numbers if number not in self.tasks]:
+            known = ", ".join(str(number) for number in list(self.tasks)[:20]) or "none"
+            raise InputError(f"dataset {self.folder}: expected a task_index of meta/ ({known}), got {unknown[0]}")
+        return [self.tasks[number] for number in numbers]
 
-    def _read_tasks(self) -> dict[int, str]:
-        table = _read_parquet(self.folder / TASKS)
-        # Older writers gave the index no name.
-        name = next((n for n in ("task", "__index_level_0__") if n in table.column_names), None)
-        if name is None or "task_index" not in table.column_names:
-            raise ConfigurationError(f"{self.folder / TASKS}: expected columns task and task_index")
-        return dict(zip(table["task_index"].to_pylist(), table[name].to_pylist(), strict=True))
+    def _vector(self, keys: tuple[str, ...]) -> str | None:
+        return next((k for k in keys if k in self.info.features and self.info.features[k].is_number), None)
 
-    def _read_episodes(self) -> list[Episode]:
-        pattern = EPISODES.format(chunk_index=0, file_index=0).replace("000", "*")
-        paths = sorted(self.folder.glob(pattern))
-        if not paths:
-            raise ConfigurationError(f"dataset {self.folder}: expected episodes in {pattern}, found none")
-        episodes = []
-        for path in paths:
-            table = _read_parquet(path)
-            for row in table.select([n for n in table.column_names if not n.startswith("stats/")]).to_pylist():
-                episodes.append(Episode(row["episode_index"], row["length"], tuple(row["tasks"]), row))
-        return sorted(episodes, key=lambda episode: episode.index)
+    def _find(self, episode: Episode) -> tuple[Path, int]:
+        """The table's file and the episode's first row in it; the file is then the last that was read."""
+        path = self._inside(fill_path(self.info.data_path, **self._place(episode, "data")))
+        if self._table is None or self._table[0] != path:
+            numbers = [name for name, feature in self.info.features.items() if feature.is_number]
+            self._table = path, read_parquet(path, list(dict.fromkeys((*numbers, *ROWS))))
+        index = _array(self._table[1]["episode_index"].combine_chunks(), 1)
+        rows = np.flatnonzero(index == episode.index)
+        if len(rows) != episode.length or np.any(np.diff(rows) != 1):
+            others = f" and {len(index) - len(rows)} of others" if len(rows) < len(index) else ""
+            raise InputError(
+                f"{path}: expected {episode.length} rows of episode {episode.index} on end, got {len(rows)}{others}"
+            )
+        return path, int(rows[0])
+
+    def _check(self, path: Path, episode: Episode, columns: Mapping[str, NDArray[Any]]) -> None:
+        """InputError unless frames are evenly spaced, and state and action are numbers."""
+        fps, time_N = self.info.fps, columns["timestamp"]
+        due_N = np.arange(episode.length) / fps
+        if (late := ~np.isclose(time_N, due_N, rtol=1e-6, atol=1e-4)).any():
+            i = int(late.argmax())
+            raise InputError(
+                f"{path}: episode {episode.index}: expected a timestamp every 1 / {fps} s, got {time_N[i]:g} s for "
+                f"frame {i}, not {due_N[i]:g} s"
+            )
+        for key in (self.state_key, self.action_key):
+            if (
+                key is not None
+                and not (whole := np.isfinite(columns[key].reshape(episode.length, -1)).all(axis=1)).all()
+            ):
+                raise InputError(
+                    f"{path}: episode {episode.index}: expected finite numbers in {key}, got "
+                    f"{columns[key][int(whole.argmin())].tolist()} for frame {int(whole.argmin())}"
+                )
+
+    def _pictures(self, path: Path, key: str, first: int, episode: Episode) -> Iterator[NDArray[np.uint8]]:
+        """The images in a table: each a jpeg or png file, or its name."""
+        with described(self.folder):
+            for i, value in enumerate(read_rows(path, key, first, episode.length)):
+                where = f"{path}: episode {episode.index}, frame {i}: {key}"
+                content = value.get("bytes") if isinstance(value, dict) else value
+                if content is None and isinstance(value, dict) and value.get("path"):
+                    content = self._beside(where, str(value["path"]))
+                if not isinstance(content, bytes):
+                    raise InputError(
+                        f"{where}: expected the bytes of an image, got {'none' if content is None else 'others'}"
+                    )
+                yield decode_compressed(where, content)
+
+    def _beside(self, where: str, name: str) -> bytes:
+        """The image file that a table names instead of holding it."""
+        try:
+            return read_file(self._inside(name))
+        except (ConfigurationError, OSError) as error:
+            raise InputError(
+                f"{where}: expected an image in the table or in the dataset's folder, got only the path {name!r} "
+                f"({error}); ask whoever made the dataset for its images"
+            ) from error
+
+    def _place(self, episode: Episode, prefix: str) -> dict[str, int]:
+        """The numbers that a file's name is made of: the episode's own, and in v3.0 those of a file of several."""
+        place = {"episode_chunk": episode.index // self.info.chunks_size, "episode_index": episode.index}
+        for name in ("chunk_index", "file_index"):
+            if f"{prefix}/{name}" in episode.row:
+                place[name] = int(episode.row[f"{prefix}/{name}"])
+        return place
 
     def _inside(self, name: str) -> Path:
-        """The path of a file in the dataset; ConfigurationError if the metadata points outside the folder."""
-        path = self.folder / name
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        """The path of a file in the dataset; ConfigurationError if the metadata points outside the folder.
+
+        A link in the folder may lead elsewhere: the cache of the Hugging Face Hub consists of links.
+        """
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ConfigurationError(f"dataset {self.folder}: expected paths inside it in meta/info.json, got {name}")
-        return path
+        return self.folder / name
 
 
-@contextmanager
-def _described(folder: Path) -> Iterator[None]:
-    """Makes of what a table of other columns, types or numbers leads to an InputError."""
-    try:
-        yield
-    except (ArithmeticError, LookupError, OSError, TypeError, ValueError, pa.ArrowException) as error:
-        raise InputError(
-            f"dataset {folder}: expected tables as meta/info.json describes them, got others ({error!r})"
-        ) from error
-
-
-def _read_parquet(path: Path) -> pa.Table:
-    try:
-        check_file(path)
-        with pq.ParquetFile(path) as file:
-            # A value that is stored once may stand in millions of rows, so what a part becomes is seen before the next.
-            texts = any(word in str(file.schema_arrow) for word in ("string", "binary"))
-            parts, read = [], 0
-            size = sum(file.metadata.row_group(k).total_byte_size for k in range(file.num_row_groups))
-            for part in file.iter_batches(batch_size=256 if texts else 65536):
-                parts.append(part)
-                read += part.nbytes
-                if max(size, read) > LARGEST_TABLE:
-                    raise ValueError(f"it has more than {LARGEST_TABLE} bytes")
-            return pa.Table.from_batches(parts, file.schema_arrow)
-    except FileNotFoundError:
-        raise ConfigurationError(f"dataset: expected {path}, found none; is the copy whole?") from None
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ConfigurationError(f"{path}: not a whole parquet file: {error}") from error
-
-
-def _array(column: pa.Array) -> NDArray[Any]:
-    kind = column.type
-    if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind):
-        return np.asarray(column.flatten()).reshape(len(column), -1)
-    return np.asarray(column)
+def _array(column: pa.Array, width: int) -> NDArray[Any]:
+    """[N], or [N, D] if `width` is more than 1; ValueError if rows lack a number or are wider or narrower."""
+    rows = len(column)
+    if pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        lengths = column.value_lengths()
+        found = set(lengths.unique().to_pylist())
+        if found != {width}:
+            raise ValueError(
+                f"expected {width} numbers in each row, got {', '.join(map(str, sorted(found, key=repr)))}"
+            )
+        column = column.flatten()
+    elif width != 1:
+        raise ValueError(f"expected {width} numbers in each row, got {column.type}")
+    if column.null_count:
+        raise ValueError(f"expected numbers, got none in {column.null_count} places")
+    values = np.asarray(column)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"expected numbers, got {column.type}")
+    return values if width == 1 else values.reshape(rows, width)

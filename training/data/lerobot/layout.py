@@ -1,7 +1,7 @@
-"""LeRobot's dataset format v3.0 as data: which files there are, and what is in them.
+"""LeRobot's dataset formats as data: which files there are, and what is in them.
 
 Facts from the format's description and its reference implementation (huggingface/lerobot, docs/source/
-lerobot-dataset-v3.mdx and src/lerobot/datasets, version 0.6.2 of 2026-08-23):
+lerobot-dataset-v3.mdx and src/lerobot/datasets, version 0.6.2 of 2026-08-23; v2.1 of version 0.3.3). We write v3.0:
 
     meta/info.json                                  `Info`
     meta/stats.json                                 figures of every feature over the whole dataset (statistics.py)
@@ -9,6 +9,13 @@ lerobot-dataset-v3.mdx and src/lerobot/datasets, version 0.6.2 of 2026-08-23):
     meta/episodes/chunk-000/file-000.parquet        one row per episode: where its frames are, and its figures
     data/chunk-000/file-000.parquet                 one row per frame, one episode after the other
     videos/KEY/chunk-000/file-000.mp4               the frames of one camera, one episode after the other
+
+v2.0 and v2.1 have a file per episode and no `chunk_index` or `file_index`:
+
+    meta/tasks.jsonl, meta/episodes.jsonl           a line per task, a line per episode
+    meta/stats.json (v2.0), episodes_stats.jsonl    figures, which we do not need
+    data/chunk-000/episode_000000.parquet           one row per frame
+    videos/chunk-000/KEY/episode_000000.mp4         the frames of one camera
 
 Frame i of an episode has timestamp i / fps exactly; the format does not say when it was really taken. We keep that in
 an extra feature, `STAMP`, and what a dataset was made from in an extra file, `SOURCE`.
@@ -23,8 +30,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ki_vla_ros.errors import ConfigurationError, short_repr
 from ki_vla_ros.files import read_json
@@ -35,35 +43,90 @@ INFO: Final = "meta/info.json"
 STATS: Final = "meta/stats.json"
 TASKS: Final = "meta/tasks.parquet"
 EPISODES: Final = f"meta/episodes/{CHUNK_FILE}.parquet"
+TASK_LINES: Final = "meta/tasks.jsonl"
+EPISODE_LINES: Final = "meta/episodes.jsonl"
 SOURCE: Final = "meta/ki_vla_ros.json"
 
 STATE: Final = "observation.state"
 ACTION: Final = "action"
 IMAGES: Final = "observation.images."
 STAMP: Final = "stamp_ns"  # no "observation." in front: LeRobot's policies take such features as inputs
+STATES: Final = (STATE, "state")  # the second as openpi's converters write them, for LIBERO, say
+ACTIONS: Final = (ACTION, "actions")
 
 MIB: Final = 1 << 20
+CHUNK: Final = 1000  # files per folder
+DEPTH_WORD: Final = re.compile(r"(?<![a-z])depth(?![a-z])", re.IGNORECASE)
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Version = Annotated[
+    Literal["v2.0", "v2.1", "v3.0"],
+    BeforeValidator(lambda value: f"v{value}" if value in ("2.0", "2.1", "3.0") else value),
+]
+
+
+def whole(value: Any) -> Any:
+    """10 for 10.0, as some writers make all numbers floats; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Feature(BaseModel):
-    """One feature. `info` describes a video; the names of a vector's elements may be grouped (by motor, say)."""
+    """One feature. `info` (in v2.0 `video_info`) describes a video; foreign ones may have a text or nothing there."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     dtype: str
     shape: tuple[int, ...]
-    names: list[str] | dict[str, Any] | None = None
-    info: dict[str, Any] | None = None
+    names: Any = None  # of a vector's elements: a list, perhaps in a list, or grouped in a dictionary
+    info: Any = None
+    video_info: Any = None
+
+    @property
+    def width(self) -> int:
+        """Elements of a vector; 1 for a number."""
+        return self.shape[0] if self.shape else 1
 
     @property
     def element_names(self) -> tuple[str, ...]:
-        """The names in order, grouped or not."""
-        if isinstance(self.names, dict):
-            groups = [group for group in self.names.values() if isinstance(group, list)]
-            return tuple(str(name) for group in groups for name in group)
-        return tuple(self.names or ())
+        """A vector's names in order, grouped or not; none where they are not one for each element."""
+        names = tuple(flatten_names(self.names))
+        return names if len(self.shape) < 2 and len(names) == self.width else ()
+
+    @property
+    def is_image(self) -> bool:
+        return self.dtype in ("video", "image")
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a number or a vector of numbers."""
+        try:
+            return len(self.shape) < 2 and np.dtype(self.dtype).kind in "biuf"
+        except TypeError:
+            return False
+
+
+def flatten_names(names: Any) -> list[str]:
+    """["a", "b"] for ["a", "b"], [["a", "b"]], {"motors": ["a", "b"]} and {"a": 0, "b": 1}."""
+    if isinstance(names, dict):
+        if names and sorted(names.values(), key=repr) == sorted(range(len(names)), key=repr):
+            return sorted(names, key=lambda name: int(names[name]))
+        names = [group for group in names.values() if isinstance(group, list)]
+    if isinstance(names, list):
+        return [name for part in names for name in (flatten_names(part) if isinstance(part, list) else [str(part)])]
+    return []
+
+
+def depth_reason(key: str, feature: Feature) -> str | None:
+    """Why the images of a feature are no colour images; None if nothing says so."""
+    for info in (feature.info, feature.video_info):
+        flags = info if isinstance(info, dict) else {}
+        if any(flags.get(name) for name in ("is_depth_map", "video.is_depth_map", "video_is_depth_map")):
+            return "depth, by its is_depth_map"
+    if DEPTH_WORD.search(key):
+        return "depth, by its name"
+    if len(feature.shape) == 3 and 1 in (feature.shape[0], feature.shape[2]):
+        return "one channel, as depth has"
+    return None
 
 
 class Info(BaseModel):
@@ -71,30 +134,54 @@ class Info(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    codebase_version: Literal["v3.0"] = VERSION
+    codebase_version: Version
     robot_type: str | None = None
     total_episodes: Count = 0
     total_frames: Count = 0
-    total_tasks: Count = 0
-    chunks_size: Positive = 1000  # files per folder
-    data_files_size_in_mb: Positive = 100
-    video_files_size_in_mb: Positive = 200
-    fps: Positive
-    splits: dict[str, str] = {}
+    total_tasks: Count | None = 0
+    chunks_size: Annotated[Positive, BeforeValidator(lambda value: CHUNK if value is None else value)] = CHUNK
+    data_files_size_in_mb: Annotated[int | float, BeforeValidator(whole)] = 100
+    video_files_size_in_mb: Annotated[int | float, BeforeValidator(whole)] = 200
+    fps: Annotated[int | float, Field(gt=0, allow_inf_nan=False), BeforeValidator(whole)]
+    splits: Any = {}
     data_path: str = f"data/{CHUNK_FILE}.parquet"
     video_path: str | None = f"videos/{{video_key}}/{CHUNK_FILE}.mp4"
     features: dict[str, Feature]
 
     @property
     def cameras(self) -> dict[str, str]:
-        """Camera name by feature key, for the features that are videos."""
-        return {key: key.removeprefix(IMAGES) for key, feature in self.features.items() if feature.dtype == "video"}
+        """Camera name by feature key, for the features that are colour images.
+
+        The name is the key without `observation.images.` or `observation.`, or the key if two would be called the same.
+        """
+        keys = [key for key, f in self.features.items() if f.is_image and depth_reason(key, f) is None]
+        short = {key: key.removeprefix(IMAGES).removeprefix("observation.") for key in keys}
+        names = list(short.values())
+        return {key: name if names.count(name) == 1 else key for key, name in short.items()}
+
+    @property
+    def ignored(self) -> dict[str, str]:
+        """Why not, by key, for the features that we do not read."""
+        reasons = {}
+        for key, feature in self.features.items():
+            if feature.is_image:
+                reason = depth_reason(key, feature)
+            elif feature.is_number:
+                continue
+            elif len(feature.shape) > 1:
+                reason = f"an array of {' x '.join(map(str, feature.shape))} {feature.dtype}"
+            else:
+                reason = f"no number, but {feature.dtype}"
+            if reason:
+                reasons[key] = reason
+        return reasons
 
     def write(self, folder: Path) -> None:
         content = self.model_dump()
         for feature in content["features"].values():
-            if feature["info"] is None:
-                del feature["info"]
+            for name in ("info", "video_info"):
+                if feature[name] is None:
+                    del feature[name]
         write_json(folder / INFO, content)
 
 
@@ -104,11 +191,11 @@ def read_info(folder: Path) -> Info:
     try:
         return Info.model_validate(read_json(path))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigurationError(f"dataset {folder}: expected a LeRobot dataset with {INFO}, found none") from None
+        raise ConfigurationError(f"dataset {folder}: {_say_what_is_there(folder)}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "content"
-        version = " (datasets of v2.1 must be converted with LeRobot's own tool)" if "version" in where else ""
+        version = "; LeRobot's own tools bring older datasets to v2.1 and v3.0" if where == "codebase_version" else ""
         raise ConfigurationError(
             f"{path}: {where}: {first['msg']}, got {short_repr(first['input'])}{version}"
         ) from error
@@ -116,6 +203,21 @@ def read_info(folder: Path) -> Info:
         raise ConfigurationError(
             f"{path}: expected the description of a dataset as JSON, got none ({error})"
         ) from error
+
+
+def _say_what_is_there(folder: Path) -> str:
+    wanted = f"expected a LeRobot dataset with {INFO}, found"
+    if folder.is_dir():
+        inside = [path.parent.parent.name for path in sorted(folder.glob(f"*/{INFO}"))[:3]]
+        return f"{wanted} none" + (f"; the folders {', '.join(inside)} in it have one: name one of them" * bool(inside))
+    if folder.exists():
+        return f"{wanted} a file; name the dataset's folder"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder), re.ASCII):
+        return (
+            f"{wanted} no such folder; if that is its name on the Hugging Face Hub, download it first, with "
+            f"'hf download --repo-type dataset {folder} --local-dir FOLDER', and name the folder"
+        )
+    return f"{wanted} no such folder"
 
 
 def fill_path(pattern: str, **values: object) -> str:
@@ -142,11 +244,13 @@ def scalar(dtype: str) -> Feature:
     return Feature(dtype=dtype, shape=(1,))
 
 
-def make_features(joints: Sequence[str], images: Mapping[str, Feature]) -> dict[str, Feature]:
+def make_features(
+    state_names: Sequence[str], action_names: Sequence[str], images: Mapping[str, Feature]
+) -> dict[str, Feature]:
     """The features of our datasets: the robot's, our own, and those that every dataset has."""
     return {
-        STATE: vector("float32", joints),
-        ACTION: vector("float32", joints),
+        STATE: vector("float32", state_names),
+        ACTION: vector("float32", action_names),
         **images,
         STAMP: scalar("int64"),
         "timestamp": scalar("float32"),

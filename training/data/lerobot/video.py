@@ -1,6 +1,7 @@
 """The mp4 files of a dataset: frames of many episodes one after another, frame n at n / fps seconds.
 
-H.264 at a quality (crf 18) that keeps simulated images of 288 pixels at 40 dB on average. Every second frame is a key
+H.264 at a quality (crf 18) that keeps simulated images of 288 pixels at 40 dB on average. Where width or height is odd,
+pixels are yuv444p, as yuv420p has one colour for two by two pixels. Every second frame is a key
 frame, as in LeRobot's own files, so that a frame can be read without decoding many others. No frame refers to a later
 one, so that the first frame's time is 0.
 
@@ -23,15 +24,18 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages import decode_compressed
 from training.data.lerobot.layout import MIB, Feature, Info, next_file
+from training.data.lerobot.tables import is_pointer
 
 CODEC: Final = "libx264"
 # The slower presets make smaller files, not better ones, and files that take longer to read (docs/results/data.md).
 OPTIONS: Final = {"crf": "18", "g": "2", "bf": "0", "preset": "ultrafast"}
-PIXELS: Final = "yuv420p"
+PIXELS, PIXELS_ODD = "yuv420p", "yuv444p"
 JPEG: Final = "mjpeg"
 JPEG_BEGIN: Final = b"\xff\xd8"
 Video = Literal["h264", "jpeg"]
-TOLERANCE_S: Final = 1e-4  # LeRobot's: how near a frame must be to its timestamp
+# How near a frame must be to its time, in frames. Where LeRobot has put many episodes into one video, the times that it
+# notes for them drift from those in the file (its issue 3177), by more than the 0.1 ms that it bears itself.
+TOLERANCE: Final = 0.25
 
 
 class VideoWriter:
@@ -59,14 +63,15 @@ class VideoWriter:
     def add(self, rgb_HWC: NDArray[np.uint8], file: bytes | None = None) -> None:
         """Add a frame, with the `file` that it was recorded as, if any.
 
-        InputError if its size is not that of the frames before, or it cannot be encoded, or is no JPEG to be kept.
+        InputError if its size is not that of the frames before, or it is no colour image, or no JPEG to be kept.
         """
+        if rgb_HWC.dtype != np.uint8 or rgb_HWC.ndim != 3 or rgb_HWC.shape[2] != 3:
+            got = f"{' x '.join(map(str, rgb_HWC.shape))} {rgb_HWC.dtype}"
+            raise InputError(f"{self._key}: expected a colour image, height x width x 3 uint8, got {got}")
         size = rgb_HWC.shape[0], rgb_HWC.shape[1]
-        pixels = self._pixels_of(file) if self._video == "jpeg" else PIXELS
-        if self._size is None and self._video == "h264" and (size[0] % 2 or size[1] % 2):
-            raise InputError(
-                f"{self._key}: expected an even width and height, for {PIXELS} video, got {size[1]} x {size[0]} pixels"
-            )
+        pixels = PIXELS_ODD if size[0] % 2 or size[1] % 2 else PIXELS
+        if self._video == "jpeg":
+            pixels = self._pixels_of(file)
         if self._size is not None and (self._size, self._pixels) != (size, pixels):
             (height, width), form = self._size, "" if self._pixels == pixels else f" in {pixels}, not {self._pixels}"
             raise InputError(
@@ -76,7 +81,7 @@ class VideoWriter:
         if self._container is None:
             self._open(size, pixels)
         frame: Any = av.VideoFrame.from_ndarray(rgb_HWC, format="rgb24") if self._video == "h264" else av.Packet(file)
-        frame.pts, frame.time_base = self._frames, Fraction(1, self._info.fps)
+        frame.pts, frame.time_base = self._frames, 1 / Fraction(self._info.fps)
         if self._video == "h264":
             self._mux(self._stream.encode(frame))
         else:
@@ -141,7 +146,7 @@ class VideoWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(str(path), "w")
         codec, options = (CODEC, OPTIONS) if self._video == "h264" else (JPEG, {})
-        self._stream = self._container.add_stream(codec, rate=self._info.fps, options=options)
+        self._stream = self._container.add_stream(codec, rate=Fraction(self._info.fps), options=options)
         self._stream.height, self._stream.width = size
         self._stream.pix_fmt = pixels
         # As many bags are converted at once as there are cores; and the file is the same on any machine.
@@ -153,11 +158,11 @@ class VideoWriter:
             self._container.mux(packet)
 
 
-def read_frames(path: Path, from_s: float, count: int, fps: int) -> Iterator[NDArray[np.uint8]]:
-    """`count` images [H, W, 3], at the times `from_s + i / fps`; InputError if one is missing."""
+def read_frames(path: Path, from_s: float, count: int, fps: float) -> Iterator[NDArray[np.uint8]]:
+    """`count` images [H, W, 3], at the times `from_s + i / fps`; InputError if one is missing or holds no colour."""
     if not path.is_file():
-        raise InputError(f"video {path}: the episodes name it, but there is no such file")
-    done = 0
+        raise InputError(f"video {path}: the episodes name it, but there is no such file; is the copy whole?")
+    done, tolerance_s = 0, TOLERANCE / fps
     try:
         with av.open(str(path)) as container:
             stream = next(iter(container.streams.video), None)
@@ -165,21 +170,25 @@ def read_frames(path: Path, from_s: float, count: int, fps: int) -> Iterator[NDA
                 raise InputError(f"video {path}: expected a stream of images, got a file without")
             if (tick_s := stream.time_base) is None:
                 raise InputError(f"video {path}: expected a stream with a time base, got one without")
-            if from_s > 0:
-                container.seek(round(from_s / tick_s), stream=stream, backward=True)
+            if from_s > tolerance_s:
+                container.seek(round((from_s - tolerance_s) / tick_s), stream=stream, backward=True)
             for frame in _frames(container, stream):
                 if frame.pts is None:
                     raise InputError(f"video {path}: expected frames with times, got one without")
                 time_s, due_s = float(frame.pts * tick_s), from_s + done / fps
-                if time_s < due_s - TOLERANCE_S:
+                if time_s < due_s - tolerance_s:
                     continue  # the key frame that decoding starts at may lie before the episode
-                if time_s > due_s + TOLERANCE_S:
+                if time_s > due_s + tolerance_s:
                     break
                 yield _pixels(f"video {path}", frame)
                 done += 1
                 if done == count:
                     return
     except (av.FFmpegError, OverflowError, UnicodeDecodeError, ZeroDivisionError) as error:  # its names and times, too
+        if is_pointer(path):
+            raise InputError(
+                f"video {path}: expected a video, got git-lfs's pointer to it; run 'git lfs pull'"
+            ) from None
         raise InputError(f"video {path}: {error}") from error
     raise InputError(
         f"video {path}: expected {count} frames at {fps} per second from {from_s:g} s on, but there is none at "
@@ -199,4 +208,6 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
 def _pixels(where: str, frame: Any) -> NDArray[np.uint8]:
     if isinstance(frame, av.Packet):
         return decode_compressed(where, bytes(frame))
+    if frame.format.name.startswith("gray"):
+        raise InputError(f"{where}: expected colour, got {frame.format.name}, as depth has")
     return np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)

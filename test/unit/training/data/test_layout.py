@@ -40,7 +40,9 @@ def frame(episode: int, i: int) -> Frame:
 
 
 def write(folder: Path, **how: Any) -> Path:
-    with DatasetWriter(folder, fps=FPS, joints=JOINTS, cameras=["scene", "wrist"], source={}, **how) as out:
+    with DatasetWriter(
+        folder, fps=FPS, state_names=JOINTS, action_names=JOINTS, cameras=["scene", "wrist"], source={}, **how
+    ) as out:
         for episode, tasks in enumerate(TASKS):
             for i in range(len(tasks)):
                 out.add(frame(episode, i))
@@ -209,7 +211,9 @@ def test_full_files_and_folders_are_followed_by_new_ones(tmp_path: Path, monkeyp
 
     The encoder looks dozens of frames ahead, so a video's size is known late: these episodes are longer than that.
     """
-    whole = DatasetWriter(tmp_path / "sizes", fps=FPS, joints=JOINTS, cameras=["scene"], source={}).info
+    whole = DatasetWriter(
+        tmp_path / "sizes", fps=FPS, state_names=JOINTS, action_names=JOINTS, cameras=["scene"], source={}
+    ).info
     monkeypatch.setattr(writer, "MIB", 10)
     monkeypatch.setattr(video, "MIB", 10)
     monkeypatch.setitem(globals(), "TASKS", [["lift"] * 80] * 3)
@@ -230,7 +234,9 @@ def test_full_files_and_folders_are_followed_by_new_ones(tmp_path: Path, monkeyp
 def test_what_was_written_before_an_exception_is_a_valid_dataset(tmp_path: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        DatasetWriter(tmp_path / "part", fps=FPS, joints=JOINTS, cameras=["scene", "wrist"], source={}) as out,
+        DatasetWriter(
+            tmp_path / "part", fps=FPS, state_names=JOINTS, action_names=JOINTS, cameras=["scene", "wrist"], source={}
+        ) as out,
     ):
         out.add(frame(0, 0))
         out.add(frame(0, 1))
@@ -239,24 +245,82 @@ def test_what_was_written_before_an_exception_is_a_valid_dataset(tmp_path: Path)
     assert [len(list(dataset.images(episode, "wrist"))) for episode in dataset.episodes] == [2]
 
 
+def only(rgb_HWC: np.ndarray) -> Frame:
+    return Frame(0, "lift", np.zeros(2), np.zeros(2), {"scene": rgb_HWC})
+
+
+def new(folder: Path, **how: Any) -> DatasetWriter:
+    names = {"state_names": JOINTS, "action_names": JOINTS} | how
+    return DatasetWriter(folder, fps=FPS, cameras=["scene"], source={}, **names)
+
+
 def test_a_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    out = DatasetWriter(tmp_path / "new", fps=FPS, joints=JOINTS, cameras=["scene"], source={})
-    with pytest.raises(InputError, match=r"expected cameras \['scene'\] and 2 joints, got \['scene', 'wrist'\]"):
-        out.add(frame(0, 0))
-
-    def only(rgb_HWC: np.ndarray) -> Frame:
-        return Frame(0, "lift", np.zeros(2), np.zeros(2), {"scene": rgb_HWC})
-
-    with pytest.raises(InputError, match="expected an even width and height, for yuv420p video, got 63 x 48"):
-        out.add(only(np.zeros((48, 63, 3), np.uint8)))
-    out.add(only(np.zeros((48, 64, 3), np.uint8)))
-    with pytest.raises(InputError, match="expected 64 x 48 pixels as before, got 32 x 32"):
-        out.add(only(np.zeros((32, 32, 3), np.uint8)))
-    out.close()
+    with new(tmp_path / "new") as out:
+        with pytest.raises(InputError, match=r"expected cameras \['scene'\], 2 .*, got \['scene', 'wrist'\], 2 and 2"):
+            out.add(frame(0, 0))
+        with pytest.raises(InputError, match="expected a colour image, height x width x 3 uint8, got 48 x 64 uint16"):
+            out.add(only(np.zeros((48, 64), np.uint16)))
+        out.add(only(np.zeros((48, 64, 3), np.uint8)))
+        with pytest.raises(InputError, match="expected 64 x 48 pixels as before, got 32 x 32"):
+            out.add(only(np.zeros((32, 32, 3), np.uint8)))
     with pytest.raises(ConfigurationError, match="exists already"):
-        DatasetWriter(tmp_path / "new", fps=FPS, joints=JOINTS, cameras=["scene"], source={})
-    with pytest.raises(InputError, match="expected at least one frame"):
-        DatasetWriter(tmp_path / "empty", fps=FPS, joints=JOINTS, cameras=["scene"], source={}).close()
+        new(tmp_path / "new")
+    with (
+        pytest.raises(InputError, match=r"expected .* 2 numbers of state and 3 of action, got .* 2 and 2"),
+        new(tmp_path / "other", action_names=["x", "y", "z"]) as out,
+    ):
+        out.add(only(np.zeros((48, 64, 3), np.uint8)))
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_nothing_is_left_of_a_dataset_without_a_frame(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="expected at least one frame, got none; nothing was written"),
+        new(tmp_path / "a"),
+    ):
+        pass
+    with pytest.raises(KeyboardInterrupt), new(tmp_path / "b"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_is_absent_until_it_is_whole(tmp_path: Path) -> None:
+    with new(tmp_path / "robot") as out:
+        out.add(only(np.zeros((48, 64, 3), np.uint8)))
+        assert not (tmp_path / "robot").exists()
+        with (
+            pytest.raises(ConfigurationError, match="another process that is writing it now"),
+            new(tmp_path / "robot"),
+        ):
+            pass
+    assert len(Dataset(tmp_path / "robot").episodes) == 1
+    with pytest.raises(ConfigurationError, match="exists already"), new(tmp_path / "late") as out:
+        out.add(only(np.zeros((48, 64, 3), np.uint8)))
+        (tmp_path / "late").mkdir()
+        (tmp_path / "late/notes.txt").write_text("of someone else")
+    assert [path.name for path in (tmp_path / "late").iterdir()] == ["notes.txt"]
+
+
+def test_state_and_action_have_names_and_widths_of_their_own(tmp_path: Path) -> None:
+    with new(tmp_path / "robot", action_names=["x.vel", "y.vel", "gripper.pos"]) as out:
+        out.add(Frame(0, "lift", np.array([1.0, 2.0]), np.array([3.0, 4.0, 5.0]), {"scene": picture(0, 0, "scene")}))
+    dataset = Dataset(tmp_path / "robot")
+    columns = dataset.columns(dataset.episodes[0])
+    assert dataset.state_names == ("shoulder", "elbow") and columns["observation.state"].tolist() == [[1.0, 2.0]]
+    assert dataset.action_names == ("x.vel", "y.vel", "gripper.pos")
+    assert columns["action"].tolist() == [[3.0, 4.0, 5.0]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(47, 64), (48, 63), (37, 53)])
+def test_an_image_of_odd_size_comes_back_whole(tmp_path: Path, height: int, width: int) -> None:
+    rgb_HWC = np.ascontiguousarray(picture(0, 0, "scene")[:height, :width])
+    with new(tmp_path / "robot") as out:
+        out.add(only(rgb_HWC))
+    dataset = Dataset(tmp_path / "robot")
+    feature = json.loads((tmp_path / "robot/meta/info.json").read_text())["features"][SCENE]
+    assert feature["shape"] == [height, width, 3] and feature["info"]["video.pix_fmt"] == "yuv444p"
+    (back_HWC,) = dataset.images(dataset.episodes[0], "scene")
+    assert back_HWC.shape == rgb_HWC.shape and np.abs(back_HWC.astype(int) - rgb_HWC).max() < 12
 
 
 def change_info(folder: Path, **changes: Any) -> None:
@@ -267,11 +331,11 @@ def change_info(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codebase_version": "v2.1"}, r"codebase_version.*got 'v2.1'.*LeRobot's own tool"),
+        ({"codebase_version": "v1.6"}, r"codebase_version.*got 'v1.6'; LeRobot's own tools bring older"),
         ({"total_frames": 8}, "expected 2 episodes of 8 frames as meta/info.json says, got 2 of 7"),
         ({"fps": 0}, "fps: .*greater than 0, got 0"),
+        ({"codebase_version": None}, "codebase_version: .*, got None"),
         ({"data_path": "../{chunk_index}/{file_index}"}, "expected paths inside it in meta/info.json, got ../0/0"),
-        ({"features": {"top": {"dtype": "image", "shape": [4, 4, 3]}}}, "expected images as videos, got top inside"),
         ({"fps": 6}, "expected a timestamp every 1 / 6 s"),
     ],
 )
