@@ -49,7 +49,6 @@ EpisodeRow = dict[str, Any]
 RESERVE: Final = 256 * MIB
 
 
-<<<<<<< HEAD
 class Tables:
     """The tables of a dataset, episode by episode: data/, and at the end meta/. Its images are others' work.
 
@@ -117,7 +116,7 @@ class Tables:
         """
         self.close_rows()
         if not self.episodes:
-            raise InputError(f"dataset {self.folder}: expected at least one frame, got none; nothing was written")
+            raise InputError("dataset: expected at least one frame, got none; nothing was written")
         info = self.info.model_copy(
             update={
                 "features": features,
@@ -172,10 +171,10 @@ class Tables:
             path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(part, path, compression="snappy")
             place = next_file(*place, self.info.chunks_size)
-=======
+
+
 class _Abandoned(Exception):
     """Nothing is to be left of the dataset."""
->>>>>>> a3338b3 (Read LeRobot v2.0 and v2.1, and images inside tables)
 
 
 class DatasetWriter:
@@ -209,42 +208,24 @@ class DatasetWriter:
         features = make_features(state_names, action_names, {})
         base = info or Info(codebase_version=VERSION, fps=fps, features=features)
         self.info = base.model_copy(update={"fps": fps, "features": features, "robot_type": robot_type})
-<<<<<<< HEAD
-        self.videos = {name: VideoWriter(folder, IMAGES + name, self.info, video) for name in cameras}
-        self.tables = Tables(folder, self.info, cameras)
-        self._begin_episode()
-=======
-        self.tasks: dict[str, int] = {}
-        self.episodes: list[EpisodeRow] = []
-        self._columns: dict[str, list[Any]] = {name: [] for name in arrow_schema(features).names}
-        self._all: dict[str, list[Any]] = {name: [] for name in self._columns}  # arrays, one per episode
-        self._frames = self._rows_in_file = 0
-        self._place = (0, 0)
-        self._file: BinaryIO | None = None
-        self._parquet: pq.ParquetWriter | None = None
-        self._broken = False
+        self._broken, self._frames = False, 0
         self._part = ExitStack()  # the folder in which the dataset grows
         self._check_absent()
         self._check_room()
->>>>>>> a3338b3 (Read LeRobot v2.0 and v2.1, and images inside tables)
 
     def __enter__(self) -> DatasetWriter:
         self.folder = self._part.enter_context(whole_folder(self.out))
         self.videos = {name: VideoWriter(self.folder, IMAGES + name, self.info, self._video) for name in self.cameras}
-        self.pixels = {name: PixelCounts() for name in self.cameras}
-        self._episode_pixels = {name: PixelCounts() for name in self.cameras}
+        self.tables = Tables(self.folder, self.info, self.cameras)
+        self._part.callback(self.tables.close_rows)
+        self._begin_episode()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-<<<<<<< HEAD
-        if not self._broken and (kind is None or self.episodes or self._tasks):
-            self.close()
-=======
         with suppress(_Abandoned), self._writing(), self._part:
-            if self._broken or (kind is not None and not self._has_frames):
+            if self._broken or (kind is not None and not self._frames):
                 raise _Abandoned
             self._close()
->>>>>>> a3338b3 (Read LeRobot v2.0 and v2.1, and images inside tables)
 
     @property
     def episodes(self) -> list[EpisodeRow]:
@@ -263,10 +244,6 @@ class DatasetWriter:
         with self._writing():
             self._end_episode()
 
-    @property
-    def _has_frames(self) -> bool:
-        return bool(self.episodes or self._columns["index"])
-
     def _check_absent(self) -> None:
         if self.out.exists():
             raise ConfigurationError(f"dataset {self.out} exists already; remove it or choose another --out")
@@ -279,7 +256,7 @@ class DatasetWriter:
                 f"dataset {self.out}: expected a folder at {place}, got {got}; choose another --out"
             )
         if (free := shutil.disk_usage(place).free) < RESERVE:
-            left = "what was added before is a valid dataset; " if self._has_frames else ""
+            left = "what was added before is a valid dataset; " if self._frames else ""
             raise KiVlaError(
                 f"dataset {self.out}: expected {RESERVE // MIB} MiB free on its disk, to end the dataset in order, got "
                 f"{free // MIB}; {left}make room or choose another --out"
@@ -316,6 +293,7 @@ class DatasetWriter:
         for name, value in {**row, STAMP: frame.stamp_ns}.items():
             self._columns[name].append(value)
         self._tasks.append(frame.task)
+        self._frames += 1
 
     def _begin_episode(self) -> None:
         self._columns: dict[str, list[Any]] = {STATE: [], ACTION: [], STAMP: []}
@@ -339,31 +317,9 @@ class DatasetWriter:
         self._end_episode()
         for video in self.videos.values():
             video.close()
-<<<<<<< HEAD
         images = {IMAGES + name: video.feature for name, video in self.videos.items()} if self.tables.episodes else {}
-        self.tables.close(make_features(self.joints, images), self.source)
-=======
-        self._close_rows()
-        if not self.episodes:
-            raise InputError(f"dataset {self.out}: expected at least one frame, got none; nothing was written")
         self._check_absent()
-        images = {IMAGES + name: video.feature for name, video in self.videos.items()}
-        info = self.info.model_copy(
-            update={
-                "features": make_features(self.state_names, self.action_names, images),
-                "total_episodes": len(self.episodes),
-                "total_frames": self._frames,
-                "total_tasks": len(self.tasks),
-                "splits": {"train": f"0:{len(self.episodes)}"},
-            }
-        )
-        whole = {name: np.concatenate(arrays) for name, arrays in self._all.items()}
-        write_json(self.folder / STATS, self._figures(whole, self.pixels))
-        write_json(self.folder / SOURCE, {"format": VERSION, **self.source})
-        pq.write_table(tasks_table(list(self.tasks)), self.folder / TASKS)
-        self._write_episodes()
-        info.write(self.folder)
->>>>>>> a3338b3 (Read LeRobot v2.0 and v2.1, and images inside tables)
+        self.tables.close(make_features(self.state_names, self.action_names, images), self.source)
 
 
 def _figures(arrays: Mapping[str, Any], images: Mapping[str, FeatureFigures]) -> dict[str, FeatureFigures]:
