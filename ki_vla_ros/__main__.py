@@ -22,6 +22,8 @@ COMMANDS: Final = (
     ("demo", "ki_vla_ros.demo.__main__", "a simulated arm does what it is told, over ROS"),
     ("node", "ki_vla_ros.ros.node", "the policy as a ROS 2 lifecycle node"),
     ("sim-arm", "ki_vla_ros.sim.arm_node", "the simulated arm as a ROS 2 node"),
+    ("sim-aloha", "ki_vla_ros.sim.aloha.node", "the simulated ALOHA as a ROS 2 node"),
+    ("aloha-teleoperator", "ki_vla_ros.sim.aloha.teleoperator", "hand a cube over with the simulated ALOHA"),
     ("record", "ki_vla_ros.ros.recorder", "record what a running policy reads and publishes"),
     ("replay", "ki_vla_ros.replay.__main__", "run a policy over a recording, without ROS"),
     ("doctor", "ki_vla_ros.doctor.__main__", "find faults in a running or recorded robot's setup"),
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<15}{purpose}" for name, _, purpose in COMMANDS]
+    lines = [f"  {name:<20}{purpose}" for name, _, purpose in COMMANDS]
     return "\n".join(["usage: ki-vla COMMAND ...; ki-vla COMMAND --help for its options", "", *lines])
 
 
