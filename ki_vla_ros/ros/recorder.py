@@ -1,6 +1,6 @@
 """Records what a running policy reads and publishes, into an mcap bag that replay needs nothing else to read.
 
-    ros2 run ki_vla_ros record [--out FOLDER] [--writer auto|ros2bag|own] [--ros-args -r __ns:=/left]
+    ros2 run ki_vla_ros record [--out FOLDER] [--also TOPIC] [--writer auto|ros2bag|own] [--ros-args -r __ns:=/left]
 
 Bundle, parameters, topic names and clock come from the policy's ~/session; the recorder waits until that is published.
 Where `ros2 bag` and its mcap storage are installed, this process becomes `ros2 bag record`; otherwise it writes the bag
@@ -38,7 +38,7 @@ from ki_vla_ros.messages import COMPRESSED_IMAGE, DIAGNOSTICS, IMAGE, JOINT_STAT
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVERY_IMAGE, EVERY_READING, EVERYTHING, LATCHED
 from ki_vla_ros.ros.releases import make_executor
-from ki_vla_ros.settings import Session, read_session, session_topic
+from ki_vla_ros.settings import Session, read_session, resolve, session_topic
 from ki_vla_ros.share import expand
 
 MESSAGES: Final[dict[str, Any]] = {
@@ -60,12 +60,13 @@ NICENESS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class RecordOptions:
-    """`out` is None for a folder named after the policy and the time."""
+    """`out` is None for a folder named after the policy and the time; `also` are topics of std_msgs/String."""
 
     out: Path | None
     policy: str
     writer: str
     simulated_clock: bool
+    also: tuple[str, ...] = ()
 
 
 class RecorderNode(Node):
@@ -86,6 +87,7 @@ class RecorderNode(Node):
         named = policy.strip("/").replace("/", "_") + time.strftime("_%Y_%m_%d-%H_%M_%S")
         self.out = Path(named) if options.out is None else options.out
         self._session_topic = session_topic(policy)
+        self._also = [resolve(topic, self.get_fully_qualified_name()) for topic in options.also]
         self.create_subscription(String, self._session_topic, self._on_session, LATCHED, raw=True)
         self.get_logger().info(f"waiting for {self._session_topic}; is the policy configured?")
 
@@ -120,7 +122,7 @@ class RecorderNode(Node):
     def types(self) -> dict[str, str]:
         """ROS type by topic of all that is recorded; there must be a session."""
         assert self.session is not None
-        return {**self.session.message_types, **EXTRA_TOPIC_TYPES}
+        return {**dict.fromkeys(self._also, TEXT), **self.session.message_types, **EXTRA_TOPIC_TYPES}
 
     def _record_session(self, serialised: bytes) -> None:
         types, self._unwritten = self.types(), None
@@ -167,6 +169,13 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--policy", default="policy", help="name of the policy node in the recorder's namespace")
     parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="TOPIC",
+        help="a topic of std_msgs/String to record too, such as one that says where an episode begins; repeatable",
+    )
+    parser.add_argument(
         "--writer",
         choices=("auto", "ros2bag", "own"),
         default="auto",
@@ -188,7 +197,7 @@ def check_options(given: argparse.Namespace) -> RecordOptions:
     if given.writer == "ros2bag" and missing:
         raise ConfigurationError(f"--writer ros2bag: {missing} is not installed; install it, or use --writer own")
     writer = ("own" if missing else "ros2bag") if given.writer == "auto" else given.writer
-    return RecordOptions(given.out, given.policy, writer, given.use_sim_time)
+    return RecordOptions(given.out, given.policy, writer, given.use_sim_time, tuple(given.also))
 
 
 def missing_for_ros2_bag() -> str:

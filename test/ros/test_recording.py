@@ -246,7 +246,7 @@ def test_ros2_bag_records_where_it_is_installed(
     ros2_bag: Callable[[str], Path],
 ) -> None:  # fmt: skip
     given = ros2_bag("")
-    recording = record("--use-sim-time")
+    recording = record("--use-sim-time", "--also", "/robot/status", "--also", "marker")
     start(bundle=bundle_path, autostart=True)
     assert recording.process.wait(PATIENCE_S) == 0, recording.output
     options, _, topics = given.read_text().partition("--topics\n")
@@ -254,7 +254,7 @@ def test_ros2_bag_records_where_it_is_installed(
         "bag", "record", "--storage", "mcap", "--storage-preset-profile", "zstd_fast",
         "--output", str(recording.bag), "--disable-keyboard-controls", "--use-sim-time",
     ]  # fmt: skip
-    assert set(topics.split()) == {*INPUTS, *OUTPUTS, "/policy/instruction"}
+    assert set(topics.split()) == {*INPUTS, *OUTPUTS, "/policy/instruction", "/robot/status", "/marker"}
 
 
 @pytest.mark.parametrize(
@@ -262,6 +262,7 @@ def test_ros2_bag_records_where_it_is_installed(
     [
         ((), "bag exists already; remove it or choose another --out"),
         (("--out", "new", "--writer", "ros2bag"), "ros2bag is not installed; install it, or use --writer own"),
+        (("--out", "new", "--also", "/my status"), "topic '/my status' of node /recorder: expected a ROS name such as"),
     ],
 )
 def test_impossible_options_are_refused_at_once(
