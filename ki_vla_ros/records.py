@@ -1,13 +1,14 @@
 """What travels from stage to stage: frozen records without ROS types.
 
-Legend: H image height or horizon (by name), W width, C channel, J joints. Stamps are integer nanoseconds on the
+Legend: H image height or horizon (by name), W width, C channel, J axes (robot/axes.py: a joint, a gripper, a coordinate
+of a pose, or the integral of a velocity), S state, M signals. Stamps are integer nanoseconds on the
 node's clock. Arrays inside a record are never written to after the record was made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import InputError
 
 NS_PER_S = 1_000_000_000
+NO_REFERENCES = np.zeros((0, 4))
 
 
 def to_ns(duration_s: float) -> int:
@@ -61,15 +63,21 @@ class JointReading:
 class Observation:
     """Inputs that belong together in time.
 
-    `stamp_ns` is the oldest stamp among the frames; `state_J` is the joint state at that time in the manifest's order
-    and units; `frames` holds one frame per required camera (an optional camera may be absent). `joint_ns` holds the
-    stamps of the joint readings behind `state_J`: one, or the two that it lies between.
+    `stamp_ns` is the oldest stamp among the frames; `state_S` is the state at that time in the manifest's order and
+    units; `frames` holds one frame per required camera (an optional camera may be absent). `joint_ns` holds the stamps
+    of the readings behind the state: one, or the two that it lies between. `signal_M` is all that was read of the robot
+    at that time; left out, the state is all.
     """
 
     stamp_ns: int
     frames: Mapping[str, CameraFrame]
-    state_J: NDArray[np.float64]
+    state_S: NDArray[np.float64]
     joint_ns: tuple[int, ...] = ()
+    signal_M: NDArray[np.float64] | None = None
+
+    @property
+    def signals(self) -> NDArray[np.float64]:
+        return self.state_S if self.signal_M is None else self.signal_M
 
     @property
     def newest_ns(self) -> int:
@@ -79,11 +87,11 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActionChunk:
-    """Absolute joint positions for a robot to reach, one per period.
+    """Places for the robot's axes to reach, one per period.
 
-    `position_HJ[k]` (rad or m, order of `joints`) is due at `start_ns + (k + 1) * period_ns`: the first action is one
-    period after the observation it was computed from (`start_ns` is that observation's stamp). `velocity_HJ` belongs to
-    the same instants.
+    `position_HJ[k]` (in each axis's unit, order of the axes `joints`) is due at `start_ns + (k + 1) * period_ns`:
+    the first action is one period after the observation it was computed from (`start_ns` is that observation's stamp).
+    `velocity_HJ` belongs to the same instants.
     """
 
     start_ns: int
@@ -103,11 +111,12 @@ class ActionChunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Motion:
-    """What the arm is told to do: be at `position_NJ[k]`, moving at `velocity_NJ[k]`, at `time_N[k]` (ns, rising).
+    """What the robot is told to do: be at `position_NJ[k]`, moving at `velocity_NJ[k]`, at `time_N[k]` (ns, rising).
 
     The acceleration is constant between two instants, and the arm rests after the last. A piece of constant
     acceleration is also the cubic through its two ends, even for a controller that joins it halfway. Until `from_ns`,
-    which is one of the instants, the motion repeats the one that it continues.
+    which is one of the instants, the motion repeats the one that it continues. `reference_P4` are the orientations that
+    rotation axes count from, one per output with a pose.
     """
 
     joints: tuple[str, ...]
@@ -115,6 +124,7 @@ class Motion:
     time_N: NDArray[np.int64]
     position_NJ: NDArray[np.float64]
     velocity_NJ: NDArray[np.float64]
+    reference_P4: NDArray[np.float64] = field(default_factory=lambda: NO_REFERENCES)
 
     @property
     def end_ns(self) -> int:
@@ -135,24 +145,25 @@ class Motion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelInput:
-    """What the model reads for one chunk; `state_J` (normalised) is set only if the bundle has a state token."""
+    """What the model reads for one chunk; `state_S` (normalised) is set only if the bundle has a state token."""
 
     images_VCHW: NDArray[np.float32]
     image_mask_V: NDArray[np.bool_]
     tokens_L: NDArray[np.int64]
     token_mask_L: NDArray[np.bool_]
-    state_J: NDArray[np.float32] | None = None
+    state_S: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What a new chunk is conditioned on: actions of the running one (absolute positions), each with a weight.
+    """What a new chunk is conditioned on: places and velocities of the running one, each with a weight.
 
     If `clean`, rows of weight 1 are given to the model as finished actions (flow time 0). Otherwise the flow is guided
     towards the rows, with at most `strength`. Rows of weight 0 are arbitrary.
     """
 
     position_HJ: NDArray[np.float64]
+    velocity_HJ: NDArray[np.float64]
     weight_H: NDArray[np.float64]
     clean: bool
     strength: float = 0.0

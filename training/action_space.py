@@ -36,10 +36,10 @@ class ActionSpace:
         reach = np.maximum(np.abs(np.quantile(relative_NJ, (0.01, 0.99), axis=0)).max(axis=0), LEAST_RANGE)
         return cls(*(tuple(float(x) for x in values) for values in (low - margin, high + margin, -reach, reach)))
 
-    def normalize_chunk(self, chunk_HJ: NDArray[np.floating], state_J: NDArray[np.floating]) -> NDArray[np.float64]:
+    def normalize_chunk(self, chunk_HJ: NDArray[np.floating], state_S: NDArray[np.floating]) -> NDArray[np.float64]:
         """Absolute positions [..., H, J] -> normalised, relative to the state [..., J]."""
-        return normalize(chunk_HJ - state_J[..., None, :], self.action_low, self.action_high)
+        return normalize(chunk_HJ - state_S[..., None, :], self.action_low, self.action_high)
 
-    def unnormalize_chunk(self, action_HA: NDArray[np.floating], state_J: NDArray[np.floating]) -> NDArray[np.float64]:
+    def unnormalize_chunk(self, action_HA: NDArray[np.floating], state_S: NDArray[np.floating]) -> NDArray[np.float64]:
         """The inverse of `normalize_chunk`."""
-        return unnormalize(action_HA, self.action_low, self.action_high) + state_J[..., None, :]
+        return unnormalize(action_HA, self.action_low, self.action_high) + state_S[..., None, :]

@@ -52,9 +52,9 @@ def describe_import(
     kind: Kind, config: VLAConfig, robot: Robot, stats: Path, method: Method, flow_steps: int
 ) -> PolicySpec:
     """The policy for the manifest: prompt and state as the kind has them, normalisation from `stats`."""
-    if len(robot.joints) > config.action_dim:
-        raise ConfigurationError(f"robot: expected at most {config.action_dim} joints, got {len(robot.joints)}")
-    ranges = read_ranges(stats, method, len(robot.joints))
+    if len(robot.actions) > config.action_dim:
+        raise ConfigurationError(f"robot: expected at most {config.action_dim} actions, got {len(robot.actions)}")
+    ranges = read_ranges(stats, method, len(robot.actions))
     return describe_policy(
         robot,
         name=robot.name,
@@ -63,7 +63,7 @@ def describe_import(
         state={"encoding": "token" if kind == "pi0" else "text", **ranges.state._asdict()},
         action=ranges.action._asdict(),
         flow={"steps": flow_steps},
-        pad_to=None if config.action_dim == len(robot.joints) else config.action_dim,
+        pad_to=None if config.action_dim == len(robot.actions) else config.action_dim,
         provenance=Provenance(
             recipe=f"{kind} weights, imported",
             seed=0,

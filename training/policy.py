@@ -19,10 +19,7 @@ def describe_policy(robot: Robot, **fields: Any) -> PolicySpec:
     try:
         return PolicySpec(
             created=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            cameras=robot.cameras,
-            joints=robot.joints,
-            horizon=robot.horizon,
-            action_period_s=robot.action_period_s,
+            robot=robot,
             **fields,
         )
     except ValidationError as error:

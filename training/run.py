@@ -79,7 +79,7 @@ class Run:
         episodes, validation = describe_tasks(episodes), describe_tasks(validation)
         if config.data.recorded is not None:
             episodes, self.meta = load_recorded(config.data.recorded, self.robot.camera_names, timing, self.meta)
-        joints, columns = len(self.robot.joints), episodes["state"].shape[1]
+        joints, columns = len(self.robot.actions), episodes["state"].shape[1]
         if columns != joints:
             raise ConfigurationError(
                 f"data.recorded {config.data.recorded}: expected the {joints} joints of robot {self.robot.name!r}, got "
@@ -104,7 +104,7 @@ class Run:
         }
 
     def build_model(self) -> None:
-        config, action_dim = self.config, len(self.robot.joints)
+        config, action_dim = self.config, len(self.robot.actions)
         self.model = VLA(
             VLAConfig(
                 vision=config.model.vision,

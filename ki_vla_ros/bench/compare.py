@@ -61,7 +61,7 @@ def whole_chunk(policy: Policy) -> Callable[[], object]:
     """Prefill and all steps on the longest input."""
     manifest = policy.bundle.manifest
     model_input, noise_HA = longest_input(manifest, manifest.graph.vocab_size), policy.noise(0)
-    return lambda: policy.denoise(policy.prefill(model_input), noise_HA, model_input.state_J)
+    return lambda: policy.denoise(policy.prefill(model_input), noise_HA, model_input.state_S)
 
 
 def table(figures: dict[str, Any]) -> str:

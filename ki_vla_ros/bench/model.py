@@ -115,7 +115,7 @@ def time_parts(
         longest_input(policy.bundle.manifest, policy.bundle.manifest.graph.vocab_size),
         policy.noise(0),
     )
-    state_S = policy.widen_state(model_input.state_J)
+    state_S = policy.widen_state(model_input.state_S)
     clean_H = np.zeros(len(noise_HA), dtype=np.bool_)
     wait = policy.engine.synchronize if isinstance(policy.engine, DeferringEngine) else lambda: None
     cache = policy.prefill(model_input)
@@ -129,7 +129,7 @@ def time_parts(
         policy.engine.velocity(cache, state_S, noise_HA, 1.0, clean_H)
 
     def all_steps() -> None:
-        policy.denoise(cache, noise_HA, model_input.state_J)
+        policy.denoise(cache, noise_HA, model_input.state_S)
 
     def chunk() -> None:
         nonlocal cache

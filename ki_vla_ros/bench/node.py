@@ -55,7 +55,7 @@ class BenchRobot:
         self.ticks: list[dict[str, Any]] = []
         self.status: Mapping[str, str] = {}
         self.images_sent = self.published_until_ns = 0
-        self._names = list(policy.joint_names)
+        self._names = list(policy.axis_names)
         middle_J = (np.array(policy.state.low) + np.array(policy.state.high)) / 2.0
         self._arm = CommandedPath(self._names, middle_J)
         self._arm_in_use = threading.Lock()

@@ -30,7 +30,7 @@ from ki_vla_ros.files import is_name, read_json
 from ki_vla_ros.robot import read_urdf
 from ki_vla_ros.share import expand
 
-FORMAT_VERSION = 2
+FORMAT_VERSIONS = (2, 3)
 MANIFEST = "manifest.json"
 PREFILL = "prefill.onnx"
 EXPERT = "expert.onnx"
@@ -53,13 +53,13 @@ class Bundle:
 
     def on_robot(self, robot_description: str) -> Bundle:
         """The same with joints continuous that the robot's URDF calls so; ConfigurationError as in `read_urdf`."""
-        joints = self.manifest.joints
-        urdf = read_urdf(robot_description, self.manifest.joint_names)
-        turning = [joint.name for joint in joints if joint.name in urdf and urdf[joint.name].continuous]
+        robot = self.manifest.robot
+        urdf = read_urdf(robot_description, self.manifest.axis_names)
+        turning = [name for name, joint in urdf.items() if joint.continuous]
         if not turning:
             return self
-        marked = tuple(joint.model_copy(update={"continuous": joint.name in turning}) for joint in joints)
-        return replace(self, manifest=self.manifest.model_copy(update={"joints": marked}))
+        marked = robot.turning(turning)
+        return replace(self, manifest=self.manifest.model_copy(update={"robot": marked}))
 
 
 def graph_interface(manifest: Manifest) -> dict[str, tuple[dict[str, TensorType], dict[str, TensorType]]]:
@@ -156,9 +156,9 @@ def _read_manifest(path: Path) -> Manifest:
     if not isinstance(content, dict):
         raise BundleError(f"{path}: expected a JSON object, got {type(content).__name__}; export again")
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise BundleError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}; export with the training package "
+            f"{path}: expected format_version 2 or 3, got {version!r}; export with the training package "
             "of the same release as this one"
         )
     try:

@@ -6,12 +6,14 @@ Training writes a `PolicySpec` beside each checkpoint; export adds the graphs' d
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ki_vla_ros.bundle.format2 import FIELDS as OLD_FIELDS
+from ki_vla_ros.bundle.format2 import robot_from
 from ki_vla_ros.records import to_ns
-from ki_vla_ros.robot import ActionPeriod, CameraSpec, Finite, Frozen, Horizon, JointSpec, Name, check_parts
+from ki_vla_ros.robot import Axis, CameraSpec, Finite, Frozen, Name, Robot
 
 PAD_TOKEN = "<pad>"
 UNKNOWN_TOKEN = "<unk>"
@@ -50,15 +52,15 @@ class _Range(Frozen):
         if len(self.low) != len(self.high):
             raise ValueError(f"expected low and high of equal length, got {len(self.low)} and {len(self.high)}")
         for j, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
-            if not low < high:
-                raise ValueError(f"dimension {j}: expected low < high, got {low} and {high}")
+            if low == high:
+                raise ValueError(f"dimension {j}: expected two values, got {low} twice")
             if not math.isfinite(2.0 * (high - low)):
                 raise ValueError(f"dimension {j}: expected a range that a number can hold, got {low} and {high}")
         return self
 
 
 class StateSpec(_Range):
-    """low..high of each joint map to [-1, 1]; the state enters the prompt as text, the expert as a token, or both."""
+    """low..high of each dimension map to [-1, 1]; it enters the prompt as text, the expert as a token, or both."""
 
     encoding: Literal["text", "token", "both"]
 
@@ -122,27 +124,57 @@ class PolicySpec(Frozen):
 
     name: Name
     created: str
-    cameras: Annotated[tuple[CameraSpec, ...], Field(min_length=1)]
+    robot: Robot
     image: ImageSpec
     prompt: PromptSpec
-    joints: Annotated[tuple[JointSpec, ...], Field(min_length=1)]
     state: StateSpec
     action: ActionStats
-    horizon: Horizon
-    action_period_s: ActionPeriod
     flow: FlowSpec = FlowSpec()
     max_prefix_delay: Annotated[int, Field(ge=0)] = 0
-    pad_to: Positive | None = Field(default=None, description="zeros after the joints, up to this width of the model")
+    pad_to: Positive | None = Field(
+        default=None, description="zeros after state and actions, up to this width of the model"
+    )
     provenance: Provenance
 
-    @property
-    def joint_names(self) -> tuple[str, ...]:
-        return tuple(joint.name for joint in self.joints)
+    @model_validator(mode="before")
+    @classmethod
+    def _from_format_2(cls, content: Any) -> Any:
+        """Files of format 2 have cameras, joints and times beside each other instead of a robot."""
+        if not isinstance(content, dict) or "robot" in content or not OLD_FIELDS & content.keys():
+            return content
+        rest = {name: value for name, value in content.items() if name not in OLD_FIELDS}
+        return {**rest, "robot": robot_from({name: content[name] for name in OLD_FIELDS & content.keys()})}
 
     @property
-    def width(self) -> int:
-        """Width of the model's actions and of its state token: the joints, perhaps followed by zeros."""
-        return self.pad_to or len(self.joints)
+    def cameras(self) -> tuple[CameraSpec, ...]:
+        return self.robot.cameras
+
+    @property
+    def horizon(self) -> int:
+        return self.robot.horizon
+
+    @property
+    def action_period_s(self) -> float:
+        return self.robot.action_period_s
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """What the runtime moves."""
+        return self.robot.axes
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        return self.robot.axis_names
+
+    @property
+    def action_width(self) -> int:
+        """Width of the model's actions: the robot's, perhaps followed by zeros."""
+        return self.pad_to or len(self.robot.actions)
+
+    @property
+    def state_width(self) -> int:
+        """Width of the model's state token: the robot's state, perhaps followed by zeros."""
+        return self.pad_to or len(self.robot.state)
 
     @property
     def action_period_ns(self) -> int:
@@ -150,12 +182,12 @@ class PolicySpec(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicySpec:
-        check_parts(self.cameras, self.joints)
+        counts = {"state": len(self.robot.state), "action": len(self.robot.actions)}
         for what, stats in (("state", self.state), ("action", self.action)):
-            if len(stats.low) != len(self.joints):
-                raise ValueError(f"{what}: expected {len(self.joints)} values (one per joint), got {len(stats.low)}")
-        if self.width < len(self.joints):
-            raise ValueError(f"pad_to: expected at least {len(self.joints)} (the joints), got {self.pad_to}")
+            if len(stats.low) != counts[what]:
+                raise ValueError(f"{what}: expected {counts[what]} values (one per dimension), got {len(stats.low)}")
+        if self.pad_to is not None and self.pad_to < max(counts.values()):
+            raise ValueError(f"pad_to: expected at least {max(counts.values())} (the dimensions), got {self.pad_to}")
         if self.max_prefix_delay >= self.horizon:
             raise ValueError(
                 f"max_prefix_delay: expected less than the horizon {self.horizon}, got {self.max_prefix_delay}"
@@ -174,7 +206,7 @@ class PolicySpec(Frozen):
 class Manifest(PolicySpec):
     """`manifest.json`: the policy, the dimensions of its graphs and the sha256 of every other file of the bundle."""
 
-    format_version: Literal[2] = 2
+    format_version: Literal[2, 3] = 3
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
     graph: GraphSpec
 
@@ -186,8 +218,9 @@ class Manifest(PolicySpec):
                 f"graph.prefix_length: expected {prefix_length} ({len(self.cameras)} cameras of "
                 f"{self.graph.image_tokens} tokens + {self.prompt.length} of prompt), got {self.graph.prefix_length}"
             )
-        for name, expected in (("action_dim", self.width), ("state_dim", self.width if self.state.as_token else None)):
+        state_dim = self.state_width if self.state.as_token else None
+        for name, expected in (("action_dim", self.action_width), ("state_dim", state_dim)):
             if getattr(self.graph, name) != expected:
-                why = "one per joint, or pad_to" if expected else "the state is in the prompt"
+                why = "one per dimension, or pad_to" if expected else "the state is in the prompt"
                 raise ValueError(f"graph.{name}: expected {expected} ({why}), got {getattr(self.graph, name)}")
         return self

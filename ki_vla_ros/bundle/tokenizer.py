@@ -124,7 +124,7 @@ def _check_fit(path: Path, tokenizer: Tokenizer, manifest: Manifest) -> None:
         )
     needed = len(frame.ids) + 1
     if manifest.state.in_prompt and prompt.style == "words":
-        needed += len(manifest.joints)
+        needed += len(manifest.robot.state)
         bins = [encode(tokenizer, str(i), special=False) for i in range(prompt.state_bins)]
         for i, encoding in enumerate(bins):
             if len(encoding.ids) != 1 or encoding.ids[0] == unknown_id:
@@ -134,7 +134,7 @@ def _check_fit(path: Path, tokenizer: Tokenizer, manifest: Manifest) -> None:
     elif manifest.state.in_prompt:
         # Each digit is a token here: count the longest bin for every joint.
         bins = [encode(tokenizer, f" {i}", special=False) for i in range(-1, prompt.state_bins)]
-        needed += len(manifest.joints) * max(len(encoding.ids) for encoding in bins)
+        needed += len(manifest.robot.state) * max(len(encoding.ids) for encoding in bins)
     if needed > prompt.length:
         raise BundleError(
             f"{path}: expected room for an instruction in prompt.length {prompt.length}, got a template that "

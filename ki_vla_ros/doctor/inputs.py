@@ -31,7 +31,7 @@ from ki_vla_ros.messages import (
     read_stamp_ns,
 )
 from ki_vla_ros.records import NS_PER_S, time_to_ns
-from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.robot import Signal
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
 from ki_vla_ros.settings import Session, Settings
 
@@ -76,7 +76,7 @@ class Expected:
     """The inputs that are to be there: those of the bundle, or only those that parameters and session name."""
 
     optional_cameras: Mapping[str, bool]
-    joints: tuple[JointSpec, ...] = ()
+    joints: tuple[Signal, ...] = ()
     trained: tuple[Sequence[float], Sequence[float]] | None = None
 
     @classmethod
@@ -86,7 +86,7 @@ class Expected:
             return cls(dict.fromkeys([*settings.cameras, *(session.topics.cameras if session else ())], False))
         manifest = bundle.manifest
         cameras = {camera.name: camera.optional for camera in manifest.cameras}
-        return cls(cameras, tuple(manifest.joints), (manifest.state.low, manifest.state.high))
+        return cls(cameras, manifest.robot.signals, (manifest.state.low, manifest.state.high))
 
     @property
     def joint_names(self) -> tuple[str, ...]:

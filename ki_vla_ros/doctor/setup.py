@@ -22,7 +22,7 @@ from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.engines import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
 from ki_vla_ros.policy import check_instruction
-from ki_vla_ros.runtime import joint_bounds
+from ki_vla_ros.runtime import axis_bounds
 from ki_vla_ros.settings import NODE, NoSectionError, Settings, load_settings
 from ki_vla_ros.share import PROFILE_VARIABLES, find_bundle
 
@@ -269,7 +269,7 @@ def check_settings(settings: Settings, bundle: Bundle, findings: Findings) -> No
         for problem in error.problems:
             findings.error("parameters", manifest.name, problem, "the node does not configure with this")
     try:
-        joint_bounds(manifest.joints, settings.limits, settings.robot_description)
+        axis_bounds(manifest.axes, settings.limits, settings.robot_description)
     except ConfigurationError as error:
         findings.error("parameters", manifest.name, str(error), "the node does not configure with this")
     for name in ("execution_horizon_s", "prefill_period_s"):

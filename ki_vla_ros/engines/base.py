@@ -1,6 +1,6 @@
 """The contract between the policy and whatever runs the two graphs.
 
-Legend: H horizon, A action dim, S width of the state token, M modulation.
+Legend: H horizon, A action dim, W width of the state token, M modulation.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Engine(Protocol):
     def velocity(
         self,
         cache: KVCache,
-        state_S: NDArray[np.float32] | None,
+        state_W: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
         time: float,
         clean_H: NDArray[np.bool_],
@@ -70,7 +70,7 @@ class IntegratingEngine(Engine, Protocol):
     def integrate(
         self,
         cache: KVCache,
-        state_S: NDArray[np.float32] | None,
+        state_W: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
         steps: int,
         clean_H: NDArray[np.bool_],
@@ -86,7 +86,7 @@ class DifferentiableEngine(Engine, Protocol):
     def pullback(
         self,
         cache: KVCache,
-        state_S: NDArray[np.float32] | None,
+        state_W: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
         time: float,
         clean_H: NDArray[np.bool_],
@@ -108,7 +108,7 @@ def prefill_inputs(model_input: ModelInput) -> dict[str, NDArray[np.generic]]:
 
 def expert_inputs(
     types: Mapping[str, TensorType],
-    state_S: NDArray[np.float32] | None,
+    state_W: NDArray[np.float32] | None,
     x_t_HA: NDArray[np.float32],
     modulation_M: NDArray[np.float32],
     clean_H: NDArray[np.bool_],
@@ -116,12 +116,12 @@ def expert_inputs(
 ) -> dict[str, NDArray[np.generic]]:
     """The inputs that change from step to step; EngineError if a state is missing, or the expert takes none."""
     expected = "state" in types
-    if expected != (state_S is not None):
+    if expected != (state_W is not None):
         wanted, got = ("a state token", "none") if expected else ("none, the prompt has it as text", "one")
         raise EngineError(f"{EXPERT}: state: expected {wanted}, got {got}")
     inputs: dict[str, NDArray[np.generic]] = {"x_t": x_t_HA, "modulation": modulation_M, "clean": clean_H}
     inputs["step"] = np.array([step], dtype=np.float32)
-    return inputs if state_S is None else inputs | {"state": state_S}
+    return inputs if state_W is None else inputs | {"state": state_W}
 
 
 def check_types(graph: str, types: Mapping[str, TensorType], inputs: Mapping[str, NDArray[np.generic]]) -> None:

@@ -75,13 +75,13 @@ class OnnxEngine:
     def velocity(
         self,
         cache: KVCache,
-        state_S: NDArray[np.float32] | None,
+        state_W: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
         time: float,
         clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         check_cache(self, cache, self._generation)
-        self._run(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times[time], clean_H))
+        self._run(EXPERT, expert_inputs(self._types, state_W, x_t_HA, self._times[time], clean_H))
         return check_finite(self._buffers["velocity"].numpy().copy())  # numpy() only views it on a CPU
 
     def close(self) -> None:

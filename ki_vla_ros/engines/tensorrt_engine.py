@@ -131,14 +131,14 @@ class TensorRTEngine:
     def velocity(
         self,
         cache: KVCache,
-        state_S: NDArray[np.float32] | None,
+        state_W: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
         time: float,
         clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         self._check_usable()
         check_cache(self, cache, self._generation)
-        inputs = expert_inputs(self._types, state_S, x_t_HA, self._times[time], clean_H)
+        inputs = expert_inputs(self._types, state_W, x_t_HA, self._times[time], clean_H)
         check_types(EXPERT, self._types, inputs)
         self._stage({name: inputs[name] for name in (*_STEP_INPUTS, "modulation") if name in inputs})
         self._device.launch(self._graphs["step"])
@@ -148,14 +148,14 @@ class TensorRTEngine:
     def integrate(
         self,
         cache: KVCache,
-        state_S: NDArray[np.float32] | None,
+        state_W: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
         steps: int,
         clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         self._check_usable()
         check_cache(self, cache, self._generation)
-        inputs = expert_inputs(self._types, state_S, x_t_HA, self._times[1.0], clean_H)
+        inputs = expert_inputs(self._types, state_W, x_t_HA, self._times[1.0], clean_H)
         check_types(EXPERT, self._types, inputs)
         if steps != self._steps:
             self._prepare(steps)

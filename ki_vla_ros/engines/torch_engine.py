@@ -111,27 +111,27 @@ class TorchEngine:
     def velocity(
         self,
         cache: KVCache,
-        state_S: NDArray[np.float32] | None,
+        state_W: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
         time: float,
         clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         with self._running(EXPERT, cache):
-            self._upload(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times[time], clean_H))
+            self._upload(EXPERT, expert_inputs(self._types, state_W, x_t_HA, self._times[time], clean_H))
             velocity_HA, _ = self._repeat(VELOCITY, lambda: self._graphs[EXPERT](self._inputs | self.prefix))
             return check_finite(self._stream.download(velocity_HA))
 
     def integrate(
         self,
         cache: KVCache,
-        state_S: NDArray[np.float32] | None,
+        state_W: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
         steps: int,
         clean_H: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         with self._running(EXPERT, cache):
             rows_NM = self._times.rows(step_times(steps))
-            inputs = expert_inputs(self._types, state_S, x_t_HA, rows_NM[0], clean_H, 1.0 / steps)
+            inputs = expert_inputs(self._types, state_W, x_t_HA, rows_NM[0], clean_H, 1.0 / steps)
             del inputs["modulation"]  # the rows are on the device already
             self._upload(EXPERT, inputs)
             if steps != self._steps:
@@ -145,7 +145,7 @@ class TorchEngine:
     def pullback(
         self,
         cache: KVCache,
-        state_S: NDArray[np.float32] | None,
+        state_W: NDArray[np.float32] | None,
         x_t_HA: NDArray[np.float32],
         time: float,
         clean_H: NDArray[np.bool_],
@@ -154,7 +154,7 @@ class TorchEngine:
         """Runs operation by operation in every mode: a captured or compiled forward pass has no backward pass."""
         with self._running(EXPERT, cache):
             check_types(EXPERT, {"vector": self._types["x_t"]}, {"vector": vector_HA})
-            self._upload(EXPERT, expert_inputs(self._types, state_S, x_t_HA, self._times[time], clean_H))
+            self._upload(EXPERT, expert_inputs(self._types, state_W, x_t_HA, self._times[time], clean_H))
             with torch.enable_grad():
                 x_t = self._inputs["x_t"].clone().requires_grad_()
                 velocity_HA, _ = self._differentiable(self._inputs | self.prefix | {"x_t": x_t})

@@ -165,21 +165,22 @@ def make_model_input(
             raise InputError(
                 f"camera {camera.name!r}: expected a frame in the observation, got only {sorted(observation.frames)}"
             )
-    if observation.state_J.shape != (len(manifest.joints),):
+    if observation.state_S.shape != (len(manifest.robot.state),):
+        names = ", ".join(dimension.name for dimension in manifest.robot.state)
         raise InputError(
-            f"joint state: expected {len(manifest.joints)} joints ({', '.join(j.name for j in manifest.joints)}), "
-            f"got an array of shape {list(observation.state_J.shape)}"
+            f"joint state: expected {len(manifest.robot.state)} numbers ({names}), "
+            f"got an array of shape {list(observation.state_S.shape)}"
         )
-    if not np.all(np.isfinite(observation.state_J)):
-        raise InputError(f"joint state: expected finite numbers, got {observation.state_J.tolist()}")
-    state_norm_J = normalize(trained_turn(manifest, observation.state_J), manifest.state.low, manifest.state.high)
+    if not np.all(np.isfinite(observation.state_S)):
+        raise InputError(f"joint state: expected finite numbers, got {observation.state_S.tolist()}")
+    state_norm_J = normalize(trained_turn(manifest, observation.state_S), manifest.state.low, manifest.state.high)
     as_text = manifest.state.in_prompt
     spec = manifest.prompt
     bins = state_to_bins(state_norm_J, spec.state_bins, spec.style) if as_text else ()
     prompt = render_prompt(spec.template, instruction, bins, spec.style)
     tokens_L, token_mask_L = tokenize(tokenizer, prompt, spec.length)
-    state_J = state_token(manifest, observation.state_J)
-    return ModelInput(images_VCHW, image_mask_V, tokens_L, token_mask_L, state_J)
+    state_S = state_token(manifest, observation.state_S)
+    return ModelInput(images_VCHW, image_mask_V, tokens_L, token_mask_L, state_S)
 
 
 def longest_input(policy: PolicySpec, vocab_size: int, seed: int = 0) -> ModelInput:
@@ -191,21 +192,21 @@ def longest_input(policy: PolicySpec, vocab_size: int, seed: int = 0) -> ModelIn
         image_mask_V=np.ones(cameras, dtype=np.bool_),
         tokens_L=rng.integers(0, vocab_size, length),
         token_mask_L=np.ones(length, dtype=np.bool_),
-        state_J=rng.uniform(-1.0, 1.0, len(policy.joints)).astype(np.float32) if policy.state.as_token else None,
+        state_S=rng.uniform(-1.0, 1.0, len(policy.robot.state)).astype(np.float32) if policy.state.as_token else None,
     )
 
 
-def state_token(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[np.float32] | None:
+def state_token(manifest: PolicySpec, state_S: NDArray[np.float64]) -> NDArray[np.float32] | None:
     """The state as the expert reads it, normalised [J]; None where the bundle has it as text alone."""
     if not manifest.state.as_token:
         return None
-    return normalize(trained_turn(manifest, state_J), manifest.state.low, manifest.state.high).astype(np.float32)
+    return normalize(trained_turn(manifest, state_S), manifest.state.low, manifest.state.high).astype(np.float32)
 
 
-def trained_turn(manifest: PolicySpec, state_J: NDArray[np.float64]) -> NDArray[np.float64]:
+def trained_turn(manifest: PolicySpec, state_S: NDArray[np.float64]) -> NDArray[np.float64]:
     """The same state in the turns that training saw; only joints that turn without end can be in others."""
     middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
-    return nearest_turn(state_J, middle_J, continuous(manifest.joints))
+    return nearest_turn(state_S, middle_J, continuous(manifest.robot.state))
 
 
 def check_instruction(bundle: Bundle, instruction: str) -> None:

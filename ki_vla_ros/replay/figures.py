@@ -17,7 +17,7 @@ from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import cause_of
 from ki_vla_ros.records import NS_PER_S, Motion
 from ki_vla_ros.replay.ticks import Prediction, Tick
-from ki_vla_ros.robot import main_joints
+from ki_vla_ros.robot import main_axes
 from ki_vla_ros.statistics import Draws, SegmentSums, interval_95, root_mean, spread
 
 Array = NDArray[np.float64]
@@ -38,7 +38,7 @@ class Figures:
         # Longer than a chunk, so that neighbouring segments share few actions and are nearly independent.
         self.segment_s = max(SHORTEST_SEGMENT_S, 2.0 * manifest.horizon * manifest.action_period_s)
         self._squares, self._sums = SegmentSums(self.segment_s), SegmentSums(self.segment_s)
-        self._largest_J = np.zeros(len(manifest.joints))
+        self._largest_J = np.zeros(len(manifest.axes))
         self._jumps = SegmentSums(self.segment_s)
         self._probes: dict[str, SegmentSums] = {}
         self._counts: Counter[str] = Counter()
@@ -52,7 +52,7 @@ class Figures:
         self._latency_ms: list[float] = []
         self._jump_max = self._position_step = self._speed_step = 0.0
         self._missed = 0
-        main_J, _ = main_joints(manifest.joints)
+        main_J, _ = main_axes(manifest.axes)
         self._main, self._metres = np.flatnonzero(main_J), np.flatnonzero(~np.array(main_J))
         self._jerk = Jerk(self._main)
 
@@ -153,11 +153,11 @@ class Figures:
             "missing": missing if drawn is None else None,
             "chunks": self._counts["compared"],
             "segments": len(self._squares),
-            "unit": self._manifest.joints[int(self._main[0])].unit,
+            "unit": self._manifest.axes[int(self._main[0])].unit,
         }
         if drawn is None:
             return {**figures, **dict.fromkeys(("rms", "rms_ci", "max", "rms_normalized", "rms_normalized_ci"))}
-        steps, joints = range(self._manifest.horizon), self._manifest.joints
+        steps, joints = range(self._manifest.horizon), self._manifest.axes
         half_J = (np.array(self._manifest.action.high) - np.array(self._manifest.action.low)) / 2.0
         figures |= _with_interval("rms", drawn, columns=self._main)
         figures["max"] = float(self._largest_J[self._main].max())
@@ -215,9 +215,7 @@ class Figures:
             drawn = sums.drawn(self._seed)
             if drawn is None or noise is None:
                 continue
-            by_joint = {
-                joint.name: drawn.of(root_mean(columns=[j]))[0] for j, joint in enumerate(self._manifest.joints)
-            }
+            by_joint = {joint.name: drawn.of(root_mean(columns=[j]))[0] for j, joint in enumerate(self._manifest.axes)}
             what = descriptions.get(name, f"without the camera {name.removeprefix('camera.')!r}")
             rms = _with_interval("rms", drawn, columns=self._main)
             probes[name] = {"what": what, **rms, **_ratio(drawn, noise, self._main), "by_joint": by_joint}

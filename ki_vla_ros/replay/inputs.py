@@ -19,7 +19,7 @@ from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, Observation,
 from ki_vla_ros.replay.recorded import Parity, RecordedTick
 from ki_vla_ros.replay.setup import ReplayOptions
 from ki_vla_ros.replay.topics import ReplayTopics
-from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.robot import Axis
 from ki_vla_ros.runtime import ObservationBuffer
 from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
 
@@ -167,11 +167,11 @@ class ReplayBuffer(ObservationBuffer):
         stamp_ns = min(tick.frame_ns.values())
         readings = [self._reading(stamp) for stamp in tick.joint_ns]
         if len(readings) == 1:
-            return Observation(stamp_ns, frames, readings[0], tick.joint_ns)
+            return Observation(stamp_ns, frames, self._state(readings[0]), tick.joint_ns, readings[0])
         before_ns, after_ns = tick.joint_ns
         weight = (stamp_ns - before_ns) / (after_ns - before_ns)
-        state_J = readings[0] + weight * (readings[1] - readings[0])
-        return Observation(stamp_ns, frames, state_J, tick.joint_ns)
+        signal_M = readings[0] + weight * (readings[1] - readings[0])
+        return Observation(stamp_ns, frames, self._state(signal_M), tick.joint_ns, signal_M)
 
     def _await_recorded(self, tick: RecordedTick, frame_ns: Mapping[str, int]) -> None:
         """Advances until the bag has given what the tick used, or until it is too late for the recorder's lag."""
@@ -199,7 +199,7 @@ class Inbox:
         topics: ReplayTopics,
         options: ReplayOptions,
         buffer: ReplayBuffer,
-        joints: Sequence[JointSpec],
+        joints: Sequence[Axis],
         image_size: int,
         use_receive_time: bool,
     ) -> None:

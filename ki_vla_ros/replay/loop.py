@@ -103,10 +103,11 @@ class Replay:
         self._policy.warm_up()
         self._buffer = ReplayBuffer(
             camera_sources(manifest, settings, lambda name: name, topics.cameras),
-            manifest.joint_names,
+            [signal.name for signal in manifest.robot.signals],
             topics.joint_states,
-            manifest.joints,
+            manifest.robot.signals,
             own_limit_ns(settings.joint_max_age_s),
+            self._policy.space.state,
         )
         self._loop = PolicyLoop(self._policy, self._buffer, self._wire, self._diagnostics, lambda: self.settings)
         for instruction in (settings.instruction, options.instruction, options.other_instruction):
@@ -119,9 +120,7 @@ class Replay:
             raise ConfigurationError(
                 f"bag {bag.path}: expected recorded ticks, got none; replay without --ticks recorded"
             )
-        self.inbox = Inbox(
-            topics, options, self._buffer, manifest.joints, manifest.image.size, settings.use_receive_time
-        )
+        self.inbox = Inbox(topics, options, self._buffer, manifest.axes, manifest.image.size, settings.use_receive_time)
         self._recorded: deque[RecordedTick] = deque()
         self._activity = Activity(settings.rate_hz)
         self._took: deque[tuple[int, int]] = deque()  # stamp and duration of recorded ticks, from the present one on
@@ -272,7 +271,7 @@ class Replay:
             period_ns=chunk.period_ns,
             position_HJ=chunk.position_HJ,
             reference_HJ=np.full_like(chunk.position_HJ, np.nan),
-            state_J=observation.state_J,
+            state_S=observation.state_S,
             frame_ns={name: frame.stamp_ns for name, frame in observation.frames.items()},
             joint_ns=observation.joint_ns,
             command_ns=report.command_ns,
@@ -434,7 +433,7 @@ class Replay:
             return tick
         due_H = chunk.start_ns + (np.arange(len(chunk.position_HJ)) + 1) * chunk.period_ns
         reference_HJ = self.inbox.answer(self.inbox.reference, due_H, chunk.start_ns)
-        reference_HJ = nearest_turn(reference_HJ, chunk.position_HJ, continuous(self.bundle.manifest.joints))
+        reference_HJ = nearest_turn(reference_HJ, chunk.position_HJ, continuous(self.bundle.manifest.axes))
         if self.topics.tick is not None:  # after the node had stopped, the arm no longer answered the chunk
             reference_HJ[due_H > self._activity.end_of(tick.stamp_ns)] = np.nan
         return dataclasses.replace(tick, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))

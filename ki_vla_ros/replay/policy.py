@@ -29,6 +29,7 @@ class ReplayPolicy(Policy):
         super().__init__(bundle, engine, guidance_jacobian=guidance_jacobian)
         self._latency = latency
         self.decoded: tuple[ActionChunk, Observation] | None = None
+        self._commanded_J: Array | None = None
         self.chunk_index: int | None = None  # replaces the loop's own count, for recorded ticks
         self.drawn_index = 0
         self._input: ModelInput | None = None
@@ -51,18 +52,21 @@ class ReplayPolicy(Policy):
         self,
         cache: KVCache,
         noise_HA: NDArray[np.float32],
-        state_J: NDArray[np.float32] | None = None,
+        state_S: NDArray[np.float32] | None = None,
         guide: Guide | None = None,
     ) -> NDArray[np.float32]:
         if cache is not self._given:
             raise EngineError("replay: expected the keys and values of the last prefill, got older ones")
-        self._call = state_J, guide
-        actions_HA = super().denoise(self._renewed(), noise_HA, state_J, guide)
+        self._call = state_S, guide
+        actions_HA = super().denoise(self._renewed(), noise_HA, state_S, guide)
         self._latency.computed(prefill=False)
         return actions_HA
 
-    def decode(self, actions_HA: NDArray[np.float32], observation: Observation) -> ActionChunk:
-        chunk = super().decode(actions_HA, observation)
+    def decode(
+        self, actions_HA: NDArray[np.float32], observation: Observation, commanded_J: Array | None = None
+    ) -> ActionChunk:
+        chunk = super().decode(actions_HA, observation, commanded_J)
+        self._commanded_J = commanded_J
         self.decoded = chunk, observation
         return chunk
 
@@ -98,8 +102,9 @@ class ReplayPolicy(Policy):
         return found
 
     def _positions(self, cache: KVCache, noise_HA: NDArray[np.float32], observation: Observation) -> Array:
-        state_J, guide = self._call
-        return super().decode(super().denoise(cache, noise_HA, state_J, guide), observation).position_HJ
+        state_S, guide = self._call
+        actions_HA = super().denoise(cache, noise_HA, state_S, guide)
+        return super().decode(actions_HA, observation, self._commanded_J).position_HJ
 
     def _renewed(self) -> KVCache:
         if self._held is None:

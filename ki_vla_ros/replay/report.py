@@ -16,7 +16,7 @@ import numpy as np
 from ki_vla_ros.replay.ticks import Prediction
 from ki_vla_ros.replay.trace import MOMENTS, Moment, Trace
 from ki_vla_ros.report import Axes, Span, clock, figure, lanes, page, remark, section, spark, table, tiles, warning
-from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.robot import Axis
 from ki_vla_ros.settings import UNLIMITED, parameter_specs
 
 # Joints drawn per worst moment: those with the largest errors.
@@ -96,7 +96,7 @@ def _joints(trace: Trace, metrics: Metrics) -> str:
     span = Span.of(trace.time_s, [trace.seconds(chunk.due_ns(-1 + len(chunk.position_HJ))) for chunk in trace.chunks])
     commanded = metrics["error"]["reference"] == "command"
     figures = []
-    for j, joint in enumerate(trace.spec.joints):
+    for j, joint in enumerate(trace.spec.axes):
         curves = [_curve(trace, chunk, j) for chunk in trace.chunks]
         axes = Axes(span, Span.of(trace.state_JT[j], *(y for _, y in curves), margin=0.06))
         layers = [axes.line(trace.state_s, trace.state_JT[j], "recorded")]
@@ -116,7 +116,7 @@ def _joints(trace: Trace, metrics: Metrics) -> str:
     return section("Predicted and recorded", legend, f'<div class="plots">{"".join(figures)}</div>', note=note)
 
 
-def _joint_note(joint: JointSpec, metrics: Metrics) -> str:
+def _joint_note(joint: Axis, metrics: Metrics) -> str:
     found = (metrics["error"].get("by_joint") or {}).get(joint.name)
     return f"{joint.unit}; rms {_value(found['rms'])} ({_interval(found['rms_ci'])})" if found else joint.unit
 
@@ -124,7 +124,7 @@ def _joint_note(joint: JointSpec, metrics: Metrics) -> str:
 def _curve(trace: Trace, chunk: Prediction, j: int) -> tuple[list[float], list[float]]:
     """Times and positions of one joint, from the observed state through the chunk."""
     times = [trace.seconds(chunk.start_ns), *(trace.seconds(chunk.due_ns(k)) for k in range(len(chunk.position_HJ)))]
-    return times, [float(chunk.state_J[j]), *chunk.position_HJ[:, j].tolist()]
+    return times, [float(chunk.state_S[j]), *chunk.position_HJ[:, j].tolist()]
 
 
 def _reference(trace: Trace, chunk: Prediction, j: int) -> tuple[list[float], list[float]]:
@@ -141,7 +141,7 @@ def _horizon(trace: Trace, metrics: Metrics) -> str:
     bands = [step["rms_ci"] or [step["rms"], step["rms"]] for step in steps]
     axes = Axes(Span(0.0, max(times)), Span.of([step["rms"] for step in steps], bands, margin=0.05, zero=True))
     layers = [axes.band(times, *zip(*bands, strict=True)), axes.line(times, [step["rms"] for step in steps], "mean")]
-    joints = "all joints" if len({joint.unit for joint in trace.spec.joints}) == 1 else "revolute joints"
+    joints = "all joints" if len({joint.unit for joint in trace.spec.axes}) == 1 else "revolute joints"
     drawn = figure(f"rms error over the horizon, {error['unit']}", f"{joints}; 95 % interval", axes, layers, height=190)
     rows = []
     for name, found in error["by_joint"].items():
@@ -236,7 +236,7 @@ def _moment(trace: Trace, moment: Moment) -> str:
         own = _curve(trace, worst, j)
         axes = Axes(Span.of(*(x for x, _ in curves)), Span.of(*(y for _, y in [*curves, *truths]), margin=0.06))
         layers = [axes.lines(curves, "predicted"), axes.lines(truths, "recorded"), axes.line(*own, "worst")]
-        joint = spec.joints[j]
+        joint = spec.axes[j]
         figures.append(figure(joint.name, joint.unit, axes, layers, times=True))
     told = f"chunk {worst.index} · “{moment.instruction}”"
     if worst.refusal is not None:
@@ -270,7 +270,7 @@ def _sensitivity(metrics: Metrics) -> str:
 
 def _parameters(trace: Trace, metrics: Metrics) -> str:
     settings: Mapping[str, object] = metrics["settings"]
-    cameras, joints = [camera.name for camera in trace.spec.cameras], [joint.name for joint in trace.spec.joints]
+    cameras, joints = [camera.name for camera in trace.spec.cameras], [joint.name for joint in trace.spec.axes]
     defaults = {spec.name: spec.default for spec in parameter_specs(cameras, joints)}
     changed = {name: value for name, value in settings.items() if value != defaults.get(name)}
 

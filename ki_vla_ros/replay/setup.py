@@ -73,7 +73,7 @@ class Setup:
     def parameters(self) -> dict[str, object]:
         """Every setting by its parameter name."""
         manifest = self.bundle.manifest
-        return parameter_values(self.settings, [c.name for c in manifest.cameras], manifest.joint_names)
+        return parameter_values(self.settings, [c.name for c in manifest.cameras], manifest.axis_names)
 
 
 def set_up(

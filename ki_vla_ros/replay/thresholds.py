@@ -110,7 +110,7 @@ def check_figure(threshold: Threshold, spec: PolicySpec, recorded_ticks: bool) -
     """ConfigurationError, listing all names, if this policy's metrics.json can have no such figure."""
     cameras = [camera.name for camera in spec.cameras]
     named: Mapping[str, Sequence[str]] = {
-        "JOINT": spec.joint_names,
+        "JOINT": spec.axis_names,
         "STEP": [str(step) for step in range(spec.horizon)],
         "BOUND": ("0", "1"),
         "INPUT": (*cameras, "joint state"),

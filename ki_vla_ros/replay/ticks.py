@@ -41,7 +41,7 @@ class Prediction:
 
     `position_HJ[k]` is due at `start_ns + (k + 1) * period_ns`; `reference_HJ` is the reference at the same instants,
     NaN where the bag has none. `frame_ns` holds the stamp of each camera's frame, `joint_ns` those of the one or two
-    joint states that `state_J` comes from. `command_ns`: when the command went out in simulated time (None: refused,
+    joint states that `state_S` comes from. `command_ns`: when the command went out in simulated time (None: refused,
     `refusal` says why). `corrections`: what the gate changed, in words. `consumed`: how many actions were in the past
     when the command took effect. `probe_HJ`: chunks of the same tick with one thing changed, by the probe's name
     ("noise", "instruction", "camera.<name>"); only every few seconds.
@@ -52,7 +52,7 @@ class Prediction:
     period_ns: int
     position_HJ: NDArray[np.float64]
     reference_HJ: NDArray[np.float64]
-    state_J: NDArray[np.float64]
+    state_S: NDArray[np.float64]
     frame_ns: Mapping[str, int]
     joint_ns: tuple[int, ...]
     command_ns: int | None

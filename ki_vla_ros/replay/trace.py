@@ -93,7 +93,7 @@ class Trace:
     """At most `MOST_CHUNKS`, spread evenly over the bag."""
 
     def __post_init__(self) -> None:
-        self.state_JT = [array("f") for _ in self.spec.joints]
+        self.state_JT = [array("f") for _ in self.spec.axes]
         self._scale_J = (np.array(self.spec.action.high) - np.array(self.spec.action.low)) / 2.0
         self._left_out: list[tuple[int, int]] = []  # from when on, how many ns are left out of the axis in all
         self._last_ns = 0
@@ -148,8 +148,8 @@ class Trace:
     def _add_prediction(self, prediction: Prediction, instruction: str, at_s: float) -> None:
         start_s = self.seconds(prediction.start_ns)
         if self.state_s and start_s - self.state_s[-1] > GAP_S:
-            self._add_state(self.state_s[-1], np.full(len(prediction.state_J), np.nan))
-        self._add_state(start_s, prediction.state_J)
+            self._add_state(self.state_s[-1], np.full(len(prediction.state_S), np.nan))
+        self._add_state(start_s, prediction.state_S)
         if prediction.refusal is not None:
             self._mark("refused", cause_of(prediction.refusal), at_s)
         for words in prediction.corrections:
@@ -175,9 +175,9 @@ class Trace:
         self._latest.append(_Kept(error, instruction, prediction, jpegs))
         self._compare(prediction.start_ns)
 
-    def _add_state(self, at_s: float, state_J: NDArray[np.float64]) -> None:
+    def _add_state(self, at_s: float, state_S: NDArray[np.float64]) -> None:
         self.state_s.append(at_s)
-        for row, value in zip(self.state_JT, state_J, strict=True):
+        for row, value in zip(self.state_JT, state_S, strict=True):
             row.append(value)
 
     def _compare(self, now_ns: int | None) -> None:

@@ -1,37 +1,72 @@
-"""What a robot is: its cameras, joints and the timing of its actions, from one YAML file; and limits from its URDF."""
+"""What a robot is: cameras, state, actions, units, outputs, from one YAML file; and limits from its URDF."""
 
-from ki_vla_ros.robot.robot import (
-    ActionPeriod,
-    CameraSpec,
-    Finite,
-    Frozen,
-    Horizon,
-    JointSpec,
+from ki_vla_ros.robot.axes import MOST_ROTATION, Axis, led_axes, main_axes
+from ki_vla_ros.robot.commands import CommandSpace, PoseOutput
+from ki_vla_ros.robot.dimensions import (
+    JOINT_STATE,
+    POSE_STAMPED,
+    ActionDimension,
+    Column,
     Name,
-    Robot,
-    check_parts,
-    find_robot,
-    main_joints,
-    read_robot,
+    Source,
+    StateDimension,
 )
+from ki_vla_ros.robot.mapping import Finite, Frozen, Lines, Mapping
+from ki_vla_ros.robot.outputs import (
+    ARRAY,
+    FOLLOW_TRAJECTORY,
+    GRIPPER_COMMAND,
+    POSE,
+    TRAJECTORY,
+    TWIST,
+    TWIST_STAMPED,
+    Output,
+    OutputType,
+    Workspace,
+)
+from ki_vla_ros.robot.robot import ActionPeriod, CameraSpec, Horizon, Robot, check_names, find_robot, read_robot
+from ki_vla_ros.robot.signals import Signal
 from ki_vla_ros.robot.turns import TURN, continuous, nearest_turn
 from ki_vla_ros.robot.urdf import UrdfJoint, read_urdf
 
 __all__ = [
+    "ARRAY",
+    "FOLLOW_TRAJECTORY",
+    "GRIPPER_COMMAND",
+    "JOINT_STATE",
+    "MOST_ROTATION",
+    "POSE",
+    "POSE_STAMPED",
+    "TRAJECTORY",
     "TURN",
+    "TWIST",
+    "TWIST_STAMPED",
+    "ActionDimension",
     "ActionPeriod",
+    "Axis",
     "CameraSpec",
+    "Column",
+    "CommandSpace",
     "Finite",
     "Frozen",
     "Horizon",
-    "JointSpec",
+    "Lines",
+    "Mapping",
     "Name",
+    "Output",
+    "OutputType",
+    "PoseOutput",
     "Robot",
+    "Signal",
+    "Source",
+    "StateDimension",
     "UrdfJoint",
-    "check_parts",
+    "Workspace",
+    "check_names",
     "continuous",
     "find_robot",
-    "main_joints",
+    "led_axes",
+    "main_axes",
     "nearest_turn",
     "read_robot",
     "read_urdf",

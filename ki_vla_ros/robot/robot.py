@@ -1,4 +1,4 @@
-"""The robot file: cameras, joints and the timing of actions, said once for training, weights import and bundles.
+"""The robot file: what a robot is, said once for conversion, training, export, node, doctor, replay and evaluation.
 
 With config/robots/demo_arm.yaml, or the path of any such file:
 
@@ -7,106 +7,171 @@ With config/robots/demo_arm.yaml, or the path of any such file:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
+from ki_vla_ros.robot.axes import Axis
+from ki_vla_ros.robot.dimensions import (
+    ACTION,
+    STATE,
+    ActionDimension,
+    Name,
+    StateDimension,
+    TopicName,
+)
+from ki_vla_ros.robot.mapping import Finite, Frozen, Lines
+from ki_vla_ros.robot.outputs import ARRAY, CARRIES, GRIPPER_COMMAND, Output
+from ki_vla_ros.robot.signals import Signal, check_pose_parts, command_axes, measuring_state, robot_signals
 from ki_vla_ros.share import expand, find_share
 from ki_vla_ros.yaml_file import read_yaml
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-/ ]*$")]
 Horizon = Annotated[int, Field(ge=2, le=1000)]
 ActionPeriod = Annotated[Finite, Field(ge=0.001, le=1.0)]
-
-
-class Frozen(BaseModel):
-    """A record that cannot change once it is validated, and that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class CameraSpec(Frozen):
     """One camera of the model; an optional one may be absent, and then its tokens are masked out."""
 
-    name: Name
-    optional: bool = False
+    name: Name = Field(description="name, distinct among the cameras")
+    optional: bool = Field(default=False, description="the policy runs without its images, too")
+    topic: TopicName | None = Field(
+        default=None, description="image topic; left out: camera/NAME/image_raw, with /compressed if transport says so"
+    )
+    transport: Literal["raw", "compressed"] = Field(
+        default="raw", description="raw: sensor_msgs/Image; compressed: sensor_msgs/CompressedImage"
+    )
+    dataset: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="the dataset's key; left out: observation.images.NAME"
+    )
+    mounting: Literal["fixed", "moving"] = Field(
+        default="fixed", description="moving: on the arm, so that its images turn with it"
+    )
 
-
-class JointSpec(Frozen):
-    """Limits of position (`unit`) and speed (per second), and whether the joint's action is relative to its state.
-
-    A `continuous` joint turns without end: angles a whole turn apart are one place, and the shortest way between two
-    goes across pi. Commands keep its limits all the same. It is left out of files where it is false, as in those that
-    were written before it existed.
-    """
-
-    name: Name
-    unit: Literal["rad", "m"]
-    lower: Finite
-    upper: Finite
-    max_velocity: Annotated[Finite, Field(gt=0)]
-    relative: bool
-    continuous: bool = False
-
-    @model_validator(mode="after")
-    def _ordered(self) -> JointSpec:
-        if not self.lower < self.upper:
-            raise ValueError(f"joint {self.name!r}: expected lower < upper, got {self.lower} and {self.upper}")
-        if self.continuous and self.unit != "rad":
-            raise ValueError(f"joint {self.name!r}: expected unit rad for a continuous joint, got {self.unit}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _brief(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = whole(self)
-        return fields if self.continuous else {name: fields[name] for name in fields if name != "continuous"}
-
-
-def main_joints(joints: Sequence[JointSpec]) -> tuple[list[bool], Literal["rad", "m"]]:
-    """Which joints one figure for the whole arm is taken over, and its unit.
-
-    Such a figure cannot mix rad and m: the revolute joints count, or all where there are none.
-    """
-    revolute = [joint.unit == "rad" for joint in joints]
-    return (revolute, "rad") if any(revolute) else ([True] * len(revolute), "m")
+    @property
+    def key(self) -> str:
+        """The camera's key in a LeRobot dataset."""
+        return self.dataset or f"observation.images.{self.name}"
 
 
 class Robot(Frozen):
-    """One robot: cameras in the order of the images, joints in the order of state and action.
+    """One robot: cameras in the order of the images, state and actions in the order in which policies have them.
 
     `horizon` actions make a chunk, `action_period_s` apart.
     """
 
-    name: Name
-    cameras: Annotated[tuple[CameraSpec, ...], Field(min_length=1)]
-    joints: Annotated[tuple[JointSpec, ...], Field(min_length=1)]
-    action_period_s: ActionPeriod
-    horizon: Horizon
+    name: Name = Field(description="name of the robot; robot_type of datasets")
+    cameras: Annotated[tuple[CameraSpec, ...], Field(min_length=1)] = Field(description="in the order of the images")
+    state: Annotated[tuple[StateDimension, ...], Field(min_length=1)] = Field(description="what the policy sees of it")
+    actions: Annotated[tuple[ActionDimension, ...], Field(min_length=1)] = Field(description="what the policy commands")
+    outputs: Annotated[tuple[Output, ...], Field(min_length=1)] = Field(description="who takes the commands")
+    action_period_s: ActionPeriod = Field(description="time between two actions, in s")
+    horizon: Horizon = Field(description="actions per chunk")
 
     @model_validator(mode="after")
     def _consistent(self) -> Robot:
-        check_parts(self.cameras, self.joints)
+        check_names("cameras", [camera.name for camera in self.cameras])
+        check_names("state", [dimension.name for dimension in self.state])
+        check_names("actions", [dimension.name for dimension in self.actions])
+        check_names("outputs", [output.name for output in self.outputs])
+        check_names("cameras: dataset", [camera.key for camera in self.cameras])
+        if all(camera.optional for camera in self.cameras):
+            raise ValueError("cameras: expected at least one required camera, got only optional ones")
+        for what, dimensions in ((STATE, self.state), (ACTION, self.actions)):
+            places = Counter((d.dataset.column or what, d.dataset.index) for d in dimensions)
+            for (column, index), count in places.items():
+                if index is not None and count > 1:
+                    raise ValueError(f"dataset: expected each index of {column} once, got {index} {count} times")
+        for output in self.outputs:
+            self._check_output(output)
+        known = [output.name for output in self.outputs]
+        for action in self.actions:
+            if action.output not in known:
+                raise ValueError(
+                    f"actions: {action.name!r}: output: expected one of {', '.join(known)}, got {action.output}"
+                )
+        check_pose_parts(self.state)
+        check_names("actions: joints", [axis.name for axis in self.axes])
+        _ = self.signals
         return self
+
+    def _check_output(self, output: Output) -> None:
+        here, actions = f"outputs: {output.name!r}: ", self.actions_of(output)
+        if not actions:
+            raise ValueError(f"{here}expected actions that name it, got none")
+        kinds = {action.kind for action in actions}
+        allowed = CARRIES[output.type] if output.type else ("joint_position", "gripper")
+        for kind in sorted(kinds - set(allowed)):
+            carrier = output.type or "an output without type"
+            fitting = " or ".join(name for name, carried in CARRIES.items() if kind in carried)
+            raise ValueError(f"{here}{carrier} carries {', '.join(allowed)}, got {kind}; set type to {fitting}")
+        if output.type == ARRAY and "joint_velocity" in kinds and len(kinds) > 1:
+            raise ValueError(f"{here}expected positions or velocities, got {', '.join(sorted(kinds))}")
+        if len(kinds & {"pose", "pose_delta"}) > 1:
+            raise ValueError(f"{here}expected pose or pose_delta, got both")
+        if output.type == GRIPPER_COMMAND and len(actions) > 1:
+            raise ValueError(f"{here}expected one gripper, got {len(actions)}")
+        posed = bool(kinds & {"pose", "pose_delta"})
+        for field in ("workspace", "max_linear_velocity", "max_angular_velocity"):
+            if (getattr(output, field) is not None) != posed:
+                raise ValueError(f"{here}{field}: expected {'it for a pose' if posed else 'none without a pose'}")
+        if output.source is not None and not posed:
+            raise ValueError(f"{here}source: expected none without a pose; give it with the action")
+
+    def actions_of(self, output: Output) -> tuple[ActionDimension, ...]:
+        return tuple(action for action in self.actions if action.output == output.name)
+
+    def turning(self, joints: Collection[str]) -> Robot:
+        """The same with exactly these of its joints as ones that turn without end, as a URDF says."""
+        actions = tuple(
+            a.model_copy(update={"continuous": a.target in joints}) if a.kind == "joint_position" else a
+            for a in self.actions
+        )
+        turning = {d.name for a in actions if a.continuous and (d := measuring_state(self, a)) is not None}
+        state = tuple(
+            d.model_copy(update={"continuous": d.name in turning}) if d.kind == "joint_position" else d
+            for d in self.state
+        )
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return Robot.model_validate({**fields, "actions": actions, "state": state})
 
     @property
     def camera_names(self) -> tuple[str, ...]:
         return tuple(camera.name for camera in self.cameras)
 
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """What the runtime moves, output by output."""
+        return command_axes(self)
+
     @property
-    def joint_names(self) -> tuple[str, ...]:
-        return tuple(joint.name for joint in self.joints)
+    def axis_names(self) -> tuple[str, ...]:
+        return tuple(axis.name for axis in self.axes)
+
+    @cached_property
+    def signals(self) -> tuple[Signal, ...]:
+        """The numbers that are read from topics: for the state, and to know where the axes are."""
+        return robot_signals(self)
+
+    @cached_property
+    def state_lines(self) -> Lines:
+        """The dataset's state values to the robot's units, and back."""
+        return Lines.of([dimension.lines()[1] for dimension in self.state])
+
+    @cached_property
+    def action_lines(self) -> Lines:
+        """The dataset's action values to the robot's units, and back."""
+        return Lines.of([dimension.line() for dimension in self.actions])
 
 
-def check_parts(cameras: Sequence[CameraSpec], joints: Sequence[JointSpec]) -> None:
-    """ValueError if a name appears twice, or no camera is required."""
-    for what, names in (("cameras", [c.name for c in cameras]), ("joints", [j.name for j in joints])):
-        if len(set(names)) != len(names):
-            raise ValueError(f"{what}: expected distinct names, got {names}")
-    if all(camera.optional for camera in cameras):
-        raise ValueError("cameras: expected at least one required camera, got only optional ones")
+def check_names(what: str, names: Sequence[str]) -> None:
+    """ValueError if a name appears twice."""
+    if len(set(names)) != len(names):
+        raise ValueError(f"{what}: expected distinct names, got {list(names)}")
 
 
 def find_robot(robot: str) -> Path:

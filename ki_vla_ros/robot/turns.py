@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.robot.robot import JointSpec
-
 TURN = 2.0 * math.pi
 
 
-def continuous(joints: Sequence[JointSpec]) -> NDArray[np.bool_]:
+class Turning(Protocol):
+    """An axis or a signal, which may turn without end."""
+
+    @property
+    def continuous(self) -> bool: ...
+
+
+def continuous(joints: Sequence[Turning]) -> NDArray[np.bool_]:
     """Which joints turn without end [J]."""
     return np.array([joint.continuous for joint in joints], dtype=np.bool_)
 

@@ -260,17 +260,18 @@ class PolicyNode(LifecycleNode):
             resources.callback(engine.close)
             policy = Policy(bundle, engine, guidance_jacobian=settings.guidance_jacobian)
             policy.warm_up()
-            shadow = ShadowComparison(manifest.joints, settings.shadow_reference) if settings.shadow else None
+            shadow = ShadowComparison(manifest.axes, settings.shadow_reference) if settings.shadow else None
             wire = NodeWire(self, settings, shadow)
             resources.callback(wire.close)
             joint_topic = self.resolve_topic_name(settings.joint_states_topic)
             sources = camera_sources(manifest, settings, self.resolve_topic_name)
             buffer = ObservationBuffer(
                 sources,
-                manifest.joint_names,
+                [signal.name for signal in manifest.robot.signals],
                 joint_topic,
-                manifest.joints,
+                manifest.robot.signals,
                 own_limit_ns(settings.joint_max_age_s),
+                policy.space.state,
             )
             loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)
             loop.instruction = settings.instruction

@@ -19,7 +19,7 @@ from rclpy.parameter import Parameter
 from ki_vla_ros.bundle import Manifest
 from ki_vla_ros.errors import ConfigurationError, ParameterError
 from ki_vla_ros.ros.releases import call_after_set
-from ki_vla_ros.runtime import joint_bounds
+from ki_vla_ros.runtime import axis_bounds
 from ki_vla_ros.settings import (
     ParameterSpec,
     Settings,
@@ -104,7 +104,7 @@ class Parameters:
         settings must fit it too, and limits may only become tighter.
         """
         cameras = [camera.name for camera in manifest.cameras]
-        known = {spec.name: spec for spec in parameter_specs(cameras, manifest.joint_names)}
+        known = {spec.name: spec for spec in parameter_specs(cameras, manifest.axis_names)}
         # What an earlier bundle brought and nobody has set since must not stand in the way of this one.
         for name in self._of_bundle - known.keys():
             if self._node.get_parameter(name).value == self._specs[name].default:
@@ -148,7 +148,7 @@ class Parameters:
     def _check_fit(settings: Settings, manifest: Manifest) -> None:
         """Whatever could keep the loop from acting upon these settings: what ROS stores must be what is in force."""
         settings.validate_against(manifest)
-        joint_bounds(manifest.joints, settings.limits, settings.robot_description)
+        axis_bounds(manifest.axes, settings.limits, settings.robot_description)
 
     def _check(self, parameters: list[Parameter[Any]]) -> SetParametersResult:
         changes = {p.name: p.value for p in parameters if p.name in self._specs}

@@ -5,7 +5,7 @@ from ki_vla_ros.runtime.diagnostics import Diagnostics, Level, Report
 from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
 from ki_vla_ros.runtime.observation import BURST_WAIT_NS, CameraSource, ObservationBuffer, camera_sources, own_limit_ns
 from ki_vla_ros.runtime.pacing import Pacer, alignment_ns
-from ki_vla_ros.runtime.safety import joint_bounds
+from ki_vla_ros.runtime.safety import axis_bounds
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.runtime.thread import LoopThread
 
@@ -22,8 +22,8 @@ __all__ = [
     "Report",
     "ShadowComparison",
     "alignment_ns",
+    "axis_bounds",
     "camera_sources",
     "cubic",
-    "joint_bounds",
     "own_limit_ns",
 ]

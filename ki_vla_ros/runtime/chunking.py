@@ -63,7 +63,11 @@ class _Running:
 class ChunkExecutor:
     """All five executors: they differ in three places, each of which reads the executor's name from the settings."""
 
-    def __init__(self, horizon: int, period_ns: int, max_prefix_delay: int) -> None:
+    def __init__(
+        self, horizon: int, period_ns: int, max_prefix_delay: int, velocity_J: NDArray[np.bool_] | None = None
+    ) -> None:
+        """`velocity_J`: axes of which only the velocity counts (None: no axis)."""
+        self._velocity_J = velocity_J
         self._horizon, self._period_ns, self._max_prefix = horizon, period_ns, max_prefix_delay
         self._running: _Running | None = None
         self._past: deque[ActionChunk] = deque(maxlen=horizon)
@@ -107,8 +111,10 @@ class ChunkExecutor:
             weight_H = soft_mask(self._horizon, delay, min(end, known))
         if not weight_H.any():
             return None
-        position_HJ = resample(self._running.chunk, due_H)
-        return Condition(position_HJ, weight_H, settings.executor == "rtc_trained", settings.guidance_weight)
+        position_HJ, velocity_HJ = cubic(self._running.chunk, due_H)
+        return Condition(
+            position_HJ, velocity_HJ, weight_H, settings.executor == "rtc_trained", settings.guidance_weight
+        )
 
     def join(self, settings: ChunkSettings, chunk: ActionChunk, now_ns: int, lead_ns: int) -> ActionChunk:
         """What the arm is to do from `now_ns + lead_ns` on.
@@ -137,7 +143,7 @@ class ChunkExecutor:
             self._past.clear()
             return chunk
         self._past.append(chunk)
-        return ensemble(list(self._past), settings.ensemble_decay)
+        return ensemble(list(self._past), settings.ensemble_decay, self._velocity_J)
 
     def accept(self, chunk: ActionChunk, tick_ns: int) -> None:
         """Notes that what `join` returned in the tick that started at `tick_ns` is now being executed."""
@@ -157,7 +163,7 @@ def soft_mask(horizon: int, delay: int, end: int) -> NDArray[np.float64]:
     return np.where(k_H < delay, 1.0, np.where(k_H < end, weight_H, 0.0))
 
 
-def ensemble(chunks: list[ActionChunk], decay: float) -> ActionChunk:
+def ensemble(chunks: list[ActionChunk], decay: float, velocity_J: NDArray[np.bool_] | None = None) -> ActionChunk:
     """The weighted mean of all chunks at the newest chunk's instants; weights exp(-decay * i), i = 0 the oldest."""
     newest = chunks[-1]
     due_H = np.array([newest.due_ns(k) for k in range(newest.horizon)])
@@ -167,11 +173,16 @@ def ensemble(chunks: list[ActionChunk], decay: float) -> ActionChunk:
     # At each instant the largest weight is 1: of many chunks, exp(-decay * i) itself is 0 for all, or too large.
     exponent_NH = np.where(covers_NH, -decay * np.arange(len(chunks))[:, None], -np.inf)
     weight_NH = np.exp(exponent_NH - exponent_NH.max(axis=0))
-    total_HJ = np.zeros_like(newest.position_HJ)
+    total_HJ, speed_HJ = np.zeros_like(newest.position_HJ), np.zeros_like(newest.position_HJ)
     for chunk, weight_H in zip(chunks, weight_NH, strict=True):
-        total_HJ += weight_H[:, None] * resample(chunk, due_H)
-    position_HJ = total_HJ / weight_NH.sum(axis=0)[:, None]
+        place_HJ, slope_HJ = cubic(chunk, due_H)
+        total_HJ += weight_H[:, None] * place_HJ
+        speed_HJ += weight_H[:, None] * slope_HJ
+    sum_H = weight_NH.sum(axis=0)[:, None]
+    position_HJ = total_HJ / sum_H
     velocity_HJ = np.gradient(position_HJ, newest.period_ns / 1e9, axis=0)
+    if velocity_J is not None:  # the places of such axes are counted from a different one in each chunk
+        velocity_HJ = np.where(velocity_J, speed_HJ / sum_H, velocity_HJ)
     return dataclasses.replace(newest, position_HJ=position_HJ, velocity_HJ=velocity_HJ)
 
 

@@ -5,7 +5,9 @@ completely: the cubic that joint_trajectory_controller draws through two of them
 moment of it the controller starts. What holds at the points therefore holds between them, and two commands that share a
 piece join without a seam.
 
-Legend: N periods, J joints. Positions in rad or m, times in s.
+Of an axis that is a velocity only the velocity follows the target; its position is what has been gone so far.
+
+Legend: N periods, J axes. Positions in each axis's unit, times in s.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion, to_ns
+from ki_vla_ros.records import NO_REFERENCES, NS_PER_S, ActionChunk, Motion, to_ns
 from ki_vla_ros.runtime.chunking import cubic
 
 Array = NDArray[np.float64]
@@ -35,12 +37,18 @@ START_GAP_S = 0.03
 
 @dataclass(frozen=True, eq=False)
 class Bounds:
-    """Per joint: lowest and highest position, speed, acceleration."""
+    """Per axis: lowest and highest position (infinite: no limit), speed, acceleration."""
 
     lower_J: Array
     upper_J: Array
     speed_J: Array
     acceleration_J: Array
+
+    @property
+    def range_J(self) -> Array:
+        """Upper less lower; 0 where there is no limit, so that a share of it allows nothing."""
+        range_J: Array = self.upper_J - self.lower_J
+        return np.where(np.isfinite(range_J), range_J, 0.0)
 
 
 class Governor:
@@ -50,7 +58,10 @@ class Governor:
     wire was last told; None: none yet.
     """
 
-    def __init__(self, joints: tuple[str, ...], period_s: float) -> None:
+    def __init__(self, joints: tuple[str, ...], period_s: float, velocity_J: NDArray[np.bool_] | None = None) -> None:
+        """`velocity_J`: axes that are velocities (None: no axis)."""
+        self._velocity_J = np.zeros(len(joints), dtype=np.bool_) if velocity_J is None else velocity_J
+        self.reference_P4 = NO_REFERENCES  # what rotations of the next motions count from
         self.running: Motion | None = None
         self._bounds: Bounds | None = None  # that `running` was made within
         self._joints = joints
@@ -63,6 +74,19 @@ class Governor:
     def forget(self) -> None:
         """Notes that nothing is known any more of what the controller does."""
         self.running = None
+
+    def correct(self, measured_J: Array, measured_ns: int) -> None:
+        """Moves what was gone so far by velocity to where it really led: only velocities were sent."""
+        if self.running is not None and self._velocity_J.any():
+            off_J = np.where(self._velocity_J, measured_J - self.running.at(measured_ns)[0], 0.0)
+            self.running = replace(self.running, position_NJ=self.running.position_NJ + off_J)
+
+    def recount(self, position_J: Array, reference_P4: Array, now_ns: int) -> None:
+        """Says where the resting robot is in another count of its rotations."""
+        assert self.at_rest(now_ns)
+        self.reference_P4 = reference_P4.copy()
+        if self.running is not None:
+            self.running = self.settle(position_J, self.running.end_ns)
 
     def at_rest(self, now_ns: int) -> bool:
         return self.running is None or now_ns >= self.running.end_ns
@@ -82,8 +106,8 @@ class Governor:
 
     def start(
         self, measured_J: Array, moved_J: NDArray[np.bool_], bounds: Bounds, *, first: bool
-    ) -> tuple[Array, float]:
-        """Where a motion from rest is to start, and the time in s that the controller needs to get there.
+    ) -> tuple[Array, Array]:
+        """Where a motion from rest is to start, and the time in s that each axis's controller needs to get there.
 
         The controller may be where it was sent, or, after a reset or under someone else's command, where the arm is. It
         joins the two with a cubic. The joints `moved_J` start where they are, the others where they were sent. `first`:
@@ -96,7 +120,7 @@ class Governor:
             gap_J = np.maximum(gap_J, bounds.speed_J * START_GAP_S)
         # From rest to rest over a distance d in a time T, a cubic's peaks are 1.5 d / T and 6 d / T^2.
         settle_J = np.maximum(1.5 * gap_J / bounds.speed_J, np.sqrt(6.0 * gap_J / bounds.acceleration_J))
-        return start_J, float(settle_J.max())
+        return start_J, settle_J
 
     def handover_ns(self, now_ns: int, lead_ns: int) -> int:
         """The first instant of the running motion that is at least `lead_ns` away, where the next motion takes over."""
@@ -117,7 +141,8 @@ class Governor:
 
     def settle(self, start_J: Array, from_ns: int) -> Motion:
         """Only leads the controller to `start_J`, where it is to be, at rest, at `from_ns`."""
-        return Motion(self._joints, from_ns, np.array([from_ns]), start_J[None], np.zeros((1, len(self._joints))))
+        still = np.zeros((1, len(self._joints)))
+        return Motion(self._joints, from_ns, np.array([from_ns]), start_J[None], still, self.reference_P4)
 
     def brake(self, from_ns: int, now_ns: int, acceleration_J: Array) -> tuple[Motion, Bounds]:
         """The running motion until `from_ns`, then to rest as soon as bounds allow; and these bounds.
@@ -144,32 +169,41 @@ class Governor:
             now = max(int(np.searchsorted(old.time_N, now_ns, side="right")) - 1, 0)
             keep = slice(now, int(np.searchsorted(old.time_N, from_ns, side="left")))
             before = old.time_N[keep], old.position_NJ[keep], old.velocity_NJ[keep]
-        position_NJ, velocity_NJ = follow(start_p, start_v, path_NJ, speed_NJ, self._period_s, bounds)
+        position_NJ, velocity_NJ = follow(start_p, start_v, path_NJ, speed_NJ, self._period_s, bounds, self._velocity_J)
         times = from_ns + self._period_ns * np.arange(len(position_NJ) + 1, dtype=np.int64)
         parts = [(times, np.vstack([start_p, position_NJ]), np.vstack([start_v, velocity_NJ]))]
         parts = [before, *parts] if before else parts
         time_N, position_NJ, velocity_NJ = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
-        return Motion(self._joints, from_ns, time_N, position_NJ, velocity_NJ)
+        return Motion(self._joints, from_ns, time_N, position_NJ, velocity_NJ, self.reference_P4)
 
 
 def moved_room(bounds: Bounds) -> Array:
     """How far [J] a resting arm may be from its last command before someone else must have moved it."""
-    room_J: Array = np.minimum(MOVED_SHARE * (bounds.upper_J - bounds.lower_J), MOVED_MOST)
-    return room_J
+    share_J = MOVED_SHARE * bounds.range_J
+    return np.where(share_J > 0.0, np.minimum(share_J, MOVED_MOST), MOVED_MOST)
 
 
 def follow(
-    position_J: Array, velocity_J: Array, path_NJ: Array, speed_NJ: Array, period_s: float, bounds: Bounds
+    position_J: Array,
+    velocity_J: Array,
+    path_NJ: Array,
+    speed_NJ: Array,
+    period_s: float,
+    bounds: Bounds,
+    only_velocity_J: NDArray[np.bool_] | None = None,
 ) -> tuple[Array, Array]:
     """Positions and velocities [M, J], M >= N, one, two, ... periods after the given start, ending at rest.
 
     The motion follows `path_NJ` with the velocities `speed_NJ` (both at the same instants) as closely as the bounds
     allow, and brakes after the path's end. It follows a path that keeps the bounds to within the path's third
     derivative times period^3 / 24. A joint that starts too fast to stop within the position bounds, or starts outside
-    them (it was pushed there), returns to them at the acceleration limit.
+    them (it was pushed there), returns to them at the acceleration limit. The axes `only_velocity_J` follow `speed_NJ`
+    alone, wherever that leads within the bounds.
     """
+    if only_velocity_J is None:
+        only_velocity_J = np.zeros(len(position_J), dtype=np.bool_)
     aim_NJ = np.minimum(np.maximum(path_NJ, bounds.lower_J), bounds.upper_J)
-    aim_velocity_NJ = np.where(aim_NJ == path_NJ, speed_NJ, 0.0)
+    aim_velocity_NJ = np.where((aim_NJ == path_NJ) | only_velocity_J, speed_NJ, 0.0)
     # One joint at a time, in Python floats: four times as fast as numpy on arrays of a few joints by fifty periods.
     joints = [
         _follow_joint(
@@ -180,6 +214,7 @@ def follow(
             float(bounds.speed_J[j]),
             float(bounds.acceleration_J[j]),
             period_s,
+            bool(only_velocity_J[j]),
         )
         for j in range(len(position_J))
     ]
@@ -199,6 +234,7 @@ def _follow_joint(
     speed: float,
     acceleration: float,
     period_s: float,
+    only_velocity: bool,
 ) -> tuple[list[float], list[float]]:
     """`follow` for one joint: each velocity leads towards the path and lets the joint still stop before its limit.
 
@@ -214,7 +250,7 @@ def _follow_joint(
     step2, closing2, twice = step * step, closing * closing, 2.0 * acceleration
     positions, velocities = [], []
     for aim, aim_velocity in aims:
-        gap, coasted = aim - p - (v + aim_velocity) * half_s, p + v * half_s
+        gap, coasted = 0.0 if only_velocity else aim - p - (v + aim_velocity) * half_s, p + v * half_s
         to_path = sqrt(closing2 + CORRECTION * twice * abs(gap)) - closing
         square_up, square_down = step2 + twice * (upper - coasted), step2 + twice * (coasted - lower)
         up = sqrt(square_up) - step if square_up > 0.0 else -step

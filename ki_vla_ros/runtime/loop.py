@@ -23,13 +23,13 @@ from ki_vla_ros.errors import (
 )
 from ki_vla_ros.policy import Policy, make_model_input, state_token
 from ki_vla_ros.records import ActionChunk, Motion, Observation, to_ns
-from ki_vla_ros.robot import main_joints
+from ki_vla_ros.robot import led_axes
 from ki_vla_ros.runtime.chunking import ChunkExecutor
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.runtime.governor import START_GAP_S, Bounds, Governor, moved_room
 from ki_vla_ros.runtime.observation import ObservationBuffer
 from ki_vla_ros.runtime.pacing import READING_NS
-from ki_vla_ros.runtime.safety import SafetyGate, joint_bounds
+from ki_vla_ros.runtime.safety import SafetyGate, axis_bounds
 from ki_vla_ros.settings import Settings
 
 # An arm may still trail this long after its motion has ended.
@@ -129,9 +129,12 @@ class PolicyLoop:
         self.diagnostics = diagnostics
         self.settings = settings
         manifest = policy.bundle.manifest
-        self._executor = ChunkExecutor(manifest.horizon, manifest.action_period_ns, manifest.max_prefix_delay)
-        self._governor = Governor(manifest.joint_names, settings().command_period_s)
-        self._main_J = np.array(main_joints(manifest.joints)[0])
+        self._space = policy.space
+        self._executor = ChunkExecutor(
+            manifest.horizon, manifest.action_period_ns, manifest.max_prefix_delay, self._space.velocity_J
+        )
+        self._governor = Governor(manifest.axis_names, settings().command_period_s, self._space.velocity_J)
+        self._led_J = np.array(led_axes(manifest.axes))
         self._limits = settings().limits
         self._gate = self._make_gate(settings())
         self._prefix: Prefix | None = None
@@ -161,13 +164,15 @@ class PolicyLoop:
             if prefix is None:
                 observation = self.buffer.observe(tick_ns, max_age_ns, to_ns(settings.sync_slop_s))
             else:
-                stamp_ns, state_J = self.buffer.latest(tick_ns, max_age_ns)
-                observation = Observation(stamp_ns, prefix.observation.frames, state_J, (stamp_ns,))
+                stamp_ns, signal_M = self.buffer.latest(tick_ns, max_age_ns)
+                state_S = self._space.state(signal_M)
+                observation = Observation(stamp_ns, prefix.observation.frames, state_S, (stamp_ns,), signal_M)
         if not instruction:
             raise InstructionError("instruction: none yet; publish one on the policy's ~/instruction")
         at_rest = self._governor.at_rest(wire.motion_ns())
         if at_rest:
             self._waiting = ""
+            self._count_anew(observation)
         if self._waiting:
             raise SafetyRefusal(self._waiting)
         if not self._executor.wants_chunk(settings, tick_ns, at_rest):
@@ -177,20 +182,26 @@ class PolicyLoop:
         with watch.stage("denoise"):
             condition = self._executor.condition(settings, observation.stamp_ns)
             guide = None if condition is None else policy.guide(condition, observation)
-            token_J = state_token(policy.bundle.manifest, observation.state_J)
+            token_J = state_token(policy.bundle.manifest, observation.state_S)
             actions_HA = policy.denoise(prefix.cache, policy.noise(self._chunks), token_J, guide)
         with watch.stage("decode"):
-            chunk = policy.decode(actions_HA, observation)
+            commanded_J = self._commanded(observation)
+            chunk = policy.decode(actions_HA, observation, commanded_J)
+            if self._space.beyond(chunk.position_HJ) and self._space.worn(commanded_J):
+                self._waiting = "rotation: too far from where it is counted from; coming to rest to count anew"
+                raise SafetyRefusal(self._waiting)
         with self._moving:
             now_ns = wire.now_ns()
             if self._latched is not None:
                 raise SafetyRefusal(f"stopped: {self._latched}")
             if self._ended:
                 return None
-            measured_ns, measured_J = self.buffer.measured(now_ns, max_age_ns)
+            measured_ns, signal_M = self.buffer.measured(now_ns, max_age_ns)
+            ahead_ns = self._ahead_ns()
+            measured_J = self._place(signal_M, measured_ns + ahead_ns)
+            self._governor.correct(measured_J, measured_ns + ahead_ns)
             with watch.stage("safety"):
                 screened, corrections = self._gate.screen(chunk, observation.stamp_ns, measured_J, now_ns)
-            ahead_ns = self._ahead_ns()
             start_J, wait_ns = self._start(settings, measured_ns + ahead_ns, measured_J)
             # A chunk of which too little would be left does not wait: the controller gets to the start first.
             if start_J is not None and wait_ns > screened.horizon * screened.period_ns // 2:
@@ -228,6 +239,31 @@ class PolicyLoop:
             delay=self._executor.delay(settings),
         )
         return sent
+
+    def _place(self, signal_M: NDArray[np.float64], motion_ns: int) -> NDArray[np.float64]:
+        """Where the axes are [J] by the signals of that time; one that nobody measures is where it was sent."""
+        measured_J, running = self._space.measured(signal_M), self._governor.running
+        if np.isfinite(measured_J).all():
+            return measured_J
+        sent_J = np.zeros_like(measured_J) if running is None else running.at(motion_ns)[0]
+        return np.where(self._space.unmeasured_J, sent_J, measured_J)
+
+    def _commanded(self, observation: Observation) -> NDArray[np.float64]:
+        """Where the axes were told to be at the observation [J]; before any command, where they were."""
+        running, at_ns = self._governor.running, observation.stamp_ns + self._ahead_ns()
+        return self._place(observation.signals, at_ns) if running is None else running.at(at_ns)[0]
+
+    def _count_anew(self, observation: Observation) -> None:
+        """Counts the rotations of a resting robot from where it is."""
+        if not self._space.poses:
+            return
+        with self._moving:
+            now_ns, running = self.wire.motion_ns(), self._governor.running
+            if not self._governor.at_rest(now_ns):
+                return
+            rest_J = self._place(observation.signals, now_ns) if running is None else running.position_NJ[-1]
+            self._governor.recount(self._space.count_from(rest_J), self._space.reference_P4, now_ns)
+            self._executor.stop()
 
     def _usable_prefix(self, settings: Settings, tick_ns: int, instruction: str) -> Prefix | None:
         """The last prefill's keys and values, if the expert may go on reading them (`prefill_period_s`)."""
@@ -299,7 +335,7 @@ class PolicyLoop:
 
     def describe_limits(self) -> str:
         """The limits in force for each joint, in words: positions, speed and acceleration."""
-        names, bounds = self._policy.bundle.manifest.joint_names, self._gate.bounds
+        names, bounds = self._policy.bundle.manifest.axis_names, self._gate.bounds
         rows = zip(names, bounds.lower_J, bounds.upper_J, bounds.speed_J, bounds.acceleration_J, strict=True)
         return "; ".join(f"{name} {low:.3f} to {high:.3f}, {v:.3f}/s, {a:.2f}/s^2" for name, low, high, v, a in rows)
 
@@ -333,9 +369,9 @@ class PolicyLoop:
                 self._hold(settings)
 
     def _make_gate(self, settings: Settings) -> SafetyGate:
-        joints = self._policy.bundle.manifest.joints
-        bounds = joint_bounds(joints, settings.limits, settings.robot_description)
-        return SafetyGate(joints, settings.limits, bounds)
+        axes = self._policy.bundle.manifest.axes
+        bounds = axis_bounds(axes, settings.limits, settings.robot_description)
+        return SafetyGate(axes, settings.limits, bounds)
 
     def _ramped(self, settings: Settings) -> Bounds:
         """The bounds, with speed limits that grow over ramp_in_s after a start or a reset: from the first motion on."""
@@ -458,7 +494,7 @@ class PolicyLoop:
         if governor.at_rest(at_ns):
             return self._start_from_rest(settings, running.position_NJ[-1], arm_J, at_ns)
         off_J = np.abs(running.at(at_ns)[0] - arm_J)
-        away_J = (off_J > self._trailing_J()) & self._main_J
+        away_J = (off_J > self._trailing_J()) & self._led_J
         if not away_J.any():
             return None, max(0, int(running.time_N[0]) - at_ns)
         if not self.wire.moves_arm():
@@ -475,18 +511,20 @@ class PolicyLoop:
         self, settings: Settings, sent_J: NDArray[np.float64], arm_J: NDArray[np.float64], at_ns: int
     ) -> tuple[NDArray[np.float64], int]:
         governor, bounds = self._governor, self._gate.bounds
-        off_J, streams = np.abs(sent_J - arm_J), settings.publish_mode == "stream"
+        # A velocity has no place that it was sent to, and a stream is at once where its first position is.
+        velocity_J, streams_J = self._space.velocity_J, self._streams(settings)
+        off_J = np.where(velocity_J, 0.0, np.abs(sent_J - arm_J))
         room_J = moved_room(bounds)
         if governor.running is not None and at_ns < governor.running.end_ns + ARRIVING_NS:
             room_J = np.maximum(room_J, bounds.speed_J * START_GAP_S)  # it has just arrived, and may still trail
         away_J = off_J > room_J
         if settings.dry_run or not self.wire.moves_arm():  # no controller has to get there first
-            return (arm_J if away_J.any() else sent_J), 0
-        if not (streams and self._started):
-            away_J &= self._main_J  # a gripper that holds something never gets to where it was sent
+            return (arm_J if away_J.any() else np.where(velocity_J, arm_J, sent_J)), 0
+        # A gripper that holds something never gets to where it was sent.
+        away_J &= self._led_J | (streams_J & self._started)
         if away_J.any() and not self._started:  # between deactivation and activation it may be anywhere
             where = self._describe_away(away_J, off_J)
-            if streams:
+            if (away_J & streams_J).any():
                 raise SafetyRefusal(
                     f"{where}, and a stream would make it jump; find out why, then call ~/reset to go on from there"
                 )
@@ -494,12 +532,18 @@ class PolicyLoop:
         if self._ramp_share(settings, at_ns) < 1.0:  # a speed within limits that rise so fast rises no faster
             rise_J = (1.0 - FIRST_SHARE) * bounds.speed_J / settings.ramp_in_s
             bounds = dataclasses.replace(bounds, acceleration_J=np.minimum(bounds.acceleration_J, rise_J))
-        start_J, settle_s = governor.start(arm_J, away_J, bounds, first=self._started)
-        return start_J, 0 if streams else to_ns(settle_s)
+        start_J, settle_J = governor.start(arm_J, away_J | velocity_J, bounds, first=self._started)
+        return start_J, to_ns(float(settle_J[~(streams_J | velocity_J)].max(initial=0.0)))
+
+    def _streams(self, settings: Settings) -> NDArray[np.bool_]:
+        """Which axes' controllers take one value after the other [J]."""
+        robot = self._policy.bundle.manifest.robot
+        streamed = [output.streams(settings.publish_mode) for output in robot.outputs]
+        return np.array([streamed[axis.output] for axis in robot.axes])
 
     def _describe_away(self, away_J: NDArray[np.bool_], off_J: NDArray[np.float64]) -> str:
         j = int(np.argmax(away_J))
-        joint = self._policy.bundle.manifest.joints[j]
+        joint = self._policy.bundle.manifest.axes[j]
         return f"arm: joint {joint.name!r} is {off_J[j]:.3f} {joint.unit} from where it was sent"
 
     def _settle(self, settings: Settings, start_J: NDArray[np.float64], wait_ns: int, watch: Stopwatch) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import InputError, StaleInput
 from ki_vla_ros.records import CameraFrame, JointReading, Observation, to_ns
-from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.robot import Signal
 from ki_vla_ros.runtime.readings import Readings, insert
 from ki_vla_ros.settings import Settings
 
@@ -74,12 +74,14 @@ class ObservationBuffer:
         cameras: Sequence[CameraSource],
         joints: Sequence[str],
         joint_topic: str,
-        specs: Sequence[JointSpec] | None = None,
+        specs: Sequence[Signal] | None = None,
         joint_max_age_ns: int | None = None,
+        state: Callable[[NDArray[np.float64]], NDArray[np.float64]] | None = None,
     ) -> None:
         """`specs`: what is known of `joints`, to tell degrees from radians and readings from impossible ones.
 
-        `joint_max_age_ns`: the greatest age at which a joint state may be acted upon; None: the caller's limit holds.
+        `state` makes the policy's state of the signals (None: they are it). `joint_max_age_ns`: the greatest age at
+        which a joint state may be acted upon; None: the caller's limit holds.
         """
         self._cameras = {camera.name: _Frames(camera) for camera in cameras}
         self._joints = tuple(joints)
@@ -90,6 +92,7 @@ class ObservationBuffer:
         self._specs = tuple(specs or ())
         self._plausible = _plausible(len(self._joints), self._specs)
         self._joint_max_age_ns = joint_max_age_ns
+        self._state = state or (lambda signal_M: signal_M)
         self._readings_count = 0
         self._arrivals: deque[int] = deque(maxlen=ARRIVALS_KEPT)
         self._refused: dict[str, str] = {}
@@ -265,8 +268,8 @@ class ObservationBuffer:
                     frames[name] = in_span[0]
         if joint_fault:
             raise StaleInput(joint_fault)
-        state_J, joint_ns = self._joints_at(readings, stamp_ns, max_age_ns)
-        return Observation(stamp_ns, frames, state_J, joint_ns)
+        signal_M, joint_ns = self._joints_at(readings, stamp_ns, max_age_ns)
+        return Observation(stamp_ns, frames, self._state(signal_M), joint_ns, signal_M)
 
     def measured(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
         """`latest`, for what is about to be sent; a replay tells the two apart."""
@@ -405,7 +408,7 @@ def _check_stamp(what: str, topic: str, stamp_ns: int, arrived_ns: int | None) -
         )
 
 
-def _plausible(joints: int, specs: Sequence[JointSpec]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _plausible(joints: int, specs: Sequence[Signal]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Positions [J] that no joint is beyond: its limits, and on either side as much again as they are apart.
 
     A joint that turns without end may be anywhere that a float tells small angles apart; where `specs` is empty,
@@ -415,7 +418,8 @@ def _plausible(joints: int, specs: Sequence[JointSpec]) -> tuple[NDArray[np.floa
         return np.full(joints, -np.finfo(np.float64).max), np.full(joints, np.finfo(np.float64).max)
     rows = [(-1e6, 1e6) if s.continuous else (2.0 * s.lower - s.upper, 2.0 * s.upper - s.lower) for s in specs]
     low_J, high_J = np.array(rows).T.copy()
-    return low_J, high_J
+    largest = np.finfo(np.float64).max  # also where there is no limit, infinity is no reading
+    return np.maximum(low_J, -largest), np.minimum(high_J, largest)
 
 
 def _ms(duration_ns: int) -> str:

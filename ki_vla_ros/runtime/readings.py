@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.robot import TURN, JointSpec, continuous, nearest_turn
+from ki_vla_ros.robot import TURN, Signal, continuous, nearest_turn
 from ki_vla_ros.runtime.paths import reach
 
 # Joint readings to interpolate between: 2.5 s at 200 Hz, half a second at 1 kHz.
@@ -39,7 +39,7 @@ Reading = tuple[int, NDArray[np.float64]]
 class Readings:
     """`kept` are stamps and positions [J]; those of continuous joints are unwound: they pass pi without a jump."""
 
-    def __init__(self, joints: Sequence[JointSpec] | None, topic: str) -> None:
+    def __init__(self, joints: Sequence[Signal] | None, topic: str) -> None:
         """Without `joints` (None) nothing is known of their speed, and every reading is accepted."""
         self.kept: deque[Reading] = deque(maxlen=READINGS_KEPT)
         self._joints, self._topic = tuple(joints or ()), topic

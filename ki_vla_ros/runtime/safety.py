@@ -3,23 +3,25 @@
 `screen` applies rules to a chunk: as the settings say, a fault is corrected, or the chunk is refused, or the arm is
 stopped until `~/reset`. `judge` then verifies the motion made from the chunk (runtime/governor.py), whichever way it
 was made: when joint_trajectory_controller joins its points, every position, speed and acceleration lies within the
-bounds. Legend: H actions, N instants, J joints. Positions in rad or m, times in ns on the node's clock.
+bounds. What a fault is depends on the kind of axis: a gripper may be asked to jump, a velocity has no place to start
+from, a rotation beyond what can be counted is followed as far as it goes.
+
+Legend: H actions, N instants, J axes. Positions in each axis's unit, times in ns on the node's clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
-from ki_vla_ros.robot import UrdfJoint, read_urdf
+from ki_vla_ros.robot import Axis, UrdfJoint, read_urdf
 from ki_vla_ros.runtime.governor import Bounds
-from ki_vla_ros.settings import LimitSettings, RuleAction
+from ki_vla_ros.settings import UNLIMITED, LimitSettings, RuleAction
 
 # No joint may need longer than this to stop from its speed limit.
 LONGEST_STOP_S = 10.0
@@ -27,36 +29,23 @@ LONGEST_STOP_S = 10.0
 _ROUNDING = 1e-7
 
 
-class JointLimit(Protocol):
-    """What the gate needs of a joint; the manifest's JointSpec has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def unit(self) -> str: ...
-    @property
-    def lower(self) -> float: ...
-    @property
-    def upper(self) -> float: ...
-    @property
-    def max_velocity(self) -> float: ...
-
-
-def joint_bounds(joints: Sequence[JointLimit], limits: LimitSettings, robot_description: str = "") -> Bounds:
-    """The tightest limits of bundle, URDF and settings; ConfigurationError if they leave a joint no range."""
-    urdf = read_urdf(robot_description, [joint.name for joint in joints])
+def axis_bounds(axes: Sequence[Axis], limits: LimitSettings, robot_description: str = "") -> Bounds:
+    """The tightest limits of bundle, URDF and settings; ConfigurationError if they leave an axis no range."""
+    urdf = read_urdf(robot_description, [axis.name for axis in axes if axis.joint])
     rows = []
-    for joint in joints:
+    for joint in axes:
         chosen = limits.of(joint.name)
         there = urdf.get(joint.name, UrdfJoint(-np.inf, np.inf, np.inf, False))
         low, high = max(there.lower, joint.lower, chosen.lower), min(there.upper, joint.upper, chosen.upper)
+        nowhere = joint.kind == "velocity" and not joint.measured  # what it has gone so far is no place on the robot
+        low, high = -np.inf if nowhere or low <= -UNLIMITED else low, np.inf if nowhere or high >= UNLIMITED else high
         if not low < high:
             raise ConfigurationError(
                 f"joint {joint.name!r}: bundle, URDF and limits.joints leave no range, from {low:g} to {high:g}; "
                 "are they for the same robot and in the same unit?"
             )
         full_speed = min(there.velocity, joint.max_velocity, chosen.velocity)
-        acceleration = min(full_speed / limits.time_to_speed_s, chosen.acceleration)
+        acceleration = min(full_speed / limits.time_to_speed_s, chosen.acceleration, joint.max_acceleration or np.inf)
         if full_speed > acceleration * LONGEST_STOP_S * (1.0 + 1e-9):
             raise ConfigurationError(
                 f"joint {joint.name!r}: at limits.joints.{joint.name}.acceleration {acceleration:g} it would need "
@@ -68,10 +57,13 @@ def joint_bounds(joints: Sequence[JointLimit], limits: LimitSettings, robot_desc
 
 
 class SafetyGate:
-    def __init__(self, joints: Sequence[JointLimit], limits: LimitSettings, bounds: Bounds) -> None:
+    def __init__(self, axes: Sequence[Axis], limits: LimitSettings, bounds: Bounds) -> None:
         self.bounds = bounds
-        self._joints = tuple(joints)
-        self._names = tuple(joint.name for joint in joints)
+        self._joints = tuple(axes)
+        self._names = tuple(axis.name for axis in axes)
+        kinds = np.array([axis.kind for axis in axes])
+        self._velocity_J, self._gripper_J = kinds == "velocity", kinds == "gripper"
+        self._placed_J = np.isin(kinds, ("joint", "position"))  # whose places a fault can be far from
         self._limits = limits
 
     def screen(
@@ -110,7 +102,7 @@ class SafetyGate:
         start_J = motion.position_NJ[0]
         lower_J, upper_J = np.minimum(bounds.lower_J, start_J), np.maximum(bounds.upper_J, start_J)
         low_J, high_J, speed_J, acceleration_J = extremes(motion)
-        slack_J = _ROUNDING * (bounds.upper_J - bounds.lower_J)
+        slack_J = _ROUNDING * bounds.range_J
         kept_J = (low_J >= lower_J - slack_J) & (high_J <= upper_J + slack_J)  # false for NaN
         kept_J &= speed_J <= np.maximum(bounds.speed_J, np.abs(motion.velocity_NJ[0])) * (1.0 + _ROUNDING)
         kept_J &= acceleration_J <= bounds.acceleration_J * (1.0 + _ROUNDING) + _ROUNDING
@@ -147,7 +139,7 @@ class SafetyGate:
         bounds = self.bounds
         if position_J.shape != bounds.lower_J.shape:
             raise SafetyRefusal(f"measured state: expected {len(self._names)} positions, got {list(position_J.shape)}")
-        range_J = bounds.upper_J - bounds.lower_J
+        range_J = bounds.range_J
         plausible_J = (position_J >= bounds.lower_J - range_J) & (position_J <= bounds.upper_J + range_J)
         for j in np.flatnonzero(~plausible_J)[:1]:  # also for NaN
             joint = self._joints[j]
@@ -162,7 +154,8 @@ class SafetyGate:
         ahead = next((k for k in range(chunk.horizon) if chunk.due_ns(k) > now_ns), chunk.horizon - 1)
         time_s = max(chunk.due_ns(ahead) - now_ns, 0) / NS_PER_S + self._limits.max_jump_s
         distance_J = np.abs(chunk.position_HJ[ahead] - measured_J)
-        for j in np.flatnonzero(distance_J > self.bounds.speed_J * time_s)[:1]:
+        far_J = (distance_J > self.bounds.speed_J * time_s) & ~self._velocity_J & ~self._gripper_J
+        for j in np.flatnonzero(far_J)[:1]:
             joint = self._joints[j]
             self._act(
                 self._limits.on_jump,
@@ -174,7 +167,9 @@ class SafetyGate:
         lower_J, upper_J = self.bounds.lower_J, self.bounds.upper_J
         position_HJ = chunk.position_HJ
         excess_HJ = np.maximum(lower_J - position_HJ, position_HJ - upper_J)
-        far = np.argwhere(excess_HJ > self._limits.position_margin * (upper_J - lower_J))
+        if self._velocity_J.any():  # the governor stops them before a limit, wherever the velocities would lead
+            excess_HJ[:, self._velocity_J] = 0.0
+        far = np.argwhere((excess_HJ > self._limits.position_margin * self.bounds.range_J) & self._placed_J)
         for k, j in far[:1]:
             joint = self._joints[j]
             self._act(
@@ -186,7 +181,8 @@ class SafetyGate:
         if not clamped:
             return chunk
         corrections.append(f"clamped {', '.join(clamped)}")
-        return dataclasses.replace(chunk, position_HJ=np.clip(position_HJ, lower_J, upper_J))
+        kept_HJ = np.where(excess_HJ > 0, np.clip(position_HJ, lower_J, upper_J), position_HJ)
+        return dataclasses.replace(chunk, position_HJ=kept_HJ)
 
     def _limit_speed(self, chunk: ActionChunk, corrections: list[str]) -> ActionChunk:
         """Checks the speeds of the actions and between them, and clips the actions' velocities to the limits.
@@ -198,7 +194,7 @@ class SafetyGate:
             distance_J = np.abs(np.diff(chunk.position_HJ, axis=0)).max(axis=0)
             speed_J = np.maximum(speed_J, distance_J / (chunk.period_ns / NS_PER_S))
         limit_J = self.bounds.speed_J
-        for j in np.flatnonzero(speed_J > limit_J * self._limits.max_overspeed)[:1]:
+        for j in np.flatnonzero((speed_J > limit_J * self._limits.max_overspeed) & ~self._gripper_J)[:1]:
             joint = self._joints[j]
             self._act(
                 self._limits.on_speed,

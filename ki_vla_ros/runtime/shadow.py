@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
-from ki_vla_ros.robot import JointSpec, continuous, main_joints, nearest_turn
+from ki_vla_ros.robot import Axis, continuous, main_axes, nearest_turn
 from ki_vla_ros.runtime.diagnostics import WINDOW
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS, CommandedPath, MeasuredPath
 from ki_vla_ros.settings import ReferenceName
@@ -27,7 +27,7 @@ KEPT_NS = 10 * NS_PER_S
 class ShadowComparison:
     """Compares the last WINDOW chunks with the reference."""
 
-    def __init__(self, joints: Sequence[JointSpec], reference: ReferenceName) -> None:
+    def __init__(self, joints: Sequence[Axis], reference: ReferenceName) -> None:
         self._joints, self._reference = tuple(joints), reference
         self._lock = threading.Lock()
         self._newest_ns = 0
@@ -85,7 +85,7 @@ class ShadowComparison:
         error_NHJ = np.array(self._errors)
         for j, joint in enumerate(self._joints):
             yield f"shadow rms {joint.name}", _rms(error_NHJ[..., j])
-        arm = error_NHJ[..., main_joints(self._joints)[0]]
+        arm = error_NHJ[..., main_axes(self._joints)[0]]
         yield "shadow rms", _rms(arm)
         horizon = error_NHJ.shape[1]
         for k in sorted({0, horizon // 2, horizon - 1}):

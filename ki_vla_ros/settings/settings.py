@@ -225,7 +225,7 @@ class Settings(SettingsModel):
             raise ParameterError(problems)
 
     def _misfits(self, manifest: PolicySpec) -> Iterator[str]:
-        cameras, joints = [camera.name for camera in manifest.cameras], list(manifest.joint_names)
+        cameras, joints = [camera.name for camera in manifest.cameras], list(manifest.axis_names)
         for table, known, used in (("cameras", cameras, self.cameras), ("limits.joints", joints, self.limits.joints)):
             for name in used:
                 if name not in known:

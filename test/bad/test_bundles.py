@@ -303,7 +303,7 @@ def test_a_valid_bundle_loads(tmp_path: Path, policy: Any) -> None:
     bundle = write_test_bundle(tmp_path / "bundle", policy)
     again = load_bundle(str(tmp_path / "bundle"))
     assert again.manifest == bundle.manifest
-    assert again.manifest.joint_names[0] == "shoulder_pan" and again.manifest.action_period_ns == 50_000_000
+    assert again.manifest.axis_names[0] == "shoulder_pan" and again.manifest.action_period_ns == 50_000_000
     assert set(again.manifest.files) == {PREFILL, EXPERT, TIME, TOKENIZER, MODEL_CARD}
     for field, value in policy:
         assert getattr(again.manifest, field) == value

@@ -51,7 +51,7 @@ def test_its_actions_are_those_of_float32(half: Made) -> None:
     policy = Policy(half.bundle, TorchEngine(half.bundle), flow_steps=STEPS)
     for seed, given in enumerate(inputs(half)):
         noise = policy.noise(seed)
-        got = policy.denoise(policy.prefill(given), noise, given.state_J)
+        got = policy.denoise(policy.prefill(given), noise, given.state_S)
         _, chunk = answer(half.model, given, noise, STEPS)
         expected = chunk.numpy()
         assert cosine(got, expected) >= COSINE and cosine(got - noise, expected - noise) >= COSINE
@@ -70,11 +70,11 @@ def test_keys_and_values_come_in_half_precision(half: Made) -> None:
 
 
 def test_all_steps_at_once_are_the_single_steps_bit_for_bit(half: Made) -> None:
-    engine, x_t, state_J = TorchEngine(half.bundle), draw(0), half.given.state_J
+    engine, x_t, state_S = TorchEngine(half.bundle), draw(0), half.given.state_S
     cache = engine.prefill(half.given)
-    got = engine.integrate(cache, state_J, x_t, 5, NONE)
+    got = engine.integrate(cache, state_S, x_t, 5, NONE)
     for t in step_times(5):
-        x_t = x_t - np.float32(0.2) * engine.velocity(cache, state_J, x_t, t, NONE)
+        x_t = x_t - np.float32(0.2) * engine.velocity(cache, state_S, x_t, t, NONE)
     assert got.tobytes() == x_t.tobytes()
 
 
@@ -124,7 +124,7 @@ def reference_chunk(made: Made, given: ModelInput, x_t: Any) -> Array:
     prefill, expert = (ReferenceEvaluator(str(made.bundle.path / name)) for name in (PREFILL, EXPERT))
     cache = dict(zip(("keys", "values", "prefix_mask"), prefill.run(None, prefill_inputs(given)), strict=True))
     times = TimeTable(made.bundle.path / TIME, made.bundle.manifest.graph.modulation)
-    state = {} if given.state_J is None else {"state": given.state_J}
+    state = {} if given.state_S is None else {"state": given.state_S}
     for t in step_times(STEPS):
         step = {"modulation": times[t], "clean": NONE, "step": np.array([1.0 / STEPS], dtype=np.float32)}
         _, x_t = expert.run(None, {**cache, **state, **step, "x_t": x_t})
@@ -135,7 +135,7 @@ def test_the_graphs_compute_what_the_programs_do(half: Made) -> None:
     engine = TorchEngine(half.bundle)
     given, noise = half.given, draw(3)
     got = reference_chunk(half, given, noise)
-    ours = engine.integrate(engine.prefill(given), given.state_J, noise, STEPS, NONE)
+    ours = engine.integrate(engine.prefill(given), given.state_S, noise, STEPS, NONE)
     _, model = answer(half.model, given, noise, STEPS)
     assert got.dtype == np.float32 and got.shape == (len(noise), A)
     for expected in (ours, model.numpy()):

@@ -50,9 +50,9 @@ def test_the_bundle_computes_what_torch_computes(exported: tuple[Path, Bundle]) 
     arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
     with torch.no_grad():
         cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
-        state = None if given.state_J is None else torch.from_numpy(given.state_J)[None]
+        state = None if given.state_S is None else torch.from_numpy(given.state_S)[None]
         expected = model.sample_actions(cache, torch.from_numpy(policy.noise(7))[None], 10, state)[0].numpy()
-    got = policy.denoise(policy.prefill(given), policy.noise(7), given.state_J)
+    got = policy.denoise(policy.prefill(given), policy.noise(7), given.state_S)
     assert got == pytest.approx(expected, abs=TOLERANCE)
 
 
@@ -163,7 +163,7 @@ def resize_images(fields: dict[str, Any]) -> None:
 
 
 def shorten_horizon(fields: dict[str, Any]) -> None:
-    fields["horizon"] = 8
+    fields["robot"]["horizon"] = 8
 
 
 def feed_state_as_token(fields: dict[str, Any]) -> None:
@@ -172,7 +172,8 @@ def feed_state_as_token(fields: dict[str, Any]) -> None:
 
 
 def drop_gripper(fields: dict[str, Any]) -> None:
-    fields["joints"].pop()
+    for part in ("state", "actions"):
+        fields["robot"][part].pop()
     for stats in ("state", "action"):
         fields[stats]["low"].pop()
         fields[stats]["high"].pop()
@@ -183,9 +184,12 @@ def drop_gripper(fields: dict[str, Any]) -> None:
     [
         (resize_images, r"policy\.json: image\.size: expected 24, as the checkpoint has it, got 96"),
         (shorten_horizon, r"horizon: expected 16, as the checkpoint has it, got 8"),
-        (drop_gripper, r"joints \(or pad_to\): expected 7, as the checkpoint has it, got 6"),
+        (drop_gripper, r"actions \(or pad_to\): expected 7, as the checkpoint has it, got 6"),
         (feed_state_as_token, r"width of the state token: expected None, as the checkpoint has it, got 7"),
-        (lambda fields: fields.update(horizon=0), r"policy\.json: horizon: .*greater than or equal to 2, got 0"),
+        (
+            lambda fields: fields["robot"].update(horizon=0),
+            r"policy\.json: robot\.horizon: .*greater than or equal to 2, got 0",
+        ),
     ],
 )
 def test_a_policy_of_another_model_is_refused(checkpoint: Path, tmp_path: Path, change: Any, message: str) -> None:

@@ -17,12 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rclpy.serialization import deserialize_message
+from support.bundles import robot_of
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import StaleInput
 from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
-from ki_vla_ros.robot.robot import JointSpec
+from ki_vla_ros.robot.axes import Axis
+from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import PolicyLoop
@@ -36,8 +38,8 @@ MS = 1_000_000
 START = 1_000 * NS_PER_S
 STEP_S = 0.001
 HORIZON, PERIOD = 16, 50 * MS
-ARM = JointSpec(name="arm", unit="rad", lower=-2.0, upper=2.0, max_velocity=1.5, relative=True)
-GRIPPER = JointSpec(name="gripper", unit="m", lower=0.0, upper=0.04, max_velocity=0.1, relative=False)
+ARM = Axis(kind="joint", name="arm", unit="rad", lower=-2.0, upper=2.0, max_velocity=1.5, relative=True)
+GRIPPER = Axis(kind="joint", name="gripper", unit="m", lower=0.0, upper=0.04, max_velocity=0.1, relative=False)
 JOINTS = (ARM, GRIPPER)
 NAMES = ("arm", "gripper")
 EXECUTORS = get_args(ExecutorName)
@@ -104,8 +106,9 @@ class WildPolicy:
 
     def __init__(self, wire: Wire, rng: np.random.Generator, kind: str, longest_ms: int) -> None:
         manifest = SimpleNamespace(
-            joints=JOINTS,
-            joint_names=NAMES,
+            axes=JOINTS,
+            axis_names=NAMES,
+            robot=robot_of(JOINTS, HORIZON, PERIOD / 1e9),
             horizon=HORIZON,
             action_period_ns=PERIOD,
             max_prefix_delay=4,
@@ -114,6 +117,7 @@ class WildPolicy:
         )
         self.bundle = SimpleNamespace(manifest=manifest, tokenizer=None)
         self.wire, self.rng, self.kind, self.longest_ms = wire, rng, kind, longest_ms
+        self.space = CommandSpace(manifest.robot)
         self.flow_steps = self.noise_seed = 0
 
     def prefill(self, _: Any) -> None:
@@ -128,7 +132,7 @@ class WildPolicy:
     def denoise(self, *_: Any) -> None: ...
 
     def decode(self, _: Any, observation: Observation) -> ActionChunk:
-        rng, start = self.rng, observation.state_J
+        rng, start = self.rng, observation.state_S
         path = {
             "smooth": lambda: start + np.cumsum(rng.normal(0, 0.5, 2) * SPEED * 0.05 + np.zeros((HORIZON, 2)), axis=0),
             "wander": lambda: start + np.cumsum(rng.normal(0, 1.0, (HORIZON, 2)) * SPEED * 0.05, axis=0),
@@ -181,7 +185,7 @@ def assert_seamless(sent: list[tuple[int, Motion]]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "make_model_input", lambda *_: SimpleNamespace(state_J=None))
+    monkeypatch.setattr(loop_module, "make_model_input", lambda *_: SimpleNamespace(state_S=None))
 
 
 @pytest.mark.slow

@@ -131,11 +131,11 @@ def test_shared_engine_computes_each_input_once(bundle_path: str, monkeypatch: p
     found, expected = [], []
     for model_input in inputs:
         cache = shared.prefill(model_input)
-        found.append(shared.velocity(cache, model_input.state_J, x_t_HA, 1.0, clean_H).copy())
-        shared.velocity(cache, model_input.state_J, x_t_HA, 1.0, clean_H)[:] = 7.0  # a caller's own to write to
+        found.append(shared.velocity(cache, model_input.state_S, x_t_HA, 1.0, clean_H).copy())
+        shared.velocity(cache, model_input.state_S, x_t_HA, 1.0, clean_H)[:] = 7.0  # a caller's own to write to
     assert len(computed) == 3, "the second input is the first once more"
     for model_input in inputs:
-        expected.append(engine.velocity(engine.prefill(model_input), model_input.state_J, x_t_HA, 1.0, clean_H))
+        expected.append(engine.velocity(engine.prefill(model_input), model_input.state_S, x_t_HA, 1.0, clean_H))
     np.testing.assert_array_equal(found, expected)
 
 

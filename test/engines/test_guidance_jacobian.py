@@ -43,11 +43,11 @@ class LinearFlow:
     def prefill(self, model_input: ModelInput) -> KVCache:
         return KVCache(self, 0)
 
-    def velocity(self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time: float, clean_H: Array) -> Array:
+    def velocity(self, cache: KVCache, state_S: Array | None, x_t_HA: Array, time: float, clean_H: Array) -> Array:
         return (self.matrix @ x_t_HA.ravel() + self.offset).reshape(x_t_HA.shape).astype(np.float32)
 
     def pullback(
-        self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time: float, clean_H: Array, vector_HA: Array
+        self, cache: KVCache, state_S: Array | None, x_t_HA: Array, time: float, clean_H: Array, vector_HA: Array
     ) -> Array:
         self.pullbacks += 1
         return (self.matrix.T @ vector_HA.ravel()).reshape(x_t_HA.shape).astype(np.float32)
@@ -58,11 +58,11 @@ class LinearFlow:
 class StraightFlow(LinearFlow):
     """v = (x_t - target) / t: it predicts the target whatever x_t is, so the true Jacobian is 0."""
 
-    def velocity(self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time: float, clean_H: Array) -> Array:
+    def velocity(self, cache: KVCache, state_S: Array | None, x_t_HA: Array, time: float, clean_H: Array) -> Array:
         return ((x_t_HA - self.offset.reshape(x_t_HA.shape)) / time).astype(np.float32)
 
     def pullback(
-        self, cache: KVCache, state_J: Array | None, x_t_HA: Array, time: float, clean_H: Array, vector_HA: Array
+        self, cache: KVCache, state_S: Array | None, x_t_HA: Array, time: float, clean_H: Array, vector_HA: Array
     ) -> Array:
         return vector_HA / np.float32(time)
 
@@ -118,7 +118,7 @@ def paper_chunk(made: Made, noise_HA: Array, guide: Guide, steps: int) -> Array:
     given = made.given
     arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
     cache = made.model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
-    state = None if given.state_J is None else torch.from_numpy(given.state_J)[None]
+    state = None if given.state_S is None else torch.from_numpy(given.state_S)[None]
     wanted, weight = torch.from_numpy(guide.action_HA), torch.from_numpy(guide.weight_H)[:, None]
 
     def v_pi(action: torch.Tensor, tau: float) -> torch.Tensor:
@@ -143,10 +143,10 @@ def paper_chunk(made: Made, noise_HA: Array, guide: Guide, steps: int) -> Array:
 def test_the_true_form_is_the_papers_algorithm(made: Made, engine: TorchEngine, steps: int, strength: float) -> None:
     guide = soft_guide(0.5 * draw(5), strength)
     policy = Policy(made.bundle, engine, flow_steps=steps, guidance_jacobian="exact")
-    got = policy.denoise(policy.prefill(made.given), policy.noise(0), made.given.state_J, guide)
+    got = policy.denoise(policy.prefill(made.given), policy.noise(0), made.given.state_S, guide)
     expected = paper_chunk(made, policy.noise(0), guide, steps)
     assert got == pytest.approx(expected, abs=1e-4)
-    free = policy.denoise(policy.prefill(made.given), policy.noise(0), made.given.state_J)
+    free = policy.denoise(policy.prefill(made.given), policy.noise(0), made.given.state_S)
     assert np.abs(got - free).max() > 0.1
 
 
@@ -158,13 +158,13 @@ def test_both_forms_draw_a_chunk_towards_the_running_one(made: Made, engine: Tor
     """
     identity = Policy(made.bundle, engine)
     true = Policy(made.bundle, engine, guidance_jacobian="exact")
-    state_J = made.given.state_J
+    state_S = made.given.state_S
     cache = engine.prefill(made.given)
     for seed in range(3):
-        running = identity.denoise(cache, identity.noise(100 + seed), state_J)
+        running = identity.denoise(cache, identity.noise(100 + seed), state_S)
         guide = soft_guide(running)
-        chunks = [identity.denoise(cache, identity.noise(seed), state_J)]
-        chunks += [policy.denoise(cache, policy.noise(seed), state_J, guide) for policy in (identity, true)]
+        chunks = [identity.denoise(cache, identity.noise(seed), state_S)]
+        chunks += [policy.denoise(cache, policy.noise(seed), state_S, guide) for policy in (identity, true)]
         gaps = [float(np.abs(chunk - running)[:4].max()) for chunk in chunks]
         weighted = [float(np.sum(guide.weight_H[:, None] * (chunk - running) ** 2)) for chunk in chunks]
         apart = float(np.abs(chunks[1] - chunks[2]).max())

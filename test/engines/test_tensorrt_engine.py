@@ -93,7 +93,7 @@ def rig(bundle: Bundle) -> Iterator[Rig]:
     engine = TensorRTEngine(bundle, fake_plans(bundle, device), device)
     given = make_model_input(bundle.manifest, bundle.tokenizer, demo_observation(), "touch the red cube")
     device.events.clear()
-    state_S = given.state_J
+    state_S = given.state_S
     if state_S is not None:
         state_S = np.pad(state_S, (0, (bundle.manifest.graph.state_dim or 0) - len(state_S)))
     yield Rig(bundle, device, engine, OnnxEngine(bundle), given, state_S)

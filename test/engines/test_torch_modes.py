@@ -48,7 +48,7 @@ def by_velocity(made: Made, engine: TorchEngine, x_t: Array, steps: int, clean: 
     """The chunk as a host computes it from single steps."""
     cache = engine.prefill(made.given)
     for t in step_times(steps):
-        v_t = engine.velocity(cache, made.given.state_J, x_t, t, clean)
+        v_t = engine.velocity(cache, made.given.state_S, x_t, t, clean)
         x_t = np.where(clean[:, None], x_t, x_t - np.float32(1.0 / steps) * v_t)
     return x_t
 
@@ -62,7 +62,7 @@ def test_all_steps_at_once_are_the_single_steps_bit_for_bit(
     made: Made, engine: TorchEngine, steps: int, clean: NDArray[np.bool_]
 ) -> None:
     x_t = draw(0)
-    got = engine.integrate(engine.prefill(made.given), made.given.state_J, x_t, steps, clean)
+    got = engine.integrate(engine.prefill(made.given), made.given.state_S, x_t, steps, clean)
     assert got.dtype == np.float32 and got.tobytes() == by_velocity(made, engine, x_t, steps, clean).tobytes()
     assert np.array_equal(got[clean], x_t[clean]) and np.abs(got - x_t)[~clean].max() > 0.1
     assert np.array_equal(x_t, draw(0))
@@ -77,7 +77,7 @@ def test_all_steps_agree_with_the_policys_own_loop(made: Made) -> None:
         looped._integrating = None
         for given in (None, guide):
             ours, theirs = (
-                p.denoise(p.prefill(made.given), p.noise(3), made.given.state_J, given) for p in (at_once, looped)
+                p.denoise(p.prefill(made.given), p.noise(3), made.given.state_S, given) for p in (at_once, looped)
             )
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
@@ -91,33 +91,33 @@ def test_the_policy_takes_all_steps_at_once_unless_it_guides_each(
         method = getattr(TorchEngine, name)
         monkeypatch.setattr(TorchEngine, name, lambda *a, m=method, n=name: called.append(n) or m(*a))
     cache = policy.prefill(made.given)
-    policy.denoise(cache, policy.noise(0), made.given.state_J)
+    policy.denoise(cache, policy.noise(0), made.given.state_S)
     assert called == ["integrate"]
-    policy.denoise(cache, policy.noise(0), made.given.state_J, Guide(draw(1), np.ones(HORIZON, np.float32), False, 5.0))
+    policy.denoise(cache, policy.noise(0), made.given.state_S, Guide(draw(1), np.ones(HORIZON, np.float32), False, 5.0))
     assert called[1:] == ["velocity"] * policy.flow_steps
 
 
 def test_the_same_inputs_give_the_same_bytes(made: Made, engine: TorchEngine) -> None:
     def chunk(engine: TorchEngine, steps: int) -> bytes:
         cache = engine.prefill(made.given)
-        return engine.integrate(cache, made.given.state_J, draw(0), steps, NONE).tobytes()
+        return engine.integrate(cache, made.given.state_S, draw(0), steps, NONE).tobytes()
 
     first = chunk(engine, 10)
     assert chunk(engine, 4) != first and chunk(engine, 10) == first and chunk(TorchEngine(made.bundle), 10) == first
 
 
 def test_bad_actions_stale_caches_and_a_closed_engine_are_refused(made: Made, engine: TorchEngine) -> None:
-    state_J, broken = made.given.state_J, draw(0)
+    state_S, broken = made.given.state_S, draw(0)
     broken[1, 1] = np.inf
     old, cache = engine.prefill(made.given), engine.prefill(made.given)
     with pytest.raises(EngineError, match="expected finite actions"):
-        engine.integrate(cache, state_J, broken, 10, NONE)
+        engine.integrate(cache, state_S, broken, 10, NONE)
     with pytest.raises(EngineError, match="got one of prefill 1"):
-        engine.integrate(old, state_J, draw(0), 10, NONE)
+        engine.integrate(old, state_S, draw(0), 10, NONE)
     with pytest.raises(EngineError, match=r"x_t: expected float32 \[16, 7\], got float32 \[16, 6\]"):
-        engine.integrate(cache, state_J, draw(0, HORIZON, A - 1), 10, NONE)
+        engine.integrate(cache, state_S, draw(0, HORIZON, A - 1), 10, NONE)
     engine.close()
-    for call in (lambda: engine.integrate(cache, state_J, draw(0), 10, NONE), engine.synchronize):
+    for call in (lambda: engine.integrate(cache, state_S, draw(0), 10, NONE), engine.synchronize):
         with pytest.raises(EngineError, match="expected an open one"):
             call()
 
@@ -136,13 +136,13 @@ def test_a_compiled_engine_computes_what_the_others_do(
     chunks = []
     for own in (compiled, engine, OnnxEngine(made.bundle)):
         policy = Policy(made.bundle, own)
-        chunks.append(policy.denoise(policy.prefill(made.given), policy.noise(0), made.given.state_J))
+        chunks.append(policy.denoise(policy.prefill(made.given), policy.noise(0), made.given.state_S))
     assert chunks[0] == pytest.approx(chunks[1], abs=1e-6) and chunks[0] == pytest.approx(chunks[2], abs=1e-4)
     cache = compiled.prefill(made.given)
-    at_once = compiled.integrate(cache, made.given.state_J, draw(0), 3, CLEAN)
+    at_once = compiled.integrate(cache, made.given.state_S, draw(0), 3, CLEAN)
     assert at_once.tobytes() == by_velocity(made, compiled, draw(0), 3, CLEAN).tobytes()
     pulled = [
-        e.pullback(e.prefill(made.given), made.given.state_J, draw(0), 0.5, NONE, draw(1)) for e in (compiled, engine)
+        e.pullback(e.prefill(made.given), made.given.state_S, draw(0), 0.5, NONE, draw(1)) for e in (compiled, engine)
     ]
     assert np.array_equal(*pulled)
 
@@ -150,7 +150,7 @@ def test_a_compiled_engine_computes_what_the_others_do(
 def expert(made: Made) -> tuple[Interpreter, dict[str, torch.Tensor]]:
     program = read_program(made.bundle.path / PROGRAMS[EXPERT])
     engine = TorchEngine(made.bundle)
-    engine.integrate(engine.prefill(made.given), made.given.state_J, draw(0), 10, CLEAN)
+    engine.integrate(engine.prefill(made.given), made.given.state_S, draw(0), 10, CLEAN)
     return Interpreter(program, CPU), engine._inputs | engine.prefix
 
 
@@ -271,14 +271,14 @@ class DoubledStream(HostStream):
 def test_a_tick_is_two_replays_and_one_wait(made: Made) -> None:
     stream = DoubledStream()
     engine, plain = TorchEngine(made.bundle, mode="graph", stream=stream), TorchEngine(made.bundle)
-    state = ["state"] if made.given.state_J is not None else []
+    state = ["state"] if made.given.state_S is not None else []
 
     def tick(seed: int, steps: int) -> tuple[list[str], int]:
         stream.log.clear()
         chunks = []
         for own in (engine, plain):
             cache = own.prefill(made.given)
-            chunks.append(own.integrate(cache, made.given.state_J, draw(seed), steps, CLEAN))
+            chunks.append(own.integrate(cache, made.given.state_S, draw(seed), steps, CLEAN))
         assert chunks[0].tobytes() == chunks[1].tobytes()
         return [*stream.log], engine.prefix["keys"].data_ptr()
 
@@ -295,13 +295,13 @@ def test_a_tick_is_two_replays_and_one_wait(made: Made) -> None:
 def test_a_captured_engine_follows_every_input(made: Made) -> None:
     stream = DoubledStream()
     engine, plain = TorchEngine(made.bundle, mode="graph", stream=stream), TorchEngine(made.bundle)
-    state_J = made.given.state_J
+    state_S = made.given.state_S
     for seed, t in ((0, 1.0), (1, 0.3), (2, 0.7)):
         pictures = np.clip(draw(seed, *made.given.images_VCHW.shape), -1, 1)
         given = type(made.given)(
-            pictures, made.given.image_mask_V, np.roll(made.given.tokens_L, seed), made.given.token_mask_L, state_J
+            pictures, made.given.image_mask_V, np.roll(made.given.tokens_L, seed), made.given.token_mask_L, state_S
         )
-        state_S = None if state_J is None else state_J + np.float32(0.1 * seed)
+        state_S = None if state_S is None else state_S + np.float32(0.1 * seed)
         clean_H = np.arange(HORIZON) < seed
         outcomes = []
         for own in (engine, plain):

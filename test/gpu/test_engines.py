@@ -53,7 +53,7 @@ def chunks(bundle: Bundle, engine: Engine) -> NDArray[np.float32]:
     policy, found = Policy(bundle, engine), []
     for seed, instruction in enumerate(INSTRUCTIONS):
         given = make_model_input(bundle.manifest, bundle.tokenizer, demo_observation(seed=seed), instruction)
-        found.append(policy.denoise(policy.prefill(given), policy.noise(seed), given.state_J))
+        found.append(policy.denoise(policy.prefill(given), policy.noise(seed), given.state_S))
     engine.close()
     return np.array(found)
 

@@ -80,7 +80,7 @@ def comes_to_rest(robot: Robot, name: str, start_s: float) -> None:
 
 
 def assert_commands_within_limits(robot: Robot) -> None:
-    joints = demo_policy().joints
+    joints = demo_policy().axes
     lower, upper = np.array([j.lower for j in joints]), np.array([j.upper for j in joints])
     speed = np.array([j.max_velocity for j in joints])
     assert robot.commands
@@ -384,7 +384,7 @@ def test_streamed_positions_move_the_arm(robot: Robot, start: Start, bundle_path
     assert len(got) > 2 * len(robot.ticks), "50 positions per second between 10 ticks"
     # A busy machine skips some positions, and the next step is then longer; test_seams.py checks every step.
     steps = np.quantile(np.abs(np.diff(got, axis=0)), 0.9, axis=0)
-    assert np.any(steps > 0) and np.all(steps <= np.array([j.max_velocity for j in demo_policy().joints]) * 0.12)
+    assert np.any(steps > 0) and np.all(steps <= np.array([j.max_velocity for j in demo_policy().axes]) * 0.12)
     assert policy.stop() == 0, policy.output
 
 

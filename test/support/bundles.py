@@ -6,14 +6,18 @@ The trainer is imported by what needs it: the robot's own environment lacks what
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ki_vla_ros.bundle.folder import Bundle
+from ki_vla_ros.bundle.format2 import robot_from
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import CameraFrame, Observation
+from ki_vla_ros.robot.axes import Axis
+from ki_vla_ros.robot.robot import Robot
 from training.tokens.words import DEMO_PROMPT
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow", "forearm_roll", "wrist_pitch", "wrist_roll", "gripper")
@@ -46,6 +50,18 @@ def demo_policy(**changes: Any) -> PolicySpec:
         "provenance": {"recipe": "random", "seed": 0, "commit": "none", "data_fingerprint": "none"},
     }
     return PolicySpec.model_validate({**fields, **changes})
+
+
+def joint_fields(axis: Axis) -> dict[str, Any]:
+    """A joint as files of format 2, and `demo_policy(joints=...)`, have it."""
+    names = ("name", "unit", "lower", "upper", "max_velocity", "relative", "continuous")
+    return {name: getattr(axis, name) for name in names}
+
+
+def robot_of(axes: Sequence[Axis], horizon: int = HORIZON, period_s: float = 0.05) -> Robot:
+    """An arm with one camera and these joints behind one controller."""
+    fields = {"joints": [joint_fields(axis) for axis in axes], "horizon": horizon, "action_period_s": period_s}
+    return robot_from({"cameras": [{"name": "scene"}], **fields})
 
 
 def state_token_policy() -> PolicySpec:

@@ -41,9 +41,10 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError
 from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.records import ActionChunk, CameraFrame, JointReading, Motion, to_ns
-from ki_vla_ros.robot.robot import JointSpec
+from ki_vla_ros.robot.axes import Axis
+from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.ros.stream import Player
-from ki_vla_ros.runtime import joint_bounds, pacing, thread
+from ki_vla_ros.runtime import axis_bounds, pacing, thread
 from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
@@ -51,6 +52,7 @@ from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.runtime.thread import LoopThread
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import ExecutorName, Settings
+from support.bundles import robot_of
 from support.controller import NS_PER_S, TrajectoryController
 
 Array = NDArray[np.float64]
@@ -76,9 +78,9 @@ FAULTS = (
     "wide",
 )
 CHUNKS = (*3 * ("smooth", "wander"), "jumps", "jumps", "anywhere", "broken")
-ARM = JointSpec(name="arm", unit="rad", lower=-2.0, upper=2.0, max_velocity=1.5, relative=True)
-GRIPPER = JointSpec(name="gripper", unit="m", lower=0.0, upper=0.04, max_velocity=0.1, relative=False)
-WHEEL = JointSpec(name="arm", unit="rad", lower=-1e4, upper=1e4, max_velocity=8.0, relative=True)
+ARM = Axis(kind="joint", name="arm", unit="rad", lower=-2.0, upper=2.0, max_velocity=1.5, relative=True)
+GRIPPER = Axis(kind="joint", name="gripper", unit="m", lower=0.0, upper=0.04, max_velocity=0.1, relative=False)
+WHEEL = Axis(kind="joint", name="arm", unit="rad", lower=-1e4, upper=1e4, max_velocity=8.0, relative=True)
 NAMES = ("arm", "gripper")
 # More than this share above a limit is a fault.
 TOLERANCE = 1.01
@@ -226,7 +228,7 @@ class Limits:
     acceleration_J: Array
 
 
-def limits_of(joints: tuple[JointSpec, ...], parameters: Mapping[str, Any]) -> Limits:
+def limits_of(joints: tuple[Axis, ...], parameters: Mapping[str, Any]) -> Limits:
     """The limits in force, from the description of the parameters."""
     rows = []
     for joint in joints:
@@ -493,7 +495,7 @@ class World:
         """As the node's parameter callback: what it refuses changes nothing."""
         settings = _settings(tuple(parameters.items()))
         try:
-            joint_bounds(self.case.joints, settings.limits)
+            axis_bounds(self.case.joints, settings.limits)
         except ConfigurationError:
             return
         self.settings, self.parameters = settings, parameters
@@ -539,7 +541,7 @@ class World:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Gives the runtime this world's steady clock, and no images to prepare."""
-        clock, model_input = SimpleNamespace(monotonic_ns=lambda: self.steady), SimpleNamespace(state_J=None)
+        clock, model_input = SimpleNamespace(monotonic_ns=lambda: self.steady), SimpleNamespace(state_S=None)
         with (
             patch.object(thread, "time", clock),
             patch.object(pacing, "time", clock),
@@ -614,8 +616,9 @@ class Policy:
     def __init__(self, world: World) -> None:
         self.world = world
         manifest = SimpleNamespace(
-            joints=world.case.joints,
-            joint_names=NAMES,
+            axes=world.case.joints,
+            axis_names=NAMES,
+            robot=robot_of(world.case.joints, HORIZON, ACTION_NS / 1e9),
             horizon=HORIZON,
             action_period_ns=ACTION_NS,
             max_prefix_delay=4,
@@ -623,6 +626,7 @@ class Policy:
             flow=SimpleNamespace(steps=10),
         )
         self.bundle = SimpleNamespace(manifest=manifest, tokenizer=None)
+        self.space = CommandSpace(manifest.robot)
         self.flow_steps = self.noise_seed = 0
 
     def prefill(self, _: Any) -> None:
@@ -640,7 +644,7 @@ class Policy:
     def denoise(self, *_: Any) -> None: ...
 
     def decode(self, _: Any, observation: Any) -> ActionChunk:
-        world, random_, start_J = self.world, self.world.random, observation.state_J
+        world, random_, start_J = self.world, self.world.random, observation.state_S
         step_J = world.limits.speed_J * 0.05
         path_HJ = {
             "smooth": lambda: start_J + np.arange(1, HORIZON + 1)[:, None] * random_.normal(0, 0.5, 2) * step_J,

@@ -80,7 +80,7 @@ class Rig:
         observation = demo_observation(self.wire.time_ns - age_ms * MS)
         for frame in observation.frames.values():
             self.buffer.add_frame(frame)
-        self.buffer.add_joints(JointReading(observation.stamp_ns, JOINTS, observation.state_J))
+        self.buffer.add_joints(JointReading(observation.stamp_ns, JOINTS, observation.state_S))
 
     def change(self, **changes: object) -> Settings:
         self.settings = settings_from_parameters({**self.settings.model_dump(exclude={"limits", "cameras"}), **changes})

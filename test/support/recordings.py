@@ -89,7 +89,7 @@ def header(stamp_ns: int) -> Any:
 def path_J(time_ns: int) -> Any:
     """Where the robot's joints are: slow sines around the demo's pose."""
     phase = 2.0 * np.pi * (time_ns - START) / NS_PER_S * np.linspace(0.2, 0.5, len(JOINTS))
-    return demo_observation().state_J + np.array([0.05] * 6 + [0.005]) * np.sin(phase) + np.array([0.0] * 6 + [0.01])
+    return demo_observation().state_S + np.array([0.05] * 6 + [0.005]) * np.sin(phase) + np.array([0.0] * 6 + [0.01])
 
 
 def picture(camera: str, number: int) -> Any:

@@ -21,7 +21,7 @@ def made_up_tick(spec: PolicySpec, number: int, error: float = 0.01, hold: str |
     """Tick `number` of an arm that swings; each joint is predicted `error` times its action's range too high."""
     stamp_ns = START_NS + number * PERIOD_NS
     action_ns = round(spec.action_period_s * NS_PER_S)
-    phase_J = np.arange(len(spec.joints))
+    phase_J = np.arange(len(spec.axes))
     range_J = (np.array(spec.action.high) - np.array(spec.action.low)) / 2.0
 
     def position(time_s: np.ndarray | float) -> np.ndarray:
@@ -38,7 +38,7 @@ def made_up_tick(spec: PolicySpec, number: int, error: float = 0.01, hold: str |
         period_ns=action_ns,
         position_HJ=reference_HJ + error * growth_H[:, None] * range_J,
         reference_HJ=reference_HJ,
-        state_J=position((start_ns - START_NS) / NS_PER_S),
+        state_S=position((start_ns - START_NS) / NS_PER_S),
         frame_ns={camera: start_ns for camera in CAMERAS},
         joint_ns=(start_ns,),
         command_ns=stamp_ns + 12_000_000,
@@ -83,10 +83,10 @@ def made_up_metrics(spec: PolicySpec) -> dict[str, Any]:
     ]
     joints = {
         joint.name: {"unit": joint.unit, "rms": 0.08, "rms_ci": [0.07, 0.09], "bias": -0.01, "max": 0.31}
-        for joint in spec.joints
+        for joint in spec.axes
     }
     names = [camera.name for camera in spec.cameras]
-    settings = {s.name: s.default for s in parameter_specs(names, spec.joint_names)} | {"executor": "rtc"}
+    settings = {s.name: s.default for s in parameter_specs(names, spec.axis_names)} | {"executor": "rtc"}
     spread = {"p50": 24.0, "p90": 26.0, "p99": 31.5, "max": 44.0}
     return {
         "schema": 1,
@@ -121,7 +121,7 @@ def made_up_metrics(spec: PolicySpec) -> dict[str, Any]:
             "rms_normalized_ci": [0.18, 0.22],
             "by_joint": joints,
             "by_step": steps,
-            "by_joint_step": {joint.name: [0.01 * (k + 1) for k in range(spec.horizon)] for joint in spec.joints},
+            "by_joint_step": {joint.name: [0.01 * (k + 1) for k in range(spec.horizon)] for joint in spec.axes},
         },
         "seam": {"executor": "rtc", "count": 290, "restarts": 0, "jump_rms": 0.004, "jump_rms_ci": [0.003, 0.005]},
         "safety": {"holds": {"camera 'wrist'": 6}, "refusals": {}, "corrections": {}, "stopped": None},

@@ -63,7 +63,7 @@ class Robot:
         self.instruct = self.node.create_publisher(String, "policy/instruction", 10)
         self.image = {name: self.node.create_publisher(Image, f"camera/{name}/image_raw", SENSOR) for name in CAMERAS}
         self.joints = self.node.create_publisher(JointState, "joint_states", 10)
-        self.position = demo_observation().state_J.tolist()
+        self.position = demo_observation().state_S.tolist()
         self.encoding = "rgb8"
         self.joint_names = list(JOINTS)
         self.imaging = self.stating = True
@@ -72,7 +72,7 @@ class Robot:
         self.frozen: Any = None  # a stamp that all images repeat
         self.clock_ns: int | None = None
         self._clock = self.node.create_publisher(Clock, "/clock", 10)
-        self.controller = CommandedPath(JOINTS, np.array(demo_observation().state_J))
+        self.controller = CommandedPath(JOINTS, np.array(demo_observation().state_S))
         self.refused: list[str] = []
         self._pixels = array.array("B", demo_observation(image_size=96).frames["scene"].rgb_HWC.tobytes())
         self._count = itertools.count()

@@ -68,8 +68,8 @@ def measure(bundle: Path, changes: Mapping[str, object]) -> list[float]:
             for frame in observation.frames.values():
                 rig.buffer.add_frame(frame)
             running = rig.loop._governor.running  # the arm does what it is told
-            state_J = observation.state_J if running is None else running.at(wire.motion_ns())[0]
-            rig.buffer.add_joints(JointReading(observation.stamp_ns, JOINTS, state_J))
+            state_S = observation.state_S if running is None else running.at(wire.motion_ns())[0]
+            rig.buffer.add_joints(JointReading(observation.stamp_ns, JOINTS, state_S))
 
     inputs = threading.Thread(target=supply)
     inputs.start()
@@ -100,7 +100,7 @@ def main() -> None:
         for ending, reach in RANGES.items():
             policy = demo_policy()
             if reach is not None:
-                joints = [joint.model_copy(update={"lower": -reach, "upper": reach}) for joint in policy.joints]
+                joints = [joint.model_copy(update={"lower": -reach, "upper": reach}) for joint in policy.axes]
                 policy = policy.model_copy(update={"joints": tuple(joints)})
             bundle = Path(write_test_bundle(Path(folder) / f"bundle{reach}", policy).path)
             for name, changes in CASES.items():

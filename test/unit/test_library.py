@@ -16,7 +16,7 @@ def test_the_documented_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     exec(compile(code[1], "docs/library.md", "exec"), names)
     bundle = ki_vla_ros.load_bundle(ki_vla_ros.find_bundle("demo"))
-    horizon, joints = bundle.manifest.horizon, bundle.manifest.joint_names
+    horizon, joints = bundle.manifest.horizon, bundle.manifest.axis_names
     assert capsys.readouterr().out.strip() == f"{joints} ({horizon}, {len(joints)})"
 
 

@@ -118,7 +118,7 @@ def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
         sources = from_session(session, manifest)
     elif manifest is not None:
         names = [camera.name for camera in manifest.cameras]
-        sources = from_settings(settings, names, manifest.joint_names, node=node, manifest=manifest)
+        sources = from_settings(settings, names, manifest.axis_names, node=node, manifest=manifest)
     elif cameras and arguments.joints:
         sources = from_settings(settings, list(cameras), arguments.joints, node=node)
     else:

@@ -13,7 +13,7 @@ from ki_vla_ros.bags import Bag
 from ki_vla_ros.bundle import Manifest, load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import to_ns
-from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.robot import Signal
 from ki_vla_ros.settings import Session, Settings, resolve
 from ki_vla_ros.share import find_bundle
 
@@ -35,7 +35,7 @@ class Sources:
     camera_age_ns: Mapping[str, int]
     joint_age_ns: int | None = None
     use_receive_time: bool = False
-    specs: Sequence[JointSpec] | None = None
+    specs: Sequence[Signal] | None = None
 
     def within(self, bag: Bag) -> Sources:
         """The same with cameras as recorded: a raw topic's images may be in the bag as `<topic>/compressed`.
@@ -73,14 +73,14 @@ def from_settings(
         camera_age_ns={name: to_ns(camera.max_age_s) for name, camera in known.items() if camera.max_age_s},
         joint_age_ns=to_ns(settings.joint_max_age_s) or None,
         use_receive_time=settings.use_receive_time,
-        specs=None if manifest is None else manifest.joints,
+        specs=None if manifest is None else manifest.robot.signals,
     )
 
 
 def from_session(session: Session, manifest: Manifest) -> Sources:
     """Sources as the node that was running had them, remappings included."""
     settings, topics = session.settings, session.topics
-    sources = from_settings(settings, list(topics.cameras), manifest.joint_names, node=session.node, manifest=manifest)
+    sources = from_settings(settings, list(topics.cameras), manifest.axis_names, node=session.node, manifest=manifest)
     return replace(
         sources,
         cameras=topics.cameras,

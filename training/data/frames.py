@@ -57,8 +57,8 @@ class RobotFrames:
         return self.maker.make(
             self.arrays["images"][frames],
             [
-                self.render(str(self.arrays["task"][frame]), state_J)
-                for frame, state_J in zip(frames, state_BJ, strict=True)
+                self.render(str(self.arrays["task"][frame]), state_S)
+                for frame, state_S in zip(frames, state_BJ, strict=True)
             ],
             [[self.first_fast + i for i in self.fast.encode(action_HA)] for action_HA in action_BHA],
             rng,
@@ -68,9 +68,9 @@ class RobotFrames:
             **labels,
         )
 
-    def render(self, task: str, state_J: NDArray[np.float64]) -> str:
+    def render(self, task: str, state_S: NDArray[np.float64]) -> str:
         """The prompt, exactly as the robot renders it."""
-        return render_prompt(self.prompt, task, state_to_bins(self.normalize_state(state_J)))
+        return render_prompt(self.prompt, task, state_to_bins(self.normalize_state(state_S)))
 
     def normalize_state(self, state: NDArray[np.float64]) -> NDArray[np.float64]:
         return normalize(state, self.space.state_low, self.space.state_high)

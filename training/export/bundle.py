@@ -133,11 +133,11 @@ def read_policy(path: Path) -> PolicySpec:
 def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:
     """ConfigurationError unless the policy's description, the tokenizer and the model's sizes belong together."""
     config = model.config
-    state_dim = policy.width if policy.state.as_token else None
+    state_dim = policy.state_width if policy.state.as_token else None
     for what, expected, got in (
         ("image.size", config.vision.image_size, policy.image.size),
         ("horizon", config.horizon, policy.horizon),
-        ("joints (or pad_to)", config.action_dim, policy.width),
+        ("actions (or pad_to)", config.action_dim, policy.action_width),
         ("width of the state token", config.state_dim, state_dim),
         ("tokens in tokenizer.json", config.vocab_size, tokenizer.get_vocab_size()),
     ):

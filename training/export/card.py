@@ -38,7 +38,7 @@ def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:
     lines += [
         f"| {joint.name} | {joint.unit} | {joint.lower:.4g} | {joint.upper:.4g} | {joint.max_velocity:g} "
         f"| {'relative' if joint.relative else 'absolute'} |"
-        for joint in policy.joints
+        for joint in policy.axes
     ]
     lines += [
         "",

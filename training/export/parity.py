@@ -43,7 +43,7 @@ def parity_error(
     for case in range(cases):
         given, noise_HA = random_input(bundle, case), policy.noise(case)
         cache, chunk_HA = answer(model, given, noise_HA, bundle.manifest.flow.steps)
-        got_HA = policy.denoise(policy.prefill(given), noise_HA, given.state_J)
+        got_HA = policy.denoise(policy.prefill(given), noise_HA, given.state_S)
         if isinstance(engine, TorchEngine):
             keys, values, mask = (engine.prefix[name].numpy() for name in ("keys", "values", "prefix_mask"))
         else:
@@ -72,7 +72,7 @@ def lowest_cosine(checkpoint: Path, bundle: Bundle, cases: int = CASES) -> float
     del model
     engine = TorchEngine(bundle)
     policy = Policy(bundle, engine)
-    got = [policy.denoise(policy.prefill(case), x_t, case.state_J) for case, x_t in zip(given, noise, strict=True)]
+    got = [policy.denoise(policy.prefill(case), x_t, case.state_S) for case, x_t in zip(given, noise, strict=True)]
     engine.close()
     return float(np.min([cosine(*chunks) for chunks in zip(got, expected, strict=True)]))  # NaN stays NaN
 
@@ -95,9 +95,9 @@ def as_batch(given: ModelInput, state_dim: int | None) -> tuple[PrefixTensors, T
     """A batch of one, as `VLA.prefill` takes it, and the state token [1, S] of a model that has one."""
     images, image_mask = torch.from_numpy(given.images_VCHW)[None], torch.from_numpy(given.image_mask_V)[None]
     tokens, token_mask = torch.from_numpy(given.tokens_L)[None], torch.from_numpy(given.token_mask_L)[None]
-    if state_dim is None or given.state_J is None:
+    if state_dim is None or given.state_S is None:
         return (images, image_mask, tokens, token_mask), None
-    return (images, image_mask, tokens, token_mask), torch.from_numpy(widen(given.state_J, state_dim))[None]
+    return (images, image_mask, tokens, token_mask), torch.from_numpy(widen(given.state_S, state_dim))[None]
 
 
 def random_input(bundle: Bundle, case: int) -> ModelInput:

@@ -68,7 +68,7 @@ class Contest:
         manifest = policy.bundle.manifest
         given = longest_input(manifest, manifest.graph.vocab_size)
         self._given, self._noise_HA = given, policy.noise(0)
-        self._state_S = policy.widen_state(given.state_J)
+        self._state_S = policy.widen_state(given.state_S)
         self._clean_H = np.zeros(len(self._noise_HA), dtype=np.bool_)
         self._inputs, self._state_RS = as_batch(given, model.config.state_dim)
         self._noise_RHA = torch.from_numpy(self._noise_HA)[None]
@@ -135,7 +135,7 @@ class Contest:
         return self._policy.prefill(self._given)
 
     def onnx_chunk(self) -> Actions:
-        return self._policy.denoise(self._policy.prefill(self._given), self._noise_HA, self._given.state_J)
+        return self._policy.denoise(self._policy.prefill(self._given), self._noise_HA, self._given.state_S)
 
     def onnx_uncached_chunk(self) -> Actions:
         x_t, steps, engine = self._noise_HA, self._policy.flow_steps, self._policy.engine

@@ -110,7 +110,7 @@ def check_published(source: Path, kind: Kind, config: VLAConfig, robot: Robot, s
         for path, misfits in (
             (folder / CONFIG, config_misfits(folder / CONFIG, kind, config, robot, method)),
             (folder / PREPROCESSOR, preprocessor_misfits(folder / PREPROCESSOR, robot, stats, method)),
-            (folder / "assets", assets_misfits(folder / "assets", stats, method, len(robot.joints))),
+            (folder / "assets", assets_misfits(folder / "assets", stats, method, len(robot.actions))),
         )
         for what, expected, got in misfits
     ]
@@ -207,7 +207,7 @@ def preprocessor_misfits(path: Path, robot: Robot, stats: Path, method: Method) 
             normalizer = validate(Normalizer, step.config, path)
             yield from mode_misfits(f"{where}.norm_map", normalizer.norm_map, method)
             state = path.parent / Path(step.state_file or "").name
-            if step.state_file and state.is_file() and not agree(state, stats, method, len(robot.joints)):
+            if step.state_file and state.is_file() and not agree(state, stats, method, len(robot.actions)):
                 yield f"{where}.state_file {state.name}", f"the statistics of --stats {stats}", "others"
 
 
@@ -236,7 +236,7 @@ def relative_misfits(
     enabled: bool, exclude: Sequence[str], names: Sequence[str] | None, robot: Robot, where: str = "relative actions"
 ) -> Iterator[Misfit]:
     """LeRobot keeps absolute what has an excluded name in its own; without names, everything becomes relative."""
-    joints = robot.joint_names
+    joints = tuple(action.name for action in robot.actions)
     if names is not None:
         bare = [name.removesuffix(".pos") for name in names]
         if len(bare) != len(joints):
@@ -250,7 +250,7 @@ def relative_misfits(
         else [n for n, name in enumerate(names) if any(e and e.lower() in name.lower() for e in exclude)]
     )
     theirs = [enabled and j not in kept for j in range(len(joints))]
-    ours = [joint.relative for joint in robot.joints]
+    ours = [joint.relative for joint in robot.actions]
     if ours != theirs:
 
         def say(flags: Sequence[bool]) -> str:
@@ -261,7 +261,7 @@ def relative_misfits(
 
 def feature_misfits(features: Mapping[str, Feature], robot: Robot, padded: int) -> Iterator[Misfit]:
     """A base model's features are as wide as the model: they say nothing about a robot."""
-    joints = len(robot.joints)
+    joints = len(robot.actions)
     for key in LEROBOT:
         if key in features and features[key].shape not in ((joints,), (padded,)):
             yield f"features.{key}.shape", [joints], list(features[key].shape)

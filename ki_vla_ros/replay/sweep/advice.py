@@ -18,7 +18,7 @@ from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.replay.sweep.figures import Outcome
 from ki_vla_ros.replay.sweep.grid import HORIZON, HORIZON_S, Changes, Grid, Value, is_used, parameters_of
 from ki_vla_ros.report import Axes, Span, figure, section, table
-from ki_vla_ros.robot import main_joints
+from ki_vla_ros.robot import main_axes
 from ki_vla_ros.settings import NODE, PARAMETERS
 from ki_vla_ros.statistics import FEWEST_SEGMENTS, Draws, interval_95
 
@@ -83,9 +83,9 @@ def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int,
     Settings count as equal where the bag cannot tell them apart.
     """
     scale_J = (np.array(spec.action.high) - np.array(spec.action.low)) / 2.0
-    counted, unit = main_joints(spec.joints)
+    counted, unit = main_axes(spec.axes)
     main_J = np.array(counted, dtype=np.bool_)
-    draws = _draws(outcomes, lambda square_J: float(np.sum(square_J / scale_J**2)), len(spec.joints), seed)
+    draws = _draws(outcomes, lambda square_J: float(np.sum(square_J / scale_J**2)), len(spec.axes), seed)
     error_C, error_RC = _roots(draws.total, draws.count), None if draws.drawn is None else _roots(*draws.drawn)
     failures_C = np.array([(o.held + o.refused + o.missed) / max(o.ticks + o.missed, 1) for o in outcomes])
     able_C = (failures_C <= failures_C.min() + EQUAL_FAILURES) & np.isfinite(error_C)

@@ -16,7 +16,7 @@ from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.records import NS_PER_S, Motion, to_ns
 from ki_vla_ros.replay.figures import Jerk
 from ki_vla_ros.replay.ticks import Prediction, Tick
-from ki_vla_ros.robot import main_joints
+from ki_vla_ros.robot import main_axes
 
 Array = NDArray[np.float64]
 
@@ -49,11 +49,11 @@ class Execution:
     def __init__(self, spec: PolicySpec, segment_s: float) -> None:
         self.outcome = Outcome()
         self._segment_ns = to_ns(segment_s)
-        self._joints = len(spec.joints)
+        self._joints = len(spec.axes)
         self._first_ns: int | None = None
         self._chunk: Prediction | None = None  # the chunk whose actions count at present
         self._motions: list[Motion] = []  # those since that chunk, and the last one before it
-        self._jerk = Jerk(np.flatnonzero(main_joints(spec.joints)[0]))
+        self._jerk = Jerk(np.flatnonzero(main_axes(spec.axes)[0]))
 
     def add(self, tick: Tick) -> None:
         outcome = self.outcome

@@ -122,7 +122,7 @@ def _axis(text: str, manifest: PolicySpec) -> tuple[str, tuple[Value, ...]]:
         raise ConfigurationError(
             f"--sweep {text}: {name} cannot be swept: it does not change how chunks are made or executed"
         )
-    specs = parameter_specs([camera.name for camera in manifest.cameras], manifest.joint_names)
+    specs = parameter_specs([camera.name for camera in manifest.cameras], manifest.axis_names)
     spec = next(spec for spec in specs if spec.name == name)
     return name, tuple(_checked(_typed(part, spec.default, text), spec) for part in parts)
 

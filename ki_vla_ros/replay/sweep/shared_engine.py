@@ -46,20 +46,20 @@ class SharedEngine:
         return self._cache
 
     def velocity(
-        self, cache: KVCache, state_S: Array | None, x_t_HA: Array, time: float, clean_H: NDArray[np.bool_]
+        self, cache: KVCache, state_W: Array | None, x_t_HA: Array, time: float, clean_H: NDArray[np.bool_]
     ) -> Array:
-        return self._velocity(cache, state_S, x_t_HA, time, clean_H)
+        return self._velocity(cache, state_W, x_t_HA, time, clean_H)
 
     def close(self) -> None: ...
 
     def _memoized(self, compute: Callable[..., Array]) -> Callable[..., Array]:
         def call(
-            cache: KVCache, state_S: Array | None, x_t_HA: Array, time_or_steps: float, clean_H: NDArray[np.bool_]
+            cache: KVCache, state_W: Array | None, x_t_HA: Array, time_or_steps: float, clean_H: NDArray[np.bool_]
         ) -> Array:
-            state = None if state_S is None else state_S.tobytes()
+            state = None if state_W is None else state_W.tobytes()
             key = (compute, cache.generation, state, x_t_HA.tobytes(), time_or_steps, clean_H.tobytes())
             if key not in self._known:
-                self._known[key] = compute(cache, state_S, x_t_HA, time_or_steps, clean_H)
+                self._known[key] = compute(cache, state_W, x_t_HA, time_or_steps, clean_H)
             return self._known[key].copy()  # the caller may write to it
 
         return call

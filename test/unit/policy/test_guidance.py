@@ -27,7 +27,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def denoise(bundle: Bundle, guide: Guide | None) -> NDArray[np.float32]:
     policy = Policy(bundle, OnnxEngine(bundle))
     given = make_model_input(bundle.manifest, bundle.tokenizer, demo_observation(), TEXT)
-    return policy.denoise(policy.prefill(given), policy.noise(0), given.state_J, guide)
+    return policy.denoise(policy.prefill(given), policy.noise(0), given.state_S, guide)
 
 
 def wanted(bundle: Bundle) -> NDArray[np.float32]:
@@ -49,9 +49,9 @@ def test_clean_rows_enter_every_step_as_given_with_time_zero(bundle: Bundle, mon
     given, seen = wanted(bundle), []
     real = OnnxEngine.velocity
 
-    def look(self: OnnxEngine, cache: Any, state_J: Any, x_t_HA: Any, time: float, clean_H: Any) -> Any:
+    def look(self: OnnxEngine, cache: Any, state_S: Any, x_t_HA: Any, time: float, clean_H: Any) -> Any:
         seen.append((x_t_HA.copy(), time, clean_H.copy()))
-        return real(self, cache, state_J, x_t_HA, time, clean_H)
+        return real(self, cache, state_S, x_t_HA, time, clean_H)
 
     monkeypatch.setattr(OnnxEngine, "velocity", look)
     found = denoise(bundle, Guide(given, weight_H, True, 0.0))
@@ -80,7 +80,7 @@ def test_a_condition_becomes_relative_to_the_new_observation(bundle: Bundle) -> 
     observation = demo_observation()
     chunk = policy.infer(observation, TEXT, 0)
     moved = demo_observation()
-    moved.state_J[:] += 0.05
-    guide = policy.guide(Condition(chunk.position_HJ, np.ones(HORIZON), True), moved)
+    moved.state_S[:] += 0.05
+    guide = policy.guide(Condition(chunk.position_HJ, chunk.velocity_HJ, np.ones(HORIZON), True), moved)
     again = policy.decode(guide.action_HA, moved)
     np.testing.assert_allclose(again.position_HJ, chunk.position_HJ, atol=1e-5)

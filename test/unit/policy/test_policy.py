@@ -14,6 +14,7 @@ from support.bundles import (
     both_ways_policy,
     demo_observation,
     demo_policy,
+    joint_fields,
     state_token_policy,
     write_test_bundle,
 )
@@ -49,14 +50,14 @@ def test_the_state_may_enter_as_text_and_as_token(both_bundle: Bundle) -> None:
     """Each of the two ways alone changes the chunk."""
     policy = Policy(both_bundle, OnnxEngine(both_bundle))
     given = make_model_input(both_bundle.manifest, both_bundle.tokenizer, demo_observation(), TEXT)
-    assert given.state_J is not None
-    moved_J = demo_observation().state_J + 0.1
+    assert given.state_S is not None
+    moved_J = demo_observation().state_S + 0.1
     moved = make_model_input(
-        both_bundle.manifest, both_bundle.tokenizer, dataclasses.replace(demo_observation(), state_J=moved_J), TEXT
+        both_bundle.manifest, both_bundle.tokenizer, dataclasses.replace(demo_observation(), state_S=moved_J), TEXT
     )
-    assert not np.array_equal(moved.tokens_L, given.tokens_L) and not np.array_equal(moved.state_J, given.state_J)
+    assert not np.array_equal(moved.tokens_L, given.tokens_L) and not np.array_equal(moved.state_S, given.state_S)
     chunks = [
-        policy.denoise(policy.prefill(text), policy.noise(0), token.state_J)
+        policy.denoise(policy.prefill(text), policy.noise(0), token.state_S)
         for text, token in ((given, given), (given, moved), (moved, given))
     ]
     assert not np.allclose(chunks[0], chunks[1]) and not np.allclose(chunks[0], chunks[2])
@@ -139,7 +140,7 @@ def test_noise_depends_only_on_seed_and_index(bundle: Bundle, target_HA: NDArray
 def test_actions_are_unnormalised_and_relative_ones_start_at_the_state(
     tmp_path: Path, target_HA: NDArray[np.float32]
 ) -> None:
-    joints = [joint.model_dump() for joint in demo_policy().joints]
+    joints = [joint_fields(axis) for axis in demo_policy().axes]
     joints[2]["relative"] = False
     policy = Policy(write_test_bundle(tmp_path / "mixed", demo_policy(joints=joints)), StraightFlow(target_HA))
     observation = demo_observation(stamp_ns=123)
@@ -147,10 +148,10 @@ def test_actions_are_unnormalised_and_relative_ones_start_at_the_state(
     for k in range(HORIZON):
         for j in range(7):
             span = 0.04 if j == 6 else 0.4
-            expected = float(target_HA[k, j]) * span + (0.0 if j == 2 else observation.state_J[j])
+            expected = float(target_HA[k, j]) * span + (0.0 if j == 2 else observation.state_S[j])
             assert chunk.position_HJ[k, j] == pytest.approx(expected, abs=1e-7)
     assert (chunk.start_ns, chunk.period_ns, chunk.due_ns(0)) == (123, 50_000_000, 123 + 50_000_000)
-    assert chunk.joints == policy.bundle.manifest.joint_names
+    assert chunk.joints == policy.bundle.manifest.axis_names
 
 
 def test_velocities_are_central_differences_of_the_path_from_the_state(
@@ -158,7 +159,7 @@ def test_velocities_are_central_differences_of_the_path_from_the_state(
 ) -> None:
     observation = demo_observation()
     chunk = Policy(bundle, StraightFlow(target_HA)).decode(target_HA, observation)
-    path = np.vstack([observation.state_J, chunk.position_HJ])
+    path = np.vstack([observation.state_S, chunk.position_HJ])
     assert chunk.velocity_HJ.shape == (HORIZON, 7)
     for k in range(HORIZON - 1):
         assert chunk.velocity_HJ[k] == pytest.approx((path[k + 2] - path[k]) / 0.1)
@@ -167,25 +168,27 @@ def test_velocities_are_central_differences_of_the_path_from_the_state(
 
 def test_a_joint_that_turns_without_end_takes_the_shortest_way(tmp_path: Path, target_HA: NDArray[np.float32]) -> None:
     """Its state may be some turns away from those that training saw: the model sees the same, and the arm goes on."""
-    joints = [joint.model_dump() | {"continuous": j in (0, 2)} for j, joint in enumerate(demo_policy().joints)]
+    joints = [joint_fields(axis) | {"continuous": j in (0, 2)} for j, axis in enumerate(demo_policy().axes)]
     joints[2]["relative"] = False
-    given = state_token_policy().model_copy(update={"joints": demo_policy(joints=joints).joints})
+    given = state_token_policy().model_copy(update={"robot": demo_policy(joints=joints).robot})
     policy = Policy(write_test_bundle(tmp_path / "turning", given), StraightFlow(target_HA))
     manifest, seen = policy.bundle.manifest, demo_observation()
     turns_J = 2 * np.pi * np.array([3, 0, -2, 0, 0, 0, 0])
-    moved = dataclasses.replace(seen, state_J=seen.state_J + turns_J)
-    np.testing.assert_allclose(state_token(manifest, moved.state_J), state_token(manifest, seen.state_J), atol=1e-6)
+    moved = dataclasses.replace(seen, state_S=seen.state_S + turns_J)
+    np.testing.assert_allclose(state_token(manifest, moved.state_S), state_token(manifest, seen.state_S), atol=1e-6)
     there, here = policy.decode(target_HA, moved), policy.decode(target_HA, seen)
     np.testing.assert_allclose(there.position_HJ, here.position_HJ + turns_J, atol=1e-6)
     np.testing.assert_allclose(there.velocity_HJ, here.velocity_HJ, atol=1e-6)
     np.testing.assert_allclose(
-        policy.encode(there.position_HJ, moved.state_J), policy.encode(here.position_HJ, seen.state_J), atol=1e-6
+        policy.encode(there.position_HJ, there.velocity_HJ, moved),
+        policy.encode(here.position_HJ, here.velocity_HJ, seen),
+        atol=1e-6,
     )
     # An absolute target just beyond pi, which training saw as just above -pi.
     high = np.float32(np.pi / 0.4)
     across_HA = np.zeros_like(target_HA)
     across_HA[:, 2] = [high * sign for sign in (0.99, -0.99)] * (HORIZON // 2)
-    near = dataclasses.replace(seen, state_J=np.where(np.arange(7) == 2, 3.0, seen.state_J))
+    near = dataclasses.replace(seen, state_S=np.where(np.arange(7) == 2, 3.0, seen.state_S))
     assert np.ptp(policy.decode(across_HA, near).position_HJ[:, 2]) == pytest.approx(0.02 * np.pi, abs=1e-6)
 
 
@@ -212,7 +215,7 @@ def plain_chunk(bundle: Bundle, given: ModelInput, noise_HA: NDArray[np.float32]
     cache = dict(
         zip(("keys", "values", "prefix_mask"), prefill.run(["keys", "values", "prefix_mask"], inputs), strict=True)
     )
-    state = {} if given.state_J is None else {"state": given.state_J}
+    state = {} if given.state_S is None else {"state": given.state_S}
     x_t_HA = noise_HA
     for step in range(steps):
         row_M = TimeTable(bundle.path / TIME, bundle.manifest.graph.modulation)[1 - step / steps]
@@ -234,20 +237,20 @@ def test_bound_buffers_give_what_plain_sessions_give(
         observation = demo_observation(seed=index)
         given = make_model_input(chosen.manifest, chosen.tokenizer, observation, instruction)
         expected_HA = plain_chunk(chosen, given, policy.noise(index), 10)
-        assert np.array_equal(policy.denoise(policy.prefill(given), policy.noise(index), given.state_J), expected_HA)
+        assert np.array_equal(policy.denoise(policy.prefill(given), policy.noise(index), given.state_S), expected_HA)
         chunk = policy.infer(observation, instruction, index)
         stats = chosen.manifest.action
-        absolute_HJ = unnormalize(expected_HA, stats.low, stats.high) + observation.state_J
+        absolute_HJ = unnormalize(expected_HA, stats.low, stats.high) + observation.state_S
         assert chunk.position_HJ == pytest.approx(absolute_HJ)
 
 
 def test_chunks_depend_on_images_instruction_and_state(bundle: Bundle) -> None:
     policy, observation = Policy(bundle, OnnxEngine(bundle)), demo_observation()
-    moved = dataclasses.replace(observation, state_J=observation.state_J + 0.2 * (np.arange(7) == 1))
+    moved = dataclasses.replace(observation, state_S=observation.state_S + 0.2 * (np.arange(7) == 1))
 
     def motion(instruction: str, observed: object = observation) -> NDArray[np.float64]:
         chunk = policy.infer(observed, instruction, 0)  # type: ignore[arg-type]
-        return chunk.position_HJ - observed.state_J  # type: ignore[attr-defined]
+        return chunk.position_HJ - observed.state_S  # type: ignore[attr-defined]
 
     reference = motion(TEXT)
     assert np.array_equal(motion(TEXT), reference)
@@ -405,15 +408,17 @@ def test_a_model_wider_than_the_robot_sees_zeros_after_the_joints(tmp_path: Path
         return real(cache, state_S, x_t_HA, *rest)  # type: ignore[arg-type]
 
     policy.engine.velocity = look  # type: ignore[assignment, method-assign]
-    running = np.tile(observation.state_J, (HORIZON, 1))
+    running = np.tile(observation.state_S, (HORIZON, 1))
     weight_H = (np.arange(HORIZON) < 3).astype(np.float64)
-    guide = policy.guide(Condition(running, weight_H, executor == "rtc_trained", 5.0), observation)
+    guide = policy.guide(
+        Condition(running, np.zeros_like(running), weight_H, executor == "rtc_trained", 5.0), observation
+    )
     assert guide.action_HA.shape == (HORIZON, 9) and not guide.action_HA[:, 7:].any()
-    actions_HA = policy.denoise(policy.prefill(given), policy.noise(0), given.state_J, guide)
+    actions_HA = policy.denoise(policy.prefill(given), policy.noise(0), given.state_S, guide)
     state_S, x_t_HA = seen[0], seen[1]
-    assert state_S.shape == (9,) and not state_S[7:].any() and np.array_equal(state_S[:7], given.state_J)
+    assert state_S.shape == (9,) and not state_S[7:].any() and np.array_equal(state_S[:7], given.state_S)
     assert x_t_HA.shape == (HORIZON, 9) and np.abs(x_t_HA[3:, 7:]).min() > 0, "noise in all dimensions"
     chunk = policy.decode(actions_HA, observation)
     low, high = np.array(wide.manifest.action.low), np.array(wide.manifest.action.high)
-    expected = (actions_HA[:, :7] + 1.0) / 2.0 * (high - low) + low + observation.state_J
+    expected = (actions_HA[:, :7] + 1.0) / 2.0 * (high - low) + low + observation.state_S
     assert chunk.position_HJ == pytest.approx(expected)

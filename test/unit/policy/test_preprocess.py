@@ -166,8 +166,8 @@ def test_model_input_of_the_demo(tokenizer: Tokenizer) -> None:
         pixels = resize_with_pad(observation.frames[camera].rgb_HWC, 96)
         assert np.array_equal(made.images_VCHW[v], images_to_input(pixels))
     assert made.image_mask_V.tolist() == [True, True]
-    assert made.state_J is None
-    bins = [int((x + 3.1) / 6.2 * 256) for x in observation.state_J[:-1]] + [0]
+    assert made.state_S is None
+    bins = [int((x + 3.1) / 6.2 * 256) for x in observation.state_S[:-1]] + [0]
     expected = tokenize(tokenizer, render_prompt(DEMO_PROMPT, "touch the red cube", bins), 32)
     assert np.array_equal(made.tokens_L, expected[0]) and np.array_equal(made.token_mask_L, expected[1])
 
@@ -175,9 +175,9 @@ def test_model_input_of_the_demo(tokenizer: Tokenizer) -> None:
 def test_a_state_token_is_normalised_and_leaves_the_prompt_alone(tokenizer: Tokenizer) -> None:
     policy, observation = state_token_policy(), demo_observation()
     made = make_model_input(policy, tokenizer, observation, "touch the red cube")
-    assert made.state_J is not None and made.state_J.dtype == np.float32
-    assert made.state_J == pytest.approx([*(observation.state_J[:-1] / 3.1), -1.0], rel=1e-6)
-    other = dataclasses.replace(observation, state_J=observation.state_J + 0.1)
+    assert made.state_S is not None and made.state_S.dtype == np.float32
+    assert made.state_S == pytest.approx([*(observation.state_S[:-1] / 3.1), -1.0], rel=1e-6)
+    other = dataclasses.replace(observation, state_S=observation.state_S + 0.1)
     assert np.array_equal(make_model_input(policy, tokenizer, other, "touch the red cube").tokens_L, made.tokens_L)
 
 
@@ -195,7 +195,7 @@ def test_an_absent_camera_is_masked_if_optional_and_refused_if_not(tokenizer: To
 @pytest.mark.parametrize("state", [np.zeros(6), np.zeros((7, 1)), np.array([0, 0, 0, np.nan, 0, 0, 0])])
 @pytest.mark.parametrize("policy", [demo_policy(), state_token_policy()], ids=["text", "token"])
 def test_a_wrong_state_is_refused(tokenizer: Tokenizer, policy: object, state: np.ndarray) -> None:
-    observation = dataclasses.replace(demo_observation(), state_J=state)
+    observation = dataclasses.replace(demo_observation(), state_S=state)
     with pytest.raises(InputError, match="joint state: expected"):
         make_model_input(policy, tokenizer, observation, "touch the red cube")
 
@@ -250,7 +250,7 @@ def test_every_demo_instruction_is_known(tokenizer: Tokenizer) -> None:
 def test_the_longest_input_fills_every_camera_and_token() -> None:
     manifest = load_bundle(ROOT / "models" / "bench").manifest
     given = longest_input(manifest, manifest.graph.vocab_size)
-    assert given.image_mask_V.all() and given.token_mask_L.all() and given.state_J is not None
+    assert given.image_mask_V.all() and given.token_mask_L.all() and given.state_S is not None
     assert given.tokens_L.max() < manifest.graph.vocab_size
     assert given.images_VCHW.shape == (3, 3, 224, 224) and given.images_VCHW.dtype == np.float32
 

@@ -63,7 +63,7 @@ def test_page_stands_alone_and_is_well_formed() -> None:
     assert page.faults == [] and page.fetched == []
     assert not re.search(r"url\(|@import|https?://", content)
     assert "replay <kitchen> & co" in page.text  # escaped once, not twice
-    for name in (*spec.joint_names, "camera.wrist", "12 ms, fixed"):
+    for name in (*spec.axis_names, "camera.wrist", "12 ms, fixed"):
         assert name in page.text
 
 

@@ -9,7 +9,7 @@ from support import ROOT
 
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.robot.robot import JointSpec, find_robot, read_robot
+from ki_vla_ros.robot.robot import find_robot, read_robot
 from ki_vla_ros.sim.world import World
 
 EXAMPLE = find_robot("imported_arm")
@@ -17,15 +17,15 @@ EXAMPLE = find_robot("imported_arm")
 
 def test_the_demo_arm_agrees_with_the_shipped_bundle() -> None:
     robot, manifest = read_robot(find_robot("demo_arm")), load_bundle(ROOT / "models/demo").manifest
-    for field in ("cameras", "joints", "horizon", "action_period_s"):
-        assert getattr(robot, field) == getattr(manifest, field), field
+    for field in ("cameras", "axes", "signals", "horizon", "action_period_s"):
+        assert getattr(robot, field) == getattr(manifest.robot, field), field
 
 
 def test_the_demo_arm_agrees_with_the_simulator() -> None:
     robot, world = read_robot(find_robot("demo_arm")), World(render=False)
-    assert robot.joint_names == world.joints
-    np.testing.assert_array_equal([joint.lower for joint in robot.joints], world.lower_J)
-    np.testing.assert_array_equal([joint.upper for joint in robot.joints], world.upper_J)
+    assert robot.axis_names == world.joints
+    np.testing.assert_array_equal([joint.lower for joint in robot.axes], world.lower_J)
+    np.testing.assert_array_equal([joint.upper for joint in robot.axes], world.upper_J)
 
 
 def test_a_robot_is_found_by_name_or_by_path(tmp_path: Path) -> None:
@@ -37,7 +37,8 @@ def test_a_robot_is_found_by_name_or_by_path(tmp_path: Path) -> None:
         find_robot("nobody")
 
 
-JOINT = {"name": "a", "unit": "rad", "lower": -1.0, "upper": 1.0, "max_velocity": 1.0, "relative": True}
+JOINT = {"name": "a", "kind": "joint_position", "unit": "rad"}
+ACTION = JOINT | {"lower": -1.0, "upper": 1.0, "max_velocity": 1.0, "output": "arm"}
 
 
 @pytest.mark.parametrize(
@@ -46,10 +47,10 @@ JOINT = {"name": "a", "unit": "rad", "lower": -1.0, "upper": 1.0, "max_velocity"
         ({"horizon": 1}, r"horizon: Input should be greater than or equal to 2, got 1"),
         ({"action_period_s": 0}, r"action_period_s: Input should be greater than or equal to 0.001, got 0"),
         ({"gripper": "left"}, r"gripper: Extra inputs are not permitted, got 'left'"),
-        ({"joints": []}, r"joints: Tuple should have at least 1 item"),
-        ({"joints": [JOINT, JOINT]}, r"joints: expected distinct names, got \['a', 'a'\]"),
-        ({"joints": [JOINT | {"upper": -1.0}]}, r"joints\.0: joint 'a': expected lower < upper, got -1\.0 and -1\.0"),
-        ({"joints": [JOINT | {"unit": "deg"}]}, r"joints\.0\.unit: Input should be 'rad' or 'm', got 'deg'"),
+        ({"actions": []}, r"actions: Tuple should have at least 1 item"),
+        ({"actions": [ACTION, ACTION]}, r"actions: expected distinct names, got \['a', 'a'\]"),
+        ({"actions": [ACTION | {"upper": -1.0}]}, r"actions\.0: 'a': expected lower < upper, got -1\.0 and -1\.0"),
+        ({"state": [JOINT | {"unit": "m/s"}]}, r"state\.0: 'a': unit: expected rad or m for joint_position, got m/s"),
         ({"cameras": [{"name": "a", "optional": True}]}, r"cameras: expected at least one required camera"),
     ],
 )
@@ -70,19 +71,8 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
             read_robot(path)
 
 
-def test_continuous_is_written_only_where_it_is_said() -> None:
-    """Old files stay as they are, and what is written for other joints can be read by old readers."""
-    joint = read_robot(find_robot("demo_arm")).joints[0]
-    assert not joint.continuous and "continuous" not in joint.model_dump()
-    assert "continuous" not in joint.model_dump_json()
-    turning = joint.model_copy(update={"continuous": True})
-    assert JointSpec.model_validate_json(turning.model_dump_json()) == turning
-    with pytest.raises(ValueError, match="joint 'shoulder_pan': expected unit rad for a continuous joint, got m"):
-        JointSpec.model_validate(turning.model_dump() | {"unit": "m"})
-
-
 def test_a_urdf_may_say_that_a_joint_turns_without_end() -> None:
     bundle = load_bundle(ROOT / "models/demo")
     urdf = '<robot><joint name="forearm_roll" type="continuous"/></robot>'
-    marked = [joint.name for joint in bundle.on_robot(urdf).manifest.joints if joint.continuous]
+    marked = [joint.name for joint in bundle.on_robot(urdf).manifest.axes if joint.continuous]
     assert marked == ["forearm_roll"] and bundle.on_robot("") is bundle

@@ -35,7 +35,7 @@ def test_a_tick_sends_what_is_left_of_the_policys_chunk(rig: Rig) -> None:
     assert chunk.start_ns == START - 60 * MS
     # It takes over, from where the arm is, when the controller has had the time to get there.
     assert sent_ns == START and START + 160 * MS < command.from_ns < START + 190 * MS
-    np.testing.assert_array_equal(command.position_NJ[0], demo_observation().state_J)
+    np.testing.assert_array_equal(command.position_NJ[0], demo_observation().state_S)
     for k in range(14, 16):  # until then it makes up for the wait
         np.testing.assert_allclose(command.at(chunk.due_ns(k))[0], chunk.position_HJ[k], atol=5e-3)
     np.testing.assert_array_equal(command.velocity_NJ[-1], 0.0)
@@ -81,7 +81,7 @@ def test_inference_slower_than_the_chunk_is_refused(rig: Rig, monkeypatch: pytes
 
     def slow(*arguments: object) -> ActionChunk:
         rig.wire.time_ns += 900 * MS
-        rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, demo_observation().state_J))
+        rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, demo_observation().state_S))
         return decode(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(rig.policy, "decode", slow)
@@ -229,7 +229,7 @@ def test_the_backbone_may_run_less_often_than_the_expert(dual_rig: Rig) -> None:
     for n in range(7):
         if n % 3 == 0:
             rig.give_inputs()
-        moved_J = demo_observation().state_J + n * step_J
+        moved_J = demo_observation().state_S + n * step_J
         rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, moved_J))
         _, watch = rig.tick()
         ran += "P" if "prefill" in watch.stage_ms else "-"
@@ -238,9 +238,9 @@ def test_the_backbone_may_run_less_often_than_the_expert(dual_rig: Rig) -> None:
     assert ran == "P--P--P"
     spec = rig.policy.bundle.manifest
     given = make_model_input(spec, rig.policy.bundle.tokenizer, demo_observation(), TASK)
-    token_J = state_token(spec, demo_observation().state_J + 5 * step_J)
+    token_J = state_token(spec, demo_observation().state_S + 5 * step_J)
     actions_HA = rig.policy.denoise(rig.policy.prefill(given), rig.policy.noise(5), token_J)
-    moved = dataclasses.replace(demo_observation(), state_J=demo_observation().state_J + 5 * step_J)
+    moved = dataclasses.replace(demo_observation(), state_S=demo_observation().state_S + 5 * step_J)
     np.testing.assert_array_equal(rig.wire.chunks[5].position_HJ, rig.policy.decode(actions_HA, moved).position_HJ)
 
 

@@ -16,7 +16,7 @@ from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import EngineError, SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
 from ki_vla_ros.runtime.governor import MOST_PERIODS, MOVED_MOST, START_GAP_S, Bounds, Governor
-from ki_vla_ros.runtime.safety import extremes, joint_bounds
+from ki_vla_ros.runtime.safety import axis_bounds, extremes
 
 
 def test_a_stale_input_brings_the_arm_to_rest_once_and_it_continues_afterwards(rig: Rig) -> None:
@@ -26,7 +26,7 @@ def test_a_stale_input_brings_the_arm_to_rest_once_and_it_continues_afterwards(r
         else:
             rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, rest_J + 0.001 * n))
 
-    rest_J = demo_observation().state_J
+    rest_J = demo_observation().state_S
 
     rig.run_ticks(7, before)
     holds = [tick["hold"] for tick in rig.wire.ticks]
@@ -46,7 +46,7 @@ def test_a_hold_brakes_on_the_commanded_path(rig: Rig, joints_lost: bool) -> Non
         if n == 0:
             rig.give_inputs()
         elif not joints_lost:
-            rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, demo_observation().state_J + 0.01 * n))
+            rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, demo_observation().state_S + 0.01 * n))
 
     rig.run_ticks(4, before)
     running, _ = rig.wire.commands[2]
@@ -114,7 +114,7 @@ def test_the_watchdog_holds_an_arm_without_fresh_chunks(rig: Rig) -> None:
     rig.loop.watch()
     assert len(rig.wire.commands) == 1
     rig.wire.time_ns += 501 * MS  # hold_after_s is half a second; the chunk's motion lasts longer
-    rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, demo_observation().state_J))
+    rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, demo_observation().state_S))
     rig.loop.watch()
     rig.loop.watch()
     assert len(rig.wire.commands) == 2
@@ -191,14 +191,14 @@ def test_a_dry_run_is_not_what_the_arm_was_told(rig: Rig) -> None:
     rig.give_inputs()
     rig.tick()
     assert rig.wire.commands[2][0].from_ns > rig.wire.time_ns
-    np.testing.assert_allclose(rig.wire.commands[2][0].position_NJ[0], demo_observation().state_J, atol=MOVED_MOST)
+    np.testing.assert_allclose(rig.wire.commands[2][0].position_NJ[0], demo_observation().state_S, atol=MOVED_MOST)
 
 
 def test_speed_limits_rise_after_activation(rig: Rig) -> None:
     rig.change(**{"ramp_in_s": 1.0, "limits.velocity_scale": 0.2, "limits.max_jump_s": 10.0})
     rig.loop.adopt(rig.settings)
     rig.run_ticks(12, lambda n: rig.give_inputs())
-    limit_J = 0.2 * np.array([joint.max_velocity for joint in rig.policy.bundle.manifest.joints])
+    limit_J = 0.2 * np.array([joint.max_velocity for joint in rig.policy.bundle.manifest.axes])
     first_ns, shares = rig.wire.commands[0][1], []
     for motion, sent_ns in rig.wire.commands[:-1]:
         shares.append(float((np.abs(motion.velocity_NJ) / limit_J).max()))
@@ -206,17 +206,17 @@ def test_speed_limits_rise_after_activation(rig: Rig) -> None:
     assert len(shares) > 5 and shares[-1] > 0.9
 
 
-def give_state(rig: Rig, state_J: NDArray[np.float64]) -> None:
+def give_state(rig: Rig, state_S: NDArray[np.float64]) -> None:
     for frame in demo_observation(rig.wire.time_ns).frames.values():
         rig.buffer.add_frame(frame)
-    rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, state_J))
+    rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, state_S))
 
 
 ONE = np.array([1, 0, 0, 0, 0, 0, 0])
 
 
 def limits_of(rig: Rig) -> Bounds:
-    return joint_bounds(rig.policy.bundle.manifest.joints, rig.settings.limits)
+    return axis_bounds(rig.policy.bundle.manifest.axes, rig.settings.limits)
 
 
 def assert_reached_within_limits(rig: Rig, controller_J: NDArray[np.float64], motion: Motion, now_ns: int) -> None:
@@ -272,11 +272,11 @@ def test_the_first_motion_waits_for_a_controller_that_is_a_little_elsewhere(rig:
     rig.give_inputs()
     rig.tick()
     ((motion, now_ns),) = rig.wire.commands
-    state_J = demo_observation().state_J
-    np.testing.assert_array_equal(motion.position_NJ[0], state_J)
+    state_S = demo_observation().state_S
+    np.testing.assert_array_equal(motion.position_NJ[0], state_S)
     off_J = limits_of(rig).speed_J * START_GAP_S
     for sign in (-1, 1):
-        assert_reached_within_limits(rig, state_J + sign * off_J, motion, now_ns)
+        assert_reached_within_limits(rig, state_S + sign * off_J, motion, now_ns)
 
 
 @pytest.mark.parametrize("moved_rad, held", [(0.0, False), (0.8, False), (1.0, True)])
@@ -300,7 +300,7 @@ def test_an_arm_put_elsewhere_does_not_start_from_an_old_hold(rig: Rig, mode: st
     """A simulator is reset, or an arm is moved by hand, between deactivation and activation."""
     rig.run_ticks(2, lambda n: rig.give_inputs())
     hold, _ = rig.wire.commands[-1]
-    elsewhere_J = demo_observation().state_J + 0.3 * ONE
+    elsewhere_J = demo_observation().state_S + 0.3 * ONE
     count, rig.wire.ticks[:] = len(rig.wire.commands), []
     rig.wire.time_ns = hold.end_ns + 1 * MS
     rig.change(**{"limits.max_jump_s": 10.0, "publish_mode": mode})
@@ -481,7 +481,7 @@ def test_a_change_of_limits_that_is_no_range_holds_the_arm(rig: Rig) -> None:
     """The node refuses such a parameter; should one get here all the same, it must not count as in force."""
     rig.give_inputs()
     rig.tick()
-    joint = rig.policy.bundle.manifest.joint_names[0]
+    joint = rig.policy.bundle.manifest.axis_names[0]
     rig.change(**{f"limits.joints.{joint}.lower": 5.0})
     for n in range(3):
         rig.wire.time_ns += 100 * MS

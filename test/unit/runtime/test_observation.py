@@ -10,7 +10,7 @@ import pytest
 
 from ki_vla_ros.errors import InputError, StaleInput
 from ki_vla_ros.records import CameraFrame, JointReading
-from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.robot import Axis
 from ki_vla_ros.runtime.observation import FRAMES_KEPT, CameraSource, ObservationBuffer
 
 MS = 1_000_000
@@ -161,7 +161,7 @@ def test_only_the_newest_frames_are_kept() -> None:
 
 def test_joint_state_is_interpolated_to_the_frames_time() -> None:
     observation = filled([9947.5], [9950]).observe(NOW, MAX_AGE, SLOP)
-    np.testing.assert_allclose(observation.state_J, [9.9475, -9.9475], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(observation.state_S, [9.9475, -9.9475], rtol=0, atol=1e-12)
 
 
 def test_a_joint_state_at_the_frames_stamp_is_taken_whatever_came_before() -> None:
@@ -170,12 +170,12 @@ def test_a_joint_state_at_the_frames_stamp_is_taken_whatever_came_before() -> No
         buffer.add_frame(frame(name, 9950))
     buffer.add_joints(reading(9000, 0.0, 0.0))
     buffer.add_joints(reading(9950, 1.0, 2.0))
-    np.testing.assert_array_equal(buffer.observe(NOW, MAX_AGE, SLOP).state_J, [1.0, 2.0])
+    np.testing.assert_array_equal(buffer.observe(NOW, MAX_AGE, SLOP).state_S, [1.0, 2.0])
 
 
 def test_joint_state_is_not_extrapolated() -> None:
     observation = filled([9996], [9996]).observe(NOW, MAX_AGE, SLOP)
-    np.testing.assert_array_equal(observation.state_J, [9.99, -9.99])
+    np.testing.assert_array_equal(observation.state_S, [9.99, -9.99])
 
 
 def test_joint_state_must_reach_back_to_the_frames() -> None:
@@ -278,7 +278,7 @@ def test_one_thread_at_a_time(use: Callable[[ObservationBuffer], object]) -> Non
 def test_degrees_are_told_from_radians() -> None:
     rows = (("arm", "rad", -1.0, 1.0), ("gripper", "m", 0.0, 0.04))
     joints = [
-        JointSpec(name=name, unit=unit, lower=low, upper=high, max_velocity=9.0, relative=True)  # type: ignore[arg-type]
+        Axis(kind="joint", name=name, unit=unit, lower=low, upper=high, max_velocity=9.0, relative=True)  # type: ignore[arg-type]
         for name, unit, low, high in rows
     ]
     buffer = ObservationBuffer([CameraSource("scene", "/scene")], ("arm", "gripper"), "/joint_states", joints)

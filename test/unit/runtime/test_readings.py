@@ -9,19 +9,19 @@ import pytest
 
 from ki_vla_ros.errors import InputError, StaleInput
 from ki_vla_ros.records import CameraFrame, JointReading
-from ki_vla_ros.robot import JointSpec
+from ki_vla_ros.robot import Axis
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 
 MS = 1_000_000
 NOW = 1_000_000 * MS
 NAMES = ("a", "b", "c")
 JOINTS = tuple(
-    JointSpec(name=name, unit="rad", lower=-3.2, upper=3.2, max_velocity=2.0, relative=True) for name in NAMES
+    Axis(kind="joint", name=name, unit="rad", lower=-3.2, upper=3.2, max_velocity=2.0, relative=True) for name in NAMES
 )
 REAL, ZERO = (1.0, -1.5, 2.0), (0.0, 0.0, 0.0)
 
 
-def make_buffer(*joints: JointSpec) -> ObservationBuffer:
+def make_buffer(*joints: Axis) -> ObservationBuffer:
     joints = joints or JOINTS
     return ObservationBuffer([CameraSource("scene", "/scene")], [j.name for j in joints], "/joint_states", joints)
 
@@ -137,7 +137,7 @@ def test_no_reach_is_known_without_the_joints() -> None:
 
 def test_an_open_gripper_is_no_other_unit() -> None:
     """Open in 5 % of the training data: quantiles ended at 1 mm. What lies within the limits is never refused."""
-    gripper = JointSpec(name="a", unit="m", lower=0.0, upper=0.08, max_velocity=0.4, relative=False)
+    gripper = Axis(kind="joint", name="a", unit="m", lower=0.0, upper=0.08, max_velocity=0.4, relative=False)
     for position in (0.0, 0.04, 0.08):
         assert add(make_buffer(gripper), 0, position)
     buffer = make_buffer(gripper)
@@ -150,15 +150,17 @@ def test_an_open_gripper_is_no_other_unit() -> None:
 # --- joints that turn without end
 
 
-def turning(continuous: bool) -> JointSpec:
-    return JointSpec(name="a", unit="rad", lower=-10, upper=10, max_velocity=2.0, relative=True, continuous=continuous)
+def turning(continuous: bool) -> Axis:
+    return Axis(
+        kind="joint", name="a", unit="rad", lower=-10, upper=10, max_velocity=2.0, relative=True, continuous=continuous
+    )
 
 
 def test_a_continuous_joint_is_interpolated_the_shortest_way_round() -> None:
     buffer = make_buffer(turning(True))
     assert add(buffer, 0, 3.13) and add(buffer, 20, -3.13)
     buffer.add_frame(CameraFrame("scene", NOW + 10 * MS, np.zeros((1, 1, 3), np.uint8)))
-    assert buffer.observe(NOW + 20 * MS, 250 * MS, 50 * MS).state_J[0] == pytest.approx(np.pi)
+    assert buffer.observe(NOW + 20 * MS, 250 * MS, 50 * MS).state_S[0] == pytest.approx(np.pi)
     assert where(buffer, 20)[0] == pytest.approx(2 * np.pi - 3.13)
     for n in range(2000):  # three turns later
         assert add(buffer, 30 + 10 * n, (3.15 + 0.01 * n + np.pi) % (2 * np.pi) - np.pi)

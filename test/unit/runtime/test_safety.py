@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.errors import ConfigurationError, EmergencyStop, SafetyRefusal
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
-from ki_vla_ros.robot.robot import JointSpec
+from ki_vla_ros.robot.axes import Axis
 from ki_vla_ros.runtime.governor import Governor
-from ki_vla_ros.runtime.safety import SafetyGate, extremes, joint_bounds
+from ki_vla_ros.runtime.safety import SafetyGate, axis_bounds, extremes
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.sim.demonstrator import Demonstrator
 from ki_vla_ros.sim.task import sample_scene
@@ -26,8 +26,8 @@ from ki_vla_ros.sim.world import JOINTS as SIM_JOINTS
 MS = 1_000_000
 PERIOD = 50 * MS
 NOW = 5_000 * MS
-ARM = JointSpec(name="arm", unit="rad", lower=-2.0, upper=2.0, max_velocity=1.0, relative=True)
-GRIPPER = JointSpec(name="gripper", unit="m", lower=0.0, upper=0.04, max_velocity=0.1, relative=True)
+ARM = Axis(kind="joint", name="arm", unit="rad", lower=-2.0, upper=2.0, max_velocity=1.0, relative=True)
+GRIPPER = Axis(kind="joint", name="gripper", unit="m", lower=0.0, upper=0.04, max_velocity=0.1, relative=True)
 JOINTS = (ARM, GRIPPER)
 REST = np.array([0.0, 0.02])
 
@@ -36,7 +36,7 @@ Screened = tuple[ActionChunk, tuple[str, ...]]
 
 def gate_of(**limits: Any) -> SafetyGate:
     chosen = settings_from_parameters({f"limits.{name}": value for name, value in limits.items()}).limits
-    return SafetyGate(JOINTS, chosen, joint_bounds(JOINTS, chosen))
+    return SafetyGate(JOINTS, chosen, axis_bounds(JOINTS, chosen))
 
 
 def chunk_of(position_HJ: NDArray[np.float64], velocity_HJ: NDArray[np.float64] | None = None) -> ActionChunk:
@@ -72,7 +72,7 @@ def test_bounds_are_the_tightest_of_bundle_urdf_and_settings() -> None:
     chosen = settings_from_parameters(
         {"limits.velocity_scale": 0.5, "limits.joints.gripper.upper": 0.03, "limits.joints.arm.acceleration": 2.0}
     ).limits
-    bounds = joint_bounds(JOINTS, chosen, urdf)
+    bounds = axis_bounds(JOINTS, chosen, urdf)
     np.testing.assert_allclose(bounds.lower_J, [-1.5, 0.0])
     np.testing.assert_allclose(bounds.upper_J, [2.0, 0.03])
     np.testing.assert_allclose(bounds.speed_J, [0.4, 0.05])
@@ -82,7 +82,7 @@ def test_bounds_are_the_tightest_of_bundle_urdf_and_settings() -> None:
 def test_limits_that_leave_no_range_are_refused() -> None:
     chosen = settings_from_parameters({"limits.joints.gripper.lower": 0.05}).limits
     with pytest.raises(ConfigurationError, match=r"joint 'gripper': bundle, URDF and limits.joints leave no range"):
-        joint_bounds(JOINTS, chosen)
+        axis_bounds(JOINTS, chosen)
 
 
 # --- what the policy asks for
@@ -99,11 +99,11 @@ def test_clean_demonstrations_are_not_flagged() -> None:
     world = World(render=False)
     units = ["m" if name == "gripper" else "rad" for name in SIM_JOINTS]
     joints = tuple(
-        JointSpec(name=n, unit=u, lower=lo, upper=hi, max_velocity={"rad": 3.0, "m": 0.2}[u], relative=True)  # type: ignore[arg-type]
+        Axis(kind="joint", name=n, unit=u, lower=lo, upper=hi, max_velocity={"rad": 3.0, "m": 0.2}[u], relative=True)  # type: ignore[arg-type]
         for n, u, lo, hi in zip(SIM_JOINTS, units, world.lower_J, world.upper_J, strict=True)
     )
     chosen = settings_from_parameters({}).limits
-    gate = SafetyGate(joints, chosen, joint_bounds(joints, chosen))
+    gate = SafetyGate(joints, chosen, axis_bounds(joints, chosen))
     flagged = judged = 0
     worst = 0.0
     for seed in range(60):
@@ -328,9 +328,9 @@ def test_extremes_are_those_of_the_sampled_curve(
 @pytest.mark.parametrize("at_rad, period_ms", [(1e5, 2), (1e6, 2), (1e6, 20), (1e8, 20), (9e8, 200)])
 def test_the_rounding_of_large_positions_is_no_acceleration(at_rad: float, period_ms: int) -> None:
     """A wheel that has turned for a year still turns; one per cent too much acceleration shows at 1e6 rad, too."""
-    joints = (ARM.model_copy(update={"lower": -1e9, "upper": 1e9}),)
+    joints = (replace(ARM, lower=-1e9, upper=1e9),)
     limits = settings_from_parameters({}).limits
-    gate = SafetyGate(joints, limits, joint_bounds(joints, limits))
+    gate = SafetyGate(joints, limits, axis_bounds(joints, limits))
     start_J, bounds = np.array([at_rad]), gate.bounds
     path_HJ = start_J + np.cumsum(np.random.default_rng(0).normal(0.0, 0.05, (16, 1)), axis=0)
     chunk = ActionChunk(NOW, PERIOD, ("arm",), path_HJ, np.gradient(path_HJ, 0.05, axis=0))

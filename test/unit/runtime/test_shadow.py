@@ -13,7 +13,7 @@ from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import ActionChunk, JointReading
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.ticks import Prediction, Tick
-from ki_vla_ros.robot.robot import JointSpec
+from ki_vla_ros.robot.axes import Axis
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.settings import ReferenceName
 
@@ -24,7 +24,9 @@ NAMES = ("shoulder", "slide")
 def compare(reference: ReferenceName = "joint_states") -> ShadowComparison:
     limits: dict[str, Any] = {"lower": -3.0, "upper": 3.0, "max_velocity": 1.0, "relative": False}
     units = dict(zip(NAMES, ("rad", "m"), strict=True))
-    return ShadowComparison([JointSpec(name=name, unit=unit, **limits) for name, unit in units.items()], reference)
+    return ShadowComparison(
+        [Axis(kind="joint", name=name, unit=unit, **limits) for name, unit in units.items()], reference
+    )
 
 
 def chunk(start_ns: int, position_HJ: Any) -> ActionChunk:
@@ -100,9 +102,9 @@ def test_a_clock_that_is_set_back_starts_again() -> None:
 def test_the_figures_equal_those_of_a_replay() -> None:
     manifest, horizon = demo_policy(), 16
     rng = np.random.default_rng(0)
-    shadow = ShadowComparison(manifest.joints, "joint_states")
+    shadow = ShadowComparison(manifest.axes, "joint_states")
     figures = Figures(manifest, "", 0.0, seed=0)
-    names = tuple(joint.name for joint in manifest.joints)
+    names = tuple(joint.name for joint in manifest.axes)
     for k in range(600):
         shadow.add_joints(JointReading(k * 10 * MS, names, np.full(len(names), k * 0.01)))
     for n in range(4):

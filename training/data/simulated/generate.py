@@ -278,7 +278,7 @@ def fingerprint(folder: Path) -> str:
 
 def check_robot(robot: Robot) -> None:
     """ConfigurationError unless the robot file describes the arm that the simulator moves."""
-    for what, expected, got in (("cameras", CAMERAS, robot.camera_names), ("joints", JOINTS, robot.joint_names)):
+    for what, expected, got in (("cameras", CAMERAS, robot.camera_names), ("joints", JOINTS, robot.axis_names)):
         if got != expected:
             raise ConfigurationError(
                 f"simulated data for robot {robot.name!r}: {what}: expected {', '.join(expected)} (the simulated "

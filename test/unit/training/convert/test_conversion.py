@@ -70,12 +70,12 @@ def test_a_state_between_two_readings_lies_on_the_line_between_them(tmp_path: Pa
     ]
     dataset = convert(tmp_path, messages)
     columns = dataset.columns(dataset.episodes[0])
-    for stamp_ns, state_J in zip(columns["stamp_ns"].tolist(), columns["observation.state"], strict=True):
+    for stamp_ns, state_S in zip(columns["stamp_ns"].tolist(), columns["observation.state"], strict=True):
         before_s = (stamp_ns - START_NS) // (20 * MS) * 0.02
         share = (stamp_ns - START_NS) / NS_PER_S / 0.02 % 1.0
         assert min(abs(share - 0.2), abs(share - 0.7)) < 1e-6
         expected = (1 - share) * where(before_s) + share * where(before_s + 0.02)
-        np.testing.assert_allclose(state_J, expected, atol=1e-7)
+        np.testing.assert_allclose(state_S, expected, atol=1e-7)
 
 
 def test_commanded_actions_are_what_the_controller_was_told_for_one_period_later(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ def picture(episode: int, i: int, camera: str) -> np.ndarray:
 
 
 def frame(episode: int, i: int) -> Frame:
-    state_J = np.array([episode + 0.1 * i, -0.3 * i])
+    state_S = np.array([episode + 0.1 * i, -0.3 * i])
     images = {camera: picture(episode, i, camera) for camera in ("scene", "wrist")}
-    return Frame(1_790_000_000_000_000_000 + i, TASKS[episode][i], state_J, state_J + 0.01, images)
+    return Frame(1_790_000_000_000_000_000 + i, TASKS[episode][i], state_S, state_S + 0.01, images)
 
 
 def write(folder: Path, **how: Any) -> Path:
@@ -225,7 +225,7 @@ def test_full_files_and_folders_are_followed_by_new_ones(tmp_path: Path, monkeyp
         assert found == [f"{place}.{suffix}" for place in places], kind
     for episode in dataset.episodes:
         assert episode.row[f"videos/{WRIST}/from_timestamp"] == 0.0
-        states = [frame(episode.index, i).state_J for i in range(80)]
+        states = [frame(episode.index, i).state_S for i in range(80)]
         np.testing.assert_array_equal(dataset.columns(episode)["observation.state"], np.array(states, np.float32))
         for i, rgb_HWC in enumerate(dataset.images(episode, "wrist")):
             assert np.abs(rgb_HWC.astype(int) - picture(episode.index, i, "wrist")).mean() < 3

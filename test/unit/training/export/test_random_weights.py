@@ -77,7 +77,7 @@ def test_named_sizes_have_a_policy_and_a_tokenizer(name: str) -> None:
     assert low < weights < high
     policy = policy_spec(config, name, 3, PROMPT_LENGTH[name], 0)
     assert policy.state.as_token == (config.state_dim is not None) == (name == "pi0")
-    assert len(policy.joints) == config.action_dim
+    assert len(policy.axes) == config.action_dim
 
 
 @pytest.mark.parametrize("vocab_size", [450, 1024, pytest.param(257_152, marks=pytest.mark.slow)])

@@ -109,29 +109,29 @@ def test_from_download_to_robot(files: dict[str, Path], tmp_path: Path, kind: st
     bundle = load_bundle(tmp_path / "bundle")
     observation = observe()
     given = make_model_input(bundle.manifest, bundle.tokenizer, observation, "Pick up the red_cube")
-    normal = 2 * (observation.state_J + 1) / (2.25 + 1e-6) - 1
+    normal = 2 * (observation.state_S + 1) / (2.25 + 1e-6) - 1
     bins = " ".join(str(int(i)) for i in np.digitize(normal, np.linspace(-1, 1, 257)[:-1]) - 1)
     expected = {"pi0": "Pick up the red cube\n", "pi05": f"Task: Pick up the red cube, State: {bins};\nAction: "}[kind]
     assert bundle.tokenizer.decode(given.tokens_L[given.token_mask_L].tolist()) == "<bos>" + expected
     assert len(given.tokens_L) == {"pi0": 48, "pi05": 200}[kind]
     assert given.image_mask_V.tolist() == [True, True, False]
     if kind == "pi0":
-        assert given.state_J is not None
-        assert given.state_J == pytest.approx((observation.state_J - 0.1) / (0.5 + 1e-6), rel=1e-6)
+        assert given.state_S is not None
+        assert given.state_S == pytest.approx((observation.state_S - 0.1) / (0.5 + 1e-6), rel=1e-6)
     model = load_checkpoint(files["--out"]).eval()
     policy = Policy(bundle, OnnxEngine(bundle))
     arrays = (given.images_VCHW, given.image_mask_V, given.tokens_L, given.token_mask_L)
     with torch.no_grad():
         cache = model.prefill(*(torch.from_numpy(array)[None] for array in arrays))
         state = (
-            None if given.state_J is None else F.pad(torch.from_numpy(given.state_J), (0, WIDTH[kind] - JOINTS))[None]
+            None if given.state_S is None else F.pad(torch.from_numpy(given.state_S), (0, WIDTH[kind] - JOINTS))[None]
         )
         whole = model.sample_actions(cache, torch.from_numpy(policy.noise(0))[None], 10, state)[0].double().numpy()
     chunk = whole[:, :JOINTS]
     action = chunk * 0.5 + 0.1 if kind == "pi0" else (chunk + 1) / 2 * 2.25 - 1
-    relative = np.array([joint.relative for joint in bundle.manifest.joints])
+    relative = np.array([joint.relative for joint in bundle.manifest.axes])
     got = policy.infer(observation, "Pick up the red_cube", 0)
-    assert got.position_HJ == pytest.approx(action + relative * observation.state_J, abs=1e-3)
+    assert got.position_HJ == pytest.approx(action + relative * observation.state_S, abs=1e-3)
 
 
 def test_weights_keep_their_type_on_disk(files: dict[str, Path]) -> None:
@@ -218,9 +218,9 @@ def test_faults_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest
         assert not files["--out"].exists()
 
     original = files["--robot"].read_text()
-    joints = yaml.safe_load(original)["joints"]
-    edit(files["--robot"], joints=[joint | {"name": f"{arm}_{joint['name']}"} for arm in "ab" for joint in joints])
-    refused("robot: expected at most 12 joints, got 14")
+    actions = yaml.safe_load(original)["actions"]
+    edit(files["--robot"], actions=[action | {"name": f"{arm}_{action['name']}"} for arm in "ab" for action in actions])
+    refused("robot: expected at most 12 actions, got 14")
     edit(files["--robot"], speed=3)
     refused("speed: Extra inputs are not permitted")
     files["--robot"].write_text("a: [")
