@@ -57,7 +57,7 @@ class Frame:
 
     stamp_ns: int
     task: str
-    state_J: NDArray[np.float64]
+    state_S: NDArray[np.float64]
     action_J: NDArray[np.float64]
     images: Mapping[str, NDArray[np.uint8]]
     files: Mapping[str, bytes | None] = field(default_factory=dict)
@@ -344,11 +344,11 @@ class _Cutter:
                 self._gap("no action", f"no {self.actions} at {first.due_ns}")
             else:
                 frames, specs = first.observation.frames, self.sources.specs or ()
-                action_J = nearest_turn(action_J, first.observation.state_J, continuous(specs))
+                action_J = nearest_turn(action_J, first.observation.state_S, continuous(specs))
                 images = {name: frames[name].rgb_HWC for name in self.sources.cameras}
                 files = {name: frame.file for name, frame in frames.items() if isinstance(frame, RecordedImage)}
                 self._hand_on(
-                    Frame(first.observation.stamp_ns, first.task, first.observation.state_J, action_J, images, files)
+                    Frame(first.observation.stamp_ns, first.task, first.observation.state_S, action_J, images, files)
                 )
 
     def _forget(self, now_ns: int) -> None:

@@ -277,7 +277,7 @@ class DatasetWriter:
 
     def _add(self, frame: Frame) -> None:
         wanted = (sorted(self.videos), len(self.state_names), len(self.action_names))
-        got = (sorted(frame.images), len(frame.state_J), len(frame.action_J))
+        got = (sorted(frame.images), len(frame.state_S), len(frame.action_J))
         if wanted != got:
             raise InputError(
                 f"frame: expected cameras {wanted[0]}, {wanted[1]} numbers of state and {wanted[2]} of action, got "
@@ -289,7 +289,7 @@ class DatasetWriter:
         for name, rgb_HWC in frame.images.items():
             self.videos[name].add(rgb_HWC, frame.files.get(name))
             self._pixels[name].add(rgb_HWC)
-        row = {STATE: frame.state_J.astype(np.float32), ACTION: frame.action_J.astype(np.float32)}
+        row = {STATE: frame.state_S.astype(np.float32), ACTION: frame.action_J.astype(np.float32)}
         for name, value in {**row, STAMP: frame.stamp_ns}.items():
             self._columns[name].append(value)
         self._tasks.append(frame.task)
