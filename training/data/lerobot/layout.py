@@ -36,6 +36,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ki_vla_ros.errors import ConfigurationError, short_repr
 from ki_vla_ros.files import read_json
+from training.data.lerobot.tables import is_pointer
 
 VERSION: Final = "v3.0"
 CHUNK_FILE: Final = "chunk-{chunk_index:03d}/file-{file_index:03d}"
@@ -200,6 +201,10 @@ def read_info(folder: Path) -> Info:
             f"{path}: {where}: {first['msg']}, got {short_repr(first['input'])}{version}"
         ) from error
     except (OSError, ValueError) as error:
+        if is_pointer(path):
+            raise ConfigurationError(
+                f"{path}: expected a description, got git-lfs's pointer to it; run 'git lfs pull'"
+            ) from None
         raise ConfigurationError(
             f"{path}: expected the description of a dataset as JSON, got none ({error})"
         ) from error

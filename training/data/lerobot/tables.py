@@ -63,7 +63,7 @@ def read_rows(path: Path, name: str, first: int, count: int) -> Iterator[Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; ConfigurationError names the file, or the line that is none."""
     try:
-        lines = read_text(path, LARGEST_LINES).splitlines()
+        lines = read_text(path, LARGEST_LINES).split("\n")  # a JSON text may have other ends of lines in it
     except FileNotFoundError:
         raise ConfigurationError(f"dataset: expected {path}, found none; is the copy whole?") from None
     except (OSError, ValueError) as error:
@@ -83,7 +83,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file only says which file git-lfs would fetch."""
+    """Whether a file only says which one git-lfs would fetch."""
     try:
         with open_file(path) as file:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
