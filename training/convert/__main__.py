@@ -43,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     if arguments.command == "to-bag":
-        written = write_bag(Dataset(arguments.dataset), arguments.out)
-        print(f"{arguments.out}: {written} messages")
+        dataset = Dataset(arguments.dataset)
+        print(f"{arguments.out}: {write_bag(dataset, arguments.out)} messages")
+        for key, reason in dataset.ignored.items():
+            print(f"  not in it: {key}, {reason}")
     else:
         convert_bags(arguments)
     return ExitCode.FINE

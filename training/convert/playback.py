@@ -8,6 +8,7 @@ stamps, so they are the same again. Other datasets name neither: they get the to
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -53,9 +54,11 @@ class Topics:
         path = dataset.folder / SOURCE
         try:
             given = read_json(path)["topics"] if path.exists() else {"cameras": {}}
-            named = {camera: f"/camera/{camera}/image_raw" for camera in dataset.cameras} | given.pop("cameras")
+            named = {camera: name_topic(camera) for camera in dataset.cameras} | given.pop("cameras")
             compressed = {camera: f"{topic.removesuffix('/compressed')}/compressed" for camera, topic in named.items()}
             topics = cls(compressed, **given)
+            if len(set(compressed.values())) < len(compressed):
+                raise ValueError(f"two cameras on one topic among {', '.join(compressed.values())}")
             for name in (*compressed.values(), topics.joint_states, topics.instruction, topics.command):
                 resolve(name, "/convert")
             return topics
@@ -63,6 +66,12 @@ class Topics:
             raise ConfigurationError(
                 f"{path}: expected the topics of the bags, got something else ({error})"
             ) from error
+
+
+def name_topic(camera: str) -> str:
+    """The topic of a foreign dataset's camera, which may be called as no topic may."""
+    word = re.sub(r"\W", "_", camera, flags=re.ASCII)
+    return f"/camera/{'_' * word[:1].isdigit()}{word}/image_raw"
 
 
 def write_bag(dataset: Dataset, out: Path) -> int:

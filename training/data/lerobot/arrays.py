@@ -1,11 +1,12 @@
 """From a dataset to the arrays that `RobotFrames` draws from, in memory.
 
-Legend: F frames, V cameras, S image size, H horizon, J joints.
+Legend: F frames, V cameras, S image size, H horizon, D dimensions of the state, A of the action.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy import resize_with_pad
 from training.data.batch import Arrays, ChunkTiming
 from training.data.lerobot.dataset import Dataset
-from training.data.lerobot.layout import ACTION, STATE
+from training.data.lerobot.layout import ACTIONS, STATES
 
 Ends = Literal["drop", "hold"]
 
@@ -35,7 +36,7 @@ def load_dataset(
 ) -> Arrays:
     """All frames of a dataset; ConfigurationError if it lacks what is asked for.
 
-    `images` [F, V, S, S, 3] uint8 in the order of `cameras`, `state` [F, J] and `chunk` [F, H, J] float32, `task` [F],
+    `images` [F, V, S, S, 3] uint8 in the order of `cameras`, `state` [F, D] and `chunk` [F, H, A] float32, `task` [F],
     `episode` [F]. `chunk[i]` holds the actions of frame i and of those after it. Near an episode's end there are fewer
     than `horizon`: such frames are left out ("drop"), or the last action is repeated ("hold": right if the arm stays).
     """
@@ -44,16 +45,21 @@ def load_dataset(
             f"dataset {dataset.folder}: expected {1.0 / period_s:g} frames per second, as actions are {period_s:g} s "
             f"apart, got {dataset.info.fps}; convert the bags with --fps {round(1.0 / period_s)}"
         )
-    for key in (STATE, ACTION):
-        if key not in dataset.info.features:
-            raise ConfigurationError(f"dataset {dataset.folder}: expected a feature {key!r}, got none")
+    state_key, action_key = dataset.state_key, dataset.action_key
+    if state_key is None or action_key is None:
+        wanted = STATES if state_key is None else ACTIONS
+        raise ConfigurationError(
+            f"dataset {dataset.folder}: expected a column {' or '.join(wanted)}, got {', '.join(dataset.info.features)}"
+        )
+    for key, reason in dataset.ignored.items():
+        tqdm.write(f"dataset {dataset.folder}: {key} is left out: {reason}", file=sys.stderr)
     parts: list[Arrays] = []
     for episode in tqdm(dataset.episodes, desc="load", unit="episode", mininterval=5):
         columns = dataset.columns(episode)
-        chunk_FHJ = make_chunks(columns[ACTION], horizon, ends)
-        if not len(chunk_FHJ):
+        chunk_FHA = make_chunks(columns[action_key].reshape(episode.length, -1), horizon, ends)
+        if not len(chunk_FHA):
             continue
-        frames = len(chunk_FHJ)
+        frames = len(chunk_FHA)
         images = np.empty((frames, len(cameras), image_size, image_size, 3), dtype=np.uint8)
         for view, camera in enumerate(cameras):
             for i, rgb_HWC in zip(range(frames), dataset.images(episode, camera), strict=False):
@@ -61,8 +67,8 @@ def load_dataset(
         parts.append(
             {
                 "images": images,
-                "state": columns[STATE][:frames].astype(np.float32),
-                "chunk": chunk_FHJ.astype(np.float32),
+                "state": columns[state_key].reshape(episode.length, -1)[:frames].astype(np.float32),
+                "chunk": chunk_FHA.astype(np.float32),
                 "task": np.array(dataset.task_of(columns)[:frames]),
                 "episode": np.full(frames, episode.index, dtype=np.int64),
             }
@@ -96,9 +102,9 @@ def load_recorded(
     return arrays, meta | {"fingerprint": digest.hexdigest()}
 
 
-def make_chunks(action_FJ: NDArray[np.floating], horizon: int, ends: Ends) -> NDArray[np.floating]:
-    """[F, H, J]: each frame's action and those after it; with "drop", F is smaller by `horizon` - 1."""
-    last = len(action_FJ) - 1
-    frames = len(action_FJ) if ends == "hold" else max(0, len(action_FJ) - horizon + 1)
-    chunk_FHJ: NDArray[np.floating] = action_FJ[np.minimum(np.arange(frames)[:, None] + np.arange(horizon), last)]
-    return chunk_FHJ
+def make_chunks(action_FA: NDArray[np.floating], horizon: int, ends: Ends) -> NDArray[np.floating]:
+    """[F, H, A]: each frame's action and those after it; with "drop", F is smaller by `horizon` - 1."""
+    last = len(action_FA) - 1
+    frames = len(action_FA) if ends == "hold" else max(0, len(action_FA) - horizon + 1)
+    chunk_FHA: NDArray[np.floating] = action_FA[np.minimum(np.arange(frames)[:, None] + np.arange(horizon), last)]
+    return chunk_FHA
