@@ -140,7 +140,12 @@ class PolicySpec(Frozen):
     @classmethod
     def _from_format_2(cls, content: Any) -> Any:
         """Files of format 2 have cameras, joints and times beside each other instead of a robot."""
-        if not isinstance(content, dict) or "robot" in content or not OLD_FIELDS & content.keys():
+        if not isinstance(content, dict) or content.get("format_version") == 3:
+            return content
+        old = sorted(OLD_FIELDS & content.keys())
+        if "robot" in content and (old or content.get("format_version") == 2):
+            raise ValueError(f"robot: expected none {'beside ' + ', '.join(old) if old else 'in format 2'}")
+        if not old:
             return content
         rest = {name: value for name, value in content.items() if name not in OLD_FIELDS}
         return {**rest, "robot": robot_from({name: content[name] for name in OLD_FIELDS & content.keys()})}
@@ -212,6 +217,10 @@ class Manifest(PolicySpec):
 
     @model_validator(mode="after")
     def _graphs_fit(self) -> Manifest:
+        for what, stats in (("state", self.state), ("action", self.action)) if self.format_version == 2 else ():
+            for j, (low, high) in enumerate(zip(stats.low, stats.high, strict=True)):
+                if low > high:
+                    raise ValueError(f"{what}: dimension {j}: expected low < high, got {low} and {high}")
         prefix_length = len(self.cameras) * self.graph.image_tokens + self.prompt.length
         if self.graph.prefix_length != prefix_length:
             raise ValueError(

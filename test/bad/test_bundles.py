@@ -121,6 +121,20 @@ def put(*path: str | int, value: Any) -> Callable[[Path], None]:
     return lambda folder: edit_manifest(folder, change)
 
 
+def in_format_2(change: Callable[[Any], object]) -> Callable[[Path], None]:
+    """A fault in a manifest of format 2."""
+
+    def rewrite(content: Any) -> None:
+        robot = content.pop("robot")
+        joint = ("name", "unit", "lower", "upper", "max_velocity", "relative")
+        content["joints"] = [{name: action[name] for name in joint} for action in robot["actions"]]
+        content["cameras"] = [{"name": camera["name"]} for camera in robot["cameras"]]
+        content |= {"horizon": robot["horizon"], "action_period_s": robot["action_period_s"], "format_version": 2}
+        change(content)
+
+    return lambda folder: edit_manifest(folder, rewrite)
+
+
 def drop(*path: str | int) -> Callable[[Path], None]:
     def change(content: Any) -> None:
         for key in path[:-1]:
@@ -137,30 +151,49 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest no JSON": (lambda f: (f / MANIFEST).write_text("{"), r"manifest.json: expected JSON"),
     "manifest no text": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), r"manifest.json: expected JSON"),
     "manifest a list": (lambda f: (f / MANIFEST).write_text("[]"), r"expected a JSON object, got list"),
-    "older format": (put("format_version", value=1), r"expected format_version 2, got 1"),
-    "no format": (drop("format_version"), r"expected format_version 2, got None"),
+    "older format": (put("format_version", value=1), r"expected format_version 2 or 3, got 1"),
+    "no format": (drop("format_version"), r"expected format_version 2 or 3, got None"),
     "unknown key": (put("colour", value="red"), r"colour: Extra inputs are not permitted"),
-    "missing key": (drop("horizon"), r"horizon: Field required"),
-    "wrong type": (put("horizon", value="many"), r"horizon: .*integer.*got 'many'"),
-    "infinite limit": (put("joints", 2, "upper", value=float("inf")), r"joints.2.upper: .*finite"),
+    "missing key": (drop("robot", "horizon"), r"robot.horizon: Field required"),
+    "no robot": (drop("robot"), r"robot: Field required"),
+    "robot in format 2": (put("format_version", value=2), r"robot: expected none in format 2"),
+    "wrong type": (put("robot", "horizon", value="many"), r"robot.horizon: .*integer.*got 'many'"),
+    "infinite limit": (
+        put("robot", "actions", 2, "upper", value=float("inf")),
+        r"'elbow': lower and upper: expected both",
+    ),
+    "infinite limit in format 2": (
+        in_format_2(lambda m: m["joints"][2].update(upper=float("inf"))),
+        r"joints.2.upper: .*finite",
+    ),
     "not a number": (put("action", "low", 3, value=float("nan")), r"action.low.3: .*finite"),
-    "limits swapped": (put("joints", 1, "lower", value=9.0), r"joint 'shoulder_lift': expected lower < upper, got 9.0"),
-    "still joint": (put("joints", 0, "max_velocity", value=0), r"joints.0.max_velocity: .*greater than 0"),
-    "two joints of one name": (put("joints", 1, "name", value="shoulder_pan"), r"joints: expected distinct names"),
-    "two cameras of one name": (put("cameras", 1, "name", value="scene"), r"cameras: expected distinct names"),
-    "no camera": (put("cameras", value=[]), r"cameras: .*at least 1"),
+    "limits swapped": (
+        put("robot", "actions", 1, "lower", value=9.0),
+        r"'shoulder_lift': expected lower < upper, got 9.0",
+    ),
+    "still joint": (put("robot", "actions", 0, "max_velocity", value=0), r"actions.0.max_velocity: .*greater than 0"),
+    "two joints of one name": (
+        put("robot", "actions", 1, "name", value="shoulder_pan"),
+        r"actions: expected distinct names",
+    ),
+    "two cameras of one name": (put("robot", "cameras", 1, "name", value="scene"), r"cameras: expected distinct names"),
+    "no camera": (put("robot", "cameras", value=[]), r"cameras: .*at least 1"),
     "only optional cameras": (
-        lambda f: edit_manifest(f, lambda m: [c.update(optional=True) for c in m["cameras"]]),
+        lambda f: edit_manifest(f, lambda m: [c.update(optional=True) for c in m["robot"]["cameras"]]),
         r"cameras: expected at least one required camera",
     ),
-    "statistics swapped": (put("state", "low", 0, value=4.0), r"state: dimension 0: expected low < high"),
+    "statistics swapped": (
+        in_format_2(lambda m: m["state"]["low"].__setitem__(0, 4.0)),
+        r"state: dimension 0: expected low < high",
+    ),
+    "statistics of no width": (put("state", "low", 0, value=3.1), r"state: dimension 0: expected two values, got 3.1"),
     "statistics uneven": (
         put("action", "high", value=[1.0]),
         r"action: expected low and high of equal length, got 7 and 1",
     ),
     "statistics of six": (
         put("action", value={"low": [-1.0] * 6, "high": [1.0] * 6}),
-        r"action: expected 7 values \(one per joint\), got 6",
+        r"action: expected 7 values \(one per dimension\), got 6",
     ),
     "delay too long": (put("max_prefix_delay", value=HORIZON), r"max_prefix_delay: expected less than the horizon 16"),
     "stretched images": (put("image", "resize", value="stretch"), r"image.resize: .*'pad'.*got 'stretch'"),
@@ -173,14 +206,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         put("graph", "state_dim", value=7),
         r"graph.state_dim: expected None \(the state is in the prompt\), got 7",
     ),
-    "too narrow": (put("pad_to", value=3), r"pad_to: expected at least 7 \(the joints\), got 3"),
+    "too narrow": (put("pad_to", value=3), r"pad_to: expected at least 7 \(the dimensions\), got 3"),
     "modulation": (
         put("graph", "modulation", value=2),
         r"expert.onnx: input 'modulation': expected float32 \[2\], got",
     ),
     "action dim": (
         put("graph", "action_dim", value=32),
-        r"graph.action_dim: expected 7 \(one per joint, or pad_to\), got 32",
+        r"graph.action_dim: expected 7 \(one per dimension, or pad_to\), got 32",
     ),
     "file lost": (lambda f: (f / EXPERT).unlink(), r"expected file expert.onnx, .*got none"),
     "file changed": (
@@ -245,7 +278,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_graph(f, PREFILL, lambda g: setattr(g.input[2].type.tensor_type, "elem_type", 6)),
         r"prefill.onnx: input 'tokens': expected int64 \[32\], got int32 \[32\]",
     ),
-    "horizon of another model": (put("horizon", value=20), r"input 'x_t': expected float32 \[20, 7\], got .*\[16, 7\]"),
+    "horizon of another model": (
+        put("robot", "horizon", value=20),
+        r"input 'x_t': expected float32 \[20, 7\], got .*\[16, 7\]",
+    ),
     "image size of another model": (put("image", "size", value=64), r"'images': expected .*64, 64\], got .*96, 96\]"),
     "tokenizer no tokenizer": (
         lambda f: ((f / TOKENIZER).write_text("{}"), rehash(f)),

@@ -413,11 +413,14 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda m: m.update(horizon=10**9), "horizon: Input should be less than or equal to 1000"),
+        (lambda m: m["robot"].update(horizon=10**9), "horizon: Input should be less than or equal to 1000"),
         (lambda m: m["image"].update(size=10**6), "expected graphs with at most 268435456 numbers"),
         (lambda m: m["graph"].update(head_dim=2**40), "expected graphs with at most 268435456 numbers"),
         (lambda m: m["graph"].update(layers=10**300), "graph.layers: "),
-        (lambda m: m.update(action_period_s=1e-300), "action_period_s: Input should be greater than or equal to 0.001"),
+        (
+            lambda m: m["robot"].update(action_period_s=1e-300),
+            "action_period_s: Input should be greater than or equal to 0.001",
+        ),
         (lambda m: m["state"].update(low=[-1e308] * 7, high=[1e308] * 7), "a range that a number can hold"),
         (lambda m: m["prompt"].update(template="{task}" + "x" * 10**6), "prompt.template: "),
         (lambda m: m["prompt"].update(max_instruction_chars=10**9), "prompt.max_instruction_chars: "),
@@ -438,8 +441,8 @@ def test_a_manifest_of_sizes_that_cannot_be(
 
 def test_a_manifest_with_a_key_twice(folder: Path) -> None:
     text = (folder / MANIFEST).read_text()
-    (folder / MANIFEST).write_text(text.replace("{", '{"horizon": 2,', 1))
-    with pytest.raises(BundleError, match="expected each key once, got 'horizon' again"):
+    (folder / MANIFEST).write_text(text.replace("{", '{"robot": 2,', 1))
+    with pytest.raises(BundleError, match="expected each key once, got 'robot' again"):
         load_bundle(folder)
 
 

@@ -131,7 +131,7 @@ class WildPolicy:
 
     def denoise(self, *_: Any) -> None: ...
 
-    def decode(self, _: Any, observation: Observation) -> ActionChunk:
+    def decode(self, _: Any, observation: Observation, commanded_J: Any) -> ActionChunk:
         rng, start = self.rng, observation.state_S
         path = {
             "smooth": lambda: start + np.cumsum(rng.normal(0, 0.5, 2) * SPEED * 0.05 + np.zeros((HORIZON, 2)), axis=0),

@@ -643,7 +643,7 @@ class Policy:
 
     def denoise(self, *_: Any) -> None: ...
 
-    def decode(self, _: Any, observation: Any) -> ActionChunk:
+    def decode(self, _: Any, observation: Any, commanded_J: Any) -> ActionChunk:
         world, random_, start_J = self.world, self.world.random, observation.state_S
         step_J = world.limits.speed_J * 0.05
         path_HJ = {

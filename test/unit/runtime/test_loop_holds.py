@@ -444,7 +444,7 @@ def test_motions_that_are_always_too_late_are_never_sent(rig: Rig) -> None:
     rig.wire.time_ns += 300 * MS
     rig.give_inputs()
     # Each one takes longer than the time that the one before it makes it take into account.
-    rig.wire.computing_ns = [0] * 6 + [40 * MS, 0, 200 * MS, 0, 900 * MS]
+    rig.wire.computing_ns = [0] * 8 + [40 * MS, 0, 200 * MS, 0, 900 * MS]
     with pytest.raises(SafetyRefusal, match=r"motion: finished .* after it had to be sent, 3 times running"):
         rig.tick()
     assert len(rig.wire.commands) == 1
