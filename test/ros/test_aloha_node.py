@@ -25,8 +25,9 @@ from support.aloha import needs_aloha
 from support.waiting import PATIENCE_S
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
+from ki_vla_ros.robot.robot import find_robot, read_robot
 from ki_vla_ros.sim.aloha.node import PARTS
-from ki_vla_ros.sim.aloha.world import CAMERAS, HOME_J, JOINTS, OPEN_M
+from ki_vla_ros.sim.aloha.world import CAMERAS, HOME_J, JOINTS, OPEN_M, AlohaWorld
 
 pytestmark = needs_aloha
 
@@ -92,6 +93,23 @@ class Client:
     def diagnostic(self, key: str) -> int:
         (status,) = self.newest["/diagnostics"].status
         return int({entry.key: entry.value for entry in status.values}[key])
+
+
+def test_the_robot_file_names_what_the_node_has() -> None:
+    robot = read_robot(find_robot("aloha"))
+    assert robot.axis_names == JOINTS == tuple(dimension.name for dimension in robot.state)
+    assert robot.camera_names == CAMERAS and robot.cameras[0].key == "observation.images.top"
+    topics = {signal.name: signal.topic for signal in robot.signals}
+    assert topics == {joint: part.joint_states for part in PARTS for joint in part.joints}
+    outputs = {output.topic: tuple(a.target for a in robot.actions_of(output)) for output in robot.outputs}
+    assert outputs == {part.command: part.joints for part in PARTS}
+    world = AlohaWorld(render=False)
+    np.testing.assert_array_equal([axis.lower for axis in robot.axes], world.lower_J)
+    np.testing.assert_array_equal([axis.upper for axis in robot.axes], world.upper_J)
+    # gym_aloha.constants.START_ARM_POSE, as its task normalises a gripper.
+    start = [0.0, -0.96, 1.16, 0.0, -0.3, 0.0, (0.02239 - 0.01844) / (0.05800 - 0.01844)] * 2
+    for lines in (robot.state_lines, robot.action_lines):
+        np.testing.assert_allclose(lines.to_foreign(HOME_J), start, atol=1e-12)
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """A bundle with random weights that costs next to nothing to run: for tests, and to time everything but the model.
 
     python -m training.export.tiny models/bench
+    python -m training.export.tiny out/random --robot aloha      # for the robot of a robot file
 
 It is made with onnx alone. Its prefill mixes pixels and tokens into keys and values; its expert attends to them, and
 its flow leads straight to a smooth, small motion whose size depends on images and prompt. So chunks look like a
 policy's, are the same for the same input and different for another. `models/bench` has three cameras of 224 pixels and
-a horizon of 50, as pi0 has.
+a horizon of 50, as pi0 has. With a robot file, no action asks for more than half of the robot's highest speeds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ki_vla_ros.bundle import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
 from ki_vla_ros.console import ExitCode, run_command
-from training.policy import describe_random_policy
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.robot import ActionDimension, Robot, find_robot, read_robot
+from training.policy import describe_policy, describe_random_policy
 from training.tokens import DEMO_PROMPT, build_tokenizer, prompt_tokenizer
 
 _GRID = 2  # image tokens per side
@@ -48,10 +51,56 @@ def bench_policy() -> PolicySpec:
     )
 
 
-def write_tiny_bundle(folder: Path, policy: PolicySpec, seed: int = 0) -> Bundle:
-    """Make `folder` a valid bundle, with random weights drawn from `seed`."""
+def robot_policy(robot: Robot, seed: int = 0) -> PolicySpec:
+    """A policy for a robot: small motions from where it is, or around the middle of where it may be."""
+    state = [_span(d.limits or d.ends, 0.0, 3.0) for d in robot.state]
+    action = [_reach(robot, d) for d in robot.actions]
+    low, high = zip(*action, strict=True)
+    return describe_policy(
+        robot,
+        name=f"random {robot.name}",
+        image={"size": 224},
+        prompt={"template": DEMO_PROMPT, "length": 64 + len(robot.state)},
+        state={"encoding": "both", "low": [low for low, _ in state], "high": [high for _, high in state]},
+        action={"low": low, "high": high},
+        provenance={"recipe": "random weights", "seed": seed, "commit": "none", "data_fingerprint": "none"},
+    )
+
+
+def _reach(robot: Robot, action: ActionDimension) -> tuple[float, float]:
+    """What -1 and 1 mean. The motion goes at most 0.75 of the way and back, as half a sine over the whole chunk."""
+    output = next(output for output in robot.outputs if output.name == action.output)
+    duration_s = robot.action_period_s * robot.horizon
+    if action.kind in ("pose", "pose_delta"):
+        speed = output.max_linear_velocity if action.own_unit() == "m" else output.max_angular_velocity
+        assert speed is not None and output.workspace is not None
+        if action.kind == "pose_delta":
+            return _around(0.0, 0.2 * speed * robot.action_period_s)
+        if action.own_unit() == "m":
+            return _around(float(np.mean(getattr(output.workspace, str(action.component)))), 0.1 * speed * duration_s)
+        # Nearly no rotation; a quaternion has half the angle.
+        return _around(1.0 if action.component in ("qw", "r1", "r5") else 0.0, 0.05 * speed * duration_s)
+    assert action.max_velocity is not None
+    if action.kind in ("joint_velocity", "twist"):
+        return _around(0.0, 0.2 * action.max_velocity)
+    way, (low, high) = 0.2 * action.max_velocity * duration_s, action.span
+    if action.relative or not np.isfinite(high - low):
+        return _around(0.0, way)
+    return _around((low + high) / 2.0, min(way, (high - low) / 2.0))
+
+
+def _around(middle: float, way: float) -> tuple[float, float]:
+    return middle - way, middle + way
+
+
+def _span(limits: tuple[float, float] | None, middle: float, way: float) -> tuple[float, float]:
+    return _around(middle, way) if limits is None else (min(limits), max(limits))
+
+
+def write_tiny_bundle(folder: Path, policy: PolicySpec, seed: int = 0, text: str = "") -> Bundle:
+    """Make `folder` a valid bundle, with random weights drawn from `seed`, that also knows the words of `text`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = prompt_tokenizer(build_tokenizer(fast_vocab=8))
+    tokenizer = prompt_tokenizer(build_tokenizer(8, text))
     prefix = len(policy.cameras) * _GRID**2 + policy.prompt.length
     graph = GraphSpec(
         layers=_LAYERS,
@@ -126,11 +175,11 @@ def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator)
 
     Any number of Euler steps ends on the target. `modulation` is the time.
     """
-    horizon, action_dim, dim = policy.horizon, graph.action_dim, graph.head_dim
+    horizon, action_dim, dim, state_dim = policy.horizon, graph.action_dim, graph.head_dim, graph.state_dim
     phase = np.linspace(1.0 / horizon, 1.0, horizon)[:, np.newaxis]
     motion = 0.5 * np.sin(np.pi * phase) * rng.uniform(0.5, 1.0, (1, action_dim))
     motion[:, -1] = 0.0  # the gripper stays where it is
-    with_state = policy.state.as_token
+    drive = "zero" if state_dim is None else "state"
     weights = {
         "query": rng.standard_normal((graph.layers, graph.kv_heads, 1, dim)) / dim**0.5,
         "w_out": rng.standard_normal((dim, action_dim)),
@@ -141,7 +190,12 @@ def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator)
         "half": np.array(0.5),
         "time_floor": np.array(1e-3),
     }
+    mixing = []
+    if state_dim not in (None, action_dim):
+        drive, weights["w_state"] = "mixed_state", rng.standard_normal((state_dim, action_dim)) / state_dim**0.5
+        mixing = [helper.make_node("MatMul", ["state", "w_state"], ["mixed_state"])]
     nodes = [
+        *mixing,
         helper.make_node("Transpose", ["keys"], ["keys_t"], perm=[0, 1, 3, 2]),
         helper.make_node("MatMul", ["query", "keys_t"], ["scores"]),
         helper.make_node("Where", ["prefix_mask", "zero", "hidden"], ["bias"]),
@@ -150,7 +204,7 @@ def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator)
         helper.make_node("MatMul", ["attention", "values"], ["read"]),
         helper.make_node("ReduceMean", ["read", "outer_axes"], ["context"], keepdims=0),
         helper.make_node("MatMul", ["context", "w_out"], ["drive"]),
-        helper.make_node("Add", ["drive", "state" if with_state else "zero"], ["drive_state"]),
+        helper.make_node("Add", ["drive", drive], ["drive_state"]),
         helper.make_node("Tanh", ["drive_state"], ["bounded"]),
         helper.make_node("Mul", ["bounded", "half"], ["halved"]),
         helper.make_node("Add", ["halved", "one"], ["gain"]),
@@ -170,7 +224,7 @@ def expert_graph(policy: PolicySpec, graph: GraphSpec, rng: np.random.Generator)
         ("keys", TensorProto.FLOAT, kv),
         ("values", TensorProto.FLOAT, kv),
         ("prefix_mask", TensorProto.BOOL, [graph.prefix_length]),
-        *([("state", TensorProto.FLOAT, [action_dim])] if with_state else []),
+        *([("state", TensorProto.FLOAT, [state_dim])] if state_dim is not None else []),
         ("x_t", TensorProto.FLOAT, [horizon, action_dim]),
         ("modulation", TensorProto.FLOAT, [1]),
         ("clean", TensorProto.BOOL, [horizon]),
@@ -205,11 +259,20 @@ def _model(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.export.tiny", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="folder of the bundle")
-    return run_command("tiny", partial(_write, parser.parse_args(arguments).out))
+    parser.add_argument(
+        "--robot", help="a robot file, or the name of one in config/robots/; default: that of models/bench"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--text", default="", help="instructions whose words the policy is to know beside the demo's")
+    return run_command("tiny", partial(_write, parser.parse_args(arguments)))
 
 
-def _write(out: Path) -> int:
-    write_tiny_bundle(out, bench_policy())
+def _write(chosen: argparse.Namespace) -> int:
+    if chosen.seed < 0:
+        raise ConfigurationError(f"--seed: expected at least 0, got {chosen.seed}")
+    robot = None if chosen.robot is None else read_robot(find_robot(chosen.robot))
+    policy = bench_policy() if robot is None else robot_policy(robot, chosen.seed)
+    write_tiny_bundle(chosen.out, policy, chosen.seed, chosen.text)
     return ExitCode.FINE
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -30,6 +32,7 @@ _WORD_TEXT = (
     "? . , : ; ! ' - ( ) /"
 )
 WORDS = tuple(_WORD_TEXT.split())
+_TOKEN = r"\w+|[^\w\s]|\n"
 
 
 def act_query_token(i: int) -> str:
@@ -37,16 +40,20 @@ def act_query_token(i: int) -> str:
     return f"<act_query_{i}>"
 
 
-def build_tokenizer(fast_vocab: int = 512) -> Tokenizer:
-    """A word-level tokenizer; `encode` puts <bos> first, unless add_special_tokens=False (answers after a prompt)."""
+def build_tokenizer(fast_vocab: int = 512, text: str = "") -> Tokenizer:
+    """A word-level tokenizer; `encode` puts <bos> first, unless add_special_tokens=False (answers after a prompt).
+
+    It also knows the words of `text`.
+    """
     numbers = [str(n) for n in range(STATE_BINS)]
+    more = dict.fromkeys(word for word in re.findall(_TOKEN, text) if word not in {"\n", *WORDS, *numbers})
     start = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, UNKNOWN_TOKEN, *(act_query_token(i) for i in range(ACT_QUERIES))]
     places = [loc_token(i) for i in range(LOCATIONS)]
     actions = [fast_token(i) for i in range(fast_vocab)]
-    vocabulary = {token: i for i, token in enumerate([*start, "\n", *WORDS, *numbers, *places, *actions])}
+    vocabulary = {token: i for i, token in enumerate([*start, "\n", *WORDS, *numbers, *more, *places, *actions])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
     # Runs of letters and digits, single punctuation marks and line breaks are tokens; other white space only separates.
-    tokenizer.pre_tokenizer = Split(Regex(r"\w+|[^\w\s]|\n"), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = Split(Regex(_TOKEN), behavior="removed", invert=True)
     tokenizer.post_processor = TemplateProcessing(
         single=f"{BOS_TOKEN} $A", pair=None, special_tokens=[(BOS_TOKEN, vocabulary[BOS_TOKEN])]
     )
