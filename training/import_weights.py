@@ -39,31 +39,36 @@ from training.weights import (
     read_sizes,
     save_checkpoint,
     sizes_beside,
+    to_robot,
 )
 
 PROMPTS = {
     "pi0": PromptSpec(template="{task}\n", length=48, style="openpi"),
     "pi05": PromptSpec(template="Task: {task}, State: {state};\nAction: ", length=200, style="openpi"),
+    "pi05 without state": PromptSpec(template="{task}\n", length=200, style="openpi"),
 }
+ENCODINGS = {"pi0": "token", "pi05": "text", "pi05 without state": "none"}
 METHODS: dict[str, Method] = {"pi0": "mean_std", "pi05": "quantiles"}
 
 
 def describe_import(
-    kind: Kind, config: VLAConfig, robot: Robot, stats: Path, method: Method, flow_steps: int
+    kind: Kind, config: VLAConfig, robot: Robot, stats: Path, method: Method, flow_steps: int, in_prompt: bool = True
 ) -> PolicySpec:
     """The policy for the manifest: prompt and state as the kind has them, normalisation from `stats`."""
-    if len(robot.actions) > config.action_dim:
-        raise ConfigurationError(f"robot: expected at most {config.action_dim} actions, got {len(robot.actions)}")
-    ranges = read_ranges(stats, method, len(robot.actions))
+    wide = max(len(robot.state), len(robot.actions))
+    if wide > config.action_dim:
+        raise ConfigurationError(f"robot: expected at most {config.action_dim} dimensions, got {wide}")
+    ranges = to_robot(read_ranges(stats, method, len(robot.state), len(robot.actions)), robot)
+    form = kind if kind == "pi0" or in_prompt else f"{kind} without state"
     return describe_policy(
         robot,
         name=robot.name,
         image=ImageSpec(size=config.vision.image_size),
-        prompt=PROMPTS[kind],
-        state={"encoding": "token" if kind == "pi0" else "text", **ranges.state._asdict()},
+        prompt=PROMPTS[form],
+        state={"encoding": ENCODINGS[form], **ranges.state._asdict()},
         action=ranges.action._asdict(),
         flow={"steps": flow_steps},
-        pad_to=None if config.action_dim == len(robot.actions) else config.action_dim,
+        pad_to=config.action_dim if min(len(robot.state), len(robot.actions)) < config.action_dim else None,
         provenance=Provenance(
             recipe=f"{kind} weights, imported",
             seed=0,
@@ -106,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--robot", help="robot file, or the name of one in config/robots/; copy imported_arm.yaml there")
     add("--lora", type=Path, help="folder of a LoRA adapter (peft) of these weights, to merge into them")
     add("--config", type=Path, help="the model's sizes, as in a checkpoint's config.json; default: the published ones")
+    add("--state", choices=("prompt", "none"), help="where pi05 sees the state; none: openpi's pi05_libero")
     add("--flow-steps", type=int, default=10, help="Euler steps of the flow that the weights were evaluated with")
     add("--action-ids", type=int, default=0, help="action tokens after the vocabulary, for training with FAST")
     add("--out", type=Path, required=True, help="folder of the checkpoint")
@@ -125,6 +131,8 @@ def _import(chosen: argparse.Namespace) -> int:
     find_weights(chosen.source)  # checked first: without the download, no other fault is worth correcting
     given = [name for name in ("stats", "robot") if getattr(chosen, name) is not None]
     config, policy = choose_config(chosen), None
+    if chosen.state is not None and chosen.kind != "pi05":
+        raise ConfigurationError(f"--state: expected it with --as pi05 only, got --as {chosen.kind}")
     if chosen.kind == "paligemma":
         if given:
             raise ConfigurationError(
@@ -136,8 +144,11 @@ def _import(chosen: argparse.Namespace) -> int:
         robot = read_robot(find_robot(chosen.robot))
         config = replace(config, horizon=robot.horizon)
         method = chosen.normalization or METHODS[chosen.kind]
-        check_published(chosen.lora or chosen.source, chosen.kind, config, robot, chosen.stats, method)
-        policy = describe_import(chosen.kind, config, robot, chosen.stats, method, chosen.flow_steps)
+        in_prompt = None if chosen.state is None else chosen.state == "prompt"
+        check_published(chosen.lora or chosen.source, chosen.kind, config, robot, chosen.stats, method, in_prompt)
+        policy = describe_import(
+            chosen.kind, config, robot, chosen.stats, method, chosen.flow_steps, in_prompt is not False
+        )
     import_checkpoint(
         chosen.kind,
         chosen.source,

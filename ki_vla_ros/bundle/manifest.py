@@ -60,17 +60,17 @@ class _Range(Frozen):
 
 
 class StateSpec(_Range):
-    """low..high of each dimension map to [-1, 1]; it enters the prompt as text, the expert as a token, or both."""
+    """low..high of each dimension map to [-1, 1]; it enters the prompt as text, the expert as a token, both or none."""
 
-    encoding: Literal["text", "token", "both"]
+    encoding: Literal["text", "token", "both", "none"]
 
     @property
     def in_prompt(self) -> bool:
-        return self.encoding != "token"
+        return self.encoding in ("text", "both")
 
     @property
     def as_token(self) -> bool:
-        return self.encoding != "text"
+        return self.encoding in ("token", "both")
 
 
 class ActionStats(_Range):

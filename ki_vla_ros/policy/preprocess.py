@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN, Bundle, PolicySpec, PromptStyle, encode
 from ki_vla_ros.errors import InputError, InstructionError
 from ki_vla_ros.records import CameraFrame, ModelInput, Observation
-from ki_vla_ros.robot import continuous, nearest_turn
+from ki_vla_ros.robot import continuous, nearest_rotation, nearest_turn
 
 
 def resize_with_pad(rgb_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -204,9 +204,10 @@ def state_token(manifest: PolicySpec, state_S: NDArray[np.float64]) -> NDArray[n
 
 
 def trained_turn(manifest: PolicySpec, state_S: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The same state in the turns that training saw; only joints that turn without end can be in others."""
-    middle_J = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
-    return nearest_turn(state_S, middle_J, continuous(manifest.robot.state))
+    """The same state as training saw it: joints that turn without end in its turns, rotations written its way."""
+    middle_S = (np.array(manifest.state.low) + np.array(manifest.state.high)) / 2.0
+    state_S = nearest_turn(state_S, middle_S, continuous(manifest.robot.state))
+    return nearest_rotation(state_S, middle_S, manifest.robot.state)
 
 
 def check_instruction(bundle: Bundle, instruction: str) -> None:

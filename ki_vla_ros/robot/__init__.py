@@ -26,7 +26,7 @@ from ki_vla_ros.robot.outputs import (
 )
 from ki_vla_ros.robot.robot import ActionPeriod, CameraSpec, Horizon, Robot, check_names, find_robot, read_robot
 from ki_vla_ros.robot.signals import Signal
-from ki_vla_ros.robot.turns import TURN, continuous, nearest_turn
+from ki_vla_ros.robot.turns import TURN, continuous, nearest_rotation, nearest_turn
 from ki_vla_ros.robot.urdf import UrdfJoint, read_urdf
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "find_robot",
     "led_axes",
     "main_axes",
+    "nearest_rotation",
     "nearest_turn",
     "read_robot",
     "read_urdf",

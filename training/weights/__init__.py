@@ -18,7 +18,7 @@ from training.weights.checkpoints import (
 from training.weights.files import find_weights
 from training.weights.foreign import Kind, import_weights, their_name
 from training.weights.published import check_published, sizes_beside
-from training.weights.statistics import FIELDS, Method, read_ranges
+from training.weights.statistics import FIELDS, Method, read_ranges, to_robot
 
 __all__ = [
     "CONFIG",
@@ -43,4 +43,5 @@ __all__ = [
     "shapes",
     "sizes_beside",
     "their_name",
+    "to_robot",
 ]

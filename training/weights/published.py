@@ -22,9 +22,10 @@ from training.weights.statistics import LEROBOT, Method, read_json, read_ranges
 
 CONFIG, PREPROCESSOR = "config.json", "policy_preprocessor.json"
 STATE, ACTION = LEROBOT
-IMAGES, EMPTY = "observation.images.", "observation.images.empty_camera_"
+EMPTY = "observation.images.empty_camera_"
 MODES: dict[Method, str] = {"quantiles": "QUANTILES", "mean_std": "MEAN_STD"}
 PARTS = {"paligemma_variant": "backbone", "action_expert_variant": "expert"}
+LIBERO = "physical-intelligence/libero"  # the asset of a checkpoint that openpi trained without the state
 LORA = "_lora"  # ends openpi's names of variants that it trains with LoRA
 TOLERANCE = 1e-4  # of statistics, which LeRobot keeps in float32
 
@@ -81,6 +82,10 @@ class Relative(Lenient):
     action_names: list[str] | None = None
 
 
+class Renaming(Lenient):
+    rename_map: dict[str, str] = Field(default_factory=dict)
+
+
 class Normalizer(Lenient):
     norm_map: dict[str, str]
     features: dict[str, Feature] = Field(default_factory=dict)
@@ -102,15 +107,26 @@ STEPS = {
 }
 
 
-def check_published(source: Path, kind: Kind, config: VLAConfig, robot: Robot, stats: Path, method: Method) -> None:
-    """ConfigurationError names every file and field beside the weights at `source` that says something else."""
+def check_published(
+    source: Path,
+    kind: Kind,
+    config: VLAConfig,
+    robot: Robot,
+    stats: Path,
+    method: Method,
+    in_prompt: bool | None = None,
+) -> None:
+    """ConfigurationError names every file and field beside the weights at `source` that says something else.
+
+    `in_prompt`: whether pi0.5 sees the state in its prompt; None: nobody said.
+    """
     folder = source if source.is_dir() else source.parent
     faults = [
         f"  {path}: {what}: expected {expected}, as imported, got {got}"
         for path, misfits in (
             (folder / CONFIG, config_misfits(folder / CONFIG, kind, config, robot, method)),
-            (folder / PREPROCESSOR, preprocessor_misfits(folder / PREPROCESSOR, robot, stats, method)),
-            (folder / "assets", assets_misfits(folder / "assets", stats, method, len(robot.actions))),
+            (folder / PREPROCESSOR, preprocessor_misfits(folder / PREPROCESSOR, robot, stats, method, in_prompt)),
+            (folder / "assets", assets_misfits(folder / "assets", robot, stats, method, in_prompt)),
         )
         for what, expected, got in misfits
     ]
@@ -187,10 +203,12 @@ def config_misfits(path: Path, kind: Kind, config: VLAConfig, robot: Robot, meth
         theirs.use_relative_actions, theirs.relative_exclude_joints, theirs.action_feature_names, robot
     )
     features = (theirs.input_features or {}) | (theirs.output_features or {})
-    yield from feature_misfits(features, robot, padded=config.action_dim)
+    yield from feature_misfits(features, robot, config.action_dim, rename_map(path.parent / PREPROCESSOR))
 
 
-def preprocessor_misfits(path: Path, robot: Robot, stats: Path, method: Method) -> Iterator[Misfit]:
+def preprocessor_misfits(
+    path: Path, robot: Robot, stats: Path, method: Method, in_prompt: bool | None
+) -> Iterator[Misfit]:
     if not path.exists():
         return
     for number, step in enumerate(validate(Preprocessor, read_json(path), path).steps):
@@ -203,26 +221,33 @@ def preprocessor_misfits(path: Path, robot: Robot, stats: Path, method: Method) 
         elif step.registry_name == "pi05_prepare_state_tokenizer_processor_step":
             if not validate(Prompt, step.config, path).include_state_in_prompt:
                 yield f"{where}.include_state_in_prompt", True, False
+            elif in_prompt is False:
+                yield where, "no state in the prompt (--state none)", "a step that puts it there"
         elif step.registry_name == "normalizer_processor":
             normalizer = validate(Normalizer, step.config, path)
             yield from mode_misfits(f"{where}.norm_map", normalizer.norm_map, method)
             state = path.parent / Path(step.state_file or "").name
-            if step.state_file and state.is_file() and not agree(state, stats, method, len(robot.actions)):
+            if step.state_file and state.is_file() and not agree(state, stats, method, robot):
                 yield f"{where}.state_file {state.name}", f"the statistics of --stats {stats}", "others"
 
 
-def assets_misfits(folder: Path, stats: Path, method: Method, joints: int) -> Iterator[Misfit]:
+def assets_misfits(folder: Path, robot: Robot, stats: Path, method: Method, in_prompt: bool | None) -> Iterator[Misfit]:
     """openpi keeps statistics by the name of the robot they are of; one of them must be those that were given."""
     found = sorted(folder.glob("**/norm_stats.json"))
-    if found and not any(agree(path, stats, method, joints) for path in found):
-        names = ", ".join(str(path.relative_to(folder)) for path in found)
-        yield names, f"the statistics of --stats {stats}", "others"
+    names = [str(path.parent.relative_to(folder)) for path in found]
+    if found and not any(agree(path, stats, method, robot) for path in found):
+        yield f"norm_stats.json of {', '.join(names)}", f"the statistics of --stats {stats}", "others"
+    if LIBERO in names and in_prompt is None:
+        yield LIBERO, "--state none or --state prompt (openpi's pi05_libero has none)", "neither"
 
 
-def agree(path: Path, stats: Path, method: Method, joints: int) -> bool:
-    """Whether two files have the same statistics of the joints, as far as float32 can say."""
-    ours, theirs = (np.array(read_ranges(file, method, joints)) for file in (stats, path))
-    return bool(np.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE * np.ptp(ours)))
+def agree(path: Path, stats: Path, method: Method, robot: Robot) -> bool:
+    """Whether two files have the same statistics of the robot's dimensions, as far as float32 can say."""
+    ours, theirs = (read_ranges(file, method, len(robot.state), len(robot.actions)) for file in (stats, path))
+    return all(
+        np.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE * np.ptp(one))
+        for one, other in zip(map(np.array, ours), map(np.array, theirs), strict=True)
+    )
 
 
 def mode_misfits(where: str, mapping: Mapping[str, str], method: Method) -> Iterator[Misfit]:
@@ -259,19 +284,31 @@ def relative_misfits(
         yield f"{where}: relative joints", say(ours), say(theirs)
 
 
-def feature_misfits(features: Mapping[str, Feature], robot: Robot, padded: int) -> Iterator[Misfit]:
+def feature_misfits(
+    features: Mapping[str, Feature], robot: Robot, padded: int, renamed: Mapping[str, str]
+) -> Iterator[Misfit]:
     """A base model's features are as wide as the model: they say nothing about a robot."""
-    joints = len(robot.actions)
-    for key in LEROBOT:
-        if key in features and features[key].shape not in ((joints,), (padded,)):
-            yield f"features.{key}.shape", [joints], list(features[key].shape)
-    seen = [key.removeprefix(IMAGES) for key, feature in features.items() if feature.type == "VISUAL"]
-    seen = [name for name in seen if not name.startswith(EMPTY.removeprefix(IMAGES))]
-    cameras = list(robot.camera_names)
+    ours = ([dimension.dataset for dimension in robot.state], [dimension.dataset for dimension in robot.actions])
+    for key, columns in zip(LEROBOT, ours, strict=True):
+        count = len(columns)
+        if key in features and features[key].shape not in ((count,), (padded,)):
+            yield f"features.{key}.shape", [count], list(features[key].shape)
+        places = [column.index for column in columns if column.column in (None, key)]
+        if any(place not in (None, d) for d, place in enumerate(places)):
+            yield f"order of {key} (the robot file's, by dataset.index)", list(range(count)), places
+    seen = [key for key, feature in features.items() if feature.type == "VISUAL" and not key.startswith(EMPTY)]
+    cameras = [renamed.get(camera.key, camera.key) for camera in robot.cameras]
     if seen and len(seen) != len(cameras):
         yield "features: cameras (one that may be absent is `optional` in the robot file)", cameras, seen
     elif set(seen) == set(cameras) and seen != cameras:
         yield "features: order of the cameras", cameras, seen
+
+
+def rename_map(path: Path) -> Mapping[str, str]:
+    """What the preprocessor calls a dataset's keys."""
+    steps = validate(Preprocessor, read_json(path), path).steps if path.exists() else ()
+    names = [step.config for step in steps if step.registry_name == "rename_observations_processor"]
+    return validate(Renaming, names[0], path).rename_map if names else {}
 
 
 def validate(model: type[Any], content: object, path: Path) -> Any:

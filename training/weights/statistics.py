@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.errors import ConfigurationError, short_repr
 from ki_vla_ros.files import LARGEST_TEXT, parse_json, read_file
+from ki_vla_ros.robot import Robot
 from training.weights.files import open_safetensors
 
 Method = Literal["quantiles", "mean_std"]
@@ -35,14 +36,17 @@ class Ranges(NamedTuple):
     action: Range
 
 
-def read_ranges(path: Path, method: Method, joints: int) -> Ranges:
-    """The ranges of the first `joints` dimensions (models pad to 32); ConfigurationError names field and fault."""
+def read_ranges(path: Path, method: Method, state: int, actions: int) -> Ranges:
+    """The ranges of the first dimensions of each (models pad to 32), in the dataset's units.
+
+    ConfigurationError names field and fault.
+    """
     statistics = read_safetensors(path) if path.suffix == ".safetensors" else read_json(path)
     openpi = isinstance(statistics.get("norm_stats"), dict)
     if openpi:
         statistics = statistics["norm_stats"]
     found = []
-    for feature in OPENPI if openpi else LEROBOT:
+    for feature, count in zip(OPENPI if openpi else LEROBOT, (state, actions), strict=True):
         if not isinstance(statistics.get(feature), Mapping):
             raise ConfigurationError(
                 f"{path}: expected statistics of {feature!r}, got only those of {sorted(statistics)}; give "
@@ -50,10 +54,34 @@ def read_ranges(path: Path, method: Method, joints: int) -> Ranges:
                 "policy_preprocessor_step_*_normalizer_processor.safetensors"
             )
         where = f"{path}: {feature}"
-        first, second = (read_field(statistics[feature], name, where, joints) for name in FIELDS[method])
+        first, second = (read_field(statistics[feature], name, where, count) for name in FIELDS[method])
         found.append(openpi_range(first, second, method) if openpi else lerobot_range(first, second, method))
         check_order(first, second, method, where)
     return Ranges(*(Range(tuple(low.tolist()), tuple(high.tolist())) for low, high in found))
+
+
+def to_robot(ranges: Ranges, robot: Robot) -> Ranges:
+    """The same ranges in the robot's units; low is above high where the dataset counts the other way round.
+
+    A relative action is a difference: it has the mapping's scale, but no offset. ConfigurationError where state and
+    action of one place have different mappings: their difference in the dataset is not one in the robot's units.
+    """
+    lines, offset_D = robot.action_lines, robot.action_lines.offset_D.copy()
+    for d, action in enumerate(robot.actions):
+        if not action.relative:
+            continue
+        state = robot.state[d] if d < len(robot.state) else None
+        if state is None or state.joint != action.target or state.lines()[1] != action.line():
+            raise ConfigurationError(
+                f"robot file: actions: {action.name!r}: expected the same joint and dataset mapping at place {d} of "
+                "the state, as openpi and LeRobot subtract the one from the other, got "
+                f"{state.name if state else 'none'}"
+            )
+        offset_D[d] = 0.0
+    return Ranges(
+        Range(*(tuple(robot.state_lines.to_robot(np.array(end)).tolist()) for end in ranges.state)),
+        Range(*(tuple((np.array(end) * lines.scale_D + offset_D).tolist()) for end in ranges.action)),
+    )
 
 
 def openpi_range(first: NDArray[np.float64], second: NDArray[np.float64], method: Method) -> tuple[Any, Any]:
@@ -95,7 +123,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_field(fields: Mapping[str, Any], name: str, where: str, joints: int) -> NDArray[np.float64]:
+def read_field(fields: Mapping[str, Any], name: str, where: str, count: int) -> NDArray[np.float64]:
     if fields.get(name) is None:
         remedy = (
             ""
@@ -110,16 +138,16 @@ def read_field(fields: Mapping[str, Any], name: str, where: str, joints: int) ->
         values = values.astype(np.float64)
     except (OverflowError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{where}.{name}: expected a list of numbers ({error})") from error
-    if values.ndim != 1 or len(values) < joints:
+    if values.ndim != 1 or len(values) < count:
         raise ConfigurationError(
-            f"{where}.{name}: expected at least {joints} numbers (one per joint of the robot), got shape "
-            f"{list(values.shape)}; do the robot's joints and the weights belong together?"
+            f"{where}.{name}: expected at least {count} numbers (one per dimension of the robot file), got shape "
+            f"{list(values.shape)}; do robot file and weights belong together?"
         )
-    if not np.all(np.abs(values[:joints]) <= LARGEST):  # NaN is not either
+    if not np.all(np.abs(values[:count]) <= LARGEST):  # NaN is not either
         raise ConfigurationError(
-            f"{where}.{name}: expected finite numbers of at most {LARGEST:g}, got {values[:joints].tolist()}"
+            f"{where}.{name}: expected finite numbers of at most {LARGEST:g}, got {values[:count].tolist()}"
         )
-    return values[:joints]
+    return values[:count]
 
 
 def check_order(first: NDArray[np.float64], second: NDArray[np.float64], method: Method, where: str) -> None:

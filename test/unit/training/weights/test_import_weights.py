@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,31 @@ def test_the_sizes_are_the_published_ones(tmp_path: Path) -> None:
     assert import_weights.choose_config(chosen) == small("pi05", action_ids=3)
 
 
+def test_droid_and_libero_as_openpi_publishes_them(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """The conversion's folder: config.json and the statistics under the name of the robot; pi05_libero has no state."""
+    folder = files["--out"].parent / "pi05"
+    for robot, asset, horizon in (("droid", "droid", 15), ("libero", "physical-intelligence/libero", 10)):
+        (folder / "config.json").write_text(json.dumps({"action_dim": WIDTH["pi05"], "action_horizon": horizon}))
+        stats = folder / "assets" / asset / "norm_stats.json"
+        stats.parent.mkdir(parents=True)
+        values = {"mean": 0.0, "std": 0.5, "q01": -0.9, "q99": 0.9}
+        widths = {"state": 8, "actions": 8 if robot == "droid" else 7}
+        content = {what: {key: [value] * count for key, value in values.items()} for what, count in widths.items()}
+        stats.write_text(json.dumps({"norm_stats": content}))
+        chosen = files | {"--robot": Path(robot), "--stats": stats, "--out": files["--out"].parent / f"out_{robot}"}
+        if robot == "libero":
+            assert run(chosen, "pi05") == 2
+            assert "physical-intelligence/libero: expected --state none" in capsys.readouterr().err
+        assert run(chosen, "pi05", *(("--state", "none") if robot == "libero" else ())) == 0
+        policy = PolicySpec.model_validate_json((chosen["--out"] / "policy.json").read_text())
+        assert policy.state.encoding == ("none" if robot == "libero" else "text")
+        assert (len(policy.state.low), len(policy.action.low)) == tuple(widths.values())
+        shutil.rmtree(folder / "assets")
+    assert policy.action.high[:6] == pytest.approx([0.045] * 3 + [0.45] * 3, abs=1e-5)
+    assert run(files, "pi0", "--state", "none") == 2
+    assert "--state: expected it with --as pi05 only" in capsys.readouterr().err
+
+
 def test_room_for_the_longest_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each digit is a token, so a bundle must have room for the state that takes the most of them."""
     (tmp_path / "paligemma.model").write_bytes(SENTENCEPIECE.SerializeToString())
@@ -220,7 +246,7 @@ def test_faults_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest
     original = files["--robot"].read_text()
     actions = yaml.safe_load(original)["actions"]
     edit(files["--robot"], actions=[action | {"name": f"{arm}_{action['name']}"} for arm in "ab" for action in actions])
-    refused("robot: expected at most 12 actions, got 14")
+    refused("robot: expected at most 12 dimensions, got 14")
     edit(files["--robot"], speed=3)
     refused("speed: Extra inputs are not permitted")
     files["--robot"].write_text("a: [")

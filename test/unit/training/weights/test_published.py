@@ -16,7 +16,7 @@ from support import ROOT
 from support.golden import CONFIG
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.robot.robot import Robot
+from ki_vla_ros.robot.robot import Robot, read_robot
 from training.weights.published import check_published, sizes_beside
 
 EXAMPLE = yaml.safe_load((ROOT / "config" / "robots" / "imported_arm.yaml").read_text())
@@ -80,9 +80,10 @@ def preprocessor() -> dict[str, Any]:
     return {"name": "policy_preprocessor", "steps": steps}
 
 
-def statistics(shift: float = 0.0) -> dict[str, Any]:
+def statistics(shift: float = 0.0, state: int = 7) -> dict[str, Any]:
     values = {"mean": 0.1 + shift, "std": 0.5, "q01": -1.0 + shift, "q99": 1.25 + shift}
-    return {name: {key: [value] * 7 for key, value in values.items()} for name in ("observation.state", "action")}
+    widths = {"observation.state": state, "action": 7}
+    return {name: {key: [value] * width for key, value in values.items()} for name, width in widths.items()}
 
 
 @pytest.fixture
@@ -92,10 +93,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(folder: Path, config: Any, steps: Any, shift: float = 0.0) -> None:
+def write(folder: Path, config: Any, steps: Any, shift: float = 0.0, state: int = 7) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "policy_preprocessor.json").write_text(json.dumps(steps))
-    flat = {f"{name}.{key}": torch.tensor(v) for name, fields in statistics(shift).items() for key, v in fields.items()}
+    flat = {
+        f"{name}.{key}": torch.tensor(v)
+        for name, fields in statistics(shift, state).items()
+        for key, v in fields.items()
+    }
     save_file(flat, folder / STATE_FILE)
 
 
@@ -161,7 +166,10 @@ SWAPPED = {key: FEATURES[key] for key in sorted(FEATURES, key=lambda key: "wrist
         (at("action_feature_names", [NAMES[1], NAMES[0], *NAMES[2:]]), "order of the actions: expected"),
         (at("input_features/observation.state/shape", [8]), r"features.observation.state.shape: expected \[7\]"),
         (at("output_features/action/shape", [14]), r"features.action.shape: expected \[7\], as imported, got \[14\]"),
-        (at("input_features", SWAPPED), "order of the cameras: expected .'base', 'left_wrist'"),
+        (
+            at("input_features", SWAPPED),
+            "order of the cameras: expected .'observation.images.base', 'observation.images.left_wrist'",
+        ),
         (
             at("input_features", {k: v for k, v in FEATURES.items() if "right" not in k}),
             r"features: cameras .* expected",
@@ -207,6 +215,75 @@ def test_other_statistics_than_the_weights_own_are_refused(folder: Path) -> None
         check(folder)
 
 
+LIBERO = read_robot(ROOT / "config" / "robots" / "libero.yaml")
+
+
+def libero(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and policy_preprocessor.json of a fine-tune like lerobot/pi05_libero_finetuned."""
+    images = {f"observation.images.{name}": {"type": "VISUAL", "shape": [3, 256, 256]} for name in ("image", "image2")}
+    images["observation.images.empty_camera_0"] = {"type": "VISUAL", "shape": [3, 224, 224]}
+    config = lerobot() | {
+        "input_features": images | {"observation.state": {"type": "STATE", "shape": [8]}},
+        "output_features": ACTIONS,
+        "use_relative_actions": False,
+        "action_feature_names": None,
+        "chunk_size": 10,
+    }
+    steps = preprocessor()
+    steps["steps"][2]["config"] = {"enabled": False, "exclude_joints": ["gripper"], "action_names": None}
+    (folder / "stats.json").write_text(json.dumps(statistics(state=8)))
+    return config, steps
+
+
+def check_libero(folder: Path, **changes: Any) -> None:
+    check(folder, LIBERO, **({"config": dataclasses.replace(PI05, horizon=10)} | changes))
+
+
+def test_lerobots_libero(tmp_path: Path) -> None:
+    config, steps = libero(tmp_path)
+    write(tmp_path, config, steps, state=8)
+    check_libero(tmp_path)
+    with pytest.raises(
+        ConfigurationError, match=r"steps\.4 .*expected no state in the prompt .*got a step that puts it"
+    ):
+        check_libero(tmp_path, in_prompt=False)
+    config["input_features"]["observation.state"]["shape"] = [7]
+    write(tmp_path, config, steps, state=8)
+    with pytest.raises(ConfigurationError, match=r"observation\.state\.shape: expected \[8\], as imported, got \[7\]"):
+        check_libero(tmp_path)
+
+
+def test_cameras_by_the_datasets_names(tmp_path: Path) -> None:
+    """The preprocessor may rename a dataset's keys to the policy's: their order is the policy's."""
+    config, steps = libero(tmp_path)
+    content = LIBERO.model_dump(mode="json", exclude_none=True)
+    for camera, key in zip(content["cameras"], ("observation.images.wrist", "observation.images.scene"), strict=True):
+        camera["dataset"] = key
+    robot = Robot.model_validate(content)
+    renamed = {
+        "observation.images.scene": "observation.images.image",
+        "observation.images.wrist": "observation.images.image2",
+    }
+    steps["steps"][0]["config"] = {"rename_map": renamed}
+    write(tmp_path, config, steps, state=8)
+    with pytest.raises(ConfigurationError, match="order of the cameras"):
+        check(tmp_path, robot, config=dataclasses.replace(PI05, horizon=10))
+    steps["steps"][0]["config"] = {"rename_map": dict(zip(renamed, reversed(renamed.values()), strict=True))}
+    write(tmp_path, config, steps, state=8)
+    check(tmp_path, robot, config=dataclasses.replace(PI05, horizon=10))
+
+
+def test_dimensions_in_the_datasets_order(tmp_path: Path) -> None:
+    """LeRobot's models have the order of their dataset's columns."""
+    config, steps = libero(tmp_path)
+    write(tmp_path, config, steps, state=8)
+    content = LIBERO.model_dump(mode="json", exclude_none=True)
+    for first, second in ((6, 7), (7, 6)):
+        content["state"][first]["dataset"]["index"] = second
+    with pytest.raises(ConfigurationError, match=r"order of observation\.state .*got \[0, 1, 2, 3, 4, 5, 7, 6\]"):
+        check(tmp_path, Robot.model_validate(content), config=dataclasses.replace(PI05, horizon=10))
+
+
 def test_sizes_go_by_name(tmp_path: Path) -> None:
     """openpi's conversion and LeRobot write the same names."""
     path = tmp_path / "config.json"
@@ -246,5 +323,5 @@ def test_openpis_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="action_horizon: expected 20, as imported, got 50"):
         check(tmp_path, config=dataclasses.replace(PI05, horizon=20))
     (tmp_path / "stats.json").write_text(json.dumps(statistics(0.1)))
-    with pytest.raises(ConfigurationError, match=r"assets: .*my_arm/norm_stats\.json: expected the statistics"):
+    with pytest.raises(ConfigurationError, match=r"assets: .*physical-intelligence/my_arm: expected the statistics"):
         check(tmp_path)

@@ -49,7 +49,7 @@ def write(folder: Path, source: str, state: Any = STATE, action: Any = ACTION) -
 @pytest.mark.parametrize("source", ["openpi", "lerobot", "safetensors"])
 @pytest.mark.parametrize("method", ["quantiles", "mean_std"])
 def test_ranges_normalise_as_their_source_does(tmp_path: Path, source: str, method: Method) -> None:
-    ranges = read_ranges(write(tmp_path, source), method, JOINTS)
+    ranges = read_ranges(write(tmp_path, source), method, JOINTS, JOINTS)
     x = RNG.normal(size=(5, JOINTS))
     for found, fields in ((ranges.state, STATE), (ranges.action, ACTION)):
         moving = np.arange(JOINTS) != 2
@@ -97,11 +97,11 @@ def changed(field: str, j: int, value: Any) -> dict[str, Any]:
 )
 def test_faults_are_named(tmp_path: Path, source: str, state: Any, method: Method, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        read_ranges(write(tmp_path, source, state), method, JOINTS)
+        read_ranges(write(tmp_path, source, state), method, JOINTS, JOINTS)
 
 
 def test_faults_beyond_the_joints_do_not_matter(tmp_path: Path) -> None:
-    read_ranges(write(tmp_path, "openpi", changed("q01", 30, float("nan"))), "quantiles", JOINTS)
+    read_ranges(write(tmp_path, "openpi", changed("q01", 30, float("nan"))), "quantiles", JOINTS, JOINTS)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_faults_beyond_the_joints_do_not_matter(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "stats.json").write_text(content)
     with pytest.raises(ConfigurationError, match=message):
-        read_ranges(tmp_path / "stats.json", "quantiles", JOINTS)
+        read_ranges(tmp_path / "stats.json", "quantiles", JOINTS, JOINTS)
     with pytest.raises(ConfigurationError, match="a JSON file, got none"):
-        read_ranges(tmp_path / "missing.json", "quantiles", JOINTS)
+        read_ranges(tmp_path / "missing.json", "quantiles", JOINTS, JOINTS)
     with pytest.raises(ConfigurationError, match="no such file"):
-        read_ranges(tmp_path / "missing.safetensors", "quantiles", JOINTS)
+        read_ranges(tmp_path / "missing.safetensors", "quantiles", JOINTS, JOINTS)
