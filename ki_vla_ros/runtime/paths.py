@@ -106,9 +106,11 @@ class CommandedPath:
     takes effect when it arrives.
 
     With `position_J`, where the arm rests at first, the path acts as the controller of exactly these joints. Without
-    it, the path belongs to an onlooker: nothing is known before the first point, and the controller may have more
+    it, the path belongs to an onlooker: nothing is known before the first message, and the controller may have more
     joints (they are left out), take effort, and let a trajectory end in motion
-    (`allow_nonzero_velocity_at_trajectory_end`).
+    (`allow_nonzero_velocity_at_trajectory_end`). The first trajectory starts from where the arm was measured then; an
+    onlooker who is not told that knows nothing before its first point, and never anything of a stream of points that
+    are replaced before they are reached.
 
     Source: ros2_controllers, joint_trajectory_controller: trajectory.cpp (`sample`, `interpolate_between_points`) and
     `validate_trajectory_msg`, 2.x to 6.9; stamps in the future as with the `allow_trajectory_replacement` of August
@@ -127,13 +129,14 @@ class CommandedPath:
         self._pieces: list[_Piece] = []
         self._rest(np.full(len(self.joints), np.nan) if position_J is None else position_J)
 
-    def take(self, message: Any, arrived_ns: int) -> None:
+    def take(self, message: Any, arrived_ns: int, measured_J: Array | None = None) -> None:
         """Takes a trajectory_msgs/JointTrajectory, or a std_msgs/Float64MultiArray in the order of the joints.
 
-        InputError says why a message is refused; what was in force stays in force.
+        `measured_J`: where the arm is (NaN: not known), for an onlooker. InputError says why a message is refused; what
+        was in force stays in force.
         """
         if hasattr(message, "points"):
-            self.accept(trajectory_from_message(message), arrived_ns)
+            self.accept(trajectory_from_message(message), arrived_ns, measured_J)
             return
         position_J = np.array(message.data, dtype=np.float64)
         if len(position_J) != len(self.joints):
@@ -142,7 +145,7 @@ class CommandedPath:
             raise InputError(f"command: expected finite positions, got {position_J.tolist()}")
         self._add(_rest(arrived_ns, position_J), arrived_ns)
 
-    def accept(self, trajectory: Trajectory, arrived_ns: int) -> None:
+    def accept(self, trajectory: Trajectory, arrived_ns: int, measured_J: Array | None = None) -> None:
         """`take` for a trajectory that is no longer a message."""
         index = self._index(trajectory.joints)
         start_ns = trajectory.stamp_ns or arrived_ns
@@ -155,6 +158,9 @@ class CommandedPath:
             )
         from_ns = max(start_ns, arrived_ns)
         before_3J = self._state(from_ns)
+        if measured_J is not None:
+            known_J = ~np.isnan(before_3J[0])
+            before_3J = np.where(known_J, before_3J, [measured_J, *np.zeros((2, len(self.joints)))])
         left_out = [j for j, i in enumerate(index) if i is None]
         knots.state_3KJ[0][:, left_out] = before_3J[0, left_out]
         self._add(_Piece(from_ns, before_3J, knots), arrived_ns)

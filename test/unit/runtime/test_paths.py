@@ -407,6 +407,28 @@ def test_single_positions_are_in_force_from_their_arrival_on() -> None:
     np.testing.assert_equal(first_joint(path, *(NOW + k * 10 * MS + 1 for k in range(6))), [0, 0, 1, 1, 2, 2])
 
 
+def test_an_onlooker_who_is_told_where_the_arm_is_knows_a_servo_stream() -> None:
+    """A point every 20 ms, each due 100 ms later: none is reached, and the arm goes a fifth of the way each time."""
+    watched, blind = CommandedPath(JOINTS), CommandedPath(JOINTS)
+    place_J = np.array([0.1, -0.1])
+    for k in range(50):
+        now_ns, target_J = NOW + 20 * k * MS, np.array([1.0 + k / 100, 2.0])
+        watched.accept(message(point(100, target_J)), now_ns, np.array([0.1, -0.1]))
+        blind.accept(message(point(100, target_J)), now_ns)
+        assert watched.sample(now_ns)[0] == pytest.approx(place_J, abs=1e-12)
+        place_J = place_J + 0.2 * (target_J - place_J)
+        assert np.isnan(blind.sample(now_ns + 19 * MS)[0]).all()
+    assert np.isnan(watched.at(np.array([NOW - 1]))).all()
+
+
+def test_a_joint_that_nobody_measures_is_known_from_its_first_point_on() -> None:
+    watched = CommandedPath(JOINTS)
+    watched.accept(message(point(100, (1.0, 2.0))), NOW, np.array([0.0, np.nan]))
+    middle_J = watched.at(np.array([NOW + 50 * MS]))[0]
+    assert middle_J[0] == 0.5 and np.isnan(middle_J[1])
+    assert_position(watched, [1.0, 2.0], 100)
+
+
 def test_an_onlooker_knows_only_what_the_controller_was_sent() -> None:
     """The controller has another joint and lets a trajectory end in motion: the next one begins with that speed."""
     path = CommandedPath(JOINTS)
