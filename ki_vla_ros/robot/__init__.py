@@ -1,7 +1,7 @@
 """What a robot is: cameras, state, actions, units, outputs, from one YAML file; and limits from its URDF."""
 
 from ki_vla_ros.robot.axes import MOST_ROTATION, Axis, led_axes, main_axes
-from ki_vla_ros.robot.commands import CommandSpace, PoseOutput
+from ki_vla_ros.robot.commands import CommandSpace, PoseOutput, pose_place
 from ki_vla_ros.robot.dimensions import (
     JOINT_STATE,
     POSE_STAMPED,
@@ -13,6 +13,7 @@ from ki_vla_ros.robot.dimensions import (
 )
 from ki_vla_ros.robot.mapping import Finite, Frozen, Lines, Mapping
 from ki_vla_ros.robot.outputs import (
+    ACTIONS,
     ARRAY,
     FOLLOW_TRAJECTORY,
     GRIPPER_COMMAND,
@@ -30,6 +31,7 @@ from ki_vla_ros.robot.turns import TURN, continuous, nearest_rotation, nearest_t
 from ki_vla_ros.robot.urdf import UrdfJoint, read_urdf
 
 __all__ = [
+    "ACTIONS",
     "ARRAY",
     "FOLLOW_TRAJECTORY",
     "GRIPPER_COMMAND",
@@ -69,6 +71,7 @@ __all__ = [
     "main_axes",
     "nearest_rotation",
     "nearest_turn",
+    "pose_place",
     "read_robot",
     "read_urdf",
 ]

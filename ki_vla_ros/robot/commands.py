@@ -87,9 +87,7 @@ class CommandSpace:
         """Where the axes are [J]; NaN for velocities that nobody measures."""
         position_J = signal_M[self._signal_of_axis] * self._scale_J + self._offset_J
         for p, pose in enumerate(self.poses):
-            there = signal_M[pose.signals]
-            turned = rotations.multiply(rotations.inverse(self.reference_P4[p]), rotations.unit(there[3:]))
-            position_J[pose.axes] = np.concatenate([there[:3], rotations.to_vector(turned)])
+            position_J[pose.axes] = pose_place(signal_M[pose.signals], self.reference_P4[p])
         return position_J
 
     # --- rotations
@@ -328,6 +326,15 @@ class CommandSpace:
         self._axis_of_action, self._action_of_axis = np.array(axes, dtype=np.intp), np.array(actions, dtype=np.intp)
         self._grippers = tuple(grippers)
         self.unmeasured_J = np.array([not axis.measured for axis in self.axes])
+
+
+def pose_place(pose: Array, reference: Array = rotations.IDENTITY) -> Array:
+    """x, y, z and the rotation vector counted from `reference` of a pose (x, y, z, qx, qy, qz, qw).
+
+    ValueError for numbers that say no orientation.
+    """
+    turned = rotations.multiply(rotations.inverse(reference), rotations.unit(pose[3:]))
+    return np.concatenate([pose[:3], rotations.to_vector(turned)])
 
 
 def _axis_name(action: ActionDimension) -> str:

@@ -25,6 +25,8 @@ OutputType = Literal[
     "control_msgs/action/FollowJointTrajectory",
     "control_msgs/action/GripperCommand",
 ]
+STREAMED: Final = (ARRAY, TWIST, TWIST_STAMPED, POSE)
+ACTIONS: Final = (FOLLOW_TRAJECTORY, GRIPPER_COMMAND)
 # The kinds of action that each type can carry.
 CARRIES: dict[str, tuple[str, ...]] = {
     TRAJECTORY: ("joint_position", "gripper"),
@@ -84,8 +86,10 @@ class Output(Frozen):
         default=None, description="GripperCommand: max_effort; left out: 0, which means the driver's own"
     )
 
+    def wire_type(self, publish_mode: str) -> OutputType:
+        """The type of its messages, or of its action."""
+        return self.type or (ARRAY if publish_mode == "stream" else TRAJECTORY)
+
     def streams(self, publish_mode: str) -> bool:
         """Whether its controller takes one value after the other, rather than a trajectory or a goal."""
-        if self.type is None:
-            return publish_mode == "stream"
-        return self.type in (ARRAY, TWIST, TWIST_STAMPED, POSE)
+        return self.wire_type(publish_mode) in STREAMED

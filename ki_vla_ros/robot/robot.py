@@ -18,6 +18,8 @@ from pydantic import Field, model_validator
 from ki_vla_ros.robot.axes import Axis
 from ki_vla_ros.robot.dimensions import (
     ACTION,
+    ANGULAR,
+    LINEAR,
     STATE,
     ActionDimension,
     Name,
@@ -31,6 +33,7 @@ from ki_vla_ros.share import expand, find_share
 from ki_vla_ros.yaml_file import read_yaml
 
 Horizon = Annotated[int, Field(ge=2, le=1000)]
+TWIST_PARTS = (*LINEAR, *ANGULAR)
 ActionPeriod = Annotated[Finite, Field(ge=0.001, le=1.0)]
 
 
@@ -124,6 +127,16 @@ class Robot(Frozen):
 
     def actions_of(self, output: Output) -> tuple[ActionDimension, ...]:
         return tuple(action for action in self.actions if action.output == output.name)
+
+    def axes_of(self, output: Output) -> slice:
+        """Where its axes are among all."""
+        number = self.outputs.index(output)
+        places = [j for j, axis in enumerate(self.axes) if axis.output == number]
+        return slice(places[0], places[-1] + 1)
+
+    def twist_parts(self, output: Output) -> list[int]:
+        """Which of vx, vy, vz, wx, wy, wz each axis of a twist is."""
+        return [TWIST_PARTS.index(str(action.component)) for action in self.actions_of(output)]
 
     def turning(self, joints: Collection[str]) -> Robot:
         """The same with exactly these of its joints as ones that turn without end, as a URDF says."""

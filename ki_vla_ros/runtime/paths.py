@@ -1,8 +1,8 @@
 """Where the arm was told to be, and where it was, as functions of time.
 
 `CommandedPath` is the one model of ROS 2's joint_trajectory_controller: the simulated arms move by it, and replay,
-datasets and shadow mode use it to find what a recorded arm was told. `MeasuredPath` is the line through the joint
-states.
+datasets and shadow mode use it to find what a recorded arm was told. `CommandedAxes` joins the paths of all outputs of
+a robot. `MeasuredPath` is the line through the joint states.
 
 Legend: J joints in the order in which the path was given them, N instants, K points of a trajectory. Positions in rad
 or m, derivatives per second, times in integer ns on one clock: the node's, or the bag's.
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import NS_PER_S, JointReading, header_ns, time_to_ns
+from ki_vla_ros.robot import Robot, pose_place
 
 # Joint states farther apart than this say nothing about the time between them.
 LONGEST_GAP_NS = 250_000_000
@@ -368,6 +369,142 @@ def _factors(state_3MJ: Array, length_N: Array, degree_N: NDArray[np.int64]) -> 
         factor_DMJ[4, n] = -15.0 * delta + 8.0 * velocity + 7.0 * end_velocity + 1.5 * accel - end_accel
         factor_DMJ[5, n] = 6.0 * delta - 3.0 * velocity - 3.0 * end_velocity - 0.5 * accel + 0.5 * end_accel
     return factor_DMJ
+
+
+class _Streamed:
+    """What a topic says that has one message of W numbers after the other; each is in force until the next.
+
+    `integrate`: the numbers are velocities, and the path is where they have led to since the first.
+    """
+
+    def __init__(self, width: int, integrate: bool = False) -> None:
+        self._width, self._integrate = width, integrate
+        self.clear()
+
+    def clear(self) -> None:
+        self._times: list[int] = []
+        self._values: list[Array] = []
+        self._gone: list[Array] = []  # where the velocities had led to by then
+
+    def add(self, value_W: Array, arrived_ns: int) -> None:
+        if len(value_W) != self._width:
+            raise InputError(f"command: expected {self._width} numbers, got {len(value_W)}")
+        if not np.isfinite(value_W).all():
+            raise InputError(f"command: expected finite numbers, got {value_W.tolist()}")
+        while self._times and self._times[-1] >= arrived_ns:
+            for kept in (self._times, self._values, self._gone):
+                kept.pop()
+        gone_W = np.zeros(self._width)
+        if self._times and self._integrate:
+            gone_W = self.at(np.array([arrived_ns]))[0]
+        self._times.append(arrived_ns)
+        self._values.append(value_W)
+        self._gone.append(gone_W)
+
+    def values(self, time_N: NDArray[np.int64]) -> Array:
+        """What was said last [N, W]; NaN before the first message."""
+        value_NW, k_N = np.full((len(time_N), self._width), np.nan), self._in_force(time_N)
+        if self._times:
+            value_NW[k_N >= 0] = np.array(self._values)[k_N[k_N >= 0]]
+        return value_NW
+
+    def at(self, time_N: NDArray[np.int64]) -> Array:
+        if not self._integrate or not self._times:
+            return self.values(time_N)
+        k_N = self._in_force(time_N)
+        since_N = (time_N - np.array(self._times)[k_N]) / NS_PER_S
+        place_NW: Array = np.array(self._gone)[k_N] + self.values(time_N) * since_N[:, None]
+        return place_NW
+
+    def known(self, time_ns: int, now_ns: int) -> bool:
+        return now_ns > time_ns
+
+    def forget(self, before_ns: int) -> None:
+        if (gone := bisect_right(self._times, before_ns) - 1) > 0:
+            for kept in (self._times, self._values, self._gone):
+                del kept[:gone]
+
+    def _in_force(self, time_N: NDArray[np.int64]) -> NDArray[np.intp]:
+        return np.searchsorted(np.array(self._times, dtype=np.int64), time_N, side="right") - 1
+
+
+class CommandedAxes:
+    """Where all axes of a robot were told to be, by the messages of each output; an `ArmPath` over the axes.
+
+    NaN for an output of which no message has come yet. Rotation vectors count from no rotation at all. The position of
+    an axis that is a velocity is where its velocities have led to since the first; poses and velocities are in force
+    until the next message, as nobody sees what makes a controller give up.
+    """
+
+    def __init__(self, robot: Robot) -> None:
+        self._robot, self._width = robot, len(robot.axes)
+        self._parts: dict[str, tuple[slice, CommandedPath | _Streamed]] = {}
+        for output in robot.outputs:
+            place = robot.axes_of(output)
+            axes = robot.axes[place]
+            streamed = axes[0].kind in ("position", "velocity")
+            path = (
+                _Streamed(len(axes), axes[0].kind == "velocity")
+                if streamed
+                else CommandedPath([axis.name for axis in axes])
+            )
+            self._parts[output.name] = place, path
+
+    def take(self, output: str, message: Any, arrived_ns: int) -> None:
+        """Takes a message of this output: of rclpy or of rosbags; InputError says why it is refused."""
+        _, path = self._parts[output]
+        try:
+            if isinstance(path, CommandedPath):
+                path.take(message, arrived_ns)
+            else:
+                path.add(self._values(output, message), arrived_ns)
+        except AttributeError:
+            expected = next(o for o in self._robot.outputs if o.name == output).type or "JointTrajectory"
+            raise InputError(f"command: output {output!r}: expected {expected}, got {type(message).__name__}") from None
+        except InputError as refusal:
+            if len(self._parts) == 1:
+                raise
+            raise InputError(f"output {output!r}: {refusal}") from refusal
+
+    def at(self, time_N: NDArray[np.int64]) -> Array:
+        path_NJ = np.full((len(time_N), self._width), np.nan)
+        for place, path in self._parts.values():
+            path_NJ[:, place] = path.at(time_N)
+        return path_NJ
+
+    def velocities(self, time_N: NDArray[np.int64]) -> Array:
+        """What axes that are velocities were told [N, J]; 0 for all others."""
+        velocity_NJ = np.zeros((len(time_N), self._width))
+        for place, path in self._parts.values():
+            if isinstance(path, _Streamed) and self._robot.axes[place.start].kind == "velocity":
+                velocity_NJ[:, place] = path.values(time_N)
+        return velocity_NJ
+
+    def known(self, time_ns: int, now_ns: int) -> bool:
+        return now_ns > time_ns
+
+    def forget(self, before_ns: int) -> None:
+        for _, path in self._parts.values():
+            path.forget(before_ns)
+
+    def clear(self) -> None:
+        for _, path in self._parts.values():
+            path.clear()
+
+    def _values(self, name: str, message: Any) -> Array:
+        """The numbers of a streamed message, one per axis of its output."""
+        if hasattr(message, "data"):
+            return np.array(message.data, dtype=np.float64)
+        if hasattr(message, "pose"):
+            place, turned = message.pose.position, message.pose.orientation
+            pose = np.array([place.x, place.y, place.z, turned.x, turned.y, turned.z, turned.w], dtype=np.float64)
+            try:
+                return pose_place(pose)
+            except ValueError as error:
+                raise InputError(f"command: orientation: {error}") from None
+        twist, output = getattr(message, "twist", message), next(o for o in self._robot.outputs if o.name == name)
+        parts = [getattr(part, axis) for part in (twist.linear, twist.angular) for axis in "xyz"]
+        return np.array(parts, dtype=np.float64)[self._robot.twist_parts(output)]
 
 
 class MeasuredPath:

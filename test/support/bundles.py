@@ -64,6 +64,59 @@ def robot_of(axes: Sequence[Axis], horizon: int = HORIZON, period_s: float = 0.0
     return robot_from({"cameras": [{"name": "scene"}], **fields})
 
 
+def mixed_robot(**changes: Any) -> dict[str, Any]:
+    """A robot whose parts take commands in all ways: two trajectory controllers, velocities, a base, a tool's pose."""
+    joint = {"kind": "joint_position", "unit": "rad"}
+    limits = {"lower": -2.0, "upper": 2.0, "max_velocity": 2.0, "output": "arm"}
+    slide = {"name": "slide", "kind": "joint_velocity", "unit": "m/s", "max_velocity": 0.5, "output": "slide"}
+    twist = {"kind": "twist", "max_velocity": 0.6, "output": "base"}
+    tool = {"type": "geometry_msgs/msg/PoseStamped", "topic": "tool_pose"}
+    parts = ("x", "y", "z", "qx", "qy", "qz", "qw")
+    fields: dict[str, Any] = {
+        "name": "mixed",
+        "cameras": [{"name": name} for name in CAMERAS],
+        "state": [
+            {"name": "shoulder", **joint},
+            {"name": "elbow", **joint},
+            {"name": "gripper", "kind": "gripper", "unit": "m", "open": 0.04, "closed": 0.0},
+            {"name": "slide", "kind": "joint_position", "unit": "m", "lower": -1.0, "upper": 1.0},
+            *({"name": f"tool.{part}", "kind": "pose", "component": part, "source": tool} for part in parts),
+        ],
+        "actions": [
+            {"name": "shoulder", **joint, **limits, "relative": True},
+            {"name": "elbow", **joint, **limits, "relative": True},
+            {"name": "gripper", "kind": "gripper", "unit": "m", "open": 0.04, "closed": 0.0, "max_velocity": 0.1,
+             "output": "hand"},
+            slide,
+            {"name": "forward", "component": "vx", **twist},
+            {"name": "turn", "component": "wz", **twist},
+            *({"name": f"tool.{part}", "kind": "pose_delta", "component": part, "output": "tool"} for part in "xyz"),
+        ],
+        "outputs": [
+            {"name": "arm", "topic": "arm/joint_trajectory", "type": "trajectory_msgs/msg/JointTrajectory"},
+            {"name": "hand", "topic": "hand/joint_trajectory", "type": "trajectory_msgs/msg/JointTrajectory"},
+            {"name": "slide", "topic": "slide/commands", "type": "std_msgs/msg/Float64MultiArray"},
+            {"name": "base", "topic": "cmd_vel", "type": "geometry_msgs/msg/TwistStamped", "frame_id": "base"},
+            {"name": "tool", "topic": "tool/target", "type": "geometry_msgs/msg/PoseStamped", "frame_id": "world",
+             "workspace": {"x": [-1, 1], "y": [-1, 1], "z": [0, 1]}, "max_linear_velocity": 0.5,
+             "max_angular_velocity": 1.0},
+        ],
+        "action_period_s": 0.05,
+        "horizon": HORIZON,
+    }  # fmt: skip
+    return {**fields, **changes}
+
+
+def mixed_policy(**changes: Any) -> PolicySpec:
+    """`demo_policy` for the `mixed_robot`."""
+    fields: dict[str, Any] = demo_policy().model_dump(exclude={"robot"})
+    robot = Robot.model_validate(mixed_robot())
+    states, actions = len(robot.state), len(robot.actions)
+    fields["state"] |= {"low": [-3.1] * states, "high": [3.1] * states}
+    fields["action"] = {"low": [-0.4] * (actions - 3) + [-0.01] * 3, "high": [0.4] * (actions - 3) + [0.01] * 3}
+    return PolicySpec.model_validate({**fields, "robot": mixed_robot(), **changes})
+
+
 def state_token_policy() -> PolicySpec:
     """Like `demo_policy`, with the state as a token of the expert instead of text."""
     low, high = demo_policy().state.low, demo_policy().state.high
