@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -24,12 +26,16 @@ def read_yaml(path: Path, record: type[Record], what: str, examples: str) -> Rec
     ConfigurationError names the file, the key or line, what was expected and what was got.
     """
     cause: Exception
+    text = ""
     try:
-        return record.model_validate(parse_yaml(read_text(path, LARGEST_YAML)))
+        text = read_text(path, LARGEST_YAML)
+        return record.model_validate(parse_yaml(text))
     except OSError as error:
         cause, fault = error, f"expected a YAML file, got one that cannot be read ({error.strerror})"
     except ValidationError as error:
-        cause, fault = error, describe_validation(error)
+        place = error.errors(include_url=False)[0]["loc"]
+        line = f"line {line_of(place, yaml_lines(text))}: " if place else ""
+        cause, fault = error, line + describe_validation(error)
     except ValueError as error:
         cause, fault = error, f"expected YAML, got something else ({' '.join(str(error).split())})"
     raise ConfigurationError(f"{what} {path}: {fault}; {examples} has examples") from cause
@@ -46,6 +52,35 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{line}{error.problem}") from error
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(str(error)) from error  # PyYAML's own conversions of numbers and dates
+
+
+def yaml_lines(text: str) -> dict[tuple[str | int, ...], int]:
+    """Line (from 1) of each value, by its keys and indices; empty for a text that is no YAML."""
+    found: dict[tuple[str | int, ...], int] = {}
+
+    def walk(node: yaml.Node, place: tuple[str | int, ...]) -> None:
+        found[place] = node.start_mark.line + 1
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                walk(value, (*place, str(key.value)))
+                found[(*place, str(key.value))] = key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                walk(item, (*place, number))
+
+    with suppress(yaml.YAMLError, ValueError):
+        root = yaml.compose(text, Loader=_Loader)
+        if root is not None:
+            walk(root, ())
+    return found
+
+
+def line_of(place: Sequence[str | int], lines: Mapping[tuple[str | int, ...], int]) -> int:
+    """The line of a value, or of the nearest that it is a part of."""
+    keys = tuple(place)
+    while keys and keys not in lines:
+        keys = keys[:-1]
+    return lines.get(keys, 1)
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,6 +1,7 @@
 """What a robot is: cameras, state, actions, units, outputs, from one YAML file; and limits from its URDF."""
 
 from ki_vla_ros.robot.axes import MOST_ROTATION, Axis, led_axes, main_axes
+from ki_vla_ros.robot.columns import find_columns, flatten_names
 from ki_vla_ros.robot.commands import CommandSpace, PoseOutput, pose_place
 from ki_vla_ros.robot.dimensions import (
     JOINT_STATE,
@@ -28,7 +29,7 @@ from ki_vla_ros.robot.outputs import (
 from ki_vla_ros.robot.robot import ActionPeriod, CameraSpec, Horizon, Robot, check_names, find_robot, read_robot
 from ki_vla_ros.robot.signals import Signal
 from ki_vla_ros.robot.turns import TURN, continuous, nearest_rotation, nearest_turn
-from ki_vla_ros.robot.urdf import UrdfJoint, read_urdf
+from ki_vla_ros.robot.urdf import UrdfJoint, movable_joints, read_urdf
 
 __all__ = [
     "ACTIONS",
@@ -66,9 +67,12 @@ __all__ = [
     "Workspace",
     "check_names",
     "continuous",
+    "find_columns",
     "find_robot",
+    "flatten_names",
     "led_axes",
     "main_axes",
+    "movable_joints",
     "nearest_rotation",
     "nearest_turn",
     "pose_place",

@@ -52,6 +52,16 @@ def read_urdf(robot_description: str, joints: Sequence[str]) -> Mapping[str, Urd
     return found
 
 
+def movable_joints(robot_description: str) -> dict[str, str]:
+    """Type by name of the joints that are moved by themselves: not fixed ones, not those that mimic others."""
+    moved = ("revolute", "prismatic", "continuous")
+    return {
+        element.get("name", ""): element.get("type", "")
+        for element in _joints(robot_description)
+        if element.get("type") in moved and not any(_local_name(child) == "mimic" for child in element)
+    }
+
+
 def _joints(robot_description: str) -> Iterator[ElementTree.Element]:
     """The robot's own joints; elements of the same name in transmissions, ros2_control or gazebo are others."""
     if len(robot_description) > LONGEST:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.yaml_file import read_yaml
+from ki_vla_ros.yaml_file import line_of, read_yaml, yaml_lines
 
 
 class Meal(BaseModel):
@@ -60,3 +60,10 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"name: \xff")
     with pytest.raises(ConfigurationError, match=r"expected YAML, got something else .'utf-8' codec"):
         read(path)
+
+
+def test_every_value_has_its_line() -> None:
+    lines = yaml_lines("a: 1\nb:\n  - {c: 2}\n  - c:\n      3\n")
+    assert [lines[place] for place in [("a",), ("b",), ("b", 0, "c"), ("b", 1), ("b", 1, "c")]] == [1, 2, 3, 4, 4]
+    assert line_of(("b", 1, "nothing", 5), lines) == 4 and line_of(("z",), lines) == 1
+    assert yaml_lines("a: [") == {}

@@ -36,6 +36,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ki_vla_ros.errors import ConfigurationError, short_repr
 from ki_vla_ros.files import read_json
+from ki_vla_ros.robot import flatten_names
 from training.data.lerobot.tables import is_pointer
 
 VERSION: Final = "v3.0"
@@ -104,17 +105,6 @@ class Feature(BaseModel):
             return len(self.shape) < 2 and np.dtype(self.dtype).kind in "biuf"
         except TypeError:
             return False
-
-
-def flatten_names(names: Any) -> list[str]:
-    """["a", "b"] for ["a", "b"], [["a", "b"]], {"motors": ["a", "b"]} and {"a": 0, "b": 1}."""
-    if isinstance(names, dict):
-        if names and sorted(names.values(), key=repr) == sorted(range(len(names)), key=repr):
-            return sorted(names, key=lambda name: int(names[name]))
-        names = [group for group in names.values() if isinstance(group, list)]
-    if isinstance(names, list):
-        return [name for part in names for name in (flatten_names(part) if isinstance(part, list) else [str(part)])]
-    return []
 
 
 def depth_reason(key: str, feature: Feature) -> str | None:

@@ -1,0 +1,88 @@
+"""Where a dataset has each dimension: its column, and the place in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ki_vla_ros.errors import ConfigurationError, did_you_mean
+from ki_vla_ros.robot.dimensions import ActionDimension, StateDimension
+
+Dimension = StateDimension | ActionDimension
+Feature = tuple[int, Sequence[str]]
+"""Width of a dataset's column, and the names of its elements; no names: the dataset does not say."""
+
+
+def find_columns(
+    dimensions: Sequence[Dimension], column: str, features: Mapping[str, Feature]
+) -> list[tuple[str, int]]:
+    """Column and index of each dimension; `column` is where those are that name none.
+
+    By index where the robot file gives one, else by name if the dataset has one of their names, else in the order of
+    the list. ConfigurationError names the dimension that is not there.
+    """
+    names = {d.dataset.column or column for d in dimensions}
+    by_name = {name: _has_a_name(dimensions, column, name, features) for name in names}
+    found = []
+    counts = dict.fromkeys(names, 0)
+    for dimension in dimensions:
+        own = dimension.dataset.column or column
+        here = f"{dimension.name!r}: dataset"
+        if own not in features:
+            raise ConfigurationError(
+                f"{here}.column: expected one of {', '.join(features) or 'none'}, got {own}"
+                f"{did_you_mean(own, features)}"
+            )
+        width, _ = features[own]
+        index = dimension.dataset.index
+        if index is None and by_name[own]:
+            index = _index_of(dimension, own, features[own])
+        elif index is None:
+            index = counts[own]
+            counts[own] += 1
+        if index >= width:
+            raise ConfigurationError(f"{here}.index: expected at most {width - 1} in {own}, got {index}")
+        found.append((own, index))
+    for own, count in counts.items():
+        width = features[own][0]
+        # In order only where nothing is left over: which of them are meant is otherwise a guess.
+        if count and count != width:
+            raise ConfigurationError(
+                f"dataset: expected {count} values in {own} (one per dimension, in the order of the robot file), got "
+                f"{width}{_named(features[own])}; give name or index of each"
+            )
+    return found
+
+
+def _has_a_name(dimensions: Sequence[Dimension], column: str, own: str, features: Mapping[str, Feature]) -> bool:
+    if own not in features:
+        return False
+    open_ones = [d for d in dimensions if (d.dataset.column or column) == own and d.dataset.index is None]
+    return any(d.dataset.name is not None or d.name in features[own][1] for d in open_ones)
+
+
+def _index_of(dimension: Dimension, own: str, feature: Feature) -> int:
+    name, names = dimension.dataset.name or dimension.name, list(feature[1])
+    if names.count(name) != 1:
+        raise ConfigurationError(
+            f"{dimension.name!r}: dataset.name: expected one of the names of {own}"
+            + (f" ({', '.join(names)})" if names else ", which the dataset does not give")
+            + f", got {name}{' ' + str(names.count(name)) + ' times' if name in names else did_you_mean(name, names)}"
+            "; give its index"
+        )
+    return names.index(name)
+
+
+def _named(feature: Feature) -> str:
+    return f" ({', '.join(feature[1])})" if feature[1] else ""
+
+
+def flatten_names(names: Any) -> list[str]:
+    """["a", "b"] for ["a", "b"], [["a", "b"]], {"motors": ["a", "b"]} and {"a": 0, "b": 1}, as LeRobot has them."""
+    if isinstance(names, dict):
+        if names and sorted(names.values(), key=repr) == sorted(range(len(names)), key=repr):
+            return sorted(names, key=lambda name: int(names[name]))
+        names = [group for group in names.values() if isinstance(group, list)]
+    if isinstance(names, list):
+        return [name for part in names for name in (flatten_names(part) if isinstance(part, list) else [str(part)])]
+    return []
