@@ -375,8 +375,8 @@ def _written(parts: tuple[str, ...], place: Array, quaternion: Array) -> Array:
     rotation = parts[3:] if parts[0] == "x" else parts
     if rotation == VECTOR:
         pieces.append(rotations.to_vector(quaternion))
-    elif rotation == QUATERNION:
-        pieces.append(quaternion)
+    elif rotation == QUATERNION:  # of the two that mean the same
+        pieces.append(np.where(quaternion[..., 3:] < 0.0, -quaternion, quaternion))
     elif rotation == SIX_D:
         pieces.append(rotations.to_6d(quaternion))
     return np.concatenate(pieces, axis=-1)
