@@ -28,15 +28,7 @@ def whole_folder(place: Path) -> Iterator[Path]:
     place.parent.mkdir(parents=True, exist_ok=True)
     part, aside = (place.with_name(f".{place.name}.{what}") for what in ("part", "old"))
     part.mkdir(exist_ok=True)
-    folder = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(
-                f"{place}: expected to be the only one who writes there, got another process that is writing it now; "
-                "wait for it, or name another folder"
-            ) from None
+    with alone(part, place) as folder:
         try:
             for left in part.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -48,8 +40,23 @@ def whole_folder(place: Path) -> Iterator[Path]:
             sync(place.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path, place: Path) -> Iterator[int]:
+    """Its descriptor; ConfigurationError, with `place`, if another process has opened `folder` so."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"{place}: expected to be the only one who writes there, got another process that is writing it now; "
+                "wait for it, or name another folder"
+            ) from None
+        yield opened
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def replace_folder(new: Path, place: Path, aside: Path) -> None:

@@ -9,18 +9,35 @@ docs/data.md explains topics, episodes and actions.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from ki_vla_ros.bags import Bag, find_session, open_bag
-from ki_vla_ros.console import ExitCode, run_command
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.bundle import MANIFEST
+from ki_vla_ros.console import ExitCode, Progress, run_command
+from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.files import read_file
 from ki_vla_ros.settings import NODE, Settings, load_settings
+from ki_vla_ros.share import find_bundle
 from training.convert.episodes import Actions, Conversion, Cut, Marker, convert
+from training.convert.many import Failure, run, writing_folder
+from training.convert.parts import (
+    DATASET,
+    Part,
+    find_part,
+    list_files,
+    open_parts,
+    part_folder,
+    read_part,
+    remove_parts,
+    write_part,
+)
 from training.convert.playback import write_bag
 from training.convert.sources import (
     Sources,
@@ -28,6 +45,7 @@ from training.convert.sources import (
     from_settings,
     read_manifest,
 )
+from training.convert.union import unite
 from training.convert.writer import DatasetWriter
 from training.data.lerobot import Dataset, Video
 
@@ -37,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     left = "the bag has what was written so far, and no index"
     if arguments.command == "from-bag":
-        left = "the frames written so far, if any, are a valid dataset"
+        left = "what was converted so far, if anything, is a valid dataset; the same command goes on with the rest"
     return run_command("convert", partial(_convert, arguments), f"stopped; {left}")
 
 
@@ -47,54 +65,128 @@ def _convert(arguments: argparse.Namespace) -> int:
         print(f"{arguments.out}: {write_bag(dataset, arguments.out)} messages")
         for key, reason in dataset.ignored.items():
             print(f"  not in it: {key}, {reason}")
-    else:
-        convert_bags(arguments)
+        return ExitCode.FINE
+    return convert_bags(arguments)
+
+
+def convert_bags(arguments: argparse.Namespace) -> int:
+    """Convert all bags into one dataset, and print what became of each; bags that were converted before stay so."""
+    bags, options = [Path(bag) for bag in arguments.bags], name_options(arguments)
+    with open_parts(arguments.out) as parts:
+        found, jobs = {}, {}
+        for bag in dict.fromkeys(bags):
+            before = find_part(parts, bag, options)
+            if isinstance(before, Part):
+                found[bag] = before
+                print(f"{bag}: converted before")
+                continue
+            jobs[bag] = part_folder(parts, bag)
+            if before is not None:
+                print(f"{bag}: converted again: {before}")
+        failures: dict[Path, Failure] = {}
+        outcomes = run(jobs, partial(convert_bag, arguments, options), arguments.workers, arguments.ray)
+        try:
+            with Progress() as progress:
+                for done, (bag, failure) in enumerate(outcomes):
+                    progress.show(f"{done + 1} of {len(jobs)} bags", (done + 1) / len(jobs))
+                    if failure is not None:
+                        failures[bag] = failure
+        finally:  # also after Ctrl-C
+            for bag, folder in jobs.items():
+                ended = bag not in failures or failures[bag].kept
+                part = read_part(folder) or (read_part(writing_folder(folder)) if ended else None)
+                if part is not None:
+                    found[bag] = part
+            in_order = [found[bag] for bag in bags if bag in found]
+            for part in in_order:
+                print(f"{part.bag}: {describe(part.conversion)}")
+                for fault in part.faults:
+                    print(f"  {part.bag}: {fault}")
+            info, refused = unite(in_order, arguments.out) if any(part.dataset for part in in_order) else (None, {})
+        reasons = [failure.reason for failure in failures.values()] + list(refused.values())
+        if info is None and not reasons:
+            raise InputError(f"dataset {arguments.out}: expected at least one frame, got none; nothing was written")
+        for reason in reasons:
+            print(f"convert: {reason}", file=sys.stderr)
+        if info is not None:
+            print(f"{arguments.out}: {info.fps:g} frames per second, {info.total_episodes} episodes")
+        if len(in_order) == len(bags) and not reasons:
+            remove_parts(parts)
+            return ExitCode.FINE
+        if info is not None and len(bags) > 1:
+            print(f"  without {len(reasons)} of {len(bags)} bags; the same command tries them again", file=sys.stderr)
+        full = any(failure.kept for failure in failures.values())
+        return ExitCode.FAILED if info is None or full else ExitCode.FOUND
     return ExitCode.FINE
 
 
-def convert_bags(arguments: argparse.Namespace) -> None:
-    """Convert all bags into one dataset, and print what became of each."""
-    with open_bag(arguments.bags[0]) as bag:
-        first = choose_sources(arguments, bag)
-    cut = {"cut": arguments.episodes, "actions": arguments.actions, "fps": arguments.fps, "task": arguments.task}
-    source = {
-        "bags": [str(Path(bag).name) for bag in arguments.bags],
-        "topics": {
-            "cameras": dict(first.cameras),
-            "joint_states": first.joint_topic,
-            "instruction": first.instruction_topic,
-            "command": first.command_topic,
-        },
-        "actions": arguments.actions,
-        "sync_slop_s": first.slop_ns / 1e9,
-        "max_age_s": first.max_age_ns / 1e9,
-    }
-    marker = Marker(*arguments.marker) if arguments.marker else None
-    with DatasetWriter(
-        arguments.out,
-        fps=arguments.fps,
-        state_names=first.joints,
-        action_names=first.joints,
-        cameras=list(first.cameras),
-        source=source,
-        robot_type=arguments.robot_type,
-        video=arguments.video,
-    ) as writer:
-        for path in arguments.bags:
-            with open_bag(path) as bag:
-                try:
-                    sources = choose_sources(arguments, bag)
-                    if (sources.joints, list(sources.cameras)) != (first.joints, list(first.cameras)):
-                        raise ConfigurationError(
-                            f"bag {path}: expected the joints and cameras of {arguments.bags[0]}, got "
-                            f"{', '.join((*sources.joints, *sources.cameras))}; convert it into a separate dataset"
-                        )
-                    done = convert(bag, sources, writer, marker=marker, least_frames=arguments.least_frames, **cut)
-                    print(f"{path}: {describe(done)}")
-                finally:
-                    for fault in bag.faults:
-                        print(f"  {path}: {fault}")
-    print(f"{arguments.out}: {writer.info.fps} frames per second, {len(writer.episodes)} episodes")
+def convert_bag(arguments: argparse.Namespace, options: Mapping[str, str], path: Path, folder: Path) -> None:
+    """Convert a bag into its part, `folder`; after an error that has what was converted until then."""
+    files, done, pixels, whole = list_files(path), Conversion(), {}, False
+    with open_bag(path) as bag:
+        try:
+            sources = choose_sources(arguments, bag)
+            topics = {
+                "cameras": dict(sources.cameras),
+                "joint_states": sources.joint_topic,
+                "instruction": sources.instruction_topic,
+                "command": sources.command_topic,
+            }
+            with (
+                suppress(_NoFrame),
+                DatasetWriter(
+                    folder / DATASET,
+                    fps=arguments.fps,
+                    state_names=sources.joints,
+                    action_names=sources.joints,
+                    cameras=list(sources.cameras),
+                    source={
+                        "bags": [path.name],
+                        "topics": topics,
+                        "actions": arguments.actions,
+                        "sync_slop_s": sources.slop_ns / 1e9,
+                        "max_age_s": sources.max_age_ns / 1e9,
+                    },
+                    robot_type=arguments.robot_type,
+                    video=arguments.video,
+                    name=arguments.out,
+                ) as writer,
+            ):
+                pixels = writer.tables.pixels
+                convert(
+                    bag,
+                    sources,
+                    writer,
+                    fps=arguments.fps,
+                    actions=arguments.actions,
+                    cut=arguments.episodes,
+                    marker=Marker(*arguments.marker) if arguments.marker else None,
+                    task=arguments.task,
+                    least_frames=arguments.least_frames,
+                    done=done,
+                )
+                if not done.frames:
+                    raise _NoFrame
+            whole = True
+        finally:
+            faults = [str(fault) for fault in bag.faults]
+            with suppress(*() if whole else (OSError,)):  # as on a full disk, after a better error
+                write_part(Part(folder, str(path), files, options, whole, done, faults, pixels))
+
+
+class _NoFrame(Exception):
+    """The bag has no frame for the dataset."""
+
+
+def name_options(arguments: argparse.Namespace) -> dict[str, str]:
+    """What a part depends on beside its bag: the options, and what is in the files that they name."""
+    others = ("command", "bags", "out", "workers", "ray")
+    options = {f"--{name.replace('_', '-')}": value for name, value in vars(arguments).items() if name not in others}
+    files = {name: value for name, value in options.items() if isinstance(value, Path)}
+    if arguments.bundle:
+        files["--bundle"] = find_bundle(arguments.bundle) / MANIFEST
+    digests = {name: hashlib.sha256(read_file(path)).hexdigest()[:8] for name, path in files.items()}
+    return {name: f"{value} {digests.get(name, '')}".strip() for name, value in options.items()}
 
 
 def describe(done: Conversion) -> str:
@@ -180,13 +272,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="h264",
         help="encode the images (default), or keep the JPEGs as they were recorded: nothing is lost, and it is faster",
     )
+    made.add_argument(
+        "--workers", type=int, default=1, help="bags that are converted at the same time, one core each (default 1)"
+    )
+    made.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="convert the bags on this Ray cluster ('auto': this machine's)",
+    )
     made.add_argument("--robot-type", help="robot_type in meta/info.json")
     arguments = parser.parse_args(argv)
     for pair in getattr(arguments, "camera", ()):
         if "=" not in pair:
             parser.error(f"--camera: expected NAME=TOPIC, got {pair!r}")
-    if arguments.command == "from-bag" and arguments.fps < 1:
-        parser.error(f"--fps: expected at least 1, got {arguments.fps}")
+    for name in ("fps", "workers"):
+        if arguments.command == "from-bag" and (got := getattr(arguments, name)) < 1:
+            parser.error(f"--{name}: expected at least 1, got {got}")
     return arguments
 
 

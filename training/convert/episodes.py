@@ -98,11 +98,13 @@ def convert(
     marker: Marker | None = None,
     task: str | None = None,
     least_frames: int = 2,
+    done: Conversion | None = None,
 ) -> Conversion:
     """Write the bag's frames; ConfigurationError if the bag lacks what was asked for.
 
     `task` is the instruction until the bag gives one. A gap, a tick at which the node would have held, ends an episode,
-    because an episode's frames are evenly spaced. Episodes of fewer than `least_frames` are left out.
+    because an episode's frames are evenly spaced. Episodes of fewer than `least_frames` are left out. `done` is kept up
+    to date, for who wants to know after an error, and returned.
     """
     sources = sources.within(bag)
     if actions == "commands" and sources.command_topic not in bag.topics:
@@ -117,7 +119,8 @@ def convert(
         )
     marker = choose_marker(bag, cut, marker, sources.instruction_topic)
     at_instructions = marker is None and cut != "bag" and sources.instruction_topic in bag.topics
-    cutter = _Cutter(sources, writer, fps, actions, at_instructions, marker, task, least_frames)
+    done = Conversion() if done is None else done
+    cutter = _Cutter(sources, writer, fps, actions, at_instructions, marker, task, least_frames, done)
     topics = {*sources.cameras.values(), sources.joint_topic, sources.instruction_topic, sources.command_topic}
     return cutter.run(bag.messages(topics | ({marker.topic} if marker else set())))
 
@@ -155,7 +158,9 @@ class _Cutter:
         marker: Marker | None,
         task: str | None,
         least_frames: int,
+        done: Conversion,
     ) -> None:
+        self.done = done
         self.sources, self.writer, self.actions, self.marker = sources, writer, actions, marker
         self.cut_at_instructions, self.task, self.least_frames = cut_at_instructions, task, least_frames
         self.fps, self.period_ns = fps, round(NS_PER_S / fps)
@@ -182,7 +187,6 @@ class _Cutter:
         self.heard_ns = 0  # when the last message came
         ages_ns = (sources.max_age_ns, sources.joint_age_ns or 0, *sources.camera_age_ns.values())
         self.silence_ns = max(SILENCE_NS, SILENCE_AGES * max(ages_ns))
-        self.done = Conversion()
 
     def run(self, messages: Iterable[BagMessage]) -> Conversion:
         log_ns = 0

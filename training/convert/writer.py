@@ -173,8 +173,28 @@ class Tables:
             place = next_file(*place, self.info.chunks_size)
 
 
+class DiskFull(KiVlaError):
+    """There is only room left to end the dataset in order."""
+
+
 class _Abandoned(Exception):
     """Nothing is to be left of the dataset."""
+
+
+def check_place(folder: Path, left: str = "") -> None:
+    """ConfigurationError if nothing can be written where `folder` is to be, DiskFull if there is no room.
+
+    `left` says what there is in that case.
+    """
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        got = "one that may not be written to" if place.is_dir() else "a file"
+        raise ConfigurationError(f"dataset {folder}: expected a folder at {place}, got {got}; choose another --out")
+    if (free := shutil.disk_usage(place).free) < RESERVE:
+        raise DiskFull(
+            f"dataset {folder}: expected {RESERVE // MIB} MiB free on its disk, to end the dataset in order, got "
+            f"{free // MIB}; {left}make room or choose another --out"
+        )
 
 
 class DatasetWriter:
@@ -196,12 +216,14 @@ class DatasetWriter:
         robot_type: str | None = None,
         video: Video = "h264",
         info: Info | None = None,
+        name: Path | None = None,
     ) -> None:
         """`out` must not exist; `source` is what the dataset is made from; `info` gives the sizes of its files.
 
-        `video`: encode the images, or keep the JPEGs that they were recorded as.
+        `video`: encode the images, or keep the JPEGs that they were recorded as. `name`: what errors call the dataset,
+        where this is only a part of it.
         """
-        self.out, self.source, self._video = out, source, video
+        self.out, self.name, self.source, self._video = out, name or out, source, video
         self.state_names, self.action_names, self.cameras = tuple(state_names), tuple(action_names), tuple(cameras)
         if not cameras:
             raise ConfigurationError("dataset: expected at least one camera, got none; name one with --camera")
@@ -210,8 +232,9 @@ class DatasetWriter:
         self.info = base.model_copy(update={"fps": fps, "features": features, "robot_type": robot_type})
         self._broken, self._frames = False, 0
         self._part = ExitStack()  # the folder in which the dataset grows
-        self._check_absent()
-        self._check_room()
+        check_place(self.name)
+        if out.exists():
+            raise ConfigurationError(f"dataset {out} exists already; remove it or choose another --out")
 
     def __enter__(self) -> DatasetWriter:
         self.folder = self._part.enter_context(whole_folder(self.out))
@@ -234,33 +257,15 @@ class DatasetWriter:
     def add(self, frame: Frame) -> None:
         """Add a frame; InputError if image sizes change, or cameras, state or action are not those of the dataset.
 
-        KiVlaError if the disk is nearly full.
+        DiskFull if the disk is nearly full.
         """
-        self._check_room()
+        check_place(self.name, "what was added before is a valid dataset; " if self._frames else "")
         with self._writing():
             self._add(frame)
 
     def end_episode(self) -> None:
         with self._writing():
             self._end_episode()
-
-    def _check_absent(self) -> None:
-        if self.out.exists():
-            raise ConfigurationError(f"dataset {self.out} exists already; remove it or choose another --out")
-
-    def _check_room(self) -> None:
-        place = next(parent for parent in self.out.absolute().parents if parent.exists())
-        if not (place.is_dir() and os.access(place, os.W_OK)):
-            got = "one that may not be written to" if place.is_dir() else "a file"
-            raise ConfigurationError(
-                f"dataset {self.out}: expected a folder at {place}, got {got}; choose another --out"
-            )
-        if (free := shutil.disk_usage(place).free) < RESERVE:
-            left = "what was added before is a valid dataset; " if self._frames else ""
-            raise KiVlaError(
-                f"dataset {self.out}: expected {RESERVE // MIB} MiB free on its disk, to end the dataset in order, got "
-                f"{free // MIB}; {left}make room or choose another --out"
-            )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -271,7 +276,7 @@ class DatasetWriter:
             with suppress(Exception):
                 self.tables.close_rows()
             raise ConfigurationError(
-                f"dataset {self.out}: expected to write it whole, got {error}; nothing of it is left: make room on "
+                f"dataset {self.name}: expected to write it whole, got {error}; nothing of it is left: make room on "
                 "the disk, and convert again"
             ) from error
 
@@ -318,7 +323,8 @@ class DatasetWriter:
         for video in self.videos.values():
             video.close()
         images = {IMAGES + name: video.feature for name, video in self.videos.items()} if self.tables.episodes else {}
-        self._check_absent()
+        if self.out.exists():  # meanwhile
+            raise ConfigurationError(f"dataset {self.out} exists already; remove it or choose another --out")
         self.tables.close(make_features(self.state_names, self.action_names, images), self.source)
 
 

@@ -266,7 +266,7 @@ def test_bag_of_a_dataset_has_exact_states_stamps_instructions_and_commands(tmp_
 def test_a_disk_that_fills_up_ends_in_a_valid_dataset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = iter([*[500 << 20] * 11, *[99 << 20] * 99])  # one call before the first frame, then one a frame
+    free = iter([*[500 << 20] * 12, *[99 << 20] * 99])  # two calls before the first frame, then one a frame
 
     def usage(_: Path) -> SimpleNamespace:
         return SimpleNamespace(free=next(free))
