@@ -324,8 +324,9 @@ class McapFile:
             self._faults.add("damaged", self._name, f"{lost} messages are on channels that nothing defines; left out")
         if self._announced not in (None, found := counts.total()):
             self._faults.add("count", self._name, f"its statistics announce {self._announced} messages, found {found}")
-        elif self._announced_on and (wrong := {**counts, **self._announced_on}.items() - counts.items()):
-            for key, announced in sorted(wrong):
+        elif self._announced_on:
+            told_of = {**counts, **self._announced_on}.items()
+            for key, announced in sorted((key, count) for key, count in told_of if count != counts[key]):
                 topic = self._channels[key].topic if key in self._channels else f"channel {key}"
                 told = f"its statistics announce {announced} messages on {topic}, found {counts[key]}"
                 self._faults.add("count", self._name, told)

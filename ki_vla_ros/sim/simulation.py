@@ -3,6 +3,8 @@
 There are two threads. The main thread spins ROS; the simulation thread owns the world and its rendering context (which
 works only in the thread that made it), follows the clock and publishes. They share the simulated controllers, under a
 lock, and a one-place queue for resets. With `use_sim_time` the robot moves by /clock, which something else publishes.
+With `publish_clock` it publishes /clock itself, for all others: on a machine that is too slow for real time, that clock
+is slower, and nothing is lost.
 Legend: H image height, W width, C channel, J joints.
 """
 
@@ -30,6 +32,7 @@ from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescri
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
+from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -169,6 +172,8 @@ class Simulation(Node):
         self.declare_scene()
         self.declare_number("camera_rate_hz", 20.0, "images per second and camera", 1.0, 60.0)
         self.declare_number("joint_rate_hz", 100.0, "joint states per second", 10.0, 500.0)
+        clock = "publish /clock, which is in real time where the machine can keep up, and else slower"
+        self.declare_parameter("publish_clock", False, ParameterDescriptor(description=clock, read_only=True))
         self._check_overrides([known for known in self._parameters if known not in inherited])
         self._resets: Queue[Reset] = Queue(maxsize=1)
         self._resets.put(Reset(*self.wanted_scene()))
@@ -185,6 +190,11 @@ class Simulation(Node):
         self._refused = 0
         self._stop = threading.Event()
         self._simulated_clock = bool(self.get_parameter("use_sim_time").value)
+        self._own_clock, self._own_ns = None, self.get_clock().now().nanoseconds
+        if self.get_parameter("publish_clock").value:
+            if self._simulated_clock:
+                raise ConfigurationError("publish_clock: expected false with use_sim_time: someone else has the clock")
+            self._own_clock = self.create_publisher(Clock, "/clock", EVENT)
         self._image_publishers = {
             camera: self.create_publisher(Image, f"camera/{camera}/image_raw", SENSOR) for camera in cameras
         }
@@ -276,7 +286,7 @@ class Simulation(Node):
         def take(message: JointTrajectory) -> None:
             try:
                 with self._lock:
-                    controller.take(message, self.get_clock().now().nanoseconds)
+                    controller.take(message, self._now_ns())
             except InputError as error:
                 self._refused += 1
                 self.get_logger().error(str(error), throttle_duration_sec=1.0)
@@ -303,13 +313,15 @@ class Simulation(Node):
         while not self._stop.is_set():
             with suppress(Empty):
                 self._begin(world, self._resets.get_nowait())
-            now_s, now_ns = self._now_s(), self.get_clock().now().nanoseconds
+            now_s, now_ns = self._now_s(), self._now_ns()
             due = pace.due(now_s) if now_ns else 0  # 0: before the first message on /clock
             if now_ns < before_ns:
                 self._hold(world)  # its trajectory is of a time that has not come yet
             before_ns = now_ns
             for behind in reversed(range(due)):
                 step_ns = now_ns - behind * STEP_NS
+                if self._own_clock is not None:
+                    step_ns = self._own_ns = self._own_ns + STEP_NS
                 with self._lock:
                     for index, controller in zip(self._index, self._controllers, strict=True):
                         self._command_J[index] = controller.sample(step_ns)[0]
@@ -318,6 +330,8 @@ class Simulation(Node):
                 stamp = Time(sec=step_ns // NS_PER_S, nanosec=step_ns % NS_PER_S)
                 # Counted in steps, not by the clock: after a slow image the rates and the messages' stamps stay right.
                 if steps % joint_period == 0:
+                    if self._own_clock is not None:
+                        self._own_clock.publish(Clock(clock=stamp))
                     self._publish_joints(world, stamp)
                 if steps % camera_period == 0:
                     for camera, publisher in self._image_publishers.items():
@@ -328,6 +342,10 @@ class Simulation(Node):
                 self._publish_status(world)
             wait_s = pace.wait_s(joint_period - steps % joint_period, self._now_s())
             self._stop.wait(min(wait_s, SIMULATED_CLOCK_POLL_S) if self._simulated_clock else wait_s)
+
+    def _now_ns(self) -> int:
+        """The time of stamps: that of this node's ROS clock, or the one that it publishes."""
+        return self._own_ns if self._own_clock is not None else int(self.get_clock().now().nanoseconds)
 
     def _now_s(self) -> float:
         """The time by which the arm moves. Without /clock it is a steady one, so nobody's correction makes it jump."""

@@ -100,7 +100,7 @@ def _span(limits: tuple[float, float] | None, middle: float, way: float) -> tupl
 def write_tiny_bundle(folder: Path, policy: PolicySpec, seed: int = 0, text: str = "") -> Bundle:
     """Make `folder` a valid bundle, with random weights drawn from `seed`, that also knows the words of `text`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = prompt_tokenizer(build_tokenizer(8, text))
+    tokenizer = prompt_tokenizer(build_tokenizer(8, f"{text} {text.lower()}"))  # the robot writes instructions small
     prefix = len(policy.cameras) * _GRID**2 + policy.prompt.length
     graph = GraphSpec(
         layers=_LAYERS,

@@ -4,7 +4,7 @@
 
 For each episode it has `sim_aloha` reset to a new place of the cube, plans the hand-over, and sends it to the four
 controllers as a leader's positions come: fifty times a second, one point for each controller. It prints a line for each
-episode, and ends with 0 if all of them succeeded, with 1 if not.
+episode, and ends with 0 if all of them succeeded, with 1 if not. With `use_sim_time` it goes by /clock.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ class Teleoperator(Node):
         self._status = json.loads(answer.message)
         (cube,) = self._status["objects"]
         demonstration = self._demonstrator.plan(Scene(seed, cube["x"], cube["y"]))
-        self._spin_until(time.monotonic() + SETTLE_S)
-        began_s = time.monotonic()
+        self._spin_until(self._now_ns() + to_ns(SETTLE_S))
+        began_ns = self._now_ns()
         for number, position_J in enumerate(demonstration.position_NJ):
-            self._spin_until(began_s + number * PERIOD_S)
+            self._spin_until(began_ns + to_ns(number * PERIOD_S))
             if self._stop.is_set():
                 return {**self._status, "success": False}
             self._send(position_J)
-        self._spin_until(time.monotonic() + LINGER_S)
+        self._spin_until(self._now_ns() + to_ns(LINGER_S))
         return self._status
 
     def _send(self, position_J: NDArray[np.float64]) -> None:
@@ -108,9 +108,18 @@ class Teleoperator(Node):
         if status["reset_id"] >= self._status.get("reset_id", 0):
             self._status = status
 
-    def _spin_until(self, end_s: float) -> None:
-        while (left_s := end_s - time.monotonic()) > 0.0 and not self._stop.is_set():
-            self._executor.spin_once(timeout_sec=min(left_s, 0.1))
+    def _now_ns(self) -> int:
+        return int(self.get_clock().now().nanoseconds)
+
+    def _spin_until(self, end_ns: int) -> None:
+        """By the node's clock; KiVlaError if it stands still."""
+        before_ns, moved_s = self._now_ns(), time.monotonic()
+        while (now_ns := self._now_ns()) < end_ns and not self._stop.is_set():
+            if now_ns != before_ns:
+                before_ns, moved_s = now_ns, time.monotonic()
+            elif time.monotonic() - moved_s > ANSWER_LIMIT_S:
+                raise KiVlaError(f"/clock stands still for {ANSWER_LIMIT_S:g} s; does {SIMULATION} still run?")
+            self._executor.spin_once(timeout_sec=min((end_ns - now_ns) / NS_PER_S, 0.1))
 
     def _call(self, client: Client[Any, Any], request: Any) -> Any:
         future = client.call_async(request)

@@ -46,6 +46,16 @@ def test_every_message_is_kept_with_its_time(tmp_path: Path) -> None:
     assert "storage_identifier: mcap" in metadata and "/late" in metadata
 
 
+def test_a_topic_without_a_message_is_no_fault(tmp_path: Path) -> None:
+    """Its channel is in the file's statistics, which count no message on it."""
+    writer = BagWriter(tmp_path / "bag", TOPICS)
+    writer.write("/text", 10, text("only"))
+    writer.close()
+    with open_bag(tmp_path / "bag") as bag:
+        assert [message.topic for message in bag.messages()] == ["/text"]
+        assert bag.topics["/image"].count == 0 and bag.faults == []
+
+
 def test_images_are_compressed_without_loss(tmp_path: Path) -> None:
     writer = BagWriter(tmp_path / "bag", TOPICS)
     for k in range(20):

@@ -110,7 +110,7 @@ def test_a_robot_moves_slowly_and_within_its_limits(tmp_path: Path, make: Any) -
     )
     engine = OnnxEngine(bundle)
     try:
-        chunk = Policy(bundle, engine).infer(somewhere(robot), "Go there, go!", 0)
+        chunk = Policy(bundle, engine).infer(somewhere(robot), "Go there, go", 0)
     finally:
         engine.close()
     assert chunk.position_HJ.shape == (robot.horizon, len(robot.axes))
