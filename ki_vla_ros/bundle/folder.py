@@ -27,7 +27,7 @@ from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.bundle.tokenizer import read_tokenizer
 from ki_vla_ros.errors import BundleError, describe_validation
 from ki_vla_ros.files import is_name, read_json
-from ki_vla_ros.robot import read_urdf
+from ki_vla_ros.robot import Robot, check_agreement, read_urdf
 from ki_vla_ros.share import expand
 
 FORMAT_VERSIONS = (2, 3)
@@ -50,6 +50,11 @@ class Bundle:
     path: Path
     manifest: Manifest
     tokenizer: Tokenizer
+
+    def described_by(self, robot: Robot) -> Bundle:
+        """The same with this robot's topics, outputs and limits; ConfigurationError as `check_agreement`."""
+        check_agreement(self.manifest.robot, robot)
+        return replace(self, manifest=self.manifest.model_copy(update={"robot": robot}))
 
     def on_robot(self, robot_description: str) -> Bundle:
         """The same with joints continuous that the robot's URDF calls so; ConfigurationError as in `read_urdf`."""

@@ -22,6 +22,7 @@ from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.engines import CudaDevice
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, ParameterError
 from ki_vla_ros.policy import check_instruction
+from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.runtime import axis_bounds
 from ki_vla_ros.settings import NODE, NoSectionError, Settings, load_settings
 from ki_vla_ros.share import PROFILE_VARIABLES, find_bundle
@@ -262,6 +263,11 @@ def read_bundle(name: str, findings: Findings) -> Bundle | None:
 
 def check_settings(settings: Settings, bundle: Bundle, findings: Findings) -> None:
     """Checks settings against the bundle, and against each other."""
+    if settings.robot:
+        try:
+            bundle = bundle.described_by(read_robot(find_robot(settings.robot)))
+        except ConfigurationError as error:
+            findings.error("parameters", "robot", str(error), "the node does not configure with this")
     manifest = bundle.manifest
     try:
         settings.validate_against(manifest)

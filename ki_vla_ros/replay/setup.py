@@ -15,6 +15,7 @@ from ki_vla_ros.records import CameraFrame, JointReading
 from ki_vla_ros.replay.frames import bag_frame
 from ki_vla_ros.replay.latency import Latency
 from ki_vla_ros.replay.topics import ReplayTopics, resolve_topics
+from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.settings import (
     NODE,
     ReferenceName,
@@ -106,6 +107,8 @@ def set_up(
         cameras, joints = list(settings.cameras), list(settings.limits.joints)
         settings = settings_from_parameters({**parameter_values(settings, cameras, joints), **changes})
     loaded = load_bundle(_bundle_folder(bundle, settings, session))
+    if settings.robot:
+        loaded = loaded.described_by(read_robot(find_robot(settings.robot)))
     sha256 = file_sha256(loaded.path / MANIFEST)
     if session is not None and session.bundle.manifest_sha256 != sha256:
         notes.append(

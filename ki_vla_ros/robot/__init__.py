@@ -1,5 +1,6 @@
 """What a robot is: cameras, state, actions, units, outputs, from one YAML file; and limits from its URDF."""
 
+from ki_vla_ros.robot.agreement import check_agreement, disagreements
 from ki_vla_ros.robot.axes import MOST_ROTATION, Axis, led_axes, main_axes
 from ki_vla_ros.robot.columns import find_columns, flatten_names
 from ki_vla_ros.robot.commands import CommandSpace, PoseOutput, pose_place
@@ -65,8 +66,10 @@ __all__ = [
     "StateDimension",
     "UrdfJoint",
     "Workspace",
+    "check_agreement",
     "check_names",
     "continuous",
+    "disagreements",
     "find_columns",
     "find_robot",
     "flatten_names",

@@ -33,6 +33,7 @@ from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError, printable
 from ki_vla_ros.policy import Policy, check_instruction
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.ros.parameters import Parameters
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVENT, LATCHED, OVERRIDABLE
@@ -249,6 +250,8 @@ class PolicyNode(LifecycleNode):
 
     def _configure(self) -> None:
         bundle = load_bundle(find_bundle(self.parameters.settings.bundle))
+        if robot := self.parameters.settings.robot:
+            bundle = bundle.described_by(read_robot(find_robot(robot)))
         settings = self.parameters.load(bundle.manifest)
         with ExitStack() as resources:
             resources.callback(self.parameters.unload)

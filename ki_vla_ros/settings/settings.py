@@ -39,6 +39,11 @@ class Settings(SettingsModel):
     """What the user may choose. `cameras` holds the cameras that the YAML names; others have their default topic."""
 
     bundle: str = setting("", "folder of the model bundle, or the name of a bundle shipped in models/")
+    robot: str = setting(
+        "",
+        "robot file of this robot, or the name of one in config/robots/, for topics, outputs and limits other than the "
+        "bundle's own; empty: as the bundle says",
+    )
     engine: Literal["onnx", "torch", "tensorrt", "tensorrt_rtx"] = setting(
         "onnx",
         "inference engine; torch needs the wheel torch and a bundle exported with --torch, the TensorRT ones an NVIDIA "

@@ -285,6 +285,7 @@ class World:
         self.grid_ns = self.steady
         self.velocity_J = self.policy.space.velocity_J
         self.shift_M = np.zeros(len(self.signal_M))
+        self.moved_ns: int | None = None
         self.buffer = self._make_buffer()
         self.diagnostics = Diagnostics()
         self.loop = PolicyLoop(self.policy, self.buffer, self, self.diagnostics, lambda: self.settings)
@@ -411,6 +412,7 @@ class World:
         elif what == "moved" and self.loop._governor.running is None:  # nobody was told yet where it should be
             self.events.insert(0, (self.steady + TICK_NS, what, how))
         elif what == "moved":  # what is measured is no longer where it was sent
+            self.moved_ns = self.steady
             self.shift_M = np.array([0.0 if signal.part in QUATERNION else how for signal in self.robot.signals])
         elif what == "latch":
             self.stopped.append([self.steady, 1 << 62])
@@ -487,6 +489,8 @@ def judge(case: Case) -> Verdict:
         position_NJ = world.controllers[number].walk(time_N)[0]
         _judge_places(world, index, time_N, position_NJ, 1e-3, ratios, moved, faults)
     index = np.flatnonzero(world.streams_J)
+    if world.moved_ns is not None:  # a stream then begins anew where the robot was put
+        world.streamed = [sent for sent in world.streamed if sent[0] <= world.moved_ns]
     if len(index) and world.streamed:
         step_s = world.period_ns / NS_PER_S
         time_N = np.array([time for time, *_ in world.streamed])
@@ -550,7 +554,7 @@ def _judge_velocities(
     _put(ratios, "change of velocity", np.abs(value_NV - before_NV) / step_s / acceleration_J)
     if np.any(value_NV):
         moved.add("velocity")
-    if np.any(value_NV[-1] != 0.0):
+    if np.any(value_NV[-1] != 0.0) and world.moved_ns is None:
         faults.append("a velocity is left standing")
     gap_N = np.diff(time_N, append=time_N[-1:]) > 1.5 * step_s * NS_PER_S
     if np.any(value_NV[gap_N] != 0.0):
