@@ -130,7 +130,7 @@ def test_manifest_and_model_card_carry_the_policy(exported: tuple[Path, Bundle])
     graph = bundle.manifest.graph
     assert (graph.layers, graph.kv_heads, graph.head_dim, graph.image_tokens) == (2, 1, 16, 4)
     card = (bundle.path / MODEL_CARD).read_text()
-    for expected in (NOTES, "| follow_rate | 0.93 |", "| gripper | m |", "purple", "seed 0"):
+    for expected in (NOTES, "| follow_rate | 0.93 |", "| gripper | joint_position | m |", "purple", "seed 0"):
         assert expected in card
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from ki_vla_ros.bundle import PolicySpec
 
 STATE_WAYS = {
-    "text": "text in the prompt",
-    "token": "a token of the expert",
-    "both": "text in the prompt and as a token of the expert",
+    "text": "as text in the prompt",
+    "token": "as a token of the expert",
+    "both": "as text in the prompt and as a token of the expert",
+    "none": "the policy does not see it",
 }
 
 
@@ -26,20 +29,21 @@ def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:
         "",
         f"- Cameras: {', '.join(c.name + (' (optional)' if c.optional else '') for c in policy.cameras)}; "
         f"padded to {policy.image.size} x {policy.image.size}.",
-        f"- Joint state: as {STATE_WAYS[policy.state.encoding]}.",
-        f"- Action chunk: {policy.horizon} positions, one every {policy.action_period_s:g} s.",
+        f"- State: {', '.join(dimension.name for dimension in policy.robot.state)}; "
+        f"{STATE_WAYS[policy.state.encoding]}.",
+        f"- Action chunk: {policy.horizon} actions, one every {policy.action_period_s:g} s.",
         f"- Flow steps it was judged with: {policy.flow.steps}.",
         f"- Chunk prefix seen in training: up to {policy.max_prefix_delay} actions.",
     ]
     if isinstance(tokenizer.model, WordLevel):
         words = sorted(word for word in tokenizer.get_vocab() if word.isalpha() and word.islower())
         lines.append(f"- Words it may be given (others are refused): {', '.join(words)}.")
-    lines += ["", "| joint | unit | lower | upper | speed limit | action |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {joint.name} | {joint.unit} | {joint.lower:.4g} | {joint.upper:.4g} | {joint.max_velocity:g} "
-        f"| {'relative' if joint.relative else 'absolute'} |"
-        for joint in policy.axes
-    ]
+    lines += ["", "| action | kind | unit | lower | upper | speed limit | |", "|---|---|---|---|---|---|---|"]
+    for action in policy.robot.actions:
+        low, high = (f"{end:.4g}" if math.isfinite(end) else "" for end in action.span)
+        speed = "" if action.max_velocity is None else f"{action.max_velocity:g}"
+        way = "relative" if action.relative else "absolute"
+        lines.append(f"| {action.name} | {action.kind} | {action.own_unit()} | {low} | {high} | {speed} | {way} |")
     lines += [
         "",
         "## Provenance",

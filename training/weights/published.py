@@ -1,6 +1,7 @@
 """What LeRobot and openpi write beside the weights of pi0 and pi0.5, against what they are imported as.
 
-LeRobot: `config.json`, and `policy_preprocessor.json` with the statistics in a file that it names. openpi: the
+LeRobot: `config.json`, and `policy_preprocessor.json` and `policy_postprocessor.json` with the statistics in files that
+they name. openpi: the
 `config.json` of the conversion to PyTorch, and `assets/ID/norm_stats.json`. All are read if they are there. A wrong
 horizon, joint order, normalisation or kind of action fits the weights just as well, and moves the arm elsewhere.
 """
@@ -18,9 +19,9 @@ from ki_vla_ros.errors import ConfigurationError, describe_validation
 from ki_vla_ros.robot import Robot
 from training.model import LONGEST_PERIOD, SHORTEST_PERIOD, VARIANTS, GemmaConfig, VLAConfig
 from training.weights.foreign import Kind
-from training.weights.statistics import LEROBOT, Method, read_json, read_ranges
+from training.weights.statistics import LEROBOT, LEROBOT_EPSILON, Method, read_json, read_ranges
 
-CONFIG, PREPROCESSOR = "config.json", "policy_preprocessor.json"
+CONFIG, PREPROCESSOR, POSTPROCESSOR = "config.json", "policy_preprocessor.json", "policy_postprocessor.json"
 STATE, ACTION = LEROBOT
 EMPTY = "observation.images.empty_camera_"
 MODES: dict[Method, str] = {"quantiles": "QUANTILES", "mean_std": "MEAN_STD"}
@@ -65,7 +66,7 @@ class Published(Lenient):
 
 
 class Step(Lenient):
-    """One step of LeRobot's preprocessor; `state_file` holds its tensors."""
+    """One step of LeRobot's pre- or postprocessor; `state_file` holds its tensors."""
 
     registry_name: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
@@ -88,6 +89,7 @@ class Renaming(Lenient):
 
 class Normalizer(Lenient):
     norm_map: dict[str, str]
+    eps: float = LEROBOT_EPSILON
     features: dict[str, Feature] = Field(default_factory=dict)
 
 
@@ -105,6 +107,7 @@ STEPS = {
     "tokenizer_processor",
     "device_processor",
 }
+STEPS_AFTER = {"unnormalizer_processor", "absolute_actions_processor", "device_processor"}
 
 
 def check_published(
@@ -126,6 +129,7 @@ def check_published(
         for path, misfits in (
             (folder / CONFIG, config_misfits(folder / CONFIG, kind, config, robot, method)),
             (folder / PREPROCESSOR, preprocessor_misfits(folder / PREPROCESSOR, robot, stats, method, in_prompt)),
+            (folder / POSTPROCESSOR, postprocessor_misfits(folder / POSTPROCESSOR, robot, stats, method)),
             (folder / "assets", assets_misfits(folder / "assets", robot, stats, method, in_prompt)),
         )
         for what, expected, got in misfits
@@ -224,11 +228,35 @@ def preprocessor_misfits(
             elif in_prompt is False:
                 yield where, "no state in the prompt (--state none)", "a step that puts it there"
         elif step.registry_name == "normalizer_processor":
-            normalizer = validate(Normalizer, step.config, path)
-            yield from mode_misfits(f"{where}.norm_map", normalizer.norm_map, method)
-            state = path.parent / Path(step.state_file or "").name
-            if step.state_file and state.is_file() and not agree(state, stats, method, robot):
-                yield f"{where}.state_file {state.name}", f"the statistics of --stats {stats}", "others"
+            yield from normalizer_misfits(path, step, where, robot, stats, method)
+
+
+def postprocessor_misfits(path: Path, robot: Robot, stats: Path, method: Method) -> Iterator[Misfit]:
+    """What LeRobot does with the model's actions must be the way back of what it does before the model."""
+    if not path.exists():
+        return
+    for number, step in enumerate(validate(Preprocessor, read_json(path), path).steps):
+        where = f"steps.{number} ({step.registry_name})"
+        if step.registry_name not in STEPS_AFTER:
+            yield where, f"one of {', '.join(sorted(STEPS_AFTER))}", "another step, which this package does not run"
+        elif step.registry_name == "absolute_actions_processor":
+            enabled, relative = validate(Relative, step.config, path).enabled, any(a.relative for a in robot.actions)
+            if enabled != relative:
+                yield f"{where}.enabled", relative, enabled
+        elif step.registry_name == "unnormalizer_processor":
+            yield from normalizer_misfits(path, step, where, robot, stats, method)
+
+
+def normalizer_misfits(
+    path: Path, step: Step, where: str, robot: Robot, stats: Path, method: Method
+) -> Iterator[Misfit]:
+    normalizer = validate(Normalizer, step.config, path)
+    yield from mode_misfits(f"{where}.norm_map", normalizer.norm_map, method)
+    if normalizer.eps != LEROBOT_EPSILON:
+        yield f"{where}.eps", LEROBOT_EPSILON, normalizer.eps
+    state = path.parent / Path(step.state_file or "").name
+    if step.state_file and state.is_file() and not agree(state, stats, method, robot):
+        yield f"{where}.state_file {state.name}", f"the statistics of --stats {stats}", "others"
 
 
 def assets_misfits(folder: Path, robot: Robot, stats: Path, method: Method, in_prompt: bool | None) -> Iterator[Misfit]:

@@ -29,6 +29,7 @@ from ki_vla_ros.policy.preprocess import make_model_input
 from ki_vla_ros.records import CameraFrame, Observation
 from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.robot.robot import Robot, read_robot
+from training.export.card import model_card
 from training.import_weights import describe_import
 from training.model.sizes import paligemma_3b
 from training.model.vla import VLA
@@ -288,6 +289,20 @@ def test_pi05_libero_does_not_see_the_state(tmp_path: Path, tokenizer: Tokenizer
     assert tokenizer.decode(given.tokens_L[given.token_mask_L].tolist()) == "<bos>pick up the red cube\n"
     assert given.state_S is None
     assert (spec.prompt.length, spec.state.in_prompt, spec.state.as_token) == (200, False, False)
+    assert "finger1, finger2; the policy does not see it." in model_card(spec, tokenizer, "")
+
+
+def test_the_model_card_says_what_actions_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    cards = [
+        model_card(imported(tmp_path, robot, stats), tokenizer, "")
+        for robot, stats in (
+            (DROID, droid_statistics(np.random.default_rng(0))),
+            (LIBERO, libero_statistics(np.random.default_rng(0))),
+        )
+    ]
+    assert "| velocity1 | joint_velocity | rad/s |  |  | 2.175 | absolute |" in cards[0]
+    assert "| gripper | gripper | rad | 0 | 0.7929 | 0.5 | absolute |" in cards[0]
+    assert "| drx | pose_delta | rad |  |  |  | absolute |" in cards[1]
 
 
 def test_liberos_actions_are_steps_of_the_hand(tmp_path: Path) -> None:

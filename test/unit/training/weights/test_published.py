@@ -207,6 +207,44 @@ def test_a_preprocessor_that_does_something_else_is_refused(
     assert "policy_preprocessor.json" in str(error.value)
 
 
+def postprocessor(state_file: str = STATE_FILE) -> dict[str, Any]:
+    unnormalizer = {"eps": 1e-8, "features": ACTIONS, "norm_map": dict(MODES)}
+    return {
+        "name": "policy_postprocessor",
+        "steps": [
+            {"registry_name": "unnormalizer_processor", "config": unnormalizer, "state_file": state_file},
+            {"registry_name": "absolute_actions_processor", "config": {"enabled": True}},
+            {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}},
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (at("steps/0/config/norm_map/ACTION", "MEAN_STD"), r"steps\.0 .*norm_map\.ACTION: expected QUANTILES"),
+        (at("steps/0/config/eps", 1e-3), r"steps\.0 .*eps: expected 1e-08, as imported, got 0\.001"),
+        (at("steps/0/state_file", "other.safetensors"), r"other\.safetensors: expected the statistics of --stats"),
+        (at("steps/1/config/enabled", False), r"steps\.1 .*enabled: expected True, as imported, got False"),
+        (at("steps/2/registry_name", "my_step"), r"steps\.2 \(my_step\): expected one of absolute_actions_processor"),
+    ],
+)
+def test_a_postprocessor_that_does_not_undo_the_preprocessor_is_refused(
+    folder: Path, change: Callable[[Any], None], fault: str
+) -> None:
+    steps = postprocessor()
+    path = folder / "policy_postprocessor.json"
+    path.write_text(json.dumps(steps))
+    check(folder)
+    flat = {f"{name}.{k}": torch.tensor(v) for name, fields in statistics(0.01).items() for k, v in fields.items()}
+    save_file(flat, folder / "other.safetensors")
+    change(steps)
+    path.write_text(json.dumps(steps))
+    with pytest.raises(ConfigurationError, match=fault) as error:
+        check(folder)
+    assert "policy_postprocessor.json" in str(error.value)
+
+
 def test_other_statistics_than_the_weights_own_are_refused(folder: Path) -> None:
     write(folder, lerobot(), preprocessor(), shift=0.01)
     with pytest.raises(
