@@ -492,6 +492,11 @@ class PolicyLoop:
         # The arm has gone on since it was measured, as it was told to.
         arm_J = measured_J + running.at(at_ns)[0] - running.at(measured_ns)[0]
         if governor.at_rest(at_ns):
+            if measured_ns < running.time_N[0] and self.wire.moves_arm():  # nobody knows how far it went before that
+                raise SafetyRefusal(
+                    f"start: expected a joint state since the last motion began, got one from "
+                    f"{(int(running.time_N[0]) - measured_ns) / 1e6:.0f} ms before; waiting for the next"
+                )
             return self._start_from_rest(settings, running.position_NJ[-1], arm_J, at_ns)
         off_J = np.abs(running.at(at_ns)[0] - arm_J)
         away_J = (off_J > self._trailing_J()) & self._led_J
