@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError, describe_validation
-from training.weights.files import WeightFiles, shorten
+from training.weights.files import WeightFiles, refuse_pickle, shorten
 from training.weights.statistics import read_json
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -82,6 +82,8 @@ class Adapter:
     def __init__(self, folder: Path, spell: Callable[[Iterable[str], Path], dict[str, str]]) -> None:
         """ConfigurationError if the folder holds no adapter, or one that cannot be merged."""
         self.path = folder / ADAPTER
+        if not self.path.exists() and (pickle := folder / "adapter_model.bin").exists():
+            refuse_pickle(pickle)
         try:
             self.config = AdapterConfig.model_validate(read_json(folder / ADAPTER_CONFIG))
         except ValidationError as error:

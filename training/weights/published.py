@@ -289,14 +289,14 @@ def relative_misfits(
     enabled: bool, exclude: Sequence[str], names: Sequence[str] | None, robot: Robot, where: str = "relative actions"
 ) -> Iterator[Misfit]:
     """LeRobot keeps absolute what has an excluded name in its own; without names, everything becomes relative."""
-    joints = tuple(action.name for action in robot.actions)
+    joints = [(action.dataset.name or action.name).removesuffix(".pos") for action in robot.actions]
     if names is not None:
         bare = [name.removesuffix(".pos") for name in names]
         if len(bare) != len(joints):
-            yield f"{where}: action names", list(joints), names
+            yield f"{where}: action names", joints, names
             return
-        if set(bare) == set(joints) and bare != list(joints):
-            yield f"{where}: order of the actions", list(joints), names
+        if set(bare) == set(joints) and bare != joints:
+            yield f"{where}: order of the actions", joints, names
     kept = (
         []
         if names is None

@@ -37,7 +37,7 @@ class Ranges(NamedTuple):
 
 
 def read_ranges(path: Path, method: Method, state: int, actions: int) -> Ranges:
-    """The ranges of the first dimensions of each (models pad to 32), in the dataset's units.
+    """The ranges of so many dimensions of each, in the dataset's units; zeros may follow, as models pad to 32.
 
     ConfigurationError names field and fault.
     """
@@ -55,6 +55,8 @@ def read_ranges(path: Path, method: Method, state: int, actions: int) -> Ranges:
             )
         where = f"{path}: {feature}"
         first, second = (read_field(statistics[feature], name, where, count) for name in FIELDS[method])
+        check_padding(first[count:], second[count:], method, where, count)
+        first, second = first[:count], second[:count]
         found.append(openpi_range(first, second, method) if openpi else lerobot_range(first, second, method))
         check_order(first, second, method, where)
     return Ranges(*(Range(tuple(low.tolist()), tuple(high.tolist())) for low, high in found))
@@ -124,6 +126,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def read_field(fields: Mapping[str, Any], name: str, where: str, count: int) -> NDArray[np.float64]:
+    """All numbers of a field, of which the first `count` are judged."""
     if fields.get(name) is None:
         remedy = (
             ""
@@ -147,7 +150,23 @@ def read_field(fields: Mapping[str, Any], name: str, where: str, count: int) -> 
         raise ConfigurationError(
             f"{where}.{name}: expected finite numbers of at most {LARGEST:g}, got {values[:count].tolist()}"
         )
-    return values[:count]
+    return values
+
+
+def check_padding(
+    first: NDArray[np.float64], second: NDArray[np.float64], method: Method, where: str, count: int
+) -> None:
+    """ConfigurationError if what follows the robot's dimensions is more than the zeros that models are padded with."""
+    length = min(len(first), len(second))
+    first, second = first[:length], second[:length]
+    moving = second > first if method == "quantiles" else (second > 0.0) & (first != 0.0)
+    if moving.any():
+        d = int(moving.argmax())
+        names = FIELDS[method]
+        raise ConfigurationError(
+            f"{where}: expected {count} dimensions, as the robot file has, and zeros after them, got in dimension "
+            f"{count + d} {names[0]} {first[d]}, {names[1]} {second[d]}; name all dimensions in the robot file"
+        )
 
 
 def check_order(first: NDArray[np.float64], second: NDArray[np.float64], method: Method, where: str) -> None:

@@ -75,7 +75,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
         (tmp_path / f"{kind}.json").write_text(json.dumps(dataclasses.asdict(small(kind))))
     (tmp_path / "paligemma.model").write_bytes(SENTENCEPIECE.SerializeToString())
     statistics = {"mean": 0.1, "std": 0.5, "q01": -1.0, "q99": 1.25}
-    padded = {name: [value] * 32 for name, value in statistics.items()}
+    padded = {name: [value] * JOINTS + [0.0] * (32 - JOINTS) for name, value in statistics.items()}
     (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": {"state": padded, "actions": padded}}))
     robot = yaml.safe_load(EXAMPLE.read_text())
     (tmp_path / "robot.yaml").write_text(yaml.safe_dump(robot | {"horizon": 10}))

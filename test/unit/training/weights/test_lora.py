@@ -231,6 +231,9 @@ def test_an_adapter_alone_is_not_the_weights(tmp_path: Path) -> None:
         import_weights(PI0, tmp_path / "lora" / "adapter_model.safetensors", "pi0")
     with pytest.raises(ConfigurationError, match=r"adapter_config\.json: expected a JSON file"):
         merged(tmp_path, tmp_path)
+    (tmp_path / "lora" / "adapter_model.safetensors").rename(tmp_path / "lora" / "adapter_model.bin")
+    with pytest.raises(ConfigurationError, match=r"adapter_model\.bin: expected safetensors, got a pickle"):
+        merged(tmp_path, tmp_path / "lora")
     merged(tmp_path, write(tmp_path, adapter()))  # both in one folder
     with pytest.raises(ConfigurationError, match=r"got LoRA beside them: adapter_model\.safetensors"):
         import_weights(PI0, tmp_path, "pi0")

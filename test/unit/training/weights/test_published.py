@@ -311,6 +311,23 @@ def test_cameras_by_the_datasets_names(tmp_path: Path) -> None:
     check(tmp_path, robot, config=dataclasses.replace(PI05, horizon=10))
 
 
+def test_actions_by_the_datasets_names(folder: Path) -> None:
+    content = ROBOT.model_dump(mode="json", exclude_none=True)
+    for n, action in enumerate(content["actions"]):
+        action["dataset"]["name"] = f"motor{n}.pos"
+    robot, config = Robot.model_validate(content), lerobot()
+    config["action_feature_names"] = [f"motor{n}.pos" for n in (0, 1, 2, 3, 5, 4)] + ["gripper.pos"]
+    steps = preprocessor()
+    steps["steps"][2]["config"]["action_names"] = config["action_feature_names"]
+    write(folder, config, steps)
+    check(folder, robot)  # other names: nothing is known
+    config["action_feature_names"][-1] = "motor6.pos"
+    config["relative_exclude_joints"] = steps["steps"][2]["config"]["exclude_joints"] = ["motor6"]
+    write(folder, config, steps)
+    with pytest.raises(ConfigurationError, match=r"order of the actions: expected .*motor4', 'motor5"):
+        check(folder, robot)
+
+
 def test_dimensions_in_the_datasets_order(tmp_path: Path) -> None:
     """LeRobot's models have the order of their dataset's columns."""
     config, steps = libero(tmp_path)

@@ -25,7 +25,8 @@ def features() -> dict[str, Any]:
     std[2] = 0
     low, high = mean - 2.2 * std, mean + 1.9 * std
     values = {"mean": mean, "std": std, "q01": low, "q99": high, "min": low - 1, "max": high + 1}
-    return {name: value.tolist() for name, value in values.items()}
+    used = np.arange(32) < JOINTS
+    return {name: np.where(used, value, 0.0).tolist() for name, value in values.items()}
 
 
 STATE, ACTION = features(), features()
@@ -102,6 +103,16 @@ def test_faults_are_named(tmp_path: Path, source: str, state: Any, method: Metho
 
 def test_faults_beyond_the_joints_do_not_matter(tmp_path: Path) -> None:
     read_ranges(write(tmp_path, "openpi", changed("q01", 30, float("nan"))), "quantiles", JOINTS, JOINTS)
+
+
+@pytest.mark.parametrize("method", ["quantiles", "mean_std"])
+def test_a_robot_with_fewer_dimensions_than_the_statistics_is_refused(tmp_path: Path, method: Method) -> None:
+    """Zeros are padding; anything else is a dimension that the robot file lacks."""
+    first = {"quantiles": "q01", "mean_std": "mean"}[method]
+    with pytest.raises(ConfigurationError, match=rf"state: expected 6 dimensions, .* got in dimension 6 {first} "):
+        read_ranges(write(tmp_path, "openpi"), method, JOINTS - 1, JOINTS)
+    with pytest.raises(ConfigurationError, match=r"actions: expected 6 dimensions"):
+        read_ranges(write(tmp_path, "openpi"), method, JOINTS, JOINTS - 1)
 
 
 @pytest.mark.parametrize(
