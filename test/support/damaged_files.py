@@ -11,7 +11,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from ki_vla_ros.settings import load_settings, read_session
 from support.bundles import params_file, write_test_bundle
 from support.checkpoints import write_checkpoint
 from support.damage import Damage, damage, damage_json, damage_onnx, damage_text, damage_zip
+from support.foreign_datasets import SHAPES, build
 from support.sample_bags import recording, write_bag, write_mcap
 from support.sentencepieces import train
 from training.config import load_config
@@ -278,6 +279,14 @@ def _training_kinds(folder: Path) -> dict[str, Kind]:
         "dataset video": (str(next(dataset.rglob("*.mp4")).relative_to(dataset)), damage),
     }
     kinds = {name: Kind(dataset, file, read_dataset, (way,)) for name, (file, way) in inside.items()}
+    foreign = build(folder / "foreign", replace(SHAPES["xarm v2.0"], lengths={0: 3}))
+    inside = {
+        "foreign dataset info": ("meta/info.json", damage_json),
+        "foreign dataset tasks": ("meta/tasks.jsonl", damage_json),
+        "foreign dataset episodes": ("meta/episodes.jsonl", damage_json),
+        "foreign dataset images": ("data/chunk-000/episode_000000.parquet", damage),
+    }
+    kinds |= {name: Kind(foreign, file, read_dataset, (way,)) for name, (file, way) in inside.items()}
     ranges = lambda at: read_ranges(at / "stats.json", "mean_std", 7)  # noqa: E731
     kinds["statistics"] = Kind(dataset / "meta", "stats.json", ranges, (damage_json,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -110,6 +111,8 @@ class Dataset:
             path = self._inside(fill_path(pattern, video_key=key, **self._place(episode, prefix)))
             shared = "{episode_index" not in pattern
             from_s = float(episode.row[f"{prefix}/from_timestamp"]) if shared else 0.0
+            if not 0 <= from_s < math.inf:
+                raise ValueError(f"{prefix}/from_timestamp of episode {episode.index} is {from_s}")
             return read_frames(path, from_s, episode.length, self.info.fps)
 
     def task_of(self, columns: Mapping[str, NDArray[Any]]) -> list[str]:

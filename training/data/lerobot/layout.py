@@ -133,7 +133,7 @@ class Info(BaseModel):
     chunks_size: Annotated[Positive, BeforeValidator(lambda value: CHUNK if value is None else value)] = CHUNK
     data_files_size_in_mb: Annotated[int | float, BeforeValidator(whole)] = 100
     video_files_size_in_mb: Annotated[int | float, BeforeValidator(whole)] = 200
-    fps: Annotated[int | float, Field(gt=0, allow_inf_nan=False), BeforeValidator(whole)]
+    fps: Annotated[int | float, Field(gt=1e-3, lt=1e5), BeforeValidator(whole)]
     splits: Any = {}
     data_path: str = f"data/{CHUNK_FILE}.parquet"
     video_path: str | None = f"videos/{{video_key}}/{CHUNK_FILE}.mp4"

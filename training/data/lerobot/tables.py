@@ -32,11 +32,10 @@ def read_parquet(path: Path, names: Sequence[str] | None = None) -> pa.Table:
         schema = pa.schema([_field(path, file, name) for name in names])
         # A value that is stored once may stand in millions of rows, so what a part becomes is seen before the next.
         texts = any(word in str(schema) for word in ("string", "binary"))
-        size = _size(file, names)
-        for part in file.iter_batches(batch_size=256 if texts else 65536, columns=names):
+        for part in file.iter_batches(batch_size=256 if texts else 4096, columns=names):
             parts.append(part.select(schema.names))
             read += part.nbytes
-            if max(size, read) > LARGEST_TABLE:
+            if read > LARGEST_TABLE:
                 raise ValueError(f"it has more than {LARGEST_TABLE} bytes")
         return pa.Table.from_batches(parts, schema)
 
@@ -131,11 +130,3 @@ def _field(path: Path, file: pq.ParquetFile, name: str) -> pa.Field:
             f"{path}: expected one column {name!r}, as meta/info.json says, got {', '.join(file.schema_arrow.names)}"
         )
     return file.schema_arrow.field(name)
-
-
-def _size(file: pq.ParquetFile, names: Sequence[str]) -> int:
-    """Bytes of the columns once they are unpacked, as the file says."""
-    paths = [file.schema.column(k).path for k in range(len(file.schema))]
-    wanted = [k for k, path in enumerate(paths) if any(f"{path}.".startswith(f"{name}.") for name in names)]
-    groups = (file.metadata.row_group(k) for k in range(file.num_row_groups))
-    return sum(group.column(k).total_uncompressed_size for group in groups for k in wanted)

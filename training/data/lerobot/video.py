@@ -168,6 +168,8 @@ def read_frames(path: Path, from_s: float, count: int, fps: float) -> Iterator[N
             stream = next(iter(container.streams.video), None)
             if stream is None:
                 raise InputError(f"video {path}: expected a stream of images, got a file without")
+            if stream.codec_context is None:  # typed as if it always had one
+                raise InputError(f"video {path}: expected a codec that this FFmpeg decodes, got another")
             if (tick_s := stream.time_base) is None:
                 raise InputError(f"video {path}: expected a stream with a time base, got one without")
             if from_s > tolerance_s:
