@@ -333,7 +333,7 @@ def change_info(folder: Path, **changes: Any) -> None:
     [
         ({"codebase_version": "v1.6"}, r"codebase_version.*got 'v1.6'; LeRobot's own tools bring older"),
         ({"total_frames": 8}, "expected 2 episodes of 8 frames as meta/info.json says, got 2 of 7"),
-        ({"fps": 0}, "fps: .*greater than 0, got 0"),
+        ({"fps": 0}, r"fps: .*greater than 0\.001, got 0"),
         ({"codebase_version": None}, "codebase_version: .*, got None"),
         ({"data_path": "../{chunk_index}/{file_index}"}, "expected paths inside it in meta/info.json, got ../0/0"),
         ({"fps": 6}, "expected a timestamp every 1 / 6 s"),
