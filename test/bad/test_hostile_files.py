@@ -84,7 +84,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "parameters": ("p.yaml", load_settings),
     "training": ("t.yaml", load_config),
     "latency": ("l.json", lambda path: parse_latency(str(path))),
-    "statistics": ("stats.json", lambda path: read_ranges(path, "mean_std", 7)),
+    "statistics": ("stats.json", lambda path: read_ranges(path, "mean_std", 7, 7)),
     "weights": ("w.safetensors", find_weights),
     "index": ("w.index.json", find_weights),
     "arrays": ("time.npz", lambda path: TimeTable(path, 1)),
@@ -668,7 +668,7 @@ def test_statistics_that_are_no_numbers(tmp_path: Path, mean: str, fault: str) -
     side = f'{{"mean": {mean}, "std": [1, 1]}}'
     (tmp_path / "norm_stats.json").write_text(f'{{"norm_stats": {{"state": {side}, "actions": {side}}}}}')
     with pytest.raises(ConfigurationError, match=fault):
-        read_ranges(tmp_path / "norm_stats.json", "mean_std", 2)
+        read_ranges(tmp_path / "norm_stats.json", "mean_std", 2, 2)
 
 
 def test_statistics_of_gigabytes(tmp_path: Path) -> None:
@@ -677,7 +677,7 @@ def test_statistics_of_gigabytes(tmp_path: Path) -> None:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + (4 << 30))
     with pytest.raises(ConfigurationError, match="statistics of at most 16777216 bytes, got 4294967"):
-        read_ranges(tmp_path / "stats.safetensors", "mean_std", 1)
+        read_ranges(tmp_path / "stats.safetensors", "mean_std", 1, 1)
 
 
 @pytest.mark.parametrize(

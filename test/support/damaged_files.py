@@ -287,7 +287,7 @@ def _training_kinds(folder: Path) -> dict[str, Kind]:
         "foreign dataset images": ("data/chunk-000/episode_000000.parquet", damage),
     }
     kinds |= {name: Kind(foreign, file, read_dataset, (way,)) for name, (file, way) in inside.items()}
-    ranges = lambda at: read_ranges(at / "stats.json", "mean_std", 7)  # noqa: E731
+    ranges = lambda at: read_ranges(at / "stats.json", "mean_std", 7, 7)  # noqa: E731
     kinds["statistics"] = Kind(dataset / "meta", "stats.json", ranges, (damage_json,))
 
     checkpoint = write_checkpoint(folder / "checkpoint", "text")
