@@ -103,8 +103,8 @@ def run_installed(command: list[str | Path], prefix: Path, folder: Path) -> str:
 
 
 EXECUTABLES = {
-    "aloha_teleoperator", "bench", "build_engines", "demo", "doctor", "policy_node", "record", "replay", "sim_aloha",
-    "sim_arm",
+    "aloha_teleoperator", "bench", "build_engines", "demo", "doctor", "policy_node", "record", "replay", "robot",
+    "sim_aloha", "sim_arm",
 }  # fmt: skip
 
 

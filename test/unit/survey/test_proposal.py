@@ -1,0 +1,282 @@
+"""`robot new`: a valid file of what is there, each guess said; what nothing shows is left to be filled in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.sample_bags import Messages, header, serialize, write_bag, write_mcap
+from support.unknown_arm import ARM, ARRAY, FINGER, FRONT, LIMITS, WRIST, array, depth, recording, urdf
+
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.messages import BagMessage, typestore
+from ki_vla_ros.robot import Robot, read_robot
+from ki_vla_ros.robot.__main__ import main
+from ki_vla_ros.survey import Proposal, survey_bag, survey_dataset
+
+
+def bag(folder: Path, messages: Messages) -> Path:
+    return write_mcap(folder / "bag.mcap", messages)
+
+
+def proposed(folder: Path, *sources: Path) -> Robot:
+    out = folder / "robot.yaml"
+    assert main(["new", *(part for source in sources for part in ("--from", str(source))), "--out", str(out)]) == 0
+    return read_robot(out)
+
+
+@pytest.fixture
+def arm_urdf(tmp_path: Path) -> Path:
+    path = tmp_path / "arm.urdf"
+    path.write_text(urdf())
+    return path
+
+
+def test_a_bag_of_an_unknown_arm_becomes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    robot = proposed(tmp_path, bag(tmp_path, recording()))
+    assert [d.name for d in robot.state] == [a.name for a in robot.actions] == [*ARM, FINGER]
+    assert {d.source.topic for d in robot.state[:7]} == {"/joint_states"}
+    gripper, action = robot.state[7], robot.actions[7]
+    assert gripper.source.topic == "/gripper/joint_states" and (gripper.kind, gripper.unit) == ("gripper", "m")
+    assert gripper.ends == action.ends and gripper.ends == pytest.approx((0.04, 0.0), abs=1e-3)
+    assert [(o.name, o.topic) for o in robot.outputs] == [
+        ("arm", "/arm_controller/joint_trajectory"),
+        ("gripper", "/gripper_controller/joint_trajectory"),
+    ]
+    assert [(c.name, c.topic, c.transport) for c in robot.cameras] == [
+        ("front_camera", FRONT, "raw"),
+        ("wrist", f"{WRIST}/compressed", "compressed"),
+    ]
+    assert robot.cameras[1].mounting == "moving"
+    assert robot.action_period_s == 0.05 and robot.horizon == 20
+    # What was seen is said to be no limit, at each line, and has a margin.
+    text = (tmp_path / "robot.yaml").read_text()
+    assert text.count("not limits") == 8 and text.count("speed seen, no limit") == 8
+    assert robot.actions[0].limits == pytest.approx((-0.72, 0.72), abs=0.01)
+    assert robot.actions[0].max_velocity == pytest.approx(0.9, abs=0.01)
+    assert "other_finger_joint" in text and "other_finger_joint" not in robot.axis_names
+    assert "guesses to check" in capsys.readouterr().err
+
+
+def test_the_urdf_has_the_limits(tmp_path: Path, arm_urdf: Path) -> None:
+    robot = proposed(tmp_path, bag(tmp_path, recording()), arm_urdf)
+    assert robot.name == "iiwa7"
+    assert [a.limits for a in robot.actions[:7]] == [(-most, most) for most in LIMITS]
+    assert {a.max_velocity for a in robot.actions} == {1.7, 0.1} and robot.actions[7].ends == (0.04, 0.0)
+    assert "seen" not in " ".join((tmp_path / "robot.yaml").read_text().split("actions:")[1].split("outputs:")[0])
+
+
+def test_a_urdf_in_the_bag_is_read(tmp_path: Path) -> None:
+    description = typestore().types["std_msgs/msg/String"](data=urdf().replace("revolute", "continuous", 1))
+    text = BagMessage("/robot_description", "std_msgs/msg/String", 1, serialize(description, "std_msgs/msg/String"))
+    robot = proposed(tmp_path, bag(tmp_path, [text, *recording(2.0)]))
+    assert robot.actions[0].continuous and robot.state[0].continuous and not robot.actions[1].continuous
+    assert robot.actions[1].limits == (-LIMITS[1], LIMITS[1])
+
+
+@pytest.mark.parametrize("with_urdf", [True, False])
+def test_degrees_are_suspected(tmp_path: Path, arm_urdf: Path, with_urdf: bool) -> None:
+    sources = [bag(tmp_path, recording(degrees=True)), *([arm_urdf] if with_urdf else [])]
+    robot = proposed(tmp_path, *sources)
+    assert {d.source.unit for d in robot.state[:7]} == {"deg"} and robot.state[7].source.unit is None
+    assert robot.signals[0].scale == pytest.approx(np.pi / 180)
+    assert "CHECK: is it in degrees?" in (tmp_path / "robot.yaml").read_text()
+    assert main(["check", str(tmp_path / "robot.yaml"), "--bag", str(sources[0])]) == 0
+
+
+def test_columns_without_names_are_the_joints_that_they_are_nearest_to(tmp_path: Path) -> None:
+    robot = proposed(tmp_path, bag(tmp_path, recording(arrays=True)))
+    assert robot.actions[7].name == FINGER and robot.outputs[1].type == ARRAY
+    # An arm by an array, in another order than its joint states.
+    order = np.array([3, 1, 0, 2, 6, 5, 4])
+    messages = [m for m in recording() if m.topic != "/arm_controller/joint_trajectory"]
+    from support.unknown_arm import place
+
+    start = messages[0].log_ns
+    messages += [
+        BagMessage("/forward_position_controller/commands", ARRAY, start + k * 40_000_000, array(place(k / 25)[order]))
+        for k in range(75)
+    ]
+    (tmp_path / "robot.yaml").unlink()
+    robot = proposed(tmp_path, bag(tmp_path, sorted(messages, key=lambda m: m.log_ns)))
+    forward = next(o for o in robot.outputs if "forward" in o.topic)
+    assert [a.target for a in robot.actions_of(forward)] == [ARM[i] for i in order]
+
+
+def twist(vx: float, wz: float) -> bytes:
+    types = typestore().types
+    zero, kind = {"x": 0.0, "y": 0.0, "z": 0.0}, "geometry_msgs/msg/Vector3"
+    content = types["geometry_msgs/msg/Twist"](
+        linear=types[kind](**zero | {"x": vx}), angular=types[kind](**zero | {"z": wz})
+    )
+    return serialize(content, "geometry_msgs/msg/Twist")
+
+
+def test_a_mobile_base_and_depth(tmp_path: Path) -> None:
+    messages = recording()
+    start = messages[0].log_ns
+    messages += [
+        BagMessage("/cmd_vel", "geometry_msgs/msg/Twist", start + k * 10**8, twist(0.4 * np.sin(k), 0.2))
+        for k in range(30)
+    ] + [BagMessage("/depth/image_raw", "sensor_msgs/msg/Image", start + 10**9, depth(start))]
+    messages += [
+        BagMessage("/cmd_vel", "geometry_msgs/msg/Twist", start + 31 * 10**8, twist(0.0, 0.9)),
+    ]
+    robot = proposed(tmp_path, bag(tmp_path, sorted(messages, key=lambda m: m.log_ns)))
+    base = next(o for o in robot.outputs if o.name == "base")
+    assert base.type == "geometry_msgs/msg/Twist"
+    assert [(a.component, a.max_velocity) for a in robot.actions_of(base)] == [
+        ("vx", pytest.approx(0.4, abs=0.01)),
+        ("wz", pytest.approx(0.9)),
+    ]
+    text = (tmp_path / "robot.yaml").read_text()
+    assert "Left out: /depth/image_raw (depth, not colour)" in text and "the most that was seen, no limit" in text
+
+
+def pose(at_ns: int, x: float) -> bytes:
+    types = typestore().types
+    place = types["geometry_msgs/msg/Pose"](
+        position=types["geometry_msgs/msg/Point"](x=x, y=0.1, z=0.3),
+        orientation=types["geometry_msgs/msg/Quaternion"](x=np.sin(x / 2), y=0.0, z=0.0, w=np.cos(x / 2)),
+    )
+    kind = "geometry_msgs/msg/PoseStamped"
+    return serialize(types[kind](header=header(at_ns), pose=place), kind)
+
+
+def test_poses_are_an_output_with_a_box(tmp_path: Path) -> None:
+    kind, messages = "geometry_msgs/msg/PoseStamped", [m for m in recording() if "controller" not in m.topic]
+    start = messages[0].log_ns
+    for k in range(100):
+        at, x = start + k * 40_000_000, 0.4 + 0.1 * np.sin(k / 10)
+        messages.append(BagMessage("/cartesian/target_pose", kind, at, pose(at, x)))
+        messages.append(BagMessage("/current_pose", kind, at + 1, pose(at, x)))
+    robot = proposed(tmp_path, bag(tmp_path, sorted(messages, key=lambda m: m.log_ns)))
+    (output,) = robot.outputs
+    assert (output.topic, output.type) == ("/cartesian/target_pose", kind)
+    assert output.workspace is not None and output.workspace.x == pytest.approx((0.25, 0.55), abs=0.01)
+    assert output.max_linear_velocity == pytest.approx(0.25, rel=0.1)
+    assert output.max_angular_velocity == pytest.approx(0.25, rel=0.1)
+    assert {d.source.topic for d in robot.state} == {"/current_pose"} and len(robot.state) == 7
+
+
+def test_what_nothing_shows_is_named_and_refused_until_it_is_filled_in(
+    tmp_path: Path, arm_urdf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A URDF alone knows no topic and no rate; joint states alone no controller."""
+    with pytest.raises(ConfigurationError, match=r"line \d+: .*FILL IN"):
+        proposed(tmp_path, arm_urdf)
+    told = capsys.readouterr().err
+    assert "to fill in, until then it is refused" in told
+    assert "who takes the commands" in told and "cameras: topic" in told and "action_period_s" in told
+    assert main(["check", str(tmp_path / "robot.yaml")]) == 1
+    assert "FILL IN" in capsys.readouterr().out
+
+
+def test_a_joint_that_stood_still_shows_no_speed_and_a_gripper_no_ends(tmp_path: Path) -> None:
+    still = [m for m in recording() if m.topic.startswith(("/joint", "/arm", "/front"))]
+    parts = [m for m in recording(0.2) if m.topic.startswith("/gripper")]
+    proposal = Proposal("", survey_bag(bag(tmp_path, still[:20] + parts[:8] + still[20:])), None, "")
+    assert any(f"{FINGER}: open and closed" in what for what in proposal.fill_in)
+
+
+DATASET: dict[str, Any] = {
+    "names": ["shoulder_pan.pos", "elbow_flex.pos", "gripper.pos"],
+    "min": [-92.0, -40.0, 1.5],
+    "max": [88.0, 95.0, 99.0],
+    "mean": [0.0, 10.0, 50.0],
+}
+
+
+def dataset(folder: Path, version: str = "v3.0", **changes: Any) -> Path:
+    content = DATASET | changes
+    column = {"dtype": "float32", "shape": [len(content["min"])], "names": content["names"]}
+    image = {"dtype": "video", "shape": [480, 640, 3], "names": ["height", "width", "channels"]}
+    info = {
+        "codebase_version": version,
+        "robot_type": "so101_follower",
+        "fps": 30,
+        "features": {"observation.state": column, "action": column, "observation.images.front": image},
+    }
+    stats = {what: content[what] for what in ("min", "max", "mean")}
+    figures = {"observation.state": stats, "action": stats}
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    if version == "v2.1":
+        line = json.dumps({"episode_index": 0, "stats": figures})
+        (folder / "meta/episodes_stats.jsonl").write_text(f"{line}\n{line}\n")
+    else:
+        (folder / "meta/stats.json").write_text(json.dumps(figures))
+    return folder
+
+
+SO101 = """<robot name="so101">
+<joint name="shoulder_pan" type="revolute"><limit lower="-1.92" upper="1.92" velocity="10"/></joint>
+<joint name="elbow_flex" type="revolute"><limit lower="-1.69" upper="1.69" velocity="10"/></joint>
+<joint name="gripper" type="revolute"><limit lower="-0.17" upper="1.75" velocity="10"/></joint></robot>"""
+
+
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+@pytest.mark.parametrize("names", [DATASET["names"], {"motors": DATASET["names"]}])
+def test_a_dataset_in_degrees_with_a_urdf(tmp_path: Path, version: str, names: Any) -> None:
+    path = tmp_path / "so101.urdf"
+    path.write_text(SO101)
+    robot = proposed(tmp_path, dataset(tmp_path / "data", version, names=names), path)
+    assert [d.dataset.unit for d in robot.state] == ["deg", "deg", None]
+    assert [d.dataset.name for d in robot.actions] == DATASET["names"]
+    assert robot.actions[0].limits == (-1.92, 1.92) and robot.actions[2].ends == (1.75, -0.17)
+    # 0 and 100 are closed and open, whatever was reached.
+    np.testing.assert_allclose(robot.action_lines.to_robot(np.array([90.0, 0.0, 100.0])), [np.pi / 2, 0.0, 1.75])
+    assert robot.action_period_s == pytest.approx(1 / 30) and robot.name == "so101_follower"
+    assert main(["check", str(tmp_path / "robot.yaml"), "--dataset", str(tmp_path / "data")]) == 0
+
+
+def test_a_dataset_alone_does_not_say_how_fast(tmp_path: Path) -> None:
+    proposal = Proposal("", None, survey_dataset(dataset(tmp_path / "data")), "")
+    speeds = [what for what in proposal.fill_in if "max_velocity" in what]
+    assert len(speeds) == 3 and 'max_velocity: "FILL IN"' in proposal.text
+    assert "CHECK: degrees, or -100..100" in proposal.text
+
+
+def test_a_dataset_of_a_mobile_base(tmp_path: Path) -> None:
+    names = ["arm_shoulder_pan.pos", "x.vel", "theta.vel"]
+    path = dataset(tmp_path / "data", names=names, min=[-1.0, -0.3, -90.0], max=[1.0, 0.3, 90.0], mean=[0.0] * 3)
+    proposal = Proposal("lekiwi", None, survey_dataset(path), "")
+    line = next(line for line in proposal.text.split("actions:")[1].splitlines() if "base.wz" in line)
+    assert "kind: twist, component: wz, max_velocity: 1.5708" in line and "name: theta.vel, unit: deg/s" in line
+
+
+@pytest.mark.parametrize(
+    ("sources", "fault"),
+    [
+        (["nowhere"], "expected a bag, a dataset or a URDF, got nothing at that path"),
+        (["arm.urdf", "arm.urdf"], "expected one URDF, got a second one"),
+        (["empty"], "expected metadata.yaml or files .mcap or .db3 in it, got none"),
+        (["arm.xacro"], "got xacro; expand it first"),
+        (["broken.urdf"], "expected a URDF, got no element found"),
+        (["nothing.urdf"], "expected joints, commands or poses in what is given, got none"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(
+    tmp_path: Path, arm_urdf: Path, sources: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, text in (("arm.xacro", ""), ("broken.urdf", "<robot>"), ("nothing.urdf", "<robot name='r'/>")):
+        (tmp_path / name).write_text(text)
+    arguments = [part for source in sources for part in ("--from", str(tmp_path / source))]
+    assert main(["new", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("robot: ") and fault in captured.err and captured.out == ""
+
+
+def test_a_file_that_is_there_is_kept(tmp_path: Path, arm_urdf: Path) -> None:
+    out = tmp_path / "mine.yaml"
+    out.write_text("mine")
+    assert main(["new", "--from", str(arm_urdf), "--out", str(out)]) == 2 and out.read_text() == "mine"
+
+
+def test_a_folder_bag_and_its_name(tmp_path: Path) -> None:
+    robot = proposed(tmp_path, write_bag(tmp_path / "my bag 1", recording(1.0)))
+    assert robot.name == "my_bag_1"
