@@ -265,8 +265,8 @@ def assets_misfits(folder: Path, robot: Robot, stats: Path, method: Method, in_p
     names = [str(path.parent.relative_to(folder)) for path in found]
     if found and not any(agree(path, stats, method, robot) for path in found):
         yield f"norm_stats.json of {', '.join(names)}", f"the statistics of --stats {stats}", "others"
-    if LIBERO in names and in_prompt is None:
-        yield LIBERO, "--state none or --state prompt (openpi's pi05_libero has none)", "neither"
+    if in_prompt is None and (LIBERO in names or stats.absolute().parent.as_posix().endswith(f"/{LIBERO}")):
+        yield f"statistics of {LIBERO}", "--state none or --state prompt (openpi's pi05_libero has none)", "neither"
 
 
 def agree(path: Path, stats: Path, method: Method, robot: Robot) -> bool:
