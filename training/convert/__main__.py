@@ -26,6 +26,7 @@ from ki_vla_ros.files import read_file
 from ki_vla_ros.settings import NODE, Settings, load_settings
 from ki_vla_ros.share import find_bundle
 from training.convert.episodes import Actions, Conversion, Cut, Marker, convert
+from training.convert.integrity import as_table
 from training.convert.many import Failure, run, writing_folder
 from training.convert.parts import (
     DATASET,
@@ -102,7 +103,11 @@ def convert_bags(arguments: argparse.Namespace) -> int:
                 print(f"{part.bag}: {describe(part.conversion)}")
                 for fault in part.faults:
                     print(f"  {part.bag}: {fault}")
-            info, refused = unite(in_order, arguments.out) if any(part.dataset for part in in_order) else (None, {})
+            info, reports, refused = (
+                unite(in_order, arguments.out) if any(part.dataset for part in in_order) else (None, [], {})
+            )
+            if reports:
+                print(as_table(reports))
         reasons = [failure.reason for failure in failures.values()] + list(refused.values())
         if info is None and not reasons:
             raise InputError(f"dataset {arguments.out}: expected at least one frame, got none; nothing was written")

@@ -26,6 +26,7 @@ from ki_vla_ros.robot import continuous, nearest_turn
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
 from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
 from training.convert.images import RecordedImage
+from training.convert.integrity import EpisodeWatch, Report
 from training.convert.sources import Sources
 
 # No observation is possible after this long, and this many times the oldest usable input, without a message.
@@ -80,6 +81,7 @@ class Conversion:
     repeated: int = 0  # frames with the same observation as the one before
     left_out: Counter[str] = field(default_factory=Counter)  # ticks, and messages, by reason
     first_reason: dict[str, str] = field(default_factory=dict)  # an example of each
+    reports: list[Report] = field(default_factory=list)  # of each episode written
 
     def leave_out(self, cause: str, example: str | None = None, count: int = 1) -> None:
         self.left_out[cause] += count
@@ -174,6 +176,9 @@ class _Cutter:
         self.commanded = CommandedPath(sources.joints)
         speeds = None if sources.specs is None else [joint.max_velocity for joint in sources.specs]
         self.measured = MeasuredPath(sources.joints, speeds, sources.max_age_ns)
+        oldest_s = {name: sources.camera_age_ns.get(name, sources.max_age_ns) / NS_PER_S for name in sources.cameras}
+        joint_age_s = (sources.joint_age_ns or sources.max_age_ns) / NS_PER_S
+        self.watch = EpisodeWatch(oldest_s, sources.joints, joint_age_s, fps, speeds)
         self.followed: ArmPath = self.commanded if actions == "commands" else self.measured
         self.camera_of = {topic: name for name, topic in sources.cameras.items()}
         self.marked: Any = None
@@ -217,6 +222,7 @@ class _Cutter:
             if self._is_from_before(stamp_ns):
                 return
             self.buffer.add_frame(frame, message.log_ns)
+            self.watch.add_image(name, stamp_ns, message.log_ns)
         elif topic == sources.joint_topic:
             self._take_joints(message)
         elif topic == sources.command_topic and self.actions == "commands":
@@ -240,6 +246,7 @@ class _Cutter:
             self.buffer.refuse("joint state", str(error))
             raise
         self.measured.add(reading)
+        self.watch.add_joints(reading.stamp_ns, message.log_ns, reading.position_J)
 
     def _is_from_before(self, stamp_ns: int) -> bool:
         """Whether a message is late: taken before the mark, when the robot may have been elsewhere."""
@@ -370,6 +377,7 @@ class _Cutter:
             return
         for ready in (*self.held, frame):
             self.writer.add(ready)
+            self.watch.add_frame(ready.stamp_ns, ready.state_S, ready.action_J, ready.images)
             self.written += 1
         self.held = []
 
@@ -386,6 +394,7 @@ class _Cutter:
             self.writer.end_episode()
             self.done.episodes += 1
             self.done.frames += self.written
+            self.done.reports.append(self.watch.end_episode(self.done.left_out))
         self.held, self.written = [], 0
 
     def _end_episode(self, log_ns: int) -> None:

@@ -116,6 +116,12 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
+def _attempt_in(folder: Path, work: Work, bag: Path, part: Path) -> Failure | None:
+    """Ray's processes begin elsewhere; paths on the command line are relative to the caller's folder."""
+    os.chdir(folder)
+    return attempt(work, bag, part)
+
+
 def _run_on_ray(jobs: Jobs, work: Work, address: str) -> Iterator[Outcome]:
     """All machines must see bags and dataset under the same paths."""
     try:
@@ -130,8 +136,9 @@ def _run_on_ray(jobs: Jobs, work: Work, address: str) -> Iterator[Outcome]:
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"--ray {address}: expected a cluster, got {reason:.200}; try --workers") from None
     try:
-        task = ray.remote(num_cpus=1, max_retries=0)(attempt)
-        waiting = {task.remote(work, bag, part): bag for bag, part in jobs.items()}
+        task = ray.remote(num_cpus=1, max_retries=0)(_attempt_in)
+        here = Path.cwd()
+        waiting = {task.remote(here, work, bag, part): bag for bag, part in jobs.items()}
         while waiting:
             (done, *_), _ = ray.wait(list(waiting))
             bag = waiting.pop(done)

@@ -6,19 +6,22 @@ bags are.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from ki_vla_ros.files import read_json
+from training.convert.integrity import Report, stopped_report
 from training.convert.parts import Part
 from training.convert.statistics import FeatureFigures
 from training.convert.writer import Tables
-from training.data.lerobot import EPISODES, IMAGES, SOURCE, Dataset, Feature, Info, next_file
+from training.data.lerobot import EPISODES, IMAGES, REPORTS, SOURCE, Dataset, Feature, Info, next_file
 from training.storage import whole_folder
 
 Place = tuple[int, int]
@@ -26,11 +29,11 @@ Place = tuple[int, int]
 PLACES = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # of rows: the union has its own
 
 
-def unite(parts: Sequence[Part], out: Path) -> tuple[Info, dict[str, str]]:
+def unite(parts: Sequence[Part], out: Path) -> tuple[Info, list[Report], dict[str, str]]:
     """Make the dataset `out` of all frames of `parts`, in their order; an earlier one there is replaced in one step.
 
-    At least one part has frames. Returns what its meta/info.json says, and by bag why one was left out: its joints or
-    images are not those of the first.
+    At least one part has frames. Returns what its meta/info.json says, a report of each episode, and by bag why one was
+    left out: its joints or images are not those of the first.
     """
     filled = [part for part in parts if part.dataset is not None]
     refused = {}
@@ -41,7 +44,7 @@ def unite(parts: Sequence[Part], out: Path) -> tuple[Info, dict[str, str]]:
                 refused[part.bag] = reason
             else:
                 union.add(part)
-        return union.close(), refused
+        return *union.close(), refused
 
 
 class _Union:
@@ -50,6 +53,7 @@ class _Union:
         self._first, self._info = first, Dataset(first.dataset).info
         features = {name: feature for name, feature in self._info.features.items() if feature.dtype != "video"}
         self._tables = Tables(folder, self._info.model_copy(update={"features": features}), list(first.pixels))
+        self._reports: list[Report] = []
         self._sources: list[dict[str, Any]] = []
         self._next = dict.fromkeys(self._info.cameras, (0, 0))  # where the next file of each camera goes
 
@@ -71,7 +75,9 @@ class _Union:
         self._sources.append(read_json(part.dataset / SOURCE))
         figures = _image_figures(part.dataset, list(part.pixels))
         places: dict[tuple[str, int, int], Place] = {}
-        for episode, image_figures in zip(dataset.episodes, figures, strict=True):
+        for episode, image_figures, report in zip_longest(dataset.episodes, figures, part.conversion.reports):
+            index = {"episode_index": len(self._tables.episodes), "bag": Path(part.bag).name}
+            self._reports.append(index | (report or stopped_report(episode.length)))
             columns, row = dataset.columns(episode), episode.row
             videos: dict[str, int | float] = {}
             for key in dataset.info.cameras:
@@ -87,10 +93,13 @@ class _Union:
         for name, counts in part.pixels.items():
             self._tables.pixels[name].merge(counts)
 
-    def close(self) -> Info:
+    def close(self) -> tuple[Info, list[Report]]:
         """The rest of what the first is made from is that of all."""
         source = {**self._sources[0], "bags": [bag for source in self._sources for bag in source["bags"]]}
-        return self._tables.close(self._info.features, source)
+        info = self._tables.close(self._info.features, source)
+        lines = [json.dumps(report, ensure_ascii=False) + "\n" for report in self._reports]
+        (self._tables.folder / REPORTS).write_text("".join(lines), encoding="utf-8")
+        return info, self._reports
 
     def _take_video(self, dataset: Path, key: str, chunk_index: int, file_index: int) -> Place:
         place, info = self._next[key], self._info

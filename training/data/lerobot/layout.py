@@ -48,6 +48,7 @@ EPISODES: Final = f"meta/episodes/{CHUNK_FILE}.parquet"
 TASK_LINES: Final = "meta/tasks.jsonl"
 EPISODE_LINES: Final = "meta/episodes.jsonl"
 SOURCE: Final = "meta/ki_vla_ros.json"
+REPORTS: Final = "meta/ki_vla_ros_episodes.jsonl"
 
 STATE: Final = "observation.state"
 ACTION: Final = "action"

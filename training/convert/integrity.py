@@ -1,0 +1,283 @@
+"""What a look at an episode's recording says: rates and gaps, stamps and clocks, black and frozen images, jumps, lag.
+
+A report is a line of `meta/ki_vla_ros_episodes.jsonl`; its words are the doctor's, and so is what counts as rare. It
+changes nothing: "look at it" means that a person should, before a policy learns from the episode.
+Legend: N messages or frames, J joints, A of an action.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.records import NS_PER_S
+
+Report = dict[str, Any]
+FINE, LOOK = "fine", "look at it"
+RARE: Final = 0.01  # a smaller share of an episode's frames is not worth a look
+LOSS: Final = 0.05  # of messages, as the doctor has it
+OTHER_CLOCK_S: Final = 3600.0
+BLACK: Final = 8  # mean grey level, of 255
+SAMPLED: Final = 8  # every so many pixels of a row and a column say how bright an image is
+MOVED: Final = 1e-3  # rad or m from one frame to the next: then a camera's image must change, too
+FASTEST: Final = 10.0  # rad/s or m/s, of joints of which no limit is known
+TOO_FAST: Final = 1.5  # times a joint's speed
+MOST_WITHOUT_FRAMES: Final = 10_000  # readings that are kept while no frame comes
+LAGS: Final = 10  # frames
+LONGEST_LAG_S: Final = 0.5
+LEAST_FRAMES: Final = 20  # that a lag is told from
+
+
+@dataclass
+class Arrivals:
+    """Of one topic: stamps, and how much later each message was logged; `limit_s`: how old the node lets one get."""
+
+    limit_s: float
+    stamps: array[int] = field(default_factory=lambda: array("q"))
+    late: array[int] = field(default_factory=lambda: array("q"))
+
+    def add(self, stamp_ns: int, log_ns: int) -> None:
+        self.stamps.append(stamp_ns)
+        self.late.append(log_ns - stamp_ns)
+
+    def forget(self, before_ns: int) -> None:
+        keep = [i for i, stamp_ns in enumerate(self.stamps) if stamp_ns >= before_ns]
+        self.stamps, self.late = (array("q", [values[i] for i in keep]) for values in (self.stamps, self.late))
+
+    def describe(self, what: str, first_ns: int, last_ns: int, why: list[str]) -> Report:
+        """Figures of the time between two stamps; adds what is wrong to `why`."""
+        stamp_N, late_N = np.array(self.stamps, dtype=np.int64), np.array(self.late, dtype=np.int64)
+        inside_N = (stamp_N >= first_ns) & (stamp_N <= last_ns)
+        stamp_N, late_N = stamp_N[inside_N], late_N[inside_N]
+        edges = np.sort(np.concatenate([[first_ns], stamp_N, [last_ns]]))
+        gaps_s = np.diff(edges) / NS_PER_S
+        steps: NDArray[np.int64] = np.diff(np.unique(stamp_N)).astype(np.int64)
+        period = float(np.median(steps)) if len(steps) else None
+        missing = 0 if period is None else int(np.maximum(np.round(steps / period) - 1, 0).sum())
+        age_s = float(np.median(late_N)) / NS_PER_S if len(late_N) else None
+        worst = int(gaps_s.argmax())
+        repeated = len(stamp_N) - len(np.unique(stamp_N))
+        report = {
+            "rate_hz": None if period is None else _rounded(NS_PER_S / period),
+            "largest_gap_s": _rounded(gaps_s[worst]),
+            "missing": missing,
+            "stamp_age_s": _rounded(age_s),
+            "repeated_stamps": repeated,
+        }
+        if gaps_s[worst] > self.limit_s:
+            at_s = (edges[worst] - first_ns) / NS_PER_S
+            why.append(f"gap: no {what} for {gaps_s[worst]:.2f} s, {at_s:.1f} s after the beginning")
+        if missing > LOSS * (len(stamp_N) + missing):
+            why.append(f"loss: {missing} of {len(stamp_N) + missing} {what} are missing")
+        if repeated > RARE * len(stamp_N):
+            why.append(f"stamps: {repeated} of {len(stamp_N)} {what} repeat one")
+        if age_s is not None and abs(age_s) > OTHER_CLOCK_S:
+            why.append(f"clock: stamps of {what} are {-age_s:+.0f} s from the time of arrival: two clocks")
+        elif age_s is not None and not -self.limit_s <= age_s <= self.limit_s:
+            why.append(f"stamps: {what} is {age_s:.3f} s old when it arrives")
+        return report
+
+
+class _Step(NamedTuple):
+    """The fastest joint of a reading: how far it came in what time, and which share of its speed that was."""
+
+    stamp_ns: int
+    joint: int
+    by: float
+    in_s: float
+    share: float
+
+
+@dataclass
+class _Images:
+    black: int = 0
+    frozen: int = 0
+
+
+class EpisodeWatch:
+    """Sees the messages and frames of a bag in their order, and reports on each episode at its end."""
+
+    def __init__(
+        self,
+        cameras: Mapping[str, float],
+        joints: Sequence[str],
+        joint_limit_s: float,
+        fps: float,
+        speeds: Sequence[float] | None = None,
+    ) -> None:
+        """`cameras`: the greatest age of an image, by name; `speeds`: of each joint, the greatest that is known."""
+        self._joints, self._fps = tuple(joints), fps
+        self._speed_J = np.full(len(joints), FASTEST) if speeds is None else np.array(speeds, dtype=np.float64)
+        self._cameras = {name: Arrivals(limit_s) for name, limit_s in cameras.items()}
+        self._readings = Arrivals(joint_limit_s)
+        self._steps: list[_Step] = []
+        self._reading: tuple[int, NDArray[np.float64] | None] = (0, None)
+        self._before: Counter[str] = Counter()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stamps: list[int] = []
+        self._states: list[NDArray[np.float64]] = []
+        self._actions: list[NDArray[np.float64]] = []
+        self._images = {name: _Images() for name in self._cameras}
+        self._last: Mapping[str, Any] = {}
+
+    def add_image(self, camera: str, stamp_ns: int, log_ns: int) -> None:
+        self._cameras[camera].add(stamp_ns, log_ns)
+
+    def add_joints(self, stamp_ns: int, log_ns: int, position_J: NDArray[np.float64]) -> None:
+        self._readings.add(stamp_ns, log_ns)
+        before_ns, before_J = self._reading
+        if stamp_ns <= before_ns:
+            return
+        self._reading = stamp_ns, position_J
+        if before_J is None:
+            return
+        by_J, in_s = np.abs(position_J - before_J), (stamp_ns - before_ns) / NS_PER_S
+        share_J = by_J / (self._speed_J * in_s)
+        joint = int(share_J.argmax())
+        self._steps.append(_Step(stamp_ns, joint, float(by_J[joint]), in_s, float(share_J[joint])))
+        if not self._stamps and len(self._steps) > MOST_WITHOUT_FRAMES:
+            self._forget(self._steps[len(self._steps) // 2].stamp_ns)
+
+    def add_frame(
+        self,
+        stamp_ns: int,
+        state: NDArray[np.float64],
+        action: NDArray[np.float64],
+        images: Mapping[str, NDArray[np.uint8]],
+    ) -> None:
+        moved = bool(self._states) and bool(np.any(np.abs(state - self._states[-1]) > MOVED))
+        for name, rgb_HWC in images.items():
+            seen = self._images[name]
+            if rgb_HWC[::SAMPLED, ::SAMPLED].mean() < BLACK:
+                seen.black += 1
+            elif moved and stamp_ns != self._stamps[-1]:
+                seen.frozen += np.array_equal(rgb_HWC, self._last[name])
+        self._stamps.append(stamp_ns)
+        self._states.append(state)
+        self._actions.append(action)
+        self._last = images
+
+    def end_episode(self, left_out: Counter[str]) -> Report:
+        """Its report; `left_out` is of the whole bag until now, and what came since the last report is this one's."""
+        why: list[str] = []
+        frames, first_ns, last_ns = len(self._stamps), self._stamps[0], self._stamps[-1]
+        since, self._before = left_out - self._before, Counter(left_out)
+        repeated = sum(one == two for one, two in zip(self._stamps, self._stamps[1:], strict=False))
+        if repeated > RARE * frames:
+            why.append(f"rate: {repeated} of {frames} frames have the images of the one before")
+        cameras = {}
+        for name, arrivals in self._cameras.items():
+            seen = self._images[name]
+            cameras[name] = arrivals.describe(f"image of {name!r}", first_ns, last_ns, why)
+            cameras[name] |= {"black_frames": int(seen.black), "frozen_frames": int(seen.frozen)}
+            if seen.black > RARE * frames:
+                why.append(f"black: {seen.black} of {frames} images of {name!r}")
+            if seen.frozen > RARE * frames:
+                why.append(f"frozen: {seen.frozen} of {frames} images of {name!r} stay the same while the arm moves")
+        joints = self._readings.describe("joint state", first_ns, last_ns, why)
+        joints["largest_jump"] = self._jump(first_ns, last_ns, why)
+        lag_s = self._lag_s()
+        if lag_s is not None and abs(lag_s) > LONGEST_LAG_S:
+            why.append(f"lag: the state follows the actions by {lag_s:.2f} s")
+        self._forget(last_ns)
+        self._begin()
+        return {
+            "frames": frames,
+            "duration_s": _rounded((last_ns - first_ns) / NS_PER_S),
+            "left_out": dict(since),
+            "repeated_frames": repeated,
+            "cameras": cameras,
+            "joint_states": joints,
+            "action_lag_s": _rounded(lag_s),
+            "verdict": LOOK if why else FINE,
+            "why": why,
+        }
+
+    def _forget(self, before_ns: int) -> None:
+        self._steps = [step for step in self._steps if step.stamp_ns >= before_ns]
+        for arrivals in (*self._cameras.values(), self._readings):
+            arrivals.forget(before_ns)
+
+    def _jump(self, first_ns: int, last_ns: int, why: list[str]) -> Report | None:
+        """The fastest step from one joint state to the next, measured by each joint's speed."""
+        steps = [step for step in self._steps if first_ns <= step.stamp_ns <= last_ns]
+        if not steps:
+            return None
+        step = max(steps, key=lambda step: step.share)
+        name, at_s = self._joints[step.joint], (step.stamp_ns - first_ns) / NS_PER_S
+        if step.share > TOO_FAST and step.by > 10 * MOVED:
+            why.append(f"jump: {name!r} by {step.by:.3g} in {step.in_s:.3g} s, {at_s:.1f} s after the beginning")
+        return {"joint": name, "by": _rounded(step.by), "in_s": _rounded(step.in_s), "at_s": _rounded(at_s)}
+
+    def _lag_s(self) -> float | None:
+        """How much later than it was due the state is where the action was; None where that cannot be told."""
+        state_NJ, action_NA = np.array(self._states), np.array(self._actions)
+        if len(state_NJ) < LEAST_FRAMES or state_NJ.shape != action_NA.shape:
+            return None
+        spread_J = state_NJ.std(axis=0)
+        if spread_J.max() < 10 * MOVED:
+            return None
+        most = min(LAGS, len(state_NJ) // 2)
+        count = len(state_NJ) - most
+        scale_J = np.where(spread_J > MOVED, spread_J, np.inf)
+        error_L = np.array(
+            [np.mean(((state_NJ[d : d + count] - action_NA[:count]) / scale_J) ** 2) for d in range(most + 1)]
+        )
+        best = int(error_L.argmin())
+        if 0 < best < most:  # between two frames: the lowest point of a parabola
+            left, middle, right = error_L[best - 1 : best + 2]
+            curve = left - 2 * middle + right
+            return float((best - 1 + (0.5 * (left - right) / curve if curve > 0 else 0.0)) / self._fps)
+        return (best - 1) / self._fps
+
+
+def stopped_report(frames: int) -> Report:
+    """Of an episode in which the conversion was stopped."""
+    return {"frames": frames, "verdict": LOOK, "why": ["stopped: the conversion was stopped in it"]}
+
+
+def as_table(reports: Sequence[Report], most: int = 20) -> str:
+    """A row for each episode, or, where they are more than `most`, for the first of those to look at."""
+    worth = [report for report in reports if report["verdict"] != FINE]
+    shown = list(reports) if len(reports) <= most else worth[:most]
+    rows = [("episode", "frames", "s", "images Hz", "gap s", "joints Hz", "gap s", "lag s", "verdict")]
+    for report in shown:
+        cameras, joints = report.get("cameras", {}).values(), report.get("joint_states", {})
+        rates = [camera["rate_hz"] for camera in cameras if camera["rate_hz"] is not None]
+        rows.append(
+            (
+                str(report["episode_index"]),
+                str(report["frames"]),
+                _shown(report.get("duration_s"), 1),
+                _shown(min(rates, default=None), 1),
+                _shown(max((camera["largest_gap_s"] for camera in cameras), default=None), 3),
+                _shown(joints.get("rate_hz"), 1),
+                _shown(joints.get("largest_gap_s"), 3),
+                _shown(report.get("action_lag_s"), 3),
+                f"{report['verdict']}: {'; '.join(report['why'])}" if report["why"] else report["verdict"],
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = [
+        "  ".join((*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1])) for row in rows
+    ]
+    more = f"{len(worth) - most} more are to be looked at; " if len(reports) > most and len(worth) > most else ""
+    summary = f"{more}{len(reports) - len(worth)} of {len(reports)} episodes fine"
+    return "\n".join([*(lines if shown else []), summary])
+
+
+def _rounded(value: Any) -> float | None:
+    """To six digits after the point, for a file that people read."""
+    return None if value is None else round(float(value), 6)
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
