@@ -47,7 +47,7 @@ MS = 1_000_000
 START = 1_000 * NS_PER_S
 ROS_OFFSET = 1_700_000_000 * NS_PER_S
 TICK_NS = 100 * MS
-HORIZON, ACTION_S = 10, 0.05
+HORIZON, ACTION_S = 20, 0.05
 TOLERANCE = 1.01
 PARTS = ("arm", "servo", "gripper", "binary", "hand", "velocity", "free_velocity", "base", "pose", "delta")
 FAULTS = ("none", "gaps", "engine", "stop", "restart", "limits", "clock", "moved", "slow", "ramp")
@@ -252,6 +252,7 @@ class World:
     readings: bool = True
     logged: list[str] = field(default_factory=list)
     told: list[tuple[int, Any]] = field(default_factory=list)  # from when on which limits hold
+    fresh: list[int] = field(default_factory=list)  # when chunks went out
     stopped: list[list[int]] = field(default_factory=list)
     streamed: list[tuple[int, Array, Array, Array]] = field(default_factory=list)  # time, position, velocity, reference
 
@@ -331,7 +332,8 @@ class World:
             self.grid_ns = self.steady
         self.motion = motion
 
-    def report_chunk(self, chunk: ActionChunk) -> None: ...
+    def report_chunk(self, chunk: ActionChunk) -> None:
+        self.fresh.append(self.steady)
 
     def report_tick(self, fields: Mapping[str, object]) -> None: ...
 
@@ -554,6 +556,12 @@ def _judge_velocities(
     _put(ratios, "change of velocity", np.abs(value_NV - before_NV) / step_s / acceleration_J)
     if np.any(value_NV):
         moved.add("velocity")
+    # The watchdog looks every 20 ms; then the controller's period and the time of braking pass.
+    braking_s = float((speed_J / acceleration_J).max()) + world.parameters["hold_after_s"] + 0.04 + 2.0 * step_s
+    last_N = np.searchsorted(world.fresh, time_N, side="right") - 1
+    since_N = (time_N - np.array([START, *world.fresh])[last_N + 1]) / NS_PER_S
+    if np.any(value_NV[since_N > braking_s] != 0.0):
+        faults.append("a velocity without anything fresh")
     if np.any(value_NV[-1] != 0.0) and world.moved_ns is None:
         faults.append("a velocity is left standing")
     gap_N = np.diff(time_N, append=time_N[-1:]) > 1.5 * step_s * NS_PER_S
