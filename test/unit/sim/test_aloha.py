@@ -232,6 +232,8 @@ def hand_over(world: AlohaWorld, demonstrator: Demonstrator, scene: Scene) -> Ve
 def test_the_cube_is_handed_over_wherever_it_lies(blind: AlohaWorld, demonstrator: Demonstrator, scene: Scene) -> None:
     assert hand_over(blind, demonstrator, scene) == Verdict(reward=4, success=True, done=True)
     assert blind.cube_position == pytest.approx((-0.13, 0.5, 0.25), abs=0.03), "the left arm took it along"
+    opening = blind.joint_position_J[JOINTS.index("left_gripper")]
+    assert opening == pytest.approx(0.040, abs=0.002), "told to close, its fingers are held apart by the cube"
 
 
 @needs_aloha
