@@ -17,6 +17,8 @@ GROWS_CLOSED = re.compile(r"knuckle|robotiq|drive_joint", re.IGNORECASE)
 SLIDES = re.compile(r"prismatic|slide|linear|lift_joint|rail|elevat", re.IGNORECASE)
 # No joint that does not turn without end is seen beyond a turn and a little.
 BEYOND_TURNS = 6.6
+# Where limits are known: values as small as these may be radians of a wrong zero just as well.
+BEYOND_RADIANS = 3.3
 MARGIN, LEAST_MARGIN = 0.1, {"rad": 0.05, "m": 0.002, "ratio": 0.0}
 # What moved less shows neither the ends of a gripper nor a speed.
 STILL = {"rad": 0.02, "m": 0.002, "ratio": 0.02}
@@ -70,7 +72,7 @@ def looks_like_degrees(seen: Seen, urdf: UrdfJoint | None) -> bool:
     if urdf.continuous:
         return False
     slack = 0.05 * (urdf.upper - urdf.lower)
-    outside = seen.low < urdf.lower - slack or seen.high > urdf.upper + slack
+    outside = largest > BEYOND_RADIANS and (seen.low < urdf.lower - slack or seen.high > urdf.upper + slack)
     return outside and urdf.lower - slack <= seen.low * DEGREE and seen.high * DEGREE <= urdf.upper + slack
 
 

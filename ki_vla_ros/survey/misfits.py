@@ -37,7 +37,7 @@ from ki_vla_ros.robot import (
 from ki_vla_ros.settings import NODE, resolve
 from ki_vla_ros.survey.bag import BagSurvey
 from ki_vla_ros.survey.dataset import DatasetSurvey
-from ki_vla_ros.survey.guesses import DEGREE
+from ki_vla_ros.survey.guesses import BEYOND_RADIANS, DEGREE
 from ki_vla_ros.survey.tracks import Track, together
 from ki_vla_ros.yaml_file import LARGEST_YAML, line_of, parse_yaml, yaml_lines
 
@@ -237,16 +237,21 @@ def _check_values(
     expected, at = f"{lower:.4g} to {upper:.4g} {dimension.own_unit()}", file.line(*place, key)
     if not fits(*line):
         change, hint = "correct the limits, the unit or the zero", ""
-        degrees = dimension.own_unit() == "rad" and fits(DEGREE, 0.0)
-        if degrees and dimension.kind != "gripper":
+        degrees = dimension.own_unit() == "rad" and fits(DEGREE, 0.0) and max(-low, high) > BEYOND_RADIANS
+        if key not in ("source", "dataset"):
+            change = "correct the limits; commands are in the robot's own unit"
+            hint = ", which would fit as degrees" if degrees else ""
+        elif degrees and dimension.kind != "gripper":
             change, hint = f"set {key}: {{unit: deg}}", ", which would fit as degrees"
-        elif dimension.ends is not None or dimension.kind == "gripper":
+            if max(-low, high) <= 100.5:
+                change += f", or {key}: {{range: [-100, 100]}} if they are shares of the range"
+        elif dimension.kind == "gripper":
             for ends in ((0.0, 1.0), (0.0, 100.0), (-1.0, 1.0), (-100.0, 100.0)):
                 if ends[0] - 0.05 * ends[1] <= low and high <= 1.05 * ends[1]:
                     change, hint = f"set {key}: {{open: {ends[1]:g}, closed: {ends[0]:g}}}, or the reverse", ""
                     break
-        elif max(-low, high) <= 105.0 and high - low > 2.0 * math.pi:
-            change = f"set {key}: {{range: [-100, 100]}} if they are shares of the range, or unit: deg"
+        elif BEYOND_RADIANS < max(-low, high) <= 100.5:
+            change = f"correct the limits, or set {key}: {{range: [-100, 100]}} if they are shares of the range"
         elif max(-low, high) <= 1.05 and line == (1.0, 0.0):
             change = f"correct the limits, or set {key}: {{range: [-1, 1]}} if they are shares of the range"
         yield Misfit(at, where, expected, got + hint, change)
