@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ki_vla_ros.errors import ConfigurationError
@@ -21,21 +22,38 @@ _ACTION = (*_STATE, "relative", "binary")
 _DELTA = ("delta_frame", "delta_from")
 
 
-def disagreements(trained: Robot, here: Robot) -> Iterator[str]:
+@dataclass(frozen=True)
+class Disagreement:
+    """One thing that is different: where in the robot file, and both values; `remark`: what is wrong with it."""
+
+    place: tuple[str | int, ...]
+    trained: str
+    here: str
+    remark: str = ""
+
+    def __str__(self) -> str:
+        where = ".".join(map(str, self.place))
+        return f"{where}: {self.trained} in the bundle, {self.here} in the robot file{self.remark}"
+
+
+def disagreements(trained: Robot, here: Robot) -> Iterator[Disagreement]:
     """Each thing in which the two disagree, with both values."""
     yield from _different("cameras", trained.cameras, here.cameras, _CAMERA)
     yield from _different("state", trained.state, here.state, _STATE)
     yield from _different("actions", trained.actions, here.actions, _ACTION)
     for name in ("action_period_s", "horizon"):
         if getattr(trained, name) != getattr(here, name):
-            yield f"{name}: {getattr(trained, name)} in the bundle, {getattr(here, name)} in the robot file"
+            yield Disagreement((name,), str(getattr(trained, name)), str(getattr(here, name)))
     if len(trained.actions) != len(here.actions):
         return
-    for then, now in zip(trained.actions, here.actions, strict=True):
-        yield from _wider(then, now)
+    for number, (then, now) in enumerate(zip(trained.actions, here.actions, strict=True)):
+        yield from _wider(number, then, now)
         if then.kind == "pose_delta":
-            outputs = _output_of(trained, then), _output_of(here, now)
-            yield from _different(f"outputs of {then.name}", outputs[:1], outputs[1:], _DELTA)
+            theirs, ours = _output_of(trained, then), _output_of(here, now)
+            place = ("outputs", here.outputs.index(ours))
+            for field in _DELTA:
+                if getattr(theirs, field) != getattr(ours, field):
+                    yield Disagreement((*place, field), getattr(theirs, field), getattr(ours, field))
 
 
 def check_agreement(trained: Robot, here: Robot) -> None:
@@ -43,30 +61,27 @@ def check_agreement(trained: Robot, here: Robot) -> None:
     if faults := list(disagreements(trained, here)):
         more = f"; and {len(faults) - 6} more" if len(faults) > 6 else ""
         raise ConfigurationError(
-            f"robot {here.name!r}: expected the robot of the bundle, got {'; '.join(faults[:6])}{more}"
+            f"robot {here.name!r}: expected the robot of the bundle, got {'; '.join(map(str, faults[:6]))}{more}"
         )
 
 
-def _different(what: str, then: Sequence[Any], now: Sequence[Any], fields: Sequence[str]) -> Iterator[str]:
+def _different(what: str, then: Sequence[Any], now: Sequence[Any], fields: Sequence[str]) -> Iterator[Disagreement]:
     if len(then) != len(now):
-        names = [[getattr(part, "name", "") for part in parts] for parts in (then, now)]
-        yield (
-            f"{what}: {len(then)} in the bundle ({', '.join(names[0])}), {len(now)} in the robot file "
-            f"({', '.join(names[1])})"
-        )
+        names = [", ".join(part.name for part in parts) for parts in (then, now)]
+        yield Disagreement((what,), f"{len(then)} ({names[0]})", f"{len(now)} ({names[1]})")
         return
     for number, (one, other) in enumerate(zip(then, now, strict=True)):
         for field in fields:
             ours, theirs = _value(one, field), _value(other, field)
             if ours != theirs:
-                yield f"{what}.{number}.{field}: {ours} in the bundle, {theirs} in the robot file"
+                yield Disagreement((what, number, field), str(ours), str(theirs))
 
 
 def _value(part: Any, field: str) -> Any:
     return part.own_unit() if field == "unit" else getattr(part, field)
 
 
-def _wider(then: ActionDimension, now: ActionDimension) -> Iterator[str]:
+def _wider(number: int, then: ActionDimension, now: ActionDimension) -> Iterator[Disagreement]:
     if then.kind in ("pose", "pose_delta"):
         return
     (low, high), (lower, upper) = then.span, now.span
@@ -77,7 +92,7 @@ def _wider(then: ActionDimension, now: ActionDimension) -> Iterator[str]:
         ("max_velocity", most, speed, speed > most),
     ):
         if wider and not now.continuous:
-            yield f"actions: {now.name}: {field}: {trained:g} in the bundle, {here:g} in the robot file, which is wider"
+            yield Disagreement(("actions", number, field), f"{trained:g}", f"{here:g}", ", which is wider")
 
 
 def _output_of(robot: Robot, action: ActionDimension) -> Output:

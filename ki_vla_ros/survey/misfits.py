@@ -6,7 +6,7 @@ Only what the file says is judged; what else is there, is nobody's fault.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ki_vla_ros.robot import (
     Output,
     Robot,
     Signal,
+    disagreements,
     find_columns,
     read_urdf,
 )
@@ -490,34 +491,12 @@ def _limits_of(robot: Robot, dimension: Any) -> tuple[float, float]:
 
 
 def check_bundle(file: RobotFile, manifest: Manifest) -> Iterator[Misfit]:
+    """What the node would refuse: topics, units of datasets and tighter limits are this robot's own affair."""
     assert file.robot is not None
-    own, theirs = (robot.model_dump(mode="json") for robot in (file.robot, manifest.robot))
-    for place, expected, got in _differences(theirs, own):
-        where = ".".join(map(str, place))
-        yield Misfit(
-            file.line(*place),
-            where,
-            f"{expected!r:.80}, as bundle {manifest.name} has it",
-            f"{got!r:.80}",
-            "change the file, or take the bundle that was made for this robot",
-        )
-
-
-def _differences(theirs: Any, own: Any, place: Place = ()) -> Iterator[tuple[Place, Any, Any]]:
-    if isinstance(theirs, dict) and isinstance(own, dict):
-        for key in dict.fromkeys([*theirs, *own]):
-            yield from _differences(theirs.get(key), own.get(key), (*place, key))
-    elif isinstance(theirs, list) and isinstance(own, list) and len(theirs) == len(own):
-        for number, pair in enumerate(zip(theirs, own, strict=True)):
-            yield from _differences(*pair, (*place, number))
-    elif isinstance(theirs, list) and isinstance(own, list):
-        yield place, _names(theirs), _names(own)
-    elif theirs != own:
-        yield place, theirs, own
-
-
-def _names(items: Sequence[Any]) -> str:
-    return ", ".join(str(item.get("name", item) if isinstance(item, Mapping) else item) for item in items)
+    for found in disagreements(manifest.robot, file.robot):
+        expected, where = f"{found.trained}, as bundle {manifest.name} has it", ".".join(map(str, found.place))
+        change = "change it, or take a bundle that was made for this robot"
+        yield Misfit(file.line(*found.place), where, expected, f"{found.here}{found.remark}", change)
 
 
 def check_urdf(file: RobotFile, robot_description: str) -> Iterator[Misfit]:
