@@ -1,7 +1,7 @@
 """ROS messages without ROS: names of types, decoding, encoding, pixels."""
 
 from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading, read_stamp_ns, typestore
-from ki_vla_ros.messages.encoding import encode_chunk, encode_command
+from ki_vla_ros.messages.encoding import encode_array, encode_chunk, encode_command, encode_stamped, encode_twist
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, is_depth, read_image
 from ki_vla_ros.messages.type_names import (
     COMPRESSED_IMAGE,
@@ -27,8 +27,11 @@ __all__ = [
     "decode",
     "decode_compressed",
     "decode_raw",
+    "encode_array",
     "encode_chunk",
     "encode_command",
+    "encode_stamped",
+    "encode_twist",
     "is_depth",
     "joint_reading",
     "read_image",

@@ -11,22 +11,42 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.records import NS_PER_S, ActionChunk, Motion
 
+CDR = b"\0\1\0\0"  # little-endian
+ALL = slice(None)
 
-def encode_command(motion: Motion, now_ns: int, stamp_ns: int = 0) -> bytes:
+
+def encode_command(motion: Motion, now_ns: int, stamp_ns: int = 0, axes: slice = ALL) -> bytes:
     """What lies ahead of a motion at `now_ns`, as a serialized JointTrajectory for joint_trajectory_controller.
 
     The times of its points count from `now_ns`. `stamp_ns` 0 means "from when you get this"; the present time on the
-    controller's clock means that they keep their times however long the message takes.
+    controller's clock means that they keep their times however long the message takes. `axes` are the controller's.
     """
     # Always keep the last instant: a motion that only says "stay" has no other.
     first = min(int(np.searchsorted(motion.time_N, now_ns, side="right")), len(motion.time_N) - 1)
     return _encode_trajectory(
         stamp_ns,
-        motion.joints,
+        motion.joints[axes],
         np.maximum(motion.time_N[first:] - now_ns, 0),
-        motion.position_NJ[first:],
-        motion.velocity_NJ[first:],
+        motion.position_NJ[first:, axes],
+        motion.velocity_NJ[first:, axes],
     )
+
+
+def encode_array(values: NDArray[np.float64]) -> bytes:
+    """A serialized Float64MultiArray without layout."""
+    return CDR + struct.pack("<III4x", 0, 0, len(values)) + values.astype("<f8").tobytes()
+
+
+def encode_twist(twist_6: NDArray[np.float64]) -> bytes:
+    """A serialized Twist of vx, vy, vz, wx, wy, wz."""
+    return CDR + twist_6.astype("<f8").tobytes()
+
+
+def encode_stamped(stamp_ns: int, frame_id: str, values: NDArray[np.float64]) -> bytes:
+    """A serialized TwistStamped (`values` as in `encode_twist`) or PoseStamped (x, y, z, qx, qy, qz, qw)."""
+    text = frame_id.encode() + b"\0"
+    head = struct.pack("<iII", *divmod(stamp_ns, NS_PER_S), len(text)) + text
+    return CDR + head + bytes(-len(head) % 8) + values.astype("<f8").tobytes()
 
 
 def encode_chunk(chunk: ActionChunk) -> bytes:
@@ -47,7 +67,7 @@ def _encode_trajectory(
     Packed by hand: through message objects, fifty points would add a millisecond between model and arm, half of it in
     rclpy.
     """
-    head = bytearray(b"\0\1\0\0")  # CDR, little-endian
+    head = bytearray(CDR)
     head += struct.pack("<iII4x", *divmod(stamp_ns, NS_PER_S), 1)  # no frame: an empty string, padded
     head += struct.pack("<I", len(joints))
     for name in joints:

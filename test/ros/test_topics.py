@@ -9,15 +9,17 @@ import cv2
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Duration, Time
+from geometry_msgs.msg import Point, Pose, PoseStamped, Quaternion, Twist, TwistStamped, Vector3
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray, Header
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages.encoding import encode_chunk, encode_command
+from ki_vla_ros.messages.encoding import encode_array, encode_chunk, encode_command, encode_stamped, encode_twist
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_raw, read_image
 from ki_vla_ros.records import ActionChunk, Motion
 from ki_vla_ros.ros import topics
@@ -186,8 +188,33 @@ def test_a_motion_of_one_instant_is_still_a_command() -> None:
     assert due(trajectory(encode_command(rest, now_ns=9_060_000_000))) == [0]
 
 
-def test_streamed_positions() -> None:
-    assert list(topics._doubles(np.array([0.5, -1.0]))) == [0.5, -1.0]
+def test_a_controller_gets_its_own_axes_only() -> None:
+    message = trajectory(encode_command(motion(), now_ns=9_020_000_000, axes=slice(1, 2)))
+    assert message.joint_names == ["b"]
+    assert [list(p.positions) for p in message.points] == [[2.0], [4.0], [6.0]]
+    assert [list(p.velocities) for p in message.points] == [[0.0]] * 3
+
+
+@given(
+    numbers=st.lists(st.floats(allow_nan=False), max_size=9),
+    frame_id=st.text(max_size=9).filter(lambda text: "\0" not in text),
+    stamp=st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 10**9 - 1)),
+)
+def test_serialized_streams_equal_rclpys(numbers: list[float], frame_id: str, stamp: tuple[int, int]) -> None:
+    stamp_ns = stamp[0] * 10**9 + stamp[1]
+    array_message = Float64MultiArray(data=array.array("d", numbers))
+    assert deserialize_message(encode_array(np.array(numbers)), Float64MultiArray) == array_message
+    vx, vy, vz, wx, wy, wz, w = (numbers + [0.5] * 7)[:7]
+    seven = np.array([vx, vy, vz, wx, wy, wz, w])
+    linear, angular = Vector3(x=vx, y=vy, z=vz), Vector3(x=wx, y=wy, z=wz)
+    twist, header = Twist(linear=linear, angular=angular), Header(frame_id=frame_id)
+    header.stamp = topics.ns_to_stamp(stamp_ns)
+    assert deserialize_message(encode_twist(seven[:6]), Twist) == twist
+    stamped = TwistStamped(header=header, twist=twist)
+    assert deserialize_message(encode_stamped(stamp_ns, frame_id, seven[:6]), TwistStamped) == stamped
+    turned = Quaternion(x=wx, y=wy, z=wz, w=w)
+    pose = PoseStamped(header=header, pose=Pose(position=Point(x=vx, y=vy, z=vz), orientation=turned))
+    assert deserialize_message(encode_stamped(stamp_ns, frame_id, seven), PoseStamped) == pose
 
 
 def test_chunk_record() -> None:
