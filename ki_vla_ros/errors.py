@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from pydantic import ValidationError
 
 
@@ -73,14 +71,6 @@ class InstructionError(InputError):
 
 class SafetyRefusal(KiVlaError):
     """A chunk that must not reach the wire; names joint, step, value and limit."""
-
-
-class MotionInterrupted(SafetyRefusal):
-    """The running motion was cut short; the controller has stood still at `position_J` since."""
-
-    def __init__(self, message: str, position_J: NDArray[np.float64]) -> None:
-        super().__init__(message)
-        self.position_J = position_J
 
 
 class EmergencyStop(SafetyRefusal):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.errors import InputError
+from ki_vla_ros.errors import InputError, SafetyRefusal
 
 NS_PER_S = 1_000_000_000
 NO_REFERENCES = np.zeros((0, 4))
@@ -141,6 +141,14 @@ class Motion:
         change_J = (self.velocity_NJ[k] - self.velocity_NJ[k - 1]) / whole_s
         velocity_J = self.velocity_NJ[k - 1] + change_J * since_s
         return self.position_NJ[k - 1] + (self.velocity_NJ[k - 1] + velocity_J) * (since_s / 2.0), velocity_J
+
+
+class MotionInterrupted(SafetyRefusal):
+    """Some axes do not do what they were told: the axes `axis_J` (bool [J]) do `motion`; all others go on as before."""
+
+    def __init__(self, message: str, motion: Motion, axis_J: NDArray[np.bool_]) -> None:
+        super().__init__(message)
+        self.motion, self.axis_J = motion, axis_J
 
 
 @dataclass(frozen=True, slots=True, eq=False)

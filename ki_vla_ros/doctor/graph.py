@@ -146,7 +146,7 @@ def examine(request: Request, findings: Findings) -> list[str]:
         _check_clock(graph, request.node, simulated, findings)
         cameras = {name: resolve(settings.camera(name).topic, request.node) for name in expected.optional_cameras}
         joints = resolve(settings.joint_states_topic, request.node)
-        command = resolve(settings.command_topic, request.node)
+        command = resolve(settings.command_topics(None)[""], request.node)
         if session is not None:  # names after remapping
             looked_at.append("topics as the node says")
             cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}

@@ -56,7 +56,7 @@ def _examine_topics(
 ) -> None:
     node = request.node
     cameras = {name: resolve(settings.camera(name).topic, node) for name in expected.optional_cameras}
-    joints, command = resolve(settings.joint_states_topic, node), resolve(settings.command_topic, node)
+    joints, command = resolve(settings.joint_states_topic, node), resolve(settings.command_topics(None)[""], node)
     if session is not None:  # names after remapping
         cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
         joints, command = session.topics.joint_states, session.topics.command

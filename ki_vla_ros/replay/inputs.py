@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError, StaleInput
-from ki_vla_ros.messages import POSITIONS, TRAJECTORY, BagMessage, decode
+from ki_vla_ros.messages import TRAJECTORY, BagMessage, decode
 from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, Observation, header_ns
 from ki_vla_ros.replay.recorded import Parity, RecordedTick
 from ki_vla_ros.replay.setup import ReplayOptions
 from ki_vla_ros.replay.topics import ReplayTopics
-from ki_vla_ros.robot import Axis
+from ki_vla_ros.robot import Robot
 from ki_vla_ros.runtime import ObservationBuffer
-from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
+from ki_vla_ros.runtime.paths import ArmPath, CommandedAxes, MeasuredPath
 
 # A recorder may receive a message this much later than the node did. The buffer keeps frames for longer.
 RECORDER_LAG_NS = 200_000_000
@@ -199,7 +199,7 @@ class Inbox:
         topics: ReplayTopics,
         options: ReplayOptions,
         buffer: ReplayBuffer,
-        joints: Sequence[Axis],
+        robot: Robot,
         image_size: int,
         use_receive_time: bool,
     ) -> None:
@@ -207,12 +207,12 @@ class Inbox:
         self._topics, self._options, self._buffer = topics, options, buffer
         self._image_size, self._use_receive_time = image_size, use_receive_time
         self._cameras = {topic: name for name, topic in topics.cameras.items()}
-        names = [joint.name for joint in joints]
-        self.measured = MeasuredPath(names, [joint.max_velocity for joint in joints])
-        self._commanded = CommandedPath(names)
+        self._outputs = {topic: name for name, topic in topics.commands.items()}
+        self.measured = MeasuredPath(robot.axis_names, [axis.max_velocity for axis in robot.axes])
+        self._commanded = CommandedAxes(robot)
         self.reference: ArmPath | None = None
         if topics.missing_reference is None:
-            self.reference = self._commanded if topics.command else self.measured
+            self.reference = self._commanded if topics.commands else self.measured
 
     def take(self, message: BagMessage) -> None:
         """Takes a message in; InputError if it cannot be used."""
@@ -230,8 +230,8 @@ class Inbox:
                 self._buffer.refuse("joint state", str(refusal))
                 raise
             self.measured.add(reading)
-        elif topic == topics.command:
-            self._commanded.take(decode(message, TRAJECTORY, POSITIONS), message.log_ns)
+        elif (output := self._outputs.get(topic)) is not None:
+            self._commanded.take(output, decode(message), message.log_ns)
         elif topic == topics.chunk and self._options.as_recorded:
             published = decode(message, TRAJECTORY)
             positions = np.array([point.positions for point in published.points], dtype=np.float64)

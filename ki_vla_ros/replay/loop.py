@@ -120,7 +120,9 @@ class Replay:
             raise ConfigurationError(
                 f"bag {bag.path}: expected recorded ticks, got none; replay without --ticks recorded"
             )
-        self.inbox = Inbox(topics, options, self._buffer, manifest.axes, manifest.image.size, settings.use_receive_time)
+        self.inbox = Inbox(
+            topics, options, self._buffer, manifest.robot, manifest.image.size, settings.use_receive_time
+        )
         self._recorded: deque[RecordedTick] = deque()
         self._activity = Activity(settings.rate_hz)
         self._took: deque[tuple[int, int]] = deque()  # stamp and duration of recorded ticks, from the present one on

@@ -12,20 +12,30 @@ from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.runtime import camera_sources
-from ki_vla_ros.settings import NODE, ReferenceName, Session, Settings, read_session, resolve, session_topic
+from ki_vla_ros.settings import (
+    NODE,
+    ReferenceName,
+    Session,
+    Settings,
+    command_topics,
+    read_session,
+    resolve,
+    session_topic,
+)
 
 
 @dataclass(frozen=True)
 class ReplayTopics:
-    """Full topic names; `instruction`, `command`, `tick`, `chunk` and `session` are None where the bag has none.
+    """Full topic names; `instruction`, `tick`, `chunk` and `session` are None where the bag has none.
 
+    `commands`, by output, are the topics of the reference, if that is what the robot was told.
     `missing_reference`: why there is no reference (None: there is one). `notes`: remarks for the user.
     """
 
     cameras: dict[str, str]
     joint_states: str
     instruction: str | None
-    command: str | None
+    commands: dict[str, str]
     tick: str | None
     chunk: str | None
     session: str | None
@@ -34,8 +44,21 @@ class ReplayTopics:
 
     @property
     def all(self) -> tuple[str, ...]:
-        others = (self.joint_states, self.instruction, self.command, self.tick, self.chunk, self.session)
+        others = (self.joint_states, self.instruction, *self.commands.values(), self.tick, self.chunk, self.session)
         return (*self.cameras.values(), *(topic for topic in others if topic is not None))
+
+    def described(self) -> dict[str, str | None]:
+        """By what they are for."""
+        one = len(self.commands) < 2
+        commands = {"command": None} | {"command" if one else f"command {n}": t for n, t in self.commands.items()}
+        return {
+            **{f"camera {name}": topic for name, topic in self.cameras.items()},
+            "joint_states": self.joint_states,
+            "instruction": self.instruction,
+            **({name: topic for name, topic in commands.items() if one or topic is not None}),
+            "tick": self.tick,
+            "session": self.session,
+        }
 
 
 def resolve_topics(
@@ -66,14 +89,10 @@ def resolve_topics(
     joints = session.topics.joint_states if session else full_name(settings.joint_states_topic)
     if not _has(bag, joints, (JOINT_STATE,)):
         raise _absent(bag, "joint states", joints, (JOINT_STATE,), "joint_states_topic")
-    command, missing = None, None
+    commands: dict[str, str] = {}
+    missing = None
     if reference == "command":
-        wanted = session.topics.command if session else settings.command_topic
-        command = full_name(reference_topic or wanted)
-        if not _has(bag, command, (TRAJECTORY, POSITIONS)):
-            kinds = f"{TRAJECTORY} or {POSITIONS}"
-            missing = f"reference: no {kinds} on {command}; {_candidates(bag, command, (TRAJECTORY, POSITIONS))}"
-            command = None
+        commands, missing = _find_commands(bag, manifest, settings, session, node, reference_topic, notes)
     elif reference is None:
         missing = "reference: none was asked for (--reference none)"
     instruction = session.topics.instruction if session else f"{node}/instruction"
@@ -84,13 +103,44 @@ def resolve_topics(
         cameras=cameras,
         joint_states=joints,
         instruction=instruction if _has(bag, instruction, (TEXT,)) else None,
-        command=command,
+        commands=commands,
         chunk=chunk if _has(bag, chunk, (TRAJECTORY,)) else None,
         tick=tick if _has(bag, tick, (TEXT,)) else None,
         session=session_name if session is not None and _has(bag, session_name, (TEXT,)) else None,
         missing_reference=missing,
         notes=tuple(notes),
     )
+
+
+def _find_commands(
+    bag: Bag,
+    manifest: PolicySpec,
+    settings: Settings,
+    session: Session | None,
+    node: str,
+    reference_topic: str,
+    notes: list[str],
+) -> tuple[dict[str, str], str | None]:
+    """The topics on which the robot was told what to do, by output, and why there is no reference (None: there is)."""
+    wanted = command_topics(settings, manifest.robot, node, session)
+    if reference_topic and len(wanted) > 1:
+        raise ConfigurationError(
+            f"reference_topic: got {reference_topic}, but the robot has {len(wanted)} outputs: {', '.join(wanted)}; "
+            "leave it out"
+        )
+    found, lacking = {}, []
+    for name, command in wanted.items():
+        topic = resolve(reference_topic, node) if reference_topic else command.topic
+        # A robot file without a type takes what publish_mode said, which may have changed since.
+        kinds = (TRAJECTORY, POSITIONS) if command.type in (TRAJECTORY, POSITIONS) else (command.type,)
+        if _has(bag, topic, kinds):
+            found[name] = topic
+        else:
+            lacking.append(f"no {' or '.join(kinds)} on {topic}; {_candidates(bag, topic, kinds)}")
+    if not found:
+        return {}, f"reference: {'; '.join(lacking)}"
+    notes += [f"reference: {fault}; what it moves is not compared" for fault in lacking]
+    return found, None
 
 
 def _has(bag: Bag, topic: str, types: Iterable[str]) -> bool:

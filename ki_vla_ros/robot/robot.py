@@ -7,6 +7,7 @@ With config/robots/demo_arm.yaml, or the path of any such file:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import cached_property
@@ -133,6 +134,16 @@ class Robot(Frozen):
         number = self.outputs.index(output)
         places = [j for j, axis in enumerate(self.axes) if axis.output == number]
         return slice(places[0], places[-1] + 1)
+
+    @cached_property
+    def output_tokens(self) -> dict[str, str]:
+        """The outputs' names as parts of topics' names, which may only have letters, digits and underscores."""
+        tokens = {o.name: re.sub("[^A-Za-z0-9]+", "_", o.name).strip("_") for o in self.outputs}
+        counts = Counter(tokens.values())
+        return {
+            name: f"output{number}_{token}" if counts[token] > 1 or token[:1].isdigit() else token
+            for number, (name, token) in enumerate(tokens.items())
+        }
 
     def twist_parts(self, output: Output) -> list[int]:
         """Which of vx, vy, vz, wx, wy, wz each axis of a twist is."""

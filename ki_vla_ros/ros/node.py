@@ -33,12 +33,12 @@ from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError, printable
 from ki_vla_ros.policy import Policy, check_instruction
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.robot import find_robot, read_robot
+from ki_vla_ros.robot import ACTIONS, Output, find_robot, read_robot
 from ki_vla_ros.ros.parameters import Parameters
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVENT, LATCHED, OVERRIDABLE
 from ki_vla_ros.ros.releases import make_executor
-from ki_vla_ros.ros.topics import SHADOW_COMMAND, Inputs, NodeWire, diagnostics_message, publishers, subscribe
+from ki_vla_ros.ros.topics import Inputs, NodeWire, diagnostics_message, publishers, subscribe
 from ki_vla_ros.runtime import (
     WATCHDOG_NS,
     Diagnostics,
@@ -47,10 +47,11 @@ from ki_vla_ros.runtime import (
     ObservationBuffer,
     PolicyLoop,
     ShadowComparison,
+    axis_bounds,
     camera_sources,
     own_limit_ns,
 )
-from ki_vla_ros.settings import BundleIdentity, Session, SessionTopics, session_topic
+from ki_vla_ros.settings import BundleIdentity, CommandTopic, Session, SessionTopics, session_topic, shadow_topics
 from ki_vla_ros.share import find_bundle
 
 # How long the executor thread may keep the interpreter from the loop's thread (Python's default: 5 ms).
@@ -147,7 +148,7 @@ class PolicyNode(LifecycleNode):
 
     def _watch(self) -> None:
         if self._loaded is not None:
-            self._loaded.loop.watch()
+            self._loaded.loop.watch(self._loaded.wire.take_interruption)
 
     def _report(self) -> None:
         """Once a second: checks for a second node of this name and publishes diagnostics."""
@@ -190,8 +191,8 @@ class PolicyNode(LifecycleNode):
             faults[f"{topic}: {len(names)} publishers of joint states: {', '.join(names)}; stop all but one"] = (
                 Level.WARNING
             )
-        topic = self.resolve_topic_name(settings.command_topic)
-        if lifecycle == "active" and not settings.shadow and not settings.dry_run:
+        commands = {} if settings.shadow or settings.dry_run or lifecycle != "active" else self._command_topics()
+        for topic in commands:
             names = publishers(self, topic)
             if (own := self.get_fully_qualified_name()) in names:
                 names.remove(own)
@@ -205,6 +206,17 @@ class PolicyNode(LifecycleNode):
         self._others = set(faults)
         return faults
 
+    def _command_topics(self) -> dict[str, Output]:
+        """The full names of the topics, not actions, by which the robot is told what to do, and their outputs."""
+        assert self._loaded is not None
+        robot = self._loaded.bundle.manifest.robot
+        chosen = self.parameters.settings.command_topics(robot)
+        return {
+            self.resolve_topic_name(chosen[output.name]): output
+            for output in robot.outputs
+            if output.type not in ACTIONS
+        }
+
     # --- lifecycle
 
     def start(self) -> bool:
@@ -217,7 +229,8 @@ class PolicyNode(LifecycleNode):
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         # Publishers before the loop: its first message must not be lost.
-        return self._transition("activate", self._check_alone, partial(super().on_activate, state), self._start_loop)
+        steps = (self._check_alone, self._check_outputs, partial(super().on_activate, state), self._start_loop)
+        return self._transition("activate", *steps)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         return self._transition("deactivate", self._halt, partial(super().on_deactivate, state))
@@ -263,8 +276,11 @@ class PolicyNode(LifecycleNode):
             resources.callback(engine.close)
             policy = Policy(bundle, engine, guidance_jacobian=settings.guidance_jacobian)
             policy.warm_up()
-            shadow = ShadowComparison(manifest.axes, settings.shadow_reference) if settings.shadow else None
-            wire = NodeWire(self, settings, shadow)
+            shadow = ShadowComparison(policy.space, settings.shadow_reference) if settings.shadow else None
+            bounds = axis_bounds(manifest.axes, settings.limits, settings.robot_description)
+            wire = NodeWire(
+                self, manifest.robot, settings, bounds.acceleration_J, shadow, self._diagnostics.record_refusal
+            )
             resources.callback(wire.close)
             joint_topic = self.resolve_topic_name(settings.joint_states_topic)
             sources = camera_sources(manifest, settings, self.resolve_topic_name)
@@ -294,8 +310,9 @@ class PolicyNode(LifecycleNode):
         self._resources.callback(gc.callbacks.remove, self._diagnostics.collector)
         self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
         topics = ", ".join(f"{source.name} from {source.topic}" for source in sources)
-        command_topic = SHADOW_COMMAND if settings.shadow else settings.command_topic
-        self.get_logger().info(f"{topics}; joints from {joint_topic}; commands to {command_topic}")
+        commands = settings.command_topics(manifest.robot)
+        to_topics = ", ".join((shadow_topics(manifest.robot) if settings.shadow else commands).values())
+        self.get_logger().info(f"{topics}; joints from {joint_topic}; commands to {to_topics}")
         self.get_logger().info(f"limits: {loop.describe_limits()}")
         self.parameters.warn_of_unused_overrides()
 
@@ -304,14 +321,26 @@ class PolicyNode(LifecycleNode):
         if self._loaded is None:
             return
         settings, full_name = self.parameters.settings, self.resolve_topic_name
+        robot = self._loaded.bundle.manifest.robot
+        shadows, chosen = shadow_topics(robot), settings.command_topics(robot)
+        commands = {
+            output.name: CommandTopic(
+                topic=full_name(chosen[output.name]),
+                type=output.wire_type(settings.publish_mode),
+                shadow=full_name(shadows[output.name]) if settings.shadow else None,
+            )
+            for output in robot.outputs
+        }
+        first = next(iter(commands.values()))
         topics = SessionTopics(
             cameras={c.name: full_name(settings.camera(c.name).topic) for c in self._loaded.bundle.manifest.cameras},
             joint_states=full_name(settings.joint_states_topic),
             instruction=full_name("~/instruction"),
-            command=full_name(settings.command_topic),
+            command=first.topic,
+            commands=commands,
             chunk=full_name("~/chunk"),
             tick=full_name("~/tick"),
-            shadow=full_name(SHADOW_COMMAND) if settings.shadow else None,
+            shadow=first.shadow,
         )
         node, values = self.get_fully_qualified_name(), self.parameters.values
         simulated, identity = self._loaded.wire.simulated_clock(), self._loaded.identity
@@ -325,6 +354,21 @@ class PolicyNode(LifecycleNode):
                 f"node {self.get_fully_qualified_name()}: another node of this name runs in the same ROS domain; "
                 "stop it, or choose another namespace or ROS_DOMAIN_ID"
             )
+
+    def _check_outputs(self) -> None:
+        """ConfigurationError if a controller's action does not answer; reminds of what velocities need."""
+        assert self._loaded is not None  # the state machine lets only a configured node get here
+        settings = self.parameters.settings
+        if settings.shadow or settings.dry_run:
+            return
+        self._loaded.wire.check_ready()
+        axes = self._loaded.bundle.manifest.axes
+        for topic, output in self._command_topics().items():
+            if axes[self._loaded.bundle.manifest.robot.axes_of(output).start].kind == "velocity":
+                self.get_logger().warning(
+                    f"{topic} takes velocities: if this process dies, the last one goes on unless the controller stops "
+                    "by itself when nothing comes; make sure that it does (docs/runtime.md, Several outputs)"
+                )
 
     def _start_loop(self) -> None:
         assert self._loaded is not None  # the state machine lets only a configured node get here

@@ -28,13 +28,13 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import Float64MultiArray, String
-from trajectory_msgs.msg import JointTrajectory
+from std_msgs.msg import String
 
 from ki_vla_ros.bags.writer import BagWriter
 from ki_vla_ros.console import ExitCode
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.messages import COMPRESSED_IMAGE, DIAGNOSTICS, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
+from ki_vla_ros.messages import COMPRESSED_IMAGE, DIAGNOSTICS, IMAGE, JOINT_STATE, TEXT
+from ki_vla_ros.ros.outputs import KINDS
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVERY_IMAGE, EVERY_READING, EVERYTHING, LATCHED
 from ki_vla_ros.ros.releases import make_executor
@@ -44,11 +44,10 @@ from ki_vla_ros.share import expand
 MESSAGES: Final[dict[str, Any]] = {
     IMAGE: Image,
     COMPRESSED_IMAGE: CompressedImage,
-    TRAJECTORY: JointTrajectory,
     TEXT: String,
     JOINT_STATE: JointState,
-    POSITIONS: Float64MultiArray,
     DIAGNOSTICS: DiagnosticArray,
+    **KINDS,  # commands
 }
 # Recorded in addition to the topics that the session names.
 EXTRA_TOPIC_TYPES: Final = {"/diagnostics": DIAGNOSTICS}

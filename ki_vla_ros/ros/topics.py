@@ -21,7 +21,6 @@ import numpy as np
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from numpy.typing import NDArray
-from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode, LifecyclePublisher
 from rclpy.node import Node
 from rclpy.qos import QoSPolicyKind, QoSProfile
@@ -37,23 +36,23 @@ from ki_vla_ros.messages import (
     decode_compressed,
     decode_raw,
     encode_chunk,
-    encode_command,
     is_depth,
     read_image,
 )
 from ki_vla_ros.policy import resize_with_pad
-from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, header_ns
+from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, MotionInterrupted, header_ns
+from ki_vla_ros.robot import ACTIONS, TRAJECTORY, CommandSpace, Robot
+from ki_vla_ros.ros.outputs import KINDS, MotionOutput, StreamTopic, open_motion_output, open_stream_output
 from ki_vla_ros.ros.qos import EVENT, OVERRIDABLE, SENSOR
 from ki_vla_ros.ros.releases import SubscriptionEventCallbacks
-from ki_vla_ros.ros.stream import MotionStream
+from ki_vla_ros.ros.stream import MotionStream, Streamed
 from ki_vla_ros.runtime import CameraSource, Diagnostics, ObservationBuffer, Report, ShadowComparison
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings import Settings, shadow_topics
 
 # Least time between two log lines about the same cause.
 REPEAT_LOG_S = 5.0
 # Two readings of a clock no farther apart than this belong together.
 READING_NS = 100_000
-SHADOW_COMMAND = "~/shadow/command"
 # The stages of a tick, and the names of the numbers in ~/tick_numbers, in order (docs/runtime.md).
 STAGES = (
     *("observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish"),
@@ -92,8 +91,12 @@ class Inputs:
         joints = node.resolve_topic_name(settings.joint_states_topic)
         self._subscribe(JointState, joints, self.add_joints, SENSOR)
         if shadow is not None and settings.shadow_reference == "command":
-            kind = Float64MultiArray if settings.publish_mode == "stream" else JointTrajectory
-            self._subscribe(kind, node.resolve_topic_name(settings.command_topic), self._add_command, EVENT)
+            for name, command in settings.command_topics(manifest.robot).items():
+                output = next(output for output in manifest.robot.outputs if output.name == name)
+                kind = output.wire_type(settings.publish_mode)
+                if kind in KINDS:  # goals cannot be listened to
+                    topic = node.resolve_topic_name(command)
+                    self._subscribe(KINDS[kind], topic, partial(self._add_command, name), EVENT)
 
     def add_image(self, camera: str, message: bytes | CompressedImage) -> None:
         """Adds a serialized Image, or a CompressedImage."""
@@ -113,11 +116,11 @@ class Inputs:
         except InputError as refusal:
             self._refuse("joint state", refusal)
 
-    def _add_command(self, message: Any) -> None:
+    def _add_command(self, output: str, message: Any) -> None:
         """Takes, in shadow mode, a command that someone else sends to the arm."""
         assert self._shadow is not None
         try:
-            self._shadow.add_command(self._wire.now_ns(), message)
+            self._shadow.add_command(output, self._wire.now_ns(), message)
         except InputError as refusal:
             self._diagnostics.record_refusal(str(refusal))
             self._wire.log(str(refusal), "message of command")
@@ -180,21 +183,51 @@ def endpoint_name(end: Any) -> str:
 class NodeWire:
     """The loop's `Wire`: publishers that are silent unless the node is active.
 
-    With `shadow` nothing is published to the arm: commands go to SHADOW_COMMAND, and chunks also to the comparison.
+    With `shadow` nothing is published to the robot: commands go to the topics of `shadow_topics`, and chunks also to
+    the comparison. `acceleration_J` are the limits by which velocities brake; `refused` is told what a controller did
+    not do. ConfigurationError where the package of an output's messages is missing.
     """
 
-    def __init__(self, node: LifecycleNode, settings: Settings, shadow: ShadowComparison | None = None) -> None:
+    def __init__(
+        self,
+        node: LifecycleNode,
+        robot: Robot,
+        settings: Settings,
+        acceleration_J: NDArray[np.float64],
+        shadow: ShadowComparison | None = None,
+        refused: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         self._node, self._shadow = node, shadow
-        self._mode = settings.publish_mode
-        kind = Float64MultiArray if self._mode == "stream" else JointTrajectory
-        topic = settings.command_topic if shadow is None else SHADOW_COMMAND
-        self._command: LifecyclePublisher[Any] = self._publisher(kind, topic)
+        self._stamped = settings.publish_mode == "splice"
         # Fixed, because use_sim_time does not change while a bundle is loaded.
         self._simulated = bool(node.get_parameter("use_sim_time").value)
         self._steady_ns = self.now_ns if self._simulated else time.monotonic_ns
-        self._stream = MotionStream(
-            self._publish_positions, self._steady_ns, settings.command_period_s, self._simulated
-        )
+        space, axes = CommandSpace(robot), robot.axes
+        shadows, topics = shadow_topics(robot), settings.command_topics(robot)
+        self._motions: list[MotionOutput] = []
+        streams: list[StreamTopic] = []
+        self._streamed_J = np.zeros(len(axes), dtype=np.bool_)
+        for output in robot.outputs:
+            kind, topic, place = output.wire_type(settings.publish_mode), topics[output.name], robot.axes_of(output)
+            if shadow is not None:
+                kind, topic = TRAJECTORY if kind in ACTIONS else kind, shadows[output.name]
+            if output.streams(settings.publish_mode):
+                streams.append(open_stream_output(node, output, kind, topic, space, self.now_ns))
+                self._streamed_J[place] = True
+            else:
+                self._motions.append(open_motion_output(node, output, kind, topic, place, axes[place.start], refused))
+        self._outputs: tuple[MotionOutput | StreamTopic, ...] = (*self._motions, *streams)
+        self._stream: MotionStream | None = None
+        if streams:
+            self._stream = MotionStream(
+                streams,
+                Streamed(self._streamed_J, space.velocity_J, np.where(space.velocity_J, acceleration_J, np.inf)),
+                self._steady_ns,
+                settings.command_period_s,
+                simulated=self._simulated,
+                on_grid=bool(self._motions),
+                failed=self._log_failure,
+            )
         self._chunk: LifecyclePublisher[JointTrajectory] = self._publisher(JointTrajectory, "~/chunk")
         self._tick: LifecyclePublisher[String] = self._publisher(String, "~/tick")
         self._tick_numbers: LifecyclePublisher[Float64MultiArray] = self._publisher(Float64MultiArray, "~/tick_numbers")
@@ -209,7 +242,8 @@ class NodeWire:
         return int(self._node.get_clock().now().nanoseconds)
 
     def motion_ns(self) -> int:
-        return self._stream.motion_ns() if self._mode == "stream" else self._steady_ns()
+        # Where some axes move by trajectories, their time is that of all.
+        return self._steady_ns() if self._stream is None or self._motions else self._stream.motion_ns()
 
     def simulated_clock(self) -> bool:
         return self._simulated
@@ -217,12 +251,37 @@ class NodeWire:
     def moves_arm(self) -> bool:
         return self._shadow is None
 
+    def check_ready(self) -> None:
+        """ConfigurationError if an output's controller does not answer."""
+        for output in self._motions:
+            output.check_ready()
+
     def send_command(self, motion: Motion, now_ns: int) -> None:
-        if self._mode == "stream":
+        if (interruption := self._goal_interruption()) is not None:
+            raise interruption
+        stamp_ns = self._stamp_of(now_ns) if self._stamped else 0
+        prepared = [output.prepare(motion, now_ns, stamp_ns) for output in self._motions]
+        if self._stream is not None:
             self._stream.play(motion)
-        else:
-            stamp_ns = self._stamp_of(now_ns) if self._mode == "splice" else 0
-            self._command.publish(encode_command(motion, now_ns, stamp_ns))
+        for k, (output, message) in enumerate(zip(self._motions, prepared, strict=True)):
+            try:
+                output.send(message, motion)
+            except Exception as error:
+                told_J = self._streamed_J.copy()
+                for told in self._motions[:k]:
+                    told_J[told.axes] = True
+                if not told_J.any():
+                    raise
+                self._log_failure(error)
+                raise MotionInterrupted(f"output {output.name!r}: not told: {error!r}", motion, told_J) from error
+
+    def take_interruption(self) -> MotionInterrupted | None:
+        """What some axes do instead of what they were told, if they do; said once."""
+        found = None if self._stream is None else self._stream.take_interruption()
+        return found or self._goal_interruption()
+
+    def _goal_interruption(self) -> MotionInterrupted | None:
+        return next((found for output in self._motions if (found := output.take_interruption()) is not None), None)
 
     def _stamp_of(self, motion_ns: int) -> int:
         """A time on the clock of the motion, on the node's clock.
@@ -234,12 +293,8 @@ class NodeWire:
             if self._simulated or after_ns - before_ns < READING_NS:
                 return now_ns - (after_ns - motion_ns)
 
-    def _publish_positions(self, position_J: NDArray[np.float64]) -> None:
-        try:
-            self._command.publish(Float64MultiArray(data=_doubles(position_J)))
-        except Exception:
-            self.log(traceback.format_exc(), "internal error")
-            raise
+    def _log_failure(self, error: Exception) -> None:
+        self.log("".join(traceback.format_exception(error)), "internal error")
 
     def report_chunk(self, chunk: ActionChunk) -> None:
         self._chunk.publish(encode_chunk(chunk))
@@ -259,12 +314,17 @@ class NodeWire:
 
     def wait_until_received(self) -> None:
         """Waits until a streamed motion has ended and every subscriber has acknowledged the last command."""
-        self._stream.wait_until_ended()
-        self._command.wait_for_all_acked(Duration(seconds=1))
+        if self._stream is not None:
+            self._stream.wait_until_ended()
+        for output in self._outputs:
+            output.end()
 
     def close(self) -> None:
-        self._stream.close()
-        for publisher in (self._command, self._chunk, self._tick, self._tick_numbers):
+        if self._stream is not None:
+            self._stream.close()
+        for output in self._outputs:
+            output.close()
+        for publisher in (self._chunk, self._tick, self._tick_numbers):
             self._node.destroy_lifecycle_publisher(publisher)
 
 

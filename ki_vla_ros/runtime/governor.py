@@ -71,6 +71,19 @@ class Governor:
         """Notes that the wire was told `motion`, which was made within `bounds`."""
         self.running, self._bounds = motion, bounds
 
+    def interrupt(self, motion: Motion, axis_J: NDArray[np.bool_], bounds: Bounds) -> None:
+        """Notes that the axes `axis_J` do `motion` instead, within `bounds`; the others go on as they were told.
+
+        If they were not told anything yet, they stay where it begins.
+        """
+        running = self.running
+        self._bounds = self._bounds or bounds
+        if running is None or axis_J.all():
+            still = self.settle(motion.position_NJ[0], int(motion.time_N[0]))
+            self.running = motion if axis_J.all() else _joined(still, motion, axis_J)
+        else:
+            self.running = _joined(running, motion, axis_J)
+
     def forget(self) -> None:
         """Notes that nothing is known any more of what the controller does."""
         self.running = None
@@ -175,6 +188,16 @@ class Governor:
         parts = [before, *parts] if before else parts
         time_N, position_NJ, velocity_NJ = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
         return Motion(self._joints, from_ns, time_N, position_NJ, velocity_NJ, self.reference_P4)
+
+
+def _joined(running: Motion, motion: Motion, axis_J: NDArray[np.bool_]) -> Motion:
+    """The axes `axis_J` as in `motion`, the others as in `running`; between the instants of both neither changes."""
+    time_N = np.union1d(running.time_N, motion.time_N)
+    states = [(running.at(int(time_ns)), motion.at(int(time_ns))) for time_ns in time_N]
+    position_NJ, velocity_NJ = (
+        np.array([np.where(axis_J, theirs[part], ours[part]) for ours, theirs in states]) for part in (0, 1)
+    )
+    return Motion(running.joints, int(motion.time_N[0]), time_N, position_NJ, velocity_NJ, running.reference_P4)
 
 
 def moved_room(bounds: Bounds) -> Array:

@@ -17,12 +17,11 @@ from ki_vla_ros.errors import (
     EmergencyStop,
     InstructionError,
     KiVlaError,
-    MotionInterrupted,
     SafetyRefusal,
     cause_of,
 )
 from ki_vla_ros.policy import Policy, make_model_input, state_token
-from ki_vla_ros.records import ActionChunk, Motion, Observation, to_ns
+from ki_vla_ros.records import ActionChunk, Motion, MotionInterrupted, Observation, to_ns
 from ki_vla_ros.robot import led_axes
 from ki_vla_ros.runtime.chunking import ChunkExecutor
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
@@ -66,7 +65,8 @@ class Wire(Protocol):
     def send_command(self, motion: Motion, now_ns: int) -> None:
         """Sends the motion, whose times are on the clock of `motion_ns`; `now_ns` is the present on it.
 
-        MotionInterrupted if the motion before was cut short on the way to the controller.
+        All outputs of the robot get their part of it, or none does. MotionInterrupted if it did not come to that, or if
+        the motion before was cut short on the way to a controller.
         """
         ...
 
@@ -313,10 +313,20 @@ class PolicyLoop:
             if back:
                 self.buffer.clear()
 
-    def watch(self) -> None:
-        """The watchdog: holds an arm that moves without a fresh chunk; to be called every WATCHDOG_NS."""
+    def watch(self, interruption: Callable[[], MotionInterrupted | None] = lambda: None) -> None:
+        """The watchdog: holds an arm that moves without a fresh chunk; to be called every WATCHDOG_NS.
+
+        `interruption` says, once, if some axes do not do what they were told; then all the others come to rest too.
+        """
         settings = self.settings()
         with self._moving:
+            if (found := interruption()) is not None:
+                self.wire.log(f"holding: {found}", cause_of(str(found)))
+                self.diagnostics.record_refusal(str(found))
+                self._governor.interrupt(found.motion, found.axis_J, self._gate.bounds)
+                self._held = False
+                self._hold(settings)
+                return
             at_ns = self.wire.motion_ns()
             late_ns = at_ns - self._fresh_ns
             if self._held or self._governor.at_rest(at_ns) or late_ns <= to_ns(settings.hold_after_s):
@@ -460,7 +470,7 @@ class PolicyLoop:
                 try:
                     self.wire.send_command(motion, sent_ns)
                 except MotionInterrupted as interruption:
-                    self._governor.commit(self._governor.settle(interruption.position_J, sent_ns), bounds)
+                    self._governor.interrupt(interruption.motion, interruption.axis_J, bounds)
                     raise
                 self._governor.commit(motion, bounds)
                 return

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
-from ki_vla_ros.robot import Axis, continuous, main_axes, nearest_turn
+from ki_vla_ros.robot import CommandSpace, continuous, main_axes, nearest_turn
 from ki_vla_ros.runtime.diagnostics import WINDOW
-from ki_vla_ros.runtime.paths import LONGEST_GAP_NS, CommandedPath, MeasuredPath
+from ki_vla_ros.runtime.paths import LONGEST_GAP_NS, CommandedAxes, MeasuredPath
 from ki_vla_ros.settings import ReferenceName
 
 # How long the paths are kept: a chunk begins at its images' stamp, which may lie some time back.
@@ -27,8 +27,8 @@ KEPT_NS = 10 * NS_PER_S
 class ShadowComparison:
     """Compares the last WINDOW chunks with the reference."""
 
-    def __init__(self, joints: Sequence[Axis], reference: ReferenceName) -> None:
-        self._joints, self._reference = tuple(joints), reference
+    def __init__(self, space: CommandSpace, reference: ReferenceName) -> None:
+        self._space, self._joints, self._reference = space, space.axes, reference
         self._lock = threading.Lock()
         self._newest_ns = 0
         self._clear()
@@ -42,10 +42,10 @@ class ShadowComparison:
         with self._lock:
             self._measured.add(reading)
 
-    def add_command(self, received_ns: int, message: Any) -> None:
-        """Adds a JointTrajectory or Float64MultiArray sent to the arm; InputError if it does not fit the joints."""
+    def add_command(self, output: str, received_ns: int, message: Any) -> None:
+        """Adds what this output's controller was sent; InputError if it does not fit it."""
         with self._lock:
-            self._commanded.take(message, received_ns)
+            self._commanded.take(output, message, received_ns)
 
     def values(self, now_ns: int) -> dict[str, str]:
         """Figures by name, for /diagnostics; errors are root mean squares in the joint's unit, empty if not known."""
@@ -57,7 +57,7 @@ class ShadowComparison:
         names = [joint.name for joint in self._joints]
         self._measured, self._commanded = (
             MeasuredPath(names, [j.max_velocity for j in self._joints]),
-            CommandedPath(names),
+            CommandedAxes(self._space.robot),
         )
         self._waiting: deque[ActionChunk] = deque(maxlen=WINDOW)
         self._errors: deque[NDArray[np.float64]] = deque(maxlen=WINDOW)  # [H, J], NaN where the reference has nothing

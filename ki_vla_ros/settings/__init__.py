@@ -23,7 +23,17 @@ from ki_vla_ros.settings.parameter_file import (
     settings_from_values,
     shared_names,
 )
-from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, read_session, resolve, session_topic
+from ki_vla_ros.settings.session import (
+    BundleIdentity,
+    CommandTopic,
+    Session,
+    SessionTopics,
+    command_topics,
+    read_session,
+    resolve,
+    session_topic,
+    shadow_topics,
+)
 from ki_vla_ros.settings.settings import ExecutorName, JacobianName, ReferenceName, Settings, TorchModeName
 
 __all__ = [
@@ -31,6 +41,7 @@ __all__ = [
     "PARAMETERS",
     "UNLIMITED",
     "BundleIdentity",
+    "CommandTopic",
     "ExecutorName",
     "JacobianName",
     "LimitSettings",
@@ -44,6 +55,7 @@ __all__ = [
     "TorchModeName",
     "check_names",
     "check_sections",
+    "command_topics",
     "foreign_names",
     "foreign_warning",
     "load_sections",
@@ -58,5 +70,6 @@ __all__ = [
     "session_topic",
     "settings_from_parameters",
     "settings_from_values",
+    "shadow_topics",
     "shared_names",
 ]

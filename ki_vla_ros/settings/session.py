@@ -14,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ki_vla_ros.errors import ConfigurationError, InputError, short_repr
 from ki_vla_ros.files import parse_json
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
+from ki_vla_ros.robot import ACTIONS, Robot
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import Settings
 
+SHADOW_COMMAND: Final = "~/shadow/command"
 ParameterValue = bool | int | float | str
 FULL_NAME: Final = re.compile(r"(/[A-Za-z_][A-Za-z0-9_]*)+")
 
@@ -32,17 +34,33 @@ class BundleIdentity(_Part):
     manifest_sha256: str
 
 
+class CommandTopic(_Part):
+    """Where an output's controller is told what to do: the topic, or the action, of `type`.
+
+    `shadow`, set only in shadow mode, is the topic for what the policy would command; actions have trajectories there.
+    """
+
+    topic: str
+    type: str
+    shadow: str | None = None
+
+    @property
+    def shadow_type(self) -> str:
+        return TRAJECTORY if self.type in ACTIONS else self.type
+
+
 class SessionTopics(_Part):
     """Full names, after remapping.
 
-    `command` is the arm's, whoever commands it; `shadow`, set only in shadow mode, is for what the policy would
-    command.
+    `commands` are the robot's by the names of its outputs, whoever commands it, and `command` and `shadow` those of the
+    first; older sessions have only these two.
     """
 
     cameras: dict[str, str]
     joint_states: str
     instruction: str
     command: str
+    commands: dict[str, CommandTopic] = {}
     chunk: str
     tick: str
     shadow: str | None = None
@@ -67,6 +85,13 @@ class Session(_Part):
         return settings_from_parameters(self.parameters)
 
     @property
+    def commands(self) -> dict[str, CommandTopic]:
+        """By the names of the outputs; an older session's only output has the name ""."""
+        kind = POSITIONS if self.settings.publish_mode == "stream" else TRAJECTORY
+        only = CommandTopic(topic=self.topics.command, type=kind, shadow=self.topics.shadow)
+        return self.topics.commands or {"": only}
+
+    @property
     def topic(self) -> str:
         """Where it is published."""
         return session_topic(self.node)
@@ -75,14 +100,18 @@ class Session(_Part):
     def message_types(self) -> dict[str, str]:
         """ROS type by topic, of all that replay can use."""
         settings, topics = self.settings, self.topics
-        command = POSITIONS if settings.publish_mode == "stream" else TRAJECTORY
         types = {
             topic: IMAGE if settings.camera(name).transport == "raw" else COMPRESSED_IMAGE
             for name, topic in topics.cameras.items()
         }
-        types |= {topics.joint_states: JOINT_STATE, topics.command: command, topics.chunk: TRAJECTORY}
+        types |= {topics.joint_states: JOINT_STATE, topics.chunk: TRAJECTORY}
         types |= dict.fromkeys((topics.instruction, topics.tick, self.topic), TEXT)
-        return types if topics.shadow is None else types | {topics.shadow: command}
+        for command in self.commands.values():
+            if command.type not in ACTIONS:  # goals are no messages that a bag could have
+                types[command.topic] = command.type
+            if command.shadow is not None:
+                types[command.shadow] = command.shadow_type
+        return types
 
     def text(self) -> str:
         return self.model_dump_json()
@@ -106,6 +135,37 @@ def resolve(topic: str, node: str) -> str:
             f"digits, _; no digit after a slash), got {full!r}; correct it in the parameters"
         )
     return full
+
+
+def command_topics(
+    settings: Settings, robot: Robot | None, node: str, session: Session | None = None
+) -> dict[str, CommandTopic]:
+    """Where the robot's controllers are told what to do, by the names of its outputs.
+
+    The full names are those that `session` has, or else those of the settings, in the node whose full name is `node`.
+    """
+    if robot is None and session is not None:
+        return session.commands
+    topics = {name: resolve(topic, node) for name, topic in settings.command_topics(robot).items()}
+    if session is not None:
+        told = session.commands
+        only = told.get("") if len(topics) == 1 else None
+        topics = {name: found.topic if (found := told.get(name, only)) else topic for name, topic in topics.items()}
+    outputs = {} if robot is None else {output.name: output for output in robot.outputs}
+    kind = POSITIONS if settings.publish_mode == "stream" else TRAJECTORY
+    return {
+        name: CommandTopic(
+            topic=topic, type=outputs[name].wire_type(settings.publish_mode) if name in outputs else kind
+        )
+        for name, topic in topics.items()
+    }
+
+
+def shadow_topics(robot: Robot) -> dict[str, str]:
+    """Where the policy says in shadow mode what it would command, by the names of the outputs."""
+    if len(robot.outputs) == 1:
+        return {robot.outputs[0].name: SHADOW_COMMAND}
+    return {name: f"~/shadow/{token}" for name, token in robot.output_tokens.items()}
 
 
 def session_topic(node: str) -> str:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, ParameterError, did_you_mean
+from ki_vla_ros.robot import Robot
 from ki_vla_ros.settings.limits import LimitSettings, SettingsModel, setting
 
 ReferenceName = Literal["joint_states", "command"]
@@ -21,6 +22,10 @@ ExecutorName = Literal["synchronous", "asynchronous", "temporal_ensemble", "rtc"
 JacobianName = Literal["identity", "exact"]
 
 TorchModeName = Literal["auto", "eager", "compile", "graph", "compile_graph"]
+
+
+# Where a robot without a robot file takes commands.
+DEFAULT_COMMAND = "arm_controller/joint_trajectory"
 
 
 class CameraSettings(SettingsModel):
@@ -80,9 +85,10 @@ class Settings(SettingsModel):
     )
     publish_mode: Literal["replace", "splice", "stream"] = setting(
         "replace",
-        "replace: a trajectory that starts when it arrives; splice: the same, stamped with the present, so that its "
-        "way to the controller costs no time, for controllers on the node's clock; stream: one Float64MultiArray of "
-        "positions per command_period_s, for controllers that forward commands",
+        "replace: trajectories that start when they arrive; splice: the same, stamped with the present, so that their "
+        "way to the controller costs no time, for controllers on the node's clock; stream, where the robot file gives "
+        "an output no type: one Float64MultiArray of positions per command_period_s, for controllers that forward "
+        "commands",
     )
     inference_delay: int = setting(
         -1,
@@ -147,13 +153,13 @@ class Settings(SettingsModel):
     dry_run: bool = setting(False, "compute and report everything, but send nothing to the controller", changeable=True)
     shadow: bool = setting(
         False,
-        "someone else moves the arm: commands go to ~/shadow/command and never to command_topic, and /diagnostics says "
-        "how far the policy's commands are from what the arm does",
+        "someone else moves the arm: commands go to ~/shadow/command, or with several outputs to ~/shadow/OUTPUT, and "
+        "never to a controller, and /diagnostics says how far the policy's commands are from what the arm does",
     )
     shadow_reference: ReferenceName = setting(
         "joint_states",
         "shadow: what the policy is compared with: the joint_states that followed, or the command that someone else "
-        "sends to command_topic",
+        "sends to the controllers",
     )
     flow_steps: int = setting(
         0, "Euler steps from noise to actions; 0 means as many as the bundle says", ge=0, le=100, changeable=True
@@ -212,8 +218,9 @@ class Settings(SettingsModel):
 
     joint_states_topic: str = setting("joint_states", "sensor_msgs/JointState topic to read")
     command_topic: str = setting(
-        "arm_controller/joint_trajectory",
-        "topic of the robot's controller: trajectory_msgs/JointTrajectory, or std_msgs/Float64MultiArray for stream",
+        "",
+        "topic of the robot's controller: trajectory_msgs/JointTrajectory, std_msgs/Float64MultiArray for stream, or "
+        "what the robot file says; empty: as the robot file says, as it must be where that names several outputs",
     )
     cameras: Mapping[str, CameraSettings] = Field(default_factory=dict)
     limits: LimitSettings = LimitSettings()
@@ -223,6 +230,13 @@ class Settings(SettingsModel):
         chosen = self.cameras.get(name, CameraSettings())
         suffix = "/compressed" if chosen.transport == "compressed" else ""
         return chosen.model_copy(update={"topic": chosen.topic or f"camera/{name}/image_raw{suffix}"})
+
+    def command_topics(self, robot: Robot | None) -> dict[str, str]:
+        """The topic, or action, of each of the robot's outputs by its name; of an unknown robot, of the only one."""
+        if robot is None:
+            return {"": self.command_topic or DEFAULT_COMMAND}
+        only = self.command_topic if len(robot.outputs) == 1 else ""
+        return {output.name: only or output.topic for output in robot.outputs}
 
     def validate_against(self, manifest: PolicySpec) -> None:
         """Raises ParameterError with all settings that do not fit the loaded bundle."""
@@ -253,6 +267,7 @@ class Settings(SettingsModel):
                 f"parameter 'guidance_jacobian': exact needs an engine with a backward pass, got engine {self.engine}; "
                 "set engine to torch, or guidance_jacobian to identity"
             )
+        yield from self._output_misfits(manifest.robot)
         chunk_s = manifest.horizon * manifest.action_period_s
         if self.execution_horizon_s + 1.0 / self.rate_hz > chunk_s + 1e-9:
             yield (
@@ -287,6 +302,27 @@ class Settings(SettingsModel):
                 f"parameter 'executor': rtc_trained needs a model trained on clean prefixes of {max(delay, 1)} or more "
                 f"actions, bundle {manifest.name!r} was trained on up to {manifest.max_prefix_delay}; use rtc, or "
                 "train with max_prefix_delay"
+            )
+
+    def _output_misfits(self, robot: Robot) -> Iterator[str]:
+        outputs = robot.outputs
+        if self.command_topic and len(outputs) > 1:
+            topics = ", ".join(f"{output.topic} ({output.name})" for output in outputs)
+            yield (
+                f"parameter 'command_topic': got {self.command_topic!r}, but the robot file of the bundle has "
+                f"{len(outputs)} outputs: {topics}; leave it empty, and remap the topics that are called otherwise"
+            )
+        for output in outputs:
+            if self.publish_mode == "stream" and not output.streams("stream"):
+                yield (
+                    f"parameter 'publish_mode': got stream, but the robot file gives output {output.name!r} the type "
+                    f"{output.type}, which is no stream; set replace or splice"
+                )
+        if self.publish_mode == "splice" and all(output.streams("splice") for output in outputs):
+            types = ", ".join(sorted({str(output.type) for output in outputs}))
+            yield (
+                f"parameter 'publish_mode': got splice, which is for trajectories, but the robot file has only outputs "
+                f"of {types}; leave it out"
             )
 
     def validate_change(self, configured: Settings) -> None:

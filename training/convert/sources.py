@@ -67,7 +67,7 @@ def from_settings(
         joints=tuple(joints),
         joint_topic=resolve(settings.joint_states_topic, node),
         instruction_topic=f"{node}/instruction",
-        command_topic=resolve(settings.command_topic, node),
+        command_topic=resolve(settings.command_topics(None)[""], node),
         max_age_ns=to_ns(settings.max_age_s),
         slop_ns=to_ns(settings.sync_slop_s),
         camera_age_ns={name: to_ns(camera.max_age_s) for name, camera in known.items() if camera.max_age_s},

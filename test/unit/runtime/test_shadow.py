@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.bundles import TASK, demo_policy
+from support.bundles import TASK, demo_policy, robot_of
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import ActionChunk, JointReading
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.ticks import Prediction, Tick
 from ki_vla_ros.robot.axes import Axis
+from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.settings import ReferenceName
 
@@ -24,9 +25,8 @@ NAMES = ("shoulder", "slide")
 def compare(reference: ReferenceName = "joint_states") -> ShadowComparison:
     limits: dict[str, Any] = {"lower": -3.0, "upper": 3.0, "max_velocity": 1.0, "relative": False}
     units = dict(zip(NAMES, ("rad", "m"), strict=True))
-    return ShadowComparison(
-        [Axis(kind="joint", name=name, unit=unit, **limits) for name, unit in units.items()], reference
-    )
+    axes = [Axis(kind="joint", name=name, unit=unit, **limits) for name, unit in units.items()]
+    return ShadowComparison(CommandSpace(robot_of(axes)), reference)
 
 
 def chunk(start_ns: int, position_HJ: Any) -> ActionChunk:
@@ -65,7 +65,7 @@ def test_errors_against_someone_elses_commands() -> None:
     after = SimpleNamespace(sec=0, nanosec=100 * MS)
     point = SimpleNamespace(positions=[2.0, 1.0], time_from_start=after, **nothing)
     header = SimpleNamespace(stamp=SimpleNamespace(sec=0, nanosec=0))
-    shadow.add_command(0, SimpleNamespace(header=header, joint_names=NAMES[::-1], points=[point]))
+    shadow.add_command("arm", 0, SimpleNamespace(header=header, joint_names=NAMES[::-1], points=[point]))
     shadow.add_joints(reading(0, 9.0, 9.0))
     shadow.add_chunk(chunk(0, [[1.0, 2.0], [1.25, 2.0]]))
     shadow.add_chunk(chunk(1000 * MS, [[1.5, 2.0], [1.5, 2.0]]))
@@ -74,9 +74,9 @@ def test_errors_against_someone_elses_commands() -> None:
     assert (
         values["shadow rms"] == f"{np.sqrt((0.25**2 + 2 * 0.5**2) / 4):.4f}" and values["shadow rms slide"] == "0.0000"
     )
-    shadow.add_command(2000 * MS, SimpleNamespace(data=[1.0, 2.0]))
+    shadow.add_command("arm", 2000 * MS, SimpleNamespace(data=[1.0, 2.0]))
     with pytest.raises(InputError, match="command: expected 2 positions, got 3"):
-        shadow.add_command(2000 * MS, SimpleNamespace(data=[1.0, 2.0, 3.0]))
+        shadow.add_command("arm", 2000 * MS, SimpleNamespace(data=[1.0, 2.0, 3.0]))
 
 
 def test_without_a_reference_there_is_no_figure() -> None:
@@ -102,7 +102,7 @@ def test_a_clock_that_is_set_back_starts_again() -> None:
 def test_the_figures_equal_those_of_a_replay() -> None:
     manifest, horizon = demo_policy(), 16
     rng = np.random.default_rng(0)
-    shadow = ShadowComparison(manifest.axes, "joint_states")
+    shadow = ShadowComparison(CommandSpace(manifest.robot), "joint_states")
     figures = Figures(manifest, "", 0.0, seed=0)
     names = tuple(joint.name for joint in manifest.axes)
     for k in range(600):
