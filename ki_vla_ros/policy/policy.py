@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache, step_times
-from ki_vla_ros.errors import ConfigurationError, EngineError
+from ki_vla_ros.errors import ConfigurationError, EngineError, InputError
 from ki_vla_ros.policy.guidance import Guide, guidance
 from ki_vla_ros.policy.preprocess import make_model_input, normalize, trained_turn, unnormalize
 from ki_vla_ros.records import ActionChunk, Condition, ModelInput, Observation
@@ -130,7 +130,7 @@ class Policy:
         self, position_HJ: NDArray[np.float64], velocity_HJ: NDArray[np.float64], observation: Observation
     ) -> NDArray[np.float32]:
         """A path of the axes -> normalised actions [H, D]: the inverse of `decode`."""
-        manifest, measured_J = self.bundle.manifest, self.space.measured(observation.signals)
+        manifest, measured_J = self.bundle.manifest, self._measured(observation)
         actions_HD = self.space.actions(position_HJ, velocity_HJ, measured_J) - self._origin(observation.state_S)
         return normalize(actions_HD, manifest.action.low, manifest.action.high).astype(np.float32)
 
@@ -152,7 +152,7 @@ class Policy:
             raise EngineError("policy: expected finite positions, got NaN or infinity; is the bundle damaged?")
         try:
             position_HJ, velocity_HJ = space.path(
-                actions_HD, space.measured(observation.signals), commanded_J, manifest.action_period_s
+                actions_HD, self._measured(observation), commanded_J, manifest.action_period_s
             )
         except ValueError as error:
             raise EngineError(f"policy: {error}") from None
@@ -163,6 +163,15 @@ class Policy:
             position_HJ=position_HJ,
             velocity_HJ=velocity_HJ,
         )
+
+    def _measured(self, observation: Observation) -> NDArray[np.float64]:
+        signals = self.bundle.manifest.robot.signals
+        if len(observation.signals) != len(signals):
+            raise InputError(
+                f"observation: expected signal_M, the {len(signals)} numbers that manifest.robot.signals names, got "
+                f"{len(observation.signals)}: the state alone does not say where this robot's axes are"
+            )
+        return self.space.measured(observation.signals)
 
     def _origin(self, state_S: NDArray[np.float64]) -> NDArray[np.float64]:
         """What actions are counted from [D]: the state where they are relative, else zero in the state's turn."""

@@ -21,19 +21,23 @@ from ki_vla_ros.robot.robot import Robot
 from ki_vla_ros.robot.signals import measuring_state, own_signal, pose_topic, scale_of
 
 Array = NDArray[np.float64]
+ALL_PARTS = (*POSITION, *VECTOR, *QUATERNION, *SIX_D)
 # From this share of the farthest rotation on, the arm had better rest and count anew before it goes on.
 WORN = 0.5
 
 
 @dataclass(frozen=True)
 class PoseOutput:
-    """Where in the axes, actions and signals an output's pose is; `rotation` names how actions write it."""
+    """Where in the axes, actions and signals an output's pose is; `rotation` names how actions write it.
+
+    Actions without a position or a rotation leave it as it is; `position` or `turned` is then empty.
+    """
 
     output: int
     axes: slice
-    position: slice | None
+    position: NDArray[np.intp]
     rotation: tuple[str, ...]
-    turned: slice | None
+    turned: NDArray[np.intp]
     signals: slice
     delta: bool
     in_tool: bool
@@ -78,9 +82,8 @@ class CommandSpace:
     def state(self, signal_M: Array) -> Array:
         """The policy's state [S]."""
         state_S = signal_M[self._state_index]
-        for place, topic, parts in self._poses_of_state:
-            pose = signal_M[topic]
-            state_S[place] = _written(parts, pose[:3], pose[3:])
+        for places, topic, parts in self._poses_of_state:
+            state_S[places] = _all_parts(signal_M[topic][:3], signal_M[topic][3:])[parts]
         return state_S
 
     def measured(self, signal_M: Array) -> Array:
@@ -182,15 +185,15 @@ class CommandSpace:
         position_H3 = np.tile(start[:3], (len(action_HD), 1))
         begin = rotations.from_vector(start[3:])
         turned_H4 = np.tile(begin, (len(action_HD), 1))
-        if pose.position is not None:
+        if len(pose.position):
             position_H3 = action_HD[:, pose.position]
-        if pose.turned is not None:
+        if pose.rotation:
             turned_H4 = _read(pose.rotation, action_HD[:, pose.turned])
             if not pose.delta:
                 turned_H4 = rotations.multiply(rotations.inverse(self.reference_P4[p]), turned_H4)
         if pose.delta:
-            steps_H3 = position_H3 if pose.position is not None else np.zeros_like(position_H3)
-            steps_H4 = turned_H4 if pose.turned is not None else np.tile(rotations.IDENTITY, (len(action_HD), 1))
+            steps_H3 = position_H3 if len(pose.position) else np.zeros_like(position_H3)
+            steps_H4 = turned_H4 if pose.rotation else np.tile(rotations.IDENTITY, (len(action_HD), 1))
             position_H3, turned_H4 = self._walk(p, pose, steps_H3, steps_H4, start)
         vector_H3 = np.empty_like(position_H3)
         for k, vector in enumerate(rotations.to_vector(turned_H4)):
@@ -232,10 +235,10 @@ class CommandSpace:
                 place_H3, turned_H4 = rotations.rotate(back_H4, place_H3), rotations.multiply(back_H4, turned_H4)
             else:
                 turned_H4 = rotations.multiply(turned_H4, back_H4)
-        if pose.position is not None:
+        parts_H = _all_parts(place_H3, turned_H4)
+        if len(pose.position):
             action_HD[:, pose.position] = place_H3
-        if pose.turned is not None:
-            action_HD[:, pose.turned] = _written(pose.rotation, place_H3, turned_H4)
+        action_HD[:, pose.turned] = parts_H[:, [ALL_PARTS.index(part) for part in pose.rotation]]
 
     # --- where everything is, once
 
@@ -245,26 +248,22 @@ class CommandSpace:
             by_key[d.source.topic, QUATERNION[3] if d.kind == "pose" else d.joint, _field(d)] for d in self.robot.state
         ]
 
-    def _plan_state(self) -> tuple[NDArray[np.intp], list[tuple[slice, slice, tuple[str, ...]]]]:
+    def _plan_state(self) -> tuple[NDArray[np.intp], list[tuple[list[int], slice, list[int]]]]:
         keys = [signal.key for signal in self.robot.signals]
-        index, poses = [], []
-        state = self.robot.state
-        for s, dimension in enumerate(state):
-            if dimension.kind != "pose":
-                index.append(keys.index((dimension.source.topic, dimension.joint, dimension.source.field)))
-                continue
-            first = keys.index((dimension.source.topic, POSITION[0], "pose"))
-            index.append(first)
-            new = s == 0 or state[s - 1].kind != "pose" or state[s - 1].source.topic != dimension.source.topic
-            if new or dimension.component in ("rx", "qx", "r1"):
-                parts = [str(dimension.component)]
-                for after in state[s + 1 :]:
-                    same = after.kind == "pose" and after.source.topic == dimension.source.topic
-                    if not same or after.component in ("x", "rx", "qx", "r1"):
-                        break
-                    parts.append(str(after.component))
-                poses.append((slice(s, s + len(parts)), slice(first, first + 7), tuple(parts)))
-        return np.array(index, dtype=np.intp), poses
+        index, poses = [], dict[str, list[int]]()
+        for s, dimension in enumerate(self.robot.state):
+            posed = dimension.kind == "pose"
+            index.append(
+                keys.index((dimension.source.topic, POSITION[0] if posed else dimension.joint, _field(dimension)))
+            )
+            if posed:
+                poses.setdefault(dimension.source.topic, []).append(s)
+        planned = []
+        for topic, places in poses.items():
+            first = keys.index((topic, POSITION[0], "pose"))
+            parts = [ALL_PARTS.index(str(self.robot.state[s].component)) for s in places]
+            planned.append((places, slice(first, first + 7), parts))
+        return np.array(index, dtype=np.intp), planned
 
     def _plan_poses(self) -> tuple[PoseOutput, ...]:
         keys, found = [signal.key for signal in self.robot.signals], []
@@ -281,9 +280,9 @@ class CommandSpace:
                 PoseOutput(
                     output=number,
                     axes=slice(first_axis, first_axis + 6),
-                    position=slice(places["x"], places["x"] + 3) if "x" in places else None,
+                    position=np.array([places[part] for part in POSITION if "x" in places], dtype=np.intp),
                     rotation=rotation,
-                    turned=slice(places[rotation[0]], places[rotation[0]] + len(rotation)) if rotation else None,
+                    turned=np.array([places[part] for part in rotation], dtype=np.intp),
                     signals=slice(first, first + 7),
                     delta="pose_delta" in kinds,
                     in_tool=output.delta_frame == "tool",
@@ -369,17 +368,11 @@ def _read(parts: tuple[str, ...], values: Array) -> Array:
     return rotations.from_6d(values) if parts == SIX_D else rotations.from_vector(values)
 
 
-def _written(parts: tuple[str, ...], place: Array, quaternion: Array) -> Array:
-    """A pose's `parts`, which are a position, a rotation, or the one and then the other."""
-    pieces = [place] if parts[0] == "x" else []
-    rotation = parts[3:] if parts[0] == "x" else parts
-    if rotation == VECTOR:
-        pieces.append(rotations.to_vector(quaternion))
-    elif rotation == QUATERNION:  # of the two that mean the same
-        pieces.append(np.where(quaternion[..., 3:] < 0.0, -quaternion, quaternion))
-    elif rotation == SIX_D:
-        pieces.append(rotations.to_6d(quaternion))
-    return np.concatenate(pieces, axis=-1)
+def _all_parts(place: Array, quaternion: Array) -> Array:
+    """A pose in all forms, as ALL_PARTS."""
+    # Of the two quaternions that mean the same, the one that turns by at most half a turn.
+    short = np.where(quaternion[..., 3:] < 0.0, -quaternion, quaternion)
+    return np.concatenate([place, rotations.to_vector(short), short, rotations.to_6d(short)], axis=-1)
 
 
 def _nearest_vector(vector: Array, near: Array) -> Array:

@@ -210,20 +210,19 @@ def pose_topic(robot: Robot, output: Output) -> str | None:
 
 
 def check_pose_parts(dimensions: Sequence[StateDimension | ActionDimension]) -> None:
-    """ValueError unless the parts of each pose are a position, an orientation or both, each whole and in order."""
+    """ValueError unless the parts of each pose are a position, an orientation or both, each whole, in any order."""
     groups: dict[str, list[str]] = {}
     for dimension in dimensions:
         if dimension.kind in ("pose", "pose_delta"):
             group = dimension.source.topic if isinstance(dimension, StateDimension) else dimension.output
             groups.setdefault(group, []).append(str(dimension.component))
     for group, parts in groups.items():
-        rest = [part for part in parts if part not in POSITION]
-        position = [part for part in parts if part in POSITION]
-        whole = position in ([], list(POSITION)) and rest in ([], list(VECTOR), list(QUATERNION), list(SIX_D))
-        if not whole:
+        position, rest = ({part for part in parts if (part in POSITION) == placed} for placed in (True, False))
+        whole = position in (set(), set(POSITION)) and rest in (set(), set(VECTOR), set(QUATERNION), set(SIX_D))
+        if not whole or len(set(parts)) < len(parts):
             raise ValueError(
                 f"pose of {group!r}: expected x, y, z and one of {', '.join(VECTOR)}; {', '.join(QUATERNION)}; "
-                f"{', '.join(SIX_D)}, each in this order, got {', '.join(parts)}"
+                f"{', '.join(SIX_D)}, each whole and once, got {', '.join(parts)}"
             )
 
 

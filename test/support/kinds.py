@@ -123,6 +123,14 @@ def draw_robot(rng: random.Random, parts: tuple[str, ...]) -> Robot:
     )
 
 
+def shuffled(robot: Robot, rng: random.Random) -> Robot:
+    """The same with state and actions in any order."""
+    parts = {"state": list(robot.state), "actions": list(robot.actions)}
+    for part in parts.values():
+        rng.shuffle(part)
+    return Robot.model_validate({name: getattr(robot, name) for name in Robot.model_fields} | parts)
+
+
 class Case:
     """What one seed makes; `str` tells it in words."""
 
@@ -130,7 +138,7 @@ class Case:
         self.seed = seed
         rng = self.rng = random.Random(seed)
         self.parts = tuple(rng.sample(PARTS, rng.choice((1, 1, 1, 2, 2, 3, 4))))
-        self.robot = draw_robot(rng, self.parts)
+        self.robot = shuffled(draw_robot(rng, self.parts), rng)
         self.faults = frozenset(rng.sample(FAULTS, rng.choice((1, 1, 2, 3))))
         self.chunks = rng.choice(CHUNKS)
         self.ms = 100 * rng.randint(5, 9)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.kinds import PARTS, draw_robot
+from support.kinds import PARTS, draw_robot, shuffled
 
 from ki_vla_ros.robot import CommandSpace, Robot, rotations
 
@@ -135,6 +135,30 @@ def test_rotations_keep_their_place_when_they_are_counted_anew() -> None:
     after = space.quaternions(space.poses[0], again_J[None], space.reference_P4)
     np.testing.assert_allclose(matrix(after[0]), matrix(before[0]), atol=1e-12)
     assert space.worn(position_J) and not space.beyond(position_J) and space.beyond(position_J * 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_order_of_a_file_changes_nothing_but_the_order(seed: int) -> None:
+    rng, draw = np.random.default_rng(seed), random.Random(seed)
+    one = draw_robot(draw, tuple(draw.sample(PARTS, 3)))
+    other = shuffled(one, draw)
+    spaces, signal = (CommandSpace(one), CommandSpace(other)), signals_of(one, rng)
+    keys = [s.key for s in one.signals]
+    signals = signal, signal[[keys.index(s.key) for s in other.signals]]
+    order_S = [[d.name for d in one.state].index(d.name) for d in other.state]
+    order_D = [[d.name for d in one.actions].index(d.name) for d in other.actions]
+    order_J = [list(one.axis_names).index(name) for name in other.axis_names]
+    np.testing.assert_array_equal(spaces[0].state(signals[0])[order_S], spaces[1].state(signals[1]))
+    action_HD = rng.uniform(-0.5, 0.5, (4, len(one.actions)))
+    measured = [space.measured(given) for space, given in zip(spaces, signals, strict=True)]
+    np.testing.assert_allclose(measured[0][order_J], measured[1])
+    paths = (
+        spaces[0].path(action_HD, measured[0], None, PERIOD_S),
+        spaces[1].path(action_HD[:, order_D], measured[1], None, PERIOD_S),
+    )
+    for ours, theirs in zip(*paths, strict=True):
+        np.testing.assert_allclose(ours[:, order_J], theirs)
 
 
 def gripper(**values: Any) -> Robot:
