@@ -30,6 +30,7 @@ DATA = "data/chunk-000/episode_000003.parquet"
 VIDEO = "videos/chunk-000/observation.images.front/episode_000007.mp4"
 IMAGES = "data/chunk-000/episode_000000.parquet"
 FILE = "data/chunk-000/file-000.parquet"
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 Damage = Callable[[Path], object]
 
@@ -95,6 +96,20 @@ def swap_lines(name: str, old: str, new: str) -> Damage:
         (folder / name).write_text(text.replace(old, new, 1))
 
     return damage
+
+
+def swap_bytes(name: str, old: bytes, new: bytes) -> Damage:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes().replace(old, new))
+
+
+def note(from_s: float | None) -> Damage:
+    """Another time of the first episode in its video."""
+    key = "videos/observation.images.front/from_timestamp"
+    return column(EPISODES, key, lambda values: pa.array([from_s, *values[1:]], pa.float64()))
+
+
+def forget(folder: Path) -> None:
+    pq.write_table(pq.ParquetFile(folder / EPISODES).read().drop_columns("data/file_index"), folder / EPISODES)
 
 
 def files(*contents: bytes | None, path: str | None = None) -> Callable[[list[Any]], pa.Array]:
@@ -182,6 +197,12 @@ FAULTS: list[tuple[str, Damage, str]] = [
     ),
     ("v2.1", record(4, fps=15), r"episode_000007\.mp4: expected 4 frames at 10 per second .* none at 0\.1 s"),
     ("v2.1", record_depth, r"episode_000007\.mp4: expected colour, got gray16le, as depth has"),
+    ("v2.1", swap_bytes(VIDEO, b"avc1", b"zzzz"), r"episode_000007\.mp4: expected a codec that this FFmpeg decodes"),
+    ("v3.0", note(np.nan), r"expected videos/observation\.images\.front/from_timestamp of episode 3 in .*, got nan"),
+    ("v3.0", note(-1.0), r"expected videos/observation\.images\.front/from_timestamp of episode 3 in .*, got -1\.0"),
+    ("v3.0", note(None), r"expected videos/observation\.images\.front/from_timestamp of episode 3 in .*, got None"),
+    ("v3.0", note(9.0), r"file-000\.mp4: expected 2 frames at 10 per second from 9 s on, but there is none at 9 s"),
+    ("v3.0", forget, r"expected data/file_index of episode 3 in meta/episodes, got None"),
     ("v2.1", cut("meta/info.json", 0.5), r"info\.json: expected the description of a dataset as JSON, got none"),
     ("v2.1", say(total_episodes=3), r"expected 3 episodes of 6 frames as meta/info\.json says, got 2 of 6"),
     ("v3.0", say(total_frames=12), r"expected 4 episodes of 12 frames as meta/info\.json says, got 4 of 11"),
@@ -315,8 +336,9 @@ def test_a_place_without_a_dataset_says_what_to_do(
     whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"--repo-type dataset lerobot/pusht --local-dir FOLDER"):
-        Dataset(Path("lerobot/pusht"))
+    for name in ("lerobot/pusht", "datasets/lerobot/pusht", "https://huggingface.co/datasets/lerobot/pusht"):
+        with pytest.raises(ConfigurationError, match=r"--repo-type dataset lerobot/pusht --local-dir FOLDER"):
+            Dataset(Path(name))
     with pytest.raises(ConfigurationError, match=r"found no such folder$"):
         Dataset(tmp_path / "pusht")
     with pytest.raises(ConfigurationError, match=r"the folders dataset in it have one: name one of them"):

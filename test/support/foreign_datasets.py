@@ -261,7 +261,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_lines(path: Path, rows: Sequence[object]) -> None:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    path.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
 def change_info(folder: Path, **changes: Any) -> None:
@@ -352,7 +352,7 @@ SHAPES: Mapping[str, Shape] = {
         [Camera("observation.images.wrist_left", "h264"), Camera("observation.images.exterior_1_left", "av1")],
         fps=15,
         texts=("language_instruction", "language_instruction_2"),
-        tasks=("Put the marker in the mug", ""),
+        tasks=("Put the marker\u2028in the mug", ""),
     ),
     # the first SO-100 datasets
     "so100 v2.1": Shape(

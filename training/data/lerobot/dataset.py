@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.errors import ConfigurationError, InputError, short_repr
 from ki_vla_ros.files import read_file
 from ki_vla_ros.messages import decode_compressed
 from training.data.lerobot.layout import ACTIONS, STATES, Info, depth_reason, fill_path, read_info
 from training.data.lerobot.meta import Episode, read_episodes, read_tasks
 from training.data.lerobot.tables import described, read_parquet, read_rows
-from training.data.lerobot.video import read_frames
+from training.data.lerobot.video import TOLERANCE, read_frames
+
+Number = TypeVar("Number", int, float)
 
 # What every dataset's rows have, whether meta/info.json lists it or not.
 ROWS: Final = ("timestamp", "episode_index", "task_index")
@@ -108,11 +110,9 @@ class Dataset:
             if (pattern := self.info.video_path) is None:
                 raise ConfigurationError(f"dataset {self.folder}: expected a video_path for {key} in meta/info.json")
             prefix = f"videos/{key}"
-            path = self._inside(fill_path(pattern, video_key=key, **self._place(episode, prefix)))
+            path = self._inside(fill_path(pattern, video_key=key, **self._place(episode, prefix, pattern)))
             shared = "{episode_index" not in pattern
-            from_s = float(episode.row[f"{prefix}/from_timestamp"]) if shared else 0.0
-            if not 0 <= from_s < math.inf:
-                raise ValueError(f"{prefix}/from_timestamp of episode {episode.index} is {from_s}")
+            from_s = self._note(episode, f"{prefix}/from_timestamp", float) if shared else 0.0
             return read_frames(path, from_s, episode.length, self.info.fps)
 
     def task_of(self, columns: Mapping[str, NDArray[Any]]) -> list[str]:
@@ -128,7 +128,8 @@ class Dataset:
 
     def _find(self, episode: Episode) -> tuple[Path, int]:
         """The table's file and the episode's first row in it; the file is then the last that was read."""
-        path = self._inside(fill_path(self.info.data_path, **self._place(episode, "data")))
+        pattern = self.info.data_path
+        path = self._inside(fill_path(pattern, **self._place(episode, "data", pattern)))
         if self._table is None or self._table[0] != path:
             numbers = [name for name, feature in self.info.features.items() if feature.is_number]
             self._table = path, read_parquet(path, list(dict.fromkeys((*numbers, *ROWS))))
@@ -145,7 +146,7 @@ class Dataset:
         """InputError unless frames are evenly spaced, and state and action are numbers."""
         fps, time_N = self.info.fps, columns["timestamp"]
         due_N = np.arange(episode.length) / fps
-        if (late := ~np.isclose(time_N, due_N, rtol=1e-6, atol=1e-4)).any():
+        if (late := ~(np.abs(time_N - due_N) <= TOLERANCE / fps)).any():  # a NaN is late
             i = int(late.argmax())
             raise InputError(
                 f"{path}: episode {episode.index}: expected a timestamp every 1 / {fps} s, got {time_N[i]:g} s for "
@@ -185,13 +186,26 @@ class Dataset:
                 f"({error}); ask whoever made the dataset for its images"
             ) from error
 
-    def _place(self, episode: Episode, prefix: str) -> dict[str, int]:
+    def _place(self, episode: Episode, prefix: str, pattern: str) -> dict[str, int]:
         """The numbers that a file's name is made of: the episode's own, and in v3.0 those of a file of several."""
         place = {"episode_chunk": episode.index // self.info.chunks_size, "episode_index": episode.index}
         for name in ("chunk_index", "file_index"):
-            if f"{prefix}/{name}" in episode.row:
-                place[name] = int(episode.row[f"{prefix}/{name}"])
+            if f"{{{name}" in pattern:
+                place[name] = self._note(episode, f"{prefix}/{name}", int)
         return place
+
+    def _note(self, episode: Episode, name: str, kind: Callable[[Any], Number]) -> Number:
+        """A number that meta/episodes has of an episode; InputError if there is none."""
+        try:
+            value = kind(episode.row[name])
+            if not 0 <= value < math.inf:
+                raise ValueError(value)
+        except (KeyError, OverflowError, TypeError, ValueError):
+            raise InputError(
+                f"dataset {self.folder}: expected {name} of episode {episode.index} in meta/episodes, got "
+                f"{short_repr(episode.row.get(name))}"
+            ) from None
+        return value
 
     def _inside(self, name: str) -> Path:
         """The path of a file in the dataset; ConfigurationError if the metadata points outside the folder.

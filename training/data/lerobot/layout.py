@@ -60,6 +60,7 @@ ACTIONS: Final = (ACTION, "actions")
 MIB: Final = 1 << 20
 CHUNK: Final = 1000  # files per folder
 DEPTH_WORD: Final = re.compile(r"(?<![a-z])depth(?![a-z])", re.IGNORECASE)
+HUB_NAME: Final = re.compile(r"(?:(?:https?:/+huggingface\.co/|hf:/+)?datasets/)?([\w.-]+/[\w.-]+)", re.ASCII)
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Version = Annotated[
@@ -208,10 +209,10 @@ def _say_what_is_there(folder: Path) -> str:
         return f"{wanted} none" + (f"; the folders {', '.join(inside)} in it have one: name one of them" * bool(inside))
     if folder.exists():
         return f"{wanted} a file; name the dataset's folder"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder), re.ASCII):
+    if found := HUB_NAME.fullmatch(str(folder)):
         return (
             f"{wanted} no such folder; if that is its name on the Hugging Face Hub, download it first, with "
-            f"'hf download --repo-type dataset {folder} --local-dir FOLDER', and name the folder"
+            f"'hf download --repo-type dataset {found[1]} --local-dir FOLDER', and name the folder"
         )
     return f"{wanted} no such folder"
 

@@ -33,8 +33,9 @@ PIXELS, PIXELS_ODD = "yuv420p", "yuv444p"
 JPEG: Final = "mjpeg"
 JPEG_BEGIN: Final = b"\xff\xd8"
 Video = Literal["h264", "jpeg"]
-# How near a frame must be to its time, in frames. Where LeRobot has put many episodes into one video, the times that it
-# notes for them drift from those in the file (its issue 3177), by more than the 0.1 ms that it bears itself.
+# How near a frame must be to its time, in frames. Some writers note when it was taken. And where LeRobot has put many
+# episodes into one video, the times that it notes for them drift from those in the file (its issue 3177), by more than
+# the 0.1 ms that it bears itself.
 TOLERANCE: Final = 0.25
 
 

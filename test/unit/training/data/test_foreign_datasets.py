@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.foreign_datasets import CODECS, SHAPES, Camera, build, picture, task_of, value
 
@@ -90,6 +92,8 @@ def dataset(name: str, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def test_numbers_and_tasks_are_those_that_were_written(name: str, dataset: Dataset) -> None:
     shape = SHAPES[name]
+    fps = dataset.info.fps
+    assert fps == shape.fps and isinstance(fps, int) == float(fps).is_integer()
     assert {episode.index: episode.length for episode in dataset.episodes} == shape.lengths
     for episode in reversed(dataset.episodes):
         columns = dataset.columns(episode)
@@ -144,6 +148,26 @@ def test_arrays_of_a_dataset_with_other_keys_and_widths(tmp_path: Path, capsys: 
         load_dataset(
             Dataset(build(tmp_path / "files", SHAPES["files v3.0"])), cameras=["wrist"], **sizes | {"period_s": 0.08}
         )
+
+
+def test_two_cameras_of_one_name_go_by_their_keys(tmp_path: Path) -> None:
+    cameras = [Camera("observation.image", "png"), Camera("observation.images.image", "png"), Camera("wrist", "png")]
+    dataset = Dataset(build(tmp_path / "dataset", replace(SHAPES["xarm v2.0"], cameras=cameras)))
+    assert dataset.cameras == ("observation.image", "observation.images.image", "wrist")
+    first = dataset.episodes[0]
+    for camera in cameras[:2]:
+        np.testing.assert_array_equal(next(dataset.images(first, camera.key)), picture(camera, 0, 0))
+
+
+def test_times_may_be_noted_as_they_were(tmp_path: Path) -> None:
+    """Frames are taken for even all the same: none is missing where each is within a quarter of a frame."""
+    folder = build(tmp_path / "dataset", SHAPES["xarm v2.0"])
+    path = folder / "data/chunk-000/episode_000000.parquet"
+    table = pq.ParquetFile(path).read()
+    at = table.column_names.index("timestamp")
+    pq.write_table(table.set_column(at, "timestamp", pa.array([0.004, 0.051, 0.14], pa.float32())), path)
+    dataset = Dataset(folder)
+    assert dataset.columns(dataset.episodes[0])["timestamp"].tolist() == pytest.approx([0.004, 0.051, 0.14])
 
 
 def test_a_camera_that_is_called_as_no_topic_may_has_one_in_a_bag(tmp_path: Path) -> None:
