@@ -2,6 +2,7 @@
 
     ros2 run ki_vla_ros doctor --params my_robot.yaml            the running robot, without commanding it
     ros2 run ki_vla_ros doctor --bag BAG --params my_robot.yaml  a recording; the same as python -m ki_vla_ros.doctor
+    python -m ki_vla_ros.doctor --bag BAG --robot my_arm.yaml    a recording of a robot that has no bundle yet
 
 Exit code 1 if it found errors, 2 if it could not look. Nothing is published and nothing is changed.
 """
@@ -51,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the node's parameter file; default: the parameters of the running node, or those in the bag",
     )
     parser.add_argument("--bundle", default="", help="folder or name; default: as the parameters say")
+    parser.add_argument(
+        "--robot",
+        default="",
+        help="with --bag: the robot's file, or the name of one in config/robots/; needs no bundle",
+    )
     parser.add_argument("--node", default=NODE, help=f"the policy node's full name; default {NODE}")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long running topics are watched; default 5")
     parser.add_argument("--json", action="store_true", help="findings as JSON instead of a table")
@@ -65,7 +71,10 @@ def _examine(given: argparse.Namespace) -> int:
         raise ConfigurationError(f"--seconds: expected a time above 0 and below {LONGEST_S:g} s, got {given.seconds:g}")
     if given.params is not None and not given.params.is_file():
         raise ConfigurationError(f"--params: expected a parameter file, got {given.params}, which is not a file")
-    findings, looked_at = diagnose(Request(given.bag, given.params, given.bundle, given.node, given.seconds))
+    if given.robot and given.bag is None:
+        raise ConfigurationError(f"--robot: expected --bag beside it, got none; a running node has its own {'robot'!r}")
+    request = Request(given.bag, given.params, given.bundle, given.node, given.seconds, given.robot)
+    findings, looked_at = diagnose(request)
     print(json.dumps(as_json(findings, looked_at), indent=1) if given.json else as_table(findings, looked_at))
     return ExitCode.FOUND if errors(findings) else ExitCode.FINE
 

@@ -34,9 +34,9 @@ def check_inputs(watch: InputWatch, findings: Findings, others: Mapping[str, Seq
     for name, traffic in watch.cameras.items():
         optional = watch.expected.optional_cameras[name]
         expected = watch.image_types[name]
-        limit = _camera_limit(watch, name)
+        limit = camera_limit(watch, name)
         if _present(traffic, f"camera {name!r}", f"cameras.{name}.topic", expected, others, findings, limit, optional):
-            _check_camera(watch, name, traffic, optional, findings)
+            check_camera(watch, name, findings)
     limit = Limit.of("joint_max_age_s", watch.settings.joint_max_age_s, watch.settings)
     _check_other_joints(watch, findings)
     if _present(watch.joints, "joint state", "joint_states_topic", JOINT_STATE, others, findings, limit=limit):
@@ -86,6 +86,12 @@ def _present(
             f"no message for {subject}; {noun} topics present: {', '.join(fitting) or 'none'}",
             f"start the driver, or set {parameter} to its topic" + ("" if not near else f" (perhaps {near[0]})"),
         )
+    check_refused(traffic, limit, findings)
+    return bool(traffic.stamps)
+
+
+def check_refused(traffic: Traffic, limit: Limit, findings: Findings) -> None:
+    """Messages that the node could not read."""
     holds = longest_gap_s(traffic.received) > limit.value_s
     for kind, count in traffic.refused.most_common(3):
         found = f"{count} of {traffic.count} messages were refused, the first one: {traffic.reasons[kind]}"
@@ -95,7 +101,6 @@ def _present(
         else:
             effect = "the node goes by the others, which come often enough: "
             findings.warning("unreadable", traffic.topic, found, effect + _refusal_fix(traffic.reasons[kind]))
-    return bool(traffic.stamps)
 
 
 def _check_other_joints(watch: InputWatch, findings: Findings) -> None:
@@ -135,13 +140,14 @@ def _refusal_fix(reason: str) -> str:
     return "look at the publisher of this topic"
 
 
-def _camera_limit(watch: InputWatch, name: str) -> Limit:
+def camera_limit(watch: InputWatch, name: str) -> Limit:
     return Limit.of(f"cameras.{name}.max_age_s", watch.settings.camera(name).max_age_s, watch.settings)
 
 
-def _check_camera(watch: InputWatch, name: str, traffic: Traffic, optional: bool, findings: Findings) -> None:
-    settings, limit = watch.settings, _camera_limit(watch, name)
-    if not optional:  # without an optional camera's image the node goes on
+def check_camera(watch: InputWatch, name: str, findings: Findings) -> None:
+    """Rate, stamps and losses of a camera that has images."""
+    settings, limit, traffic = watch.settings, camera_limit(watch, name), watch.cameras[name]
+    if not watch.expected.optional_cameras[name]:  # without an optional camera's image the node goes on
         check_period(watch, traffic, limit, findings)
     check_stamps(watch, traffic, limit, findings)
     if len(traffic.encodings) > 1:

@@ -8,6 +8,7 @@ from ki_vla_ros.bags import Bag, find_session, open_bag
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import Expected, InputWatch
+from ki_vla_ros.doctor.robot import examine_robot, find_file
 from ki_vla_ros.doctor.setup import Request, examine_setup, read_settings
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages import COMPRESSED_IMAGE
@@ -21,9 +22,7 @@ def examine(path: Path, request: Request, findings: Findings) -> list[str]:
         session = find_session(bag, request.node)
         settings = _settings_for(bag, session, request, findings, looked_at)
         if settings is not None:
-            own = session if request.params is None else None
-            expected = Expected.of(examine_setup(settings, request, findings, looked_at), settings, own)
-            _examine_topics(bag, settings, expected, own, request, findings)
+            _examine(bag, settings, session if request.params is None else None, request, findings, looked_at)
         looked_at.append(f"bag {path} ({_extent(bag)})")
         for fault in bag.faults:
             findings.warning(
@@ -33,6 +32,20 @@ def examine(path: Path, request: Request, findings: Findings) -> list[str]:
                 "the figures of this bag are from the rest; record again if it matters",
             )
     return looked_at
+
+
+def _examine(
+    bag: Bag, settings: Settings, session: Session | None, request: Request, findings: Findings, looked_at: list[str]
+) -> None:
+    """By the robot file, if there is one, or the bundle's robot where it has more than a node of one output reads."""
+    bundle = None
+    if request.bundle or settings.bundle or not request.robot:
+        bundle = examine_setup(settings, request, findings, looked_at)
+    file = find_file(request.robot or settings.robot, bundle, findings, looked_at)
+    if file is not None:
+        examine_robot(bag, file, settings, bundle, request, findings)
+    else:
+        _examine_topics(bag, settings, Expected.of(bundle, settings, session), session, request, findings)
 
 
 def _settings_for(
@@ -45,10 +58,12 @@ def _settings_for(
     if session is not None:
         looked_at.append("parameters as recorded")
         return session.settings
-    if request.bundle:
+    if request.bundle or request.robot:
         looked_at.append("default parameters")
         return Settings(bundle=request.bundle)
-    raise ConfigurationError(f"bag {bag.path}: has no {request.node}/session; give --params, or at least --bundle")
+    raise ConfigurationError(
+        f"bag {bag.path}: has no {request.node}/session; give --params, --robot, or at least --bundle"
+    )
 
 
 def _examine_topics(

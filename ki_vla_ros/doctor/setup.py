@@ -47,13 +47,14 @@ SHARED_SECTION_FIX = "correct its name if it is meant for this node; nothing to 
 
 @dataclass(frozen=True)
 class Request:
-    """What the doctor is to look at; `node` is the policy node's full name."""
+    """What the doctor is to look at; `node` is the policy node's full name, `robot` a robot file or its name."""
 
     bag: Path | None = None
     params: Path | None = None
     bundle: str = ""
     node: str = NODE
     seconds: float = 5.0
+    robot: str = ""
 
 
 @dataclass(frozen=True)

@@ -85,35 +85,40 @@ class BagSurvey:
 def survey_bag(path: Path) -> BagSurvey:
     """ConfigurationError if there is no bag; damage is in `faults`."""
     with open_bag(path) as bag:
-        types = {name: topic.type for name, topic in bag.topics.items() if topic.count != 0 and not _ours(name)}
-        seconds = 0.0 if bag.start_ns is None or bag.end_ns is None else (bag.end_ns - bag.start_ns) / NS_PER_S
-        topics = {name: Topic(name, kind) for name, kind in types.items() if kind in NUMBERS}
-        descriptions = [n for n, kind in types.items() if kind == TEXT and n.endswith("robot_description")]
-        every = {name: 1 + (bag.topics[name].count or 0) // MOST_READ for name in topics}
-        description = ""
-        for message in bag.messages([*topics, *descriptions]) if topics or descriptions else ():
-            if message.topic in topics:
-                topic = topics[message.topic]
-                topic.times.append(message.log_ns)
-                if message.type == topic.type and (len(topic.times) - 1) % every[message.topic] == 0:
-                    _read(topic, message)
-            elif not description:
-                description = _text(message)
-        images = {image.name: image for image in _survey_images(bag, types, seconds)}
-        return BagSurvey(
-            path=path,
-            types=types,
-            topics={name: topic for name, topic in topics.items() if topic.times},
-            images=images,
-            robot_description=description,
-            gripper_actions=[
-                name.removesuffix(FEEDBACK)
-                for name, kind in types.items()
-                if name.endswith(FEEDBACK) and kind.startswith(GRIPPER_COMMAND)
-            ],
-            seconds=seconds,
-            faults=[str(fault) for fault in bag.faults],
-        )
+        return survey(bag)
+
+
+def survey(bag: Bag) -> BagSurvey:
+    """The same of an open bag."""
+    types = {name: topic.type for name, topic in bag.topics.items() if topic.count != 0 and not _ours(name)}
+    seconds = 0.0 if bag.start_ns is None or bag.end_ns is None else (bag.end_ns - bag.start_ns) / NS_PER_S
+    topics = {name: Topic(name, kind) for name, kind in types.items() if kind in NUMBERS}
+    descriptions = [n for n, kind in types.items() if kind == TEXT and n.endswith("robot_description")]
+    every = {name: 1 + (bag.topics[name].count or 0) // MOST_READ for name in topics}
+    description = ""
+    for message in bag.messages([*topics, *descriptions]) if topics or descriptions else ():
+        if message.topic in topics:
+            topic = topics[message.topic]
+            topic.times.append(message.log_ns)
+            if message.type == topic.type and (len(topic.times) - 1) % every[message.topic] == 0:
+                _read(topic, message)
+        elif not description:
+            description = _text(message)
+    images = {image.name: image for image in _survey_images(bag, types, seconds)}
+    return BagSurvey(
+        path=bag.path,
+        types=types,
+        topics={name: topic for name, topic in topics.items() if topic.times},
+        images=images,
+        robot_description=description,
+        gripper_actions=[
+            name.removesuffix(FEEDBACK)
+            for name, kind in types.items()
+            if name.endswith(FEEDBACK) and kind.startswith(GRIPPER_COMMAND)
+        ],
+        seconds=seconds,
+        faults=[str(fault) for fault in bag.faults],
+    )
 
 
 def _ours(topic: str) -> bool:

@@ -90,6 +90,13 @@ class RobotFile:
         except ValidationError as error:
             self.faults = [self._fault(finding) for finding in error.errors(include_url=False)]
 
+    @classmethod
+    def of(cls, robot: Robot, name: str) -> RobotFile:
+        """A robot that is in no file of its own, such as a bundle's: every line is 0."""
+        file = cls.__new__(cls)
+        file.path, file.robot, file.faults, file._lines = Path(name), robot, [], {}
+        return file
+
     def _fault(self, finding: Any) -> Misfit:
         place = tuple(finding["loc"])
         where = ".".join(map(str, place)) or "as a whole"
@@ -105,7 +112,7 @@ class RobotFile:
         )
 
     def line(self, *place: str | int) -> int:
-        return line_of(place, self._lines)
+        return line_of(place, self._lines) if self._lines else 0
 
     def place_of(self, group: str, name: str) -> Place:
         """Of the dimension, camera or output of this name."""
