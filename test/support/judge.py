@@ -43,7 +43,7 @@ from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.records import ActionChunk, CameraFrame, JointReading, Motion, to_ns
 from ki_vla_ros.robot.axes import Axis
 from ki_vla_ros.robot.commands import CommandSpace
-from ki_vla_ros.ros.stream import Player
+from ki_vla_ros.ros.stream import Player, Streamed
 from ki_vla_ros.runtime import axis_bounds, pacing, thread
 from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.diagnostics import Diagnostics
@@ -302,7 +302,7 @@ class World:
         apart = {"late", "clock"} & case.faults
         self.real = TrajectoryController(NAMES, at_J, self.steady, self.offset_ns) if apart else self.meant
         self.buffer = Inputs(self)
-        self.player, self.playing = Player(to_ns(case.period_s)), self.first
+        self.player, self.playing = Player(to_ns(case.period_s), Streamed.positions(2)), self.first
         self.diagnostics = Diagnostics()
         self.loop = PolicyLoop(Policy(self), self.buffer, self, self.diagnostics, lambda: self.settings)  # type: ignore[arg-type]
         self.loop.instruction = "go"
@@ -402,11 +402,13 @@ class World:
                 self.reading_due = self.steady + READING_NS
                 self.buffer.fill()
             elif stream_due <= self.steady:
-                if (position_J := self.player.next(self.steady)) is not None:
+                if (sample := self.player.next(self.steady)) is not None:
+                    self.player.sent(sample, slice(0, 2))
+                    position_J = sample.position_J
                     self.streamed.append((self.steady, position_J.copy(), self.playing))
             else:
                 self.watch_due = self.steady + WATCHDOG_NS
-                self.loop.watch()
+                self.loop.watch(self.player.take_interruption)
         if not (until_stopped and not self.active):
             self.steady = max(self.steady, end)
 
