@@ -24,7 +24,7 @@ RARE: Final = 0.01  # a smaller share of an episode's frames is not worth a look
 LOSS: Final = 0.05  # of messages, as the doctor has it
 OTHER_CLOCK_S: Final = 3600.0
 BLACK: Final = 8  # mean grey level, of 255
-SAMPLED: Final = 8  # every so many pixels of a row and a column say how bright an image is
+SAMPLED: Final = 8  # every so many pixels of a row and a column say how bright an image is, or that it is another
 MOVED: Final = 1e-3  # rad or m from one frame to the next: then a camera's image must change, too
 FASTEST: Final = 10.0  # rad/s or m/s, of joints of which no limit is known
 TOO_FAST: Final = 1.5  # times a joint's speed
@@ -159,7 +159,9 @@ class EpisodeWatch:
             if rgb_HWC[::SAMPLED, ::SAMPLED].mean() < BLACK:
                 seen.black += 1
             elif moved and stamp_ns != self._stamps[-1]:
-                seen.frozen += np.array_equal(rgb_HWC, self._last[name])
+                last_HWC = self._last[name]
+                like = np.array_equal(rgb_HWC[::SAMPLED, ::SAMPLED], last_HWC[::SAMPLED, ::SAMPLED])
+                seen.frozen += like and np.array_equal(rgb_HWC, last_HWC)
         self._stamps.append(stamp_ns)
         self._states.append(state)
         self._actions.append(action)
