@@ -45,9 +45,19 @@ from training.convert.playback import Topics
 from training.data.lerobot import Dataset
 from training.export.bundle import read_policy
 from training.export.formats import save_program
+from training.model import paligemma_3b
 from training.tokens import read_tokenizer
-from training.weights import find_weights, load_checkpoint, load_resume, read_ranges, save_checkpoint
+from training.weights import (
+    check_published,
+    find_weights,
+    load_checkpoint,
+    load_resume,
+    read_ranges,
+    save_checkpoint,
+)
 from training.weights.files import INDEX
+from training.weights.foreign import spellings
+from training.weights.lora import Adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTRUCTION = "touch the red cube"
@@ -310,6 +320,8 @@ def _training_kinds(folder: Path) -> dict[str, Kind]:
     kinds["weights index"] = Kind(shards, INDEX, read_weights, (damage_json,))
     kinds["weights"] = Kind(shards, "a.safetensors", read_weights)
 
+    kinds |= _published_kinds(folder / "published")
+
     pieces = train()
     (folder / "pieces").mkdir()
     (folder / "pieces" / "p.model").write_bytes(pieces.SerializeToString())
@@ -321,6 +333,66 @@ def _training_kinds(folder: Path) -> dict[str, Kind]:
         folder / "pieces", "p.json", lambda at: read_tokenizer(at / "p.json", 4, size), (damage_json,)
     )
     return kinds
+
+
+def _published_kinds(folder: Path) -> dict[str, Kind]:
+    """What others publish beside weights of pi0.5, and a LoRA adapter."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    robot, expected = read_robot(ROOT / "config" / "robots" / "libero.yaml"), paligemma_3b("pi05", horizon=10)
+    modes = {"STATE": "QUANTILES", "ACTION": "QUANTILES"}
+    features = {"observation.images.image": {"type": "VISUAL", "shape": [3, 256, 256]}}
+    features |= {"observation.images.image2": {"type": "VISUAL", "shape": [3, 256, 256]}}
+    config = {"type": "pi05", "chunk_size": 10, "normalization_mapping": modes, "input_features": features}
+    (folder / "config.json").write_text(json.dumps(config | {"paligemma_variant": "gemma_2b"}))
+    ends = {"observation.state": (8, {"q01": 0, "q99": 1}), "action": (7, {"q01": -1, "q99": 1})}
+    statistics = {
+        f"{what}.{name}": np.full(width, end, dtype=np.float32)
+        for what, (width, fields) in ends.items()
+        for name, end in fields.items()
+    }
+    save_file(statistics, folder / "stats.safetensors")
+    normalizer = {"config": {"norm_map": modes, "eps": 1e-8}, "state_file": "stats.safetensors"}
+    before = [
+        {"registry_name": "rename_observations_processor", "config": {"rename_map": {"a": "b"}}},
+        {"registry_name": "relative_actions_processor", "config": {"enabled": False}},
+        {"registry_name": "normalizer_processor"} | normalizer,
+    ]
+    after = [{"registry_name": "unnormalizer_processor"} | normalizer]
+    for name, steps in (("policy_preprocessor.json", before), ("policy_postprocessor.json", after)):
+        (folder / name).write_text(json.dumps({"name": name, "steps": steps}))
+    factors = {
+        f"base_model.model.model.state_proj.lora_{name}.weight": np.ones((2, 2), dtype=np.float32) for name in "AB"
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "rank_pattern": {},
+        "alpha_pattern": {"x": 3},
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+    def published(at: Path) -> None:
+        check_published(at, "pi05", expected, robot, at / "stats.safetensors", "quantiles")
+
+    def adapter(at: Path) -> None:
+        found = Adapter(at, spellings)
+        found.check({"state_proj.weight": (2, 2)})
+        found.merge("state_proj.weight", torch.zeros(2, 2))
+
+    published(folder)
+    adapter(folder)
+    names = ("config.json", "policy_preprocessor.json", "policy_postprocessor.json")
+    return {
+        **{f"published {name}": Kind(folder, name, published, (damage_json,)) for name in names},
+        "published statistics": Kind(folder, "stats.safetensors", published),
+        "adapter config": Kind(folder, "adapter_config.json", adapter, (damage_json,)),
+        "adapter": Kind(folder, "adapter_model.safetensors", adapter),
+    }
 
 
 def read_weights(folder: Path) -> None:

@@ -28,7 +28,8 @@ WHOLE = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 # Keys of any LoRA: peft's (lora_A, lora_magnitude_vector, base_layer), or openpi's in JAX (lora_a, linear_lora_b).
 TRACES = re.compile(r"(^|[._/])lora_|\.base_layer\.|\.modules_to_save\.")
 MERGE = "merge it with peft's merge_and_unload, and import the result"
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+Rank = Annotated[int, Field(gt=0, le=1 << 20)]
 # How the adapter was trained, or which layers it was put on: its keys say that too.
 HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config", "exclude_modules"),
@@ -45,10 +46,10 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     peft_type: Literal["LORA"]
-    r: Annotated[int, Field(gt=0)]
+    r: Rank
     lora_alpha: Positive
     use_rslora: bool = False
-    rank_pattern: dict[ModuleName, int] = Field(default_factory=dict)
+    rank_pattern: dict[ModuleName, Rank] = Field(default_factory=dict)
     alpha_pattern: dict[ModuleName, Positive] = Field(default_factory=dict)
     # The others (pissa, olora, loftq) change the base.
     init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True
@@ -86,9 +87,10 @@ class Adapter:
             refuse_pickle(pickle)
         try:
             self.config = AdapterConfig.model_validate(read_json(folder / ADAPTER_CONFIG))
-        except ValidationError as error:
+        except ValueError as error:  # pydantic also raises it for what is no text
+            fault = describe_validation(error) if isinstance(error, ValidationError) else error
             raise ConfigurationError(
-                f"{folder / ADAPTER_CONFIG}: expected a LoRA that can be merged: {describe_validation(error)}; {MERGE}"
+                f"{folder / ADAPTER_CONFIG}: expected a LoRA that can be merged: {fault}; {MERGE}"
             ) from error
         self._files = WeightFiles([self.path])
         keys = [key for key in self._files.shapes if ".original_module." not in key]  # what training started from

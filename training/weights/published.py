@@ -15,7 +15,8 @@ from typing import Any, TypedDict
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ki_vla_ros.errors import ConfigurationError, describe_validation
+from ki_vla_ros.errors import ConfigurationError, describe_validation, short_repr
+from ki_vla_ros.files import is_name
 from ki_vla_ros.robot import Robot
 from training.model import LONGEST_PERIOD, SHORTEST_PERIOD, VARIANTS, GemmaConfig, VLAConfig
 from training.weights.foreign import Kind
@@ -254,9 +255,12 @@ def normalizer_misfits(
     yield from mode_misfits(f"{where}.norm_map", normalizer.norm_map, method)
     if normalizer.eps != LEROBOT_EPSILON:
         yield f"{where}.eps", LEROBOT_EPSILON, normalizer.eps
-    state = path.parent / Path(step.state_file or "").name
-    if step.state_file and state.is_file() and not agree(state, stats, method, robot):
-        yield f"{where}.state_file {state.name}", f"the statistics of --stats {stats}", "others"
+    if step.state_file is None:
+        return
+    if not is_name(step.state_file):
+        yield f"{where}.state_file", "the name of a file beside it", short_repr(step.state_file)
+    elif (path.parent / step.state_file).is_file() and not agree(path.parent / step.state_file, stats, method, robot):
+        yield f"{where}.state_file {step.state_file}", f"the statistics of --stats {stats}", "others"
 
 
 def assets_misfits(folder: Path, robot: Robot, stats: Path, method: Method, in_prompt: bool | None) -> Iterator[Misfit]:

@@ -167,6 +167,8 @@ def test_an_unused_layer_may_have_an_adapter_that_does_nothing(tmp_path: Path) -
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"r": None}, "r: Field required"),
         ({"alpha_pattern": {"(a+)+": 3}}, "alpha_pattern"),
+        ({"alpha_pattern": {"\ud800": 3}}, "valid string"),
+        ({"r": 10**400}, "r: "),
     ],
 )
 def test_what_cannot_be_added_up_is_refused(tmp_path: Path, settings: dict[str, Any], fault: str) -> None:

@@ -225,6 +225,7 @@ def postprocessor(state_file: str = STATE_FILE) -> dict[str, Any]:
         (at("steps/0/config/norm_map/ACTION", "MEAN_STD"), r"steps\.0 .*norm_map\.ACTION: expected QUANTILES"),
         (at("steps/0/config/eps", 1e-3), r"steps\.0 .*eps: expected 1e-08, as imported, got 0\.001"),
         (at("steps/0/state_file", "other.safetensors"), r"other\.safetensors: expected the statistics of --stats"),
+        (at("steps/0/state_file", "../" + "a" * 300), r"state_file: expected the name of a file beside it"),
         (at("steps/1/config/enabled", False), r"steps\.1 .*enabled: expected True, as imported, got False"),
         (at("steps/2/registry_name", "my_step"), r"steps\.2 \(my_step\): expected one of absolute_actions_processor"),
     ],
