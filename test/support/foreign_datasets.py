@@ -166,6 +166,8 @@ def make_info(shape: Shape) -> dict[str, Any]:
         "video_path": None if not videos else VIDEO_V3 if shape.version == "v3.0" else VIDEO_V2,
         "features": features,
     }
+    if shape.version != "v3.0":
+        base |= {"total_chunks": 1, "total_videos": len(shape.lengths) * len(shape.cameras) * videos}
     return base | dict(shape.info)
 
 
