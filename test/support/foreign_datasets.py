@@ -36,7 +36,7 @@ FLOATS = pa.list_(pa.float32())
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera: `stored` is a codec, or png, jpeg, or files (png files of which the table has the names)."""
+    """A camera: `stored` is a codec, or png, jpeg, bytes (a png), or files (png files whose names the table has)."""
 
     key: str
     stored: str
@@ -209,7 +209,7 @@ def make_table(folder: Path, shape: Shape, episodes: Sequence[int]) -> pa.Table:
     frames = [(episode, i) for episode in episodes for i in range(shape.lengths[episode])]
     columns: dict[str, pa.Array] = {}
     for camera in (camera for camera in shape.cameras if camera.stored not in CODECS):
-        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()}) if camera.stored != "bytes" else pa.large_binary()
         columns[camera.key] = pa.array([store(folder, camera, episode, i) for episode, i in frames], kind)
     for column in shape.columns:
         values = np.concatenate([value(shape, column.key, episode) for episode in episodes])
@@ -231,12 +231,14 @@ def make_table(folder: Path, shape: Shape, episodes: Sequence[int]) -> pa.Table:
     )
 
 
-def store(folder: Path, camera: Camera, episode: int, i: int) -> dict[str, Any]:
+def store(folder: Path, camera: Camera, episode: int, i: int) -> dict[str, Any] | bytes:
     bgr_HWC = cv2.cvtColor(picture(camera, episode, i), cv2.COLOR_RGB2BGR)
     name = f"frame_{i:06d}.png"
     if camera.stored == "jpeg":
         return {"bytes": cv2.imencode(".jpg", bgr_HWC, [cv2.IMWRITE_JPEG_QUALITY, 98])[1].tobytes(), "path": None}
     content = cv2.imencode(".png", bgr_HWC)[1].tobytes()
+    if camera.stored == "bytes":
+        return content
     if camera.stored == "png":
         return {"bytes": content, "path": name}
     path = f"images/{camera.key}/episode_{episode:06d}/{name}"
@@ -405,7 +407,7 @@ SHAPES: Mapping[str, Shape] = {
             numbers("next.reward", pa.list_(pa.float32()), "float32"),
             numbers("complementary_info.discrete_penalty", pa.list_(pa.int64()), "int64"),
         ],
-        [Camera("observation.images.side", "jpeg")],
+        [Camera("observation.images.side", "jpeg"), Camera("observation.images.wrist", "bytes")],
     ),
     # episodes were deleted, and the rest kept their numbers
     "holes v2.1": Shape(

@@ -335,7 +335,7 @@ def _figures(arrays: Mapping[str, Any], images: Mapping[str, FeatureFigures]) ->
 
 def _column(array: Any, kind: pa.DataType) -> pa.Array:
     if not pa.types.is_fixed_size_list(kind):
-        return pa.array(array.astype(kind.to_pandas_dtype()), kind)
+        return pa.array(array.ravel().astype(kind.to_pandas_dtype()), kind)
     return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel(), kind.value_type), type=kind)
 
 

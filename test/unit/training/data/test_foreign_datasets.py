@@ -16,7 +16,7 @@ from training.data.lerobot import Dataset
 from training.data.lerobot.arrays import load_dataset
 
 # Mean error of a colour, of 255; a frame's neighbour is 20 off.
-LOSS = {"png": 0.0, "files": 0.0, "jpeg": 3.0} | dict.fromkeys(CODECS, 4.0) | {"mpeg4": 6.0}
+LOSS = {"png": 0.0, "bytes": 0.0, "files": 0.0, "jpeg": 3.0} | dict.fromkeys(CODECS, 4.0) | {"mpeg4": 6.0}
 CAMERAS = {
     "aloha v2.1": ("top",),
     "aloha v3.0": ("cam_high", "cam_left_wrist", "cam_right_wrist"),
@@ -27,7 +27,7 @@ CAMERAS = {
     "so101 v3.0": ("front", "wrist"),
     "pusht v3.0": ("image",),
     "xarm v2.0": ("image",),
-    "hil v2.1": ("side",),
+    "hil v2.1": ("side", "wrist"),
     "holes v2.1": ("front",),
     "holes v3.0": ("front",),
     "kinect v2.1": ("kinect.color",),

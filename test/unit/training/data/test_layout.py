@@ -311,6 +311,16 @@ def test_state_and_action_have_names_and_widths_of_their_own(tmp_path: Path) -> 
     assert columns["action"].tolist() == [[3.0, 4.0, 5.0]]
 
 
+def test_a_vector_of_one_number(tmp_path: Path) -> None:
+    with new(tmp_path / "robot", action_names=["gripper"]) as out:
+        for i in range(3):
+            out.add(Frame(i, "lift", np.array([1.0, 2.0]), np.array([0.5 * i]), {"scene": picture(0, i, "scene")}))
+    dataset = Dataset(tmp_path / "robot")
+    assert dataset.action_names == ("gripper",)
+    assert dataset.columns(dataset.episodes[0])["action"].tolist() == [0.0, 0.5, 1.0]
+    assert json.loads((tmp_path / "robot/meta/stats.json").read_text())["action"]["max"] == [1.0]
+
+
 @pytest.mark.parametrize(("height", "width"), [(47, 64), (48, 63), (37, 53)])
 def test_an_image_of_odd_size_comes_back_whole(tmp_path: Path, height: int, width: int) -> None:
     rgb_HWC = np.ascontiguousarray(picture(0, 0, "scene")[:height, :width])
