@@ -20,12 +20,12 @@ from ki_vla_ros.files import is_name
 from ki_vla_ros.robot import Robot
 from training.model import LONGEST_PERIOD, SHORTEST_PERIOD, VARIANTS, GemmaConfig, VLAConfig
 from training.weights.foreign import Kind
-from training.weights.statistics import LEROBOT, LEROBOT_EPSILON, Method, read_json, read_ranges
+from training.weights.statistics import FIELDS, LEROBOT, LEROBOT_EPSILON, Method, read_json, read_ranges
 
 CONFIG, PREPROCESSOR, POSTPROCESSOR = "config.json", "policy_preprocessor.json", "policy_postprocessor.json"
 STATE, ACTION = LEROBOT
 EMPTY = "observation.images.empty_camera_"
-MODES: dict[Method, str] = {"quantiles": "QUANTILES", "mean_std": "MEAN_STD"}
+MODES: dict[Method, str] = {method: method.upper() for method in FIELDS}
 PARTS = {"paligemma_variant": "backbone", "action_expert_variant": "expert"}
 LIBERO = "physical-intelligence/libero"  # the asset of a checkpoint that openpi trained without the state
 LORA = "_lora"  # ends openpi's names of variants that it trains with LoRA

@@ -2,7 +2,8 @@
 
 They are openpi's `norm_stats.json`, or LeRobot's: a dataset's `meta/stats.json`, or the file beside a policy's weights
 (`policy_preprocessor_step_*_normalizer_processor.safetensors`). With quantiles (pi0.5) the range is q01..q99, with mean
-and standard deviation (pi0) mean - std..mean + std, each with the epsilon that its source adds.
+and standard deviation (pi0) mean - std..mean + std, each with the epsilon that its source adds; LeRobot can also take
+min..max and q10..q90.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from ki_vla_ros.files import LARGEST_TEXT, parse_json, read_file
 from ki_vla_ros.robot import Robot
 from training.weights.files import open_safetensors
 
-Method = Literal["quantiles", "mean_std"]
-FIELDS: dict[Method, tuple[str, str]] = {"quantiles": ("q01", "q99"), "mean_std": ("mean", "std")}
+Method = Literal["quantiles", "mean_std", "min_max", "quantile10"]
+FIELDS: dict[Method, tuple[str, str]] = {
+    "quantiles": ("q01", "q99"),
+    "mean_std": ("mean", "std"),
+    "min_max": ("min", "max"),
+    "quantile10": ("q10", "q90"),
+}
 OPENPI, LEROBOT = ("state", "actions"), ("observation.state", "action")
 LARGEST = 1e9  # of any joint, in any unit
 OPENPI_EPSILON, LEROBOT_EPSILON = 1e-6, 1e-8
@@ -130,7 +136,7 @@ def read_field(fields: Mapping[str, Any], name: str, where: str, count: int) -> 
     if fields.get(name) is None:
         remedy = (
             ""
-            if name in ("mean", "std")
+            if name in ("mean", "std", "min", "max")
             else "; older files lack it: compute the statistics again on the training data"
         )
         raise ConfigurationError(f"{where}: expected {name}, got only {sorted(fields)}{remedy}")
@@ -159,7 +165,7 @@ def check_padding(
     """ConfigurationError if what follows the robot's dimensions is more than the zeros that models are padded with."""
     length = min(len(first), len(second))
     first, second = first[:length], second[:length]
-    moving = second > first if method == "quantiles" else (second > 0.0) & (first != 0.0)
+    moving = (second > 0.0) & (first != 0.0) if method == "mean_std" else second > first
     if moving.any():
         d = int(moving.argmax())
         names = FIELDS[method]
@@ -175,6 +181,6 @@ def check_order(first: NDArray[np.float64], second: NDArray[np.float64], method:
         j = int(wrong.argmax())
         names = FIELDS[method]
         raise ConfigurationError(
-            f"{where}: expected {'std >= 0' if method == 'mean_std' else 'q01 <= q99'}, got in dimension {j} "
+            f"{where}: expected {'std >= 0' if method == 'mean_std' else ' <= '.join(names)}, got in dimension {j} "
             f"{names[0]} {first[j]}, {names[1]} {second[j]}"
         )

@@ -360,6 +360,23 @@ def test_sizes_go_by_name(tmp_path: Path) -> None:
         sizes_beside(tmp_path)
 
 
+def test_every_mode_of_lerobots_has_its_name(folder: Path) -> None:
+    for method, mode in (("min_max", "MIN_MAX"), ("quantile10", "QUANTILE10"), ("mean_std", "MEAN_STD")):
+        config, steps = lerobot(), preprocessor()
+        config["normalization_mapping"] = steps["steps"][3]["config"]["norm_map"] = MODES | {
+            "STATE": mode,
+            "ACTION": mode,
+        }
+        values = {"min": -2.0, "max": 2.0, "q10": -0.5, "q90": 0.5}
+        stats = {name: fields | {key: [v] * 7 for key, v in values.items()} for name, fields in statistics().items()}
+        (folder / "stats.json").write_text(json.dumps(stats))
+        write(folder, config, steps)
+        (folder / STATE_FILE).unlink()
+        check(folder, method=method)
+        with pytest.raises(ConfigurationError, match=f"STATE: expected QUANTILES, as imported, got {mode}"):
+            check(folder)
+
+
 def test_all_faults_are_named_at_once(folder: Path) -> None:
     config = lerobot() | {"chunk_size": 10}
     write(folder, config, preprocessor())

@@ -25,6 +25,7 @@ def features() -> dict[str, Any]:
     std[2] = 0
     low, high = mean - 2.2 * std, mean + 1.9 * std
     values = {"mean": mean, "std": std, "q01": low, "q99": high, "min": low - 1, "max": high + 1}
+    values |= {"q10": mean - std, "q90": mean + 1.5 * std}
     used = np.arange(32) < JOINTS
     return {name: np.where(used, value, 0.0).tolist() for name, value in values.items()}
 
@@ -69,6 +70,16 @@ def test_ranges_normalise_as_their_source_does(tmp_path: Path, source: str, meth
         assert len(found.low) == JOINTS
         assert all(low < high for low, high in zip(*found, strict=True))
         assert unnormalize(normalize(x, *found), *found) == pytest.approx(x)
+
+
+@pytest.mark.parametrize(("method", "low", "high"), [("min_max", "min", "max"), ("quantile10", "q10", "q90")])
+def test_what_else_lerobot_can_normalise_by(tmp_path: Path, method: Method, low: str, high: str) -> None:
+    ranges = read_ranges(write(tmp_path, "lerobot"), method, JOINTS, JOINTS)
+    x = RNG.normal(size=(5, JOINTS))
+    for found, fields in ((ranges.state, STATE), (ranges.action, ACTION)):
+        first, second = (np.array(fields[name])[:JOINTS] for name in (low, high))
+        expected = 2 * (x - first) / np.where(second == first, 1e-8, second - first) - 1
+        assert normalize(x, *found) == pytest.approx(expected, rel=1e-5)
 
 
 def without(field: str) -> dict[str, Any]:
