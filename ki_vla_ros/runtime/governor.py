@@ -178,8 +178,8 @@ class Governor:
             start_p, start_v = start_J, np.zeros_like(start_J)
         else:
             start_p, start_v = old.at(from_ns)
-            # From the last instant that is not after now, so that the new motion covers the present too.
-            now = max(int(np.searchsorted(old.time_N, now_ns, side="right")) - 1, 0)
+            # It covers the present too, and the period before: a stream may be late by less than one.
+            now = max(int(np.searchsorted(old.time_N, now_ns - self._period_ns, side="right")) - 1, 0)
             keep = slice(now, int(np.searchsorted(old.time_N, from_ns, side="left")))
             before = old.time_N[keep], old.position_NJ[keep], old.velocity_NJ[keep]
         position_NJ, velocity_NJ = follow(start_p, start_v, path_NJ, speed_NJ, self._period_s, bounds, self._velocity_J)

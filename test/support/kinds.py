@@ -34,6 +34,7 @@ from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.robot.dimensions import QUATERNION, SIX_D, VECTOR
 from ki_vla_ros.robot.outputs import POSE, TRAJECTORY
 from ki_vla_ros.robot.robot import Robot
+from ki_vla_ros.ros.stream import Player, Streamed
 from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
@@ -50,7 +51,7 @@ TICK_NS = 100 * MS
 HORIZON, ACTION_S = 20, 0.05
 TOLERANCE = 1.01
 PARTS = ("arm", "servo", "gripper", "binary", "hand", "velocity", "free_velocity", "base", "pose", "delta")
-FAULTS = ("none", "gaps", "engine", "stop", "restart", "limits", "clock", "moved", "slow", "ramp")
+FAULTS = ("none", "gaps", "engine", "stop", "restart", "limits", "clock", "moved", "slow", "ramp", "stalls")
 CHUNKS = ("smooth", "smooth", "wander", "wander", "jumps", "broken")
 POSE_PARTS = {"vector": VECTOR, "quaternion": QUATERNION, "6d": SIX_D}
 
@@ -174,6 +175,9 @@ class Case:
             self.events.append((at(), "clock", rng.choice((-300, -5, 5, 300, 5000))))
         if "moved" in self.faults:
             self.events.append((at(), "moved", rng.choice((0.02, 0.2))))
+        self.stalls: dict[int, float] = {}  # at which call, in ms
+        if "stalls" in self.faults:
+            self.stalls = {rng.randint(1, 120): rng.choice((3, 12.7, 30, 100, 400)) for _ in range(rng.randint(1, 4))}
         self.events.sort(key=lambda event: event[0])
 
     def __str__(self) -> str:
@@ -181,7 +185,7 @@ class Case:
         events = "".join(f"\n    {at} ms: {what} {how}" for at, what, how in self.events)
         return (
             f"kinds seed {self.seed}: {', '.join(self.parts)}; faults {', '.join(sorted(self.faults))}, {self.chunks} "
-            f"chunks, {self.ms} ms, inference {self.inference_ms} ms\n    {parameters}{events}"
+            f"chunks, {self.ms} ms, inference {self.inference_ms} ms, stalls {self.stalls}\n    {parameters}{events}"
         )
 
 
@@ -262,6 +266,9 @@ class World:
     told: list[tuple[int, Any]] = field(default_factory=list)  # from when on which limits hold
     fresh: list[int] = field(default_factory=list)  # when chunks went out
     stopped: list[list[int]] = field(default_factory=list)
+    calls: int = 0
+    broken: list[int] = field(default_factory=list)  # when a stream stood still because the process did
+    _interruption: Any = None
     streamed: list[tuple[int, Array, Array, Array]] = field(default_factory=list)  # time, position, velocity, reference
 
     def __post_init__(self) -> None:
@@ -290,8 +297,6 @@ class World:
             )
             for number, index in self.trajectory_J.items()
         }
-        self.motion: Motion | None = None
-        self.grid_ns = self.steady
         self.velocity_J = self.policy.space.velocity_J
         self.shift_M = np.zeros(len(self.signal_M))
         self.moved_ns: int | None = None
@@ -302,6 +307,9 @@ class World:
         self.events = [(START + at * MS, what, how) for at, what, how in case.events]
         self.reading_due = self.watch_due = self.steady
         self.told.append((0, self.loop._gate.bounds))
+        acceleration_J = np.where(self.velocity_J, self.loop._gate.bounds.acceleration_J, np.inf)
+        streamed = Streamed(self.streams_J, self.velocity_J, acceleration_J)
+        self.player = Player(self.period_ns, streamed, on_grid=bool(self.controllers))
         self.fill()
 
     def _begin(self, signal: Any) -> float:
@@ -316,10 +324,20 @@ class World:
     # --- the loop's wire
 
     def now_ns(self) -> int:
+        self.stall()
+        return self.ros_ns()
+
+    def ros_ns(self) -> int:
         return self.steady + self.offset_ns
 
     def motion_ns(self) -> int:
-        return self.steady
+        self.stall()
+        return self.steady if self.controllers else self.player.motion_ns(self.steady)
+
+    def stall(self) -> None:
+        """Called wherever the process may stop: nothing of the node runs then, but the controllers go on."""
+        self.calls += 1
+        self.steady += round(self.case.stalls.get(self.calls, 0) * MS)
 
     def simulated_clock(self) -> bool:
         return False
@@ -328,6 +346,8 @@ class World:
         return True
 
     def send_command(self, motion: Motion, now_ns: int) -> None:
+        if self.streams_J.any():
+            self.player.play(motion, self.steady)
         for number, index in self.trajectory_J.items():
             part = replace(
                 motion,
@@ -336,9 +356,6 @@ class World:
                 velocity_NJ=motion.velocity_NJ[:, index],
             )
             self.controllers[number].receive(encode_command(part, now_ns), self.steady)
-        if self.motion is None:
-            self.grid_ns = self.steady
-        self.motion = motion
 
     def report_chunk(self, chunk: ActionChunk) -> None:
         self.fresh.append(self.steady)
@@ -353,7 +370,7 @@ class World:
 
     def flow(self, end: int) -> None:
         while True:
-            grid = self.grid_ns + self.period_ns if self.motion is not None else 1 << 62
+            grid = self.player.due_ns() if self.player.motion is not None else 1 << 62
             due = min(self.reading_due, self.watch_due, grid, *(at for at, _, _ in self.events[:1]))
             if due > end:
                 break
@@ -367,19 +384,21 @@ class World:
                 self.fill()
             else:
                 self.watch_due = self.steady + WATCHDOG_NS
-                self.loop.watch()
+                self.loop.watch(self.player.take_interruption)
         self.steady = max(self.steady, end)
 
     def _stream(self) -> None:
-        assert self.motion is not None
-        self.grid_ns += self.period_ns
-        motion = self.motion
-        position_J, velocity_J = motion.at(self.grid_ns)
-        self.streamed.append((self.grid_ns, position_J.copy(), velocity_J.copy(), motion.reference_P4))
+        sample = self.player.next(self.steady)
+        if self.player._interruption is not self._interruption:
+            self._interruption = self.player._interruption
+            self.broken.append(self.player._played_ns)
+        if sample is None:
+            return
+        self.player.sent(sample, slice(None))
+        position_J, velocity_J = sample.position_J.copy(), sample.velocity_J.copy()
+        self.streamed.append((self.player._played_ns, position_J, velocity_J, sample.reference_P4))
         # What a controller of velocities makes of them until the next one.
         self.where_J = np.where(self.velocity_J, self.where_J + velocity_J * self.period_ns / NS_PER_S, self.where_J)
-        if self.grid_ns >= motion.end_ns:
-            self.motion = None
 
     def fill(self) -> None:
         """Where the robot is, as its topics say."""
@@ -400,9 +419,9 @@ class World:
                 signal_M[m] = (self.where_J[j] - space._offset_J[j]) / space._scale_J[j]
         signal_M = signal_M + self.shift_M
         if self.cameras:
-            self.buffer.add_frame(CameraFrame("scene", self.now_ns(), np.zeros((1, 1, 3), np.uint8)))
+            self.buffer.add_frame(CameraFrame("scene", self.ros_ns(), np.zeros((1, 1, 3), np.uint8)))
         if self.readings:
-            give(self.buffer, self.robot, self.now_ns(), signal_M)
+            give(self.buffer, self.robot, self.ros_ns(), signal_M)
 
     def _happen(self, what: str, how: Any) -> None:
         if what == "instruct":
@@ -444,7 +463,7 @@ class World:
         due = self.steady
         while self.steady < end:
             if self.active:
-                self.loop.step(self.settings, self.now_ns(), 0)
+                self.loop.step(self.settings, self.ros_ns(), 0)
             due = max(due + TICK_NS, self.steady)
             self.flow(due)
         self.loop.end()
@@ -529,10 +548,10 @@ def _judge_places(
 ) -> None:
     axes = [world.axes[j] for j in index]
     streamed = step_s > 1e-3
-    gap_N = _gaps(time_N, step_s)
+    gap_N = _gaps(world, time_N, step_s)
     step_NJ = np.diff(position_NJ, axis=0, prepend=world.begin_J[None, index])
     speed_J, acceleration_J = _limits(world, "speed_J")[index], _limits(world, "acceleration_J")[index]
-    _judge_starts(world, step_NJ[gap_N] / step_s / speed_J, ratios)
+    _judge_starts(world, step_NJ[gap_N] / _apart_s(time_N, step_s)[gap_N, None] / speed_J, ratios)
     step_NJ[gap_N] = 0.0
     speed_NJ = step_NJ / step_s
     change_NJ = np.diff(speed_NJ, axis=0, prepend=0 * speed_NJ[:1]) / step_s
@@ -566,14 +585,15 @@ def _judge_velocities(
         moved.add("velocity")
     # The watchdog looks every 20 ms; then the controller's period and the time of braking pass.
     braking_s = float((speed_J / acceleration_J).max()) + world.parameters["hold_after_s"] + 0.04 + 2.0 * step_s
+    braking_s += sum(world.case.stalls.values()) / 1e3  # while the process is stopped, nobody can send anything
     last_N = np.searchsorted(world.fresh, time_N, side="right") - 1
     since_N = (time_N - np.array([START, *world.fresh])[last_N + 1]) / NS_PER_S
     if np.any(value_NV[since_N > braking_s] != 0.0):
         faults.append("a velocity without anything fresh")
     if np.any(value_NV[-1] != 0.0) and world.moved_ns is None:
         faults.append("a velocity is left standing")
-    gap_N = np.diff(time_N, append=time_N[-1:]) > 1.5 * step_s * NS_PER_S
-    if np.any(value_NV[gap_N] != 0.0):
+    gap_N = np.diff(time_N, append=time_N[-1:]) > 3.5 * step_s * NS_PER_S
+    if np.any(value_NV[gap_N] != 0.0) and not world.case.stalls:
         faults.append("a velocity is left standing for a while")
     _judge_stops(world, time_N, np.cumsum(np.abs(value_NV), axis=0), "velocity", faults)
     for j, column in zip(index, value_NV.T, strict=True):
@@ -592,7 +612,7 @@ def _judge_poses(
     world: World, time_N: Any, position_NJ: Array, step_s: float, ratios: Any, moved: Any, faults: Any
 ) -> None:
     space = world.policy.space
-    gap_N = _gaps(time_N, step_s)
+    gap_N = _gaps(world, time_N, step_s)
     for pose in space.poses:
         output = world.robot.outputs[pose.output]
         place_N3 = position_NJ[:, pose.axes.start : pose.axes.start + 3]
@@ -601,7 +621,8 @@ def _judge_poses(
         )
         begin_3 = world.begin_J[None, pose.axes.start : pose.axes.start + 3]
         step_N3 = np.diff(place_N3, axis=0, prepend=begin_3)
-        _judge_starts(world, step_N3[gap_N] / step_s / output.max_linear_velocity, ratios)
+        apart_s_N = _apart_s(time_N, step_s)
+        _judge_starts(world, step_N3[gap_N] / apart_s_N[gap_N, None] / output.max_linear_velocity, ratios)
         step_N3[gap_N] = 0.0
         linear_N = np.linalg.norm(step_N3, axis=1) / step_s
         _put(ratios, "linear speed", linear_N / output.max_linear_velocity)
@@ -630,11 +651,18 @@ def _judge_poses(
         _judge_stops(world, time_N, np.concatenate([place_N3, turned_N4], axis=1), "pose", faults)
 
 
-def _gaps(time_N: Any, step_s: float) -> Any:
+def _gaps(world: World, time_N: Any, step_s: float) -> Any:
     """Where a stream begins, and begins anew: its first step there is shorter or longer than a period."""
     gap_N = np.diff(time_N, prepend=time_N[:1]) > 1.001 * step_s * NS_PER_S
     gap_N[0] = True
+    for broken_ns in world.broken if step_s > 1e-3 else ():  # the arm stood still before
+        gap_N |= (time_N >= broken_ns) & (time_N <= broken_ns + 1.001 * step_s * NS_PER_S)
     return gap_N
+
+
+def _apart_s(time_N: Any, step_s: float) -> Array:
+    """The time [N] since the value before, one to three periods: on a grid a late value is left out."""
+    return np.asarray(np.clip(np.diff(time_N, prepend=time_N[:1]) / NS_PER_S, step_s, 3 * step_s))
 
 
 def _judge_starts(world: World, ratio_NJ: Array, ratios: dict[str, float]) -> None:
