@@ -14,7 +14,7 @@ from support.loop_rig import MS, START, Rig, is_hold
 
 from ki_vla_ros.engines.base import KVCache
 from ki_vla_ros.errors import EngineError, SafetyRefusal
-from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
+from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion, MotionInterrupted
 from ki_vla_ros.runtime.governor import MOST_PERIODS, MOVED_MOST, START_GAP_S, Bounds, Governor
 from ki_vla_ros.runtime.safety import axis_bounds, extremes
 
@@ -506,3 +506,89 @@ def test_a_hold_is_small_whatever_the_limits_are() -> None:
         brake, within = governor.brake(at_ns, at_ns, np.array([limit]))
         assert within.acceleration_J[0] == brakes and within.speed_J is wide.speed_J
         assert (brake.end_ns - at_ns) / NS_PER_S == pytest.approx(speed / brakes, abs=0.01)
+
+
+# --- some axes do not do what they were told
+
+FIRST_THREE = np.arange(7) < 3
+
+
+def moving(rig: Rig) -> Motion:
+    """What the arm has been told; it has been under way for a while."""
+    rig.change(**{"limits.max_jump_s": 10.0})
+    rig.give_inputs()
+    rig.tick()
+    rig.wire.time_ns += 500 * MS
+    return rig.wire.commands[0][0]
+
+
+def standing(rig: Rig, position_J: NDArray[np.float64]) -> Motion:
+    at_ns, still = rig.wire.motion_ns(), np.zeros((1, 7))
+    return Motion(JOINTS, at_ns, np.array([at_ns]), position_J[None], still)
+
+
+def assert_the_others_brake(running: Motion, held: Motion, acceleration_J: NDArray[np.float64]) -> None:
+    """The axes from 3 on go on from where they are to rest, and no axis brakes harder than it may."""
+    position_J, velocity_J = held.at(held.from_ns)
+    np.testing.assert_allclose(position_J[3:], running.at(held.from_ns)[0][3:], atol=1e-9)
+    np.testing.assert_allclose(velocity_J[3:], running.at(held.from_ns)[1][3:], atol=1e-9)
+    assert is_hold(held) and np.abs(velocity_J[3:]).max() > 0.0
+    after = slice(int(np.searchsorted(held.time_N, held.from_ns)), None)
+    speeds_NJ, times_N = held.velocity_NJ[after], held.time_N[after] / NS_PER_S
+    assert np.all(np.abs(np.diff(speeds_NJ, axis=0)) <= acceleration_J * np.diff(times_N)[:, None] * (1 + 1e-6))
+    np.testing.assert_array_equal(speeds_NJ[-1], 0.0)
+
+
+def bounds_of(rig: Rig) -> Bounds:
+    return axis_bounds(rig.policy.bundle.manifest.axes, rig.settings.limits)
+
+
+def test_where_some_axes_stand_still_all_the_others_brake_at_once(rig: Rig) -> None:
+    running = moving(rig)
+    stood_J = running.at(rig.wire.time_ns - 40 * MS)[0]
+    rig.loop.watch(lambda: MotionInterrupted("stream: no position", standing(rig, stood_J), FIRST_THREE))
+    (held, _) = rig.wire.commands[1]
+    assert_the_others_brake(running, held, bounds_of(rig).acceleration_J)
+    np.testing.assert_allclose(held.position_NJ[1:, :3], np.tile(stood_J[:3], (len(held.time_N) - 1, 1)))
+    assert any("holding: stream: no position" in line for line in rig.wire.lines)
+    assert rig.diagnostics.report("active", "", 1.0).values["refused stream"] == "1"
+    # From there it starts again.
+    rig.wire.time_ns = held.end_ns + 200 * MS
+    observation = demo_observation(rig.wire.time_ns)
+    for frame in observation.frames.values():
+        rig.buffer.add_frame(frame)
+    rig.buffer.add_joints(JointReading(rig.wire.time_ns, JOINTS, held.position_NJ[-1]))
+    rig.loop.step(rig.settings, rig.wire.time_ns, 0)
+    assert rig.wire.ticks[-1]["hold"] is None
+    np.testing.assert_allclose(rig.wire.commands[2][0].position_NJ[0], held.position_NJ[-1])
+
+
+def test_if_a_motion_reaches_some_outputs_only_these_brake_from_it_and_the_others_from_the_one_before(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = moving(rig)
+    send, told = rig.wire.send_command, []
+
+    def fail_once(motion: Motion, now_ns: int) -> None:
+        if not told:
+            told.append(motion)
+            raise MotionInterrupted("output 'hand': not told", motion, FIRST_THREE)
+        send(motion, now_ns)
+
+    monkeypatch.setattr(rig.wire, "send_command", fail_once)
+    give_state(rig, running.at(rig.wire.time_ns)[0])
+    rig.loop.step(rig.settings, rig.wire.time_ns, 0)
+    assert rig.wire.ticks[-1]["hold"] == "output 'hand': not told"
+    (held, _) = rig.wire.commands[1]
+    assert_the_others_brake(running, held, bounds_of(rig).acceleration_J)
+    for a, b in zip(told[0].at(held.from_ns), held.at(held.from_ns), strict=True):
+        np.testing.assert_allclose(a[:3], b[:3], atol=1e-9)
+
+
+def test_the_first_motion_that_reaches_only_some_outputs_leaves_the_others_where_they_are(rig: Rig) -> None:
+    governor, bounds = Governor(JOINTS, 0.02), bounds_of(rig)
+    running = moving(rig)
+    governor.interrupt(running, FIRST_THREE, bounds)
+    held, _ = governor.brake(rig.wire.time_ns + 20 * MS, rig.wire.time_ns, bounds.acceleration_J)
+    np.testing.assert_allclose(held.position_NJ[:, 3:], np.tile(running.position_NJ[0, 3:], (len(held.time_N), 1)))
+    np.testing.assert_allclose(held.at(held.from_ns)[1][:3], running.at(held.from_ns)[1][:3], atol=1e-9)
