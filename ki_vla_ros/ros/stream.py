@@ -69,6 +69,7 @@ class Player:
     def __init__(self, period_ns: int, streamed: Streamed, on_grid: bool = False) -> None:
         self.period_ns = period_ns
         self.motion: Motion | None = None
+        self.braking = False  # the motion is what an interruption left of another one
         self._streamed, self._on_grid = streamed, on_grid
         self._step_J = streamed.acceleration_J * (period_ns / NS_PER_S) * (1.0 + 1e-6)
         self._played_ns = 0  # how far the motion has been played
@@ -95,7 +96,8 @@ class Player:
             # It stands where the motion starts, as if just sent there.
             self._played_ns = self._sent_ns = now_ns
             self._sent_J = motion.at(now_ns)[0].copy()
-        self.motion, self._zeros = motion, ZEROS if self._streamed.velocity_J.any() else 1
+        self.motion, self.braking = motion, False
+        self._zeros = ZEROS if self._streamed.velocity_J.any() else 1
 
     def take_interruption(self) -> MotionInterrupted | None:
         """What has become of the motion if it was dropped; said once."""
@@ -112,7 +114,8 @@ class Player:
             self._played_ns = self._sent_ns
         rest = self._brake(self.motion)
         self._interruption = MotionInterrupted(reason, rest, self._streamed.axis_J)
-        self.motion, self._zeros = (rest if len(rest.time_N) > 1 else None), ZEROS
+        self.motion, self.braking = (rest if len(rest.time_N) > 1 else None), True
+        self._zeros = ZEROS
 
     def due_ns(self) -> int:
         """When the next position is due; only while a motion is playing."""
@@ -274,6 +277,8 @@ class MotionStream:
                 output.send(sample)
             except Exception as error:
                 self._failed(error)
+                if player.braking:  # whatever one does not get, the others come to rest
+                    continue
                 player.motion = player.motion or playing
                 reason = (
                     f"stream: a command could not be sent: {error!r}; the arm has stopped and starts again from there"
