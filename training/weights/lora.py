@@ -154,6 +154,6 @@ def refuse_lora(keys: Iterable[str], path: Path, lora: Path | None) -> None:
     if found:
         raise ConfigurationError(
             f"{path}: expected whole weights, got LoRA beside them: {shorten(found)}; merge it first (peft: "
-            "merge_and_unload; openpi: add lora_a times lora_b to the JAX arrays, and then convert them), or give the "
-            f"folder of peft's {ADAPTER} with --lora, and the weights that it was trained on with --from"
+            "merge_and_unload; openpi: as docs/weights.md shows, before the conversion), or give the folder of peft's "
+            f"{ADAPTER} with --lora, and the weights that it was trained on with --from"
         )

@@ -156,8 +156,8 @@ def sizes_beside(source: Path) -> Sizes:
     names = {part: content.get(key) for key, part in PARTS.items()}
     if lora := [name for name in names.values() if isinstance(name, str) and name.endswith(LORA)]:
         raise ConfigurationError(
-            f"{path}: expected whole weights, got those of {lora[0]}: openpi's conversion leaves LoRA out; add lora_a "
-            "times lora_b to the JAX arrays, convert them again, and name the variant without _lora"
+            f"{path}: expected whole weights, got those of {lora[0]}: openpi's conversion leaves LoRA out; add it "
+            "to the JAX arrays as docs/weights.md shows, and convert them again"
         )
     found = {part: VARIANTS[name] for part, name in names.items() if isinstance(name, str) and name in VARIANTS}
     return Sizes(**found)  # type: ignore[typeddict-item]

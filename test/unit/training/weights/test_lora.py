@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import ROOT
 from support.golden import CONFIG
 from torch import Tensor
 
@@ -239,3 +241,37 @@ def test_an_adapter_alone_is_not_the_weights(tmp_path: Path) -> None:
     merged(tmp_path, write(tmp_path, adapter()))  # both in one folder
     with pytest.raises(ConfigurationError, match=r"got LoRA beside them: adapter_model\.safetensors"):
         import_weights(PI0, tmp_path, "pi0")
+
+
+def test_openpis_lora_is_added_as_the_page_says() -> None:
+    """openpi computes einsums with the factors; the page's lines make one array of each."""
+    page = (ROOT / "docs" / "weights.md").read_text()
+    lines = page[page.index("for key in [key for key in flat") : page.index("params = flax.traverse_util.unflatten")]
+    rng = np.random.default_rng(0)
+    layers, heads, width, dim, rank, hidden = 2, 3, 5, 4, 2, 6
+    layout = {  # what openpi computes with the whole array, with lora_a, and with lora_b on that
+        "attn/q_einsum/w": ((heads, width, dim), "td,ndh->tnh", "td,ndl->tnl", "tnl,nlh->tnh"),
+        "attn/kv_einsum_1/w": ((2, heads, width, dim), "td,skdh->stkh", "td,skdl->stkl", "stkl,sklh->stkh"),
+        "attn/attn_vec_einsum/w": ((heads, dim, width), "tnh,nhd->td", "tnh,nhl->tl", "tl,nld->td"),
+        "mlp/linear": ((hidden, width), "th,hd->td", "th,hl->tl", "tl,ld->td"),
+        "mlp_1/gating_einsum": ((2, width, hidden), "td,sdh->sth", "td,sdl->stl", "stl,slh->sth"),
+    }
+    flat, before = {}, {}
+    for name, (shape, *_) in layout.items():
+        stem = name.removesuffix("w") if name.endswith("/w") else f"{name}_"
+        before[name] = flat[name] = rng.normal(size=(layers, *shape))
+        flat[f"{stem}lora_a"] = rng.normal(size=(layers, *shape[:-1], rank))
+        flat[f"{stem}lora_b"] = rng.normal(size=(layers, *shape[:-2], rank, shape[-1]))
+    factors = dict(flat)
+    exec(lines, {"flat": flat})
+    assert sorted(flat) == sorted(layout)
+    for name, (_, whole, first, second) in layout.items():
+        stem = name.removesuffix("w") if name.endswith("/w") else f"{name}_"
+        for layer in range(layers):
+            given = rng.normal(size=[{"t": 7, "d": width, "n": heads}.get(c, dim) for c in whole.split(",")[0]])
+            if name == "mlp/linear":
+                given = rng.normal(size=(7, hidden))
+            lora = np.einsum(first, given, factors[f"{stem}lora_a"][layer])
+            expected = np.einsum(whole, given, before[name][layer])
+            expected = expected + np.einsum(second, lora, factors[f"{stem}lora_b"][layer])
+            assert np.einsum(whole, given, flat[name][layer]) == pytest.approx(expected)
