@@ -8,7 +8,7 @@ Whatever happens later is done by whoever orders it: a node that is cleaned up a
 started again after a crash (respawn), is not activated.
 
 `IncludeLaunchDescription` leaves its arguments behind for what is included after it. Who includes this file more than
-once puts each into a `GroupAction`, as in docs/robot.md.
+once puts each into a `GroupAction`, as in docs/deploy.md.
 
 Start the cameras with the same Fast DDS profile (see config/fastdds.xml). If the environment variable
 FASTDDS_DEFAULT_PROFILES_FILE is set already, or FASTRTPS_DEFAULT_PROFILES_FILE, as Humble's Fast DDS calls it, it is

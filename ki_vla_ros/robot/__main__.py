@@ -4,7 +4,7 @@
     python -m ki_vla_ros.robot check my_robot.yaml --bag BAG --dataset DATASET --bundle BUNDLE --urdf ARM.urdf
     python -m ki_vla_ros.robot schema
 
-Exit code 1 if `check` found something, 2 if it could not look. docs/robot.md explains the file.
+Exit code 1 if `check` found something, 2 if it could not look. docs/your_robot.md goes through it step by step.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Column(Mapping):
 
     column: str | None = Field(default=None, description="feature; left out: observation.state, or action")
     index: Annotated[int, Field(ge=0, le=10_000)] | None = Field(
-        default=None, description="place in the column; left out: by name, else in the order of this list"
+        default=None, description="place in the column, from 0; left out: by name, else in the order of this list"
     )
     name: str | None = Field(default=None, description="the dataset's name for it; left out: this dimension's name")
 
@@ -71,13 +71,19 @@ class Source(Mapping):
 
 
 class _Dimension(Frozen):
-    name: Name = Field(description="name, distinct in its list; for datasets of ours also the name in the dataset")
+    name: Name = Field(
+        description="distinct in its list; also the name of its joint and in datasets, where nothing else is said there"
+    )
     unit: RobotUnit | None = Field(
         default=None, description="the robot's own unit; parts of poses and twists have theirs"
     )
     component: Component | None = Field(default=None, description="pose, pose_delta and twist: which part this is")
-    lower: Limit = Field(default=None, description="lowest value; left out or -.inf: none")
-    upper: Limit = Field(default=None, description="highest value; left out or .inf: none")
+    lower: Limit = Field(
+        default=None, description="lowest value; left out or -.inf: none, or a gripper's lower one of open and closed"
+    )
+    upper: Limit = Field(
+        default=None, description="highest value; left out or .inf: none, or a gripper's higher one of open and closed"
+    )
     continuous: bool = Field(
         default=False, description="a joint that turns without end: angles a whole turn apart are one place"
     )

@@ -51,7 +51,11 @@ class Mapping(Frozen):
     is at the dimension's lower and upper limit (-100 and 100, say); `open` and `closed` say it for a gripper.
     """
 
-    unit: ForeignUnit | None = Field(default=None, description="the value's unit; left out: the dimension's own")
+    unit: ForeignUnit | None = Field(
+        default=None,
+        description="the value's unit; left out: the dimension's own; percent or ratio of a dimension in rad or m: the "
+        "share of the way from lower to upper",
+    )
     scale: Finite = Field(default=1.0, description="factor, beside that of the unit")
     offset: Finite = Field(default=0.0, description="added after scaling, in the robot's unit")
     sign: Literal[1, -1] = Field(default=1, description="-1 where the value counts the other way round")

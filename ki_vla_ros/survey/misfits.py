@@ -182,14 +182,14 @@ def _check_signal(file: RobotFile, signal: Signal, bag: BagSurvey, node: str) ->
     seen = bag.topics.get(topic)
     if seen is None or seen.type != signal.type:
         got = f"no such topic{_offer(topic, bag, (signal.type,))}" if seen is None else seen.type
-        yield Misfit(line, where, f"{signal.type} on {topic}", got, "set source: {topic: ...}")
+        yield Misfit(line, where, f"{signal.type} on {topic}", got, "set topic in its source")
         return
     tracks = seen.velocity if signal.field == "velocity" else seen.tracks
     if seen.type == JOINT_STATE and signal.field == "effort":
         return
     if signal.part not in tracks:
         names = ", ".join(list(tracks)[:20]) or seen.fault or "nothing that can be read"
-        change = "correct its name, or set source: {joint: ...}"
+        change = "correct its name, or set joint in its source"
         yield Misfit(line, where, f"{signal.part} on {topic}", f"{names}{did_you_mean(signal.part, tracks)}", change)
         return
     track = tracks[signal.part]
@@ -250,25 +250,25 @@ def _check_values(
             change = "correct the limits; commands are in the robot's own unit"
             hint = ", which would fit as degrees" if degrees else ""
         elif degrees and dimension.kind != "gripper":
-            change, hint = f"set {key}: {{unit: deg}}", ", which would fit as degrees"
+            change, hint = f"set unit: deg in its {key}", ", which would fit as degrees"
             if max(-low, high) <= 100.5:
-                change += f", or {key}: {{range: [-100, 100]}} if they are shares of the range"
+                change += ", or range: [-100, 100] if they are shares of the range"
         elif dimension.kind == "gripper":
             for ends in ((0.0, 1.0), (0.0, 100.0), (-1.0, 1.0), (-100.0, 100.0)):
                 if ends[0] - 0.05 * ends[1] <= low and high <= 1.05 * ends[1]:
-                    change, hint = f"set {key}: {{open: {ends[1]:g}, closed: {ends[0]:g}}}, or the reverse", ""
+                    change, hint = f"set open: {ends[1]:g} and closed: {ends[0]:g} in its {key}, or the reverse", ""
                     break
         elif BEYOND_RADIANS < max(-low, high) <= 100.5:
-            change = f"correct the limits, or set {key}: {{range: [-100, 100]}} if they are shares of the range"
+            change = f"correct the limits, or set range: [-100, 100] in its {key} if they are shares of the range"
         elif max(-low, high) <= 1.05 and line == (1.0, 0.0):
-            change = f"correct the limits, or set {key}: {{range: [-1, 1]}} if they are shares of the range"
+            change = f"correct the limits, or set range: [-1, 1] in its {key} if they are shares of the range"
         yield Misfit(at, where, expected, got + hint, change)
         return
     least = LEAST_USED * (upper - lower)
     in_degrees = abs(abs(line[0]) - DEGREE) < 1e-12
     if in_degrees and fits(1.0, 0.0) and own[1] - own[0] < least and least < high - low < 2.0 * math.pi:
         got = f"{low:.4g} to {high:.4g} from {source}, which fits as radians"
-        yield Misfit(at, where, "degrees", got, f"leave the unit out of {key}")
+        yield Misfit(at, where, "degrees", got, f"leave the unit out of its {key}")
 
 
 def _check_output(file: RobotFile, output: Output, bag: BagSurvey, node: str) -> Iterator[Misfit]:
@@ -360,7 +360,7 @@ def _check_command(
     fit = together(track, state)
     if fit is not None and fit[0] * math.copysign(1.0, signal.scale) < OPPOSED:
         line = file.line(*_place_of_signal(file, signal), "source")
-        way, change = "it goes the other way", "set source: {sign: -1}, or mend the driver"
+        way, change = "it goes the other way", "set sign: -1 in its source, or mend the driver"
         if action.kind == "gripper":
             way, change = "open is closed", "exchange open and closed in its source, or mend the driver"
         got = f"correlation {fit[0]:.2f}: {way}"
