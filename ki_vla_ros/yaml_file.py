@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -20,16 +20,21 @@ MOST_DEPTH: Final = 50
 LONGEST_NUMBER: Final = 400
 
 
-def read_yaml(path: Path, record: type[Record], what: str, examples: str) -> Record:
+def read_yaml(
+    path: Path, record: type[Record], what: str, examples: str, prepare: Callable[[Any], Any] = lambda content: content
+) -> Record:
     """Read and check a file; `what` it is and the folder with `examples` of it are named in errors.
 
-    ConfigurationError names the file, the key or line, what was expected and what was got.
+    ConfigurationError names the file, the key or line, what was expected and what was got. `prepare` may complete the
+    content before it is checked; its own ConfigurationError is told with the file's name.
     """
     cause: Exception
     text = ""
     try:
         text = read_text(path, LARGEST_YAML)
-        return record.model_validate(parse_yaml(text))
+        return record.model_validate(prepare(parse_yaml(text)))
+    except ConfigurationError as error:
+        cause, fault = error, str(error)
     except OSError as error:
         cause, fault = error, f"expected a YAML file, got one that cannot be read ({error.strerror})"
     except ValidationError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +27,7 @@ from ki_vla_ros.robot.dimensions import (
     StateDimension,
     TopicName,
 )
+from ki_vla_ros.robot.limits import with_urdf
 from ki_vla_ros.robot.mapping import Finite, Frozen, Lines
 from ki_vla_ros.robot.outputs import ARRAY, CARRIES, GRIPPER_COMMAND, Output
 from ki_vla_ros.robot.signals import Signal, check_pose_parts, command_axes, measuring_state, robot_signals
@@ -74,10 +75,16 @@ class Robot(Frozen):
     actions: Annotated[tuple[ActionDimension, ...], Field(min_length=1)] = Field(description="what the policy commands")
     outputs: Annotated[tuple[Output, ...], Field(min_length=1)] = Field(description="who takes the commands")
     action_period_s: ActionPeriod = Field(description="time between two actions, in s")
+    urdf: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        default=None,
+        description="a URDF, by its path from this file, whose limits fill in what is left out and tighten what is not",
+    )
     horizon: Horizon = Field(description="actions per chunk")
 
     @model_validator(mode="after")
     def _consistent(self) -> Robot:
+        if self.urdf is not None:  # `read_robot` puts its limits in and takes it out: bundles stand alone
+            raise ValueError("urdf: expected in a robot file only, beside its actions")
         check_names("cameras", [camera.name for camera in self.cameras])
         check_names("state", [dimension.name for dimension in self.state])
         check_names("actions", [dimension.name for dimension in self.actions])
@@ -206,4 +213,4 @@ def find_robot(robot: str) -> Path:
 
 def read_robot(path: Path) -> Robot:
     """Read and check a robot file; ConfigurationError names the file, the key, what was expected and what was got."""
-    return read_yaml(path, Robot, "robot file", "config/robots/")
+    return read_yaml(path, Robot, "robot file", "config/robots/", partial(with_urdf, folder=path.parent))
