@@ -14,7 +14,7 @@ KINDS = ("joint_position", "joint_velocity", "gripper")
 
 
 def with_urdf(content: Any, folder: Path) -> Any:
-    """A robot file's content with the limits of its `urdf`, relative to `folder`; ConfigurationError names what is wrong.
+    """The content of a robot file with the limits of its `urdf` (a path from `folder`); ConfigurationError says why not.
 
     Without a `urdf` it is returned as it is. Joints that the URDF does not have keep what the file says.
     """

@@ -61,7 +61,7 @@ def test_the_tighter_of_file_and_urdf_counts(tmp_path: Path) -> None:
         (
             {"name": "wrist"},
             "r.urdf",
-            r"urdf .*r\.urdf: expected joints wrist, got lift, elbow, roll; is it this\?",
+            r"urdf .*r\.urdf: expected joints wrist, got lift, elbow, roll; is it this",
         ),
         (
             {"name": "elbow", "lower": 1.9, "upper": 1.0},
