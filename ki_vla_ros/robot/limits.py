@@ -16,7 +16,8 @@ KINDS = ("joint_position", "joint_velocity", "gripper")
 def with_urdf(content: Any, folder: Path) -> Any:
     """The content of a robot file with the limits of its `urdf`, a path from `folder`.
 
-    ConfigurationError names a URDF that cannot be read. Without one the content stays as it is. Joints that the URDF does not have keep what the file says.
+    ConfigurationError names a URDF that cannot be read. Without one the content stays as it is, and joints that it does
+    not have keep what the file says.
     """
     if not isinstance(content, dict) or content.get("urdf") is None:
         return content
