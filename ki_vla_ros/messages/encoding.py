@@ -69,10 +69,7 @@ def _encode_trajectory(
     """
     head = bytearray(CDR)
     head += struct.pack("<iII4x", *divmod(stamp_ns, NS_PER_S), 1)  # no frame: an empty string, padded
-    head += struct.pack("<I", len(joints))
-    for name in joints:
-        text = name.encode() + b"\0"
-        head += struct.pack("<I", len(text)) + text + bytes(-len(text) % 4)
+    head += _encode_names(tuple(joints))
     head += struct.pack("<I", len(time_N))
     points = np.zeros(len(time_N), dtype=_point_type(len(joints)))
     points["joints"] = points["joints_again"] = len(joints)
@@ -81,6 +78,15 @@ def _encode_trajectory(
     body = points.tobytes()
     # CDR aligns doubles to eight bytes, counted from after its four-byte header: the first point's may need no gap.
     return bytes(head) + (body if (len(head) - 4) % 8 == 0 else body[:4] + body[8:])
+
+
+@cache
+def _encode_names(names: tuple[str, ...]) -> bytes:
+    """A sequence of strings, each padded to four bytes."""
+    parts = [struct.pack("<I", len(names))]
+    for text in (name.encode() + b"\0" for name in names):
+        parts.append(struct.pack("<I", len(text)) + text + bytes(-len(text) % 4))
+    return b"".join(parts)
 
 
 @cache
