@@ -11,7 +11,7 @@ import pytest
 from support.foreign_datasets import CODECS, SHAPES, Camera, build, picture, task_of, value
 
 from ki_vla_ros.errors import ConfigurationError
-from training.convert.playback import Topics
+from training.convert.playback import PAUSE_NS, START_NS, Topics, _schedule
 from training.data.lerobot import Dataset
 from training.data.lerobot.arrays import load_dataset
 
@@ -182,6 +182,14 @@ def test_a_camera_that_is_called_as_no_topic_may_has_one_in_a_bag(tmp_path: Path
     cameras.append(Camera("observation.images.a b", "png"))
     with pytest.raises(ConfigurationError, match=r"two cameras on one topic among .*/camera/a_b"):
         Topics.of(Dataset(build(tmp_path / "two", replace(shape, cameras=cameras))))
+
+
+def test_a_rate_that_is_no_whole_number_gives_a_bag_whole_stamps(tmp_path: Path) -> None:
+    shape = replace(SHAPES["so100 v2.1"], fps=12.5, cameras=())
+    first, second = _schedule(Dataset(build(tmp_path / "dataset", shape)))
+    assert [type(time_ns) for time_ns in (second.begin_ns, second.first_ns, second.end_ns)] == [int] * 3
+    assert first.stamp_ns == START_NS and second.stamp_ns == START_NS + 3 * 80_000_000 + PAUSE_NS
+    assert (second.first_ns - second.begin_ns) % 80_000_000 == 0
 
 
 def test_neighbours_differ_by_more_than_a_codec_loses() -> None:
