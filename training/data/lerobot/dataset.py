@@ -152,14 +152,13 @@ class Dataset:
                 f"{path}: episode {episode.index}: expected a timestamp every 1 / {fps} s, got {time_N[i]:g} s for "
                 f"frame {i}, not {due_N[i]:g} s"
             )
-        for key in (self.state_key, self.action_key):
-            if (
-                key is not None
-                and not (whole := np.isfinite(columns[key].reshape(episode.length, -1)).all(axis=1)).all()
-            ):
+        for key in filter(None, (self.state_key, self.action_key)):
+            finite_N = np.isfinite(columns[key].reshape(episode.length, -1)).all(axis=1)
+            if not finite_N.all():
+                i = int(finite_N.argmin())
                 raise InputError(
                     f"{path}: episode {episode.index}: expected finite numbers in {key}, got "
-                    f"{columns[key][int(whole.argmin())].tolist()} for frame {int(whole.argmin())}"
+                    f"{columns[key][i].tolist()} for frame {i}"
                 )
 
     def _pictures(self, path: Path, key: str, first: int, episode: Episode) -> Iterator[NDArray[np.uint8]]:

@@ -69,7 +69,7 @@ Version = Annotated[
 ]
 
 
-def whole(value: Any) -> Any:
+def as_integer(value: Any) -> Any:
     """10 for 10.0, as some writers make all numbers floats; anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -133,9 +133,9 @@ class Info(BaseModel):
     total_frames: Count = 0
     total_tasks: Count | None = 0
     chunks_size: Annotated[Positive, BeforeValidator(lambda value: CHUNK if value is None else value)] = CHUNK
-    data_files_size_in_mb: Annotated[int | float, BeforeValidator(whole)] = 100
-    video_files_size_in_mb: Annotated[int | float, BeforeValidator(whole)] = 200
-    fps: Annotated[int | float, Field(gt=1e-3, lt=1e5), BeforeValidator(whole)]
+    data_files_size_in_mb: Annotated[int | float, BeforeValidator(as_integer)] = 100
+    video_files_size_in_mb: Annotated[int | float, BeforeValidator(as_integer)] = 200
+    fps: Annotated[int | float, Field(gt=1e-3, lt=1e5), BeforeValidator(as_integer)]
     splits: Any = {}
     data_path: str = f"data/{CHUNK_FILE}.parquet"
     video_path: str | None = f"videos/{{video_key}}/{CHUNK_FILE}.mp4"
