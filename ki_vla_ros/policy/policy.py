@@ -17,7 +17,7 @@ from ki_vla_ros.errors import ConfigurationError, EngineError, InputError
 from ki_vla_ros.policy.guidance import Guide, guidance
 from ki_vla_ros.policy.preprocess import make_model_input, normalize, trained_turn, unnormalize
 from ki_vla_ros.records import ActionChunk, Condition, ModelInput, Observation
-from ki_vla_ros.robot import CommandSpace
+from ki_vla_ros.robot import CommandSpace, nearest_rotation
 from ki_vla_ros.settings import JacobianName
 
 
@@ -44,6 +44,7 @@ class Policy:
         self.flow_steps = bundle.manifest.flow.steps if flow_steps is None else flow_steps
         self.noise_seed = noise_seed
         self.space = CommandSpace(bundle.manifest.robot)
+        self._middle_D = (np.array(bundle.manifest.action.low) + np.array(bundle.manifest.action.high)) / 2.0
         if self.flow_steps < 1:
             raise ConfigurationError(f"flow_steps: expected at least 1, got {self.flow_steps}")
         # Checked once: a runtime check of a protocol costs more than a small expert's step.
@@ -132,6 +133,7 @@ class Policy:
         """A path of the axes -> normalised actions [H, D]: the inverse of `decode`."""
         manifest, measured_J = self.bundle.manifest, self._measured(observation)
         actions_HD = self.space.actions(position_HJ, velocity_HJ, measured_J) - self._origin(observation.state_S)
+        actions_HD = nearest_rotation(actions_HD, self._middle_D, manifest.robot.actions)
         return normalize(actions_HD, manifest.action.low, manifest.action.high).astype(np.float32)
 
     def decode(

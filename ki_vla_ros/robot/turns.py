@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.robot.dimensions import StateDimension
+from ki_vla_ros.robot.dimensions import QUATERNION, VECTOR, ActionDimension, StateDimension
 
 TURN = 2.0 * math.pi
 
@@ -37,21 +37,36 @@ def nearest_turn(
 
 
 def nearest_rotation(
-    state_S: NDArray[np.float64], near_S: NDArray[np.float64], dimensions: Sequence[StateDimension]
+    values: NDArray[np.float64],
+    near_D: NDArray[np.float64],
+    dimensions: Sequence[StateDimension | ActionDimension],
 ) -> NDArray[np.float64]:
-    """The same state [S] with its rotations written the way that is nearer to `near_S`.
+    """The same values [..., D] with their rotations written the way that is nearer to `near_D`.
 
     A rotation vector and the one the other way round are one rotation, as are a quaternion and its negative. Who
     recorded the data may have written either: robosuite follows MuJoCo's quaternion beyond half a turn.
     """
-    for s, dimension in enumerate(dimensions):
-        if dimension.component not in ("rx", "qx"):
-            continue
-        part = slice(s, s + (3 if dimension.component == "rx" else 4))
-        value, near = state_S[part], near_S[part]
-        angle = float(np.linalg.norm(value))
-        factor = -1.0 if dimension.component == "qx" else 1.0 - TURN / angle if angle > 0.0 else 1.0
-        if np.linalg.norm(factor * value - near) < np.linalg.norm(value - near):
-            state_S = state_S.copy()
-            state_S[part] = factor * value
-    return state_S
+    for places in _rotations(dimensions):
+        value, near = values[..., places], near_D[places]
+        other = -value
+        if len(places) == 3:
+            angle = np.linalg.norm(value, axis=-1, keepdims=True)
+            other = value * (1.0 - TURN / np.where(angle > 0.0, angle, TURN))
+        nearer = np.linalg.norm(other - near, axis=-1) < np.linalg.norm(value - near, axis=-1)
+        if nearer.any():
+            values = values.copy()
+            values[..., places] = np.where(nearer[..., np.newaxis], other, value)
+    return values
+
+
+def _rotations(dimensions: Sequence[StateDimension | ActionDimension]) -> Iterator[list[int]]:
+    """The places of each rotation that can be written in two ways: three of a vector, four of a quaternion."""
+    groups: dict[str, dict[str, int]] = {}
+    for d, dimension in enumerate(dimensions):
+        if dimension.component is not None:
+            group = dimension.source.topic if isinstance(dimension, StateDimension) else dimension.output
+            groups.setdefault(group, {})[dimension.component] = d
+    for place in groups.values():
+        for parts in (VECTOR, QUATERNION):
+            if parts[0] in place:
+                yield [place[part] for part in parts]

@@ -331,6 +331,24 @@ def test_liberos_actions_are_steps_of_the_hand(tmp_path: Path) -> None:
     assert back[:, :6] == pytest.approx(model_HW[:, :6], abs=1e-4)
 
 
+def test_actions_that_are_poses_go_back_as_training_wrote_them(tmp_path: Path) -> None:
+    """Absolute poses of a hand that points down: what guides the next chunk must not jump to the other end."""
+    content = LIBERO.model_dump(mode="json", exclude_none=True)
+    for action in content["actions"][:6]:
+        action |= {"kind": "pose", "dataset": {}}
+    robot = Robot.model_validate(content)
+    rng = np.random.default_rng(10)
+    stats = draw_statistics(rng, np.zeros(8), np.array([0.0, 0.0, 0.8, 3.2, -0.1, 0.1, 0.0]))
+    policy = policy_of(imported(tmp_path, robot, stats))
+    model_HW = rng.normal(0.0, 0.5, (10, WIDTH)).astype(np.float32)
+    observation = observe(robot, hand([0.0, 0.0, 0.8], [1.0, 0.0, 0.0, 0.0], [0.04, 0.04]))
+    policy.space.count_from(policy.space.measured(observation.signals))
+    chunk = policy.decode(model_HW, observation)
+    assert any(np.linalg.norm(action[3:6]) > math.pi for action in openpi_actions(model_HW, stats["actions"], 7))
+    back = policy.encode(chunk.position_HJ, chunk.velocity_HJ, observation)
+    assert back[:, :6] == pytest.approx(model_HW[:, :6], abs=1e-4)
+
+
 # --- units, and what has none
 
 
