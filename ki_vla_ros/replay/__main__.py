@@ -89,7 +89,7 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
         make_folder(chosen.out)
         trace, predicted = Trace(manifest), None
         if chosen.mcap:
-            predicted = PredictionBag(chosen.out / PREDICTED, setup.topics, setup.node, manifest.axis_names)
+            predicted = PredictionBag(chosen.out / PREDICTED, setup.topics, setup.node, manifest.robot)
             resources.callback(predicted.close)
         with BagProgress() as bar:
             result = replay(bag, setup, options, chosen.out, trace=trace, predicted=predicted, on_progress=bar.show)

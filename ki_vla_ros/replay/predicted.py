@@ -29,6 +29,7 @@ from ki_vla_ros.records import NS_PER_S, CameraFrame, Motion, Observation
 from ki_vla_ros.replay.frames import BagFrame
 from ki_vla_ros.replay.ticks import Prediction, Tick
 from ki_vla_ros.replay.topics import ReplayTopics
+from ki_vla_ros.robot import Robot
 
 LARGEST_SIDE, JPEG_QUALITY = 480, 85
 # Sampling period of the commanded motion, written as joint states.
@@ -36,12 +37,12 @@ SAMPLE_NS = 20_000_000
 
 
 class PredictionBag:
-    """Writes chunks, ticks and the commanded motion below `<node>/replay`.
+    """Writes chunks, ticks and the commanded motion, of several outputs each on its topic, below `<node>/replay`.
 
     Replaces what an earlier replay wrote to `folder`; ConfigurationError if there is anything else in it.
     """
 
-    def __init__(self, folder: Path, topics: ReplayTopics, node: str, joints: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, topics: ReplayTopics, node: str, robot: Robot) -> None:
         try:
             for name in ("metadata.yaml", f"{folder.name}.mcap"):
                 (folder / name).unlink(missing_ok=True)
@@ -52,10 +53,17 @@ class PredictionBag:
                 f"--out: expected only an earlier replay's files in {folder}, got {error}; choose another --out"
             ) from error
         self._file = BagFile(folder)
-        self._cameras, self._joints = topics.cameras, joints
-        self._names = {name: f"{node}/replay/{name}" for name in ("chunk", "tick", "commanded")}
-        for name, kind in (("chunk", TRAJECTORY), ("tick", TEXT), ("commanded", JOINT_STATE)):
+        self._cameras, self._joints = topics.cameras, robot.axis_names
+        self._names = {name: f"{node}/replay/{name}" for name in ("chunk", "tick")}
+        commanded, tokens = f"{node}/replay/commanded", robot.output_tokens
+        self._commanded = {
+            commanded if len(tokens) == 1 else f"{commanded}/{tokens[output.name]}": robot.axes_of(output)
+            for output in robot.outputs
+        }
+        for name, kind in (("chunk", TRAJECTORY), ("tick", TEXT)):
             self._file.add_topic(self._names[name], kind)
+        for topic in self._commanded:
+            self._file.add_topic(topic, JOINT_STATE)
         self._written: dict[str, int] = {}
         self._motion: Motion | None = None
         self._sampled_ns = 0
@@ -115,16 +123,17 @@ class PredictionBag:
             return
         for at_ns in range(max(motion.from_ns, self._sampled_ns), min(until_ns, motion.end_ns + 1), SAMPLE_NS):
             position_J, velocity_J = motion.at(at_ns)
-            self._message(
-                self._names["commanded"],
-                JOINT_STATE,
-                at_ns,
-                header=self._header(at_ns),
-                name=list(motion.joints),
-                position=position_J,
-                velocity=velocity_J,
-                effort=np.array([], dtype=np.float64),
-            )
+            for topic, axes in self._commanded.items():
+                self._message(
+                    topic,
+                    JOINT_STATE,
+                    at_ns,
+                    header=self._header(at_ns),
+                    name=list(motion.joints[axes]),
+                    position=position_J[axes],
+                    velocity=velocity_J[axes],
+                    effort=np.array([], dtype=np.float64),
+                )
             self._sampled_ns = at_ns + SAMPLE_NS
 
     def _add_frame(self, frame: CameraFrame, log_ns: int) -> None:
