@@ -108,7 +108,7 @@ def convert_bags(arguments: argparse.Namespace) -> int:
             )
             if reports:
                 print(as_table(reports))
-        reasons = [failure.reason for failure in failures.values()] + list(refused.values())
+        reasons = [failures[bag].reason for bag in dict.fromkeys(bags) if bag in failures] + list(refused.values())
         if info is None and not reasons:
             raise InputError(f"dataset {arguments.out}: expected at least one frame, got none; nothing was written")
         for reason in reasons:
@@ -297,4 +297,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # What other processes are to call must have a name that they can import, which `__main__` is not.
+    from training.convert import __main__ as command
+
+    sys.exit(command.main())
