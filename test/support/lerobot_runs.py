@@ -1,5 +1,7 @@
 """The conversions' command line, as the tests call it."""
 
+import os
+import signal
 from pathlib import Path
 
 from support.sample_bags import Messages, write_bag
@@ -16,3 +18,10 @@ def convert(tmp_path: Path, messages: Messages, *arguments: object, fps: int = 1
     more = arguments if "--camera" in arguments or "--bundle" in arguments else ("--bundle", "demo", *arguments)
     assert run("from-bag", bag, "--fps", fps, "--actions", actions, "--out", out, *more) == 0
     return Dataset(out)
+
+
+def kill_at(bag: Path, folder: Path) -> None:
+    """In place of a conversion: a part, or, of the bag `full`, a process that is killed as by a full memory."""
+    folder.mkdir()
+    if bag.name == "full":
+        os.kill(os.getpid(), signal.SIGKILL)

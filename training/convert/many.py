@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import connection
@@ -75,6 +76,7 @@ def run(jobs: Jobs, work: Work, workers: int, cluster: str | None) -> Iterator[O
 
 
 def _run_in_processes(jobs: Jobs, work: Work, workers: int) -> Iterator[Outcome]:
+    left = dict(jobs)
     # Not forked: the libraries' threads would be missing in the children.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
@@ -84,21 +86,26 @@ def _run_in_processes(jobs: Jobs, work: Work, workers: int) -> Iterator[Outcome]
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     bag = waiting.pop(future)
-                    try:
+                    with suppress(BrokenProcessPool):
                         yield bag, future.result()
-                    except BrokenProcessPool:
-                        yield (
-                            bag,
-                            Failure(
-                                f"bag {bag}: expected to convert it, got a process that was killed (this bag's or "
-                                "another's; is the memory full?); run the command again, with fewer --workers"
-                            ),
-                        )
+                        del left[bag]
         finally:  # Ctrl-C, or our own fault: what is whole stays
             for process in list((pool._processes or {}).values()):
                 if waiting:
                     process.terminate()
             pool.shutdown(cancel_futures=True)
+    # A process that was killed takes all others of its pool with it. Alone, each bag shows whether it was its own.
+    for bag, part in left.items():
+        if len(jobs) > 1:
+            yield from _run_in_processes({bag: part}, work, 1)
+        else:
+            yield (
+                bag,
+                Failure(
+                    f"bag {bag}: expected to convert it, got a process that was killed; is the memory full? Use fewer "
+                    "--workers"
+                ),
+            )
 
 
 def _begin_worker() -> None:

@@ -14,12 +14,15 @@ import cv2
 import numpy as np
 import pytest
 from support import ROOT
-from support.lerobot_runs import run
+from support.lerobot_runs import kill_at, run
 from support.sample_bags import START_NS, Messages, jpeg, recording, text, write_bag
 
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S
 from training.convert import __main__ as command
+from training.convert import many
+from training.convert.episodes import Frame
+from training.convert.writer import DatasetWriter
 from training.data.lerobot.dataset import Dataset
 
 GIVEN = ("--bundle", "demo", "--actions", "states")
@@ -158,6 +161,37 @@ def test_a_stopped_conversion_goes_on_where_it_was(
     assert stopped.done == ["one", "two", "one", "three"]
     assert [episode.length for episode in Dataset(out).episodes] == [6, 4, 4]
     assert names(tmp_path) == {"one", "two", "three", "out"}
+
+
+def test_a_bag_that_is_stopped_in_its_middle_leaves_its_frames_and_is_converted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out, add = bags(tmp_path)[:2], tmp_path / "out", DatasetWriter.add
+    added: list[int] = []
+
+    def stop(writer: DatasetWriter, frame: Frame) -> None:
+        if len(added) == 6:
+            raise KeyboardInterrupt
+        add(writer, frame)
+        added.append(frame.stamp_ns)
+
+    monkeypatch.setattr(DatasetWriter, "add", stop)
+    assert run("from-bag", *made, *GIVEN, "--out", out) == 130
+    assert [episode.length for episode in Dataset(out).episodes] == [4, 2]
+    reports = [json.loads(line) for line in (out / "meta/ki_vla_ros_episodes.jsonl").read_text().splitlines()]
+    assert [report["why"] for report in reports] == [[], ["stopped: the conversion was stopped in it"]]
+    monkeypatch.setattr(DatasetWriter, "add", add)
+    assert run("from-bag", *made, *GIVEN, "--out", out) == 0
+    assert [episode.length for episode in Dataset(out).episodes] == [4, 4]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_costs_its_own_bag(tmp_path: Path) -> None:
+    jobs = {Path(name): tmp_path / name for name in ("full", "one")}
+    outcomes = dict(many.run(jobs, kill_at, 2, None))
+    failure = outcomes.pop(Path("full"))
+    assert failure is not None and "bag full: expected to convert it, got a process that was killed" in failure.reason
+    assert outcomes == {Path("one"): None} and (tmp_path / "one").is_dir()
 
 
 def write_bag_again(folder: Path, messages: Messages) -> None:
