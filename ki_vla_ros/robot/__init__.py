@@ -13,6 +13,7 @@ from ki_vla_ros.robot.dimensions import (
     Source,
     StateDimension,
 )
+from ki_vla_ros.robot.limits import with_urdf
 from ki_vla_ros.robot.mapping import Finite, Frozen, Lines, Mapping
 from ki_vla_ros.robot.outputs import (
     ACTIONS,
@@ -81,4 +82,5 @@ __all__ = [
     "pose_place",
     "read_robot",
     "read_urdf",
+    "with_urdf",
 ]

@@ -70,6 +70,13 @@ class Source(Mapping):
     field: Literal["position", "velocity", "effort"] = Field(default="position", description="JointState: the field")
 
 
+def unused_of_pose(source: Source) -> str:
+    """What a PoseStamped has no use for; "" if nothing of it is given."""
+    if not source.says_nothing or source.joint is not None or source.field != "position":
+        return "expected only topic and type for a pose, which is in m and a quaternion"
+    return ""
+
+
 class _Dimension(Frozen):
     name: Name = Field(
         description="distinct in its list; also the name of its joint and in datasets, where nothing else is said there"
@@ -145,6 +152,8 @@ class StateDimension(_Dimension):
         expected = POSE_STAMPED if self.kind == "pose" else JOINT_STATE
         if self.source.type != expected:
             raise ValueError(f"{self.name!r}: source.type: expected {expected} for {self.kind}, got {self.source.type}")
+        if self.kind == "pose" and (fault := unused_of_pose(self.source)):
+            raise ValueError(f"{self.name!r}: source: {fault}")
         self.lines()
         return self
 
@@ -211,6 +220,8 @@ class ActionDimension(_Dimension):
             raise ValueError(f"{here}open and closed: expected both for a gripper")
         if self.relative and self.kind not in ("joint_position", "gripper"):
             raise ValueError(f"{here}relative: expected joint_position or gripper, got {self.kind}")
+        if not self.binary and (self.threshold, self.hysteresis) != (0.5, 0.1):
+            raise ValueError(f"{here}threshold and hysteresis: expected them only with binary: true")
         if self.binary and self.ends is None:
             raise ValueError(f"{here}binary: expected open and closed, got none")
         if self.binary and not self.hysteresis / 2 < min(self.threshold, 1 - self.threshold):

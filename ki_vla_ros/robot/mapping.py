@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 RobotUnit = Literal["rad", "m", "rad/s", "m/s", "ratio"]
@@ -65,8 +65,13 @@ class Mapping(Frozen):
     open: Finite | None = Field(default=None, description="gripper: the value when it is open")
     closed: Finite | None = Field(default=None, description="gripper: the value when it is closed")
 
-    @model_validator(mode="after")
-    def _one_way(self) -> Mapping:
+    @property
+    def says_nothing(self) -> bool:
+        """Whether values are the robot's own."""
+        numbers = (self.scale, self.offset, self.sign) == (1.0, 0.0, 1)
+        return numbers and (self.unit, self.range, self.open, self.closed) == (None,) * 4
+
+    def _check_one_way(self) -> None:
         by_numbers = self.unit is not None or (self.scale, self.offset, self.sign) != (1.0, 0.0, 1)
         by_ends = self.open is not None or self.closed is not None
         if by_numbers + (self.range is not None) + by_ends > 1:
@@ -76,15 +81,16 @@ class Mapping(Frozen):
         for what, ends in (("range", self.range), ("open and closed", (self.open, self.closed) if by_ends else None)):
             if ends is not None and ends[0] == ends[1]:
                 raise ValueError(f"{what}: expected two values, got {ends[0]} twice")
-        return self
 
     def line(
         self, unit: RobotUnit, limits: tuple[float, float] | None, gripper: tuple[float, float] | None
     ) -> tuple[float, float]:
         """Scale and offset into `unit`; `limits` are the dimension's lower and upper, `gripper` its open and closed.
 
-        ValueError if the mapping needs what the dimension does not have, or if no useful line comes of it.
+        ValueError if the mapping says several things, needs what the dimension does not have, or if no useful line
+        comes of it.
         """
+        self._check_one_way()
         if self.open is not None and self.closed is not None:
             if gripper is None:
                 raise ValueError("open and closed: expected a gripper that names its own open and closed")
@@ -92,10 +98,13 @@ class Mapping(Frozen):
         elif self.range is not None or (self.unit in ("percent", "ratio") and unit != "ratio"):
             if limits is None:
                 raise ValueError("range: expected lower and upper of the dimension, which has none")
+            if (self.scale, self.offset, self.sign) != (1.0, 0.0, 1):
+                raise ValueError(
+                    f"scale, offset and sign: expected none for {self.unit}, which is the share of the way from lower "
+                    "to upper; a share that counts otherwise is a range, such as [100, 0]"
+                )
             ends = self.range or ((0.0, 100.0) if self.unit == "percent" else (0.0, 1.0))
             scale, offset = _through((ends[0], limits[0]), (ends[1], limits[1]))
-            if self.range is None:
-                scale, offset = self.sign * self.scale * scale, offset + self.offset
         else:
             base, factor = SCALES[self.unit or unit]
             if base != unit:

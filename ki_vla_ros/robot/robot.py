@@ -26,6 +26,7 @@ from ki_vla_ros.robot.dimensions import (
     Name,
     StateDimension,
     TopicName,
+    unused_of_pose,
 )
 from ki_vla_ros.robot.limits import with_urdf
 from ki_vla_ros.robot.mapping import Finite, Frozen, Lines
@@ -132,6 +133,14 @@ class Robot(Frozen):
                 raise ValueError(f"{here}{field}: expected {'it for a pose' if posed else 'none without a pose'}")
         if output.source is not None and not posed:
             raise ValueError(f"{here}source: expected none without a pose; give it with the action")
+        if output.source is not None and (fault := unused_of_pose(output.source)):
+            raise ValueError(f"{here}source: {fault}")
+        if output.max_effort is not None and output.type != GRIPPER_COMMAND:
+            raise ValueError(f"{here}max_effort: expected it only for {GRIPPER_COMMAND}, got {output.type}")
+        if (output.delta_frame, output.delta_from) != ("base", "previous") and not posed:
+            raise ValueError(f"{here}delta_frame and delta_from: expected them only for steps of a pose")
+        if output.frame_id and not posed and "twist" not in kinds:
+            raise ValueError(f"{here}frame_id: expected it only for poses and twists, got {output.frame_id!r}")
 
     def actions_of(self, output: Output) -> tuple[ActionDimension, ...]:
         return tuple(action for action in self.actions if action.output == output.name)

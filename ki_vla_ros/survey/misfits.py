@@ -34,6 +34,7 @@ from ki_vla_ros.robot import (
     disagreements,
     find_columns,
     read_urdf,
+    with_urdf,
 )
 from ki_vla_ros.settings import NODE, resolve
 from ki_vla_ros.survey.bag import BagSurvey
@@ -77,7 +78,9 @@ class RobotFile:
         self.path = path
         try:
             text = read_text(path, LARGEST_YAML)
-            content = parse_yaml(text)
+            content = with_urdf(parse_yaml(text), path.parent)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"robot file {path}: {error}") from None
         except OSError as error:
             raise ConfigurationError(f"robot file {path}: expected a YAML file, got {error.strerror}") from None
         except ValueError as error:
@@ -483,7 +486,7 @@ def _check_opening(
 def _limits_of(robot: Robot, dimension: Any) -> tuple[float, float]:
     """Of a dimension in its own unit; a state's are those of the action that moves it."""
     if isinstance(dimension, ActionDimension):
-        if dimension.relative or dimension.kind in ("pose", "pose_delta"):
+        if dimension.kind in ("pose", "pose_delta"):
             return -math.inf, math.inf
         most = dimension.max_velocity or math.inf
         return (-most, most) if dimension.kind in ("twist", "joint_velocity") else dimension.span

@@ -76,3 +76,29 @@ def test_a_urdf_may_say_that_a_joint_turns_without_end() -> None:
     urdf = '<robot><joint name="forearm_roll" type="continuous"/></robot>'
     marked = [joint.name for joint in bundle.on_robot(urdf).manifest.axes if joint.continuous]
     assert marked == ["forearm_roll"] and bundle.on_robot("") is bundle
+
+
+POSE = {"kind": "pose", "source": {"topic": "pose", "type": "geometry_msgs/msg/PoseStamped"}}
+STATE = [POSE | {"name": part, "component": part} for part in ("x", "y", "z", "qx", "qy", "qz", "qw")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"outputs": [{"name": "arm", "topic": "t", "max_effort": 1.0}]}, "max_effort: expected it only for control"),
+        ({"outputs": [{"name": "arm", "topic": "t", "frame_id": "base"}]}, "frame_id: expected it only for poses and"),
+        ({"outputs": [{"name": "arm", "topic": "t", "delta_frame": "tool"}]}, "expected them only for steps of a pose"),
+        ({"state": [STATE[0] | {"source": POSE["source"] | {"unit": "mm"}}, *STATE[1:]]}, "'x': source: expected only"),
+        ({"state": [STATE[0] | {"source": POSE["source"] | {"joint": "a"}}, *STATE[1:]]}, "topic and type for a pose"),
+        (
+            {"actions": [ACTION | {"kind": "gripper", "open": 1.0, "closed": 0.0, "threshold": 0.3}]},
+            "'a': threshold and hysteresis: expected them only with binary: true",
+        ),
+    ],
+)  # fmt: skip
+def test_what_would_have_no_effect_is_refused(tmp_path: Path, changes: dict[str, object], fault: str) -> None:
+    path = tmp_path / "robot.yaml"
+    content = {"state": [JOINT], "actions": [ACTION], "outputs": [{"name": "arm", "topic": "t"}]} | changes
+    path.write_text(yaml.safe_dump(yaml.safe_load(EXAMPLE.read_text()) | content))
+    with pytest.raises(ConfigurationError, match=fault):
+        read_robot(path)

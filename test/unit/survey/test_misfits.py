@@ -275,3 +275,13 @@ def test_a_trajectory_that_says_nothing_is_no_fault_of_the_file(tmp_path: Path, 
     messages = change(ARM_TOPIC, lambda k, m: with_data(m, command(np.zeros(0), ())) if k == 0 else m)(recording())
     bag = write_mcap(tmp_path / "bag.mcap", messages)
     assert main(["check", str(write(tmp_path, proposed)), "--bag", str(bag)]) == 0
+
+
+def test_limits_of_a_urdf_beside_the_file_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "config/robots/demo_arm.yaml").read_text().replace("upper: 2.75, max_velocity: 3.0, ", "")
+    (tmp_path / "robot.yaml").write_text(text + "urdf: arm.urdf\n")
+    assert main(["check", str(tmp_path / "robot.yaml")]) == 2
+    assert "arm.urdf cannot be read" in capsys.readouterr().err
+    joint = '<joint name="elbow" type="revolute"><limit lower="-0.2" upper="2.75" velocity="3"/></joint>'
+    (tmp_path / "arm.urdf").write_text(f"<robot name='r'>{joint}</robot>")
+    assert main(["check", str(tmp_path / "robot.yaml"), "--bundle", "demo"]) == 0
