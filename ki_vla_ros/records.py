@@ -1,8 +1,8 @@
 """What travels from stage to stage: frozen records without ROS types.
 
 Legend: H image height or horizon (by name), W width, C channel, J axes (robot/axes.py: a joint, a gripper, a coordinate
-of a pose, or the integral of a velocity), S state, M signals. Stamps are integer nanoseconds on the
-node's clock. Arrays inside a record are never written to after the record was made.
+of a pose, or the integral of a velocity), S state, M signals, G those of them that come in one message. Stamps are
+integer nanoseconds on the node's clock. Arrays inside a record are never written to after the record was made.
 """
 
 from __future__ import annotations
@@ -36,27 +36,65 @@ class CameraFrame:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JointReading:
-    """Joint positions `position_J` (rad or m, order of `names`), measured at `stamp_ns`."""
+    """A JointState as it came: joints `names`, measured at `stamp_ns`, in the topic's own units.
+
+    `velocity` and `effort` are the message's arrays, in the order of `names`; empty where it has none.
+    """
 
     stamp_ns: int
     names: tuple[str, ...]
     position_J: NDArray[np.float64]
+    velocity: Sequence[float] = ()
+    effort: Sequence[float] = ()
 
     @classmethod
-    def from_fields(cls, stamp_ns: int, names: Sequence[str], positions: Any) -> JointReading:
+    def from_fields(
+        cls,
+        stamp_ns: int,
+        names: Sequence[str],
+        positions: Any,
+        velocity: Sequence[float] = (),
+        effort: Sequence[float] = (),
+    ) -> JointReading:
         """A reading from a message's fields; InputError if names and positions do not match.
 
         The values are not checked here: assembling the observation does that.
         """
         names = tuple(names)
-        if len(names) != len(positions):
+        if len(names) != len(positions) and (len(positions) or not (len(velocity) or len(effort))):
             raise InputError(
                 f"joint state: expected one position per name, got {len(names)} names, {len(positions)} positions"
             )
         if len(set(names)) != len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise InputError(f"joint state: expected each joint once, got {', '.join(twice)} more than once")
-        return cls(stamp_ns, names, np.array(positions, dtype=np.float64))
+        return cls(stamp_ns, names, np.array(positions, dtype=np.float64), velocity, effort)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PoseReading:
+    """A PoseStamped as it came: `pose_7` is x, y, z (m) and a quaternion x, y, z, w in `frame_id`, at `stamp_ns`."""
+
+    stamp_ns: int
+    frame_id: str
+    pose_7: NDArray[np.float64]
+
+    @classmethod
+    def from_message(cls, message: Any, received_ns: int | None = None) -> PoseReading:
+        """The numbers of a geometry_msgs/PoseStamped, rclpy's or rosbags'; `received_ns`, if given, is the stamp."""
+        place, turned = message.pose.position, message.pose.orientation
+        pose_7 = np.array([place.x, place.y, place.z, turned.x, turned.y, turned.z, turned.w], dtype=np.float64)
+        stamp_ns = header_ns(message) if received_ns is None else received_ns
+        return cls(stamp_ns, str(message.header.frame_id), pose_7)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SignalReading:
+    """What one message says of the robot: `value_G`, in the robot's units, of the signals with these indices."""
+
+    stamp_ns: int
+    signals: tuple[int, ...]
+    value_G: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,8 +103,8 @@ class Observation:
 
     `stamp_ns` is the oldest stamp among the frames; `state_S` is the state at that time in the manifest's order and
     units; `frames` holds one frame per required camera (an optional camera may be absent). `joint_ns` holds the stamps
-    of the readings behind the state: one, or the two that it lies between. `signal_M` is all that was read of the robot
-    at that time; left out, the state is all.
+    of the readings behind the state, for each part of it that comes in messages of its own: one, or the two that
+    `stamp_ns` lies between. `signal_M` is all that was read of the robot at that time; left out, the state is all.
     """
 
     stamp_ns: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ STALL_S = 0.5
 OPPOSED = -0.5
 # A joint that moved by less than this share of its range says nothing about its direction.
 MOVED = 0.05
+JOINTS_FIX = "set joint_states_topic to this arm's joint states, or take the bundle that was trained on it"
+POSES_FIX = "remap the robot file's topic"
 PROFILE_FIX = (
     "start the camera drivers and the node with FASTDDS_DEFAULT_PROFILES_FILE=<share>/ki_vla_ros/config/fastdds.xml "
     "(the default shared memory is smaller than an image), or use compressed transport"
@@ -38,11 +41,23 @@ def check_inputs(watch: InputWatch, findings: Findings, others: Mapping[str, Seq
         if _present(traffic, f"camera {name!r}", f"cameras.{name}.topic", expected, others, findings, limit, optional):
             check_camera(watch, name, findings)
     limit = Limit.of("joint_max_age_s", watch.settings.joint_max_age_s, watch.settings)
-    _check_other_joints(watch, findings)
-    if _present(watch.joints, "joint state", "joint_states_topic", JOINT_STATE, others, findings, limit=limit):
-        check_period(watch, watch.joints, limit, findings)
-        check_stamps(watch, watch.joints, limit, findings)
-        _check_joints(watch, findings)
+    for topic, expected in watch.expected.topics.items():
+        traffic = watch.states[topic]
+        _check_other_joints(watch, traffic, findings)
+        subject, parameter = ("joint state", "joint_states_topic") if expected == JOINT_STATE else ("pose", POSES_FIX)
+        if _present(traffic, subject, parameter, expected, others, findings, limit=limit):
+            for part in watch.parts(topic):
+                check_period(watch, part, limit, findings)
+                check_stamps(watch, part, limit, findings)
+                _check_joint_rate(watch, part, findings)
+            _check_order(watch, topic, findings)
+    _check_missing(watch, findings)
+    for m, signal in enumerate(watch.expected.signals):
+        times, value_N = watch.signal(m)
+        if len(times) and signal.type == JOINT_STATE:
+            _check_joint(watch, m, value_N, findings)
+            if signal.field == "position":
+                _check_speed(watch, m, times, value_N, findings)
     _check_command_type(watch, findings)
     if not watch.settings.use_receive_time:
         check_skew(watch, findings)
@@ -60,6 +75,7 @@ def _present(
     optional: bool = False,
 ) -> bool:
     kinds = [kind for kind in traffic.kinds if kind != expected]
+    choose = f"set {parameter}" if parameter != POSES_FIX else POSES_FIX
     if {expected, *kinds} == {IMAGE, COMPRESSED_IMAGE}:
         transport = "compressed" if kinds[0] == COMPRESSED_IMAGE else "raw"
         findings.error(
@@ -73,7 +89,7 @@ def _present(
             "type",
             traffic.topic,
             f"{traffic.kinds[kinds[0]]} of {traffic.count} messages are {kinds[0]}, expected {expected}",
-            f"set {parameter} to the right topic; if two programs publish on this one, rename one of them",
+            f"{choose} to the right topic; if two programs publish on this one, rename one of them",
         )
     elif not traffic.count and not optional:
         family = (IMAGE, COMPRESSED_IMAGE) if expected in (IMAGE, COMPRESSED_IMAGE) else (expected,)
@@ -84,7 +100,7 @@ def _present(
             "missing",
             traffic.topic,
             f"no message for {subject}; {noun} topics present: {', '.join(fitting) or 'none'}",
-            f"start the driver, or set {parameter} to its topic" + ("" if not near else f" (perhaps {near[0]})"),
+            f"start the driver, or {choose} to its topic" + ("" if not near else f" (perhaps {near[0]})"),
         )
     check_refused(traffic, limit, findings)
     return bool(traffic.stamps)
@@ -103,33 +119,35 @@ def check_refused(traffic: Traffic, limit: Limit, findings: Findings) -> None:
             findings.warning("unreadable", traffic.topic, found, effect + _refusal_fix(traffic.reasons[kind]))
 
 
-def _check_other_joints(watch: InputWatch, findings: Findings) -> None:
+def _check_other_joints(watch: InputWatch, traffic: Traffic, findings: Findings) -> None:
     """Messages with none of the arm's joints: another robot's if there are no others, else a base beside the arm."""
-    if not watch.other_joints:
+    others = watch.other_joints[traffic.topic]
+    if not others:
         return
-    topic, names = watch.joints.topic, sorted({name for names in watch.other_joints for name in names})
-    found = f"{watch.other_joints.total()} of {watch.joints.count} messages have none of the bundle's joints, but "
-    found += ", ".join(names)
-    if not watch.joints.stamps:
-        findings.error(
-            "unreadable",
-            topic,
-            found,
-            "set joint_states_topic to this arm's joint states, or take the bundle that was trained on it",
-        )
+    names = sorted({name for names in others for name in names})
+    found = f"{others.total()} of {traffic.count} messages have none of the bundle's joints, but {', '.join(names)}"
+    if not traffic.stamps:
+        findings.error("unreadable", traffic.topic, found, JOINTS_FIX)
     else:
-        findings.warning(
-            "other joints", topic, found, "the node leaves them out; publish them elsewhere to keep its log short"
-        )
+        findings.warning("other joints", traffic.topic, found, "nothing to do if they belong to a base or another arm")
+
+
+def _check_missing(watch: InputWatch, findings: Findings) -> None:
+    """Joints that never came on a topic from which others came."""
+    for topic, traffic in watch.states.items():
+        missing = [
+            s.name for m, s in enumerate(watch.expected.signals) if s.topic == topic and not len(watch.signal(m)[0])
+        ]
+        came = sorted({name for names in watch.orders[topic] for name in names})
+        if missing and traffic.stamps:
+            findings.error(
+                "unreadable", topic, f"{', '.join(missing)} missing among {', '.join(came)} in all messages", JOINTS_FIX
+            )
 
 
 def _refusal_fix(reason: str) -> str:
     for sign, fix in (
         ("degrees", "publish radians (and metres), as REP 103 says"),
-        (
-            "missing among",
-            "set joint_states_topic to this arm's joint states, or take the bundle that was trained on it",
-        ),
         ("more than once", "let one program publish each joint"),
         ("as in training", "make the unit, zero and sign of this joint those of the training data"),
         ("jpeg", "check the camera's cable and driver, and lower its rate or quality"),
@@ -172,63 +190,68 @@ def check_camera(watch: InputWatch, name: str, findings: Findings) -> None:
         findings.error("image loss", traffic.topic, f"{100 * lost:.0f} % of the images are missing", PROFILE_FIX)
 
 
-def _check_joints(watch: InputWatch, findings: Findings) -> None:
-    expected, settings, topic = watch.expected, watch.settings, watch.joints.topic
-    every_s = period_s(watch.joints.received)
+def _check_joint_rate(watch: InputWatch, part: Traffic, findings: Findings) -> None:
+    settings, every_s = watch.settings, period_s(part.received)
     if every_s is not None and 1.0 / every_s < settings.rate_hz:
         findings.error(
             "joint rate",
-            topic,
+            part.topic,
             f"{1.0 / every_s:.1f} joint states per second, fewer than rate_hz ({settings.rate_hz:g})",
             "raise the rate of joint_state_broadcaster (controller_manager's update_rate)",
         )
-    if len(watch.orders) > 1:
-        orders = [names for names, _ in watch.orders.most_common(2)]
-        findings.warning(
-            "joint order",
-            topic,
-            f"names change: {', '.join(orders[0])}; then {', '.join(orders[1])}",
-            "joints are found by name, but each message must have all of this arm's: let one program publish them",
-        )
-    times, position_NJ = watch.positions.arrays()
-    if not len(times):
-        return
-    trained_NJ = position_NJ
-    if expected.trained is not None:
-        middle_J = np.mean(expected.trained, axis=0)
-        trained_NJ = nearest_turn(position_NJ, middle_J, continuous(expected.joints))
-    for j, joint in enumerate(expected.joints):
-        own = settings.limits.of(joint.name)
-        lower, upper = max(joint.lower, own.lower), min(joint.upper, own.upper)
-        low, high = float(position_NJ[:, j].min()), float(position_NJ[:, j].max())
-        tolerance = settings.limits.position_margin * (joint.upper - joint.lower)
-        if low < lower - tolerance or high > upper + tolerance:
-            findings.error(
-                "limits",
-                joint.name,
-                f"was at {low:.3f} to {high:.3f} {joint.unit}, commands may only go from {lower:.3f} to {upper:.3f}",
-                f"correct limits.joints.{joint.name}, or the joint's zero; the arm cannot be held where it is",
-            )
-        if expected.trained is None:
-            continue
-        trained_low, trained_high = (limits[j] for limits in expected.trained)
-        outside = float(((trained_NJ[:, j] < trained_low) | (trained_NJ[:, j] > trained_high)).mean())
-        if outside > 0.5:
+
+
+def _check_order(watch: InputWatch, topic: str, findings: Findings) -> None:
+    """The same joints in two orders: the node finds them by name, but two programs may have sent them."""
+    orders = [names for names, _ in watch.orders[topic].most_common()]
+    for first, second in combinations(orders, 2):
+        if set(first) == set(second):
             findings.warning(
-                "trained range",
-                joint.name,
-                f"was outside the range of training ({trained_low:.3f} to {trained_high:.3f} {joint.unit}) "
-                f"{100 * outside:.0f} % of the time",
-                "compare this joint's zero, sign and unit with the training data's; or train on data from here",
+                "joint order",
+                topic,
+                f"names change: {', '.join(first)}; then {', '.join(second)}",
+                "joints are found by name, in any order; but let one program publish them",
             )
-    _check_speed(watch, times, position_NJ, findings)
+            return
+
+
+def _check_joint(watch: InputWatch, m: int, value_N: NDArray[np.float64], findings: Findings) -> None:
+    """One signal of a joint against its limits, and against the range of training."""
+    settings, joint = watch.settings, watch.expected.signals[m]
+    own = settings.limits.of(joint.name)
+    lower, upper = joint.lower, joint.upper
+    if joint.field == "position":
+        lower, upper = max(lower, own.lower), min(upper, own.upper)
+    low, high = float(value_N.min()), float(value_N.max())
+    tolerance = settings.limits.position_margin * (joint.upper - joint.lower)
+    if low < lower - tolerance or high > upper + tolerance:
+        findings.error(
+            "limits",
+            joint.name,
+            f"was at {low:.3f} to {high:.3f} {joint.unit}, commands may only go from {lower:.3f} to {upper:.3f}",
+            f"correct limits.joints.{joint.name}, or the joint's zero; the arm cannot be held where it is",
+        )
+    if m not in watch.expected.trained:
+        return
+    trained_low, trained_high = watch.expected.trained[m]
+    middle = np.array([(trained_low + trained_high) / 2.0])
+    trained_N = nearest_turn(value_N[:, None], middle, continuous([joint]))[:, 0]
+    outside = float(((trained_N < trained_low) | (trained_N > trained_high)).mean())
+    if outside > 0.5:
+        findings.warning(
+            "trained range",
+            joint.name,
+            f"was outside the range of training ({trained_low:.3f} to {trained_high:.3f} {joint.unit}) "
+            f"{100 * outside:.0f} % of the time",
+            "compare this joint's zero, sign and unit with the training data's; or train on data from here",
+        )
 
 
 def _check_speed(
-    watch: InputWatch, times: NDArray[np.int64], position_NJ: NDArray[np.float64], findings: Findings
+    watch: InputWatch, m: int, times: NDArray[np.int64], value_N: NDArray[np.float64], findings: Findings
 ) -> None:
-    """Compares speeds, over at least 50 ms, with the limits of commands."""
-    limits = watch.settings.limits
+    """Compares a joint's speed, over at least 50 ms, with the limit of commands."""
+    limits, joint = watch.settings.limits, watch.expected.signals[m]
     later = np.searchsorted(times, times + NS_PER_S // 20)
     first = np.flatnonzero(later < len(times))
     last = later[first]
@@ -236,17 +259,17 @@ def _check_speed(
     usable = elapsed_N < 0.2
     if not usable.any():
         return
-    speed_NJ = np.abs(position_NJ[last] - position_NJ[first])[usable] / elapsed_N[usable, None]
-    fast_J = np.percentile(speed_NJ, 95, axis=0)  # not the maximum: an arm that is put back by hand or simulator jumps
-    for j, joint in enumerate(watch.expected.joints):
-        limit = min(joint.max_velocity * limits.velocity_scale, limits.of(joint.name).velocity)
-        if fast_J[j] > limit * limits.max_overspeed:
-            findings.warning(
-                "limits",
-                joint.name,
-                f"moved at {fast_J[j]:.3f} {joint.unit}/s (95th percentile), commands may use {limit:.3f}",
-                "chunks that go on like this are refused: raise limits.velocity_scale or this joint's own limit",
-            )
+    speed_N = np.abs(value_N[last] - value_N[first])[usable] / elapsed_N[usable]
+    # Not the maximum: an arm that is put back by hand or simulator jumps.
+    fast = float(np.percentile(speed_N, 95))
+    limit = min(joint.max_velocity * limits.velocity_scale, limits.of(joint.name).velocity)
+    if fast > limit * limits.max_overspeed:
+        findings.warning(
+            "limits",
+            joint.name,
+            f"moved at {fast:.3f} {joint.unit}/s (95th percentile), commands may use {limit:.3f}",
+            "chunks that go on like this are refused: raise limits.velocity_scale or this joint's own limit",
+        )
 
 
 def _check_command_type(watch: InputWatch, findings: Findings) -> None:
@@ -264,15 +287,13 @@ def _check_command_type(watch: InputWatch, findings: Findings) -> None:
 def _check_direction(watch: InputWatch, findings: Findings) -> None:
     """Compares where each joint was told to be with where it was at that time."""
     due, wanted_NJ = watch.commands.arrays()
-    times, position_NJ = watch.positions.arrays()
-    if len(due) < 10 or len(times) < 10:
-        return
-    inside = (due >= times[0]) & (due <= times[-1])
-    joints = watch.expected.joints
-    was_NJ = np.array([np.interp(due[inside], times, position_N) for position_N in position_NJ.T]).T
-    wanted_NJ = nearest_turn(wanted_NJ[inside], was_NJ, continuous(joints))
-    for j, joint in enumerate(joints):
-        was_N, wanted_N = was_NJ[:, j], wanted_NJ[:, j]
+    for j, joint in enumerate(watch.expected.signals):
+        times, position_N = watch.signal(j)
+        if len(due) < 10 or len(times) < 10:
+            continue
+        inside = (due >= times[0]) & (due <= times[-1])
+        was_N = np.interp(due[inside], times, position_N)
+        wanted_N = nearest_turn(wanted_NJ[inside, j, None], was_N[:, None], continuous([joint]))[:, 0]
         moved = min(np.ptp(was_N), np.ptp(wanted_N)) if inside.sum() >= 10 else 0.0
         if moved < MOVED * (joint.upper - joint.lower):
             continue

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import rclpy
+from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.srv import GetParameters, ListParameters
 from rclpy.duration import Infinite
 from rclpy.executors import SingleThreadedExecutor
@@ -28,7 +29,7 @@ from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import Expected, InputWatch, command_type, image_type
 from ki_vla_ros.doctor.setup import Machine, Request, examine_setup, read_settings
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, TRAJECTORY, BagMessage
+from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSE, TRAJECTORY, BagMessage
 from ki_vla_ros.ros import endpoint_name, publishers
 from ki_vla_ros.ros.process import cannot_start, check_domain
 from ki_vla_ros.ros.qos import EVENT, LATCHED, SENSOR
@@ -41,6 +42,7 @@ KINDS: Mapping[str, Any] = {
     IMAGE: Image,
     COMPRESSED_IMAGE: CompressedImage,
     JOINT_STATE: JointState,
+    POSE: PoseStamped,
     TRAJECTORY: JointTrajectory,
 }
 CONTROLLER_PARAMETERS = (
@@ -141,17 +143,19 @@ def examine(request: Request, findings: Findings) -> list[str]:
         session = graph.session(request.node) if values is not None and request.params is None else None
         if session is not None and not session.parameters.items() <= (values or {}).items():
             session = None  # from before it was cleaned up and got other parameters
-        expected = Expected.of(examine_setup(settings, request, findings, looked_at), settings, session)
+        bundle = examine_setup(settings, request, findings, looked_at)
+        if bundle is not None:
+            settings = settings.on_robot(bundle.manifest.robot)
+        expected = Expected.of(bundle, settings, session, request.node)
         simulated = bool((values or {}).get("use_sim_time", False))
         _check_clock(graph, request.node, simulated, findings)
         cameras = {name: resolve(settings.camera(name).topic, request.node) for name in expected.optional_cameras}
-        joints = resolve(settings.joint_states_topic, request.node)
         command = resolve(settings.command_topics(None)[""], request.node)
         if session is not None:  # names after remapping
             looked_at.append("topics as the node says")
             cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
-            joints, command = session.topics.joint_states, session.topics.command
-        watch = InputWatch(expected, settings, cameras, joints, command)
+            command = session.topics.command
+        watch = InputWatch(expected, settings, cameras, command)
         _check_endpoints(graph, watch, request.node, running, findings)
         _check_controller(graph, watch, settings, findings)
         _listen(graph, watch, simulated, request.seconds)
@@ -254,25 +258,25 @@ def _check_endpoints(graph: Graph, watch: InputWatch, node: str, running: bool, 
 
 
 def _check_joint_publishers(graph: Graph, watch: InputWatch, findings: Findings) -> None:
-    """Several publishers of joint states are an error, unless another one was heard to publish only other joints."""
-    topic = watch.joints.topic
-    if len(names := publishers(graph.node, topic)) < 2:
-        return
-    found = f"is published {len(names)} times, by {', '.join(names)}"
-    if watch.other_joints:
-        findings.warning(
-            "joint states",
-            topic,
-            f"{found}; at least one publishes other joints than the arm's",
-            "make sure that only one publishes the arm's",
-        )
-    else:
-        findings.error(
-            "joint states",
-            topic,
-            f"{found}: the arm would be in several places at once",
-            "stop all but one (often a joint_state_publisher), or let the others publish elsewhere",
-        )
+    """Several publishers of joint states are an error, unless they were heard to publish other joints each."""
+    for topic in watch.states:
+        if len(names := publishers(graph.node, topic)) < 2:
+            continue
+        found = f"is published {len(names)} times, by {', '.join(names)}"
+        if watch.other_joints[topic]:
+            findings.warning(
+                "joint states",
+                topic,
+                f"{found}; at least one publishes other joints than the arm's",
+                "make sure that only one publishes the arm's",
+            )
+        elif len(names) > watch.kinds(topic):
+            findings.error(
+                "joint states",
+                topic,
+                f"{found}: the arm would be in several places at once",
+                "stop all but one (often a joint_state_publisher), or let the others publish elsewhere",
+            )
 
 
 def _check_qos(topic: str, end: Any, offered: QoSProfile, asked: QoSProfile, effect: str, findings: Findings) -> None:
@@ -338,7 +342,7 @@ def _listen(graph: Graph, watch: InputWatch, simulated: bool, seconds: float) ->
     expected = {
         topic: image_type(watch.settings, name) for name, topic in zip(watch.cameras, watch.topics, strict=False)
     }
-    expected |= {watch.joints.topic: JOINT_STATE, watch.command.topic: command_type(watch.settings)}
+    expected |= {**watch.expected.topics, watch.command.topic: command_type(watch.settings)}
 
     def take(topic: str, kind: str, data: bytes) -> None:
         watch.add(BagMessage(topic, kind, int(node.get_clock().now().nanoseconds), data))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,19 +21,21 @@ from ki_vla_ros.messages import (
     COMPRESSED_IMAGE,
     IMAGE,
     JOINT_STATE,
+    POSE,
     POSITIONS,
     TRAJECTORY,
     BagMessage,
     camera_frame,
     decode,
     joint_reading,
+    pose_reading,
     read_image,
     read_stamp_ns,
 )
 from ki_vla_ros.records import NS_PER_S, time_to_ns
 from ki_vla_ros.robot import Signal
-from ki_vla_ros.runtime import CameraSource, ObservationBuffer
-from ki_vla_ros.settings import Session, Settings
+from ki_vla_ros.runtime import CameraSource, ObservationBuffer, input_signals
+from ki_vla_ros.settings import Session, Settings, resolve, signal_topics
 
 # Images per camera that are decoded; of all others only the header is read.
 IMAGES_DECODED = 200
@@ -73,24 +75,46 @@ def command_type(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class Expected:
-    """The inputs that are to be there: those of the bundle, or only those that parameters and session name."""
+    """The inputs that are to be there: those of the bundle, or only those that parameters and session name.
+
+    `topics` are those of joint states and poses, with their types. `signals` are what is read from them, `trained` the
+    range of training by the index of the signal.
+    """
 
     optional_cameras: Mapping[str, bool]
-    joints: tuple[Signal, ...] = ()
-    trained: tuple[Sequence[float], Sequence[float]] | None = None
+    topics: Mapping[str, str]
+    signals: tuple[Signal, ...] = ()
+    trained: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, bundle: Bundle | None, settings: Settings, session: Session | None) -> Expected:
+    def of(cls, bundle: Bundle | None, settings: Settings, session: Session | None, node: str) -> Expected:
         """Without a bundle only topics, rates and stamps can be judged: its joints are not known."""
         if bundle is None:
-            return cls(dict.fromkeys([*settings.cameras, *(session.topics.cameras if session else ())], False))
+            cameras = dict.fromkeys([*settings.cameras, *(session.topics.cameras if session else ())], False)
+            return cls(cameras, _topics_without_bundle(settings, session, node))
         manifest = bundle.manifest
+        robot = manifest.robot
+        signals = tuple(input_signals(manifest, signal_topics(settings, robot, node, session)))
+        keys = [signal.key for signal in robot.signals]
+        trained = {
+            keys.index((d.source.topic, d.joint, d.source.field)): (low, high)
+            for d, low, high in zip(robot.state, manifest.state.low, manifest.state.high, strict=True)
+            if d.kind != "pose"
+        }
         cameras = {camera.name: camera.optional for camera in manifest.cameras}
-        return cls(cameras, manifest.robot.signals, (manifest.state.low, manifest.state.high))
+        return cls(cameras, {signal.topic: signal.type for signal in signals}, signals, trained)
 
     @property
     def joint_names(self) -> tuple[str, ...]:
-        return tuple(joint.name for joint in self.joints)
+        return tuple(signal.name for signal in self.signals)
+
+
+def _topics_without_bundle(settings: Settings, session: Session | None, node: str) -> dict[str, str]:
+    if session is None:
+        return {resolve(settings.joint_states_topic or "joint_states", node): JOINT_STATE}
+    told = session.topics
+    joints = [topic for topic in (told.joint_states, *told.states.values()) if topic]
+    return {**dict.fromkeys(joints, JOINT_STATE), **dict.fromkeys(told.poses.values(), POSE)}
 
 
 class Rows:
@@ -114,40 +138,68 @@ class Rows:
         return np.array([row[0] for row in kept], dtype=np.int64), np.array([row[1] for row in kept])
 
 
+@dataclass
+class Part(Traffic):
+    """What always came in one message of joint states, or in one of poses."""
+
+    rows: Rows = field(default_factory=Rows)
+
+
 class InputWatch:
-    """Takes messages of the cameras, joint states and commands, whose topics are given by their resolved names."""
+    """Takes messages of the cameras, joint states, poses and commands; topics are given by their resolved names."""
 
     def __init__(
         self,
         expected: Expected,
         settings: Settings,
         cameras: dict[str, str],
-        joints: str,
         command: str,
         expected_images: dict[str, int] | None = None,
     ) -> None:
         self.expected, self.settings = expected, settings
         self.cameras = {name: Traffic(topic) for name, topic in cameras.items()}
         self.image_types = {name: image_type(settings, name) for name in cameras}
-        self.joints, self.command = Traffic(joints), Traffic(command)
-        self.positions, self.commands = Rows(), Rows()
-        self.orders: Counter[tuple[str, ...]] = Counter()
-        self.other_joints: Counter[tuple[str, ...]] = Counter()  # messages with none of the arm's, such as wheels
+        self.states, self.command = {topic: Traffic(topic) for topic in expected.topics}, Traffic(command)
+        self.commands = Rows()
+        self._parts: dict[tuple[int, ...], Part] = {}  # by the signals that come together
+        self.orders: dict[str, Counter[tuple[str, ...]]] = {topic: Counter() for topic in expected.topics}
+        # Messages with none of the arm's, such as wheels, by topic.
+        self.other_joints: dict[str, Counter[tuple[str, ...]]] = {topic: Counter() for topic in expected.topics}
         counts = expected_images or {}
         self._every = {name: max(1, counts.get(topic, 0) // IMAGES_DECODED) for name, topic in cameras.items()}
         sources = [CameraSource(name, topic) for name, topic in cameras.items()]
-        self._buffer = ObservationBuffer(sources, expected.joint_names, joints, expected.joints)
+        self._buffer = ObservationBuffer(sources, expected.signals)
         self._camera_of = {topic: name for name, topic in cameras.items()}
 
     @property
     def topics(self) -> list[str]:
-        return [*self._camera_of, self.joints.topic, self.command.topic]
+        return [*self._camera_of, *self.states, self.command.topic]
+
+    def signal(self, m: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Times [N] in order and values [N] of one signal."""
+        found = [(part.rows.arrays(), index.index(m)) for index, part in self._parts.items() if m in index]
+        if not found:
+            return np.zeros(0, dtype=np.int64), np.zeros(0)
+        times = np.concatenate([time_N for (time_N, _), _ in found])
+        values = np.concatenate([value_NG[:, place] for (_, value_NG), place in found])
+        order = np.argsort(times, kind="stable")
+        return times[order], values[order]
+
+    def parts(self, topic: str) -> list[Traffic]:
+        """What came on a topic, by the joints in it; all as one where the joints are not known."""
+        signals = self.expected.signals
+        parts: list[Traffic] = [part for index, part in self._parts.items() if signals[index[0]].topic == topic]
+        return parts or [self.states[topic]]
+
+    def kinds(self, topic: str) -> int:
+        """How many kinds of joint states came on a topic, by the joints in them."""
+        return len({frozenset(names) for names in (*self.orders[topic], *self.other_joints[topic])})
 
     def add(self, message: BagMessage) -> None:
         if message.topic in self._camera_of:
             self._add_image(self._camera_of[message.topic], message)
-        elif message.topic == self.joints.topic:
-            self._add_joints(message)
+        elif message.topic in self.states:
+            self._add_state(message, self.states[message.topic])
         elif message.topic == self.command.topic:
             self._add_command(message)
 
@@ -168,23 +220,43 @@ class InputWatch:
             traffic.stamps.append(stamp_ns)
             traffic.received.append(message.log_ns)
 
-    def _add_joints(self, message: BagMessage) -> None:
-        self.joints.kinds[message.type] += 1
-        if message.type != JOINT_STATE:
+    def _add_state(self, message: BagMessage, traffic: Traffic) -> None:
+        topic = message.topic
+        traffic.kinds[message.type] += 1
+        if message.type != self.expected.topics[topic]:
             return
+        names: tuple[str, ...] = ()
         try:
-            reading = joint_reading(message)
-            if reading.names and self.expected.joints and set(reading.names).isdisjoint(self.expected.joint_names):
-                self.other_joints[reading.names] += 1
-                return
-            kept = self._buffer.add_joints(reading)
+            if message.type == POSE:
+                pose = pose_reading(message)
+                stamp_ns = pose.stamp_ns
+                kept = self._buffer.add_pose(pose, topic=topic) if self.expected.signals else ()
+            else:
+                joints = joint_reading(message)
+                stamp_ns, names = joints.stamp_ns, joints.names
+                kept = self._buffer.add_joints(joints, topic=topic) if self.expected.signals else ()
         except InputError as error:
-            self.joints.refuse(error)
-        else:
-            self.orders[reading.names] += 1
-            self.joints.stamps.append(reading.stamp_ns)
-            self.joints.received.append(message.log_ns)
-            self.positions.add(message.log_ns, kept.position_J)
+            traffic.refuse(error)
+            return
+        if self.expected.signals and not kept and names:
+            self.other_joints[topic][names] += 1
+            return
+        self.orders[topic][names] += 1
+        traffic.stamps.append(stamp_ns)
+        traffic.received.append(message.log_ns)
+        for reading in kept:
+            part = self._part(topic, reading.signals)
+            part.stamps.append(stamp_ns)
+            part.received.append(message.log_ns)
+            part.rows.add(message.log_ns, reading.value_G)
+
+    def _part(self, topic: str, index: tuple[int, ...]) -> Part:
+        if index not in self._parts:
+            signals = self.expected.signals
+            whole = len(index) == sum(signal.topic == topic for signal in signals)
+            names = ", ".join(signals[m].name for m in index)
+            self._parts[index] = Part(topic if whole else f"{topic} ({names})")
+        return self._parts[index]
 
     def _add_command(self, message: BagMessage) -> None:
         """Keeps the last point within a tenth of a second: its position, and when it is due."""

@@ -45,7 +45,10 @@ def _examine(
     if file is not None:
         examine_robot(bag, file, settings, bundle, request, findings)
     else:
-        _examine_topics(bag, settings, Expected.of(bundle, settings, session), session, request, findings)
+        if bundle is not None:
+            settings = settings.on_robot(bundle.manifest.robot)
+        expected = Expected.of(bundle, settings, session, request.node)
+        _examine_topics(bag, settings, expected, session, request, findings)
 
 
 def _settings_for(
@@ -71,10 +74,10 @@ def _examine_topics(
 ) -> None:
     node = request.node
     cameras = {name: resolve(settings.camera(name).topic, node) for name in expected.optional_cameras}
-    joints, command = resolve(settings.joint_states_topic, node), resolve(settings.command_topics(None)[""], node)
+    command = resolve(settings.command_topics(None)[""], node)
     if session is not None:  # names after remapping
         cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
-        joints, command = session.topics.joint_states, session.topics.command
+        command = session.topics.command
     # A node that made chunks had raw images: then it was the recorder that compressed them.
     chunks = bag.topics.get(f"{node}/chunk")
     recorded_compressed = {}
@@ -98,7 +101,6 @@ def _examine_topics(
         expected,
         settings,
         {**cameras, **recorded_compressed},
-        joints,
         command,
         counts,
     )

@@ -1,6 +1,14 @@
 """ROS messages without ROS: names of types, decoding, encoding, pixels."""
 
-from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading, read_stamp_ns, typestore
+from ki_vla_ros.messages.decoding import (
+    BagMessage,
+    camera_frame,
+    decode,
+    joint_reading,
+    pose_reading,
+    read_stamp_ns,
+    typestore,
+)
 from ki_vla_ros.messages.encoding import encode_array, encode_chunk, encode_command, encode_stamped, encode_twist
 from ki_vla_ros.messages.pixels import ENCODINGS, decode_compressed, decode_raw, is_depth, read_image
 from ki_vla_ros.messages.type_names import (
@@ -8,6 +16,7 @@ from ki_vla_ros.messages.type_names import (
     DIAGNOSTICS,
     IMAGE,
     JOINT_STATE,
+    POSE,
     POSITIONS,
     TEXT,
     TRAJECTORY,
@@ -19,6 +28,7 @@ __all__ = [
     "ENCODINGS",
     "IMAGE",
     "JOINT_STATE",
+    "POSE",
     "POSITIONS",
     "TEXT",
     "TRAJECTORY",
@@ -34,6 +44,7 @@ __all__ = [
     "encode_twist",
     "is_depth",
     "joint_reading",
+    "pose_reading",
     "read_image",
     "read_stamp_ns",
     "typestore",

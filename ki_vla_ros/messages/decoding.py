@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages.pixels import decode_compressed, decode_raw, read_image
-from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE
-from ki_vla_ros.records import CameraFrame, JointReading, header_ns, stamp_to_ns
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSE
+from ki_vla_ros.records import CameraFrame, JointReading, PoseReading, header_ns, stamp_to_ns
 
 if TYPE_CHECKING:
     from rosbags.typesys.store import Typestore
@@ -73,7 +73,12 @@ def camera_frame(message: BagMessage, camera: str) -> CameraFrame:
 def joint_reading(message: BagMessage) -> JointReading:
     """A JointState as the node sees it, with the same InputError."""
     state = decode(message, JOINT_STATE)
-    return JointReading.from_fields(header_ns(state), state.name, state.position)
+    return JointReading.from_fields(header_ns(state), state.name, state.position, state.velocity, state.effort)
+
+
+def pose_reading(message: BagMessage) -> PoseReading:
+    """A PoseStamped as the node sees it, with the same InputError."""
+    return PoseReading.from_message(decode(message, POSE))
 
 
 def read_stamp_ns(message: BagMessage) -> int:

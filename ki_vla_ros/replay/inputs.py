@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError, StaleInput
-from ki_vla_ros.messages import TRAJECTORY, BagMessage, decode
-from ki_vla_ros.records import NS_PER_S, CameraFrame, JointReading, Observation, header_ns
+from ki_vla_ros.messages import POSE, TRAJECTORY, BagMessage, decode, pose_reading
+from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation, SignalReading, header_ns
 from ki_vla_ros.replay.recorded import Parity, RecordedTick
 from ki_vla_ros.replay.setup import ReplayOptions
 from ki_vla_ros.replay.topics import ReplayTopics
 from ki_vla_ros.robot import Robot
-from ki_vla_ros.runtime import ObservationBuffer
+from ki_vla_ros.runtime import Latest, ObservationBuffer, Reading, Readings
 from ki_vla_ros.runtime.paths import ArmPath, CommandedAxes, MeasuredPath
 
 # A recorder may receive a message this much later than the node did. The buffer keeps frames for longer.
@@ -120,16 +120,16 @@ class ReplayBuffer(ObservationBuffer):
                     return observation
                 self._drop(broken)
 
-    def latest(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
+    def latest(self, now_ns: int, max_age_ns: int) -> Latest:
         with self.paused():
-            if self.recorded is not None and self.recorded.joint_ns:
-                stamp_ns = self.recorded.joint_ns[-1]
-                self._await_recorded(self.recorded, {})
-                return stamp_ns, self._reading(stamp_ns)
+            if (tick := self.recorded) is not None and tick.joint_ns:
+                spans = self._await_recorded(tick, {})
+                joint_ns = tuple(span[-1] for span in spans)
+                return Latest(min(joint_ns), self._recorded_signals([(stamp,) for stamp in joint_ns], 0), joint_ns)
             self.feed.advance(now_ns)
         return super().latest(now_ns, max_age_ns)
 
-    def measured(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
+    def measured(self, now_ns: int, max_age_ns: int) -> Latest:
         with self.paused():
             self.watch(now_ns)
             self.feed.advance(now_ns)
@@ -156,7 +156,7 @@ class ReplayBuffer(ObservationBuffer):
             raise StaleInput(tick.hold or "recorded: no chunk was due")
         if not (tick.frame_ns and tick.joint_ns):
             raise StaleInput("recorded: the recorded node did not say which frames it used")
-        self._await_recorded(tick, tick.frame_ns)
+        spans = self._await_recorded(tick, tick.frame_ns)
         frames = {}
         for name, stamp_ns in tick.frame_ns.items():
             camera = self._cameras.get(name)
@@ -165,30 +165,52 @@ class ReplayBuffer(ObservationBuffer):
                 raise StaleInput(f"recorded: camera {name!r}: the frame of stamp {stamp_ns} is not in the bag")
             frames[name] = found[0]
         stamp_ns = min(tick.frame_ns.values())
-        readings = [self._reading(stamp) for stamp in tick.joint_ns]
-        if len(readings) == 1:
-            return Observation(stamp_ns, frames, self._state(readings[0]), tick.joint_ns, readings[0])
-        before_ns, after_ns = tick.joint_ns
-        weight = (stamp_ns - before_ns) / (after_ns - before_ns)
-        signal_M = readings[0] + weight * (readings[1] - readings[0])
+        signal_M = self._recorded_signals(spans, stamp_ns)
         return Observation(stamp_ns, frames, self._state(signal_M), tick.joint_ns, signal_M)
 
-    def _await_recorded(self, tick: RecordedTick, frame_ns: Mapping[str, int]) -> None:
-        """Advances until the bag has given what the tick used, or until it is too late for the recorder's lag."""
-        joints = set(tick.joint_ns)
+    def _await_recorded(self, tick: RecordedTick, frame_ns: Mapping[str, int]) -> Sequence[tuple[int, ...]]:
+        """Advances until the bag has given what the tick used, or until it is too late for the recorder's lag.
+
+        Returns the stamps of the readings that the tick used of each part.
+        """
 
         def has_all() -> bool:
             stamps = {name: [frame.stamp_ns for frame in camera.frames] for name, camera in self._cameras.items()}
             frames = all(stamp in stamps.get(name, ()) for name, stamp in frame_ns.items())
-            return frames and joints <= {stamp for stamp, _ in self._readings.kept}
+            spans = tick.spans(len(self._parts))
+            return (
+                frames
+                and spans is not None
+                and all(
+                    set(span) <= {stamp for stamp, _ in part.kept}
+                    for part, span in zip(self._parts, spans, strict=True)
+                )
+            )
 
         self.feed.advance(tick.stamp_ns + RECORDER_LAG_NS, until=has_all)
+        spans = tick.spans(len(self._parts))
+        if spans is None:
+            raise StaleInput(
+                f"recorded: joint states: expected stamps of the {len(self._parts)} parts in which they come in the "
+                f"bag, got {len(tick.joint_ns)}"
+            )
+        return spans
 
-    def _reading(self, stamp_ns: int) -> NDArray[np.float64]:
-        for stamp, position_J in reversed(self._readings.kept):
-            if stamp == stamp_ns:
-                return position_J
-        raise StaleInput(f"recorded: joint state: the one of stamp {stamp_ns} is not in the bag")
+    def _recorded_signals(self, spans: Sequence[tuple[int, ...]], stamp_ns: int) -> NDArray[np.float64]:
+        """All signals [M] at `stamp_ns`, made of each part's readings with these stamps."""
+        values = []
+        for part, span in zip(self._parts, spans, strict=True):
+            readings = [self._reading(part, stamp) for stamp in span]
+            value_G = readings[0][1] if len(span) == 1 else part.between(readings[0], readings[1], stamp_ns)
+            values.append((part, value_G))
+        return self._together(values)
+
+    @staticmethod
+    def _reading(part: Readings, stamp_ns: int) -> Reading:
+        for reading in reversed(part.kept):
+            if reading[0] == stamp_ns:
+                return reading
+        raise StaleInput(f"recorded: {part.kind}: the one of stamp {stamp_ns} is not in the bag")
 
 
 class Inbox:
@@ -207,8 +229,9 @@ class Inbox:
         self._topics, self._options, self._buffer = topics, options, buffer
         self._image_size, self._use_receive_time = image_size, use_receive_time
         self._cameras = {topic: name for name, topic in topics.cameras.items()}
+        self._signals = set(topics.signals.values())
         self._outputs = {topic: name for name, topic in topics.commands.items()}
-        self.measured = MeasuredPath(robot.axis_names, [axis.max_velocity for axis in robot.axes])
+        self.measured = MeasuredPath(robot.signals, robot)
         self._commanded = CommandedAxes(robot)
         self.reference: ArmPath | None = None
         if topics.missing_reference is None:
@@ -223,13 +246,13 @@ class Inbox:
             except InputError as refusal:
                 self._buffer.refuse(camera, str(refusal))
                 raise
-        elif topic == topics.joint_states:
+        elif topic in self._signals:
             try:
-                reading = self._buffer.add_joints(self._reading(message), message.log_ns)
+                kept = self._read_signals(message)
             except InputError as refusal:
-                self._buffer.refuse("joint state", str(refusal))
+                self._buffer.refuse(topic, str(refusal))
                 raise
-            self.measured.add(reading)
+            self.measured.add(kept)
         elif (output := self._outputs.get(topic)) is not None:
             self._commanded.take(output, decode(message), message.log_ns)
         elif topic == topics.chunk and self._options.as_recorded:
@@ -255,6 +278,13 @@ class Inbox:
         camera = self._cameras[message.topic]
         return self._options.read_frame(message, camera, self._image_size, self._use_receive_time)
 
-    def _reading(self, message: BagMessage) -> JointReading:
-        reading = self._options.read_joints(message)
-        return dataclasses.replace(reading, stamp_ns=message.log_ns) if self._use_receive_time else reading
+    def _read_signals(self, message: BagMessage) -> Sequence[SignalReading]:
+        if message.type == POSE:
+            pose = pose_reading(message)
+            if self._use_receive_time:
+                pose = dataclasses.replace(pose, stamp_ns=message.log_ns)
+            return self._buffer.add_pose(pose, message.log_ns, message.topic)
+        joints = self._options.read_joints(message)
+        if self._use_receive_time:
+            joints = dataclasses.replace(joints, stamp_ns=message.log_ns)
+        return self._buffer.add_joints(joints, message.log_ns, message.topic)

@@ -32,7 +32,6 @@ from ki_vla_ros.replay.setup import ReplayOptions
 from ki_vla_ros.replay.ticks import Prediction, Seam, Tick
 from ki_vla_ros.replay.topics import ReplayTopics, read_later_session
 from ki_vla_ros.replay.wire import ReplayWire
-from ki_vla_ros.robot import continuous, nearest_turn
 from ki_vla_ros.runtime import (
     BURST_WAIT_NS,
     WATCHDOG_NS,
@@ -42,6 +41,7 @@ from ki_vla_ros.runtime import (
     alignment_ns,
     camera_sources,
     cubic,
+    input_signals,
     own_limit_ns,
 )
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS
@@ -103,9 +103,7 @@ class Replay:
         self._policy.warm_up()
         self._buffer = ReplayBuffer(
             camera_sources(manifest, settings, lambda name: name, topics.cameras),
-            [signal.name for signal in manifest.robot.signals],
-            topics.joint_states,
-            manifest.robot.signals,
+            input_signals(manifest, topics.signals),
             own_limit_ns(settings.joint_max_age_s),
             self._policy.space.state,
         )
@@ -282,6 +280,7 @@ class Replay:
             consumed=sum(chunk.due_ns(k) < acted_ns for k in range(chunk.horizon)),
             seam=seam,
             probe_HJ=probes,
+            counted_P4=self._policy.space.reference_P4.copy(),
         )
 
     def _seam(self, before: ActionChunk | None, motions: tuple[Motion, ...], command_ns: int | None) -> Seam | None:
@@ -435,7 +434,7 @@ class Replay:
             return tick
         due_H = chunk.start_ns + (np.arange(len(chunk.position_HJ)) + 1) * chunk.period_ns
         reference_HJ = self.inbox.answer(self.inbox.reference, due_H, chunk.start_ns)
-        reference_HJ = nearest_turn(reference_HJ, chunk.position_HJ, continuous(self.bundle.manifest.axes))
+        reference_HJ = self._policy.space.nearest(reference_HJ, chunk.position_HJ, chunk.counted_P4)
         if self.topics.tick is not None:  # after the node had stopped, the arm no longer answered the chunk
             reference_HJ[due_H > self._activity.end_of(tick.stamp_ns)] = np.nan
         return dataclasses.replace(tick, prediction=dataclasses.replace(chunk, reference_HJ=reference_HJ))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,24 @@ class RecordedTick:
     def took_ns(self) -> int | None:
         """From the tick's start until its chunk was ready to be sent; None: it has no chunk, or an old node's."""
         return None if self.joined_ns is None else self.joined_ns - self.stamp_ns
+
+    def spans(self, parts: int) -> Sequence[tuple[int, ...]] | None:
+        """`joint_ns` for each of so many parts of the joint states: one stamp, or the two around the images.
+
+        None if there were not so many parts.
+        """
+        if parts == 1:
+            return [self.joint_ns] if len(self.joint_ns) in (1, 2) else None
+        if len(self.joint_ns) == parts:  # the newest readings
+            return [(stamp,) for stamp in self.joint_ns]
+        images_ns = min(self.frame_ns.values(), default=self.stamp_ns)
+        spans: list[tuple[int, ...]] = []
+        for stamp in self.joint_ns:
+            if stamp > images_ns and spans and len(spans[-1]) == 1 and spans[-1][0] < images_ns:
+                spans[-1] = (spans[-1][0], stamp)
+            else:
+                spans.append((stamp,))
+        return spans if len(spans) == parts else None
 
 
 def read_tick(text: str) -> RecordedTick:

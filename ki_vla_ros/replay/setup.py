@@ -115,6 +115,7 @@ def set_up(
             f"bundle: the bag was recorded with {session.bundle.name!r}, which is not this {loaded.manifest.name!r}"
         )
     named = session if params is None else None
+    settings = settings.on_robot(loaded.manifest.robot)
     topics = resolve_topics(bag, loaded.manifest, settings, named, node, name, topic)
     return Setup(
         bundle=loaded,

@@ -11,12 +11,12 @@ node's clock, which a replay takes from the bag.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.records import Motion
+from ki_vla_ros.records import NO_REFERENCES, Motion
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,11 +40,12 @@ class Prediction:
     """One chunk as the policy predicted it (before executor, gate and governor), and what became of it.
 
     `position_HJ[k]` is due at `start_ns + (k + 1) * period_ns`; `reference_HJ` is the reference at the same instants,
-    NaN where the bag has none. `frame_ns` holds the stamp of each camera's frame, `joint_ns` those of the one or two
-    joint states that `state_S` comes from. `command_ns`: when the command went out in simulated time (None: refused,
+    NaN where the bag has none. `frame_ns` holds the stamp of each camera's frame, `joint_ns` those of the joint states
+    that `state_S` comes from. `command_ns`: when the command went out in simulated time (None: refused,
     `refusal` says why). `corrections`: what the gate changed, in words. `consumed`: how many actions were in the past
     when the command took effect. `probe_HJ`: chunks of the same tick with one thing changed, by the probe's name
-    ("noise", "instruction", "camera.<name>"); only every few seconds.
+    ("noise", "instruction", "camera.<name>"); only every few seconds. `counted_P4`: what its
+    rotations are counted from, one orientation per output with a pose.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Prediction:
     consumed: int
     seam: Seam | None
     probe_HJ: Mapping[str, NDArray[np.float64]]
+    counted_P4: NDArray[np.float64] = field(default_factory=lambda: NO_REFERENCES)
 
     def due_ns(self, k: int) -> int:
         return self.start_ns + (k + 1) * self.period_ns

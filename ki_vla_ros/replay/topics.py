@@ -21,6 +21,7 @@ from ki_vla_ros.settings import (
     read_session,
     resolve,
     session_topic,
+    signal_topics,
 )
 
 
@@ -28,12 +29,13 @@ from ki_vla_ros.settings import (
 class ReplayTopics:
     """Full topic names; `instruction`, `tick`, `chunk` and `session` are None where the bag has none.
 
-    `commands`, by output, are the topics of the reference, if that is what the robot was told.
+    `signals`, by their names in the robot file, are the topics of joint states and poses; `commands`, by output, those
+    of the reference, if that is what the robot was told.
     `missing_reference`: why there is no reference (None: there is one). `notes`: remarks for the user.
     """
 
     cameras: dict[str, str]
-    joint_states: str
+    signals: dict[str, str]
     instruction: str | None
     commands: dict[str, str]
     tick: str | None
@@ -44,16 +46,19 @@ class ReplayTopics:
 
     @property
     def all(self) -> tuple[str, ...]:
-        others = (self.joint_states, self.instruction, *self.commands.values(), self.tick, self.chunk, self.session)
+        signals, commands = self.signals.values(), self.commands.values()
+        others = (*signals, self.instruction, *commands, self.tick, self.chunk, self.session)
         return (*self.cameras.values(), *(topic for topic in others if topic is not None))
 
     def described(self) -> dict[str, str | None]:
         """By what they are for."""
-        one = len(self.commands) < 2
+        one, signals = len(self.commands) < 2, {f"state {name}": topic for name, topic in self.signals.items()}
+        if len(self.signals) == 1:
+            signals = {"joint_states": next(iter(self.signals.values()))}
         commands = {"command": None} | {"command" if one else f"command {n}": t for n, t in self.commands.items()}
         return {
             **{f"camera {name}": topic for name, topic in self.cameras.items()},
-            "joint_states": self.joint_states,
+            **signals,
             "instruction": self.instruction,
             **({name: topic for name, topic in commands.items() if one or topic is not None}),
             "tick": self.tick,
@@ -86,9 +91,11 @@ def resolve_topics(
             notes.append(f"camera {source.name!r} (optional): no images on {topic}; the policy runs without it")
         else:
             raise _absent(bag, f"camera {source.name!r}", topic, (IMAGE, COMPRESSED_IMAGE), "cameras.*.topic")
-    joints = session.topics.joint_states if session else full_name(settings.joint_states_topic)
-    if not _has(bag, joints, (JOINT_STATE,)):
-        raise _absent(bag, "joint states", joints, (JOINT_STATE,), "joint_states_topic")
+    signals = signal_topics(settings, manifest.robot, node, session)
+    for name, kind in {signal.topic: signal.type for signal in manifest.robot.signals}.items():
+        if not _has(bag, signals[name], (kind,)):
+            what, remedy = ("joint states", "joint_states_topic") if kind == JOINT_STATE else ("poses", "robot file")
+            raise _absent(bag, what, signals[name], (kind,), remedy)
     commands: dict[str, str] = {}
     missing = None
     if reference == "command":
@@ -101,7 +108,7 @@ def resolve_topics(
     session_name = session.topic if session else session_topic(node)
     return ReplayTopics(
         cameras=cameras,
-        joint_states=joints,
+        signals=signals,
         instruction=instruction if _has(bag, instruction, (TEXT,)) else None,
         commands=commands,
         chunk=chunk if _has(bag, chunk, (TRAJECTORY,)) else None,
@@ -156,9 +163,10 @@ def _absent(bag: Bag, what: str, topic: str, types: tuple[str, ...], parameter: 
         got = f"which has {found.type}"
     else:
         got = "which has no messages"
+    remedy = "correct the robot file" if parameter == "robot file" else f"set {parameter} in --params"
     return ConfigurationError(
         f"bag {bag.path}: {what}: expected {' or '.join(types)} on {topic}, {got}; {_candidates(bag, topic, types)}; "
-        f"set {parameter} in --params"
+        f"{remedy}"
     )
 
 

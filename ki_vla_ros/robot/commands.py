@@ -19,6 +19,7 @@ from ki_vla_ros.robot.axes import MOST_ROTATION
 from ki_vla_ros.robot.dimensions import POSITION, QUATERNION, SIX_D, VECTOR, ActionDimension
 from ki_vla_ros.robot.robot import Robot
 from ki_vla_ros.robot.signals import measuring_state, own_signal, pose_topic, scale_of
+from ki_vla_ros.robot.turns import nearest_turn
 
 Array = NDArray[np.float64]
 ALL_PARTS = (*POSITION, *VECTOR, *QUATERNION, *SIX_D)
@@ -120,6 +121,23 @@ class CommandSpace:
         p = self.poses.index(pose)
         turned = rotations.from_vector(position_NJ[..., _rotation(pose)])
         return rotations.unit(rotations.multiply(reference_P4[p], turned))
+
+    def nearest(self, position_NJ: Array, near_NJ: Array, reference_P4: Array) -> Array:
+        """The same places [N, J], written the way that is nearest to `near_NJ`.
+
+        Rotations come counted from no rotation at all, and are then counted from `reference_P4`, as those of `near_NJ`
+        are; joints that turn without end may be whole turns away.
+        """
+        position_NJ = nearest_turn(position_NJ, near_NJ, self.continuous_J)
+        for p, pose in enumerate(self.poses):
+            position_NJ = position_NJ.copy() if p == 0 else position_NJ
+            turned_N4 = rotations.from_vector(position_NJ[:, _rotation(pose)])
+            counted_N4 = rotations.multiply(rotations.inverse(reference_P4[p]), turned_N4)
+            position_NJ[:, _rotation(pose)] = [
+                _nearest_vector(vector, near)
+                for vector, near in zip(rotations.to_vector(counted_N4), near_NJ[:, _rotation(pose)], strict=True)
+            ]
+        return position_NJ
 
     # --- actions
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ki_vla_ros.robot.axes import MOST_ROTATION, Axis
@@ -44,6 +44,7 @@ class Signal:
 
     `part` is the joint's name in a JointState, or the component of a PoseStamped: x, y, z, qx, qy, qz, qw. Limits and
     speed are what is known of it (infinite: nothing), to tell degrees from radians and readings from impossible ones.
+    `frame`: the frame that a pose must be in; "": any, but always the same.
     """
 
     name: str
@@ -58,10 +59,17 @@ class Signal:
     continuous: bool
     scale: float = 1.0
     offset: float = 0.0
+    frame: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
         return self.topic, self.part, self.field
+
+
+def plain_joints(names: Sequence[str], topic: str) -> tuple[Signal, ...]:
+    """Joints of which nothing is known but their names."""
+    inf = math.inf
+    return tuple(Signal(name, topic, JOINT_STATE, name, "position", "rad", -inf, inf, inf, False) for name in names)
 
 
 def measuring_state(robot: Robot, action: ActionDimension) -> StateDimension | None:
@@ -109,9 +117,23 @@ def robot_signals(robot: Robot) -> tuple[Signal, ...]:
         if (own := own_signal(robot, action)) is not None:
             found.setdefault(own.key, own)
     for output in robot.outputs:
-        if (topic := pose_topic(robot, output)) is not None:
-            for signal in _pose_signals(topic):
-                found.setdefault(signal.key, signal)
+        if (topic := pose_topic(robot, output)) is None:
+            continue
+        for signal in _pose_signals(topic, output):
+            before = found.setdefault(signal.key, signal)
+            if before.frame and output.frame_id and before.frame != output.frame_id:
+                raise ValueError(
+                    f"outputs: {output.name!r}: frame_id: expected {before.frame!r}, which {topic} is in for another "
+                    f"output, got {output.frame_id!r}"
+                )
+            speed = min(before.max_velocity, signal.max_velocity)
+            found[signal.key] = replace(before, frame=before.frame or output.frame_id, max_velocity=speed)
+    types = {signal.topic: signal.type for signal in found.values()}
+    for signal in found.values():
+        if signal.type != types[signal.topic]:
+            raise ValueError(
+                f"source: expected one type on {signal.topic}, got {signal.type} and {types[signal.topic]}"
+            )
     return tuple(found.values())
 
 
@@ -181,11 +203,15 @@ def _signals_of_state(robot: Robot, dimension: StateDimension) -> tuple[Signal, 
     )
 
 
-def _pose_signals(topic: str) -> tuple[Signal, ...]:
-    inf = math.inf
+def _pose_signals(topic: str, output: Output | None = None) -> tuple[Signal, ...]:
+    """`output` bounds how fast the pose may move; half of an angular velocity is a bound of a quaternion's."""
+    inf, linear, angular = math.inf, math.inf, math.inf
+    if output is not None and output.max_linear_velocity and output.max_angular_velocity:
+        linear, angular = output.max_linear_velocity, output.max_angular_velocity / 2.0
+    frame = "" if output is None else output.frame_id
     return tuple(
-        Signal(f"{topic}.{part}", topic, POSE_STAMPED, part, "pose", unit, -inf, inf, inf, False)
-        for parts, unit in ((POSITION, "m"), (QUATERNION, "ratio"))
+        Signal(f"{topic}.{part}", topic, POSE_STAMPED, part, "pose", unit, -inf, inf, speed, False, frame=frame)
+        for parts, unit, speed in ((POSITION, "m", linear), (QUATERNION, "ratio", angular))
         for part in parts
     )
 

@@ -26,14 +26,14 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from std_msgs.msg import Empty, String
 from std_srvs.srv import Trigger
 
-from ki_vla_ros.bundle import MANIFEST, Bundle, file_sha256, load_bundle
+from ki_vla_ros.bundle import MANIFEST, Bundle, Manifest, file_sha256, load_bundle
 from ki_vla_ros.console import ExitCode
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.engines.base import Engine
 from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError, KiVlaError, printable
 from ki_vla_ros.policy import Policy, check_instruction
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.robot import ACTIONS, Output, find_robot, read_robot
+from ki_vla_ros.robot import ACTIONS, POSE_STAMPED, Output, find_robot, read_robot
 from ki_vla_ros.ros.parameters import Parameters
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVENT, LATCHED, OVERRIDABLE
@@ -49,9 +49,18 @@ from ki_vla_ros.runtime import (
     ShadowComparison,
     axis_bounds,
     camera_sources,
+    input_signals,
     own_limit_ns,
 )
-from ki_vla_ros.settings import BundleIdentity, CommandTopic, Session, SessionTopics, session_topic, shadow_topics
+from ki_vla_ros.settings import (
+    BundleIdentity,
+    CommandTopic,
+    Session,
+    SessionTopics,
+    Settings,
+    session_topic,
+    shadow_topics,
+)
 from ki_vla_ros.share import find_bundle
 
 # How long the executor thread may keep the interpreter from the loop's thread (Python's default: 5 ms).
@@ -179,18 +188,18 @@ class PolicyNode(LifecycleNode):
         )
 
     def _find_others(self, lifecycle: str) -> Mapping[str, Level]:
-        """Who commands the arm beside this node while it does, and who publishes joint states if several do.
+        """Who commands the arm beside this node while it does, and who publishes the same joint states if several do.
 
         A new finding is logged once.
         """
         if self._loaded is None:
             return {}
         settings, faults = self.parameters.settings, {}
-        topic = self.resolve_topic_name(settings.joint_states_topic)
-        if len(names := publishers(self, topic)) > 1:
-            faults[f"{topic}: {len(names)} publishers of joint states: {', '.join(names)}; stop all but one"] = (
-                Level.WARNING
-            )
+        for topic, kinds in self._loaded.buffer.kinds.items():
+            # Publishers of other joints than another's, such as a gripper's or a base's, are no fault.
+            if len(names := publishers(self, topic)) > max(kinds, 1):
+                fault = f"{topic}: {len(names)} publishers of joint states: {', '.join(names)}; stop all but one"
+                faults[fault] = Level.WARNING
         commands = {} if settings.shadow or settings.dry_run or lifecycle != "active" else self._command_topics()
         for topic in commands:
             names = publishers(self, topic)
@@ -265,7 +274,7 @@ class PolicyNode(LifecycleNode):
         bundle = load_bundle(find_bundle(self.parameters.settings.bundle))
         if robot := self.parameters.settings.robot:
             bundle = bundle.described_by(read_robot(find_robot(robot)))
-        settings = self.parameters.load(bundle.manifest)
+        settings = self.parameters.load(bundle.manifest).on_robot(bundle.manifest.robot)
         with ExitStack() as resources:
             resources.callback(self.parameters.unload)
             bundle = bundle.on_robot(settings.robot_description)
@@ -282,22 +291,15 @@ class PolicyNode(LifecycleNode):
                 self, manifest.robot, settings, bounds.acceleration_J, shadow, self._diagnostics.record_refusal
             )
             resources.callback(wire.close)
-            joint_topic = self.resolve_topic_name(settings.joint_states_topic)
             sources = camera_sources(manifest, settings, self.resolve_topic_name)
-            buffer = ObservationBuffer(
-                sources,
-                [signal.name for signal in manifest.robot.signals],
-                joint_topic,
-                manifest.robot.signals,
-                own_limit_ns(settings.joint_max_age_s),
-                policy.space.state,
-            )
+            signals = input_signals(manifest, self._signal_topics(settings, manifest))
+            buffer = ObservationBuffer(sources, signals, own_limit_ns(settings.joint_max_age_s), policy.space.state)
             loop = PolicyLoop(policy, buffer, wire, self._diagnostics, lambda: self.parameters.settings)
             loop.instruction = settings.instruction
             if self._stopped is not None:
                 loop.latch(self._stopped)
             identity = BundleIdentity(name=manifest.name, manifest_sha256=file_sha256(bundle.path / MANIFEST))
-            inputs = Inputs(self, manifest, settings, sources, buffer, wire, self._diagnostics, shadow)
+            inputs = Inputs(self, manifest, settings, sources, signals, buffer, wire, self._diagnostics, shadow)
             resources.callback(inputs.close)
             loaded = Loaded(bundle, engine, inputs, buffer, wire, loop, LoopThread(loop), identity, shadow)
             self._resources = resources.pop_all()
@@ -310,9 +312,10 @@ class PolicyNode(LifecycleNode):
         self._resources.callback(gc.callbacks.remove, self._diagnostics.collector)
         self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
         topics = ", ".join(f"{source.name} from {source.topic}" for source in sources)
+        from_topics = ", ".join(dict.fromkeys(signal.topic for signal in signals))
         commands = settings.command_topics(manifest.robot)
         to_topics = ", ".join((shadow_topics(manifest.robot) if settings.shadow else commands).values())
-        self.get_logger().info(f"{topics}; joints from {joint_topic}; commands to {to_topics}")
+        self.get_logger().info(f"{topics}; joints from {from_topics}; commands to {to_topics}")
         self.get_logger().info(f"limits: {loop.describe_limits()}")
         self.parameters.warn_of_unused_overrides()
 
@@ -320,8 +323,12 @@ class PolicyNode(LifecycleNode):
         """Publishes what replay needs to know; does nothing while no bundle is loaded."""
         if self._loaded is None:
             return
-        settings, full_name = self.parameters.settings, self.resolve_topic_name
-        robot = self._loaded.bundle.manifest.robot
+        manifest, full_name = self._loaded.bundle.manifest, self.resolve_topic_name
+        robot = manifest.robot
+        settings = self.parameters.settings.on_robot(robot)
+        cameras = {camera.name: settings.camera(camera.name) for camera in manifest.cameras}
+        signals = self._signal_topics(settings, manifest)
+        poses = {name: signals.pop(name) for name in {s.topic for s in robot.signals if s.type == POSE_STAMPED}}
         shadows, chosen = shadow_topics(robot), settings.command_topics(robot)
         commands = {
             output.name: CommandTopic(
@@ -333,8 +340,11 @@ class PolicyNode(LifecycleNode):
         }
         first = next(iter(commands.values()))
         topics = SessionTopics(
-            cameras={c.name: full_name(settings.camera(c.name).topic) for c in self._loaded.bundle.manifest.cameras},
-            joint_states=full_name(settings.joint_states_topic),
+            cameras={name: full_name(camera.topic) for name, camera in cameras.items()},
+            transports={name: camera.transport or "raw" for name, camera in cameras.items()},
+            joint_states=next(iter(signals.values()), ""),
+            states=signals,
+            poses=poses,
             instruction=full_name("~/instruction"),
             command=first.topic,
             commands=commands,
@@ -346,6 +356,11 @@ class PolicyNode(LifecycleNode):
         simulated, identity = self._loaded.wire.simulated_clock(), self._loaded.identity
         session = Session(node=node, simulated_clock=simulated, bundle=identity, parameters=values, topics=topics)
         self._session_publisher.publish(String(data=session.text()))
+
+    def _signal_topics(self, settings: Settings, manifest: Manifest) -> dict[str, str]:
+        """The full names of the topics that the robot's signals come from, by their names in its file."""
+        chosen = settings.signal_topics(manifest.robot)
+        return {name: self.resolve_topic_name(topic) for name, topic in chosen.items()}
 
     def _check_alone(self) -> None:
         this = (self.get_name(), self.get_namespace())

@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseStamped
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.serialization import deserialize_message
@@ -33,7 +34,7 @@ from std_msgs.msg import String
 from ki_vla_ros.bags.writer import BagWriter
 from ki_vla_ros.console import ExitCode
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.messages import COMPRESSED_IMAGE, DIAGNOSTICS, IMAGE, JOINT_STATE, TEXT
+from ki_vla_ros.messages import COMPRESSED_IMAGE, DIAGNOSTICS, IMAGE, JOINT_STATE, POSE, TEXT
 from ki_vla_ros.ros.outputs import KINDS
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVERY_IMAGE, EVERY_READING, EVERYTHING, LATCHED
@@ -46,13 +47,14 @@ MESSAGES: Final[dict[str, Any]] = {
     COMPRESSED_IMAGE: CompressedImage,
     TEXT: String,
     JOINT_STATE: JointState,
+    POSE: PoseStamped,
     DIAGNOSTICS: DiagnosticArray,
     **KINDS,  # commands
 }
 # Recorded in addition to the topics that the session names.
 EXTRA_TOPIC_TYPES: Final = {"/diagnostics": DIAGNOSTICS}
 # Every other type is subscribed to with EVERYTHING.
-QOS: Final = {IMAGE: EVERY_IMAGE, COMPRESSED_IMAGE: EVERY_IMAGE, JOINT_STATE: EVERY_READING}
+QOS: Final = {IMAGE: EVERY_IMAGE, COMPRESSED_IMAGE: EVERY_IMAGE, JOINT_STATE: EVERY_READING, POSE: EVERY_READING}
 # Lets the policy go first where processor time is short.
 NICENESS: Final = 5
 

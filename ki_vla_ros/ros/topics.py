@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import PoseStamped
 from numpy.typing import NDArray
 from rclpy.lifecycle import LifecycleNode, LifecyclePublisher
 from rclpy.node import Node
@@ -40,8 +41,17 @@ from ki_vla_ros.messages import (
     read_image,
 )
 from ki_vla_ros.policy import resize_with_pad
-from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, MotionInterrupted, header_ns
-from ki_vla_ros.robot import ACTIONS, TRAJECTORY, CommandSpace, Robot
+from ki_vla_ros.records import (
+    NS_PER_S,
+    ActionChunk,
+    CameraFrame,
+    JointReading,
+    Motion,
+    MotionInterrupted,
+    PoseReading,
+    header_ns,
+)
+from ki_vla_ros.robot import ACTIONS, POSE_STAMPED, TRAJECTORY, CommandSpace, Robot, Signal
 from ki_vla_ros.ros.outputs import KINDS, MotionOutput, StreamTopic, open_motion_output, open_stream_output
 from ki_vla_ros.ros.qos import EVENT, OVERRIDABLE, SENSOR
 from ki_vla_ros.ros.releases import SubscriptionEventCallbacks
@@ -67,7 +77,7 @@ UNKNOWN_NAME = "_NODE_NAME_UNKNOWN_"
 
 
 class Inputs:
-    """Subscriptions that put images and joint states into the buffer and refuse, by name, what cannot be used."""
+    """Subscriptions that put images, joint states and poses into the buffer, and refuse by name what cannot be used."""
 
     def __init__(
         self,
@@ -75,6 +85,7 @@ class Inputs:
         manifest: PolicySpec,
         settings: Settings,
         sources: Sequence[CameraSource],
+        signals: Sequence[Signal],
         buffer: ObservationBuffer,
         wire: NodeWire,
         diagnostics: Diagnostics,
@@ -88,8 +99,11 @@ class Inputs:
             raw = settings.camera(source.name).transport == "raw"
             kind, on_image = Image if raw else CompressedImage, partial(self.add_image, source.name)
             self._subscribe(kind, source.topic, on_image, SENSOR, serialized=raw)
-        joints = node.resolve_topic_name(settings.joint_states_topic)
-        self._subscribe(JointState, joints, self.add_joints, SENSOR)
+        for topic, type_name in {signal.topic: signal.type for signal in signals}.items():
+            if type_name == POSE_STAMPED:
+                self._subscribe(PoseStamped, topic, partial(self.add_pose, topic=topic), SENSOR)
+            else:
+                self._subscribe(JointState, topic, partial(self.add_joints, topic=topic), SENSOR)
         if shadow is not None and settings.shadow_reference == "command":
             for name, command in settings.command_topics(manifest.robot).items():
                 output = next(output for output in manifest.robot.outputs if output.name == name)
@@ -108,13 +122,23 @@ class Inputs:
         except InputError as refusal:
             self._refuse(camera, refusal)
 
-    def add_joints(self, message: JointState) -> None:
+    def add_joints(self, message: JointState, topic: str) -> None:
         try:
-            reading = self._buffer.add_joints(reading_from_message(message, self._received_ns()), self._wire.now_ns())
+            reading = reading_from_message(message, self._received_ns())
+            kept = self._buffer.add_joints(reading, self._wire.now_ns(), topic)
             if self._shadow is not None:
-                self._shadow.add_joints(reading)
+                self._shadow.add_readings(kept)
         except InputError as refusal:
-            self._refuse("joint state", refusal)
+            self._refuse(topic, refusal)
+
+    def add_pose(self, message: PoseStamped, topic: str) -> None:
+        try:
+            reading = PoseReading.from_message(message, self._received_ns())
+            kept = self._buffer.add_pose(reading, self._wire.now_ns(), topic)
+            if self._shadow is not None:
+                self._shadow.add_readings(kept)
+        except InputError as refusal:
+            self._refuse(topic, refusal)
 
     def _add_command(self, output: str, message: Any) -> None:
         """Takes, in shadow mode, a command that someone else sends to the arm."""
@@ -364,7 +388,7 @@ def _cv_bridge() -> Any:
 def reading_from_message(message: JointState, received_ns: int | None = None) -> JointReading:
     """A reading from a JointState, stamped `received_ns` if given; InputError as in JointReading.from_fields."""
     stamp_ns = header_ns(message) if received_ns is None else received_ns
-    return JointReading.from_fields(stamp_ns, message.name, message.position)
+    return JointReading.from_fields(stamp_ns, message.name, message.position, message.velocity, message.effort)
 
 
 def tick_numbers(fields: Mapping[str, Any]) -> list[float]:

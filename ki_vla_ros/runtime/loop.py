@@ -164,9 +164,9 @@ class PolicyLoop:
             if prefix is None:
                 observation = self.buffer.observe(tick_ns, max_age_ns, to_ns(settings.sync_slop_s))
             else:
-                stamp_ns, signal_M = self.buffer.latest(tick_ns, max_age_ns)
+                stamp_ns, signal_M, joint_ns = self.buffer.latest(tick_ns, max_age_ns)
                 state_S = self._space.state(signal_M)
-                observation = Observation(stamp_ns, prefix.observation.frames, state_S, (stamp_ns,), signal_M)
+                observation = Observation(stamp_ns, prefix.observation.frames, state_S, joint_ns, signal_M)
         if not instruction:
             raise InstructionError("instruction: none yet; publish one on the policy's ~/instruction")
         at_rest = self._governor.at_rest(wire.motion_ns())
@@ -196,7 +196,7 @@ class PolicyLoop:
                 raise SafetyRefusal(f"stopped: {self._latched}")
             if self._ended:
                 return None
-            measured_ns, signal_M = self.buffer.measured(now_ns, max_age_ns)
+            measured_ns, signal_M, _ = self.buffer.measured(now_ns, max_age_ns)
             ahead_ns = self._ahead_ns()
             measured_J = self._place(signal_M, measured_ns + ahead_ns)
             self._governor.correct(measured_J, measured_ns + ahead_ns)

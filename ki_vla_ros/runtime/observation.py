@@ -1,8 +1,8 @@
 """The newest inputs that belong together in time, or a refusal that names what is missing.
 
 The executor thread adds and the worker thread observes, under one lock. Nothing here reads a clock: `now_ns` comes from
-the caller. Only `await_burst` waits. Legend: J joints in the manifest's order. Stamps in integer ns on the node's
-clock.
+the caller. Only `await_burst` waits. Legend: M signals in the robot file's order, G those of them that come in one
+message. Stamps in integer ns on the node's clock.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import bisect
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import InputError, StaleInput
-from ki_vla_ros.records import CameraFrame, JointReading, Observation, to_ns
+from ki_vla_ros.records import CameraFrame, JointReading, Observation, PoseReading, SignalReading, to_ns
 from ki_vla_ros.robot import Signal
-from ki_vla_ros.runtime.readings import Readings, insert
+from ki_vla_ros.runtime.readings import Reading, Readings, insert
 from ki_vla_ros.settings import Settings
 
 # Frames per camera that an observation may be chosen from: at 30 Hz the last 0.27 s. No more, as these are full images.
@@ -33,6 +34,11 @@ BURST_WAIT_NS = 3_000_000
 # Stamps farther ahead of the node's clock than this are refused: of another clock, they would hide all that come later.
 # As much as an image may be old by default: clocks of several machines, and of a simulator, are never quite the same.
 AHEAD_NS = 250_000_000
+# How many kinds of joint states, by the joints in them, are remembered of a topic, and how many names of other joints.
+KINDS_KEPT, NAMES_KEPT = 32, 64
+# How far a quaternion's length may be from 1: rounding to a few digits leaves more, a driver that sends none does not.
+LENGTH_OFF = 0.01
+FIELDS = ("position", "velocity", "effort")
 
 
 @dataclass(frozen=True)
@@ -68,32 +74,61 @@ class InputStatus:
     age_ns: int | None
 
 
+class Latest(NamedTuple):
+    """The newest values of all signals, the oldest of their stamps, and the stamp of each part."""
+
+    stamp_ns: int
+    signal_M: NDArray[np.float64]
+    joint_ns: tuple[int, ...]
+
+
+# Which numbers of a joint state are a part's: by field, their places in the message.
+_Places = tuple[tuple[str, list[int]], ...]
+
+
+@dataclass
+class _Topic:
+    """What is known of a topic that signals come from, and of its last message."""
+
+    name: str
+    names: tuple[str, ...] | None = None
+    plan: Sequence[tuple[Readings, _Places]] = ()
+    plans: dict[tuple[str, ...], Sequence[tuple[Readings, _Places]]] = field(default_factory=dict)
+    kinds: set[frozenset[str]] = field(default_factory=set)
+    others: dict[str, None] = field(default_factory=dict)  # names that came, and are no signal's
+    frame_id: str | None = None
+    refused: str | None = None
+    refused_of: tuple[str, ...] | None = None  # the joints in the message that was refused
+
+
 class ObservationBuffer:
+    """Joint states may come from several topics, and in parts: each part has its own readings, and its own age.
+
+    A part is what always came in one message so far. It begins as all signals of a topic, and is divided when a message
+    has only some of them.
+    """
+
     def __init__(
         self,
         cameras: Sequence[CameraSource],
-        joints: Sequence[str],
-        joint_topic: str,
-        specs: Sequence[Signal] | None = None,
+        signals: Sequence[Signal],
         joint_max_age_ns: int | None = None,
         state: Callable[[NDArray[np.float64]], NDArray[np.float64]] | None = None,
     ) -> None:
-        """`specs`: what is known of `joints`, to tell degrees from radians and readings from impossible ones.
+        """`signals`: with the full names of their topics.
 
         `state` makes the policy's state of the signals (None: they are it). `joint_max_age_ns`: the greatest age at
-        which a joint state may be acted upon; None: the caller's limit holds.
+        which a joint state or pose may be acted upon; None: the caller's limit holds.
         """
         self._cameras = {camera.name: _Frames(camera) for camera in cameras}
-        self._joints = tuple(joints)
-        self._joint_topic = joint_topic
-        self._names: tuple[str, ...] = ()  # of the last reading, and where in them each joint is
-        self._index: list[int] = []
-        self._readings = Readings(specs, joint_topic)
-        self._specs = tuple(specs or ())
-        self._plausible = _plausible(len(self._joints), self._specs)
+        self._signals = tuple(signals)
+        self._topics = {signal.topic: _Topic(signal.topic) for signal in self._signals}
+        self._parts: list[Readings] = []
+        for topic in self._topics:
+            index = [m for m, signal in enumerate(self._signals) if signal.topic == topic]
+            self._parts.append(Readings([self._signals[m] for m in index], _by_field(index, self._signals)))
         self._joint_max_age_ns = joint_max_age_ns
         self._state = state or (lambda signal_M: signal_M)
-        self._readings_count = 0
         self._arrivals: deque[int] = deque(maxlen=ARRIVALS_KEPT)
         self._refused: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -118,56 +153,120 @@ class ObservationBuffer:
                 self._frame_came.notify_all()
             self._refused.pop(frame.camera, None)
 
-    def add_joints(self, reading: JointReading, arrived_ns: int | None = None) -> JointReading:
-        """Picks the manifest's joints from `reading` by name; returns them as they are kept.
+    def add_joints(
+        self, reading: JointReading, arrived_ns: int | None = None, topic: str | None = None
+    ) -> tuple[SignalReading, ...]:
+        """Picks the signals of `topic` (None: there is one) from `reading` by name; returns them as they are kept.
 
-        InputError if one is missing, not finite, in another unit or farther from the last reading than it can turn, or
-        for a stamp that cannot be right at `arrived_ns` (the node's clock).
+        Joints that are not the robot's are left alone, and a message may have some of the robot's, or none. InputError
+        if a value is not finite, in another unit or farther from the last reading than the joint can move, if a field
+        is missing, or for a stamp that cannot be right at `arrived_ns` (the node's clock).
         """
-        if reading.names != self._names:
-            self._index = self._find(reading.names)
-            self._names = reading.names
-        position_J = reading.position_J[self._index]
-        low_J, high_J = self._plausible
-        plausible_J = (position_J >= low_J) & (position_J <= high_J)
-        if not plausible_J.all():  # also for NaN
-            raise self._implausible(position_J, int(np.argmin(plausible_J)))
-        _check_stamp("joint state", self._joint_topic, reading.stamp_ns, arrived_ns)
-        with self._lock:
-            position_J = self._readings.add(reading.stamp_ns, position_J)
-            self._readings_count += not self._readings.repeats
-            self._refused.pop("joint state", None)
-        return JointReading(reading.stamp_ns, self._joints, position_J)
+        known = self._topics[topic] if topic else next(iter(self._topics.values()))
+        if reading.names != known.names:
+            with self._lock:
+                self._plan(known, reading.names)
+        taken = [(part, self._pick(part, places, reading)) for part, places in known.plan]
+        if not taken:
+            return ()
+        _check_stamp("joint state", known.name, reading.stamp_ns, arrived_ns)
+        return self._keep(known, reading.stamp_ns, taken)
 
-    def _find(self, names: tuple[str, ...]) -> list[int]:
-        missing = [name for name in self._joints if name not in names]
-        if missing:
+    def add_pose(
+        self, reading: PoseReading, arrived_ns: int | None = None, topic: str | None = None
+    ) -> tuple[SignalReading, ...]:
+        """As `add_joints`, for a pose; InputError also for a quaternion that is none, and for another frame."""
+        known = self._topics[topic] if topic else next(iter(self._topics.values()))
+        part = next(part for part in self._parts if part.topic == known.name)
+        pose_7 = reading.pose_7
+        if not np.isfinite(pose_7).all():
+            raise InputError(f"pose: expected finite numbers, got {pose_7.tolist()} on {known.name}")
+        length = float(np.linalg.norm(pose_7[3:]))
+        if abs(length - 1.0) > LENGTH_OFF:
             raise InputError(
-                f"joint state: expected joints {', '.join(self._joints)}, but {', '.join(missing)} missing among "
-                f"{', '.join(names) or 'no names'} on {self._joint_topic}; is this the robot that the bundle "
-                "was made for?"
+                f"pose: expected an orientation of length 1 on {known.name}, got the quaternion {pose_7[3:].tolist()} "
+                f"of length {length:.4g}; does its driver fill it in?"
             )
-        return [names.index(name) for name in self._joints]
+        self._check_frame(known, part, reading.frame_id)
+        _check_stamp("pose", known.name, reading.stamp_ns, arrived_ns)
+        pose_7 = np.concatenate([pose_7[:3], pose_7[3:] / length])
+        kept = self._keep(known, reading.stamp_ns, [(part, pose_7)])
+        known.frame_id = reading.frame_id
+        return kept
 
-    def _implausible(self, position_J: NDArray[np.float64], j: int) -> InputError:
-        """The message asks about degrees where the value of joint `j` would fit if it were in degrees."""
-        if not np.isfinite(position_J[j]):
-            return InputError(
-                f"joint {self._joints[j]!r}: expected a finite position, got {position_J[j]} on {self._joint_topic}"
+    def _keep(
+        self, known: _Topic, stamp_ns: int, taken: Sequence[tuple[Readings, NDArray[np.float64]]]
+    ) -> tuple[SignalReading, ...]:
+        with self._lock:
+            kept = tuple([SignalReading(stamp_ns, part.index, part.add(stamp_ns, value_G)) for part, value_G in taken])
+            if known.refused_of == known.names or known.refused_of is None:
+                known.refused = None
+        return kept
+
+    def _plan(self, known: _Topic, names: tuple[str, ...]) -> None:
+        """Finds the robot's joints among `names`, and divides parts of which only some came; with the lock."""
+        if (plan := known.plans.get(names)) is None:
+            place_of = {name: place for place, name in enumerate(names)}
+            here = {m for m, s in enumerate(self._signals) if s.topic == known.name and s.part in place_of}
+            for part in [part for part in self._parts if 0 < len(here.intersection(part.index)) < len(part.index)]:
+                at = self._parts.index(part)
+                self._parts[at : at + 1] = [part.of(here), part.of(set(part.index) - here)]
+                known.plans.clear()
+            plan = [(part, _places(part, place_of)) for part in self._parts if part.index[0] in here]
+            known.plans = {**(known.plans if len(known.plans) < KINDS_KEPT else {}), names: plan}
+            ours = {self._signals[m].part for m in here}
+            if len(known.kinds) < KINDS_KEPT:
+                known.kinds.add(frozenset(names))
+            for name in names[: NAMES_KEPT - len(known.others)]:
+                if name not in ours:
+                    known.others[name] = None
+        known.names, known.plan = names, plan
+
+    def _pick(self, part: Readings, places: _Places, reading: JointReading) -> NDArray[np.float64]:
+        """The part's values [G] in the robot's units; InputError if one cannot be right."""
+        fields = []
+        for name, index in places:
+            values = reading.position_J if name == "position" else getattr(reading, name)
+            if len(values) != len(reading.names):
+                joint = next(signal.name for signal in part.signals if signal.field == name)
+                raise InputError(
+                    f"joint state: expected one {name} per name on {part.topic}, which {joint!r} is read from, got "
+                    f"{len(reading.names)} names and {len(values)}; does its driver fill in this field?"
+                )
+            fields.append(np.asarray(values, dtype=np.float64)[index])
+        came_G = fields[0] if len(fields) == 1 else np.concatenate(fields)
+        value_G = part.to_robot(came_G)
+        plausible_G = (value_G >= part.low_G) & (value_G <= part.high_G)
+        if not plausible_G.all():  # also for NaN
+            raise _implausible(part, value_G, came_G, int(np.argmin(plausible_G)))
+        return value_G
+
+    def _check_frame(self, known: _Topic, part: Readings, frame_id: str) -> None:
+        declared = part.signals[0].frame
+        if declared and frame_id and frame_id != declared:
+            raise InputError(
+                f"pose: expected frame {declared!r} on {known.name}, as the robot file says, got {frame_id!r}"
             )
-        low_J, high_J = self._plausible
-        joint, radians = self._specs[j], np.radians(position_J[j])
-        fits = joint.unit == "rad" and low_J[j] <= radians <= high_J[j]
-        hint = f"; as degrees it would be {radians:.3f} rad: is it published in degrees?" if fits else ""
-        return InputError(
-            f"joint {joint.name!r}: expected about {joint.lower:.3f} to {joint.upper:.3f} {joint.unit}, its limits, "
-            f"got {position_J[j]:.4g} on {self._joint_topic}{hint}"
-        )
+        if known.frame_id is not None and frame_id != known.frame_id:
+            raise InputError(
+                f"pose: expected frame {known.frame_id!r} on {known.name}, as in its messages before, got "
+                f"{frame_id!r}; do two programs publish it?"
+            )
 
     def refuse(self, subject: str, reason: str) -> None:
-        """Remembers why the newest message of a camera (by name) or of "joint state" could not be used."""
+        """Remembers why the newest message of a camera (by name), or of a topic of signals, could not be used."""
         with self._lock:
-            self._refused[subject] = reason
+            if subject in self._topics:
+                known = self._topics[subject]
+                known.refused, known.refused_of = reason, known.names
+            else:
+                self._refused[subject] = reason
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many kinds of joint states came on each topic, by the joints that are in them."""
+        with self._lock:
+            return {name: len(known.kinds) for name, known in self._topics.items()}
 
     def discard(self, frame: CameraFrame, reason: str) -> None:
         """Takes out a frame that has turned out to be of no use, and remembers why as `refuse` does."""
@@ -181,19 +280,22 @@ class ObservationBuffer:
             for camera in self._cameras.values():
                 camera.frames.clear()
                 camera.arrived_ns, camera.repeats = 0, False
-            self._readings.clear()
+            for part in self._parts:
+                part.clear()
+            self._topics = {name: _Topic(name) for name in self._topics}
             self._refused.clear()
             self._arrivals.clear()
 
     def status(self, now_ns: int) -> dict[str, InputStatus]:
-        """What has come in, by camera name, and under "joint state" for the joints."""
+        """What has come in, by camera name, and under "joint state" for the signals: of the part that is behind."""
         with self._lock:
             newest = {
                 name: (camera.count, camera.frames[-1].stamp_ns if camera.frames else None)
                 for name, camera in self._cameras.items()
             }
-            kept = self._readings.kept
-            newest["joint state"] = self._readings_count, kept[-1][0] if kept else None
+            heard = [part.kept[-1][0] for part in self._parts if part.kept]
+            count = min((part.count for part in self._parts), default=0)
+            newest["joint state"] = count, min(heard) if heard and len(heard) == len(self._parts) else None
         return {
             name: InputStatus(count, None if stamp_ns is None else now_ns - stamp_ns)
             for name, (count, stamp_ns) in newest.items()
@@ -235,6 +337,7 @@ class ObservationBuffer:
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
         """The newest set: one frame per required camera, all within `slop_ns`, and the joint state at the oldest one.
 
+        With parts of the robot's signals in messages of their own, each part is as it was at that time.
         An optional camera joins if it has a frame in that span. StaleInput if there is no such set, or if a frame in it
         is older than `max_age_ns` (or its camera's own limit). Stamps more than `slop_ns` ahead of `now_ns` are
         ignored.
@@ -244,8 +347,8 @@ class ObservationBuffer:
                 name: [frame for frame in camera.frames if frame.stamp_ns <= now_ns + slop_ns]
                 for name, camera in self._cameras.items()
             }
-            readings = list(self._readings.kept)
-            joint_fault = self._joint_fault(now_ns, max_age_ns)
+            parts = [(part, list(part.kept)) for part in self._parts]
+            fault = self._fault(now_ns, max_age_ns)
             refused = dict(self._refused)
         required = {name: kept for name, kept in usable.items() if not self._cameras[name].source.optional}
         for name, kept in required.items():
@@ -266,24 +369,32 @@ class ObservationBuffer:
                 in_span = [frame for frame in candidates if stamp_ns <= frame.stamp_ns <= stamp_ns + slop_ns]
                 if in_span:
                     frames[name] = in_span[0]
-        if joint_fault:
-            raise StaleInput(joint_fault)
-        signal_M, joint_ns = self._joints_at(readings, stamp_ns, max_age_ns)
+        if fault:
+            raise StaleInput(fault)
+        signal_M, joint_ns = self._signals_at(parts, stamp_ns, max_age_ns)
         return Observation(stamp_ns, frames, self._state(signal_M), joint_ns, signal_M)
 
-    def measured(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
+    def measured(self, now_ns: int, max_age_ns: int) -> Latest:
         """`latest`, for what is about to be sent; a replay tells the two apart."""
         return self.latest(now_ns, max_age_ns)
 
-    def latest(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
-        """The stamp of the newest joint positions, and the positions [J].
-
-        StaleInput if they are older than `max_age_ns` (or their own limit).
-        """
+    def latest(self, now_ns: int, max_age_ns: int) -> Latest:
+        """The newest of all signals; StaleInput if one is older than `max_age_ns` (or their own limit)."""
         with self._lock:
-            if fault := self._joint_fault(now_ns, max_age_ns):
+            if fault := self._fault(now_ns, max_age_ns):
                 raise StaleInput(fault)
-            return self._readings.kept[-1]
+            newest = [(part, part.kept[-1]) for part in self._parts]
+        joint_ns = tuple([reading[0] for _, reading in newest])
+        return Latest(min(joint_ns), self._together([(part, value_G) for part, (_, value_G) in newest]), joint_ns)
+
+    def _together(self, parts: Sequence[tuple[Readings, NDArray[np.float64]]]) -> NDArray[np.float64]:
+        """All signals [M] of their parts."""
+        if len(parts) == 1 and parts[0][0].in_order:
+            return parts[0][1]
+        signal_M = np.empty(len(self._signals))
+        for part, value_G in parts:
+            signal_M[list(part.index)] = value_G
+        return signal_M
 
     def _check_camera(
         self, camera: _Frames, usable: list[CameraFrame], now_ns: int, max_age_ns: int, refused: Mapping[str, str]
@@ -305,65 +416,125 @@ class ObservationBuffer:
                 f"camera {name!r}: newest frame {_ms(age_ns)} ms old, limit {_ms(limit_ns)} ms (max_age_s){why}"
             )
 
-    def _joint_fault(self, now_ns: int, max_age_ns: int) -> str | None:
-        """Why the newest joint positions say nothing about where the arm is; the caller has the lock."""
-        topic, kept = self._joint_topic, self._readings.kept
-        if (reason := self._refused.get("joint state")) is not None:
-            why = f"; last message refused: {reason}"
-        elif self._readings.repeats:
-            why = f"; those on {topic} all have one stamp: is it frozen, or does it not stamp (use_receive_time)?"
-        else:
-            why = f"; is {topic} published?"
-        if not kept:
-            return f"joint state: none yet{why}"
-        if self._readings.in_doubt:
-            last = f"; the last: {reason}" if reason else ""
-            return f"joint state: expected one arm on {topic}, got readings of two places in turn{last}"
+    def _fault(self, now_ns: int, max_age_ns: int) -> str | None:
+        """Why the newest readings say nothing about where the robot is; the caller has the lock."""
         max_age_ns = max_age_ns if self._joint_max_age_ns is None else self._joint_max_age_ns
-        age_ns = now_ns - kept[-1][0]
-        if age_ns > max_age_ns:
-            return f"joint state: newest {_ms(age_ns)} ms old, limit {_ms(max_age_ns)} ms (max_age_s){why}"
-        if age_ns < -AHEAD_NS:
-            return (
-                f"joint state: stamps on {topic} are ahead of the node's clock by {_ms(-age_ns)} ms; "
-                "do both use the same clock (use_sim_time)?"
-            )
+        for part in self._parts:
+            kind, which = part.kind, self._which(part)
+            if (reason := self._reason(part)) is not None:
+                why = f"; last message refused: {reason}"
+            elif part.repeats:
+                why = f"; those on {part.topic} all have one stamp"
+                why += ": is it frozen, or does it not stamp (use_receive_time)?"
+            else:
+                why = f"; is {part.topic} published?"
+            if not part.kept:
+                return (reason is None and self._missing(part.topic)) or f"{kind}: none yet{which}{why}"
+            if part.in_doubt:
+                last = f"; the last: {reason}" if reason else ""
+                return f"{kind}: expected one arm on {part.topic}, got readings of two places in turn{which}{last}"
+            age_ns = now_ns - part.kept[-1][0]
+            if age_ns > max_age_ns:
+                if reason is None and not part.repeats and self._is_alone_old(part, now_ns - max_age_ns):
+                    why = f"; other joints still come on {part.topic}"
+                return f"{kind}: newest{which} {_ms(age_ns)} ms old, limit {_ms(max_age_ns)} ms (max_age_s){why}"
+            if age_ns < -AHEAD_NS:
+                return (
+                    f"{kind}: stamps{which} on {part.topic} are ahead of the node's clock by {_ms(-age_ns)} ms; "
+                    "do both use the same clock (use_sim_time)?"
+                )
         return None
 
-    def _joints_at(
-        self, readings: list[tuple[int, NDArray[np.float64]]], stamp_ns: int, max_age_ns: int
+    def _which(self, part: Readings) -> str:
+        """Which part it is, in words, where there are several."""
+        if len(self._parts) == 1:
+            return ""
+        return f" of {part.names}" if part.is_pose else f" of {part.names} on {part.topic}"
+
+    def _is_alone_old(self, part: Readings, since_ns: int) -> bool:
+        return any(other.topic == part.topic and other.kept and other.kept[-1][0] >= since_ns for other in self._parts)
+
+    def _reason(self, part: Readings) -> str | None:
+        """Why the last message that had the part was refused; None: it was not."""
+        known = self._topics[part.topic]
+        had = known.refused_of is None or part.signals[0].part in known.refused_of
+        return known.refused if had else None
+
+    def _missing(self, topic: str) -> str | None:
+        """Which joints never came on a topic and what came instead; None: nothing did."""
+        known = self._topics[topic]
+        if not known.kinds:
+            return None
+        wanted = [signal.part for signal in self._signals if signal.topic == known.name]
+        came = [
+            self._signals[m].part for part in self._parts if part.topic == known.name and part.kept for m in part.index
+        ]
+        missing = [name for name in dict.fromkeys(wanted) if name not in came]
+        return (
+            f"joint state: expected joints {', '.join(dict.fromkeys(wanted))}, but {', '.join(missing)} missing among "
+            f"{', '.join([*dict.fromkeys(came), *known.others]) or 'no names'} on {known.name}; is this the robot that "
+            "the bundle was made for?"
+        )
+
+    def _signals_at(
+        self, parts: Sequence[tuple[Readings, Sequence[Reading]]], stamp_ns: int, max_age_ns: int
     ) -> tuple[NDArray[np.float64], tuple[int, ...]]:
-        """Joint positions at `stamp_ns` and the stamps they come from: interpolated between two readings.
+        """All signals [M] at `stamp_ns`, and the stamps that each part comes from: between two readings of it.
 
         Never extrapolated: a frame newer than every reading gets the newest reading unchanged. No reading farther than
         `max_age_ns` from the frame is used.
         """
-        after = bisect.bisect_left([stamp for stamp, _ in readings], stamp_ns)
-        if after == 0 and readings[0][0] != stamp_ns:
-            raise StaleInput(
-                f"joint state: the oldest kept is {_ms(readings[0][0] - stamp_ns)} ms newer than the images; "
-                f"was {self._joint_topic} already published when the images were taken?"
-            )
-        near = [readings[i] for i in (after - 1, after) if 0 <= i < len(readings)]
-        if near[-1][0] == stamp_ns:
-            return near[-1][1], (stamp_ns,)
-        gap_ns = max(abs(stamp - stamp_ns) for stamp, _ in near)
-        if gap_ns > max_age_ns:
-            raise StaleInput(
-                f"joint state: none within {_ms(max_age_ns)} ms (max_age_s) of the images, nearest pair reaches "
-                f"{_ms(gap_ns)} ms; does {self._joint_topic} stall?"
-            )
-        if len(near) == 1:
-            return near[0][1], (near[0][0],)
-        (before_ns, before_J), (after_ns, after_J) = near
-        if (np.abs(after_J - before_J) > np.pi).any():
-            j = int(np.argmax(np.abs(after_J - before_J)))
-            raise StaleInput(
-                f"joint state: joint {self._joints[j]!r} goes from {before_J[j]:.3f} to {after_J[j]:.3f} around the "
-                "images, and no value between is right; if it turns without end, its robot file must say continuous"
-            )
-        weight = (stamp_ns - before_ns) / (after_ns - before_ns)
-        return before_J + weight * (after_J - before_J), (before_ns, after_ns)
+        values, joint_ns = [], []
+        for part, readings in parts:
+            after = bisect.bisect_left([stamp for stamp, _ in readings], stamp_ns)
+            if after == 0 and readings[0][0] != stamp_ns:
+                raise StaleInput(
+                    f"{part.kind}: the oldest kept{self._which(part)} is {_ms(readings[0][0] - stamp_ns)} ms newer "
+                    f"than the images; was {part.topic} already published when the images were taken?"
+                )
+            near = [readings[i] for i in (after - 1, after) if 0 <= i < len(readings)]
+            if near[-1][0] == stamp_ns:
+                near = near[-1:]
+            gap_ns = max(abs(stamp - stamp_ns) for stamp, _ in near)
+            if gap_ns > max_age_ns:
+                raise StaleInput(
+                    f"{part.kind}: none{self._which(part)} within {_ms(max_age_ns)} ms (max_age_s) of the images, "
+                    f"nearest pair reaches {_ms(gap_ns)} ms; does {part.topic} stall?"
+                )
+            values.append((part, near[0][1] if len(near) == 1 else part.between(near[0], near[1], stamp_ns)))
+            joint_ns += [stamp for stamp, _ in near]
+        return self._together(values), tuple(joint_ns)
+
+
+def _by_field(index: Sequence[int], signals: Sequence[Signal]) -> list[int]:
+    """Signals of one topic in the order in which they are picked from a message: field by field."""
+    return sorted(index, key=lambda m: FIELDS.index(signals[m].field) if signals[m].field in FIELDS else 0)
+
+
+def _places(part: Readings, place_of: Mapping[str, int]) -> _Places:
+    places: dict[str, list[int]] = {}
+    for signal in part.signals:
+        places.setdefault(signal.field, []).append(place_of[signal.part])
+    return tuple(places.items())
+
+
+def _implausible(part: Readings, value_G: NDArray[np.float64], came_G: NDArray[np.float64], g: int) -> InputError:
+    """The message asks about degrees where the value of signal `g` would fit if it were in degrees."""
+    signal = part.signals[g]
+    if not np.isfinite(came_G[g]):
+        return InputError(f"joint {signal.name!r}: expected a finite {signal.field}, got {came_G[g]} on {part.topic}")
+    low, high = part.low_G[g], part.high_G[g]
+    radians, got = np.radians(value_G[g]), f"{came_G[g]:.4g} on {part.topic}"
+    hint = ""
+    if came_G[g] != value_G[g]:
+        got += f", which the robot file makes {value_G[g]:.4g} {signal.unit}"
+        hint = "; as it came it would fit: is it in the robot's unit?" if low <= came_G[g] <= high else ""
+    elif signal.unit == "rad" and low <= radians <= high:
+        hint = f"; as degrees it would be {radians:.3f} rad: is it published in degrees?"
+    return InputError(
+        f"joint {signal.name!r}: expected about {signal.lower:.3f} to {signal.upper:.3f} {signal.unit}, its limits, "
+        f"got {got}{hint}"
+    )
 
 
 def _newest_set(frames: Mapping[str, Sequence[CameraFrame]], slop_ns: int) -> dict[str, CameraFrame] | None:
@@ -408,20 +579,6 @@ def _check_stamp(what: str, topic: str, stamp_ns: int, arrived_ns: int | None) -
         )
 
 
-def _plausible(joints: int, specs: Sequence[Signal]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Positions [J] that no joint is beyond: its limits, and on either side as much again as they are apart.
-
-    A joint that turns without end may be anywhere that a float tells small angles apart; where `specs` is empty,
-    anywhere.
-    """
-    if not specs:
-        return np.full(joints, -np.finfo(np.float64).max), np.full(joints, np.finfo(np.float64).max)
-    rows = [(-1e6, 1e6) if s.continuous else (2.0 * s.lower - s.upper, 2.0 * s.upper - s.lower) for s in specs]
-    low_J, high_J = np.array(rows).T.copy()
-    largest = np.finfo(np.float64).max  # also where there is no limit, infinity is no reading
-    return np.maximum(low_J, -largest), np.minimum(high_J, largest)
-
-
 def _ms(duration_ns: int) -> str:
     return f"{duration_ns / 1e6:.0f}"
 
@@ -442,6 +599,11 @@ def camera_sources(
         topic = (topics or {}).get(camera.name) or resolve(chosen.topic)
         sources.append(CameraSource(camera.name, topic, camera.optional, own_limit_ns(chosen.max_age_s)))
     return sources
+
+
+def input_signals(manifest: PolicySpec, topics: Mapping[str, str]) -> list[Signal]:
+    """The robot's signals with the full names of their topics, which `topics` has by those in the robot file."""
+    return [replace(signal, topic=topics[signal.topic]) for signal in manifest.robot.signals]
 
 
 def own_limit_ns(max_age_s: float) -> int | None:

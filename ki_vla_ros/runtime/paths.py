@@ -2,17 +2,18 @@
 
 `CommandedPath` is the one model of ROS 2's joint_trajectory_controller: the simulated arms move by it, and replay,
 datasets and shadow mode use it to find what a recorded arm was told. `CommandedAxes` joins the paths of all outputs of
-a robot. `MeasuredPath` is the line through the joint states.
+a robot. `MeasuredPath` is the line through what was read of it.
 
-Legend: J joints in the order in which the path was given them, N instants, K points of a trajectory. Positions in rad
-or m, derivatives per second, times in integer ns on one clock: the node's, or the bag's.
+Legend: J joints in the order in which the path was given them, N instants, K points of a trajectory, or readings; M
+signals, G those of them that come in one message. Positions in rad or m, derivatives per second, times in integer ns on
+one clock: the node's, or the bag's.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.records import NS_PER_S, JointReading, header_ns, time_to_ns
-from ki_vla_ros.robot import Robot, pose_place
+from ki_vla_ros.records import NS_PER_S, SignalReading, header_ns, time_to_ns
+from ki_vla_ros.robot import CommandSpace, Robot, Signal, pose_place
 
 # Joint states farther apart than this say nothing about the time between them.
 LONGEST_GAP_NS = 250_000_000
@@ -507,77 +508,117 @@ class CommandedAxes:
         return np.array(parts, dtype=np.float64)[self._robot.twist_parts(output)]
 
 
-class MeasuredPath:
-    """Where the arm was: on the straight line between two joint states.
+@dataclass(eq=False)
+class _Track:
+    """The readings of the signals `index`, which come together, in the order of their stamps."""
 
-    Anything faster than `max_velocity_J` (per second; None: not known) was no motion but a jump: a simulator's reset,
-    or a bag joined from pieces; `jump_after` says when. A jump, and joint states more than `max_gap_ns` apart, say
-    nothing about the time between.
+    index: tuple[int, ...]
+    speed_G: Array
+    stamps: deque[int]
+    values: deque[Array]
+    jumps: deque[int]  # stamps of the last readings before a jump
+    jump_count: int = 0
+
+    def of(self, index: tuple[int, ...]) -> _Track:
+        """The same for some of the signals."""
+        places = [self.index.index(m) for m in index]
+        values = deque(value_G[places] for value_G in self.values)
+        return _Track(index, self.speed_G[places], deque(self.stamps), values, deque(self.jumps), self.jump_count)
+
+    def at(self, time_N: NDArray[np.int64], max_gap_ns: int) -> Array:
+        """Values [N, G]; NaN where nothing is known."""
+        path_NG = np.full((len(time_N), len(self.index)), np.nan)
+        first = bisect_right(self.stamps, int(time_N.min())) - 1
+        last = bisect_left(self.stamps, int(time_N.max()))
+        keep = range(max(first, 0), min(last + 1, len(self.stamps)))
+        if not keep:
+            return path_NG
+        stamp_K = np.array([self.stamps[i] for i in keep], dtype=np.int64)
+        value_KG = np.array([self.values[i] for i in keep])
+        after_N = np.searchsorted(stamp_K, time_N).clip(max=len(stamp_K) - 1)
+        before_N = np.maximum(after_N - 1, 0)
+        before_ns, after_ns = stamp_K[before_N], stamp_K[after_N]
+        between_N = (time_N > before_ns) & (time_N < after_ns) & (after_ns - before_ns <= max_gap_ns)
+        between_N &= ~np.isin(before_ns, self.jumps)
+        weight_N = ((time_N - before_ns) / np.maximum(after_ns - before_ns, 1))[:, None]
+        line_NG = value_KG[before_N] * (1.0 - weight_N) + value_KG[after_N] * weight_N
+        path_NG[between_N] = line_NG[between_N]
+        path_NG[time_N == after_ns] = value_KG[after_N[time_N == after_ns]]
+        return path_NG
+
+
+class MeasuredPath:
+    """Where the robot was: on the straight line between two readings of each signal.
+
+    NaN where one of them is not known. Rotation vectors count from no rotation at all, as in `CommandedAxes`.
+    Anything faster than a signal can be was no motion but a jump: a simulator's reset, or a bag joined from pieces;
+    `jump_after` says when. A jump, and readings more than `max_gap_ns` apart, say nothing
+    about the time between.
     """
 
-    def __init__(
-        self, joints: Sequence[str], max_velocity_J: Sequence[float] | None = None, max_gap_ns: int = LONGEST_GAP_NS
-    ) -> None:
-        self._joints, self._max_gap_ns = tuple(joints), max_gap_ns
-        self._max_velocity_J = (
-            np.full(len(self._joints), np.inf) if max_velocity_J is None else np.array(max_velocity_J)
-        )
-        self._names: tuple[str, ...] = ()
-        self._index: list[int] = []
+    def __init__(self, signals: Sequence[Signal], robot: Robot | None = None, max_gap_ns: int = LONGEST_GAP_NS) -> None:
+        """The path is that of `robot`'s axes, whose signals these are (None: it is that of the signals)."""
+        self._speed_M = np.array([signal.max_velocity for signal in signals])
+        self._space = None if robot is None else CommandSpace(robot)
+        self._max_gap_ns = max_gap_ns
         self.clear()
 
     def clear(self) -> None:
-        self._jumps: deque[int] = deque()  # stamps of the last readings before a jump
-        self.jumps = 0
-        self._stamps: deque[int] = deque()
-        self._positions: deque[Array] = deque()
+        self.jumps = 0  # how often, at most, one signal has jumped
+        self._tracks: dict[tuple[int, ...], _Track] = {}
 
-    def add(self, reading: JointReading) -> None:
-        """Adds a reading that the observation has accepted; one that is not newer than the last is left out."""
-        if self._stamps and reading.stamp_ns <= self._stamps[-1]:
-            return
-        if reading.names != self._names:
-            self._names, self._index = reading.names, [reading.names.index(name) for name in self._joints]
-        position_J = reading.position_J[self._index]
-        if self._stamps:
-            reach_J = reach(self._max_velocity_J, reading.stamp_ns - self._stamps[-1])
-            if np.any(np.abs(position_J - self._positions[-1]) > reach_J):
-                self._jumps.append(self._stamps[-1])
-                self.jumps += 1
-        self._stamps.append(reading.stamp_ns)
-        self._positions.append(position_J)
+    def add(self, readings: Iterable[SignalReading]) -> None:
+        """Adds what the observation has accepted of a message; one that is not newer than the last is left out."""
+        for reading in readings:
+            track = self._tracks.get(reading.signals) or self._divide(reading.signals)
+            if track.stamps:
+                if reading.stamp_ns <= track.stamps[-1]:
+                    continue
+                reach_G = reach(track.speed_G, reading.stamp_ns - track.stamps[-1])
+                if np.any(np.abs(reading.value_G - track.values[-1]) > reach_G):
+                    track.jumps.append(track.stamps[-1])
+                    track.jump_count += 1
+                    self.jumps = max(self.jumps, track.jump_count)
+            track.stamps.append(reading.stamp_ns)
+            track.values.append(reading.value_G)
+
+    def _divide(self, signals: tuple[int, ...]) -> _Track:
+        """A track for signals that have come together for the first time: what another one knew of them, or empty."""
+        found = _Track(signals, self._speed_M[list(signals)], deque(), deque(), deque())
+        for index, track in list(self._tracks.items()):
+            if set(signals) < set(index):
+                found = track.of(signals)
+                rest = tuple(m for m in index if m not in signals)
+                del self._tracks[index]
+                self._tracks[rest] = track.of(rest)
+        self._tracks[signals] = found
+        return found
 
     def jump_after(self, since_ns: int) -> int | None:
         """The stamp of the last reading before the first jump at or after `since_ns`; None: there was none."""
-        return next((stamp_ns for stamp_ns in self._jumps if stamp_ns >= since_ns), None)
+        stamps = (stamp_ns for track in self._tracks.values() for stamp_ns in track.jumps if stamp_ns >= since_ns)
+        return min(stamps, default=None)
 
     def at(self, time_N: NDArray[np.int64]) -> Array:
-        path_NJ = np.full((len(time_N), len(self._joints)), np.nan)
-        first = bisect_right(self._stamps, int(time_N.min())) - 1
-        last = bisect_left(self._stamps, int(time_N.max()))
-        keep = range(max(first, 0), min(last + 1, len(self._stamps)))
-        if not keep:
-            return path_NJ
-        stamp_M = np.array([self._stamps[i] for i in keep], dtype=np.int64)
-        position_MJ = np.array([self._positions[i] for i in keep])
-        after_N = np.searchsorted(stamp_M, time_N).clip(max=len(stamp_M) - 1)
-        before_N = np.maximum(after_N - 1, 0)
-        before_ns, after_ns = stamp_M[before_N], stamp_M[after_N]
-        between_N = (time_N > before_ns) & (time_N < after_ns) & (after_ns - before_ns <= self._max_gap_ns)
-        between_N &= ~np.isin(before_ns, self._jumps)
-        weight_N = ((time_N - before_ns) / np.maximum(after_ns - before_ns, 1))[:, None]
-        line_NJ = position_MJ[before_N] * (1.0 - weight_N) + position_MJ[after_N] * weight_N
-        path_NJ[between_N] = line_NJ[between_N]
-        path_NJ[time_N == after_ns] = position_MJ[after_N[time_N == after_ns]]
+        signal_NM = np.full((len(time_N), len(self._speed_M)), np.nan)
+        for track in self._tracks.values():
+            signal_NM[:, track.index] = track.at(time_N, self._max_gap_ns)
+        if self._space is None:
+            return signal_NM
+        path_NJ = np.full((len(time_N), len(self._space.axes)), np.nan)
+        for n in np.flatnonzero(np.isfinite(signal_NM).all(axis=1)):
+            path_NJ[n] = self._space.measured(signal_NM[n])
         return path_NJ
 
     def known(self, time_ns: int, now_ns: int) -> bool:
-        reached = bool(self._stamps) and self._stamps[-1] >= time_ns
+        covered = sum(len(track.index) for track in self._tracks.values()) == len(self._speed_M)
+        reached = covered and all(track.stamps[-1] >= time_ns for track in self._tracks.values())
         return reached or now_ns > time_ns + self._max_gap_ns
 
     def forget(self, before_ns: int) -> None:
-        while len(self._stamps) > 1 and self._stamps[1] < before_ns:
-            self._stamps.popleft()
-            self._positions.popleft()
-        while self._jumps and self._jumps[0] < before_ns:
-            self._jumps.popleft()
+        for track in self._tracks.values():
+            while len(track.stamps) > 1 and track.stamps[1] < before_ns:
+                track.stamps.popleft()
+                track.values.popleft()
+            while track.jumps and track.jumps[0] < before_ns:
+                track.jumps.popleft()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading
-from ki_vla_ros.robot import CommandSpace, continuous, main_axes, nearest_turn
+from ki_vla_ros.records import NS_PER_S, ActionChunk, SignalReading
+from ki_vla_ros.robot import CommandSpace, main_axes
 from ki_vla_ros.runtime.diagnostics import WINDOW
 from ki_vla_ros.runtime.paths import LONGEST_GAP_NS, CommandedAxes, MeasuredPath
 from ki_vla_ros.settings import ReferenceName
@@ -28,6 +28,7 @@ class ShadowComparison:
     """Compares the last WINDOW chunks with the reference."""
 
     def __init__(self, space: CommandSpace, reference: ReferenceName) -> None:
+        """`space`: the policy's, whose rotations are counted as those of the chunks."""
         self._space, self._joints, self._reference = space, space.axes, reference
         self._lock = threading.Lock()
         self._newest_ns = 0
@@ -35,12 +36,12 @@ class ShadowComparison:
 
     def add_chunk(self, chunk: ActionChunk) -> None:
         with self._lock:
-            self._waiting.append(chunk)
+            self._waiting.append((chunk, self._space.reference_P4.copy()))
 
-    def add_joints(self, reading: JointReading) -> None:
-        """Adds a reading that the observation has accepted."""
+    def add_readings(self, readings: Iterable[SignalReading]) -> None:
+        """Adds what the observation has accepted of a message."""
         with self._lock:
-            self._measured.add(reading)
+            self._measured.add(readings)
 
     def add_command(self, output: str, received_ns: int, message: Any) -> None:
         """Adds what this output's controller was sent; InputError if it does not fit it."""
@@ -54,12 +55,10 @@ class ShadowComparison:
             return dict(self._figures())
 
     def _clear(self) -> None:
-        names = [joint.name for joint in self._joints]
-        self._measured, self._commanded = (
-            MeasuredPath(names, [j.max_velocity for j in self._joints]),
-            CommandedAxes(self._space.robot),
-        )
-        self._waiting: deque[ActionChunk] = deque(maxlen=WINDOW)
+        robot = self._space.robot
+        self._measured, self._commanded = MeasuredPath(robot.signals, robot), CommandedAxes(robot)
+        # With what the chunk's rotations are counted from.
+        self._waiting: deque[tuple[ActionChunk, NDArray[np.float64]]] = deque(maxlen=WINDOW)
         self._errors: deque[NDArray[np.float64]] = deque(maxlen=WINDOW)  # [H, J], NaN where the reference has nothing
 
     def _compare(self, now_ns: int) -> None:
@@ -68,10 +67,10 @@ class ShadowComparison:
             self._clear()
         self._newest_ns = now_ns
         path = self._measured if self._reference == "joint_states" else self._commanded
-        while self._waiting and self._waiting[0].due_ns(self._waiting[0].horizon - 1) + LONGEST_GAP_NS < now_ns:
-            chunk = self._waiting.popleft()
+        while self._waiting and _last_due_ns(self._waiting[0][0]) + LONGEST_GAP_NS < now_ns:
+            chunk, counted_P4 = self._waiting.popleft()
             due_H = chunk.start_ns + (np.arange(chunk.horizon) + 1) * chunk.period_ns
-            reference_HJ = nearest_turn(path.at(due_H), chunk.position_HJ, continuous(self._joints))
+            reference_HJ = self._space.nearest(path.at(due_H), chunk.position_HJ, counted_P4)
             self._errors.append(chunk.position_HJ - reference_HJ)
         for kept in (self._measured, self._commanded):
             kept.forget(now_ns - KEPT_NS)
@@ -90,6 +89,10 @@ class ShadowComparison:
         horizon = error_NHJ.shape[1]
         for k in sorted({0, horizon // 2, horizon - 1}):
             yield f"shadow rms action {k + 1}", _rms(arm[:, k])
+
+
+def _last_due_ns(chunk: ActionChunk) -> int:
+    return chunk.due_ns(chunk.horizon - 1)
 
 
 def _rms(error: NDArray[np.float64]) -> str:

@@ -33,6 +33,7 @@ from ki_vla_ros.settings.session import (
     resolve,
     session_topic,
     shadow_topics,
+    signal_topics,
 )
 from ki_vla_ros.settings.settings import ExecutorName, JacobianName, ReferenceName, Settings, TorchModeName
 
@@ -72,4 +73,5 @@ __all__ = [
     "settings_from_values",
     "shadow_topics",
     "shared_names",
+    "signal_topics",
 ]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ki_vla_ros.errors import ConfigurationError, InputError, short_repr
 from ki_vla_ros.files import parse_json
-from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSITIONS, TEXT, TRAJECTORY
+from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSE, POSITIONS, TEXT, TRAJECTORY
 from ki_vla_ros.robot import ACTIONS, Robot
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import Settings
@@ -53,11 +53,15 @@ class SessionTopics(_Part):
     """Full names, after remapping.
 
     `commands` are the robot's by the names of its outputs, whoever commands it, and `command` and `shadow` those of the
-    first; older sessions have only these two.
+    first; older sessions have only these two. `states` and `poses` are the topics of joint states and of poses by their
+    names in the robot file, `transports` those of the cameras; older sessions have only `joint_states`.
     """
 
     cameras: dict[str, str]
+    transports: dict[str, Literal["raw", "compressed"]] = {}
     joint_states: str
+    states: dict[str, str] = {}
+    poses: dict[str, str] = {}
     instruction: str
     command: str
     commands: dict[str, CommandTopic] = {}
@@ -101,10 +105,11 @@ class Session(_Part):
         """ROS type by topic, of all that replay can use."""
         settings, topics = self.settings, self.topics
         types = {
-            topic: IMAGE if settings.camera(name).transport == "raw" else COMPRESSED_IMAGE
+            topic: IMAGE if topics.transports.get(name, settings.camera(name).transport) == "raw" else COMPRESSED_IMAGE
             for name, topic in topics.cameras.items()
         }
-        types |= {topics.joint_states: JOINT_STATE, topics.chunk: TRAJECTORY}
+        types |= {topic: JOINT_STATE for topic in (topics.joint_states, *topics.states.values()) if topic}
+        types |= {**dict.fromkeys(topics.poses.values(), POSE), topics.chunk: TRAJECTORY}
         types |= dict.fromkeys((topics.instruction, topics.tick, self.topic), TEXT)
         for command in self.commands.values():
             if command.type not in ACTIONS:  # goals are no messages that a bag could have
@@ -166,6 +171,21 @@ def shadow_topics(robot: Robot) -> dict[str, str]:
     if len(robot.outputs) == 1:
         return {robot.outputs[0].name: SHADOW_COMMAND}
     return {name: f"~/shadow/{token}" for name, token in robot.output_tokens.items()}
+
+
+def signal_topics(settings: Settings, robot: Robot, node: str, session: Session | None = None) -> dict[str, str]:
+    """The full names of the topics that the robot's signals come from, by their names in the robot file.
+
+    They are those that `session` names, or else those of the settings, in the node whose full name is `node`.
+    """
+    topics = {name: resolve(topic, node) for name, topic in settings.signal_topics(robot).items()}
+    if session is None:
+        return topics
+    told = {**session.topics.states, **session.topics.poses}
+    joints = {signal.topic for signal in robot.signals if signal.type == JOINT_STATE}
+    if len(joints) == 1 and len(session.topics.states) < 2 and session.topics.joint_states:
+        told[joints.pop()] = session.topics.joint_states  # an older session, or a bundle that names the topic otherwise
+    return {name: told.get(name, topic) for name, topic in topics.items()}
 
 
 def session_topic(node: str) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, ParameterError, did_you_mean
-from ki_vla_ros.robot import Robot
+from ki_vla_ros.robot import JOINT_STATE, Robot
 from ki_vla_ros.settings.limits import LimitSettings, SettingsModel, setting
 
 ReferenceName = Literal["joint_states", "command"]
@@ -30,10 +30,14 @@ DEFAULT_COMMAND = "arm_controller/joint_trajectory"
 
 class CameraSettings(SettingsModel):
     topic: str = setting(
-        "", "topic of this camera; empty means camera/<name>/image_raw, or image_raw/compressed if transport says so"
+        "",
+        "topic of this camera; empty: as the robot file says, else camera/<name>/image_raw, or image_raw/compressed if "
+        "transport says so",
     )
-    transport: Literal["raw", "compressed"] = setting(
-        "raw", "raw: sensor_msgs/Image; compressed: sensor_msgs/CompressedImage (jpeg, png)"
+    transport: Literal["", "raw", "compressed"] = setting(
+        "",
+        "raw: sensor_msgs/Image; compressed: sensor_msgs/CompressedImage (jpeg, png); empty: as the robot file says, "
+        "else raw",
     )
     max_age_s: float = setting(
         0.0, "oldest image of this camera that may be acted upon; 0: as max_age_s", unit="s", ge=0.0, le=5.0
@@ -216,7 +220,9 @@ class Settings(SettingsModel):
     )
     robot_description: str = setting("", "URDF whose joint limits apply where they are tighter; empty: none")
 
-    joint_states_topic: str = setting("joint_states", "sensor_msgs/JointState topic to read")
+    joint_states_topic: str = setting(
+        "", "sensor_msgs/JointState topic to read; empty: as the robot file says, which may name several"
+    )
     command_topic: str = setting(
         "",
         "topic of the robot's controller: trajectory_msgs/JointTrajectory, std_msgs/Float64MultiArray for stream, or "
@@ -226,10 +232,33 @@ class Settings(SettingsModel):
     limits: LimitSettings = LimitSettings()
 
     def camera(self, name: str) -> CameraSettings:
-        """The camera's settings, with its topic filled in."""
+        """The camera's settings, with its topic and transport filled in."""
         chosen = self.cameras.get(name, CameraSettings())
-        suffix = "/compressed" if chosen.transport == "compressed" else ""
-        return chosen.model_copy(update={"topic": chosen.topic or f"camera/{name}/image_raw{suffix}"})
+        transport = chosen.transport or "raw"
+        suffix = "/compressed" if transport == "compressed" else ""
+        topic = chosen.topic or f"camera/{name}/image_raw{suffix}"
+        return chosen.model_copy(update={"topic": topic, "transport": transport})
+
+    def on_robot(self, robot: Robot) -> Settings:
+        """The same with the robot file's topics and transports of cameras where these settings name none."""
+        cameras = dict(self.cameras)
+        for spec in robot.cameras:
+            chosen = cameras.get(spec.name, CameraSettings())
+            own = {"topic": chosen.topic or spec.topic or "", "transport": chosen.transport or spec.transport}
+            cameras[spec.name] = chosen.model_copy(update=own)
+        return self.model_copy(update={"cameras": cameras})
+
+    def signal_topics(self, robot: Robot) -> dict[str, str]:
+        """The topics that the robot's signals come from, as chosen here, by their names in the robot file.
+
+        `joint_states_topic` replaces the one topic of joint states; where there are several, `validate_against` says
+        so.
+        """
+        topics = {signal.topic: signal.topic for signal in robot.signals}
+        joints = {signal.topic for signal in robot.signals if signal.type == JOINT_STATE}
+        if self.joint_states_topic and len(joints) == 1:
+            topics[joints.pop()] = self.joint_states_topic
+        return topics
 
     def command_topics(self, robot: Robot | None) -> dict[str, str]:
         """The topic, or action, of each of the robot's outputs by its name; of an unknown robot, of the only one."""
@@ -252,6 +281,13 @@ class Settings(SettingsModel):
                         f"parameter '{table}.{name}.*': bundle {manifest.name!r} has only "
                         f"{', '.join(known)}{did_you_mean(name, known)}"
                     )
+        topics = sorted({signal.topic for signal in manifest.robot.signals if signal.type == JOINT_STATE})
+        if len(topics) != 1 and self.joint_states_topic not in ("", *topics):
+            yield (
+                f"parameter 'joint_states_topic': the robot file of bundle {manifest.name!r} reads joint states from "
+                f"{', '.join(topics) or 'no topic'}, got {self.joint_states_topic}, which replaces only a single one; "
+                "leave it empty, and remap the topics"
+            )
         if self.provider == "tensorrt" and self.engine != "onnx":
             yield (
                 f"parameter 'provider': expected cpu or cuda for engine {self.engine}, got tensorrt, which is a part "

@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError
 from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.records import ActionChunk, CameraFrame, JointReading, Motion, to_ns
+from ki_vla_ros.robot import plain_joints
 from ki_vla_ros.robot.axes import Axis
 from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.ros.stream import Player, Streamed
@@ -577,7 +578,7 @@ class Inputs(ObservationBuffer):
     """The node's buffer, filled by the world."""
 
     def __init__(self, world: World) -> None:
-        super().__init__([CameraSource("scene", "/scene")], NAMES, "/joint_states")
+        super().__init__([CameraSource("scene", "/scene")], plain_joints(NAMES, "/joint_states"))
         self.world = world
         self.image = np.zeros((1, 1, 3), np.uint8)
         self.fill()
@@ -599,7 +600,7 @@ class Inputs(ObservationBuffer):
                 self.add_joints(JointReading(stamp_ns - 1, NAMES, np.zeros(2)))
             self.add_joints(JointReading(stamp_ns, NAMES, position_J))
         except InputError as refusal:
-            self.refuse("joint state", str(refusal))
+            self.refuse("/joint_states", str(refusal))
 
     def observe(self, *given: Any) -> Any:
         self.world.stall()

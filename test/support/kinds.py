@@ -29,7 +29,7 @@ from ki_vla_ros.errors import EngineError, InputError
 from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import ActionChunk, CameraFrame, JointReading, Motion
-from ki_vla_ros.robot import rotations
+from ki_vla_ros.robot import plain_joints, rotations
 from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.robot.dimensions import QUATERNION, SIX_D, VECTOR
 from ki_vla_ros.robot.outputs import POSE, TRAJECTORY
@@ -476,15 +476,15 @@ class World:
 
 
 def make_buffer(robot: Robot, space: CommandSpace) -> ObservationBuffer:
-    names = [signal.name for signal in robot.signals]
-    return ObservationBuffer([CameraSource("scene", "/scene")], names, "/joint_states", None, None, space.state)
+    signals = plain_joints([signal.name for signal in robot.signals], "/joint_states")
+    return ObservationBuffer([CameraSource("scene", "/scene")], signals, state=space.state)
 
 
 def give(buffer: ObservationBuffer, robot: Robot, stamp_ns: int, signal_M: Array) -> None:
     try:
         buffer.add_joints(JointReading(stamp_ns, tuple(signal.name for signal in robot.signals), signal_M))
     except InputError as refusal:
-        buffer.refuse("joint state", str(refusal))
+        buffer.refuse("/joint_states", str(refusal))
 
 
 @dataclass

@@ -9,6 +9,7 @@ from ki_vla_ros.bundle.folder import Bundle
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.policy.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, JointReading, Motion
+from ki_vla_ros.robot import plain_joints
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.runtime.loop import PolicyLoop
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
@@ -71,7 +72,9 @@ class Rig:
         self.wire = FakeWire()
         self.settings = settings_from_parameters({"ramp_in_s": 0.0, **changes})
         self.diagnostics = Diagnostics()
-        self.buffer = ObservationBuffer([CameraSource(c, f"/{c}") for c in CAMERAS], JOINTS, "/joint_states")
+        self.buffer = ObservationBuffer(
+            [CameraSource(c, f"/{c}") for c in CAMERAS], plain_joints(JOINTS, "/joint_states")
+        )
         self.loop = PolicyLoop(self.policy, self.buffer, self.wire, self.diagnostics, lambda: self.settings)
         self.loop.instruction = TASK
         self.thread = LoopThread(self.loop)

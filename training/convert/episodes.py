@@ -168,14 +168,12 @@ class _Cutter:
         self.fps, self.period_ns = fps, round(NS_PER_S / fps)
         self.buffer = ObservationBuffer(
             [CameraSource(n, t, max_age_ns=sources.camera_age_ns.get(n)) for n, t in sources.cameras.items()],
-            sources.joints,
-            sources.joint_topic,
-            sources.specs,
+            sources.signals,
             sources.joint_age_ns,
         )
         self.commanded = CommandedPath(sources.joints)
+        self.measured = MeasuredPath(sources.signals, max_gap_ns=sources.max_age_ns)
         speeds = None if sources.specs is None else [joint.max_velocity for joint in sources.specs]
-        self.measured = MeasuredPath(sources.joints, speeds, sources.max_age_ns)
         oldest_s = {name: sources.camera_age_ns.get(name, sources.max_age_ns) / NS_PER_S for name in sources.cameras}
         joint_age_s = (sources.joint_age_ns or sources.max_age_ns) / NS_PER_S
         self.watch = EpisodeWatch(oldest_s, sources.joints, joint_age_s, fps, speeds)
@@ -241,12 +239,14 @@ class _Cutter:
                 reading = replace(reading, stamp_ns=message.log_ns)
             if self._is_from_before(reading.stamp_ns):
                 return
-            reading = self.buffer.add_joints(reading, message.log_ns)
+            kept = self.buffer.add_joints(reading, message.log_ns)
         except InputError as error:
-            self.buffer.refuse("joint state", str(error))
+            self.buffer.refuse(self.sources.joint_topic, str(error))
             raise
-        self.measured.add(reading)
-        self.watch.add_joints(reading.stamp_ns, message.log_ns, reading.position_J)
+        self.measured.add(kept)
+        for part in kept:
+            if len(part.signals) == len(self.sources.joints):
+                self.watch.add_joints(part.stamp_ns, message.log_ns, part.value_G)
 
     def _is_from_before(self, stamp_ns: int) -> bool:
         """Whether a message is late: taken before the mark, when the robot may have been elsewhere."""

@@ -13,7 +13,7 @@ from ki_vla_ros.bags import Bag
 from ki_vla_ros.bundle import Manifest, load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.records import to_ns
-from ki_vla_ros.robot import Signal
+from ki_vla_ros.robot import Signal, plain_joints
 from ki_vla_ros.settings import Session, Settings, resolve
 from ki_vla_ros.share import find_bundle
 
@@ -36,6 +36,13 @@ class Sources:
     joint_age_ns: int | None = None
     use_receive_time: bool = False
     specs: Sequence[Signal] | None = None
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """What is read from the joint states."""
+        if self.specs is None:
+            return plain_joints(self.joints, self.joint_topic)
+        return tuple(replace(signal, topic=self.joint_topic) for signal in self.specs)
 
     def within(self, bag: Bag) -> Sources:
         """The same with cameras as recorded: a raw topic's images may be in the bag as `<topic>/compressed`.
@@ -65,7 +72,7 @@ def from_settings(
     return Sources(
         cameras={name: resolve(camera.topic, node) for name, camera in known.items()},
         joints=tuple(joints),
-        joint_topic=resolve(settings.joint_states_topic, node),
+        joint_topic=resolve(settings.joint_states_topic or "joint_states", node),
         instruction_topic=f"{node}/instruction",
         command_topic=resolve(settings.command_topics(None)[""], node),
         max_age_ns=to_ns(settings.max_age_s),

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading, Motion, to_ns
-from ki_vla_ros.runtime import CameraSource, Diagnostics, ObservationBuffer, PolicyLoop
+from ki_vla_ros.robot import plain_joints
+from ki_vla_ros.runtime import CameraSource, Diagnostics, Latest, ObservationBuffer, PolicyLoop
 from ki_vla_ros.runtime.paths import CommandedPath, Trajectory, TrajectoryPoint
 from ki_vla_ros.settings import Settings
 from ki_vla_ros.sim import TIMESTEP_S, Scene, World
@@ -91,10 +92,11 @@ class LiveBuffer(ObservationBuffer):
     """A buffer whose joint states keep arriving while the policy computes: reading the latest advances the arm."""
 
     def __init__(self, cameras: Sequence[str], arm: Arm) -> None:
-        super().__init__([CameraSource(name, name) for name in cameras], arm.world.joints, "joint_states")
+        joints = plain_joints(arm.world.joints, "joint_states")
+        super().__init__([CameraSource(name, name) for name in cameras], joints)
         self._arm = arm
 
-    def latest(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
+    def latest(self, now_ns: int, max_age_ns: int) -> Latest:
         self._arm.advance(now_ns)
         self.add_joints(JointReading(now_ns, self._arm.world.joints, self._arm.world.joint_position_J))
         return super().latest(now_ns, max_age_ns)

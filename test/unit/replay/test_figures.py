@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from support.bundles import JOINTS, demo_policy
 from support.replays import made_up_tick
+from support.signals import joint_signal
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.records import NS_PER_S, JointReading
+from ki_vla_ros.records import NS_PER_S, SignalReading
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.inputs import Inbox
 from ki_vla_ros.replay.latency import parse_latency
@@ -70,9 +71,10 @@ def test_text_that_is_no_latency_is_refused(text: str) -> None:
 
 def test_motion_after_a_reset_is_no_reference_for_earlier_chunks() -> None:
     inbox = Inbox.__new__(Inbox)  # of all its parts only the paths
-    inbox.measured, inbox._commanded = MeasuredPath(JOINTS, [3.0] * 7), CommandedPath(JOINTS)
+    inbox.measured = MeasuredPath([joint_signal(name, max_velocity=3.0) for name in JOINTS])
+    inbox._commanded = CommandedPath(JOINTS)
     for n in range(20):
-        inbox.measured.add(JointReading(n * 10 * MS, JOINTS, np.full(7, 0.0 if n < 10 else 2.0)))
+        inbox.measured.add([SignalReading(n * 10 * MS, tuple(range(7)), np.full(7, 0.0 if n < 10 else 2.0))])
     due_N = np.array([50, 90, 95, 100, 150]) * MS
     before_NJ = inbox.answer(inbox.measured, due_N, 0)
     assert np.isfinite(before_NJ[:2]).all() and np.isnan(before_NJ[2:]).all()

@@ -17,6 +17,7 @@ from support.waiting import PATIENCE_S
 from ki_vla_ros.errors import InstructionError, SafetyRefusal, StaleInput
 from ki_vla_ros.policy.preprocess import make_model_input, state_token
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, JointReading
+from ki_vla_ros.robot import plain_joints
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 from ki_vla_ros.runtime.pacing import ClockWatch, Pacer, alignment_ns
 
@@ -290,7 +291,7 @@ def test_ticks_move_to_the_frames_in_small_steps_and_only_while_the_offset_is_st
 @pytest.mark.parametrize(("camera_ms", "aligned"), [(33.34, True), (33.4, True), (33.3, True), (66.7, False)])
 def test_ticks_align_to_the_end_of_a_burst_if_the_periods_fit(camera_ms: float, aligned: bool) -> None:
     """Two cameras 2 ms apart, at about 30 Hz, and at 15 Hz, where every other 10 Hz tick has another offset."""
-    buffer = ObservationBuffer([CameraSource(name, name) for name in CAMERAS], JOINTS, "joint_states")
+    buffer = ObservationBuffer([CameraSource(name, name) for name in CAMERAS], plain_joints(JOINTS, "joint_states"))
     arrivals = [(START + round((n * camera_ms + 2 * c) * MS), CAMERAS[c]) for n in range(800) for c in (0, 1)]
     pacer, before_ns, ticks_ns, since_end_ms = Pacer(START + 20 * MS), None, [], []
     for _ in range(100):
@@ -330,7 +331,7 @@ def test_ticks_are_aligned_unless_told_otherwise(rig: Rig, monkeypatch: pytest.M
 
 
 def test_a_burst_that_is_about_to_end_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = ObservationBuffer([CameraSource(name, name) for name in CAMERAS], JOINTS, "joint_states")
+    buffer = ObservationBuffer([CameraSource(name, name) for name in CAMERAS], plain_joints(JOINTS, "joint_states"))
 
     def add(camera: str, arrived_ns: int) -> None:
         buffer.add_frame(CameraFrame(camera, arrived_ns, np.zeros((1, 1, 3), np.uint8)), arrived_ns)

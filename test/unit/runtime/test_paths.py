@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.controller import LiteralController
+from support.signals import joint_signal
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.records import NS_PER_S, JointReading, Motion
+from ki_vla_ros.records import NS_PER_S, Motion, SignalReading
+from ki_vla_ros.robot import plain_joints
 from ki_vla_ros.runtime.paths import CommandedPath, MeasuredPath, Trajectory, TrajectoryPoint
 
 MS = 1_000_000
@@ -463,10 +465,14 @@ def test_commands_that_leave_joints_out_are_refused(sent: Any, expected: str) ->
 # --- where the arm was
 
 
+def came(at_ms: float, *value: float, signals: tuple[int, ...] | None = None) -> list[SignalReading]:
+    return [SignalReading(round(at_ms * MS), signals or tuple(range(len(value))), np.array(value, dtype=np.float64))]
+
+
 def test_joint_states_are_interpolated_but_not_over_gaps() -> None:
-    path = MeasuredPath(JOINTS)
+    path = MeasuredPath(plain_joints(JOINTS, "/joint_states"))
     for at_ms in (0, 100, 200, 700, 800):
-        path.add(JointReading(at_ms * MS, JOINTS[::-1], np.array([1.0, 0.0]) + at_ms))
+        path.add(came(at_ms, at_ms, at_ms + 1.0))
     found_NJ = path.at(np.array([-1, 0, 50, 200, 450, 700, 750, 800, 801]) * MS)
     np.testing.assert_equal(found_NJ[:, 0], [np.nan, 0, 50, 200, np.nan, 700, 750, 800, np.nan])
     np.testing.assert_equal(found_NJ[:, 1], found_NJ[:, 0] + 1.0)
@@ -477,9 +483,9 @@ def test_joint_states_are_interpolated_but_not_over_gaps() -> None:
 
 
 def test_late_joint_states_are_left_out_and_the_gap_is_adjustable() -> None:
-    path = MeasuredPath(("b",), max_gap_ns=100 * MS)
+    path = MeasuredPath(plain_joints(("b",), "/joint_states"), max_gap_ns=100 * MS)
     for time_ms, value in ((100, 1.0), (150, 2.0), (150, 9.0), (120, 9.0), (300, 3.0)):
-        path.add(JointReading(time_ms * MS, JOINTS, np.array([0.0, value])))
+        path.add(came(time_ms, value))
     found_N = path.at(np.array([99, 100, 125, 150, 200, 300, 301]) * MS)[:, 0]
     np.testing.assert_equal(found_N, [np.nan, 1.0, 1.5, 2.0, np.nan, 3.0, np.nan])
     assert path.known(300 * MS, 300 * MS) and not path.known(301 * MS, 400 * MS)
@@ -487,10 +493,10 @@ def test_late_joint_states_are_left_out_and_the_gap_is_adjustable() -> None:
 
 
 def test_an_arm_that_is_put_elsewhere_has_not_moved_there() -> None:
-    path = MeasuredPath(JOINTS, [3.0, 3.0])
+    path = MeasuredPath([joint_signal(name, max_velocity=3.0) for name in JOINTS])
     turning = [0.03 * n for n in range(10)]  # at the limit of 3 rad/s
     for n, value in enumerate([*turning, *(2.0 + v for v in turning), *turning]):
-        path.add(JointReading(n * 10 * MS, JOINTS, np.full(2, value)))
+        path.add(came(n * 10, value, value))
     assert path.jumps == 2
     between_N = path.at(np.array([85, 95, 105, 195]) * MS)[:, 0]
     np.testing.assert_allclose(between_N, [0.255, np.nan, 2.015, np.nan], err_msg="nothing is between two places")

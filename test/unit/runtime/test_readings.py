@@ -6,24 +6,22 @@ import re
 
 import numpy as np
 import pytest
+from support.signals import joint_signal
 
 from ki_vla_ros.errors import InputError, StaleInput
 from ki_vla_ros.records import CameraFrame, JointReading
-from ki_vla_ros.robot import Axis
+from ki_vla_ros.robot import Signal, plain_joints
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
 
 MS = 1_000_000
 NOW = 1_000_000 * MS
 NAMES = ("a", "b", "c")
-JOINTS = tuple(
-    Axis(kind="joint", name=name, unit="rad", lower=-3.2, upper=3.2, max_velocity=2.0, relative=True) for name in NAMES
-)
+JOINTS = tuple(joint_signal(name, -3.2, 3.2, 2.0) for name in NAMES)
 REAL, ZERO = (1.0, -1.5, 2.0), (0.0, 0.0, 0.0)
 
 
-def make_buffer(*joints: Axis) -> ObservationBuffer:
-    joints = joints or JOINTS
-    return ObservationBuffer([CameraSource("scene", "/scene")], [j.name for j in joints], "/joint_states", joints)
+def make_buffer(*joints: Signal) -> ObservationBuffer:
+    return ObservationBuffer([CameraSource("scene", "/scene")], joints or JOINTS)
 
 
 def add(buffer: ObservationBuffer, at_ms: float, *position: float) -> bool:
@@ -32,7 +30,7 @@ def add(buffer: ObservationBuffer, at_ms: float, *position: float) -> bool:
     try:
         buffer.add_joints(JointReading(stamp_ns, NAMES[: len(position)], np.array(position)), stamp_ns)
     except InputError as refusal:
-        buffer.refuse("joint state", str(refusal))
+        buffer.refuse("/joint_states", str(refusal))
         return False
     return True
 
@@ -101,7 +99,7 @@ def test_an_arm_that_was_put_elsewhere_is_found_again(period_ms: int, silent_ms:
     found = [add(buffer, begin_ms + n * period_ms, *ZERO) for n in range(2000 // period_ms)]
     assert found.index(True) * period_ms == 500 and all(found[found.index(True) :])
     assert where(buffer, begin_ms + (len(found) - 1) * period_ms) == ZERO
-    assert buffer._readings.kept[0][0] >= NOW + (begin_ms + 500) * MS, "nothing may be interpolated between two places"
+    assert buffer._parts[0].kept[0][0] >= NOW + (begin_ms + 500) * MS, "nothing may be interpolated between two places"
 
 
 def test_an_arm_elsewhere_may_move_but_not_jump() -> None:
@@ -131,13 +129,13 @@ def test_late_readings_are_put_in_order_and_contradict_nothing() -> None:
 
 
 def test_no_reach_is_known_without_the_joints() -> None:
-    buffer = ObservationBuffer([], NAMES, "/joint_states")
+    buffer = ObservationBuffer([], plain_joints(NAMES, "/joint_states"))
     assert add(buffer, 0, *REAL) and add(buffer, 1, 500.0, 0.0, 0.0)
 
 
 def test_an_open_gripper_is_no_other_unit() -> None:
     """Open in 5 % of the training data: quantiles ended at 1 mm. What lies within the limits is never refused."""
-    gripper = Axis(kind="joint", name="a", unit="m", lower=0.0, upper=0.08, max_velocity=0.4, relative=False)
+    gripper = joint_signal("a", 0.0, 0.08, 0.4, unit="m")
     for position in (0.0, 0.04, 0.08):
         assert add(make_buffer(gripper), 0, position)
     buffer = make_buffer(gripper)
@@ -150,10 +148,8 @@ def test_an_open_gripper_is_no_other_unit() -> None:
 # --- joints that turn without end
 
 
-def turning(continuous: bool) -> Axis:
-    return Axis(
-        kind="joint", name="a", unit="rad", lower=-10, upper=10, max_velocity=2.0, relative=True, continuous=continuous
-    )
+def turning(continuous: bool) -> Signal:
+    return joint_signal("a", -10.0, 10.0, 2.0, continuous=continuous)
 
 
 def test_a_continuous_joint_is_interpolated_the_shortest_way_round() -> None:
@@ -174,7 +170,7 @@ def test_a_turn_of_another_joint_is_refused_and_not_averaged() -> None:
     with pytest.raises(InputError, match=f"joint 'a': at -3.130 rad.*{re.escape(fault)}"):
         buffer.add_joints(JointReading(NOW + 20 * MS, ("a",), np.array([-3.13])))
     # Nor where nothing is known of the joint.
-    buffer = ObservationBuffer([CameraSource("scene", "/scene")], ["a"], "/joint_states")
+    buffer = make_buffer(*plain_joints(["a"], "/joint_states"))
     assert add(buffer, 0, 3.13) and add(buffer, 20, -3.13)
     buffer.add_frame(CameraFrame("scene", NOW + 10 * MS, np.zeros((1, 1, 3), np.uint8)))
     with pytest.raises(StaleInput, match=r"joint 'a' goes from 3.130 to -3.130 around the images.*must say continuous"):

@@ -10,7 +10,7 @@ import pytest
 from support.bundles import TASK, demo_policy, robot_of
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.records import ActionChunk, JointReading
+from ki_vla_ros.records import ActionChunk, SignalReading
 from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.ticks import Prediction, Tick
 from ki_vla_ros.robot.axes import Axis
@@ -34,15 +34,15 @@ def chunk(start_ns: int, position_HJ: Any) -> ActionChunk:
     return ActionChunk(start_ns, 100 * MS, NAMES, position_HJ, np.zeros_like(position_HJ))
 
 
-def reading(stamp_ns: int, *position: float) -> JointReading:
-    """A reading whose joints are not in the bundle's order."""
-    return JointReading(stamp_ns, NAMES[::-1], np.array(position[::-1]))
+def reading(stamp_ns: int, *position: float) -> list[SignalReading]:
+    """Each joint in a message of its own."""
+    return [SignalReading(stamp_ns, (m,), np.array([value])) for m, value in enumerate(position)]
 
 
 def test_errors_by_joint_and_by_step_against_joint_states() -> None:
     shadow = compare()
     for k in range(101):  # shoulder rises by 1 rad per second
-        shadow.add_joints(reading(k * 10 * MS, k * 0.01, 2.0))
+        shadow.add_readings(reading(k * 10 * MS, k * 0.01, 2.0))
     # Due at 0.1, 0.2 and 0.3 s, when the shoulder is at 0.1, 0.2 and 0.3 rad.
     shadow.add_chunk(chunk(0, [[0.1, 2.0], [0.3, 2.0], [0.5, 2.5]]))
     assert shadow.values(500 * MS)["shadow chunks compared"] == "0"  # the reference is not complete yet
@@ -66,7 +66,7 @@ def test_errors_against_someone_elses_commands() -> None:
     point = SimpleNamespace(positions=[2.0, 1.0], time_from_start=after, **nothing)
     header = SimpleNamespace(stamp=SimpleNamespace(sec=0, nanosec=0))
     shadow.add_command("arm", 0, SimpleNamespace(header=header, joint_names=NAMES[::-1], points=[point]))
-    shadow.add_joints(reading(0, 9.0, 9.0))
+    shadow.add_readings(reading(0, 9.0, 9.0))
     shadow.add_chunk(chunk(0, [[1.0, 2.0], [1.25, 2.0]]))
     shadow.add_chunk(chunk(1000 * MS, [[1.5, 2.0], [1.5, 2.0]]))
     values = shadow.values(2000 * MS)
@@ -91,7 +91,7 @@ def test_a_clock_that_is_set_back_starts_again() -> None:
     shadow = compare()
     for start_ns in (5000 * MS, 0):
         for k in range(50):
-            shadow.add_joints(reading(start_ns + k * 10 * MS, 1.0, 1.0))
+            shadow.add_readings(reading(start_ns + k * 10 * MS, 1.0, 1.0))
         shadow.add_chunk(chunk(start_ns, [[2.0, 1.0]]))
         if start_ns:
             assert shadow.values(start_ns + 1000 * MS)["shadow rms"] == "1.0000"
@@ -106,7 +106,7 @@ def test_the_figures_equal_those_of_a_replay() -> None:
     figures = Figures(manifest, "", 0.0, seed=0)
     names = tuple(joint.name for joint in manifest.axes)
     for k in range(600):
-        shadow.add_joints(JointReading(k * 10 * MS, names, np.full(len(names), k * 0.01)))
+        shadow.add_readings(reading(k * 10 * MS, *[k * 0.01] * len(names)))
     for n in range(4):
         start_ns, wanted_HJ = n * 1000 * MS, rng.normal(0.0, 1.0, (horizon, len(names)))
         due_s = (start_ns + (np.arange(horizon) + 1) * 50 * MS) / 1e9
