@@ -92,6 +92,7 @@ class _Topic:
 
     name: str
     names: tuple[str, ...] | None = None
+    heard_ns: int = 0
     plan: Sequence[tuple[Readings, _Places]] = ()
     plans: dict[tuple[str, ...], Sequence[tuple[Readings, _Places]]] = field(default_factory=dict)
     kinds: set[frozenset[str]] = field(default_factory=set)
@@ -166,6 +167,7 @@ class ObservationBuffer:
         if reading.names != known.names:
             with self._lock:
                 self._plan(known, reading.names)
+        known.heard_ns = reading.stamp_ns if arrived_ns is None else arrived_ns
         taken = [(part, self._pick(part, places, reading)) for part, places in known.plan]
         if not taken:
             return ()
@@ -435,8 +437,8 @@ class ObservationBuffer:
                 return f"{kind}: expected one arm on {part.topic}, got readings of two places in turn{which}{last}"
             age_ns = now_ns - part.kept[-1][0]
             if age_ns > max_age_ns:
-                if reason is None and not part.repeats and self._is_alone_old(part, now_ns - max_age_ns):
-                    why = f"; other joints still come on {part.topic}"
+                if reason is None and (came := self._came_without(part, now_ns - max_age_ns)):
+                    why = f"; {part.names} missing among {came}, which came last on {part.topic}"
                 return f"{kind}: newest{which} {_ms(age_ns)} ms old, limit {_ms(max_age_ns)} ms (max_age_s){why}"
             if age_ns < -AHEAD_NS:
                 return (
@@ -451,8 +453,11 @@ class ObservationBuffer:
             return ""
         return f" of {part.names}" if part.is_pose else f" of {part.names} on {part.topic}"
 
-    def _is_alone_old(self, part: Readings, since_ns: int) -> bool:
-        return any(other.topic == part.topic and other.kept and other.kept[-1][0] >= since_ns for other in self._parts)
+    def _came_without(self, part: Readings, since_ns: int) -> str:
+        """The joints in the topic's last message if it is newer than that, but has none of the part; else ""."""
+        known = self._topics[part.topic]
+        names = known.names or ()
+        return ", ".join(names) if known.heard_ns >= since_ns and part.signals[0].part not in names else ""
 
     def _reason(self, part: Readings) -> str | None:
         """Why the last message that had the part was refused; None: it was not."""
