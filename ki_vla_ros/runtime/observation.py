@@ -127,7 +127,8 @@ class ObservationBuffer:
         self._parts: list[Readings] = []
         for topic in self._topics:
             index = [m for m, signal in enumerate(self._signals) if signal.topic == topic]
-            self._parts.append(Readings([self._signals[m] for m in index], _by_field(index, self._signals)))
+            index = _by_field(index, self._signals)
+            self._parts.append(Readings([self._signals[m] for m in index], index))
         self._joint_max_age_ns = joint_max_age_ns
         self._state = state or (lambda signal_M: signal_M)
         self._arrivals: deque[int] = deque(maxlen=ARRIVALS_KEPT)
