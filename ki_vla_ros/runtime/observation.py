@@ -83,7 +83,7 @@ class Latest(NamedTuple):
 
 
 # Which numbers of a joint state are a part's: by field, their places in the message.
-_Places = tuple[tuple[str, list[int]], ...]
+_Places = tuple[tuple[str, NDArray[np.intp]], ...]
 
 
 @dataclass
@@ -396,7 +396,7 @@ class ObservationBuffer:
             return parts[0][1]
         signal_M = np.empty(len(self._signals))
         for part, value_G in parts:
-            signal_M[list(part.index)] = value_G
+            signal_M[part.index_G] = value_G
         return signal_M
 
     def _check_camera(
@@ -521,7 +521,7 @@ def _places(part: Readings, place_of: Mapping[str, int]) -> _Places:
     places: dict[str, list[int]] = {}
     for signal in part.signals:
         places.setdefault(signal.field, []).append(place_of[signal.part])
-    return tuple(places.items())
+    return tuple((name, np.array(index, dtype=np.intp)) for name, index in places.items())
 
 
 def _implausible(part: Readings, value_G: NDArray[np.float64], came_G: NDArray[np.float64], g: int) -> InputError:

@@ -48,6 +48,7 @@ class Readings:
         """`signals`: those of `index`, all of one topic; an infinite speed: nothing is known, every reading is kept."""
         self.kept: deque[Reading] = deque(maxlen=READINGS_KEPT)
         self.signals, self.index = tuple(signals), tuple(range(len(signals)) if index is None else index)
+        self.index_G = np.array(self.index, dtype=np.intp)
         self.in_order = self.index == tuple(range(len(self.index)))
         self.topic, self.is_pose = self.signals[0].topic, self.signals[0].type == POSE_STAMPED
         self.kind = "pose" if self.is_pose else "joint state"
