@@ -140,10 +140,22 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+def validation_findings(error: ValidationError) -> list[Any]:
+    """pydantic's findings, without "too few items" of a list whose items are found fault with themselves."""
+    found = error.errors(include_url=False)
+    inside = [finding["loc"] for finding in found]
+    return [
+        finding
+        for finding in found
+        if finding["type"] != "too_short"
+        or not any(place[:-1][: len(finding["loc"])] == finding["loc"] for place in inside)
+    ]
+
+
 def describe_validation(error: ValidationError) -> str:
     """pydantic's findings on one line: where, what was expected, what was got."""
     parts = []
-    findings = error.errors(include_url=False)
+    findings = validation_findings(error)
     for finding in findings[:MOST_FINDINGS]:
         where = ".".join(str(part) for part in finding["loc"]) or "as a whole"
         got = "" if finding["type"] in ("missing", "value_error") else f", got {short_repr(finding['input'])}"

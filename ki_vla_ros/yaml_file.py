@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ki_vla_ros.errors import ConfigurationError, describe_validation
+from ki_vla_ros.errors import ConfigurationError, describe_validation, validation_findings
 from ki_vla_ros.files import read_text
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -38,7 +38,7 @@ def read_yaml(
     except OSError as error:
         cause, fault = error, f"expected a YAML file, got one that cannot be read ({error.strerror})"
     except ValidationError as error:
-        place = error.errors(include_url=False)[0]["loc"]
+        place = validation_findings(error)[0]["loc"]
         line = f"line {line_of(place, yaml_lines(text))}: " if place else ""
         cause, fault = error, line + describe_validation(error)
     except ValueError as error:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ki_vla_ros.bundle import Manifest
-from ki_vla_ros.errors import ConfigurationError, did_you_mean
+from ki_vla_ros.errors import ConfigurationError, did_you_mean, short_repr, validation_findings
 from ki_vla_ros.files import read_text
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE
 from ki_vla_ros.robot import (
@@ -39,7 +39,7 @@ from ki_vla_ros.robot import (
 from ki_vla_ros.settings import NODE, resolve
 from ki_vla_ros.survey.bag import BagSurvey
 from ki_vla_ros.survey.dataset import DatasetSurvey
-from ki_vla_ros.survey.guesses import BEYOND_RADIANS, DEGREE
+from ki_vla_ros.survey.guesses import BEYOND_RADIANS, DEGREE, FILL_IN
 from ki_vla_ros.survey.tracks import Track, together
 from ki_vla_ros.yaml_file import LARGEST_YAML, line_of, parse_yaml, yaml_lines
 
@@ -91,7 +91,7 @@ class RobotFile:
         try:
             self.robot = Robot.model_validate(content)
         except ValidationError as error:
-            self.faults = [self._fault(finding) for finding in error.errors(include_url=False)]
+            self.faults = [self._fault(finding) for finding in validation_findings(error)]
 
     @classmethod
     def of(cls, robot: Robot, name: str) -> RobotFile:
@@ -101,18 +101,17 @@ class RobotFile:
         return file
 
     def _fault(self, finding: Any) -> Misfit:
-        place = tuple(finding["loc"])
-        where = ".".join(map(str, place)) or "as a whole"
-        got = "" if finding["type"] in ("missing", "value_error") else f"{finding['input']!r:.80}"
-        said = finding["msg"].removeprefix("Value error, ")
+        place, value = tuple(finding["loc"]), finding["input"]
+        line, where = line_of(place, self._lines), ".".join(map(str, place)) or "as a whole"
+        if value == FILL_IN:
+            return Misfit(
+                line, where, "what nothing showed", repr(FILL_IN), "fill it in: the data sheet or the URDF says"
+            )
+        said = finding["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         expected, _, found = said.partition(", got ")
-        return Misfit(
-            line_of(place, self._lines),
-            where,
-            expected.removeprefix("expected "),
-            got or found or "none",
-            "docs/robot.md explains every field",
-        )
+        got = "none" if finding["type"] in ("missing", "value_error") else short_repr(value)
+        change = "docs/robot.md explains every field"
+        return Misfit(line, where, expected.removeprefix("expected "), found or got, change)
 
     def line(self, *place: str | int) -> int:
         return line_of(place, self._lines) if self._lines else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,7 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import yaml
 
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, printable
 from ki_vla_ros.messages import COMPRESSED_IMAGE
 from ki_vla_ros.robot import (
     ARRAY,
@@ -39,6 +41,8 @@ COMMANDED = re.compile(r"command|cmd|target|desired|goal|reference|equilibrium",
 GENERIC = re.compile(r"camera|color|rgb|raw|compressed|image(_raw|_rect|_color|_rect_color)?")
 MOVING = re.compile(r"wrist|hand|gripper|tool|tcp|eef|ee(_|$)", re.IGNORECASE)
 RATES = (5, 10, 15, 20, 25, 30, 50, 60, 100)
+# What a robot file can have as a name.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/ ]{0,127}")
 POSE_PARTS = ("x", "y", "z", "qx", "qy", "qz", "qw")
 AXIS_ANGLE = {"axis_angle1": "rx", "axis_angle2": "ry", "axis_angle3": "rz"}
 BASE = {"x.vel": "vx", "y.vel": "vy", "theta.vel": "wz"}
@@ -188,7 +192,8 @@ class Proposal:
             *outputs,
             *self._period(),
         ]
-        return "\n".join(lines) + "\n"
+        # Names from a recording stand in comments, too: none may begin a line.
+        return "\n".join(printable(line.replace("\n", "\\n")) for line in lines) + "\n"
 
     def _body(self) -> tuple[list[str], list[str], list[str]]:
         if self.outputs:
@@ -218,7 +223,7 @@ class Proposal:
             if output.type in (TWIST, TWIST_STAMPED):
                 actions += self._twist(output)
                 frame = f", frame_id: {_scalar(output.frame_id)}" if output.frame_id else ""
-                outputs.append(f"  - {{name: {output.name}, topic: {output.topic}{kind}{frame}}}{where}")
+                outputs.append(f"  - {{name: {output.name}, topic: {_scalar(output.topic)}{kind}{frame}}}{where}")
             elif output.type == POSE:
                 state += self._pose_state()
                 actions += [
@@ -232,7 +237,10 @@ class Proposal:
                     guess = self._guess(joint, output.topic, alone=len(output.parts) == 1)
                     state += self._state_line(guess)
                     actions.append(self._action_line(guess, output))
-                outputs.append(f"  - {{name: {output.name}, topic: {_topic(output.topic)}{kind}}}{where}")
+                outputs.append(f"  - {{name: {output.name}, topic: {_scalar(output.topic)}{kind}}}{where}")
+        for joint in commanded:
+            if not NAME.fullmatch(joint):
+                self.fill_in.append(f"a name for {joint!r}: letters, digits, and _ . - / behind the first")
         left = [joint for joint in self._seen_joints() if joint not in commanded]
         if left:
             state.append(f"  # Seen, but commanded by nothing, and left out: {', '.join(left)}")
@@ -251,7 +259,7 @@ class Proposal:
             topic = FILL_IN
         else:
             topic = measured.name if measured else "joint_states"
-        source = [] if topic == "joint_states" else [f"topic: {_topic(topic)}"]
+        source = [] if topic == "joint_states" else [f"topic: {_scalar(topic)}"]
         source += ["unit: deg"] if guess.degrees else []
         fields = [f"name: {_scalar(guess.name)}", *self._kind(guess)]
         fields += [f"source: {{{', '.join(source)}}}"] if source else []
@@ -307,7 +315,7 @@ class Proposal:
         topic = topics[0] if topics else FILL_IN
         if not topics:
             self.fill_in.append("state: the PoseStamped topic that says where the tool is")
-        source = f"source: {{topic: {_topic(topic)}, type: {POSE}}}"
+        source = f"source: {{topic: {_scalar(topic)}, type: {POSE}}}"
         note = f"  # or {', '.join(topics[1:])}" if len(topics) > 1 else ""
         return [f"  - {{name: {part}, kind: pose, component: {part}, {source}}}{note}" for part in POSE_PARTS]
 
@@ -321,7 +329,7 @@ class Proposal:
         speeds = {"max_linear_velocity": linear, "max_angular_velocity": angular}
         lines = [
             f"  - name: {output.name}",
-            f"    topic: {output.topic}",
+            f"    topic: {_scalar(output.topic)}",
             f"    type: {POSE}",
             f"    frame_id: {_scalar(output.frame_id)}" if output.frame_id else '    frame_id: ""  # none was given',
             f"    workspace: {{{', '.join(f'{axis}: {ends}' for axis, ends in box.items())}}}  # seen + 5 cm, no limit",
@@ -353,7 +361,7 @@ class Proposal:
         outputs = []
         for group in groups:
             topic, kind = topics[group]
-            outputs.append(f"  - {{name: {group}, topic: {_topic(topic)}, type: {kind}}}  # CHECK: not in a dataset")
+            outputs.append(f"  - {{name: {group}, topic: {_scalar(topic)}, type: {kind}}}  # CHECK: not in a dataset")
         if "hand" in groups:
             self.fill_in.append("outputs: hand: topic, workspace, max_linear_velocity and max_angular_velocity")
         return state, actions, outputs
@@ -477,7 +485,7 @@ class Proposal:
             lines.append(f"  - {{name: {name}{dataset}{moving}}}  # {width}x{height}")
         if len(lines) == 1:
             self.fill_in.append("cameras: topic: none was seen")
-            lines.append(f"  - {{name: camera, topic: {_topic(FILL_IN)}}}  # none was seen")
+            lines.append(f"  - {{name: camera, topic: {_scalar(FILL_IN)}}}  # none was seen")
         return [*lines, *(f"  # Left out: {what}" for what in left)]
 
     def _camera(self, name: str, image: Images) -> str:
@@ -485,14 +493,14 @@ class Proposal:
         moving = ", mounting: moving" if MOVING.search(image.name) else ""
         rate = f", {image.rate_hz:.0f} Hz" if image.rate_hz else ""
         note = f"  # {image.size[1]}x{image.size[0]}{rate}" + ("; CHECK: is it on the arm?" if moving else "")
-        return f"  - {{name: {name}, topic: {image.name}{transport}{moving}}}{note}"
+        return f"  - {{name: {name}, topic: {_scalar(image.name)}{transport}{moving}}}{note}"
 
     def _period(self) -> list[str]:
         rate, why = self._rate()
         if rate is None:
             self.fill_in.append("action_period_s: nothing that was given has a rate")
             return [
-                f"action_period_s: {_topic(FILL_IN)}",
+                f"action_period_s: {_scalar(FILL_IN)}",
                 "horizon: 50  # actions per chunk; as the policy was trained",
             ]
         return [
@@ -524,7 +532,7 @@ class Proposal:
         if value is None:
             if what not in self.fill_in:
                 self.fill_in.append(what)
-            return f'"{FILL_IN}"'
+            return _scalar(FILL_IN)
         return _decimal(value)
 
     @property
@@ -595,16 +603,12 @@ def _kind_of(element: str, column: Numbers) -> str:
 
 
 def _scalar(text: str) -> str:
-    """The text as YAML; in quotes where it would be something else without."""
-    try:
-        plain = yaml.safe_load(text) == text and not re.search(r"[:#,\[\]{}]", text)
-    except yaml.YAMLError:
-        plain = False
-    return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _topic(topic: str) -> str:
-    return f'"{topic}"' if topic == FILL_IN else topic
+    """The text as YAML; in quotes where it would be something else without, or is nothing to look at."""
+    if text.isprintable() and text.strip() == text and not re.search(r"[:#,\[\]{}]", text):
+        with suppress(yaml.YAMLError):
+            if text != FILL_IN and yaml.safe_load(text) == text:
+                return text
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _decimal(value: float) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.sample_bags import Messages, header, serialize, write_bag, write_mcap
+import yaml
+from support.bad_bags import CASES
+from support.sample_bags import Messages, header, joint_state, serialize, write_bag, write_mcap
 from support.unknown_arm import ARM, ARRAY, FINGER, FRONT, LIMITS, WRIST, array, depth, recording, urdf
 
 from ki_vla_ros.errors import ConfigurationError
@@ -280,3 +283,80 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path, arm_urdf: Path) -> None:
 def test_a_folder_bag_and_its_name(tmp_path: Path) -> None:
     robot = proposed(tmp_path, write_bag(tmp_path / "my bag 1", recording(1.0)))
     assert robot.name == "my_bag_1"
+
+
+def states(names: tuple[str, ...], value: float = 0.5) -> Messages:
+    kind, start = "sensor_msgs/msg/JointState", 10**18
+    return [
+        BagMessage(
+            "/joint_states",
+            kind,
+            start + k * 10**7,
+            joint_state(start, np.full(len(names), value if math.isinf(value) else value * np.sin(k / 9)), names),
+        )
+        for k in range(100)
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a\nname: evil",
+        "a}\n  - {name: b",
+        "a # b",
+        "a: b",
+        "on",
+        "1",
+        "null",
+        "a, b",
+        '"',
+        "'",
+        "\\",
+        "\x1b[2J",
+        "é",
+        "",
+        " ",
+    ],
+)
+def test_no_name_of_a_recording_becomes_yaml(tmp_path: Path, name: str) -> None:
+    """Whatever a joint, a topic or a frame is called: the file has the same keys, and one line for each joint."""
+    names = (name, "plain")
+    twists = [
+        BagMessage(f"/cmd_vel{name}", "geometry_msgs/msg/Twist", 10**18 + k, twist(float(k), 0.0)) for k in range(5)
+    ]
+    for messages in (states(names), [*states(names), *twists]):
+        text = Proposal(name, survey_bag(bag(tmp_path, messages)), None, "").text
+        content = yaml.safe_load(text)
+        keys = ["name", "cameras", "state", "actions", "outputs", "action_period_s", "horizon"]
+        assert list(content) == keys and all(line.isprintable() for line in text.splitlines())
+        for group in ("state", "actions"):
+            assert {part["name"] for part in content[group] if isinstance(part, dict)} <= {*names, "base.vx"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        (states(("a", "a")), "joint_position"),
+        ([m for m in recording() if "controller" in m.topic], "the topic that says where it is"),
+        (states(("a",))[:1], "max_velocity"),
+        (states(("_a", "b")), "a name for '_a'"),
+        (states(("a",), 1e300), "who takes the commands"),
+        (states(("a",), np.inf) + states(("b",)), "who takes the commands"),
+    ],
+)
+def test_odd_recordings_end_with_what_is_to_be_filled_in(tmp_path: Path, messages: Messages, expected: str) -> None:
+    proposal = Proposal("", survey_bag(bag(tmp_path, messages)), None, "")
+    assert any(expected in what for what in [*proposal.fill_in, proposal.text])
+    path = tmp_path / "robot.yaml"
+    path.write_text(proposal.text)
+    assert main(["check", str(path), "--bag", str(tmp_path / "bag.mcap")]) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_damaged_bags_give_what_can_be_read(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No traceback, whatever is damaged: what the faults leave is proposed, or nothing is, in one line."""
+    path = CASES[name].make(tmp_path)
+    assert main(["new", "--from", str(path), "--out", str(tmp_path / "robot.yaml")]) in (0, 2)
+    if (tmp_path / "robot.yaml").exists():
+        assert main(["check", str(tmp_path / "robot.yaml"), "--bag", str(path)]) in (0, 1)
+    assert "Traceback" not in capsys.readouterr().err
