@@ -228,6 +228,17 @@ def test_killed_at_any_moment_nothing_or_the_whole_dataset_is_to_be_seen(tmp_pat
     assert found["left"] == ["killed", "one", "two", "whole"]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_a_ray_cluster_makes_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it puts a token into the home folder
+    made = bags(tmp_path)
+    assert run("from-bag", *made, *GIVEN, "--out", tmp_path / "here") == 0
+    assert run("from-bag", *made, tmp_path / "none", *GIVEN, "--ray", "local", "--out", tmp_path / "there") == 1
+    assert content(tmp_path / "there") == content(tmp_path / "here")
+
+
 def test_without_ray_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
