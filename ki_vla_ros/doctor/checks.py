@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.doctor.ages import Limit, check_period, check_skew, check_stamps, longest_gap_s, period_s
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.doctor.inputs import InputWatch, Traffic, command_type
+from ki_vla_ros.doctor.inputs import InputWatch, Traffic
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.robot import continuous, nearest_turn
@@ -273,22 +273,23 @@ def _check_speed(
 
 
 def _check_command_type(watch: InputWatch, findings: Findings) -> None:
-    expected = command_type(watch.settings)
-    for kind in watch.command.kinds:
-        if kind != expected:
-            findings.error(
-                "type",
-                watch.command.topic,
-                f"commands are {kind}, publish_mode {watch.settings.publish_mode} sends {expected}",
-                "set publish_mode (stream for forward_command_controller), or command_topic",
-            )
+    for output in watch.outputs.values():
+        traffic = watch.commands.get(output.topic)
+        for kind in traffic.kinds if traffic is not None else ():
+            if kind != output.type:
+                findings.error(
+                    "type",
+                    output.topic,
+                    f"commands are {kind}, publish_mode {watch.settings.publish_mode} sends {output.type}",
+                    "set publish_mode (stream for forward_command_controller), or command_topic",
+                )
 
 
 def _check_direction(watch: InputWatch, findings: Findings) -> None:
     """Compares where each joint was told to be with where it was at that time."""
-    due, wanted_NJ = watch.commands.arrays()
-    for j, joint in enumerate(watch.expected.signals):
-        times, position_N = watch.signal(j)
+    told = [(m, rows.arrays(), place) for (_, index), rows in watch.told.items() for place, m in enumerate(index)]
+    for m, (due, wanted_NJ), j in told:
+        joint, (times, position_N) = watch.expected.signals[m], watch.signal(m)
         if len(due) < 10 or len(times) < 10:
             continue
         inside = (due >= times[0]) & (due <= times[-1])

@@ -22,18 +22,27 @@ from rclpy.parameter import Parameter, parameter_value_to_python
 from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
-from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.doctor.checks import check_inputs
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.doctor.inputs import Expected, InputWatch, command_type, image_type
+from ki_vla_ros.doctor.inputs import Expected, InputWatch, image_type
 from ki_vla_ros.doctor.setup import Machine, Request, examine_setup, read_settings
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSE, TRAJECTORY, BagMessage
-from ki_vla_ros.ros import endpoint_name, publishers
+from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, POSE, POSITIONS, BagMessage
+from ki_vla_ros.robot import ACTIONS
+from ki_vla_ros.ros import COMMAND_KINDS, endpoint_name, publishers
 from ki_vla_ros.ros.process import cannot_start, check_domain
 from ki_vla_ros.ros.qos import EVENT, LATCHED, SENSOR
-from ki_vla_ros.settings import Session, Settings, read_session, resolve, session_topic, settings_from_values
+from ki_vla_ros.settings import (
+    CommandTopic,
+    Session,
+    Settings,
+    command_topics,
+    read_session,
+    resolve,
+    session_topic,
+    settings_from_values,
+)
 from ki_vla_ros.share import PROFILE_VARIABLES
 
 # How long discovery of the node, of everything else, and a service's answer may take.
@@ -43,7 +52,7 @@ KINDS: Mapping[str, Any] = {
     COMPRESSED_IMAGE: CompressedImage,
     JOINT_STATE: JointState,
     POSE: PoseStamped,
-    TRAJECTORY: JointTrajectory,
+    **COMMAND_KINDS,
 }
 CONTROLLER_PARAMETERS = (
     "joints",
@@ -150,14 +159,15 @@ def examine(request: Request, findings: Findings) -> list[str]:
         simulated = bool((values or {}).get("use_sim_time", False))
         _check_clock(graph, request.node, simulated, findings)
         cameras = {name: resolve(settings.camera(name).topic, request.node) for name in expected.optional_cameras}
-        command = resolve(settings.command_topics(None)[""], request.node)
+        commands = command_topics(settings, expected.robot, request.node, session)
         if session is not None:  # names after remapping
             looked_at.append("topics as the node says")
             cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
-            command = session.topics.command
-        watch = InputWatch(expected, settings, cameras, command)
+        watch = InputWatch(expected, settings, cameras, commands)
         _check_endpoints(graph, watch, request.node, running, findings)
-        _check_controller(graph, watch, settings, findings)
+        for output in watch.outputs:
+            _check_controller(graph, watch, output, findings)
+        _check_period(graph, settings, findings)
         _listen(graph, watch, simulated, request.seconds)
         _check_joint_publishers(graph, watch, findings)
         check_inputs(watch, findings, graph.topics())
@@ -224,12 +234,31 @@ def _check_clock(graph: Graph, node: str, simulated: bool, findings: Findings) -
 
 
 def _check_endpoints(graph: Graph, watch: InputWatch, node: str, running: bool, findings: Findings) -> None:
-    inputs = [(topic, SENSOR) for topic in watch.topics[:-1]] + [(f"{node}/instruction", EVENT)]
+    inputs = [(topic, SENSOR) for topic in watch.inputs] + [(f"{node}/instruction", EVENT)]
     for topic, ours in inputs:
         for end in graph.node.get_publishers_info_by_topic(topic):
             _check_qos(topic, end, end.qos_profile, ours, f"{node} does not hear it", findings)
-    command = watch.command.topic
-    expected = command_type(watch.settings)
+    for output in watch.outputs.values():
+        if output.type in ACTIONS:
+            _check_server(graph, output, findings)
+        else:
+            _check_command(graph, watch, output, node, running, findings)
+
+
+def _check_server(graph: Graph, output: CommandTopic, findings: Findings) -> None:
+    if f"{output.topic}/_action/send_goal" not in dict(graph.node.get_service_names_and_types()):
+        findings.error(
+            "command",
+            output.topic,
+            f"no server of {output.type} here",
+            "start the controller, or correct the output's topic in the robot file",
+        )
+
+
+def _check_command(
+    graph: Graph, watch: InputWatch, output: CommandTopic, node: str, running: bool, findings: Findings
+) -> None:
+    command, expected = output.topic, output.type
     listeners = graph.node.get_subscriptions_info_by_topic(command)
     for end in listeners:
         _check_qos(command, end, COMMAND_QOS, end.qos_profile, "commands do not reach it", findings)
@@ -242,7 +271,8 @@ def _check_endpoints(graph: Graph, watch: InputWatch, node: str, running: bool, 
             "command",
             command,
             f"nobody subscribes to {expected} here" + (f", only {', '.join(others)}" if others else ""),
-            "start the controller, or correct command_topic"
+            "start the controller, or correct "
+            + ("command_topic" if len(watch.outputs) == 1 else "the output's topic in the robot file")
             + (" or publish_mode" if others else "")
             + (f" (there is {', '.join(t for t in likely if not t.startswith(node))})" if likely else ""),
         )
@@ -285,11 +315,11 @@ def _check_qos(topic: str, end: Any, offered: QoSProfile, asked: QoSProfile, eff
         findings.error("qos", topic, f"{endpoint_name(end)}: {effect}: {reason.strip().rstrip(';')}", QOS_FIX)
 
 
-def _check_controller(graph: Graph, watch: InputWatch, settings: Settings, findings: Findings) -> None:
-    """Checks the joint_trajectory_controller's parameters if the command topic belongs to one that answers."""
-    controller = watch.command.topic.rpartition("/")[0]
+def _check_controller(graph: Graph, watch: InputWatch, name: str, findings: Findings) -> None:
+    """Checks the parameters of a controller of joints, if the output's topic or action belongs to one that answers."""
+    output, ours = watch.outputs[name], _joints(watch.expected, name)
+    controller, streamed = output.topic.rpartition("/")[0], output.type == POSITIONS
     values = graph.parameters(controller, CONTROLLER_PARAMETERS) if controller in graph.nodes else None
-    ours = list(watch.expected.joint_names)
     if not values or not isinstance(values.get("joints"), list) or not ours:
         return
     theirs = values["joints"]
@@ -303,7 +333,7 @@ def _check_controller(graph: Graph, watch: InputWatch, settings: Settings, findi
             f"expects {', '.join(extra)} too, which the bundle does not move, and refuses every command",
             "set its allow_partial_joints_goal: true, or take those joints out of it",
         )
-    if settings.publish_mode == "stream" and theirs != ours and not missing:
+    if streamed and theirs != ours and not missing:
         findings.error(
             "joint order",
             controller,
@@ -314,13 +344,26 @@ def _check_controller(graph: Graph, watch: InputWatch, settings: Settings, findi
         findings.error(
             "controller", controller, "interpolation_method is none: it jumps from point to point", "set it to splines"
         )
-    if settings.publish_mode != "stream" and values.get("interpolate_from_desired_state") is False:
+    if not streamed and values.get("interpolate_from_desired_state") is False:
         findings.warning(
             "controller",
             controller,
             "interpolate_from_desired_state is false: each new command begins at the measured position, with its lag",
             "set it to true",
         )
+
+
+def _joints(expected: Expected, name: str) -> list[str]:
+    """The joints that an output moves; none where it moves something else, or without a bundle."""
+    robot = expected.robot
+    output = None if robot is None else next((output for output in robot.outputs if output.name == name), None)
+    if robot is None or output is None:
+        return []
+    return [axis.name for axis in robot.axes[robot.axes_of(output)] if axis.joint]
+
+
+def _check_period(graph: Graph, settings: Settings, findings: Findings) -> None:
+    """A point of a command must not come more often than controllers look at it."""
     manager = (
         graph.parameters("/controller_manager", ("update_rate",)) if "/controller_manager" in graph.nodes else None
     )
@@ -342,7 +385,8 @@ def _listen(graph: Graph, watch: InputWatch, simulated: bool, seconds: float) ->
     expected = {
         topic: image_type(watch.settings, name) for name, topic in zip(watch.cameras, watch.topics, strict=False)
     }
-    expected |= {**watch.expected.topics, watch.command.topic: command_type(watch.settings)}
+    commands = {output.topic: output.type for output in watch.outputs.values() if output.type not in ACTIONS}
+    expected |= {**watch.expected.topics, **commands}
 
     def take(topic: str, kind: str, data: bytes) -> None:
         watch.add(BagMessage(topic, kind, int(node.get_clock().now().nanoseconds), data))

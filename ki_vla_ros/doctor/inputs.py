@@ -22,7 +22,6 @@ from ki_vla_ros.messages import (
     IMAGE,
     JOINT_STATE,
     POSE,
-    POSITIONS,
     TRAJECTORY,
     BagMessage,
     camera_frame,
@@ -33,9 +32,9 @@ from ki_vla_ros.messages import (
     read_stamp_ns,
 )
 from ki_vla_ros.records import NS_PER_S, time_to_ns
-from ki_vla_ros.robot import Signal
+from ki_vla_ros.robot import ACTIONS, Robot, Signal
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer, input_signals
-from ki_vla_ros.settings import Session, Settings, resolve, signal_topics
+from ki_vla_ros.settings import CommandTopic, Session, Settings, resolve, signal_topics
 
 # Images per camera that are decoded; of all others only the header is read.
 IMAGES_DECODED = 200
@@ -69,22 +68,19 @@ def image_type(settings: Settings, camera: str) -> str:
     return COMPRESSED_IMAGE if settings.camera(camera).transport == "compressed" else IMAGE
 
 
-def command_type(settings: Settings) -> str:
-    return POSITIONS if settings.publish_mode == "stream" else TRAJECTORY
-
-
 @dataclass(frozen=True)
 class Expected:
     """The inputs that are to be there: those of the bundle, or only those that parameters and session name.
 
     `topics` are those of joint states and poses, with their types. `signals` are what is read from them, `trained` the
-    range of training by the index of the signal.
+    range of training by the index of the signal. `robot` is None without a bundle.
     """
 
     optional_cameras: Mapping[str, bool]
     topics: Mapping[str, str]
     signals: tuple[Signal, ...] = ()
     trained: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    robot: Robot | None = None
 
     @classmethod
     def of(cls, bundle: Bundle | None, settings: Settings, session: Session | None, node: str) -> Expected:
@@ -102,7 +98,7 @@ class Expected:
             if d.kind != "pose"
         }
         cameras = {camera.name: camera.optional for camera in manifest.cameras}
-        return cls(cameras, {signal.topic: signal.type for signal in signals}, signals, trained)
+        return cls(cameras, {signal.topic: signal.type for signal in signals}, signals, trained, robot)
 
     @property
     def joint_names(self) -> tuple[str, ...]:
@@ -153,14 +149,17 @@ class InputWatch:
         expected: Expected,
         settings: Settings,
         cameras: dict[str, str],
-        command: str,
+        commands: Mapping[str, CommandTopic],
         expected_images: dict[str, int] | None = None,
     ) -> None:
         self.expected, self.settings = expected, settings
         self.cameras = {name: Traffic(topic) for name, topic in cameras.items()}
         self.image_types = {name: image_type(settings, name) for name in cameras}
-        self.states, self.command = {topic: Traffic(topic) for topic in expected.topics}, Traffic(command)
-        self.commands = Rows()
+        self.states = {topic: Traffic(topic) for topic in expected.topics}
+        self.outputs = commands
+        self.commands = {c.topic: Traffic(c.topic) for c in commands.values() if c.type not in ACTIONS}
+        # Where joints were told to be, by the topic and the signals that are these joints.
+        self.told: dict[tuple[str, tuple[int, ...]], Rows] = {}
         self._parts: dict[tuple[int, ...], Part] = {}  # by the signals that come together
         self.orders: dict[str, Counter[tuple[str, ...]]] = {topic: Counter() for topic in expected.topics}
         # Messages with none of the arm's, such as wheels, by topic.
@@ -173,7 +172,12 @@ class InputWatch:
 
     @property
     def topics(self) -> list[str]:
-        return [*self._camera_of, *self.states, self.command.topic]
+        return [*self.inputs, *self.commands]
+
+    @property
+    def inputs(self) -> list[str]:
+        """The topics without those of commands."""
+        return [*self._camera_of, *self.states]
 
     def signal(self, m: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Times [N] in order and values [N] of one signal."""
@@ -200,8 +204,8 @@ class InputWatch:
             self._add_image(self._camera_of[message.topic], message)
         elif message.topic in self.states:
             self._add_state(message, self.states[message.topic])
-        elif message.topic == self.command.topic:
-            self._add_command(message)
+        elif message.topic in self.commands:
+            self._add_command(message, self.commands[message.topic])
 
     def _add_image(self, name: str, message: BagMessage) -> None:
         traffic = self.cameras[name]
@@ -258,9 +262,9 @@ class InputWatch:
             self._parts[index] = Part(topic if whole else f"{topic} ({names})")
         return self._parts[index]
 
-    def _add_command(self, message: BagMessage) -> None:
+    def _add_command(self, message: BagMessage, traffic: Traffic) -> None:
         """Keeps the last point within a tenth of a second: its position, and when it is due."""
-        self.command.kinds[message.type] += 1
+        traffic.kinds[message.type] += 1
         if message.type != TRAJECTORY:
             return
         try:
@@ -268,9 +272,11 @@ class InputWatch:
             names = list(command.joint_names)
             points = [(time_to_ns(p.time_from_start), p.positions) for p in command.points]
             near = [p for p in points if p[0] <= NS_PER_S // 10] or points[:1]
-            if not near or not set(names) >= set(self.expected.joint_names):
+            signals = tuple(m for m, name in enumerate(self.expected.joint_names) if name in names)
+            if not near or not signals:
                 return
-            order = [names.index(name) for name in self.expected.joint_names]
-            self.commands.add(message.log_ns + near[-1][0], np.array(near[-1][1], dtype=np.float64)[order])
+            order = [names.index(self.expected.joint_names[m]) for m in signals]
+            rows = self.told.setdefault((message.topic, signals), Rows())
+            rows.add(message.log_ns + near[-1][0], np.array(near[-1][1], dtype=np.float64)[order])
         except (InputError, ValueError, IndexError) as error:
-            self.command.refuse(InputError(f"command: {error}"))
+            traffic.refuse(InputError(f"command: {error}"))

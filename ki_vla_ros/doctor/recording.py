@@ -12,7 +12,7 @@ from ki_vla_ros.doctor.robot import examine_robot, find_file
 from ki_vla_ros.doctor.setup import Request, examine_setup, read_settings
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages import COMPRESSED_IMAGE
-from ki_vla_ros.settings import Session, Settings, resolve
+from ki_vla_ros.settings import Session, Settings, command_topics, resolve
 
 
 def examine(path: Path, request: Request, findings: Findings) -> list[str]:
@@ -74,10 +74,9 @@ def _examine_topics(
 ) -> None:
     node = request.node
     cameras = {name: resolve(settings.camera(name).topic, node) for name in expected.optional_cameras}
-    command = resolve(settings.command_topics(None)[""], node)
+    commands = command_topics(settings, expected.robot, node, session)
     if session is not None:  # names after remapping
         cameras |= {name: topic for name, topic in session.topics.cameras.items() if name in cameras}
-        command = session.topics.command
     # A node that made chunks had raw images: then it was the recorder that compressed them.
     chunks = bag.topics.get(f"{node}/chunk")
     recorded_compressed = {}
@@ -101,7 +100,7 @@ def _examine_topics(
         expected,
         settings,
         {**cameras, **recorded_compressed},
-        command,
+        commands,
         counts,
     )
     watch.image_types.update(dict.fromkeys(recorded_compressed, COMPRESSED_IMAGE))

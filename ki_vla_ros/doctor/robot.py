@@ -60,7 +60,7 @@ def examine_robot(
         cameras[camera.name] = there
     counts = {name: topic.count or 0 for name, topic in bag.topics.items()}
     optional = {camera.name: camera.optional for camera in robot.cameras}
-    watch = InputWatch(Expected(optional, {}), settings, cameras, "", counts)
+    watch = InputWatch(Expected(optional, {}), settings, cameras, {}, counts)
     inputs = {resolve(signal.topic, request.node): signal.type for signal in robot.signals}
     traffic = {topic: Traffic(topic) for topic in inputs}
     for message in bag.messages([*cameras.values(), *inputs]):

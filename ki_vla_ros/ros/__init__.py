@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ki_vla_ros.ros.node import PolicyNode
+    from ki_vla_ros.ros.outputs import COMMAND_KINDS
     from ki_vla_ros.ros.process import run_node
     from ki_vla_ros.ros.releases import make_executor
     from ki_vla_ros.ros.topics import endpoint_name, ns_to_stamp, publishers
 
-__all__ = ["PolicyNode", "endpoint_name", "make_executor", "ns_to_stamp", "publishers", "run_node"]
+__all__ = ["COMMAND_KINDS", "PolicyNode", "endpoint_name", "make_executor", "ns_to_stamp", "publishers", "run_node"]
 
 _HOMES = {
+    "COMMAND_KINDS": "outputs",
     "PolicyNode": "node",
     "endpoint_name": "topics",
     "make_executor": "releases",

@@ -45,7 +45,7 @@ GRIPPER_STEP = 0.01
 # What a goal's result says (action_msgs/GoalStatus).
 ABORTED = 6
 
-KINDS: Mapping[str, Any] = {
+COMMAND_KINDS: Mapping[str, Any] = {
     TRAJECTORY: JointTrajectory,
     ARRAY: Float64MultiArray,
     TWIST: Twist,
@@ -90,7 +90,7 @@ class _Topic:
         self.axes = axes
         self._node = node
         self._publisher: Any = node.create_lifecycle_publisher(
-            KINDS[kind], topic, copy(EVENT), qos_overriding_options=OVERRIDABLE
+            COMMAND_KINDS[kind], topic, copy(EVENT), qos_overriding_options=OVERRIDABLE
         )
 
     def end(self) -> None:

@@ -35,7 +35,7 @@ from ki_vla_ros.bags.writer import BagWriter
 from ki_vla_ros.console import ExitCode
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.messages import COMPRESSED_IMAGE, DIAGNOSTICS, IMAGE, JOINT_STATE, POSE, TEXT
-from ki_vla_ros.ros.outputs import KINDS
+from ki_vla_ros.ros.outputs import COMMAND_KINDS
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVERY_IMAGE, EVERY_READING, EVERYTHING, LATCHED
 from ki_vla_ros.ros.releases import make_executor
@@ -49,7 +49,7 @@ MESSAGES: Final[dict[str, Any]] = {
     JOINT_STATE: JointState,
     POSE: PoseStamped,
     DIAGNOSTICS: DiagnosticArray,
-    **KINDS,  # commands
+    **COMMAND_KINDS,  # commands
 }
 # Recorded in addition to the topics that the session names.
 EXTRA_TOPIC_TYPES: Final = {"/diagnostics": DIAGNOSTICS}

@@ -52,7 +52,7 @@ from ki_vla_ros.records import (
     header_ns,
 )
 from ki_vla_ros.robot import ACTIONS, POSE_STAMPED, TRAJECTORY, CommandSpace, Robot, Signal
-from ki_vla_ros.ros.outputs import KINDS, MotionOutput, StreamTopic, open_motion_output, open_stream_output
+from ki_vla_ros.ros.outputs import COMMAND_KINDS, MotionOutput, StreamTopic, open_motion_output, open_stream_output
 from ki_vla_ros.ros.qos import EVENT, OVERRIDABLE, SENSOR
 from ki_vla_ros.ros.releases import SubscriptionEventCallbacks
 from ki_vla_ros.ros.stream import MotionStream, Streamed
@@ -108,9 +108,9 @@ class Inputs:
             for name, command in settings.command_topics(manifest.robot).items():
                 output = next(output for output in manifest.robot.outputs if output.name == name)
                 kind = output.wire_type(settings.publish_mode)
-                if kind in KINDS:  # goals cannot be listened to
+                if kind in COMMAND_KINDS:  # goals cannot be listened to
                     topic = node.resolve_topic_name(command)
-                    self._subscribe(KINDS[kind], topic, partial(self._add_command, name), EVENT)
+                    self._subscribe(COMMAND_KINDS[kind], topic, partial(self._add_command, name), EVENT)
 
     def add_image(self, camera: str, message: bytes | CompressedImage) -> None:
         """Adds a serialized Image, or a CompressedImage."""
