@@ -126,9 +126,12 @@ class CommandSpace:
         """The same places [N, J], written the way that is nearest to `near_NJ`.
 
         Rotations come counted from no rotation at all, and are then counted from `reference_P4`, as those of `near_NJ`
-        are; joints that turn without end may be whole turns away.
+        are; joints that turn without end may be whole turns away. Of a velocity only what it has led to since the first
+        place counts.
         """
         position_NJ = nearest_turn(position_NJ, near_NJ, self.continuous_J)
+        if self.velocity_J.any():
+            position_NJ = position_NJ + np.where(self.velocity_J, near_NJ[0] - position_NJ[0], 0.0)
         for p, pose in enumerate(self.poses):
             position_NJ = position_NJ.copy() if p == 0 else position_NJ
             turned_N4 = rotations.from_vector(position_NJ[:, _rotation(pose)])

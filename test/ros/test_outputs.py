@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,9 @@ from geometry_msgs.msg import PoseStamped, TwistStamped
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode
 from std_msgs.msg import Float64MultiArray
-from support.bundles import mixed_robot
+from support.bundles import TASK, mixed_policy, mixed_robot, write_test_bundle
+from support.robots import PolicyProcess, is_hold, stamp_of
+from support.robots import Robot as World
 from support.waiting import until
 from trajectory_msgs.msg import JointTrajectory
 
@@ -26,6 +29,7 @@ from ki_vla_ros.robot.robot import Robot
 from ki_vla_ros.robot.rotations import from_vector, multiply
 from ki_vla_ros.ros.topics import NodeWire
 from ki_vla_ros.settings.names import settings_from_parameters
+from ki_vla_ros.settings.session import read_session
 
 MS = 1_000_000
 PERIOD_S = 0.02
@@ -109,7 +113,7 @@ def rig(ros_environment: dict[str, str]) -> Iterator[Rig]:
 
 
 def velocities(rig: Rig) -> tuple[list[float], list[float]]:
-    return [m.data[0] for m in rig.got["slide"]], [m.twist.linear.x for m in rig.got["base"]]
+    return velocities_of(rig.got)
 
 
 def assert_gentle(values: list[float]) -> None:
@@ -198,6 +202,60 @@ def test_a_stream_that_fails_interrupts_every_streamed_axis(rig: Rig, monkeypatc
     until(lambda: velocities(rig)[0][-3:] == [0.0] * 3)
     for values in velocities(rig):
         assert_gentle(values)
+
+
+# --- the whole node
+
+
+def test_one_tick_fills_all_outputs_and_a_hold_and_the_end_reach_all(
+    ros_environment: dict[str, str], start: Callable[..., PolicyProcess], tmp_path: Path
+) -> None:
+    write_test_bundle(tmp_path / "bundle", mixed_policy())
+    world = World(int(ros_environment["ROS_DOMAIN_ID"]))
+    got: dict[str, list[Any]] = {name: [] for name in TOPICS}
+    for name, (topic, kind) in TOPICS.items():
+        world.node.create_subscription(kind, topic, got[name].append, 500)
+    world.joint_names, world.position = ["slide", "gripper", "elbow", "shoulder"], [0.0, 0.02, 0.3, -0.3]
+    pose = world.node.create_publisher(PoseStamped, "tool_pose", 10)
+
+    def say_pose() -> None:
+        message = PoseStamped()
+        message.header.stamp = stamp_of(world.now_ns())
+        message.pose.position.z, message.pose.orientation.w = 0.5, 1.0
+        pose.publish(message)
+
+    world.node.create_timer(0.01, say_pose)
+    try:
+        settings = {"limits.max_jump_s": 10.0, "limits.velocity_scale": 0.5}
+        policy = start(bundle=str(tmp_path / "bundle"), autostart=True, instruction=TASK, **settings)
+        until(lambda: all(len(messages) > 5 for messages in got.values()), policy.output)
+        arm, hand = list(got["arm"]), list(got["hand"])
+        assert arm[0].joint_names == ["shoulder", "elbow"] and hand[0].joint_names == ["gripper"]
+        # One tick fills both: their trajectories have the same points in time.
+        for one, other in zip(arm, hand, strict=False):
+            assert [p.time_from_start for p in one.points] == [p.time_from_start for p in other.points]
+        until(lambda: any(abs(message.data[0]) > 1e-3 for message in got["slide"]))
+        assert world.trigger("stop")[0]
+        until(lambda: velocities_of(got)[0][-3:] == [0.0] * 3 and velocities_of(got)[1][-3:] == [0.0] * 3)
+        assert is_hold(got["arm"][-1]) and is_hold(got["hand"][-1])
+        assert world.trigger("reset")[0]
+        count = len(got["slide"])
+        until(lambda: len(got["slide"]) > count + 20 and abs(got["slide"][-1].data[0]) > 1e-3)
+        until(lambda: world.sessions)
+        commands = read_session(world.sessions[-1]).topics.commands
+        assert {name: f"/{topic}" for name, (topic, _) in TOPICS.items()} == {n: c.topic for n, c in commands.items()}
+        assert world.change("deactivate")
+        until(lambda: velocities_of(got)[0][-3:] == [0.0] * 3 and velocities_of(got)[1][-3:] == [0.0] * 3)
+        for values in velocities_of(got):
+            assert np.abs(np.diff(values)).max() <= 0.6 / 0.15 * PERIOD_S * (1 + 1e-5)
+        assert policy.stop() == 0, policy.output
+        assert "takes velocities: if this process dies" in policy.output
+    finally:
+        world.close()
+
+
+def velocities_of(got: dict[str, list[Any]]) -> tuple[list[float], list[float]]:
+    return [m.data[0] for m in got["slide"]], [m.twist.linear.x for m in got["base"]]
 
 
 # --- actions, whose messages (control_msgs) are not among the wheels

@@ -11,6 +11,7 @@ from support.bundles import mixed_robot
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.robot.robot import Robot
 from ki_vla_ros.robot.rotations import from_vector
 from ki_vla_ros.runtime.paths import CommandedAxes
@@ -84,6 +85,17 @@ def test_the_path_of_a_velocity_is_where_it_has_led_to() -> None:
     axes.take("base", twist(0.0, 0.0), s(4.0))  # without a stamp it is the same
     axes.forget(s(4.5))
     np.testing.assert_allclose(at(axes, 9.0)[0, [SLIDE, FORWARD]], [-0.5, 1.5])
+
+
+def test_of_a_velocity_only_counts_what_it_led_to_and_a_rotation_is_counted_as_the_other_ones_is() -> None:
+    space = CommandSpace(ROBOT)
+    told_NJ, near_NJ = np.zeros((2, 12)), np.zeros((2, 12))
+    told_NJ[:, SLIDE], near_NJ[:, SLIDE] = [5.0, 5.5], [0.1, 0.4]
+    told_NJ[:, 11] = 0.3
+    counted_P4 = from_vector(np.array([[0.0, 0.0, 0.2]]))
+    found_NJ = space.nearest(told_NJ, near_NJ, counted_P4)
+    np.testing.assert_allclose(found_NJ[:, SLIDE], [0.1, 0.6])
+    np.testing.assert_allclose(found_NJ[:, 11], 0.1)
 
 
 @pytest.mark.parametrize(
