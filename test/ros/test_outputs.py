@@ -403,6 +403,9 @@ def test_without_a_server_nobody_is_told_anything(rig: Rig) -> None:
         wire.check_ready()
     with pytest.raises(SafetyRefusal, match=r"output 'hand': hand/grip: its server is gone, so no output is told"):
         wire.send_command(first_three(), 1_000 * MS)
+    arm.ready, hand.ready = False, True
+    with pytest.raises(SafetyRefusal, match=r"output 'arm': arm/follow: its server is gone"):
+        wire.send_command(first_three(), 1_000 * MS)
     assert arm.goals == hand.goals == []
 
 
