@@ -45,6 +45,15 @@ RATES = (5, 10, 15, 20, 25, 30, 50, 60, 100)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/ ]{0,127}")
 POSE_PARTS = ("x", "y", "z", "qx", "qy", "qz", "qw")
 AXIS_ANGLE = {"axis_angle1": "rx", "axis_angle2": "ry", "axis_angle3": "rz"}
+# Who might take the actions of a dataset, by their kind.
+GROUPS = {"twist": "base", "pose": "hand", "pose_delta": "hand", "joint_velocity": "velocities"}
+CONTROLLERS = {
+    "arm": ("arm_controller/joint_trajectory", TRAJECTORY),
+    "velocities": ("forward_velocity_controller/commands", ARRAY),
+    "base": ("cmd_vel", TWIST),
+    "hand": (FILL_IN, POSE),
+}
+EULER = ("roll", "pitch", "yaw")
 BASE = {"x.vel": "vx", "y.vel": "vy", "theta.vel": "wz"}
 
 
@@ -346,24 +355,26 @@ class Proposal:
         assert dataset is not None
         state_column, action_column = (self._column(key) for key in ("observation.state", "action"))
         degrees = self._in_degrees(state_column) or self._in_degrees(action_column)
-        state = [self._from_column(state_column, i, "", degrees) for i in range(state_column.width)]
-        actions, names = [], _element_names(action_column)
+        state, actions = [], []
+        for i, name in enumerate(_element_names(state_column)):
+            if name in BASE:  # a body's velocity cannot be part of the state
+                state.append(f"  # Left out: {name}, a velocity of the base")
+            else:
+                state.append(self._from_column(state_column, i, "", degrees))
         groups: list[str] = []
-        for i, name in enumerate(names):
-            group = {"twist": "base", "pose": "hand"}.get(_kind_of(name, action_column), "arm")
+        for i, name in enumerate(_element_names(action_column)):
+            group = GROUPS.get(_kind_of(name, action_column), "arm")
             groups += [] if group in groups else [group]
             actions.append(self._from_column(action_column, i, group, degrees))
-        topics = {
-            "arm": ("arm_controller/joint_trajectory", TRAJECTORY),
-            "base": ("cmd_vel", TWIST),
-            "hand": (FILL_IN, POSE),
-        }
         outputs = []
         for group in groups:
-            topic, kind = topics[group]
-            outputs.append(f"  - {{name: {group}, topic: {_scalar(topic)}, type: {kind}}}  # CHECK: not in a dataset")
-        if "hand" in groups:
-            self.fill_in.append("outputs: hand: topic, workspace, max_linear_velocity and max_angular_velocity")
+            topic, kind = CONTROLLERS[group]
+            fields = [f"name: {group}", f"topic: {_scalar(topic)}", f"type: {kind}"]
+            if group == "hand":
+                self.fill_in.append("outputs: hand: topic, workspace, max_linear_velocity, max_angular_velocity")
+                bounds = ("workspace", "max_linear_velocity", "max_angular_velocity")
+                fields += [f"{bound}: {_scalar(FILL_IN)}" for bound in bounds]
+            outputs.append(f"  - {{{', '.join(fields)}}}  # CHECK: a dataset does not say who takes the commands")
         return state, actions, outputs
 
     def _column(self, key: str) -> Numbers:
@@ -384,15 +395,28 @@ class Proposal:
 
     def _from_column(self, column: Numbers, i: int, output: str, degrees: bool) -> str:
         """A dimension of a dataset's column; an action if it has an output."""
-        element = _element_names(column)[i]
-        name, kind = _joint_name(element), _kind_of(element, column)
+        elements = _element_names(column)
+        element, kind = elements[i], _kind_of(elements[i], column)
+        alike = elements.count(element) > 1
+        name = _joint_name(element) + (str(elements[: i + 1].count(element)) if alike else "")
         assert self.dataset is not None
         seen = Seen(column.low[i], column.high[i], None, self.dataset.path.name) if column.low else None
-        unit_of_speed, notes, fields = "", [], [f"name: {_scalar(name)}"]
+        notes, fields = [], [f"name: {_scalar(name)}"]
         mapping = [] if not column.names or element == name else [f"name: {_scalar(element)}"]
+        if any(elements.count(other) > 1 for other in elements):  # names that are the same tell nothing
+            mapping = [f"index: {i}"]
         if kind in ("twist", "pose", "pose_delta"):
             component = BASE.get(element) or AXIS_ANGLE.get(element) or element
+            if element in EULER:
+                component = _scalar(FILL_IN)
+                self.fill_in.append(f"{name}: Euler angles; a robot file has rotation vectors (rx ry rz) and others")
             fields += [f"kind: {kind}", f"component: {component}"]
+            if not output:
+                if "state: the PoseStamped topic that says where the tool is" not in self.fill_in:
+                    self.fill_in.append("state: the PoseStamped topic that says where the tool is")
+                fields.append(f"source: {{topic: {_scalar(FILL_IN)}, type: {POSE}}}")
+            elif kind != "twist":
+                notes.append("CHECK: steps (pose_delta) or places (pose)? scale: what 1 means, in m or rad")
             if kind == "twist":
                 most = None if seen is None else max(abs(seen.low), abs(seen.high)) or None
                 if element == "theta.vel":
@@ -408,8 +432,12 @@ class Proposal:
             )
             notes += guess.notes
             if kind == "joint_velocity":
-                unit_of_speed = f"{guess.unit}/s"
-                fields += ["kind: joint_velocity", f"unit: {unit_of_speed}"]
+                joint = re.sub(r"(\.vel|_velocity)$", "", element)
+                fields += ["kind: joint_velocity", f"unit: {guess.unit}/s"]
+                if output:
+                    fields.append(f"joint: {_scalar(joint)}")
+                else:
+                    fields.append(f"source: {{joint: {_scalar(joint)}, field: velocity}}")
             elif gripper:
                 fields += self._dataset_gripper(guess, seen, mapping)
                 notes.append("CHECK: is more open?")
@@ -596,9 +624,11 @@ def _kind_of(element: str, column: Numbers) -> str:
     names = [AXIS_ANGLE.get(name, name) for name in _element_names(column)]
     if element in BASE:
         return "twist"
-    if {"x", "y", "z"} <= set(names) and AXIS_ANGLE.get(element, element) in (*POSE_PARTS, "rx", "ry", "rz"):
-        # Steps are small and go both ways; places are not.
-        return "pose"
+    parts = (*POSE_PARTS, "rx", "ry", "rz", *EULER)
+    if {"x", "y", "z"} <= set(names) and AXIS_ANGLE.get(element, element) in parts:
+        z = names.index("z")  # a place above the table is not below it as well; a step is
+        both_ways = bool(column.low) and column.low[z] < -0.05 and column.high[z] > 0.05
+        return "pose_delta" if both_ways and column.key == "action" else "pose"
     return "joint_velocity" if element.endswith((".vel", "_velocity")) else "joint_position"
 
 

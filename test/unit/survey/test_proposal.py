@@ -360,3 +360,60 @@ def test_damaged_bags_give_what_can_be_read(tmp_path: Path, name: str, capsys: p
     if (tmp_path / "robot.yaml").exists():
         assert main(["check", str(tmp_path / "robot.yaml"), "--bag", str(path)]) in (0, 1)
     assert "Traceback" not in capsys.readouterr().err
+
+
+FILLED = {
+    "topic": "pose",
+    "component": "rx",
+    "workspace": {"x": [-1.0, 1.0], "y": [-1.0, 1.0], "z": [0.0, 1.0]},
+}
+
+
+def filled(value: Any, key: str = "") -> Any:
+    """A proposed file as somebody fills it in: 1 for numbers."""
+    if isinstance(value, dict):
+        return {name: filled(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [filled(part, key) for part in value]
+    return FILLED.get(key, 1.0) if value == "FILL IN" else value
+
+
+EEF = ["x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper", "gripper"]  # as LIBERO's
+LEKIWI = ["arm_shoulder_pan.pos", "arm_gripper.pos", "x.vel", "y.vel", "theta.vel"]
+ALOHA = ["left_waist", "left_shoulder", "left_gripper", "right_waist", "right_shoulder", "right_gripper"]
+
+
+@pytest.mark.parametrize(
+    ("state", "action", "kinds"),
+    [
+        (EEF, ["x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper"], {"pose_delta", "gripper"}),
+        (LEKIWI, LEKIWI, {"joint_position", "gripper", "twist"}),
+        (ALOHA, ALOHA, {"joint_position", "gripper"}),
+        (None, None, {"joint_position"}),
+        (["a", "b"], ["a.vel", "b.vel"], {"joint_velocity"}),
+    ],
+)
+def test_proposals_of_datasets_are_valid_once_they_are_filled_in(
+    tmp_path: Path, state: list[str] | None, action: list[str] | None, kinds: set[str]
+) -> None:
+    path = dataset(tmp_path / "data")
+    info, stats = json.loads((path / "meta/info.json").read_text()), {}
+    for key, names in (("observation.state", state), ("action", action)):
+        width = len(names or [0] * 7)
+        info["features"][key] = {"dtype": "float32", "shape": [width], "names": names}
+        stats[key] = {"min": [-1.0] * width, "max": [1.0] * width, "mean": [0.0] * width}
+    (path / "meta/info.json").write_text(json.dumps(info))
+    (path / "meta/stats.json").write_text(json.dumps(stats))
+    proposal = Proposal("", None, survey_dataset(path), "")
+    robot = Robot.model_validate(filled(yaml.safe_load(proposal.text)))
+    assert {a.kind for a in robot.actions} == kinds and len(robot.actions) == len(action or [0] * 7)
+    out = tmp_path / "robot.yaml"
+    out.write_text(yaml.safe_dump(robot.model_dump(mode="json", exclude_defaults=True)))
+    assert main(["check", str(out), "--dataset", str(path)]) in (0, 1)  # its numbers may be outside what was filled in
+
+
+def test_euler_angles_are_no_rotation_vector(tmp_path: Path) -> None:
+    names = ["x", "y", "z", "roll", "pitch", "yaw"]
+    path = dataset(tmp_path / "data", names=names, min=[0.0] * 6, max=[1.0] * 6, mean=[0.5] * 6)
+    proposal = Proposal("", None, survey_dataset(path), "")
+    assert any("roll: Euler angles" in what for what in proposal.fill_in)
