@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ki_vla_ros.errors import ConfigurationError, did_you_mean
 from ki_vla_ros.robot.axes import Axis
 from ki_vla_ros.robot.dimensions import (
     ACTION,
@@ -215,9 +216,18 @@ def check_names(what: str, names: Sequence[str]) -> None:
 
 
 def find_robot(robot: str) -> Path:
-    """The file as given, or the one in config/robots/ of the robot of this name."""
+    """The file as given, or the one in config/robots/ of the robot of this name; ConfigurationError if it has none."""
     path = expand(robot)
-    return find_share(f"config/robots/{robot}.yaml") if path.name == robot and not path.suffix else path
+    if path.name != robot or path.suffix:
+        return path
+    folder = find_share("config/robots")
+    if not (known := folder / f"{robot}.yaml").exists():
+        names = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise ConfigurationError(
+            f"robot {robot!r}: expected the path of a robot file, or one of {', '.join(names)}"
+            f"{did_you_mean(robot, names)}"
+        )
+    return known
 
 
 def read_robot(path: Path) -> Robot:

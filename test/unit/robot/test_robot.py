@@ -33,7 +33,7 @@ def test_a_robot_is_found_by_name_or_by_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(EXAMPLE.read_text())
     assert find_robot(str(path)) == path and read_robot(path) == read_robot(EXAMPLE)
-    with pytest.raises(ConfigurationError, match=r"config/robots/nobody\.yaml: expected it among"):
+    with pytest.raises(ConfigurationError, match=r"robot 'nobody': expected the path of a robot file, or one of aloha"):
         find_robot("nobody")
 
 
