@@ -29,7 +29,7 @@ from ki_vla_ros.robot.outputs import (
     Workspace,
 )
 from ki_vla_ros.robot.robot import ActionPeriod, CameraSpec, Horizon, Robot, check_names, find_robot, read_robot
-from ki_vla_ros.robot.signals import Signal, plain_joints
+from ki_vla_ros.robot.signals import Signal, plain_joints, recorded_signal
 from ki_vla_ros.robot.turns import TURN, continuous, nearest_rotation, nearest_turn
 from ki_vla_ros.robot.urdf import UrdfJoint, movable_joints, read_urdf
 
@@ -83,5 +83,6 @@ __all__ = [
     "pose_place",
     "read_robot",
     "read_urdf",
+    "recorded_signal",
     "with_urdf",
 ]

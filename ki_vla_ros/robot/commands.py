@@ -87,6 +87,26 @@ class CommandSpace:
             state_S[places] = _all_parts(signal_M[topic][:3], signal_M[topic][3:])[parts]
         return state_S
 
+    def signals(self, state_S: Array) -> Array:
+        """The inverse of `state`: signals [M]; NaN for those that the state does not say.
+
+        ValueError for a state that says no orientation.
+        """
+        signal_M = np.full(len(self.robot.signals), np.nan)
+        for s, dimension in enumerate(self.robot.state):
+            if dimension.kind != "pose":
+                signal_M[self._state_index[s]] = state_S[s]
+        for places, topic, parts in self._poses_of_state:
+            said = np.full(len(ALL_PARTS), np.nan)
+            said[parts] = state_S[places]
+            pose = signal_M[topic]
+            pose[:3] = said[:3]
+            for rotation in (VECTOR, QUATERNION, SIX_D):
+                numbers = said[[ALL_PARTS.index(part) for part in rotation]]
+                if not np.isnan(numbers).any():
+                    pose[3:] = _read(rotation, numbers)
+        return signal_M
+
     def measured(self, signal_M: Array) -> Array:
         """Where the axes are [J]; NaN for velocities that nobody measures."""
         position_J = signal_M[self._signal_of_axis] * self._scale_J + self._offset_J

@@ -199,6 +199,11 @@ class ActionDimension(_Dimension):
     hysteresis: Annotated[Finite, Field(ge=0, lt=1)] = Field(
         default=0.1, description="binary: the width around the threshold in which it stays as it is"
     )
+    recorded: Source | None = Field(
+        default=None,
+        description="recordings: the joint states that say what it was told, where no command does: a leader arm's, or "
+        "a gripper's own",
+    )
     dataset: Column = Field(default=Column(), description="where datasets have it, and in what unit")
 
     @model_validator(mode="after")
@@ -235,6 +240,12 @@ class ActionDimension(_Dimension):
                 f"{here}lower and upper: expected none for {self.kind}: max_velocity bounds it, and positions "
                 "are bounded by the joint's state dimension"
             )
+        if self.recorded is not None:
+            if self.kind not in ("joint_position", "joint_velocity", "gripper"):
+                raise ValueError(f"{here}recorded: expected none for {self.kind}, whose commands are recorded")
+            if self.recorded.type != JOINT_STATE:
+                raise ValueError(f"{here}recorded.type: expected {JOINT_STATE}, got {self.recorded.type}")
+            _line(self, self.recorded, "recorded", self.own_unit())
         self.line()
         return self
 
@@ -250,6 +261,11 @@ class ActionDimension(_Dimension):
         low = self.lower if self.lower is not None else min(ends) if ends else -math.inf
         high = self.upper if self.upper is not None else max(ends) if ends else math.inf
         return low, high
+
+    def recorded_line(self) -> tuple[float, float]:
+        """Scale and offset from the joint states in `recorded`."""
+        assert self.recorded is not None
+        return _line(self, self.recorded, "recorded", self.own_unit())
 
     def line(self) -> tuple[float, float]:
         """Scale and offset from the dataset."""

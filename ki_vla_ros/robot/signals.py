@@ -166,6 +166,16 @@ def own_signal(robot: Robot, action: ActionDimension) -> Signal | None:
     )
 
 
+def recorded_signal(action: ActionDimension) -> Signal | None:
+    """The signal that says what the action was, in recordings that have no command of it; in the action's unit."""
+    source = action.recorded
+    if source is None:
+        return None
+    inf, (scale, offset), part = math.inf, action.recorded_line(), source.joint or action.target
+    unit, turns = action.own_unit(), action.continuous
+    return Signal(part, source.topic, JOINT_STATE, part, source.field, unit, -inf, inf, inf, turns, scale, offset)
+
+
 def _signals_of_state(robot: Robot, dimension: StateDimension) -> tuple[Signal, ...]:
     if dimension.kind == "pose":
         return _pose_signals(dimension.source.topic)

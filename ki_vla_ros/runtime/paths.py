@@ -451,12 +451,15 @@ class CommandedAxes:
             )
             self._parts[output.name] = place, path
 
-    def take(self, output: str, message: Any, arrived_ns: int) -> None:
-        """Takes a message of this output: of rclpy or of rosbags; InputError says why it is refused."""
-        _, path = self._parts[output]
+    def take(self, output: str, message: Any, arrived_ns: int, measured_J: Array | None = None) -> None:
+        """Takes a message of this output: of rclpy or of rosbags; InputError says why it is refused.
+
+        `measured_J`: where all axes are, which an output's first trajectory starts from (see CommandedPath).
+        """
+        place, path = self._parts[output]
         try:
             if isinstance(path, CommandedPath):
-                path.take(message, arrived_ns)
+                path.take(message, arrived_ns, None if measured_J is None else measured_J[place])
             else:
                 path.add(self._values(output, message), arrived_ns)
         except AttributeError:

@@ -35,9 +35,17 @@ from ki_vla_ros.settings.session import (
     shadow_topics,
     signal_topics,
 )
-from ki_vla_ros.settings.settings import ExecutorName, JacobianName, ReferenceName, Settings, TorchModeName
+from ki_vla_ros.settings.settings import (
+    DEFAULT_COMMAND,
+    ExecutorName,
+    JacobianName,
+    ReferenceName,
+    Settings,
+    TorchModeName,
+)
 
 __all__ = [
+    "DEFAULT_COMMAND",
     "NODE",
     "PARAMETERS",
     "UNLIMITED",
