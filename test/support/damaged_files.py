@@ -41,7 +41,7 @@ from support.sample_bags import recording, write_bag, write_mcap
 from support.sentencepieces import train
 from training.config import load_config
 from training.convert.__main__ import main as convert
-from training.convert.playback import Topics
+from training.convert.playback import Recorded
 from training.data.lerobot import Dataset
 from training.export.bundle import read_policy
 from training.export.formats import save_program
@@ -403,7 +403,7 @@ def read_weights(folder: Path) -> None:
 
 def read_dataset(folder: Path) -> None:
     dataset = Dataset(folder)
-    Topics.of(dataset)
+    Recorded.of(dataset)
     for episode in dataset.episodes:
         dataset.task_of(dataset.columns(episode))
         for camera in dataset.cameras:

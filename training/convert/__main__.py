@@ -1,7 +1,7 @@
 """From bags to a LeRobot dataset (v3.0), and back.
 
-    python -m training.convert from-bag BAG... --actions commands --out DATASET [--bundle B] [--params P.yaml]
-    python -m training.convert to-bag DATASET --out BAG
+    python -m training.convert from-bag BAG... --robot FILE --actions commands --out DATASET [--params P.yaml]
+    python -m training.convert to-bag DATASET --out BAG [--robot FILE]
 
 docs/data.md explains topics, episodes and actions.
 """
@@ -16,16 +16,19 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from ki_vla_ros.bags import Bag, find_session, open_bag
 from ki_vla_ros.bundle import MANIFEST
 from ki_vla_ros.console import ExitCode, Progress, run_command
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.files import read_file
+from ki_vla_ros.robot import JOINT_STATE, find_robot, read_robot
 from ki_vla_ros.settings import NODE, Settings, load_settings
 from ki_vla_ros.share import find_bundle
-from training.convert.episodes import Actions, Conversion, Cut, Marker, convert
+from training.convert.actions import Actions
+from training.convert.clock import ClockChoice
+from training.convert.episodes import Conversion, Cut, Marker, convert
 from training.convert.integrity import as_table
 from training.convert.many import Failure, run, writing_folder
 from training.convert.parts import (
@@ -42,13 +45,17 @@ from training.convert.parts import (
 from training.convert.playback import write_bag
 from training.convert.sources import (
     Sources,
-    from_session,
-    from_settings,
+    change_cameras,
+    choose_cameras,
+    choose_topics,
+    find_sources,
+    plain_robot,
     read_manifest,
+    rename_topics,
 )
 from training.convert.union import unite
 from training.convert.writer import DatasetWriter
-from training.data.lerobot import Dataset, Video
+from training.data.lerobot import Dataset, RobotColumns, Video
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     if arguments.command == "to-bag":
         dataset = Dataset(arguments.dataset)
-        print(f"{arguments.out}: {write_bag(dataset, arguments.out)} messages")
-        for key, reason in dataset.ignored.items():
-            print(f"  not in it: {key}, {reason}")
+        robot = read_robot(find_robot(arguments.robot)) if arguments.robot else None
+        written, unsaid = write_bag(dataset, arguments.out, robot)
+        print(f"{arguments.out}: {written} messages")
+        for what, reason in unsaid.items():
+            print(f"  not in it: {what}, {reason}")
         return ExitCode.FINE
     return convert_bags(arguments)
 
@@ -131,28 +140,16 @@ def convert_bag(arguments: argparse.Namespace, options: Mapping[str, str], path:
     with open_bag(path) as bag:
         try:
             sources = choose_sources(arguments, bag)
-            topics = {
-                "cameras": dict(sources.cameras),
-                "joint_states": sources.joint_topic,
-                "instruction": sources.instruction_topic,
-                "command": sources.command_topic,
-            }
+            columns = RobotColumns(sources.robot)
             with (
                 suppress(_NoFrame),
                 DatasetWriter(
                     folder / DATASET,
                     fps=arguments.fps,
-                    state_names=sources.joints,
-                    action_names=sources.joints,
-                    cameras=list(sources.cameras),
-                    source={
-                        "bags": [path.name],
-                        "topics": topics,
-                        "actions": arguments.actions,
-                        "sync_slop_s": sources.slop_ns / 1e9,
-                        "max_age_s": sources.max_age_ns / 1e9,
-                    },
-                    robot_type=arguments.robot_type,
+                    columns=columns.names,
+                    cameras={camera.name: camera.key for camera in sources.robot.cameras},
+                    source={"bags": [path.name], "actions": arguments.actions, **describe_source(sources)},
+                    robot_type=arguments.robot_type or (None if sources.plain else sources.robot.name),
                     video=arguments.video,
                     name=arguments.out,
                 ) as writer,
@@ -168,6 +165,7 @@ def convert_bag(arguments: argparse.Namespace, options: Mapping[str, str], path:
                     marker=Marker(*arguments.marker) if arguments.marker else None,
                     task=arguments.task,
                     least_frames=arguments.least_frames,
+                    clock=arguments.clock,
                     done=done,
                 )
                 if not done.frames:
@@ -177,6 +175,25 @@ def convert_bag(arguments: argparse.Namespace, options: Mapping[str, str], path:
             faults = [str(fault) for fault in bag.faults]
             with suppress(*() if whole else (OSError,)):  # as on a full disk, after a better error
                 write_part(Part(folder, str(path), files, options, whole, done, faults, pixels))
+
+
+def describe_source(sources: Sources) -> dict[str, Any]:
+    """What meta/ki_vla_ros.json says, for to-bag and for readers: topics, units, limits, and the robot file.
+
+    Of a robot of which only the joints' names are known there are no units: its numbers are those of its topics.
+    """
+    robot = sources.robot
+    joints = [signal.topic for signal in robot.signals if signal.type == JOINT_STATE]
+    topics = {"cameras": sources.cameras, "instruction": sources.instruction_topic}
+    topics |= {"joint_states": joints[0]} if len(set(joints)) == 1 else {}
+    topics |= {"command": robot.outputs[0].topic} if len(robot.outputs) == 1 else {}
+    known = {"units": RobotColumns(robot).units, "robot": robot.model_dump(mode="json", exclude_defaults=True)}
+    return {
+        "topics": topics,
+        **({} if sources.plain else known),
+        "sync_slop_s": sources.slop_ns / 1e9,
+        "max_age_s": sources.max_age_ns / 1e9,
+    }
 
 
 class _NoFrame(Exception):
@@ -190,6 +207,8 @@ def name_options(arguments: argparse.Namespace) -> dict[str, str]:
     files = {name: value for name, value in options.items() if isinstance(value, Path)}
     if arguments.bundle:
         files["--bundle"] = find_bundle(arguments.bundle) / MANIFEST
+    if arguments.robot:
+        read_robot(files.setdefault("--robot", find_robot(arguments.robot)))
     digests = {name: hashlib.sha256(read_file(path)).hexdigest()[:8] for name, path in files.items()}
     return {name: f"{value} {digests.get(name, '')}".strip() for name, value in options.items()}
 
@@ -198,6 +217,7 @@ def describe(done: Conversion) -> str:
     lines = [f"{done.frames} frames in {done.episodes} episodes"]
     if done.repeated:
         lines[0] += f", {done.repeated} with the same images as the frame before (is --fps above the cameras' rate?)"
+    lines += done.said
     for cause, count in done.left_out.most_common():
         example = done.first_reason.get(cause)
         lines.append(f"left out: {count} x {cause}" + (f" (the first: {example})" if example else ""))
@@ -205,35 +225,35 @@ def describe(done: Conversion) -> str:
 
 
 def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
-    """Sources from --params, else the bag's own ~/session, else the defaults; single options override these."""
-    node = arguments.node or NODE
+    """The robot of --robot, else of --bundle, --params or the bag's own ~/session, else one of --camera and --joints.
+
+    Settings come from --params, else the bag's own ~/session, else the defaults; single options override these.
+    """
     session = None if arguments.params else find_session(bag, arguments.node)
+    node = session.node if session else arguments.node or NODE
     warn = partial(print, file=sys.stderr)
-    settings = load_settings(arguments.params, node, warn) if arguments.params else Settings()
-    name = arguments.bundle or (session.settings if session else settings).bundle
-    manifest = read_manifest(name) if name else None
+    settings = session.settings if session else Settings()
+    if arguments.params:
+        settings = load_settings(arguments.params, node, warn)
     cameras = dict(pair.split("=", 1) for pair in arguments.camera)
-    if session is not None and manifest is not None:
-        sources = from_session(session, manifest)
-    elif manifest is not None:
-        names = [camera.name for camera in manifest.cameras]
-        sources = from_settings(settings, names, manifest.axis_names, node=node, manifest=manifest)
-    elif cameras and arguments.joints:
-        sources = from_settings(settings, list(cameras), arguments.joints, node=node)
-    else:
+    robot = None
+    if arguments.robot:
+        robot = read_robot(find_robot(arguments.robot))
+    elif name := arguments.bundle or settings.bundle:
+        robot = read_manifest(name).robot
+    if robot is None and not (cameras and arguments.joints):
         raise ConfigurationError(
-            f"bag {bag.path}: expected cameras and joints, got neither, as it has no ~/session; give --bundle, "
-            "--params of a node that has one, or --camera NAME=TOPIC and --joints NAME..."
+            f"bag {bag.path}: expected cameras and joints, got neither, as it has no ~/session; give --robot FILE "
+            "(config/robots/ has examples), --bundle, --params of a node that has one, or --camera NAME=TOPIC and "
+            "--joints NAME..."
         )
-    if arguments.joints:
-        sources = replace(sources, joints=tuple(arguments.joints), specs=None)
-    given = {
-        "cameras": cameras or None,
-        "joint_topic": arguments.joint_states,
-        "instruction_topic": arguments.instruction,
-        "command_topic": arguments.command_topic,
-    }
-    return replace(sources, **{key: value for key, value in given.items() if value})
+    specs = choose_cameras(() if robot is None else robot.cameras, cameras)
+    plain = robot is None or bool(arguments.joints)
+    robot = plain_robot(specs, arguments.joints) if robot is None or arguments.joints else change_cameras(robot, specs)
+    sources = find_sources(settings, robot, node=node, session=session, plain=plain)
+    if cameras:
+        sources = replace(sources, robot=rename_topics(sources.robot, cameras=cameras))
+    return choose_topics(sources, arguments.joint_states, arguments.command_topic, arguments.instruction, node)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -242,6 +262,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     back = commands.add_parser("to-bag", help="a dataset -> a bag")
     back.add_argument("dataset", type=Path)
     back.add_argument("--out", type=Path, required=True, help="folder of the bag")
+    back.add_argument(
+        "--robot",
+        metavar="FILE",
+        help="robot file, or a name in config/robots/: whose numbers these are, and its topics; datasets of from-bag "
+        "have their own",
+    )
     made = commands.add_parser("from-bag", help="bags -> a dataset")
     made.add_argument("bags", nargs="+", metavar="BAG")
     made.add_argument("--out", type=Path, required=True, help="folder of the dataset")
@@ -252,16 +278,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--actions",
         choices=get_args(Actions),
         required=True,
-        help="a frame's action: the position commanded for one period later, or where the arm was by then",
+        help="a frame's action: what was commanded for one period later, or what the robot did by then",
     )
-    made.add_argument("--bundle", help="its cameras and joints are used; default: what the parameters or the bag say")
+    made.add_argument(
+        "--robot",
+        metavar="FILE",
+        help="robot file, or a name in config/robots/: cameras, state, actions, topics and the dataset's columns and "
+        "units; no bundle is needed",
+    )
+    made.add_argument("--bundle", help="its robot is taken; default: the one that the parameters or the bag name")
     made.add_argument("--params", type=Path, help="the node's parameter file; default: the bag's own ~/session")
     made.add_argument("--node", help=f"the node's full name; default: that of the bag's own ~/session, else {NODE}")
-    made.add_argument("--camera", action="append", default=[], metavar="NAME=TOPIC", help="instead of the bundle's")
-    made.add_argument("--joints", nargs="+", help="instead of the bundle's, in the dataset's order")
-    made.add_argument("--joint-states", metavar="TOPIC")
+    made.add_argument("--camera", action="append", default=[], metavar="NAME=TOPIC", help="instead of the robot's")
+    made.add_argument("--joints", nargs="+", help="instead of the robot's, in the dataset's order; of unknown units")
+    made.add_argument(
+        "--joint-states",
+        action="append",
+        default=[],
+        metavar="[NAME=]TOPIC",
+        help="another topic of joint states; NAME is what the robot file calls it, where there are several",
+    )
     made.add_argument("--instruction", metavar="TOPIC")
-    made.add_argument("--command", dest="command_topic", metavar="TOPIC")
+    made.add_argument(
+        "--command",
+        dest="command_topic",
+        action="append",
+        default=[],
+        metavar="[OUTPUT=]TOPIC",
+        help="another topic of commands; OUTPUT where the robot file has several",
+    )
+    made.add_argument(
+        "--clock",
+        choices=get_args(ClockChoice),
+        default="auto",
+        help="which time counts: the stamps, moved to the log's clock if they are of another; the time of arrival; "
+        "auto: the stamps, but the time of arrival for topics whose stamps are zero or of a clock of their own",
+    )
     made.add_argument(
         "--episodes",
         choices=get_args(Cut),

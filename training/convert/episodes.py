@@ -3,15 +3,15 @@
 The bag's messages go through the node's own `ObservationBuffer` in order of arrival; every 1 / fps seconds it is asked
 for an observation, as in the node's tick. So a frame's state and images belong together exactly as at run time. Only
 the images that become frames are decoded; one that is damaged is then refused, and the tick takes the one before. A
-frame's action is the position one period after its stamp: as commanded, or as measured.
-Legend: J joints, H W C of an image.
+frame's action is what belongs to the instant one period after its stamp (actions.py).
+Legend: J axes, H W C of an image.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
@@ -20,19 +20,21 @@ from numpy.typing import NDArray
 from ki_vla_ros.bags import Bag
 from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
 from ki_vla_ros.files import parse_json
-from ki_vla_ros.messages import POSITIONS, TRAJECTORY, BagMessage, decode, joint_reading, read_stamp_ns
+from ki_vla_ros.messages import BagMessage, decode, joint_reading, pose_reading, read_stamp_ns
 from ki_vla_ros.records import NS_PER_S, Observation
-from ki_vla_ros.robot import continuous, nearest_turn
+from ki_vla_ros.robot import JOINT_STATE, CommandSpace
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
-from ki_vla_ros.runtime.paths import ArmPath, CommandedPath, MeasuredPath
+from training.convert.actions import ActionPath, Actions, Commanded, Measured
+from training.convert.beginning import Beginning
+from training.convert.clock import Clock, ClockChoice, choose_clock
 from training.convert.images import RecordedImage
-from training.convert.integrity import EpisodeWatch, Report
+from training.convert.integrity import EpisodeWatch, Report, find_pairs
 from training.convert.sources import Sources
+from training.data.lerobot import RobotColumns
 
 # No observation is possible after this long, and this many times the oldest usable input, without a message.
 SILENCE_NS: Final = NS_PER_S
 SILENCE_AGES: Final = 2
-Actions = Literal["commands", "states"]
 Cut = Literal["auto", "marker", "instruction", "bag"]
 
 
@@ -54,12 +56,12 @@ MARKERS: Final = (Marker("/sim_arm/status", "reset_id"), Marker("/dataset/episod
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """One row of a dataset; images by camera name, and the files that they were recorded as, where they were any."""
+    """One row of a dataset: vectors by column, in its units; images by camera name, and the files that they were
+    recorded as, where they were any."""
 
     stamp_ns: int
     task: str
-    state_S: NDArray[np.float64]
-    action_J: NDArray[np.float64]
+    columns: Mapping[str, NDArray[np.floating]]
     images: Mapping[str, NDArray[np.uint8]]
     files: Mapping[str, bytes | None] = field(default_factory=dict)
 
@@ -82,6 +84,7 @@ class Conversion:
     left_out: Counter[str] = field(default_factory=Counter)  # ticks, and messages, by reason
     first_reason: dict[str, str] = field(default_factory=dict)  # an example of each
     reports: list[Report] = field(default_factory=list)  # of each episode written
+    said: list[str] = field(default_factory=list)  # what else to know of it
 
     def leave_out(self, cause: str, example: str | None = None, count: int = 1) -> None:
         self.left_out[cause] += count
@@ -100,6 +103,7 @@ def convert(
     marker: Marker | None = None,
     task: str | None = None,
     least_frames: int = 2,
+    clock: ClockChoice = "auto",
     done: Conversion | None = None,
 ) -> Conversion:
     """Write the bag's frames; ConfigurationError if the bag lacks what was asked for.
@@ -108,12 +112,8 @@ def convert(
     because an episode's frames are evenly spaced. Episodes of fewer than `least_frames` are left out. `done` is kept up
     to date, for who wants to know after an error, and returned.
     """
-    sources = sources.within(bag)
-    if actions == "commands" and sources.command_topic not in bag.topics:
-        raise ConfigurationError(
-            f"bag {bag.path}: expected commands on {sources.command_topic}, got only "
-            f"{', '.join(sorted(bag.topics))}; name their topic (--command), or take --actions states"
-        )
+    commands = actions == "commands"
+    sources = sources.within(bag, commands)
     if sources.instruction_topic not in bag.topics and (cut == "instruction" or (task is None and marker is None)):
         raise ConfigurationError(
             f"bag {bag.path}: expected instructions on {sources.instruction_topic}, found none; give one with --task, "
@@ -122,8 +122,13 @@ def convert(
     marker = choose_marker(bag, cut, marker, sources.instruction_topic)
     at_instructions = marker is None and cut != "bag" and sources.instruction_topic in bag.topics
     done = Conversion() if done is None else done
-    cutter = _Cutter(sources, writer, fps, actions, at_instructions, marker, task, least_frames, done)
-    topics = {*sources.cameras.values(), sources.joint_topic, sources.instruction_topic, sources.command_topic}
+    beginning = Beginning(bag, sources, commands)
+    beginning.check()
+    chosen = "log" if sources.use_receive_time and clock == "auto" else clock
+    times = choose_clock(beginning.stamps, chosen, f"bag {bag.path}")
+    done.said += times.said
+    cutter = _Cutter(sources, writer, fps, actions, at_instructions, marker, task, least_frames, times, done)
+    topics = {*sources.cameras.values(), *sources.signal_topics, sources.instruction_topic, *cutter.followed.topics}
     return cutter.run(bag.messages(topics | ({marker.topic} if marker else set())))
 
 
@@ -147,6 +152,15 @@ class _Pending:
     due_ns: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ready:
+    """A frame, and its numbers in the robot's units."""
+
+    frame: Frame
+    state_S: NDArray[np.float64]
+    action_D: NDArray[np.float64]
+
+
 class _Cutter:
     """Takes a bag's messages in order of arrival and cuts them into episodes."""
 
@@ -160,31 +174,36 @@ class _Cutter:
         marker: Marker | None,
         task: str | None,
         least_frames: int,
+        clock: Clock,
         done: Conversion,
     ) -> None:
         self.done = done
-        self.sources, self.writer, self.actions, self.marker = sources, writer, actions, marker
+        self.sources, self.writer, self.marker, self.clock = sources, writer, marker, clock
         self.cut_at_instructions, self.task, self.least_frames = cut_at_instructions, task, least_frames
         self.fps, self.period_ns = fps, round(NS_PER_S / fps)
+        robot = sources.robot
+        self.space, self.columns = CommandSpace(robot), RobotColumns(robot)
         self.buffer = ObservationBuffer(
             [CameraSource(n, t, max_age_ns=sources.camera_age_ns.get(n)) for n, t in sources.cameras.items()],
-            sources.signals,
+            robot.signals,
             sources.joint_age_ns,
+            self.space.state,
         )
-        self.commanded = CommandedPath(sources.joints)
-        self.measured = MeasuredPath(sources.signals, max_gap_ns=sources.max_age_ns)
-        speeds = None if sources.specs is None else [joint.max_velocity for joint in sources.specs]
         oldest_s = {name: sources.camera_age_ns.get(name, sources.max_age_ns) / NS_PER_S for name in sources.cameras}
         joint_age_s = (sources.joint_age_ns or sources.max_age_ns) / NS_PER_S
-        self.watch = EpisodeWatch(oldest_s, sources.joints, joint_age_s, fps, speeds)
-        self.followed: ArmPath = self.commanded if actions == "commands" else self.measured
+        self.watch = EpisodeWatch(oldest_s, robot.signals, joint_age_s, fps, find_pairs(robot))
+        self.types = {signal.topic: signal.type for signal in robot.signals}
+        self.followed: ActionPath = (
+            Commanded(sources, self.space, clock) if actions == "commands" else Measured(sources, self.space)
+        )
+        self.commanded = frozenset(self.followed.topics)
         self.camera_of = {topic: name for name, topic in sources.cameras.items()}
         self.marked: Any = None
         self.begin_ns: int | None = None  # when the first tick is; None: no episode yet
         self.ticks = 0
         self.taken_ns: int | None = None  # earliest stamp that belongs to the episode
         self.waiting: deque[_Pending | str] = deque()  # frames, and the reasons for gaps between them
-        self.held: list[Frame] = []  # the first frames of a piece, until there are enough of them
+        self.held: list[_Ready] = []  # the first frames of a piece, until there are enough of them
         self.written = 0  # frames of the piece
         self.last_ns: int | None = None
         self.heard_ns = 0  # when the last message came
@@ -210,43 +229,54 @@ class _Cutter:
     def _take(self, message: BagMessage) -> None:
         sources, topic = self.sources, message.topic
         if topic in self.camera_of:
-            name = self.camera_of[topic]
-            try:
-                stamp_ns = message.log_ns if sources.use_receive_time else read_stamp_ns(message)
-                frame = RecordedImage(message, name, stamp_ns)
-            except InputError as error:
-                self.buffer.refuse(name, str(error))
-                raise
-            if self._is_from_before(stamp_ns):
-                return
-            self.buffer.add_frame(frame, message.log_ns)
-            self.watch.add_image(name, stamp_ns, message.log_ns)
-        elif topic == sources.joint_topic:
-            self._take_joints(message)
-        elif topic == sources.command_topic and self.actions == "commands":
-            self.commanded.take(decode(message, TRAJECTORY, POSITIONS), message.log_ns)
-        elif topic == sources.instruction_topic:
+            self._take_image(message, self.camera_of[topic])
+        elif topic in self.types:
+            self._take_reading(message)
+        if topic in self.commanded:
+            self.followed.take(message, self._where)
+        if topic == sources.instruction_topic:
             self._take_instruction(decode(message).data, message.log_ns)
         if self.marker is not None and topic == self.marker.topic:
             self._take_marker(decode(message).data, message.log_ns)
         if self.begin_ns is None and self.marker is None and not self.cut_at_instructions:
             self._begin(message.log_ns)
 
-    def _take_joints(self, message: BagMessage) -> None:
+    def _take_image(self, message: BagMessage, name: str) -> None:
         try:
-            reading = joint_reading(message)
-            if self.sources.use_receive_time:
-                reading = replace(reading, stamp_ns=message.log_ns)
-            if self._is_from_before(reading.stamp_ns):
-                return
-            kept = self.buffer.add_joints(reading, message.log_ns)
+            frame = RecordedImage(message, name, self.clock.stamp_ns(message, read_stamp_ns(message)))
         except InputError as error:
-            self.buffer.refuse(self.sources.joint_topic, str(error))
+            self.buffer.refuse(name, str(error))
             raise
-        self.measured.add(kept)
-        for part in kept:
-            if len(part.signals) == len(self.sources.joints):
-                self.watch.add_joints(part.stamp_ns, message.log_ns, part.value_G)
+        if not self._is_from_before(frame.stamp_ns):
+            self.buffer.add_frame(frame, message.log_ns)
+            self.watch.add_image(name, frame.stamp_ns, message.log_ns)
+
+    def _take_reading(self, message: BagMessage) -> None:
+        """A joint state, or a pose."""
+        topic, is_joints = message.topic, self.types[message.topic] == JOINT_STATE
+        try:
+            if is_joints:
+                joints = self.clock.reading(message, joint_reading(message))
+                if self._is_from_before(joints.stamp_ns):
+                    return
+                readings = self.buffer.add_joints(joints, message.log_ns, topic)
+            else:
+                pose = self.clock.reading(message, pose_reading(message))
+                if self._is_from_before(pose.stamp_ns):
+                    return
+                readings = self.buffer.add_pose(pose, message.log_ns, topic)
+        except InputError as error:
+            self.buffer.refuse(topic, str(error))
+            raise
+        self.followed.add(readings)
+        self.watch.add_readings(readings, message.log_ns)
+
+    def _where(self) -> NDArray[np.float64] | None:
+        """Where the axes are now, as far as the newest readings say."""
+        try:
+            return self.space.measured(self.buffer.latest(self.heard_ns, self.sources.max_age_ns).signal_M)
+        except InputError:
+            return None
 
     def _is_from_before(self, stamp_ns: int) -> bool:
         """Whether a message is late: taken before the mark, when the robot may have been elsewhere."""
@@ -259,7 +289,8 @@ class _Cutter:
         changed, self.task = text != self.task, text
         if self.cut_at_instructions and (changed or self.begin_ns is None):
             self._end_episode(log_ns)
-            self.commanded.clear()
+            if isinstance(self.followed, Commanded):
+                self.followed.clear()
             self._begin(log_ns)
 
     def _take_marker(self, text: str, log_ns: int) -> None:
@@ -281,8 +312,8 @@ class _Cutter:
             return
         self._end_episode(log_ns)
         # The robot may have been moved: what came before may be near in time, but not in place.
-        for history in (self.buffer, self.commanded, self.measured):
-            history.clear()
+        self.buffer.clear()
+        self.followed.clear()
         self.marked = value
         if value is not None:
             self.task = task
@@ -351,33 +382,41 @@ class _Cutter:
             self.waiting.popleft()
             if isinstance(first, str):
                 self._gap("no observation", first)
-            elif np.isnan(action_J := self.followed.at(np.array([first.due_ns]))[0]).any():
-                self._gap("no action", f"no {self.actions} at {first.due_ns}")
             else:
-                frames, specs = first.observation.frames, self.sources.specs or ()
-                action_J = nearest_turn(action_J, first.observation.state_S, continuous(specs))
-                images = {name: frames[name].rgb_HWC for name in self.sources.cameras}
-                files = {name: frame.file for name, frame in frames.items() if isinstance(frame, RecordedImage)}
-                self._hand_on(
-                    Frame(first.observation.stamp_ns, first.task, first.observation.state_S, action_J, images, files)
-                )
+                self._hand_on_with_action(first)
+
+    def _hand_on_with_action(self, waiting: _Pending) -> None:
+        observation = waiting.observation
+        measured_J = self.space.measured(observation.signals)
+        action_D = self.followed.at(observation.stamp_ns, waiting.due_ns, measured_J)
+        if (unknown_D := np.isnan(action_D)).any():
+            names = ", ".join(self.sources.robot.actions[d].name for d in np.flatnonzero(unknown_D))
+            self._gap("no action", f"nothing says {names} at {waiting.due_ns}")
+            return
+        columns = self.columns.rows(observation.state_S[np.newaxis], action_D[np.newaxis])
+        frames = observation.frames
+        images = {name: frames[name].rgb_HWC for name in self.sources.cameras}
+        files = {name: frame.file for name, frame in frames.items() if isinstance(frame, RecordedImage)}
+        row = {name: values[0] for name, values in columns.items()}
+        frame = Frame(observation.stamp_ns, waiting.task, row, images, files)
+        self._hand_on(_Ready(frame, observation.state_S, action_D))
 
     def _forget(self, now_ns: int) -> None:
         """Forget the positions that neither a waiting frame nor one still to come can ask for."""
         oldest_age_ns = max(self.sources.max_age_ns, *self.sources.camera_age_ns.values(), 0)
-        wanted_ns = next((w.due_ns for w in self.waiting if isinstance(w, _Pending)), now_ns)
-        for path in (self.commanded, self.measured):
-            path.forget(min(wanted_ns, now_ns - oldest_age_ns))
+        waiting = next((w for w in self.waiting if isinstance(w, _Pending)), None)
+        wanted_ns = now_ns if waiting is None else waiting.observation.stamp_ns
+        self.followed.forget(min(wanted_ns, now_ns - oldest_age_ns))
 
-    def _hand_on(self, frame: Frame) -> None:
-        self.done.repeated += frame.stamp_ns == self.last_ns
-        self.last_ns = frame.stamp_ns
+    def _hand_on(self, row: _Ready) -> None:
+        self.done.repeated += row.frame.stamp_ns == self.last_ns
+        self.last_ns = row.frame.stamp_ns
         if self.written == 0 and len(self.held) + 1 < self.least_frames:
-            self.held.append(frame)
+            self.held.append(row)
             return
-        for ready in (*self.held, frame):
-            self.writer.add(ready)
-            self.watch.add_frame(ready.stamp_ns, ready.state_S, ready.action_J, ready.images)
+        for ready in (*self.held, row):
+            self.writer.add(ready.frame)
+            self.watch.add_frame(ready.frame.stamp_ns, ready.state_S, ready.action_D, ready.frame.images)
             self.written += 1
         self.held = []
 

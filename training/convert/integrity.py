@@ -2,7 +2,7 @@
 
 A report is a line of `meta/ki_vla_ros_episodes.jsonl`; its words are the doctor's, and so is what counts as rare. It
 changes nothing: "look at it" means that a person should, before a policy learns from the episode.
-Legend: N messages or frames, J joints, A of an action.
+Legend: N messages or frames, G the signals of one message, S state, D action, P pairs of these two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.records import NS_PER_S, SignalReading
+from ki_vla_ros.robot import Robot, Signal
 
 Report = dict[str, Any]
 FINE, LOOK = "fine", "look at it"
@@ -26,7 +27,8 @@ OTHER_CLOCK_S: Final = 3600.0
 BLACK: Final = 8  # mean grey level, of 255
 SAMPLED: Final = 8  # every so many pixels of a row and a column say how bright an image is, or that it is another
 MOVED: Final = 1e-3  # rad or m from one frame to the next: then a camera's image must change, too
-FASTEST: Final = 10.0  # rad/s or m/s, of joints of which no limit is known
+FASTEST: Final = 10.0  # rad/s or m/s, of signals of which no speed is known
+UNKNOWN: Final = 1e6  # a speed that says nothing
 TOO_FAST: Final = 1.5  # times a joint's speed
 MOST_WITHOUT_FRAMES: Final = 10_000  # readings that are kept while no frame comes
 LAGS: Final = 10  # frames
@@ -106,18 +108,21 @@ class EpisodeWatch:
     def __init__(
         self,
         cameras: Mapping[str, float],
-        joints: Sequence[str],
-        joint_limit_s: float,
+        signals: Sequence[Signal],
+        limit_s: float,
         fps: float,
-        speeds: Sequence[float] | None = None,
+        pairs: Sequence[tuple[int, int]],
     ) -> None:
-        """`cameras`: the greatest age of an image, by name; `speeds`: of each joint, the greatest that is known."""
-        self._joints, self._fps = tuple(joints), fps
-        self._speed_J = np.full(len(joints), FASTEST) if speeds is None else np.array(speeds, dtype=np.float64)
+        """`cameras`: the greatest age of an image, by name; `limit_s`: of a signal; `pairs`: as of `find_pairs`."""
+        self._signals, self._limit_s, self._fps = tuple(signals), limit_s, fps
+        self._pairs_P2 = np.array(pairs, dtype=np.intp).reshape(-1, 2)
+        speed_M = np.array([signal.max_velocity for signal in signals])
+        self._speed_M = np.where(speed_M < UNKNOWN, speed_M, FASTEST)
         self._cameras = {name: Arrivals(limit_s) for name, limit_s in cameras.items()}
-        self._readings = Arrivals(joint_limit_s)
+        # By the signals that come together.
+        self._readings: dict[tuple[int, ...], Arrivals] = {}
+        self._last_reading: dict[tuple[int, ...], tuple[int, NDArray[np.float64]]] = {}
         self._steps: list[_Step] = []
-        self._reading: tuple[int, NDArray[np.float64] | None] = (0, None)
         self._before: Counter[str] = Counter()
         self._begin()
 
@@ -131,20 +136,22 @@ class EpisodeWatch:
     def add_image(self, camera: str, stamp_ns: int, log_ns: int) -> None:
         self._cameras[camera].add(stamp_ns, log_ns)
 
-    def add_joints(self, stamp_ns: int, log_ns: int, position_J: NDArray[np.float64]) -> None:
-        self._readings.add(stamp_ns, log_ns)
-        before_ns, before_J = self._reading
-        if stamp_ns <= before_ns:
-            return
-        self._reading = stamp_ns, position_J
-        if before_J is None:
-            return
-        by_J, in_s = np.abs(position_J - before_J), (stamp_ns - before_ns) / NS_PER_S
-        share_J = by_J / (self._speed_J * in_s)
-        joint = int(share_J.argmax())
-        self._steps.append(_Step(stamp_ns, joint, float(by_J[joint]), in_s, float(share_J[joint])))
-        if not self._stamps and len(self._steps) > MOST_WITHOUT_FRAMES:
-            self._forget(self._steps[len(self._steps) // 2].stamp_ns)
+    def add_readings(self, readings: Sequence[SignalReading], log_ns: int) -> None:
+        for reading in readings:
+            index, stamp_ns = reading.signals, reading.stamp_ns
+            self._readings.setdefault(index, Arrivals(self._limit_s)).add(stamp_ns, log_ns)
+            before_ns, before_G = self._last_reading.get(index, (0, None))
+            if stamp_ns <= before_ns:
+                continue
+            self._last_reading[index] = stamp_ns, reading.value_G
+            if before_G is None:
+                continue
+            by_G, in_s = np.abs(reading.value_G - before_G), (stamp_ns - before_ns) / NS_PER_S
+            share_G = by_G / (self._speed_M[list(index)] * in_s)
+            g = int(share_G.argmax())
+            self._steps.append(_Step(stamp_ns, index[g], float(by_G[g]), in_s, float(share_G[g])))
+            if not self._stamps and len(self._steps) > MOST_WITHOUT_FRAMES:
+                self._forget(self._steps[len(self._steps) // 2].stamp_ns)
 
     def add_frame(
         self,
@@ -184,7 +191,7 @@ class EpisodeWatch:
                 why.append(f"black: {seen.black} of {frames} images of {name!r}")
             if seen.frozen > RARE * frames:
                 why.append(f"frozen: {seen.frozen} of {frames} images of {name!r} stay the same while the arm moves")
-        joints = self._readings.describe("joint state", first_ns, last_ns, why)
+        joints = self._describe_readings(first_ns, last_ns, why)
         joints["largest_jump"] = self._jump(first_ns, last_ns, why)
         lag_s = self._lag_s()
         if lag_s is not None and abs(lag_s) > LONGEST_LAG_S:
@@ -205,8 +212,16 @@ class EpisodeWatch:
 
     def _forget(self, before_ns: int) -> None:
         self._steps = [step for step in self._steps if step.stamp_ns >= before_ns]
-        for arrivals in (*self._cameras.values(), self._readings):
+        for arrivals in (*self._cameras.values(), *self._readings.values()):
             arrivals.forget(before_ns)
+
+    def _describe_readings(self, first_ns: int, last_ns: int, why: list[str]) -> Report:
+        """The figures of those that come together, and, of several such parts, of the one with the largest gap."""
+        parts = []
+        for index, arrivals in self._readings.items():
+            named = f" of {', '.join(self._signals[m].name for m in index)}" if len(self._readings) > 1 else ""
+            parts.append(arrivals.describe(f"joint state{named}", first_ns, last_ns, why))
+        return dict(max(parts, key=lambda part: part["largest_gap_s"]))
 
     def _jump(self, first_ns: int, last_ns: int, why: list[str]) -> Report | None:
         """The fastest step from one joint state to the next, measured by each joint's speed."""
@@ -214,24 +229,25 @@ class EpisodeWatch:
         if not steps:
             return None
         step = max(steps, key=lambda step: step.share)
-        name, at_s = self._joints[step.joint], (step.stamp_ns - first_ns) / NS_PER_S
+        name, at_s = self._signals[step.joint].name, (step.stamp_ns - first_ns) / NS_PER_S
         if step.share > TOO_FAST and step.by > 10 * MOVED:
             why.append(f"jump: {name!r} by {step.by:.3g} in {step.in_s:.3g} s, {at_s:.1f} s after the beginning")
         return {"joint": name, "by": _rounded(step.by), "in_s": _rounded(step.in_s), "at_s": _rounded(at_s)}
 
     def _lag_s(self) -> float | None:
         """How much later than it was due the state is where the action was; None where that cannot be told."""
-        state_NJ, action_NA = np.array(self._states), np.array(self._actions)
-        if len(state_NJ) < LEAST_FRAMES or state_NJ.shape != action_NA.shape:
+        if len(self._states) < LEAST_FRAMES or not len(self._pairs_P2):
             return None
-        spread_J = state_NJ.std(axis=0)
-        if spread_J.max() < 10 * MOVED:
+        state_NP = np.array(self._states)[:, self._pairs_P2[:, 0]]
+        action_NP = np.array(self._actions)[:, self._pairs_P2[:, 1]]
+        spread_P = state_NP.std(axis=0)
+        if spread_P.max() < 10 * MOVED:
             return None
-        most = min(LAGS, len(state_NJ) // 2)
-        count = len(state_NJ) - most
-        scale_J = np.where(spread_J > MOVED, spread_J, np.inf)
+        most = min(LAGS, len(state_NP) // 2)
+        count = len(state_NP) - most
+        scale_P = np.where(spread_P > MOVED, spread_P, np.inf)
         error_L = np.array(
-            [np.mean(((state_NJ[d : d + count] - action_NA[:count]) / scale_J) ** 2) for d in range(most + 1)]
+            [np.mean(((state_NP[d : d + count] - action_NP[:count]) / scale_P) ** 2) for d in range(most + 1)]
         )
         best = int(error_L.argmin())
         if 0 < best < most:  # between two frames: the lowest point of a parabola
@@ -239,6 +255,18 @@ class EpisodeWatch:
             curve = left - 2 * middle + right
             return float((best - 1 + (0.5 * (left - right) / curve if curve > 0 else 0.0)) / self._fps)
         return (best - 1) / self._fps
+
+
+def find_pairs(robot: Robot) -> list[tuple[int, int]]:
+    """Index in the state, and in the actions, of each place that the robot has in both, in one unit."""
+    kinds = ("joint_position", "gripper")
+    return [
+        (s, d)
+        for d, action in enumerate(robot.actions)
+        for s, state in enumerate(robot.state)
+        if action.kind in kinds and state.kind in kinds and state.source.field == "position"
+        if action.target in (state.joint, state.name) and (action.unit, action.ends) == (state.unit, state.ends)
+    ]
 
 
 def stopped_report(frames: int) -> Report:

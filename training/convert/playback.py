@@ -1,14 +1,13 @@
-"""From a dataset to a bag (mcap) as a robot would have recorded it: images, joint states, instructions, commands.
+"""From a dataset to a bag (mcap) as a robot would have recorded it: images, states, instructions, commands.
 
-Images are PNG, so that the video's loss stays the only one. A dataset that we made from a bag names its topics and
-stamps, so they are the same again. Other datasets name neither: they get the topics below, and stamps that count from
-`START_NS`. A topic of markers tells the episodes apart.
+Images are PNG, so that the video's loss stays the only one. A dataset that we made from a bag names its robot, topics
+and stamps, so they are the same again. Others need a robot file, and get stamps that count from `START_NS`. A topic of
+markers tells the episodes apart.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,87 +19,134 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bags.writer import BagFile
-from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.errors import ConfigurationError, InputError, did_you_mean
 from ki_vla_ros.files import read_json
-from ki_vla_ros.messages import TRAJECTORY, typestore
+from ki_vla_ros.messages import COMPRESSED_IMAGE as IMAGE_TYPE
+from ki_vla_ros.messages import TEXT, typestore
 from ki_vla_ros.records import NS_PER_S
-from ki_vla_ros.settings import resolve
+from ki_vla_ros.robot import CameraSpec, Robot
+from ki_vla_ros.settings import NODE, Settings, resolve
 from training.convert.episodes import MARKERS
-from training.data.lerobot import ACTION, SOURCE, STAMP, STATE, Dataset, Episode
+from training.convert.messages import Message, RobotMessages, header
+from training.convert.sources import change_cameras, find_sources, plain_robot, rename_topics
+from training.data.lerobot import ACTION, SOURCE, STAMP, STATE, Dataset, Episode, read_robot_columns
 
 START_NS: Final = 1_700_000_000 * NS_PER_S
 PAUSE_NS: Final = NS_PER_S  # between episodes whose stamps are not known
 MARKER: Final = MARKERS[-1]
-TYPES: Final = {
-    "image": "sensor_msgs/msg/CompressedImage",
-    "joints": "sensor_msgs/msg/JointState",
-    "command": TRAJECTORY,
-    "text": "std_msgs/msg/String",
-}
 
 
 @dataclass(frozen=True)
-class Topics:
-    """The topics of the bag; `cameras` by camera name."""
+class Recorded:
+    """The robot whose numbers a dataset has, with the full names of its topics, and the cameras that both have.
 
-    cameras: Mapping[str, str]
-    joint_states: str = "/joint_states"
-    instruction: str = "/policy/instruction"
-    command: str = "/arm_controller/joint_trajectory"
+    `unsaid`: cameras that only one of them has, with the reason.
+    """
+
+    robot: Robot
+    instruction: str
+    unsaid: Mapping[str, str]
 
     @classmethod
-    def of(cls, dataset: Dataset) -> Topics:
-        """Those of the bags that the dataset was made from, if it names them."""
+    def of(cls, dataset: Dataset, robot: Robot | None = None) -> Recorded:
+        """`robot`, or the one that the dataset was made for.
+
+        ConfigurationError without either: numbers without a unit must not become radians.
+        """
         path = dataset.folder / SOURCE
         try:
-            given = read_json(path)["topics"] if path.exists() else {"cameras": {}}
-            named = {camera: name_topic(camera) for camera in dataset.cameras} | given.pop("cameras")
-            compressed = {camera: f"{topic.removesuffix('/compressed')}/compressed" for camera, topic in named.items()}
-            topics = cls(compressed, **given)
-            if len(set(compressed.values())) < len(compressed):
-                raise ValueError(f"two cameras on one topic among {', '.join(compressed.values())}")
-            for name in (*compressed.values(), topics.joint_states, topics.instruction, topics.command):
-                resolve(name, "/convert")
-            return topics
+            made: Any = read_json(path) if path.exists() else {}
+            instruction = made.get("topics", {}).get("instruction", f"{NODE}/instruction")
+            if robot is not None:
+                found = find_sources(Settings(), robot, node=NODE).robot
+            elif "robot" in made:
+                found = Robot.model_validate(made["robot"])
+            elif made:
+                found = _plain_robot(dataset, made["topics"])
+            else:
+                raise ConfigurationError(
+                    f"dataset {dataset.folder}: expected --robot FILE, which says what its numbers are (rad, degrees, "
+                    "percent?) and which topics they belong to, got neither that nor a dataset of from-bag; "
+                    "config/robots/ has examples"
+                )
+            cameras, unsaid = _share_cameras(dataset, found)
+            topics = [camera.topic or "" for camera in cameras]
+            for name in (instruction, *topics, *(s.topic for s in found.signals), *(o.topic for o in found.outputs)):
+                resolve(name, NODE)
+            if len(set(topics)) < len(topics):
+                raise ValueError(f"two cameras on one topic among {', '.join(topics)}")
+            return cls(change_cameras(found, cameras), instruction, unsaid)
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"{path}: expected the topics of the bags, got something else ({error})"
+                f"{path}: expected the robot and the topics of the bags, got something else ({error})"
             ) from error
 
 
-def name_topic(camera: str) -> str:
-    """The topic of a foreign dataset's camera, which may be called as no topic may."""
-    word = re.sub(r"\W", "_", camera, flags=re.ASCII)
-    return f"/camera/{'_' * word[:1].isdigit()}{word}/image_raw"
-
-
-def write_bag(dataset: Dataset, out: Path) -> int:
-    """Write the bag, return its number of messages; ConfigurationError if `out` exists or joints have no names.
-
-    After any other error, which says so, the bag holds the messages until then and has no index.
-    """
+def _plain_robot(dataset: Dataset, topics: Any) -> Robot:
+    """The robot of a dataset that says topics and no units: its numbers are those of its topics."""
     joints = _names(dataset, STATE)
     if ACTION in dataset.info.features and _names(dataset, ACTION) != joints:
         raise ConfigurationError(
             f"dataset {dataset.folder}: expected {ACTION} to have the names of {STATE}, got "
-            f"{', '.join(_names(dataset, ACTION))}: these actions are not joint positions that a controller takes"
+            f"{', '.join(_names(dataset, ACTION))}: these actions are not joint positions that a controller takes; "
+            "name the robot with --robot"
         )
-    topics, written = Topics.of(dataset), 0
-    kinds = dict.fromkeys(topics.cameras.values(), TYPES["image"])
-    kinds |= {topics.joint_states: TYPES["joints"], topics.command: TYPES["command"]}
-    kinds |= dict.fromkeys((topics.instruction, MARKER.topic), TYPES["text"])
+    cameras = [
+        CameraSpec(name=name, topic=topics["cameras"][name], dataset=key) for key, name in dataset.info.cameras.items()
+    ]
+    robot = plain_robot(cameras, joints)
+    read = dict.fromkeys({signal.topic for signal in robot.signals}, topics.get("joint_states", "/joint_states"))
+    command = topics.get("command", "/arm_controller/joint_trajectory")
+    return rename_topics(robot, sources=read, outputs={robot.outputs[0].name: command})
+
+
+def _share_cameras(dataset: Dataset, robot: Robot) -> tuple[list[CameraSpec], dict[str, str]]:
+    """The robot's cameras whose images are in the dataset, with the topic of compressed images; and why others are not.
+
+    ConfigurationError if the dataset lacks a camera that the policy needs.
+    """
+    shared, unsaid, keys = [], {}, dataset.info.cameras
+    for camera in robot.cameras:
+        if camera.key in keys:
+            topic = f"{(camera.topic or '').removesuffix('/compressed')}/compressed"
+            shared.append(camera.model_copy(update={"topic": topic}))
+        elif camera.optional:
+            unsaid[f"camera {camera.name}"] = f"the dataset has no images {camera.key}"
+        else:
+            raise ConfigurationError(
+                f"dataset {dataset.folder}: robot {robot.name}: cameras: {camera.name!r}: dataset: expected one of "
+                f"{', '.join(keys) or 'no camera'}, got {camera.key}{did_you_mean(camera.key, keys)}"
+            )
+    known = [camera.key for camera in robot.cameras]
+    return shared, unsaid | {key: "the robot file has no camera of this key" for key in keys if key not in known}
+
+
+def write_bag(dataset: Dataset, out: Path, robot: Robot | None = None) -> tuple[int, dict[str, str]]:
+    """Write the bag; its number of messages, and what is not in it, with the reason.
+
+    ConfigurationError if `out` exists, or the dataset does not fit the robot. After any other error, which says so, the
+    bag holds the messages until then and has no index.
+    """
+    recorded, written = Recorded.of(dataset, robot), 0
+    messages = RobotMessages(recorded.robot)
+    kinds = messages.types
+    kinds |= {camera.topic or "": IMAGE_TYPE for camera in recorded.robot.cameras}
+    kinds |= dict.fromkeys((recorded.instruction, MARKER.topic), TEXT)
     schedule = _schedule(dataset)
+    if schedule:  # so that a dataset that does not fit leaves no bag
+        _rows(dataset, schedule[0], messages)
     with BagFile(out) as bag:
         for name, kind in kinds.items():
             bag.add_topic(name, kind)
         try:
             for times in schedule:
-                for topic, log_ns, message in _messages(dataset, times, topics, joints):
-                    bag.write(topic, kinds[topic], log_ns, bytes(typestore().serialize_cdr(message, kinds[topic])))
+                for log_ns, message in _messages(dataset, times, recorded, messages):
+                    kind = message.type
+                    bag.write(message.topic, kind, log_ns, bytes(typestore().serialize_cdr(message.content, kind)))
                     written += 1
         except InputError as error:
             raise InputError(f"{error}; bag {out} has only the {written} messages before that, and no index") from error
-    return written
+    return written, {**dataset.ignored, **recorded.unsaid, **messages.unsaid}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,33 +201,59 @@ def _grid(dataset: Dataset, episode: Episode) -> NDArray[np.int64]:
     return np.floor(np.arange(episode.length) * NS_PER_S / dataset.info.fps).astype(np.int64)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """An episode in the robot's units; no actions (None) where the dataset has none."""
+
+    columns: Mapping[str, NDArray[Any]]
+    signal_NM: NDArray[np.float64]
+    action_ND: NDArray[np.float64] | None
+    target_NJ: NDArray[np.float64] | None
+
+
+def _rows(dataset: Dataset, times: _Times, messages: RobotMessages) -> _Rows:
+    columns = dataset.columns(times.episode)
+    try:
+        state_NS, action_ND = read_robot_columns(dataset, messages.robot, columns)
+        signal_NM = messages.signals(state_NS)
+        if action_ND is None:
+            return _Rows(columns, signal_NM, None, None)
+        target_NJ = messages.targets(action_ND, signal_NM, 1.0 / float(dataset.info.fps))
+    except InputError as error:
+        raise InputError(f"dataset {dataset.folder}: episode {times.episode.index}: {error}") from error
+    return _Rows(columns, signal_NM, action_ND, target_NJ)
+
+
 def _messages(
-    dataset: Dataset, times: _Times, topics: Topics, joints: tuple[str, ...]
-) -> Iterator[tuple[str, int, Any]]:
-    """Topic, log time and message of an episode, in order."""
-    episode = times.episode
-    columns, period_ns = dataset.columns(episode), NS_PER_S // Fraction(dataset.info.fps)
+    dataset: Dataset, times: _Times, recorded: Recorded, messages: RobotMessages
+) -> Iterator[tuple[int, Message]]:
+    """Log time and message of an episode, in order."""
+    episode, rows = times.episode, _rows(dataset, times, messages)
+    period_ns = NS_PER_S // Fraction(dataset.info.fps)
     stamp_N = _stamps(dataset, episode, times.stamp_ns)
-    due_N, commanded = stamp_N + period_ns, 0 if ACTION in columns else episode.length
-    images = {camera: dataset.images(episode, camera) for camera in topics.cameras}
-    tasks, task = dataset.task_of(columns), None
+    due_N, commanded = stamp_N + period_ns, 0
+    images = {camera.name: dataset.images(episode, camera.key) for camera in recorded.robot.cameras}
+    tasks, task = dataset.task_of(rows.columns), None
     marker = {MARKER.key: episode.index, "instruction": tasks[0], "begin_ns": times.stamp_ns}
-    yield MARKER.topic, times.begin_ns, _text(json.dumps(marker))
+    yield times.begin_ns, _text(MARKER.topic, json.dumps(marker))
     for i, log_ns in enumerate([*(times.first_ns + _grid(dataset, episode)).tolist(), times.end_ns]):
-        while commanded < episode.length and due_N[commanded] <= log_ns:
+        while rows.action_ND is not None and commanded < episode.length and due_N[commanded] <= log_ns:
+            assert rows.target_NJ is not None
             due_ns = int(due_N[commanded])
-            yield topics.command, due_ns, _command(due_ns, joints, columns[ACTION][commanded])
+            for message in messages.commands(rows.action_ND[commanded], rows.target_NJ[commanded], due_ns):
+                yield due_ns, message
             commanded += 1
         if i == episode.length:
             break
         stamp_ns = int(stamp_N[i])
         if tasks[i] != task:
             task = tasks[i]
-            yield topics.instruction, log_ns, _text(task)
-        yield topics.joint_states, log_ns, _joint_state(stamp_ns, joints, columns[STATE][i])
-        for camera, topic in topics.cameras.items():
-            yield topic, log_ns, _image(stamp_ns, camera, next(images[camera]))
-    yield MARKER.topic, times.end_ns, _text(json.dumps({MARKER.key: None}))
+            yield log_ns, _text(recorded.instruction, task)
+        for message in messages.states(rows.signal_NM[i], stamp_ns):
+            yield log_ns, message
+        for camera in recorded.robot.cameras:
+            yield log_ns, _image(camera.topic or "", stamp_ns, camera.name, next(images[camera.name]))
+    yield times.end_ns, _text(MARKER.topic, json.dumps({MARKER.key: None}))
 
 
 def _names(dataset: Dataset, key: str) -> tuple[str, ...]:
@@ -195,42 +267,12 @@ def _names(dataset: Dataset, key: str) -> tuple[str, ...]:
     return names
 
 
-def _text(text: str) -> Any:
-    return typestore().types[TYPES["text"]](data=text)
+def _text(topic: str, text: str) -> Message:
+    return Message(topic, TEXT, typestore().types[TEXT](data=text))
 
 
-def _header(stamp_ns: int, frame_id: str = "") -> Any:
-    sec, nanosec = divmod(stamp_ns, NS_PER_S)
-    stamp = typestore().types["builtin_interfaces/msg/Time"](sec=sec, nanosec=nanosec)
-    return typestore().types["std_msgs/msg/Header"](stamp=stamp, frame_id=frame_id)
-
-
-def _joint_state(stamp_ns: int, joints: tuple[str, ...], position_J: NDArray[np.floating]) -> Any:
-    nothing = np.zeros(0)
-    return typestore().types[TYPES["joints"]](
-        header=_header(stamp_ns),
-        name=list(joints),
-        position=position_J.astype(np.float64),
-        velocity=nothing,
-        effort=nothing,
-    )
-
-
-def _command(due_ns: int, joints: tuple[str, ...], position_J: NDArray[np.floating]) -> Any:
-    """A single point, due at `due_ns` with no motion towards it: the time before is the previous frame's."""
-    nothing = np.zeros(0)
-    zero = typestore().types["builtin_interfaces/msg/Duration"](sec=0, nanosec=0)
-    point = typestore().types["trajectory_msgs/msg/JointTrajectoryPoint"](
-        positions=position_J.astype(np.float64),
-        velocities=nothing,
-        accelerations=nothing,
-        effort=nothing,
-        time_from_start=zero,
-    )
-    return typestore().types[TRAJECTORY](header=_header(due_ns), joint_names=list(joints), points=[point])
-
-
-def _image(stamp_ns: int, camera: str, rgb_HWC: NDArray[np.uint8]) -> Any:
+def _image(topic: str, stamp_ns: int, camera: str, rgb_HWC: NDArray[np.uint8]) -> Message:
     _, png = cv2.imencode(".png", cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    kind = typestore().types[TYPES["image"]]
-    return kind(header=_header(stamp_ns, camera), format="rgb8; png compressed bgr8", data=png.ravel())
+    kind = typestore().types[IMAGE_TYPE]
+    content = kind(header=header(stamp_ns, camera), format="rgb8; png compressed bgr8", data=png.ravel())
+    return Message(topic, IMAGE_TYPE, content)

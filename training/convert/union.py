@@ -21,7 +21,7 @@ from training.convert.integrity import Report, stopped_report
 from training.convert.parts import Part
 from training.convert.statistics import FeatureFigures
 from training.convert.writer import Tables
-from training.data.lerobot import EPISODES, IMAGES, REPORTS, SOURCE, Dataset, Feature, Info, next_file
+from training.data.lerobot import EPISODES, REPORTS, SOURCE, Dataset, Feature, Info, next_file
 from training.storage import whole_folder
 
 Place = tuple[int, int]
@@ -137,7 +137,7 @@ def _image_figures(dataset: Path, cameras: Sequence[str]) -> Iterator[dict[str, 
                 name: {
                     key.removeprefix(prefix): value
                     for key, value in row.items()
-                    if key.startswith(prefix := f"stats/{IMAGES}{name}/")
+                    if key.startswith(prefix := f"stats/{name}/")
                 }
                 for name in cameras
             }

@@ -21,13 +21,10 @@ from ki_vla_ros.errors import ConfigurationError, InputError, KiVlaError
 from training.convert.episodes import Frame
 from training.convert.statistics import FeatureFigures, PixelCounts, describe_values
 from training.data.lerobot import (
-    ACTION,
     EPISODES,
-    IMAGES,
     MIB,
     SOURCE,
     STAMP,
-    STATE,
     STATS,
     TASKS,
     VERSION,
@@ -209,9 +206,8 @@ class DatasetWriter:
         out: Path,
         *,
         fps: int,
-        state_names: Sequence[str],
-        action_names: Sequence[str],
-        cameras: Sequence[str],
+        columns: Mapping[str, Sequence[str]],
+        cameras: Mapping[str, str],
         source: Mapping[str, Any],
         robot_type: str | None = None,
         video: Video = "h264",
@@ -220,14 +216,15 @@ class DatasetWriter:
     ) -> None:
         """`out` must not exist; `source` is what the dataset is made from; `info` gives the sizes of its files.
 
+        `columns` has the names of the elements of each vector, `cameras` the key of each camera in the dataset.
         `video`: encode the images, or keep the JPEGs that they were recorded as. `name`: what errors call the dataset,
         where this is only a part of it.
         """
         self.out, self.name, self.source, self._video = out, name or out, source, video
-        self.state_names, self.action_names, self.cameras = tuple(state_names), tuple(action_names), tuple(cameras)
+        self.names, self.cameras = dict(columns), dict(cameras)
         if not cameras:
             raise ConfigurationError("dataset: expected at least one camera, got none; name one with --camera")
-        features = make_features(state_names, action_names, {})
+        features = make_features(columns, {})
         base = info or Info(codebase_version=VERSION, fps=fps, features=features)
         self.info = base.model_copy(update={"fps": fps, "features": features, "robot_type": robot_type})
         self._broken, self._frames = False, 0
@@ -238,8 +235,9 @@ class DatasetWriter:
 
     def __enter__(self) -> DatasetWriter:
         self.folder = self._part.enter_context(whole_folder(self.out))
-        self.videos = {name: VideoWriter(self.folder, IMAGES + name, self.info, self._video) for name in self.cameras}
-        self.tables = Tables(self.folder, self.info, self.cameras)
+        keys = self.cameras.values()
+        self.videos = {key: VideoWriter(self.folder, key, self.info, self._video) for key in keys}
+        self.tables = Tables(self.folder, self.info, list(keys))
         self._part.callback(self.tables.close_rows)
         self._begin_episode()
         return self
@@ -281,27 +279,29 @@ class DatasetWriter:
             ) from error
 
     def _add(self, frame: Frame) -> None:
-        wanted = (sorted(self.videos), len(self.state_names), len(self.action_names))
-        got = (sorted(frame.images), len(frame.state_S), len(frame.action_J))
+        wanted = sorted(self.cameras), {name: len(names) for name, names in self.names.items()}
+        got = sorted(frame.images), {name: len(values) for name, values in frame.columns.items()}
         if wanted != got:
             raise InputError(
-                f"frame: expected cameras {wanted[0]}, {wanted[1]} numbers of state and {wanted[2]} of action, got "
-                f"{got[0]}, {got[1]} and {got[2]}"
+                f"frame: expected cameras {wanted[0]} and numbers {wanted[1]}, got cameras {got[0]} and numbers "
+                f"{got[1]}"
             )
         if not self._tasks:
             for video in self.videos.values():
                 video.begin_episode()
         for name, rgb_HWC in frame.images.items():
-            self.videos[name].add(rgb_HWC, frame.files.get(name))
-            self._pixels[name].add(rgb_HWC)
-        row = {STATE: frame.state_S.astype(np.float32), ACTION: frame.action_J.astype(np.float32)}
-        for name, value in {**row, STAMP: frame.stamp_ns}.items():
-            self._columns[name].append(value)
+            key = self.cameras[name]
+            self.videos[key].add(rgb_HWC, frame.files.get(name))
+            self._pixels[key].add(rgb_HWC)
+        for name, values in frame.columns.items():
+            # A vector of one number is a number in the tables.
+            self._columns[name].append(np.asarray(values if len(values) > 1 else values[0], dtype=np.float32))
+        self._columns[STAMP].append(frame.stamp_ns)
         self._tasks.append(frame.task)
         self._frames += 1
 
     def _begin_episode(self) -> None:
-        self._columns: dict[str, list[Any]] = {STATE: [], ACTION: [], STAMP: []}
+        self._columns: dict[str, list[Any]] = {name: [] for name in (*self.names, STAMP)}
         self._tasks: list[str] = []
         self._pixels = {name: PixelCounts() for name in self.videos}
 
@@ -322,15 +322,15 @@ class DatasetWriter:
         self._end_episode()
         for video in self.videos.values():
             video.close()
-        images = {IMAGES + name: video.feature for name, video in self.videos.items()} if self.tables.episodes else {}
+        images = {key: video.feature for key, video in self.videos.items()} if self.tables.episodes else {}
         if self.out.exists():  # meanwhile
             raise ConfigurationError(f"dataset {self.out} exists already; remove it or choose another --out")
-        self.tables.close(make_features(self.state_names, self.action_names, images), self.source)
+        self.tables.close(make_features(self.names, images), self.source)
 
 
 def _figures(arrays: Mapping[str, Any], images: Mapping[str, FeatureFigures]) -> dict[str, FeatureFigures]:
     values = {name: describe_values(array) for name, array in arrays.items()}
-    return values | {IMAGES + name: figures for name, figures in images.items()}
+    return values | dict(images)
 
 
 def _column(array: Any, kind: pa.DataType) -> pa.Array:

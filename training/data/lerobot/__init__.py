@@ -24,6 +24,7 @@ from training.data.lerobot.layout import (
     write_json,
 )
 from training.data.lerobot.meta import Episode
+from training.data.lerobot.robot_columns import RobotColumns, read_robot_columns
 from training.data.lerobot.video import Video, VideoWriter
 
 __all__ = [
@@ -43,12 +44,14 @@ __all__ = [
     "Episode",
     "Feature",
     "Info",
+    "RobotColumns",
     "Video",
     "VideoWriter",
     "arrow_schema",
     "load_recorded",
     "make_features",
     "next_file",
+    "read_robot_columns",
     "tasks_table",
     "write_json",
 ]

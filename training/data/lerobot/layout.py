@@ -241,13 +241,10 @@ def scalar(dtype: str) -> Feature:
     return Feature(dtype=dtype, shape=(1,))
 
 
-def make_features(
-    state_names: Sequence[str], action_names: Sequence[str], images: Mapping[str, Feature]
-) -> dict[str, Feature]:
-    """The features of our datasets: the robot's, our own, and those that every dataset has."""
+def make_features(columns: Mapping[str, Sequence[str]], images: Mapping[str, Feature]) -> dict[str, Feature]:
+    """The features of our datasets: the robot's vectors by their names, our own, and those that every dataset has."""
     return {
-        STATE: vector("float32", state_names),
-        ACTION: vector("float32", action_names),
+        **{name: vector("float32", names) for name, names in columns.items()},
         **images,
         STAMP: scalar("int64"),
         "timestamp": scalar("float32"),

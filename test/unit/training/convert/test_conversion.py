@@ -36,7 +36,7 @@ from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.messages.decoding import BagMessage, camera_frame, decode, joint_reading
 from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S, header_ns
-from training.convert.playback import _command
+from training.convert.messages import trajectory
 from training.data.lerobot.dataset import Dataset
 
 MS = 1_000_000
@@ -191,7 +191,7 @@ def test_actions_survive_the_way_back_where_one_episode_follows_the_other_at_onc
     said = [BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + 310 * k * MS, text(names[k % 2])) for k in range(1, 12)]
     # A command every 20 ms, in force at once, so that there is one as soon as an episode begins.
     told = [
-        BagMessage(COMMAND_TOPIC, TRAJECTORY, at_ns, serialize(_command(at_ns, JOINTS, where(0.02 * k)), TRAJECTORY))
+        BagMessage(COMMAND_TOPIC, TRAJECTORY, at_ns, serialize(trajectory(at_ns, JOINTS, where(0.02 * k)), TRAJECTORY))
         for k in range(200)
         if (at_ns := START_NS + 20 * k * MS)
     ]
@@ -310,7 +310,7 @@ def test_a_dataset_without_stamps_becomes_a_bag_with_its_own_clock(tmp_path: Pat
     (dataset.folder / "meta/info.json").write_text(json.dumps(info))
     path = dataset.folder / "meta/tasks.parquet"
     pq.write_table(pq.ParquetFile(path).read().rename_columns(["task_index", "__index_level_0__"]), path)
-    assert run("to-bag", dataset.folder, "--out", tmp_path / "back") == 0
+    assert run("to-bag", dataset.folder, "--out", tmp_path / "back", "--robot", "demo_arm") == 0
     again = ("from-bag", tmp_path / "back", "--bundle", "demo", "--actions", "commands", "--fps", 20)
     assert run(*again, "--out", tmp_path / "second") == 0
     second = Dataset(tmp_path / "second")
@@ -327,7 +327,9 @@ def test_a_dataset_whose_actions_are_not_joint_positions_is_refused(
 ) -> None:
     dataset = convert(tmp_path, recording(seconds=1.0))
     info = json.loads((dataset.folder / "meta/info.json").read_text())
-    info["features"]["action"]["names"] = {"motors": ["x", "y", "z", "roll", "pitch", "yaw", "open"]}
+    info["features"]["action"]["names"] = {"motors": ["shoulder_pan", "y", "z", "roll", "pitch", "yaw", "open"]}
     (dataset.folder / "meta/info.json").write_text(json.dumps(info))
-    assert run("to-bag", dataset.folder, "--out", tmp_path / "back") == 2
-    assert "got x, y, z, roll, pitch, yaw, open: these actions are not joint positions" in capsys.readouterr().err
+    assert run("to-bag", dataset.folder, "--out", tmp_path / "back", "--robot", "demo_arm") == 2
+    said = capsys.readouterr().err
+    assert "robot file: 'shoulder_lift': dataset.name: expected one of the names of action (shoulder_pan, y, " in said
+    assert not (tmp_path / "back").exists()

@@ -95,12 +95,14 @@ def test_only_a_different_instruction_begins_an_episode(tmp_path: Path) -> None:
 
 
 def test_after_another_instruction_frames_wait_for_a_new_command(tmp_path: Path) -> None:
-    """The first one comes 50 ms later, and says nothing about the time before its point, 100 ms after that."""
+    """The first one comes 50 ms later, and leads from where the arm was measured then to its point, 100 ms later."""
     other = BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + 1050 * MS, text("touch the blue ball"))
     messages = sorted([*recording(), other], key=lambda message: message.log_ns)
     dataset = convert(tmp_path, messages, actions="commands", fps=20)
-    stamps = dataset.columns(dataset.episodes[1])["stamp_ns"]
-    assert stamps[0] == START_NS + 1150 * MS
+    columns = dataset.columns(dataset.episodes[1])
+    assert columns["stamp_ns"][0] == START_NS + 1050 * MS
+    first_2J = [where(1.09), (where(1.09) + where(1.2)) / 2]  # the newest joint state came at 1.092 s
+    np.testing.assert_allclose(columns["action"][:2], first_2J, atol=1e-6)
 
 
 def test_a_tick_sees_what_arrives_at_its_own_instant(tmp_path: Path) -> None:
@@ -202,7 +204,10 @@ def test_several_bags_become_one_dataset(tmp_path: Path) -> None:
     [
         (("--joint-states", "/arm/joints"), "expected /arm/joints .joint states., got only /arm_controller"),
         (("--camera", "top=/top"), "expected /top .camera 'top'."),
-        (("--actions", "commands", "--command", "/go"), "expected commands on /go, .*or take --actions states"),
+        (
+            ("--actions", "commands", "--command", "/go"),
+            "expected commands on /go .output 'arm'., got .*or take --actions states",
+        ),
         (("--marker", "/marks", "id"), "expected markers of episodes on /marks, found none"),
         (("--episodes", "marker"), "expected markers of episodes on /sim_arm/status, /dataset/episode, found none"),
         (("--episodes", "instruction", "--instruction", "/say"), "expected instructions on /say, found none"),

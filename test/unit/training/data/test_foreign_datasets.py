@@ -11,7 +11,7 @@ import pytest
 from support.foreign_datasets import CODECS, SHAPES, Camera, build, picture, task_of, value
 
 from ki_vla_ros.errors import ConfigurationError
-from training.convert.playback import PAUSE_NS, START_NS, Topics, _schedule
+from training.convert.playback import PAUSE_NS, START_NS, _schedule
 from training.data.lerobot import Dataset
 from training.data.lerobot.arrays import load_dataset
 
@@ -168,20 +168,6 @@ def test_times_may_be_noted_as_they_were(tmp_path: Path) -> None:
     pq.write_table(table.set_column(at, "timestamp", pa.array([0.004, 0.051, 0.14], pa.float32())), path)
     dataset = Dataset(folder)
     assert dataset.columns(dataset.episodes[0])["timestamp"].tolist() == pytest.approx([0.004, 0.051, 0.14])
-
-
-def test_a_camera_that_is_called_as_no_topic_may_has_one_in_a_bag(tmp_path: Path) -> None:
-    cameras = [Camera(f"observation.images.{name}", "png") for name in ("Camera 2", "a.b", "0")]
-    shape = replace(SHAPES["xarm v2.0"], cameras=cameras)
-    topics = Topics.of(Dataset(build(tmp_path / "dataset", shape))).cameras
-    assert [topic.removesuffix("/image_raw/compressed") for topic in topics.values()] == [
-        "/camera/Camera_2",
-        "/camera/a_b",
-        "/camera/_0",
-    ]
-    cameras.append(Camera("observation.images.a b", "png"))
-    with pytest.raises(ConfigurationError, match=r"two cameras on one topic among .*/camera/a_b"):
-        Topics.of(Dataset(build(tmp_path / "two", replace(shape, cameras=cameras))))
 
 
 def test_a_rate_that_is_no_whole_number_gives_a_bag_whole_stamps(tmp_path: Path) -> None:
