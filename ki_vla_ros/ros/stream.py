@@ -117,6 +117,13 @@ class Player:
         self.motion, self.braking = (rest if len(rest.time_N) > 1 else None), True
         self._zeros = ZEROS
 
+    def set_back(self, now_ns: int) -> None:
+        """Brakes velocities if simulated time was set back: nobody knows when it will have come to where it was."""
+        if now_ns < self._sent_ns and self.moves:
+            self._played_ns = now_ns
+            self.interrupt("stream: simulated time was set back", now_ns)
+            self._interruption = None  # whoever sends motions has seen it, too
+
     def due_ns(self) -> int:
         """When the next position is due; only while a motion is playing."""
         return self._sent_ns + self.period_ns
@@ -259,6 +266,8 @@ class MotionStream:
                     self._changed.wait()
                     continue
                 now_ns = self._now_ns()
+                if self._simulated:
+                    player.set_back(now_ns)
                 left_s = (player.due_ns() - now_ns) / NS_PER_S
                 if left_s > 0.0:
                     self._changed.wait(min(left_s, SIMULATED_CLOCK_POLL_S) if self._simulated else left_s)

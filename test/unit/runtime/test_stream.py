@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from support.loop_rig import MS, START
-from support.waiting import PATIENCE_S
+from support.waiting import PATIENCE_S, until
 
 from ki_vla_ros.records import Motion, MotionInterrupted
 from ki_vla_ros.ros.stream import MotionStream, Player, Sample, Streamed
@@ -238,13 +238,13 @@ def test_one_output_that_fails_stops_all_and_its_velocity_is_tried_until_it_is_0
     try:
         stream.play(cruise())
         clock[0] += 500 * MS
-        while len(second.sent) < 25:
-            threading.Event().wait(0.005)
+        until(lambda: len(second.sent) >= 25)
         second.fails = True
         clock[0] += PERIOD_MS * MS
         assert second.tried.wait(PATIENCE_S)
-        while (interruption := stream.take_interruption()) is None:
-            threading.Event().wait(0.005)
+        found: list[MotionInterrupted] = []
+        until(lambda: found or [found.append(i) for i in [stream.take_interruption()] if i is not None])
+        (interruption,) = found
         # The first one got one value more.
         assert interruption.motion.position_NJ[0, 1] == pytest.approx(0.52)
         assert interruption.motion.velocity_NJ[0, 2] == pytest.approx(VELOCITY)
@@ -266,8 +266,7 @@ def test_velocities_are_braked_even_if_simulated_time_stands_still(how: str, mon
     stream = MotionStream([output], mixed(), lambda: clock[0], PERIOD_MS / 1000, simulated=True)
     stream.play(cruise())
     clock[0] += 500 * MS
-    while len(output.sent) < 25:
-        threading.Event().wait(0.005)
+    until(lambda: len(output.sent) >= 25)
     if how == "wait":
         stream.wait_until_ended()
         assert float(output.sent[-1].velocity_J[2]) == 0.0
@@ -275,3 +274,24 @@ def test_velocities_are_braked_even_if_simulated_time_stands_still(how: str, mon
     velocities = [float(sample.velocity_J[2]) for sample in output.sent]
     assert_gentle(velocities)
     assert velocities[-3:] == [0.0] * 3 and velocities[24] == pytest.approx(VELOCITY)
+
+
+@pytest.mark.parametrize("on_grid", [True, False])
+def test_simulated_time_that_is_set_back_leaves_no_velocity_behind(on_grid: bool) -> None:
+    clock, output = [START], Output(slice(2, 3))
+    stream = MotionStream([output], mixed(), lambda: clock[0], PERIOD_MS / 1000, simulated=True, on_grid=on_grid)
+    try:
+        stream.play(cruise())
+        clock[0] += 500 * MS
+        until(lambda: len(output.sent) >= 25)
+        clock[0] -= 400 * MS
+        until(lambda: len(output.sent) >= 26)
+        clock[0] += 300 * MS
+        until(lambda: len(output.sent) >= 37)
+        velocities = [float(sample.velocity_J[2]) for sample in output.sent]
+        assert_gentle(velocities)
+        assert velocities[24] == pytest.approx(VELOCITY) and velocities[-3:] == [0.0] * 3
+        assert stream.take_interruption() is None
+        stream.play(cruise())
+    finally:
+        stream.close()
