@@ -76,9 +76,8 @@ def test_lerobot_reads_ours(tmp_path: Path, video: Any) -> None:
     with DatasetWriter(
         tmp_path / "robot",
         fps=FPS,
-        state_names=STATE_NAMES,
-        action_names=ACTION_NAMES,
-        cameras=[camera.key for camera in CAMERAS],
+        columns={"observation.state": STATE_NAMES, "action": ACTION_NAMES},
+        cameras={camera.key: f"observation.images.{camera.key}" for camera in CAMERAS},
         source={},
         video=video,
     ) as out:
@@ -86,8 +85,8 @@ def test_lerobot_reads_ours(tmp_path: Path, video: Any) -> None:
             for i in range(length):
                 seen = images(episode, i)
                 files = {name: simplejpeg.encode_jpeg(rgb_HWC, 98, "RGB", "420") for name, rgb_HWC in seen.items()}
-                values = state(episode, i), action(episode, i)
-                out.add(Frame(i * NS_PER_S // FPS, task(episode, i), *values, seen, files))
+                values = {"observation.state": state(episode, i), "action": action(episode, i)}
+                out.add(Frame(i * NS_PER_S // FPS, task(episode, i), values, seen, files))
             out.end_episode()
     check_frames(tmp_path / "robot", Dataset(tmp_path / "robot"), 4.0)
     meta = theirs.LeRobotDatasetMetadata("local/robot", root=tmp_path / "robot")
