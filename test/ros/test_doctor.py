@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import rclpy
@@ -11,15 +13,19 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import JointState
 from std_msgs.msg import String
-from support.bundles import JOINTS, TASK, params_file
+from support.bundles import JOINTS, TASK, mixed_robot, params_file
 from support.robots import PolicyProcess, Robot
 from support.waiting import until
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.doctor.__main__ import diagnose, main
 from ki_vla_ros.doctor.findings import Findings
-from ki_vla_ros.doctor.graph import is_policy_node
+from ki_vla_ros.doctor.graph import COMMAND_QOS, _check_controller, _check_endpoints, is_policy_node
+from ki_vla_ros.doctor.inputs import Expected, InputWatch
 from ki_vla_ros.doctor.setup import Machine, Request
+from ki_vla_ros.robot.robot import Robot as RobotFile
+from ki_vla_ros.settings.session import command_topics
+from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_share
 
 MACHINE = Machine((3, 11), "2.1.0", {"FASTDDS_DEFAULT_PROFILES_FILE": str(find_share("config/fastdds.xml"))})
@@ -90,6 +96,44 @@ def test_a_running_policy(robot: Robot, start: Callable[..., PolicyProcess], bun
     findings, _ = diagnose(Request(params=params, seconds=SECONDS), MACHINE)
     (command,) = [f for f in findings if f.check == "command"]
     assert command.where == "/arm/joint_trajectory" and "there is /arm_controller/joint_trajectory" in command.fix
+
+
+def test_every_output_of_a_robot_is_looked_at() -> None:
+    """A graph that is made up: the arm's controller moves another joint, one topic is of another type, one unheard."""
+    fields = mixed_robot()
+    fields["outputs"][1] |= {"topic": "hand/grip", "type": "control_msgs/action/GripperCommand"}
+    robot = RobotFile.model_validate(fields)
+    commands = command_topics(Settings(), robot, "/policy")
+    heard = {"/arm/joint_trajectory": "arm", "/slide/commands": "slide", "/cmd_vel": "twist"}
+    types = {output.topic: output.type for output in commands.values()} | {"/cmd_vel": "geometry_msgs/msg/Twist"}
+
+    def listeners(topic: str) -> list[Any]:
+        return [SimpleNamespace(topic_type=types[topic], qos_profile=COMMAND_QOS)] if topic in heard else []
+
+    node = SimpleNamespace(
+        get_publishers_info_by_topic=lambda topic: [],
+        get_subscriptions_info_by_topic=listeners,
+        get_topic_names_and_types=lambda: [],
+        get_service_names_and_types=lambda: [],
+    )
+    values = {"joints": ["shoulder", "elbow", "rail"]}
+    graph: Any = SimpleNamespace(node=node, nodes=["/arm"], parameters=lambda name, names: values)
+    watch = InputWatch(Expected({}, {}, robot=robot), Settings(), {}, commands)
+    findings = Findings()
+    _check_endpoints(graph, watch, "/policy", True, findings)
+    for output in commands:
+        _check_controller(graph, watch, output, findings)
+    told = {(f.check, f.where): f.found for f in findings}
+    assert told == {
+        ("command", "/hand/grip"): "no server of control_msgs/action/GripperCommand here",
+        (
+            "command",
+            "/cmd_vel",
+        ): "nobody subscribes to geometry_msgs/msg/TwistStamped here, only geometry_msgs/msg/Twist",
+        ("command", "/tool/target"): "nobody subscribes to geometry_msgs/msg/PoseStamped here",
+        ("controller", "/arm"): "expects rail too, which the bundle does not move, and refuses every command",
+    }
+    assert all("the output's topic in the robot file" in f.fix for f in findings if f.check == "command")
 
 
 def test_simulated_time_without_a_clock(robot: Robot, start: Callable[..., PolicyProcess], bundle_path: str) -> None:

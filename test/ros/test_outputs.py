@@ -25,9 +25,11 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import ConfigurationError, SafetyRefusal
 from ki_vla_ros.records import Motion, MotionInterrupted
+from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.robot.robot import Robot
 from ki_vla_ros.robot.rotations import from_vector, multiply
 from ki_vla_ros.ros.topics import NodeWire
+from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.session import read_session
 
@@ -84,7 +86,8 @@ class Rig:
     def wire(self, robot: Robot = ROBOT, **parameters: object) -> NodeWire:
         """The wire of an active node."""
         settings = settings_from_parameters({"command_period_s": PERIOD_S, **parameters})
-        wire = NodeWire(self.node, robot, settings, ACCELERATION_J[: len(robot.axes)], None, self.refused.append)
+        shadow = ShadowComparison(CommandSpace(robot), "command") if settings.shadow else None
+        wire = NodeWire(self.node, robot, settings, ACCELERATION_J[: len(robot.axes)], shadow, self.refused.append)
         self.wires.append(wire)
         self.node.trigger_configure()
         self.node.trigger_activate()
@@ -202,6 +205,24 @@ def test_a_stream_that_fails_interrupts_every_streamed_axis(rig: Rig, monkeypatc
     until(lambda: velocities(rig)[0][-3:] == [0.0] * 3)
     for values in velocities(rig):
         assert_gentle(values)
+
+
+def test_a_shadow_says_each_output_apart_and_tells_no_controller(rig: Rig) -> None:
+    fields = mixed_robot()
+    fields["outputs"][1] |= {"topic": "hand/grip", "type": "control_msgs/action/GripperCommand"}
+    robot = Robot.model_validate(fields)  # a shadow has no use for control_msgs
+    heard: dict[str, list[Any]] = {name: [] for name in TOPICS}
+    for name, (_, kind) in TOPICS.items():
+        rig.robot.create_subscription(kind, f"policy/shadow/{name}", heard[name].append, 500)
+    wire = rig.wire(robot, shadow=True)
+    until(lambda: all(rig.node.count_subscribers(f"policy/shadow/{name}") for name in TOPICS))
+    time.sleep(0.2)
+    wire.send_command(motion(wire.motion_ns()), wire.motion_ns())
+    wire.wait_until_received()
+    until(lambda: all(heard.values()))
+    assert heard["hand"][0].joint_names == ["gripper"]
+    assert not any(rig.node.count_publishers(topic) for topic, _ in TOPICS.values())
+    assert not any(rig.got.values())
 
 
 # --- the whole node
