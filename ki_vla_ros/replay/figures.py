@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import cause_of
 from ki_vla_ros.records import NS_PER_S, Motion
-from ki_vla_ros.replay.ticks import Prediction, Tick
+from ki_vla_ros.replay.ticks import Prediction, Tick, axis_scales
 from ki_vla_ros.robot import main_axes
 from ki_vla_ros.statistics import Draws, SegmentSums, interval_95, root_mean, spread
 
@@ -158,7 +158,7 @@ class Figures:
         if drawn is None:
             return {**figures, **dict.fromkeys(("rms", "rms_ci", "max", "rms_normalized", "rms_normalized_ci"))}
         steps, joints = range(self._manifest.horizon), self._manifest.axes
-        half_J = (np.array(self._manifest.action.high) - np.array(self._manifest.action.low)) / 2.0
+        half_J = axis_scales(self._manifest)
         figures |= _with_interval("rms", drawn, columns=self._main)
         figures["max"] = float(self._largest_J[self._main].max())
         if len(self._metres):

@@ -271,7 +271,7 @@ class Replay:
             period_ns=chunk.period_ns,
             position_HJ=chunk.position_HJ,
             reference_HJ=np.full_like(chunk.position_HJ, np.nan),
-            state_S=observation.state_S,
+            measured_J=self._policy.space.measured(observation.signals),
             frame_ns={name: frame.stamp_ns for name, frame in observation.frames.items()},
             joint_ns=observation.joint_ns,
             command_ns=report.command_ns,

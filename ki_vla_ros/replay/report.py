@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ki_vla_ros.replay.ticks import Prediction
+from ki_vla_ros.replay.ticks import Prediction, axis_scales
 from ki_vla_ros.replay.trace import MOMENTS, Moment, Trace
 from ki_vla_ros.report import Axes, Span, clock, figure, lanes, page, remark, section, spark, table, tiles, warning
 from ki_vla_ros.robot import Axis
@@ -124,7 +124,7 @@ def _joint_note(joint: Axis, metrics: Metrics) -> str:
 def _curve(trace: Trace, chunk: Prediction, j: int) -> tuple[list[float], list[float]]:
     """Times and positions of one joint, from the observed state through the chunk."""
     times = [trace.seconds(chunk.start_ns), *(trace.seconds(chunk.due_ns(k)) for k in range(len(chunk.position_HJ)))]
-    return times, [float(chunk.state_S[j]), *chunk.position_HJ[:, j].tolist()]
+    return times, [float(chunk.measured_J[j]), *chunk.position_HJ[:, j].tolist()]
 
 
 def _reference(trace: Trace, chunk: Prediction, j: int) -> tuple[list[float], list[float]]:
@@ -222,7 +222,7 @@ def _moments(trace: Trace, moments: Sequence[Moment]) -> str:
 
 def _moment(trace: Trace, moment: Moment) -> str:
     worst, spec = moment.worst, trace.spec
-    scale_J = np.array(spec.action.high) - np.array(spec.action.low)
+    scale_J = 2.0 * axis_scales(spec)
     off_J = np.sqrt(np.mean(((worst.position_HJ - worst.reference_HJ) / scale_J) ** 2, axis=0))
     images = "".join(
         f'<figure><img alt="camera {html.escape(name)}" src="data:image/jpeg;base64,'

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.records import NO_REFERENCES, Motion
 
 
@@ -41,11 +42,11 @@ class Prediction:
 
     `position_HJ[k]` is due at `start_ns + (k + 1) * period_ns`; `reference_HJ` is the reference at the same instants,
     NaN where the bag has none. `frame_ns` holds the stamp of each camera's frame, `joint_ns` those of the joint states
-    that `state_S` comes from. `command_ns`: when the command went out in simulated time (None: refused,
-    `refusal` says why). `corrections`: what the gate changed, in words. `consumed`: how many actions were in the past
-    when the command took effect. `probe_HJ`: chunks of the same tick with one thing changed, by the probe's name
-    ("noise", "instruction", "camera.<name>"); only every few seconds. `counted_P4`: what its
-    rotations are counted from, one orientation per output with a pose.
+    that `measured_J` comes from: where the axes were, NaN where nobody measures them. `command_ns`: when the command
+    went out in simulated time (None: refused, `refusal` says why). `corrections`: what the gate changed, in words.
+    `consumed`: how many actions were in the past when the command took effect. `probe_HJ`: chunks of the same tick with
+    one thing changed, by the probe's name ("noise", "instruction", "camera.<name>"); only every few seconds.
+    `counted_P4`: what its rotations are counted from, one orientation per output with a pose.
     """
 
     index: int
@@ -53,7 +54,7 @@ class Prediction:
     period_ns: int
     position_HJ: NDArray[np.float64]
     reference_HJ: NDArray[np.float64]
-    state_S: NDArray[np.float64]
+    measured_J: NDArray[np.float64]
     frame_ns: Mapping[str, int]
     joint_ns: tuple[int, ...]
     command_ns: int | None
@@ -94,3 +95,13 @@ class Tick:
     stage_ms: Mapping[str, float]
     motions: tuple[Motion, ...]
     prediction: Prediction | None
+
+
+def axis_scales(spec: PolicySpec) -> NDArray[np.float64]:
+    """Half of each axis's range in training [J], to compare errors in one unit; of a pose, half of its bounds."""
+    half = {
+        action.name if action.kind == "twist" else action.target: (high - low) / 2.0
+        for action, low, high in zip(spec.robot.actions, spec.action.low, spec.action.high, strict=True)
+        if action.kind not in ("pose", "pose_delta")
+    }
+    return np.array([half.get(axis.name, (axis.upper - axis.lower) / 2.0) for axis in spec.axes])

@@ -23,7 +23,7 @@ from ki_vla_ros.errors import cause_of
 from ki_vla_ros.messages import camera_frame
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation, to_ns
 from ki_vla_ros.replay.frames import BagFrame
-from ki_vla_ros.replay.ticks import Prediction, Tick
+from ki_vla_ros.replay.ticks import Prediction, Tick, axis_scales
 
 # How many chunks are drawn over the whole bag; how many worst moments, and for how long around each chunks are drawn.
 MOST_CHUNKS = 240
@@ -94,7 +94,7 @@ class Trace:
 
     def __post_init__(self) -> None:
         self.state_JT = [array("f") for _ in self.spec.axes]
-        self._scale_J = (np.array(self.spec.action.high) - np.array(self.spec.action.low)) / 2.0
+        self._scale_J = axis_scales(self.spec)
         self._left_out: list[tuple[int, int]] = []  # from when on, how many ns are left out of the axis in all
         self._last_ns = 0
         self._every, self._seen = 1, 0
@@ -148,8 +148,8 @@ class Trace:
     def _add_prediction(self, prediction: Prediction, instruction: str, at_s: float) -> None:
         start_s = self.seconds(prediction.start_ns)
         if self.state_s and start_s - self.state_s[-1] > GAP_S:
-            self._add_state(self.state_s[-1], np.full(len(prediction.state_S), np.nan))
-        self._add_state(start_s, prediction.state_S)
+            self._add_state(self.state_s[-1], np.full(len(prediction.measured_J), np.nan))
+        self._add_state(start_s, prediction.measured_J)
         if prediction.refusal is not None:
             self._mark("refused", cause_of(prediction.refusal), at_s)
         for words in prediction.corrections:
@@ -165,7 +165,8 @@ class Trace:
                 self._every *= 2
         self._seen += 1
         deviation_HJ = (prediction.position_HJ - prediction.reference_HJ) / self._scale_J
-        known_H = np.isfinite(deviation_HJ).all(axis=1)
+        deviation_HJ = deviation_HJ[:, np.isfinite(deviation_HJ).any(axis=0)]  # the axes that somebody measures
+        known_H = np.isfinite(deviation_HJ).all(axis=1) & bool(deviation_HJ.size)
         error = float(np.sqrt(np.mean(deviation_HJ[known_H] ** 2))) if known_H.mean() >= 0.5 else float("nan")
         jpegs = {}
         while self._frames and self._frames[0].stamp_ns <= max(prediction.frame_ns.values()):
@@ -175,9 +176,9 @@ class Trace:
         self._latest.append(_Kept(error, instruction, prediction, jpegs))
         self._compare(prediction.start_ns)
 
-    def _add_state(self, at_s: float, state_S: NDArray[np.float64]) -> None:
+    def _add_state(self, at_s: float, measured_J: NDArray[np.float64]) -> None:
         self.state_s.append(at_s)
-        for row, value in zip(self.state_JT, state_S, strict=True):
+        for row, value in zip(self.state_JT, measured_J, strict=True):
             row.append(value)
 
     def _compare(self, now_ns: int | None) -> None:

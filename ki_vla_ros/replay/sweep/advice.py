@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.replay.sweep.figures import Outcome
 from ki_vla_ros.replay.sweep.grid import HORIZON, HORIZON_S, Changes, Grid, Value, is_used, parameters_of
+from ki_vla_ros.replay.ticks import axis_scales
 from ki_vla_ros.report import Axes, Span, figure, section, table
 from ki_vla_ros.robot import main_axes
 from ki_vla_ros.settings import NODE, PARAMETERS
@@ -82,7 +83,7 @@ def advise(grid: Grid, outcomes: Sequence[Outcome], spec: PolicySpec, seed: int,
 
     Settings count as equal where the bag cannot tell them apart.
     """
-    scale_J = (np.array(spec.action.high) - np.array(spec.action.low)) / 2.0
+    scale_J = axis_scales(spec)
     counted, unit = main_axes(spec.axes)
     main_J = np.array(counted, dtype=np.bool_)
     draws = _draws(outcomes, lambda square_J: float(np.sum(square_J / scale_J**2)), len(spec.axes), seed)
