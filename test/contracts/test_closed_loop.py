@@ -182,13 +182,13 @@ def test_steps_lead_a_tool_along(frame: str, counted_from: str) -> None:
         steps = np.tile([0.0, 0.0, 0.002, 0.0, 0.0, 0.01], (HORIZON, 1))
         return steps if counted_from == "previous" else np.cumsum(steps, axis=0)
 
-    world = run("delta", act, seconds=1.0, accept=fits)
+    world = run("delta", act, seconds=2.0, accept=fits)
     (place, turn), (there, turned) = began[0], placed(world)
     way = there - place
     up = turn[:, 2] if frame == "tool" else np.array([0.0, 0.0, 1.0])
     box = np.array(world.robot.outputs[0].workspace.z)
     if np.all((box[0] + 0.01 < np.array([place[2], there[2]])) & (np.array([place[2], there[2]]) < box[1] - 0.01)):
         assert way @ up == pytest.approx(np.linalg.norm(way), rel=0.02)
-        assert 0.02 < np.linalg.norm(way) < 0.002 / ACTION_S * 2.2
+        assert 0.04 < np.linalg.norm(way) < 0.002 / ACTION_S * 2.2
     spun = turned @ turn.T if frame == "base" else turn.T @ turned
     assert np.arctan2(spun[1, 0], spun[0, 0]) > 0.1 and spun[2, 2] == pytest.approx(1.0, abs=1e-3)

@@ -28,10 +28,9 @@ from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.errors import EngineError, InputError
 from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.policy.policy import Policy
-from ki_vla_ros.records import ActionChunk, CameraFrame, JointReading, Motion
-from ki_vla_ros.robot import plain_joints, rotations
-from ki_vla_ros.robot.commands import CommandSpace
-from ki_vla_ros.robot.dimensions import QUATERNION, SIX_D, VECTOR
+from ki_vla_ros.records import ActionChunk, CameraFrame, JointReading, Motion, PoseReading
+from ki_vla_ros.robot import rotations
+from ki_vla_ros.robot.dimensions import POSE_STAMPED, QUATERNION, SIX_D, VECTOR
 from ki_vla_ros.robot.outputs import POSE, TRAJECTORY
 from ki_vla_ros.robot.robot import Robot
 from ki_vla_ros.ros.stream import Player, Streamed
@@ -70,7 +69,10 @@ def draw_robot(rng: random.Random, parts: tuple[str, ...]) -> Robot:
             for name in names:
                 joint = {"name": name, "kind": "joint_position", "unit": "rad", "continuous": turns}
                 limits = {} if turns and rng.random() < 0.5 else {"lower": -2.0, "upper": 2.0}
-                state.append({**joint, "dataset": {"unit": "deg"}})
+                source = rng.choice(
+                    ({}, {"topic": f"{part}/joint_states"}, {"topic": f"{part}/degrees", "unit": "deg"})
+                )
+                state.append({**joint, "source": source, "dataset": {"unit": "deg"}})
                 actions.append({**joint, **limits, "max_velocity": 1.5, "relative": rng.random() < 0.5})
         elif part in ("gripper", "binary", "hand"):
             output["type"] = "std_msgs/msg/Float64MultiArray" if part == "hand" else TRAJECTORY
@@ -213,9 +215,8 @@ class WildPolicy(Policy):
                 "provenance": {"recipe": "none", "seed": 0, "commit": "none", "data_fingerprint": "none"},
             }
         )
-        self.bundle = SimpleNamespace(manifest=spec, tokenizer=None)  # type: ignore[assignment]
-        self.flow_steps = self.noise_seed = 0
-        self.space = CommandSpace(robot)
+        engine = SimpleNamespace(description="none")
+        super().__init__(SimpleNamespace(manifest=spec, tokenizer=None), engine)  # type: ignore[arg-type]
 
     def prefill(self, _: Any) -> Any:
         world = self.world
@@ -273,7 +274,7 @@ class World:
 
     def __post_init__(self) -> None:
         case = self.case
-        self.rng = random.Random(case.seed + 1)
+        self.rng, self.parts = random.Random(case.seed + 1), random.Random(case.seed + 2)
         self.random = np.random.default_rng(case.seed)
         self.parameters = dict(case.parameters)
         self.settings = _settings(tuple(self.parameters.items()))
@@ -319,7 +320,7 @@ class World:
         return float(low + (0.1 + 0.8 * self.random.random()) * (high - low))
 
     def _make_buffer(self) -> ObservationBuffer:
-        return make_buffer(self.robot, self.policy.space)
+        return ObservationBuffer([CameraSource("scene", "/scene")], self.robot.signals, state=self.policy.space.state)
 
     # --- the loop's wire
 
@@ -421,7 +422,7 @@ class World:
         if self.cameras:
             self.buffer.add_frame(CameraFrame("scene", self.ros_ns(), np.zeros((1, 1, 3), np.uint8)))
         if self.readings:
-            give(self.buffer, self.robot, self.ros_ns(), signal_M)
+            give(self.buffer, self.robot, self.ros_ns(), signal_M, self.parts)
 
     def _happen(self, what: str, how: Any) -> None:
         if what == "instruct":
@@ -475,16 +476,22 @@ class World:
             yield
 
 
-def make_buffer(robot: Robot, space: CommandSpace) -> ObservationBuffer:
-    signals = plain_joints([signal.name for signal in robot.signals], "/joint_states")
-    return ObservationBuffer([CameraSource("scene", "/scene")], signals, state=space.state)
-
-
-def give(buffer: ObservationBuffer, robot: Robot, stamp_ns: int, signal_M: Array) -> None:
-    try:
-        buffer.add_joints(JointReading(stamp_ns, tuple(signal.name for signal in robot.signals), signal_M))
-    except InputError as refusal:
-        buffer.refuse("/joint_states", str(refusal))
+def give(buffer: ObservationBuffer, robot: Robot, stamp_ns: int, signal_M: Array, rng: random.Random) -> None:
+    """Each topic's message, as a driver would publish it; joint states sometimes in two parts."""
+    value_M = np.array([(x - s.offset) / s.scale for x, s in zip(signal_M, robot.signals, strict=True)])
+    topics = dict.fromkeys((signal.topic, signal.type) for signal in robot.signals)
+    for topic, kind in topics:
+        index = [m for m, signal in enumerate(robot.signals) if signal.topic == topic]
+        try:
+            if kind == POSE_STAMPED:
+                buffer.add_pose(PoseReading(stamp_ns, "base", value_M[index]), topic=topic)
+                continue
+            cut = rng.choice((0, 0, len(index) // 2))
+            for part in filter(None, (index[:cut], index[cut:])):
+                names = tuple(robot.signals[m].part for m in part)
+                buffer.add_joints(JointReading(stamp_ns, names, value_M[part]), topic=topic)
+        except InputError as refusal:
+            buffer.refuse(topic, str(refusal))
 
 
 @dataclass
