@@ -42,7 +42,7 @@ from support.sentencepieces import train
 from training.config import load_config
 from training.convert.__main__ import main as convert
 from training.convert.playback import Recorded
-from training.data.lerobot import Dataset
+from training.data.lerobot import SOURCE, Dataset
 from training.export.bundle import read_policy
 from training.export.formats import save_program
 from training.model import paligemma_3b
@@ -403,7 +403,8 @@ def read_weights(folder: Path) -> None:
 
 def read_dataset(folder: Path) -> None:
     dataset = Dataset(folder)
-    Recorded.of(dataset)
+    if (folder / SOURCE).exists():  # else only a robot file says whose it is
+        Recorded.of(dataset)
     for episode in dataset.episodes:
         dataset.task_of(dataset.columns(episode))
         for camera in dataset.cameras:
