@@ -258,11 +258,10 @@ def of(name: str) -> Robot:
 
 def test_so101_minus_100_to_100_is_its_range() -> None:
     """lerobot/motors/motors_bus.py: RANGE_M100_100 and, for the gripper, RANGE_0_100; 0 is closed."""
-    lines = of("so101").action_lines
-    np.testing.assert_allclose(
-        lines.to_robot(np.array([-100.0, 0, 0, 0, 100, 0])), [-1.91986, 0, 0, 0, 2.84121, -0.17453]
-    )
-    np.testing.assert_allclose(lines.to_robot(np.array([0.0] * 5 + [100]))[5], 1.74533)
+    for lines in (of("so101").state_lines, of("so101").action_lines):
+        low, high = np.array([-100.0, 0, 0, 0, 100, 0]), np.array([0.0] * 5 + [100])
+        np.testing.assert_allclose(lines.to_robot(low), [-1.91986, 0, 0, 0, 2.84121, -0.17453])
+        np.testing.assert_allclose(lines.to_robot(high)[5], 1.74533)
 
 
 def test_a_robotiq_is_closed_at_0_8_rad_and_openpis_1() -> None:

@@ -133,6 +133,15 @@ def test_a_planted_misfit_is_found(
     assert int(found[0].partition(":")[0]) == line_with(path, marked), out
 
 
+def test_small_values_outside_the_limits_are_not_called_degrees(
+    tmp_path: Path, proposed: Robot, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hundredth of a radian fits any limits as degrees."""
+    path = write(tmp_path, edit(("actions", 3, {"lower": 0.0, "upper": 0.4}))(proposed))
+    assert main(["check", str(path), "--bag", str(write_mcap(tmp_path / "bag.mcap", recording()))]) == 1
+    assert "degrees" not in capsys.readouterr().out
+
+
 def test_a_file_that_fits_has_no_faults(tmp_path: Path, proposed: Robot, capsys: pytest.CaptureFixture[str]) -> None:
     bag = write_mcap(tmp_path / "bag.mcap", recording())
     (tmp_path / "arm.urdf").write_text(urdf())
