@@ -417,3 +417,10 @@ def test_euler_angles_are_no_rotation_vector(tmp_path: Path) -> None:
     path = dataset(tmp_path / "data", names=names, min=[0.0] * 6, max=[1.0] * 6, mean=[0.5] * 6)
     proposal = Proposal("", None, survey_dataset(path), "")
     assert any("roll: Euler angles" in what for what in proposal.fill_in)
+
+
+def test_small_values_outside_a_urdf_are_not_called_degrees(tmp_path: Path) -> None:
+    path = tmp_path / "arm.urdf"
+    path.write_text(urdf().replace('lower="-2.96" upper="2.96"', 'lower="0.0" upper="0.4"', 1))
+    robot = proposed(tmp_path, bag(tmp_path, recording()), path)
+    assert {d.source.unit for d in robot.state} == {None}
