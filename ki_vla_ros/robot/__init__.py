@@ -30,7 +30,7 @@ from ki_vla_ros.robot.outputs import (
 )
 from ki_vla_ros.robot.robot import ActionPeriod, CameraSpec, Horizon, Robot, check_names, find_robot, read_robot
 from ki_vla_ros.robot.signals import Signal, plain_joints, recorded_signal
-from ki_vla_ros.robot.turns import TURN, continuous, nearest_rotation, nearest_turn
+from ki_vla_ros.robot.turns import TURN, continued_rotation, continuous, nearest_rotation, nearest_turn
 from ki_vla_ros.robot.urdf import UrdfJoint, movable_joints, read_urdf
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "Workspace",
     "check_agreement",
     "check_names",
+    "continued_rotation",
     "continuous",
     "disagreements",
     "find_columns",

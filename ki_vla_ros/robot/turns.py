@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.robot.dimensions import QUATERNION, VECTOR, ActionDimension, StateDimension
+from ki_vla_ros.robot.rotations import from_vector, to_vector
 
 TURN = 2.0 * math.pi
+LARGE_TURN = TURN / 3.0
 
 
 class Turning(Protocol):
@@ -57,6 +59,30 @@ def nearest_rotation(
             values = values.copy()
             values[..., places] = np.where(nearer[..., np.newaxis], other, value)
     return values
+
+
+def continued_rotation(
+    values_D: NDArray[np.float64],
+    before_D: NDArray[np.float64] | None,
+    dimensions: Sequence[StateDimension | ActionDimension],
+) -> NDArray[np.float64]:
+    """The same values [D] with their rotations written so that they go on from `before_D`, without a jump.
+
+    None: they are the first of an episode. A turn of more than 120 degrees is then written with the first large
+    component of its axis positive, so that a tool that points down is written alike in all episodes.
+    """
+    if before_D is not None:
+        return nearest_rotation(values_D, before_D, dimensions)
+    near_D = np.zeros_like(values_D)
+    for places in _rotations(dimensions):
+        value = values_D[places]
+        vector = value if len(places) == 3 else to_vector(value)
+        angle = float(np.linalg.norm(vector))
+        if angle > LARGE_TURN:
+            vector = vector * (math.pi / angle)
+            vector = vector * np.sign(vector[np.flatnonzero(np.abs(vector) >= math.pi / 2.0)[0]])
+        near_D[places] = vector if len(places) == 3 else from_vector(vector)
+    return nearest_rotation(values_D, near_D, dimensions)
 
 
 def _rotations(dimensions: Sequence[StateDimension | ActionDimension]) -> Iterator[list[int]]:

@@ -484,6 +484,28 @@ def _cartesian() -> Shape:
     return Shape(robot, messages, turning, lambda t: six_d(target(t + PERIOD)))
 
 
+def pointing_down(t: float) -> np.ndarray:
+    """A tool that is turned by half a turn, now a little more, now a little less; its driver's w is never negative."""
+    axis, angle = np.array([0.8, 0.6, 0.0]), np.pi + 0.4 * np.sin(3.0 * t + 1.0)
+    quaternion = np.concatenate([axis * np.sin(angle / 2), [np.cos(angle / 2)]])
+    return np.concatenate([[0.1 * t, 0.0, 0.2], quaternion if quaternion[3] >= 0.0 else -quaternion])
+
+
+def _down() -> Shape:
+    """Rotation vectors go on beyond half a turn, in the state and in the actions."""
+
+    def written(pose_7: np.ndarray) -> np.ndarray:
+        quaternion = pose_7[3:] * np.sign(pose_7[3])
+        angle = 2.0 * np.arccos(quaternion[3])
+        return np.concatenate([pose_7[:3], quaternion[:3] / np.sin(angle / 2) * angle])
+
+    actions = [{"name": f"to_{p}", "kind": "pose", "component": p, "output": "hand"} for p in ("x", "y", "z", *VECTOR)]
+    target: Motion = lambda t: pointing_down(t + 0.3)  # noqa: E731
+    messages = sort(cameras(), poses("/current_pose", pointing_down, 100.0), poses("/target_pose", target, 100.0, 0))
+    robot, told = robot_file(_hand_state(VECTOR), actions, _hand_outputs()), held(target, 100)
+    return Shape(robot, messages, lambda t: written(pointing_down(t)), lambda t: written(told(t + PERIOD)), within=2e-3)
+
+
 def _steps(actions: str) -> Shape:
     """LIBERO's: steps of the hand, in the dataset as shares of the largest; as commanded, or as measured."""
     scale = {**dict.fromkeys(("x", "y", "z"), 0.05), **dict.fromkeys(VECTOR, 0.5)}
@@ -631,6 +653,7 @@ SHAPES: Mapping[str, Callable[[], Shape]] = {
     "wrist without end": _turning_wrist,
     "DROID, velocities": _droid,
     "Cartesian": _cartesian,
+    "pointing down": _down,
     "LIBERO, told": lambda: _steps("commands"),
     "LIBERO, measured": lambda: _steps("states"),
     "gripper action": _gripper_action,

@@ -22,7 +22,7 @@ from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
 from ki_vla_ros.files import parse_json
 from ki_vla_ros.messages import BagMessage, decode, joint_reading, pose_reading, read_stamp_ns
 from ki_vla_ros.records import NS_PER_S, Observation
-from ki_vla_ros.robot import JOINT_STATE, CommandSpace
+from ki_vla_ros.robot import JOINT_STATE, CommandSpace, continued_rotation
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
 from training.convert.actions import ActionPath, Actions, Commanded, Measured
 from training.convert.beginning import Beginning
@@ -205,6 +205,8 @@ class _Cutter:
         self.waiting: deque[_Pending | str] = deque()  # frames, and the reasons for gaps between them
         self.held: list[_Ready] = []  # the first frames of a piece, until there are enough of them
         self.written = 0  # frames of the piece
+        self.before_S: NDArray[np.float64] | None = None  # state and action of the frame before, in the piece
+        self.before_D: NDArray[np.float64] | None = None
         self.last_ns: int | None = None
         self.heard_ns = 0  # when the last message came
         ages_ns = (sources.max_age_ns, sources.joint_age_ns or 0, *sources.camera_age_ns.values())
@@ -393,13 +395,16 @@ class _Cutter:
             names = ", ".join(self.sources.robot.actions[d].name for d in np.flatnonzero(unknown_D))
             self._gap("no action", f"nothing says {names} at {waiting.due_ns}")
             return
-        columns = self.columns.rows(observation.state_S[np.newaxis], action_D[np.newaxis])
+        robot = self.sources.robot
+        state_S = self.before_S = continued_rotation(observation.state_S, self.before_S, robot.state)
+        action_D = self.before_D = continued_rotation(action_D, self.before_D, robot.actions)
+        columns = self.columns.rows(state_S[np.newaxis], action_D[np.newaxis])
         frames = observation.frames
         images = {name: frames[name].rgb_HWC for name in self.sources.cameras}
         files = {name: frame.file for name, frame in frames.items() if isinstance(frame, RecordedImage)}
         row = {name: values[0] for name, values in columns.items()}
         frame = Frame(observation.stamp_ns, waiting.task, row, images, files)
-        self._hand_on(_Ready(frame, observation.state_S, action_D))
+        self._hand_on(_Ready(frame, state_S, action_D))
 
     def _forget(self, now_ns: int) -> None:
         """Forget the positions that neither a waiting frame nor one still to come can ask for."""
@@ -435,6 +440,7 @@ class _Cutter:
             self.done.frames += self.written
             self.done.reports.append(self.watch.end_episode(self.done.left_out))
         self.held, self.written = [], 0
+        self.before_S = self.before_D = None
 
     def _end_episode(self, log_ns: int) -> None:
         """End the episode at `log_ns`; the frames that still wait have no action in it and are left out."""

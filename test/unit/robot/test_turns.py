@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ki_vla_ros.robot import StateDimension, nearest_rotation, rotations
+from ki_vla_ros.robot import StateDimension, continued_rotation, nearest_rotation, rotations
 
 RNG = np.random.default_rng(0)
 
@@ -48,3 +48,28 @@ def test_quaternions_and_what_has_no_other_way() -> None:
     assert nearest_rotation(one, near, dimensions) is one
     still = np.zeros(3)
     assert nearest_rotation(still, np.ones(3), pose("rx", "ry", "rz")) is still
+
+
+@pytest.mark.parametrize("parts", [("rx", "ry", "rz"), ("qx", "qy", "qz", "qw")])
+def test_a_recording_of_a_tool_that_points_down_has_no_jumps(parts: tuple[str, ...]) -> None:
+    """Half a turn about an axis in the plane, now a little less, now a little more; all episodes alike."""
+    dimensions, firsts = pose(*parts), []
+    for episode in range(20):
+        yaw, before, rows = RNG.uniform(-1.5, 1.5), None, []
+        for k in range(60):
+            tilt = 0.3 * math.sin(0.4 * k + episode)
+            vector = (math.pi + tilt) * np.array([math.cos(yaw / 2), math.sin(yaw / 2), 0.05])
+            quaternion = rotations.from_vector(vector) * RNG.choice([-1.0, 1.0])
+            value = rotations.to_vector(quaternion) if len(parts) == 3 else quaternion
+            before = continued_rotation(value, before, dimensions)
+            rows.append(before)
+        assert np.abs(np.diff(rows, axis=0)).max() < 0.2
+        firsts.append(rows[0])
+    assert min(first[0] for first in firsts) > 0.5
+
+
+def test_a_small_rotation_begins_as_it_is() -> None:
+    for vector in (np.zeros(3), np.array([-0.5, 0.2, 0.1]), np.array([-2.0, 0.0, 0.0])):
+        assert continued_rotation(vector, None, pose("rx", "ry", "rz")) == pytest.approx(vector)
+    turned = np.array([-3.0, 0.1, 0.0])
+    assert continued_rotation(turned, None, pose("rx", "ry", "rz"))[0] > 3.0

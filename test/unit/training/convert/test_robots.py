@@ -30,6 +30,7 @@ BACK = [
     "wheels and arm",
     "DROID, velocities",
     "Cartesian",
+    "pointing down",
     "LIBERO, told",
     "gripper action",
     "speeds",
