@@ -244,8 +244,11 @@ class Settings(SettingsModel):
         cameras = dict(self.cameras)
         for spec in robot.cameras:
             chosen = cameras.get(spec.name, CameraSettings())
-            own = {"topic": chosen.topic or spec.topic or "", "transport": chosen.transport or spec.transport}
-            cameras[spec.name] = chosen.model_copy(update=own)
+            topic, transport = spec.topic or "", chosen.transport or spec.transport
+            if topic and transport != spec.transport:  # the same images, as image_transport names them
+                packed = transport == "compressed"
+                topic = f"{topic}/compressed" if packed else topic.removesuffix("/compressed")
+            cameras[spec.name] = chosen.model_copy(update={"topic": chosen.topic or topic, "transport": transport})
         return self.model_copy(update={"cameras": cameras})
 
     def signal_topics(self, robot: Robot) -> dict[str, str]:

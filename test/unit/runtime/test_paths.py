@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.bundles import mixed_robot
 from support.controller import LiteralController
 from support.signals import joint_signal
 
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import NS_PER_S, Motion, SignalReading
-from ki_vla_ros.robot import plain_joints
+from ki_vla_ros.robot import Robot, plain_joints
 from ki_vla_ros.runtime.paths import CommandedPath, MeasuredPath, Trajectory, TrajectoryPoint
 
 MS = 1_000_000
@@ -505,3 +506,34 @@ def test_an_arm_that_is_put_elsewhere_has_not_moved_there() -> None:
         assert path.jump_after(since_ms * MS) == (None if jump_ms is None else jump_ms * MS)
     path.forget(150 * MS)
     assert path.jump_after(0) == 190 * MS
+
+
+def test_a_part_of_its_own_is_followed_by_itself_and_a_path_is_known_where_all_parts_are() -> None:
+    path = MeasuredPath([joint_signal("a", max_velocity=3.0), joint_signal("b", max_velocity=3.0)])
+    for at_ms in (0, 100):  # together at first
+        path.add(came(at_ms, 0.001 * at_ms, 1.0))
+    for at_ms in (200, 300):
+        path.add(came(at_ms, 0.001 * at_ms, signals=(0,)))
+    assert not path.known(150 * MS, 310 * MS)
+    path.add(came(250, 1.1, signals=(1,)))
+    assert path.known(250 * MS, 310 * MS) and not path.known(251 * MS, 310 * MS)
+    found_NJ = path.at(np.array([50, 150, 250, 300]) * MS)
+    np.testing.assert_allclose(found_NJ, [[0.05, 1.0], [0.15, 1.0 + 0.1 / 3.0], [0.25, 1.1], [0.3, np.nan]])
+    path.add(came(310, 3.0, signals=(0,)))
+    assert path.jumps == 1 and path.jump_after(0) == 300 * MS
+
+
+def test_where_the_axes_of_a_robot_were() -> None:
+    """Rotations count from none, and nobody measures the velocities of its base."""
+    robot = Robot.model_validate(mixed_robot())
+    names = [signal.part for signal in robot.signals]
+    path = MeasuredPath(robot.signals, robot)
+    assert np.isnan(path.at(np.array([0]))).all() and path.at(np.array([0])).shape == (1, len(robot.axes))
+    tool = {"x": 0.1, "y": 0.2, "z": 0.3, "qx": 0.0, "qy": 0.0, "qz": np.sin(0.2), "qw": np.cos(0.2)}
+    values = {"shoulder": 0.5, "elbow": 0.6, "gripper": 0.02, "slide": 0.3, **tool}
+    path.add(came(0, *[values[name] for name in names]))
+    found = dict(zip(robot.axis_names, path.at(np.array([0]))[0].tolist(), strict=True))
+    assert np.isnan([found.pop("forward"), found.pop("turn")]).all()
+    expected = {**{name: values[name] for name in ("shoulder", "elbow", "gripper", "slide")}}
+    expected |= {"tool.x": 0.1, "tool.y": 0.2, "tool.z": 0.3, "tool.rx": 0.0, "tool.ry": 0.0, "tool.rz": 0.4}
+    assert found == pytest.approx(expected)

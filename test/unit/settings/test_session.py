@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from support.bundles import demo_policy, mixed_policy, mixed_robot
 
 from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.robot import Robot
 from ki_vla_ros.settings.names import parameter_specs
-from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, read_session
+from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics, read_session, signal_topics
 
 
 def make_session(**parameters: Any) -> Session:
@@ -73,3 +75,38 @@ def test_a_text_that_is_not_json_is_refused() -> None:
 def test_a_parameter_of_another_version_is_named() -> None:
     with pytest.raises(ConfigurationError, match="parameter 'rate'"):
         _ = make_session(rate=10.0).settings
+
+
+def test_the_topics_of_a_state_in_parts() -> None:
+    session = make_session()
+    topics = session.topics.model_copy(
+        update={
+            "transports": {"scene": "raw", "wrist": "compressed"},
+            "states": {"joint_states": "/arm/states", "hand/states": "/hand/states"},
+            "poses": {"tool_pose": "/tool"},
+            "joint_states": "/arm/states",
+        }
+    )
+    session = read_session(session.model_copy(update={"topics": topics}).text())
+    types = session.message_types
+    assert types["/arm/states"] == types["/hand/states"] == "sensor_msgs/msg/JointState"
+    assert types["/tool"] == "geometry_msgs/msg/PoseStamped" and "/joint_states" not in types
+    assert types["/wrist/compressed"] == "sensor_msgs/msg/CompressedImage", "as the robot file says, not the settings"
+    robot = mixed_policy().robot
+    assert signal_topics(session.settings, robot, "/policy", session) == {
+        "joint_states": "/arm/states",
+        "tool_pose": "/tool",
+    }
+
+
+def test_an_older_session_has_one_topic_of_joint_states() -> None:
+    """Also where the bundle of the replay names it otherwise; what the session does not know is as in the file."""
+    old = make_session(joint_states_topic="joint_states")
+    assert signal_topics(old.settings, demo_policy().robot, "/policy", old) == {"joint_states": "/joint_states"}
+    fields = mixed_robot()
+    state = [{**d, "source": {"topic": "/my/states"}} if d["kind"] != "pose" else d for d in fields["state"]]
+    robot = Robot.model_validate({**fields, "state": state})
+    assert signal_topics(old.settings, robot, "/a/policy", old) == {
+        "/my/states": "/joint_states",
+        "tool_pose": "/a/tool_pose",
+    }

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from support.bundles import both_ways_policy, demo_policy
+from support.bundles import both_ways_policy, demo_policy, mixed_policy, mixed_robot
 
 from ki_vla_ros.errors import ConfigurationError, ParameterError
+from ki_vla_ros.robot import Robot
 from ki_vla_ros.settings.names import check_names, parameter_specs, settings_from_parameters
 from ki_vla_ros.settings.settings import Settings
 from ki_vla_ros.share import find_bundle, find_share
@@ -200,3 +201,50 @@ def test_a_slower_prefill_needs_a_state_token_and_a_cache_that_lives_long_enough
         ConfigurationError, match=r"'prefill_period_s': expected at most max_kv_age_s \(0.2 s\), got 0.3"
     ):
         short.validate_against(both_ways_policy())
+
+
+# --- topics of the robot file
+
+
+def two_topics() -> Robot:
+    """The mixed robot with its gripper's joint states on a topic of their own."""
+    fields = mixed_robot()
+    state = [{**d, "source": {"topic": "hand/states"}} if d["name"] == "gripper" else d for d in fields["state"]]
+    cameras = [
+        {"name": "scene", "topic": "/front/image"},
+        {"name": "wrist", "topic": "/hand/image/compressed", "transport": "compressed"},
+    ]
+    return Robot.model_validate({**fields, "state": state, "cameras": cameras})
+
+
+def test_cameras_are_as_the_robot_file_says_unless_the_settings_say_otherwise() -> None:
+    robot = two_topics()
+
+    def chosen(**values: object) -> list[tuple[str, str]]:
+        settings = settings_from_parameters(values).on_robot(robot)
+        assert settings.on_robot(robot) == settings
+        return [(settings.camera(name).topic, settings.camera(name).transport) for name in ("scene", "wrist")]
+
+    assert chosen() == [("/front/image", "raw"), ("/hand/image/compressed", "compressed")]
+    assert chosen(**{"cameras.scene.topic": "/eye"})[0] == ("/eye", "raw")
+    assert chosen(**{"cameras.scene.transport": "compressed"})[0] == ("/front/image/compressed", "compressed")
+    assert chosen(**{"cameras.wrist.transport": "raw"})[1] == ("/hand/image", "raw")
+    plain = settings_from_parameters({}).on_robot(demo_policy().robot)
+    assert (plain.camera("scene").topic, plain.camera("scene").transport) == ("camera/scene/image_raw", "raw")
+
+
+def test_one_topic_of_joint_states_may_be_replaced_but_not_one_of_several() -> None:
+    one, two = demo_policy(), mixed_policy(robot=two_topics())
+    assert Settings().signal_topics(one.robot) == {"joint_states": "joint_states"}
+    chosen = settings_from_parameters({"joint_states_topic": "/arm/states"})
+    chosen.validate_against(one)
+    assert chosen.signal_topics(one.robot) == {"joint_states": "/arm/states"}
+    mixed = mixed_policy()  # its poses come from a topic of their own
+    assert chosen.signal_topics(mixed.robot) == {"joint_states": "/arm/states", "tool_pose": "tool_pose"}
+    same = {name: name for name in ("joint_states", "hand/states", "tool_pose")}
+    assert Settings().signal_topics(two.robot) == same
+    with pytest.raises(
+        ParameterError, match="reads joint states from hand/states, joint_states, got /arm/states, which replaces only"
+    ):
+        chosen.validate_against(two)
+    settings_from_parameters({"joint_states_topic": "joint_states"}).validate_against(two)
