@@ -65,7 +65,7 @@ class Commanded:
         self._outputs: dict[str, list[Output]] = {}
         for output in sources.commanded():
             self._outputs.setdefault(output.topic, []).append(output)
-        self._begun: set[str] = set()  # outputs that a command has come for
+        self._begun: set[str] = set()  # outputs that a command has come for when it was known where they are
         found = [(d, signal) for d, a in enumerate(robot.actions) if (signal := recorded_signal(a)) is not None]
         self._recorded_D = [d for d, _ in found]
         signals = [signal for _, signal in found]
@@ -90,7 +90,8 @@ class Commanded:
             # Only the first needs it: the others start from where the controller was told to be.
             measured_J = None if output.name in self._begun else where()
             self._axes.take(output.name, command, message.log_ns, measured_J)
-            self._begun.add(output.name)
+            if measured_J is not None:  # a command before the first reading begins nowhere: the next one may know
+                self._begun.add(output.name)
         if self._readings is not None and message.topic in self._recorded_topics:
             reading = self._clock.reading(message, joint_reading(message))
             self._recorded.add(self._readings.add_joints(reading, message.log_ns, message.topic))
