@@ -173,8 +173,10 @@ class PolicyNode(LifecycleNode):
         inputs = self._loaded.buffer.status(now_ns) if self._loaded else {}
         faults = {**self._find_others(lifecycle), **self._describe_stop(lifecycle)}
         report = self._diagnostics.report(lifecycle, engine, time.monotonic(), inputs, faults)
-        if self._loaded is not None and self._loaded.shadow is not None:
-            report = replace(report, values={**report.values, **self._loaded.shadow.values(now_ns)})
+        if self._loaded is not None:
+            shadow = self._loaded.shadow.values(now_ns) if self._loaded.shadow is not None else {}
+            outputs = {f"output {name}": topic for name, topic in self._loaded.wire.topics.items()}
+            report = replace(report, values={**report.values, **outputs, **shadow})
         name, hardware = self.get_fully_qualified_name(), self._loaded.bundle.manifest.name if self._loaded else ""
         self._diagnostics_publisher.publish(diagnostics_message(name, hardware, report, now_ns))
 

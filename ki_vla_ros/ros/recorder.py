@@ -137,12 +137,16 @@ class RecorderNode(Node):
             self._topics.add(self._session_topic)
             self.get_logger().info(f"recording into {self.out}: {', '.join(sorted(types))}")
         self._on_message(self._session_topic, serialised)
+        assert self.session is not None
+        commands = {command.topic for command in self.session.commands.values()}
         for topic, kind in types.items():  # a node that is configured again may name other topics
             if topic not in self._topics:
                 self._topics.add(topic)
                 self.writer.add_topic(topic, kind)
                 on_message = partial(self._on_message, topic)
-                self.create_subscription(MESSAGES[kind], topic, on_message, QOS.get(kind, EVERYTHING), raw=True)
+                # A pose may be a command, which must not be missed, as well as a reading.
+                qos = EVERYTHING if topic in commands else QOS.get(kind, EVERYTHING)
+                self.create_subscription(MESSAGES[kind], topic, on_message, qos, raw=True)
 
     def _warn(self, message: str) -> None:
         self.get_logger().error(message)

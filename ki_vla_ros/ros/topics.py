@@ -231,10 +231,12 @@ class NodeWire:
         self._motions: list[MotionOutput] = []
         streams: list[StreamTopic] = []
         self._streamed_J = np.zeros(len(axes), dtype=np.bool_)
+        self.topics: dict[str, str] = {}  # where each output's commands go, in full
         for output in robot.outputs:
             kind, topic, place = output.wire_type(settings.publish_mode), topics[output.name], robot.axes_of(output)
             if shadow is not None:
                 kind, topic = TRAJECTORY if kind in ACTIONS else kind, shadows[output.name]
+            self.topics[output.name] = node.resolve_topic_name(topic)
             if output.streams(settings.publish_mode):
                 streams.append(open_stream_output(node, output, kind, topic, space, self.now_ns))
                 self._streamed_J[place] = True

@@ -265,6 +265,7 @@ def test_one_tick_fills_all_outputs_and_a_hold_and_the_end_reach_all(
         until(lambda: world.sessions)
         commands = read_session(world.sessions[-1]).topics.commands
         assert {name: f"/{topic}" for name, (topic, _) in TOPICS.items()} == {n: c.topic for n, c in commands.items()}
+        until(lambda: world.diagnosed("output base") == "/cmd_vel")
         assert world.change("deactivate")
         until(lambda: velocities_of(got)[0][-3:] == [0.0] * 3 and velocities_of(got)[1][-3:] == [0.0] * 3)
         for values in velocities_of(got):
