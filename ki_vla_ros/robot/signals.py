@@ -171,9 +171,22 @@ def recorded_signal(action: ActionDimension) -> Signal | None:
     source = action.recorded
     if source is None:
         return None
-    inf, (scale, offset), part = math.inf, action.recorded_line(), source.joint or action.target
-    unit, turns = action.own_unit(), action.continuous
-    return Signal(part, source.topic, JOINT_STATE, part, source.field, unit, -inf, inf, inf, turns, scale, offset)
+    (scale, offset), part = action.recorded_line(), source.joint or action.target
+    lower, upper = (-math.inf, math.inf) if action.kind == "joint_velocity" else action.span
+    return Signal(
+        name=part,
+        topic=source.topic,
+        type=JOINT_STATE,
+        part=part,
+        field=source.field,
+        unit=action.own_unit(),
+        lower=lower,
+        upper=upper,
+        max_velocity=math.inf,
+        continuous=action.continuous,
+        scale=scale,
+        offset=offset,
+    )
 
 
 def _signals_of_state(robot: Robot, dimension: StateDimension) -> tuple[Signal, ...]:

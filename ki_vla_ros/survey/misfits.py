@@ -34,6 +34,7 @@ from ki_vla_ros.robot import (
     disagreements,
     find_columns,
     read_urdf,
+    recorded_signal,
     with_urdf,
 )
 from ki_vla_ros.settings import NODE, resolve
@@ -131,7 +132,10 @@ def check_bag(file: RobotFile, bag: BagSurvey, node: str = NODE) -> Iterator[Mis
     assert robot is not None
     yield from _check_cameras(file, bag, node)
     for signal in robot.signals:
-        yield from _check_signal(file, signal, bag, node)
+        yield from _check_signal(file, signal, (*_place_of_signal(file, signal), "source"), bag, node)
+    for number, action in enumerate(robot.actions):
+        if (recorded := recorded_signal(action)) is not None:
+            yield from _check_signal(file, recorded, ("actions", number, "recorded"), bag, node)
     for output in robot.outputs:
         yield from _check_output(file, output, bag, node)
 
@@ -177,21 +181,22 @@ def _check_cameras(file: RobotFile, bag: BagSurvey, node: str) -> Iterator[Misfi
             )
 
 
-def _check_signal(file: RobotFile, signal: Signal, bag: BagSurvey, node: str) -> Iterator[Misfit]:
+def _check_signal(file: RobotFile, signal: Signal, place: Place, bag: BagSurvey, node: str) -> Iterator[Misfit]:
+    """`place`: the key that names the signal's topic."""
     assert file.robot is not None
-    place = _place_of_signal(file, signal)
-    line, where, topic = file.line(*place, "source"), f"{place[0]} {_name(file, place)}", resolve(signal.topic, node)
+    place, key = place[:-1], str(place[-1])
+    line, where, topic = file.line(*place, key), f"{place[0]} {_name(file, place)}", resolve(signal.topic, node)
     seen = bag.topics.get(topic)
     if seen is None or seen.type != signal.type:
         got = f"no such topic{_offer(topic, bag, (signal.type,))}" if seen is None else seen.type
-        yield Misfit(line, where, f"{signal.type} on {topic}", got, "set topic in its source")
+        yield Misfit(line, where, f"{signal.type} on {topic}", got, f"set topic in its {key}")
         return
     tracks = seen.velocity if signal.field == "velocity" else seen.tracks
     if seen.type == JOINT_STATE and signal.field == "effort":
         return
     if signal.part not in tracks:
         names = ", ".join(list(tracks)[:20]) or seen.fault or "nothing that can be read"
-        change = "correct its name, or set joint in its source"
+        change = f"correct its name, or set joint in its {key}"
         yield Misfit(line, where, f"{signal.part} on {topic}", f"{names}{did_you_mean(signal.part, tracks)}", change)
         return
     track = tracks[signal.part]
@@ -199,7 +204,7 @@ def _check_signal(file: RobotFile, signal: Signal, bag: BagSurvey, node: str) ->
         yield from _check_values(
             file,
             place,
-            "source",
+            key,
             where,
             topic,
             track.low,
@@ -248,7 +253,7 @@ def _check_values(
     if not fits(*line):
         change, hint = "correct the limits, the unit or the zero", ""
         degrees = dimension.own_unit() == "rad" and fits(DEGREE, 0.0) and max(-low, high) > BEYOND_RADIANS
-        if key not in ("source", "dataset"):
+        if key not in ("source", "dataset", "recorded"):
             change = "correct the limits; commands are in the robot's own unit"
             hint = ", which would fit as degrees" if degrees else ""
         elif degrees and dimension.kind != "gripper":
@@ -280,6 +285,8 @@ def _check_output(file: RobotFile, output: Output, bag: BagSurvey, node: str) ->
     where, line = f"output {output.name}", file.line(*place)
     topic, kind = resolve(output.topic, node), output.type or TRAJECTORY
     if kind in (GRIPPER_COMMAND, FOLLOW_TRAJECTORY):  # a bag has no goals of actions
+        return
+    if all(action.recorded is not None for action in robot.actions_of(output)):  # which say what they were
         return
     found = bag.types.get(topic)
     if found is None or found != kind:

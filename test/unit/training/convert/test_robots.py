@@ -19,6 +19,7 @@ from support.sample_bags import START_NS, write_bag
 
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.robot import Robot
+from ki_vla_ros.robot.__main__ import main as check_robot
 from training.data.lerobot import Dataset, RobotColumns, read_robot_columns
 
 # Those whose outputs, states or units are of a kind of their own.
@@ -262,6 +263,34 @@ def test_other_topics_may_be_named(tmp_path: Path) -> None:
     first, second = convert(tmp_path, shape), convert(tmp_path / "other", renamed, *more)
     for column, mine in first.columns(first.episodes[0]).items():
         np.testing.assert_array_equal(mine, second.columns(second.episodes[0])[column])
+
+
+@pytest.mark.parametrize("name", ["ALOHA, leaders", "SO-101, degrees", "gripper action"])
+def test_robot_check_looks_at_what_recordings_have(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Outputs that no bag has commands of are no misfit then."""
+    shape, file = SHAPES[name](), tmp_path / "robot.yaml"
+    bag = write_bag(tmp_path / "bag", shape.messages)
+    file.write_text(shape.yaml)
+    assert check_robot(["check", str(file), "--bag", str(bag)]) == 0
+    content = yaml.safe_load(shape.yaml)
+    content["actions"][-1]["recorded"]["joint"] = "gripp"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    capsys.readouterr()
+    assert check_robot(["check", str(file), "--bag", str(bag)]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"robot.yaml:\d+: actions .*: expected gripp on /.*\n.*, or set joint in its recorded", said), said
+
+
+def test_a_leader_in_degrees_does_not_become_radians(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its driver publishes degrees, and the robot file says nothing of that."""
+    shape = change("SO-101, degrees", "actions", 1, "recorded", "unit", to="rad")()
+    (tmp_path / "robot.yaml").write_text(shape.yaml)
+    bag = write_bag(tmp_path / "bag", shape.messages)
+    asked = ("from-bag", bag, "--robot", tmp_path / "robot.yaml", "--actions", "commands")
+    assert run(*asked, "--out", tmp_path / "dataset") == 2
+    assert re.search(r"message on /leader/joint_states .*degrees it would be .* rad", capsys.readouterr().out)
 
 
 # --- datasets of others
