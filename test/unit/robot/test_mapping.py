@@ -77,7 +77,7 @@ def test_a_float32_comes_back_as_it_was(
     back_N1 = lines.to_foreign(lines.to_robot(value_N1))
     np.testing.assert_array_equal(back_N1.astype(np.float32)[exact_N1], value_N1[exact_N1])
     # And nowhere is it off by more than that.
-    np.testing.assert_allclose(back_N1, value_N1, rtol=1e-7, atol=least)
+    np.testing.assert_allclose(back_N1, value_N1.astype(np.float64), rtol=1e-7, atol=least)
 
 
 @settings(max_examples=300, deadline=None)
