@@ -34,11 +34,11 @@ from training.convert.many import Failure, run, writing_folder
 from training.convert.parts import (
     DATASET,
     Part,
+    find_begun,
     find_part,
     list_files,
     open_parts,
     part_folder,
-    read_part,
     remove_parts,
     write_part,
 )
@@ -103,9 +103,11 @@ def convert_bags(arguments: argparse.Namespace) -> int:
                         failures[bag] = failure
         finally:  # also after Ctrl-C
             for bag, folder in jobs.items():
-                ended = bag not in failures or failures[bag].kept
-                part = read_part(folder) or (read_part(writing_folder(folder)) if ended else None)
-                if part is not None:
+                failure = failures.get(bag)
+                part = None if failure else find_part(parts, bag, options)
+                if not isinstance(part, Part) and (failure is None or failure.kept):
+                    part = find_begun(writing_folder(folder), options)
+                if isinstance(part, Part):
                     found[bag] = part
             in_order = [found[bag] for bag in bags if bag in found]
             for part in in_order:
@@ -117,8 +119,10 @@ def convert_bags(arguments: argparse.Namespace) -> int:
             )
             if reports:
                 print(as_table(reports))
-        reasons = [failures[bag].reason for bag in dict.fromkeys(bags) if bag in failures] + list(refused.values())
+        reasons = [name_bag(bag, failures[bag].reason) for bag in dict.fromkeys(bags) if bag in failures]
+        reasons += refused.values()
         if info is None and not reasons:
+            remove_parts(parts)
             raise InputError(f"dataset {arguments.out}: expected at least one frame, got none; nothing was written")
         for reason in reasons:
             print(f"convert: {reason}", file=sys.stderr)
@@ -136,8 +140,8 @@ def convert_bags(arguments: argparse.Namespace) -> int:
 
 def convert_bag(arguments: argparse.Namespace, options: Mapping[str, str], path: Path, folder: Path) -> None:
     """Convert a bag into its part, `folder`; after an error that has what was converted until then."""
-    files, done, pixels, whole = list_files(path), Conversion(), {}, False
     with open_bag(path) as bag:
+        files, done, pixels, whole = list_files(path), Conversion(), {}, False
         try:
             sources = choose_sources(arguments, bag)
             columns = RobotColumns(sources.robot)
@@ -194,6 +198,10 @@ def describe_source(sources: Sources) -> dict[str, Any]:
         "sync_slop_s": sources.slop_ns / 1e9,
         "max_age_s": sources.max_age_ns / 1e9,
     }
+
+
+def name_bag(bag: Path, reason: str) -> str:
+    return reason if str(bag) in reason or reason.startswith("dataset ") else f"bag {bag}: {reason}"
 
 
 class _NoFrame(Exception):

@@ -52,7 +52,6 @@ def attempt(work: Work, bag: Path, part: Path) -> Failure | None:
     """Make the part of a bag; why it failed, if it did. Only our own faults are raised."""
     writing = writing_folder(part)
     clear_part(writing)
-    clear_part(part)
     try:
         work(bag, writing)
         finish_part(writing, part)

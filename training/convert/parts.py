@@ -101,8 +101,9 @@ def read_part(folder: Path) -> Part | None:
 
 
 def finish_part(writing: Path, folder: Path) -> None:
-    """`writing` becomes the part `folder`, in one step and for good; its files are on the disk already."""
+    """`writing` becomes the part `folder` for good, in place of an earlier one; its files are on the disk already."""
     sync(writing)
+    clear_part(folder)
     writing.rename(folder)
     sync(folder.parent)
 
@@ -139,6 +140,12 @@ def _is_made_of(out: Path, parts: Path) -> bool:
     """Whether a dataset is what an earlier run made of these parts: they share their videos."""
     made, there = ({path.stat().st_ino for path in folder.rglob("*.mp4")} for folder in (out, parts))
     return bool(made) and made <= there
+
+
+def find_begun(writing: Path, options: Mapping[str, str]) -> Part | None:
+    """What there is of a bag whose conversion was stopped."""
+    part = read_part(writing)
+    return part if part is not None and part.options == options else None
 
 
 def find_part(parts: Path, bag: Path, options: Mapping[str, str]) -> Part | str | None:

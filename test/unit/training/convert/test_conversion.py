@@ -148,7 +148,8 @@ def test_recorded_jpegs_are_kept_as_they_are_and_read_as_the_node_reads_them(
     bag = write_bag(tmp_path / "mixed", shaped(".png"))
     more = ("--bundle", "demo", "--actions", "states", "--video", "jpeg", "--out", tmp_path / "out")
     assert run("from-bag", bag, *more) == 2
-    assert "wrist: expected images recorded as JPEG, to keep them as they are" in capsys.readouterr().err
+    told = f"convert: bag {bag}: observation.images.wrist: expected images recorded as JPEG, to keep them as they are"
+    assert told in capsys.readouterr().err
 
 
 def test_dataset_to_bag_and_back_is_the_same_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
