@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from ki_vla_ros.messages import BagMessage, typestore
@@ -21,7 +22,6 @@ from support.sample_bags import (
     Messages,
     command,
     header,
-    image,
     joint_state,
     jpeg,
     serialize,
@@ -89,16 +89,23 @@ def recording(seconds: float = 4.0, *, degrees: bool = False, mirrored: bool = F
             found.append(BagMessage("/gripper_controller/joint_trajectory", TRAJECTORY, at_ns, sent))
     for k in range(round(seconds * 20)):
         at_ns = START_NS + k * NS_PER_S // 20
-        found.append(BagMessage(FRONT, IMAGE, at_ns + 2_000_000, image(at_ns)))
-        found.append(BagMessage(f"{WRIST}/compressed", COMPRESSED, at_ns + 3_000_000, jpeg(at_ns)))
+        grey = np.full((32, 32, 3), 60 + k % 150, dtype=np.uint8)
+        packed = jpeg(at_ns, cv2.imencode(".jpg", grey)[1].tobytes())
+        found.append(BagMessage(FRONT, IMAGE, at_ns + 2_000_000, raw(at_ns, "rgb8", grey)))
+        found.append(BagMessage(f"{WRIST}/compressed", COMPRESSED, at_ns + 3_000_000, packed))
     return sorted(found, key=lambda message: message.log_ns)
+
+
+def raw(stamp_ns: int, encoding: str, pixels: np.ndarray) -> bytes:
+    height, width = pixels.shape[:2]
+    data = pixels.view(np.uint8).reshape(-1)
+    fields = {"height": height, "width": width, "encoding": encoding, "is_bigendian": 0, "step": len(data) // height}
+    return serialize(typestore().types[IMAGE](header=header(stamp_ns), data=data, **fields), IMAGE)
 
 
 def depth(stamp_ns: int) -> bytes:
     """A depth image, which no policy here takes."""
-    fields = {"height": 4, "width": 4, "encoding": "16UC1", "is_bigendian": 0, "step": 8}
-    data = np.zeros(32, dtype=np.uint8)
-    return serialize(typestore().types[IMAGE](header=header(stamp_ns), data=data, **fields), IMAGE)
+    return raw(stamp_ns, "16UC1", np.zeros((4, 4), dtype=np.uint16))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_faults_of_the_robot_file_are_findings(
     ("arguments", "fault"),
     [
         (["--robot", "nobody"], "expected --bag beside it"),
-        (["--robot", "nobody", "--bag", "BAG"], "config/robots/nobody.yaml: expected it among"),
+        (["--robot", "nobody", "--bag", "BAG"], "expected the path of a robot file, or one of aloha"),
         (["--bag", "BAG"], "give --params, --robot, or at least --bundle"),
     ],
 )
