@@ -125,7 +125,7 @@ class ReplayBuffer(ObservationBuffer):
             if (tick := self.recorded) is not None and tick.joint_ns:
                 spans = self._await_recorded(tick, {})
                 joint_ns = tuple(span[-1] for span in spans)
-                return Latest(min(joint_ns), self._recorded_signals([(stamp,) for stamp in joint_ns], 0), joint_ns)
+                return self._latest(self._recorded_signals([(stamp,) for stamp in joint_ns], 0), joint_ns)
             self.feed.advance(now_ns)
         return super().latest(now_ns, max_age_ns)
 

@@ -114,6 +114,13 @@ class CommandSpace:
             position_J[pose.axes] = pose_place(signal_M[pose.signals], self.reference_P4[p])
         return position_J
 
+    def stamps(self, stamp_M: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The stamp of what says where each axis is [J]; an axis that nobody measures takes the newest."""
+        stamp_J = np.where(self.unmeasured_J, stamp_M.max(), stamp_M[self._signal_of_axis])
+        for pose in self.poses:
+            stamp_J[pose.axes] = stamp_M[pose.signals.start]
+        return stamp_J
+
     # --- rotations
 
     def worn(self, position_J: Array) -> bool:

@@ -26,7 +26,7 @@ from ki_vla_ros.robot import led_axes
 from ki_vla_ros.runtime.chunking import ChunkExecutor
 from ki_vla_ros.runtime.diagnostics import Diagnostics, Stopwatch
 from ki_vla_ros.runtime.governor import START_GAP_S, Bounds, Governor, moved_room
-from ki_vla_ros.runtime.observation import ObservationBuffer
+from ki_vla_ros.runtime.observation import Latest, ObservationBuffer
 from ki_vla_ros.runtime.pacing import READING_NS
 from ki_vla_ros.runtime.safety import SafetyGate, axis_bounds
 from ki_vla_ros.settings import Settings
@@ -164,9 +164,9 @@ class PolicyLoop:
             if prefix is None:
                 observation = self.buffer.observe(tick_ns, max_age_ns, to_ns(settings.sync_slop_s))
             else:
-                stamp_ns, signal_M, joint_ns = self.buffer.latest(tick_ns, max_age_ns)
-                state_S = self._space.state(signal_M)
-                observation = Observation(stamp_ns, prefix.observation.frames, state_S, joint_ns, signal_M)
+                newest = self.buffer.latest(tick_ns, max_age_ns)
+                frames, state_S = prefix.observation.frames, self._space.state(newest.signal_M)
+                observation = Observation(newest.stamp_ns, frames, state_S, newest.joint_ns, newest.signal_M)
         if not instruction:
             raise InstructionError("instruction: none yet; publish one on the policy's ~/instruction")
         at_rest = self._governor.at_rest(wire.motion_ns())
@@ -196,13 +196,12 @@ class PolicyLoop:
                 raise SafetyRefusal(f"stopped: {self._latched}")
             if self._ended:
                 return None
-            measured_ns, signal_M, _ = self.buffer.measured(now_ns, max_age_ns)
-            ahead_ns = self._ahead_ns()
-            measured_J = self._place(signal_M, measured_ns + ahead_ns)
-            self._governor.correct(measured_J, measured_ns + ahead_ns)
+            measured, ahead_ns = self.buffer.measured(now_ns, max_age_ns), self._ahead_ns()
+            measured_ns, measured_J = self._arm(measured, ahead_ns)
+            self._governor.correct(measured_J, measured_ns)
             with watch.stage("safety"):
                 screened, corrections = self._gate.screen(chunk, observation.stamp_ns, measured_J, now_ns)
-            start_J, wait_ns = self._start(settings, measured_ns + ahead_ns, measured_J)
+            start_J, wait_ns = self._start(settings, measured.stamp_ns + ahead_ns, measured_ns, measured_J)
             # A chunk of which too little would be left does not wait: the controller gets to the start first.
             if start_J is not None and wait_ns > screened.horizon * screened.period_ns // 2:
                 self._settle(settings, start_J, wait_ns, watch)
@@ -239,6 +238,21 @@ class PolicyLoop:
             delay=self._executor.delay(settings),
         )
         return sent
+
+    def _arm(self, measured: Latest, ahead_ns: int) -> tuple[int, NDArray[np.float64]]:
+        """When (on the clock of the motion) and where the axes were [J], by the newest of all readings.
+
+        A part that was read earlier has gone on since, as it was told to.
+        """
+        at_ns, running = int(measured.stamp_M.max()) + ahead_ns, self._governor.running
+        measured_J = self._place(measured.signal_M, at_ns)
+        if running is None or measured.stamp_ns == at_ns - ahead_ns:
+            return at_ns, measured_J
+        stamp_J = self._space.stamps(measured.stamp_M)
+        for stamp_ns in np.unique(stamp_J):
+            told_J = running.at(at_ns)[0] - running.at(int(stamp_ns) + ahead_ns)[0]
+            measured_J = np.where(stamp_J == stamp_ns, measured_J + told_J, measured_J)
+        return at_ns, measured_J
 
     def _place(self, signal_M: NDArray[np.float64], motion_ns: int) -> NDArray[np.float64]:
         """Where the axes are [J] by the signals of that time; one that nobody measures is where it was sent."""
@@ -488,12 +502,13 @@ class PolicyLoop:
         return after_ns - now_ns
 
     def _start(
-        self, settings: Settings, measured_ns: int, measured_J: NDArray[np.float64]
+        self, settings: Settings, oldest_ns: int, measured_ns: int, measured_J: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64] | None, int]:
         """Where the next motion starts at rest, and the time in ns that the controller needs to get there.
 
-        (None, time) if the running motion goes on instead. `measured_ns` is on the clock of the motion. SafetyRefusal
-        if the arm is not where a running motion, or a stream, should have brought it.
+        (None, time) if the running motion goes on instead. `measured_ns`, and `oldest_ns` of the oldest reading, are on
+        the clock of the motion. SafetyRefusal if the arm is not where a running motion, or a stream, should have
+        brought it.
         """
         governor, at_ns = self._governor, self.wire.motion_ns()
         running = governor.running
@@ -502,10 +517,10 @@ class PolicyLoop:
         # The arm has gone on since it was measured, as it was told to.
         arm_J = measured_J + running.at(at_ns)[0] - running.at(measured_ns)[0]
         if governor.at_rest(at_ns):
-            if measured_ns < running.time_N[0] and self.wire.moves_arm():  # nobody knows how far it went before that
+            if oldest_ns < running.time_N[0] and self.wire.moves_arm():  # nobody knows how far it went before that
                 raise SafetyRefusal(
                     f"start: expected a joint state since the last motion began, got one from "
-                    f"{(int(running.time_N[0]) - measured_ns) / 1e6:.0f} ms before; waiting for the next"
+                    f"{(int(running.time_N[0]) - oldest_ns) / 1e6:.0f} ms before; waiting for the next"
                 )
             return self._start_from_rest(settings, running.position_NJ[-1], arm_J, at_ns)
         off_J = np.abs(running.at(at_ns)[0] - arm_J)

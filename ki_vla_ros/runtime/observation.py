@@ -75,11 +75,12 @@ class InputStatus:
 
 
 class Latest(NamedTuple):
-    """The newest values of all signals, the oldest of their stamps, and the stamp of each part."""
+    """The newest values of all signals, the oldest of their stamps, and the stamps of each part and of each signal."""
 
     stamp_ns: int
     signal_M: NDArray[np.float64]
     joint_ns: tuple[int, ...]
+    stamp_M: NDArray[np.int64]
 
 
 # Which numbers of a joint state are a part's: by field, their places in the message.
@@ -388,7 +389,14 @@ class ObservationBuffer:
                 raise StaleInput(fault)
             newest = [(part, part.kept[-1]) for part in self._parts]
         joint_ns = tuple([reading[0] for _, reading in newest])
-        return Latest(min(joint_ns), self._together([(part, value_G) for part, (_, value_G) in newest]), joint_ns)
+        return self._latest(self._together([(part, value_G) for part, (_, value_G) in newest]), joint_ns)
+
+    def _latest(self, signal_M: NDArray[np.float64], joint_ns: tuple[int, ...]) -> Latest:
+        """`joint_ns`: the stamp of each part."""
+        stamp_M = np.empty(len(self._signals), dtype=np.int64)
+        for part, stamp_ns in zip(self._parts, joint_ns, strict=True):
+            stamp_M[part.index_G] = stamp_ns
+        return Latest(min(joint_ns), signal_M, joint_ns, stamp_M)
 
     def _together(self, parts: Sequence[tuple[Readings, NDArray[np.float64]]]) -> NDArray[np.float64]:
         """All signals [M] of their parts."""

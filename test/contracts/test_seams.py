@@ -28,6 +28,7 @@ from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import PolicyLoop
+from ki_vla_ros.runtime.observation import Latest
 from ki_vla_ros.runtime.paths import CommandedPath
 from ki_vla_ros.runtime.safety import extremes
 from ki_vla_ros.settings.names import settings_from_parameters
@@ -87,9 +88,10 @@ class Arm:
     rest_J: NDArray[np.float64]
     stale: float
 
-    def measured(self, now_ns: int, max_age_ns: int) -> tuple[int, NDArray[np.float64]]:
+    def measured(self, now_ns: int, max_age_ns: int) -> Latest:
         error_J = self.rng.uniform(-1, 1, 2) * [2e-3, 1e-4]
-        return now_ns, np.clip(self.wire.commanded(self.rest_J)[0] + error_J, LOWER, UPPER)
+        measured_J = np.clip(self.wire.commanded(self.rest_J)[0] + error_J, LOWER, UPPER)
+        return Latest(now_ns, measured_J, (now_ns,), np.full(len(measured_J), now_ns))
 
     def observe(self, now_ns: int, max_age_ns: int, slop_ns: int) -> Observation:
         if self.rng.random() < self.stale:

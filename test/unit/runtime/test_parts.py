@@ -63,7 +63,7 @@ def test_each_part_is_as_it_was_at_the_images() -> None:
     buffer.add_frame(CameraFrame("scene", NOW + 250 * MS, np.zeros((1, 1, 3), np.uint8)))
     observation = buffer.observe(NOW + 250 * MS, AGE, SLOP)
     assert observation.joint_ns == (NOW + 250 * MS, NOW + 221 * MS, NOW + 271 * MS)
-    stamp_ns, signal_M, joint_ns = buffer.latest(NOW + 300 * MS, AGE)
+    stamp_ns, signal_M, joint_ns, _ = buffer.latest(NOW + 300 * MS, AGE)
     assert stamp_ns == NOW + 271 * MS, "the oldest of the parts"
     assert joint_ns == (NOW + 290 * MS, NOW + 271 * MS)
     np.testing.assert_allclose(signal_M, [0.29, -0.29, 0.0271])

@@ -126,6 +126,6 @@ def test_the_command_takes_a_robot_by_name(tmp_path: Path, capsys: pytest.Captur
     assert main([str(tmp_path / "b"), "--robot", "aloha", "--seed", "3"]) == 0
     assert load_bundle(tmp_path / "b").manifest.robot == aloha()
     assert main([str(tmp_path / "c"), "--robot", "nobody"]) == 2
-    assert "config/robots/nobody.yaml" in capsys.readouterr().err
+    assert "robot 'nobody': expected the path" in capsys.readouterr().err
     assert main([str(tmp_path / "c"), "--seed", "-1"]) == 2
     assert "--seed: expected at least 0, got -1" in capsys.readouterr().err and not (tmp_path / "c").exists()
