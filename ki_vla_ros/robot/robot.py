@@ -22,6 +22,7 @@ from ki_vla_ros.robot.dimensions import (
     ACTION,
     ANGULAR,
     LINEAR,
+    POSE_STAMPED,
     STATE,
     ActionDimension,
     Name,
@@ -31,7 +32,7 @@ from ki_vla_ros.robot.dimensions import (
 )
 from ki_vla_ros.robot.limits import with_urdf
 from ki_vla_ros.robot.mapping import Finite, Frozen, Lines
-from ki_vla_ros.robot.outputs import ARRAY, CARRIES, GRIPPER_COMMAND, Output
+from ki_vla_ros.robot.outputs import ARRAY, CARRIES, GRIPPER_COMMAND, POSE, Output
 from ki_vla_ros.robot.signals import Signal, check_pose_parts, command_axes, measuring_state, robot_signals
 from ki_vla_ros.share import expand, find_share
 from ki_vla_ros.yaml_file import read_yaml
@@ -91,6 +92,7 @@ class Robot(Frozen):
         check_names("state", [dimension.name for dimension in self.state])
         check_names("actions", [dimension.name for dimension in self.actions])
         check_names("outputs", [output.name for output in self.outputs])
+        check_names("outputs: topics", [output.topic for output in self.outputs])
         check_names("cameras: dataset", [camera.key for camera in self.cameras])
         if all(camera.optional for camera in self.cameras):
             raise ValueError("cameras: expected at least one required camera, got only optional ones")
@@ -109,7 +111,13 @@ class Robot(Frozen):
                 )
         check_pose_parts(self.state)
         check_names("actions: joints", [axis.name for axis in self.axes])
-        _ = self.signals
+        poses = {signal.topic for signal in self.signals if signal.type == POSE_STAMPED}
+        for output in self.outputs:
+            if output.type == POSE and output.topic in poses:
+                raise ValueError(
+                    f"outputs: {output.name!r}: topic: expected another than that which says where the robot is, got "
+                    f"{output.topic}"
+                )
         return self
 
     def _check_output(self, output: Output) -> None:

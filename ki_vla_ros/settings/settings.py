@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, ParameterError, did_you_mean
-from ki_vla_ros.robot import JOINT_STATE, Robot
+from ki_vla_ros.robot import GRIPPER_COMMAND, JOINT_STATE, Robot
 from ki_vla_ros.settings.limits import LimitSettings, SettingsModel, setting
 
 ReferenceName = Literal["joint_states", "command"]
@@ -352,7 +352,9 @@ class Settings(SettingsModel):
                 f"{len(outputs)} outputs: {topics}; leave it empty, and remap the topics that are called otherwise"
             )
         for output in outputs:
-            if self.publish_mode == "stream" and not output.streams("stream"):
+            # A gripper's action beside streams takes goals, whatever publish_mode says of the others.
+            beside = output.type == GRIPPER_COMMAND and any(other.streams("stream") for other in outputs)
+            if self.publish_mode == "stream" and not output.streams("stream") and not beside:
                 yield (
                     f"parameter 'publish_mode': got stream, but the robot file gives output {output.name!r} the type "
                     f"{output.type}, which is no stream; set replace or splice"

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import yaml
 from support import ROOT
+from support.bundles import mixed_robot
 
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.robot.robot import find_robot, read_robot
+from ki_vla_ros.robot.robot import Robot, find_robot, read_robot
 from ki_vla_ros.sim.world import World
 
 EXAMPLE = find_robot("imported_arm")
@@ -26,6 +27,26 @@ def test_the_demo_arm_agrees_with_the_simulator() -> None:
     assert robot.axis_names == world.joints
     np.testing.assert_array_equal([joint.lower for joint in robot.axes], world.lower_J)
     np.testing.assert_array_equal([joint.upper for joint in robot.axes], world.upper_J)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({1: {"topic": "arm/joint_trajectory"}}, "outputs: topics: expected distinct names, got"),
+        (
+            {4: {"topic": "tool_pose"}},
+            "outputs: 'tool': topic: expected another than that which says",
+        ),
+    ],
+)
+def test_each_output_has_a_topic_of_its_own_on_which_nobody_says_where_the_robot_is(
+    changes: dict[int, dict[str, str]], fault: str
+) -> None:
+    fields = mixed_robot()
+    for number, change in changes.items():
+        fields["outputs"][number] |= change
+    with pytest.raises(ValueError, match=fault):
+        Robot.model_validate(fields)
 
 
 def test_a_robot_is_found_by_name_or_by_path(tmp_path: Path) -> None:

@@ -35,6 +35,19 @@ def only_stream() -> PolicySpec:
     return PolicySpec.model_validate({**policy, "robot": fields})
 
 
+def arm_and_gripper(arm: str | None) -> PolicySpec:
+    """The mixed robot's arm, of this type, and its gripper by an action."""
+    fields = mixed_robot()
+    fields["outputs"] = [
+        {"name": "arm", "topic": "arm", "type": arm},
+        {"name": "hand", "topic": "hand/grip", "type": "control_msgs/action/GripperCommand"},
+    ]
+    fields["actions"] = fields["actions"][:3]
+    policy = mixed_policy().model_dump(exclude={"robot"})
+    policy["action"] = {"low": [-1.0] * 3, "high": [1.0] * 3}
+    return PolicySpec.model_validate({**policy, "robot": fields})
+
+
 def misfits(policy: PolicySpec, **parameters: object) -> str:
     try:
         settings_from_parameters(parameters).validate_against(policy)

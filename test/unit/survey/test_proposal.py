@@ -372,7 +372,8 @@ FILLED = {
 def filled(value: Any, key: str = "") -> Any:
     """A proposed file as somebody fills it in: 1 for numbers."""
     if isinstance(value, dict):
-        return {name: filled(part, name) for name, part in value.items()}
+        own = {"topic": f"to_{value.get('name')}"} if key == "outputs" and value.get("topic") == "FILL IN" else {}
+        return {name: filled(part, name) for name, part in value.items()} | own
     if isinstance(value, list):
         return [filled(part, key) for part in value]
     return FILLED.get(key, 1.0) if value == "FILL IN" else value
