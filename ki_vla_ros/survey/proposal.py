@@ -107,6 +107,14 @@ class Proposal:
         having = [t for t in (self.bag.of_type(JOINT_STATE) if self.bag else ()) if joint in t.tracks]
         return min(having, key=lambda t: (bool(NOT_MEASURED.search(t.name)), -len(t.times)), default=None)
 
+    def _recorded(self, joint: str, output: Commands) -> Topic | None:
+        """The joint states that stand for commands that the bag does not have: a leader's, or a gripper's own."""
+        measured = self._measuring(joint)
+        if output.type == GRIPPER_COMMAND:
+            return measured
+        topics = self.bag.of_type(JOINT_STATE) if self.bag and output.topic == FILL_IN else []
+        return next((t for t in topics if t is not measured and joint in t.tracks), None)
+
     def _guess(self, joint: str, topic: str = "", alone: bool = False) -> Guess:
         measured, kind, urdf = self._measuring(joint), self._kinds.get(joint, ""), self._limits.get(joint)
         gripper = is_gripper(joint, topic, alone)
@@ -250,6 +258,10 @@ class Proposal:
         for joint in commanded:
             if not NAME.fullmatch(joint):
                 self.fill_in.append(f"a name for {joint!r}: letters, digits, and _ . - / behind the first")
+        measuring = {topic.name for joint in commanded if (topic := self._measuring(joint)) is not None}
+        for topic in self.bag.of_type(JOINT_STATE) if self.bag else ():
+            if topic.name not in measuring and not set(commanded).isdisjoint(topic.tracks):
+                state.append(f"  # {topic.name} has joints of these names as well; it is not where the robot is")
         left = [joint for joint in self._seen_joints() if joint not in commanded]
         if left:
             state.append(f"  # Seen, but commanded by nothing, and left out: {', '.join(left)}")
@@ -297,6 +309,10 @@ class Proposal:
                 ]
         fields.append(f"max_velocity: {self._number(guess.speed, f'{guess.name}: max_velocity')}")
         fields.append(f"output: {output.name}")
+        if (recorded := self._recorded(guess.name, output)) is not None:
+            unit = ", unit: deg" if recorded.name in self._degrees and guess.unit == "rad" and not guess.gripper else ""
+            fields.append(f"recorded: {{topic: {_scalar(recorded.name)}{unit}}}")
+            notes.append("CHECK: what was commanded is taken from there")
         fields += self._mapping(guess, "action")
         if guess.gripper:
             notes.append(f"CHECK: {'more' if guess.open_high else 'less'} is open?")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -425,3 +426,29 @@ def test_small_values_outside_a_urdf_are_not_called_degrees(tmp_path: Path) -> N
     path.write_text(urdf().replace('lower="-2.96" upper="2.96"', 'lower="0.0" upper="0.4"', 1))
     robot = proposed(tmp_path, bag(tmp_path, recording()), path)
     assert {d.source.unit for d in robot.state} == {None}
+
+
+def test_a_leader_arm_stands_for_commands(tmp_path: Path) -> None:
+    followed = [m for m in recording() if "controller" not in m.topic]
+    led = [replace(m, topic="/leader/joint_states") for m in followed if m.topic == "/joint_states"]
+    messages = sorted([*followed, *led], key=lambda m: m.log_ns)
+    proposal = Proposal("", survey_bag(bag(tmp_path, messages)), None, "")
+    content = yaml.safe_load(proposal.text)
+    assert [a.get("recorded") for a in content["actions"][:7]] == [{"topic": "/leader/joint_states"}] * 7
+    assert {d["source"]["topic"] for d in content["state"][:7]} == {"/joint_states"}
+    assert "/leader/joint_states has joints of these names as well" in proposal.text
+    robot = Robot.model_validate(filled(content))
+    assert robot.actions[0].recorded is not None
+
+
+def test_a_gripper_behind_an_action_is_recorded_by_its_own_state(tmp_path: Path) -> None:
+    """Of an action's messages a bag has only feedback and status."""
+    messages = [m for m in recording() if not m.topic.startswith("/gripper_controller")]
+    feedback = "control_msgs/action/GripperCommand_FeedbackMessage"
+    messages.append(BagMessage("/gripper/gripper_cmd/_action/feedback", feedback, messages[-1].log_ns, b"\0\1\0\0"))
+    robot = proposed(tmp_path, bag(tmp_path, messages))
+    assert [(o.topic, o.type) for o in robot.outputs][1:] == [
+        ("/gripper/gripper_cmd", "control_msgs/action/GripperCommand")
+    ]
+    recorded = robot.actions[7].recorded
+    assert recorded is not None and recorded.topic == "/gripper/joint_states"
