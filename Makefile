@@ -19,13 +19,16 @@ export PYTHON
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint paths train export evaluate clean
+.PHONY: help demo aloha test test-fast lint paths train export evaluate clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 demo: $(VENV)/robot ## a simulated arm follows instructions over ROS 2; results in out/demo (ARGS="--episodes 3 --help ...")
 	$(RUN) ki_vla_ros.demo $(ARGS)
+
+aloha: $(VENV)/developer ## two other arms: demonstrated, recorded, converted, replayed, moved by the node; results in out/aloha
+	$(VENV)/bin/python scripts/aloha $(ARGS)
 
 test: lint ## every test, with coverage (ARGS="test/bad/test_bundles.py" for some, JOBS=2 workers)
 	$(RUN) coverage erase

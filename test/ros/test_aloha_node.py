@@ -1,4 +1,4 @@
-"""The simulated ALOHA as other nodes see it: four controllers, joint states in parts, and its teleoperator."""
+"""The simulated ALOHA as other nodes see it: four controllers, joint states in parts, and a clock of its own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from support.aloha import needs_aloha
@@ -31,7 +32,7 @@ from ki_vla_ros.sim.aloha.world import CAMERAS, HOME_J, JOINTS, OPEN_M, AlohaWor
 
 pytestmark = needs_aloha
 
-SMALL = ("-p", "image_width:=64", "-p", "image_height:=48", "-p", "camera_rate_hz:=5.0")
+SMALL = ("-p", "image_width:=64", "-p", "image_height:=48", "-p", "camera_rate_hz:=5.0", "-p", "publish_clock:=true")
 LEFT_ARM, LEFT_GRIPPER, RIGHT_ARM, RIGHT_GRIPPER = (part.command for part in PARTS)
 
 
@@ -54,12 +55,13 @@ class Client:
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         others = {f"camera/{camera}/image_raw": (Image, qos_profile_sensor_data) for camera in CAMERAS}
         others |= {"sim_aloha/status": (String, latched), "/diagnostics": (DiagnosticArray, QoSProfile(depth=10))}
+        others["/clock"] = (Clock, QoSProfile(depth=10))
         for topic, (kind, qos) in others.items():
             self.node.create_subscription(
                 kind, topic, lambda message, topic=topic: self.newest.update({topic: message}), qos
             )
         self._commands = {p.command: self.node.create_publisher(JointTrajectory, p.command, 10) for p in PARTS}
-        self.until(lambda: len(self.newest) == 5 and len(self.position) == 14, "message on every topic")
+        self.until(lambda: len(self.newest) == 6 and len(self.position) == 14, "message on every topic")
         self.until(lambda: all(c.get_subscription_count() for c in self._commands.values()), "controllers")
 
     def close(self) -> None:
@@ -113,9 +115,8 @@ def test_the_robot_file_names_what_the_node_has() -> None:
 
 
 @pytest.fixture
-def aloha(ros_environment: dict[str, str], request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
-    parameters = ["-p", "scene_seed:=5", *SMALL, *getattr(request, "param", ())]
-    command = [sys.executable, "-m", "ki_vla_ros.sim.aloha.node", "--ros-args", *parameters]
+def aloha(ros_environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "ki_vla_ros.sim.aloha.node", "--ros-args", "-p", "scene_seed:=5", *SMALL]
     process = subprocess.Popen(command, env=ros_environment, stderr=subprocess.PIPE, text=True)
     with process:
         yield process
@@ -140,6 +141,8 @@ def test_four_controllers_and_joint_states_in_parts(client: Client) -> None:
         image = client.newest[f"camera/{camera}/image_raw"]
         assert (image.height, image.width, image.encoding) == (48, 64, "rgb8")
         assert np.frombuffer(image.data, np.uint8).std() > 10.0
+    clock, stamp = client.newest["/clock"].clock, client.newest["camera/top/image_raw"].header.stamp
+    assert abs((clock.sec - stamp.sec) + (clock.nanosec - stamp.nanosec) / 1e9) < 5.0, "the clock that it publishes"
     (cube,) = client.status["objects"]
     assert (client.status["scene_seed"], client.status["reward"], client.status["success"]) == (5, 0, False)
     assert (cube["x"], cube["y"]) == pytest.approx((0.0444, 0.5741), abs=1e-4)
@@ -159,21 +162,6 @@ def test_four_controllers_and_joint_states_in_parts(client: Client) -> None:
     client.send(LEFT_ARM, ["left_waist"], [0.0], 0.5)
     client.until(lambda: client.diagnostic("refused_trajectories") == 3, "count of refusals")
     assert client.position["right_waist"] == pytest.approx(0.4, abs=0.02)
-
-
-@pytest.mark.parametrize("aloha", [("-p", "publish_clock:=true")], indirect=True)
-def test_a_teleoperator_hands_the_cube_over(client: Client, ros_environment: dict[str, str]) -> None:
-    """By the simulation's clock, so that a busy machine only takes longer."""
-    command = [sys.executable, "-m", "ki_vla_ros.sim.aloha.teleoperator", "--seed", "2"]
-    command += ["--ros-args", "-p", "use_sim_time:=true"]
-    with subprocess.Popen(command, env=ros_environment, stdout=subprocess.PIPE, text=True) as teleoperator:
-        client.until(lambda: client.status["scene_seed"] == 2, "reset")
-        client.until(lambda: client.status["done"], "verdict")
-        assert client.status["success"] and client.status["reset_id"] == 2
-        assert teleoperator.wait(PATIENCE_S) == 0
-        assert teleoperator.stdout is not None
-        assert teleoperator.stdout.read().startswith("episode 2, scene_seed 2: handed over at ")
-    assert client.diagnostic("refused_trajectories") == 0
 
 
 def test_bad_starts_end_with_one_message(ros_environment: dict[str, str]) -> None:

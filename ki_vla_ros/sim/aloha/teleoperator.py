@@ -88,12 +88,14 @@ class Teleoperator(Node):
         (cube,) = self._status["objects"]
         demonstration = self._demonstrator.plan(Scene(seed, cube["x"], cube["y"]))
         self._spin_until(self._now_ns() + to_ns(SETTLE_S))
-        began_ns = self._now_ns()
-        for number, position_J in enumerate(demonstration.position_NJ):
-            self._spin_until(began_ns + to_ns(number * PERIOD_S))
+        due_ns = self._now_ns()
+        for position_J in demonstration.position_NJ:
+            self._spin_until(due_ns)
             if self._stop.is_set():
                 return {**self._status, "success": False}
             self._send(position_J)
+            # After a pause of this process the motion goes on later, not faster.
+            due_ns = max(due_ns, self._now_ns() - to_ns(PERIOD_S)) + to_ns(PERIOD_S)
         self._spin_until(self._now_ns() + to_ns(LINGER_S))
         return self._status
 
