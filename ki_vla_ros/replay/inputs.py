@@ -129,6 +129,13 @@ class ReplayBuffer(ObservationBuffer):
             self.feed.advance(now_ns)
         return super().latest(now_ns, max_age_ns)
 
+    def newest(self, now_ns: int, max_age_ns: int) -> NDArray[np.float64] | None:
+        """The signals [M] by what has come so far; None if they are not known."""
+        try:
+            return super().latest(now_ns, max_age_ns).signal_M
+        except InputError:
+            return None
+
     def measured(self, now_ns: int, max_age_ns: int) -> Latest:
         with self.paused():
             self.watch(now_ns)
@@ -224,7 +231,10 @@ class Inbox:
         robot: Robot,
         image_size: int,
         use_receive_time: bool,
+        where: Callable[[int], NDArray[np.float64] | None],
     ) -> None:
+        """`where` says where the axes are by the newest readings, if they are known: a first command starts there."""
+        self._where = where
         self.parity = Parity()
         self._topics, self._options, self._buffer = topics, options, buffer
         self._image_size, self._use_receive_time = image_size, use_receive_time
@@ -254,7 +264,7 @@ class Inbox:
                 raise
             self.measured.add(kept)
         elif (output := self._outputs.get(topic)) is not None:
-            self._commanded.take(output, decode(message), message.log_ns)
+            self._commanded.take(output, decode(message), message.log_ns, self._where(message.log_ns))
         elif topic == topics.chunk and self._options.as_recorded:
             published = decode(message, TRAJECTORY)
             positions = np.array([point.positions for point in published.points], dtype=np.float64)

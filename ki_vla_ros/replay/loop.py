@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import Engine
@@ -119,7 +120,13 @@ class Replay:
                 f"bag {bag.path}: expected recorded ticks, got none; replay without --ticks recorded"
             )
         self.inbox = Inbox(
-            topics, options, self._buffer, manifest.robot, manifest.image.size, settings.use_receive_time
+            topics,
+            options,
+            self._buffer,
+            manifest.robot,
+            manifest.image.size,
+            settings.use_receive_time,
+            self._where,
         )
         self._recorded: deque[RecordedTick] = deque()
         self._activity = Activity(settings.rate_hz)
@@ -336,6 +343,11 @@ class Replay:
 
     def _has_more(self, before: Sequence[int]) -> bool:
         return all(count > known for count, known in zip(self._counts(), before, strict=True))
+
+    def _where(self, now_ns: int) -> NDArray[np.float64] | None:
+        """Where the axes are, by what has come so far."""
+        signal_M = self._buffer.newest(now_ns, to_ns(self.settings.max_age_s))
+        return None if signal_M is None else self._policy.space.measured(signal_M)
 
     def _advance(self, until_ns: int) -> None:
         """Moves the clock, running the watchdog on the way."""

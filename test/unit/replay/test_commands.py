@@ -47,7 +47,7 @@ def test_all_outputs_together_are_the_reference() -> None:
     assert list(topics.commands.values()) == list(TOLD) and topics.missing_reference is None
     assert topics.described()["command slide"] == "/slide/commands"
     assert set(TOLD) <= set(topics.all)
-    inbox = Inbox(topics, ReplayOptions(), SimpleNamespace(), mixed_policy().robot, 96, False)  # type: ignore[arg-type]
+    inbox = Inbox(topics, ReplayOptions(), SimpleNamespace(), mixed_policy().robot, 96, False, lambda _: None)  # type: ignore[arg-type]
     names = mixed_policy().axis_names
     motion = Motion(
         names, NOW, np.array([NOW, NOW + NS_PER_S]), np.arange(24.0).reshape(2, 12) / 100, np.zeros((2, 12))
