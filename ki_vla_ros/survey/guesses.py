@@ -34,6 +34,10 @@ class Seen:
     speed: float | None
     where: str
 
+    @property
+    def largest(self) -> float:
+        return max(abs(self.low), abs(self.high))
+
 
 @dataclass(frozen=True)
 class Guess:
@@ -66,13 +70,12 @@ def is_gripper(name: str, topic: str = "", alone: bool = False) -> bool:
 
 def looks_like_degrees(seen: Seen, urdf: UrdfJoint | None) -> bool:
     """Whether the values are no radians: outside the URDF's limits, or beyond all turns."""
-    largest = max(abs(seen.low), abs(seen.high))
     if urdf is None:
-        return largest > BEYOND_TURNS
+        return seen.largest > BEYOND_TURNS
     if urdf.continuous:
         return False
     slack = 0.05 * (urdf.upper - urdf.lower)
-    outside = largest > BEYOND_RADIANS and (seen.low < urdf.lower - slack or seen.high > urdf.upper + slack)
+    outside = seen.largest > BEYOND_RADIANS and (seen.low < urdf.lower - slack or seen.high > urdf.upper + slack)
     return outside and urdf.lower - slack <= seen.low * DEGREE and seen.high * DEGREE <= urdf.upper + slack
 
 
@@ -112,7 +115,7 @@ def _unit(name: str, seen: Seen | None, kind: str, gripper: bool) -> tuple[str, 
         return ("m", ["metres, by its name"]) if SLIDES.search(name) else ("rad", [])
     if seen is None:
         return "m", ["metres is a guess"]
-    largest = max(abs(seen.low), abs(seen.high))
+    largest = seen.largest
     if largest <= 0.2:
         return "m", ["metres, by its range"]
     if largest <= 0.89 or GROWS_CLOSED.search(name):

@@ -39,6 +39,7 @@ NOT_MEASURED = re.compile(r"leader|master|teleop|command|cmd|target|desired|goal
 COMMANDED = re.compile(r"command|cmd|target|desired|goal|reference|equilibrium", re.IGNORECASE)
 # Parts of a camera's topic that do not tell it from another's.
 GENERIC = re.compile(r"camera|color|rgb|raw|compressed|image(_raw|_rect|_color|_rect_color)?")
+WHEEL = re.compile(r"wheel|caster", re.IGNORECASE)
 MOVING = re.compile(r"wrist|hand|gripper|tool|tcp|eef|ee(_|$)", re.IGNORECASE)
 RATES = (5, 10, 15, 20, 25, 30, 50, 60, 100)
 # What a robot file can have as a name.
@@ -79,8 +80,8 @@ class Proposal:
         self.fill_in: list[str] = []
         self._kinds = movable_joints(self.urdf) if self.urdf else {}
         self._limits = _readable_limits(self.urdf, self._kinds)
-        self._degrees = self._topics_in_degrees()
         self.outputs = self._find_outputs()
+        self._degrees = self._topics_in_degrees()
         self.text = self._write(name or self._name())
 
     # --- what there is
@@ -93,12 +94,28 @@ class Proposal:
         return _plain(given or (source.path.resolve().stem if source else "my_robot"))
 
     def _topics_in_degrees(self) -> set[str]:
+        """By the joints that are commanded, where any are: wheels turn as far as they like.
+
+        Commands are in rad: a joint whose commands are as large as its state is none in degrees.
+        """
+        told = {
+            joint: track
+            for output in self.outputs
+            if output.type in (TRAJECTORY, ARRAY) and "veloc" not in output.topic
+            for joint, track in output.tracks.items()
+        }
         found = set()
         for topic in self.bag.of_type(JOINT_STATE) if self.bag else ():
             for joint, track in topic.tracks.items():
-                seen = Seen(track.low, track.high, None, topic.name)
                 revolute = self._kinds.get(joint, "revolute") == "revolute"
-                if revolute and not is_gripper(joint) and looks_like_degrees(seen, self._limits.get(joint)):
+                if not revolute or is_gripper(joint) or WHEEL.search(joint) or (told and joint not in told):
+                    continue
+                seen = Seen(track.low, track.high, None, topic.name)
+                command = told.get(joint)
+                as_large = (
+                    command is not None and seen.largest < 10.0 * Seen(command.low, command.high, None, "").largest
+                )
+                if looks_like_degrees(seen, self._limits.get(joint)) and not as_large:
                     found.add(topic.name)
         return found
 
@@ -167,7 +184,7 @@ class Proposal:
     def _add_array(self, topic: Topic, found: list[Commands], claimed: dict[str, str]) -> None:
         """A Float64MultiArray has no names: its columns are the joints that they are nearest to."""
         velocities = "veloc" in topic.name
-        free = [j for j in self._seen_joints() if j not in claimed and not j.endswith("wheel_joint")]
+        free = [j for j in self._seen_joints() if j not in claimed and not WHEEL.search(j)]
         chosen: list[str] = []
         for track in topic.tracks.values():
             near: list[tuple[float, str]] = []
@@ -268,6 +285,9 @@ class Proposal:
         measured = self._measured_poses()
         if measured and not any(o.type == POSE for o in self.outputs):
             state.append(f"  # Poses that could be part of the state: {', '.join(t.name for t in measured)}")
+        if not any(line.lstrip().startswith("-") for line in state):  # a base, or a tool that is moved by a twist
+            for joint in left:
+                state += [] if WHEEL.search(joint) else self._state_line(self._guess(joint))
         if not any(line.lstrip().startswith("-") for line in state):
             self.fill_in.append("state: what the policy sees")
             state.append(f"  - {FILL_IN}  # a policy needs a state")

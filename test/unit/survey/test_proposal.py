@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,19 @@ import numpy as np
 import pytest
 import yaml
 from support.bad_bags import CASES
-from support.sample_bags import Messages, header, joint_state, serialize, write_bag, write_mcap
-from support.unknown_arm import ARM, ARRAY, FINGER, FRONT, LIMITS, WRIST, array, depth, recording, urdf
+from support.robot_bags import SHAPES
+from support.sample_bags import (
+    START_NS,
+    TRAJECTORY,
+    Messages,
+    command,
+    header,
+    joint_state,
+    serialize,
+    write_bag,
+    write_mcap,
+)
+from support.unknown_arm import ARM, ARRAY, FINGER, FRONT, LIMITS, WRIST, array, depth, place, recording, urdf
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.messages import BagMessage, typestore
@@ -97,8 +109,6 @@ def test_columns_without_names_are_the_joints_that_they_are_nearest_to(tmp_path:
     # An arm by an array, in another order than its joint states.
     order = np.array([3, 1, 0, 2, 6, 5, 4])
     messages = [m for m in recording() if m.topic != "/arm_controller/joint_trajectory"]
-    from support.unknown_arm import place
-
     start = messages[0].log_ns
     messages += [
         BagMessage("/forward_position_controller/commands", ARRAY, start + k * 40_000_000, array(place(k / 25)[order]))
@@ -452,3 +462,65 @@ def test_a_gripper_behind_an_action_is_recorded_by_its_own_state(tmp_path: Path)
     ]
     recorded = robot.actions[7].recorded
     assert recorded is not None and recorded.topic == "/gripper/joint_states"
+
+
+def with_joint(name: str, value: Callable[[float], float]) -> Messages:
+    """The recording with another joint among the arm's."""
+    found = []
+    for m in recording():
+        if m.topic == "/joint_states":
+            t = (m.log_ns - START_NS) / 1e9
+            m = replace(m, data=joint_state(m.log_ns, np.append(place(t), value(t)), (*ARM, name)))
+        found.append(m)
+    return found
+
+
+@pytest.mark.parametrize("commanded", [True, False])
+def test_wheels_beside_an_arm_are_no_degrees(tmp_path: Path, commanded: bool) -> None:
+    """A wheel has turned a hundred radians; the arm's joints are in radians all the same."""
+    messages = with_joint("left_wheel_joint", lambda t: 50.0 * t)
+    if not commanded:
+        messages = [m for m in messages if "controller" not in m.topic]
+    text = Proposal("", survey_bag(bag(tmp_path, messages)), None, "").text
+    assert "deg" not in text
+
+
+def test_a_joint_that_is_commanded_as_far_as_it_turns_is_not_in_degrees(tmp_path: Path) -> None:
+    messages = with_joint("turret", lambda t: 3.0 * t)
+    start = messages[0].log_ns
+    told = [
+        BagMessage(
+            "/turret_controller/joint_trajectory",
+            TRAJECTORY,
+            start + k * 10**8,
+            command(np.array([0.3 * k]), ("turret",)),
+        )
+        for k in range(40)
+    ]
+    text = Proposal("", survey_bag(bag(tmp_path, sorted([*messages, *told], key=lambda m: m.log_ns))), None, "").text
+    assert "turret" in text and "deg" not in text
+
+
+def test_an_arm_that_is_moved_by_a_twist_has_its_joints_as_state(tmp_path: Path) -> None:
+    messages = [m for m in recording() if "controller" not in m.topic]
+    start = messages[0].log_ns
+    messages += [
+        BagMessage("/servo_node/cmd", "geometry_msgs/msg/Twist", start + k * 10**8, twist(0.1 * np.sin(k), 0.0))
+        for k in range(40)
+    ]
+    robot = proposed(tmp_path, bag(tmp_path, sorted(messages, key=lambda m: m.log_ns)))
+    assert [d.name for d in robot.state[:7]] == list(ARM) and {a.kind for a in robot.actions} == {"twist"}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_bags_of_many_robots(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their own robot files fit; what is proposed is valid, at the latest once it is filled in."""
+    shape = SHAPES[name]()
+    path = write_bag(tmp_path / "bag", shape.messages, shape.storage)
+    (tmp_path / "true.yaml").write_text(shape.yaml)
+    fits = main(["check", str(tmp_path / "true.yaml"), "--bag", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert fits or (shape.actions == "states" and out.count("->") == out.count("no such topic")), out
+    proposal = Proposal("", survey_bag(path), None, "")
+    robot = Robot.model_validate(filled(yaml.safe_load(proposal.text)))
+    assert robot.actions and robot.state
