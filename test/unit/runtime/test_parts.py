@@ -89,11 +89,11 @@ def test_parts_from_two_topics_and_fields() -> None:
 
 def test_a_position_and_a_velocity_of_one_message() -> None:
     velocity = replace(joint_signal("a.velocity", unit="rad/s"), part="a", field="velocity")
-    buffer = make_buffer(velocity, *ARM)
+    buffer = make_buffer(ARM[0], velocity, ARM[1])
     for n in range(2):
         stamp_ns = NOW + 10 * n * MS
         buffer.add_joints(JointReading(stamp_ns, ("b", "a"), np.array([2.0, 1.0]), [0.5 + n, -0.5 - n]), stamp_ns)
-    assert at(buffer, 5) == [-1.0, 1.0, 2.0]
+    assert at(buffer, 5) == [1.0, -1.0, 2.0]
     no_velocity = "expected one velocity per name on /joint_states, which 'a.velocity' is read from, got 2 names and 0"
     with pytest.raises(InputError, match=no_velocity):
         add(buffer, 20, a=1.0, b=2.0)
@@ -161,6 +161,11 @@ def test_an_impossible_part_holds_nothing_back_of_the_other_and_is_named() -> No
     found = fault(buffer, 600)
     assert found.startswith("joint state: newest of grip on /joint_states 510 ms old")
     assert found.endswith("last message refused: joint 'grip': expected a finite position, got nan on /joint_states")
+    with pytest.raises(InputError, match="joint 'grip'"):
+        add(buffer, 900, grip=math.nan)
+    found = fault(buffer, 900)
+    assert found.startswith("joint state: newest of a, b on /joint_states 309 ms old")
+    assert "refused" not in found, "the gripper's fault explains nothing of the arm's"
 
 
 def test_two_programs_in_turn_are_not_believed_even_if_one_sends_only_a_part() -> None:
