@@ -15,11 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.lerobot_runs import run
 from support.robot_bags import CAMERA, DEPTH, PERIOD, SECONDS, SHAPES, Shape
-from support.sample_bags import START_NS, write_bag
+from support.sample_bags import START_NS, text, write_bag
 
+from ki_vla_ros.messages import BagMessage
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.robot import Robot
 from ki_vla_ros.robot.__main__ import main as check_robot
+from ki_vla_ros.settings import BundleIdentity, CommandTopic, Session, SessionTopics
 from training.data.lerobot import Dataset, RobotColumns, read_robot_columns
 
 # Those whose outputs, states or units are of a kind of their own.
@@ -261,6 +263,36 @@ def test_other_topics_may_be_named(tmp_path: Path) -> None:
     more = ("--joint-states", "/ur/joint_states", "--command", "gripper=/hand/told")
     (tmp_path / "other").mkdir()
     first, second = convert(tmp_path, shape), convert(tmp_path / "other", renamed, *more)
+    for column, mine in first.columns(first.episodes[0]).items():
+        np.testing.assert_array_equal(mine, second.columns(second.episodes[0])[column])
+
+
+def test_a_bag_with_a_session_names_its_topics_itself(tmp_path: Path) -> None:
+    """As the node had them after remapping; the robot file names them otherwise. No bundle is looked for."""
+    shape = SHAPES["UR5e and Robotiq"]()
+    told = "/scaled_joint_trajectory_controller/joint_trajectory", "/robotiq_controller/joint_trajectory"
+    kind = "trajectory_msgs/msg/JointTrajectory"
+    names = dict(zip(("/joint_states", CAMERA, *told), ("/ur/joint_states", "/eye", "/go", "/grip"), strict=True))
+    session = Session(
+        node="/policy",
+        bundle=BundleIdentity(name="none", manifest_sha256="0" * 64),
+        parameters={"bundle": "none"},
+        topics=SessionTopics(
+            cameras={"front": "/eye"},
+            joint_states="/ur/joint_states",
+            states={"joint_states": "/ur/joint_states"},
+            instruction="/policy/instruction",
+            command="/go",
+            commands={n: CommandTopic(topic=t, type=kind) for n, t in (("arm", "/go"), ("gripper", "/grip"))},
+            chunk="/c",
+            tick="/t",
+        ),
+    )
+    messages = [replace(m, topic=names.get(m.topic, m.topic)) for m in shape.messages]
+    said = BagMessage("/policy/session", "std_msgs/msg/String", START_NS - 2, text(session.text()))
+    (tmp_path / "other").mkdir()
+    first = convert(tmp_path, shape)
+    second = convert(tmp_path / "other", replace(shape, messages=[said, *messages]))
     for column, mine in first.columns(first.episodes[0]).items():
         np.testing.assert_array_equal(mine, second.columns(second.episodes[0])[column])
 
