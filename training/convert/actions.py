@@ -26,6 +26,11 @@ Where = Callable[[], Array | None]
 """Says where the axes are now [J]; None: not known."""
 
 
+# An axis that is told nothing is still while it stays this near: a share of its range, and at most so much (rad or m).
+STILL, MOST_STILL = 0.02, 0.05
+FAR_NS = 3600 * NS_PER_S  # by then every trajectory has ended
+
+
 class ActionPath(Protocol):
     """Actions over time; nobody asks for a time before the last `forget`."""
 
@@ -56,7 +61,11 @@ class ActionPath(Protocol):
 
 
 class Commanded:
-    """As the controllers of all outputs were told; as other joint states say, for actions with `recorded`."""
+    """As the controllers of all outputs were told; as other joint states say, for actions with `recorded`.
+
+    A gripper, say, may be told something only now and then. From an episode's first command on, outputs that were told
+    nothing in it yet rest: where they were last told to be, or where they are, as long as they stay there.
+    """
 
     def __init__(self, sources: Sources, space: CommandSpace, clock: Clock) -> None:
         robot = space.robot
@@ -75,6 +84,12 @@ class Commanded:
         self._previous_J = np.zeros(len(robot.axes), dtype=np.bool_)  # those that an action is counted from
         for pose in space.poses:
             self._previous_J[pose.axes] = not pose.from_observation
+        span_J = np.array([axis.upper - axis.lower for axis in robot.axes])
+        self._still_J = np.minimum(STILL * span_J, MOST_STILL)
+        self._nowhere_J = np.full(len(robot.axes), np.nan)
+        # Where axes were last told to be, or how fast to go, and where those rest that were told nothing since.
+        self._told_J = self._rest_J = self._nowhere_J
+        self._guessed_J = np.zeros(len(robot.axes), dtype=np.bool_)  # the rests that only readings say
         names = [axis.name for axis in robot.axes]
         self._unused_J = np.zeros(len(names), dtype=np.bool_)
         for d in self._recorded_D:
@@ -90,6 +105,8 @@ class Commanded:
             # Only the first needs it: the others start from where the controller was told to be.
             measured_J = None if output.name in self._begun else where()
             self._axes.take(output.name, command, message.log_ns, measured_J)
+            if measured_J is not None and not self._begun:
+                self._rest(output, measured_J)
             if measured_J is not None:  # a command before the first reading begins nowhere: the next one may know
                 self._begun.add(output.name)
         if self._readings is not None and message.topic in self._recorded_topics:
@@ -108,6 +125,7 @@ class Commanded:
         position_2J, velocity_2J = self._axes.at(times_ns), self._axes.velocities(times_ns)
         # Numbers that a recording says otherwise count for nothing, but would spoil those that they are computed with.
         position_2J[:, self._unused_J] = velocity_2J[:, self._unused_J] = 0.0
+        self._fill_in(position_2J[1], velocity_2J[1], measured_J)
         origin_J = np.where(self._previous_J & ~np.isnan(position_2J[0]), position_2J[0], measured_J)
         action_D = _action(self._space, position_2J[1], velocity_2J[1], origin_J, measured_J)
         if self._readings is not None:
@@ -119,11 +137,39 @@ class Commanded:
         self._recorded.forget(before_ns)
 
     def clear(self) -> None:
-        self._axes.clear()
-        self._begun.clear()
+        self._forget_commands()
+        self._told_J = self._nowhere_J
         self._recorded.clear()
         if self._readings is not None:
             self._readings.clear()
+
+    def begin_task(self, now_ns: int) -> None:
+        """What was told for the task before counts no longer, but is still in force where nothing else is told."""
+        then_N = np.array([now_ns + FAR_NS])
+        told_J = np.where(self._space.velocity_J, self._axes.velocities(then_N)[0], self._axes.at(then_N)[0])
+        self._told_J = np.where(np.isnan(told_J), self._told_J, told_J)
+        self._forget_commands()
+
+    def _forget_commands(self) -> None:
+        self._axes.clear()
+        self._begun.clear()
+        self._rest_J = self._nowhere_J
+
+    def _rest(self, first: Output, measured_J: Array) -> None:
+        """All outputs but the `first` that was told something rest from now on."""
+        velocity_J, untold_J = self._space.velocity_J, np.isnan(self._told_J)
+        rest_J = np.where(untold_J, np.where(velocity_J, 0.0, measured_J), self._told_J)
+        rest_J[velocity_J & (rest_J != 0.0)] = np.nan  # still going, or stopped by its controller: nobody says
+        rest_J[self._space.robot.axes_of(first)] = np.nan
+        self._rest_J, self._guessed_J = rest_J, untold_J & ~velocity_J
+
+    def _fill_in(self, position_J: Array, velocity_J: Array, measured_J: Array) -> None:
+        """The rests of axes that were told nothing; not of those that have moved all the same."""
+        moved_J = self._guessed_J & ~(np.abs(measured_J - self._rest_J) <= self._still_J)
+        moving_J = self._space.velocity_J
+        resting_J = np.isnan(np.where(moving_J, velocity_J, position_J)) & ~np.isnan(self._rest_J) & ~moved_J
+        position_J[resting_J] = np.where(moving_J, 0.0, self._rest_J)[resting_J]
+        velocity_J[resting_J] = 0.0
 
 
 class Measured:

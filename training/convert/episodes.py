@@ -292,7 +292,7 @@ class _Cutter:
         if self.cut_at_instructions and (changed or self.begin_ns is None):
             self._end_episode(log_ns)
             if isinstance(self.followed, Commanded):
-                self.followed.clear()
+                self.followed.begin_task(log_ns)
             self._begin(log_ns)
 
     def _take_marker(self, text: str, log_ns: int) -> None:

@@ -14,7 +14,19 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.lerobot_runs import run
-from support.robot_bags import CAMERA, DEPTH, PERIOD, SECONDS, SHAPES, Shape
+from support.robot_bags import (
+    CAMERA,
+    DEPTH,
+    KNUCKLE,
+    PERIOD,
+    SECONDS,
+    SHAPES,
+    Motion,
+    Shape,
+    joints,
+    sort,
+    trajectories,
+)
 from support.sample_bags import START_NS, text, write_bag
 
 from ki_vla_ros.messages import BagMessage
@@ -265,6 +277,44 @@ def test_other_topics_may_be_named(tmp_path: Path) -> None:
     first, second = convert(tmp_path, shape), convert(tmp_path / "other", renamed, *more)
     for column, mine in first.columns(first.episodes[0]).items():
         np.testing.assert_array_equal(mine, second.columns(second.episodes[0])[column])
+
+
+def rarely_told(fingers: Motion, *told: float) -> Shape:
+    """UR5e whose gripper is told 0.7 at these times only."""
+    shape = SHAPES["UR5e and Robotiq"]()
+    others = [m for m in shape.messages if "robotiq" not in m.topic and m.data.find(KNUCKLE.encode()) < 0]
+    topic = "/robotiq_controller/joint_trajectory"
+    grips = trajectories(topic, [KNUCKLE], lambda _: np.array([0.7]), 100.0)
+    grips = [grips[round(time_s * 100)] for time_s in told]
+    return replace(shape, messages=sort(others, joints("/joint_states", [KNUCKLE], fingers, 30.0), grips))
+
+
+def test_a_gripper_that_is_told_something_now_and_then_rests_meanwhile(tmp_path: Path) -> None:
+    """Open until it is told to close at 0.6 s; on what it holds it stays at 0.5 rad, but it is told 0.7."""
+    dataset = convert(tmp_path, rarely_told(lambda t: np.array([2 * min(max(t - 0.65, 0.0), 0.25)]), 0.6))
+    time_N = (dataset.columns(dataset.episodes[0])["stamp_ns"] - START_NS) / NS_PER_S
+    grip_N = values(dataset, "action")[:, -1]
+    assert len(time_N) >= 9
+    np.testing.assert_allclose(grip_N, np.where(time_N + PERIOD >= 0.6 - 1e-6, 1 - 0.7 / 0.7929, 1.0), atol=1e-6)
+
+
+def test_a_grip_is_kept_when_the_instruction_changes(tmp_path: Path) -> None:
+    shape = rarely_told(lambda t: np.array([2 * min(max(t - 0.15, 0.0), 0.25)]), 0.1)
+    other = BagMessage("/policy/instruction", "std_msgs/msg/String", START_NS + NS_PER_S // 2, text("lift it"))
+    dataset = convert(tmp_path, replace(shape, messages=sort(shape.messages, [other])))
+    assert len(dataset.episodes) == 2
+    np.testing.assert_allclose(dataset.columns(dataset.episodes[1])["action"][:, -1], 1 - 0.7 / 0.7929, atol=1e-6)
+
+
+def test_a_gripper_that_moves_without_a_command_is_not_taken_to_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its goals went another way, which the bag does not have: so much is said, and those frames are left out."""
+    shape = rarely_told(lambda t: np.array([0.4 * max(t - 0.5, 0.0)]), 1.1)
+    dataset = convert(tmp_path, shape)
+    assert re.search(r"x no action \(the first: nothing says gripper at \d+\)", capsys.readouterr().out)
+    time_N = (dataset.columns(dataset.episodes[0])["stamp_ns"] - START_NS) / NS_PER_S
+    assert 0.4 <= time_N.max() <= 0.55
 
 
 def test_a_bag_with_a_session_names_its_topics_itself(tmp_path: Path) -> None:
