@@ -48,6 +48,10 @@ def test_from_messages_to_commands_until_a_signal(
         "observation", "preprocess", "prefill", "denoise", "decode", "safety", "chunking", "verify", "publish", "total",
     }  # fmt: skip
     assert robot.diagnostics[-1].status[0].name == "/policy"
+    robot.imaging = False  # discovery may take longer than the ticks that wait for the first images
+    until(lambda: any(message.data[2] for message in numbers))
+    robot.imaging = True
+    until(lambda: robot.hold == "")
     (names,) = numbers[-1].layout.dim
     assert names.size == len(numbers[-1].data) == names.stride
     values = {message.data[0]: dict(zip(names.label.split(","), message.data, strict=True)) for message in numbers}
