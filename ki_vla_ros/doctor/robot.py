@@ -15,10 +15,12 @@ from ki_vla_ros.doctor.findings import Findings
 from ki_vla_ros.doctor.inputs import Expected, InputWatch, Traffic
 from ki_vla_ros.doctor.setup import Request
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, BagMessage, read_stamp_ns
+from ki_vla_ros.messages import BagMessage, joint_reading, read_stamp_ns
 from ki_vla_ros.robot import JOINT_STATE, Robot, find_robot
 from ki_vla_ros.settings import Settings, resolve
 from ki_vla_ros.survey import BagSurvey, Misfit, RobotFile, check_bag, survey
+
+_Part = tuple[str, tuple[str, ...]]  # a topic, and the joints in its messages
 
 
 def find_file(name: str, bundle: Bundle | None, findings: Findings, looked_at: list[str]) -> RobotFile | None:
@@ -62,10 +64,10 @@ def examine_robot(
     optional = {camera.name: camera.optional for camera in robot.cameras}
     watch = InputWatch(Expected(optional, {}), settings, cameras, {}, counts)
     inputs = {resolve(signal.topic, request.node): signal.type for signal in robot.signals}
-    traffic = {topic: Traffic(topic) for topic in inputs}
+    traffic: dict[_Part, Traffic] = {}
     for message in bag.messages([*cameras.values(), *inputs]):
-        if message.topic in traffic:
-            _count(traffic[message.topic], message, inputs[message.topic])
+        if message.topic in inputs:
+            _count(traffic, message, inputs[message.topic])
         else:
             watch.add(message)
     for name, camera_traffic in watch.cameras.items():
@@ -73,7 +75,10 @@ def examine_robot(
         if camera_traffic.stamps:
             check_camera(watch, name, findings)
     limit = Limit.of("joint_max_age_s", settings.joint_max_age_s, settings)
-    for one in traffic.values():
+    topics = [topic for topic, names in traffic if names]
+    for (topic, names), one in traffic.items():
+        if topics.count(topic) > 1:
+            one.topic = f"{topic} ({', '.join(names)})"
         check_refused(one, limit, findings)
         if one.stamps:
             check_period(watch, one, limit, findings)
@@ -87,15 +92,22 @@ def _report(file: RobotFile, misfit: Misfit, findings: Findings) -> None:
     findings.error("robot file", where, str(misfit), misfit.change)
 
 
-def _count(traffic: Traffic, message: BagMessage, expected: str) -> None:
-    traffic.kinds[message.type] += 1
-    if message.type != expected or message.type in (IMAGE, COMPRESSED_IMAGE):
-        return
+def _count(parts: dict[_Part, Traffic], message: BagMessage, expected: str) -> None:
+    """Joint states count by the joints in them: the parts of a robot may share a topic, and its stamps."""
+    part: _Part = (message.topic, ())
     try:
-        traffic.stamps.append(read_stamp_ns(message))
+        if message.type == expected == JOINT_STATE:
+            reading = joint_reading(message)
+            part, stamp_ns = (message.topic, reading.names), reading.stamp_ns
+        elif message.type == expected:
+            stamp_ns = read_stamp_ns(message)
     except InputError as error:
-        traffic.refuse(error)
-    else:
+        parts.setdefault(part, Traffic(message.topic)).refuse(error)
+        return
+    traffic = parts.setdefault(part, Traffic(message.topic))
+    traffic.kinds[message.type] += 1
+    if message.type == expected:
+        traffic.stamps.append(stamp_ns)
         traffic.received.append(message.log_ns)
 
 

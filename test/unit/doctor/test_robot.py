@@ -37,6 +37,29 @@ def test_a_healthy_recording_has_no_errors(
     assert code == 0 and [f for f in findings if f["level"] == "error"] == []
 
 
+def in_parts(messages: Messages) -> Messages:
+    """The arm's joint states as two messages on one topic, with the same stamp."""
+    from ki_vla_ros.messages import decode
+
+    def parts(message: Any) -> list[Any]:
+        if message.topic != "/joint_states":
+            return [message]
+        state = decode(message)
+        halves = [(state.position[:3], state.name[:3]), (state.position[3:], state.name[3:])]
+        return [with_data(message, joint_state(message.log_ns, np.array(p), list(names))) for p, names in halves]
+
+    return [part for message in messages for part in parts(message)]
+
+
+def test_parts_that_share_a_topic_and_their_stamps_are_no_fault(
+    tmp_path: Path, robot_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = in_parts(recording())
+    assert len(messages) > len(recording())
+    code, findings = diagnosed(write_mcap(tmp_path / "bag.mcap", messages), robot_file, capsys)
+    assert code == 0 and [f for f in findings if f["level"] == "error"] == []
+
+
 def stamps(shift_ns: int) -> Callable[[int, Any], Any]:
     from ki_vla_ros.messages import decode
 
