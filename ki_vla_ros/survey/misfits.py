@@ -6,6 +6,7 @@ Only what the file says is judged; what else is there, is nobody's fault.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,17 +103,20 @@ class RobotFile:
         return file
 
     def _fault(self, finding: Any) -> Misfit:
-        place, value = tuple(finding["loc"]), finding["input"]
+        place, value = tuple(finding["loc"]) or _named_in(finding["msg"], finding["input"]), finding["input"]
         line, where = line_of(place, self._lines), ".".join(map(str, place)) or "as a whole"
         if value == FILL_IN:
             return Misfit(
                 line, where, "what nothing showed", repr(FILL_IN), "fill it in: the data sheet or the URDF says"
             )
         said = finding["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        expected, _, found = said.partition(", got ")
+        head, split, rest = said.partition("expected ")
+        expected, _, found = (rest if split else said).partition(", got ")
+        if split and head:
+            where = head.rstrip(": ") if finding["loc"] == () else f"{where}: {head.rstrip(': ')}"
+        expected = {"missing": "it", "extra_forbidden": "no field of this name"}.get(finding["type"], expected)
         got = "none" if finding["type"] in ("missing", "value_error") else short_repr(value)
-        change = "docs/robot.md explains every field"
-        return Misfit(line, where, expected.removeprefix("expected "), found or got, change)
+        return Misfit(line, where, expected, found or got, "docs/robot.md explains every field")
 
     def line(self, *place: str | int) -> int:
         return line_of(place, self._lines) if self._lines else 0
@@ -122,6 +126,16 @@ class RobotFile:
         assert self.robot is not None
         names = [item.name for item in getattr(self.robot, group)]
         return (group, names.index(name)) if name in names else (group,)
+
+
+def _named_in(fault: str, content: Any) -> Place:
+    """The place of the part that a fault of the whole file names first, such as "actions: 'elbow': ..."."""
+    said = re.match(r"Value error, (\w+): '([^']+)'", fault)
+    parts = content.get(said[1]) if said and isinstance(content, dict) else None
+    if said is None or not isinstance(parts, list):
+        return ()
+    names = [part.get("name") if isinstance(part, dict) else None for part in parts]
+    return (said[1], names.index(said[2])) if said[2] in names else (said[1],)
 
 
 # --- a bag

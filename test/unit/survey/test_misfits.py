@@ -256,6 +256,26 @@ def test_faults_of_the_file_have_their_line(tmp_path: Path, capsys: pytest.Captu
     assert f"{path}:{line_with(path, 'kind: arm')}: state.6.kind: " in out
 
 
+def test_missing_and_unknown_fields_are_plain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, text = tmp_path / "robot.yaml", (ROOT / "config/robots/demo_arm.yaml").read_text()
+    path.write_text(text.replace("horizon: 16", "horison: 16"))
+    assert main(["check", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "horizon: expected it, got none" in out
+    assert f":{line_with(path, 'horison')}: horison: expected no field of this name, got 16" in out
+
+
+def test_a_fault_between_two_parts_has_the_line_of_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "robot.yaml"
+    text = (ROOT / "config/robots/demo_arm.yaml").read_text()
+    path.write_text(text.replace("max_velocity: 0.2, relative: true, output: arm", "max_velocity: 0.2, output: hand"))
+    assert main(["check", str(path)]) == 1
+    line = line_with(path, "output: hand")
+    assert f"{path}:{line}: actions: 'gripper': output: expected one of arm, got hand" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
