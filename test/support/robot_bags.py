@@ -613,7 +613,7 @@ BOOT_NS = START_NS - 4321 * NS_PER_S
 
 def _since_boot() -> Shape:
     """All times are 2 ms later than they are: what the messages took is not known."""
-    said = r"stamps are of another clock than the log's: 1789995679.002 s behind it; it is added to them"
+    said = r"stamps are of another clock, 1789995679.002 s behind the log's, which is added to them"
     plain = _plain(said=said, within=3e-3)
     return replace(plain, messages=restamped(plain.messages, lambda ns: ns - BOOT_NS))
 

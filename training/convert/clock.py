@@ -72,7 +72,7 @@ def choose_clock(stamps: Mapping[str, Sequence[tuple[int, int]]], choice: ClockC
     shift_ns, said = 0, []
     if other and len(other) == len(behind) and max(behind.values()) - min(behind.values()) <= ALIKE_NS:
         shift_ns = min(behind.values())
-        said.append(f"stamps are of another clock than the log's: {_apart(shift_ns)}; it is added to them")
+        said.append(f"stamps are of another clock, {_apart(shift_ns)}, which is added to them")
         other = []
     faults = [f"{topic}: stamps are zero" for topic in zero]
     faults += [f"{topic}: stamps are of a clock of its own, {_apart(behind[topic])}" for topic in other]
@@ -87,4 +87,4 @@ def choose_clock(stamps: Mapping[str, Sequence[tuple[int, int]]], choice: ClockC
 
 
 def _apart(behind_ns: int) -> str:
-    return f"{abs(behind_ns) / NS_PER_S:.3f} s {'behind' if behind_ns > 0 else 'ahead of'} it"
+    return f"{abs(behind_ns) / NS_PER_S:.3f} s {'behind' if behind_ns > 0 else 'ahead of'} the log's"
