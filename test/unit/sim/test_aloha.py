@@ -222,6 +222,9 @@ def test_a_place_out_of_reach_is_refused(demonstrator: Demonstrator) -> None:
 def hand_over(world: AlohaWorld, demonstrator: Demonstrator, scene: Scene) -> Verdict:
     demonstration = demonstrator.plan(scene)
     world.reset(scene)
+    while world.time_s < 4.0:
+        world.step(demonstration.sample(world.time_s + TIMESTEP_S))
+    assert world.judge.verdict == Verdict(reward=2), "the right arm has it, and the left one has not touched it"
     while world.time_s < demonstration.duration_s:
         world.step(demonstration.sample(world.time_s + TIMESTEP_S))
     return world.judge.verdict
