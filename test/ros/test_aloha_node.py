@@ -9,6 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
+from support import ROOT
 from support.aloha import needs_aloha
 from support.waiting import PATIENCE_S
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
@@ -164,20 +166,21 @@ def test_four_controllers_and_joint_states_in_parts(client: Client) -> None:
     assert client.position["right_waist"] == pytest.approx(0.4, abs=0.02)
 
 
-def test_bad_starts_end_with_one_message(ros_environment: dict[str, str]) -> None:
+def test_bad_starts_end_with_one_message(ros_environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "gym_aloha").mkdir()  # another package of that name
+    (tmp_path / "gym_aloha" / "__init__.py").touch()
     cases = {
-        "parameter 'split' does not exist; expected one of scene_seed, image_width, image_height, camera_rate_hz": (
-            ["node", "--ros-args", "-p", "split:=all"]
-        ),
         "publish_clock: expected false with use_sim_time": (
             ["node", "--ros-args", "-p", "publish_clock:=true", "-p", "use_sim_time:=true"]
         ),
         "--episodes: expected 1 to 100000, got 0": ["teleoperator", "--episodes", "0"],
+        "found it without assets/": ["teleoperator"],
     }
+    environment = {**ros_environment, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     processes = {
         message: subprocess.Popen(
             [sys.executable, "-m", f"ki_vla_ros.sim.aloha.{arguments[0]}", *arguments[1:]],
-            env=ros_environment,
+            env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -4,7 +4,8 @@
 
 For each episode it has `sim_aloha` reset to a new place of the cube, plans the hand-over, and sends it to the four
 controllers as a leader's positions come: fifty times a second, one point for each controller. It prints a line for each
-episode, and ends with 0 if all of them succeeded, with 1 if not. With `use_sim_time` it goes by /clock.
+episode, and ends with 0 if all of them succeeded, with 1 if not, with 130 after SIGINT or SIGTERM. With `use_sim_time`
+it goes by /clock.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ ANSWER_LIMIT_S: Final = 30.0
 class Teleoperator(Node):
     """Its methods spin the node themselves; KiVlaError if the simulation does not answer, or refuses."""
 
-    def __init__(self, stop: threading.Event) -> None:
+    def __init__(self, demonstrator: Demonstrator, stop: threading.Event) -> None:
         super().__init__(NODE_NAME)
         self._stop = stop
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self)
-        self._demonstrator = Demonstrator()
+        self._demonstrator = demonstrator
         self._status: dict[str, Any] = {}
         self._index = [[JOINTS.index(joint) for joint in part.joints] for part in PARTS]
         self._commands = [self.create_publisher(JointTrajectory, part.command, EVENT) for part in PARTS]
@@ -64,6 +65,10 @@ class Teleoperator(Node):
         )
         self._reset: Client[Any, Any] = self.create_client(Trigger, f"{SIMULATION}/reset")
         self.create_subscription(String, f"{SIMULATION}/status", self._on_status, LATCHED)
+
+    def close(self) -> None:
+        self._executor.shutdown()
+        self.destroy_node()
 
     def wait_until_up(self) -> None:
         """Waits for the simulation's services and its four controllers."""
@@ -75,7 +80,7 @@ class Teleoperator(Node):
         )
 
     def run_episode(self, seed: int) -> dict[str, Any]:
-        """One hand-over; returns the simulation's last status, without success if it was stopped on its way."""
+        """One hand-over; returns the simulation's last status. KeyboardInterrupt if it is stopped on its way."""
         value = ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=seed)
         request = SetParametersAtomically.Request(parameters=[Parameter(name="scene_seed", value=value)])
         result = self._call(self._set_parameters, request).result
@@ -92,7 +97,7 @@ class Teleoperator(Node):
         for position_J in demonstration.position_NJ:
             self._spin_until(due_ns)
             if self._stop.is_set():
-                return {**self._status, "success": False}
+                raise KeyboardInterrupt
             self._send(position_J)
             # After a pause of this process the motion goes on later, not faster.
             due_ns = max(due_ns, self._now_ns() - to_ns(PERIOD_S)) + to_ns(PERIOD_S)
@@ -132,7 +137,7 @@ class Teleoperator(Node):
         deadline_s = time.monotonic() + ANSWER_LIMIT_S
         while not condition():
             if self._stop.is_set():
-                raise KiVlaError(f"stopped while waiting for {what}")
+                raise KeyboardInterrupt
             if time.monotonic() > deadline_s:
                 raise KiVlaError(f"no {what} within {ANSWER_LIMIT_S:g} s; does {SIMULATION} run in this ROS domain?")
             self._executor.spin_once(timeout_sec=0.1)
@@ -150,19 +155,17 @@ def _run(given: argparse.Namespace, stop: threading.Event) -> int:
         raise ConfigurationError(f"--episodes: expected 1 to 100000, got {given.episodes}")
     if not 0 <= given.seed <= LARGEST_SEED - given.episodes:
         raise ConfigurationError(f"--seed: expected 0 to {LARGEST_SEED - given.episodes}, got {given.seed}")
-    node = Teleoperator(stop)
+    node = Teleoperator(Demonstrator(), stop)
     successes = 0
     try:
         node.wait_until_up()
         for seed in range(given.seed, given.seed + given.episodes):
             status = node.run_episode(seed)
-            if stop.is_set():
-                break
             successes += status["success"]
             outcome = "handed over" if status["success"] else f"failed with reward {status['reward']}"
             print(f"episode {status['reset_id']}, scene_seed {seed}: {outcome} at {status['time_s']:.2f} s", flush=True)
     finally:
-        node.destroy_node()
+        node.close()
     return ExitCode.FINE if successes == given.episodes else ExitCode.FOUND
 
 
