@@ -24,7 +24,7 @@ class Axis:
 
     `output` is the index of its output. `relative`: its action is a difference from the state. `max_acceleration` None:
     as limits.time_to_speed_s says. `measured`: something says where it is; only velocities may do without. `joint`:
-    it is a joint of the robot, so a URDF may know it.
+    it is a joint of the robot, so a URDF may know it. Its output's messages have (position - `offset`) / `scale`.
     """
 
     name: str
@@ -39,6 +39,8 @@ class Axis:
     continuous: bool = False
     measured: bool = True
     joint: bool = True
+    scale: float = 1.0
+    offset: float = 0.0
 
 
 def main_axes(axes: Sequence[Axis]) -> tuple[list[bool], str]:

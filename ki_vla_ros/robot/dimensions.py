@@ -204,6 +204,9 @@ class ActionDimension(_Dimension):
         description="recordings: the joint states that say what it was told, where no command does: a leader arm's, or "
         "a gripper's own",
     )
+    command: Mapping = Field(
+        default=Mapping(), description="how the output's messages write it, where not in the robot's own unit"
+    )
     dataset: Column = Field(default=Column(), description="where datasets have it, and in what unit")
 
     @model_validator(mode="after")
@@ -247,6 +250,11 @@ class ActionDimension(_Dimension):
                 raise ValueError(f"{here}recorded.type: expected {JOINT_STATE}, got {self.recorded.type}")
             _line(self, self.recorded, "recorded", self.own_unit())
         self.line()
+        scale, offset = self.command_line()
+        if posed and (scale, offset) != (1.0, 0.0):
+            raise ValueError(f"{here}command: expected none for {self.kind}: poses are in m and rad")
+        if offset and self.kind in ("joint_velocity", "twist"):
+            raise ValueError(f"{here}command: expected no offset for a velocity, got {offset:g}")
         return self
 
     @property
@@ -270,6 +278,10 @@ class ActionDimension(_Dimension):
     def line(self) -> tuple[float, float]:
         """Scale and offset from the dataset."""
         return _line(self, self.dataset, "dataset", self.own_unit())
+
+    def command_line(self) -> tuple[float, float]:
+        """Scale and offset from the output's messages."""
+        return _line(self, self.command, "command", self.own_unit())
 
 
 def _line(dimension: _Dimension, mapping: Mapping, what: str, unit: RobotUnit) -> tuple[float, float]:

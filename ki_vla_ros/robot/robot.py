@@ -207,6 +207,11 @@ class Robot(Frozen):
         return robot_signals(self)
 
     @cached_property
+    def command_lines(self) -> Lines:
+        """The numbers of the outputs' messages to the axes' units, and back."""
+        return Lines.of([(axis.scale, axis.offset) for axis in self.axes])
+
+    @cached_property
     def state_lines(self) -> Lines:
         """The dataset's state values to the robot's units, and back."""
         return Lines.of([dimension.lines()[1] for dimension in self.state])

@@ -310,6 +310,8 @@ def _axis(robot: Robot, action: ActionDimension, number: int) -> Axis:
         measured=action.kind != "twist"
         and (measuring_state(robot, action) is not None or own_signal(robot, action) is not None),
         joint=action.kind != "twist",
+        scale=action.command_line()[0],
+        offset=action.command_line()[1],
     )
 
 

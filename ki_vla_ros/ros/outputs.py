@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from ki_vla_ros.robot import (
     TWIST_STAMPED,
     Axis,
     CommandSpace,
+    Lines,
     Output,
 )
 from ki_vla_ros.ros.qos import EVENT, OVERRIDABLE
@@ -243,7 +245,7 @@ class GripperAction(_Action):
     ) -> None:
         super().__init__(node, output, topic, axes, refused)
         range_ = axis.upper - axis.lower
-        self._step = GRIPPER_STEP * (range_ if np.isfinite(range_) else 0.1)
+        self._step = GRIPPER_STEP * (range_ if np.isfinite(range_) else 0.1) / abs(axis.scale)
         self._max_effort = output.max_effort or 0.0
         self._wanted: float | None = None
 
@@ -271,6 +273,14 @@ class GripperAction(_Action):
     def _interrupt(self, number: int, what: str, instead: Motion) -> None:
         self._wanted = None
         super()._interrupt(number, what, instead)
+
+
+def as_written(motion: Motion, lines: Lines) -> Motion:
+    """The motion with the numbers that the outputs' messages have."""
+    if lines.is_identity:
+        return motion
+    position_NJ, velocity_NJ = lines.to_foreign(motion.position_NJ), motion.velocity_NJ / lines.scale_D
+    return replace(motion, position_NJ=position_NJ, velocity_NJ=velocity_NJ)
 
 
 def _standing(motion: Motion, k: int) -> Motion:
@@ -307,12 +317,14 @@ def open_stream_output(
 ) -> StreamTopic:
     """An output that takes one value after the other; `now_ns` is the time that stamps are on."""
     robot, axes = space.robot, space.robot.axes_of(output)
+    scale, offset = robot.command_lines.scale_D[axes], robot.command_lines.offset_D[axes]
     number, frame_id = robot.outputs.index(output), output.frame_id
     if kind == ARRAY:
         velocities = robot.axes[axes.start].kind == "velocity"
 
         def encode(sample: Sample) -> bytes:
-            return encode_array((sample.velocity_J if velocities else sample.position_J)[axes])
+            value = sample.velocity_J[axes] if velocities else sample.position_J[axes] - offset
+            return encode_array(value / scale)
 
     elif kind == POSE:
         pose = next(pose for pose in space.poses if pose.output == number)
@@ -327,7 +339,7 @@ def open_stream_output(
 
         def encode(sample: Sample) -> bytes:
             twist_6 = np.zeros(6)
-            twist_6[parts] = sample.velocity_J[axes]
+            twist_6[parts] = sample.velocity_J[axes] / scale
             return encode_stamped(now_ns(), frame_id, twist_6) if stamped else encode_twist(twist_6)
 
     return StreamTopic(node, kind, topic, axes, encode)

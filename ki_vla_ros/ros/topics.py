@@ -52,7 +52,14 @@ from ki_vla_ros.records import (
     header_ns,
 )
 from ki_vla_ros.robot import ACTIONS, POSE_STAMPED, TRAJECTORY, CommandSpace, Robot, Signal
-from ki_vla_ros.ros.outputs import COMMAND_KINDS, MotionOutput, StreamTopic, open_motion_output, open_stream_output
+from ki_vla_ros.ros.outputs import (
+    COMMAND_KINDS,
+    MotionOutput,
+    StreamTopic,
+    as_written,
+    open_motion_output,
+    open_stream_output,
+)
 from ki_vla_ros.ros.qos import EVENT, OVERRIDABLE, SENSOR
 from ki_vla_ros.ros.releases import SubscriptionEventCallbacks
 from ki_vla_ros.ros.stream import MotionStream, Streamed
@@ -226,7 +233,7 @@ class NodeWire:
         # Fixed, because use_sim_time does not change while a bundle is loaded.
         self._simulated = bool(node.get_parameter("use_sim_time").value)
         self._steady_ns = self.now_ns if self._simulated else time.monotonic_ns
-        space, axes = CommandSpace(robot), robot.axes
+        space, axes, self._lines = CommandSpace(robot), robot.axes, robot.command_lines
         shadows, topics = shadow_topics(robot), settings.command_topics(robot)
         self._motions: list[MotionOutput] = []
         streams: list[StreamTopic] = []
@@ -286,7 +293,8 @@ class NodeWire:
         if (interruption := self._goal_interruption()) is not None:
             raise interruption
         stamp_ns = self._stamp_of(now_ns) if self._stamped else 0
-        prepared = [output.prepare(motion, now_ns, stamp_ns) for output in self._motions]
+        written = as_written(motion, self._lines)
+        prepared = [output.prepare(written, now_ns, stamp_ns) for output in self._motions]
         if self._stream is not None:
             self._stream.play(motion)
         for k, (output, message) in enumerate(zip(self._motions, prepared, strict=True)):

@@ -438,7 +438,8 @@ class CommandedAxes:
     """
 
     def __init__(self, robot: Robot) -> None:
-        self._robot, self._width = robot, len(robot.axes)
+        self._robot, self._width, self._lines = robot, len(robot.axes), robot.command_lines
+        # In the units of the messages, as a line between two of their values is one in ours, too.
         self._parts: dict[str, tuple[slice, CommandedPath | _Streamed]] = {}
         for output in robot.outputs:
             place = robot.axes_of(output)
@@ -459,7 +460,8 @@ class CommandedAxes:
         place, path = self._parts[output]
         try:
             if isinstance(path, CommandedPath):
-                path.take(message, arrived_ns, None if measured_J is None else measured_J[place])
+                written_J = None if measured_J is None else self._lines.to_foreign(measured_J)
+                path.take(message, arrived_ns, None if written_J is None else written_J[place])
             else:
                 path.add(self._values(output, message), arrived_ns)
         except AttributeError:
@@ -474,7 +476,7 @@ class CommandedAxes:
         path_NJ = np.full((len(time_N), self._width), np.nan)
         for place, path in self._parts.values():
             path_NJ[:, place] = path.at(time_N)
-        return path_NJ
+        return self._lines.to_robot(path_NJ)
 
     def velocities(self, time_N: NDArray[np.int64]) -> Array:
         """What axes that are velocities were told [N, J]; 0 for all others."""
@@ -482,7 +484,7 @@ class CommandedAxes:
         for place, path in self._parts.values():
             if isinstance(path, _Streamed) and self._robot.axes[place.start].kind == "velocity":
                 velocity_NJ[:, place] = path.values(time_N)
-        return velocity_NJ
+        return velocity_NJ * self._lines.scale_D
 
     def known(self, time_ns: int, now_ns: int) -> bool:
         return now_ns > time_ns

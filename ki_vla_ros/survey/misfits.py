@@ -267,10 +267,7 @@ def _check_values(
     if not fits(*line):
         change, hint = "correct the limits, the unit or the zero", ""
         degrees = dimension.own_unit() == "rad" and fits(DEGREE, 0.0) and max(-low, high) > BEYOND_RADIANS
-        if key not in ("source", "dataset", "recorded"):
-            change = "correct the limits; commands are in the robot's own unit"
-            hint = ", which would fit as degrees" if degrees else ""
-        elif degrees and dimension.kind != "gripper":
+        if degrees and dimension.kind != "gripper":
             change, hint = f"set unit: deg in its {key}", ", which would fit as degrees"
             if max(-low, high) <= 100.5:
                 change += ", or range: [-100, 100] if they are shares of the range"
@@ -364,7 +361,7 @@ def _check_command(
     most = action.max_velocity or math.inf
     limits = (-most, most) if action.kind in ("twist", "joint_velocity") else action.span
     yield from _check_values(
-        file, place, "kind", where, topic, track.low, track.high, (1.0, 0.0), limits, action.continuous
+        file, place, "command", where, topic, track.low, track.high, action.command_line(), limits, action.continuous
     )
     signal = next(
         (s for s in file.robot.signals if s.part in (action.target, action.name) and s.field == "position"), None

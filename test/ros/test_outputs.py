@@ -16,6 +16,7 @@ import rclpy
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode
+from rclpy.serialization import deserialize_message
 from std_msgs.msg import Float64MultiArray
 from support.bundles import TASK, mixed_policy, mixed_robot, write_test_bundle
 from support.robots import PolicyProcess, is_hold, stamp_of
@@ -24,11 +25,15 @@ from support.waiting import until
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import ConfigurationError, SafetyRefusal
+from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.records import Motion, MotionInterrupted
 from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.robot.robot import Robot
 from ki_vla_ros.robot.rotations import from_vector, multiply
+from ki_vla_ros.ros.outputs import as_written, open_stream_output
+from ki_vla_ros.ros.stream import Sample
 from ki_vla_ros.ros.topics import NodeWire
+from ki_vla_ros.runtime.paths import CommandedAxes
 from ki_vla_ros.runtime.shadow import ShadowComparison
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.session import read_session
@@ -149,6 +154,31 @@ def test_every_output_gets_its_part_of_a_motion(rig: Rig) -> None:
     np.testing.assert_allclose([place.x, place.y, place.z], told.position_NJ[-1, 6:9])
     expected = multiply(REFERENCE, from_vector(told.position_NJ[-1, 9:12]))
     np.testing.assert_allclose([turned.x, turned.y, turned.z, turned.w], expected, atol=1e-9)
+
+
+def test_what_goes_out_in_other_units_means_the_same(rig: Rig) -> None:
+    """Motion to messages and, by an onlooker of the same robot file, back."""
+    fields, writing = mixed_robot(), {"shoulder": {"unit": "deg"}, "elbow": {"unit": "deg", "sign": -1, "offset": 0.5}}
+    writing |= {"gripper": {"unit": "mm"}, "slide": {"unit": "mm/s"}, "forward": {"sign": -1}}
+    for action in fields["actions"]:
+        action |= {"command": writing[action["name"]]} if action["name"] in writing else {}
+    robot, told = Robot.model_validate(fields), motion(0)
+    space, axes, k = CommandSpace(robot), CommandedAxes(robot), len(told.time_N) // 2
+    written = as_written(told, robot.command_lines)
+    np.testing.assert_allclose(np.degrees(told.position_NJ[:, 0]), written.position_NJ[:, 0])
+    for output, kind in (("arm", JointTrajectory), ("hand", JointTrajectory)):
+        place = robot.axes_of(next(o for o in robot.outputs if o.name == output))
+        message = deserialize_message(encode_command(written, int(told.time_N[0]), 0, place), kind)
+        axes.take(output, message, int(told.time_N[0]), told.position_NJ[0])
+    np.testing.assert_allclose(axes.at(told.time_N[[k]])[0, :3], told.position_NJ[k, :3], atol=1e-9)
+    position_J, velocity_J = told.at(int(told.time_N[k]))
+    for name, kind in (("slide", Float64MultiArray), ("base", TwistStamped)):
+        output = next(o for o in robot.outputs if o.name == name)
+        stream = open_stream_output(rig.node, output, str(output.type), f"written/{name}", space, lambda: 7)
+        message = deserialize_message(stream._encode(Sample(position_J, velocity_J, told.reference_P4)), kind)
+        axes.take(name, message, 0)
+        stream.close()
+    np.testing.assert_allclose(axes.velocities(np.array([1]))[0, 3:6], velocity_J[3:6], atol=1e-12)
 
 
 def test_while_a_velocity_is_not_0_the_node_brakes_it_before_it_lets_go(rig: Rig) -> None:

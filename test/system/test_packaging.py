@@ -164,8 +164,8 @@ def test_everything_imported_is_required_from_pip() -> None:
         "google": "protobuf",
         "yaml": "pyyaml",
     }
-    # Dependencies of rclpy's wheel, and cv_bridge, which is used where a ROS installation brings it.
-    from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge"}
+    # Dependencies of rclpy's wheel, and what is used only where a ROS installation brings it.
+    from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge", "control_msgs"}
     robot = {canonicalize_name(r.name) for name in ("robot", "simulation", "ros") for r in requirements(name)}
     trainer = robot | {canonicalize_name(r.name) for r in requirements("training")}
     for folder, names in (("ki_vla_ros", robot | OPTIONAL), ("training", trainer)):

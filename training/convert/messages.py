@@ -141,7 +141,7 @@ class RobotMessages:
 
     def _command(self, output: Output, target_J: Array, due_ns: int) -> Any:
         place = self.robot.axes_of(output)
-        value_J = target_J[place]
+        value_J = self.robot.command_lines.to_foreign(target_J)[place]
         if output.type == ARRAY:
             types = typestore().types
             layout = types["std_msgs/msg/MultiArrayLayout"](dim=[], data_offset=0)

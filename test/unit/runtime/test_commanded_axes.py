@@ -72,6 +72,39 @@ def test_each_output_moves_its_own_axes() -> None:
     assert np.isnan(at(axes, 9.0)).all()
 
 
+def in_degrees() -> Robot:
+    """The arm takes degrees, counted the other way round at the elbow; the hand mm; the slide mm/s."""
+    fields = mixed_robot()
+    writings = {"shoulder": {"unit": "deg"}, "elbow": {"unit": "deg", "sign": -1, "offset": 0.5}}
+    writings |= {"gripper": {"unit": "mm"}, "slide": {"unit": "mm/s"}}
+    for action in fields["actions"]:
+        action |= {"command": writings[action["name"]]} if action["name"] in writings else {}
+    return Robot.model_validate(fields)
+
+
+def test_commands_in_other_units_mean_the_robots_own() -> None:
+    axes = CommandedAxes(in_degrees())
+    axes.take("arm", trajectory(["shoulder", "elbow"], [90.0, 90.0]), s(1.0), np.zeros(12))
+    axes.take("hand", trajectory(["gripper"], [30.0]), s(1.0))
+    axes.take("slide", array(200.0), s(1.0))
+    np.testing.assert_allclose(at(axes, 3.0)[0, :SLIDE], [np.pi / 2, 0.5 - np.pi / 2, 0.03])
+    # Halfway from where it was, in the straight line that the controller makes of positions alone.
+    np.testing.assert_allclose(at(axes, 1.0, 1.5)[:, SHOULDER], [0.0, np.pi / 4], atol=1e-12)
+    np.testing.assert_allclose(axes.velocities(np.array([s(1.5)]))[0, SLIDE], 0.2)
+
+
+def test_a_writing_that_no_velocity_or_pose_can_have_is_refused() -> None:
+    fields = mixed_robot()
+    for name, writing, fault in (
+        ("slide", {"offset": 0.1}, r"'slide': command: expected no offset for a velocity, got 0\.1"),
+        ("tool.x", {"scale": 2.0}, r"'tool\.x': command: expected none for pose_delta"),
+        ("shoulder", {"unit": "mm"}, r"'shoulder': command: unit: expected one for rad, got mm"),
+    ):
+        actions = [a | ({"command": writing} if a["name"] == name else {}) for a in fields["actions"]]
+        with pytest.raises(ValueError, match=fault):
+            Robot.model_validate(fields | {"actions": actions})
+
+
 def test_the_path_of_a_velocity_is_where_it_has_led_to() -> None:
     axes = CommandedAxes(ROBOT)
     axes.take("slide", array(0.5), s(1.0))
