@@ -27,8 +27,8 @@ ROSDEP_KEYS = {
 }
 # Not to be had from rosdep, or for the demo alone: from pip, as package.xml and the README say.
 FROM_PIP = {"av", "lz4", "mcap", "mujoco", "onnxruntime", "rosbags", "simplejpeg", "tokenizers", "zstandard"}
-# Imported only when a parameter asks for it.
-OPTIONAL = {"cuda", "torch"}
+# Imported only when a parameter, or an output of the robot file, asks for it.
+OPTIONAL = {"control_msgs", "cuda", "torch"}
 
 
 def requirements(name: str) -> list[Requirement]:
@@ -168,7 +168,7 @@ def test_everything_imported_is_required_from_pip() -> None:
     from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge", "control_msgs"}
     robot = {canonicalize_name(r.name) for name in ("robot", "simulation", "ros") for r in requirements(name)}
     trainer = robot | {canonicalize_name(r.name) for r in requirements("training")}
-    for folder, names in (("ki_vla_ros", robot | OPTIONAL), ("training", trainer)):
+    for folder, names in (("ki_vla_ros", robot | {*map(canonicalize_name, OPTIONAL)}), ("training", trainer)):
         for module in imported_modules(ROOT / folder) - ours - from_ros:
             name = canonicalize_name(distributions.get(module, module))
             assert name in names or f"ros-{name}" in names, f"{folder} imports {module}"
