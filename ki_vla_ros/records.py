@@ -182,7 +182,10 @@ class Motion:
 
 
 class MotionInterrupted(SafetyRefusal):
-    """Some axes do not do what they were told: the axes `axis_J` (bool [J]) do `motion`; all others go on as before."""
+    """Some axes do not do what they were told: the axes `axis_J` (bool [J]) do `motion`; all others go on as before.
+
+    A position that is NaN is wherever the axis is measured.
+    """
 
     def __init__(self, message: str, motion: Motion, axis_J: NDArray[np.bool_]) -> None:
         super().__init__(message)

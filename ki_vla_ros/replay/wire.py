@@ -67,7 +67,7 @@ class ReplayWire:
     def moves_arm(self) -> bool:
         return False
 
-    def send_command(self, motion: Motion, now_ns: int) -> None:
+    def send_command(self, motion: Motion, now_ns: int, hold: bool = False) -> None:
         self._motions.append(motion)
 
     def report_chunk(self, chunk: ActionChunk) -> None: ...

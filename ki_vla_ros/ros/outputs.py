@@ -44,8 +44,8 @@ from ki_vla_ros.ros.stream import Sample
 SERVER_WAIT_S = 2.0
 # A gripper gets a new goal where its end changes by more than this share of its range.
 GRIPPER_STEP = 0.01
-# What a goal's result says (action_msgs/GoalStatus).
-ABORTED = 6
+# What a goal's result says (action_msgs/GoalStatus). A controller that is deactivated cancels its goal itself.
+CANCELED, ABORTED = 5, 6
 
 COMMAND_KINDS: Mapping[str, Any] = {
     TRAJECTORY: JointTrajectory,
@@ -173,35 +173,37 @@ class _Action:
 
     def _check_server(self) -> None:
         if not self._client.server_is_ready():
-            raise SafetyRefusal(f"{self._where}: its server is gone, so no output is told anything; is it running?")
+            raise SafetyRefusal(f"{self._where}: its server is gone, so no motion begins; is it running?")
 
     def _send_goal(self, goal: Any, motion: Motion) -> None:
         with self._lock:
             self._number += 1
-            number, before = self._number, self._told
-            self._told = motion
-        self._client.send_goal_async(goal).add_done_callback(partial(self._on_answer, number, before, motion))
+            number = self._number
+        self._client.send_goal_async(goal).add_done_callback(partial(self._on_answer, number, motion))
 
-    def _on_answer(self, number: int, before: Motion | None, motion: Motion, future: Any) -> None:
+    def _on_answer(self, number: int, motion: Motion, future: Any) -> None:
         handle = future.result()
         if handle is not None and handle.accepted:
+            self._told = motion
             handle.get_result_async().add_done_callback(partial(self._on_result, number, motion))
         else:
-            self._interrupt(number, "rejected", _standing(motion, 0) if before is None else before)
+            self._interrupt(number, "rejected", self._told or _standing(motion))
 
     def _on_result(self, number: int, motion: Motion, future: Any) -> None:
         answer = future.result()
-        if answer is not None and answer.status == ABORTED:
-            self._on_abort(number, str(getattr(answer.result, "error_string", "")), motion)
+        if answer is not None and answer.status in (CANCELED, ABORTED):
+            what = "aborted" if answer.status == ABORTED else "canceled"
+            reason = getattr(answer.result, "error_string", "")  # a gripper's has none
+            self._on_end(number, f"{what}{f' ({reason})' if reason else ''}", motion)
 
-    def _on_abort(self, number: int, reason: str, motion: Motion) -> None:
+    def _on_end(self, number: int, what: str, motion: Motion) -> None:
+        """A goal was aborted, or canceled though no newer one replaces it."""
         raise NotImplementedError
 
     def _interrupt(self, number: int, what: str, instead: Motion) -> None:
         with self._lock:
             if number != self._number:
                 return  # a newer goal has replaced it
-            self._told = instead
             axis_J = np.zeros(len(instead.joints), dtype=np.bool_)
             axis_J[self.axes] = True
             self._interruption = MotionInterrupted(f"{self._where}: goal {what} by the controller", instead, axis_J)
@@ -222,9 +224,12 @@ class TrajectoryAction(_Action):
     def send(self, prepared: Any, motion: Motion) -> None:
         self._send_goal(prepared, motion)
 
-    def _on_abort(self, number: int, reason: str, motion: Motion) -> None:
-        # Wherever it stopped, the next motion starts where it is then measured.
-        self._interrupt(number, f"aborted{f' ({reason})' if reason else ''}", _standing(motion, -1))
+    def _on_end(self, number: int, what: str, motion: Motion) -> None:
+        # Nobody says where it stopped.
+        standing = _standing(motion, np.nan)
+        if self._told is motion:
+            self._told = standing
+        self._interrupt(number, what, standing)
 
 
 class GripperAction(_Action):
@@ -266,9 +271,9 @@ class GripperAction(_Action):
     def end(self) -> None:
         self._wanted = None  # until the next activation someone else may move it
 
-    def _on_abort(self, number: int, reason: str, motion: Motion) -> None:
+    def _on_end(self, number: int, what: str, motion: Motion) -> None:
         if number == self._number:
-            self._refused(f"{self._where}: goal aborted by the controller; does the gripper hold something?")
+            self._refused(f"{self._where}: goal {what} by the controller; does the gripper hold something?")
 
     def _interrupt(self, number: int, what: str, instead: Motion) -> None:
         self._wanted = None
@@ -283,10 +288,10 @@ def as_written(motion: Motion, lines: Lines) -> Motion:
     return replace(motion, position_NJ=position_NJ, velocity_NJ=velocity_NJ)
 
 
-def _standing(motion: Motion, k: int) -> Motion:
-    """At rest in the place of the motion's instant `k`."""
-    still, time_N = np.zeros((1, len(motion.joints))), motion.time_N[[k]]
-    return Motion(motion.joints, int(time_N[0]), time_N, motion.position_NJ[[k]], still, motion.reference_P4)
+def _standing(motion: Motion, share: float = 1.0) -> Motion:
+    """At rest where the motion begins; with a `share` of NaN, where it is measured."""
+    still, time_N = np.zeros((1, len(motion.joints))), motion.time_N[[0]]
+    return Motion(motion.joints, int(time_N[0]), time_N, motion.position_NJ[[0]] * share, still, motion.reference_P4)
 
 
 def action_type(output: Output) -> Any:

@@ -31,7 +31,7 @@ from std_msgs.msg import Float64MultiArray, MultiArrayDimension, MultiArrayLayou
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle import PolicySpec
-from ki_vla_ros.errors import InputError
+from ki_vla_ros.errors import InputError, SafetyRefusal
 from ki_vla_ros.messages import (
     ENCODINGS,
     decode_compressed,
@@ -289,25 +289,34 @@ class NodeWire:
         for output in self._motions:
             output.check_ready()
 
-    def send_command(self, motion: Motion, now_ns: int) -> None:
+    def send_command(self, motion: Motion, now_ns: int, hold: bool = False) -> None:
         if (interruption := self._goal_interruption()) is not None:
             raise interruption
         stamp_ns = self._stamp_of(now_ns) if self._stamped else 0
         written = as_written(motion, self._lines)
-        prepared = [output.prepare(written, now_ns, stamp_ns) for output in self._motions]
+        prepared: list[tuple[MotionOutput, Any]] = []
+        gone: SafetyRefusal | None = None
+        for output in self._motions:
+            try:
+                prepared.append((output, output.prepare(written, now_ns, stamp_ns)))
+            except SafetyRefusal as refusal:
+                if not hold:
+                    raise
+                gone = refusal
         if self._stream is not None:
             self._stream.play(motion)
-        for k, (output, message) in enumerate(zip(self._motions, prepared, strict=True)):
+        told_J = self._streamed_J.copy()
+        for output, message in prepared:
             try:
                 output.send(message, motion)
             except Exception as error:
-                told_J = self._streamed_J.copy()
-                for told in self._motions[:k]:
-                    told_J[told.axes] = True
                 if not told_J.any():
                     raise
                 self._log_failure(error)
                 raise MotionInterrupted(f"output {output.name!r}: not told: {error!r}", motion, told_J) from error
+            told_J[output.axes] = True
+        if gone is not None:
+            raise MotionInterrupted(str(gone), motion, told_J) if told_J.any() else gone
 
     def take_interruption(self) -> MotionInterrupted | None:
         """What some axes do instead of what they were told, if they do; said once."""

@@ -18,6 +18,7 @@ from ki_vla_ros.errors import (
     InstructionError,
     KiVlaError,
     SafetyRefusal,
+    StaleInput,
     cause_of,
 )
 from ki_vla_ros.policy import Policy, make_model_input, state_token
@@ -62,11 +63,11 @@ class Wire(Protocol):
         """Whether an arm follows the commands; in a replay and in shadow mode it does what someone else says."""
         ...
 
-    def send_command(self, motion: Motion, now_ns: int) -> None:
+    def send_command(self, motion: Motion, now_ns: int, hold: bool = False) -> None:
         """Sends the motion, whose times are on the clock of `motion_ns`; `now_ns` is the present on it.
 
-        All outputs of the robot get their part of it, or none does. MotionInterrupted if it did not come to that, or if
-        the motion before was cut short on the way to a controller.
+        All outputs of the robot get their part of it, or none does; a `hold` goes to all that can be reached.
+        MotionInterrupted if it did not come to that, or if the motion before was cut short on the way to a controller.
         """
         ...
 
@@ -337,8 +338,7 @@ class PolicyLoop:
             if (found := interruption()) is not None:
                 self.wire.log(f"holding: {found}", cause_of(str(found)))
                 self.diagnostics.record_refusal(str(found))
-                self._governor.interrupt(found.motion, found.axis_J, self._gate.bounds)
-                self._held = False
+                self._interrupt(found, self._gate.bounds)
                 self._hold(settings)
                 return
             at_ns = self.wire.motion_ns()
@@ -457,6 +457,7 @@ class PolicyLoop:
         watch: Stopwatch,
         measured_J: NDArray[np.float64] | None,
         dry_run: bool = False,
+        hold: bool = False,
     ) -> None:
         """Sends what `make` makes of (when it takes over, now), at least `wait_ns` before it takes over.
 
@@ -482,9 +483,9 @@ class PolicyLoop:
                 if dry_run:
                     return  # the running motion stays what the arm was really told
                 try:
-                    self.wire.send_command(motion, sent_ns)
+                    self.wire.send_command(motion, sent_ns, hold)
                 except MotionInterrupted as interruption:
-                    self._governor.interrupt(interruption.motion, interruption.axis_J, bounds)
+                    self._interrupt(interruption, bounds)
                     raise
                 self._governor.commit(motion, bounds)
                 return
@@ -492,6 +493,21 @@ class PolicyLoop:
             f"motion: finished {late_ns / 1e6:.0f} ms after it had to be sent, {ATTEMPTS} times running; "
             "is this computer overloaded? Free it, or raise lead_s"
         )
+
+    def _interrupt(self, interruption: MotionInterrupted, bounds: Bounds) -> None:
+        """Notes what some axes do instead of what they were told; with that, nothing is a hold of all axes any more."""
+        motion, running, at_ns = interruption.motion, self._governor.running, self.wire.motion_ns()
+        self._held = False
+        if (unknown_NJ := np.isnan(motion.position_NJ)).any():
+            if running is None:
+                return
+            try:
+                max_age_ns = to_ns(self.settings().max_age_s)
+                place_J = self._place(self.buffer.measured(self.wire.now_ns(), max_age_ns).signal_M, at_ns)
+            except StaleInput:
+                place_J = running.at(at_ns)[0]  # about so far it had got
+            motion = dataclasses.replace(motion, position_NJ=np.where(unknown_NJ, place_J, motion.position_NJ))
+        self._governor.interrupt(motion, interruption.axis_J, bounds)
 
     def _ahead_ns(self) -> int:
         """How far the clock of the motion is ahead of the node's; a process may be stopped between reading the two."""
@@ -594,14 +610,17 @@ class PolicyLoop:
         """Brakes on the commanded path, if a motion of ours moves the arm that is not a hold already."""
         with self._moving:
             self._executor.stop()
-            if self._held or self._governor.at_rest(self.wire.motion_ns()):
-                return
-            try:  # in a dry run too: something sent before it is still moving the arm
-                self._send(self._brake, to_ns(settings.lead_s), 0, Stopwatch(), None)
-            except SafetyRefusal as refusal:
-                self.wire.log(f"hold: {refusal}", "hold")
-                return
-            except Exception:  # whatever it is, who stops or watches goes on; the watchdog tries again
-                self.wire.log(traceback.format_exc(), "internal error")
-                return
-            self._held = True
+            for _ in range(2):  # again if it was not sent, as a motion before had been cut short
+                if self._held or self._governor.at_rest(self.wire.motion_ns()):
+                    return
+                try:  # in a dry run too: something sent before it is still moving the arm
+                    self._send(self._brake, to_ns(settings.lead_s), 0, Stopwatch(), None, hold=True)
+                    self._held = True
+                except MotionInterrupted as interruption:
+                    self.wire.log(f"hold: {interruption}", "hold")
+                except SafetyRefusal as refusal:
+                    self.wire.log(f"hold: {refusal}", "hold")
+                    return
+                except Exception:  # whatever it is, who stops or watches goes on; the watchdog tries again
+                    self.wire.log(traceback.format_exc(), "internal error")
+                    return

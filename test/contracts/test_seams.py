@@ -65,7 +65,7 @@ class Wire:
     def moves_arm(self) -> bool:
         return True
 
-    def send_command(self, motion: Motion, now_ns: int) -> None:
+    def send_command(self, motion: Motion, now_ns: int, hold: bool = False) -> None:
         self.sent.append((now_ns, motion))
 
     def report_chunk(self, chunk: ActionChunk) -> None: ...

@@ -432,17 +432,79 @@ def test_an_aborted_trajectory_stops_all_but_a_gripper_may_hold_something(rig: R
         client.respond(accepted=True)
     hand.finish(6)
     assert wire.take_interruption() is None
-    assert rig.refused == ["output 'hand': hand/grip: goal aborted by the controller; does the gripper hold something?"]
+    assert len(rig.refused) == 1 and "output 'hand': hand/grip: goal aborted" in rig.refused[0]
+    assert rig.refused[0].endswith("; does the gripper hold something?")
     arm.finish(6)
     found = wire.take_interruption()
     assert found is not None and "goal aborted (path tolerance) by the controller" in str(found)
     np.testing.assert_array_equal(found.motion.velocity_NJ, 0.0)
+    assert np.isnan(found.motion.position_NJ).all()  # nobody says where it stopped
     wire.send_command(first_three(share=0.5), 1_000 * MS)
     arm.respond(accepted=True)
     wire.send_command(first_three(share=0.6), 1_000 * MS)
     arm.finish(5)  # of the one that was replaced
     arm.finish(6)
     assert wire.take_interruption() is None
+
+
+@pytest.mark.usefixtures("control_msgs")
+def test_a_trajectory_that_the_controller_cancels_stops_all(rig: Rig) -> None:
+    wire = rig.wire(action_robot())
+    arm, hand = Client.made["arm/follow"], Client.made["hand/grip"]
+    wire.send_command(first_three(), 1_000 * MS)
+    for client in (arm, hand):
+        client.respond(accepted=True)
+    hand.finish(5)
+    assert rig.refused[0].startswith("output 'hand': hand/grip: goal canceled")
+    assert wire.take_interruption() is None
+    arm.finish(5)
+    found = wire.take_interruption()
+    assert found is not None and "goal canceled (path tolerance) by the controller" in str(found)
+    assert found.axis_J.tolist() == [True, True, False]
+    # It is not active any more, and rejects what comes.
+    wire.send_command(first_three(), 1_000 * MS)
+    arm.respond(accepted=False)
+    found = wire.take_interruption()
+    assert found is not None and np.isnan(found.motion.position_NJ).all()
+
+
+@pytest.mark.usefixtures("control_msgs")
+def test_of_two_goals_that_are_rejected_neither_is_in_force(rig: Rig) -> None:
+    wire = rig.wire(action_robot())
+    arm = Client.made["arm/follow"]
+    told = [first_three(share=share) for share in (1.0, 0.9, 0.8)]
+    wire.send_command(told[0], 1_000 * MS)
+    arm.respond(accepted=True)
+    for motion in told[1:]:
+        wire.send_command(motion, 1_000 * MS)
+    for accepted in (-2, -1):
+        arm.answer[accepted](SimpleNamespace(result=lambda: SimpleNamespace(accepted=False)))
+    found = wire.take_interruption()
+    assert found is not None and found.motion is told[0]
+
+
+@pytest.mark.usefixtures("control_msgs")
+def test_a_hold_goes_to_all_that_can_be_reached(rig: Rig) -> None:
+    fields = mixed_robot()
+    fields["outputs"][1] |= {"topic": "hand/grip", "type": "control_msgs/action/GripperCommand"}
+    wire = rig.wire(Robot.model_validate(fields))
+    until(lambda: rig.node.count_subscribers("arm/joint_trajectory") and rig.node.count_subscribers("cmd_vel"))
+    time.sleep(0.2)
+    told = motion(wire.motion_ns(), seconds=30.0)
+    wire.send_command(told, wire.motion_ns())
+    until(lambda: velocities(rig)[1][-1:] == [pytest.approx(FORWARD_SPEED)])
+    Client.made["hand/grip"].ready = False
+    brake = motion(wire.motion_ns() - 300 * MS)  # comes to rest soon
+    with pytest.raises(SafetyRefusal, match="its server is gone") as raised:
+        wire.send_command(brake, wire.motion_ns())
+    assert not isinstance(raised.value, MotionInterrupted)
+    with pytest.raises(MotionInterrupted, match="its server is gone") as interrupted:
+        wire.send_command(brake, wire.motion_ns(), hold=True)
+    assert [axis.name for axis, there in zip(ROBOT.axes, interrupted.value.axis_J, strict=True) if not there] == [
+        "gripper"
+    ]
+    until(lambda: velocities(rig)[1][-3:] == [0.0] * 3 and len(rig.got["arm"]) == 2)
+    assert_gentle(velocities(rig)[1])
 
 
 @pytest.mark.usefixtures("control_msgs")
@@ -453,7 +515,7 @@ def test_without_a_server_nobody_is_told_anything(rig: Rig) -> None:
     hand.ready = False
     with pytest.raises(ConfigurationError, match=r"output 'hand': hand/grip: no server of this action answers"):
         wire.check_ready()
-    with pytest.raises(SafetyRefusal, match=r"output 'hand': hand/grip: its server is gone, so no output is told"):
+    with pytest.raises(SafetyRefusal, match=r"output 'hand': hand/grip: its server is gone, so no motion begins"):
         wire.send_command(first_three(), 1_000 * MS)
     arm.ready, hand.ready = False, True
     with pytest.raises(SafetyRefusal, match=r"output 'arm': arm/follow: its server is gone"):

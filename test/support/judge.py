@@ -332,7 +332,7 @@ class World:
     def moves_arm(self) -> bool:
         return True
 
-    def send_command(self, motion: Motion, now_ns: int) -> None:
+    def send_command(self, motion: Motion, now_ns: int, hold: bool = False) -> None:
         """As NodeWire's, but that what it publishes may come late."""
         if self.ramp_from is None:
             self.ramp_from = self.decoded

@@ -346,7 +346,7 @@ class World:
     def moves_arm(self) -> bool:
         return True
 
-    def send_command(self, motion: Motion, now_ns: int) -> None:
+    def send_command(self, motion: Motion, now_ns: int, hold: bool = False) -> None:
         if self.streams_J.any():
             self.player.play(motion, self.steady)
         for number, index in self.trajectory_J.items():

@@ -49,7 +49,7 @@ class FakeWire:
     def moves_arm(self) -> bool:
         return True
 
-    def send_command(self, motion: Motion, now_ns: int) -> None:
+    def send_command(self, motion: Motion, now_ns: int, hold: bool = False) -> None:
         self.commands.append((motion, now_ns))
 
     def report_chunk(self, chunk: ActionChunk) -> None:

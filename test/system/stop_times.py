@@ -49,8 +49,8 @@ class RealTimeWire(FakeWire):
     def simulated_clock(self) -> bool:
         return False
 
-    def send_command(self, motion: Motion, now_ns: int) -> None:
-        super().send_command(motion, now_ns)
+    def send_command(self, motion: Motion, now_ns: int, hold: bool = False) -> None:
+        super().send_command(motion, now_ns, hold)
         self.sent.set()
 
 

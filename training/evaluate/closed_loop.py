@@ -73,7 +73,7 @@ class Arm:
     def moves_arm(self) -> bool:
         return True
 
-    def send_command(self, motion: Motion, now_ns: int) -> None:
+    def send_command(self, motion: Motion, now_ns: int, hold: bool = False) -> None:
         before = self._controller.sample(now_ns)
         self._controller.accept(as_trajectory(motion, now_ns), now_ns)
         after = self._controller.sample(now_ns)

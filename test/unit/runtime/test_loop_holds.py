@@ -569,11 +569,11 @@ def test_if_a_motion_reaches_some_outputs_only_these_brake_from_it_and_the_other
     running = moving(rig)
     send, told = rig.wire.send_command, []
 
-    def fail_once(motion: Motion, now_ns: int) -> None:
+    def fail_once(motion: Motion, now_ns: int, hold: bool = False) -> None:
         if not told:
             told.append(motion)
             raise MotionInterrupted("output 'hand': not told", motion, FIRST_THREE)
-        send(motion, now_ns)
+        send(motion, now_ns, hold)
 
     monkeypatch.setattr(rig.wire, "send_command", fail_once)
     give_state(rig, running.at(rig.wire.time_ns)[0])
@@ -583,6 +583,61 @@ def test_if_a_motion_reaches_some_outputs_only_these_brake_from_it_and_the_other
     assert_the_others_brake(running, held, bounds_of(rig).acceleration_J)
     for a, b in zip(told[0].at(held.from_ns), held.at(held.from_ns), strict=True):
         np.testing.assert_allclose(a[:3], b[:3], atol=1e-9)
+
+
+def test_axes_that_stopped_nobody_knows_where_are_held_where_they_are_measured(rig: Rig) -> None:
+    running = moving(rig)
+    stood_J = running.at(rig.wire.time_ns - 200 * MS)[0]
+    assert np.abs(stood_J - running.position_NJ[-1])[:3].max() > 0.05
+    give_state(rig, stood_J)
+    rig.loop.watch(lambda: MotionInterrupted("aborted", standing(rig, np.full(7, np.nan)), FIRST_THREE))
+    (held, _) = rig.wire.commands[1]
+    assert_the_others_brake(running, held, bounds_of(rig).acceleration_J)
+    np.testing.assert_allclose(held.position_NJ[1:, :3], np.tile(stood_J[:3], (len(held.time_N) - 1, 1)), atol=1e-6)
+    # Without a reading, where they had been told to be by now.
+    rig.wire.time_ns += 1
+    rig.buffer.clear()
+    rig.loop.watch(lambda: MotionInterrupted("aborted", standing(rig, np.full(7, np.nan)), FIRST_THREE))
+    np.testing.assert_allclose(rig.wire.commands[2][0].position_NJ[-1, :3], stood_J[:3], atol=1e-6)
+
+
+def test_a_motion_that_is_cut_short_while_the_arm_comes_to_rest_is_held_too(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = moving(rig)
+    rig.loop.rest()
+    rig.loop.rest()
+    assert len(rig.wire.commands) == 2  # once is enough
+    send, told = rig.wire.send_command, []
+
+    def fail_once(motion: Motion, now_ns: int, hold: bool = False) -> None:
+        if not told:
+            told.append(motion)
+            raise MotionInterrupted("output 'hand': not told", motion, FIRST_THREE)
+        send(motion, now_ns, hold)
+
+    monkeypatch.setattr(rig.wire, "send_command", fail_once)
+    rig.wire.time_ns += 20 * MS
+    give_state(rig, running.at(rig.wire.time_ns)[0])
+    rig.loop.step(rig.settings, rig.wire.time_ns, 0)
+    assert rig.wire.ticks[-1]["hold"] == "output 'hand': not told"
+    assert len(rig.wire.commands) == 3 and is_hold(rig.wire.commands[2][0])
+
+
+def test_a_stop_that_learns_of_an_interruption_is_sent_all_the_same(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = moving(rig)
+    send, told = rig.wire.send_command, []
+
+    def fail_once(motion: Motion, now_ns: int, hold: bool = False) -> None:
+        assert hold
+        if not told:
+            told.append(motion)
+            raise MotionInterrupted("output 'arm': goal rejected", running, FIRST_THREE)
+        send(motion, now_ns, hold)
+
+    monkeypatch.setattr(rig.wire, "send_command", fail_once)
+    rig.loop.latch("by hand")
+    assert len(rig.wire.commands) == 2 and is_hold(rig.wire.commands[1][0])
 
 
 def test_the_first_motion_that_reaches_only_some_outputs_leaves_the_others_where_they_are(rig: Rig) -> None:
