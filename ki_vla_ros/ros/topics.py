@@ -295,28 +295,28 @@ class NodeWire:
         stamp_ns = self._stamp_of(now_ns) if self._stamped else 0
         written = as_written(motion, self._lines)
         prepared: list[tuple[MotionOutput, Any]] = []
-        gone: SafetyRefusal | None = None
+        fault: SafetyRefusal | None = None
         for output in self._motions:
             try:
                 prepared.append((output, output.prepare(written, now_ns, stamp_ns)))
             except SafetyRefusal as refusal:
                 if not hold:
                     raise
-                gone = refusal
+                fault = refusal
         if self._stream is not None:
             self._stream.play(motion)
         told_J = self._streamed_J.copy()
         for output, message in prepared:
             try:
                 output.send(message, motion)
+                told_J[output.axes] = True
             except Exception as error:
-                if not told_J.any():
-                    raise
                 self._log_failure(error)
-                raise MotionInterrupted(f"output {output.name!r}: not told: {error!r}", motion, told_J) from error
-            told_J[output.axes] = True
-        if gone is not None:
-            raise MotionInterrupted(str(gone), motion, told_J) if told_J.any() else gone
+                fault = SafetyRefusal(f"output {output.name!r}: not told: {error!r}")
+                if not hold:
+                    break
+        if fault is not None:
+            raise MotionInterrupted(str(fault), motion, told_J) if told_J.any() else fault
 
     def take_interruption(self) -> MotionInterrupted | None:
         """What some axes do instead of what they were told, if they do; said once."""

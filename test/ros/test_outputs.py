@@ -209,6 +209,15 @@ def test_if_an_output_cannot_be_told_after_another_was_that_is_said_of_each_axis
     assert raised.value.motion is told
     names = [axis.name for axis, there in zip(ROBOT.axes, raised.value.axis_J, strict=True) if there]
     assert names == [axis.name for axis in ROBOT.axes if axis.name != "gripper"]
+    # A hold goes to those behind it all the same.
+    rig.discovered()
+    monkeypatch.undo()
+    arm, hand = wire._motions
+    monkeypatch.setattr(arm, "send", broken)
+    before = len(rig.got["hand"])
+    with pytest.raises(MotionInterrupted, match="output 'arm': not told"):
+        wire.send_command(told, wire.motion_ns(), hold=True)
+    until(lambda: len(rig.got["hand"]) == before + 1)
 
 
 def test_a_stream_that_fails_interrupts_every_streamed_axis(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
