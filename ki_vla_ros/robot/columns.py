@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ def find_columns(
     """Column and index of each dimension; `column` is where those are that name none.
 
     By index where the robot file gives one, else by name if the dataset has one of their names, else in the order of
-    the list. ConfigurationError names the dimension that is not there.
+    the list. ConfigurationError names the dimension that is not there, or that the dataset's names put elsewhere.
     """
     names = {d.dataset.column or column for d in dimensions}
     by_name = {name: _has_a_name(dimensions, column, name, features) for name in names}
@@ -40,6 +41,12 @@ def find_columns(
         elif index is None:
             index = counts[own]
             counts[own] += 1
+            alike = [i for i, name in enumerate(features[own][1]) if _alike(dimension.name, name)]
+            if len(alike) == 1 and alike[0] != index:
+                raise ConfigurationError(
+                    f"{here}.name: expected {features[own][1][alike[0]]!r} at index {index} of {own}, as the robot "
+                    f"file has it, got it at {alike[0]}{_named(features[own])}; give name or index of each"
+                )
         if index >= width:
             raise ConfigurationError(f"{here}.index: expected at most {width - 1} in {own}, got {index}")
         found.append((own, index))
@@ -73,16 +80,27 @@ def _index_of(dimension: Dimension, own: str, feature: Feature) -> int:
     return names.index(name)
 
 
+def _alike(one: str, other: str) -> bool:
+    """Whether one name is the other with something before or behind it: elbow, main_elbow, elbow.pos."""
+    a, b = (f"_{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}_" for name in (one, other))
+    return a in b or b in a
+
+
 def _named(feature: Feature) -> str:
     return f" ({', '.join(feature[1])})" if feature[1] else ""
 
 
 def flatten_names(names: Any) -> list[str]:
-    """["a", "b"] for ["a", "b"], [["a", "b"]], {"motors": ["a", "b"]} and {"a": 0, "b": 1}, as LeRobot has them."""
+    """["a", "b"] for ["a", "b"], [["a", "b"]], {"motors": ["a", "b"]} and {"a": 0, "b": 1}, as LeRobot has them.
+
+    Groups may be in groups, and a group of one may be its name.
+    """
     if isinstance(names, dict):
         if names and sorted(names.values(), key=repr) == sorted(range(len(names)), key=repr):
             return sorted(names, key=lambda name: int(names[name]))
-        names = [group for group in names.values() if isinstance(group, list)]
+        names = [group for group in names.values() if isinstance(group, list | dict | str)]
     if isinstance(names, list):
-        return [name for part in names for name in (flatten_names(part) if isinstance(part, list) else [str(part)])]
+        return [
+            name for part in names for name in (flatten_names(part) if isinstance(part, list | dict) else [str(part)])
+        ]
     return []
