@@ -44,6 +44,7 @@ class Topic:
     times: array[int] = field(default_factory=lambda: array("q"))
     tracks: dict[str, Track] = field(default_factory=dict)
     velocity: dict[str, Track] = field(default_factory=dict)
+    names: dict[str, None] = field(default_factory=dict)  # in JointStates, also those without a number
     frame_id: str = ""
     points: int = 0  # most points of a trajectory
     parts: bool = False  # not every message has every joint
@@ -149,6 +150,7 @@ def _keep(tracks: dict[str, Track], time_ns: int, names: Sequence[str], values: 
 def _read_joints(topic: Topic, message: BagMessage) -> None:
     state = decode(message)
     names = [str(name) for name in state.name]
+    topic.names |= dict.fromkeys(names)
     topic.parts |= bool(topic.tracks) and set(names) != set(topic.tracks)
     if len(state.position):
         _keep(topic.tracks, message.log_ns, names, state.position)

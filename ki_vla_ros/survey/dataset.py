@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,15 @@ class DatasetSurvey:
     columns: Mapping[str, Numbers]
     images: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
+    @property
+    def state_key(self) -> str:
+        """The column of the state, as the trainer finds it: also under the name that openpi's converters give it."""
+        return "state" if "observation.state" not in self.columns and "state" in self.columns else "observation.state"
+
+    @property
+    def action_key(self) -> str:
+        return "actions" if "action" not in self.columns and "actions" in self.columns else "action"
+
 
 def survey_dataset(path: Path) -> DatasetSurvey:
     """ConfigurationError if there is no dataset, or one whose description cannot be read."""
@@ -63,7 +73,7 @@ def survey_dataset(path: Path) -> DatasetSurvey:
             channels_first = len(shape) == 3 and shape[0] in (1, 3)
             size = shape[1:] if channels_first else shape[:2]
             images[key] = (size[0], size[1]) if len(size) == 2 else (0, 0)
-        elif str(feature.get("dtype")).startswith("float") and len(shape) < 2:
+        elif re.match("float|u?int|bool", str(feature.get("dtype"))) and len(shape) < 2:
             columns[key] = _numbers(key, shape[0] if shape else 1, feature.get("names"), stats.get(key))
     return DatasetSurvey(path, str(info.get("robot_type") or ""), float(fps), columns, images)
 

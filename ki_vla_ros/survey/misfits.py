@@ -208,6 +208,10 @@ def _check_signal(file: RobotFile, signal: Signal, place: Place, bag: BagSurvey,
     tracks = seen.velocity if signal.field == "velocity" else seen.tracks
     if seen.type == JOINT_STATE and signal.field == "effort":
         return
+    if signal.part not in tracks and signal.part in seen.names:
+        change = f"let its driver fill in {signal.field}, or set topic in its {key} to one that has it"
+        yield Misfit(line, where, f"a {signal.field} of {signal.part} on {topic}", "its name without a number", change)
+        return
     if signal.part not in tracks:
         names = ", ".join(list(tracks)[:20]) or seen.fault or "nothing that can be read"
         change = f"correct its name, or set joint in its {key}"
@@ -443,8 +447,8 @@ def check_dataset(file: RobotFile, dataset: DatasetSurvey) -> Iterator[Misfit]:
             )
     opening: dict[str, tuple[str, float]] = {}
     groups: tuple[tuple[str, Sequence[Any], str, Lines], ...] = (
-        ("state", robot.state, "observation.state", robot.state_lines),
-        ("actions", robot.actions, "action", robot.action_lines),
+        ("state", robot.state, dataset.state_key, robot.state_lines),
+        ("actions", robot.actions, dataset.action_key, robot.action_lines),
     )
     for group, dimensions, key, lines in groups:
         try:

@@ -304,7 +304,7 @@ class Proposal:
         source += ["unit: deg"] if guess.degrees else []
         fields = [f"name: {_scalar(guess.name)}", *self._kind(guess)]
         fields += [f"source: {{{', '.join(source)}}}"] if source else []
-        fields += self._mapping(guess, "observation.state")
+        fields += self._mapping(guess, self.dataset.state_key if self.dataset else "")
         note = ["CHECK: is it in degrees?"] if guess.degrees else []
         return [f"  - {{{', '.join(fields)}}}" + (f"  # {'; '.join(note)}" if note else "")]
 
@@ -333,7 +333,7 @@ class Proposal:
             unit = ", unit: deg" if recorded.name in self._degrees and guess.unit == "rad" and not guess.gripper else ""
             fields.append(f"recorded: {{topic: {_scalar(recorded.name)}{unit}}}")
             notes.append("CHECK: what was commanded is taken from there")
-        fields += self._mapping(guess, "action")
+        fields += self._mapping(guess, self.dataset.action_key if self.dataset else "")
         if guess.gripper:
             notes.append(f"CHECK: {'more' if guess.open_high else 'less'} is open?")
             if len(output.parts) > 1 and not is_gripper(output.topic):
@@ -389,7 +389,7 @@ class Proposal:
     def _from_dataset(self) -> tuple[list[str], list[str], list[str]]:
         dataset = self.dataset
         assert dataset is not None
-        state_column, action_column = (self._column(key) for key in ("observation.state", "action"))
+        state_column, action_column = (self._column(key) for key in (dataset.state_key, dataset.action_key))
         degrees = self._in_degrees(state_column) or self._in_degrees(action_column)
         state, actions = [], []
         for i, name in enumerate(_element_names(state_column)):
@@ -419,7 +419,8 @@ class Proposal:
             return self.dataset.columns[key]
         raise ConfigurationError(
             f"dataset {self.dataset.path}: expected a feature {key}, got "
-            f"{', '.join(self.dataset.columns) or 'no numbers'}; write the robot file by hand, with `dataset`"
+            f"{', '.join(self.dataset.columns) or 'no numbers'}; write the robot file by hand, with "
+            "dataset: {column: ..., index: ...} in each dimension"
         )
 
     def _in_degrees(self, column: Numbers) -> bool:
@@ -664,7 +665,7 @@ def _kind_of(element: str, column: Numbers) -> str:
     if {"x", "y", "z"} <= set(names) and AXIS_ANGLE.get(element, element) in parts:
         z = names.index("z")  # a place above the table is not below it as well; a step is
         both_ways = bool(column.low) and column.low[z] < -0.05 and column.high[z] > 0.05
-        return "pose_delta" if both_ways and column.key == "action" else "pose"
+        return "pose_delta" if both_ways and column.key in ("action", "actions") else "pose"
     return "joint_velocity" if element.endswith((".vel", "_velocity")) else "joint_position"
 
 

@@ -17,6 +17,7 @@ from support.unknown_arm import ARM, ARM_TOPIC, ARRAY, COMPRESSED, FINGER, FRONT
 
 from ki_vla_ros.messages import BagMessage
 from ki_vla_ros.robot.__main__ import main
+from ki_vla_ros.survey import RobotFile, check_dataset, survey_dataset
 
 Robot = dict[str, Any]
 GRIPPER_TOPIC = "/gripper_controller/joint_trajectory"
@@ -90,6 +91,9 @@ PLANTS: dict[str, tuple[Callable[[Robot], Robot], Callable[[Messages], Messages]
         ("state iiwa_joint_1: expected sensor_msgs/msg/JointState on /arm/joint_states, got no such topic",)),
     "a joint's name": (edit(("state", 1, {"name": "iiwa_joint_two"})), same, "iiwa_joint_two",
         ("state iiwa_joint_two: expected iiwa_joint_two on /joint_states", "did you mean", "set joint in its source")),
+    "a joint without a number": (edit(), states(lambda p: np.append(np.nan, p[1:])), '"iiwa_joint_1"',
+        ("state iiwa_joint_1: expected a position of iiwa_joint_1 on /joint_states, got its name without a number",
+         "let its driver fill in position, or set topic in its source")),
     "degrees": (edit(), states(np.degrees), '"name": "iiwa_joint_5", "kind": "joint_position", "unit": "rad", "source"',
         ("state iiwa_joint_5: expected -2.96 to 2.96 rad", "would fit as degrees", "set unit: deg in its source")),
     "radians that are said to be degrees":
@@ -226,6 +230,16 @@ def test_the_dataset_disagrees(name: str, tmp_path: Path, proposed: Robot, capsy
 
 def test_a_dataset_that_fits_has_no_faults(tmp_path: Path, proposed: Robot) -> None:
     assert main(["check", str(write(tmp_path, proposed)), "--dataset", str(dataset(tmp_path / "data"))]) == 0
+
+
+def test_the_columns_of_openpis_converters_are_checked_as_they_are_read(tmp_path: Path, proposed: Robot) -> None:
+    path = dataset(tmp_path / "data", observation_state={"min": [-0.5] * 7 + [2.0], "max": [0.5] * 7 + [99.0]})
+    for file in ("meta/info.json", "meta/stats.json"):
+        text = (path / file).read_text().replace('"observation.state"', '"state"').replace('"action"', '"actions"')
+        (path / file).write_text(text)
+    robot = RobotFile(write(tmp_path, proposed))
+    (misfit,) = check_dataset(robot, survey_dataset(path))
+    assert misfit.where == f"state {FINGER}" and "state[7]" in misfit.got
 
 
 def test_the_bundle_is_of_another_robot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

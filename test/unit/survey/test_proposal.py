@@ -424,6 +424,17 @@ def test_proposals_of_datasets_are_valid_once_they_are_filled_in(
     assert main(["check", str(out), "--dataset", str(path)]) in (0, 1)  # its numbers may be outside what was filled in
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_columns_of_other_names_and_types_are_the_state_and_the_actions(tmp_path: Path, dtype: str) -> None:
+    """openpi's converters call them state and actions; some datasets have whole numbers."""
+    path = dataset(tmp_path / "data")
+    for file in ("meta/info.json", "meta/stats.json"):
+        text = (path / file).read_text().replace('"observation.state"', '"state"').replace('"action"', '"actions"')
+        (path / file).write_text(text.replace("float32", dtype))
+    text, plain = (Proposal("", None, survey_dataset(p), "").text for p in (path, dataset(tmp_path / "data2")))
+    assert text.replace("data2", "data") == plain.replace("data2", "data")
+
+
 def test_euler_angles_are_no_rotation_vector(tmp_path: Path) -> None:
     names = ["x", "y", "z", "roll", "pitch", "yaw"]
     path = dataset(tmp_path / "data", names=names, min=[0.0] * 6, max=[1.0] * 6, mean=[0.5] * 6)
