@@ -241,6 +241,7 @@ class Inbox:
         self._cameras = {topic: name for name, topic in topics.cameras.items()}
         self._signals = set(topics.signals.values())
         self._outputs = {topic: name for name, topic in topics.commands.items()}
+        self._types = {output.name: output.message_types for output in robot.outputs}
         self.measured = MeasuredPath(robot.signals, robot)
         self._commanded = CommandedAxes(robot)
         self.reference: ArmPath | None = None
@@ -264,7 +265,8 @@ class Inbox:
                 raise
             self.measured.add(kept)
         elif (output := self._outputs.get(topic)) is not None:
-            self._commanded.take(output, decode(message), message.log_ns, self._where(message.log_ns))
+            command = decode(message, *self._types[output])
+            self._commanded.take(output, command, message.log_ns, self._where(message.log_ns))
         elif topic == topics.chunk and self._options.as_recorded:
             published = decode(message, TRAJECTORY)
             positions = np.array([point.positions for point in published.points], dtype=np.float64)

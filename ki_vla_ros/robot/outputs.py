@@ -90,6 +90,11 @@ class Output(Frozen):
         """The type of its messages, or of its action."""
         return self.type or (ARRAY if publish_mode == "stream" else TRAJECTORY)
 
+    @property
+    def message_types(self) -> tuple[OutputType, ...]:
+        """The types that messages on its topic may have, whatever publish_mode was."""
+        return (self.type,) if self.type else (TRAJECTORY, ARRAY)
+
     def streams(self, publish_mode: str) -> bool:
         """Whether its controller takes one value after the other, rather than a trajectory or a goal."""
         return self.wire_type(publish_mode) in STREAMED

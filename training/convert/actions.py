@@ -18,7 +18,7 @@ from ki_vla_ros.robot import CommandSpace, Output, nearest_turn, recorded_signal
 from ki_vla_ros.runtime import ObservationBuffer
 from ki_vla_ros.runtime.paths import CommandedAxes, MeasuredPath
 from training.convert.clock import Clock
-from training.convert.sources import Sources, command_types
+from training.convert.sources import Sources
 
 Array = NDArray[np.float64]
 Actions = Literal["commands", "states"]
@@ -101,7 +101,7 @@ class Commanded:
 
     def take(self, message: BagMessage, where: Where) -> None:
         for output in self._outputs.get(message.topic, ()):
-            command = self._clock.command(message, decode(message, *command_types(output)))
+            command = self._clock.command(message, decode(message, *output.message_types))
             # Only the first needs it: the others start from where the controller was told to be.
             measured_J = None if output.name in self._begun else where()
             self._axes.take(output.name, command, message.log_ns, measured_J)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ki_vla_ros.bags import Bag
 from ki_vla_ros.bundle import Manifest, load_bundle
 from ki_vla_ros.errors import ConfigurationError, describe_validation
-from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE, POSITIONS, TRAJECTORY
+from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE
 from ki_vla_ros.records import to_ns
 from ki_vla_ros.robot import (
     FOLLOW_TRAJECTORY,
@@ -104,18 +104,13 @@ class Sources:
                     f"action ({output.type}), whose goals bags do not have; give its actions `recorded`, a topic of "
                     "joint states that says what they were (the gripper's own, say), or take --actions states"
                 )
-            types = command_types(output)
+            types = output.message_types
             if missing := _misfit(bag, f"output {output.name!r}", output.topic, types):
                 raise ConfigurationError(
                     f"bag {bag.path}: expected commands on {missing[0]}, got only {_list(bag)}; name their topic "
                     f"(--command, or in the robot file {line}), give the actions `recorded` if a leader arm's joint "
                     "states say what they were, or take --actions states"
                 )
-
-
-def command_types(output: Output) -> tuple[str, ...]:
-    """The types that its commands may have in a bag."""
-    return (output.type,) if output.type else (TRAJECTORY, POSITIONS)
 
 
 def _as_recorded(bag: Bag, topic: str) -> str:
