@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.robot import ActionDimension, Column, Lines, Robot, StateDimension, find_columns
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.layout import ACTION, STATE, make_features
@@ -104,7 +104,8 @@ def read_robot_columns(
 ) -> tuple[Array, Array | None]:
     """State [N, S] and actions [N, D] of rows of the dataset, in the robot's units; no actions: it has none at all.
 
-    ConfigurationError names the dimension that the dataset lacks, and what to write into the robot file.
+    ConfigurationError names the dimension that the dataset lacks, and what to write into the robot file; InputError a
+    number that is none.
     """
     state_NS = robot.state_lines.to_robot(_pick(dataset, robot.state, dataset.state_key or STATE, columns))
     if dataset.action_key is None and not any(a.dataset.column for a in robot.actions):
@@ -129,4 +130,11 @@ def _pick(
     except ConfigurationError as error:
         raise ConfigurationError(f"dataset {dataset.folder}: robot file: {error}") from error
     picked = [columns[name].reshape(len(columns[name]), -1)[:, place] for name, place in places]
-    return np.stack([values.astype(np.float64) for values in picked], axis=1)
+    value_ND = np.stack([values.astype(np.float64) for values in picked], axis=1)
+    if len(wrong := np.argwhere(~np.isfinite(value_ND))):
+        frame, d = wrong[0]
+        raise InputError(
+            f"dataset {dataset.folder}: episode {columns['episode_index'][frame]}: expected finite numbers in "
+            f"{places[d][0]}, got {value_ND[frame, d]} at index {places[d][1]} for frame {frame}"
+        )
+    return value_ND

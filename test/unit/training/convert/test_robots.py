@@ -30,6 +30,7 @@ from support.robot_bags import (
 from support.sample_bags import START_NS, text, write_bag
 
 from ki_vla_ros.messages import BagMessage
+from ki_vla_ros.errors import InputError
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.robot import Robot
 from ki_vla_ros.robot.__main__ import main as check_robot
@@ -130,6 +131,18 @@ def test_values_of_a_dataset_are_the_robots_again(name: str, tmp_path: Path) -> 
     assert action_ND is not None
     for key, values in columns.rows(state_NS, action_ND).items():
         assert np.array_equal(values.squeeze(), whole[key]), key
+
+
+@pytest.mark.parametrize(("column", "place"), [("joint_position", (1, 3)), ("actions", (0, 2))])
+def test_a_number_that_is_none_is_named_in_any_column(column: str, place: tuple[int, int], tmp_path: Path) -> None:
+    """Also in those that only the robot file calls a part of the state."""
+    dataset = convert(tmp_path, SHAPES["DROID, velocities"]())
+    robot = Robot.model_validate(yaml.safe_load(SHAPES["DROID, velocities"]().yaml))
+    columns = dataset.columns(dataset.episodes[0])
+    columns[column] = columns[column].copy()
+    columns[column][place] = np.nan
+    with pytest.raises(InputError, match=f"episode 0: .* {column}, got nan at index {place[1]} for frame {place[0]}"):
+        read_robot_columns(dataset, robot, columns)
 
 
 # --- what does not fit
