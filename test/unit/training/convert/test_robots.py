@@ -29,8 +29,8 @@ from support.robot_bags import (
 )
 from support.sample_bags import START_NS, text, write_bag
 
-from ki_vla_ros.messages import BagMessage
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.messages import BagMessage
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.robot import Robot
 from ki_vla_ros.robot.__main__ import main as check_robot
