@@ -131,17 +131,18 @@ class CommandSpace:
         """Whether a path turns farther than rotations can be counted."""
         return any(bool(np.abs(position_HJ[..., _rotation(pose)]).max() > MOST_ROTATION) for pose in self.poses)
 
-    def count_from(self, position_J: Array) -> Array:
-        """Counts rotations from where they are at `position_J`; returns the same place in the new count.
+    def count_from(self, origin_J: Array, position_J: Array | None = None) -> Array:
+        """Counts rotations from where they are at `origin_J`; returns `position_J` (None: that) in the new count.
 
         Only while the arm rests: whatever was counted from before means something else afterwards.
         """
-        position_J = position_J.copy()
+        counted_J = (origin_J if position_J is None else position_J).copy()
         for p, pose in enumerate(self.poses):
-            turned = rotations.from_vector(position_J[_rotation(pose)])
-            self.reference_P4[p] = rotations.unit(rotations.multiply(self.reference_P4[p], turned))
-            position_J[_rotation(pose)] = 0.0
-        return position_J
+            origin, there = (rotations.from_vector(place_J[_rotation(pose)]) for place_J in (origin_J, counted_J))
+            self.reference_P4[p] = rotations.unit(rotations.multiply(self.reference_P4[p], origin))
+            turned = rotations.to_vector(rotations.multiply(rotations.inverse(origin), there))
+            counted_J[_rotation(pose)] = 0.0 if position_J is None else turned
+        return counted_J
 
     def quaternions(self, pose: PoseOutput, position_NJ: Array, reference_P4: Array) -> Array:
         """The orientations [N, 4] of an output at the given places of the axes."""

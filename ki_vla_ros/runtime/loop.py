@@ -276,8 +276,13 @@ class PolicyLoop:
             now_ns, running = self.wire.motion_ns(), self._governor.running
             if not self._governor.at_rest(now_ns):
                 return
-            rest_J = self._place(observation.signals, now_ns) if running is None else running.position_NJ[-1]
-            self._governor.recount(self._space.count_from(rest_J), self._space.reference_P4, now_ns)
+            measured_J = self._place(observation.signals, now_ns)
+            sent_J = measured_J if running is None else running.position_NJ[-1]
+            if self._space.worn(measured_J - sent_J):  # someone has turned it since, and it goes on from there
+                counted_J = self._space.count_from(measured_J, sent_J)
+            else:
+                counted_J = self._space.count_from(sent_J)
+            self._governor.recount(counted_J, self._space.reference_P4, now_ns)
             self._executor.stop()
 
     def _usable_prefix(self, settings: Settings, tick_ns: int, instruction: str) -> Prefix | None:

@@ -166,6 +166,27 @@ def test_a_tool_comes_to_a_pose_also_far_round(form: str, angle: float) -> None:
     np.testing.assert_allclose(turned, goal, atol=5e-3)
 
 
+@pytest.mark.parametrize("angle", [1.0, 2.2, 3.1])
+def test_a_tool_that_was_turned_by_hand_stays_where_it_was_put(angle: float) -> None:
+    """Between deactivation and activation it may be turned farther than rotations are counted in one go."""
+    world = run("pose", lambda world, state: state, 0.8, lambda r: whole(r) and len(r.state) == len(r.actions) == 7)
+    moved_4 = rotations.multiply(world.signal_M[3:7], rotations.from_vector(angle * np.array([0.6, 0.0, 0.8])))
+    world.streamed, world.signal_M[3:7] = [], moved_4
+    for _ in range(60):
+        world.fill()
+        world.steady += 20_000_000
+    world.fill()
+    world.loop.begin()
+    with world.in_place():
+        for _ in range(10):
+            world.loop.step(world.settings, world.ros_ns(), 0)
+            world.flow(world.steady + 100_000_000)
+    assert len(world.streamed) > 20
+    for _, position_J, _, reference_P4 in world.streamed:
+        turned_4 = world.policy.space.quaternions(world.policy.space.poses[0], position_J, reference_P4)
+        np.testing.assert_allclose(abs(float(turned_4 @ moved_4)), 1.0, atol=1e-6)
+
+
 @pytest.mark.parametrize("frame", ["base", "tool"])
 @pytest.mark.parametrize("counted_from", ["previous", "observation"])
 def test_steps_lead_a_tool_along(frame: str, counted_from: str) -> None:
