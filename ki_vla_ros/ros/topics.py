@@ -11,7 +11,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cache, partial
@@ -31,7 +31,7 @@ from std_msgs.msg import Float64MultiArray, MultiArrayDimension, MultiArrayLayou
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.bundle import PolicySpec
-from ki_vla_ros.errors import InputError, SafetyRefusal
+from ki_vla_ros.errors import ConfigurationError, InputError, SafetyRefusal
 from ki_vla_ros.messages import (
     ENCODINGS,
     decode_compressed,
@@ -238,12 +238,16 @@ class NodeWire:
         self._motions: list[MotionOutput] = []
         streams: list[StreamTopic] = []
         self._streamed_J = np.zeros(len(axes), dtype=np.bool_)
-        self.topics: dict[str, str] = {}  # where each output's commands go, in full
+        # Where each output's commands go, in full.
+        self.topics = {
+            name: node.resolve_topic_name(shadows[name] if shadow is not None else topic)
+            for name, topic in topics.items()
+        }
+        _check_distinct(self.topics, {node.resolve_topic_name(t) for t in settings.signal_topics(robot).values()})
         for output in robot.outputs:
             kind, topic, place = output.wire_type(settings.publish_mode), topics[output.name], robot.axes_of(output)
             if shadow is not None:
                 kind, topic = TRAJECTORY if kind in ACTIONS else kind, shadows[output.name]
-            self.topics[output.name] = node.resolve_topic_name(topic)
             if output.streams(settings.publish_mode):
                 streams.append(open_stream_output(node, output, kind, topic, space, self.now_ns))
                 self._streamed_J[place] = True
@@ -369,6 +373,18 @@ class NodeWire:
             output.close()
         for publisher in (self._chunk, self._tick, self._tick_numbers):
             self._node.destroy_lifecycle_publisher(publisher)
+
+
+def _check_distinct(topics: Mapping[str, str], read: Collection[str]) -> None:
+    """ConfigurationError if, by their full names, two outputs share a topic, or one commands what is read."""
+    names = {topic: name for name, topic in topics.items()}
+    for name, topic in topics.items():
+        if topic in read or names[topic] != name:
+            other = "the robot's state is read from it" if topic in read else f"output {names[topic]!r} has it, too"
+            raise ConfigurationError(
+                f"output {name!r}: expected a topic of its own, got {topic}, but {other}; correct the robot file or "
+                "the remapping"
+            )
 
 
 def frame_from_message(message: bytes | CompressedImage, camera: str, received_ns: int | None = None) -> CameraFrame:

@@ -14,7 +14,7 @@ from pydantic import Field
 from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import ConfigurationError, ParameterError, did_you_mean
 from ki_vla_ros.robot import GRIPPER_COMMAND, JOINT_STATE, Robot
-from ki_vla_ros.settings.limits import LimitSettings, SettingsModel, setting
+from ki_vla_ros.settings.limits import UNLIMITED, LimitSettings, SettingsModel, setting
 
 ReferenceName = Literal["joint_states", "command"]
 
@@ -306,6 +306,17 @@ class Settings(SettingsModel):
                 f"parameter 'guidance_jacobian': exact needs an engine with a backward pass, got engine {self.engine}; "
                 "set engine to torch, or guidance_jacobian to identity"
             )
+        for axis in manifest.axes:
+            chosen, rotation = self.limits.of(axis.name), axis.kind == "rotation"
+            placeless = rotation or (axis.kind == "velocity" and not axis.measured)
+            if placeless and (chosen.lower > -UNLIMITED or chosen.upper < UNLIMITED):
+                why = (
+                    "a rotation, which is counted anew at each rest" if rotation else "a velocity that nobody measures"
+                )
+                yield (
+                    f"parameter 'limits.joints.{axis.name}': expected no lower or upper, which bound a place, for {why}"
+                    f", got {chosen.lower:g} and {chosen.upper:g}; set its velocity or acceleration"
+                )
         yield from self._output_misfits(manifest.robot)
         chunk_s = manifest.horizon * manifest.action_period_s
         if self.execution_horizon_s + 1.0 / self.rate_hz > chunk_s + 1e-9:

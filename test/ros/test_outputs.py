@@ -246,6 +246,21 @@ def test_a_stream_that_fails_interrupts_every_streamed_axis(rig: Rig, monkeypatc
         assert_gentle(values)
 
 
+@pytest.mark.parametrize(
+    ("output", "topic", "other"),
+    [
+        (4, "/tool_pose", "'tool': expected a topic of its own, got /tool_pose, but the robot's state is read from it"),
+        (1, "/arm/joint_trajectory", "'arm': .* got /arm/joint_trajectory, but output 'hand' has it, too"),
+    ],
+)
+def test_topics_that_only_differ_as_written_are_refused(rig: Rig, output: int, topic: str, other: str) -> None:
+    fields = mixed_robot()
+    fields["outputs"][output]["topic"] = topic
+    with pytest.raises(ConfigurationError, match=other):
+        rig.wire(Robot.model_validate(fields))
+    assert not rig.node.count_publishers("cmd_vel")
+
+
 def test_a_shadow_says_each_output_apart_and_tells_no_controller(rig: Rig) -> None:
     fields = mixed_robot()
     fields["outputs"][1] |= {"topic": "hand/grip", "type": "control_msgs/action/GripperCommand"}

@@ -248,3 +248,15 @@ def test_one_topic_of_joint_states_may_be_replaced_but_not_one_of_several() -> N
     ):
         chosen.validate_against(two)
     settings_from_parameters({"joint_states_topic": "joint_states"}).validate_against(two)
+
+
+@pytest.mark.parametrize(("name", "why"), [("forward", "a velocity that nobody measures"), ("tool.rz", "a rotation")])
+def test_limits_of_a_place_that_an_axis_does_not_have_are_refused(name: str, why: str) -> None:
+    policy = mixed_policy()
+    for limits in ({"upper": 0.2}, {"lower": -0.2}):
+        chosen = {f"limits.joints.{name}.{limit}": value for limit, value in limits.items()}
+        with pytest.raises(ParameterError, match=rf"limits.joints.{name}': expected no lower or upper.* for {why}"):
+            settings_from_parameters(chosen).validate_against(policy)
+    settings_from_parameters({f"limits.joints.{name}.velocity": 0.2}).validate_against(policy)
+    for name in ("slide", "tool.x"):
+        settings_from_parameters({f"limits.joints.{name}.upper": 0.2}).validate_against(policy)
