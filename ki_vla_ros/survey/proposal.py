@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -81,6 +81,7 @@ class Proposal:
         self._kinds = movable_joints(self.urdf) if self.urdf else {}
         self._limits = _readable_limits(self.urdf, self._kinds)
         self.outputs = self._find_outputs()
+        self._turns_or_degrees: set[str] = set()
         self._degrees = self._topics_in_degrees()
         self.text = self._write(name or self._name())
 
@@ -96,7 +97,8 @@ class Proposal:
     def _topics_in_degrees(self) -> set[str]:
         """By the joints that are commanded, where any are: wheels turn as far as they like.
 
-        Commands are in rad: a joint whose commands are as large as its state is none in degrees.
+        A joint whose commands are as large as its state may turn on and on, or both are in degrees: where no URDF tells
+        which, its limits are left to be filled in.
         """
         told = {
             joint: track
@@ -115,8 +117,11 @@ class Proposal:
                 as_large = (
                     command is not None and seen.largest < 10.0 * Seen(command.low, command.high, None, "").largest
                 )
-                if looks_like_degrees(seen, self._limits.get(joint)) and not as_large:
-                    found.add(topic.name)
+                if looks_like_degrees(seen, self._limits.get(joint)):
+                    if as_large and joint not in self._limits:
+                        self._turns_or_degrees.add(joint)
+                    else:
+                        found.add(topic.name)
         return found
 
     def _measuring(self, joint: str) -> Topic | None:
@@ -139,7 +144,11 @@ class Proposal:
             return guess_joint(joint, None, urdf, kind, degrees=False, gripper=gripper)
         track = measured.tracks[joint]
         seen = Seen(track.low, track.high, track.speed(), measured.name)
-        return guess_joint(joint, seen, urdf, kind, degrees=measured.name in self._degrees, gripper=gripper)
+        guess = guess_joint(joint, seen, urdf, kind, degrees=measured.name in self._degrees, gripper=gripper)
+        if joint not in self._turns_or_degrees:
+            return guess
+        note = "FILL IN, or continuous: true if it turns on and on; are state and commands in degrees? Rad is sent"
+        return replace(guess, lower=None, upper=None, notes=(*guess.notes, note))
 
     def _find_outputs(self) -> list[Commands]:
         if self.bag is None:

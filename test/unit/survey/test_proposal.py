@@ -25,10 +25,23 @@ from support.sample_bags import (
     write_bag,
     write_mcap,
 )
-from support.unknown_arm import ARM, ARRAY, FINGER, FRONT, LIMITS, WRIST, array, depth, place, recording, urdf
+from support.unknown_arm import (
+    ARM,
+    ARM_TOPIC,
+    ARRAY,
+    FINGER,
+    FRONT,
+    LIMITS,
+    WRIST,
+    array,
+    depth,
+    place,
+    recording,
+    urdf,
+)
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.messages import BagMessage, typestore
+from ki_vla_ros.messages import BagMessage, decode, typestore
 from ki_vla_ros.robot import Robot, read_robot
 from ki_vla_ros.robot.__main__ import main
 from ki_vla_ros.survey import Proposal, survey_bag, survey_dataset
@@ -508,8 +521,27 @@ def test_a_joint_that_is_commanded_as_far_as_it_turns_is_not_in_degrees(tmp_path
         )
         for k in range(40)
     ]
-    text = Proposal("", survey_bag(bag(tmp_path, sorted([*messages, *told], key=lambda m: m.log_ns))), None, "").text
-    assert "turret" in text and "deg" not in text
+    proposal = Proposal("", survey_bag(bag(tmp_path, sorted([*messages, *told], key=lambda m: m.log_ns))), None, "")
+    assert "turret" in proposal.text and "unit: deg" not in proposal.text
+    assert {"turret: lower", "turret: upper"} <= set(proposal.fill_in)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_state_and_commands_in_degrees_do_not_become_radians(tmp_path: Path, known: bool) -> None:
+    """A URDF tells them from joints that turn on and on; without one the file is refused until somebody does."""
+    messages = [
+        replace(m, data=command(np.degrees(decode(m).points[0].positions), ARM)) if m.topic == ARM_TOPIC else m
+        for m in recording(degrees=True)
+    ]
+    proposal = Proposal("", survey_bag(bag(tmp_path, messages)), None, urdf() if known else "")
+    arm = yaml.safe_load(proposal.text)
+    if known:
+        assert all(d["source"]["unit"] == "deg" for d in arm["state"][:7])
+        assert all(a["upper"] < 4.0 for a in arm["actions"][:7])
+    else:
+        beyond = [a["name"] for a in arm["actions"][:7] if a["lower"] == a["upper"] == "FILL IN"]
+        assert len(beyond) > 3 and all(d["source"].get("unit") is None for d in arm["state"][:7])
+        assert "are state and commands in degrees?" in proposal.text
 
 
 def test_an_arm_that_is_moved_by_a_twist_has_its_joints_as_state(tmp_path: Path) -> None:
