@@ -501,18 +501,17 @@ class Proposal:
         return f"  - {{{', '.join(fields)}}}" + (f"  # {'; '.join(notes)}" if notes else "")
 
     def _dataset_gripper(self, guess: Guess, seen: Seen | None, mapping: list[str]) -> list[str]:
-        """Its own ends from the URDF; else 0 and 1, and the dataset's where they plainly are 0 and 1 or 0 and 100."""
-        most = max(abs(seen.low), abs(seen.high)) if seen else 0.0
-        scale = 100.0 if most > 2.0 else 1.0 if most > 0.2 else None
+        """Its own ends from the URDF; else 0 and 1, and the dataset's where they plainly are others."""
+        theirs = _gripper_ends(seen) if seen else None
         if guess.name in self._limits:
             ends = guess.ends if guess.lower is not None else (None, None)
             own, unit = ends, guess.unit
-        elif scale is not None:
+        elif theirs is not None:
             own, unit = (1.0, 0.0), "ratio"
         else:
             own, unit = guess.ends, guess.unit
-        if scale is not None and (unit != "ratio" or scale != 1.0):
-            mapping += [f"open: {scale}", "closed: 0.0"]
+        if theirs is not None and (unit != "ratio" or theirs != (1.0, 0.0)):
+            mapping += [f"open: {theirs[0]}", f"closed: {theirs[1]}"]
         opened, closed = (self._number(value, f"{guess.name}: open and closed") for value in own)
         return ["kind: gripper", f"unit: {unit}", f"open: {opened}", f"closed: {closed}"]
 
@@ -530,8 +529,9 @@ class Proposal:
         if column.low:
             seen = Seen(column.low[i], column.high[i], None, column.key)
             most = max(abs(seen.low), abs(seen.high))
-            if guess.gripper and guess.unit != "ratio" and most > 0.9:
-                mapping += [f"open: {100.0 if most > 2.0 else 1.0}", "closed: 0.0"]
+            theirs = _gripper_ends(seen)
+            if guess.gripper and guess.unit != "ratio" and most > 0.9 and theirs is not None:
+                mapping += [f"open: {theirs[0]}", f"closed: {theirs[1]}"]
             elif not guess.gripper and guess.unit == "rad" and self._in_degrees(column):
                 mapping.append("unit: deg")
         return [f"dataset: {{{', '.join(mapping)}}}"] if mapping else []
@@ -612,6 +612,18 @@ class Proposal:
     @property
     def to_check(self) -> int:
         return sum("CHECK" in line or "seen" in line for line in self.text.splitlines() if line.startswith("  -"))
+
+
+def _gripper_ends(seen: Seen) -> tuple[float, float] | None:
+    """Open and closed of a dataset's gripper: 1 or 100, or the most of a count such as 255, and 0, or as far below it.
+
+    None: too small for any of them, so it may be metres.
+    """
+    most = max(abs(seen.low), abs(seen.high))
+    if most <= 0.2:
+        return None
+    opened = most if most > 105.0 else 100.0 if most > 2.0 else 1.0
+    return opened, -opened if seen.low < -0.3 * opened else 0.0
 
 
 def _commands(topic: Topic, parts: tuple[str, ...], *notes: str) -> Commands:

@@ -448,6 +448,20 @@ def test_columns_of_other_names_and_types_are_the_state_and_the_actions(tmp_path
     assert text.replace("data2", "data") == plain.replace("data2", "data")
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "ends"),
+    [(0.0, 1.0, None), (2.0, 97.0, (100.0, 0.0)), (-1.0, 1.0, (1.0, -1.0)), (-99.0, 100.0, (100.0, -100.0)),
+     (0.0, 255.0, (255.0, 0.0)), (10.0, 850.0, (850.0, 0.0))],
+)  # fmt: skip
+def test_a_datasets_gripper_has_its_own_ends(tmp_path: Path, low: float, high: float, ends: Any) -> None:
+    names = ["a.pos", "gripper.pos"]
+    path = dataset(tmp_path / "data", names=names, min=[-1.0, low], max=[1.0, high], mean=[0.0, 0.5])
+    content = yaml.safe_load(Proposal("", None, survey_dataset(path), "").text)
+    for group in ("state", "actions"):
+        given = content[group][1]["dataset"]
+        assert (given.get("open"), given.get("closed")) == (ends or (None, None))
+
+
 def test_euler_angles_are_no_rotation_vector(tmp_path: Path) -> None:
     names = ["x", "y", "z", "roll", "pitch", "yaw"]
     path = dataset(tmp_path / "data", names=names, min=[0.0] * 6, max=[1.0] * 6, mean=[0.5] * 6)
