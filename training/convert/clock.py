@@ -58,7 +58,7 @@ def choose_clock(stamps: Mapping[str, Sequence[tuple[int, int]]], choice: ClockC
     """The clock of a bag, by the first stamps and log times of its topics.
 
     auto: the stamps, if they are of the log's clock, or all of one other, which is then shifted; the time of arrival
-    for topics whose stamps are zero, or of a clock of their own. stamps: ConfigurationError names those.
+    for topics whose stamps are zero, jump, or are of a clock of their own. stamps: ConfigurationError names those.
     """
     if choice == "log":
         return Clock(None)
@@ -68,6 +68,8 @@ def choose_clock(stamps: Mapping[str, Sequence[tuple[int, int]]], choice: ClockC
         for topic, pairs in stamps.items()
         if topic not in zero and pairs
     }
+    jumping = [topic for topic in behind if _jumps([log - stamp for stamp, log in stamps[topic] if stamp])]
+    behind = {topic: ns for topic, ns in behind.items() if topic not in jumping}
     other = [topic for topic, ns in behind.items() if not -AHEAD_NS <= ns <= OLDEST_NS]
     shift_ns, said = 0, []
     if other and len(other) == len(behind) and max(behind.values()) - min(behind.values()) <= ALIKE_NS:
@@ -75,6 +77,7 @@ def choose_clock(stamps: Mapping[str, Sequence[tuple[int, int]]], choice: ClockC
         said.append(f"stamps are of another clock, {_apart(shift_ns)}, which is added to them")
         other = []
     faults = [f"{topic}: stamps are zero" for topic in zero]
+    faults += [f"{topic}: stamps jump, as of a clock that was set" for topic in jumping]
     faults += [f"{topic}: stamps are of a clock of its own, {_apart(behind[topic])}" for topic in other]
     if faults and choice == "stamps":
         raise ConfigurationError(
@@ -82,8 +85,16 @@ def choose_clock(stamps: Mapping[str, Sequence[tuple[int, int]]], choice: ClockC
             "with the time of arrival for these topics, or --clock log, with it for all"
         )
     return Clock(
-        frozenset((*zero, *other)), shift_ns, (*said, *(f"{fault}: times of arrival count" for fault in faults))
+        frozenset((*zero, *jumping, *other)),
+        shift_ns,
+        (*said, *(f"{fault}: times of arrival count" for fault in faults)),
     )
+
+
+def _jumps(behind: Sequence[int]) -> bool:
+    """Whether the clock was set in between; one stray message is none."""
+    most = sorted(behind)[1:-1]
+    return len(most) > 1 and most[-1] - most[0] > OLDEST_NS
 
 
 def _apart(behind_ns: int) -> str:

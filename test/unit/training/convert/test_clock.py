@@ -48,5 +48,17 @@ def test_topics_without_a_clock_or_with_one_of_their_own_count_by_arrival() -> N
     assert choose_clock(stamps, "log", "bag").counts_arrival("/camera")
 
 
+def test_a_clock_that_is_set_meanwhile_says_no_times() -> None:
+    """As when the network's time comes: what was stamped before belongs to the recording as well."""
+    for later_ns in (-3600 * NS_PER_S, 3600 * NS_PER_S):
+        stamps = {"/joints": [*pairs(0)[:8], *pairs(later_ns)[8:]], "/camera": [*pairs(0)[:12], *pairs(later_ns)[12:]]}
+        clock = choose_clock(stamps, "auto", "bag")
+        assert clock.log == {"/joints", "/camera"} and clock.shift_ns == 0
+        assert clock.said[0] == "/joints: stamps jump, as of a clock that was set: times of arrival count"
+        with pytest.raises(ConfigurationError, match="got /joints: stamps jump"):
+            choose_clock(stamps, "stamps", "bag")
+    assert choose_clock({"/joints": [(LOG_NS - 10**13, LOG_NS), *pairs(0)]}, "auto", "bag") == Clock()
+
+
 def test_one_stray_message_makes_no_other_clock() -> None:
     assert choose_clock({"/joints": [(0, 0), *pairs(0)]}, "auto", "bag") == Clock()
