@@ -500,9 +500,12 @@ class PolicyLoop:
         )
 
     def _interrupt(self, interruption: MotionInterrupted, bounds: Bounds) -> None:
-        """Notes what some axes do instead of what they were told; with that, nothing is a hold of all axes any more."""
+        """Notes what some axes do instead of what they were told; with that, nothing is a hold of all axes any more.
+
+        The next motion begins slowly: a controller that refuses every goal would let the others move on and on.
+        """
         motion, running, at_ns = interruption.motion, self._governor.running, self.wire.motion_ns()
-        self._held = False
+        self._held, self._ramp_from_ns = False, None
         if (unknown_NJ := np.isnan(motion.position_NJ)).any():
             if running is None:
                 return

@@ -624,6 +624,24 @@ def test_a_motion_that_is_cut_short_while_the_arm_comes_to_rest_is_held_too(
     assert len(rig.wire.commands) == 3 and is_hold(rig.wire.commands[2][0])
 
 
+def test_after_an_interruption_speed_limits_rise_anew(rig: Rig) -> None:
+    """A controller that refuses all would otherwise let a base drive on in steps."""
+    rig.change(**{"limits.max_jump_s": 10.0, "ramp_in_s": 0.5})
+    rig.give_inputs()
+    rig.tick()
+    rig.wire.time_ns += 700 * MS
+    for _ in range(5):
+        running = rig.wire.commands[-1][0]
+        rig.loop.watch(lambda: MotionInterrupted("goal rejected", running, FIRST_THREE))  # noqa: B023
+        rig.wire.time_ns += 100 * MS
+        give_state(rig, rig.wire.commands[-1][0].at(rig.wire.time_ns)[0])
+        rig.loop.step(rig.settings, rig.wire.time_ns, 0)
+        assert rig.wire.ticks[-1]["hold"] is None
+    motion = rig.wire.commands[-1][0]
+    speed_J = np.abs(motion.velocity_NJ).max(axis=0)
+    assert np.all(speed_J <= 0.1 * bounds_of(rig).speed_J * (1 + 1e-9))
+
+
 def test_a_stop_that_learns_of_an_interruption_is_sent_all_the_same(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     running = moving(rig)
     send, told = rig.wire.send_command, []
