@@ -255,7 +255,11 @@ class GripperAction(_Action):
         self._wanted: float | None = None
 
     def prepare(self, motion: Motion, now_ns: int, stamp_ns: int) -> Any:
-        self._check_server()
+        try:
+            self._check_server()
+        except SafetyRefusal:
+            self._wanted = None  # the next server knows nothing of it
+            raise
         wanted = float(motion.position_NJ[-1, self.axes.start])
         if self._wanted is not None and abs(wanted - self._wanted) <= self._step:
             return None

@@ -541,6 +541,15 @@ def test_without_a_server_nobody_is_told_anything(rig: Rig) -> None:
         wire.check_ready()
     with pytest.raises(SafetyRefusal, match=r"output 'hand': hand/grip: its server is gone, so no motion begins"):
         wire.send_command(first_three(), 1_000 * MS)
+    hand.ready = True
+    wire.send_command(first_three(), 1_000 * MS)
+    hand.ready = False
+    with pytest.raises(SafetyRefusal):
+        wire.send_command(first_three(), 1_000 * MS)
+    hand.ready = True
+    wire.send_command(first_three(), 1_000 * MS)
+    assert len(arm.goals) == len(hand.goals) == 2  # a server that is new is told where the gripper is to be
+    arm.goals.clear(), hand.goals.clear()
     arm.ready, hand.ready = False, True
     with pytest.raises(SafetyRefusal, match=r"output 'arm': arm/follow: its server is gone"):
         wire.send_command(first_three(), 1_000 * MS)
