@@ -78,7 +78,7 @@ class Run:
         )
         episodes, validation = describe_tasks(episodes), describe_tasks(validation)
         if config.data.recorded is not None:
-            episodes, self.meta = load_recorded(config.data.recorded, self.robot.camera_names, timing, self.meta)
+            episodes, self.meta = load_recorded(config.data.recorded, self.robot, timing, self.meta)
         joints, columns = len(self.robot.actions), episodes["state"].shape[1]
         if columns != joints:
             raise ConfigurationError(

@@ -18,9 +18,11 @@ from tqdm import tqdm
 from ki_vla_ros.bundle import file_sha256
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy import resize_with_pad
+from ki_vla_ros.robot import Robot
 from training.data.batch import Arrays, ChunkTiming
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.layout import ACTIONS, STATES
+from training.data.lerobot.robot_columns import read_robot_columns
 
 Ends = Literal["drop", "hold"]
 
@@ -33,12 +35,14 @@ def load_dataset(
     horizon: int,
     period_s: float,
     ends: Ends = "drop",
+    robot: Robot | None = None,
 ) -> Arrays:
     """All frames of a dataset; ConfigurationError if it lacks what is asked for.
 
     `images` [F, V, S, S, 3] uint8 in the order of `cameras`, `state` [F, D] and `chunk` [F, H, A] float32, `task` [F],
     `episode` [F]. `chunk[i]` holds the actions of frame i and of those after it. Near an episode's end there are fewer
     than `horizon`: such frames are left out ("drop"), or the last action is repeated ("hold": right if the arm stays).
+    With `robot`, state and actions are those of its file, in its order and units; else the dataset's own.
     """
     if abs(dataset.info.fps * period_s - 1.0) > 1e-6:
         raise ConfigurationError(
@@ -46,7 +50,7 @@ def load_dataset(
             f"apart, got {dataset.info.fps}; convert the bags with --fps {round(1.0 / period_s)}"
         )
     state_key, action_key = dataset.state_key, dataset.action_key
-    if state_key is None or action_key is None:
+    if robot is None and (state_key is None or action_key is None):
         wanted = STATES if state_key is None else ACTIONS
         raise ConfigurationError(
             f"dataset {dataset.folder}: expected a column {' or '.join(wanted)}, got {', '.join(dataset.info.features)}"
@@ -56,7 +60,14 @@ def load_dataset(
     parts: list[Arrays] = []
     for episode in tqdm(dataset.episodes, desc="load", unit="episode", mininterval=5):
         columns = dataset.columns(episode)
-        chunk_FHA = make_chunks(columns[action_key].reshape(episode.length, -1), horizon, ends)
+        if robot is not None:
+            state_FD, action_FA = read_robot_columns(dataset, robot, columns)
+        else:
+            assert state_key is not None and action_key is not None
+            state_FD, action_FA = (columns[key].reshape(episode.length, -1) for key in (state_key, action_key))
+        if action_FA is None:
+            raise ConfigurationError(f"dataset {dataset.folder}: expected a column {' or '.join(ACTIONS)}, got none")
+        chunk_FHA = make_chunks(action_FA, horizon, ends)
         if not len(chunk_FHA):
             continue
         frames = len(chunk_FHA)
@@ -67,7 +78,7 @@ def load_dataset(
         parts.append(
             {
                 "images": images,
-                "state": columns[state_key].reshape(episode.length, -1)[:frames].astype(np.float32),
+                "state": state_FD[:frames].astype(np.float32),
                 "chunk": chunk_FHA.astype(np.float32),
                 "task": np.array(dataset.task_of(columns)[:frames]),
                 "episode": np.full(frames, episode.index, dtype=np.int64),
@@ -82,19 +93,20 @@ def load_dataset(
 
 
 def load_recorded(
-    folder: Path, cameras: Sequence[str], timing: ChunkTiming, meta: dict[str, Any]
+    folder: Path, robot: Robot, timing: ChunkTiming, meta: dict[str, Any]
 ) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays of the dataset, and `meta` with a fingerprint that covers it as well.
+    """Arrays of the dataset in the robot's units, and `meta` with a fingerprint that covers it as well.
 
     An episode of the demo ends with the arm at its goal, so chunks that reach past the end stay there.
     """
     arrays = load_dataset(
         Dataset(folder),
-        cameras=cameras,
+        cameras=[camera.key for camera in robot.cameras],
         image_size=timing.image_size,
         horizon=timing.horizon,
         period_s=timing.period_s,
         ends="hold",
+        robot=robot,
     )
     digest = hashlib.sha256(meta["fingerprint"].encode())
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -10,6 +10,7 @@ from support.sample_bags import JOINTS, START_NS, recording, where, write_bag
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.preprocess import normalize, tokenize
 from ki_vla_ros.records import NS_PER_S
+from ki_vla_ros.robot import Robot, find_robot, read_robot
 from training.config import TrainingConfig
 from training.convert.__main__ import main
 from training.data.batch import NO_TARGET, ChunkTiming
@@ -122,6 +123,21 @@ def test_training_takes_recorded_frames_in_place_of_simulated_ones(folder: Path,
     assert {"vision", "backbone", "expert"} <= changed
 
 
+def test_numbers_are_the_robots_whatever_the_datasets_are(folder: Path) -> None:
+    """As the robot file maps them: in another order, and of another scale and sign."""
+    robot = read_robot(find_robot("demo_arm"))
+    mapped = robot.model_dump(exclude_defaults=True)
+    for dimensions in (mapped["state"], mapped["actions"]):
+        for i, dimension in enumerate(dimensions):
+            dimension["dataset"] = {"index": 6 - i} | ({"scale": 2.0, "sign": -1} if i == 0 else {})
+    timing = ChunkTiming(image_size=96, horizon=HORIZON, period_s=PERIOD_S, grid=8)
+    meta = {"fingerprint": "of the simulated data", "counts": {}}
+    plain, other = (load_recorded(folder, r, timing, meta)[0] for r in (robot, Robot.model_validate(mapped)))
+    for name in ("state", "chunk"):
+        expected = plain[name][..., ::-1] * np.array([-2.0, 1, 1, 1, 1, 1, 1])
+        np.testing.assert_allclose(other[name], expected, rtol=1e-5)
+
+
 def test_the_fingerprint_covers_the_dataset(folder: Path) -> None:
     timing = ChunkTiming(image_size=96, horizon=HORIZON, period_s=PERIOD_S, grid=8)
     meta = {"fingerprint": "of the simulated data", "counts": {}}
@@ -129,5 +145,5 @@ def test_the_fingerprint_covers_the_dataset(folder: Path) -> None:
     for change in ("", " "):
         path = folder / "meta/ki_vla_ros.json"
         path.write_text(path.read_text() + change)
-        fingerprints.append(load_recorded(folder, ("wrist", "scene"), timing, meta)[1]["fingerprint"])
+        fingerprints.append(load_recorded(folder, read_robot(find_robot("demo_arm")), timing, meta)[1]["fingerprint"])
     assert len({meta["fingerprint"], *fingerprints}) == 3
