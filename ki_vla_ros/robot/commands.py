@@ -182,9 +182,8 @@ class CommandSpace:
         """
         horizon = len(action_HD)
         start_J = measured_J
-        if self.unmeasured_J.any():
-            begin_J = np.zeros_like(measured_J) if commanded_J is None else commanded_J
-            start_J = np.where(np.isfinite(measured_J), measured_J, begin_J)
+        if self.unmeasured_J.any():  # of those only the velocity counts: a chunk's way begins at 0
+            start_J = np.where(self.unmeasured_J, 0.0, measured_J)
         position_HJ = action_HD if self._plain else np.empty((horizon, len(self.axes)))
         if not self._plain:
             position_HJ[:, self._axis_of_action] = action_HD[:, self._action_of_axis]

@@ -130,11 +130,9 @@ def test_parts_are_put_together_recorded_and_replayed(
     assert policy.stop() == 0, policy.output
     assert "Traceback" not in policy.output
 
-    # The bag alone has all that a replay needs, and the node's chunks are made again: another order of the parts would
-    # be off by 0.1. Those of the base, whose velocities nobody measures, go on from where it was told to be by then,
-    # which depends on when motions were sent.
+    # The bag alone has all that a replay needs, and the chunks are made again, but for where rotations count from.
     assert replay([str(bag), "--ticks", "recorded", "--out", str(tmp_path / "replay")]) == 0
     metrics = json.loads((tmp_path / "replay" / "metrics.json").read_text())
     assert metrics["bag"]["topics"]["state hand/states"] == "/hand/states"
     parity = metrics["parity"]
-    assert parity["chunks"] >= 5 and parity["max_difference"] < 0.05, parity
+    assert parity["chunks"] >= 5 and parity["max_difference"] < 1e-3, parity
