@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from ki_vla_ros.bags import Bag, find_session, open_bag
 from ki_vla_ros.bundle import MANIFEST
@@ -56,6 +56,8 @@ from training.convert.sources import (
 from training.convert.union import unite
 from training.convert.writer import DatasetWriter
 from training.data.lerobot import Dataset, RobotColumns, Video
+
+PERIOD_WITHIN: Final = 0.02  # of an action's period: a robot file may round it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -261,6 +263,14 @@ def choose_sources(arguments: argparse.Namespace, bag: Bag) -> Sources:
     sources = find_sources(settings, robot, node=node, session=session, plain=plain)
     if cameras:
         sources = replace(sources, robot=rename_topics(sources.robot, cameras=cameras))
+    if arguments.robot and not plain and abs(robot.action_period_s * arguments.fps - 1.0) > PERIOD_WITHIN:
+        nearest = max(round(1.0 / robot.action_period_s), 1)
+        other = "" if nearest == arguments.fps else f"give --fps {nearest}, or "
+        warn(
+            f"bag {bag.path}: --fps {arguments.fps} makes a frame every {1.0 / arguments.fps:.4g} s, but robot "
+            f"{robot.name} has action_period_s {robot.action_period_s:.4g}; {other}set action_period_s to "
+            f"{1.0 / arguments.fps:.4g}"
+        )
     return choose_topics(sources, arguments.joint_states, arguments.command_topic, arguments.instruction, node)
 
 

@@ -173,7 +173,7 @@ def _schedule(dataset: Dataset) -> list[_Times]:
     end_ns, fps = 0, Fraction(dataset.info.fps)
     for _, episode in sorted(zip(firsts_ns, dataset.episodes, strict=True), key=lambda pair: pair[0]):
         stamp_N, grid_N = _stamps(dataset, episode, end_ns + PAUSE_NS), _grid(dataset, episode)
-        due_N = stamp_N + NS_PER_S // fps
+        due_N = stamp_N + _period_ns(dataset)
         if schedule and int(due_N[0]) < end_ns:
             raise ConfigurationError(
                 f"dataset {dataset.folder}: expected episodes one after another, got episode {episode.index}, which "
@@ -195,6 +195,11 @@ def _stamps(dataset: Dataset, episode: Episode, start_ns: int) -> NDArray[np.int
     """The frames' stamps; where the dataset has none, they begin at `start_ns`, but not before START_NS."""
     columns = dataset.columns(episode)
     return columns[STAMP] if STAMP in columns else max(START_NS, start_ns) + _grid(dataset, episode)
+
+
+def _period_ns(dataset: Dataset) -> int:
+    """Rounded as from-bag rounds it: 1 ns less, and an episode would be over before its last action is due."""
+    return round(NS_PER_S / dataset.info.fps)
 
 
 def _grid(dataset: Dataset, episode: Episode) -> NDArray[np.int64]:
@@ -229,9 +234,8 @@ def _messages(
 ) -> Iterator[tuple[int, Message]]:
     """Log time and message of an episode, in order."""
     episode, rows = times.episode, _rows(dataset, times, messages)
-    period_ns = NS_PER_S // Fraction(dataset.info.fps)
     stamp_N = _stamps(dataset, episode, times.stamp_ns)
-    due_N, commanded = stamp_N + period_ns, 0
+    due_N, commanded = stamp_N + _period_ns(dataset), 0
     images = {camera.name: dataset.images(episode, camera.key) for camera in recorded.robot.cameras}
     tasks, task = dataset.task_of(rows.columns), None
     marker = {MARKER.key: episode.index, "instruction": tasks[0], "begin_ns": times.stamp_ns}

@@ -103,6 +103,27 @@ def test_a_bag_of_a_robots_dataset_gives_the_same_dataset(name: str, tmp_path: P
         np.testing.assert_allclose(mine[column], theirs[column], rtol=1e-6, atol=1e-6, err_msg=column)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fps", [7, 12, 15, 20, 30])
+def test_a_bag_of_a_dataset_has_its_last_frame_at_any_rate(
+    fps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A period that is no whole number of ns is rounded the same both ways; from a bag's stamps, and from none."""
+    first = convert(tmp_path, SHAPES["DROID, velocities"](), "--fps", fps)
+    more = ("--robot", tmp_path / "robot.yaml", "--actions", "commands", "--fps", fps)
+    period_s = yaml.safe_load(SHAPES["DROID, velocities"]().yaml)["action_period_s"]
+    said = f"--fps {fps} makes a frame every {1 / fps:.4g} s, but robot robot has action_period_s {period_s:g}; give --"
+    assert (said in capsys.readouterr().err) == (abs(period_s * fps - 1.0) > 0.02)
+    for k in range(2):
+        assert run("to-bag", first.folder, "--out", tmp_path / f"bag {k}") == 0
+        assert run("from-bag", tmp_path / f"bag {k}", *more, "--out", tmp_path / f"dataset {k}") == 0
+        assert "left out" not in capsys.readouterr().out
+        again = Dataset(tmp_path / f"dataset {k}")
+        (one,), (two,) = first.episodes, again.episodes
+        assert (first.columns(one)["stamp_ns"] == again.columns(two)["stamp_ns"]).all() and one.length == two.length
+        first = again
+
+
 @pytest.mark.parametrize("name", ["DROID, velocities", "SO-101, degrees"])
 def test_values_of_a_dataset_are_the_robots_again(name: str, tmp_path: Path) -> None:
     """Written and read by one robot file: the robot's values to single precision, the dataset's bit by bit."""
