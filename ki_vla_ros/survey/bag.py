@@ -24,7 +24,7 @@ from ki_vla_ros.robot import (
     TWIST,
     TWIST_STAMPED,
 )
-from ki_vla_ros.survey.tracks import Track, period_s
+from ki_vla_ros.survey.tracks import LONGEST_HOLD_NS, Track, held, period_s
 
 NUMBERS = (JOINT_STATE, TRAJECTORY, ARRAY, TWIST, TWIST_STAMPED, POSE)
 IMAGES = (IMAGE, COMPRESSED_IMAGE)
@@ -45,10 +45,28 @@ class Topic:
     tracks: dict[str, Track] = field(default_factory=dict)
     velocity: dict[str, Track] = field(default_factory=dict)
     names: dict[str, None] = field(default_factory=dict)  # in JointStates, also those without a number
+    pending: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # trajectories' points not replaced yet
+    paths: dict[str, Track] = field(default_factory=dict)  # what was commanded, when the state should have come to it
     frame_id: str = ""
     points: int = 0  # most points of a trajectory
     parts: bool = False  # not every message has every joint
     fault: str = ""  # why the first message that could not be read was refused
+
+    def path(self, part: str) -> Track:
+        """What was commanded, each value at the time when the state should have come to it."""
+        return self.paths[part] if part in self.paths else held(*self.tracks[part].arrays())
+
+    def replace_points(self, joint: str, now_ns: int, points: list[tuple[int, float]]) -> None:
+        """The points due by now were commanded; the last of them was held since. Of others the first was begun."""
+        path, before = self.paths.setdefault(joint, Track()), self.pending.get(joint)
+        done = [point for point in before or () if point[0] <= now_ns]
+        for due_ns, value in done[:-1]:
+            path.add(due_ns, value)
+        if done:
+            path.add(min(now_ns, done[-1][0] + LONGEST_HOLD_NS), done[-1][1])
+        elif before:
+            path.add(now_ns, before[0][1])
+        self.pending[joint] = points
 
     @property
     def period_s(self) -> float | None:
@@ -105,6 +123,9 @@ def survey(bag: Bag) -> BagSurvey:
                 _read(topic, message)
         elif not description:
             description = _text(message)
+    for topic in topics.values():
+        for joint, points in list(topic.pending.items()):
+            topic.replace_points(joint, points[-1][0] + LONGEST_HOLD_NS, [])
     images = {image.name: image for image in _survey_images(bag, types, seconds)}
     return BagSurvey(
         path=bag.path,
@@ -166,7 +187,12 @@ def _read_trajectory(topic: Topic, message: BagMessage) -> None:
     near = [pair for pair in timed if pair[0] <= NS_PER_S // 10] or timed[:1]
     if near:
         due_ns, point = near[-1]
-        _keep(topic.tracks, message.log_ns + min(due_ns, NS_PER_S // 10), list(command.joint_names), point.positions)
+        names = [str(name) for name in command.joint_names]
+        _keep(topic.tracks, message.log_ns + min(due_ns, NS_PER_S // 10), names, point.positions)
+        for i, name in enumerate(names):
+            points = [(message.log_ns + ns, float(p.positions[i])) for ns, p in timed if math.isfinite(p.positions[i])]
+            if points:
+                topic.replace_points(name, message.log_ns, points)
 
 
 def _read_array(topic: Topic, message: BagMessage) -> None:

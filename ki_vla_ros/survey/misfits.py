@@ -42,7 +42,7 @@ from ki_vla_ros.settings import NODE, resolve
 from ki_vla_ros.survey.bag import BagSurvey
 from ki_vla_ros.survey.dataset import DatasetSurvey
 from ki_vla_ros.survey.guesses import BEYOND_RADIANS, DEGREE, FILL_IN
-from ki_vla_ros.survey.tracks import Track, together
+from ki_vla_ros.survey.tracks import Track, following
 from ki_vla_ros.yaml_file import LARGEST_YAML, line_of, parse_yaml, yaml_lines
 
 Place = tuple[str | int, ...]
@@ -50,10 +50,12 @@ Place = tuple[str | int, ...]
 SLACK = 0.1
 # A joint that uses less of its range than this, when taken as degrees, was never in degrees.
 LEAST_USED = 0.05
+# A state that uses less of its range than this, while its commands or its raw values use much, is of another unit.
+BARELY_USED = 0.01
 # How much slower than the actions a topic may be.
 LATE = 1.2
 # Below this correlation what was commanded and what followed go opposite ways.
-OPPOSED = -0.5
+OPPOSED = -0.8
 # A gripper's mean opening in state and action: so far apart, and so near when one is turned round.
 APART, NEAR = 0.3, 0.15
 
@@ -286,11 +288,14 @@ def _check_values(
             change = f"correct the limits, or set range: [-1, 1] in its {key} if they are shares of the range"
         yield Misfit(at, where, expected, got + hint, change)
         return
-    least = LEAST_USED * (upper - lower)
+    moved, raw = (x / (upper - lower) for x in (own[1] - own[0], high - low))
     in_degrees = abs(abs(line[0]) - DEGREE) < 1e-12
-    if in_degrees and fits(1.0, 0.0) and own[1] - own[0] < least and least < high - low < 2.0 * math.pi:
-        got = f"{low:.4g} to {high:.4g} from {source}, which fits as radians"
-        yield Misfit(at, where, "degrees", got, f"leave the unit out of its {key}")
+    least = LEAST_USED if in_degrees else BARELY_USED
+    if fits(1.0, 0.0) and 0.0 < moved < least and raw > 5.0 * BARELY_USED and high - low < 2.0 * math.pi:
+        unit = {"rad": "radians", "m": "metres"}.get(dimension.own_unit(), dimension.own_unit())
+        got = f"{low:.4g} to {high:.4g} from {source}, which fits as {unit}"
+        expected = "degrees" if in_degrees else f"values {1 / abs(line[0]):.4g} times as large"
+        yield Misfit(at, where, expected, got, f"leave the unit out of its {key}")
 
 
 def _check_output(file: RobotFile, output: Output, bag: BagSurvey, node: str) -> Iterator[Misfit]:
@@ -337,13 +342,14 @@ def _check_output(file: RobotFile, output: Output, bag: BagSurvey, node: str) ->
         own = [str(a.component) for a in actions]
         others = [name for name, track in seen.tracks.items() if track.moved > 0.0 and name not in own]
         if others:
-            yield Misfit(
-                line,
-                where,
-                f"only {', '.join(own)} to be commanded on {topic}",
-                ", ".join(others),
-                "add an action for each component",
-            )
+            still = [a for a in actions if (t := seen.tracks.get(str(a.component))) is None or t.moved == 0.0]
+            change = "add an action for each component"
+            if still and len(still) == len(others):  # one was written for the other
+                line = file.line(*file.place_of("actions", still[0].name), "component")
+                turned = zip(still, others, strict=True)
+                change = ", ".join(f"change {action.component} to {other}" for action, other in turned)
+            expected = f"only {', '.join(own)} to be commanded on {topic}"
+            yield Misfit(line, where, expected, ", ".join(others), change)
     if kind in (TWIST_STAMPED, POSE) and output.frame_id and seen.frame_id and seen.frame_id != output.frame_id:
         yield Misfit(
             file.line(*place, "frame_id"), where, f"frame {output.frame_id}", seen.frame_id, "correct frame_id"
@@ -352,11 +358,11 @@ def _check_output(file: RobotFile, output: Output, bag: BagSurvey, node: str) ->
         part = str(number) if kind == ARRAY else str(action.component or action.target)
         track = seen.tracks.get(part)
         if track is not None and action.kind not in ("pose", "pose_delta"):
-            yield from _check_command(file, action, track, topic, bag, node)
+            yield from _check_command(file, action, track, seen.path(part), topic, bag, node)
 
 
 def _check_command(
-    file: RobotFile, action: ActionDimension, track: Track, topic: str, bag: BagSurvey, node: str
+    file: RobotFile, action: ActionDimension, track: Track, path: Track, topic: str, bag: BagSurvey, node: str
 ) -> Iterator[Misfit]:
     """What was commanded against the action's limits, and against what followed."""
     assert file.robot is not None
@@ -379,15 +385,27 @@ def _check_command(
     ):
         return
     state, lower, upper = seen.tracks[signal.part], *action.span
-    if min(state.moved * abs(signal.scale), track.moved) < LEAST_USED * (upper - lower):
+    scale = action.command_line()[0]
+    if not (math.isfinite(lower) and math.isfinite(upper)):
         return
-    fit = together(track, state)
-    if fit is not None and fit[0] * math.copysign(1.0, signal.scale) < OPPOSED:
-        line = file.line(*_place_of_signal(file, signal), "source")
-        way, change = "it goes the other way", "set sign: -1 in its source, or mend the driver"
+    line = file.line(*_place_of_signal(file, signal), "source")
+    moved, told = (x / (upper - lower) for x in (state.moved * abs(signal.scale), track.moved * abs(scale)))
+    raw = state.moved / (upper - lower)  # where that is as much as it should be, the source's own unit was named above
+    if 0.0 < max(moved, raw) < BARELY_USED and told > 20.0 * BARELY_USED:
+        got = f"it to use {100 * moved:.2g} % of its range, the commands {100 * told:.0f} %"
+        change = "is the unit right? correct the unit in its source, or in the command of its action"
+        yield Misfit(line, where, "the state to go as far as the commands", got, change)
+        return
+    if min(moved, told) < LEAST_USED:
+        return
+    fit = following(path, state)
+    fit = None if fit is None else fit * math.copysign(1.0, signal.scale * scale)
+    if fit is not None and fit < OPPOSED:
+        way, turn = "it goes the other way", "take the sign out of" if signal.scale < 0.0 else "set sign: -1 in"
         if action.kind == "gripper":
-            way, change = "open is closed", "exchange open and closed in its source, or mend the driver"
-        got = f"correlation {fit[0]:.2f}: {way}"
+            way, turn = "open is closed", "exchange open and closed in"
+        got = f"it to go against them (correlation {fit:.2f}): {way}"
+        change = f"look at the robot; if it is so, {turn} its source, or mend the driver"
         yield Misfit(line, where, "the state to follow the commands", got, change)
 
 

@@ -14,6 +14,12 @@ from ki_vla_ros.records import NS_PER_S
 SPEED_OVER_NS = 50_000_000
 # Two numbers that are compared must share this many points in time.
 LEAST_POINTS = 10
+# So many goals that came one by one, each this long after the one before it, show which way a joint goes.
+LEAST_GOALS, SINGLE_NS = 5, 500_000_000
+# A goal is not held for longer: later somebody else may have moved the robot.
+LONGEST_HOLD_NS = 5_000_000_000
+# A stream of commands may lead what follows by this.
+LONGEST_LAG_NS = 800_000_000
 
 
 @dataclass
@@ -72,6 +78,41 @@ def together(command: Track, state: Track) -> tuple[float, float] | None:
     if not np.ptp(was_N) > 0.0 or not np.ptp(wanted_N) > 0.0:
         return None
     return float(np.corrcoef(was_N, wanted_N)[0, 1]), float(np.abs(was_N - wanted_N).mean())
+
+
+def held(times: NDArray[np.int64], values: NDArray[np.float64]) -> Track:
+    """Each value at the time when the next one replaced it, which is when the robot had longest to follow it."""
+    track = Track()
+    for time_ns, after_ns, value in zip(times[:-1].tolist(), times[1:].tolist(), values[:-1].tolist(), strict=True):
+        track.add(min(after_ns, time_ns + LONGEST_HOLD_NS), value)
+    return track
+
+
+def following(path: Track, state: Track) -> float | None:
+    """Correlation of a commanded path with the state, negative where they go opposite ways; None: too little to say.
+
+    `path` has each value at the time when the state should have come to it. Goals that come one by one are judged by
+    those that stood long enough; a stream may lead the state by up to `LONGEST_LAG_NS`, so only what is opposite at any
+    such lag is said to be.
+    """
+    due, wanted = path.arrays()
+    times, was = state.arrays()
+    if len(due) < LEAST_GOALS or len(times) < LEAST_POINTS:
+        return None
+    apart = np.diff(due)
+    single = bool(np.median(apart) > SINGLE_NS)
+    if single:
+        stood = np.concatenate(([True], apart > SINGLE_NS))
+        due, wanted = due[stood], wanted[stood]
+    fits = []
+    for lag_ns in (0,) if single else range(0, LONGEST_LAG_NS + 1, LONGEST_LAG_NS // 8):
+        inside = (due + lag_ns >= times[0]) & (due + lag_ns <= times[-1])
+        wanted_N, was_N = wanted[inside], np.interp(due[inside] + lag_ns, times, was)
+        if inside.sum() >= (LEAST_GOALS if single else LEAST_POINTS) and np.ptp(was_N) > 0.0 and np.ptp(wanted_N) > 0.0:
+            fits.append(float(np.corrcoef(was_N, wanted_N)[0, 1]))
+    if not fits:
+        return None
+    return min(fits) if max(fits) < -min(fits) / 2.0 else max(fits)
 
 
 def period_s(times: array[int]) -> float | None:

@@ -12,12 +12,14 @@ import pytest
 import yaml
 from support import ROOT
 from support.bad_bags import change, with_data
-from support.sample_bags import Messages, command, joint_state, jpeg, write_mcap
+from support.sample_bags import JOINT_STATE, TRAJECTORY, Messages, command, joint_state, jpeg, serialize, write_mcap
 from support.unknown_arm import ARM, ARM_TOPIC, ARRAY, COMPRESSED, FINGER, FRONT, array, recording, urdf
 
-from ki_vla_ros.messages import BagMessage
+from ki_vla_ros.messages import BagMessage, decode, typestore
+from ki_vla_ros.robot import TWIST
 from ki_vla_ros.robot.__main__ import main
 from ki_vla_ros.survey import RobotFile, check_dataset, survey_dataset
+from ki_vla_ros.survey.tracks import Track, following
 
 Robot = dict[str, Any]
 GRIPPER_TOPIC = "/gripper_controller/joint_trajectory"
@@ -61,8 +63,6 @@ def line_with(path: Path, what: str) -> int:
 
 
 def states(to: Callable[[np.ndarray], np.ndarray]) -> Callable[[Messages], Messages]:
-    from ki_vla_ros.messages import decode
-
     def changed(_k: int, message: BagMessage) -> BagMessage:
         state = decode(message)
         return with_data(message, joint_state(message.log_ns, to(np.array(state.position)), list(state.name)))
@@ -328,3 +328,136 @@ def test_limits_of_a_urdf_beside_the_file_count(tmp_path: Path, capsys: pytest.C
     joint = '<joint name="elbow" type="revolute"><limit lower="-0.2" upper="2.75" velocity="3"/></joint>'
     (tmp_path / "arm.urdf").write_text(f"<robot name='r'>{joint}</robot>")
     assert main(["check", str(tmp_path / "robot.yaml"), "--bundle", "demo"]) == 0
+
+
+def goals(*, arm: bool, turned: bool, every_s: float) -> Messages:
+    """Goals one by one instead of a stream: trajectories of one point, reached in half the time to the next one."""
+    names, low, high = (
+        (ARM, -0.3 * np.ones(7), 0.5 * np.ones(7)) if arm else ((FINGER,), np.zeros(1), 0.04 * np.ones(1))
+    )
+    commanded, stated = (ARM_TOPIC, "/joint_states") if arm else (GRIPPER_TOPIC, "/gripper/joint_states")
+    found = [m for m in recording(10 * every_s) if m.topic not in (commanded, stated)]
+    start = found[0].log_ns
+
+    def told(k: int) -> np.ndarray:
+        return (high, low)[k % 2]
+
+    for k in range(10):
+        at_ns = start + round(k * every_s * 1e9)
+        found.append(BagMessage(commanded, TRAJECTORY, at_ns, command(told(k), names)))
+    for i in range(round(10 * every_s * 50)):
+        k, since = divmod(i / 50, every_s)
+        way = min(1.0, since / (every_s / 2))
+        was = told(int(k) - 1) * (1.0 - way) + told(int(k)) * way
+        at_ns = start + i * 20_000_000
+        seen = low + high - was if turned else was
+        found.append(BagMessage(stated, JOINT_STATE, at_ns, joint_state(at_ns, seen, names)))
+    return sorted(found, key=lambda message: message.log_ns)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", [True, False])
+@pytest.mark.parametrize("every_s", [3.0, 5.0])
+def test_goals_that_come_one_by_one_are_judged_when_they_were_reached(
+    tmp_path: Path, proposed: Robot, arm: bool, every_s: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At its arrival the state is still where the goal before it was, which is the other way."""
+    path = write(tmp_path, proposed)
+    right = write_mcap(tmp_path / "right.mcap", goals(arm=arm, turned=False, every_s=every_s))
+    assert main(["check", str(path), "--bag", str(right)]) == 0, capsys.readouterr().out
+    turned = write_mcap(tmp_path / "turned.mcap", goals(arm=arm, turned=True, every_s=every_s))
+    assert main(["check", str(path), "--bag", str(turned)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("expected the state to follow the commands, got it to go against them") == (7 if arm else 1)
+    assert ("it goes the other way" if arm else "open is closed") in out
+
+
+@pytest.mark.parametrize("lag_s", [0.0, 0.4])
+def test_a_state_that_comes_late_does_not_go_the_other_way(lag_s: float) -> None:
+    path, state = Track(), Track()
+    for k in range(400):
+        path.add(k * 20_000_000, float(np.sin(6.0 * k / 50)))
+        state.add(k * 20_000_000, float(np.sin(6.0 * (k / 50 - lag_s))))
+    fit = following(path, state)
+    assert fit is not None and fit > 0.9
+
+
+@pytest.mark.parametrize(
+    ("place", "unit", "said"),
+    [
+        (
+            7,
+            "mm",
+            f"state {FINGER}: expected values 1000 times as large, got ",
+        ),
+        (0, "deg", "state iiwa_joint_1: expected degrees, got -0.6 to 0.6"),
+    ],
+)
+def test_a_unit_that_makes_a_state_too_small_is_found(
+    tmp_path: Path, proposed: Robot, place: int, unit: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    topic = "/gripper/joint_states" if place == 7 else "/joint_states"
+    path = write(tmp_path, edit(("state", place, {"source": {"topic": topic, "unit": unit}}))(proposed))
+    assert main(["check", str(path), "--bag", str(write_mcap(tmp_path / "bag.mcap", recording()))]) == 1
+    out = capsys.readouterr().out
+    assert said in out and "-> leave the unit out of its source" in out, out
+
+
+def test_a_dataset_that_is_read_too_small_is_found(
+    tmp_path: Path, proposed: Robot, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, edit(("state", 7, {"dataset": {"unit": "mm"}}))(proposed))
+    assert main(["check", str(path), "--dataset", str(dataset(tmp_path / "data"))]) == 1
+    out = capsys.readouterr().out
+    assert f"state {FINGER}: expected values 1000 times as large, got 0 to 0.04" in out, out
+
+
+def test_a_state_that_hardly_moves_while_its_commands_do_is_found(
+    tmp_path: Path, proposed: Robot, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The driver writes km, whatever the robot file says."""
+    thousandth = change(
+        "/gripper/joint_states",
+        lambda k, m: with_data(
+            m, joint_state(m.log_ns, np.array([4e-5 * (k % 2), 0.0]), (FINGER, "other_finger_joint"))
+        ),
+    )
+    bag = write_mcap(tmp_path / "bag.mcap", thousandth(recording()))
+    assert main(["check", str(write(tmp_path, proposed)), "--bag", str(bag)]) == 1
+    out = capsys.readouterr().out
+    assert "expected the state to go as far as the commands, got it to use 0.1 % of its range" in out
+
+
+def test_degrees_on_the_wire_are_said_to_be_the_commands(
+    tmp_path: Path, proposed: Robot, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def in_degrees(_k: int, m: BagMessage) -> BagMessage:
+        return with_data(m, command(np.degrees(decode(m).points[0].positions), ARM))
+
+    bag = write_mcap(tmp_path / "bag.mcap", change(ARM_TOPIC, in_degrees)(recording()))
+    assert main(["check", str(write(tmp_path, proposed)), "--bag", str(bag)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("-> set unit: deg in its command") == 7 and "in its dataset" not in out, out
+    fixed = edit(*(("actions", j, {"command": {"unit": "deg"}}) for j in range(7)))(proposed)
+    assert main(["check", str(write(tmp_path, fixed)), "--bag", str(bag)]) == 0, capsys.readouterr().out
+
+
+def test_a_component_that_was_written_for_another_is_named(
+    tmp_path: Path, proposed: Robot, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"name": "base.vy", "kind": "twist", "component": "vy", "max_velocity": 0.5, "output": "base"}
+    robot = edit()(proposed)
+    robot["actions"].append(base)
+    robot["outputs"].append({"name": "base", "topic": "/cmd_vel", "type": TWIST})
+    zero, kind = {"x": 0.0, "y": 0.0, "z": 0.0}, "geometry_msgs/msg/Vector3"
+    types, messages = typestore().types, recording()
+    for k in range(30):
+        speed = types[kind](**zero | {"x": 0.4 * np.sin(k)})
+        twist = types[TWIST](linear=speed, angular=types[kind](**zero))
+        messages.append(BagMessage("/cmd_vel", TWIST, messages[0].log_ns + k * 10**8, serialize(twist, TWIST)))
+    bag = write_mcap(tmp_path / "bag.mcap", sorted(messages, key=lambda m: m.log_ns))
+    path = write(tmp_path, robot)
+    assert main(["check", str(path), "--bag", str(bag)]) == 1
+    out = capsys.readouterr().out
+    assert "only vy to be commanded on /cmd_vel, got vx" in out and "-> change vy to vx" in out
+    assert f"{path}:{line_with(path, 'base.vy')}: output base" in out
