@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -140,29 +141,121 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def validation_findings(error: ValidationError) -> list[Any]:
-    """pydantic's findings, without "too few items" of a list whose items are found fault with themselves."""
+class Finding(NamedTuple):
+    """What pydantic found: `said` is "expected X, got Y", as far as whoever raised it says so.
+
+    `place`: keys and indices of the part, also where the whole record's validator only names it in `said`; `where` is
+    "" then. `remedy`: what to do, or what the field is; "" if nothing is known.
+    """
+
+    place: tuple[str | int, ...]
+    where: str
+    said: str
+    remedy: str
+    value: Any
+
+    def __str__(self) -> str:
+        return (f"{self.where}: " if self.where else "") + self.said + (f" ({self.remedy})" if self.remedy else "")
+
+
+def validation_findings(error: ValidationError, record: Any = None) -> list[Finding]:
+    """pydantic's findings, without "too few items" of a list whose items are found fault with themselves.
+
+    With the `record` (its class) that was validated they also say which keys there are, and what a field is.
+    """
     found = error.errors(include_url=False)
     inside = [finding["loc"] for finding in found]
     return [
-        finding
+        _finding(finding, record)
         for finding in found
         if finding["type"] != "too_short"
         or not any(place[:-1][: len(finding["loc"])] == finding["loc"] for place in inside)
     ]
 
 
-def describe_validation(error: ValidationError) -> str:
-    """pydantic's findings on one line: where, what was expected, what was got."""
-    parts = []
-    findings = validation_findings(error)
-    for finding in findings[:MOST_FINDINGS]:
-        where = ".".join(str(part) for part in finding["loc"]) or "as a whole"
-        got = "" if finding["type"] in ("missing", "value_error") else f", got {short_repr(finding['input'])}"
-        parts.append(f"{where}: {finding['msg'].removeprefix('Value error, ')}{got}")
+def describe_validation(error: ValidationError, record: Any = None) -> str:
+    """pydantic's findings on one line: where, what was expected, what was got; `record` as in validation_findings."""
+    findings = validation_findings(error, record)
+    parts = [str(finding) for finding in findings[:MOST_FINDINGS]]
     if len(findings) > MOST_FINDINGS:
         parts.append(f"and {len(findings) - MOST_FINDINGS} more")
     return "; ".join(parts)
+
+
+def _finding(finding: Any, record: Any) -> Finding:
+    place, kind, value = tuple(finding["loc"]), finding["type"], finding["input"]
+    where, key = ".".join(map(str, place)), str(place[-1]) if place else ""
+    fields = _fields(record, place)
+    if kind == "value_error":
+        said = finding["msg"].removeprefix("Value error, ")
+        return Finding(_named_in(said, value, place), where, said, "", value)
+    if kind == "missing":
+        return Finding(place, where, f"expected {key}, got none", _described(fields, key), value)
+    if kind == "extra_forbidden":
+        known, _, rest = key.partition(":")
+        if rest and known in fields:
+            remedy = f"write '{known}: {rest.strip()}', with a space after the colon"
+        else:
+            remedy = did_you_mean(key, fields).removeprefix("; ")
+        keys = f"one of {', '.join(fields)}" if fields else "another key"
+        return Finding(place, where, f"expected {keys}, got {short_repr(value)} for {key}: no such key", remedy, value)
+    expected = _OUGHT.sub("", finding["msg"])
+    for wordy, plain in _PLAINLY.items():
+        expected = re.sub(wordy, plain, expected)
+    names = re.findall("'([^']+)'", finding["msg"]) if kind in ("literal_error", "enum") else []
+    near = did_you_mean(value, names).removeprefix("; ") if isinstance(value, str) else ""
+    said = f"expected {expected}, got {short_repr(value)}"
+    return Finding(place, where or "as a whole", said, near or _described(fields, key), value)
+
+
+_OUGHT = re.compile(r"^\w+ should (be |have )?")
+_PLAINLY = {
+    "greater than or equal to": ">=",
+    "less than or equal to": "<=",
+    "greater than": ">",
+    "less than": "<",
+    r"a valid (dictionary|mapping).*": "keys with values",
+    r"a valid (tuple|list|array)": "a list",
+    r"a valid integer": "an integer",
+    r"a valid ": "a ",
+    r"^match pattern": "the pattern",
+    r", unable to .*| after validation, not .*": "",
+}
+
+
+def _models(annotation: Any) -> Iterator[Any]:
+    """The records that a field of this type may have in it."""
+    if hasattr(annotation, "model_fields"):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
+
+
+def _fields(record: Any, place: Sequence[str | int]) -> dict[str, Any]:
+    """The fields of the part that the last key of `place` is, or would be, one of."""
+    models = list(_models(record))
+    for key in place[:-1]:
+        if isinstance(key, str):
+            known = [model.model_fields[key] for model in models if key in model.model_fields]
+            models = [model for field in known for model in _models(field.annotation)]
+    return {name: field for model in models for name, field in model.model_fields.items()}
+
+
+def _described(fields: Mapping[str, Any], key: str) -> str:
+    return (key in fields and fields[key].description) or ""
+
+
+def _named_in(said: str, content: Any, place: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The place that a fault names itself, such as "actions: 'elbow': unit: ...": of several alike the last."""
+    if not place and (group := re.match(r"(\w+): ", said)):
+        parts = content.get(group[1]) if isinstance(content, dict) else None
+        place, said = (group[1],), said[group.end() :]
+        parts = parts if isinstance(parts, list) else []
+        names = [part.get("name") if isinstance(part, dict) else None for part in parts]
+        if (name := re.match(r"'([^']+)': ", said)) and name[1] in names:
+            place = (group[1], len(names) - 1 - names[::-1].index(name[1]))
+    key = re.match(r"(?:'[^']+': )?([\w.]+): ", said)
+    return (*place, *key[1].split(".")) if key else place
 
 
 def cause_of(reason: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ LARGEST_YAML: Final = 2 << 20  # PyYAML reads about 0.3 MB per second
 MOST_NODES: Final = 200_000
 MOST_DEPTH: Final = 50
 LONGEST_NUMBER: Final = 400
+# What PyYAML says where a key has no space after its colon.
+_COLON: Final = re.compile("expected ':'|mapping values are not allowed")
 
 
 def read_yaml(
@@ -38,9 +41,9 @@ def read_yaml(
     except OSError as error:
         cause, fault = error, f"expected a YAML file, got one that cannot be read ({error.strerror})"
     except ValidationError as error:
-        place = validation_findings(error)[0]["loc"]
+        place = validation_findings(error)[0].place
         line = f"line {line_of(place, yaml_lines(text))}: " if place else ""
-        cause, fault = error, line + describe_validation(error)
+        cause, fault = error, line + describe_validation(error, record)
     except ValueError as error:
         cause, fault = error, f"expected YAML, got something else ({' '.join(str(error).split())})"
     raise ConfigurationError(f"{what} {path}: {fault}; {examples} has examples") from cause
@@ -54,7 +57,8 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ValueError(f"{line}{error.problem}") from error
+        hint = "; write 'key: value', with a space after the colon" if _COLON.search(str(error.problem)) else ""
+        raise ValueError(f"{line}{error.problem}{hint}") from error
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(str(error)) from error  # PyYAML's own conversions of numbers and dates
 

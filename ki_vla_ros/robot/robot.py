@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -77,7 +78,9 @@ class Robot(Frozen):
     state: Annotated[tuple[StateDimension, ...], Field(min_length=1)] = Field(description="what the policy sees of it")
     actions: Annotated[tuple[ActionDimension, ...], Field(min_length=1)] = Field(description="what the policy commands")
     outputs: Annotated[tuple[Output, ...], Field(min_length=1)] = Field(description="who takes the commands")
-    action_period_s: ActionPeriod = Field(description="time between two actions, in s")
+    action_period_s: ActionPeriod = Field(
+        description="time between two actions, in s: 1 / frames per second of the dataset"
+    )
     urdf: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
         default=None,
         description="a URDF, by its path from this file, whose limits fill in what is left out and tighten what is not",
@@ -92,15 +95,28 @@ class Robot(Frozen):
         check_names("state", [dimension.name for dimension in self.state])
         check_names("actions", [dimension.name for dimension in self.actions])
         check_names("outputs", [output.name for output in self.outputs])
-        check_names("outputs: topics", [output.topic for output in self.outputs])
-        check_names("cameras: dataset", [camera.key for camera in self.cameras])
+        for before, output in combinations(self.outputs, 2):
+            if output.topic == before.topic:
+                raise ValueError(
+                    f"outputs: {output.name!r}: topic: expected another than that of {before.name!r}, got "
+                    f"{output.topic}; one message can carry the actions of both: let all name one output"
+                )
+        for camera, other in combinations(self.cameras, 2):
+            if camera.key == other.key:
+                raise ValueError(
+                    f"cameras: {other.name!r}: dataset: expected another than that of {camera.name!r}, got {other.key}"
+                )
         if all(camera.optional for camera in self.cameras):
             raise ValueError("cameras: expected at least one required camera, got only optional ones")
-        for what, dimensions in ((STATE, self.state), (ACTION, self.actions)):
-            places = Counter((d.dataset.column or what, d.dataset.index) for d in dimensions)
-            for (column, index), count in places.items():
-                if index is not None and count > 1:
-                    raise ValueError(f"dataset: expected each index of {column} once, got {index} {count} times")
+        for group, what, dimensions in (("state", STATE, self.state), ("actions", ACTION, self.actions)):
+            places: dict[tuple[str, int], str] = {}
+            for d in dimensions:
+                column, index = d.dataset.column or what, d.dataset.index
+                if index is not None and (first := places.setdefault((column, index), d.name)) != d.name:
+                    raise ValueError(
+                        f"{group}: {d.name!r}: dataset.index: expected each index of {column} once, got {index}, which "
+                        f"{first!r} has"
+                    )
         for output in self.outputs:
             self._check_output(output)
         known = [output.name for output in self.outputs]
@@ -129,7 +145,7 @@ class Robot(Frozen):
         for kind in sorted(kinds - set(allowed)):
             carrier = output.type or "an output without type"
             fitting = " or ".join(name for name, carried in CARRIES.items() if kind in carried)
-            raise ValueError(f"{here}{carrier} carries {', '.join(allowed)}, got {kind}; set type to {fitting}")
+            raise ValueError(f"{here}expected {' or '.join(allowed)} for {carrier}, got {kind}; set type to {fitting}")
         if output.type == ARRAY and "joint_velocity" in kinds and len(kinds) > 1:
             raise ValueError(f"{here}expected positions or velocities, got {', '.join(sorted(kinds))}")
         if len(kinds & {"pose", "pose_delta"}) > 1:
@@ -137,9 +153,17 @@ class Robot(Frozen):
         if output.type == GRIPPER_COMMAND and len(actions) > 1:
             raise ValueError(f"{here}expected one gripper, got {len(actions)}")
         posed = bool(kinds & {"pose", "pose_delta"})
-        for field in ("workspace", "max_linear_velocity", "max_angular_velocity"):
-            if (getattr(output, field) is not None) != posed:
-                raise ValueError(f"{here}{field}: expected {'it for a pose' if posed else 'none without a pose'}")
+        bounds = ("workspace", "max_linear_velocity", "max_angular_velocity")
+        if wrong := [field for field in bounds if (getattr(output, field) is not None) != posed]:
+            them = "it" if len(wrong) == 1 else "them"
+            raise ValueError(
+                f"{here}{', '.join(wrong)}: expected "
+                + (
+                    f"{them} for a pose, got none; they bound where it may go and how fast"
+                    if posed
+                    else f"none without a pose, got {them}; joints have limits of their own, under actions"
+                )
+            )
         if output.source is not None and not posed:
             raise ValueError(f"{here}source: expected none without a pose; give it with the action")
         if output.source is not None and (fault := unused_of_pose(output.source)):
@@ -223,9 +247,11 @@ class Robot(Frozen):
 
 
 def check_names(what: str, names: Sequence[str]) -> None:
-    """ValueError if a name appears twice."""
-    if len(set(names)) != len(names):
-        raise ValueError(f"{what}: expected distinct names, got {list(names)}")
+    """ValueError names those that appear more than once; `what` they are names of."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        also = f" (and so {', '.join(map(repr, twice[1:]))})" if twice[1:] else ""
+        raise ValueError(f"{what}: {twice[0]!r}: expected distinct names, got it {names.count(twice[0])} times{also}")
 
 
 def find_robot(robot: str) -> Path:

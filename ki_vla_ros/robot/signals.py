@@ -263,14 +263,17 @@ def check_pose_parts(dimensions: Sequence[StateDimension | ActionDimension]) -> 
     groups: dict[str, list[str]] = {}
     for dimension in dimensions:
         if dimension.kind in ("pose", "pose_delta"):
-            group = dimension.source.topic if isinstance(dimension, StateDimension) else dimension.output
+            if isinstance(dimension, StateDimension):
+                group = f"state: {dimension.source.topic}"
+            else:
+                group = f"outputs: {dimension.output!r}"
             groups.setdefault(group, []).append(str(dimension.component))
     for group, parts in groups.items():
         position, rest = ({part for part in parts if (part in POSITION) == placed} for placed in (True, False))
         whole = position in (set(), set(POSITION)) and rest in (set(), set(VECTOR), set(QUATERNION), set(SIX_D))
         if not whole or len(set(parts)) < len(parts):
             raise ValueError(
-                f"pose of {group!r}: expected x, y, z and one of {', '.join(VECTOR)}; {', '.join(QUATERNION)}; "
+                f"{group}: pose: expected x, y, z and one of {', '.join(VECTOR)}; {', '.join(QUATERNION)}; "
                 f"{', '.join(SIX_D)}, each whole and once, got {', '.join(parts)}"
             )
 

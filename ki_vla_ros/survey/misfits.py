@@ -6,7 +6,6 @@ Only what the file says is judged; what else is there, is nobody's fault.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ki_vla_ros.bundle import Manifest
-from ki_vla_ros.errors import ConfigurationError, did_you_mean, short_repr, validation_findings
+from ki_vla_ros.errors import ConfigurationError, Finding, did_you_mean, validation_findings
 from ki_vla_ros.files import read_text
 from ki_vla_ros.messages import COMPRESSED_IMAGE, IMAGE
 from ki_vla_ros.robot import (
@@ -95,7 +94,7 @@ class RobotFile:
         try:
             self.robot = Robot.model_validate(content)
         except ValidationError as error:
-            self.faults = [self._fault(finding) for finding in validation_findings(error)]
+            self.faults = [self._fault(finding) for finding in validation_findings(error, Robot)]
 
     @classmethod
     def of(cls, robot: Robot, name: str) -> RobotFile:
@@ -104,21 +103,17 @@ class RobotFile:
         file.path, file.robot, file.faults, file._lines = Path(name), robot, [], {}
         return file
 
-    def _fault(self, finding: Any) -> Misfit:
-        place, value = tuple(finding["loc"]) or _named_in(finding["msg"], finding["input"]), finding["input"]
-        line, where = line_of(place, self._lines), ".".join(map(str, place)) or "as a whole"
-        if value == FILL_IN:
-            return Misfit(
-                line, where, "what nothing showed", repr(FILL_IN), "fill it in: the data sheet or the URDF says"
-            )
-        said = finding["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        head, split, rest = said.partition("expected ")
-        expected, _, found = (rest if split else said).partition(", got ")
-        if split and head:
-            where = head.rstrip(": ") if finding["loc"] == () else f"{where}: {head.rstrip(': ')}"
-        expected = {"missing": "it", "extra_forbidden": "no field of this name"}.get(finding["type"], expected)
-        got = "none" if finding["type"] in ("missing", "value_error") else short_repr(value)
-        return Misfit(line, where, expected, found or got, "docs/robot.md explains every field")
+    def _fault(self, finding: Finding) -> Misfit:
+        line = line_of(finding.place, self._lines)
+        if finding.value == FILL_IN:
+            change = "fill it in: the data sheet or the URDF says"
+            return Misfit(line, finding.where, "what nothing showed", repr(FILL_IN), change)
+        head, split, rest = finding.said.partition("expected ")
+        expected, _, got = (rest if split else finding.said).partition(", got ")
+        got, _, remedy = got.partition("; ")
+        where = ": ".join(part for part in (finding.where, head.rstrip(": ") if split else "") if part)
+        change = remedy or finding.remedy or "docs/robot.md explains every field"
+        return Misfit(line, where, expected, got or "none", change)
 
     def line(self, *place: str | int) -> int:
         return line_of(place, self._lines) if self._lines else 0
@@ -128,16 +123,6 @@ class RobotFile:
         assert self.robot is not None
         names = [item.name for item in getattr(self.robot, group)]
         return (group, names.index(name)) if name in names else (group,)
-
-
-def _named_in(fault: str, content: Any) -> Place:
-    """The place of the part that a fault of the whole file names first, such as "actions: 'elbow': ..."."""
-    said = re.match(r"Value error, (\w+): '([^']+)'", fault)
-    parts = content.get(said[1]) if said and isinstance(content, dict) else None
-    if said is None or not isinstance(parts, list):
-        return ()
-    names = [part.get("name") if isinstance(part, dict) else None for part in parts]
-    return (said[1], names.index(said[2])) if said[2] in names else (said[1],)
 
 
 # --- a bag
@@ -411,7 +396,9 @@ def _check_command(
 
 def _offer(topic: str, bag: BagSurvey, types: Sequence[str]) -> str:
     there = [name for name, kind in bag.types.items() if kind in types]
-    return f"; of that type there are {', '.join(there)}" if there else "; there is none of that type"
+    if not there:
+        return "; there is none of that type"
+    return f"{did_you_mean(topic, there)}; of that type there are {', '.join(there)}"
 
 
 def _place_of_signal(file: RobotFile, signal: Signal) -> Place:

@@ -413,13 +413,13 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda m: m["robot"].update(horizon=10**9), "horizon: Input should be less than or equal to 1000"),
+        (lambda m: m["robot"].update(horizon=10**9), "horizon: expected <= 1000"),
         (lambda m: m["image"].update(size=10**6), "expected graphs with at most 268435456 numbers"),
         (lambda m: m["graph"].update(head_dim=2**40), "expected graphs with at most 268435456 numbers"),
         (lambda m: m["graph"].update(layers=10**300), "graph.layers: "),
         (
             lambda m: m["robot"].update(action_period_s=1e-300),
-            "action_period_s: Input should be greater than or equal to 0.001",
+            "action_period_s: expected >= 0.001",
         ),
         (lambda m: m["state"].update(low=[-1e308] * 7, high=[1e308] * 7), "a range that a number can hold"),
         (lambda m: m["prompt"].update(template="{task}" + "x" * 10**6), "prompt.template: "),
@@ -427,7 +427,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
         (lambda m: m["files"].update({"a" * 5000: "0" * 64}), "expected plain names of files beside the manifest"),
         (lambda m: m["files"].update({"\x1b[2J": "0" * 64}), r"got '\\x1b\[2J'"),
         (lambda m: m["files"].update({"\udc80": "0" * 64}), r"files"),
-        (lambda m: m.update(name="x" * 10**6), "name: String should have at most 128 characters"),
+        (lambda m: m.update(name="x" * 10**6), "name: expected at most 128 characters"),
     ],
 )
 def test_a_manifest_of_sizes_that_cannot_be(

@@ -289,7 +289,7 @@ def test_bad_configurations_name_file_key_and_fault(tmp_path: Path, settings: di
     with pytest.raises(ConfigurationError, match="expected YAML, got something else"):
         load_config(path)
     path.write_text(yaml.safe_dump(settings | {"lerning_rate": 1}))
-    with pytest.raises(ConfigurationError, match="lerning_rate: Extra inputs are not permitted"):
+    with pytest.raises(ConfigurationError, match=r"lerning_rate: expected .*no such key"):
         load_config(path)
     stages = [settings["stages"][3] | {"sources": {}}]
     path.write_text(yaml.safe_dump(settings | {"stages": stages}))

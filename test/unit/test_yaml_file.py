@@ -34,13 +34,17 @@ def test_a_file_is_read_with_anchors_and_merged_keys(tmp_path: Path) -> None:
         ("name: a\nparts: []\nname: b\n", "line 3: expected each key once, got 'name' again"),
         ('name: a\n"name": a\n', "line 2: expected each key once, got 'name' again"),
         ("name: a\nparts:\n- {salt: 1}\n- {oil: 1,\n   oil: 1}\n", "line 5: expected each key once, got 'oil' again"),
+        ("name: a\nparts:\n- salt:1\n  oil: 2\n", "with a space after the colon"),
         ("name: [", "expected YAML, got something else (line 1: "),
         ("name: 2026-13-45", "expected YAML, got something else (month must be in 1..12"),
         ("[" * 5000, "expected YAML, got something else ("),
         ("name: !!python/object:os.system {}", "could not determine a constructor"),
         ("name: \x07", "expected YAML, got something else ("),
-        ("nam: a", "name: Field required; nam: Extra inputs are not permitted, got 'a'"),
-        ("", "as a whole: Input should be a valid dictionary"),
+        (
+            "nam: a",
+            "line 1: name: expected name, got none; nam: expected one of name, parts, got 'a' for nam: no such key",
+        ),
+        ("", "as a whole: expected keys with values, got None"),
     ],
 )
 def test_a_fault_is_named_with_its_file_and_place(tmp_path: Path, content: str, fault: str) -> None:

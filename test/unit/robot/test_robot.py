@@ -32,7 +32,14 @@ def test_the_demo_arm_agrees_with_the_simulator() -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({1: {"topic": "arm/joint_trajectory"}}, "outputs: topics: expected distinct names, got"),
+        (
+            {1: {"topic": "arm/joint_trajectory"}},
+            "outputs: 'hand': topic: expected another than that of 'arm', got .*let all name one output",
+        ),
+        (
+            {4: {"workspace": None, "max_linear_velocity": None}},
+            "outputs: 'tool': workspace, max_linear_velocity: expected them for a pose, got none",
+        ),
         (
             {4: {"topic": "tool_pose"}},
             "outputs: 'tool': topic: expected another than that which says",
@@ -65,11 +72,18 @@ ACTION = JOINT | {"lower": -1.0, "upper": 1.0, "max_velocity": 1.0, "output": "a
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"horizon": 1}, r"horizon: Input should be greater than or equal to 2, got 1"),
-        ({"action_period_s": 0}, r"action_period_s: Input should be greater than or equal to 0.001, got 0"),
-        ({"gripper": "left"}, r"gripper: Extra inputs are not permitted, got 'left'"),
-        ({"actions": []}, r"actions: Tuple should have at least 1 item"),
-        ({"actions": [ACTION, ACTION]}, r"actions: expected distinct names, got \['a', 'a'\]"),
+        ({"horizon": 1}, r"horizon: expected >= 2, got 1"),
+        (
+            {"action_period_s": 0},
+            r"action_period_s: expected >= 0.001, got 0 .time between two .* 1 / frames per second",
+        ),
+        ({"gripper": "left"}, r"gripper: expected one of name, .*, got 'left' for gripper: no such key"),
+        ({"actions": []}, r"actions: expected at least 1 item"),
+        ({"actions": [ACTION, ACTION]}, r"line \d+: actions: 'a': expected distinct names, got it 2 times"),
+        ({"actions": [ACTION | {"max_vel": 1.0}]}, r"actions\.0\.max_vel: .*no such key .did you mean 'max_velocity'"),
+        ({"actions": [ACTION | {"kind:gripper": None}]}, r"write 'kind: gripper', with a space after the colon"),
+        ({"actions": [{**ACTION, "kind": "joint_positon"}]}, r"actions\.0\.kind: .*did you mean 'joint_position'"),
+        ({"horizon": "x"}, r"horizon: expected an integer, got 'x'"),
         ({"actions": [ACTION | {"upper": -1.0}]}, r"actions\.0: 'a': expected lower < upper, got -1\.0 and -1\.0"),
         ({"state": [JOINT | {"unit": "m/s"}]}, r"state\.0: 'a': unit: expected rad or m for joint_position, got m/s"),
         ({"cameras": [{"name": "a", "optional": True}]}, r"cameras: expected at least one required camera"),

@@ -275,8 +275,9 @@ def test_missing_and_unknown_fields_are_plain(tmp_path: Path, capsys: pytest.Cap
     path.write_text(text.replace("horizon: 16", "horison: 16"))
     assert main(["check", str(path)]) == 1
     out = capsys.readouterr().out
-    assert "horizon: expected it, got none" in out
-    assert f":{line_with(path, 'horison')}: horison: expected no field of this name, got 16" in out
+    assert "horizon: expected horizon, got none" in out
+    assert f":{line_with(path, 'horison')}: horison: expected one of name, " in out
+    assert "got 16 for horison: no such key\n    -> did you mean 'horizon'?" in out
 
 
 def test_a_fault_between_two_parts_has_the_line_of_the_first(
