@@ -152,10 +152,16 @@ def _print_summary(out: Path, result: ReplayResult, told: Sequence[str]) -> None
     """`told`: the notes that were printed before the replay."""
     metrics = result.metrics
     error, ticks, seam = metrics["error"], metrics["ticks"], metrics["seam"]
-    rms = error["missing"] or f"{_number(error['rms'])} {error['unit']} rms{_interval(error['rms_ci'])}"
+    of = "" if error["what"] == "position" else f" of the {error['what']}"
+    rms = error["missing"] or f"{_number(error['rms'])} {error['unit']} rms{_interval(error['rms_ci'])}{of}"
     print(f"{ticks['count']} ticks, {ticks['chunks']} chunks: {ticks['sent']} sent, {ticks['refused']} refused")
     print(f"error against {error['reference']}: {rms}" if error["reference"] else rms)
-    print(f"seams ({seam['executor']}): jump {_number(seam['jump_rms'])} rms, jerk {_number(seam['jerk_rms'])} rad/s^3")
+    for name, found in (error.get("by_joint") or {}).items():
+        if "missing" in found and not error["missing"]:
+            print(f"no error of {name}: {found['missing']}")
+    unit = error["unit"]
+    jerk = f"{_number(seam['jerk_rms'])} {unit}/s^3"
+    print(f"seams ({seam['executor']}): jump {_number(seam['jump_rms'])} {unit} rms, jerk {jerk}")
     print(f"latency: {metrics['replay']['latency']}")
     holds = ", ".join(f"{cause} {count}" for cause, count in metrics["safety"]["holds"].items())
     print(f"held in {ticks['held']} ticks{f': {holds}' if holds else ''}")

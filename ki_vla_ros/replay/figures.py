@@ -17,7 +17,7 @@ from ki_vla_ros.bundle import PolicySpec
 from ki_vla_ros.errors import cause_of
 from ki_vla_ros.records import NS_PER_S, Motion
 from ki_vla_ros.replay.ticks import Prediction, Tick, axis_scales
-from ki_vla_ros.robot import main_axes
+from ki_vla_ros.robot import Axis, main_axes, other_axes
 from ki_vla_ros.statistics import Draws, SegmentSums, interval_95, root_mean, spread
 
 Array = NDArray[np.float64]
@@ -52,8 +52,9 @@ class Figures:
         self._latency_ms: list[float] = []
         self._jump_max = self._position_step = self._speed_step = 0.0
         self._missed = 0
-        main_J, _ = main_axes(manifest.axes)
-        self._main, self._metres = np.flatnonzero(main_J), np.flatnonzero(~np.array(main_J))
+        main_J, self._unit = main_axes(manifest.axes)
+        other_J, self._other_unit = other_axes(manifest.axes)
+        self._main, self._other = np.flatnonzero(main_J), np.flatnonzero(other_J)
         self._jerk = Jerk(self._main)
 
     @property
@@ -153,24 +154,32 @@ class Figures:
             "missing": missing if drawn is None else None,
             "chunks": self._counts["compared"],
             "segments": len(self._squares),
-            "unit": self._manifest.axes[int(self._main[0])].unit,
+            "unit": self._unit,
+            "what": what_is_compared(self._manifest.axes[int(self._main[0])]),
         }
         if drawn is None:
             return {**figures, **dict.fromkeys(("rms", "rms_ci", "max", "rms_normalized", "rms_normalized_ci"))}
         steps, joints = range(self._manifest.horizon), self._manifest.axes
         half_J = axis_scales(self._manifest)
         figures |= _with_interval("rms", drawn, columns=self._main)
-        figures["max"] = float(self._largest_J[self._main].max())
-        if len(self._metres):
-            figures |= _with_interval("rms_m", drawn, columns=self._metres)
+        known_J = drawn.count.sum(axis=0) > 0.0
+        figures["max"] = float(self._largest_J[self._main].max()) if known_J[self._main].any() else None
+        if not known_J[self._main].any():
+            figures["missing"] = f"reference: {_untold([joints[j] for j in self._main], reference)}"
+        if len(self._other):
+            figures |= _with_interval(f"rms_{self._other_unit}", drawn, columns=self._other)
         figures |= _with_interval("rms_normalized", drawn, weight_J=half_J**-2.0)
         biased = self._sums.drawn(self._seed)
         assert biased is not None
         by_joint = {}
         for j, joint in enumerate(joints):
-            bias = biased.total[:, j].sum() / max(biased.count[:, j].sum(), 1.0)
-            rms = _with_interval("rms", drawn, columns=[j])
-            by_joint[joint.name] = {"unit": joint.unit, **rms, "bias": float(bias), "max": float(self._largest_J[j])}
+            found = {"unit": joint.unit, "what": what_is_compared(joint), **_with_interval("rms", drawn, columns=[j])}
+            if known_J[j]:
+                bias = biased.total[:, j].sum() / biased.count[:, j].sum()
+                found |= {"bias": float(bias), "max": float(self._largest_J[j])}
+            else:
+                found |= {"bias": None, "max": None, "missing": _untold([joint], reference)}
+            by_joint[joint.name] = found
         figures["by_joint"] = by_joint
         period_s = self._manifest.action_period_s
         figures["by_step"] = [
@@ -254,6 +263,18 @@ class Jerk:
                 self._speeds = self._speeds[-2:]
         if old is None or motion.from_ns > old.end_ns:
             self._speeds, self._next_ns = [], motion.from_ns
+
+
+def what_is_compared(axis: Axis) -> str:
+    """Of which quantity an axis's errors are; of a velocity they are in rad or m, not per second."""
+    return "integral of the velocity" if axis.kind == "velocity" else "position"
+
+
+def _untold(axes: Sequence[Axis], reference: str | None) -> str:
+    names = ", ".join(axis.name for axis in axes)
+    if reference == "joint_states" and not any(axis.measured for axis in axes):
+        return f"nothing measures {names}: no action of it has a `source` in the robot file"
+    return f"the bag says nothing of {names} when the actions were due"
 
 
 def _with_interval(name: str, drawn: Draws, **selection: Any) -> dict[str, Any]:

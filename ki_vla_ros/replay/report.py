@@ -16,13 +16,15 @@ import numpy as np
 from ki_vla_ros.replay.ticks import Prediction, axis_scales
 from ki_vla_ros.replay.trace import MOMENTS, Moment, Trace
 from ki_vla_ros.report import Axes, Span, clock, figure, lanes, page, remark, section, spark, table, tiles, warning
-from ki_vla_ros.robot import Axis
+from ki_vla_ros.robot import Axis, main_axes
 from ki_vla_ros.settings import UNLIMITED, parameter_specs
 
 # Joints drawn per worst moment: those with the largest errors.
 MOMENT_JOINTS = 3
 LANES = {"hold": ("held", "bad"), "refused": ("chunk refused", "bad"), "corrected": ("corrected", "c3")}
 LANES |= {"restart": ("motion restarted", "c1")}
+KINDS = {"joint": "joints", "gripper": "grippers", "position": "positions of the hand"}
+KINDS |= {"rotation": "rotations of the hand", "velocity": "integrals of velocities"}
 Metrics = Mapping[str, Any]
 
 
@@ -118,7 +120,12 @@ def _joints(trace: Trace, metrics: Metrics) -> str:
 
 def _joint_note(joint: Axis, metrics: Metrics) -> str:
     found = (metrics["error"].get("by_joint") or {}).get(joint.name)
-    return f"{joint.unit}; rms {_value(found['rms'])} ({_interval(found['rms_ci'])})" if found else joint.unit
+    if not found:
+        return joint.unit
+    unit = joint.unit if found["what"] == "position" else f"{joint.unit}, {found['what']}"
+    if found["rms"] is None:
+        return f"{unit}; no error: {found['missing']}"
+    return f"{unit}; rms {_value(found['rms'])} ({_interval(found['rms_ci'])})"
 
 
 def _curve(trace: Trace, chunk: Prediction, j: int) -> tuple[list[float], list[float]]:
@@ -141,7 +148,9 @@ def _horizon(trace: Trace, metrics: Metrics) -> str:
     bands = [step["rms_ci"] or [step["rms"], step["rms"]] for step in steps]
     axes = Axes(Span(0.0, max(times)), Span.of([step["rms"] for step in steps], bands, margin=0.05, zero=True))
     layers = [axes.band(times, *zip(*bands, strict=True)), axes.line(times, [step["rms"] for step in steps], "mean")]
-    joints = "all joints" if len({joint.unit for joint in trace.spec.axes}) == 1 else "revolute joints"
+    main_J, _ = main_axes(trace.spec.axes)
+    counted = [axis for axis, chosen in zip(trace.spec.axes, main_J, strict=True) if chosen]
+    joints = "all joints" if all(main_J) else f"{KINDS[counted[0].kind]} in {error['unit']}"
     drawn = figure(f"rms error over the horizon, {error['unit']}", f"{joints}; 95 % interval", axes, layers, height=190)
     rows = []
     for name, found in error["by_joint"].items():

@@ -31,7 +31,8 @@ _FIGURES: Mapping[str, Sequence[str]] = {
     "replay": ("seed", "segment_s"),
     "ticks": ("count", "chunks", "sent", "refused", "held", "idle"),
     "error": (
-        *("chunks", "segments", "max", *_RMS, "rms_m", "rms_m_ci.BOUND", "rms_normalized", "rms_normalized_ci.BOUND"),
+        *("chunks", "segments", "max", *_RMS, "rms_m", "rms_m_ci.BOUND", "rms_rad", "rms_rad_ci.BOUND"),
+        *("rms_normalized", "rms_normalized_ci.BOUND"),
         "by_joint_step.JOINT.STEP",
     ),
     "error.by_joint.JOINT": (*_RMS, "bias", "max"),

@@ -1,7 +1,7 @@
 """What a robot is: cameras, state, actions, units, outputs, from one YAML file; and limits from its URDF."""
 
 from ki_vla_ros.robot.agreement import check_agreement, disagreements
-from ki_vla_ros.robot.axes import MOST_ROTATION, Axis, led_axes, main_axes
+from ki_vla_ros.robot.axes import MOST_ROTATION, Axis, led_axes, main_axes, other_axes
 from ki_vla_ros.robot.columns import find_columns, flatten_names
 from ki_vla_ros.robot.commands import CommandSpace, PoseOutput, pose_place
 from ki_vla_ros.robot.dimensions import (
@@ -80,6 +80,7 @@ __all__ = [
     "movable_joints",
     "nearest_rotation",
     "nearest_turn",
+    "other_axes",
     "plain_joints",
     "pose_place",
     "read_robot",

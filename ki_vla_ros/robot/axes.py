@@ -55,6 +55,20 @@ def main_axes(axes: Sequence[Axis]) -> tuple[list[bool], str]:
     return [axis.unit == axes[0].unit for axis in axes], axes[0].unit
 
 
+def other_axes(axes: Sequence[Axis]) -> tuple[list[bool], str]:
+    """The axes of one kind in the unit (rad or m) that `main_axes` leaves out, and that unit; there may be none.
+
+    Neither units nor kinds are mixed: a hand's place, its rotation and a gripper's opening are three figures.
+    """
+    main, main_unit = main_axes(axes)
+    unit = "m" if main_unit == "rad" else "rad"
+    for kind in ("joint", "position", "rotation", "gripper", "velocity"):
+        chosen = [axis.kind == kind and axis.unit == unit for axis in axes]
+        if any(chosen):
+            return chosen, unit
+    return [False] * len(main), unit
+
+
 def led_axes(axes: Sequence[Axis]) -> list[bool]:
     """Which axes must be where they were sent: not velocities, and not a gripper, which may hold something.
 

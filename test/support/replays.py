@@ -82,7 +82,14 @@ def made_up_metrics(spec: PolicySpec) -> dict[str, Any]:
         for k in range(spec.horizon)
     ]
     joints = {
-        joint.name: {"unit": joint.unit, "rms": 0.08, "rms_ci": [0.07, 0.09], "bias": -0.01, "max": 0.31}
+        joint.name: {
+            "unit": joint.unit,
+            "what": "position",
+            "rms": 0.08,
+            "rms_ci": [0.07, 0.09],
+            "bias": -0.01,
+            "max": 0.31,
+        }
         for joint in spec.axes
     }
     names = [camera.name for camera in spec.cameras]
@@ -115,6 +122,7 @@ def made_up_metrics(spec: PolicySpec) -> dict[str, Any]:
             "rms_ci": [0.0751, 0.0903],
             "max": 0.31,
             "unit": "rad",
+            "what": "position",
             "rms_m": None,
             "rms_m_ci": None,
             "rms_normalized": 0.2,
