@@ -15,6 +15,8 @@ GRIPPER = re.compile(r"grip|finger|jaw|knuckle|claw|(^|[_/])hand($|[_/])", re.IG
 # Grippers whose joint grows as they close.
 GROWS_CLOSED = re.compile(r"knuckle|robotiq|drive_joint", re.IGNORECASE)
 SLIDES = re.compile(r"prismatic|slide|linear|lift_joint|rail|elevat", re.IGNORECASE)
+# Joints that lift by turning, such as shoulder_lift_joint.
+TURNS = re.compile(r"shoulder|elbow|wrist|neck|head|knee|hip", re.IGNORECASE)
 # No joint that does not turn without end is seen beyond a turn and a little.
 BEYOND_TURNS = 6.6
 # Where limits are known: values as small as these may be radians of a wrong zero just as well.
@@ -112,7 +114,8 @@ def _unit(name: str, seen: Seen | None, kind: str, gripper: bool) -> tuple[str, 
     if kind:
         return ("m" if kind == "prismatic" else "rad"), []
     if not gripper:
-        return ("m", ["metres, by its name"]) if SLIDES.search(name) else ("rad", [])
+        slides = SLIDES.search(name) and not TURNS.search(name)
+        return ("m", ["CHECK: metres, by its name"]) if slides else ("rad", [])
     if seen is None:
         return "m", ["metres is a guess"]
     largest = seen.largest

@@ -581,3 +581,11 @@ def test_bags_of_many_robots(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     proposal = Proposal("", survey_bag(path), None, "")
     robot = Robot.model_validate(filled(yaml.safe_load(proposal.text)))
     assert robot.actions and robot.state
+
+
+def test_a_shoulder_that_lifts_turns(tmp_path: Path) -> None:
+    names = ("shoulder_pan_joint", "shoulder_lift_joint", "elbow_joint", "wrist_1_joint", "torso_lift_joint")
+    text = Proposal("", survey_bag(bag(tmp_path, states(names))), None, "").text
+    units = {part["name"]: part["unit"] for part in yaml.safe_load(text)["actions"]}
+    assert units == dict.fromkeys(names, "rad") | {"torso_lift_joint": "m"}
+    assert text.count("CHECK: metres, by its name") == 1
