@@ -293,7 +293,7 @@ def test_bad_configurations_name_file_key_and_fault(tmp_path: Path, settings: di
         load_config(path)
     stages = [settings["stages"][3] | {"sources": {}}]
     path.write_text(yaml.safe_dump(settings | {"stages": stages}))
-    with pytest.raises(ConfigurationError, match=r"stages\.0\.sources: Dictionary should have at least 1 item"):
+    with pytest.raises(ConfigurationError, match=r"stages\.0\.sources: expected at least 1 item"):
         load_config(path)
     path.write_text(yaml.safe_dump(settings | {"hints": settings["hints"] | {"probe_layer": 2}}))
     with pytest.raises(ConfigurationError, match=r"hints\.probe_layer: expected 0\.\.1, before the last layer, got 2"):
