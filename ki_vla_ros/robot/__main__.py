@@ -91,7 +91,9 @@ def _new(given: argparse.Namespace) -> int:
     else:
         with writing(given.out):
             expand(given.out).write_text(proposal.text, encoding="utf-8")
-    told = f"{given.out or 'robot file'}: {proposal.to_check} guesses to check"
+    told = (
+        f"{given.out or 'robot file'}: {proposal.to_check} {'guess' if proposal.to_check == 1 else 'guesses'} to check"
+    )
     if proposal.fill_in:
         told += f"; {len(proposal.fill_in)} to fill in, until then it is refused:"
     print(printable("\n  ".join([told, *proposal.fill_in])), file=sys.stderr)

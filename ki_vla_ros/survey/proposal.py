@@ -155,6 +155,7 @@ class Proposal:
             return []
         found: list[Commands] = []
         claimed: dict[str, str] = {}
+        self._left_out: list[str] = []  # what is said of topics before any output is found
         for topic in sorted(self.bag.of_type(TRAJECTORY), key=lambda t: -len(t.times)):
             joints = tuple(topic.tracks)
             if taken := [joint for joint in joints if joint in claimed]:
@@ -177,13 +178,16 @@ class Proposal:
                 same.notes.append(f"{topic.name} has twists as well; it is left out")
             elif moving:
                 found.append(_commands(topic, moving))
-        joints_commanded = bool(claimed)
+        # A gripper beside a commanded pose is usual; an arm's joints and its tool are one thing commanded twice.
+        joints_commanded = any(not is_gripper(joint, topic, len(claimed) == 1) for joint, topic in claimed.items())
         for topic in self.bag.of_type(POSE):
             if COMMANDED.search(topic.name) and joints_commanded:
                 _note(found, found[0].topic, f"{topic.name} has poses as commands; joints were commanded, too")
             elif COMMANDED.search(topic.name) and set(POSE_PARTS) <= set(topic.tracks):
                 found.append(_commands(topic, POSE_PARTS))
                 joints_commanded = True
+        for note in self._left_out if found else ():
+            found[0].notes.append(note)
         _make_distinct(found)
         return found
 
@@ -210,8 +214,10 @@ class Proposal:
             found.append(_commands(topic, tuple(chosen), note))
             found[-1].tracks = dict(zip(chosen, topic.tracks.values(), strict=True))
             claimed.update(dict.fromkeys(chosen, topic.name))
-        elif found:
-            found[0].notes.append(f"{topic.name} has {len(topic.tracks)} columns that no joints fit; it is left out")
+        else:
+            self._left_out.append(
+                f"CHECK: {topic.name} has {len(topic.tracks)} columns that no joints fit; it is left out"
+            )
 
     # --- writing
 
@@ -382,7 +388,7 @@ class Proposal:
         angular = 2.0 * float(np.linalg.norm([output.tracks[part].speed() for part in POSE_PARTS[3:]]))
         speeds = {"max_linear_velocity": linear, "max_angular_velocity": angular}
         lines = [
-            f"  - name: {output.name}",
+            f"  - name: {output.name}" + (f"  # {'; '.join(output.notes)}" if output.notes else ""),
             f"    topic: {_scalar(output.topic)}",
             f"    type: {POSE}",
             f"    frame_id: {_scalar(output.frame_id)}" if output.frame_id else '    frame_id: ""  # none was given',
@@ -611,7 +617,7 @@ class Proposal:
 
     @property
     def to_check(self) -> int:
-        return sum("CHECK" in line or "seen" in line for line in self.text.splitlines() if line.startswith("  -"))
+        return sum("CHECK" in line for line in self.text.splitlines())
 
 
 def _gripper_ends(seen: Seen) -> tuple[float, float] | None:

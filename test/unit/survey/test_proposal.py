@@ -189,6 +189,27 @@ def test_poses_are_an_output_with_a_box(tmp_path: Path) -> None:
     assert {d.source.topic for d in robot.state} == {"/current_pose"} and len(robot.state) == 7
 
 
+@pytest.mark.parametrize("beside", ["a gripper", "columns that no joints fit"])
+def test_poses_and_a_gripper_are_two_outputs_and_what_is_left_out_is_said(tmp_path: Path, beside: str) -> None:
+    kind = "geometry_msgs/msg/PoseStamped"
+    fits = beside == "a gripper"
+    messages = [m for m in recording(arrays=True) if m.topic != "/arm_controller/joint_trajectory"]
+    if not fits:
+        messages = [m for m in messages if m.topic != "/gripper/joint_states"]
+        messages = [m for m in messages if m.type != "sensor_msgs/msg/JointState"]
+    for k in range(100):
+        at, x = messages[0].log_ns + k * 40_000_000, 0.4 + 0.1 * np.sin(k / 10)
+        messages.append(BagMessage("/cartesian/target_pose", kind, at, pose(at, x)))
+        messages.append(BagMessage("/current_pose", kind, at + 1, pose(at, x)))
+    path = bag(tmp_path, sorted(messages, key=lambda m: m.log_ns))
+    proposal = Proposal("hand", survey_bag(path), None, "")
+    types = [output["type"] for output in yaml.safe_load(proposal.text)["outputs"]]
+    assert types == ([ARRAY, kind] if fits else [kind])
+    left_out = "columns that no joints fit; it is left out"
+    assert (left_out in proposal.text) != fits
+    assert proposal.to_check == sum("# CHECK" in line or "CHECK:" in line for line in proposal.text.splitlines())
+
+
 def test_what_nothing_shows_is_named_and_refused_until_it_is_filled_in(
     tmp_path: Path, arm_urdf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
