@@ -8,7 +8,7 @@ import numpy as np
 
 from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import NS_PER_S, CameraFrame, Observation
-from ki_vla_ros.replay.ticks import Prediction, Seam, Tick
+from ki_vla_ros.replay.ticks import Prediction, Seam, Tick, axis_scales
 from ki_vla_ros.replay.trace import Trace
 from ki_vla_ros.settings.names import parameter_specs
 from support.bundles import CAMERAS, JOINTS
@@ -22,7 +22,7 @@ def made_up_tick(spec: PolicySpec, number: int, error: float = 0.01, hold: str |
     stamp_ns = START_NS + number * PERIOD_NS
     action_ns = round(spec.action_period_s * NS_PER_S)
     phase_J = np.arange(len(spec.axes))
-    range_J = (np.array(spec.action.high) - np.array(spec.action.low)) / 2.0
+    range_J = axis_scales(spec)
 
     def position(time_s: np.ndarray | float) -> np.ndarray:
         return 0.4 * np.sin(0.9 * np.asarray(time_s)[..., None] + phase_J)
@@ -31,7 +31,7 @@ def made_up_tick(spec: PolicySpec, number: int, error: float = 0.01, hold: str |
     due_H = (start_ns - START_NS + (np.arange(spec.horizon) + 1) * action_ns) / NS_PER_S
     reference_HJ = position(due_H)
     growth_H = np.linspace(0.2, 1.0, spec.horizon)
-    seam = Seam(stamp_ns + 30_000_000, np.full(len(JOINTS), 0.01), np.zeros(len(JOINTS)), np.zeros(len(JOINTS)), False)
+    seam = Seam(stamp_ns + 30_000_000, np.full(len(spec.axes), 0.01), *np.zeros((2, len(spec.axes))), False)
     prediction = Prediction(
         index=number,
         start_ns=start_ns,

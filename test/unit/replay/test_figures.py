@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.bundles import JOINTS, demo_policy
+from support.bundles import JOINTS, demo_policy, mixed_policy
 from support.replays import made_up_tick
 from support.signals import joint_signal
 
@@ -20,6 +20,7 @@ from ki_vla_ros.replay.figures import Figures
 from ki_vla_ros.replay.inputs import Inbox
 from ki_vla_ros.replay.latency import parse_latency
 from ki_vla_ros.replay.thresholds import parse_threshold
+from ki_vla_ros.robot import Axis, main_axes, other_axes
 from ki_vla_ros.runtime.paths import CommandedPath, MeasuredPath
 from ki_vla_ros.statistics import SegmentSums, root_mean
 
@@ -170,6 +171,41 @@ def test_known_errors_come_out_as_they_went_in() -> None:
     assert summary["seam"]["jump_rms"] == pytest.approx(0.01) and summary["seam"]["count"] == 200
     assert summary["ticks"] == {"count": 200, "chunks": 200, "sent": 200, "refused": 0, "held": 0, "idle": 0}
     json.dumps(summary, allow_nan=False)
+
+
+def test_an_axis_without_a_reference_has_no_figures_and_says_why() -> None:
+    """A base that nobody measures beside an arm: the arm's figures stay what they are."""
+    spec = mixed_policy()
+    figures = Figures(spec, "", 0.0, 0)
+    for number in range(50):
+        tick = made_up_tick(spec, number, error=0.02)
+        assert tick.prediction is not None
+        reference_HJ = tick.prediction.reference_HJ.copy()
+        reference_HJ[:, [not axis.measured for axis in spec.axes]] = np.nan
+        prediction = dataclasses.replace(tick.prediction, reference_HJ=reference_HJ)
+        figures.add(dataclasses.replace(tick, prediction=prediction))
+    error = figures.summary("asynchronous", 0.1, "joint_states", None)["error"]
+    base, shoulder = error["by_joint"]["forward"], error["by_joint"]["shoulder"]
+    assert base["rms"] is base["bias"] is base["max"] is None and "nothing measures forward" in base["missing"]
+    assert base["what"] == "integral of the velocity" and shoulder["what"] == error["what"] == "position"
+    assert error["unit"] == "rad" and error["rms"] > 0.0 and shoulder["max"] > 0.0
+    json.dumps(error, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "main", "other"),
+    [
+        ({"a": ("joint", "rad"), "g": ("joint", "m")}, "a", "g"),
+        ({"x": ("position", "m"), "r": ("rotation", "rad"), "g": ("gripper", "m")}, "x", "r"),
+        ({"a": ("joint", "rad"), "g": ("gripper", "m"), "v": ("velocity", "m")}, "a", "g"),
+        ({"a": ("joint", "rad")}, "a", ""),
+    ],
+)
+def test_a_figure_mixes_neither_units_nor_kinds(kinds: dict[str, tuple[Any, str]], main: str, other: str) -> None:
+    axes = [Axis(name, kind, unit, -1.0, 1.0, 1.0) for name, (kind, unit) in kinds.items()]
+    for choose, expected in ((main_axes, main), (other_axes, other)):
+        chosen, _ = choose(axes)
+        assert "".join(axis.name for axis, picked in zip(axes, chosen, strict=True) if picked) == expected
 
 
 def test_a_replay_without_ticks_has_a_summary() -> None:
