@@ -126,7 +126,8 @@ def test_the_parsed_network_matches_the_manifest(any_bundle: Bundle, graph: str)
 
 
 def test_a_graph_that_differs_from_the_manifest_is_not_built(bundle: Bundle, cache: PlanCache, said: list[str]) -> None:
-    manifest = bundle.manifest.model_copy(update={"horizon": bundle.manifest.horizon + 1})
+    robot = bundle.manifest.robot.model_copy(update={"horizon": bundle.manifest.horizon + 1})
+    manifest = bundle.manifest.model_copy(update={"robot": robot})
     changed = dataclasses.replace(bundle, manifest=manifest)
     with pytest.raises(EngineError, match=rf"{EXPERT}: input 'clean': expected bool \[{manifest.horizon}\], got bool"):
         find_or_build(changed, plan_key(changed, EXPERT, RTX, "sm89"), RTX, cache, said.append)

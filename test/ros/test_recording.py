@@ -191,7 +191,7 @@ def test_a_recording_in_simulated_time_replays(
     assert not recording.bag.exists()
     robot.clock_ns = began_ns = 10**12
     robot.imaging = robot.stating = True
-    until(lambda: recording.counts()["/policy/chunk"] >= 10)
+    until(lambda: recording.counts()["/policy/chunk"] >= 20)
     assert recording.end() == 0, recording.output
     with open_bag(recording.bag) as bag:
         messages = list(bag.messages())

@@ -591,7 +591,10 @@ def _judge_velocities(
     if np.any(value_NV):
         moved.add("velocity")
     # The watchdog looks every 20 ms; then the controller's period and the time of braking pass.
-    braking_s = float((speed_J / acceleration_J).max()) + world.parameters["hold_after_s"] + 0.04 + 2.0 * step_s
+    # A setting may have made the acceleration smaller in motion: the slowest braking of the case counts.
+    bounds = [bounds for _, bounds in world.told] + [world.loop._gate.bounds]
+    braking_s = max(float((b.speed_J[index] / b.acceleration_J[index]).max()) for b in bounds)
+    braking_s += world.parameters["hold_after_s"] + 0.04 + 2.0 * step_s
     braking_s += sum(world.case.stalls.values()) / 1e3  # while the process is stopped, nobody can send anything
     last_N = np.searchsorted(world.fresh, time_N, side="right") - 1
     since_N = (time_N - np.array([START, *world.fresh])[last_N + 1]) / NS_PER_S
