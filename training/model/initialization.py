@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from training.model.vla import VLA
-from training.tokens import LOCATIONS, STATE_BINS, FastTokenizer, fast_id, loc_id, token_id
+from training.tokens import STATE_BINS, FastTokenizer, fast_id, loc_id, location_count, token_id
 
 
 def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
@@ -32,8 +32,11 @@ def order_embeddings(model: VLA, tokenizer: Tokenizer, fast: FastTokenizer) -> N
     Tokens that stand for no whole coefficient (a published vocabulary has some) stay as they were drawn.
     """
     table, width = model.backbone.embedding.weight, model.config.backbone.width
-    first_number = token_id(tokenizer, "0")
-    for first, count, finest in ((first_number, STATE_BINS, 32.0), (loc_id(tokenizer, 0), LOCATIONS, 8.0)):
+    first_number, bins = token_id(tokenizer, "0"), location_count(tokenizer)
+    blocks = [(loc_id(tokenizer, 0), bins, bins / 4)]
+    if tokenizer.token_to_id(str(STATE_BINS - 1)) == first_number + STATE_BINS - 1:  # not in PaliGemma's: digits alone
+        blocks.append((first_number, STATE_BINS, 32.0))
+    for first, count, finest in blocks:
         features = wave_features(torch.linspace(0, 1, count), width, finest=finest)
         table[first : first + count] = features * width**-0.5  # the backbone multiplies by sqrt(width)
     integers = {token: fast.integers(token) for token in range(fast.vocab_size)}

@@ -1,23 +1,46 @@
-"""Text and actions as tokens: FAST, PaliGemma's vocabulary, words, prompts."""
+"""Text and actions as tokens: FAST, vocabularies of words, of byte pairs and PaliGemma's, prompts."""
 
 from training.tokens.fast import FastDecodeError, FastTokenizer, cosine_basis
 from training.tokens.paligemma import VOCABULARY, read_tokenizer
-from training.tokens.prompt import EOS_TOKEN, fast_id, loc_id, prompt_tokenizer, prompt_vocab_size, token_id
-from training.tokens.words import DEMO_PROMPT, LOCATIONS, STATE_BINS, act_query_ids, build_tokenizer
+from training.tokens.prompt import (
+    EOS_TOKEN,
+    LOCATION_BINS,
+    STATE_BINS,
+    act_query_ids,
+    check_text,
+    encode_text,
+    fast_id,
+    loc_id,
+    localise,
+    location_count,
+    prompt_template,
+    prompt_tokenizer,
+    prompt_vocab_size,
+    token_id,
+)
+from training.tokens.vocabulary import VocabularyConfig, make_vocabulary
+from training.tokens.words import DEMO_PROMPT, build_tokenizer
 
 __all__ = [
     "DEMO_PROMPT",
     "EOS_TOKEN",
-    "LOCATIONS",
+    "LOCATION_BINS",
     "STATE_BINS",
     "VOCABULARY",
     "FastDecodeError",
     "FastTokenizer",
+    "VocabularyConfig",
     "act_query_ids",
     "build_tokenizer",
+    "check_text",
     "cosine_basis",
+    "encode_text",
     "fast_id",
     "loc_id",
+    "localise",
+    "location_count",
+    "make_vocabulary",
+    "prompt_template",
     "prompt_tokenizer",
     "prompt_vocab_size",
     "read_tokenizer",

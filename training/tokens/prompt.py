@@ -1,18 +1,43 @@
-"""Special tokens, and the part of a vocabulary that a prompt can hold.
+"""Special tokens, the places in a text, and the part of a vocabulary that a prompt can hold.
 
 Ids that a prompt can contain come first, in one block: the exported prefill graph carries the embedding rows of that
-block only, so location and action (FAST) tokens cannot even be expressed on the robot. The demo's vocabulary (words.py)
-and PaliGemma's (paligemma.py) both have that order.
+block only, so location and action (FAST) tokens cannot even be expressed on the robot. All vocabularies (words.py,
+bpe.py, paligemma.py) have that order.
+
+Texts of data have PaliGemma's places, <loc0000> to <loc1023>; `localise` writes them as a vocabulary has them.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from bisect import bisect_left
+from collections.abc import Mapping
 
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN, encode
+from ki_vla_ros.errors import InputError
 
 BOS_TOKEN = "<bos>"
 EOS_TOKEN = "<eos>"
+LOCATION_BINS = 1024  # of a place in a text, along one side of the image
+STATE_BINS = 256
+_TOKEN = re.compile(r"<(?:loc|seg)[^<>\s]*>")
+_RESERVED = re.compile(r"<(?:pad|bos|eos|unk|act_query_\d+|fast_\d+)>")
+_PLACE = re.compile(r"<loc(0\d{3}|10[01]\d|102[0-3])>")
+_SEGMENT = re.compile(r"<seg(0\d\d|1[01]\d|12[0-7])>")
+
+
+def prompt_template(queries: int) -> str:
+    """The prompt of a robot's frame, with so many learned tokens at its end."""
+    return "Task: {task}, State: {state};\nAction: " + "".join(map(act_query_token, range(queries)))
+
+
+def act_query_token(i: int) -> str:
+    """The i-th learned readout token at the end of the prompt."""
+    return f"<act_query_{i}>"
 
 
 def loc_token(i: int) -> str:
@@ -30,6 +55,59 @@ def fast_token(i: int) -> str:
     return f"<fast_{i}>"
 
 
+def start_block(queries: int) -> list[str]:
+    """The tokens that our own vocabularies begin with."""
+    return [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, UNKNOWN_TOKEN, *map(act_query_token, range(queries))]
+
+
+def end_block(locations: int, action_ids: int) -> list[str]:
+    """The tokens that they end with, none of which a prompt can hold."""
+    return [*map(loc_token, range(locations)), *map(fast_token, range(action_ids))]
+
+
+def begin_with_bos(vocabulary: Mapping[str, int]) -> TemplateProcessing:
+    return TemplateProcessing(single=f"{BOS_TOKEN} $A", pair=None, special_tokens=[(BOS_TOKEN, vocabulary[BOS_TOKEN])])
+
+
+def check_text(text: str) -> None:
+    """InputError if a text of data has a place or a segment that is none of PaliGemma's, or a token with a meaning."""
+    if reserved := _RESERVED.search(text):
+        raise InputError(f"text: expected words and places, got the token {reserved[0]} in {text[:80]!r}")
+    for token in _TOKEN.findall(text):
+        if not (_PLACE.fullmatch(token) or _SEGMENT.fullmatch(token)):
+            raise InputError(
+                f"text: expected places <loc0000> to <loc{LOCATION_BINS - 1}> and segments <seg000> to <seg127>, got "
+                f"{token[:40]!r} in {text[:80]!r}"
+            )
+
+
+def plain_text(text: str) -> str:
+    """The text without places and segments: what a vocabulary is made from."""
+    check_text(text)
+    return _TOKEN.sub(" ", text)
+
+
+def localise(tokenizer: Tokenizer, text: str) -> str:
+    """The text with the vocabulary's own tokens for its places, which may be coarser; InputError where it has none."""
+    check_text(text)
+    if tokenizer.token_to_id(paligemma_loc_token(0)) is not None:
+        return text
+    if segment := _SEGMENT.search(text):
+        raise InputError(f"text: expected no segments, which only PaliGemma's vocabulary has, got {segment[0]}")
+    bins = location_count(tokenizer)
+    return _PLACE.sub(lambda found: loc_token(int(found[1]) * bins // LOCATION_BINS), text)
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text with places, without <bos> and <eos>; InputError names words that the vocabulary lacks."""
+    text = localise(tokenizer, text)
+    encoding, unknown_id = encode(tokenizer, text, special=False), tokenizer.token_to_id(UNKNOWN_TOKEN)
+    if unknown_id in encoding.ids:
+        start, end = encoding.offsets[encoding.ids.index(unknown_id)]
+        raise InputError(f"text: expected words of the vocabulary, got {text[start:end]!r} in {text[:80]!r}")
+    return list(encoding.ids)
+
+
 def token_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a token that must exist."""
     found = tokenizer.token_to_id(token)
@@ -45,13 +123,28 @@ def fast_id(tokenizer: Tokenizer, i: int) -> int:
 
 def loc_id(tokenizer: Tokenizer, i: int) -> int:
     """Vocabulary id of location i; the ids of all locations are consecutive."""
-    return token_id(tokenizer, loc_token(i))
+    paligemma = tokenizer.token_to_id(paligemma_loc_token(i))
+    return token_id(tokenizer, loc_token(i)) if paligemma is None else int(paligemma)
+
+
+def location_count(tokenizer: Tokenizer) -> int:
+    """How many locations the vocabulary has along one side of an image."""
+    if tokenizer.token_to_id(paligemma_loc_token(0)) is not None:
+        return LOCATION_BINS
+    return bisect_left(range(LOCATION_BINS), True, key=lambda i: tokenizer.token_to_id(loc_token(i)) is None)
+
+
+def act_query_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Vocabulary ids of the readout tokens in prompt order."""
+    ids: list[int] = []
+    while (found := tokenizer.token_to_id(act_query_token(len(ids)))) is not None:
+        ids.append(found)
+    return tuple(ids)
 
 
 def prompt_vocab_size(tokenizer: Tokenizer) -> int:
     """How many ids, from 0, a prompt can contain: everything before the location, segment and action tokens."""
-    paligemma = tokenizer.token_to_id(paligemma_loc_token(0))
-    return loc_id(tokenizer, 0) if paligemma is None else int(paligemma)
+    return loc_id(tokenizer, 0)
 
 
 def prompt_tokenizer(tokenizer: Tokenizer) -> Tokenizer:

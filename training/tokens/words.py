@@ -1,22 +1,48 @@
-"""The demo's vocabulary: the words of its instructions, questions and answers, its locations and its actions."""
+"""A vocabulary of words: those of the data and no others, so a robot refuses an instruction that means nothing."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
+from itertools import chain
+from typing import Final
 
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from tokenizers.processors import TemplateProcessing
 
-from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN
-from training.tokens.prompt import BOS_TOKEN, EOS_TOKEN, fast_token, loc_token, token_id
+from ki_vla_ros.bundle import UNKNOWN_TOKEN
+from ki_vla_ros.errors import ConfigurationError
+from training.tokens.prompt import STATE_BINS, begin_with_bos, end_block, plain_text, prompt_template, start_block
 
+MOST_WORDS: Final = 1 << 17
+# Runs of letters and digits, single punctuation marks and line breaks are tokens; other white space only separates.
+_SPLIT: Final = Split(Regex(r"\w+|[^\w\s]|\n"), behavior="removed", invert=True)
+
+
+def collect_words(texts: Iterable[str], *, queries: int, locations: int, action_ids: int) -> Tokenizer:
+    """A token for each word of `texts` and of a robot's prompt, sorted; ConfigurationError if there are too many."""
+    numbers = [str(n) for n in range(STATE_BINS)]
+    frame = prompt_template(0).replace("{task}", " ").replace("{state}", " ")
+    words: set[str] = set()
+    for text in chain((frame,), texts):
+        words.update(word for word, _ in _SPLIT.pre_tokenize_str(plain_text(text)))
+        if len(words) > MOST_WORDS:
+            raise ConfigurationError(
+                f"vocabulary: expected at most {MOST_WORDS} words in the data, got more; take kind bpe"
+            )
+    tokens = [*start_block(queries), *sorted(words.difference(numbers)), *numbers, *end_block(locations, action_ids)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
+    tokenizer.pre_tokenizer = _SPLIT
+    tokenizer.post_processor = begin_with_bos(vocabulary)
+    tokenizer.add_special_tokens([*start_block(queries), *end_block(locations, action_ids)])
+    return tokenizer
+
+
+# What follows is the demo's vocabulary, until its run makes one from its data.
 ACT_QUERIES = 4
 LOCATIONS = 32  # along one image axis
-STATE_BINS = 256
-DEMO_PROMPT = "Task: {task}, State: {state};\nAction: " + "".join(f"<act_query_{i}>" for i in range(ACT_QUERIES))
-
+DEMO_PROMPT = prompt_template(ACT_QUERIES)
 # Leave out words that no training sample uses: their embeddings mean nothing, so the robot should refuse them.
 _WORD_TEXT = (
     # instructions
@@ -32,35 +58,8 @@ _WORD_TEXT = (
     "? . , : ; ! ' - ( ) /"
 )
 WORDS = tuple(_WORD_TEXT.split())
-_TOKEN = r"\w+|[^\w\s]|\n"
-
-
-def act_query_token(i: int) -> str:
-    """The i-th learned readout token at the end of the prompt."""
-    return f"<act_query_{i}>"
 
 
 def build_tokenizer(fast_vocab: int = 512, text: str = "") -> Tokenizer:
-    """A word-level tokenizer; `encode` puts <bos> first, unless add_special_tokens=False (answers after a prompt).
-
-    It also knows the words of `text`.
-    """
-    numbers = [str(n) for n in range(STATE_BINS)]
-    more = dict.fromkeys(word for word in re.findall(_TOKEN, text) if word not in {"\n", *WORDS, *numbers})
-    start = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, UNKNOWN_TOKEN, *(act_query_token(i) for i in range(ACT_QUERIES))]
-    places = [loc_token(i) for i in range(LOCATIONS)]
-    actions = [fast_token(i) for i in range(fast_vocab)]
-    vocabulary = {token: i for i, token in enumerate([*start, "\n", *WORDS, *numbers, *more, *places, *actions])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
-    # Runs of letters and digits, single punctuation marks and line breaks are tokens; other white space only separates.
-    tokenizer.pre_tokenizer = Split(Regex(_TOKEN), behavior="removed", invert=True)
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{BOS_TOKEN} $A", pair=None, special_tokens=[(BOS_TOKEN, vocabulary[BOS_TOKEN])]
-    )
-    tokenizer.add_special_tokens([*start, *places, *actions])
-    return tokenizer
-
-
-def act_query_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Vocabulary ids of the readout tokens in prompt order."""
-    return tuple(token_id(tokenizer, act_query_token(i)) for i in range(ACT_QUERIES))
+    """A word-level tokenizer of the demo's words and those of `text`."""
+    return collect_words((" ".join(WORDS), text), queries=ACT_QUERIES, locations=LOCATIONS, action_ids=fast_vocab)

@@ -27,8 +27,8 @@ from ki_vla_ros.policy.preprocess import (
     tokenize,
     unnormalize,
 )
-from training.tokens.prompt import fast_id, loc_id, prompt_tokenizer, prompt_vocab_size, token_id
-from training.tokens.words import DEMO_PROMPT, LOCATIONS, act_query_ids, build_tokenizer
+from training.tokens.prompt import act_query_ids, fast_id, loc_id, prompt_tokenizer, prompt_vocab_size, token_id
+from training.tokens.words import DEMO_PROMPT, LOCATIONS, build_tokenizer
 
 PROMPT = (
     "Task: touch the red cube, State: 0 1 2 3 4 5 255;\nAction: <act_query_0><act_query_1><act_query_2><act_query_3>"

@@ -11,8 +11,8 @@ from training.model.initialization import order_embeddings, wave_features
 from training.model.siglip import VisionConfig
 from training.model.vla import VLA, VLAConfig
 from training.tokens.fast import FastTokenizer
-from training.tokens.prompt import fast_id, loc_id, token_id
-from training.tokens.words import LOCATIONS, STATE_BINS, build_tokenizer
+from training.tokens.prompt import STATE_BINS, fast_id, loc_id, token_id
+from training.tokens.words import LOCATIONS, build_tokenizer
 
 SIZES = GemmaConfig(width=32, depth=2, mlp=32, heads=2, kv_heads=1, head_dim=16)
 VISION = VisionConfig(image_size=48, patch_size=12, width=32, depth=1, heads=2, mlp=32, stem="conv")

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.preprocess import render_prompt, state_to_bins, tokenize
 from training.tokens.paligemma import read_tokenizer
-from training.tokens.prompt import fast_id, prompt_tokenizer, prompt_vocab_size
+from training.tokens.prompt import encode_text, fast_id, localise, prompt_tokenizer, prompt_vocab_size
 
 MODEL = train()
 SIZE = len(MODEL.pieces)
@@ -176,3 +176,9 @@ def test_bad_files_are_refused(file: Path, ours: Tokenizer, tmp_path: Path) -> N
         read_tokenizer(tmp_path / "missing.model")
     with pytest.raises(ConfigurationError, match="got a folder"):
         read_tokenizer(tmp_path)
+
+
+def test_places_of_data_are_its_own(ours: Tokenizer) -> None:
+    text = "it is <loc0003><loc0005> <seg001>"
+    assert localise(ours, text) == text
+    assert encode_text(ours, text) == THEIRS.encode(text)
