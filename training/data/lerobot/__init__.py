@@ -2,6 +2,7 @@
 
 from training.data.lerobot.arrays import load_recorded
 from training.data.lerobot.dataset import Dataset
+from training.data.lerobot.frames import LeRobotSamples
 from training.data.lerobot.layout import (
     ACTION,
     EPISODES,
@@ -44,6 +45,7 @@ __all__ = [
     "Episode",
     "Feature",
     "Info",
+    "LeRobotSamples",
     "RobotColumns",
     "Video",
     "VideoWriter",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
 
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ki_vla_ros.errors import ConfigurationError, InputError, short_repr
+from ki_vla_ros.errors import ConfigurationError, InputError, did_you_mean, short_repr
 from ki_vla_ros.files import read_file
 from ki_vla_ros.messages import decode_compressed
 from training.data.lerobot.layout import ACTIONS, STATES, Info, depth_reason, fill_path, read_info
@@ -37,7 +38,8 @@ class Dataset:
         with described(folder):
             self.tasks = read_tasks(folder, self.info)
             self.episodes = read_episodes(folder, self.info)
-        self._table: tuple[Path, pa.Table] | None = None  # the last file that was read
+        self._arrays: tuple[str, ...] = ()  # features of several dimensions that `columns` has beside the others
+        self._table: tuple[Path, pa.Table, _Runs] | None = None  # the last file that was read
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -83,18 +85,43 @@ class Dataset:
             columns = {}
             for name in part.column_names:
                 try:
-                    width = self.info.features[name].width if name in self.info.features else 1
-                    columns[name] = _array(part[name].combine_chunks(), width)
+                    shape = self.info.features[name].shape if name in self.info.features else ()
+                    columns[name] = _array(part[name].combine_chunks(), *(shape if name in self._arrays else shape[:1]))
                 except ValueError as error:
                     raise InputError(f"{path}: episode {episode.index}: column {name!r}: {error}") from error
             self._check(path, episode, columns)
             return columns
+
+    @contextmanager
+    def reading(self, *arrays: str) -> Iterator[None]:
+        """Within it `columns` has these features as well, [N, rows, D]; afterwards no table is kept in memory."""
+        for key in arrays:
+            if key not in self.info.features:
+                raise ConfigurationError(
+                    f"dataset {self.folder}: expected a column {key}, got {', '.join(self.info.features)}"
+                    f"{did_you_mean(key, self.info.features)}"
+                )
+        self._arrays, self._table = arrays, None
+        try:
+            yield
+        finally:
+            self._arrays, self._table = (), None
 
     def images(self, episode: Episode, camera: str) -> Iterator[NDArray[np.uint8]]:
         """The image [H, W, 3] of each frame, of a camera named as in `cameras` or by its key; InputError without one.
 
         ConfigurationError names a camera that is not there, or is not a colour camera.
         """
+        key = self.camera_key(camera)
+        with described(self.folder):
+            if self.info.features[key].dtype == "image":
+                path, first = self._find(episode)
+                return self._pictures(path, key, first, episode)
+            path, from_s = self.video_of(episode, key)
+            return read_frames(path, from_s, episode.length, self.info.fps)
+
+    def camera_key(self, camera: str) -> str:
+        """The key of a camera that is named as in `cameras`, or by its key; ConfigurationError as in `images`."""
         key = next((key for key, name in self.info.cameras.items() if camera in (name, key)), None)
         if key is None:
             found = self.info.features.get(camera)
@@ -103,17 +130,35 @@ class Dataset:
                 f"dataset {self.folder}: expected colour images of camera {camera!r}, got "
                 + (f"{reason}" if reason else f"those of {', '.join(self.cameras) or 'none'}")
             )
+        return key
+
+    def video_of(self, episode: Episode, key: str) -> tuple[Path, float]:
+        """The video that has an episode's images of a camera, and when the first of them is in it, in s."""
+        if (pattern := self.info.video_path) is None:
+            raise ConfigurationError(f"dataset {self.folder}: expected a video_path for {key} in meta/info.json")
+        prefix = f"videos/{key}"
+        path = self._inside(fill_path(pattern, video_key=key, **self._place(episode, prefix, pattern)))
+        shared = "{episode_index" not in pattern
+        return path, self._note(episode, f"{prefix}/from_timestamp", float) if shared else 0.0
+
+    def table_of(self, episode: Episode) -> Path:
+        """The table that has an episode's rows."""
+        pattern = self.info.data_path
+        return self._inside(fill_path(pattern, **self._place(episode, "data", pattern)))
+
+    def first_row(self, episode: Episode) -> int:
+        """Where in its table an episode begins."""
         with described(self.folder):
-            if self.info.features[key].dtype == "image":
-                path, first = self._find(episode)
-                return self._pictures(path, key, first, episode)
-            if (pattern := self.info.video_path) is None:
-                raise ConfigurationError(f"dataset {self.folder}: expected a video_path for {key} in meta/info.json")
-            prefix = f"videos/{key}"
-            path = self._inside(fill_path(pattern, video_key=key, **self._place(episode, prefix, pattern)))
-            shared = "{episode_index" not in pattern
-            from_s = self._note(episode, f"{prefix}/from_timestamp", float) if shared else 0.0
-            return read_frames(path, from_s, episode.length, self.info.fps)
+            return self._find(episode)[1]
+
+    def decode(self, where: str, value: Any) -> NDArray[np.uint8]:
+        """The image [H, W, 3] that a table has: a jpeg or png file, or its name; InputError begins with `where`."""
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if content is None and isinstance(value, dict) and value.get("path"):
+            content = self._beside(where, str(value["path"]))
+        if not isinstance(content, bytes):
+            raise InputError(f"{where}: expected the bytes of an image, got {'none' if content is None else 'others'}")
+        return decode_compressed(where, content)
 
     def task_of(self, columns: Mapping[str, NDArray[Any]]) -> list[str]:
         """The task of each frame."""
@@ -128,19 +173,21 @@ class Dataset:
 
     def _find(self, episode: Episode) -> tuple[Path, int]:
         """The table's file and the episode's first row in it; the file is then the last that was read."""
-        pattern = self.info.data_path
-        path = self._inside(fill_path(pattern, **self._place(episode, "data", pattern)))
+        path = self.table_of(episode)
         if self._table is None or self._table[0] != path:
             numbers = [name for name, feature in self.info.features.items() if feature.is_number]
-            self._table = path, read_parquet(path, list(dict.fromkeys((*numbers, *ROWS))))
-        index = _array(self._table[1]["episode_index"].combine_chunks(), 1)
-        rows = np.flatnonzero(index == episode.index)
-        if len(rows) != episode.length or np.any(np.diff(rows) != 1):
-            others = f" and {len(index) - len(rows)} of others" if len(rows) < len(index) else ""
+            table = read_parquet(path, list(dict.fromkeys((*numbers, *ROWS, *self._arrays))))
+            self._table = path, table, _runs(_array(table["episode_index"].combine_chunks(), 1))
+        number, first, count = self._table[2]
+        own = number == episode.index
+        if own.sum() != 1 or count[own][0] != episode.length:
+            rows = self._table[1].num_rows
+            got = int(count[own].sum())
+            others = f" and {rows - got} of others" if got < rows else ""
             raise InputError(
-                f"{path}: expected {episode.length} rows of episode {episode.index} on end, got {len(rows)}{others}"
+                f"{path}: expected {episode.length} rows of episode {episode.index} on end, got {got}{others}"
             )
-        return path, int(rows[0])
+        return path, int(first[own][0])
 
     def _check(self, path: Path, episode: Episode, columns: Mapping[str, NDArray[Any]]) -> None:
         """InputError unless frames are evenly spaced, and state and action are numbers."""
@@ -162,18 +209,9 @@ class Dataset:
                 )
 
     def _pictures(self, path: Path, key: str, first: int, episode: Episode) -> Iterator[NDArray[np.uint8]]:
-        """The images in a table: each a jpeg or png file, or its name."""
         with described(self.folder):
             for i, value in enumerate(read_rows(path, key, first, episode.length)):
-                where = f"{path}: episode {episode.index}, frame {i}: {key}"
-                content = value.get("bytes") if isinstance(value, dict) else value
-                if content is None and isinstance(value, dict) and value.get("path"):
-                    content = self._beside(where, str(value["path"]))
-                if not isinstance(content, bytes):
-                    raise InputError(
-                        f"{where}: expected the bytes of an image, got {'none' if content is None else 'others'}"
-                    )
-                yield decode_compressed(where, content)
+                yield self.decode(f"{path}: episode {episode.index}, frame {i}: {key}", value)
 
     def _beside(self, where: str, name: str) -> bytes:
         """The image file that a table names instead of holding it."""
@@ -216,22 +254,34 @@ class Dataset:
         return self.folder / name
 
 
-def _array(column: pa.Array, width: int) -> NDArray[Any]:
-    """[N], or [N, D] if `width` is more than 1; ValueError if rows lack a number or are wider or narrower."""
+_Runs = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]
+"""Of each stretch of equal numbers: the number, where it begins, and how many they are."""
+
+
+def _runs(number_N: NDArray[Any]) -> _Runs:
+    first = np.flatnonzero(np.diff(number_N, prepend=number_N[:1] - 1))
+    return number_N[first], first, np.diff(first, append=len(number_N))
+
+
+def _array(column: pa.Array, *shape: int) -> NDArray[Any]:
+    """[N], or [N, *shape] if that is more than 1; ValueError if rows lack a number or are wider or narrower."""
     rows = len(column)
-    if pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        lengths = column.value_lengths()
-        found = set(lengths.unique().to_pylist())
-        if found != {width}:
-            raise ValueError(
-                f"expected {width} numbers in each row, got {', '.join(map(str, sorted(found, key=repr)))}"
-            )
-        column = column.flatten()
-    elif width != 1:
-        raise ValueError(f"expected {width} numbers in each row, got {column.type}")
+    for width in shape or (1,):
+        if isinstance(column, pa.ExtensionArray):
+            column = column.storage
+        if isinstance(column, pa.FixedSizeListArray | pa.ListArray | pa.LargeListArray):
+            lengths = column.value_lengths()
+            found = set(lengths.unique().to_pylist())
+            if found != {width}:
+                raise ValueError(
+                    f"expected {width} numbers in each row, got {', '.join(map(str, sorted(found, key=repr)))}"
+                )
+            column = column.flatten()
+        elif width != 1:
+            raise ValueError(f"expected {width} numbers in each row, got {column.type}")
     if column.null_count:
         raise ValueError(f"expected numbers, got none in {column.null_count} places")
     values = np.asarray(column)
     if values.dtype.kind not in "biuf":
         raise ValueError(f"expected numbers, got {column.type}")
-    return values if width == 1 else values.reshape(rows, width)
+    return values if shape in ((), (1,)) else values.reshape(rows, *shape)

@@ -100,18 +100,46 @@ def _unit(dimension: StateDimension | ActionDimension) -> str:
 
 
 def read_robot_columns(
-    dataset: Dataset, robot: Robot, columns: Mapping[str, NDArray[Any]]
+    dataset: Dataset, robot: Robot, columns: Mapping[str, NDArray[Any]], *, actions: bool = True
 ) -> tuple[Array, Array | None]:
     """State [N, S] and actions [N, D] of rows of the dataset, in the robot's units; no actions: it has none at all.
 
     ConfigurationError names the dimension that the dataset lacks, and what to write into the robot file; InputError a
-    number that is none.
+    number that is none. Without `actions` only the state is read.
     """
     state_NS = robot.state_lines.to_robot(_pick(dataset, robot.state, dataset.state_key or STATE, columns))
-    if dataset.action_key is None and not any(a.dataset.column for a in robot.actions):
+    if not actions or (dataset.action_key is None and not any(a.dataset.column for a in robot.actions)):
         return state_NS, None
     action_ND = _pick(dataset, robot.actions, dataset.action_key or ACTION, columns)
     return state_NS, robot.action_lines.to_robot(action_ND)
+
+
+def read_robot_chunks(
+    dataset: Dataset, robot: Robot, columns: Mapping[str, NDArray[Any]], chunk: str, horizon: int
+) -> Array:
+    """Chunks [N, H, D] of rows of the dataset, in the robot's units, from a column that has H rows of actions in each.
+
+    Each row is laid out as the actions' column is, where the dataset has one, else in the order of the robot file.
+    Errors as in `read_robot_columns`.
+    """
+    names = list(dict.fromkeys(a.dataset.column or dataset.action_key or ACTION for a in robot.actions))
+    feature = dataset.info.features[chunk]
+    here = f"dataset {dataset.folder}: {chunk}"
+    if len(names) != 1:
+        raise ConfigurationError(f"{here}: expected a robot whose actions are in one column, got {', '.join(names)}")
+    like = dataset.info.features.get(names[0])
+    width = like.width if like is not None else len(robot.actions)
+    if feature.shape not in ((horizon * width,), (horizon, width)):
+        raise ConfigurationError(
+            f"{here}: expected {horizon} x {width} numbers (a chunk of actions), got "
+            f"{' x '.join(map(str, feature.shape))}; set the horizon that the dataset was made with"
+        )
+    count = len(columns[chunk])
+    steps: dict[str, NDArray[Any]] = {names[0]: columns[chunk].reshape(count * horizon, width)}
+    steps["episode_index"] = np.repeat(columns["episode_index"], horizon)
+    features = {names[0]: (width, like.element_names if like is not None else ())}
+    action_ND = robot.action_lines.to_robot(_pick(dataset, robot.actions, names[0], steps, features, horizon))
+    return action_ND.reshape(count, horizon, -1)
 
 
 def _pick(
@@ -119,8 +147,10 @@ def _pick(
     dimensions: Sequence[StateDimension | ActionDimension],
     default: str,
     columns: Mapping[str, NDArray[Any]],
+    features: Mapping[str, tuple[int, Sequence[str]]] | None = None,
+    rows_per_frame: int = 1,
 ) -> Array:
-    features = {
+    features = features or {
         name: (feature.width, feature.element_names)
         for name, feature in dataset.info.features.items()
         if feature.is_number
@@ -132,9 +162,9 @@ def _pick(
     picked = [columns[name].reshape(len(columns[name]), -1)[:, place] for name, place in places]
     value_ND = np.stack([values.astype(np.float64) for values in picked], axis=1)
     if len(wrong := np.argwhere(~np.isfinite(value_ND))):
-        frame, d = wrong[0]
+        row, d = wrong[0]
         raise InputError(
-            f"dataset {dataset.folder}: episode {columns['episode_index'][frame]}: expected finite numbers in "
-            f"{places[d][0]}, got {value_ND[frame, d]} at index {places[d][1]} for frame {frame}"
+            f"dataset {dataset.folder}: episode {columns['episode_index'][row]}: expected finite numbers in "
+            f"{places[d][0]}, got {value_ND[row, d]} at index {places[d][1]} for frame {row // rows_per_frame}"
         )
     return value_ND

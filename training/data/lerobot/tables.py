@@ -108,12 +108,41 @@ def _object(line: str) -> dict[str, Any]:
     return value
 
 
+def open_parquet(path: Path, name: str) -> pq.ParquetFile:
+    """The file, which has this column and is to be closed; errors as in `read_parquet`."""
+    with _whole(path):
+        check_file(path)
+        file = pq.ParquetFile(path)
+        _field(path, file, name)
+        return file
+
+
+def read_group(path: Path, file: pq.ParquetFile, name: str, group: int, most: int) -> pa.ChunkedArray | None:
+    """One column of a row group; None if it has more than `most` bytes, errors as in `read_parquet`."""
+    with _whole(path):
+        parts: list[pa.Array] = []
+        read = 0
+        for part in file.iter_batches(batch_size=IMAGES_AT_ONCE, row_groups=[group], columns=[name], use_threads=False):
+            parts.append(part.column(name))
+            read += part.nbytes
+            if read > most:
+                return None
+        return pa.chunked_array(parts)
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[pq.ParquetFile]:
-    try:
+    with _whole(path):
         check_file(path)
         with pq.ParquetFile(path) as file:
             yield file
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Errors that name the file."""
+    try:
+        yield
     except FileNotFoundError:
         raise ConfigurationError(f"dataset: expected {path}, found none; is the copy whole?") from None
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -11,7 +11,9 @@ the pixels that the node got.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -161,42 +163,107 @@ class VideoWriter:
 
 def read_frames(path: Path, from_s: float, count: int, fps: float) -> Iterator[NDArray[np.uint8]]:
     """`count` images [H, W, 3], at the times `from_s + i / fps`; InputError if one is missing or holds no colour."""
-    if not path.is_file():
-        raise InputError(f"video {path}: the episodes name it, but there is no such file; is the copy whole?")
-    done, tolerance_s = 0, TOLERANCE / fps
-    try:
-        with av.open(str(path)) as container:
-            stream = next(iter(container.streams.video), None)
+    with VideoReader(path) as video:
+        for i in range(count):
+            try:
+                yield video.read(from_s + i / fps, TOLERANCE / fps)
+            except NoFrameError as error:
+                raise InputError(
+                    f"video {path}: expected {count} frames at {fps} per second from {from_s:g} s on, but there is "
+                    f"none at {error.due_s:g} s; is the file whole?"
+                ) from None
+
+
+class NoFrameError(InputError):
+    """A video has no frame at a time."""
+
+    def __init__(self, path: Path, due_s: float) -> None:
+        super().__init__(f"video {path}: expected a frame at {due_s:g} s, got none; is the file whole?")
+        self.due_s = due_s
+
+
+class VideoReader:
+    """The frames of one video at any times, best asked for in the order of time; InputError if it is none.
+
+    It decodes from the key frame before the one that is asked for, or goes on from the last one, whichever is shorter.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise InputError(f"video {path}: the episodes name it, but there is no such file; is the copy whole?")
+        with self._named():
+            self._container = av.open(str(path))
+            stream = next(iter(self._container.streams.video), None)
             if stream is None:
                 raise InputError(f"video {path}: expected a stream of images, got a file without")
             if stream.codec_context is None:  # typed as if it always had one
                 raise InputError(f"video {path}: expected a codec that this FFmpeg decodes, got another")
-            if (tick_s := stream.time_base) is None:
+            if stream.time_base is None:
                 raise InputError(f"video {path}: expected a stream with a time base, got one without")
-            if from_s > tolerance_s:
-                container.seek(round((from_s - tolerance_s) / tick_s), stream=stream, backward=True)
-            for frame in _frames(container, stream):
-                if frame.pts is None:
-                    raise InputError(f"video {path}: expected frames with times, got one without")
-                time_s, due_s = float(frame.pts * tick_s), from_s + done / fps
-                if time_s < due_s - tolerance_s:
-                    continue  # the key frame that decoding starts at may lie before the episode
-                if time_s > due_s + tolerance_s:
-                    break
-                yield _pixels(f"video {path}", frame)
-                done += 1
-                if done == count:
-                    return
-    except (av.FFmpegError, OverflowError, UnicodeDecodeError, ZeroDivisionError) as error:  # its names and times, too
-        if is_pointer(path):
-            raise InputError(
-                f"video {path}: expected a video, got git-lfs's pointer to it; run 'git lfs pull'"
-            ) from None
-        raise InputError(f"video {path}: {error}") from error
-    raise InputError(
-        f"video {path}: expected {count} frames at {fps} per second from {from_s:g} s on, but there is none at "
-        f"{from_s + done / fps:g} s; is the file whole?"
-    )
+            self._stream, self._tick_s = stream, stream.time_base
+            self._frames = _frames(self._container, stream)
+            self._frame: Any = None  # the last one that was decoded
+            self._time_s = -math.inf  # its time
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._container.close()
+
+    def read(self, due_s: float, tolerance_s: float) -> NDArray[np.uint8]:
+        """The image [H, W, 3] at this time; NoFrameError if there is none, InputError if it is broken, or no colour."""
+        low_s, high_s = due_s - tolerance_s, due_s + tolerance_s
+        with self._named():
+            if self._time_s > high_s or self._key_s(low_s) > max(self._time_s, 0.0):
+                self._seek(low_s)
+            back_s = 1.0
+            while True:
+                while self._time_s < low_s and self._decode_next():
+                    pass
+                if low_s <= self._time_s <= high_s:
+                    return _pixels(f"video {self.path}", self._frame)
+                if low_s - back_s < -1.0:
+                    raise NoFrameError(self.path, due_s)
+                # Where frames refer to later ones, the key frame that was found may be shown after the one asked for.
+                self._seek(low_s - back_s)
+                back_s *= 4.0
+
+    def _decode_next(self) -> bool:
+        self._frame = next(self._frames, None)
+        if self._frame is None:
+            self._time_s = math.inf
+        elif self._frame.pts is None:
+            raise InputError(f"video {self.path}: expected frames with times, got one without")
+        else:
+            self._time_s = float(self._frame.pts * self._tick_s)
+        return self._frame is not None
+
+    def _key_s(self, time_s: float) -> float:
+        """When the last key frame before a time is decoded; -inf if the file does not say."""
+        entries = self._stream.index_entries
+        place = entries.search_timestamp(round(time_s / self._tick_s))
+        return float(entries[place].timestamp * self._tick_s) if place >= 0 else -math.inf
+
+    def _seek(self, time_s: float) -> None:
+        self._container.seek(max(0, round(time_s / self._tick_s)), stream=self._stream, backward=True)
+        self._frames, self._frame, self._time_s = _frames(self._container, self._stream), None, -math.inf
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors that name the file."""
+        try:
+            yield
+        except (av.FFmpegError, OverflowError, UnicodeDecodeError, ZeroDivisionError) as error:  # its names and times
+            if is_pointer(self.path):
+                raise InputError(
+                    f"video {self.path}: expected a video, got git-lfs's pointer to it; run 'git lfs pull'"
+                ) from None
+            raise InputError(f"video {self.path}: {error}") from error
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
