@@ -1,6 +1,7 @@
 """The simulated arm: its world, its tasks and the demonstrator that solves them."""
 
 from ki_vla_ros.sim.demonstrator import Demonstration, Demonstrator, joints_to_tip, tip_to_joints
+from ki_vla_ros.sim.environment import ArmEnvironment
 from ki_vla_ros.sim.task import COLOURS, SHAPES, VERBS, Scene, Split, Task, sample_scene
 from ki_vla_ros.sim.world import HOME_J, JOINTS, TIME_LIMIT_S, TIMESTEP_S, World
 
@@ -12,6 +13,7 @@ __all__ = [
     "TIMESTEP_S",
     "TIME_LIMIT_S",
     "VERBS",
+    "ArmEnvironment",
     "Demonstration",
     "Demonstrator",
     "Scene",

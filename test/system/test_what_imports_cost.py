@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-SIMULATING = ("training.data.simulated", "training.evaluate.closed_loop", "training.evaluate.executors")
+SIMULATING = (
+    "training.data.simulated",
+    *(f"training.evaluate.{name}" for name in ("aloha", "closed_loop", "executors")),
+)
 
 
 def test_using_a_policy_loads_neither_ros_nor_torch_nor_the_simulator() -> None:

@@ -1,7 +1,26 @@
-"""Figures of a policy: offline on arrays, and in closed loop."""
+"""Figures of a policy: offline on arrays, and in environments."""
 
-from training.evaluate.offline import measure
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from training.evaluate.environment import Environment
+from training.evaluate.environments import HELD_OUT, open_environment
+
+# Loaded by `__getattr__` on their first use: an environment may be opened where there is no torch.
+if TYPE_CHECKING:
+    from training.evaluate.offline import measure
 
 __all__ = [
+    "HELD_OUT",
+    "Environment",
     "measure",
+    "open_environment",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "measure":
+        return import_module("training.evaluate.offline").measure
+    raise AttributeError(f"module 'training.evaluate' has no attribute {name!r}")

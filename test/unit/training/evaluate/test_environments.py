@@ -1,0 +1,92 @@
+"""Environments: each speaks its robot file's language, and a seed decides an episode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from support.aloha import needs_aloha
+
+from ki_vla_ros.errors import ConfigurationError, SimulationError
+from training.evaluate import Environment, open_environment
+from training.evaluate.environments import NAMES
+
+
+@pytest.fixture(
+    scope="module",
+    params=["arm", pytest.param("aloha/transfer_cube", marks=needs_aloha)],
+)
+def environment(request: pytest.FixtureRequest) -> Iterator[Environment]:
+    environment = open_environment(request.param, image_size=64)
+    yield environment
+    environment.close()
+
+
+def play(environment: Environment, seed: int, steps: int) -> list[np.ndarray]:
+    """All that an episode shows."""
+    environment.reset(seed)
+    seen: list[np.ndarray] = []
+    for _ in range(steps):
+        images, state_S = environment.observe()
+        action_D = environment.demonstrate()
+        seen += [*images.values(), state_S, action_D]
+        environment.step(action_D)
+    return seen
+
+
+def test_a_seed_decides_the_episode(environment: Environment) -> None:
+    first, other, again = (play(environment, seed, 8) for seed in (3, 4, 3))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_images_state_and_actions_are_those_of_the_robot_file(environment: Environment) -> None:
+    environment.reset(5)
+    robot = environment.robot
+    images, state_S = environment.observe()
+    assert tuple(images) == robot.camera_names and environment.instruction
+    for image in images.values():
+        assert image.dtype == np.uint8 and image.shape[2] == 3 and max(image.shape) == 64 and image.std() > 5.0
+    assert state_S.shape == (len(robot.state),)
+    low_D, high_D = np.array([action.span for action in robot.actions]).T
+    for _ in range(20):
+        action_D = environment.demonstrate()
+        assert np.all(action_D >= low_D) and np.all(action_D <= high_D)
+        environment.step(action_D)
+    # Every action is a place of what the state measures, and was nearly reached.
+    np.testing.assert_allclose(environment.observe()[1], action_D, atol=0.05)
+    assert not environment.success
+
+
+@pytest.mark.slow
+def test_the_expert_succeeds(environment: Environment) -> None:
+    environment.reset(7)
+    for _ in range(round(environment.time_limit_s / environment.robot.action_period_s)):
+        environment.step(environment.demonstrate())
+        if environment.success:
+            break
+    assert environment.success
+    environment.reset(7)
+    assert not environment.success
+
+
+@pytest.mark.parametrize("name", ["aloha", "aloha/", "arms", "arm/touch", "arm/", "/", ""])
+def test_a_name_that_there_is_not_is_answered_with_those_there_are(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"environment: expected one of {', '.join(NAMES)}, got {name!r}"):
+        open_environment(name)
+
+
+@needs_aloha
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"cameras": ("front",)}, "cameras: expected some of top, left_wrist, right_wrist, got 'front'"),
+        ({"image_size": 0}, "image_size: expected"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, object], fault: str) -> None:
+    with pytest.raises((ConfigurationError, SimulationError), match=fault):
+        open_environment("aloha/transfer_cube", **options)
+    with pytest.raises(ConfigurationError, match=r"ALOHA: task: expected one of .*, got 'juggle'"):
+        open_environment("aloha/juggle")

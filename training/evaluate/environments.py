@@ -1,0 +1,53 @@
+"""Environments by name. A simulator is only loaded when one is opened: some choose how they draw when imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Final
+
+from ki_vla_ros.errors import ConfigurationError, did_you_mean
+from training.evaluate.environment import Environment
+
+NAMES: Final = ("arm", "aloha/transfer_cube", "aloha/insertion", "metaworld/TASK")
+HELD_OUT: Final = 1_000_000
+"""Seeds from here on are for evaluation; no demonstration begins with one of them."""
+
+
+def open_environment(name: str, **options: Any) -> Environment:
+    """An environment by its name, one of `NAMES`.
+
+    `options`: `image_size`, the longer side of its images in pixels, and `cameras`, those that are drawn; left out, the
+    environment's own. ConfigurationError for a name that there is not, SimulationError for a package that is missing.
+    """
+    family, slash, task = name.partition("/")
+    opened = _FAMILIES.get(family + slash) if bool(slash) == bool(task) else None
+    if opened is None:
+        raise ConfigurationError(
+            f"environment: expected one of {', '.join(NAMES)}, got {name!r}{did_you_mean(name, NAMES)}"
+        )
+    return opened(task, options)
+
+
+def _open_arm(_: str, options: Mapping[str, Any]) -> Environment:
+    from ki_vla_ros.sim import ArmEnvironment
+
+    return ArmEnvironment(**options)
+
+
+def _open_aloha(task: str, options: Mapping[str, Any]) -> Environment:
+    from training.evaluate.aloha import Aloha
+
+    return Aloha(task, **options)
+
+
+def _open_metaworld(task: str, options: Mapping[str, Any]) -> Environment:
+    environment: Environment = import_module("training.evaluate.metaworld").MetaWorld(task, **options)
+    return environment
+
+
+_FAMILIES: Final[Mapping[str, Callable[[str, Mapping[str, Any]], Environment]]] = {
+    "arm": _open_arm,
+    "aloha/": _open_aloha,
+    "metaworld/": _open_metaworld,
+}
