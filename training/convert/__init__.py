@@ -1,1 +1,12 @@
 """Bags to LeRobot datasets, and back."""
+
+from training.convert.episodes import Frame
+from training.convert.playback import PAUSE_NS, START_NS
+from training.convert.writer import DatasetWriter
+
+__all__ = [
+    "PAUSE_NS",
+    "START_NS",
+    "DatasetWriter",
+    "Frame",
+]

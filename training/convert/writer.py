@@ -213,12 +213,13 @@ class DatasetWriter:
         video: Video = "h264",
         info: Info | None = None,
         name: Path | None = None,
+        keep_begun: bool = True,
     ) -> None:
         """`out` must not exist; `source` is what the dataset is made from; `info` gives the sizes of its files.
 
         `columns` has the names of the elements of each vector, `cameras` the key of each camera in the dataset.
         `video`: encode the images, or keep the JPEGs that they were recorded as. `name`: what errors call the dataset,
-        where this is only a part of it.
+        where this is only a part of it. `keep_begun` False: an exception leaves nothing.
         """
         self.out, self.name, self.source, self._video = out, name or out, source, video
         self.names, self.cameras = dict(columns), dict(cameras)
@@ -227,7 +228,7 @@ class DatasetWriter:
         features = make_features(columns, {})
         base = info or Info(codebase_version=VERSION, fps=fps, features=features)
         self.info = base.model_copy(update={"fps": fps, "features": features, "robot_type": robot_type})
-        self._broken, self._frames = False, 0
+        self._broken, self._frames, self._keep_begun = False, 0, keep_begun
         self._part = ExitStack()  # the folder in which the dataset grows
         check_place(self.name)
         if out.exists():
@@ -244,7 +245,7 @@ class DatasetWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         with suppress(_Abandoned), self._writing(), self._part:
-            if self._broken or (kind is not None and not self._frames):
+            if self._broken or (kind is not None and not (self._frames and self._keep_begun)):
                 raise _Abandoned
             self._close()
 
