@@ -14,6 +14,8 @@ from training.model import GemmaConfig, VisionConfig
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
 Part = Literal["stem", "vision", "backbone", "expert", "heads"]
 Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 HINTS: frozenset[Loss] = frozenset({"cells", "pointing", "grounding", "readout"})
@@ -87,21 +89,47 @@ class StageConfig(Frozen):
 
     Every step draws one batch from each of `sources` ("views", "scenes", "robot": training/run.py), in their order,
     and computes the losses that the batch has targets for. `gates` are figures of `training.evaluate.offline.measure`
-    that must be reached before the next stage.
+    that must be reached before the next stage. `train`, `freeze` and `learning_rates` name parts (`Part`) or glob
+    patterns over the names of parameters (training/optimizer.py).
     """
 
     name: str
     steps: Positive
-    learning_rate: Annotated[float, Field(gt=0)]
-    warmup_steps: int = 50
-    weight_decay: float = 0.0
+    learning_rate: Rate = Field(description="the largest, after warm-up")
+    learning_rates: dict[str, Rate] = Field(default_factory=dict, description="of parts; the last that matches counts")
+    final_learning_rate: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="where the cosine ends, other parts in proportion; by default a twentieth"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    decay_steps: Positive | None = Field(default=None, description="where the cosine ends, warm-up included; steps")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay_on: Literal["matrices", "all"] = Field(
+        default="matrices", description="all: norms, biases, the token table and positions too"
+    )
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    largest_norm: Rate = Field(default=1.0, description="of all gradients of a step; longer ones are scaled down to it")
     losses: dict[Loss, Annotated[float, Field(gt=0)]]
-    train: tuple[Part, ...]
+    train: Annotated[tuple[str, ...], Field(min_length=1)]
+    freeze: tuple[str, ...] = ()
     insulate: bool = True
     sources: Annotated[dict[str, Positive], Field(min_length=1)]
     noise_samples: Positive = Field(default=1, description="flow samples drawn for each prefix")
     checkpoint_every: Positive = 500
     gates: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> StageConfig:
+        if self.final_learning_rate is not None and self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate: expected at most learning_rate {self.learning_rate:g}, got "
+                f"{self.final_learning_rate:g}"
+            )
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps: expected more than warmup_steps {self.warmup_steps}, which they include, got "
+                f"{self.decay_steps}"
+            )
+        return self
 
 
 class TrainingConfig(Frozen):

@@ -33,11 +33,18 @@ from training.config import Loss, StageConfig, TrainingConfig
 from training.data import Source
 from training.losses import BatchLosses, TrainingHeads, targets
 from training.model import VLA
-from training.optimizer import clip_gradients, learning_rate, load_optimizer, make_optimizer, select_parameters
+from training.optimizer import (
+    Parameters,
+    clip_gradients,
+    load_optimizer,
+    make_optimizer,
+    part_norms,
+    peaks,
+    select_parameters,
+    set_learning_rates,
+)
 from training.parallel import average_gradients, free_gathered, gather, load_whole
 from training.weights import load_checkpoint, load_resume, newest_checkpoint, save_run
-
-LARGEST_NORM = 1.0  # of all gradients of a step; longer ones are scaled down to it
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Trainer:
         """Run all stages, from the last checkpoint if there is one."""
         for stage in self.config.stages:
             self.check_sources(stage)
+            peaks(self.choose(stage), stage)
         progress = self.load()
         with open_log(self.config.out / "tensorboard" / f"rank{self.rank}") as board:
             for index, stage in enumerate(self.config.stages[progress.stage :], start=progress.stage):
@@ -91,8 +99,8 @@ class Trainer:
         def minutes() -> dict[str, float]:
             return before | {stage.name: before.get(stage.name, 0.0) + (time.monotonic() - began_s) / 60}
 
-        parameters = select_parameters(self.model, self.heads, stage.train)
-        optimizer = make_optimizer(parameters, stage.learning_rate, stage.weight_decay)
+        parameters = self.choose(stage)
+        optimizer = make_optimizer(parameters, stage)
         if progress.optimizer is not None:
             load_optimizer(optimizer, progress.optimizer)
         steps = range(progress.step, stage.steps)
@@ -101,12 +109,13 @@ class Trainer:
         )
         for step in bar:
             rng = np.random.default_rng([self.config.seed, index, step, self.rank])
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(stage, step)
+            set_learning_rates(optimizer, stage, step)
             optimizer.zero_grad(set_to_none=True)
-            values = self.accumulate_gradients(stage, rng)
-            average_gradients(parameters)
-            norm = clip_gradients(parameters, LARGEST_NORM)
+            values: dict[str, float] = dict(self.accumulate_gradients(stage, rng))
+            average_gradients(parameters.values())
+            if step % 20 == 0:  # all processes take part
+                values |= {f"gradient/{part}": norm for part, norm in part_norms(parameters).items()}
+            norm = clip_gradients(parameters.values(), stage.largest_norm)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"stage {stage.name}, step {step}: gradient norm {norm}; losses {values}")
             optimizer.step()
@@ -117,6 +126,10 @@ class Trainer:
             if (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
                 self.save(RunPosition(index, step + 1, optimizer.state_dict(), minutes()))
         return RunPosition(index + 1, minutes=minutes())
+
+    def choose(self, stage: StageConfig) -> Parameters:
+        """The parameters that the stage trains, by name; gradients are computed for these alone."""
+        return select_parameters(self.model, self.heads, stage.train, stage.freeze, f"stage {stage.name}: train")
 
     def accumulate_gradients(self, stage: StageConfig, rng: np.random.Generator) -> dict[str, float]:
         """One backward pass per source's batch; returns the losses' values by name, summed over the sources."""

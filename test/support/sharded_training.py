@@ -53,7 +53,7 @@ def gradients(run: Run) -> dict[str, torch.Tensor | None]:
 
 def gradients_of(run: Run, stage: StageConfig) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
     """The gradients of all the stage's losses, and their norm as clipping reports it."""
-    parameters = select_parameters(run.model, run.heads, stage.train)
+    parameters = select_parameters(run.model, run.heads, stage.train).values()
     run.trainer.accumulate_gradients(stage, np.random.default_rng([1, run.rank]))
     average_gradients(parameters)
     found = gradients(run)

@@ -113,7 +113,7 @@ def test_joint_step_gives_the_backbone_the_same_gradients_without_the_expert(set
     without = joint.model_copy(update={"losses": {k: v for k, v in joint.losses.items() if k != "flow"}})
     gradients = []
     for stage in (joint, without):
-        parameters = select_parameters(run.model, run.heads, ("vision", "backbone"))
+        parameters = select_parameters(run.model, run.heads, ("vision", "backbone")).values()
         run.model.zero_grad()
         run.trainer.accumulate_gradients(stage, np.random.default_rng(0))
         gradients.append([None if p.grad is None else p.grad.clone() for p in parameters])

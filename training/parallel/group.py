@@ -7,7 +7,7 @@ single process needs none of this.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -53,7 +53,7 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, in one message.
 
     A parameter without a gradient has none in any process, and stays without.

@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ki_vla_ros.console import ExitCode, run_command
-from training.config import ParallelConfig
+from training.config import ParallelConfig, StageConfig
 from training.losses import match_flow, next_token_hidden, predict_in_pieces, predict_postfix
 from training.model import VLA, VLAConfig, paligemma_3b
 from training.optimizer import clip_gradients, make_optimizer
@@ -48,6 +48,9 @@ RESERVE = 0.1
 CARDS_GB = (24, 40, 48, 80, 141)
 PROMPT, VIEWS, FAST = 200, 3, 250
 SGD_RATE = 1e-3
+STAGE = StageConfig(
+    name="memory", steps=1, learning_rate=1e-5, losses={"flow": 1.0}, train=("expert",), sources={"robot": 1}
+)
 
 
 @dataclass(frozen=True)
@@ -130,11 +133,11 @@ def prepare(model: VLA, step: Step, mesh: DeviceMesh) -> torch.optim.Optimizer |
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(descend)
         return None
-    optimizer = make_optimizer(list(model.parameters()), learning_rate=1e-5, weight_decay=0.0)
+    optimizer = make_optimizer(dict(model.named_parameters()), STAGE)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     # Here, not first in the measured step: a DTensor operation's first use takes whole fake tensors.
-    clip_gradients(list(model.parameters()), 1.0)
+    clip_gradients(model.parameters(), STAGE.largest_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer
@@ -200,7 +203,7 @@ def take_step(
     value = None if isinstance(loss, FakeTensor) else float(loss.detach())
     if optimizer is None:
         return value
-    clip_gradients(list(model.parameters()), 1.0)
+    clip_gradients(model.parameters(), STAGE.largest_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value
