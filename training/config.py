@@ -153,6 +153,9 @@ class TrainingConfig(Frozen):
     prompt_length: Positive
     hints: HintsConfig | None = None
     flow_steps: Positive = Field(default=10, description="Euler steps that the model is measured with and runs with")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="decay of the weights' moving average, which is then measured and exported"
+    )
     max_prefix_delay: int = Field(description="largest clean chunk prefix (actions) that training conditions on")
     prefix_lead: float = Field(
         default=0.0,

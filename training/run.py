@@ -145,8 +145,9 @@ class Run:
     def save_policy(self, folder: Path, progress: train.RunPosition) -> None:
         """Write what `training.export` turns into a bundle, with the model's figures on held-out frames."""
         config = self.config
-        figures = self.figures()
-        weights = self.trainer.whole_weights()
+        with self.trainer.averaged():
+            figures = self.figures()
+            weights = self.trainer.whole_weights()
         if self.rank > 0:
             return
         figures |= {f"minutes_{name}": value for name, value in progress.minutes.items()}

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from ki_vla_ros.errors import ConfigurationError
 from training.config import Loss, StageConfig, TrainingConfig
 from training.data import Source
+from training.ema import MovingAverage
 from training.losses import BatchLosses, TrainingHeads, targets
 from training.model import VLA
 from training.optimizer import (
@@ -75,6 +76,8 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.heads = config, model, heads
         self.sources, self.losses, self.figures, self.rank = sources, losses, figures, rank
+        every = {name: p for stage in config.stages for name, p in self.choose(stage).items()}
+        self.average = None if config.ema is None else MovingAverage(every, config.ema)
         # A sharded model's forward pass takes all processes.
         self.measures = rank == 0 or config.parallel.shard
 
@@ -119,6 +122,8 @@ class Trainer:
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"stage {stage.name}, step {step}: gradient norm {norm}; losses {values}")
             optimizer.step()
+            if self.average is not None:
+                self.average.update()
             if step % 20 == 0:
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
                 for name, value in values.items():
@@ -173,7 +178,8 @@ class Trainer:
         """ConfigurationError if a figure misses its gate, so that no later stage builds on sand."""
         if not stage.gates:
             return
-        figures = self.figures()
+        with self.averaged():
+            figures = self.figures()
         if self.rank == 0:
             print(f"{stage.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
         for name, value in figures.items():
@@ -190,9 +196,18 @@ class Trainer:
         """Write a checkpoint in the first process; the others hold the same weights, or a shard each."""
         weights = self.whole_weights()
         heads = {} if self.heads is None else self.heads.state_dict()
-        resume = gather(vars(progress), keep=self.rank == 0) | {"heads": heads}
+        average = {} if self.average is None else {"ema": gather(self.average.averages, keep=self.rank == 0)}
+        resume = gather(vars(progress), keep=self.rank == 0) | {"heads": heads} | average
         if self.rank == 0:
             save_run(self.config.out, self.model, resume, weights)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, the model has the weights to measure and to export: their moving average if there is one."""
+        free_gathered(self.model)
+        with nullcontext() if self.average is None else self.average.in_place():
+            yield
+            free_gathered(self.model)
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's whole weights, in the first process only; every process must call this."""
@@ -209,7 +224,7 @@ class Trainer:
         if folder is None:
             return RunPosition()
         state, found = load_resume(folder), load_checkpoint(folder)
-        heads = state.pop("heads")
+        heads, average = state.pop("heads"), state.pop("ema", None)
         ours = {} if self.heads is None else self.heads.state_dict()
         shapes = [{f"heads.{name}": tuple(x.shape) for name, x in given.items()} for given in (ours, heads)]
         expected, got = vars(self.model.config) | shapes[0], vars(found.config) | shapes[1]
@@ -223,6 +238,13 @@ class Trainer:
         load_whole(self.model, found.state_dict())
         if self.heads is not None:
             self.heads.load_state_dict(heads)
+        if (average is None) != (self.average is None):
+            raise ConfigurationError(
+                f"resume {folder}: ema: expected {'none' if self.average is None else 'averages of the weights'}, as "
+                f"this configuration says, got {'none' if average is None else 'some'}; keep ema as the run began"
+            )
+        if self.average is not None and average is not None:
+            self.average.load(average)
         return RunPosition(**state)
 
 

@@ -104,11 +104,14 @@ def check_insulation(run: Run) -> None:
 
 
 def check_resuming(settings: dict[str, Any], out: Path) -> None:
-    """A run that stops in its third of four steps goes on to the weights of one that does not; both end in a policy."""
+    """A run that stops in its third of four steps goes on to the weights of one that does not; both end in a policy.
+
+    The policy has the weights' moving average, which is sharded too.
+    """
     stages = [stage | {"steps": 4, "checkpoint_every": 2} for stage in settings["stages"][2:]]
-    whole = configure(settings, CHECKPOINTED, stages=stages, out=out / "whole")
+    whole = configure(settings, CHECKPOINTED, stages=stages, out=out / "whole", ema=0.9)
     Run(whole).run()
-    config = configure(settings, CHECKPOINTED, stages=stages, out=out / "broken")
+    config = configure(settings, CHECKPOINTED, stages=stages, out=out / "broken", ema=0.9)
     broken = Run(config)
     real, calls = broken.trainer.accumulate_gradients, iter(range(100))
 
@@ -125,6 +128,8 @@ def check_resuming(settings: dict[str, Any], out: Path) -> None:
     resumed = Run(config)
     assert resumed.trainer.load().step == 2
     resumed.run()
+    assert resumed.trainer.average is not None
+    assert sum(isinstance(average, DTensor) for average in resumed.trainer.average.averages.values()) > 0
     one, two = (load_checkpoint(folder / "policy").state_dict() for folder in (whole.out, config.out))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

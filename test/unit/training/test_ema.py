@@ -1,0 +1,87 @@
+"""The weights' moving average: openpi's sum, in float32, over a whole run and its resumptions."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.toy_training import toy_stage, toy_trainer
+from torch import Tensor
+
+from ki_vla_ros.errors import ConfigurationError
+from training.train import Trainer
+from training.weights import load_resume, newest_checkpoint
+
+DECAY = 0.9
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def test_the_average_is_openpis_sum_and_is_what_is_measured(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, toy_stage(train=["expert"], losses={"flow": 1.0}), ema=DECAY)
+    steps, real = [weights(trainer)], trainer.average
+    assert real is not None
+    update = real.update
+
+    def note() -> None:
+        steps.append(weights(trainer))
+        update()
+
+    real.update = note  # type: ignore[method-assign]
+    trainer.run()
+    expected = steps[0]
+    for step in steps[1:]:
+        expected = {name: DECAY * expected[name] + (1 - DECAY) * step[name] for name in expected}
+    assert len(steps) == 5
+    with trainer.averaged():
+        measured = weights(trainer)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(measured[name], tensor, atol=1e-6, rtol=1e-5)
+    moved = "expert.layers.0.mlp.up.weight"
+    assert not torch.equal(measured[moved], steps[-1][moved])
+    assert all(torch.equal(one, steps[-1][name]) for name, one in weights(trainer).items()), "the weights are back"
+    assert set(real.averages) == {name for name in expected if name.startswith(("expert", "action_"))}
+
+
+def test_a_gate_is_measured_on_the_average(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, toy_stage(gates={"good": 0.5}), ema=DECAY)
+    seen = []
+    trainer.figures = lambda: seen.append(weights(trainer)) or {"good": 1.0}  # type: ignore[func-returns-value]
+    trainer.run()
+    assert trainer.average is not None
+    for name, average in trainer.average.averages.items():
+        assert torch.equal(seen[0][name], average)
+
+
+def test_a_resumed_average_is_the_same_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = toy_trainer(tmp_path / "whole", ema=DECAY)
+    whole.run()
+    broken = toy_trainer(tmp_path / "broken", ema=DECAY)
+    real, calls = broken.accumulate_gradients, iter(range(9))
+
+    def stop(*given: object) -> object:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(broken, "accumulate_gradients", stop)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = toy_trainer(tmp_path / "broken", ema=DECAY)
+    resumed.run()
+    assert whole.average is not None and resumed.average is not None
+    for name, average in whole.average.averages.items():
+        assert torch.equal(average, resumed.average.averages[name]), name
+
+
+def test_a_run_goes_on_with_its_average_only(tmp_path: Path) -> None:
+    toy_trainer(tmp_path / "with", ema=DECAY).run()
+    toy_trainer(tmp_path / "without").run()
+    assert "ema" not in load_resume(newest_checkpoint(tmp_path / "without") or tmp_path)
+    with pytest.raises(ConfigurationError, match=r"ema: expected none, as this configuration says, got some"):
+        toy_trainer(tmp_path / "with").load()
+    with pytest.raises(ConfigurationError, match=r"ema: expected averages of the weights, .* got none"):
+        toy_trainer(tmp_path / "without", ema=DECAY).load()
+    with pytest.raises(ConfigurationError, match=r"differ in action_in\.bias"):
+        toy_trainer(tmp_path / "with", toy_stage(train=["backbone"], losses={"fast": 1.0}), ema=DECAY).load()
