@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from training.model import GemmaConfig, VisionConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
 Part = Literal["stem", "vision", "backbone", "expert", "heads"]
+LoraTarget = Literal["q", "k", "v", "out", "gate", "up", "down"]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -82,6 +83,19 @@ class ParallelConfig(Frozen):
         if self.cpu_offload and not self.shard:
             raise ValueError("cpu_offload: expected shard with it, got shard: false; set shard as well")
         return self
+
+
+class LoraSettings(Frozen):
+    """Low-rank factors beside the linear layers of these parts (training/lora.py), by peft.
+
+    Where a stage trains such a part by its name, its factors learn, and what is outside its layers: with the expert,
+    the maps of actions, state and time.
+    """
+
+    parts: Annotated[tuple[Literal["vision", "backbone", "expert"], ...], Field(min_length=1)]
+    rank: Positive = 16
+    alpha: Positive = Field(default=16, description="the product of the factors counts alpha / rank times")
+    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = get_args(LoraTarget)
 
 
 class StageConfig(Frozen):
@@ -156,6 +170,7 @@ class TrainingConfig(Frozen):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="decay of the weights' moving average, which is then measured and exported"
     )
+    lora: LoraSettings | None = None
     max_prefix_delay: int = Field(description="largest clean chunk prefix (actions) that training conditions on")
     prefix_lead: float = Field(
         default=0.0,

@@ -59,7 +59,7 @@ def select_parameters(
 ) -> dict[str, nn.Parameter]:
     """The parameters to train; all others are switched off, so that no gradient is computed for them."""
     every = named_parameters(model, heads)
-    chosen = {name: every[name] for pattern in train for name in match(every, pattern, where)}
+    chosen = {name: every[name] for pattern in train for name in without_adapted(match(every, pattern, where), pattern)}
     for pattern in freeze:
         for name in match(every, pattern, f"{where}: freeze"):
             chosen.pop(name, None)
@@ -70,6 +70,17 @@ def select_parameters(
     for name, parameter in every.items():
         parameter.requires_grad_(name in chosen)
     return chosen
+
+
+def without_adapted(names: Sequence[str], pattern: str) -> Sequence[str]:
+    """Of a part with LoRA, its factors and what is outside its layers, as in openpi: these learn in place of the rest.
+
+    A pattern that is no part's name means all that it matches.
+    """
+    if pattern not in PARTS or not any(".lora_" in name for name in names):
+        return names
+    inside = f"{pattern}."
+    return [name for name in names if ".lora_" in name or not name.startswith(inside) or ".time_" in name]
 
 
 def schedule(stage: StageConfig, step: int) -> float:

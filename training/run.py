@@ -25,6 +25,7 @@ from training.config import TrainingConfig, load_config
 from training.data import Arrays, BatchMaker, ChunkTiming, RobotFrames, Source
 from training.data.lerobot import load_recorded
 from training.evaluate import measure
+from training.lora import add_lora, fingerprint, merge, save_adapter
 from training.losses import BatchLosses, TrainingHeads
 from training.model import VLA, VLAConfig, order_embeddings
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
@@ -53,7 +54,9 @@ class Run:
         self.open_data()
         self.build_model()
         losses = BatchLosses(self.model, self.heads, config)
-        self.trainer = train.Trainer(config, self.model, self.heads, self.sources, losses, self.figures, self.rank)
+        self.trainer = train.Trainer(
+            config, self.model, self.heads, self.sources, losses, self.figures, self.rank, self.base
+        )
 
     def open_data(self) -> None:
         """The arrays, what is fitted on them (normalisation, FAST), and the sources that stages draw from."""
@@ -117,6 +120,10 @@ class Run:
             )
         )
         order_embeddings(self.model, self.tokenizer, self.fast)
+        self.base = None
+        if config.lora is not None:
+            add_lora(self.model, config.lora, config.seed)
+            self.base = fingerprint(self.model)
         self.model.to(self.device)
         self.heads = None
         if config.hints is not None:
@@ -170,6 +177,10 @@ class Run:
                 figures=figures,
             ),
         )
+        if config.lora is not None:
+            adapter = config.out / "adapter"
+            save_adapter(adapter, weights, self.trainer.trained, config.lora, self.model.config)
+            weights = merge(weights, config.lora)
         save_checkpoint(folder, self.model, weights=weights, tokenizer=self.tokenizer, policy=spec)
 
 

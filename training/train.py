@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ from training.optimizer import (
     set_learning_rates,
 )
 from training.parallel import average_gradients, free_gathered, gather, load_whole
-from training.weights import load_checkpoint, load_resume, newest_checkpoint, save_run
+from training.weights import load_resume, newest_checkpoint, read_config, read_weights, save_run
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,12 @@ class Trainer:
         losses: BatchLosses,
         figures: Callable[[], dict[str, float]],
         rank: int = 0,
+        base: str | None = None,
     ) -> None:
         self.config, self.model, self.heads = config, model, heads
         self.sources, self.losses, self.figures, self.rank = sources, losses, figures, rank
         every = {name: p for stage in config.stages for name, p in self.choose(stage).items()}
+        self.trained, self.base = frozenset(every), base
         self.average = None if config.ema is None else MovingAverage(every, config.ema)
         # A sharded model's forward pass takes all processes.
         self.measures = rank == 0 or config.parallel.shard
@@ -194,10 +196,10 @@ class Trainer:
 
     def save(self, progress: RunPosition) -> None:
         """Write a checkpoint in the first process; the others hold the same weights, or a shard each."""
-        weights = self.whole_weights()
+        weights = self.whole_weights(self.trained if self.config.lora else None)
         heads = {} if self.heads is None else self.heads.state_dict()
         average = {} if self.average is None else {"ema": gather(self.average.averages, keep=self.rank == 0)}
-        resume = gather(vars(progress), keep=self.rank == 0) | {"heads": heads} | average
+        resume = gather(vars(progress), keep=self.rank == 0) | {"heads": heads} | average | self.lora_facts()
         if self.rank == 0:
             save_run(self.config.out, self.model, resume, weights)
 
@@ -209,11 +211,17 @@ class Trainer:
             yield
             free_gathered(self.model)
 
-    def whole_weights(self) -> dict[str, Tensor]:
-        """The model's whole weights, in the first process only; every process must call this."""
+    def whole_weights(self, names: Set[str] | None = None) -> dict[str, Tensor]:
+        """The model's whole weights, all or those with these names, in the first process only; all must call this."""
         free_gathered(self.model)
-        whole: dict[str, Tensor] = gather(self.model.state_dict(), keep=self.rank == 0)
+        ours = {name: w for name, w in self.model.state_dict().items() if names is None or name in names}
+        whole: dict[str, Tensor] = gather(ours, keep=self.rank == 0)
         return whole
+
+    def lora_facts(self) -> dict[str, Any]:
+        """What checkpoints that hold only adapters say about where they belong."""
+        lora = self.config.lora
+        return {} if lora is None else {"lora": lora.model_dump(mode="json"), "base": self.base}
 
     def load(self) -> RunPosition:
         """Load an earlier run's weights from the same folder; returns its progress, or the beginning if none.
@@ -223,19 +231,22 @@ class Trainer:
         folder = newest_checkpoint(self.config.out)
         if folder is None:
             return RunPosition()
-        state, found = load_resume(folder), load_checkpoint(folder)
+        state, found = load_resume(folder), read_config(folder)
         heads, average = state.pop("heads"), state.pop("ema", None)
         ours = {} if self.heads is None else self.heads.state_dict()
         shapes = [{f"heads.{name}": tuple(x.shape) for name, x in given.items()} for given in (ours, heads)]
-        expected, got = vars(self.model.config) | shapes[0], vars(found.config) | shapes[1]
+        facts = {name: state.pop(name) for name in ("lora", "base") if name in state}
+        expected, got = vars(self.model.config) | shapes[0] | self.lora_facts(), vars(found) | shapes[1] | facts
         for name in expected | got:
             if expected.get(name) != got.get(name):
                 raise ConfigurationError(
                     f"resume {folder}: {name}: expected {expected.get(name, 'none')}, as this configuration says, got "
-                    f"{got.get(name, 'none')}; keep the model, the robot and the hints that the run began with, or "
-                    "name another folder under out"
+                    f"{got.get(name, 'none')}; keep the model, the robot, the hints and the weights (start) that the "
+                    "run began with, or name another folder under out"
                 )
-        load_whole(self.model, found.state_dict())
+        ours_now = self.model.state_dict()
+        saved = {n: tuple(w.shape) for n, w in ours_now.items() if self.config.lora is None or n in self.trained}
+        load_whole(self.model, read_weights(folder, saved))
         if self.heads is not None:
             self.heads.load_state_dict(heads)
         if (average is None) != (self.average is None):

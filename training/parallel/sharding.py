@@ -109,7 +109,7 @@ def like(whole: Tensor, place: Tensor) -> Tensor:
 
 
 def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """`load_state_dict` of whole tensors into a model that may be sharded."""
+    """Load whole tensors into a model that may be sharded; weights that are not given stay as they are."""
     free_gathered(model)
     ours = model.state_dict()
-    model.load_state_dict({name: like(weights[name], place) for name, place in ours.items()})
+    model.load_state_dict(ours | {name: like(tensor, ours[name]) for name, tensor in weights.items()})

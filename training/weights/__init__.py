@@ -10,17 +10,21 @@ from training.weights.checkpoints import (
     load_checkpoint,
     load_resume,
     newest_checkpoint,
+    read_config,
     read_sizes,
+    read_weights,
     save_checkpoint,
     save_run,
     shapes,
 )
 from training.weights.files import find_weights
 from training.weights.foreign import Kind, import_weights, their_name
+from training.weights.lora import ADAPTER
 from training.weights.published import check_published, sizes_beside
 from training.weights.statistics import FIELDS, Method, read_ranges, to_robot
 
 __all__ = [
+    "ADAPTER",
     "CONFIG",
     "FIELDS",
     "POLICY",
@@ -36,8 +40,10 @@ __all__ = [
     "load_checkpoint",
     "load_resume",
     "newest_checkpoint",
+    "read_config",
     "read_ranges",
     "read_sizes",
+    "read_weights",
     "save_checkpoint",
     "save_run",
     "shapes",

@@ -160,10 +160,17 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | None = torch.float32) -> 
     Weights in the file's type stay in the mapped file until they are used. Saving to the same folder is safe, because
     it makes a new file; so is training, because what is written goes to this process's memory.
     """
-    config, weights = read_config(folder), WeightFiles([folder / WEIGHTS])
-    expected = shapes(config)
+    config = read_config(folder)
+    return assemble(config, read_weights(folder, shapes(config), dtype))
+
+
+def read_weights(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = torch.float32
+) -> dict[str, Tensor]:
+    """A checkpoint's weights by name; ConfigurationError unless they are those expected."""
+    weights = WeightFiles([folder / WEIGHTS])
     check_fit(expected, weights.shapes, str(folder / WEIGHTS), "check the model's sizes against the file")
-    return assemble(config, {name: weights.get(name, dtype) for name in expected})
+    return {name: weights.get(name, dtype) for name in expected}
 
 
 def shapes(config: VLAConfig) -> dict[str, tuple[int, ...]]:
