@@ -19,8 +19,9 @@ FeatureFigures = dict[str, Any]
 
 
 def describe_values(values: NDArray[Any]) -> FeatureFigures:
-    """The figures of [N] or [N, D] numbers; for [N], lists of one element."""
-    values_ND = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    """The figures of [N, ...] numbers, over the first axis; for [N], lists of one element."""
+    values_ND = np.asarray(values, dtype=np.float64)
+    values_ND = values_ND[:, None] if values_ND.ndim == 1 else values_ND
     figures = {
         "min": values_ND.min(axis=0),
         "max": values_ND.max(axis=0),

@@ -22,6 +22,7 @@ from training.convert.episodes import Frame
 from training.convert.statistics import FeatureFigures, PixelCounts, describe_values
 from training.data.lerobot import (
     EPISODES,
+    IMAGE,
     MIB,
     SOURCE,
     STAMP,
@@ -47,9 +48,9 @@ RESERVE: Final = 256 * MIB
 
 
 class Tables:
-    """The tables of a dataset, episode by episode: data/, and at the end meta/. Its images are others' work.
+    """The tables of a dataset, episode by episode: data/, and at the end meta/. Its videos are others' work.
 
-    Rows are kept in memory for their figures, about 100 bytes each.
+    Rows are kept in memory for their figures, about 100 bytes each; images in the tables are not.
     """
 
     def __init__(self, folder: Path, info: Info, cameras: Sequence[str]) -> None:
@@ -59,7 +60,8 @@ class Tables:
         self.episodes: list[EpisodeRow] = []
         self.frames = 0
         self._schema = arrow_schema(info.features)
-        self._all: dict[str, list[Any]] = {name: [] for name in self._schema.names}  # arrays, one per episode
+        numbers = [name for name in self._schema.names if self._schema.field(name).type != IMAGE]
+        self._all: dict[str, list[Any]] = {name: [] for name in numbers}  # arrays, one per episode
         self._rows_in_file = 0
         self._place = (0, 0)
         self._file: BinaryIO | None = None
@@ -72,10 +74,10 @@ class Tables:
         videos: Mapping[str, int | float],
         image_figures: Mapping[str, FeatureFigures],
     ) -> None:
-        """Its times and its place among the others are made here; `columns` [N] or [N, D] are all that it has else.
+        """Its times and its place among the others are made here; `columns` [N, ...] are all that it has else.
 
-        `tasks` has that of each row; `videos` says where its images are, in the names of meta/episodes; `image_figures`
-        are by camera.
+        An image's column is a list of files' bytes. `tasks` has that of each row; `videos` says where its images are if
+        they are in videos, in the names of meta/episodes; `image_figures` are by camera.
         """
         rows = len(tasks)
         arrays = {
@@ -100,10 +102,10 @@ class Tables:
                 "dataset_to_index": self.frames + rows,
             }
             | dict(videos)
-            | _flat(_figures(arrays, image_figures))
+            | _flat(_figures({name: arrays[name] for name in self._all}, image_figures))
         )
-        for name, array in arrays.items():
-            self._all[name].append(array)
+        for name, kept in self._all.items():
+            kept.append(arrays[name])
         self.frames += rows
 
     def close(self, features: Mapping[str, Feature], source: Mapping[str, Any]) -> Info:
@@ -335,9 +337,14 @@ def _figures(arrays: Mapping[str, Any], images: Mapping[str, FeatureFigures]) ->
 
 
 def _column(array: Any, kind: pa.DataType) -> pa.Array:
-    if not pa.types.is_fixed_size_list(kind):
-        return pa.array(array.ravel().astype(kind.to_pandas_dtype()), kind)
-    return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel(), kind.value_type), type=kind)
+    if kind == IMAGE:
+        return pa.array([{"bytes": file, "path": None} for file in array], kind)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel(), kind.value_type), type=kind)
+    if pa.types.is_list(kind):
+        inner = _column(array.reshape(-1, *array.shape[2:]), kind.value_type)
+        return pa.ListArray.from_arrays(np.arange(len(array) + 1, dtype=np.int32) * array.shape[1], inner, type=kind)
+    return pa.array(array.ravel().astype(kind.to_pandas_dtype()), kind)
 
 
 def _flat(figures: Mapping[str, FeatureFigures]) -> EpisodeRow:

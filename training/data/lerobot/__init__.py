@@ -6,6 +6,7 @@ from training.data.lerobot.frames import LeRobotSamples
 from training.data.lerobot.layout import (
     ACTION,
     EPISODES,
+    IMAGE,
     IMAGES,
     INFO,
     MIB,
@@ -31,6 +32,7 @@ from training.data.lerobot.video import Video, VideoWriter
 __all__ = [
     "ACTION",
     "EPISODES",
+    "IMAGE",
     "IMAGES",
     "INFO",
     "MIB",

@@ -58,6 +58,7 @@ STATES: Final = (STATE, "state")  # the second as openpi's converters write them
 ACTIONS: Final = (ACTION, "actions")
 
 MIB: Final = 1 << 20
+IMAGE: Final = pa.struct({"bytes": pa.binary(), "path": pa.string()})  # an image in a table: a png or jpeg file
 CHUNK: Final = 1000  # files per folder
 DEPTH_WORD: Final = re.compile(r"(?<![a-z])depth(?![a-z])", re.IGNORECASE)
 HUB_NAME: Final = re.compile(r"(?:(?:https?:/+huggingface\.co/|hf:/+)?datasets/)?([\w.-]+/[\w.-]+)", re.ASCII)
@@ -256,12 +257,23 @@ def make_features(columns: Mapping[str, Sequence[str]], images: Mapping[str, Fea
 
 
 def arrow_schema(features: Mapping[str, Feature]) -> pa.Schema:
-    """The schema of data/*.parquet: a number for shape (1,), else a list of fixed length; no videos."""
+    """The schema of data/*.parquet, without videos.
+
+    A number for shape (1,), a list of fixed length for a vector, lists in lists for an array, as LeRobot has them; an
+    image is its file's bytes.
+    """
     fields = []
     for name, feature in features.items():
-        if feature.dtype != "video":
+        if feature.dtype == "image":
+            fields.append(pa.field(name, IMAGE))
+        elif feature.dtype != "video":
             kind = pa.type_for_alias(feature.dtype)
-            fields.append(pa.field(name, kind if feature.shape == (1,) else pa.list_(kind, feature.shape[0])))
+            if len(feature.shape) > 1:
+                for _ in feature.shape:
+                    kind = pa.list_(kind)
+            elif feature.shape != (1,):
+                kind = pa.list_(kind, feature.shape[0])
+            fields.append(pa.field(name, kind))
     return pa.schema(fields)
 
 

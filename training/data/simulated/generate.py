@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,16 @@ LOWEST_TIP_M = 0.01
 BACKGROUND = len(COMBINATIONS)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What the model's sizes and the robot's timing decide of the data."""
+
+    image_size: int
+    grid: int  # image cells along one side
+    horizon: int
+    period_s: float
+
+
 def load_arrays(folder: Path) -> Arrays:
     """The arrays of one source (`folder/robot`, `folder/validation` or `folder/scenes`), in memory.
 
@@ -71,7 +81,7 @@ def seen_objects(arrays: Arrays, frame: int, *, least_pixels: int = 0) -> list[S
 
 
 def record_episode(
-    world: World, seed: int, split: Split, frames: int, timing: ChunkTiming, with_rivals: bool
+    world: World, seed: int, split: Split, frames: int, timing: ChunkTiming | Sizes, with_rivals: bool
 ) -> Arrays | None:
     """Frames of one demonstration; None if the demonstrator did not solve it (the caller counts these).
 
@@ -122,7 +132,7 @@ def record_episode(
     return arrays
 
 
-def record_scene(world: World, seed: int, timing: ChunkTiming) -> Arrays:
+def record_scene(world: World, seed: int, timing: ChunkTiming | Sizes) -> Arrays:
     """One vision-language frame: random objects, the arm anywhere.
 
     `cells` says what each image cell shows (24 kinds, or background).
@@ -321,6 +331,6 @@ def read_meta(path: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{path}: expected settings, counts and fingerprint of the data as JSON, got something else ({error!r}); "
-            "delete it, and the data is made again"
+            "delete the folder, and the data is made again"
         ) from error
     return meta

@@ -1,6 +1,7 @@
 """Vision-language samples from what the simulator knows: captions, questions about objects, and localisation.
 
-Locations are `<loc_v><loc_u>`: row, then column of the object's centre in the scene image, each in 32 bins.
+Locations are PaliGemma's `<loc0512><loc0100>`: row, then column of the object's centre in the scene image, each in 1024
+bins.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from ki_vla_ros.sim import COLOURS, SHAPES
 
-LOCATION_BINS = 32
+LOCATION_BINS = 1024
 COMBINATIONS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
 
@@ -38,7 +39,7 @@ class Sample:
 
 def location_text(seen: SeenObject) -> str:
     row, column = (min(int(x * LOCATION_BINS), LOCATION_BINS - 1) for x in (seen.v, seen.u))
-    return f"<loc_{row}> <loc_{column}>"
+    return f"<loc{row:04d}><loc{column:04d}>"
 
 
 def ask_where(objects: Sequence[SeenObject], rng: np.random.Generator) -> Sample:

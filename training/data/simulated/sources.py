@@ -13,7 +13,7 @@ from ki_vla_ros.sim import VERBS, Task
 from training.data.batch import Arrays, Batch, BatchMaker, augment
 from training.data.simulated.generate import BACKGROUND, CAMERAS, seen_objects
 from training.data.simulated.questions import COMBINATIONS, draw_sample
-from training.tokens import EOS_TOKEN, token_id
+from training.tokens import EOS_TOKEN, localise, token_id
 
 QUESTION_PROMPT = "Question: {task}\nAnswer:"
 LEAST_PIXELS = 15  # visible pixels (of 96 x 96) that an object needs before it is asked about
@@ -30,11 +30,14 @@ class SceneQuestions:
     def draw(self, count: int, rng: np.random.Generator) -> Batch:
         frames = np.sort(rng.choice(len(self.scenes["uv"]), size=count, replace=False))
         samples = [draw_sample(seen_objects(self.scenes, frame, least_pixels=LEAST_PIXELS), rng) for frame in frames]
-        answers = [self.maker.tokenizer.encode(sample.answer, add_special_tokens=False).ids for sample in samples]
+        answers = [
+            self.maker.tokenizer.encode(localise(self.maker.tokenizer, s.answer), add_special_tokens=False).ids
+            for s in samples
+        ]
         places = [(np.nan, np.nan) if (seen := sample.about) is None else (seen.u, seen.v) for sample in samples]
         return self.maker.make(
             self.scenes["images"][frames][:, [SCENE]],
-            [QUESTION_PROMPT.replace("{task}", sample.question) for sample in samples],
+            [QUESTION_PROMPT.replace("{task}", localise(self.maker.tokenizer, sample.question)) for sample in samples],
             [[*answer, self.eos] for answer in answers],
             rng,
             fast=False,

@@ -18,5 +18,5 @@ def test_a_damaged_meta_is_named(tmp_path: Path) -> None:
         "\udcff".encode(errors="surrogateescape").decode("latin"),
     ):
         path.write_text(content, encoding="latin")
-        with pytest.raises(ConfigurationError, match=r"meta\.json: expected settings, counts .*delete it"):
+        with pytest.raises(ConfigurationError, match=r"meta\.json: expected settings, counts .*delete the folder"):
             read_meta(path)

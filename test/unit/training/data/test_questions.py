@@ -16,6 +16,7 @@ from training.data.simulated.questions import (
     draw_sample,
     location_text,
 )
+from training.tokens.prompt import localise
 from training.tokens.words import build_tokenizer
 
 OBJECTS = [
@@ -26,7 +27,7 @@ OBJECTS = [
 
 
 def test_location_is_row_then_column() -> None:
-    assert location_text(OBJECTS[1]) == "<loc_31> <loc_3>"
+    assert location_text(OBJECTS[1]) == "<loc1022><loc0102>"
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -70,5 +71,5 @@ def test_every_question_and_answer_is_in_the_vocabulary() -> None:
         sample = draw_sample(objects, rng)
         seen.add(sample.question.split()[0] + sample.question.split()[1])
         for text in (sample.question, sample.answer):
-            assert unknown not in tokenizer.encode(text).ids, text
+            assert unknown not in tokenizer.encode(localise(tokenizer, text)).ids, text
     assert len(seen) == len(QUESTIONS)
