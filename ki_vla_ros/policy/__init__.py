@@ -4,6 +4,7 @@ from ki_vla_ros.policy.guidance import Guide
 from ki_vla_ros.policy.policy import Policy, widen
 from ki_vla_ros.policy.preprocess import (
     check_instruction,
+    fit_square,
     images_to_input,
     longest_input,
     make_model_input,
@@ -20,6 +21,7 @@ __all__ = [
     "Guide",
     "Policy",
     "check_instruction",
+    "fit_square",
     "images_to_input",
     "longest_input",
     "make_model_input",

@@ -32,8 +32,7 @@ def resize_with_pad(rgb_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     height, width = rgb_HWC.shape[:2]
     if height == width == size:
         return rgb_HWC
-    scale = size / max(height, width)
-    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left, new_height, new_width = fit_square(height, width, size)
     if (new_height, new_width) == (height, width):
         resized = rgb_HWC
     else:
@@ -43,9 +42,15 @@ def resize_with_pad(rgb_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         far = max(rgb_HWC.shape) >= 2 * size
         resized = _resize(rgb_HWC, new_width, new_height, cv2.INTER_AREA if far else cv2.INTER_LINEAR)
     padded = np.zeros((size, size, 3), dtype=np.uint8)
-    top, left = (size - new_height) // 2, (size - new_width) // 2
     padded[top : top + new_height, left : left + new_width] = resized
     return padded
+
+
+def fit_square(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width that `resize_with_pad` gives an image in its square, in pixels."""
+    scale = size / max(height, width)
+    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
+    return (size - new_height) // 2, (size - new_width) // 2, new_height, new_width
 
 
 def _resize(rgb_HWC: NDArray[np.uint8], width: int, height: int, interpolation: int) -> NDArray[np.uint8]:

@@ -88,3 +88,7 @@ class Check:
     name: str
     samples: int = 0
     broken: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    """What else there is of it: images, tasks, words."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out, or read in a certain way."""

@@ -1,0 +1,48 @@
+"""Vision-language data from files: PaliGemma's jsonl, conversations of LLaVA and Qwen-VL, parquet (docs/data.md)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Tag
+
+from training.data.language.llava import LlavaData, LlavaEntry
+from training.data.language.paligemma import PaliGemmaData, PaliGemmaEntry
+from training.data.language.parquet import ParquetData, ParquetEntry
+from training.data.language.records import LanguageData
+
+__all__ = [
+    "LanguageData",
+    "LanguageEntry",
+    "LlavaEntry",
+    "PaliGemmaEntry",
+    "ParquetEntry",
+    "open_language",
+]
+
+_KINDS = {"paligemma": PaliGemmaEntry, "llava": LlavaEntry, "parquet": ParquetEntry}
+
+
+def _kind(entry: Any) -> str | None:
+    """The key that says what a file is; None, which pydantic refuses with the keys that it expects, for none or two."""
+    found = [kind for kind in _KINDS if (kind in entry if isinstance(entry, dict) else hasattr(entry, kind))]
+    return found[0] if len(found) == 1 else None
+
+
+LanguageEntry = Annotated[
+    Annotated[PaliGemmaEntry, Tag("paligemma")]
+    | Annotated[LlavaEntry, Tag("llava")]
+    | Annotated[ParquetEntry, Tag("parquet")],
+    Discriminator(
+        _kind,
+        custom_error_type="language_entry",
+        custom_error_message="Entry should have one of the keys paligemma, llava, parquet",
+    ),
+]
+
+
+def open_language(entry: PaliGemmaEntry | LlavaEntry | ParquetEntry, size: int) -> LanguageData:
+    """The data set of an entry, with images of `size` x `size`; ConfigurationError if its first samples are broken."""
+    if isinstance(entry, PaliGemmaEntry):
+        return PaliGemmaData(entry, size)
+    return LlavaData(entry, size) if isinstance(entry, LlavaEntry) else ParquetData(entry, size)
