@@ -8,12 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from support.foreign_datasets import ACTION, SHAPES, STATE, Camera, Column, Shape, build, value
+from support.foreign_datasets import (
+    ACTION,
+    SHAPES,
+    STATE,
+    Camera,
+    Column,
+    Shape,
+    build,
+    change_info,
+    picture,
+    value,
+    write_video,
+)
 
+from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.policy import resize_with_pad
 from ki_vla_ros.robot import Robot
 from training.data.lerobot import Dataset, LeRobotSamples, read_robot_columns
+from training.data.lerobot.pictures import Wanted
 from training.data.samples import RobotSample
 
 SIZE = 24
@@ -21,7 +37,7 @@ ARRAY, POSE = "std_msgs/msg/Float64MultiArray", "geometry_msgs/msg/PoseStamped"
 
 
 def robot_of(
-    cameras: Mapping[str, str], state: Column, action: Column, fps: float, horizon: int = 4, **first: Any
+    cameras: Mapping[str, str], state: Column, action: Column, fps: float, horizon: int = 4, **kind: Any
 ) -> Robot:
     """A robot with these cameras (by key) and columns, in the order that the dataset has; state in degrees."""
 
@@ -30,12 +46,11 @@ def robot_of(
 
     joint = {"kind": "joint_position", "unit": "rad", "lower": -3.0, "upper": 3.0}
     actions: list[dict[str, Any]] = [
-        {"name": f"a{i}", **joint, "max_velocity": 1.0, "output": "arm", "dataset": column(action, i)}
+        {"name": f"a{i}", **joint, "max_velocity": 1.0, "output": "arm", "dataset": column(action, i)} | kind
         for i in range(action.width)
     ]
     for one in actions:  # what measures it is beside the point here
         one["source"] = {"joint": one["name"]}
-    actions[0] |= first
     return Robot.model_validate(
         {
             "name": "some",
@@ -119,9 +134,9 @@ TWO = Shape("v3.0", [JOINT, COMMAND], [Camera("wrist", "png", 24, 24)], fps=50, 
 
 def open_two(folder: Path, shape: Shape = TWO, fps: float = 50, **more: Any) -> LeRobotSamples:
     """Samples of a dataset of two joints, whose robot acts `fps` times per second."""
-    first = {key: more.pop(key) for key in ("kind", "unit", "lower", "upper") if key in more}
+    kind = {key: more.pop(key) for key in ("kind", "unit", "lower", "upper") if key in more}
     cameras = more.pop("cameras", {"wrist": "wrist"})
-    robot = robot_of(cameras, JOINT, COMMAND, fps, **first)
+    robot = robot_of(cameras, JOINT, COMMAND, fps, **kind)
     dataset = Dataset(build(folder / "dataset", shape))
     return LeRobotSamples(dataset, more.pop("robot", robot), **{"image_size": SIZE} | more)
 
@@ -144,3 +159,158 @@ def test_a_chunk_has_the_action_at_each_periods_end(stride: int, ends: Any, tmp_
             np.testing.assert_allclose(got.state_S, np.deg2rad(value(TWO, STATE, episode)[i]))
             row += 1
     assert row == len(samples)
+
+
+def test_chunks_in_a_column(tmp_path: Path) -> None:
+    """Of frames that do not follow each other: each row has its whole chunk, in the dataset's order and units."""
+    # The dataset's actions are in the other order, and in degrees.
+    action = Column(ACTION, ["a1", "a0"], 2)
+    whole_FHD = np.random.default_rng(0).normal(size=(7, 4, 2)).round(3).astype(np.float32)
+    joint = {"kind": "joint_position", "unit": "rad", "lower": -9.0, "upper": 9.0, "max_velocity": 1.0, "output": "arm"}
+    robot = robot_of({"wrist": "wrist"}, JOINT, action, 50)
+    actions = [
+        {"name": name, **joint, "source": {"joint": name}, "dataset": {"name": name, "unit": "deg"}}
+        for name in ("a0", "a1")
+    ]
+    robot = Robot.model_validate({name: getattr(robot, name) for name in Robot.model_fields} | {"actions": actions})
+    for shape in ([8], [4, 2]):
+        folder = tmp_path / str(len(shape))
+        chunks = {"chunk": {"dtype": "float32", "shape": shape, "names": None}}
+        build(folder, replace(TWO, columns=[JOINT, action], lengths={0: 7}, others=chunks))
+        path = folder / "data/chunk-000/file-000.parquet"
+        table = pq.read_table(path)
+        column = pa.array(whole_FHD.reshape(7, *shape).tolist())
+        pq.write_table(table.append_column("chunk", column), path)
+        samples = LeRobotSamples(Dataset(folder), robot, image_size=SIZE, chunk="chunk", ends="drop")
+        assert len(samples) == 7
+        for got, true_HD in zip(samples.take(range(7)), whole_FHD, strict=True):
+            np.testing.assert_allclose(got.chunk_HD, np.deg2rad(true_HD[:, ::-1].astype(np.float64)), rtol=1e-12)
+            assert got.known_H.all()
+        (_, chunk_FHD, known_FH), *_ = samples.numbers()
+        assert chunk_FHD.shape == (7, 4, 2) and known_FH.all()
+        with pytest.raises(ConfigurationError, match=r"chunk: expected 5 x 2 numbers \(a chunk of actions\), got "):
+            LeRobotSamples(Dataset(folder), robot, image_size=SIZE, chunk="chunk", horizon=5)
+        with pytest.raises(ConfigurationError, match=r"expected a column chunks, got .*; did you mean 'chunk'"):
+            LeRobotSamples(Dataset(folder), robot, image_size=SIZE, chunk="chunks")
+        whole = whole_FHD.copy()
+        whole[5, 2, 0] = np.nan
+        column = pa.array(whole.reshape(7, *shape).tolist())
+        pq.write_table(table.append_column("chunk", column), path)
+        with pytest.raises(InputError, match=r"episode 0: expected finite numbers in action, got nan .* for frame 5"):
+            LeRobotSamples(Dataset(folder), robot, image_size=SIZE, chunk="chunk")
+
+
+PLACES, CELLS = [[0.25, 0.75], [np.nan, np.nan], [1.0, 0.0]], [[0] * 6, [1] * 6, [6, 5, 4, 3, 2, 1]]
+OPTIONAL = {"name": "scene", "dataset": "scene", "optional": True}
+
+
+def test_labels_of_extra_columns(tmp_path: Path) -> None:
+    place, cells = Column("hint.place", ["u", "v"], 2), Column("hint.cells", None, 6, pa.list_(pa.int64()), "int64")
+    shape = replace(TWO, columns=[JOINT, COMMAND, place, cells], lengths={0: 3})
+    folder = build(tmp_path / "dataset", shape)
+    path = folder / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+
+    def write(name: str, values: list[list[float]]) -> Dataset:
+        at = table.column_names.index(name)
+        other = table.set_column(table.column_names.index("hint.place"), "hint.place", pa.array(PLACES))
+        other = other.set_column(table.column_names.index("hint.cells"), "hint.cells", pa.array(CELLS))
+        pq.write_table(other.set_column(at, name, pa.array(values)), path)
+        return Dataset(folder)
+
+    robot = robot_of({"wrist": "wrist", "scene": "scene"}, JOINT, COMMAND, 50)
+    robot = Robot.model_validate(robot.model_dump() | {"cameras": [{"name": "wrist", "dataset": "wrist"}, OPTIONAL]})
+    samples = LeRobotSamples(write("hint.place", PLACES), robot, image_size=SIZE)
+    first, second, third = samples.take([0, 1, 2])
+    assert first.labels.place == (0.25, 0.75) and second.labels.place is None and third.labels.place == (1.0, 0.0)
+    assert third.labels.cells_VN is not None and third.labels.cells_VN.tolist() == [[6, 5, 4], [3, 2, 1]]
+    assert first.images[1] is None and first.images[0] is not None
+    with pytest.raises(InputError, match=r"episode 0: expected hint\.place in 0 to 1, .*, got \[0\.5, 1\.5\] for .* 1"):
+        LeRobotSamples(write("hint.place", [[0.1, 0.2], [0.5, 1.5], [0.0, 0.0]]), robot, image_size=SIZE)
+    with pytest.raises(InputError, match=r"episode 0: expected whole numbers from 0 on in hint\.cells, got -1 to 5 f"):
+        LeRobotSamples(write("hint.cells", [[1] * 6, [0] * 6, [-1, 5, 0, 0, 0, 0]]), robot, image_size=SIZE)
+    change_info(folder, features=Dataset(folder).info.model_dump()["features"] | {"hint.place": number(3)})
+    with pytest.raises(ConfigurationError, match=r"hint\.place: expected 2 numbers \(u and v\), got shape \(3,\)"):
+        LeRobotSamples(Dataset(folder), robot, image_size=SIZE)
+
+
+def number(width: int) -> dict[str, Any]:
+    return {"dtype": "float32", "shape": [width], "names": None}
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (
+            {"fps": 20},
+            r"expected 20 frames per second, as the robot's actions are 0\.05 s apart, or a whole multiple of it, got "
+            r"50; set action_period_s of the robot file to 0\.02",
+        ),
+        ({"fps": 100}, r"expected 100 frames per second, .* got 50"),
+        (
+            {"fps": 10, "kind": "joint_velocity", "unit": "rad/s", "lower": None, "upper": None},
+            r"expected 10 frames per second, .*, got 50: 'a0' is a joint_velocity, of which none may be left out",
+        ),
+        ({"fps": 10, "chunk": "chunk"}, r"expected 10 frames per second, .* where chunk has whole chunks, got 50"),
+        ({"ends": "cut"}, r"ends: expected one of mask, hold, drop, got 'cut'"),
+        ({"ends": "drop", "horizon": 32}, r"no episode has the 32 frames of a chunk \(ends: drop\); take ends: mask"),
+        ({"episodes": [5, 4]}, r"episodes: expected numbers of episodes \(2 to 6\), got 4"),
+        ({"episodes": [5, 5]}, r"episodes: expected each once, got one twice"),
+        ({"episodes": slice(3, 5)}, r"episodes: expected at least one of 3, got none"),
+        (
+            {"cameras": {"wrist": "wrist", "top": "observation.images.top"}},
+            r"expected colour images of camera 'observation\.images\.top', got those of wrist; name its key in the "
+            r"robot file, as `dataset` of camera 'top', or write `optional: true`",
+        ),
+        ({"shape": replace(TWO, columns=[JOINT])}, r"'a0': dataset\.column: expected one of observation\.state"),
+    ],
+)
+def test_what_does_not_fit_is_refused_on_opening(given: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        open_two(tmp_path, **given)
+
+
+def test_held_out_episodes_are_kept_apart(tmp_path: Path) -> None:
+    samples = open_two(tmp_path)
+    rest, held = (
+        LeRobotSamples(samples.dataset, samples.robot, image_size=SIZE, episodes=chosen)
+        for chosen in (slice(None, -1), [6])
+    )
+    assert (len(rest), len(held)) == (12 + 31, 9)
+    for got, row in ((rest.take([14])[0], 14), (held.take([4])[0], 12 + 31 + 4)):
+        check_same(got, samples.take([row])[0])
+
+
+@pytest.mark.parametrize("fault", ["cut", "gone", "late"])
+def test_a_broken_video_is_named(fault: str, tmp_path: Path) -> None:
+    shape = replace(TWO, cameras=[Camera("wrist", "h264")], fps=10)
+    folder = build(tmp_path / "dataset", shape)
+    samples = LeRobotSamples(Dataset(folder), robot_of({"c": "wrist"}, JOINT, COMMAND, 10), image_size=SIZE)
+    path = folder / "videos/wrist/chunk-000/file-000.mp4"  # of the first two episodes
+    if fault == "cut":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif fault == "gone":
+        path.unlink()
+    else:
+        write_video(path, [picture(shape.cameras[0], 0, i) for i in range(30)], shape.cameras[0], 10)
+    for _ in range(2):  # a file that failed is opened again
+        with pytest.raises(InputError, match=r"episode 5, frame 20: video .*file-000\.mp4: "):
+            samples.take([0, 12 + 20] if fault == "late" else [12 + 20])
+    samples.take([12 + 31 + 4])
+
+
+def test_a_broken_image_in_a_table_is_named(tmp_path: Path) -> None:
+    samples = open_two(tmp_path)
+    path = tmp_path / "dataset/data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    images = table["wrist"].to_pylist()
+    images[12 + 20] = {"bytes": images[12 + 20]["bytes"][:-40], "path": None}
+    at = table.column_names.index("wrist")
+    pq.write_table(table.set_column(at, "wrist", pa.array(images, table["wrist"].type)), path, row_group_size=7)
+    samples.take([12 + 19])
+    with pytest.raises(InputError, match=r"file-000\.parquet: episode 5, frame 20: wrist: expected a whole"):
+        samples.take([12 + 20])
+    path.unlink()
+    samples = LeRobotSamples(samples.dataset, samples.robot, image_size=SIZE, episodes=[6])
+    with pytest.raises(InputError, match=r"episode 5, frame 0: .*file-000\.parquet, found none"):
+        list(samples._pictures.read([Wanted(samples.dataset.episodes[1], 0, 12, "wrist")]))

@@ -201,7 +201,7 @@ class LeRobotSamples:
         tasks: set[int] = set()
         arrays = filter(None, [self._chunk])
         with self.dataset.reading(*arrays), self._writing(), open(self._file, "wb", closefd=False) as file:
-            for e, episode in enumerate(tqdm(self._episodes, desc=self.name, unit="episode", mininterval=5)):
+            for e, episode in enumerate(tqdm(self._episodes, desc=self.name, unit="episode", delay=5)):
                 columns = self.dataset.columns(episode)
                 self._row_E[e] = self.dataset.first_row(episode)
                 self.dataset.task_of(columns)
