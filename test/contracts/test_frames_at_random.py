@@ -29,7 +29,8 @@ from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.policy import resize_with_pad
 from ki_vla_ros.robot import Robot
 from training.data.lerobot import Dataset, LeRobotSamples, read_robot_columns
-from training.data.lerobot.pictures import Wanted
+from training.data.lerobot.pictures import Pictures, Wanted
+from training.data.loader import Loader
 from training.data.samples import RobotSample
 
 SIZE = 24
@@ -113,7 +114,7 @@ def test_frames_at_random_are_those_read_in_order(name: str, tmp_path: Path) -> 
     dataset = Dataset(build(tmp_path / "dataset", shape))
     robot = robot_for(shape, dataset)
     expected = read_in_order(dataset, robot, robot.horizon)
-    samples = LeRobotSamples(dataset, robot, image_size=SIZE)
+    samples = LeRobotSamples(dataset, robot, image_size=SIZE, cache_bytes=10 * SIZE * SIZE * 3)
     assert len(samples) == len(expected) == sum(lengths.values())
     rng = np.random.default_rng(3)
     for _ in range(4):
@@ -279,6 +280,20 @@ def test_held_out_episodes_are_kept_apart(tmp_path: Path) -> None:
     assert (len(rest), len(held)) == (12 + 31, 9)
     for got, row in ((rest.take([14])[0], 14), (held.take([4])[0], 12 + 31 + 4)):
         check_same(got, samples.take([row])[0])
+
+
+def test_workers_share_what_was_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = open_two(tmp_path, replace(TWO, cameras=[Camera("wrist", "h264")]))
+    rows = list(range(len(samples)))
+    expected = samples.take(rows)
+    again = LeRobotSamples(samples.dataset, samples.robot, image_size=SIZE)
+    batches = list(Loader(lambda step: again.take(rows[step::4]), 2).iterate(range(4)))
+    for step, batch in enumerate(batches):
+        for got, row in zip(batch, rows[step::4], strict=True):
+            check_same(got, expected[row])
+    monkeypatch.setattr(Pictures, "read", lambda self, wanted: pytest.fail("decoded again") if wanted else iter(()))
+    for got, true in zip(again.take(rows), expected, strict=True):
+        check_same(got, true)
 
 
 @pytest.mark.parametrize("fault", ["cut", "gone", "late"])

@@ -2,6 +2,7 @@
 
 from training.data.batch import NO_TARGET, Arrays, Batch, BatchMaker, ChunkTiming
 from training.data.frames import RobotFrames
+from training.data.loader import Loader
 from training.data.source import Source
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Batch",
     "BatchMaker",
     "ChunkTiming",
+    "Loader",
     "RobotFrames",
     "Source",
 ]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.policy import resize_with_pad
 from ki_vla_ros.robot import Robot
+from training.data.cache import CACHE_BYTES, ImageCache
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.layout import ACTIONS
 from training.data.lerobot.meta import Episode
@@ -46,8 +47,8 @@ class LeRobotSamples:
     such frames are left out ("drop"). With `chunk`, that column has the whole chunk of each frame, H rows as the
     actions' column has them, and frames need not follow each other.
 
-    `episodes` are those with these numbers, or a slice of all, in their order. Not to be pickled; processes that are
-    forked share it.
+    `episodes` are those with these numbers, or a slice of all, in their order. Up to `cache_bytes` of images that were
+    decoded are kept. It cannot be pickled; processes that are forked share its numbers and images.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class LeRobotSamples:
         ends: Ends = "mask",
         chunk: str | None = None,
         episodes: slice | Sequence[int] | None = None,
+        cache_bytes: int = CACHE_BYTES,
         name: str | None = None,
     ) -> None:
         if ends not in get_args(Ends):
@@ -72,6 +74,8 @@ class LeRobotSamples:
         self._stride = find_stride(dataset, robot, chunk)
         self._episodes = choose_episodes(dataset, episodes)
         self._pictures = Pictures(dataset)
+        frames = sum(episode.length for episode in self._episodes)
+        self._cache = ImageCache(frames * len(self._keys), image_size, cache_bytes)
 
         length_E = np.array([episode.length for episode in self._episodes])
         self._begin_E = np.cumsum(length_E) - length_E  # the first record of each
@@ -153,16 +157,20 @@ class LeRobotSamples:
     def _images(self, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[Image | None, ...]]:
         """The images of each frame; those that lie in one file are read in one go."""
         found: dict[tuple[int, int], list[Image | None]] = {place: [None] * len(self._keys) for place in places}
-        due: list[tuple[list[Image | None], int]] = []
+        due: list[tuple[list[Image | None], int, int]] = []
         wanted = []
         for (e, i), images in found.items():
+            first = (int(self._begin_E[e]) + i) * len(self._keys)
             for v, key in enumerate(self._keys):
-                if key is not None:
-                    due.append((images, v))
+                if key is not None and (known := self._cache.get(first + v)) is not None:
+                    images[v] = known
+                elif key is not None:
+                    due.append((images, v, first + v))
                     wanted.append(Wanted(self._episodes[e], i, int(self._row_E[e]), key))
         for number, rgb_HWC in self._pictures.read(wanted):
-            images, v = due[number]
-            images[v] = resize_with_pad(rgb_HWC, self.image_size)
+            images, v, place = due[number]
+            images[v] = resized = resize_with_pad(rgb_HWC, self.image_size)
+            self._cache.put(place, resized)
         return {place: tuple(images) for place, images in found.items()}
 
     def _read(self, e: int, first: int, count: int) -> NDArray[Any]:
