@@ -201,7 +201,7 @@ def test_chunks_in_a_column(tmp_path: Path) -> None:
             LeRobotSamples(Dataset(folder), robot, image_size=SIZE, chunk="chunk")
 
 
-PLACES, CELLS = [[0.25, 0.75], [np.nan, np.nan], [1.0, 0.0]], [[0] * 6, [1] * 6, [6, 5, 4, 3, 2, 1]]
+PLACES, CELLS = [[0.25, 0.75], [np.nan, np.nan], [1.5, 0.0]], [[0] * 6, [1] * 6, [6, 5, 4, 3, 2, 1]]
 OPTIONAL = {"name": "scene", "dataset": "scene", "optional": True}
 
 
@@ -223,11 +223,13 @@ def test_labels_of_extra_columns(tmp_path: Path) -> None:
     robot = Robot.model_validate(robot.model_dump() | {"cameras": [{"name": "wrist", "dataset": "wrist"}, OPTIONAL]})
     samples = LeRobotSamples(write("hint.place", PLACES), robot, image_size=SIZE)
     first, second, third = samples.take([0, 1, 2])
-    assert first.labels.place == (0.25, 0.75) and second.labels.place is None and third.labels.place == (1.0, 0.0)
+    assert first.labels.place == (0.25, 0.75) and second.labels.place is None and third.labels.place == (1.5, 0.0)
     assert third.labels.cells_VN is not None and third.labels.cells_VN.tolist() == [[6, 5, 4], [3, 2, 1]]
     assert first.images[1] is None and first.images[0] is not None
-    with pytest.raises(InputError, match=r"episode 0: expected hint\.place in 0 to 1, .*, got \[0\.5, 1\.5\] for .* 1"):
-        LeRobotSamples(write("hint.place", [[0.1, 0.2], [0.5, 1.5], [0.0, 0.0]]), robot, image_size=SIZE)
+    with pytest.raises(
+        InputError, match=r"episode 0: expected two numbers in hint\.place, .*, got \[0\.5, nan\] for .* 1"
+    ):
+        LeRobotSamples(write("hint.place", [[0.1, 0.2], [0.5, np.nan], [0.0, 0.0]]), robot, image_size=SIZE)
     with pytest.raises(InputError, match=r"episode 0: expected whole numbers from 0 on in hint\.cells, got -1 to 5 f"):
         LeRobotSamples(write("hint.cells", [[1] * 6, [0] * 6, [-1, 5, 0, 0, 0, 0]]), robot, image_size=SIZE)
     change_info(folder, features=Dataset(folder).info.model_dump()["features"] | {"hint.place": number(3)})

@@ -299,13 +299,13 @@ def choose_episodes(dataset: Dataset, chosen: slice | Sequence[int] | None) -> l
 
 
 def check_places(dataset: Dataset, episode: Episode, place_F2: NDArray[Any]) -> NDArray[Any]:
-    none_F = np.isnan(place_F2).any(axis=1)
-    wrong_F = ~none_F & ~((place_F2 >= 0.0) & (place_F2 <= 1.0)).all(axis=1)
-    if wrong_F.any():
-        i = int(wrong_F.argmax())
+    """Outside of 0 to 1 is outside of the image; both nan: nowhere."""
+    fine_F = np.isfinite(place_F2).all(axis=1) | np.isnan(place_F2).all(axis=1)
+    if not fine_F.all():
+        i = int(fine_F.argmin())
         raise InputError(
-            f"dataset {dataset.folder}: episode {episode.index}: expected {PLACE} in 0 to 1, or nan for none, got "
-            f"{place_F2[i].tolist()} for frame {i}"
+            f"dataset {dataset.folder}: episode {episode.index}: expected two numbers in {PLACE}, or nan twice for none, "
+            f"got {place_F2[i].tolist()} for frame {i}"
         )
     return place_F2
 
