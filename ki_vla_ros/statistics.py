@@ -43,6 +43,14 @@ def interval_95(drawn_R: Array) -> list[float]:
     return [low, high]
 
 
+def wilson_95(successes: int, count: int) -> list[float]:
+    """The ends of a success rate's 95 % interval, which is useful near 0 and 1, too (Wilson 1927)."""
+    z, rate = 1.959964, successes / count
+    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
+    return [round(float(end), 9) + 0.0 for end in (middle - half, middle + half)]  # 0 and 1 without rounding errors
+
+
 def ratio_of_medians(numerator_ms: Array, denominator_ms: Array, seed: int = 0) -> dict[str, float]:
     """The `ratio` of two medians, and the ends of its 95 % interval, `low` and `high`.
 

@@ -12,15 +12,17 @@ recorded: a policy then sees the way back from mistakes (DART, arXiv 1703.09327)
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Final
 
@@ -133,6 +135,19 @@ def _record(name: str, recipe: Recipe, seed: int) -> Recorded:
     return record_episode(_opened[name, recipe], name, seed, recipe)
 
 
+def _follow_parent() -> None:
+    """A worker ends when its parent does, even by kill -9, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def record_episodes(names: Sequence[str], seeds: Sequence[int], recipe: Recipe, workers: int) -> Iterator[Recorded]:
     """All episodes of the first environment, then those of the next; in this order, whoever makes them."""
     jobs = ((name, recipe, seed) for name in names for seed in seeds)
@@ -141,9 +156,7 @@ def record_episodes(names: Sequence[str], seeds: Sequence[int], recipe: Recipe, 
             yield _record(*job)
         return
     # spawn: a child that was forked would share its parent's GL.
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_follow_parent) as pool:
         running: deque[Future[Recorded]] = deque()
         try:
             for job in jobs:

@@ -136,6 +136,16 @@ class Policy:
         actions_HD = nearest_rotation(actions_HD, self._middle_D, manifest.robot.actions)
         return normalize(actions_HD, manifest.action.low, manifest.action.high).astype(np.float32)
 
+    def actions(self, actions_HA: NDArray[np.float32], state_S: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Normalised actions -> actions [H, D] in the robot file's units; none is relative to the state any more."""
+        manifest = self.bundle.manifest
+        width = len(manifest.robot.actions)
+        actions_HD = unnormalize(actions_HA[:, :width], manifest.action.low, manifest.action.high)
+        actions_HD = actions_HD + self._origin(state_S)
+        if not np.all(np.isfinite(actions_HD)):
+            raise EngineError("policy: expected finite positions, got NaN or infinity; is the bundle damaged?")
+        return actions_HD
+
     def decode(
         self,
         actions_HA: NDArray[np.float32],
@@ -147,11 +157,7 @@ class Policy:
         `commanded_J`: where the axes were told to be then, which counts for those that nobody measures.
         """
         manifest, space = self.bundle.manifest, self.space
-        width = len(manifest.robot.actions)
-        actions_HD = unnormalize(actions_HA[:, :width], manifest.action.low, manifest.action.high)
-        actions_HD = actions_HD + self._origin(observation.state_S)
-        if not np.all(np.isfinite(actions_HD)):
-            raise EngineError("policy: expected finite positions, got NaN or infinity; is the bundle damaged?")
+        actions_HD = self.actions(actions_HA, observation.state_S)
         try:
             position_HJ, velocity_HJ = space.path(
                 actions_HD, self._measured(observation), commanded_J, manifest.action_period_s

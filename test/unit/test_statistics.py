@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.statistics import interval_95, ratio_of_medians, spread
+from ki_vla_ros.statistics import interval_95, ratio_of_medians, spread, wilson_95
 
 
 def test_spread_is_percentiles() -> None:
@@ -18,6 +18,13 @@ def test_the_interval_leaves_out_values_that_are_not_finite() -> None:
     drawn_R = np.arange(1001.0)
     assert interval_95(drawn_R) == pytest.approx([25.0, 975.0])
     assert interval_95(np.append(drawn_R, [np.nan, np.inf])) == pytest.approx([25.0, 975.0])
+
+
+def test_the_interval_of_a_rate_is_wilsons() -> None:
+    """Values of R's prop.test(..., correct = FALSE)."""
+    assert wilson_95(93, 100) == pytest.approx([0.8625, 0.9657], abs=1e-4)
+    assert wilson_95(0, 50) == pytest.approx([0.0, 0.0713], abs=1e-4)
+    assert wilson_95(50, 50) == pytest.approx([0.9287, 1.0], abs=1e-4)
 
 
 def test_the_interval_holds_the_ratio_and_cancels_common_disturbance() -> None:

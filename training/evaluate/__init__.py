@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.evaluate.environment import Environment
 from training.evaluate.environments import HELD_OUT, open_environment
+from training.evaluate.rollouts import Act, roll_out
 
 # Loaded by `__getattr__` on their first use: an environment may be opened where there is no torch.
 if TYPE_CHECKING:
@@ -14,9 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HELD_OUT",
+    "Act",
     "Environment",
     "measure",
     "open_environment",
+    "roll_out",
 ]
 
 

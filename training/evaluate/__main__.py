@@ -1,6 +1,10 @@
-"""Closed-loop figures of a bundle in the simulator, without ROS and in simulated time.
+"""A bundle in closed loop, without ROS and in simulated time.
 
+python -m training.evaluate BUNDLE --environment aloha/transfer_cube --episodes 50 --out FILE.json
 python -m training.evaluate models/demo --episodes 100
+
+With --environment: success over held-out starts, each chunk executed without delay. Without: the demo's arm through the
+robot's own loop, with its delay.
 """
 
 from __future__ import annotations
@@ -8,17 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Final
 
 from ki_vla_ros.bundle import load_bundle
-from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.console import ExitCode, Progress, run_command
 from ki_vla_ros.engines import open_engine
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.settings import settings_from_parameters
-from ki_vla_ros.sim import sample_scene
-from training.evaluate.closed_loop import FIRST_SCENE, evaluate
+from ki_vla_ros.settings import Settings, settings_from_parameters
+from ki_vla_ros.statistics import wilson_95
+from training.evaluate.environments import HELD_OUT, open_environment
+from training.evaluate.rollouts import act_as, check_robot, roll_out
+from training.storage import write_whole
+
+FILMED: Final = 3  # episodes of each environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,32 +37,118 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--episodes", type=int, default=100)
-    parser.add_argument("--split", choices=("held_out", "train", "all"), default="held_out")
-    parser.add_argument("--first-scene", type=int, default=FIRST_SCENE)
+    parser.add_argument("--episodes", type=int, help="of each environment; default 50 in environments, else 100")
     parser.add_argument(
-        "--delay-s", type=float, default=0.03, help="from observation to the chunk's arrival at the arm"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a node parameter, e.g. executor=rtc"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a node parameter, e.g. engine=torch"
     )
     parser.add_argument("--flow-steps", type=int, help="default: what the bundle says")
     parser.add_argument("--noise-seed", type=int, default=0)
+    rolled = parser.add_argument_group("in environments")
+    rolled.add_argument("--environment", nargs="+", metavar="ENV", help="a wrong name lists them")
+    rolled.add_argument("--out", type=Path, metavar="FILE.json", help="default: standard output alone")
+    rolled.add_argument("--execute", type=int, metavar="N", help="actions of a chunk; default: half of them")
+    rolled.add_argument("--video", type=Path, metavar="FOLDER", help=f"films of the first {FILMED} episodes of each")
+    rolled.add_argument("--seed", type=int, help=f"of the first episode; default {HELD_OUT}, the first held-out one")
+    rolled.add_argument("--image-size", type=int, metavar="PIXELS", help="longer side; default: the environment's own")
+    looped = parser.add_argument_group("through the robot's own loop")
+    looped.add_argument("--split", choices=("held_out", "train", "all"), help="default held_out")
+    looped.add_argument("--first-scene", type=int, help="default: one that training does not draw")
+    looped.add_argument(
+        "--delay-s", type=float, help="from observation to the chunk's arrival at the arm; default 0.03"
+    )
     return run_command("evaluate", partial(_evaluate, parser.parse_args(arguments)))
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    others = (
+        ("split", "first_scene", "delay_s")
+        if options.environment
+        else ("out", "execute", "video", "seed", "image_size")
+    )
+    for name in others:
+        if getattr(options, name) is not None:
+            way = "without" if options.environment else "with"
+            raise ConfigurationError(f"--{name.replace('_', '-')}: expected it only {way} --environment")
+    if options.episodes is not None and options.episodes < 1:
+        raise ConfigurationError(f"--episodes: expected at least 1, got {options.episodes}")
     bundle = load_bundle(options.bundle)
     # No ramp-in: every scene is a start with its clock set back, so the ramp would slow each episode's beginning.
     chosen = settings_from_parameters({"ramp_in_s": 0.0} | dict(pair.split("=", 1) for pair in options.set))
     chosen.validate_against(bundle.manifest)
     engine = open_engine(bundle, chosen)
     policy = Policy(bundle, engine, options.flow_steps, options.noise_seed, chosen.guidance_jacobian)
-    first = options.first_scene
-    scenes = [sample_scene(seed, split=options.split) for seed in range(first, first + options.episodes)]
-    settings = {"bundle": bundle.manifest.name, **{k: v for k, v in vars(options).items() if k != "bundle"}}
-    print(json.dumps(settings | evaluate(policy, scenes, options.delay_s, chosen), indent=1))
+    figures = _roll_out(policy, options) if options.environment else _loop(policy, options, chosen)
+    text = json.dumps(figures, indent=1)
+    if options.out is not None:
+        write_whole(options.out, text + "\n")
+    print(text)
     return ExitCode.FINE
+
+
+def _loop(policy: Policy, options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """The simulated arm's figures."""
+    from ki_vla_ros.sim import sample_scene
+    from training.evaluate.closed_loop import FIRST_SCENE, evaluate
+
+    first = FIRST_SCENE if options.first_scene is None else options.first_scene
+    split: Any = options.split or "held_out"
+    count = options.episodes or 100
+    delay_s = 0.03 if options.delay_s is None else options.delay_s
+    chosen = {
+        "bundle": policy.bundle.manifest.name,
+        "episodes": count,
+        "split": split,
+        "first_scene": first,
+        "delay_s": delay_s,
+        "set": options.set,
+        "flow_steps": options.flow_steps,
+        "noise_seed": options.noise_seed,
+    }
+    scenes = [sample_scene(seed, split=split) for seed in range(first, first + count)]
+    return chosen | evaluate(policy, scenes, delay_s, settings)
+
+
+def _roll_out(policy: Policy, options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of each environment, and over all of them."""
+    manifest = policy.bundle.manifest
+    if options.execute is not None and not 1 <= options.execute <= manifest.horizon:
+        raise ConfigurationError(f"--execute: expected 1 to {manifest.horizon}, the horizon, got {options.execute}")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        raise ConfigurationError(f"--out {options.out}: expected a folder at {options.out.absolute().parent}, got none")
+    first, count = HELD_OUT if options.seed is None else options.seed, options.episodes or 50
+    seeds = range(first, first + count)
+    chosen = {} if options.image_size is None else {"image_size": options.image_size}
+    found: dict[str, dict[str, Any]] = {}
+    began_s = time.monotonic()
+    with Progress() as progress:
+        for name in dict.fromkeys(options.environment):
+            environment = open_environment(name, **chosen)
+            try:
+                check_robot(manifest.robot, environment, name)
+                films = {}
+                if options.video is not None:
+                    films = {seed: options.video / f"{name.replace('/', '_')}_{seed}.mp4" for seed in seeds[:FILMED]}
+                show = partial(_show, progress, name, count)
+                found[name] = roll_out(act_as(policy), environment, seeds, options.execute, films, show)
+            finally:
+                environment.close()
+    successes, episodes = (sum(figures[key] for figures in found.values()) for key in ("successes", "episodes"))
+    return {
+        "bundle": manifest.name,
+        "execute": options.execute or max(1, manifest.horizon // 2),
+        "flow_steps": policy.flow_steps,
+        "noise_seed": options.noise_seed,
+        "seeds": [seeds[0], seeds[-1]],
+        "image_size": options.image_size,
+        "environments": found,
+        "success_rate": successes / episodes,
+        "success_95": wilson_95(successes, episodes),
+        "wall_s": round(time.monotonic() - began_s, 1),
+    }
+
+
+def _show(progress: Progress, name: str, count: int, done: int) -> None:
+    progress.show(f"{name}: {done} of {count} episodes", done / count)
 
 
 if __name__ == "__main__":

@@ -2,62 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.aloha import needs_aloha
+from support.slider import TARGET, Slider
 
 from ki_vla_ros.errors import ConfigurationError, SimulationError
-from ki_vla_ros.robot import find_robot, read_robot
 from training import demonstrations
 from training.data.lerobot import Dataset, read_robot_columns
 from training.demonstrations import Recipe, action_scale, main, record_episode, write_demonstrations
-
-Array = np.ndarray
-TARGET = 0.5
-
-
-class Slider:
-    """The robot's first joint is to come to `TARGET`; from odd seeds its expert does not know the way."""
-
-    time_limit_s = 2.0
-    instruction = "slide"
-
-    def __init__(self, robot: str = "so101") -> None:
-        self.robot = read_robot(find_robot(robot))
-        self.executed: list[Array] = []
-        self.patience = 10**9  # Ctrl-C comes after so many actions
-
-    def reset(self, seed: int) -> None:
-        self.place_D = np.array([(sum(action.span)) / 2.0 for action in self.robot.actions])
-        self.place_D[0] = np.random.default_rng(seed).uniform(-0.1, 0.1)
-        self.seed, self.executed = seed, []
-
-    def observe(self) -> tuple[Mapping[str, Array], Array]:
-        shade = np.full((48, 64, 3), 100 + round(100 * self.place_D[0]), np.uint8)
-        return {camera.name: shade for camera in self.robot.cameras}, self.place_D
-
-    def step(self, action_D: Array) -> None:
-        self.executed.append(action_D)
-        self.place_D = action_D
-
-    @property
-    def success(self) -> bool:
-        return bool(self.place_D[0] > TARGET - 0.01)
-
-    def demonstrate(self) -> Array:
-        if self.seed % 2:
-            raise SimulationError("out of reach")
-        self.patience -= 1
-        if self.patience == 0:
-            raise KeyboardInterrupt
-        action_D = self.place_D.copy()
-        action_D[0] = min(self.place_D[0] + 0.1, TARGET)
-        return action_D
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture
@@ -109,7 +64,9 @@ def test_nothing_is_left_where_no_episode_succeeds_or_robots_differ(slider: Slid
         SimulationError, match=r"slide: expected an episode that its expert solves, got none in 1 \(seed 1"
     ):
         write_demonstrations(["slide"], [1], Recipe(), tmp_path / "d", workers=1)
-    with pytest.raises(ConfigurationError, match="environment other: expected the robot of slide, so101_follower, got droid"):
+    with pytest.raises(
+        ConfigurationError, match="environment other: expected the robot of slide, so101_follower, got droid"
+    ):
         write_demonstrations(["slide", "other"], [0], Recipe(), tmp_path / "d", workers=1)
     # Even if there were episodes before.
     slider.patience = 10

@@ -1,0 +1,122 @@
+"""A policy in environments: what is executed, what counts, and what a bundle's command says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from support import ROOT
+from support.slider import TARGET, Slider
+
+from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.robot import find_robot, read_robot
+from training.evaluate.__main__ import main
+from training.evaluate.rollouts import check_robot, roll_out
+
+Array = np.ndarray
+HORIZON = 4
+
+
+class Walker:
+    """Goes a tenth per action, of which it makes `HORIZON` at once; into the wrong direction from seed 11."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def __call__(self, images: Mapping[str, Array], state_S: Array, instruction: str, number: int) -> Array:
+        assert set(images) == {"front", "wrist"} and instruction == "slide"
+        self.numbers.append(number)
+        step = -0.1 if number >> 16 == 11 else 0.1
+        actions_HD = np.tile(state_S, (HORIZON, 1))
+        actions_HD[:, 0] += step * np.arange(1, HORIZON + 1)
+        return actions_HD
+
+
+@pytest.mark.parametrize(("execute", "calls"), [(None, 2), (1, 1), (4, 4)])
+def test_so_many_actions_of_a_chunk_are_executed_as_were_asked_for(execute: int | None, calls: int) -> None:
+    slider, walker = Slider(), Walker()
+    found = roll_out(walker, slider, [10], execute)
+    steps = round(found["mean_seconds"] / slider.robot.action_period_s)
+    assert steps == len(slider.executed) and slider.success
+    assert len(walker.numbers) == -(-steps // calls)
+
+
+def test_figures_name_the_seeds_that_failed_and_how_long_the_others_took() -> None:
+    walker, done = Walker(), []
+    found = roll_out(walker, Slider(), [10, 11, 12, 13], report=done.append)
+    assert (found["episodes"], found["successes"], found["success_rate"], found["failed_seeds"]) == (4, 3, 0.75, [11])
+    assert found["success_95"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
+    assert 0.1 < found["mean_seconds"] < 0.3 and done == [1, 2, 3, 4]
+    assert len(set(walker.numbers)) == len(walker.numbers), "every chunk has noise of its own"
+    again = Walker()
+    assert roll_out(again, Slider(), [12])["mean_seconds"] is not None
+    assert set(again.numbers) < set(walker.numbers), "and the same, whichever episodes came before"
+
+
+def test_where_nothing_succeeds_there_is_no_mean() -> None:
+    slider = Slider()
+    found = roll_out(Walker(), slider, [11])
+    assert (found["success_rate"], found["mean_seconds"]) == (0.0, None)
+    assert len(slider.executed) == round(slider.time_limit_s / slider.robot.action_period_s)
+    assert slider.place_D[0] < TARGET
+
+
+def test_a_film_shows_the_episode(tmp_path: Path) -> None:
+    roll_out(Walker(), Slider(), [11], films={11: tmp_path / "films" / "a.mp4"})
+    with av.open(str(tmp_path / "films" / "a.mp4")) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        seconds = len(pictures) / float(container.streams.video[0].average_rate)
+    assert abs(seconds - Slider.time_limit_s) < 0.1
+    assert pictures[0].shape == (272, 640, 3)
+    assert pictures[0][:32].max() > 150, "the instruction"
+    assert float(pictures[0][32:].mean()) > float(pictures[-1][32:].mean()) + 20.0, "it goes the wrong way"
+
+
+def test_a_bundle_of_another_robot_is_refused() -> None:
+    slider = Slider()
+    check_robot(slider.robot, slider, "slide")
+    longer = slider.robot.model_copy(update={"horizon": 7, "cameras": slider.robot.cameras[:1]})
+    check_robot(longer, slider, "slide")
+    with pytest.raises(
+        ConfigurationError, match="environment slide: expected the robot of the bundle, droid, got so101"
+    ):
+        check_robot(read_robot(find_robot("droid")), slider, "slide")
+    unseen = slider.robot.cameras[0].model_copy(update={"name": "top"})
+    with pytest.raises(ConfigurationError, match="camera top in the bundle, front, wrist in the robot file"):
+        check_robot(slider.robot.model_copy(update={"cameras": (unseen,)}), slider, "slide")
+
+
+@pytest.mark.slow
+def test_the_shipped_bundle_in_its_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "figures.json"
+    demo = str(ROOT / "models" / "demo")
+    assert main([demo, "--environment", "arm", "--episodes", "2", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == found
+    assert (found["execute"], found["seeds"], found["environments"]["arm"]["successes"]) == (
+        8,
+        [1_000_000, 1_000_001],
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (("--environment", "arms"), "environment: expected one of arm, "),
+        (("--environment", "arm", "--execute", "17"), "--execute: expected 1 to 16, the horizon, got 17"),
+        (("--environment", "arm", "--episodes", "0"), "--episodes: expected at least 1, got 0"),
+        (("--environment", "arm", "--delay-s", "0.1"), "--delay-s: expected it only without --environment"),
+        (("--environment", "arm", "--out", "nowhere/f.json"), "expected a folder at "),
+        (("--execute", "2"), "--execute: expected it only with --environment"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], fault: str
+) -> None:
+    assert main([str(ROOT / "models" / "demo"), *arguments]) == 2
+    assert fault in capsys.readouterr().err
