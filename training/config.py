@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from ki_vla_ros.robot import Frozen
+from ki_vla_ros.bundle import PromptStyle
+from ki_vla_ros.robot import ActionPeriod, Frozen, Horizon
 from ki_vla_ros.yaml_file import read_yaml
+from training.action_space import Normalization
+from training.data import Augmentation
+from training.data.language import LanguageEntry
 from training.model import GemmaConfig, VisionConfig
+from training.tokens import VocabularyConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
 Part = Literal["stem", "vision", "backbone", "expert", "heads"]
@@ -17,36 +23,54 @@ LoraTarget = Literal["q", "k", "v", "out", "gate", "up", "down"]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+StateEncoding = Literal["text", "token", "both", "none"]
 
 
 HINTS: frozenset[Loss] = frozenset({"cells", "pointing", "grounding", "readout"})
 
 
-class DataConfig(Frozen):
-    """Simulated data, at the model's image size; `folder` is reused if it was made from the same settings."""
+class LeRobotEntry(Frozen):
+    """One LeRobot dataset among a source's."""
 
-    folder: Path
-    seed: int = 0
-    robot_episodes: Positive
-    frames_per_episode: Positive
-    scenes: Positive = Field(description="vision-language frames: random scenes and arm poses, all 24 objects")
-    validation_episodes: Positive = Field(description="episodes on held-out combinations, for gates and figures")
-    workers: Positive = 1
-    recorded: Path | None = Field(
-        default=None,
-        description="LeRobot dataset with the robot's joints and cameras, whose frames replace the simulated robot "
-        "episodes (docs/data.md)",
+    lerobot: Path = Field(description="folder of the dataset, v2.0, v2.1 or v3.0 (docs/data.md)")
+    robot: str | None = Field(
+        default=None, description="robot file, or the name of one in config/robots/, whose data it is; default: robot"
     )
+    weight: Rate = Field(default=1.0, description="how often samples come from here, beside the source's other data")
+    episodes: tuple[int, int | None] | None = Field(
+        default=None, description="[first, end): only these of its episodes, counted from 0; end may be null"
+    )
+    ends: Literal["mask", "hold", "drop"] = Field(
+        default="mask",
+        description="chunks that reach past an episode's end: learned up to there, learned as if the last action went "
+        "on (right if the robot then rests), or not drawn",
+    )
+    chunk: str | None = Field(
+        default=None, description="column with each frame's whole chunk, for data whose frames do not follow each other"
+    )
+
+
+def _kind(entry: Any) -> str:
+    named = "lerobot" in entry if isinstance(entry, Mapping) else hasattr(entry, "lerobot")
+    return "lerobot" if named else "language"
+
+
+Entry = Annotated[
+    Annotated[LeRobotEntry, Tag("lerobot")] | Annotated[LanguageEntry, Tag("language")], Discriminator(_kind)
+]
 
 
 class HintsConfig(Frozen):
     """The hints of `training.losses.hints`, which are not in the paper; without them no stage may list their losses."""
 
-    readout_frequencies: Positive = Field(
-        description="lowest DCT frequencies that the learned prompt tokens name; one token each"
+    readout_frequencies: int = Field(
+        default=0,
+        ge=0,
+        description="lowest DCT frequencies that the learned prompt tokens name; one of vocabulary.queries each",
     )
     probe_layer: int = Field(description="backbone layer whose attention learns to point")
     probe_head: int = 0
+    cell_classes: int = Field(default=0, ge=0, description="classes of the data's image cells; the last is background")
 
     @property
     def probe(self) -> tuple[int, int]:
@@ -54,12 +78,58 @@ class HintsConfig(Frozen):
 
 
 class ModelConfig(Frozen):
-    """The sizes that a configuration chooses; tokenizer and robot determine the others."""
+    """The sizes that a configuration chooses; tokenizer and robots determine the others."""
 
     vision: VisionConfig
     backbone: GemmaConfig
     expert: GemmaConfig
-    state_token: bool = Field(default=False, description="the expert also gets the exact joint state, as one token")
+    state: StateEncoding = Field(
+        default="text", description="where the state goes: into the prompt, into the expert as one exact token, or both"
+    )
+    width: Positive | None = Field(
+        default=None,
+        description="dimensions of actions and of the state token; default: as many as the widest robot has",
+    )
+
+    @property
+    def state_in_prompt(self) -> bool:
+        return self.state in ("text", "both")
+
+    @property
+    def state_token(self) -> bool:
+        return self.state in ("token", "both")
+
+
+class PromptConfig(Frozen):
+    """How a robot's instruction and state become text."""
+
+    length: Positive = Field(description="tokens of the longest prompt; the robot refuses longer ones")
+    template: str | None = Field(
+        default=None, description="with {task}, and {state} where the state is text; default: as pi0.5 has it"
+    )
+    style: PromptStyle = "words"
+    longest_text: Positive = Field(default=256, description="tokens of a question, and of an answer, in other data")
+
+    def text(self, state_in_prompt: bool, queries: str = "") -> str:
+        """The template; `queries` are the learned tokens at its end."""
+        if self.template is not None:
+            return self.template + queries
+        return "Task: {task}, State: {state};\nAction: " + queries if state_in_prompt else "Task: {task}\n" + queries
+
+
+class AugmentationConfig(Augmentation):
+    """How images are changed: all cameras alike, but for those that have their own."""
+
+    cameras: dict[str, Augmentation] = Field(default_factory=dict, description="by the robot file's name of the camera")
+
+
+class EnvironmentConfig(Frozen):
+    """Closed loop during training: the policy drives a simulated robot (docs/environments.md)."""
+
+    names: tuple[str, ...] = Field(min_length=1, description="such as aloha/transfer_cube")
+    episodes: Positive = 10
+    first_seed: int = Field(default=1_000_000, description="of the first start; demonstrations have smaller seeds")
+    execute: Positive | None = Field(default=None, description="actions of a chunk before the next; default: half")
 
 
 class ParallelConfig(Frozen):
@@ -101,10 +171,10 @@ class LoraSettings(Frozen):
 class StageConfig(Frozen):
     """One stage of training: which losses count, which parts learn, for how long, from how many samples of what.
 
-    Every step draws one batch from each of `sources` ("views", "scenes", "robot": training/run.py), in their order,
-    and computes the losses that the batch has targets for. `gates` are figures of `training.evaluate.offline.measure`
-    that must be reached before the next stage. `train`, `freeze` and `learning_rates` name parts (`Part`) or glob
-    patterns over the names of parameters (training/optimizer.py).
+    Every step draws one batch from each of `sources`, in their order, and computes the losses that the batch has
+    targets for. `gates` are figures of `training.evaluate.offline.measure` that must be reached before the next stage.
+    `train`, `freeze` and `learning_rates` name parts (`Part`) or glob patterns over the names of parameters
+    (training/optimizer.py).
     """
 
     name: str
@@ -129,6 +199,9 @@ class StageConfig(Frozen):
     sources: Annotated[dict[str, Positive], Field(min_length=1)]
     noise_samples: Positive = Field(default=1, description="flow samples drawn for each prefix")
     checkpoint_every: Positive = 500
+    evaluate_every: Positive | None = Field(
+        default=None, description="steps between figures on held-out data; default: only at the stage's end"
+    )
     gates: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -150,13 +223,33 @@ class TrainingConfig(Frozen):
     """A whole training run."""
 
     name: str
-    robot: str = Field(description="a robot file, or the name of one in config/robots/")
+    robot: str = Field(description="the robot that the policy is for: its file, or the name of one in config/robots/")
+    horizon: Horizon | None = Field(
+        default=None, description="actions of a chunk, of all robots; default: as the robot file says"
+    )
+    action_period_s: ActionPeriod | None = Field(
+        default=None, description="seconds between a chunk's actions, of all robots; default: as the robot file says"
+    )
     seed: int = 0
     out: Path
     threads: Positive = 1
+    workers: int = Field(default=0, ge=0, description="processes that read and decode the next steps' samples")
+    cache_gb: Annotated[float, Field(ge=0.0)] = Field(
+        default=2.0, description="memory for decoded images, at the model's size, over all data"
+    )
     parallel: ParallelConfig = ParallelConfig()
-    data: DataConfig
+    sources: dict[str, tuple[Entry, ...]] = Field(
+        min_length=1, description="data by the name that stages draw it under; each is a mixture with weights"
+    )
+    held_out: dict[str, tuple[Entry, ...]] = Field(
+        default_factory=dict, description="data of these names that figures are measured on, and nothing is trained on"
+    )
+    held_out_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.05, description="of the episodes of a dataset without data under held_out: kept apart for figures"
+    )
+    normalization: Normalization = "quantile"
     model: ModelConfig
+    vocabulary: VocabularyConfig = VocabularyConfig()
     fast_vocabulary: Positive = 512
     fast_scale: float = 10.0
     fast_published: Path | None = Field(
@@ -164,21 +257,50 @@ class TrainingConfig(Frozen):
         description="folder with a published FAST vocabulary (tokenizer.json, processor_config.json), used in place of "
         "one with fast_vocabulary tokens fitted on the data",
     )
-    prompt_length: Positive
+    prompt: PromptConfig
+    augmentation: AugmentationConfig = AugmentationConfig()
     hints: HintsConfig | None = None
     flow_steps: Positive = Field(default=10, description="Euler steps that the model is measured with and runs with")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="decay of the weights' moving average, which is then measured and exported"
     )
     lora: LoraSettings | None = None
-    max_prefix_delay: int = Field(description="largest clean chunk prefix (actions) that training conditions on")
+    max_prefix_delay: int = Field(
+        default=0, ge=0, description="largest clean chunk prefix (actions) that training conditions on"
+    )
     prefix_lead: float = Field(
         default=0.0,
         ge=0.0,
         description="how many actions the clean prefix may be ahead of the arm; for chunks whose velocity is a "
         "function of the position. 0: it begins where the arm is, as in a recording",
     )
+    environment: EnvironmentConfig | None = None
     stages: tuple[StageConfig, ...]
+
+    @field_validator("sources", "held_out", mode="before")
+    @classmethod
+    def _name_kinds(cls, sources: Any) -> Any:
+        """One kind of data under each name: a batch is of robots, or of language."""
+        if isinstance(sources, Mapping):
+            for name, entries in sources.items():
+                kinds = {"lerobot" in entry for entry in entries if isinstance(entry, Mapping)}
+                if len(kinds) > 1:
+                    raise ValueError(
+                        f"{name}: expected LeRobot datasets alone, or vision-language data alone, got both; give each "
+                        "a name of its own"
+                    )
+        return sources
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> TrainingConfig:
+        if unknown := sorted(self.held_out.keys() - self.sources.keys()):
+            raise ValueError(f"held_out: expected some of {', '.join(self.sources)}, got {', '.join(unknown)}")
+        for stage in self.stages:
+            if unknown := sorted(stage.sources.keys() - self.sources.keys()):
+                raise ValueError(
+                    f"stage {stage.name}: sources: expected some of {', '.join(self.sources)}, got {', '.join(unknown)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_hints(self) -> TrainingConfig:
@@ -191,6 +313,11 @@ class TrainingConfig(Frozen):
         layer, last = self.hints.probe_layer, self.model.backbone.depth - 2
         if not 0 <= layer <= last:
             raise ValueError(f"hints.probe_layer: expected 0..{last}, before the last layer, got {layer}")
+        if self.hints.readout_frequencies > self.vocabulary.queries:
+            raise ValueError(
+                f"hints.readout_frequencies: expected at most vocabulary.queries ({self.vocabulary.queries}), one "
+                f"token each, got {self.hints.readout_frequencies}"
+            )
         return self
 
 

@@ -8,7 +8,7 @@ never affects the backbone, and the same code can train both at once, or one aft
 configuration says. A run that stops resumes at its last checkpoint; what it draws depends only on seed, stage, step and
 process.
 
-Nothing is built here: `training.run` makes robot, data, tokenizers and model from the configuration.
+Nothing is built here: `training.run` makes data, robots and model from the configuration.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from ki_vla_ros.errors import ConfigurationError
 from training.config import Loss, StageConfig, TrainingConfig
-from training.data import Source
+from training.data import Batch, Loader, Source
 from training.ema import MovingAverage
 from training.losses import BatchLosses, TrainingHeads, targets
 from training.model import VLA
@@ -112,11 +113,12 @@ class Trainer:
         bar = tqdm(
             steps, initial=progress.step, total=stage.steps, desc=stage.name, mininterval=5, disable=self.rank > 0
         )
-        for step in bar:
+        ahead = Loader(partial(self.draw, index, stage), self.config.workers).iterate(steps)
+        for step, batches in zip(bar, ahead, strict=True):
             rng = np.random.default_rng([self.config.seed, index, step, self.rank])
             set_learning_rates(optimizer, stage, step)
             optimizer.zero_grad(set_to_none=True)
-            values: dict[str, float] = dict(self.accumulate_gradients(stage, rng))
+            values = self.accumulate_gradients(stage, batches, rng)
             average_gradients(parameters.values())
             if step % 20 == 0:  # all processes take part
                 values |= {f"gradient/{part}": norm for part, norm in part_norms(parameters).items()}
@@ -138,13 +140,23 @@ class Trainer:
         """The parameters that the stage trains, by name; gradients are computed for these alone."""
         return select_parameters(self.model, self.heads, stage.train, stage.freeze, f"stage {stage.name}: train")
 
-    def accumulate_gradients(self, stage: StageConfig, rng: np.random.Generator) -> dict[str, float]:
+    def draw(self, index: int, stage: StageConfig, step: int) -> list[Batch]:
+        """A batch from each source. Seed, stage, step and process decide it: a resumed run gets the same."""
+        batches = []
+        for number, (name, count) in enumerate(stage.sources.items()):
+            rng = np.random.default_rng([self.config.seed, index, step, self.rank, number])
+            batches.append(self.sources[name].draw(count, rng))
+        return batches
+
+    def accumulate_gradients(
+        self, stage: StageConfig, batches: Sequence[Batch], rng: np.random.Generator
+    ) -> dict[str, float]:
         """One backward pass per source's batch; returns the losses' values by name, summed over the sources."""
         values: dict[str, float] = {}
-        for name, count in stage.sources.items():
-            batch = self.sources[name].draw(count, rng)
+        device = next(self.model.parameters()).device
+        for batch in batches:
             with self.precision():
-                found = self.losses(batch, stage, rng)
+                found = self.losses(batch.to(device), stage, rng)
             torch.stack([stage.losses[loss] * value for loss, value in found.items()]).sum().backward()
             for loss, value in found.items():
                 values[loss] = values.get(loss, 0.0) + float(value.detach())

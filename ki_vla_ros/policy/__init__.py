@@ -4,6 +4,7 @@ from ki_vla_ros.policy.guidance import Guide
 from ki_vla_ros.policy.policy import Policy, widen
 from ki_vla_ros.policy.preprocess import (
     check_instruction,
+    clean_instruction,
     fit_square,
     images_to_input,
     longest_input,
@@ -21,6 +22,7 @@ __all__ = [
     "Guide",
     "Policy",
     "check_instruction",
+    "clean_instruction",
     "fit_square",
     "images_to_input",
     "longest_input",

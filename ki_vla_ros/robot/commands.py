@@ -222,9 +222,9 @@ class CommandSpace:
         return action_HD
 
     def origin(self, state_S: Array, turns_S: Array) -> Array:
-        """What actions are counted from [D]: the state for relative ones; else `turns_S`, whole turns, or 0."""
-        state_D = state_S[self._state_of_action] * self._scale_D + self._offset_D
-        origin_D: Array = np.where(self.relative_D, state_D, turns_S[self._state_of_action] * self._turns_D)
+        """What actions are counted from [..., D]: the state for relative ones; else `turns_S`, whole turns, or 0."""
+        state_D = state_S[..., self._state_of_action] * self._scale_D + self._offset_D
+        origin_D: Array = np.where(self.relative_D, state_D, turns_S[..., self._state_of_action] * self._turns_D)
         return origin_D
 
     def _pose_path(self, p: int, pose: PoseOutput, action_HD: Array, start_J: Array) -> Array:

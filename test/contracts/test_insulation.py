@@ -160,7 +160,9 @@ def joint_losses(tmp_path: Path) -> tuple[BatchLosses, Batch]:
     model, given = make_model(dataclasses.replace(CONFIG, state_dim=CONFIG.action_dim)), make_batch()
     assert config.hints is not None and config.hints.probe_layer == 1 < CONFIG.backbone.depth - 1
     frequencies = config.hints.readout_frequencies
-    heads = TrainingHeads(CONFIG.vision.width, CONFIG.backbone.width, 4, frequencies, CONFIG.action_dim)
+    heads = TrainingHeads(
+        CONFIG.vision.width, CONFIG.backbone.width, 4, frequencies, CONFIG.action_dim, CONFIG.action_dim
+    )
     images, image_mask, tokens, token_mask = prefix_of(given)
     batch = Batch(
         images,
@@ -175,7 +177,7 @@ def joint_losses(tmp_path: Path) -> tuple[BatchLosses, Batch]:
         target_cell_B=torch.tensor([0, 3]),
         readout_BKA=torch.randn(BATCH, frequencies, CONFIG.action_dim),
         action_BHA=torch.randn(BATCH, CONFIG.horizon, CONFIG.action_dim),
-        state_BJ=torch.randn(BATCH, CONFIG.action_dim),
+        state_BS=torch.randn(BATCH, CONFIG.action_dim),
     )
     return BatchLosses(model.train(), heads, config), batch
 
@@ -247,13 +249,13 @@ def test_the_flow_loss_is_that_of_its_rows_one_by_one(tmp_path: Path) -> None:
     losses, batch = joint_losses(tmp_path)
     model, stage = losses.model, stage_of({"flow": 1.0})
     x_t, time, target, learned = losses.draw_flow(batch, 2, np.random.default_rng(0))
-    assert batch.action_BHA is not None and batch.state_BJ is not None
+    assert batch.action_BHA is not None and batch.state_BS is not None
     errors = []
     for row in range(2 * BATCH):
         b = slice(row // 2, row // 2 + 1)
         torch.testing.assert_close(x_t[row] - time[row, :, None] * target[row], batch.action_BHA[row // 2])
         cache = model.prefill(*(tensor[b] for tensor in batch.prefix))
-        velocity = model.velocity(cache, x_t[row : row + 1], time[row : row + 1], batch.state_BJ[b])[0]
+        velocity = model.velocity(cache, x_t[row : row + 1], time[row : row + 1], batch.state_BS[b])[0]
         errors.append(((velocity - target[row]) ** 2)[learned[row]])
     slow = gradients(model, torch.cat(errors).mean())
     for found in (losses.joint, losses.flow_alone):

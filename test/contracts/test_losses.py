@@ -14,7 +14,7 @@ GENERATOR = torch.Generator
 
 def heads() -> TrainingHeads:
     torch.manual_seed(0)
-    return TrainingHeads(vision_width=6, width=8, kinds=4, frequencies=2, action_dim=3)
+    return TrainingHeads(vision_width=6, width=8, kinds=4, frequencies=2, action_dim=3, state_dim=3)
 
 
 def test_postfix_loss_counts_only_unpadded_tokens() -> None:
@@ -126,6 +126,29 @@ def test_flow_loss_leaves_the_prefix_out() -> None:
     assert float(flow.match_flow(velocity, target, torch.tensor([[False, True, True]]))) == 1.0
 
 
+def test_flow_loss_weighs_dimensions_that_other_robots_have() -> None:
+    """One row has two dimensions and one of padding, the other three of its own."""
+    error, learned = torch.tensor([[[1.0, 2.0, 3.0]] * 2, [[4.0, 5.0, 6.0]] * 2]), torch.ones(2, 2, dtype=torch.bool)
+    learned[1, 1] = False
+    weight = torch.tensor([[1.0, 1.0, 0.1], [1.0, 1.0, 1.0]])
+    by_hand = (2 * (1 + 4 + 0.1 * 9) + 16 + 25 + 36) / (2 * 2.1 + 3)
+    got = flow.match_flow(error, torch.zeros_like(error), learned, weight)
+    assert float(got) == pytest.approx(by_hand)
+
+
+def test_losses_without_anything_to_learn_are_zero() -> None:
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    velocity = torch.randn(1, 2, 3, requires_grad=True)
+    flow.match_flow(velocity, torch.zeros(1, 2, 3), nothing).backward()
+    assert velocity.grad is not None and not velocity.grad.any()
+    assert float(tokens.predict_postfix(torch.randn(1, 2, 7), torch.zeros(1, 2, dtype=torch.long), nothing)) == 0.0
+    module, unknown = heads(), torch.full((2, 2, 3), torch.nan)
+    assert float(hints.read_out(module, torch.randn(2, 2, 8), unknown).detach()) == 0.0
+    one = torch.cat([unknown[:1], torch.zeros(1, 2, 3)])
+    hidden = torch.randn(2, 2, 8)
+    assert torch.equal(hints.read_out(module, hidden, one), hints.read_out(module, hidden[1:], one[1:]))
+
+
 def test_background_cells_weigh_a_tenth() -> None:
     module = heads()
     with torch.no_grad():
@@ -165,7 +188,7 @@ def test_a_prefix_runs_along_its_chunk_from_another_place_at_another_pace() -> N
     horizon, rows = 16, 2000
     line = torch.arange(horizon, dtype=torch.float32)[None, :, None].expand(rows, -1, 2)
     _, learned = flow.draw_flow_time(rows, horizon, 8, GENERATOR().manual_seed(0))
-    moved, learned_then = flow.run_ahead(line, learned, 2.0, GENERATOR().manual_seed(1))
+    moved, learned_then = flow.run_ahead(line, learned, torch.full((rows,), horizon), 2.0, GENERATOR().manual_seed(1))
     prefix = (~learned).sum(dim=1)
     without = prefix == 0
     torch.testing.assert_close(moved[without], line[without])

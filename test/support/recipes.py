@@ -7,7 +7,7 @@ SIZES = {
     "vision": {"image_size": 96, "patch_size": 12, "width": 16, "depth": 1, "heads": 2, "mlp": 16, "stem": "conv"},
     "backbone": {"width": 16, "depth": 3, "mlp": 16, "heads": 2, "kv_heads": 1, "head_dim": 8},
     "expert": {"width": 8, "depth": 3, "mlp": 16, "heads": 2, "kv_heads": 1, "head_dim": 8},
-    "state_token": True,
+    "state": "both",
 }
 
 STAGES: list[dict[str, Any]] = [
@@ -29,16 +29,22 @@ STAGES: list[dict[str, Any]] = [
 
 
 def tiny_run(folder: Path, steps: int) -> dict[str, Any]:
-    """A configuration as YAML would give it, of `steps` in each stage; data and results go to `folder`."""
-    data = {"robot_episodes": 3, "frames_per_episode": 4, "scenes": 8, "validation_episodes": 2}
+    """A configuration as YAML would give it, of `steps` in each stage; data is in `folder`, where results go."""
+    data = folder / "data"
     return {
         "name": "tiny",
         "robot": "demo_arm",
         "out": str(folder / "run"),
-        "data": {"folder": str(folder / "data"), **data},
+        "sources": {
+            "views": [{"paligemma": str(data / "views.jsonl")}],
+            "scenes": [{"paligemma": str(data / "scenes.jsonl")}],
+            "robot": [{"lerobot": str(data / "robot"), "chunk": "action_chunk"}],
+        },
+        "held_out": {"robot": [{"lerobot": str(data / "validation"), "chunk": "action_chunk"}]},
         "model": SIZES,
-        "prompt_length": 32,
-        "hints": {"readout_frequencies": 4, "probe_layer": 1},
+        "vocabulary": {"kind": "words", "queries": 4},
+        "prompt": {"length": 32},
+        "hints": {"readout_frequencies": 4, "probe_layer": 1, "cell_classes": 25},
         "max_prefix_delay": 3,
         "stages": [{"steps": steps, "learning_rate": 1e-2, "warmup_steps": 1, **stage} for stage in STAGES],
     }

@@ -1,13 +1,13 @@
-"""What one training step is given, and how images, prompts and answers become it.
+"""What one training step is given, and how samples of data sets become it.
 
 Legend: B batch, V cameras, C channels, H W image sides, L prompt tokens, T postfix tokens, N image cells, R asking
-tokens, K readout frequencies, J joints; of actions H horizon, A action dim.
+tokens, K readout frequencies, S state; of actions H horizon, D the robot's, A the model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,20 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.policy import images_to_input, tokenize
+from ki_vla_ros.bundle import PromptSpec
+from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.policy import images_to_input, render_prompt, state_to_bins, tokenize
 from ki_vla_ros.robot import Robot
+from training.data.augmentation import Augmentation, recolour, turn_and_crop
+from training.data.embodiment import Embodiment
+from training.data.samples import Image, Labels, LanguageSample, RobotSample
 from training.model import VisionConfig
+from training.tokens import EOS_TOKEN, encode_text, fast_id, localise, token_id
 
 NO_TARGET = -1
+# Of the loss of dimensions that only other robots have, beside 1 for the robot's own. They are learned, as zeros,
+# because the flow integrates them too: their noise would otherwise go wherever untrained velocities lead.
+PADDING_WEIGHT = 0.1
 
 Arrays = dict[str, NDArray[Any]]
 """Frames by column: the first axis of each array counts the same frames."""
@@ -49,7 +57,10 @@ class Batch:
     `asking_BR` holds the indices of the prompt tokens that hints are read from. `place_B2` is where the last camera's
     image shows the object asked about, as u and v in 0..1 (NaN: unknown or none); `target_cell_B` is the image cell
     there, or `NO_TARGET`. `cells_BVN` says what each image cell shows, `readout_BKA` holds the scaled DCT coefficients
-    of the lowest frequencies, `action_BHA` the normalised chunk and `state_BJ` the normalised joint state.
+    of the lowest frequencies, `action_BHA` the normalised chunk, of which `known_BH` says what is known (the rest lies
+    past an episode's end), and `state_BS` the normalised state.
+
+    Robots of fewer dimensions than the model have zeros after their own; `weight_BA` weighs those (`PADDING_WEIGHT`).
     """
 
     images_BVCHW: Tensor
@@ -65,7 +76,9 @@ class Batch:
     cells_BVN: Tensor | None = None
     readout_BKA: Tensor | None = None
     action_BHA: Tensor | None = None
-    state_BJ: Tensor | None = None
+    state_BS: Tensor | None = None
+    known_BH: Tensor | None = None
+    weight_BA: Tensor | None = None
 
     @property
     def prefix(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,79 +104,202 @@ class Batch:
         return Batch(**moved)
 
 
+@dataclass(frozen=True)
+class BatchForm:
+    """The sizes that the model gives its batches, and what prompts look like."""
+
+    image_size: int
+    grid: int  # image cells along one side
+    horizon: int
+    action_dim: int
+    state_dim: int
+    prompt: PromptSpec
+    state_in_prompt: bool = True
+    longest_text: int = 256  # tokens of a question, and of its answer
+    asking: tuple[int, ...] = ()
+    """Ids of the prompt tokens that hints are read from; none: the last token."""
+    readouts: int = 0
+    """How many of FAST's lowest frequencies the asking tokens name, one each."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    cameras: Mapping[str, Augmentation] = field(default_factory=dict)
+    """By name, where a camera has its own."""
+
+
 class BatchMaker:
-    """Tokenizes and pads as the robot does; an image has `grid` cells along each side."""
+    """Normalises, tokenizes, augments and pads, so that the model sees in training what it sees on the robot."""
 
-    def __init__(self, tokenizer: Tokenizer, *, length: int, grid: int, device: torch.device | str = "cpu") -> None:
-        self.tokenizer, self.length, self.grid, self.device = tokenizer, length, grid, device
+    def __init__(self, tokenizer: Tokenizer, form: BatchForm) -> None:
+        self.tokenizer, self.form = tokenizer, form
+        self.eos, self.first_fast = token_id(tokenizer, EOS_TOKEN), fast_id(tokenizer, 0)
 
-    def make(
-        self,
-        images_BVHWC: NDArray[np.uint8],
-        prompts: Sequence[str],
-        postfixes: Sequence[Sequence[int]],
-        rng: np.random.Generator,
-        *,
-        fast: bool,
-        asking: Sequence[int] = (),
-        place_B2: NDArray[np.floating] | None = None,
-        **labels: Tensor,
+    def of_robots(
+        self, embodiments: Sequence[Embodiment], samples: Sequence[RobotSample], rng: np.random.Generator
     ) -> Batch:
-        """A batch with augmented images; `postfixes` are token ids, of FAST actions if `fast`, else of text.
-
-        `asking` lists the ids of the prompt tokens that hints are read from; without any, that is the last token.
-        """
-        tokenized = [tokenize(self.tokenizer, prompt, self.length) for prompt in prompts]
-        tokens = torch.from_numpy(np.stack([tokens for tokens, _ in tokenized]))
-        mask = torch.from_numpy(np.stack([mask for _, mask in tokenized]))
-        longest = int(mask.sum(dim=1).max())  # columns that no sample of this batch uses cost time and change nothing
-        tokens, mask = tokens[:, :longest], mask[:, :longest]
-        width = max(len(postfix) for postfix in postfixes)
-        postfix_BT = torch.zeros(len(postfixes), width, dtype=torch.int64)
-        counts_BT = torch.zeros(len(postfixes), width, dtype=torch.bool)
-        for row, postfix in enumerate(postfixes):
-            postfix_BT[row, : len(postfix)] = torch.tensor(postfix)
-            counts_BT[row, : len(postfix)] = True
-        if asking:  # where each of these ids first occurs
-            found_BLR = tokens[:, :, None] == torch.tensor(asking)
-            if not found_BLR.any(dim=1).all():
-                row, which = (~found_BLR.any(dim=1)).nonzero()[0].tolist()
-                raise ConfigurationError(
-                    f"prompt {prompts[row]!r}: expected the token that hints are read from, "
-                    f"{self.tokenizer.id_to_token(asking[which])!r}, got a prompt without it"
-                )
-            asking_BR = found_BLR.int().argmax(dim=1)
-        else:
-            asking_BR = (mask.sum(dim=1) - 1)[:, None]
-        if place_B2 is None:
-            place_B2 = np.full((len(prompts), 2), np.nan)
+        """A batch of robots' samples, each with the robot that it is of."""
+        form, count = self.form, len(samples)
+        state_BS = np.zeros((count, form.state_dim), dtype=np.float32)
+        action_BHA = np.zeros((count, form.horizon, form.action_dim), dtype=np.float32)
+        weight_BA = np.full((count, form.action_dim), PADDING_WEIGHT, dtype=np.float32)
+        readout_BKA = np.zeros((count, form.readouts, form.action_dim), dtype=np.float32)
+        prompts, postfixes = [], []
+        for b, (embodiment, sample) in enumerate(zip(embodiments, samples, strict=True)):
+            width = sample.chunk_HD.shape[1]
+            state_S = embodiment.space.normalize_state(sample.state_S)
+            action_HD = embodiment.space.normalize_chunk(sample.chunk_HD, sample.state_S)
+            state_BS[b, : len(state_S)], action_BHA[b, :, :width], weight_BA[b, :width] = state_S, action_HD, 1.0
+            prompts.append(self.render(sample.task, state_S))
+            # A chunk's tokens stand for all of it; of one that is not known to its end, none can be learned.
+            whole = bool(sample.known_H.all())
+            postfixes.append([self.first_fast + i for i in embodiment.chunks.encode(action_HD)] if whole else [])
+            if form.readouts:
+                coefficients_HD = embodiment.chunks.coefficients(action_HD)
+                readout_BKA[b, :, :width] = coefficients_HD[: form.readouts] if whole else np.nan
+        looks = [[self._look(camera.name) for camera in embodiment.robot.cameras] for embodiment in embodiments]
+        images = [self._turned(sample, look, rng) for sample, look in zip(samples, looks, strict=True)]
+        postfix_BT, counts_BT = pad(postfixes)
         return Batch(
-            images_BVCHW=augment(torch.from_numpy(images_to_input(images_BVHWC)), rng),
-            image_mask_BV=torch.ones(images_BVHWC.shape[:2], dtype=torch.bool),
-            tokens_BL=tokens,
-            token_mask_BL=mask,
+            *self._images(images, looks, rng),
+            *(tokens := self._tokens(prompts, form.prompt.length)),
             postfix_BT=postfix_BT,
-            text_mask_BT=None if fast else counts_BT,
-            fast_mask_BT=counts_BT if fast else None,
-            asking_BR=asking_BR,
-            place_B2=torch.from_numpy(place_B2.astype(np.float32)),
-            target_cell_B=torch.tensor([self.cell_of(float(u), float(v)) for u, v in place_B2]),
-            **labels,
-        ).to(self.device)
+            fast_mask_BT=counts_BT,
+            asking_BR=self._asking(*tokens, prompts, form.asking),
+            **self._labels([sample.labels for sample in samples]),
+            readout_BKA=torch.from_numpy(readout_BKA) if form.readouts else None,
+            action_BHA=torch.from_numpy(action_BHA),
+            state_BS=torch.from_numpy(state_BS),
+            known_BH=torch.from_numpy(np.stack([sample.known_H for sample in samples])),
+            weight_BA=torch.from_numpy(weight_BA) if (weight_BA < 1.0).any() else None,
+        )
+
+    def of_language(self, samples: Sequence[LanguageSample], rng: np.random.Generator) -> Batch:
+        """A batch of questions or prefixes about images, and their answers."""
+        form = self.form
+        looks = [[form.augmentation] * len(sample.images) for sample in samples]
+        answers = [self._answer(sample) for sample in samples]
+        postfix_BT, counts_BT = pad(answers)
+        prompts = [localise(self.tokenizer, sample.prefix) for sample in samples]
+        has_text = bool(counts_BT.any())
+        return Batch(
+            *self._images([sample.images for sample in samples], looks, rng),
+            *(tokens := self._tokens(prompts, form.longest_text)),
+            postfix_BT=postfix_BT if has_text else None,
+            text_mask_BT=counts_BT if has_text else None,
+            asking_BR=self._asking(*tokens, prompts, ()),
+            **self._labels([sample.labels for sample in samples]),
+        )
+
+    def render(self, task: str, state_S: NDArray[np.float64]) -> str:
+        """The prompt, exactly as the robot renders it; `state_S` is normalised."""
+        spec = self.form.prompt
+        bins = state_to_bins(state_S, spec.state_bins, spec.style) if self.form.state_in_prompt else ()
+        return render_prompt(spec.template, task, bins, spec.style)
 
     def cell_of(self, u: float, v: float) -> int:
         """The image cell at a place, counted in raster order; `NO_TARGET` outside the image and for NaN."""
         if not (0 <= u < 1 and 0 <= v < 1):
             return NO_TARGET
-        return int(v * self.grid) * self.grid + int(u * self.grid)
+        return int(v * self.form.grid) * self.form.grid + int(u * self.form.grid)
+
+    def _answer(self, sample: LanguageSample) -> list[int]:
+        if not sample.suffix:
+            return []
+        ids = encode_text(self.tokenizer, sample.suffix)
+        if len(ids) >= self.form.longest_text:
+            raise InputError(
+                f"suffix {sample.suffix[:60]!r}...: expected at most {self.form.longest_text - 1} tokens, got "
+                f"{len(ids)}; raise longest_text, or shorten it"
+            )
+        return [*ids, self.eos]
+
+    def _look(self, camera: str) -> Augmentation:
+        return self.form.cameras.get(camera, self.form.augmentation)
+
+    def _turned(
+        self, sample: RobotSample, looks: Sequence[Augmentation], rng: np.random.Generator
+    ) -> list[Image | None]:
+        """The images, cropped and turned; not where labels say what is where."""
+        if sample.labels.place is not None or sample.labels.cells_VN is not None:
+            if any(look.moves_pixels for look in looks):
+                raise ConfigurationError(
+                    "augmentation: expected no crop and no rotation for data with places or cells, which say where in "
+                    "the image something is, got some; leave them out, or leave the hints out"
+                )
+            return list(sample.images)
+        return [
+            None if image is None else turn_and_crop(image, look, rng)
+            for image, look in zip(sample.images, looks, strict=True)
+        ]
+
+    def _images(
+        self,
+        images: Sequence[Sequence[Image | None]],
+        looks: Sequence[Sequence[Augmentation]],
+        rng: np.random.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """[B, V, C, H, W] in -1..1, and which are there [B, V].
+
+        A sample with fewer images than others has them last, so that the last image is always beside the prompt.
+        """
+        most, size = max(len(row) for row in images), self.form.image_size
+        pixels_BVCHW = np.full((len(images), most, 3, size, size), -1.0, dtype=np.float32)
+        mask_BV = np.zeros((len(images), most), dtype=np.bool_)
+        for b, row in enumerate(images):
+            for v, image in enumerate(row, start=most - len(row)):
+                if image is not None:
+                    look = looks[b][v - most + len(row)]
+                    pixels_BVCHW[b, v] = recolour(images_to_input(image[None])[0], look, rng)
+                    mask_BV[b, v] = True
+        return torch.from_numpy(pixels_BVCHW), torch.from_numpy(mask_BV)
+
+    def _tokens(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """[B, L] and their mask; columns that no sample of this batch uses cost time and change nothing."""
+        tokenized = [tokenize(self.tokenizer, prompt, length) for prompt in prompts]
+        tokens = torch.from_numpy(np.stack([tokens for tokens, _ in tokenized]))
+        mask = torch.from_numpy(np.stack([mask for _, mask in tokenized]))
+        longest = int(mask.sum(dim=1).max())
+        return tokens[:, :longest], mask[:, :longest]
+
+    def _asking(self, tokens: Tensor, mask: Tensor, prompts: Sequence[str], asking: Sequence[int]) -> Tensor:
+        """[B, R]: where each of these ids first occurs; without any, the last token."""
+        if not asking:
+            return (mask.sum(dim=1) - 1)[:, None]
+        found_BLR = tokens[:, :, None] == torch.tensor(asking)
+        if not found_BLR.any(dim=1).all():
+            row, which = (~found_BLR.any(dim=1)).nonzero()[0].tolist()
+            raise ConfigurationError(
+                f"prompt {prompts[row]!r}: expected the token that hints are read from, "
+                f"{self.tokenizer.id_to_token(asking[which])!r}, got a prompt without it"
+            )
+        return found_BLR.int().argmax(dim=1)
+
+    def _labels(self, labels: Sequence[Labels]) -> dict[str, Any]:
+        """Places and cells, where any of the samples has them."""
+        found: dict[str, Any] = {}
+        if any(label.place is not None for label in labels):
+            places = [(np.nan, np.nan) if label.place is None else label.place for label in labels]
+            found["place_B2"] = torch.tensor(places, dtype=torch.float32)
+            found["target_cell_B"] = torch.tensor([self.cell_of(*place) for place in places])
+        if any(label.cells_VN is not None for label in labels):
+            most = max(len(label.cells_VN) for label in labels if label.cells_VN is not None)
+            cells_BVN = np.full((len(labels), most, self.form.grid**2), NO_TARGET, dtype=np.int64)
+            for b, label in enumerate(labels):
+                if label.cells_VN is not None:
+                    if label.cells_VN.shape[1] != self.form.grid**2:
+                        raise ConfigurationError(
+                            f"cells: expected {self.form.grid**2} (the model's image has {self.form.grid} x "
+                            f"{self.form.grid} patches), got {label.cells_VN.shape[1]}; make the data for this model"
+                        )
+                    cells_BVN[b, most - len(label.cells_VN) :] = label.cells_VN
+            found["cells_BVN"] = torch.from_numpy(cells_BVN)
+        return found
 
 
-def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Change each sample's brightness and contrast by up to a tenth, the same for all its cameras.
-
-    No crop or shift: the model is to learn where things are.
-    """
-    shape = (len(images), *(1,) * (images.dim() - 1))
-    gain = torch.from_numpy(rng.uniform(0.9, 1.1, shape).astype(np.float32))
-    offset = torch.from_numpy(rng.uniform(-0.1, 0.1, shape).astype(np.float32))
-    return (images * gain + offset).clamp_(-1.0, 1.0)
+def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] with zeros after each sequence, and the mask of what is not padding."""
+    width = max(1, max(len(sequence) for sequence in sequences))
+    postfix_BT = torch.zeros(len(sequences), width, dtype=torch.int64)
+    counts_BT = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        postfix_BT[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+        counts_BT[row, : len(sequence)] = True
+    return postfix_BT, counts_BT

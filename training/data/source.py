@@ -1,15 +1,72 @@
-"""A source of batches. A stage mixes sources: it draws a fixed number of samples from each in every step."""
+"""Sources of batches. A stage draws a fixed number of samples from each of its sources in every step.
+
+Legend: B batch.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from training.data.batch import Batch
+from training.data.samples import Samples
 
 
 class Source(Protocol):
     """Samples of one kind. All randomness comes from `rng`, so a step's seed decides what it draws."""
 
     def draw(self, count: int, rng: np.random.Generator) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set of a mixture. Samples come from it as often as its weight is large beside the others'."""
+
+    samples: Samples
+    weight: float = 1.0
+
+
+class Mixture:
+    """Draws from several data sets; `make` turns samples, with the part that each came from, into a batch."""
+
+    def __init__(
+        self, parts: Sequence[Part], make: Callable[[Sequence[int], Sequence[Any], np.random.Generator], Batch]
+    ) -> None:
+        self.parts, self.make = tuple(parts), make
+        weights = np.array([part.weight for part in parts])
+        self.share = weights / weights.sum()
+
+    def __len__(self) -> int:
+        return sum(len(part.samples) for part in self.parts)
+
+    def draw(self, count: int, rng: np.random.Generator) -> Batch:
+        """A batch of `count` samples, all different where a data set has enough."""
+        from_B = np.sort(rng.choice(len(self.parts), size=count, p=self.share))
+        rows = []
+        for number in np.unique(from_B):
+            samples, wanted = self.parts[number].samples, int((from_B == number).sum())
+            chosen = rng.choice(len(samples), size=wanted, replace=wanted > len(samples))
+            rows += [(int(number), int(row)) for row in np.sort(chosen)]
+        return self.take(rows, rng)
+
+    def take(self, rows: Sequence[tuple[int, int]], rng: np.random.Generator) -> Batch:
+        """A batch of these samples, each given by its part and its row there; `rng` augments them."""
+        return self.make([number for number, _ in rows], self.read(rows), rng)
+
+    def read(self, rows: Sequence[tuple[int, int]]) -> list[Any]:
+        """The samples themselves, in this order."""
+        found: dict[int, list[Any]] = {}
+        for number in dict.fromkeys(number for number, _ in rows):
+            found[number] = self.parts[number].samples.take([row for part, row in rows if part == number])
+        waiting = {number: iter(samples) for number, samples in found.items()}
+        return [next(waiting[number]) for number, _ in rows]
+
+    def spread(self, count: int) -> list[tuple[int, int]]:
+        """At most `count` rows, evenly over all data sets by their lengths: always the same ones."""
+        ends = np.cumsum([len(part.samples) for part in self.parts])
+        places = np.unique(np.linspace(0, ends[-1] - 1, min(count, int(ends[-1]))).astype(np.int64))
+        numbers = np.searchsorted(ends, places, side="right")
+        return [(int(n), int(p - (ends[n] - len(self.parts[n].samples)))) for n, p in zip(numbers, places, strict=True)]

@@ -1,69 +1,101 @@
-"""Offline figures of a model on held-out instructions: the gates of training.
+"""Figures of a model on held-out data: the gates of training.
 
-"Follow" here means: of the demonstrator's chunks towards each object of the scene, the one towards the instructed
-object is the nearest to the prediction.
-
-Legend: B batch, F frames, O objects of a scene, H horizon, J joints, A action dim, N image cells.
+Legend: B batch, H horizon, D actions of a robot, A actions of the model, N image cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data import NO_TARGET, Batch, RobotFrames
-from training.losses import TrainingHeads, asking_rows, prompt_start, scene_scores, take_rows
+from training.data import NO_TARGET, Batch, Embodiment, RobotSample
+from training.losses import BatchLosses, TrainingHeads, asking_rows, prompt_start, scene_scores, take_rows
 from training.model import VLA
 from training.tokens import FastDecodeError, FastTokenizer, cosine_basis
 
-FRAMES = 256  # held-out frames that the offline figures are computed on
+if TYPE_CHECKING:
+    from training.sources import Sources
+
+FRAMES = 256  # held-out frames that the figures are computed on
 BATCH = 64  # frames at once; FAST is decoded token by token, which is slow, so only for the first batch
 
 
 @torch.no_grad()
-def measure(
-    model: VLA,
-    frames: RobotFrames,
-    flow_steps: int,
-    heads: TrainingHeads | None = None,
-    probe: tuple[int, int] | None = None,
-) -> dict[str, float]:
-    """Figures by name: rates in 0..1, and `*_error` in rad (mean over joints and steps).
+def measure(model: VLA, data: Sources, losses: BatchLosses, heads: TrainingHeads | None = None) -> dict[str, float]:
+    """Figures by name, of the policy's robot, on what is held out under each name of the configuration.
 
-    The arrays of `frames` also have `rivals` [F, O, H, J] (the demonstrator's chunks towards each object; NaN: none),
-    `target` [F] (the instructed object) and `uv` [F, O, 2] (the objects in the last camera's image).
-    `pointing` (with heads and probe): the object nearest to the probe's strongest scene cell is the instructed one.
-    `*_follow` (see the module's docstring): by the expert (`flow`), the readout tokens (`readout`, with heads) and
-    greedy FAST decoding (`fast`); malformed FAST counts as a miss.
-    `fast_clamped`: the share of coefficients that FAST's vocabulary cannot express, so that their tokens are not exact.
+    `WAY_error`: the mean error of the chunks that WAY predicts, in normalised units, and `WAY_error.DIMENSION` in the
+    robot's own; ways are `flow` (the expert), `fast` (greedy FAST decoding; malformed sequences are left out, and
+    `fast_whole` says how many are none) and `readout` (the hint's tokens, with heads). `pointing` (with heads): where
+    the data says a place, how often the probe's strongest cell is at most one cell from it. `fast_clamped`: the share
+    of coefficients that FAST's vocabulary cannot express, so that their tokens are not exact.
     """
-    arrays = frames.arrays
-    rows_F = np.linspace(0, len(arrays["state"]) - 1, FRAMES).astype(np.int64)
-    state_FJ, chunk_FHJ = (arrays[name][rows_F].astype(np.float64) for name in ("state", "chunk"))
-    clamped = frames.fast.count_clamped(frames.space.normalize_chunk(chunk_FHJ, state_FJ)) / chunk_FHJ.size
+    config, embodiment = losses.config, data.embodiment
+    found: dict[str, list[NDArray[np.float64]]] = {}
     rng = np.random.default_rng(0)
-    hits: dict[str, list[NDArray[Any]]] = {}
-    errors: dict[str, list[NDArray[Any]]] = {}
-    for start in range(0, FRAMES, BATCH):
-        rows = rows_F[start : start + BATCH]
-        batch = frames.take(rows, rng)
-        if heads is not None and probe is not None:
-            cells_B = strongest_cells(model, batch, probe)
-            hits.setdefault("pointing", []).append(points_right(cells_B, batch, arrays["uv"][rows], frames))
-        for name, action_BHA in predict(model, frames, batch, flow_steps, heads, with_fast=start == 0):
-            chunk_BHJ = frames.space.unnormalize_chunk(action_BHA, arrays["state"][rows].astype(np.float64))
-            distance = np.nan_to_num(np.abs(arrays["rivals"][rows] - chunk_BHJ[:, None]).mean(axis=(2, 3)), nan=np.inf)
-            hits.setdefault(f"{name}_follow", []).append(distance.argmin(axis=1) == arrays["target"][rows])
-            errors.setdefault(f"{name}_error", []).append(np.abs(arrays["chunk"][rows] - chunk_BHJ).mean(axis=(1, 2)))
-    figures = {name: np.concatenate(values) for name, values in (hits | errors).items()}
-    # FAST has no error if every sequence is malformed; its follow rate says so.
-    means = {name: float(np.nanmean(values)) for name, values in figures.items() if not np.isnan(values).all()}
-    return means | {"fast_clamped": clamped}
+    for name in data.robot_sources:
+        if name not in data.held_out:
+            continue
+        mixture = data.held_out[name]
+        rows = [row for row in mixture.spread(FRAMES) if data.robot_of(name, row[0]) is embodiment]
+        for start in range(0, len(rows), BATCH):
+            samples = mixture.read(rows[start : start + BATCH])
+            batch = data.maker.of_robots([embodiment] * len(samples), samples, rng)
+            device = next(model.parameters()).device
+            first = data.maker.first_fast if start == 0 else None
+            for key, values in measure_batch(
+                model, embodiment, samples, batch.to(device), config.flow_steps, heads, first
+            ):
+                found.setdefault(key, []).append(values)
+            if config.hints is not None and batch.target_cell_B is not None:
+                cells_B = strongest_cells(model, batch.to(device), config.hints.probe)
+                found.setdefault("pointing", []).append(points_right(cells_B, batch, data.form.grid))
+    figures = {}
+    for key, parts in found.items():
+        known = np.concatenate(parts)
+        if not np.isnan(known).all():
+            figures[key] = float(np.nanmean(known))
+    return figures
+
+
+def measure_batch(
+    model: VLA,
+    embodiment: Embodiment,
+    samples: Sequence[RobotSample],
+    batch: Batch,
+    flow_steps: int,
+    heads: TrainingHeads | None,
+    first_fast: int | None,
+) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """Each figure's values, one for each sample; NaN where there is none."""
+    space, actions = embodiment.space, embodiment.robot.actions
+    state_BS = np.stack([sample.state_S for sample in samples])
+    chunk_BHD = np.stack([sample.chunk_HD for sample in samples])
+    unknown_BH = ~np.stack([sample.known_H for sample in samples])
+    true_BHD = space.normalize_chunk(chunk_BHD, state_BS)
+    clamped = embodiment.chunks.count_clamped(true_BHD) / true_BHD.size
+    yield "fast_clamped", np.full(len(samples), float(clamped))
+    for way, action_BHA in predict(model, embodiment, batch, flow_steps, heads, first_fast):
+        action_BHD = action_BHA[..., : len(actions)]
+        error_BHD: NDArray[np.float64] = np.abs(action_BHD - true_BHD)
+        error_BHD[unknown_BH] = np.nan
+        with np.errstate(invalid="ignore"):
+            # A mean over steps of which some are known; all of a malformed chunk is NaN.
+            known_B = np.maximum(1, (~unknown_BH).sum(axis=1))
+            malformed_B = np.isnan(action_BHD).any(axis=(1, 2))
+            error_BD = np.nansum(error_BHD, axis=1) / known_B[:, None]
+            error_BD[malformed_B] = np.nan
+        yield f"{way}_error", np.asarray(error_BD.mean(axis=1))
+        scale_D = (np.array(space.action_high) - np.array(space.action_low)) / 2.0
+        for d, action in enumerate(actions):
+            yield f"{way}_error.{action.name}", np.asarray(error_BD[:, d] * abs(scale_D[d]))
+        if way == "fast":
+            yield "fast_whole", np.where(malformed_B, 0.0, 1.0)
 
 
 def strongest_cells(model: VLA, batch: Batch, probe: tuple[int, int]) -> NDArray[np.int64]:
@@ -73,39 +105,41 @@ def strongest_cells(model: VLA, batch: Batch, probe: tuple[int, int]) -> NDArray
     return cells_B
 
 
-def points_right(
-    cells_B: NDArray[np.int64], batch: Batch, uv_BO2: NDArray[np.floating], frames: RobotFrames
-) -> NDArray[np.bool_]:
-    """[B]: whether the object nearest to the cell's middle is the target."""
+def points_right(cells_B: NDArray[np.int64], batch: Batch, grid: int) -> NDArray[np.float64]:
+    """[B]: 1 where the cell is the target's or next to it, 0 where not, NaN where nothing is in sight."""
     if batch.target_cell_B is None:
         raise ValueError("points_right: expected a batch with target cells, got one without")
-    maker, right = frames.maker, []
-    for cell, places_O2, target in zip(cells_B.tolist(), uv_BO2, batch.target_cell_B.tolist(), strict=True):
-        place = np.array([cell % maker.grid + 0.5, cell // maker.grid + 0.5]) / maker.grid
-        seen = [(float(u), float(v)) for u, v in places_O2 if 0 <= u < 1 and 0 <= v < 1]
-        nearest = min(seen, key=lambda uv: float(np.hypot(*(place - uv))), default=(np.nan, np.nan))
-        right.append(target != NO_TARGET and maker.cell_of(*nearest) == target)
-    return np.array(right)
+    target_B = batch.target_cell_B.cpu().numpy()
+    apart_B = np.maximum(np.abs(cells_B // grid - target_B // grid), np.abs(cells_B % grid - target_B % grid))
+    return np.where(target_B == NO_TARGET, np.nan, apart_B <= 1)
 
 
 def predict(
-    model: VLA, frames: RobotFrames, batch: Batch, flow_steps: int, heads: TrainingHeads | None, with_fast: bool
+    model: VLA,
+    embodiment: Embodiment,
+    batch: Batch,
+    flow_steps: int,
+    heads: TrainingHeads | None,
+    first_fast: int | None,
 ) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """Normalised chunks [B, H, A] by each way of reading the model; NaN rows where FAST was malformed."""
+    """Normalised chunks [B, H, A] by each way of reading the model; NaN rows where FAST was malformed.
+
+    `first_fast` is the id of FAST's token 0; None: without decoding FAST.
+    """
     if batch.action_BHA is None:
         raise ValueError("predict: expected a batch with actions, got one without")
     cache = model.prefill(*batch.prefix)
     noise = torch.randn(batch.action_BHA.shape, generator=torch.Generator().manual_seed(0)).to(batch.action_BHA.device)
-    state = None if model.config.state_dim is None else batch.state_BJ
+    state = None if model.config.state_dim is None else batch.state_BS
     yield "flow", model.sample_actions(cache, noise, flow_steps, state).double().cpu().numpy()
-    if heads is not None:
+    if heads is not None and len(heads.readout):
         hidden_BPD = model.backbone.norm(model(*batch.prefix).prefix_by_layer[-2])
         named_BKA = heads.name_coefficients(take_rows(hidden_BPD, asking_rows(model, batch)))[0]
-        coefficients_BKA = named_BKA.double().cpu().numpy() / frames.fast.scale
+        coefficients_BKA = named_BKA.double().cpu().numpy() / embodiment.chunks.scale
         basis_KH = cosine_basis(batch.action_BHA.shape[1])[: coefficients_BKA.shape[1]]
         yield "readout", np.einsum("kh,bka->bha", basis_KH, coefficients_BKA)
-    if with_fast:
-        yield "fast", decode_greedily(model, frames.fast, frames.first_fast, batch)
+    if first_fast is not None:
+        yield "fast", decode_greedily(model, embodiment.chunks, first_fast, batch)
 
 
 def decode_greedily(
@@ -115,9 +149,7 @@ def decode_greedily(
 
     `first` is the id of FAST's token 0 in the model's vocabulary.
     """
-    if batch.action_BHA is None:
-        raise ValueError("decode_greedily: expected a batch with actions, got one without")
-    _, horizon, action_dim = batch.action_BHA.shape
+    horizon, action_dim = fast.horizon, fast.action_dim
     tokens = torch.zeros(len(batch.tokens_BL), 0, dtype=torch.int64, device=batch.tokens_BL.device)
     last = prompt_start(model, batch) + batch.last_token_B
     lengths = np.array([len(fast.integers(i)) for i in range(fast.vocab_size)])

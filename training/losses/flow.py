@@ -24,13 +24,16 @@ def draw_flow_time(rows: int, horizon: int, max_prefix: int, generator: torch.Ge
     return time_R[:, None] * learned_RH, learned_RH
 
 
-def run_ahead(action_RHA: Tensor, learned_RH: Tensor, lead: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def run_ahead(
+    action_RHA: Tensor, learned_RH: Tensor, known_R: Tensor, lead: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Chunks with the clean prefix that an arm trailing its command is given, and the mask of what can be learned.
 
     A demonstration's chunk begins where the arm is. At run time the prefix comes from the running chunk: it is up to
     `lead` periods ahead of the arm (or, at the start, up to one behind), and slower while the arm gains speed. So the
     prefix follows the chunk from another place at another pace, and the actions after it go on from there at the
-    chunk's own pace. Actions past the chunk's end are not learned. Rows without a prefix stay as they are.
+    chunk's own pace. Actions past the chunk's end, or past what is known of it (its first `known_R`), are not learned.
+    Rows without a prefix stay as they are.
     """
     rows, horizon, _ = action_RHA.shape
     prefix_R1 = (~learned_RH).sum(dim=1, keepdim=True)
@@ -43,7 +46,7 @@ def run_ahead(action_RHA: Tensor, learned_RH: Tensor, lead: float, generator: to
     # Below 0 before the first action: on the line of the first two.
     share_RH1 = (phase_RH - before_RH).clamp(max=1.0)[..., None]
     one, two = (action_RHA.gather(1, (before_RH + i)[..., None].expand_as(action_RHA)) for i in (0, 1))
-    return one + share_RH1 * (two - one), learned_RH & (phase_RH <= horizon - 1)
+    return one + share_RH1 * (two - one), learned_RH & (phase_RH <= known_R[:, None] - 1)
 
 
 def mix_flow(action_RHA: Tensor, noise_RHA: Tensor, time_RH: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +55,18 @@ def mix_flow(action_RHA: Tensor, noise_RHA: Tensor, time_RH: Tensor) -> tuple[Te
     return time * noise_RHA + (1 - time) * action_RHA, noise_RHA - action_RHA
 
 
-def match_flow(velocity_RHA: Tensor, target_RHA: Tensor, learned_RH: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Mean squared error over the actions that are learned, all dimensions."""
-    return ((velocity_RHA - target_RHA) ** 2)[learned_RH].mean()
+def match_flow(
+    velocity_RHA: Tensor,
+    target_RHA: Tensor,
+    learned_RH: Tensor | tuple[Tensor, ...],
+    weight_RA: Tensor | None = None,
+) -> Tensor:
+    """Mean squared error over the actions that are learned, 0 if none is.
+
+    `weight_RA` weighs the dimensions of each row.
+    """
+    error_NA = ((velocity_RHA - target_RHA) ** 2)[learned_RH]
+    if weight_RA is None:
+        return error_NA.sum() / max(1, error_NA.numel())
+    weight_NA = weight_RA[:, None].expand(-1, velocity_RHA.shape[1], -1)[learned_RH]
+    return (error_NA * weight_NA).sum() / weight_NA.sum().clamp(min=1.0)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ki_vla_ros.errors import ConfigurationError
 from training.config import HintsConfig, Loss
 from training.data import NO_TARGET, Batch
 from training.model import VLA, Output
@@ -32,11 +33,13 @@ class TrainingHeads(nn.Module):
 
     COEFFICIENT_SCALE = 10.0  # factor on the heads' outputs, which are about 1 at first
 
-    def __init__(self, vision_width: int, width: int, kinds: int, frequencies: int, action_dim: int) -> None:
+    def __init__(
+        self, vision_width: int, width: int, kinds: int, frequencies: int, action_dim: int, state_dim: int
+    ) -> None:
         super().__init__()
-        self.cells = nn.Linear(vision_width, kinds)
+        self.cells = nn.Linear(vision_width, kinds) if kinds else None
         self.place = nn.Linear(width, 2)
-        self.state = nn.Linear(width, action_dim)
+        self.state = nn.Linear(width, state_dim)
         self.readout = nn.ModuleList(nn.Linear(width, 2 * action_dim) for _ in range(frequencies))
 
     def name_coefficients(self, hidden_BKD: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,10 +50,18 @@ class TrainingHeads(nn.Module):
 
 
 def name_cells(heads: TrainingHeads, features_BND: Tensor, cells_BN: Tensor) -> Tensor:
-    """Cross-entropy of the kind of object in each image cell; background, most of an image, weighs a tenth."""
-    weight = torch.ones(heads.cells.out_features, device=cells_BN.device)
+    """Cross-entropy of what each image cell shows; background (the last class), most of an image, weighs a tenth."""
+    if heads.cells is None:
+        raise ConfigurationError("loss cells: expected hints.cell_classes (kinds, and the background), got none")
+    classes = heads.cells.out_features
+    if int(cells_BN.max()) >= classes:
+        raise ConfigurationError(
+            f"loss cells: expected cells of {classes} classes (hints.cell_classes), got class {int(cells_BN.max())}"
+        )
+    weight = torch.ones(classes, device=cells_BN.device)
     weight[-1] = 0.1
-    return F.cross_entropy(heads.cells(features_BND).flatten(0, -2), cells_BN.flatten(), weight=weight)
+    logits = heads.cells(features_BND).flatten(0, -2)
+    return F.cross_entropy(logits, cells_BN.flatten(), weight=weight, ignore_index=NO_TARGET)
 
 
 def point_at_target(scores_BRP: Tensor, target_cell_B: Tensor, first_cell: int) -> Tensor:
@@ -67,7 +78,7 @@ def point_at_target(scores_BRP: Tensor, target_cell_B: Tensor, first_cell: int) 
     return F.cross_entropy(rows.flatten(0, 1), targets.flatten())
 
 
-def ground(heads: TrainingHeads, hidden_BRD: Tensor, place_B2: Tensor, state_BJ: Tensor | None) -> Tensor:
+def ground(heads: TrainingHeads, hidden_BRD: Tensor, place_B2: Tensor, state_BS: Tensor | None) -> Tensor:
     """Mean error of the place and of the normalised joint state that the asking rows name.
 
     A place is in 0..1, or NaN for none. Attention to the right cell does not by itself carry the cell's place along;
@@ -80,17 +91,22 @@ def ground(heads: TrainingHeads, hidden_BRD: Tensor, place_B2: Tensor, state_BJ:
         if known.any()
         else 0.0 * hidden_BRD.sum()  # zero with a graph: `backward` needs one
     )
-    if state_BJ is None:
+    if state_BS is None:
         return loss
     named = heads.state(hidden_BRD)
-    return loss + F.smooth_l1_loss(named, state_BJ[:, None].expand_as(named), beta=0.05)
+    return loss + F.smooth_l1_loss(named, state_BS[:, None].expand_as(named), beta=0.05)
 
 
 def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor) -> Tensor:
     """Cross-entropy of FAST's coefficients under the readout's logistic distributions.
 
-    A coefficient counts as the interval of half an integer to either side; it need not be rounded first.
+    A coefficient counts as the interval of half an integer to either side; it need not be rounded first. Samples with
+    NaN have none to learn.
     """
+    known_B = ~coefficient_BKA.isnan().any(dim=(1, 2))
+    if not known_B.any():
+        return 0.0 * hidden_BKD.sum()
+    hidden_BKD, coefficient_BKA = hidden_BKD[known_B], coefficient_BKA[known_B]
     mean, spread = heads.name_coefficients(hidden_BKD)
     above = torch.sigmoid((coefficient_BKA + 0.5 - mean) / spread)
     below = torch.sigmoid((coefficient_BKA - 0.5 - mean) / spread)
@@ -126,7 +142,7 @@ def give_hints(
     if "grounding" in wanted and batch.place_B2 is not None:
         # After the layer that points.
         hidden_BPD = model.backbone.norm(output.prefix_by_layer[config.probe_layer])
-        found["grounding"] = ground(heads, take_rows(hidden_BPD, rows_BR), batch.place_B2, batch.state_BJ)
+        found["grounding"] = ground(heads, take_rows(hidden_BPD, rows_BR), batch.place_B2, batch.state_BS)
     return found
 
 

@@ -70,7 +70,7 @@ class BatchLosses:
         if hints is not None and self.heads is not None:
             found |= give_hints(self.model, self.heads, hints, batch, output, wanted)
         if drawn:
-            found["flow"] = flow.match_flow(output.velocity_RHA, *drawn[2:])
+            found["flow"] = flow.match_flow(output.velocity_RHA, *drawn[2:], self.weights(batch, stage.noise_samples))
         return found
 
     def flow_alone(self, batch: Batch, stage: StageConfig, rng: np.random.Generator) -> dict[Loss, Tensor]:
@@ -79,7 +79,7 @@ class BatchLosses:
         with torch.no_grad():
             cache = self.model.prefill(*batch.prefix)
         velocity = self.model.velocity(cache, x_t, time, self.expert_state(batch, stage.noise_samples))
-        return {"flow": flow.match_flow(velocity, target, learned)}
+        return {"flow": flow.match_flow(velocity, target, learned, self.weights(batch, stage.noise_samples))}
 
     def predict(self, batch: Batch, output: Output, wanted: set[Loss]) -> dict[Loss, Tensor]:
         """Next-token losses of the postfix; of the prefix, `output` has the prompt's rows only."""
@@ -98,10 +98,14 @@ class BatchLosses:
         return found
 
     def expert_state(self, batch: Batch, samples: int) -> Tensor | None:
-        """[R, J]: the joint state for each of the expert's rows; None if only the prompt has it."""
-        if self.model.config.state_dim is None or batch.state_BJ is None:
+        """[R, S]: the state for each of the expert's rows; None if only the prompt has it."""
+        if self.model.config.state_dim is None or batch.state_BS is None:
             return None
-        return batch.state_BJ.repeat_interleave(samples, dim=0)
+        return batch.state_BS.repeat_interleave(samples, dim=0)
+
+    def weights(self, batch: Batch, samples: int) -> Tensor | None:
+        """[R, A]: how much each dimension of the expert's rows counts; None: all alike."""
+        return None if batch.weight_BA is None else batch.weight_BA.repeat_interleave(samples, dim=0)
 
     def draw_flow(self, batch: Batch, samples: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The flow's x_t, time, velocity target and mask of what is learned.
@@ -115,8 +119,13 @@ class BatchLosses:
         action = batch.action_BHA.repeat_interleave(samples, dim=0)
         drawn = flow.draw_flow_time(len(action), action.shape[1], self.config.max_prefix_delay, generator)
         time, learned = (tensor.to(action.device) for tensor in drawn)
+        known_RH = torch.ones_like(learned)
+        if batch.known_BH is not None:
+            known_RH = batch.known_BH.repeat_interleave(samples, dim=0)
         if self.config.prefix_lead:
-            action, learned = flow.run_ahead(action, learned, self.config.prefix_lead, generator)
+            lead = self.config.prefix_lead
+            action, learned = flow.run_ahead(action, learned, known_RH.sum(dim=1), lead, generator)
+        learned = learned & known_RH
         noise = torch.randn(action.shape, generator=generator).to(action.device)
         x_t, target = flow.mix_flow(action, noise, time)
         return x_t, time, target, learned

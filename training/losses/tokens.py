@@ -26,8 +26,12 @@ def next_token_hidden(prefix_hidden_BPD: Tensor, last_B: Tensor, postfix_hidden_
 
 
 def predict_postfix(logits_BTW: Tensor, postfix_BT: Tensor, postfix_mask_BT: Index) -> Tensor:
-    """Cross-entropy of the next token, mean over the tokens that count. `logits[:, t]` predicts `postfix[:, t]`."""
-    return F.cross_entropy(logits_BTW[postfix_mask_BT], postfix_BT[postfix_mask_BT])
+    """Cross-entropy of the next token, mean over the tokens that count; 0 if none does.
+
+    `logits[:, t]` predicts `postfix[:, t]`.
+    """
+    token_N = postfix_BT[postfix_mask_BT]
+    return F.cross_entropy(logits_BTW[postfix_mask_BT], token_N, reduction="sum") / max(1, len(token_N))
 
 
 def predict_in_pieces(
@@ -44,4 +48,6 @@ def predict_in_pieces(
         return F.cross_entropy(logits(hidden), token, reduction="sum")
 
     pieces = zip(hidden_ND.split(rows), postfix_N.split(rows), strict=True)
-    return torch.stack([checkpoint(summed, *piece, use_reentrant=False) for piece in pieces]).sum() / len(postfix_N)
+    return torch.stack([checkpoint(summed, *piece, use_reentrant=False) for piece in pieces]).sum() / max(
+        1, len(postfix_N)
+    )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ FIRST_CHARACTER = 0x4E00
 """The first of a long run of assigned letters: any coefficient range fits, none is a space or a control code."""
 LAST_CHARACTER = 0xD7FF
 """The last one before the surrogates, which have no UTF-8 form."""
+MOST_CLAMPED = 0.01  # of the coefficients, when a vocabulary is fitted
 SMALLEST, LARGEST = 1e-6, 10**7  # of the numbers in a published configuration
 VOCABULARY, PROCESSOR = "tokenizer.json", "processor_config.json"  # of the published form
 
@@ -66,15 +67,29 @@ class FastTokenizer:
     """The published form. Nobody has written down its largest coefficient, so `highest` is what a character can be."""
 
     @classmethod
-    def fit(cls, chunk_NHA: NDArray[np.floating], *, vocab_size: int, scale: float = 10.0) -> FastTokenizer:
-        """Fit range and merges on normalised chunks; ValueError if the range alone is larger than the vocabulary."""
-        _, horizon, action_dim = chunk_NHA.shape
-        coefficient_NHA = np.rint(scale * (cosine_basis(horizon) @ chunk_NHA.astype(np.float64))).astype(np.int64)
-        lowest, highest = int(coefficient_NHA.min()), int(coefficient_NHA.max())
-        if highest - lowest + 1 > vocab_size:
-            raise ValueError(
-                f"FAST: coefficients span {lowest}..{highest}, {highest - lowest + 1} symbols, but the vocabulary has "
-                f"{vocab_size}; enlarge it, lower the scale ({scale}), or normalise the actions"
+    def fit(cls, *chunks_NHA: NDArray[np.floating], vocab_size: int, scale: float = 10.0) -> FastTokenizer:
+        """Fit range and merges on normalised chunks; several arrays may have different shapes (`for_shape`).
+
+        Half of the vocabulary is kept for merges: coefficients beyond the range that the other half can express, which
+        only outliers have, are clamped (`count_clamped`).
+        """
+        if not sum(len(chunk_NHA) for chunk_NHA in chunks_NHA):
+            raise ConfigurationError("FAST: expected chunks to fit the vocabulary on, got none")
+        coefficients = [
+            np.rint(scale * (cosine_basis(chunk_NHA.shape[1]) @ chunk_NHA.astype(np.float64))).astype(np.int64)
+            for chunk_NHA in chunks_NHA
+        ]
+        most = max(1, vocab_size // 2 - 1) // 2
+        lowest = max(-most, min(int(found.min()) for found in coefficients if found.size))
+        highest = min(most, max(int(found.max()) for found in coefficients if found.size))
+        lowest, highest = min(lowest, highest), max(lowest, highest)
+        beyond = sum(int(((found < lowest) | (found > highest)).sum()) for found in coefficients)
+        every = sum(found.size for found in coefficients)
+        if beyond > MOST_CLAMPED * every:
+            raise ConfigurationError(
+                f"FAST: expected at most {MOST_CLAMPED:.0%} of the coefficients beyond {lowest}..{highest}, which is "
+                f"what half of a vocabulary of {vocab_size} can express, got {beyond / every:.1%}; enlarge the "
+                f"vocabulary, lower the scale ({scale}), or look at the normalisation"
             )
         bpe = Tokenizer(BPE())
         trainer = BpeTrainer(
@@ -83,9 +98,18 @@ class FastTokenizer:
             initial_alphabet=[chr(FIRST_CHARACTER + i) for i in range(highest - lowest + 1)],
             special_tokens=[],
         )
-        texts = (_to_text(row.ravel() - lowest, FIRST_CHARACTER) for row in coefficient_NHA)
-        bpe.train_from_iterator(texts, trainer=trainer, length=len(coefficient_NHA))
+        texts = (
+            _to_text(np.clip(row.ravel(), lowest, highest) - lowest, FIRST_CHARACTER)
+            for found in coefficients
+            for row in found
+        )
+        bpe.train_from_iterator(texts, trainer=trainer, length=sum(len(found) for found in coefficients))
+        _, horizon, action_dim = chunks_NHA[0].shape
         return cls(horizon, action_dim, scale, lowest, highest, bpe)
+
+    def for_shape(self, horizon: int, action_dim: int) -> FastTokenizer:
+        """The same vocabulary for chunks [horizon, action_dim]."""
+        return replace(self, horizon=horizon, action_dim=action_dim)
 
     @classmethod
     def load_published(cls, folder: Path, horizon: int, action_dim: int) -> FastTokenizer:

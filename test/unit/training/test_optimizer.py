@@ -30,7 +30,7 @@ def stage(**changes: Any) -> StageConfig:
 
 
 def heads() -> TrainingHeads:
-    return TrainingHeads(vision_width=16, width=32, kinds=4, frequencies=2, action_dim=3)
+    return TrainingHeads(vision_width=16, width=32, kinds=4, frequencies=2, action_dim=3, state_dim=3)
 
 
 def test_the_parts_are_the_whole_model() -> None:

@@ -35,9 +35,9 @@ from ki_vla_ros.sim import (
     sample_scene,
     tip_to_joints,
 )
-from training.config import DataConfig
 from training.data.batch import Arrays, ChunkTiming
 from training.data.simulated.questions import COMBINATIONS, SeenObject
+from training.data.simulated.settings import DataConfig
 from training.storage import whole_folder, write_whole, writing
 
 FORMAT = 3

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+from ki_vla_ros.errors import ConfigurationError
 from training.tokens.fast import FastDecodeError, FastTokenizer, cosine_basis
 
 HORIZON, ACTION_DIM = 16, 7
@@ -87,5 +88,5 @@ def test_bad_chunks_and_too_small_vocabularies_are_refused(fast: FastTokenizer) 
         fast.encode(np.zeros((15, 7)))
     with pytest.raises(ValueError, match="expected finite chunks"):
         fast.encode(np.full((16, 7), np.nan))
-    with pytest.raises(ValueError, match="symbols, but the vocabulary has 4"):
+    with pytest.raises(ConfigurationError, match=r"at most 1% of the coefficients beyond 0\.\.0, .* vocabulary of 4"):
         FastTokenizer.fit(smooth_chunks(100), vocab_size=4)

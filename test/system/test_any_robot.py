@@ -1,0 +1,81 @@
+"""Robots that the trainer has never seen: their datasets train, alone and mixed, and end in bundles that drive them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.foreign_datasets import Camera, Column, Shape, build
+from support.recipes import SIZES
+from support.samples import make_robot
+
+from ki_vla_ros.bundle import load_bundle
+from training.config import TrainingConfig
+from training.data.lerobot import ACTION, STATE
+from training.export.__main__ import main as export_main
+from training.run import Run
+
+ARMS: Mapping[str, Any] = {
+    "lifter": {"joints": 3, "cameras": ("front",), "relative": True},
+    "reacher": {"joints": 5, "cameras": ("left", "right"), "relative": False},
+}
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A robot file and a dataset for each arm: different joints, cameras and tasks."""
+    folder = tmp_path_factory.mktemp("arms")
+    for name, fields in ARMS.items():
+        robot = make_robot(name, fields["joints"], cameras=fields["cameras"], relative=fields["relative"])
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(robot.model_dump(mode="json", exclude_none=True)))
+        names = [dimension.name for dimension in robot.state]
+        columns = [Column(key, names, len(names)) for key in (STATE, ACTION)]
+        cameras = [Camera(f"observation.images.{camera}", "png") for camera in fields["cameras"]]
+        shape = Shape("v3.0", columns, cameras, lengths=dict.fromkeys(range(6), 7), tasks=(f"move the {name}",))
+        build(folder / name, shape)
+    return folder
+
+
+def configure(arms: Path, out: Path, *entries: Mapping[str, Any], **changes: Any) -> TrainingConfig:
+    fields: dict[str, Any] = {
+        "name": "any",
+        "robot": str(arms / "lifter.yaml"),
+        "out": str(out),
+        "sources": {"robot": [dict(entry) for entry in entries]},
+        "model": SIZES | {"state": "text"},
+        "prompt": {"length": 40},
+        "fast_vocabulary": 256,
+        "stages": [
+            {
+                "name": "joint",
+                "steps": 2,
+                "learning_rate": 1e-3,
+                "losses": {"fast": 1.0, "flow": 1.0},
+                "train": ["vision", "backbone", "expert"],
+                "sources": {"robot": 4},
+            }
+        ],
+    }
+    return TrainingConfig.model_validate(fields | changes)
+
+
+def entry(arms: Path, name: str, **more: Any) -> dict[str, Any]:
+    return {"lerobot": str(arms / name), "robot": str(arms / f"{name}.yaml"), **more}
+
+
+@pytest.mark.parametrize("names", [("lifter",), ("lifter", "reacher")])
+def test_a_dataset_of_another_robot_ends_in_its_bundle(arms: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
+    run = Run(configure(arms, tmp_path / "run", *(entry(arms, name) for name in names)))
+    run.run()
+    assert export_main(["--checkpoint", str(tmp_path / "run" / "policy"), "--out", str(tmp_path / "bundle")]) == 0
+    manifest = load_bundle(tmp_path / "bundle").manifest
+    assert manifest.robot == run.data.robot and manifest.robot.name == "lifter"
+    assert manifest.axis_names == tuple(f"lifter_{j}" for j in range(3))
+    assert manifest.pad_to == (None if len(names) == 1 else 5)
+    assert {"flow_error", "flow_error.lifter_0", "fast_clamped"} <= manifest.provenance.figures.keys()
+    # The statistics are those of its own data alone, whatever else it was trained with.
+    alone = run if len(names) == 1 else Run(configure(arms, tmp_path / "other", entry(arms, "lifter")))
+    assert run.data.embodiment.space == alone.data.embodiment.space

@@ -1,0 +1,267 @@
+"""What a configuration says of data, opened: data sets, robots with their statistics, vocabulary, sources of batches.
+
+Everything about the data that can be wrong is found here, before the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ki_vla_ros.bundle import PromptSpec
+from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.policy import clean_instruction, tokenize
+from ki_vla_ros.robot import Robot, find_robot, read_robot
+from training.action_space import ActionSpace
+from training.config import Entry, LeRobotEntry, TrainingConfig
+from training.data import (
+    BatchForm,
+    BatchMaker,
+    Embodiment,
+    Mixture,
+    Part,
+    Samples,
+    draw_numbers,
+    fit_fast,
+    whole_chunks,
+)
+from training.data.language import open_language
+from training.data.lerobot import Dataset, LeRobotSamples
+from training.tokens import FastTokenizer, act_query_ids, act_query_token, localise, make_vocabulary
+
+FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
+LEAST_EPISODES = 5  # of a dataset of which some are kept apart
+FILES = ("lerobot", "paligemma", "llava", "parquet")  # where an entry has its data
+SMALL = 1 << 20  # bytes of a file that is hashed whole for the fingerprint; of larger ones, the size counts
+
+
+class Sources:
+    """The data of one run. `training` and `held_out` have a mixture for each name of the configuration."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.robots: dict[str, Robot] = {}
+        self.robot = self._robot(config.robot)
+        if config.max_prefix_delay >= self.robot.horizon:
+            raise ConfigurationError(
+                f"max_prefix_delay: expected less than the horizon {self.robot.horizon} of robot {self.robot.name!r}, "
+                f"got {config.max_prefix_delay}"
+            )
+        self._opened = {
+            name: [(entry, *self._open(name, entry)) for entry in entries] for name, entries in config.sources.items()
+        }
+        self._kept = {
+            name: [(entry, self._open(name, entry)[0]) for entry in entries]
+            for name, entries in config.held_out.items()
+        }
+        self.embodiments = self._fit()
+        if config.robot not in self.embodiments:
+            raise ConfigurationError(
+                f"robot: expected data of {config.robot!r}, which the policy is for, got only that of "
+                f"{', '.join(self.embodiments) or 'no robot'}; name a LeRobot dataset of it under sources"
+            )
+        self.fast = next(iter(self.embodiments.values())).fast
+        # A fit may use fewer tokens than it is allowed; the model's size must not depend on that.
+        self.action_ids = config.fast_vocabulary if config.fast_published is None else self.fast.vocab_size
+        self.tokenizer = make_vocabulary(config.vocabulary, self._texts(), self.action_ids)
+        self.form = self._make_form()
+        self.maker = BatchMaker(self.tokenizer, self.form)
+        self._check_texts()
+        self.training = {
+            name: self._mix([(entry, samples) for entry, samples, _ in opened]) for name, opened in self._opened.items()
+        }
+        self.held_out = {name: self._mix(kept) for name, kept in self._kept.items()}
+        for name, opened in self._opened.items():
+            apart = [(entry, samples) for entry, _, samples in opened if samples is not None]
+            if name not in self.held_out and apart:
+                self.held_out[name] = self._mix(apart)
+
+    @property
+    def embodiment(self) -> Embodiment:
+        """Of the robot that the policy is for."""
+        return self.embodiments[self.config.robot]
+
+    @property
+    def pad_to(self) -> int | None:
+        """The common width of states and actions, where robots differ or model.width gives one; zeros fill it."""
+        widths = {(len(robot.state), len(robot.actions)) for robot in self.robots.values()}
+        widest, width = max(max(pair) for pair in widths), self.config.model.width
+        if width is not None and width < widest:
+            raise ConfigurationError(
+                f"model.width: expected at least the {widest} dimensions of the widest robot, got {width}"
+            )
+        return width or (widest if len(widths) > 1 else None)
+
+    @property
+    def action_dim(self) -> int:
+        return self.pad_to or len(self.robot.actions)
+
+    @property
+    def state_dim(self) -> int:
+        return self.pad_to or len(self.robot.state)
+
+    @property
+    def robot_sources(self) -> list[str]:
+        """The names under which there is data of robots."""
+        return [name for name, entries in self.config.sources.items() if isinstance(entries[0], LeRobotEntry)]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names and sizes of all files, and of what small ones hold."""
+        digest = hashlib.sha256()
+        for name, entries in self.config.sources.items():
+            for entry in entries:
+                place: Path = next(getattr(entry, key) for key in FILES if hasattr(entry, key))
+                for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+                    if path.is_file():
+                        size = path.stat().st_size
+                        digest.update(f"{name} {path.relative_to(place.parent)} {size}".encode())
+                        digest.update(path.read_bytes() if size <= SMALL else b"")
+        return digest.hexdigest()
+
+    # --- opening
+
+    def _robot(self, name: str) -> Robot:
+        if name not in self.robots:
+            robot = read_robot(find_robot(name))
+            given = {key: getattr(self.config, key) for key in ("horizon", "action_period_s")}
+            robot = robot.model_copy(update={key: value for key, value in given.items() if value is not None})
+            others = [other for other in self.robots.values() if other.horizon != robot.horizon]
+            if others:
+                raise ConfigurationError(
+                    f"horizon: expected one of all robots, got {robot.horizon} of {robot.name} and "
+                    f"{others[0].horizon} of {others[0].name}; set horizon"
+                )
+            self.robots[name] = robot
+        return self.robots[name]
+
+    def _open(self, source: str, entry: Entry) -> tuple[Samples, Samples | None]:
+        """The data set, and the part of it that is kept apart for figures, if any."""
+        size = self.config.model.vision.image_size
+        if not isinstance(entry, LeRobotEntry):
+            return open_language(entry, size), None
+        groups = (*self.config.sources.values(), *self.config.held_out.values())
+        entries = sum(isinstance(entry, LeRobotEntry) for group in groups for entry in group)
+        dataset = Dataset(entry.lerobot)
+        first, end = entry.episodes or (0, None)
+        chosen = list(range(len(dataset.episodes)))[first:end]
+        apart: list[int] = []
+        if source not in self.config.held_out and len(chosen) >= LEAST_EPISODES and self.config.held_out_share:
+            count = max(1, round(self.config.held_out_share * len(chosen)))
+            apart = [chosen[i] for i in np.linspace(0, len(chosen) - 1, count + 2)[1:-1].astype(int)]
+
+        def open_episodes(episodes: Sequence[int]) -> LeRobotSamples:
+            return LeRobotSamples(
+                dataset,
+                self._robot(entry.robot or self.config.robot),
+                image_size=size,
+                ends=entry.ends,
+                chunk=entry.chunk,
+                episodes=episodes,
+                cache_bytes=int(self.config.cache_gb * 2**30 / entries),
+            )
+
+        kept = sorted(set(chosen) - set(apart))
+        return open_episodes(kept), open_episodes(apart) if apart else None
+
+    def _fit(self) -> dict[str, Embodiment]:
+        """Every robot's statistics from its own training data, and one FAST vocabulary for all of them."""
+        config = self.config
+        data: dict[str, list[Any]] = {}
+        for opened in self._opened.values():
+            for entry, samples, _ in opened:
+                if isinstance(entry, LeRobotEntry):
+                    data.setdefault(entry.robot or config.robot, []).append(samples)
+        spaces, chunks = {}, []
+        for name, of_robot in data.items():
+            numbers = draw_numbers(of_robot, config.seed)
+            spaces[name] = ActionSpace.fit(self.robots[name], numbers, config.normalization)
+            chunks.append(whole_chunks(spaces[name], numbers, FIT_CHUNKS // len(data), config.seed))
+        if not spaces:
+            raise ConfigurationError("sources: expected a LeRobot dataset of the robot, got vision-language data alone")
+        if config.fast_published is not None:
+            # Each robot's shape, as a published vocabulary may be made for chunks of one.
+            shapes = [chunk_NHD.shape[1:] for chunk_NHD in chunks]
+            fast, *_ = [FastTokenizer.load_published(config.fast_published, *shape) for shape in shapes]
+        else:
+            fast = fit_fast(chunks, vocabulary=config.fast_vocabulary, scale=config.fast_scale)
+        return {name: Embodiment(space, fast) for name, space in spaces.items()}
+
+    def _texts(self) -> Iterator[str]:
+        """All that training tokenizes, as it does; the words of the prompt itself among them."""
+        yield re.sub(r"<[a-z_0-9]+>|[{](task|state)[}]", " ", self._template())
+        for *_, text in self._named_texts():
+            yield text
+
+    def _named_texts(self) -> Iterator[tuple[str, Samples, str]]:
+        every = [(name, entry, s) for name, opened in self._opened.items() for entry, *both in opened for s in both]
+        every += [(name, entry, s) for name, kept in self._kept.items() for entry, s in kept]
+        for name, entry, samples in every:
+            if samples is None:
+                continue
+            for text in samples.texts():
+                if isinstance(entry, LeRobotEntry):
+                    text = clean_instruction(text, self.config.prompt.style)
+                yield name, samples, text
+
+    def _check_texts(self) -> None:
+        """ConfigurationError for a task that is no instruction, is too long for a prompt, or has unknown words."""
+        robots, seen = set(self.robot_sources), set()
+        widest = np.full(self.state_dim, 1.0)
+        for name, samples, text in self._named_texts():
+            if (name in robots, text) in seen:
+                continue
+            seen.add((name in robots, text))
+            try:
+                if name in robots:
+                    tokenize(self.tokenizer, self.maker.render(text, widest), self.form.prompt.length)
+                else:
+                    tokenize(self.tokenizer, localise(self.tokenizer, text), self.form.longest_text)
+            except InputError as error:
+                keys = "prompt.length" if name in robots else "prompt.longest_text"
+                raise ConfigurationError(f"source {name}, {samples.name}: {error} (or raise {keys})") from error
+
+    def _template(self) -> str:
+        queries = "".join(act_query_token(i) for i in range(self.config.vocabulary.queries))
+        return self.config.prompt.text(self.config.model.state_in_prompt, queries)
+
+    def _make_form(self) -> BatchForm:
+        config, vision, hints = self.config, self.config.model.vision, self.config.hints
+        cameras = {camera.name for robot in self.robots.values() for camera in robot.cameras}
+        if unknown := sorted(config.augmentation.cameras.keys() - cameras):
+            raise ConfigurationError(
+                f"augmentation.cameras: expected some of {', '.join(sorted(cameras))}, got {', '.join(unknown)}"
+            )
+        return BatchForm(
+            image_size=vision.image_size,
+            grid=vision.image_size // vision.patch_size,
+            horizon=self.robot.horizon,
+            action_dim=self.action_dim,
+            state_dim=self.state_dim,
+            prompt=PromptSpec(template=self._template(), length=config.prompt.length, style=config.prompt.style),
+            state_in_prompt=config.model.state_in_prompt,
+            longest_text=config.prompt.longest_text,
+            asking=tuple(act_query_ids(self.tokenizer)[: hints.readout_frequencies] if hints else ()),
+            readouts=hints.readout_frequencies if hints else 0,
+            augmentation=config.augmentation,
+            cameras=config.augmentation.cameras,
+        )
+
+    def robot_of(self, name: str, part: int) -> Embodiment:
+        """Whose data a part of a held-out mixture is."""
+        kept = self._kept.get(name) or [(entry, apart) for entry, _, apart in self._opened[name] if apart is not None]
+        return self._embodiment(kept[part][0])
+
+    def _embodiment(self, entry: Entry) -> Embodiment:
+        return self.embodiments[(entry.robot if isinstance(entry, LeRobotEntry) else None) or self.config.robot]
+
+    def _mix(self, entries: Sequence[tuple[Entry, Samples]]) -> Mixture:
+        parts = [Part(samples, entry.weight) for entry, samples in entries]
+        if not isinstance(entries[0][0], LeRobotEntry):
+            return Mixture(parts, lambda _, samples, rng: self.maker.of_language(samples, rng))
+        embodiments = [self._embodiment(entry) for entry, _ in entries]
+        return Mixture(parts, lambda n, samples, rng: self.maker.of_robots([embodiments[i] for i in n], samples, rng))
