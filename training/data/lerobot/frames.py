@@ -304,8 +304,8 @@ def check_places(dataset: Dataset, episode: Episode, place_F2: NDArray[Any]) -> 
     if not fine_F.all():
         i = int(fine_F.argmin())
         raise InputError(
-            f"dataset {dataset.folder}: episode {episode.index}: expected two numbers in {PLACE}, or nan twice for none, "
-            f"got {place_F2[i].tolist()} for frame {i}"
+            f"dataset {dataset.folder}: episode {episode.index}: expected two numbers in {PLACE}, or nan twice for "
+            f"none, got {place_F2[i].tolist()} for frame {i}"
         )
     return place_F2
 

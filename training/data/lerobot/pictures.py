@@ -33,13 +33,29 @@ class Wanted(NamedTuple):
     key: str
 
 
+class _Table(NamedTuple):
+    """A table's file, and after how many rows each of its groups ends."""
+
+    file: pq.ParquetFile
+    end_G: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, path: Path, key: str) -> _Table:
+        file = open_parquet(path, key)
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        return cls(file, np.cumsum(rows, dtype=np.int64))
+
+    def close(self) -> None:
+        self.file.close()
+
+
 class Pictures:
     """Reads images at random. Open files and pieces of tables are kept, of each a bounded number."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
         self._videos: Recent[VideoReader] = Recent(OPEN_FILES, close=VideoReader.close)
-        self._tables: Recent[pq.ParquetFile] = Recent(OPEN_FILES, close=pq.ParquetFile.close)
+        self._tables: Recent[_Table] = Recent(OPEN_FILES, close=_Table.close)
         self._groups: Recent[pa.ChunkedArray | None] = Recent(TABLE_BYTES, size=lambda c: c.nbytes if c else 0)
 
     def read(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -78,12 +94,10 @@ class Pictures:
     def _from_table(self, path: Path, key: str, row: int, where: str) -> NDArray[np.uint8]:
         try:
             with described(self.dataset.folder):
-                table = self._tables.get(path, lambda: open_parquet(path, key))
-                begin = group = 0
-                while row >= begin + (rows := table.metadata.row_group(group).num_rows):
-                    begin, group = begin + rows, group + 1
-                most = TABLE_BYTES // 2
-                column = self._groups.get((path, key, group), lambda: read_group(path, table, key, group, most))
+                table = self._tables.get(path, lambda: _Table.open(path, key))
+                group = int(np.searchsorted(table.end_G, row, side="right"))
+                most, begin = TABLE_BYTES // 2, int(table.end_G[group - 1]) if group else 0
+                column = self._groups.get((path, key, group), lambda: read_group(path, table.file, key, group, most))
                 value = column[row - begin].as_py() if column is not None else next(read_rows(path, key, row, 1))
         except (ConfigurationError, InputError) as error:
             self._tables.drop(path)
