@@ -19,6 +19,7 @@ from training.tokens import VocabularyConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
 Part = Literal["stem", "vision", "backbone", "expert", "heads"]
+StartPart = Literal["vision", "backbone", "expert"]
 LoraTarget = Literal["q", "k", "v", "out", "gate", "up", "down"]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -130,6 +131,19 @@ class EnvironmentConfig(Frozen):
     episodes: Positive = 10
     first_seed: int = Field(default=1_000_000, description="of the first start; demonstrations have smaller seeds")
     execute: Positive | None = Field(default=None, description="actions of a chunk before the next; default: half")
+
+
+class StartConfig(Frozen):
+    """Where a run begins: parts of a checkpoint (training.import_weights, or `policy` of a run), the rest new."""
+
+    checkpoint: Path
+    parts: Annotated[tuple[StartPart, ...], Field(min_length=1)] = Field(
+        default=get_args(StartPart), description="what is taken; [vision, backbone] gives a new expert"
+    )
+    adapter: Path | None = Field(default=None, description="folder of a LoRA adapter of these weights, to merge")
+    statistics: Literal["data", "keep"] = Field(
+        default="data", description="normalisation: fitted on the new data, or the checkpoint's, for the same robot"
+    )
 
 
 class ParallelConfig(Frozen):
@@ -264,6 +278,7 @@ class TrainingConfig(Frozen):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="decay of the weights' moving average, which is then measured and exported"
     )
+    start: StartConfig | None = Field(default=None, description="weights to begin with; none: from scratch")
     lora: LoraSettings | None = None
     max_prefix_delay: int = Field(
         default=0, ge=0, description="largest clean chunk prefix (actions) that training conditions on"

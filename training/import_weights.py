@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from ki_vla_ros.bundle import TOKENIZER, ImageSpec, PolicySpec, PromptSpec, Provenance
+from ki_vla_ros.bundle import TOKENIZER, ImageSpec, PolicySpec, Provenance
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot import Robot, find_robot, read_robot
 from training.model import VLAConfig, paligemma_3b
-from training.policy import commit, describe_policy
+from training.policy import ENCODINGS, PROMPTS, commit, describe_policy
 from training.tokens import read_tokenizer
 from training.weights import (
     CONFIG,
@@ -42,12 +42,6 @@ from training.weights import (
     to_robot,
 )
 
-PROMPTS = {
-    "pi0": PromptSpec(template="{task}\n", length=48, style="openpi"),
-    "pi05": PromptSpec(template="Task: {task}, State: {state};\nAction: ", length=200, style="openpi"),
-    "pi05 without state": PromptSpec(template="{task}\n", length=200, style="openpi"),
-}
-ENCODINGS = {"pi0": "token", "pi05": "text", "pi05 without state": "none"}
 METHODS: dict[str, Method] = {"pi0": "mean_std", "pi05": "quantiles"}
 
 

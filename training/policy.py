@@ -9,9 +9,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ki_vla_ros.bundle import PolicySpec
+from ki_vla_ros.bundle import PolicySpec, PromptSpec
 from ki_vla_ros.errors import ConfigurationError, describe_validation
 from ki_vla_ros.robot import Robot
+
+PROMPTS = {  # as openpi has them
+    "pi0": PromptSpec(template="{task}\n", length=48, style="openpi"),
+    "pi05": PromptSpec(template="Task: {task}, State: {state};\nAction: ", length=200, style="openpi"),
+    "pi05 without state": PromptSpec(template="{task}\n", length=200, style="openpi"),
+}
+ENCODINGS = {"pi0": "token", "pi05": "text", "pi05 without state": "none"}
 
 
 def describe_policy(robot: Robot, **fields: Any) -> PolicySpec:

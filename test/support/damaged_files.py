@@ -43,7 +43,6 @@ from training.config import load_config
 from training.convert.__main__ import main as convert
 from training.convert.playback import Recorded
 from training.data.lerobot import SOURCE, Dataset
-from training.export.bundle import read_policy
 from training.export.formats import save_program
 from training.model import paligemma_3b
 from training.tokens import read_tokenizer
@@ -55,6 +54,7 @@ from training.weights import (
     read_ranges,
     save_checkpoint,
 )
+from training.weights.checkpoints import read_policy
 from training.weights.files import INDEX
 from training.weights.foreign import spellings
 from training.weights.lora import Adapter

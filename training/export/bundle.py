@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -34,8 +33,7 @@ from ki_vla_ros.bundle import (
     write_bundle,
 )
 from ki_vla_ros.engines.torch_engine import TorchEngine
-from ki_vla_ros.errors import ConfigurationError, describe_validation
-from ki_vla_ros.files import read_json
+from ki_vla_ros.errors import ConfigurationError
 from training.export.card import model_card
 from training.export.formats import write_graphs, write_programs
 from training.export.graphs import (
@@ -51,7 +49,7 @@ from training.export.parity import lowest_cosine, parity_error
 from training.model import VLA
 from training.storage import whole_folder
 from training.tokens import prompt_tokenizer, prompt_vocab_size
-from training.weights import POLICY, load_checkpoint
+from training.weights import POLICY, load_checkpoint, read_policy
 
 TOLERANCE = 1e-4
 COSINE = 0.999  # least, between a bfloat16 bundle's chunks and the float32 model's
@@ -116,18 +114,6 @@ def export_bundle(
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{out}: {megabytes:.1f} MB, {compared}; {time.monotonic() - began_s:.0f} s, peak memory {peak_gb:.1f} GiB")
     return Bundle(out.resolve(), bundle.manifest, bundle.tokenizer)
-
-
-def read_policy(path: Path) -> PolicySpec:
-    """The policy's description, which training wrote beside the weights."""
-    try:
-        return PolicySpec.model_validate(read_json(path))
-    except FileNotFoundError as error:
-        raise ConfigurationError(f"{path}: expected the policy's description beside the weights, got none") from error
-    except ValidationError as error:
-        raise ConfigurationError(f"{path}: {describe_validation(error)}") from error
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path}: expected the policy's description as JSON, got none ({error})") from error
 
 
 def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:

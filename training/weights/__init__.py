@@ -11,6 +11,7 @@ from training.weights.checkpoints import (
     load_resume,
     newest_checkpoint,
     read_config,
+    read_policy,
     read_sizes,
     read_weights,
     save_checkpoint,
@@ -21,6 +22,7 @@ from training.weights.files import find_weights
 from training.weights.foreign import Kind, import_weights, their_name
 from training.weights.lora import ADAPTER
 from training.weights.published import check_published, sizes_beside
+from training.weights.start import Start, open_start
 from training.weights.statistics import FIELDS, Method, read_ranges, to_robot
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "WEIGHTS",
     "Kind",
     "Method",
+    "Start",
     "assemble",
     "check_published",
     "empty_model",
@@ -40,7 +43,9 @@ __all__ = [
     "load_checkpoint",
     "load_resume",
     "newest_checkpoint",
+    "open_start",
     "read_config",
+    "read_policy",
     "read_ranges",
     "read_sizes",
     "read_weights",

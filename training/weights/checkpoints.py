@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from ki_vla_ros.bundle import TOKENIZER, PolicySpec
-from ki_vla_ros.errors import ConfigurationError, short_repr
+from ki_vla_ros.errors import ConfigurationError, describe_validation, short_repr
 from ki_vla_ros.files import open_stored, read_json
 from training.model import VLA, Conditioning, GemmaConfig, VisionConfig, VLAConfig
 from training.storage import whole_folder, writing
@@ -189,6 +190,18 @@ def assemble(config: VLAConfig, weights: Mapping[str, Tensor]) -> VLA:
     model = empty_model(config)
     model.load_state_dict(dict(weights), assign=True)
     return model
+
+
+def read_policy(path: Path) -> PolicySpec:
+    """The policy's description, which training wrote beside the weights."""
+    try:
+        return PolicySpec.model_validate(read_json(path))
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{path}: expected the policy's description beside the weights, got none") from error
+    except ValidationError as error:
+        raise ConfigurationError(f"{path}: {describe_validation(error)}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: expected the policy's description as JSON, got none ({error})") from error
 
 
 def load_resume(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support.models import DEEP
 
-from training.export.bundle import check_policy, read_policy
+from training.export.bundle import check_policy
 from training.export.random_weights import (
     PROMPT_LENGTH,
     SIZES,
@@ -22,7 +22,7 @@ from training.export.random_weights import (
     write_checkpoint,
 )
 from training.tokens.prompt import prompt_tokenizer, prompt_vocab_size
-from training.weights.checkpoints import WEIGHTS, load_checkpoint, shapes
+from training.weights.checkpoints import WEIGHTS, load_checkpoint, read_policy, shapes
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
-from support import ROOT
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from support.bundles import demo_policy
-from support.golden import CONFIG
-from support.sentencepieces import train
+from support.downloads import JOINTS, SENTENCEPIECE, WIDTH, run_import, small, write_downloads
 
 from ki_vla_ros.bundle.folder import BundleError, load_bundle
 from ki_vla_ros.bundle.manifest import PolicySpec
@@ -30,68 +29,15 @@ from training import import_weights
 from training.export import tiny as tiny_bundle
 from training.export.bundle import export_bundle
 from training.model.sizes import paligemma_3b
-from training.model.vla import VLAConfig
+from training.policy import PROMPTS
 from training.tokens.paligemma import read_tokenizer
 from training.tokens.prompt import prompt_tokenizer
-from training.weights.checkpoints import load_checkpoint, read_config, shapes
-from training.weights.foreign import PALIGEMMA, their_name
-
-EXAMPLE = ROOT / "config" / "robots" / "imported_arm.yaml"
-SENTENCEPIECE = train()
-JOINTS = 7
-WIDTH = {"pi0": 12, "pi05": 12, "paligemma": 12}  # of the model: wider than the robot
-
-
-def small(kind: str, action_ids: int = 0) -> VLAConfig:
-    """A small configuration of the kind's form in place of the published one."""
-    pi0 = kind == "pi0"
-    return dataclasses.replace(
-        CONFIG,
-        vocab_size=len(SENTENCEPIECE.pieces) + action_ids,
-        action_dim=WIDTH[kind],
-        state_dim=WIDTH[kind] if pi0 else None,
-        conditioning="concat" if pi0 else "adarms",
-    )
-
-
-def write_weights(folder: Path, kind: str) -> None:
-    config = small("pi05" if kind == "paligemma" else kind)
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        their_name(name, config): (0.1 * torch.randn(shape, generator=generator)).bfloat16()
-        for name, shape in shapes(config).items()
-    }
-    if kind == "paligemma":
-        weights = {key.removeprefix(PALIGEMMA): w for key, w in weights.items() if key.startswith(PALIGEMMA)}
-    folder.mkdir(exist_ok=True)
-    save_file(weights, folder / "model.safetensors")
+from training.weights.checkpoints import load_checkpoint, read_config
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """A user's downloads, and the robot's YAML."""
-    for kind in WIDTH:
-        write_weights(tmp_path / kind, kind)
-        (tmp_path / f"{kind}.json").write_text(json.dumps(dataclasses.asdict(small(kind))))
-    (tmp_path / "paligemma.model").write_bytes(SENTENCEPIECE.SerializeToString())
-    statistics = {"mean": 0.1, "std": 0.5, "q01": -1.0, "q99": 1.25}
-    padded = {name: [value] * JOINTS + [0.0] * (32 - JOINTS) for name, value in statistics.items()}
-    (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": {"state": padded, "actions": padded}}))
-    robot = yaml.safe_load(EXAMPLE.read_text())
-    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(robot | {"horizon": 10}))
-    return {
-        "--tokenizer": tmp_path / "paligemma.model",
-        "--stats": tmp_path / "norm_stats.json",
-        "--robot": tmp_path / "robot.yaml",
-        "--out": tmp_path / "checkpoint",
-    }
-
-
-def run(files: dict[str, Path], kind: str, *more: str) -> int:
-    options = [str(part) for pair in files.items() for part in pair]
-    folder = files["--out"].parent
-    first = ["--from", str(folder / kind), "--as", kind, "--config", str(folder / f"{kind}.json")]
-    return import_weights.main([*first, *options, *more])
+    return write_downloads(tmp_path)
 
 
 def observe() -> Observation:
@@ -105,7 +51,7 @@ def observe() -> Observation:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_from_download_to_robot(files: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    assert run(files, kind) == 0
+    assert run_import(files, kind) == 0
     export_bundle(files["--out"], tmp_path / "bundle")
     bundle = load_bundle(tmp_path / "bundle")
     observation = observe()
@@ -136,7 +82,7 @@ def test_from_download_to_robot(files: dict[str, Path], tmp_path: Path, kind: st
 
 
 def test_weights_keep_their_type_on_disk(files: dict[str, Path]) -> None:
-    assert run(files, "pi05") == 0
+    assert run_import(files, "pi05") == 0
     assert {p.dtype for p in load_checkpoint(files["--out"], dtype=None).parameters()} == {torch.bfloat16}
     assert {p.dtype for p in load_checkpoint(files["--out"]).parameters()} == {torch.float32}
     assert read_config(files["--out"]) == small("pi05")
@@ -156,10 +102,10 @@ def test_a_lora_is_merged_on_the_way(files: dict[str, Path], tmp_path: Path) -> 
     config = {"type": "pi05", "chunk_size": 50, "use_peft": True}
     (tmp_path / "pi05" / "config.json").write_text(json.dumps(config))  # the base's, of another robot
     (lora / "config.json").write_text(json.dumps(config | {"chunk_size": 10, "use_relative_actions": True}))
-    assert run(files, "pi05", "--lora", str(lora)) == 2
+    assert run_import(files, "pi05", "--lora", str(lora)) == 2
     relative = {"relative_exclude_joints": ["gripper"], "action_feature_names": [*"abcdef", "gripper"]}
     (lora / "config.json").write_text(json.dumps(config | {"chunk_size": 10, "use_relative_actions": True} | relative))
-    assert run(files, "pi05", "--lora", str(lora)) == 0
+    assert run_import(files, "pi05", "--lora", str(lora)) == 0
     got = load_checkpoint(files["--out"]).state_dict()["expert.layers.0.attention.q.weight"]
     before = load_file(tmp_path / "pi05" / "model.safetensors")[f"{module}.weight"].float()
     assert torch.equal(got, (before + 2 * (b @ a)).bfloat16().float())
@@ -190,19 +136,19 @@ def test_droid_and_libero_as_openpi_publishes_them(files: dict[str, Path], capsy
         stats.write_text(json.dumps({"norm_stats": content}))
         chosen = files | {"--robot": Path(robot), "--stats": stats, "--out": files["--out"].parent / f"out_{robot}"}
         if robot == "libero":
-            assert run(chosen, "pi05") == 2
+            assert run_import(chosen, "pi05") == 2
             assert "physical-intelligence/libero: expected --state none" in capsys.readouterr().err
             (folder / "assets").rename(folder.parent / "assets")  # in openpi's own folder, not beside the weights
             chosen["--stats"] = folder.parent / "assets" / asset / "norm_stats.json"
-            assert run(chosen, "pi05") == 2
+            assert run_import(chosen, "pi05") == 2
             assert "physical-intelligence/libero: expected --state none" in capsys.readouterr().err
-        assert run(chosen, "pi05", *(("--state", "none") if robot == "libero" else ())) == 0
+        assert run_import(chosen, "pi05", *(("--state", "none") if robot == "libero" else ())) == 0
         policy = PolicySpec.model_validate_json((chosen["--out"] / "policy.json").read_text())
         assert policy.state.encoding == ("none" if robot == "libero" else "text")
         assert (len(policy.state.low), len(policy.action.low)) == tuple(widths.values())
         shutil.rmtree(folder / "assets", ignore_errors=True)
     assert policy.action.high[:6] == pytest.approx([0.045] * 3 + [0.45] * 3, abs=1e-5)
-    assert run(files, "pi0", "--state", "none") == 2
+    assert run_import(files, "pi0", "--state", "none") == 2
     assert "--state: expected it with --as pi05 only" in capsys.readouterr().err
 
 
@@ -211,7 +157,7 @@ def test_room_for_the_longest_state(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "paligemma.model").write_bytes(SENTENCEPIECE.SerializeToString())
     robot = prompt_tokenizer(read_tokenizer(tmp_path / "paligemma.model", vocabulary=len(SENTENCEPIECE.pieces)))
     monkeypatch.setattr(tiny_bundle, "prompt_tokenizer", lambda _: robot)
-    template = import_weights.PROMPTS["pi05"].template
+    template = PROMPTS["pi05"].template
     prompts = [render_prompt(template, "a", [i] * JOINTS, "openpi") for i in range(-1, 256)]
     longest = max(len(robot.encode(prompt).ids) for prompt in prompts)
 
@@ -224,10 +170,10 @@ def test_room_for_the_longest_state(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_paligemma_is_only_for_training(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(files, "paligemma") == 2
+    assert run_import(files, "paligemma") == 2
     assert "untrained" in capsys.readouterr().err
     del files["--stats"], files["--robot"]
-    assert run(files, "paligemma", "--action-ids", "16") == 0
+    assert run_import(files, "paligemma", "--action-ids", "16") == 0
     assert sorted(file.name for file in files["--out"].iterdir()) == [
         "config.json",
         "tokenizer.json",
@@ -243,7 +189,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_faults_are_named(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(message: str, kind: str = "pi05", *more: str) -> None:
-        assert run(files, kind, *more) == 2
+        assert run_import(files, kind, *more) == 2
         assert message in capsys.readouterr().err
         assert not files["--out"].exists()
 
@@ -275,12 +221,12 @@ def test_missing_weights_are_reported_first(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     files["--stats"].unlink()
-    assert run(files, kind, "--from", str(tmp_path / "nope")) == 2
+    assert run_import(files, kind, "--from", str(tmp_path / "nope")) == 2
     assert f"{tmp_path}/nope: expected the weights" in capsys.readouterr().err
 
 
 def short_tokenizer(folder: Path) -> Path:
-    model = train()
+    model = ModelProto.FromString(SENTENCEPIECE.SerializeToString())
     del model.pieces[-1]
     path = folder / "short.model"
     path.write_bytes(model.SerializeToString())
@@ -288,12 +234,12 @@ def short_tokenizer(folder: Path) -> Path:
 
 
 def test_an_earlier_checkpoint_is_not_overwritten(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(files, "pi05") == 0
-    assert run(files, "pi05") == 2
+    assert run_import(files, "pi05") == 0
+    assert run_import(files, "pi05") == 2
     assert "expected an empty place" in capsys.readouterr().err
 
 
 def test_the_normalization_can_be_chosen(files: dict[str, Path]) -> None:
-    assert run(files, "pi05", "--normalization", "mean_std") == 0
+    assert run_import(files, "pi05", "--normalization", "mean_std") == 0
     policy = json.loads((files["--out"] / "policy.json").read_text())
     assert policy["state"]["low"][0] == pytest.approx(0.1 - 0.5 - 1e-6, abs=1e-9)
