@@ -26,8 +26,7 @@ import numpy as np
 from ki_vla_ros.console import ExitCode, Progress, run_command
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.robot import Robot, find_robot, read_robot
-from training.convert import DatasetWriter, Frame
-from training.convert.writer import Tables
+from training.convert import DatasetWriter, Frame, Tables
 from training.data.lerobot import VERSION, Dataset, Feature, Info, LeRobotSamples, RobotColumns, make_features
 from training.speed.conversion import Room
 
