@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from training.data.language.llava import LlavaData, LlavaEntry
+from training.data.language.llava import LlavaData, LlavaEntry, is_conversation
 from training.data.language.paligemma import PaliGemmaData, PaliGemmaEntry
 from training.data.language.parquet import ParquetData, ParquetEntry
 from training.data.language.records import LanguageData
+from training.data.language.rows import Rows
 
 __all__ = [
     "LanguageData",
@@ -17,6 +18,8 @@ __all__ = [
     "LlavaEntry",
     "PaliGemmaEntry",
     "ParquetEntry",
+    "Rows",
+    "is_conversation",
     "open_language",
 ]
 
@@ -41,8 +44,16 @@ LanguageEntry = Annotated[
 ]
 
 
-def open_language(entry: PaliGemmaEntry | LlavaEntry | ParquetEntry, size: int) -> LanguageData:
-    """The data set of an entry, with images of `size` x `size`; ConfigurationError if its first samples are broken."""
+def open_language(entry: PaliGemmaEntry | LlavaEntry | ParquetEntry, size: int, look: bool = True) -> LanguageData:
+    """The data set of an entry, with images of `size` x `size`.
+
+    ConfigurationError if the file is none of its format or, with `look`, if its first samples are broken.
+    """
+    data: LanguageData
     if isinstance(entry, PaliGemmaEntry):
-        return PaliGemmaData(entry, size)
-    return LlavaData(entry, size) if isinstance(entry, LlavaEntry) else ParquetData(entry, size)
+        data = PaliGemmaData(entry, size)
+    else:
+        data = LlavaData(entry, size) if isinstance(entry, LlavaEntry) else ParquetData(entry, size)
+    if look:
+        data.look()
+    return data

@@ -48,25 +48,28 @@ class LlavaData(LanguageData):
     """A sample for each answer."""
 
     def __init__(self, entry: LlavaEntry, size: int) -> None:
-        super().__init__(entry.llava, size)
+        super().__init__(entry.llava, size, entry.broken_percent)
         self.rows = Rows(entry.llava)
         self.folder = entry.images or entry.llava.parent
         self.boxes, self.ignored = entry.boxes, entry.ignore
         # The row of each sample, and which of its answers it is. A broken row counts as one sample, so it is missed.
         self._row, self._answer = array("q"), array("H")
+        left_out: list[int] = []
         for row, content in enumerate(self.rows):
             if isinstance(content, InputError):
                 answers = 1
             elif entry.text_only == "leave out" and not _shows_something(content):
-                reason = "rows have no image (text_only: leave out)"
-                self.left_out[reason] += 1
-                self.first_left_out.setdefault(reason, self.rows.where(row))
+                left_out.append(row)
                 continue
             else:
                 answers = max(1, _count_answers(content))
             self._row.extend([row] * answers)
             self._answer.extend(range(answers))
-        self.look()
+        if left_out:
+            self.notes.append(
+                f"{len(left_out)} rows without an image left out (text_only: leave out), the first: "
+                f"{self.rows.where(left_out[0])}"
+            )
 
     def __len__(self) -> int:
         return len(self._row)

@@ -39,11 +39,10 @@ class PaliGemmaData(LanguageData):
     """A sample for each line."""
 
     def __init__(self, entry: PaliGemmaEntry, size: int) -> None:
-        super().__init__(entry.paligemma, size)
+        super().__init__(entry.paligemma, size, entry.broken_percent)
         self.rows = Rows(entry.paligemma)
         self.folder = entry.images or entry.paligemma.parent
         self.prefix, self.ignored = entry.prefix, entry.ignore
-        self.look()
 
     def __len__(self) -> int:
         return len(self.rows)

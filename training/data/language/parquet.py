@@ -70,7 +70,7 @@ class ParquetData(LanguageData):
     """A sample for each row, or for each caption of it."""
 
     def __init__(self, entry: ParquetEntry, size: int) -> None:
-        super().__init__(entry.parquet, size)
+        super().__init__(entry.parquet, size, entry.broken_percent)
         self.entry, self.folder = entry, entry.images
         self.files = find_files(entry.parquet)
         self.groups: list[list[int]] = []  # of each file, the row that each group begins with, and the file's end
@@ -91,6 +91,7 @@ class ParquetData(LanguageData):
         self.chosen = choose_columns(entry, schema)
         tops = {name.partition(".")[0] for name in self.chosen.values()}
         self.columns = [name for name in schema.names if name in tops or name in OWN_KEYS]
+        self.notes.append(f"columns: {', '.join(f'{what}: {name}' for what, name in self.chosen.items())}")
         self.label_names = read_label_names(schema, self.chosen.get("label") or self.chosen.get("answer", ""))
         self._sample_row, self._part = array("q"), array("H")
         if "caption" not in self.chosen:
@@ -101,7 +102,6 @@ class ParquetData(LanguageData):
                 parts = max(1, len(captions)) if isinstance(captions, list) else 1
                 self._sample_row.extend([row] * parts)
                 self._part.extend(range(parts))
-        self.look()
 
     def __len__(self) -> int:
         return len(self._sample_row)
@@ -147,7 +147,7 @@ class ParquetData(LanguageData):
         begin = groups[group]
         try:
             with _opened(path) as file:
-                for part in file.iter_batches(batch_size=AT_ONCE, row_groups=[group], columns=self.columns):
+                for part in file.iter_batches(AT_ONCE, row_groups=[group], columns=self.columns, use_threads=False):
                     if row < begin + len(part):
                         return dict(part.slice(row - begin, 1).to_pylist()[0])
                     begin += len(part)
@@ -159,7 +159,7 @@ class ParquetData(LanguageData):
         """These columns of all rows, in order."""
         for path in self.files:
             with _opened(path) as file:
-                for part in file.iter_batches(batch_size=1024, columns=columns):
+                for part in file.iter_batches(batch_size=1024, columns=columns, use_threads=False):
                     yield from part.to_pylist()
 
     def _images(self, value: Any) -> list[Path | bytes]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +61,21 @@ class Record:
 class LanguageData(ABC):
     """A vision-language data set of a file: `len` and `read` are its format's, the rest is the same for all."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """`size`: side of the images that samples have. ConfigurationError if the first samples cannot be used."""
-        self.name, self.path, self.size = str(path), path, size
-        self.left_out: Counter[str] = Counter()
-        self.first_left_out: dict[str, str] = {}
+    def __init__(self, path: Path, size: int, broken_percent: float) -> None:
+        """`size`: side of the images that samples have; `broken_percent` as of `Entry`."""
+        self.name, self.path, self.size, self._broken_percent = str(path), path, size, broken_percent
+        self.notes: list[str] = []
+        # The samples that were passed over: on disk, since the processes that make batches are forks of the trainer.
+        file, name = tempfile.mkstemp()
+        os.close(file)
+        self._passed_over = os.open(name, os.O_RDWR | os.O_APPEND)
+        weakref.finalize(self, os.close, self._passed_over)
+        os.unlink(name)
 
     def look(self) -> None:
-        """Try the first samples, as a check on opening."""
+        """Try the first samples, as a check on opening; ConfigurationError if they cannot be used."""
         if not len(self):
-            reasons = "; ".join(f"{count} {reason}" for reason, count in self.left_out.items()) or "it has no rows"
-            raise ConfigurationError(f"{self.path}: expected samples, got none: {reasons}")
+            raise ConfigurationError(f"{self.path}: expected samples, got none: {'; '.join(self.notes) or 'no rows'}")
         for row in range(min(LOOKED_AT, len(self))):
             try:
                 self.take([row])
@@ -90,7 +96,15 @@ class LanguageData(ABC):
         """InputError says what is wrong, not where."""
 
     def take(self, rows: Sequence[int]) -> list[LanguageSample]:
+        """In the place of a broken sample the next one, as far as `broken_percent` allows."""
         return [self._take(int(row)) for row in rows]
+
+    def one(self, row: int) -> LanguageSample:
+        """This sample; InputError says where it is and what is wrong with it."""
+        try:
+            return self._finish(self.read(row))
+        except InputError as error:
+            raise InputError(f"{self.where(row)}: {error}") from error
 
     def texts(self) -> Iterator[str]:
         """Of all samples that can be read; whoever takes one of the others is told why not."""
@@ -100,11 +114,24 @@ class LanguageData(ABC):
             except InputError:
                 continue
 
+    @property
+    def broken(self) -> dict[int, str]:
+        """By row: the samples that this process and its forks have passed over until now, and why."""
+        content = os.pread(self._passed_over, os.fstat(self._passed_over).st_size, 0).decode()
+        return {int(line.partition(" ")[0]): line.partition(" ")[2] for line in content.splitlines()}
+
     def _take(self, row: int) -> LanguageSample:
-        try:
-            return self._finish(self.read(row))
-        except InputError as error:
-            raise InputError(f"{self.where(row)}: {error}") from error
+        while True:  # ends: each turn finds a whole sample or another broken one, of which there may be only so many
+            try:
+                return self.one(row)
+            except InputError as error:
+                known = self.broken
+                if row not in known:
+                    if 100 * (len(known) + 1) > self._broken_percent * len(self):
+                        before = f"; passed over before: {len(known)}" if known else ""
+                        raise InputError(f"{error}{before}") from error
+                    os.write(self._passed_over, f"{row} {' '.join(str(error).split())}\n".encode())
+            row = (row + 1) % len(self)
 
     def _finish(self, record: Record) -> LanguageSample:
         pixels = [self._decode(image) for image in record.images]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,24 @@ def test_files_of_many_lines_are_read_at_random(tmp_path: Path) -> None:
     assert [sample.suffix.split()[1] for sample in data.take(order)] == [str(n) for n in order]
 
 
+def test_broken_lines_may_be_passed_over_up_to_a_share(tmp_path: Path) -> None:
+    rows = [{**GOOD, "suffix": f"mug {n}"} for n in range(20)]
+    rows[7] = rows[8] = {**GOOD, "image": "c.png"}
+    data = paligemma(tmp_path, rows, broken_percent=10)
+    found = [sample.suffix for sample in data.take([6, 7, 8, 9, 7])]
+    assert found == ["mug 6", "mug 9", "mug 9", "mug 9", "mug 9"]  # the next one, always the same
+    assert sorted(data.broken) == [7, 8] and "line 8: image: expected" in data.broken[7]
+    few = paligemma(tmp_path, rows, broken_percent=5)
+    worker = multiprocessing.get_context("fork").Process(target=few.take, args=([8],))  # as one that makes batches
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0 and list(few.broken) == [8]
+    with pytest.raises(InputError, match=r"line 8: image: expected .*; passed over before: 1"):
+        few.take([7])
+    rows[19] = {**GOOD, "image": "c.png"}
+    assert paligemma(tmp_path, rows, broken_percent=15).take([19])[0].suffix == "mug 0"
+
+
 # Conversations
 
 
@@ -312,11 +331,12 @@ def test_images_in_the_parts_of_a_turn(tmp_path: Path) -> None:
 def test_rows_of_text_alone_are_counted_or_kept(tmp_path: Path) -> None:
     rows = [talk("<image>\nWhat?", "A mug."), *[talk("Say hello", "Hello.", image=None)] * 2]
     data = llava(tmp_path, rows)
-    assert len(data) == 1 and sum(data.left_out.values()) == 2
-    assert next(iter(data.first_left_out.values())).endswith("entry 2")
+    assert len(data) == 1 and data.notes == [
+        f"2 rows without an image left out (text_only: leave out), the first: {tmp_path / 'data.json'}: entry 2"
+    ]
     kept = llava(tmp_path, rows, text_only="keep")
     assert len(kept) == 3 and kept.take([2])[0].images == ()
-    with pytest.raises(ConfigurationError, match=r"expected samples, got none: 2 rows have no image"):
+    with pytest.raises(ConfigurationError, match=r"expected samples, got none: 2 rows without an image"):
         llava(tmp_path, rows[1:])
 
 

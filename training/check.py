@@ -1,0 +1,157 @@
+"""A look at every sample of a data set before training: how much there is, and each that is broken, with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.robot import ActionDimension, StateDimension, find_robot, read_robot
+from training.data import Check, RobotSample
+from training.data.language import (
+    LanguageData,
+    LlavaEntry,
+    PaliGemmaEntry,
+    ParquetEntry,
+    Rows,
+    is_conversation,
+    open_language,
+)
+from training.data.lerobot import Dataset, LeRobotSamples
+from training.tokens import plain_text
+
+ANY_SIZE: Final = 64  # of images, where no model says one
+LOOKED_AT: Final = 4  # rows that tell a file's format
+AT_ONCE: Final = 32  # frames that are read together, as a video is read forwards
+BEYOND: Final = 1e-3  # of the range between two limits: rounding
+Tell = Callable[[str, float], object]  # what is done, and which share of it
+Opened = Callable[[], LanguageData | LeRobotSamples]
+
+
+def find_data(path: Path, robot: str | None) -> Iterator[tuple[str, Opened]]:
+    """The data sets of a path, by name: that itself, or those of a training configuration."""
+    yield str(path), partial(open_file, path, robot)
+
+
+def check(data: LanguageData | LeRobotSamples, tell: Tell) -> Check:
+    """Every sample of it."""
+    return check_language(data, tell) if isinstance(data, LanguageData) else check_lerobot(data, tell)
+
+
+def check_language(data: LanguageData, tell: Tell) -> Check:
+    """Every sample of a vision-language data set that was opened without a look."""
+    check = Check(data.name, notes=list(data.notes))
+    images = places = 0
+    words: set[str] = set()
+    for row in range(len(data)):
+        tell(data.name, row / len(data))
+        check.samples += 1
+        try:
+            sample = data.one(row)
+        except InputError as error:
+            check.broken.append(str(error))
+            continue
+        images += len(sample.images)
+        places += sample.labels.place is not None
+        words.update(plain_text(f"{sample.prefix} {sample.suffix}").split())
+    check.counts = {"images": images, "places": places, "words": len(words)}
+    return check
+
+
+def check_lerobot(samples: LeRobotSamples, tell: Tell) -> Check:
+    """Every frame of a robot's dataset, and its numbers against the limits of the robot file."""
+    ranges, beyond = check_limits(samples)
+    check = Check(samples.name, samples=len(samples), notes=ranges, broken=beyond)
+    images = 0
+    for first in range(0, len(samples), AT_ONCE):
+        tell(samples.name, first / len(samples))
+        rows = range(first, min(first + AT_ONCE, len(samples)))
+        for sample in _whole(samples, rows, check):
+            images += sum(image is not None for image in sample.images)
+    tasks = list(samples.texts())
+    words = {word for task in tasks for word in task.split()}
+    check.counts = {
+        "episodes": len(samples.dataset.episodes),
+        "tasks": len(tasks),
+        "images": images,
+        "words": len(words),
+    }
+    return check
+
+
+def _whole(samples: LeRobotSamples, rows: range, check: Check) -> Iterator[RobotSample]:
+    """Those of the rows that can be read; the others are told one by one."""
+    try:
+        yield from samples.take(rows)
+        return
+    except InputError:
+        pass
+    for row in rows:
+        try:
+            yield from samples.take([row])
+        except InputError as error:
+            check.broken.append(str(error))
+
+
+def check_limits(samples: LeRobotSamples) -> tuple[list[str], list[str]]:
+    """The range of each number of state and actions, and those that leave the limits of the robot file."""
+    robot = samples.robot
+    dimensions = [("state", d) for d in robot.state] + [("action", d) for d in robot.actions]
+    limits = np.array([_limits_of(d) for _, d in dimensions])
+    slack_N = BEYOND * np.where(np.isfinite(limits).all(axis=1), limits[:, 1] - limits[:, 0], 0.0)
+    low_N, high_N = np.full(len(limits), np.inf), np.full(len(limits), -np.inf)
+    outside_N, frames = np.zeros(len(limits), dtype=np.int64), 0
+    for state_FS, chunk_FHD, _ in samples.numbers():
+        value_FN = np.concatenate([state_FS, chunk_FHD[:, 0]], axis=1)
+        low_N, high_N = np.minimum(low_N, value_FN.min(axis=0)), np.maximum(high_N, value_FN.max(axis=0))
+        outside_N += ((value_FN < limits[:, 0] - slack_N) | (value_FN > limits[:, 1] + slack_N)).sum(axis=0)
+        frames += len(value_FN)
+    ranges, broken = [], []
+    for n, (what, dimension) in enumerate(dimensions):
+        unit = dimension.own_unit()
+        between = f"{limits[n, 0]:g} to {limits[n, 1]:g}" if np.isfinite(limits[n]).any() else "none"
+        said = f"{what} {dimension.name}: {low_N[n]:.4g} to {high_N[n]:.4g} {unit}, limits {between}"
+        ranges.append(said)
+        if outside_N[n]:
+            broken.append(
+                f"{samples.name}: {said}: {outside_N[n]} of {frames} frames are outside; correct the limits or the "
+                f"dataset's unit in the robot file of {robot.name}"
+            )
+    return ranges, broken
+
+
+def _limits_of(dimension: StateDimension | ActionDimension) -> tuple[float, float]:
+    """Infinite where there is none."""
+    if dimension.continuous or dimension.kind in ("pose", "pose_delta"):
+        return -np.inf, np.inf
+    if isinstance(dimension, ActionDimension):
+        most = dimension.max_velocity or np.inf
+        return (-most, most) if dimension.kind in ("twist", "joint_velocity") else dimension.span
+    found = dimension.limits or dimension.ends or (-np.inf, np.inf)
+    return min(found), max(found)
+
+
+def open_file(path: Path, robot: str | None) -> LanguageData | LeRobotSamples:
+    """The data set of a path that no configuration describes; ConfigurationError if it is none."""
+    if (path / "meta" / "info.json").exists():
+        return open_lerobot(path, robot)
+    if path.is_dir() or "*" in path.name or path.suffix == ".parquet":
+        return open_language(ParquetEntry(parquet=path), ANY_SIZE, look=False)
+    if path.suffix not in (".json", ".jsonl"):
+        raise ConfigurationError(
+            f"{path}: expected .json, .jsonl, .parquet, a LeRobot dataset or a training configuration, got another file"
+        )
+    if any(not isinstance(row, InputError) and is_conversation(row) for row in islice(Rows(path), LOOKED_AT)):
+        return open_language(LlavaEntry(llava=path), ANY_SIZE, look=False)
+    return open_language(PaliGemmaEntry(paligemma=path), ANY_SIZE, look=False)
+
+
+def open_lerobot(path: Path, robot: str | None) -> LeRobotSamples:
+    if robot is None:
+        raise ConfigurationError(f"{path}: expected --robot with the robot file of this LeRobot dataset, got none")
+    return LeRobotSamples(Dataset(path), read_robot(find_robot(robot)), image_size=ANY_SIZE)
