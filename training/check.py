@@ -12,6 +12,7 @@ import numpy as np
 
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.robot import ActionDimension, StateDimension, find_robot, read_robot
+from training.config import LeRobotEntry, load_config
 from training.data import Check, RobotSample
 from training.data.language import (
     LanguageData,
@@ -34,8 +35,20 @@ Opened = Callable[[], LanguageData | LeRobotSamples]
 
 
 def find_data(path: Path, robot: str | None) -> Iterator[tuple[str, Opened]]:
-    """The data sets of a path, by name: that itself, or those of a training configuration."""
-    yield str(path), partial(open_file, path, robot)
+    """The data sets of a path, by name: that itself, or those of a training configuration, each as the run opens it."""
+    if path.suffix not in (".yaml", ".yml"):
+        yield str(path), partial(open_file, path, robot)
+        return
+    config = load_config(path)
+    for source, entries in (*config.sources.items(), *config.held_out.items()):
+        for entry in entries:
+            if isinstance(entry, LeRobotEntry):
+                opened: Opened = partial(
+                    open_lerobot, entry, entry.robot or robot or config.robot, config.horizon, config.action_period_s
+                )
+            else:
+                opened = partial(open_language, entry, ANY_SIZE, look=False)
+            yield f"{path}: {source}", opened
 
 
 def check(data: LanguageData | LeRobotSamples, tell: Tell) -> Check:
@@ -76,7 +89,7 @@ def check_lerobot(samples: LeRobotSamples, tell: Tell) -> Check:
     tasks = list(samples.texts())
     words = {word for task in tasks for word in task.split()}
     check.counts = {
-        "episodes": len(samples.dataset.episodes),
+        "episodes": len(samples.episodes),
         "tasks": len(tasks),
         "images": images,
         "words": len(words),
@@ -139,7 +152,9 @@ def _limits_of(dimension: StateDimension | ActionDimension) -> tuple[float, floa
 def open_file(path: Path, robot: str | None) -> LanguageData | LeRobotSamples:
     """The data set of a path that no configuration describes; ConfigurationError if it is none."""
     if (path / "meta" / "info.json").exists():
-        return open_lerobot(path, robot)
+        if robot is None:
+            raise ConfigurationError("expected --robot with the robot file of a LeRobot dataset, got none")
+        return open_lerobot(LeRobotEntry(lerobot=path), robot)
     if path.is_dir() or "*" in path.name or path.suffix == ".parquet":
         return open_language(ParquetEntry(parquet=path), ANY_SIZE, look=False)
     if path.suffix not in (".json", ".jsonl"):
@@ -151,7 +166,17 @@ def open_file(path: Path, robot: str | None) -> LanguageData | LeRobotSamples:
     return open_language(PaliGemmaEntry(paligemma=path), ANY_SIZE, look=False)
 
 
-def open_lerobot(path: Path, robot: str | None) -> LeRobotSamples:
-    if robot is None:
-        raise ConfigurationError(f"{path}: expected --robot with the robot file of this LeRobot dataset, got none")
-    return LeRobotSamples(Dataset(path), read_robot(find_robot(robot)), image_size=ANY_SIZE)
+def open_lerobot(
+    entry: LeRobotEntry, robot: str, horizon: int | None = None, action_period_s: float | None = None
+) -> LeRobotSamples:
+    """All frames of its episodes; horizon and period are the robot file's, or as given."""
+    read = read_robot(find_robot(robot))
+    given = {"horizon": horizon, "action_period_s": action_period_s}
+    return LeRobotSamples(
+        Dataset(entry.lerobot),
+        read.model_copy(update={key: value for key, value in given.items() if value is not None}),
+        image_size=ANY_SIZE,
+        ends=entry.ends,
+        chunk=entry.chunk,
+        episodes=slice(*entry.episodes) if entry.episodes else None,
+    )

@@ -36,7 +36,7 @@ def _check(given: argparse.Namespace) -> int:
     code = ExitCode.FINE
     with Progress() as progress:
         for path in given.paths:
-            for name, opened in find_data(path, given.robot):
+            for name, opened in find_data(path, given.robot):  # a configuration that is wrong ends the command
                 try:
                     found = check(opened(), progress.show)
                 except (KiVlaError, OSError) as error:

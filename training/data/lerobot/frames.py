@@ -72,12 +72,12 @@ class LeRobotSamples:
         self._chunk = chunk
         self._keys = find_cameras(dataset, robot)
         self._stride = find_stride(dataset, robot, chunk)
-        self._episodes = choose_episodes(dataset, episodes)
+        self.episodes = choose_episodes(dataset, episodes)
         self._pictures = Pictures(dataset)
-        frames = sum(episode.length for episode in self._episodes)
+        frames = sum(episode.length for episode in self.episodes)
         self._cache = ImageCache(frames * len(self._keys), image_size, cache_bytes)
 
-        length_E = np.array([episode.length for episode in self._episodes])
+        length_E = np.array([episode.length for episode in self.episodes])
         self._begin_E = np.cumsum(length_E) - length_E  # the first record of each
         left_out = self.horizon * self._stride - 1 if ends == "drop" and chunk is None else 0
         self._end_row_E = np.cumsum(np.maximum(length_E - left_out, 0))
@@ -90,7 +90,7 @@ class LeRobotSamples:
         self._file, path = tempfile.mkstemp()  # read with pread, which forked processes can do side by side
         weakref.finalize(self, os.close, self._file)
         os.unlink(path)
-        self._row_E = np.zeros(len(self._episodes), dtype=np.int64)  # where in its table each begins
+        self._row_E = np.zeros(len(self.episodes), dtype=np.int64)  # where in its table each begins
         self._tasks = sorted(self._read_tables())
 
     def __len__(self) -> int:
@@ -150,8 +150,8 @@ class LeRobotSamples:
         # An action is due one of the dataset's periods after its frame, so of those of one of the robot's periods, the
         # last one is due at its end.
         due_FH = at_F[:, None] + np.arange(1, self.horizon + 1) * self._stride - 1
-        known_FH = due_FH + first < self._episodes[e].length
-        chunk_FHD = records["action"][np.minimum(due_FH, self._episodes[e].length - 1 - first)]
+        known_FH = due_FH + first < self.episodes[e].length
+        chunk_FHD = records["action"][np.minimum(due_FH, self.episodes[e].length - 1 - first)]
         return chunk_FHD, known_FH | (self.ends == "hold")
 
     def _images(self, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[Image | None, ...]]:
@@ -166,7 +166,7 @@ class LeRobotSamples:
                     images[v] = known
                 elif key is not None:
                     due.append((images, v, first + v))
-                    wanted.append(Wanted(self._episodes[e], i, int(self._row_E[e]), key))
+                    wanted.append(Wanted(self.episodes[e], i, int(self._row_E[e]), key))
         for number, rgb_HWC in self._pictures.read(wanted):
             images, v, place = due[number]
             images[v] = resized = resize_with_pad(rgb_HWC, self.image_size)
@@ -176,7 +176,7 @@ class LeRobotSamples:
     def _read(self, e: int, first: int, count: int) -> NDArray[Any]:
         """The records of up to `count` frames of an episode from frame `first` on."""
         size = self._record.itemsize
-        count = min(count, self._episodes[e].length - first)
+        count = min(count, self.episodes[e].length - first)
         content = os.pread(self._file, count * size, (int(self._begin_E[e]) + first) * size)
         return np.frombuffer(content, dtype=self._record, count=count)
 
@@ -209,7 +209,7 @@ class LeRobotSamples:
         tasks: set[int] = set()
         arrays = filter(None, [self._chunk])
         with self.dataset.reading(*arrays), self._writing(), open(self._file, "wb", closefd=False) as file:
-            for e, episode in enumerate(tqdm(self._episodes, desc=self.name, unit="episode", delay=5)):
+            for e, episode in enumerate(tqdm(self.episodes, desc=self.name, unit="episode", delay=5)):
                 columns = self.dataset.columns(episode)
                 self._row_E[e] = self.dataset.first_row(episode)
                 self.dataset.task_of(columns)
@@ -233,7 +233,7 @@ class LeRobotSamples:
         try:
             yield
         except OSError as error:
-            needed_mb = self._record.itemsize * int(self._begin_E[-1] + self._episodes[-1].length) / 1e6
+            needed_mb = self._record.itemsize * int(self._begin_E[-1] + self.episodes[-1].length) / 1e6
             raise ConfigurationError(
                 f"{self.name}: expected room for {needed_mb:.0f} MB of its numbers in {tempfile.gettempdir()}, got "
                 f"{error.strerror}; make room, or name another folder in TMPDIR"

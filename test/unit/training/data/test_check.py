@@ -10,6 +10,7 @@ import pytest
 import yaml
 from support.foreign_datasets import ACTION, STATE, Camera, Column, Shape, build
 from support.language_files import picture, png, write_lines, write_parquet, write_pictures
+from support.recipes import tiny_run
 
 from training.check import check_language
 from training.data.__main__ import main
@@ -146,6 +147,29 @@ def test_frames_that_are_broken_are_named(tmp_path: Path, capsys: pytest.Capture
     pq.write_table(table.set_column(number, "observation.images.front", [images]), file)
     said = told(capsys, 1, dataset, "--robot", robot_file(tmp_path / "robot.yaml"))
     assert "8 images, 4 words; 1 broken" in said and "episode 1, frame " in said and "damaged" in said
+
+
+def test_the_data_of_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each data set as the run opens it, with what the configuration says of it; those that fail are named."""
+    write_pictures(tmp_path / "pictures", {"a.png": picture(48, 48)})
+    lines = write_lines(tmp_path / "boxes.jsonl", [{"image": "a.png", "suffix": "a mug"}] * 4)
+    entry = {"paligemma": str(lines), "images": str(tmp_path / "pictures"), "prefix": "caption en"}
+    run = tiny_run(tmp_path, 1) | {
+        "robot": str(robot_file(tmp_path / "robot.yaml")),
+        "sources": {
+            "views": [{"paligemma": str(tmp_path / "none.jsonl")}],
+            "scenes": [entry],
+            "robot": [{"lerobot": str(recorded(tmp_path / "dataset")), "episodes": [1, None]}],
+        },
+        "held_out": {"scenes": [entry]},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    said = told(capsys, 2, tmp_path / "run.yaml")
+    assert said.count(f"{lines}: 4 samples, 4 images, 0 places, 4 words; nothing broken") == 2
+    assert f"{tmp_path / 'dataset'}: 4 samples, 1 episodes" in said
+    assert f"run.yaml: views: {tmp_path / 'none.jsonl'}: expected a file" in said
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run | {"sources": {}}))
+    assert "run.yaml" in told(capsys, 2, tmp_path / "run.yaml")
 
 
 def test_progress_is_told(folder: Path) -> None:
