@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from support.foreign_datasets import (
     value,
     write_video,
 )
+from support.samples import make_robot
 
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.policy import resize_with_pad
@@ -331,3 +333,18 @@ def test_a_broken_image_in_a_table_is_named(tmp_path: Path) -> None:
     samples = LeRobotSamples(samples.dataset, samples.robot, image_size=SIZE, episodes=[6])
     with pytest.raises(InputError, match=r"episode 5, frame 0: .*file-000\.parquet, found none"):
         list(samples._pictures.read([Wanted(samples.dataset.episodes[1], 0, 12, "wrist")]))
+
+
+def test_workers_read_the_videos_that_the_trainer_has_read(tmp_path: Path) -> None:
+    """A worker that is forked must not have to close the trainer's decoders, whose threads it does not have."""
+    camera = Camera("observation.images.top", "h264", 160, 160)
+    shape = Shape("v3.0", [Column(key, None, 2) for key in (STATE, ACTION)], [camera], lengths={0: 30})
+    robot = make_robot("any", 2, action_period_s=0.1, horizon=4)
+    samples = LeRobotSamples(Dataset(build(tmp_path / "videos", shape)), robot, image_size=32, cache_bytes=0)
+    expected = [samples.take([row])[0].images[0] for row in (3, 20, 7)]
+    loader = Loader(lambda step: samples.take([(3, 20, 7)[step]])[0].images[0], workers=1)
+    made: list[Any] = []
+    reader = threading.Thread(target=lambda: made.extend(loader.iterate(range(3))), daemon=True)
+    reader.start()
+    reader.join(timeout=60.0)
+    assert len(made) == 3 and all(np.array_equal(*pair) for pair in zip(made, expected, strict=True))

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+_OPEN: weakref.WeakSet[Recent[Any]] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for recent in list(_OPEN):
+        recent.clear()
+
+
+os.register_at_fork(before=_close_all)
 
 
 class Recent(Generic[T]):
     """Values by key; the one that was not asked for the longest goes first, by `close`.
 
-    `most` bounds the sum of their sizes, but the last one that was made always stays. A process that was forked begins
-    with none: two processes must not read one open file, whose place they share.
+    `most` bounds the sum of their sizes, but the last one that was made always stays. All are closed before a process
+    is forked: two must not read one open file, whose place they share, and the new one could not close a decoder whose
+    threads stayed in the old one; it would wait for them for ever.
     """
 
     def __init__(
@@ -22,11 +35,10 @@ class Recent(Generic[T]):
     ) -> None:
         self._most, self._size, self._close = most, size, close
         self._values: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
-        self._total, self._process = 0, os.getpid()
+        self._total = 0
+        _OPEN.add(self)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        if self._process != os.getpid():
-            self._values, self._total, self._process = OrderedDict(), 0, os.getpid()
         if key not in self._values:
             value = make()
             self._values[key] = value, self._size(value)

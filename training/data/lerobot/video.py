@@ -213,6 +213,9 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
+        # The frame has a scaler with threads of its own; none of them may be left when a process is forked.
+        self._frame, self._time_s = None, -math.inf
+        self._frames = iter(())
         self._container.close()
 
     def read(self, due_s: float, tolerance_s: float) -> NDArray[np.uint8]:
