@@ -15,6 +15,7 @@ from support import ROOT
 from support.bundles import demo_observation
 from support.checkpoints import write_checkpoint
 from support.exported import NOTES, Made, skip_tracing
+from support.vocabularies import demo_tokenizer
 
 from ki_vla_ros.bundle.folder import EXPERT, MODEL_CARD, PREFILL, TOKENIZER, Bundle, load_bundle
 from ki_vla_ros.bundle.manifest import PolicySpec
@@ -27,7 +28,6 @@ from training.export.__main__ import main
 from training.export.bundle import TOLERANCE, ExportError, check_left_behind, export_bundle
 from training.export.graphs import arrange
 from training.export.parity import parity_error
-from training.tokens.words import build_tokenizer
 from training.weights.checkpoints import POLICY, load_checkpoint
 
 
@@ -202,7 +202,7 @@ def test_a_policy_of_another_model_is_refused(checkpoint: Path, tmp_path: Path, 
 
 
 def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    build_tokenizer(fast_vocab=17).save(str(checkpoint / TOKENIZER))
+    demo_tokenizer(fast_vocab=17).save(str(checkpoint / TOKENIZER))
     with pytest.raises(ConfigurationError, match=r"tokens in tokenizer\.json: expected \d+, as the checkpoint has it"):
         export_bundle(checkpoint, tmp_path / "bundle")
 

@@ -13,6 +13,7 @@ import pytest
 import regex
 from numpy.typing import NDArray
 from support.recipes import tiny_run
+from support.vocabularies import demo_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -30,7 +31,6 @@ from training.model.vla import VLA, VLAConfig
 from training.run import make_fast
 from training.tokens.fast import PROCESSOR, VOCABULARY, FastDecodeError, FastTokenizer
 from training.tokens.prompt import fast_id
-from training.tokens.words import build_tokenizer
 
 HORIZON, ACTION_DIM, SCALE = 10, 4, 10
 UNIVERSAL_LOWEST = -354  # of the universal vocabulary: a zero is a character of two bytes there
@@ -199,7 +199,7 @@ def test_a_run_takes_the_vocabulary_that_its_configuration_names(published: Path
 
 
 def test_training_from_scratch_orders_the_tokens_of_whole_coefficients(published: Path) -> None:
-    fast, tokenizer = load(published), build_tokenizer(1024)
+    fast, tokenizer = load(published), demo_tokenizer(1024)
     sizes = GemmaConfig(width=64, depth=1, mlp=8, heads=1, kv_heads=1, head_dim=8)
     vision = VisionConfig(image_size=4, patch_size=2, width=16, depth=1, heads=1, mlp=8)
     model = VLA(VLAConfig(vision, sizes, sizes, tokenizer.get_vocab_size(), ACTION_DIM, HORIZON))

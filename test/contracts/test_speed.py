@@ -21,7 +21,7 @@ from training.speed.gpu import arranged, build_model, make_inputs, plain
 from training.speed.peer import build_peer, peer_prefill
 from training.weights.checkpoints import load_checkpoint
 
-POLICY = policy_spec(DEEP, "small", 2, 20, 0)
+POLICY = policy_spec(DEEP, "small", 2, 24, 0)
 
 
 @pytest.fixture(scope="module")

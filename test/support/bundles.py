@@ -18,7 +18,7 @@ from ki_vla_ros.bundle.manifest import PolicySpec
 from ki_vla_ros.records import CameraFrame, Observation
 from ki_vla_ros.robot.axes import Axis
 from ki_vla_ros.robot.robot import Robot
-from training.tokens.words import DEMO_PROMPT
+from support.vocabularies import DEMO_PROMPT, DEMO_WORDS
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow", "forearm_roll", "wrist_pitch", "wrist_roll", "gripper")
 CAMERAS = ("scene", "wrist")
@@ -136,7 +136,7 @@ def write_test_bundle(folder: Path, policy: PolicySpec | None = None, seed: int 
     """Make `folder` a valid bundle with random weights drawn from `seed`."""
     from training.export.tiny import write_tiny_bundle
 
-    return write_tiny_bundle(folder, policy or demo_policy(), seed)
+    return write_tiny_bundle(folder, policy or demo_policy(), seed, DEMO_WORDS)
 
 
 def demo_observation(stamp_ns: int = 1_000_000_000, image_size: int = 288, seed: int = 0) -> Observation:

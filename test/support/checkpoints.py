@@ -9,10 +9,10 @@ import torch
 from ki_vla_ros.bundle.folder import TOKENIZER
 from ki_vla_ros.bundle.manifest import PolicySpec
 from support.bundles import demo_policy, state_token_policy
+from support.vocabularies import demo_tokenizer
 from training.model.gemma import GemmaConfig
 from training.model.siglip import VisionConfig
 from training.model.vla import VLA, VLAConfig
-from training.tokens.words import build_tokenizer
 from training.weights.checkpoints import POLICY, save_checkpoint
 
 FIGURES = {"follow_rate": 0.93}
@@ -29,7 +29,7 @@ def small_policy(kind: str) -> PolicySpec:
 def write_checkpoint(folder: Path, kind: str) -> Path:
     """Weights far from initial values, with which the expert ignores the prefix and any export would look right."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(fast_vocab=16)
+    tokenizer = demo_tokenizer(fast_vocab=16)
     config = VLAConfig(
         vision=VisionConfig(image_size=24, patch_size=12, width=16, depth=1, heads=2, mlp=32, stem="conv"),
         backbone=GemmaConfig(width=32, depth=2, mlp=48, heads=2, kv_heads=1, head_dim=16),

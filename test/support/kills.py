@@ -28,11 +28,11 @@ from tokenizers import Tokenizer
 from ki_vla_ros.bundle.manifest import PolicySpec
 from support.checkpoints import small_policy
 from support.models import make_model
+from support.vocabularies import demo_tokenizer
 from training import storage
 from training.config import DataConfig
 from training.data.batch import ChunkTiming
 from training.data.simulated import generate
-from training.tokens.words import build_tokenizer
 from training.weights.checkpoints import (
     POLICY,
     WEIGHTS,
@@ -73,7 +73,7 @@ def run_checkpoint(folder: Path) -> tuple[Save, Read]:
 
 def policy(folder: Path) -> tuple[Save, Read]:
     """Weights and their policy.json; a name says the version."""
-    model, tokenizer, spec = make_model(), build_tokenizer(fast_vocab=2), small_policy("text")
+    model, tokenizer, spec = make_model(), demo_tokenizer(fast_vocab=2), small_policy("text")
 
     def save(version: int) -> None:
         with torch.no_grad():

@@ -21,7 +21,7 @@ DEEP = VLAConfig(
     vision=VisionConfig(image_size=56, patch_size=28, width=64, depth=6, heads=2, mlp=128),
     backbone=GemmaConfig(width=128, depth=6, mlp=256, heads=4, kv_heads=1, head_dim=32),
     expert=GemmaConfig(width=64, depth=6, mlp=128, heads=4, kv_heads=1, head_dim=32),
-    vocab_size=512,
+    vocab_size=640,
     action_dim=5,
     horizon=8,
 )

@@ -28,7 +28,14 @@ from ki_vla_ros.errors import ConfigurationError
 from training.export.bundle import DTYPES, export_bundle
 from training.model import GemmaConfig, VisionConfig, VLAConfig, paligemma_3b
 from training.policy import describe_random_policy
-from training.tokens import DEMO_PROMPT, VOCABULARY, build_tokenizer, prompt_vocab_size
+from training.tokens import (
+    LEAST_SIZE,
+    VOCABULARY,
+    VocabularyConfig,
+    make_vocabulary,
+    prompt_template,
+    prompt_vocab_size,
+)
 from training.weights import empty_model, save_checkpoint, shapes
 
 PROMPT_ROWS = 256_000  # of PaliGemma's token table; the rest are places and segments, which no prompt holds
@@ -80,7 +87,7 @@ def policy_spec(config: VLAConfig, name: str, cameras: int, prompt_length: int, 
         created="2026-11-21",
         cameras=[{"name": camera} for camera in ("base", "left_wrist", "right_wrist")[:cameras]],
         image={"size": config.vision.image_size},
-        prompt={"template": DEMO_PROMPT if text_state else PLAIN_PROMPT, "length": prompt_length},
+        prompt={"template": prompt_template(0) if text_state else PLAIN_PROMPT, "length": prompt_length},
         state={"encoding": "text" if text_state else "token", **everywhere},
         action=everywhere,
         horizon=config.horizon,
@@ -88,19 +95,18 @@ def policy_spec(config: VLAConfig, name: str, cameras: int, prompt_length: int, 
 
 
 def stand_in_tokenizer(vocab_size: int) -> Tokenizer:
-    """The demo's words in a vocabulary of the model's size; the rest is filler that no text yields.
+    """A vocabulary of the model's size, for which no instruction is unknown; the rest is filler that no text yields.
 
     At PaliGemma's size a prompt can hold 256000 ids, as PaliGemma's can; the others stay behind at export.
     """
-    smallest = build_tokenizer(fast_vocab=1)
+    small = VocabularyConfig(kind="bpe", size=LEAST_SIZE, locations=32)
+    smallest = make_vocabulary(small, (), 1)
     answers = smallest.get_vocab_size() - prompt_vocab_size(smallest) - 1
     rows = PROMPT_ROWS if vocab_size == VOCABULARY else prompt_vocab_size(smallest)
     fast = vocab_size - rows - answers
     if fast < 1:
-        raise ConfigurationError(
-            f"vocab_size: expected at least {rows + answers + 1} for the words of the demo, got {vocab_size}"
-        )
-    tokenizer = build_tokenizer(fast)
+        raise ConfigurationError(f"vocab_size: expected at least {rows + answers + 1} for any text, got {vocab_size}")
+    tokenizer = make_vocabulary(small, (), fast)
     description = json.loads(tokenizer.to_str())
     first, shift = prompt_vocab_size(tokenizer), rows - prompt_vocab_size(tokenizer)
     vocabulary = {token: i + shift * (i >= first) for token, i in description["model"]["vocab"].items()}

@@ -1,6 +1,6 @@
 """A bundle with random weights that costs next to nothing to run: for tests, and to time everything but the model.
 
-    python -m training.export.tiny models/bench
+    python -m training.export.tiny models/bench --tokenizer models/bench/tokenizer.json
     python -m training.export.tiny out/random --robot aloha      # for the robot of a robot file
 
 It is made with onnx alone. Its prefill mixes pixels and tokens into keys and values; its expert attends to them, and
@@ -22,15 +22,17 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer
 
-from ki_vla_ros.bundle import TIME, Bundle, GraphSpec, PolicySpec, write_bundle
+from ki_vla_ros.bundle import TIME, Bundle, GraphSpec, PolicySpec, load_tokenizer, write_bundle
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot import ActionDimension, Robot, find_robot, read_robot
 from training.policy import describe_policy, describe_random_policy
-from training.tokens import DEMO_PROMPT, build_tokenizer, prompt_tokenizer
+from training.tokens import VocabularyConfig, make_vocabulary, prompt_template, prompt_tokenizer
 
 _GRID = 2  # image tokens per side
+_QUERIES = 4
 _PERIOD = 1e6
 _LAYERS, _KV_HEADS, _HEAD_DIM = 2, 1, 8
 _CARD = "Random weights: for tests and benchmarks only, **never for an arm**.\n"
@@ -44,7 +46,7 @@ def bench_policy() -> PolicySpec:
         created="2026-11-21T00:00:00Z",
         cameras=[{"name": "front"}, {"name": "left"}, {"name": "right"}],
         image={"size": 224},
-        prompt={"template": DEMO_PROMPT, "length": 48},
+        prompt={"template": prompt_template(_QUERIES), "length": 48},
         state={"encoding": "both", "low": [-3.0] * 7, "high": [3.0] * 7},
         action={"low": [-0.4] * 7, "high": [0.4] * 7},
         horizon=50,
@@ -60,7 +62,7 @@ def robot_policy(robot: Robot, seed: int = 0) -> PolicySpec:
         robot,
         name=f"random {robot.name}",
         image={"size": 224},
-        prompt={"template": DEMO_PROMPT, "length": 64 + len(robot.state)},
+        prompt={"template": prompt_template(_QUERIES), "length": 64 + len(robot.state)},
         state={"encoding": "both", "low": [low for low, _ in state], "high": [high for _, high in state]},
         action={"low": low, "high": high},
         provenance={"recipe": "random weights", "seed": seed, "commit": "none", "data_fingerprint": "none"},
@@ -97,10 +99,17 @@ def _span(limits: tuple[float, float] | None, middle: float, way: float) -> tupl
     return _around(middle, way) if limits is None else (min(limits), max(limits))
 
 
-def write_tiny_bundle(folder: Path, policy: PolicySpec, seed: int = 0, text: str = "") -> Bundle:
-    """Make `folder` a valid bundle, with random weights drawn from `seed`, that also knows the words of `text`."""
+def write_tiny_bundle(
+    folder: Path, policy: PolicySpec, seed: int = 0, text: str = "", tokenizer: Tokenizer | None = None
+) -> Bundle:
+    """Make `folder` a valid bundle, with random weights drawn from `seed`, that knows the words of `text`.
+
+    Or those that a `tokenizer` knows.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = prompt_tokenizer(build_tokenizer(8, f"{text} {text.lower()}"))  # the robot writes instructions small
+    if tokenizer is None:  # the robot writes instructions small
+        vocabulary = make_vocabulary(VocabularyConfig(queries=_QUERIES), [text, text.lower()], 8)
+        tokenizer = prompt_tokenizer(vocabulary)
     prefix = len(policy.cameras) * _GRID**2 + policy.prompt.length
     graph = GraphSpec(
         layers=_LAYERS,
@@ -263,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--robot", help="a robot file, or the name of one in config/robots/; default: that of models/bench"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    parser.add_argument("--text", default="", help="instructions whose words the policy is to know beside the demo's")
+    parser.add_argument("--text", default="", help="instructions whose words the policy is to know")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of another bundle, whose words it is to know")
     return run_command("tiny", partial(_write, parser.parse_args(arguments)))
 
 
@@ -272,7 +282,13 @@ def _write(chosen: argparse.Namespace) -> int:
         raise ConfigurationError(f"--seed: expected at least 0, got {chosen.seed}")
     robot = None if chosen.robot is None else read_robot(find_robot(chosen.robot))
     policy = bench_policy() if robot is None else robot_policy(robot, chosen.seed)
-    write_tiny_bundle(chosen.out, policy, chosen.seed, chosen.text)
+    tokenizer = None
+    if chosen.tokenizer is not None:
+        try:
+            tokenizer = load_tokenizer(chosen.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{chosen.tokenizer}: expected a bundle's tokenizer, got none ({error})") from None
+    write_tiny_bundle(chosen.out, policy, chosen.seed, chosen.text, tokenizer)
     return ExitCode.FINE
 
 

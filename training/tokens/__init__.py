@@ -1,5 +1,6 @@
 """Text and actions as tokens: FAST, vocabularies of words, of byte pairs and PaliGemma's, prompts."""
 
+from training.tokens.bpe import LEAST_SIZE
 from training.tokens.fast import FastDecodeError, FastTokenizer, cosine_basis
 from training.tokens.paligemma import VOCABULARY, read_tokenizer
 from training.tokens.prompt import (
@@ -22,11 +23,10 @@ from training.tokens.prompt import (
     token_id,
 )
 from training.tokens.vocabulary import VocabularyConfig, make_vocabulary
-from training.tokens.words import DEMO_PROMPT, build_tokenizer
 
 __all__ = [
-    "DEMO_PROMPT",
     "EOS_TOKEN",
+    "LEAST_SIZE",
     "LOCATION_BINS",
     "STATE_BINS",
     "VOCABULARY",
@@ -35,7 +35,6 @@ __all__ = [
     "VocabularyConfig",
     "act_query_ids",
     "act_query_token",
-    "build_tokenizer",
     "check_text",
     "cosine_basis",
     "encode_text",

@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from training.tokens.prompt import STATE_BINS, begin_with_bos, end_block, plain_text, prompt_template, start_block
+from training.tokens.prompt import STATE_BINS, begin_with_bos, end_block, plain_text, prompt_frame, start_block
 
 BYTES = 256
 LEAST_SIZE = 768
@@ -35,16 +35,17 @@ def fit_bpe(texts: Iterable[str], *, size: int, queries: int, locations: int, ac
     )
     fitted = Tokenizer(BPE())
     fitted.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    words = (_NUMBER.sub("", plain_text(text)) for text in chain((prompt_template(0),), texts))
+    words = (_NUMBER.sub("", plain_text(text)) for text in chain((prompt_frame(),), texts))
     fitted.train_from_iterator(words, trainer)
     model = json.loads(fitted.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*start, *numbers, *pieces]))}
+    end = end_block(locations, action_ids)
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*start, *numbers, *pieces, *end]))}
     made = Tokenizer(BPE(vocabulary, [(left, right) for left, right in model["merges"]]))
     made.pre_tokenizer, made.decoder = ByteLevel(add_prefix_space=False), FromBytes()
     made.post_processor = begin_with_bos(vocabulary)
     made.add_special_tokens(start)
     # Only whole numbers: 1024 is no 102 and 4.
     made.add_tokens([AddedToken(number, single_word=True, lstrip=True, normalized=False) for number in numbers])
-    made.add_special_tokens(end_block(locations, action_ids))
+    made.add_special_tokens(end)
     return made

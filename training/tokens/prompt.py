@@ -35,6 +35,11 @@ def prompt_template(queries: int) -> str:
     return "Task: {task}, State: {state};\nAction: " + "".join(map(act_query_token, range(queries)))
 
 
+def prompt_frame() -> str:
+    """The words of that prompt, which every vocabulary has."""
+    return prompt_template(0).replace("{task}", " ").replace("{state}", " ")
+
+
 def act_query_token(i: int) -> str:
     """The i-th learned readout token at the end of the prompt."""
     return f"<act_query_{i}>"

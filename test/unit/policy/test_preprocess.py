@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
 from support.bundles import JOINTS, TASK, demo_observation, demo_policy, state_token_policy
+from support.vocabularies import DEMO_PROMPT, LOCATIONS, demo_tokenizer
 from tokenizers import Tokenizer
 
 from ki_vla_ros.bundle.folder import load_bundle
@@ -28,7 +29,6 @@ from ki_vla_ros.policy.preprocess import (
     unnormalize,
 )
 from training.tokens.prompt import act_query_ids, fast_id, loc_id, prompt_tokenizer, prompt_vocab_size, token_id
-from training.tokens.words import DEMO_PROMPT, LOCATIONS, build_tokenizer
 
 PROMPT = (
     "Task: touch the red cube, State: 0 1 2 3 4 5 255;\nAction: <act_query_0><act_query_1><act_query_2><act_query_3>"
@@ -37,7 +37,7 @@ PROMPT = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return prompt_tokenizer(build_tokenizer(fast_vocab=8))
+    return prompt_tokenizer(demo_tokenizer(fast_vocab=8))
 
 
 def test_shrinking_by_three_averages_nine_pixels() -> None:
@@ -208,7 +208,7 @@ def test_an_overlong_instruction_is_refused_by_its_characters(tokenizer: Tokeniz
 
 
 def test_prompt_ids_come_first_and_answers_are_consecutive() -> None:
-    tokenizer = build_tokenizer(fast_vocab=512)
+    tokenizer = demo_tokenizer(fast_vocab=512)
     start = prompt_vocab_size(tokenizer)
     assert [loc_id(tokenizer, i) for i in range(LOCATIONS)] == list(range(start, start + LOCATIONS))
     first = start + LOCATIONS
@@ -226,13 +226,13 @@ def test_every_number_of_the_state_is_one_token(tokenizer: Tokenizer) -> None:
 
 
 def test_special_tokens_stay_whole_and_answers_need_no_bos() -> None:
-    tokenizer = build_tokenizer(fast_vocab=8)
+    tokenizer = demo_tokenizer(fast_vocab=8)
     text = "<loc_3> <loc_31><fast_7><fast_0>"
     assert tokenizer.encode(text, add_special_tokens=False).tokens == ["<loc_3>", "<loc_31>", "<fast_7>", "<fast_0>"]
 
 
 def test_the_robots_tokenizer_is_the_same_without_answers() -> None:
-    full = build_tokenizer(fast_vocab=512)
+    full = demo_tokenizer(fast_vocab=512)
     robot = prompt_tokenizer(full)
     assert robot.encode(PROMPT).ids == full.encode(PROMPT).ids
     assert robot.get_vocab_size() == prompt_vocab_size(full)

@@ -16,12 +16,12 @@ from support.exported import export, skip_tracing
 from support.lerobot_runs import run
 from support.models import make_model
 from support.sample_bags import recording, write_bag
+from support.vocabularies import demo_tokenizer
 
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from training import storage
 from training.export.__main__ import main as export_main
-from training.tokens.words import build_tokenizer
 from training.weights.checkpoints import load_checkpoint, load_resume, newest_checkpoint, save_checkpoint, save_run
 
 
@@ -41,7 +41,7 @@ def test_a_runs_checkpoint(tmp_path: Path, size: int, name: str) -> None:
 
 
 def test_a_policy(tmp_path: Path) -> None:
-    model, tokenizer = make_model(), build_tokenizer(fast_vocab=20_000)  # the larger file
+    model, tokenizer = make_model(), demo_tokenizer(fast_vocab=20_000)  # the larger file
     with (
         largest_file(300_000),
         pytest.raises(ConfigurationError, match=r"tokenizer\.json: expected to write it whole, got .*room"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from support.vocabularies import demo_tokenizer
 
 from training.data.simulated.questions import (
     COMBINATIONS,
@@ -17,7 +18,6 @@ from training.data.simulated.questions import (
     location_text,
 )
 from training.tokens.prompt import localise
-from training.tokens.words import build_tokenizer
 
 OBJECTS = [
     SeenObject("red", "cube", 0.8, 0.5),
@@ -61,7 +61,7 @@ def test_colour_falls_back_to_where_when_no_shape_is_unique() -> None:
 
 
 def test_every_question_and_answer_is_in_the_vocabulary() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = demo_tokenizer()
     rng = np.random.default_rng(0)
     unknown = tokenizer.token_to_id("<unk>")
     seen = set()

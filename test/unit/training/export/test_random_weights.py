@@ -28,7 +28,7 @@ from training.weights.checkpoints import WEIGHTS, load_checkpoint, read_policy, 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random") / "small"
-    write_checkpoint(folder, DEEP, policy_spec(DEEP, "small", 2, 20, 0))
+    write_checkpoint(folder, DEEP, policy_spec(DEEP, "small", 2, 24, 0))
     return folder
 
 
@@ -80,16 +80,16 @@ def test_named_sizes_have_a_policy_and_a_tokenizer(name: str) -> None:
     assert len(policy.axes) == config.action_dim
 
 
-@pytest.mark.parametrize("vocab_size", [450, 1024, pytest.param(257_152, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("vocab_size", [600, 1024, pytest.param(257_152, marks=pytest.mark.slow)])
 def test_the_stand_in_tokenizer_has_the_models_size(vocab_size: int) -> None:
     tokenizer = stand_in_tokenizer(vocab_size)
     assert tokenizer.get_vocab_size() == vocab_size
     assert sorted(tokenizer.get_vocab().values()) == list(range(vocab_size))
     rows = prompt_vocab_size(tokenizer)
-    assert rows == (256_000 if vocab_size == 257_152 else prompt_vocab_size(stand_in_tokenizer(500)))
+    assert rows == (256_000 if vocab_size == 257_152 else prompt_vocab_size(stand_in_tokenizer(600)))
     assert prompt_tokenizer(tokenizer).get_vocab_size() == rows
     ids = tokenizer.encode("Task: touch the red cube").ids
-    assert ids == stand_in_tokenizer(500).encode("Task: touch the red cube").ids and max(ids) < rows
+    assert ids == stand_in_tokenizer(600).encode("Task: touch the red cube").ids and max(ids) < rows
 
 
 def test_too_few_tokens_are_refused(

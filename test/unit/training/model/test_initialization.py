@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from support.vocabularies import LOCATIONS, demo_tokenizer
 from torch import Tensor
 
 from training.model.gemma import GemmaConfig
@@ -12,7 +13,6 @@ from training.model.siglip import VisionConfig
 from training.model.vla import VLA, VLAConfig
 from training.tokens.fast import FastTokenizer
 from training.tokens.prompt import STATE_BINS, fast_id, loc_id, token_id
-from training.tokens.words import LOCATIONS, build_tokenizer
 
 SIZES = GemmaConfig(width=32, depth=2, mlp=32, heads=2, kv_heads=1, head_dim=16)
 VISION = VisionConfig(image_size=48, patch_size=12, width=32, depth=1, heads=2, mlp=32, stem="conv")
@@ -29,7 +29,7 @@ def made() -> tuple[VLA, dict[str, Tensor], dict[str, Tensor], FastTokenizer]:
     rng = np.random.default_rng(0)
     chunks = np.cumsum(rng.normal(0, 0.1, (200, 8, 3)), axis=1)
     fast = FastTokenizer.fit(chunks, vocab_size=256)
-    tokenizer = build_tokenizer(256)
+    tokenizer = demo_tokenizer(256)
     torch.manual_seed(0)
     vla = VLA(VLAConfig(VISION, SIZES, SIZES, tokenizer.get_vocab_size(), action_dim=3, horizon=8))
     blocks = {
