@@ -15,12 +15,12 @@ SIDE = 8
 
 
 def make_robot(
-    name: str, joints: int, *, cameras: Sequence[str] = ("top",), relative: bool = True, **more: Any
+    name: str, joints: int, *, cameras: Sequence[str] = ("top",), relative: bool = True, reach: float = 2.0, **more: Any
 ) -> Robot:
-    """An arm with so many joints, from -2 to 2 rad each."""
+    """An arm with so many joints, from -reach to reach (rad) each."""
     state = [{"name": f"{name}_{j}", "kind": "joint_position", "unit": "rad"} for j in range(joints)]
     actions = [
-        {**dimension, "lower": -2.0, "upper": 2.0, "max_velocity": 2.0, "relative": relative, "output": "arm"}
+        {**dimension, "lower": -reach, "upper": reach, "max_velocity": reach, "relative": relative, "output": "arm"}
         for dimension in state
     ]
     fields: dict[str, Any] = {

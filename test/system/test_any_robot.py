@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from support.recipes import SIZES
 from support.samples import make_robot
 
 from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.replay.__main__ import main as replay_main
 from training.config import TrainingConfig
+from training.convert.__main__ import main as convert_main
 from training.data.lerobot import ACTION, STATE
 from training.export.__main__ import main as export_main
 from training.run import Run
@@ -29,12 +32,13 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A robot file and a dataset for each arm: different joints, cameras and tasks."""
     folder = tmp_path_factory.mktemp("arms")
     for name, fields in ARMS.items():
-        robot = make_robot(name, fields["joints"], cameras=fields["cameras"], relative=fields["relative"])
+        cameras, relative = fields["cameras"], fields["relative"]
+        robot = make_robot(name, fields["joints"], cameras=cameras, relative=relative, reach=20.0)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(robot.model_dump(mode="json", exclude_none=True)))
         names = [dimension.name for dimension in robot.state]
         columns = [Column(key, names, len(names)) for key in (STATE, ACTION)]
-        cameras = [Camera(f"observation.images.{camera}", "png") for camera in fields["cameras"]]
-        shape = Shape("v3.0", columns, cameras, lengths=dict.fromkeys(range(6), 7), tasks=(f"move the {name}",))
+        views = [Camera(f"observation.images.{camera}", "png") for camera in cameras]
+        shape = Shape("v3.0", columns, views, lengths=dict.fromkeys(range(6), 7), tasks=(f"move the {name}",))
         build(folder / name, shape)
     return folder
 
@@ -76,6 +80,15 @@ def test_a_dataset_of_another_robot_ends_in_its_bundle(arms: Path, tmp_path: Pat
     assert manifest.axis_names == tuple(f"lifter_{j}" for j in range(3))
     assert manifest.pad_to == (None if len(names) == 1 else 5)
     assert {"flow_error", "flow_error.lifter_0", "fast_clamped"} <= manifest.provenance.figures.keys()
+    # Its dataset as a bag, replayed with the bundle.
+    own = ["--robot", str(arms / "lifter.yaml")]
+    assert convert_main(["to-bag", str(arms / "lifter"), "--out", str(tmp_path / "bag"), *own]) == 0
+    assert (
+        replay_main([str(tmp_path / "bag"), "--bundle", str(tmp_path / "bundle"), "--out", str(tmp_path / "replay")])
+        == 0
+    )
+    ticks = json.loads((tmp_path / "replay" / "metrics.json").read_text())["ticks"]
+    assert ticks["count"] > 20 and ticks["held"] < ticks["count"] / 2
     # The statistics are those of its own data alone, whatever else it was trained with.
     alone = run if len(names) == 1 else Run(configure(arms, tmp_path / "other", entry(arms, "lifter")))
     assert run.data.embodiment.space == alone.data.embodiment.space
