@@ -246,6 +246,7 @@ class TrainingConfig(Frozen):
     )
     seed: int = 0
     out: Path
+    keep: Positive = Field(default=2, description="how many of the run's last checkpoints stay")
     threads: Positive = 1
     workers: int = Field(default=0, ge=0, description="processes that read and decode the next steps' samples")
     cache_gb: Annotated[float, Field(ge=0.0)] = Field(

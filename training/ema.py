@@ -9,9 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ki_vla_ros.errors import ConfigurationError
-from training.parallel import like
-
 
 def local(tensor: Tensor) -> Tensor:
     """This process's shard."""
@@ -33,16 +30,6 @@ class MovingAverage:
         pairs = [(local(self.averages[name]), local(p)) for name, p in self.parameters.items()]
         averages, weights = ([pair[i] for pair in pairs] for i in (0, 1))
         torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
-
-    def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Go on from whole tensors; ConfigurationError unless they are of the same parameters."""
-        if differing := sorted(self.averages.keys() ^ averages.keys()):
-            raise ConfigurationError(
-                f"resume: ema: expected the averages of the {len(self.averages)} parameters that the stages train, got "
-                f"{len(averages)}, which differ in {', '.join(differing[:5])}; keep ema and what is trained as the run "
-                "began"
-            )
-        self.averages = {name: like(averages[name], p.detach()).float() for name, p in self.parameters.items()}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ki_vla_ros.errors import ConfigurationError
 from training.config import Part, StageConfig
 from training.losses import TrainingHeads
 from training.model import VLA
-from training.parallel import like
+from training.weights import PieceReader
 
 Parameters = Mapping[str, nn.Parameter]
 PARTS: dict[Part, tuple[str, ...]] = {
@@ -165,31 +165,35 @@ def by_placement(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]
     return [group for group in groups if group]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`load_state_dict` of whole tensors; moments are sharded like their parameter.
-
-    Learning rates, betas and weight decay are those of the configuration: only the moments come from `state`.
-    """
-    ours, theirs = optimizer.param_groups, state["param_groups"]
-    sizes = [[len(group["params"]) for group in groups] for groups in (ours, theirs)]
-    names = [[group.get("param_names") for group in groups] for groups in (ours, theirs)]
-    # State from before version 0.3 has no names.
-    if sizes[0] != sizes[1] or (None not in names[1] and names[0] != names[1]):
-        one, two = ({name for group in groups for name in group or ()} for groups in names)
-        differing = sorted(one ^ two) if None not in names[1] else []
-        raise ConfigurationError(
-            f"resume: expected optimizer state of parameter groups {sizes[0]}, got {sizes[1]}"
-            + (f", which differ in {', '.join(differing[:5])}" if differing else "")
-            + "; within a stage, keep the settings that it began with (parallel.shard, train, freeze, learning_rates, "
-            "weight_decay)"
-        )
-    parameters = [parameter for group in ours for parameter in group["params"]]
-    moments = {
-        index: {key: like(v, parameters[index]) if torch.is_tensor(v) and v.ndim else v for key, v in moment.items()}
-        for index, moment in state["state"].items()
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, Tensor]:
+    """The optimizer's state, `optimizer.KIND.PARAMETER`; none of a parameter that never had a gradient."""
+    return {
+        f"optimizer.{kind}.{name}": value
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
     }
-    groups = [
-        {**their, **{key: value for key, value in our.items() if key != "params"}}
-        for our, their in zip(ours, theirs, strict=True)
-    ]
-    optimizer.load_state_dict({**state, "param_groups": groups, "state": moments})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Parameters, saved: PieceReader) -> None:
+    """Load the state that `optimizer_tensors` gave, laid out like the parameters of now.
+
+    torch's `set_optimizer_state_dict` is not it: it gives a state to each parameter first, by a step without gradients.
+    Learning rates, betas and weight decay are those of the configuration.
+    """
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for full, shape in saved.shapes.items():
+        if not full.startswith("optimizer."):
+            continue
+        _, kind, name = full.split(".", 2)
+        if name not in states:
+            raise ConfigurationError(
+                f"resume {saved.folder}: expected optimizer state of the parameters that the stage trains, got some of "
+                f"{name}; within a stage, keep what it began to train (train, freeze)"
+            )
+        dtype = saved.dtype(full)
+        states[name][kind] = torch.empty_like(parameters[name], dtype=dtype) if shape else torch.empty((), dtype=dtype)
+    saved.load({f"optimizer.{kind}.{name}": x for name, state in states.items() for kind, x in state.items()})
+    names = {parameter: name for name, parameter in parameters.items()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    loaded = {index: states[name] for index, name in enumerate(order) if states[name]}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": loaded})

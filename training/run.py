@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,7 +26,7 @@ from training.model import VLA, VLAConfig, order_embeddings
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
 from training.sources import Sources
-from training.weights import save_checkpoint
+from training.weights import RunState, save_checkpoint
 
 
 class Run:
@@ -40,8 +42,21 @@ class Run:
         self.build_model()
         losses = BatchLosses(self.model, self.heads, config)
         self.trainer = train.Trainer(
-            config, self.model, self.heads, self.data.training, losses, self.figures, self.rank, self.base
+            config, self.model, self.heads, self.data.training, losses, self.figures, self.rank, self.made_of()
         )
+
+    def made_of(self) -> dict[str, Any]:
+        """What a checkpoint must be of, beside the configuration: its files' content, and what was fitted on data."""
+        data = self.data
+        return {
+            "robots": {robot.name: robot.model_dump(mode="json") for robot in data.robots.values()},
+            "normalisation": {
+                found.robot.name: {name: value for name, value in vars(found.space).items() if name != "robot"}
+                for found in data.embodiments.values()
+            },
+            "tokenizer": hashlib.sha256(data.tokenizer.to_str().encode()).hexdigest(),
+            "base": self.base,
+        }
 
     def build_model(self) -> None:
         config, data = self.config, self.data
@@ -92,7 +107,7 @@ class Run:
         with self.trainer.precision():
             return measure(self.model, self.data, self.trainer.losses, self.heads)
 
-    def save_policy(self, folder: Path, progress: train.RunPosition) -> None:
+    def save_policy(self, folder: Path, progress: RunState) -> None:
         """Write what `training.export` turns into a bundle, with the model's figures on held-out data."""
         config, data = self.config, self.data
         with self.trainer.averaged():

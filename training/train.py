@@ -5,8 +5,8 @@
 Knowledge insulation (arXiv 2505.23705): the backbone learns from cross-entropies only (answers, FAST action tokens),
 the action expert learns flow matching and reads the backbone's keys and values through a stop-gradient. So the expert
 never affects the backbone, and the same code can train both at once, or one after the other at less cost, as the
-configuration says. A run that stops resumes at its last checkpoint; what it draws depends only on seed, stage, step and
-process.
+configuration says. A run that stops resumes at its last checkpoint, to the same losses bit by bit: what a step draws
+depends only on seed, stage, step and process.
 
 Nothing is built here: `training.run` makes data, robots and model from the configuration.
 """
@@ -16,9 +16,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,30 +40,26 @@ from training.optimizer import (
     clip_gradients,
     load_optimizer,
     make_optimizer,
+    optimizer_tensors,
     part_norms,
     peaks,
     select_parameters,
     set_learning_rates,
 )
-from training.parallel import average_gradients, free_gathered, gather, load_whole
-from training.weights import load_resume, newest_checkpoint, read_config, read_weights, save_run
+from training.parallel import average_gradients, free_gathered, from_first, gather
+from training.storage import alone
+from training.weights import PieceReader, RunState, check_same, newest_checkpoint, open_run, save_run
 
-
-@dataclass(frozen=True)
-class RunPosition:
-    """Where a run stands: the next step of a stage; `optimizer` is its state there, None when a stage begins.
-
-    `minutes` is the time that each stage has taken so far, including the runs that were resumed.
-    """
-
-    stage: int = 0
-    step: int = 0
-    optimizer: dict[str, Any] | None = None
-    minutes: dict[str, float] = field(default_factory=dict)
+# What may be changed in the middle of a run, beside where data are, and a stage's steps and rates.
+FREE = {"name", "out", "keep", "threads", "workers", "cache_gb", "parallel", "held_out", "flow_steps", "environment"}
+LEARNT_FROM = {"name", "losses", "train", "freeze", "sources", "insulate", "noise_samples"}
 
 
 class Trainer:
-    """Trains a model by its stages; `figures` measures it for their gates (if sharded, in all processes)."""
+    """Trains a model by its stages; `figures` measures it for their gates (if sharded, in all processes).
+
+    `made_of` says, by name, what a checkpoint must be of to be resumed, beside the configuration.
+    """
 
     def __init__(
         self,
@@ -74,41 +70,56 @@ class Trainer:
         losses: BatchLosses,
         figures: Callable[[], dict[str, float]],
         rank: int = 0,
-        base: str | None = None,
+        made_of: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.model, self.heads = config, model, heads
         self.sources, self.losses, self.figures, self.rank = sources, losses, figures, rank
         every = {name: p for stage in config.stages for name, p in self.choose(stage).items()}
-        self.trained, self.base = frozenset(every), base
+        self.trained, self.made_of = frozenset(every), made_of or {}
         self.average = None if config.ema is None else MovingAverage(every, config.ema)
         # A sharded model's forward pass takes all processes.
         self.measures = rank == 0 or config.parallel.shard
 
-    def run(self) -> RunPosition:
+    def run(self) -> RunState:
         """Run all stages, from the last checkpoint if there is one."""
         for stage in self.config.stages:
             self.check_sources(stage)
             peaks(self.choose(stage), stage)
-        progress = self.load()
-        with open_log(self.config.out / "tensorboard" / f"rank{self.rank}") as board:
-            for index, stage in enumerate(self.config.stages[progress.stage :], start=progress.stage):
-                progress = self.run_stage(index, stage, progress, board)
-                if self.measures:
-                    self.check_gates(stage, board)
-                self.save(progress)  # only now: a run that missed its gate must meet it again when it is resumed
+        out = self.config.out
+        out.mkdir(parents=True, exist_ok=True)
+        with alone(out, out) if self.rank == 0 else nullcontext():
+            progress, saved = self.load()
+            log = open_log(out / "tensorboard" / f"rank{self.rank}", self.count_steps(progress) if saved else None)
+            with log as board:
+                for index, stage in enumerate(self.config.stages[progress.stage :], start=progress.stage):
+                    progress = self.run_stage(index, stage, progress, board, saved if progress.step else None)
+                    if self.measures:
+                        self.check_gates(index, stage, board)
+                    # Only now: a run that missed its gate must meet it again when it is resumed.
+                    self.save(progress, board)
         return progress
 
-    def run_stage(self, index: int, stage: StageConfig, progress: RunPosition, board: SummaryWriter) -> RunPosition:
-        """Take gradient steps from `progress.step` to the stage's last; returns the beginning of the next stage."""
+    def count_steps(self, at: RunState) -> int:
+        """All steps before this one: TensorBoard's steps, which a resumed run continues."""
+        return sum(stage.steps for stage in self.config.stages[: at.stage]) + at.step
+
+    def run_stage(
+        self, index: int, stage: StageConfig, progress: RunState, board: SummaryWriter, saved: PieceReader | None = None
+    ) -> RunState:
+        """Take gradient steps from `progress.step` to the stage's last; returns the beginning of the next stage.
+
+        `saved` is the checkpoint with the optimizer's state, of a stage that is resumed.
+        """
         began_s, before = time.monotonic(), progress.minutes
 
-        def minutes() -> dict[str, float]:
-            return before | {stage.name: before.get(stage.name, 0.0) + (time.monotonic() - began_s) / 60}
+        def at(index: int, step: int = 0) -> RunState:
+            minutes = before.get(stage.name, 0.0) + (time.monotonic() - began_s) / 60
+            return RunState(stage=index, step=step, minutes=before | {stage.name: minutes})
 
         parameters = self.choose(stage)
         optimizer = make_optimizer(parameters, stage)
-        if progress.optimizer is not None:
-            load_optimizer(optimizer, progress.optimizer)
+        if saved is not None:
+            load_optimizer(optimizer, parameters, saved)
         steps = range(progress.step, stage.steps)
         bar = tqdm(
             steps, initial=progress.step, total=stage.steps, desc=stage.name, mininterval=5, disable=self.rank > 0
@@ -131,10 +142,10 @@ class Trainer:
             if step % 20 == 0:
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
                 for name, value in values.items():
-                    board.add_scalar(f"{stage.name}/{name}", value, step)
+                    board.add_scalar(f"{stage.name}/{name}", value, self.count_steps(at(index, step)))
             if (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
-                self.save(RunPosition(index, step + 1, optimizer.state_dict(), minutes()))
-        return RunPosition(index + 1, minutes=minutes())
+                self.save(at(index, step + 1), board, optimizer_tensors(optimizer, parameters))
+        return at(index + 1)
 
     def choose(self, stage: StageConfig) -> Parameters:
         """The parameters that the stage trains, by name; gradients are computed for these alone."""
@@ -188,7 +199,7 @@ class Trainer:
                 f"only {', '.join(stage.sources)}"
             )
 
-    def check_gates(self, stage: StageConfig, board: SummaryWriter) -> None:
+    def check_gates(self, index: int, stage: StageConfig, board: SummaryWriter) -> None:
         """ConfigurationError if a figure misses its gate, so that no later stage builds on sand."""
         if not stage.gates:
             return
@@ -197,7 +208,7 @@ class Trainer:
         if self.rank == 0:
             print(f"{stage.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
         for name, value in figures.items():
-            board.add_scalar(f"figures/{name}", value, stage.steps)
+            board.add_scalar(f"figures/{name}", value, self.count_steps(RunState(stage=index + 1)) - 1)
         missed = {name: least for name, least in stage.gates.items() if figures[name] < least}
         free_gathered(self.model)
         if missed:
@@ -206,14 +217,54 @@ class Trainer:
                 "train longer (steps), or look at the losses in TensorBoard"
             )
 
-    def save(self, progress: RunPosition) -> None:
-        """Write a checkpoint in the first process; the others hold the same weights, or a shard each."""
-        weights = self.whole_weights(self.trained if self.config.lora else None)
-        heads = {} if self.heads is None else self.heads.state_dict()
-        average = {} if self.average is None else {"ema": gather(self.average.averages, keep=self.rank == 0)}
-        resume = gather(vars(progress), keep=self.rank == 0) | {"heads": heads} | average | self.lora_facts()
-        if self.rank == 0:
-            save_run(self.config.out, self.model, resume, weights)
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint keeps beside the optimizer's state, `STATE.NAME`, as it is: sharded, or whole."""
+        free_gathered(self.model)
+        weights = self.model.state_dict()
+        if self.config.lora is not None:  # the others are where the run began
+            weights = {name: tensor for name, tensor in weights.items() if name in self.trained}
+        states = {
+            "model": weights,
+            "heads": {} if self.heads is None else self.heads.state_dict(),
+            "ema": {} if self.average is None else self.average.averages,
+        }
+        return {f"{state}.{name}": tensor for state, given in states.items() for name, tensor in given.items()}
+
+    def save(self, progress: RunState, board: SummaryWriter, optimizer: Mapping[str, Tensor] | None = None) -> None:
+        """Write a checkpoint; every process must call this, and writes its share."""
+        board.flush()  # a resumed run writes the steps after this one again, and none before it
+        state = progress.model_copy(update={"made_of": self.identity(progress)})
+        save_run(
+            self.config.out, state, {**self.tensors(), **(optimizer or {})}, self.config.keep, first=self.rank == 0
+        )
+
+    def load(self) -> tuple[RunState, PieceReader | None]:
+        """Load an earlier run's weights from the same folder; returns its state, and its checkpoint if there is one.
+
+        ConfigurationError if it is of another model, robot or recipe.
+        """
+        folder = from_first(lambda: newest_checkpoint(self.config.out))
+        if folder is None:
+            return RunState(), None
+        state, saved = open_run(folder)
+        ours = self.tensors()
+        theirs = {name: list(shape) for name, shape in saved.shapes.items() if not name.startswith("optimizer.")}
+        shapes = {name: list(tensor.shape) for name, tensor in ours.items()}
+        check_same(folder, self.identity(state) | shapes, state.made_of | theirs)
+        saved.load(ours)
+        return state, saved
+
+    def identity(self, at: RunState) -> dict[str, Any]:
+        """What a run must go on with from here, by dotted name."""
+        robots: Any = {"__all__": {"__all__": {"robot"}}}  # by their content: a file may have moved
+        excluded: Any = {name: True for name in (*FREE, "robot", "stages")} | {"sources": robots}
+        recipe = self.config.model_dump(exclude=excluded, exclude_none=True)
+        stages = {
+            str(index): stage.model_dump(include=LEARNT_FROM if index == at.stage else {"name"})
+            for index, stage in enumerate(self.config.stages)
+            if index < at.stage or (index == at.stage and at.step > 0)
+        }
+        return flatten(recipe | {"stages": stages, "model": asdict(self.model.config), **self.made_of})
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -223,58 +274,29 @@ class Trainer:
             yield
             free_gathered(self.model)
 
-    def whole_weights(self, names: Set[str] | None = None) -> dict[str, Tensor]:
-        """The model's whole weights, all or those with these names, in the first process only; all must call this."""
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The model's whole weights, in the first process only; every process must call this."""
         free_gathered(self.model)
-        ours = {name: w for name, w in self.model.state_dict().items() if names is None or name in names}
-        whole: dict[str, Tensor] = gather(ours, keep=self.rank == 0)
+        whole: dict[str, Tensor] = gather(self.model.state_dict(), keep=self.rank == 0)
         return whole
 
-    def lora_facts(self) -> dict[str, Any]:
-        """What checkpoints that hold only adapters say about where they belong."""
-        lora = self.config.lora
-        return {} if lora is None else {"lora": lora.model_dump(mode="json"), "base": self.base}
 
-    def load(self) -> RunPosition:
-        """Load an earlier run's weights from the same folder; returns its progress, or the beginning if none.
-
-        ConfigurationError if they are of another model, or one run has hints and the other has none.
-        """
-        folder = newest_checkpoint(self.config.out)
-        if folder is None:
-            return RunPosition()
-        state, found = load_resume(folder), read_config(folder)
-        heads, average = state.pop("heads"), state.pop("ema", None)
-        ours = {} if self.heads is None else self.heads.state_dict()
-        shapes = [{f"heads.{name}": tuple(x.shape) for name, x in given.items()} for given in (ours, heads)]
-        facts = {name: state.pop(name) for name in ("lora", "base") if name in state}
-        expected, got = vars(self.model.config) | shapes[0] | self.lora_facts(), vars(found) | shapes[1] | facts
-        for name in expected | got:
-            if expected.get(name) != got.get(name):
-                raise ConfigurationError(
-                    f"resume {folder}: {name}: expected {expected.get(name, 'none')}, as this configuration says, got "
-                    f"{got.get(name, 'none')}; keep the model, the robot, the hints and the weights (start) that the "
-                    "run began with, or name another folder under out"
-                )
-        ours_now = self.model.state_dict()
-        saved = {n: tuple(w.shape) for n, w in ours_now.items() if self.config.lora is None or n in self.trained}
-        load_whole(self.model, read_weights(folder, saved))
-        if self.heads is not None:
-            self.heads.load_state_dict(heads)
-        if (average is None) != (self.average is None):
-            raise ConfigurationError(
-                f"resume {folder}: ema: expected {'none' if self.average is None else 'averages of the weights'}, as "
-                f"this configuration says, got {'none' if average is None else 'some'}; keep ema as the run began"
-            )
-        if self.average is not None and average is not None:
-            self.average.load(average)
-        return RunPosition(**state)
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested values by dotted name; of a path, only what it is called."""
+    if isinstance(value, Mapping):
+        inner: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, (list, tuple)):
+        inner = enumerate(value)
+    else:
+        return {name: value.name if isinstance(value, Path) else value}
+    return {key: x for k, v in inner for key, x in flatten(v, f"{name}.{k}" if name else str(k)).items()}
 
 
 @contextmanager
-def open_log(folder: Path) -> Iterator[SummaryWriter]:
+def open_log(folder: Path, resumed_at: int | None) -> Iterator[SummaryWriter]:
     """TensorBoard's writer; ConfigurationError if the log cannot be written.
 
+    Steps from `resumed_at` on that an earlier run logged do not count.
     The file is written by a thread, which would print a traceback; its error comes up in whichever call is next.
     """
     failed: list[BaseException] = []
@@ -288,7 +310,7 @@ def open_log(folder: Path) -> Iterator[SummaryWriter]:
 
     threading.excepthook = note
     try:
-        with SummaryWriter(str(folder)) as board:
+        with SummaryWriter(str(folder), purge_step=resumed_at) as board:
             yield board
     except OSError as error:
         if not failed:

@@ -20,7 +20,6 @@ import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from support.bundles import write_test_bundle
 from support.sample_bags import record as mcap_record
 from support.sample_bags import recording, sized, write_bag, write_mcap
@@ -46,8 +45,8 @@ from training.data.lerobot.layout import fill_path, read_info
 from training.storage import whole_folder
 from training.tokens.fast import read_processor
 from training.tokens.paligemma import merges
-from training.weights import find_weights, load_resume, read_ranges
-from training.weights.checkpoints import newest_checkpoint, read_config
+from training.weights import find_weights, newest_checkpoint, read_ranges
+from training.weights.checkpoints import read_config
 
 
 @pytest.fixture(scope="module")
@@ -609,24 +608,6 @@ def test_a_datasets_path_is_no_program(pattern: str) -> None:
     assert fill_path("data/chunk-{chunk_index:03d}/{chunk_index}", chunk_index=3) == "data/chunk-003/3"
 
 
-def deflated_state(path: Path) -> None:
-    """As torch.save writes it, then compressed; the pickle inside goes on for 1 MB."""
-    torch.save({"step": 3}, path)
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content + bytes(1 << 20) if name.endswith("data.pkl") else content)
-
-
-def test_a_training_state_that_is_a_bomb(tmp_path: Path) -> None:
-    """torch unpacks it without a word."""
-    deflated_state(tmp_path / "resume.pt")
-    assert torch.load(tmp_path / "resume.pt", weights_only=True) == {"step": 3}
-    with pytest.raises(ConfigurationError, match=r"resume\.pt: expected the state of a run, without code"):
-        load_resume(tmp_path)
-
-
 @pytest.mark.parametrize("kind", ["link", "file"])
 def test_a_checkpoint_that_is_no_folder_of_the_run(tmp_path: Path, kind: str) -> None:
     (tmp_path / "checkpoint-000001").mkdir()
@@ -690,12 +671,6 @@ def test_a_fast_configuration_of_numbers_that_cannot_be(tmp_path: Path, key: str
     (tmp_path / "processor_config.json").write_text(f"{{{text}}}")
     with pytest.raises(ConfigurationError, match=rf"processor_config\.json: {key}: expected a (whole )?number from"):
         read_processor(tmp_path / "processor_config.json")
-
-
-def test_a_training_state_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "resume.pt").write_bytes(b"PK\3\4 no archive")
-    with pytest.raises(ConfigurationError, match=r"resume\.pt: expected the state of a run, without code"):
-        load_resume(tmp_path)
 
 
 def test_a_table_of_one_text_in_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,12 +47,14 @@ from training.export.formats import save_program
 from training.model import paligemma_3b
 from training.tokens import read_tokenizer
 from training.weights import (
+    RunState,
     check_published,
     find_weights,
     load_checkpoint,
-    load_resume,
+    open_run,
     read_ranges,
     save_checkpoint,
+    save_run,
 )
 from training.weights.checkpoints import read_policy
 from training.weights.files import INDEX
@@ -302,10 +304,13 @@ def _training_kinds(folder: Path) -> dict[str, Kind]:
 
     checkpoint = write_checkpoint(folder / "checkpoint", "text")
     model, resumed = load_checkpoint(checkpoint), folder / "resumed"
-    save_checkpoint(resumed, model, resume={"step": 1, "state": torch.zeros(3), "names": ["a"]})
+    save_checkpoint(resumed, model)
     kinds["checkpoint config"] = Kind(resumed, "config.json", load_checkpoint, (damage_json,))
     kinds["checkpoint weights"] = Kind(resumed, "weights.safetensors", load_checkpoint)
-    kinds["checkpoint resume"] = Kind(resumed, "resume.pt", load_resume, (damage_zip,))
+    save_run(folder / "run", RunState(step=1, made_of={"a": 1}), {"model.a": torch.zeros(3)}, keep=1)
+    saved = folder / "run" / "checkpoint-000001"
+    kinds["run state"] = Kind(saved, "state.json", open_run, (damage_json,))
+    kinds["run pieces"] = Kind(saved, "part-00001-of-00001.safetensors", open_run)
     kinds["policy"] = Kind(checkpoint, "policy.json", lambda at: read_policy(at / "policy.json"), (damage_json,))
 
     shards = folder / "shards"

@@ -30,18 +30,15 @@ from support.checkpoints import small_policy
 from support.models import make_model
 from support.vocabularies import demo_tokenizer
 from training import storage
-from training.config import DataConfig
 from training.data.batch import ChunkTiming
 from training.data.simulated import generate
+from training.data.simulated.settings import DataConfig
 from training.weights.checkpoints import (
     POLICY,
     WEIGHTS,
-    load_resume,
-    newest_checkpoint,
-    read_config,
     save_checkpoint,
-    save_run,
 )
+from training.weights.runs import RunState, newest_checkpoint, open_run, save_run
 
 Save = Callable[[int], object]
 Read = Callable[[], "int | None"]
@@ -57,16 +54,18 @@ def run_checkpoint(folder: Path) -> tuple[Save, Read]:
     def save(version: int) -> None:
         with torch.no_grad():
             bias.fill_(version)
-        save_run(folder, model, {"step": version, "moments": bias.detach().clone()})
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        save_run(folder, RunState(step=version), tensors | {"optimizer.exp_avg.bias": bias.detach().clone()}, keep=2)
 
     def read() -> int | None:
         place = newest_checkpoint(folder)
         if place is None:
             return None
-        state, found = load_resume(place), load_file(place / WEIGHTS)["action_out.bias"]
-        read_config(place)
-        assert (found == state["step"]).all() and (state["moments"] == state["step"]).all()
-        return int(state["step"])
+        state, saved = open_run(place)
+        found = {name: torch.empty_like(bias) for name in ("model.action_out.bias", "optimizer.exp_avg.bias")}
+        saved.load(found)
+        assert all((tensor == state.step).all() for tensor in found.values())
+        return state.step
 
     return save, read
 
@@ -144,16 +143,25 @@ def data(folder: Path) -> tuple[Save, Read]:
     return save, read
 
 
-def die_at(operation: int) -> None:
-    """SIGKILL before the n-th operation of this process that changes a folder or opens a file to write."""
+def on_operation(do: Callable[[int], object], among: str = "") -> None:
+    """Calls `do` with n before the n-th operation of this process that changes a folder or opens a file to write.
+
+    So does one that opens what is not whole yet, to bring it to the disk. `among`: what the path must have in it.
+    """
     numbers = count(1)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (opened or event in WRITES) and next(numbers) == operation:
-            os.kill(os.getpid(), signal.SIGKILL)
+        opened = event == "open" and isinstance(arguments[2], int)
+        writes = opened and (arguments[2] & (os.O_WRONLY | os.O_RDWR) or ".part" in str(arguments[0]))
+        if (writes or event in WRITES) and among in str(arguments[0]):
+            do(next(numbers))
 
     sys.addaudithook(hook)
+
+
+def die_at(operation: int, among: str = "") -> None:
+    """SIGKILL before the n-th operation of `on_operation`."""
+    on_operation(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == operation else None, among)
 
 
 def die_within(seconds: float) -> None:

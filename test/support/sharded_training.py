@@ -126,7 +126,7 @@ def check_resuming(settings: dict[str, Any], out: Path) -> None:
     except KeyboardInterrupt:
         dist.barrier()
     resumed = Run(config)
-    assert resumed.trainer.load().step == 2
+    assert resumed.trainer.load()[0].step == 2
     resumed.run()
     assert resumed.trainer.average is not None
     assert sum(isinstance(average, DTensor) for average in resumed.trainer.average.averages.values()) > 0

@@ -32,7 +32,7 @@ from training.losses.tokens import next_token_hidden
 from training.optimizer import select_parameters
 from training.run import Run
 from training.run import main as train_main
-from training.weights.checkpoints import load_resume, newest_checkpoint
+from training.weights.runs import newest_checkpoint, read_state
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_interrupted_run_resumes_to_the_same_weights(
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     resumed = Run(config)
-    progress = resumed.trainer.load()
+    progress, _ = resumed.trainer.load()
     assert (progress.stage, progress.step) == (0, 2)
     resumed.run()
     assert same(weights(whole), weights(resumed))
@@ -175,7 +175,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit, fault in (
         (60, "tensorboard/rank0: expected to write the log, got"),
-        (1000, "checkpoint-000003/weights.safetensors: expected to write it whole, got"),
+        (1000, "checkpoint-000003/part-00001-of-00001.safetensors: expected to write it whole, got"),
     ):
         capsys.readouterr()
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -187,8 +187,11 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
             line for line in capsys.readouterr().err.splitlines() if not line.startswith("\r") and "it/s" not in line
         ]
         assert len([line for line in said if line.strip()]) == 1 and fault in said[-1], said
-        assert load_resume(newest_checkpoint(tmp_path / "run") or tmp_path)["step"] == 0
-        assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-000002"]
+        assert read_state(newest_checkpoint(tmp_path / "run") or tmp_path).step == 0
+        assert [path.name for path in sorted((tmp_path / "run").glob("*checkpoint*"))] == [
+            "checkpoint-000001",
+            "checkpoint-000002",
+        ]
 
 
 def test_a_run_of_another_model_or_without_its_hints_is_not_resumed(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -197,11 +200,11 @@ def test_a_run_of_another_model_or_without_its_hints_is_not_resumed(settings: di
     for changes, fault in (
         (
             {"hints": None},
-            r"resume .*checkpoint-000001: heads\.cells\.weight: expected none, as this configuration says",
+            r"resume .*checkpoint-000001: hints\.readout_frequencies: expected none, as this configuration says",
         ),
         (
             {"model": settings["model"] | {"state_token": False}},
-            r"checkpoint-000001: state_dim: expected None, .* got 7",
+            r"checkpoint-000001: model.state_dim: expected None, .* got 7",
         ),
     ):
         with pytest.raises(ConfigurationError, match=fault):
@@ -213,7 +216,7 @@ def test_missed_gate_stops_the_run_and_names_the_figure(settings: dict[str, Any]
     with pytest.raises(ConfigurationError, match=r"stage expert: expected \{'flow_follow': 1.01\}, got"):
         Run(configure(settings, out=tmp_path, stages=[stage])).run()
     assert not (tmp_path / "policy").exists()
-    assert Run(configure(settings, out=tmp_path, stages=[stage])).trainer.load().stage == 0, "the gate comes again"
+    assert Run(configure(settings, out=tmp_path, stages=[stage])).trainer.load()[0].stage == 0, "the gate comes again"
 
 
 def test_figures_of_a_perfect_prediction_are_perfect(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,17 @@
 """Several processes: averaged gradients, and FSDP2."""
 
-from training.parallel.group import average_gradients, choose_device, join_group, wait_for_all
-from training.parallel.sharding import checkpoint_activations, free_gathered, gather, layers, like, load_whole, shard
+from training.parallel.group import average_gradients, choose_device, from_first, join_group, wait_for_all
+from training.parallel.sharding import checkpoint_activations, free_gathered, gather, layers, shard
 
 __all__ = [
     "average_gradients",
     "checkpoint_activations",
     "choose_device",
     "free_gathered",
+    "from_first",
     "gather",
     "join_group",
     "layers",
-    "like",
-    "load_whole",
     "shard",
     "wait_for_all",
 ]

@@ -7,8 +7,9 @@ single process needs none of this.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ki_vla_ros.errors import ConfigurationError
+
+T = TypeVar("T")
 
 
 def choose_device(kind: str) -> torch.device:
@@ -51,6 +54,23 @@ def join_group(alone: bool = True, device: str = "cpu") -> tuple[int, int]:
 def wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process, in all of them; so is its ConfigurationError."""
+    if not dist.is_initialized():
+        return work()
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [work()]
+        except ConfigurationError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], ConfigurationError):
+        raise answer[0]
+    found: T = answer[0]
+    return found
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from training.config import ParallelConfig
@@ -99,17 +99,3 @@ def gather(value: Any, keep: bool) -> Any:
     if isinstance(value, Mapping):
         return {key: gather(item, keep) for key, item in value.items()}
     return value
-
-
-def like(whole: Tensor, place: Tensor) -> Tensor:
-    """`whole` laid out like `place`: this process's shard of it if `place` is a DTensor."""
-    if not isinstance(place, DTensor):
-        return whole
-    return distribute_tensor(whole.to(place.device), place.device_mesh, place.placements, src_data_rank=None)
-
-
-def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load whole tensors into a model that may be sharded; weights that are not given stay as they are."""
-    free_gathered(model)
-    ours = model.state_dict()
-    model.load_state_dict(ours | {name: like(tensor, ours[name]) for name, tensor in weights.items()})

@@ -3,25 +3,21 @@
 from training.weights.checkpoints import (
     CONFIG,
     POLICY,
-    RESUME,
     WEIGHTS,
     assemble,
     empty_model,
     load_checkpoint,
-    load_resume,
-    newest_checkpoint,
-    read_config,
     read_policy,
     read_sizes,
-    read_weights,
     save_checkpoint,
-    save_run,
     shapes,
 )
 from training.weights.files import find_weights
 from training.weights.foreign import Kind, import_weights, their_name
 from training.weights.lora import ADAPTER
+from training.weights.pieces import PieceReader
 from training.weights.published import check_published, sizes_beside
+from training.weights.runs import RunState, check_same, newest_checkpoint, open_run, save_run
 from training.weights.start import Start, open_start
 from training.weights.statistics import FIELDS, Method, read_ranges, to_robot
 
@@ -30,25 +26,25 @@ __all__ = [
     "CONFIG",
     "FIELDS",
     "POLICY",
-    "RESUME",
     "WEIGHTS",
     "Kind",
     "Method",
+    "PieceReader",
+    "RunState",
     "Start",
     "assemble",
     "check_published",
+    "check_same",
     "empty_model",
     "find_weights",
     "import_weights",
     "load_checkpoint",
-    "load_resume",
     "newest_checkpoint",
+    "open_run",
     "open_start",
-    "read_config",
     "read_policy",
     "read_ranges",
     "read_sizes",
-    "read_weights",
     "save_checkpoint",
     "save_run",
     "shapes",

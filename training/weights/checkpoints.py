@@ -1,22 +1,16 @@
-"""Our own weights on disk: checkpoints, and training state to resume from; foreign.py reads other formats.
+"""A finished policy on disk: weights, sizes, tokenizer and policy.json; foreign.py reads other formats.
 
-A folder appears whole or not at all (training/storage.py). A run's checkpoints are numbered folders, of which the
-newest counts; its weights and its training state carry the same identity.
-
-Nothing here executes code from a file: weights are safetensors, configs JSON, and optimizer state is loaded with
-`weights_only=True`.
+A folder appears whole or not at all (training/storage.py). What a run resumes from is in runs.py.
+Nothing here executes code from a file: weights are safetensors, the others JSON.
 """
 
 import json
-import os
-import re
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from pydantic import ValidationError
@@ -26,34 +20,30 @@ from torch import Tensor
 
 from ki_vla_ros.bundle import TOKENIZER, PolicySpec
 from ki_vla_ros.errors import ConfigurationError, describe_validation, short_repr
-from ki_vla_ros.files import open_stored, read_json
+from ki_vla_ros.files import read_json
 from training.model import VLA, Conditioning, GemmaConfig, VisionConfig, VLAConfig
 from training.storage import whole_folder, writing
-from training.weights.files import WeightFiles, check_fit, open_safetensors
+from training.weights.files import WeightFiles, check_fit
 
 DEEPEST, LARGEST_SIZE = 200, 1 << 20
-WEIGHTS, CONFIG, RESUME = "weights.safetensors", "config.json", "resume.pt"
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 POLICY = "policy.json"  # a `PolicySpec`, beside the weights of a finished policy
-NAMES = (WEIGHTS, CONFIG, RESUME, POLICY, TOKENIZER)
-IDENTITY = "identity"  # the same random text in weights and training state that were saved together
-NUMBERED = "checkpoint-{:06d}"
+NAMES = (WEIGHTS, CONFIG, POLICY, TOKENIZER)
 
 
 def save_checkpoint(
     folder: Path,
     model: VLA,
-    resume: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     tokenizer: Tokenizer | None = None,
     policy: PolicySpec | None = None,
 ) -> None:
-    """Write weights and config; what is needed to resume (tensors, numbers, strings, lists and dicts only); a policy.
+    """Write weights and config, and what makes them a policy.
 
     `weights` are the whole weights of a sharded model. An earlier checkpoint in the folder is replaced in one step;
     files of other names in it are kept. ConfigurationError if the disk is full; the earlier one is then still there.
     """
     weights = model.state_dict() if weights is None else weights
-    identity = {} if resume is None else {IDENTITY: secrets.token_hex(16)}
     with whole_folder(folder) as part:
         if folder.is_dir():
             top = str(folder)
@@ -61,61 +51,15 @@ def save_checkpoint(
                 folder, part, dirs_exist_ok=True, ignore=lambda path, _: NAMES if path == top else (), symlinks=True
             )
         with writing(folder / WEIGHTS):
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part / WEIGHTS, identity or None)
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part / WEIGHTS)
         with writing(folder / CONFIG):
             (part / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n")
-        if resume is not None:
-            with writing(folder / RESUME):
-                torch.save({**resume, **identity}, part / RESUME)
         if tokenizer is not None:
             with writing(folder / TOKENIZER):
                 tokenizer.save(str(part / TOKENIZER), pretty=False)
         if policy is not None:
             with writing(folder / POLICY):
                 (part / POLICY).write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def save_run(out: Path, model: VLA, resume: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
-    """Save a run's next checkpoint; the earlier ones go when it is on the disk, those in version 0.2's form too."""
-    earlier = numbered(out)
-    save_checkpoint(out / NUMBERED.format(max(earlier, default=0) + 1), model, resume, weights)
-    for folder in earlier.values():
-        shutil.rmtree(folder)
-    for name in (RESUME, WEIGHTS, CONFIG):
-        for path in (out / name, out / f"{name}.part"):
-            path.unlink(missing_ok=True)
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The folder that a run resumes from: its newest checkpoint, or `out` itself in version 0.2's form; None if none.
-
-    ConfigurationError if version 0.2 was killed while it replaced one file after the other.
-    """
-    if found := numbered(out):
-        return found[max(found)]
-    resume, weights = out / RESUME, out / f"{WEIGHTS}.part"
-    if not resume.exists():
-        return None
-    if weights.exists() and weights.stat().st_mtime_ns <= resume.stat().st_mtime_ns:
-        raise ConfigurationError(
-            f"checkpoint {out}: expected {WEIGHTS} and {RESUME} of one step, got the weights of an earlier one: an "
-            f"earlier version was killed while it saved; rename {weights.name} to {WEIGHTS}, and the run goes on"
-        )
-    return out
-
-
-def numbered(out: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their number; ConfigurationError if one is no folder of this run's own."""
-    found = ((re.fullmatch(r"checkpoint-([0-9]{1,12})", path.name), path) for path in out.glob("checkpoint-*"))
-    checkpoints = {int(match[1]): path for match, path in found if match is not None}
-    for path in checkpoints.values():
-        if path.is_symlink() or not path.is_dir():
-            got = f"a link to {os.readlink(path)}" if path.is_symlink() else "a file"
-            raise ConfigurationError(
-                f"{path}: expected a checkpoint's folder, got {got}; a run replaces its checkpoints: move it away, or "
-                "copy what it points to into its place"
-            )
-    return checkpoints
 
 
 def read_config(folder: Path) -> VLAConfig:
@@ -202,26 +146,3 @@ def read_policy(path: Path) -> PolicySpec:
         raise ConfigurationError(f"{path}: {describe_validation(error)}") from error
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path}: expected the policy's description as JSON, got none ({error})") from error
-
-
-def load_resume(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given to resume from; ConfigurationError unless the weights were saved with it."""
-    path = folder / RESUME
-    if not path.is_file():
-        raise ConfigurationError(f"checkpoint {folder}: expected {RESUME} to resume from, found none; start again")
-    try:
-        with open_stored(path):  # torch also unpacks what was compressed, whatever its size
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        identity = state.pop(IDENTITY, None)
-    except Exception as error:  # torch raises what pickles and zip files raise
-        raise ConfigurationError(
-            f"{path}: expected the state of a run, without code, got {path.stat().st_size} bytes that are cut off or "
-            "something else; resume from another checkpoint, or start again"
-        ) from error
-    theirs = (open_safetensors(folder / WEIGHTS).metadata() or {}).get(IDENTITY)
-    if identity != theirs:
-        raise ConfigurationError(
-            f"checkpoint {folder}: expected {WEIGHTS} and {RESUME} that were saved together, got identities "
-            f"{theirs or 'none'} and {identity or 'none'}; take both files from one checkpoint"
-        )
-    return state

@@ -22,21 +22,24 @@ from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.errors import ConfigurationError
 from training import storage
 from training.export.__main__ import main as export_main
-from training.weights.checkpoints import load_checkpoint, load_resume, newest_checkpoint, save_checkpoint, save_run
+from training.weights.checkpoints import save_checkpoint
+from training.weights.runs import RunState, newest_checkpoint, open_run, save_run
 
 
-@pytest.mark.parametrize(("size", "name"), [(1000, "weights.safetensors"), (500_000, "resume.pt")])
+@pytest.mark.parametrize(("size", "name"), [(5_000, "part-00001-of-00001.safetensors"), (20_000, "state.json")])
 def test_a_runs_checkpoint(tmp_path: Path, size: int, name: str) -> None:
-    model = make_model()
-    save_run(tmp_path, model, {"step": 1})
+    tensors = {"model.weight": torch.arange(2_000.0)}
+    save_run(tmp_path, RunState(step=1), tensors, keep=1)
     with (
         largest_file(size),
-        pytest.raises(ConfigurationError, match=f"{name}: expected to write it whole, got .*room"),
+        pytest.raises(ConfigurationError, match=f"checkpoint-000002/{name}: expected to write it whole, got .*room"),
     ):
-        save_run(tmp_path, model, {"step": 2, "moments": torch.zeros(1_000_000)})
+        save_run(tmp_path, RunState(step=2, made_of={"robot": "x" * 30_000}), tensors, keep=1)
     place = newest_checkpoint(tmp_path)
-    assert place is not None and load_resume(place) == {"step": 1}
-    load_checkpoint(place)
+    assert place is not None
+    state, saved = open_run(place)
+    saved.load({"model.weight": (found := torch.empty(2_000))})
+    assert state.step == 1 and torch.equal(found, tensors["model.weight"])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
 
 
