@@ -33,7 +33,7 @@ from training.config import ParallelConfig, StageConfig
 from training.data import Batch
 from training.parallel import join_group, shard
 
-SAVING = "checkpoint-"
+SAVING = ".checkpoint-"
 Losses = dict[str, dict[str, str]]
 """By step and process, each loss in hexadecimal."""
 

@@ -37,7 +37,7 @@ class RandomSamples:
             action_BHA=torch.from_numpy(
                 rng.standard_normal((count, self.config.horizon, self.config.action_dim)).astype(np.float32)
             ),
-            state_BJ=None
+            state_BS=None
             if state_dim is None
             else torch.from_numpy(rng.standard_normal((count, state_dim)).astype(np.float32)),
         )

@@ -84,5 +84,5 @@ def test_a_run_goes_on_with_its_average_only(tmp_path: Path) -> None:
         toy_trainer(tmp_path / "with").load()
     with pytest.raises(ConfigurationError, match=r"ema: expected 0\.9, .* got none"):
         toy_trainer(tmp_path / "without", ema=DECAY).load()
-    with pytest.raises(ConfigurationError, match=r"ema\.action_in\.weight: expected none, .* got \[\d+, \d+\]"):
+    with pytest.raises(ConfigurationError, match=r"ema\.action_in\.bias: expected none, .* got \[\d+\]"):
         toy_trainer(tmp_path / "with", toy_stage(train=["backbone"], losses={"fast": 1.0}), ema=DECAY).load()

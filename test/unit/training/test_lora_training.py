@@ -40,7 +40,7 @@ def trainer(out: Path, seed: int = 0, **changes: Any) -> Trainer:
     add_lora(model, BOTH, seed)
     stage = toy_stage(train=["backbone", "expert"], **changes)
     made = toy_trainer(out, stage, model=model, lora=BOTH)
-    made.base = fingerprint(model)
+    made.made_of = {"base": fingerprint(model)}
     return made
 
 
@@ -135,7 +135,8 @@ def test_bfloat16_products_leave_factors_and_moments_in_float32(tmp_path: Path) 
     for made in (exact, rounded):
         made.model.load_state_dict(adapted().state_dict())
         chosen = made.choose(made.config.stages[0])
-        made.accumulate_gradients(made.config.stages[0], np.random.default_rng(0))
+        given = made.config.stages[0]
+        made.accumulate_gradients(given, made.draw(0, given, 0), np.random.default_rng(0))
         found = [p.grad for name, p in chosen.items() if ".lora_" in name and p.grad is not None]
         assert found and {g.dtype for g in found} == {torch.float32}
         gradients.append(torch.cat([g.flatten() for g in found]))
