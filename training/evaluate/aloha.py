@@ -1,4 +1,4 @@
-"""ALOHA as an environment: two arms hand over a cube, in the physics of ki_vla_ros/sim/aloha.
+"""ALOHA as an environment: two arms hand over a cube, or put a peg into a socket, as ki_vla_ros/sim/aloha has them.
 
 The starts are those of gym-aloha and ACT (arXiv 2304.13705), and so are the rewards: 4 is success. An action is where
 the joints are to be one period later, as for the node's controllers: the command goes there in a straight line.
@@ -8,8 +8,9 @@ Legend: S state, D actions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import cv2
 import numpy as np
@@ -18,9 +19,36 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.sim import TIMESTEP_S
-from ki_vla_ros.sim.aloha import CAMERAS, HOME_J, INSTRUCTION, AlohaWorld, Demonstration, Demonstrator, sample_scene
+from ki_vla_ros.sim.aloha import (
+    CAMERAS,
+    HOME_J,
+    INSERTION,
+    INSTRUCTION,
+    AlohaWorld,
+    Demonstration,
+    Demonstrator,
+    Inserter,
+    InsertionWorld,
+    Planner,
+    TwoArms,
+    sample_insertion,
+    sample_scene,
+)
 
-TASKS: Final = ("transfer_cube",)
+
+@dataclass(frozen=True)
+class _Task:
+    instruction: str
+    time_limit_s: float
+    world: Callable[..., TwoArms[Any]]
+    planner: Callable[[], Planner[Any]]
+    sample: Callable[[int], Any]
+
+
+TASKS: Final[Mapping[str, _Task]] = {
+    "transfer_cube": _Task(INSTRUCTION, 8.0, AlohaWorld, Demonstrator, sample_scene),
+    "insertion": _Task(INSERTION, 10.0, InsertionWorld, Inserter, sample_insertion),
+}
 SUCCESS: Final = 4
 # Drawn at least as large as the node does, so that smaller images are averaged as the robot's own are.
 LEAST_DRAWN: Final = 320
@@ -41,20 +69,20 @@ class Aloha:
         if not 16 <= image_size <= LARGEST:
             raise ConfigurationError(f"ALOHA: image_size: expected 16 to {LARGEST} pixels, got {image_size}")
         self.robot = read_robot(find_robot("aloha"))
-        self.instruction = INSTRUCTION
-        self.time_limit_s = 8.0
+        self._task = TASKS[task]
+        self.instruction, self.time_limit_s = self._task.instruction, self._task.time_limit_s
         self._cameras = tuple(cameras)
         self._size = image_size, image_size * 3 // 4
         drawn = max(image_size, LEAST_DRAWN)
-        self._world = AlohaWorld(drawn, drawn * 3 // 4, render=bool(cameras))
-        self._demonstrator = Demonstrator()
+        self._world = self._task.world(drawn, drawn * 3 // 4, render=bool(cameras))
+        self._planner = self._task.planner()
         self._plan: Demonstration | None = None
 
     def close(self) -> None:
         self._world.close()
 
     def reset(self, seed: int) -> None:
-        self._world.reset(sample_scene(seed))
+        self._world.reset(self._task.sample(seed))
         self._command_D = HOME_J
         self._plan = None
 
@@ -80,5 +108,5 @@ class Aloha:
     def demonstrate(self) -> NDArray[np.float64]:
         """Where the plan of this start is one period later: a disturbed arm comes back to it."""
         if self._plan is None:
-            self._plan = self._demonstrator.plan(self._world.scene)
+            self._plan = self._planner.plan(self._world.scene)
         return self._plan.sample(self._world.time_s + self.robot.action_period_s)

@@ -1,6 +1,7 @@
-"""ALOHA in simulation: two arms that hand over a cube, on the model of the package gym-aloha."""
+"""ALOHA in simulation: two arms that hand over a cube or insert a peg, on the model of the package gym-aloha."""
 
-from ki_vla_ros.sim.aloha.demonstrator import PERIOD_S, Demonstration, Demonstrator
+from ki_vla_ros.sim.aloha.demonstrator import PERIOD_S, Demonstration, Demonstrator, Planner
+from ki_vla_ros.sim.aloha.insertion import INSERTION, Inserter, InsertionScene, InsertionWorld, sample_insertion
 from ki_vla_ros.sim.aloha.world import (
     CAMERAS,
     HOME_J,
@@ -9,6 +10,7 @@ from ki_vla_ros.sim.aloha.world import (
     TIME_LIMIT_S,
     AlohaWorld,
     Scene,
+    TwoArms,
     find_model,
     sample_scene,
 )
@@ -16,6 +18,7 @@ from ki_vla_ros.sim.aloha.world import (
 __all__ = [
     "CAMERAS",
     "HOME_J",
+    "INSERTION",
     "INSTRUCTION",
     "JOINTS",
     "PERIOD_S",
@@ -23,7 +26,13 @@ __all__ = [
     "AlohaWorld",
     "Demonstration",
     "Demonstrator",
+    "Inserter",
+    "InsertionScene",
+    "InsertionWorld",
+    "Planner",
     "Scene",
+    "TwoArms",
     "find_model",
+    "sample_insertion",
     "sample_scene",
 ]

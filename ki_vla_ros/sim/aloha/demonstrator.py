@@ -9,9 +9,10 @@ Legend: A joints of one arm without its gripper (six), J all joints, N instants.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Generic
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +27,7 @@ from ki_vla_ros.sim.aloha.world import (
     JOINTS,
     OPEN_M,
     SIDES,
+    AnyScene,
     Scene,
     load_model,
     model_joint,
@@ -147,16 +149,21 @@ class Demonstration:
         return position_J
 
 
-class Demonstrator:
-    """Plans hand-overs of a cube that lies where a scene has it, from HOME_J."""
+class Planner(ABC, Generic[AnyScene]):
+    """Plans what both arms do in a scene, from HOME_J."""
 
     def __init__(self) -> None:
         model = load_model(1, 1)
         self._arms = {side: ArmKinematics(model, side) for side in SIDES}
 
-    def plan(self, scene: Scene) -> Demonstration:
-        """SimulationError if a waypoint is out of reach: no cube of `sample_scene` is."""
-        waypoints = {"left": self._take(), "right": self._pick_and_offer(scene)}
+    @abstractmethod
+    def paths(self, scene: AnyScene) -> dict[str, list[Waypoint]]:
+        """By side; each begins at home."""
+        ...
+
+    def plan(self, scene: AnyScene) -> Demonstration:
+        """SimulationError if a waypoint is out of reach: none is, where a scene was sampled."""
+        waypoints = self.paths(scene)
         count = round(max(path[-1].at_s for path in waypoints.values()) / PERIOD_S)
         position_NJ = np.empty((count, len(JOINTS)))
         for side, path in waypoints.items():
@@ -176,18 +183,28 @@ class Demonstrator:
             rows.append([*position_A, min(max(waypoint.gripper_m, CLOSED_M), OPEN_M)])  # not a rounding error beyond
         return np.array(rows)
 
-    def _home(self, side: str) -> Waypoint:
+    def home(self, side: str) -> Waypoint:
         tip, axes = self._arms[side].pose(np.array(HOME_ARM))
         return Waypoint(0.0, tip, float(np.arcsin(-axes[2, 0])), 0.0, float(HOME_J[len(ARM_JOINTS)]))
+
+    def aligned(self, side: str, place: Array) -> float:
+        """The roll with which fingers that point down at a place close along the model's y."""
+        return _remainder(self._arms[side].heading(place) - (np.pi if side == "right" else 0.0))
+
+
+class Demonstrator(Planner[Scene]):
+    """Plans hand-overs of a cube that lies where a scene has it."""
+
+    def paths(self, scene: Scene) -> dict[str, list[Waypoint]]:
+        return {"left": self._take(), "right": self._pick_and_offer(scene)}
 
     def _pick_and_offer(self, scene: Scene) -> list[Waypoint]:
         cube = np.array([scene.x, scene.y, CUBE_HALF_M])
         above, grasp = cube + np.array([[0.0, 0.0, _ABOVE_M], [0.0, 0.0, _GRASP_M]])
-        # Turned so that the fingers close along the model's y, onto two faces of the cube.
-        aligned = _remainder(self._arms["right"].heading(cube) - np.pi)
+        aligned = self.aligned("right", cube)  # onto two faces of the cube
         away = _MEETING + np.array([_APART_M, 0.0, 0.0])
         return [
-            self._home("right"),
+            self.home("right"),
             Waypoint(1.4, above, _DOWN, aligned, OPEN_M),
             Waypoint(2.2, grasp, _DOWN, aligned, OPEN_M),
             Waypoint(2.6, grasp, _DOWN, aligned, CLOSED_M),
@@ -199,7 +216,7 @@ class Demonstrator:
         ]
 
     def _take(self) -> list[Waypoint]:
-        home = self._home("left")
+        home = self.home("left")
         waiting = _MEETING - np.array([_APART_M, 0.0, 0.0])
         across = np.pi / 2  # the right fingers hold two sides of the cube, the left ones take top and bottom
         return [

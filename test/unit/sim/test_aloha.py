@@ -13,6 +13,16 @@ from support.aloha import needs_aloha
 
 from ki_vla_ros.errors import SimulationError
 from ki_vla_ros.sim.aloha.demonstrator import PERIOD_S, ArmKinematics, Demonstrator, Waypoint
+from ki_vla_ros.sim.aloha.insertion import (
+    PEG_X_M,
+    SOCKET_X_M,
+    Y_M,
+    Inserter,
+    InsertionScene,
+    InsertionWorld,
+    Mating,
+    sample_insertion,
+)
 from ki_vla_ros.sim.aloha.world import (
     ARM_JOINTS,
     CAMERAS,
@@ -258,3 +268,52 @@ def test_a_demonstration_begins_at_home_and_is_sampled_on_straight_lines(demonst
     np.testing.assert_allclose(demonstration.sample(1.5 * PERIOD_S), (first + second) / 2.0)
     np.testing.assert_allclose(demonstration.sample(100.0), demonstration.position_NJ[-1])
     assert model_joint("left_gripper") == "vx300s_left/left_finger"
+
+
+# --- peg and socket
+
+
+def test_peg_and_socket_lie_where_gym_aloha_draws_them() -> None:
+    """The numbers of `gym_aloha.utils.sample_insertion_pose(0)`."""
+    scene = sample_insertion(0)
+    assert scene.peg == pytest.approx((0.1548813503927325, 0.5430378732744838), abs=1e-15)
+    assert scene.socket == pytest.approx((-0.1455116817003103, 0.4847309598677809), abs=1e-15)
+    with pytest.raises(SimulationError, match=r"scene_seed: expected 0 to 4294967295, got -1"):
+        sample_insertion(-1)
+
+
+@pytest.mark.parametrize(
+    ("mating", "reward", "done"),
+    [
+        (Mating(), 0, False),
+        (Mating(peg_held=True), 0, False),
+        (Mating(peg_held=True, socket_held=True, on_table=True), 1, False),
+        (Mating(peg_held=True, socket_held=True), 2, False),
+        (Mating(each_other=True, on_table=True), 0, False),
+        (Mating(each_other=True), 3, False),
+        (Mating(each_other=True, pin=True), 4, True),
+        (Mating(each_other=True, pin=True, on_table=True), 4, False),
+    ],
+)
+def test_rewards_of_an_insertion_are_those_of_gym_aloha(mating: Mating, reward: int, done: bool) -> None:
+    assert (mating.reward, mating.done) == (reward, done)
+
+
+@needs_aloha
+def test_the_peg_goes_into_the_socket_from_the_corners() -> None:
+    world, planner = InsertionWorld(render=False), Inserter()
+    for scene in (
+        InsertionScene(0, (PEG_X_M[0], Y_M[0]), (SOCKET_X_M[0], Y_M[1])),
+        InsertionScene(0, (PEG_X_M[1], Y_M[1]), (SOCKET_X_M[1], Y_M[0])),
+    ):
+        world.reset(scene)
+        seen = []
+        plan = planner.plan(scene)
+        for position_J in plan.position_NJ:
+            for _ in range(round(PERIOD_S / TIMESTEP_S)):
+                world.step(position_J)
+            seen.append(world.judge.verdict.reward)
+        assert world.judge.verdict.success and {0, 1, 2, 4} <= set(seen), seen
+        assert 5.0 < seen.index(4) * PERIOD_S < 7.0
+        turning = [joint for joint, name in enumerate(JOINTS) if "gripper" not in name]
+        assert np.abs(np.diff(plan.position_NJ[:, turning], axis=0)).max() < FASTEST * PERIOD_S
