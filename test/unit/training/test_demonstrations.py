@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.aloha import needs_aloha
 from support.slider import TARGET, Slider
 
 from ki_vla_ros.errors import ConfigurationError, SimulationError
@@ -93,13 +92,12 @@ def test_impossible_options_are_refused(
     assert fault in capsys.readouterr().err
 
 
-@needs_aloha
 @pytest.mark.slow
 def test_two_workers_write_what_one_writes(tmp_path: Path) -> None:
-    recipe = Recipe(image_size=64, cameras=("top",), noise=0.003, linger_s=0.0)
+    recipe = Recipe(image_size=32, cameras=("scene",), noise=0.003, linger_s=0.0)
     written = []
     for workers in (1, 2):
-        write_demonstrations(["aloha/transfer_cube"], [3, 4], recipe, tmp_path / "d", workers)
+        write_demonstrations(["arm"], [3, 4], recipe, tmp_path / "d", workers)
         paths = sorted(path for path in (tmp_path / "d").rglob("*") if path.is_file())
         written.append({path.relative_to(tmp_path): path.read_bytes() for path in paths})
         (tmp_path / "d").rename(tmp_path / f"d{workers}")
