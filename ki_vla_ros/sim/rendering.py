@@ -1,11 +1,13 @@
 """Off-screen images of the simulated robot, on EGL or OSMesa.
 
 MuJoCo binds a GL library on import, according to MUJOCO_GL, and its failures there name no remedy. So it is imported
-here without GL, which physics does not need, and a context is made for the first world with images.
+here without GL, which physics does not need, and a context is made for the first world with images. Other users of
+MuJoCo in this process find it as they would have imported it: it binds its library when they first ask for a context.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.errors import SimulationError
 
+_first = "mujoco" not in sys.modules
 _requested = os.environ.get("MUJOCO_GL")
 os.environ["MUJOCO_GL"] = "disable"
 try:
@@ -29,6 +32,30 @@ finally:
         del os.environ["MUJOCO_GL"]
     else:
         os.environ["MUJOCO_GL"] = _requested
+
+
+def _bind_late(name: str) -> Any:
+    """`GLContext` of MuJoCo's modules that have none yet: that of the library that MUJOCO_GL names now."""
+    if name != "GLContext":
+        raise AttributeError(f"module 'mujoco' has no attribute {name!r}")
+    modules = _modules_with_context()
+    for module in modules:
+        vars(module).pop("__getattr__", None)
+    chosen = importlib.reload(modules[-1]).GLContext
+    for module in modules:
+        vars(module)["GLContext"] = chosen
+    return chosen
+
+
+def _modules_with_context() -> list[Any]:
+    """The one that chooses comes last; from MuJoCo 4 on it is one of a package."""
+    names = ("mujoco", "mujoco.gl_context", "mujoco.rendering.classic.gl_context")
+    return [sys.modules[name] for name in names if name in sys.modules]
+
+
+if _first:
+    for _module in _modules_with_context():
+        vars(_module)["__getattr__"] = _bind_late
 
 _APT = {
     "egl": "apt-get install -y libegl1 libgl1-mesa-dri libopengl0",

@@ -156,6 +156,17 @@ def test_heavy_packages_stay_where_they_are_needed(packages: tuple[str, ...], fi
     assert broken == []
 
 
+def test_the_trainers_simulators_stay_in_environments() -> None:
+    """MuJoCo chooses how it draws when it is imported, so a trainer of recordings must not load it."""
+    broken = [
+        place(path, line)
+        for path in TRAINER.values()
+        for target, line in imported(path)
+        if target.split(".")[0] in ("mujoco", "metaworld") and path.parent != ROOT / "training/evaluate"
+    ]
+    assert broken == []
+
+
 def test_other_packages_see_the_face() -> None:
     """`from ki_vla_ros.bundle import Manifest`, not from the file that has it."""
     broken = []
