@@ -20,7 +20,7 @@ export PYTHON
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo aloha test test-fast lint paths train export evaluate clean
+.PHONY: help demo aloha metaworld test test-fast lint paths train export evaluate clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -30,6 +30,9 @@ demo: $(VENV)/robot ## a simulated arm follows instructions over ROS 2; results 
 
 aloha: $(VENV)/developer ## two other arms: demonstrated, recorded, converted, replayed, moved by the node; results in out/aloha
 	$(VENV)/bin/python scripts/aloha $(ARGS)
+
+metaworld: .venv-metaworld/metaworld ## MetaWorld's fifty tasks, in an environment of its own (.venv-metaworld), and their tests
+	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-metaworld/bin/python -m pytest -p pytest_timeout $(or $(ARGS),test/unit/training/evaluate/test_metaworld.py test/system/test_what_imports_cost.py)
 
 test: lint ## every test, with coverage (ARGS="test/bad/test_bundles.py" for some, JOBS=2 workers)
 	$(RUN) coverage erase
@@ -67,3 +70,7 @@ $(VENV)/robot: scripts/environment $(REQUIREMENTS)
 $(VENV)/developer: scripts/environment $(REQUIREMENTS)
 	scripts/environment $(VENV) developer
 	@touch $(VENV)/robot $@
+
+.venv-metaworld/metaworld: scripts/environment $(REQUIREMENTS)
+	scripts/environment .venv-metaworld metaworld
+	@touch $@
