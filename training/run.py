@@ -129,7 +129,7 @@ class Run:
             max_prefix_delay=config.max_prefix_delay,
             pad_to=data.pad_to,
             provenance=Provenance(
-                recipe="knowledge insulation",
+                recipe=describe_recipe(config),
                 seed=config.seed,
                 commit=commit(),
                 data_fingerprint=data.fingerprint(),
@@ -141,6 +141,13 @@ class Run:
             save_adapter(adapter, weights, self.trainer.trained, config.lora, self.model.config)
             weights = merge(weights, config.lora)
         save_checkpoint(folder, self.model, weights=weights, tokenizer=data.tokenizer, policy=spec)
+
+
+def describe_recipe(config: TrainingConfig) -> str:
+    """In words, for the model card."""
+    with_flow = [stage for stage in config.stages if "flow" in stage.losses]
+    insulated = all(stage.insulate for stage in with_flow)
+    return "knowledge insulation" if insulated else "flow matching end to end, without insulation"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import PromptSpec
 from ki_vla_ros.errors import ConfigurationError, InputError
@@ -183,12 +184,7 @@ class Sources:
             chunks.append(whole_chunks(spaces[name], numbers, FIT_CHUNKS // len(data), config.seed))
         if not spaces:
             raise ConfigurationError("sources: expected a LeRobot dataset of the robot, got vision-language data alone")
-        if config.fast_published is not None:
-            # Each robot's shape, as a published vocabulary may be made for chunks of one.
-            shapes = [chunk_NHD.shape[1:] for chunk_NHD in chunks]
-            fast, *_ = [FastTokenizer.load_published(config.fast_published, *shape) for shape in shapes]
-        else:
-            fast = fit_fast(chunks, vocabulary=config.fast_vocabulary, scale=config.fast_scale)
+        fast = make_fast(config, chunks)
         return {name: Embodiment(space, fast) for name, space in spaces.items()}
 
     def _texts(self) -> Iterator[str]:
@@ -197,7 +193,7 @@ class Sources:
         for *_, text in self._named_texts():
             yield text
 
-    def _named_texts(self) -> Iterator[tuple[str, Samples, str]]:
+    def _named_texts(self) -> Iterator[tuple[str, Any, str]]:
         every = [(name, entry, s) for name, opened in self._opened.items() for entry, *both in opened for s in both]
         every += [(name, entry, s) for name, kept in self._kept.items() for entry, s in kept]
         for name, entry, samples in every:
@@ -205,20 +201,26 @@ class Sources:
                 continue
             for text in samples.texts():
                 if isinstance(entry, LeRobotEntry):
-                    text = clean_instruction(text, self.config.prompt.style)
+                    try:
+                        text = clean_instruction(text, self.config.prompt.style)
+                    except InputError as error:
+                        raise ConfigurationError(
+                            f"source {name}, {samples.name}: task {text!r}: {error}; give it words in the dataset's "
+                            "meta/tasks, or leave its episodes out (episodes)"
+                        ) from error
                 yield name, samples, text
 
     def _check_texts(self) -> None:
         """ConfigurationError for a task that is no instruction, is too long for a prompt, or has unknown words."""
-        robots, seen = set(self.robot_sources), set()
-        widest = np.full(self.state_dim, 1.0)
+        robots, seen = set(self.robot_sources), set[str]()
         for name, samples, text in self._named_texts():
-            if (name in robots, text) in seen:
+            if name in robots and text in seen:
                 continue
-            seen.add((name in robots, text))
+            seen.update([text] if name in robots else [])
             try:
                 if name in robots:
-                    tokenize(self.tokenizer, self.maker.render(text, widest), self.form.prompt.length)
+                    highest_S = np.ones(len(samples.robot.state))  # bins of as many digits as any
+                    tokenize(self.tokenizer, self.maker.render(text, highest_S), self.form.prompt.length)
                 else:
                     tokenize(self.tokenizer, localise(self.tokenizer, text), self.form.longest_text)
             except InputError as error:
@@ -245,6 +247,7 @@ class Sources:
             prompt=PromptSpec(template=self._template(), length=config.prompt.length, style=config.prompt.style),
             state_in_prompt=config.model.state_in_prompt,
             longest_text=config.prompt.longest_text,
+            separator="\n" if config.vocabulary.kind == "paligemma" else "",
             asking=tuple(act_query_ids(self.tokenizer)[: hints.readout_frequencies] if hints else ()),
             readouts=hints.readout_frequencies if hints else 0,
             augmentation=config.augmentation,
@@ -265,3 +268,13 @@ class Sources:
             return Mixture(parts, lambda _, samples, rng: self.maker.of_language(samples, rng))
         embodiments = [self._embodiment(entry) for entry, _ in entries]
         return Mixture(parts, lambda n, samples, rng: self.maker.of_robots([embodiments[i] for i in n], samples, rng))
+
+
+def make_fast(config: TrainingConfig, chunks: Sequence[NDArray[np.float64]]) -> FastTokenizer:
+    """The published vocabulary that the configuration names, or one fitted on the chunks [N, H, D] of each robot."""
+    if config.fast_published is None:
+        return fit_fast(chunks, vocabulary=config.fast_vocabulary, scale=config.fast_scale)
+    # For each robot, as a published vocabulary may be made for chunks of one shape alone.
+    shapes = [chunk_NHD.shape[1:] for chunk_NHD in chunks]
+    fast, *_ = [FastTokenizer.load_published(config.fast_published, *shape) for shape in shapes]
+    return fast

@@ -348,3 +348,17 @@ def test_workers_read_the_videos_that_the_trainer_has_read(tmp_path: Path) -> No
     reader.start()
     reader.join(timeout=60.0)
     assert len(made) == 3 and all(np.array_equal(*pair) for pair in zip(made, expected, strict=True))
+
+
+def test_a_places_label_follows_the_padding_of_its_image(tmp_path: Path) -> None:
+    """An image of 48 x 64 begins at an eighth of its square, and ends at seven eighths."""
+    place = Column("hint.place", ["u", "v"], 2)
+    columns = [Column(STATE, None, 2), Column(ACTION, None, 2), place]
+    folder = build(tmp_path / "wide", Shape("v3.0", columns, [Camera("observation.images.top", "png")], lengths={0: 3}))
+    path = folder / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    at = table.column_names.index("hint.place")
+    pq.write_table(table.set_column(at, "hint.place", pa.array([[0.5, 0.0], [0.25, 0.5], [1.0, 2.0]])), path)
+    robot = make_robot("any", 2, action_period_s=0.1, horizon=2)
+    samples = LeRobotSamples(Dataset(folder), robot, image_size=32).take([0, 1, 2])
+    assert [sample.labels.place for sample in samples] == [(0.5, 0.125), (0.25, 0.5), (1.0, 1.625)]

@@ -22,13 +22,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from ki_vla_ros.errors import ConfigurationError
-from training.action_space import ActionSpace
 from training.config import TrainingConfig
 from training.model.gemma import GemmaConfig
 from training.model.initialization import order_embeddings
 from training.model.siglip import VisionConfig
 from training.model.vla import VLA, VLAConfig
-from training.run import make_fast
+from training.sources import make_fast
 from training.tokens.fast import PROCESSOR, VOCABULARY, FastDecodeError, FastTokenizer
 from training.tokens.prompt import fast_id
 
@@ -184,18 +183,15 @@ def test_coefficients_without_a_character_are_clamped_and_counted(tmp_path: Path
 
 
 def test_a_run_takes_the_vocabulary_that_its_configuration_names(published: Path, tmp_path: Path) -> None:
-    chunk_NHA = smooth_chunks(50).astype(np.float32)
-    episodes = {"chunk": chunk_NHA, "state": np.zeros((50, ACTION_DIM), np.float32)}
-    space = ActionSpace.fit(episodes["state"], chunk_NHA)
-    settings = tiny_run(tmp_path, steps=1)
-    fitted = make_fast(TrainingConfig.model_validate(settings), episodes, space)
-    named = make_fast(TrainingConfig.model_validate(settings | {"fast_published": str(published)}), episodes, space)
-    assert fitted.vocab_size == 512 and not fitted.byte_level
+    chunk_NHA, settings = smooth_chunks(50), tiny_run(tmp_path, steps=1)
+    fitted = make_fast(TrainingConfig.model_validate(settings), [chunk_NHA, chunk_NHA[..., :3]])
+    named = make_fast(TrainingConfig.model_validate(settings | {"fast_published": str(published)}), [chunk_NHA])
+    assert fitted.vocab_size == 512 and not fitted.byte_level and fitted.action_dim == ACTION_DIM
     assert named.bpe.get_vocab() == load(published).bpe.get_vocab() and named.lowest == load(published).lowest
     with pytest.raises(ConfigurationError, match=r"action_dim: expected 3, .*, got 4"):
         folder = publish(tmp_path / "other", smooth_chunks(30), action_dim=4)
-        fewer = {name: array[..., :3] for name, array in episodes.items()}
-        make_fast(TrainingConfig.model_validate(settings | {"fast_published": str(folder)}), fewer, space)
+        config = TrainingConfig.model_validate(settings | {"fast_published": str(folder)})
+        make_fast(config, [chunk_NHA, chunk_NHA[..., :3]])
 
 
 def test_training_from_scratch_orders_the_tokens_of_whole_coefficients(published: Path) -> None:

@@ -116,6 +116,8 @@ class BatchForm:
     prompt: PromptSpec
     state_in_prompt: bool = True
     longest_text: int = 256  # tokens of a question, and of its answer
+    separator: str = ""
+    """After a question, before its answer: a line break in PaliGemma's training."""
     asking: tuple[int, ...] = ()
     """Ids of the prompt tokens that hints are read from; none: the last token."""
     readouts: int = 0
@@ -177,7 +179,7 @@ class BatchMaker:
         looks = [[form.augmentation] * len(sample.images) for sample in samples]
         answers = [self._answer(sample) for sample in samples]
         postfix_BT, counts_BT = pad(answers)
-        prompts = [localise(self.tokenizer, sample.prefix) for sample in samples]
+        prompts = [localise(self.tokenizer, sample.prefix + form.separator) for sample in samples]
         has_text = bool(counts_BT.any())
         return Batch(
             *self._images([sample.images for sample in samples], looks, rng),

@@ -14,10 +14,13 @@ from training.action_space import Numbers
 from training.data.samples import RobotSamples
 
 MOST_FRAMES = 50_000  # more change quantiles by less than they differ between data sets
+MOST_NUMBERS = 20_000_000  # of all chunks: 160 MB
 
 
 def draw_numbers(data: Sequence[RobotSamples], seed: int, most: int = MOST_FRAMES) -> Numbers:
-    """About `most` frames of these data sets of one robot; memory does not grow with them."""
+    """About `most` frames, or fewer of long chunks, of these data sets of one robot; memory does not grow with them."""
+    robot = data[0].robot
+    most = min(most, MOST_NUMBERS // (robot.horizon * len(robot.actions)))
     share = min(1.0, most / max(1, sum(len(samples) for samples in data)))
     kept, ends = [], []
     for index, samples in enumerate(data):

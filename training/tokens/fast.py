@@ -70,8 +70,8 @@ class FastTokenizer:
     def fit(cls, *chunks_NHA: NDArray[np.floating], vocab_size: int, scale: float = 10.0) -> FastTokenizer:
         """Fit range and merges on normalised chunks; several arrays may have different shapes (`for_shape`).
 
-        Half of the vocabulary is kept for merges: coefficients beyond the range that the other half can express, which
-        only outliers have, are clamped (`count_clamped`).
+        Where outliers make the range larger than the vocabulary, half of it is kept for merges, and coefficients beyond
+        what the other half can express are clamped (`count_clamped`); ConfigurationError if those are too many.
         """
         if not sum(len(chunk_NHA) for chunk_NHA in chunks_NHA):
             raise ConfigurationError("FAST: expected chunks to fit the vocabulary on, got none")
@@ -79,10 +79,11 @@ class FastTokenizer:
             np.rint(scale * (cosine_basis(chunk_NHA.shape[1]) @ chunk_NHA.astype(np.float64))).astype(np.int64)
             for chunk_NHA in chunks_NHA
         ]
-        most = max(1, vocab_size // 2 - 1) // 2
-        lowest = max(-most, min(int(found.min()) for found in coefficients if found.size))
-        highest = min(most, max(int(found.max()) for found in coefficients if found.size))
-        lowest, highest = min(lowest, highest), max(lowest, highest)
+        lowest = min(int(found.min()) for found in coefficients if found.size)
+        highest = max(int(found.max()) for found in coefficients if found.size)
+        if highest - lowest + 1 > vocab_size:
+            most = max(1, vocab_size // 2 - 1) // 2
+            lowest, highest = -most, most
         beyond = sum(int(((found < lowest) | (found > highest)).sum()) for found in coefficients)
         every = sum(found.size for found in coefficients)
         if beyond > MOST_CLAMPED * every:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.policy import resize_with_pad
+from ki_vla_ros.policy import fit_square, resize_with_pad
 from ki_vla_ros.robot import Robot
 from training.data.cache import CACHE_BYTES, ImageCache
 from training.data.lerobot.dataset import Dataset
@@ -133,12 +133,22 @@ class LeRobotSamples:
         one = records[0]
         labels = Labels()
         if PLACE in one.dtype.names or CELLS in one.dtype.names:
-            place = tuple(one[PLACE].tolist()) if PLACE in one.dtype.names else (np.nan, np.nan)
+            place = self._in_square(*one[PLACE].tolist()) if PLACE in one.dtype.names else (np.nan, np.nan)
             cells = one[CELLS].astype(np.int64).reshape(len(self._keys), -1) if CELLS in one.dtype.names else None
             labels = Labels(None if np.isnan(place).any() else place, cells)
         return RobotSample(
             images, self.dataset.tasks[int(one["task"])], one["state"].copy(), chunk_FHD[0], known_FH[0], labels
         )
+
+    def _in_square(self, u: float, v: float) -> tuple[float, float]:
+        """Where a place of the last camera's image is in the square that it is padded to."""
+        key = next((key for key in reversed(self._keys) if key is not None), None)
+        if key is None:
+            return u, v
+        shape = self.dataset.info.features[key].shape  # [H, W, 3], or the channels first
+        height, width = shape[1:] if shape[0] == 3 else shape[:2]
+        top, left, new_height, new_width = fit_square(height, width, self.image_size)
+        return (left + u * new_width) / self.image_size, (top + v * new_height) / self.image_size
 
     def _chunks(
         self, e: int, at_F: NDArray[np.int64], first: int, records: NDArray[Any]
