@@ -263,7 +263,10 @@ class TrainingConfig(Frozen):
         default=0.05, description="of the episodes of a dataset without data under held_out: kept apart for figures"
     )
     normalization: Normalization = "quantile"
-    model: ModelConfig
+    # Both are left out with `start`, which fills them in before anything else reads them.
+    model: ModelConfig = Field(  # type: ignore[assignment]
+        default=None, description="sizes; left out: those of the checkpoint under start"
+    )
     vocabulary: VocabularyConfig = VocabularyConfig()
     fast_vocabulary: Positive = 512
     fast_scale: float = 10.0
@@ -272,7 +275,9 @@ class TrainingConfig(Frozen):
         description="folder with a published FAST vocabulary (tokenizer.json, processor_config.json), used in place of "
         "one with fast_vocabulary tokens fitted on the data",
     )
-    prompt: PromptConfig
+    prompt: PromptConfig = Field(  # type: ignore[assignment]
+        default=None, description="left out: that of the policy under start"
+    )
     augmentation: AugmentationConfig = AugmentationConfig()
     hints: HintsConfig | None = None
     flow_steps: Positive = Field(default=10, description="Euler steps that the model is measured with and runs with")
@@ -319,6 +324,13 @@ class TrainingConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _check_start(self) -> TrainingConfig:
+        for key in ("model", "prompt"):
+            if self.start is None and getattr(self, key) is None:
+                raise ValueError(f"{key}: expected it, or a checkpoint to start from (start), got neither")
+        return self
+
+    @model_validator(mode="after")
     def _check_hints(self) -> TrainingConfig:
         if self.hints is None:
             for stage in self.stages:
@@ -326,6 +338,8 @@ class TrainingConfig(Frozen):
                     raise ValueError(f"stage {stage.name}: expected hints for {', '.join(given)}, got none")
             return self
         # What the last layer's attention finds goes into no key or value, so the expert could not read it.
+        if self.model is None:
+            return self
         layer, last = self.hints.probe_layer, self.model.backbone.depth - 2
         if not 0 <= layer <= last:
             raise ValueError(f"hints.probe_layer: expected 0..{last}, before the last layer, got {layer}")

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ki_vla_ros.bundle import ImageSpec, Provenance
 from ki_vla_ros.console import ExitCode, run_command
 from training import train
-from training.config import TrainingConfig, load_config
+from training.config import StartConfig, TrainingConfig, load_config
 from training.evaluate import measure
 from training.lora import add_lora, fingerprint, merge, save_adapter
 from training.losses import BatchLosses, TrainingHeads
@@ -26,7 +26,7 @@ from training.model import VLA, VLAConfig, order_embeddings
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
 from training.sources import Sources
-from training.weights import RunState, save_checkpoint
+from training.weights import RunState, adopt, open_start, save_checkpoint
 
 
 class Run:
@@ -35,7 +35,7 @@ class Run:
     def __init__(self, config: TrainingConfig) -> None:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.config = config
+        self.config = config = adopt(config)
         self.device = choose_device(config.parallel.device)
         self.rank, self.processes = join_group(alone=not config.parallel.shard, device=config.parallel.device)
         self.data = Sources(config)
@@ -60,19 +60,22 @@ class Run:
 
     def build_model(self) -> None:
         config, data = self.config, self.data
-        self.model = VLA(
-            VLAConfig(
-                vision=config.model.vision,
-                backbone=config.model.backbone,
-                expert=config.model.expert,
-                vocab_size=data.tokenizer.get_vocab_size(),
-                action_dim=data.action_dim,
-                horizon=data.robot.horizon,
-                state_dim=data.state_dim if config.model.state_token else None,
+        if config.start is not None:
+            self.model = self.continue_model(config.start)
+        else:
+            self.model = VLA(
+                VLAConfig(
+                    vision=config.model.vision,
+                    backbone=config.model.backbone,
+                    expert=config.model.expert,
+                    vocab_size=data.tokenizer.get_vocab_size(),
+                    action_dim=data.action_dim,
+                    horizon=data.robot.horizon,
+                    state_dim=data.state_dim if config.model.state_token else None,
+                )
             )
-        )
-        if config.vocabulary.kind != "paligemma":
-            order_embeddings(self.model, data.tokenizer, data.fast)
+            if config.vocabulary.kind != "paligemma":
+                order_embeddings(self.model, data.tokenizer, data.fast)
         self.base = None
         if config.lora is not None:
             add_lora(self.model, config.lora, config.seed)
@@ -93,6 +96,22 @@ class Run:
             checkpoint_activations(self.model)
         if config.parallel.shard:
             shard(self.model, config.parallel, init_device_mesh(self.device.type, (self.processes,)))
+
+    def continue_model(self, start: StartConfig) -> VLA:
+        """The checkpoint's model, for this run's robots and vocabulary."""
+        data, widths = self.data, [(len(robot.state), len(robot.actions)) for robot in self.data.robots.values()]
+        state_width, action_width = (max(sizes) for sizes in zip(*widths, strict=True))
+        if "expert" not in start.parts:
+            state_width, action_width = data.state_dim, data.action_dim
+        return open_start(
+            start,
+            state_width=state_width,
+            action_width=action_width,
+            horizon=data.robot.horizon,
+            action_ids=data.action_ids,
+            model=self.config.model,
+            seed=self.config.seed,
+        ).model()
 
     def run(self) -> None:
         """Run all stages, then write the policy folder that `training.export` reads."""

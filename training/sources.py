@@ -34,6 +34,7 @@ from training.data import (
 from training.data.language import open_language
 from training.data.lerobot import Dataset, LeRobotSamples
 from training.tokens import FastTokenizer, act_query_ids, act_query_token, localise, make_vocabulary
+from training.weights import check_statistics, start_tokenizer
 
 FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
 LEAST_EPISODES = 5  # of a dataset of which some are kept apart
@@ -69,7 +70,11 @@ class Sources:
         self.fast = next(iter(self.embodiments.values())).fast
         # A fit may use fewer tokens than it is allowed; the model's size must not depend on that.
         self.action_ids = config.fast_vocabulary if config.fast_published is None else self.fast.vocab_size
-        self.tokenizer = make_vocabulary(config.vocabulary, self._texts(), self.action_ids)
+        self.tokenizer = (
+            make_vocabulary(config.vocabulary, self._texts(), self.action_ids)
+            if config.start is None
+            else start_tokenizer(config.start, self.action_ids)
+        )
         self.form = self._make_form()
         self.maker = BatchMaker(self.tokenizer, self.form)
         self._check_texts()
@@ -181,6 +186,10 @@ class Sources:
         for name, of_robot in data.items():
             numbers = draw_numbers(of_robot, config.seed)
             spaces[name] = ActionSpace.fit(self.robots[name], numbers, config.normalization)
+            if name == config.robot and config.start is not None and config.start.statistics == "keep":
+                kept = check_statistics(config.start, self.robots[name])
+                ranges = (kept.state.low, kept.state.high, kept.action.low, kept.action.high)
+                spaces[name] = ActionSpace(self.robots[name], *ranges)
             chunks.append(whole_chunks(spaces[name], numbers, FIT_CHUNKS // len(data), config.seed))
         if not spaces:
             raise ConfigurationError("sources: expected a LeRobot dataset of the robot, got vision-language data alone")

@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from support.downloads import run_import, write_downloads
 from support.foreign_datasets import Camera, Column, Shape, build
 from support.recipes import SIZES
 from support.samples import make_robot
 
-from ki_vla_ros.bundle import load_bundle
+from ki_vla_ros.bundle import load_bundle, load_tokenizer
 from ki_vla_ros.replay.__main__ import main as replay_main
 from training.config import TrainingConfig
 from training.convert.__main__ import main as convert_main
 from training.data.lerobot import ACTION, STATE
 from training.export.__main__ import main as export_main
+from training.export.bundle import check_policy
 from training.run import Run
+from training.weights import load_checkpoint, read_policy
 
 ARMS: Mapping[str, Any] = {
     "lifter": {"joints": 3, "cameras": ("front",), "relative": True},
@@ -92,3 +96,45 @@ def test_a_dataset_of_another_robot_ends_in_its_bundle(arms: Path, tmp_path: Pat
     # The statistics are those of its own data alone, whatever else it was trained with.
     alone = run if len(names) == 1 else Run(configure(arms, tmp_path / "other", entry(arms, "lifter")))
     assert run.data.embodiment.space == alone.data.embodiment.space
+
+
+@pytest.fixture(scope="module")
+def pi05(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pi0.5, imported from openpi's naming: 12 dimensions, images of 28 pixels."""
+    files = write_downloads(tmp_path_factory.mktemp("downloads"))
+    assert run_import(files, "pi05") == 0
+    return files["--out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [("vision", "backbone", "expert"), ("vision", "backbone")])
+def test_pi05_goes_on_with_lora_on_another_robot(
+    arms: Path, pi05: Path, tmp_path: Path, parts: tuple[str, ...]
+) -> None:
+    """Its prompt, sizes and padding; the adapter apart, and merged in a policy that can be exported."""
+    entry = {"lerobot": str(arms / "reacher"), "robot": str(arms / "reacher.yaml")}
+    stage = {"train": ["backbone", "expert", "backbone.embedding.weight"], "losses": {"fast": 1.0, "flow": 1.0}}
+    config = configure(
+        arms,
+        tmp_path / "run",
+        entry,
+        robot=str(arms / "reacher.yaml"),
+        start={"checkpoint": str(pi05), "parts": parts},
+        lora={"parts": ["backbone"], "rank": 2},
+        ema=0.5,
+        stages=[{"name": "lora", "steps": 2, "learning_rate": 1e-3, "sources": {"robot": 2}, **stage}],
+    )
+    config = TrainingConfig.model_validate(
+        {key: value for key, value in dict(config).items() if key not in ("model", "prompt")}
+    )
+    run = Run(config)
+    assert (run.model.config.action_dim, run.model.config.vision.image_size) == (12, 28)
+    run.run()
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    folder = tmp_path / "run" / "policy"
+    policy = read_policy(folder / "policy.json")
+    check_policy(policy, load_checkpoint(folder), load_tokenizer(folder / "tokenizer.json"))
+    assert policy.pad_to == 12 and policy.prompt.style == "openpi" and policy.robot.name == "reacher"
+    before, after = (load_checkpoint(folder).state_dict() for folder in (pi05, folder))
+    assert torch.equal(before["backbone.norm.weight"], after["backbone.norm.weight"])
+    assert not torch.equal(before["backbone.layers.0.mlp.up.weight"], after["backbone.layers.0.mlp.up.weight"])

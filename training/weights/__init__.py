@@ -18,7 +18,7 @@ from training.weights.lora import ADAPTER
 from training.weights.pieces import PieceReader
 from training.weights.published import check_published, sizes_beside
 from training.weights.runs import RunState, check_same, newest_checkpoint, open_run, save_run
-from training.weights.start import Start, open_start
+from training.weights.start import Start, adopt, check_statistics, open_start, start_tokenizer
 from training.weights.statistics import FIELDS, Method, read_ranges, to_robot
 
 __all__ = [
@@ -32,9 +32,11 @@ __all__ = [
     "PieceReader",
     "RunState",
     "Start",
+    "adopt",
     "assemble",
     "check_published",
     "check_same",
+    "check_statistics",
     "empty_model",
     "find_weights",
     "import_weights",
@@ -49,6 +51,7 @@ __all__ = [
     "save_run",
     "shapes",
     "sizes_beside",
+    "start_tokenizer",
     "their_name",
     "to_robot",
 ]

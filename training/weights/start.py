@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ki_vla_ros.bundle import TOKENIZER, PolicySpec, PromptSpec, load_tokenizer
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.robot import Robot
-from training.config import ModelConfig, StartConfig
+from ki_vla_ros.robot import Robot, find_robot, read_robot
+from training.config import ModelConfig, PromptConfig, StartConfig, TrainingConfig
 from training.model import VLA, VLAConfig
 from training.policy import PROMPTS
-from training.tokens import fast_token
+from training.tokens import act_query_ids, fast_token
 from training.weights.checkpoints import CONFIG, POLICY, WEIGHTS, assemble, read_config, read_policy, shapes
 from training.weights.files import WeightFiles, check_fit
 from training.weights.foreign import spellings, their_name, token_table, untrained
@@ -53,28 +53,80 @@ class Start:
     def model(self) -> VLA:
         return assemble(self.config, self.weights)
 
-    def check_statistics(self, robot: Robot) -> PolicySpec:
-        """The policy whose normalisation a run keeps; ConfigurationError unless it is of the same dimensions."""
-        where = self.folder / POLICY
-        if self.policy is None:
+
+def check_statistics(start: StartConfig, robot: Robot) -> PolicySpec:
+    """The policy whose normalisation a run keeps; ConfigurationError unless it is of the same dimensions."""
+    where = start.checkpoint / POLICY
+    if not where.exists():
+        raise ConfigurationError(
+            f"start.statistics: expected a checkpoint with statistics to keep, got {start.checkpoint} without "
+            f"{POLICY}; let the data give them (statistics: data)"
+        )
+    policy = read_policy(where)
+    for group, kept, given in (
+        ("state", policy.robot.state, robot.state),
+        ("actions", policy.robot.actions, robot.actions),
+    ):
+        ours, theirs = ([_describe(dimension) for dimension in dimensions] for dimensions in (given, kept))
+        if ours != theirs:
+            d = next((d for d, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+            d = min(len(ours), len(theirs)) if d is None else d
+            mine, other = (lines[d] if d < len(lines) else "none" for lines in (ours, theirs))
             raise ConfigurationError(
-                f"start.statistics: expected a checkpoint with statistics to keep, got {self.folder} without "
-                f"{POLICY}; let the data give them (statistics: data)"
+                f"{where}: robot.{group}: dimension {d}: expected {mine}, as robot {robot.name!r} has it, got "
+                f"{other}; statistics can be kept for the same dimensions only: statistics: data fits new ones"
             )
-        for group, kept, given in (
-            ("state", self.policy.robot.state, robot.state),
-            ("actions", self.policy.robot.actions, robot.actions),
-        ):
-            ours, theirs = ([_describe(dimension) for dimension in dimensions] for dimensions in (given, kept))
-            if ours != theirs:
-                d = next((d for d, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
-                d = min(len(ours), len(theirs)) if d is None else d
-                mine, other = (lines[d] if d < len(lines) else "none" for lines in (ours, theirs))
-                raise ConfigurationError(
-                    f"{where}: robot.{group}: dimension {d}: expected {mine}, as robot {robot.name!r} has it, got "
-                    f"{other}; statistics can be kept for the same dimensions only: statistics: data fits new ones"
-                )
-        return self.policy
+    return policy
+
+
+def adopt(config: TrainingConfig) -> TrainingConfig:
+    """The configuration with what its checkpoint says, for it to be opened as any other; none to start from: itself.
+
+    ConfigurationError where the configuration says something else.
+    """
+    start = config.start
+    if start is None:
+        return config
+    found, new_expert = read_config(start.checkpoint), "expert" not in start.parts
+    policy = read_policy(start.checkpoint / POLICY) if (start.checkpoint / POLICY).exists() else None
+    tokenizer, model = _open_tokenizer(start.checkpoint, found), config.model
+    prompt, encoding = _choose_prompt(policy, found, new_expert)
+    if model is None:
+        robot = read_robot(find_robot(config.robot))
+        widths = (len(robot.state), len(robot.actions))
+        alike = policy is not None and policy.pad_to is None and widths == (policy.state_width, policy.action_width)
+        model = ModelConfig(
+            vision=found.vision,
+            backbone=found.backbone,
+            expert=found.expert,
+            state=encoding,
+            width=None if alike else found.action_dim,
+        )
+    elif not new_expert and policy is not None and model.state != encoding:
+        raise ConfigurationError(
+            f"{start.checkpoint / POLICY}: state.encoding: expected {model.state}, as model.state says, got "
+            f"{encoding}; leave it out"
+        )
+    template = re.sub(r"(<act_query_\d+>)+$", "", prompt.template)
+    given = config.prompt
+    if given is None:
+        given = PromptConfig(template=template, length=prompt.length, style=prompt.style)
+    elif (
+        not new_expert and policy is not None and (given.template or template, given.style) != (template, prompt.style)
+    ):
+        raise ConfigurationError(
+            f"{start.checkpoint / POLICY}: prompt: expected {given.template!r} in style {given.style}, as prompt says, "
+            f"got {template!r} in style {prompt.style}; leave template and style out"
+        )
+    else:
+        given = given.model_copy(update={"template": given.template or template})
+    vocabulary = config.vocabulary.model_copy(update={"queries": len(act_query_ids(tokenizer))})
+    return TrainingConfig.model_validate(dict(config) | {"model": model, "prompt": given, "vocabulary": vocabulary})
+
+
+def start_tokenizer(start: StartConfig, action_ids: int) -> Tokenizer:
+    """The checkpoint's vocabulary with at least so many FAST tokens at its end."""
+    return _grow(_open_tokenizer(start.checkpoint, read_config(start.checkpoint)), action_ids)[0]
 
 
 def open_start(
@@ -90,7 +142,8 @@ def open_start(
 ) -> Start:
     """The checkpoint as the beginning of a run; ConfigurationError names file, key, expected and got.
 
-    `state_width` and `action_width` are the largest of the run's robots, `action_ids` is how many FAST tokens it has.
+    `state_width` and `action_width` are the largest of the run's robots (of a new expert: what it is to have),
+    `action_ids` is how many FAST tokens there are.
     `model` gives the sizes of parts that are not taken, and must agree with those that are. Weights are float32; what
     is not taken is drawn from `seed`.
     """
@@ -172,10 +225,8 @@ def _choose_sizes(
                 f"state_dim: expected {'a' if model.state_token else 'no'} state token, got {found.state_dim}"
             )
     token = found.state_dim is not None if model is None or "expert" in start.parts else model.state_token
-    wide = max(action_width, state_width if token else 0)
     if "expert" not in start.parts:
-        width = max(wide, found.action_dim)
-        config = replace(config, action_dim=width, state_dim=width if token else None)
+        config = replace(config, action_dim=action_width, state_dim=state_width if token else None)
         if model is not None:
             config = replace(config, conditioning="adarms")
     else:

@@ -20,7 +20,7 @@ from training.model import GemmaConfig
 from training.optimizer import select_parameters
 from training.tokens.prompt import fast_id, fast_token
 from training.weights.checkpoints import load_checkpoint
-from training.weights.start import Start, open_start
+from training.weights.start import Start, check_statistics, open_start
 
 PIECES = len(SENTENCEPIECE.pieces)
 
@@ -84,7 +84,7 @@ def test_from_paligemma_the_expert_is_new_and_drawn_from_the_seed(imported: dict
     assert start.prompt.style == "openpi" and start.pad_to == WIDTH["paligemma"]
     before = load_checkpoint(imported["pi05"]).state_dict()
     wide = GemmaConfig(**{**vars(small("pi05").expert), "width": 48})
-    model = ModelConfig(vision=small("pi05").vision, backbone=small("pi05").backbone, expert=wide, state_token=True)
+    model = ModelConfig(vision=small("pi05").vision, backbone=small("pi05").backbone, expert=wide, state="both")
     starts = [begin(imported["pi05"], parts=("vision", "backbone"), model=model, seed=seed) for seed in (0, 0, 1)]
     for name, tensor in starts[0].weights.items():
         taken = name.startswith(("vision", "projector", "backbone"))
@@ -93,7 +93,7 @@ def test_from_paligemma_the_expert_is_new_and_drawn_from_the_seed(imported: dict
     moved = "expert.layers.0.mlp.up.weight"
     assert starts[0].weights[moved].shape == (64, 48)
     assert not torch.equal(starts[0].weights[moved], starts[2].weights[moved])
-    assert starts[0].config.state_dim == starts[0].config.action_dim and starts[0].encoding == "both"
+    assert (starts[0].config.state_dim, starts[0].config.action_dim) == (5, 6) and starts[0].encoding == "both"
 
 
 def test_a_finished_run_is_a_start_too_and_its_own_action_ids_are_kept(tmp_path: Path) -> None:
@@ -107,16 +107,16 @@ def test_a_finished_run_is_a_start_too_and_its_own_action_ids_are_kept(tmp_path:
 
 def test_statistics_are_kept_for_the_same_dimensions_only(imported: dict[str, Path], tmp_path: Path) -> None:
     robot = read_robot(imported["robot"])
-    kept = begin(imported["pi05"], statistics="keep").check_statistics(robot)
+    kept = check_statistics(StartConfig(checkpoint=imported["pi05"]), robot)
     assert kept.state.low == pytest.approx([-1.0] * 7)
     content = yaml.safe_load(imported["robot"].read_text())
     content["state"][2]["name"] = "elbow"
     content["actions"][2]["state"] = "elbow"
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigurationError, match=r"policy\.json: robot\.state: dimension 2: expected elbow .*, got "):
-        begin(imported["pi05"]).check_statistics(read_robot(tmp_path / "other.yaml"))
+        check_statistics(StartConfig(checkpoint=imported["pi05"]), read_robot(tmp_path / "other.yaml"))
     with pytest.raises(ConfigurationError, match=r"start\.statistics: expected a checkpoint with statistics to keep"):
-        begin(imported["paligemma"]).check_statistics(robot)
+        check_statistics(StartConfig(checkpoint=imported["paligemma"]), robot)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_named(imported: dict[str, Path], changes: dict[str
     sizes = small("pi05")
     backbone = GemmaConfig(**{**vars(sizes.backbone), "mlp": 8})
     if "model" in changes:
-        changes = {"model": ModelConfig(vision=sizes.vision, backbone=backbone, expert=sizes.expert, state_token=True)}
+        changes = {"model": ModelConfig(vision=sizes.vision, backbone=backbone, expert=sizes.expert, state="both")}
     if fault is None:
         assert begin(imported["pi05"], **changes).config.backbone == sizes.backbone
         return
