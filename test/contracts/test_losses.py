@@ -23,7 +23,7 @@ def test_postfix_loss_counts_only_unpadded_tokens() -> None:
     mask = torch.tensor([[True, True, True], [True, False, False]])
     log_p = logits.log_softmax(-1)
     by_hand = -(log_p[0, 0, 1] + log_p[0, 1, 2] + log_p[0, 2, 3] + log_p[1, 0, 4]) / 4
-    torch.testing.assert_close(tokens.predict_postfix(logits, postfix, mask), by_hand)
+    torch.testing.assert_close(tokens.predict_postfix(torch.nn.Identity(), logits, postfix, mask), by_hand)
 
 
 def test_postfix_loss_in_pieces_equals_the_whole_one_with_all_gradients() -> None:
@@ -36,7 +36,7 @@ def test_postfix_loss_in_pieces_equals_the_whole_one_with_all_gradients() -> Non
         largest.append(len(rows))
         return rows @ table.T
 
-    whole = tokens.predict_postfix(hidden @ table.T, postfix, mask)
+    whole = tokens.predict_postfix(lambda rows: rows @ table.T, hidden, postfix, mask)
     pieces = tokens.predict_in_pieces(logits, hidden, postfix, mask, rows=4)
     torch.testing.assert_close(pieces, whole)
     for got, expected in zip(*(torch.autograd.grad(loss, (table, hidden)) for loss in (pieces, whole)), strict=True):
@@ -141,7 +141,14 @@ def test_losses_without_anything_to_learn_are_zero() -> None:
     velocity = torch.randn(1, 2, 3, requires_grad=True)
     flow.match_flow(velocity, torch.zeros(1, 2, 3), nothing).backward()
     assert velocity.grad is not None and not velocity.grad.any()
-    assert float(tokens.predict_postfix(torch.randn(1, 2, 7), torch.zeros(1, 2, dtype=torch.long), nothing)) == 0.0
+    assert (
+        float(
+            tokens.predict_postfix(
+                torch.nn.Identity(), torch.randn(1, 2, 7), torch.zeros(1, 2, dtype=torch.long), nothing
+            )
+        )
+        == 0.0
+    )
     module, unknown = heads(), torch.full((2, 2, 3), torch.nan)
     assert float(hints.read_out(module, torch.randn(2, 2, 8), unknown).detach()) == 0.0
     one = torch.cat([unknown[:1], torch.zeros(1, 2, 3)])

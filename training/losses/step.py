@@ -91,10 +91,9 @@ class BatchLosses:
         for name, mask in masks.items():
             if name not in wanted or mask is None:
                 continue
-            if self.config.parallel.activation_checkpointing:
-                found[name] = tokens.predict_in_pieces(self.model.logits, hidden, batch.postfix_BT, mask)
-            else:
-                found[name] = tokens.predict_postfix(self.model.logits(hidden), batch.postfix_BT, mask)
+            pieces = self.config.parallel.activation_checkpointing
+            predict = tokens.predict_in_pieces if pieces else tokens.predict_postfix
+            found[name] = predict(self.model.logits, hidden, batch.postfix_BT, mask)
         return found
 
     def expert_state(self, batch: Batch, samples: int) -> Tensor | None:

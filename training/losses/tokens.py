@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+Logits = Callable[[Tensor], Tensor]
 Index = Tensor | tuple[Tensor, ...]
 """A boolean mask, or the indices of what it selects."""
 
@@ -25,18 +26,16 @@ def next_token_hidden(prefix_hidden_BPD: Tensor, last_B: Tensor, postfix_hidden_
     return torch.cat([first, postfix_hidden_BTD[:, :-1]], dim=1)
 
 
-def predict_postfix(logits_BTW: Tensor, postfix_BT: Tensor, postfix_mask_BT: Index) -> Tensor:
+def predict_postfix(logits: Logits, hidden_BTD: Tensor, postfix_BT: Tensor, mask: Index) -> Tensor:
     """Cross-entropy of the next token, mean over the tokens that count; 0 if none does.
 
-    `logits[:, t]` predicts `postfix[:, t]`.
+    `hidden[:, t]` predicts `postfix[:, t]`. Logits are computed for the tokens that count, not for padding.
     """
-    token_N = postfix_BT[postfix_mask_BT]
-    return F.cross_entropy(logits_BTW[postfix_mask_BT], token_N, reduction="sum") / max(1, len(token_N))
+    token_N = postfix_BT[mask]
+    return F.cross_entropy(logits(hidden_BTD[mask]), token_N, reduction="sum") / max(1, len(token_N))
 
 
-def predict_in_pieces(
-    logits: Callable[[Tensor], Tensor], hidden_BTD: Tensor, postfix_BT: Tensor, mask: Index, rows: int = 1024
-) -> Tensor:
+def predict_in_pieces(logits: Logits, hidden_BTD: Tensor, postfix_BT: Tensor, mask: Index, rows: int = 1024) -> Tensor:
     """`predict_postfix` without ever holding the logits of more than `rows` tokens.
 
     They are computed for the loss, and again for its gradient. With a vocabulary of 257,152 the logits of one token and

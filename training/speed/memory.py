@@ -189,7 +189,7 @@ def compute_loss(model: VLA, step: Step, inputs: dict[str, Tensor]) -> Tensor:
         if step.parallel.activation_checkpointing:
             text = predict_in_pieces(model.logits, hidden, tokens, counted)
         else:
-            text = predict_postfix(model.logits(hidden), tokens, counted)
+            text = predict_postfix(model.logits, hidden, tokens, counted)
         flow = match_flow(output.velocity_RHA, inputs["x_t"], everything(step.batch, step.model.horizon))
     return text + flow
 

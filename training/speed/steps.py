@@ -1,0 +1,129 @@
+"""What knowledge insulation costs: gradients of whole training steps on a CPU, three ways, on one batch, taking turns.
+
+    python -m training.speed.steps --rounds 20
+
+KI: text or FAST cross-entropy and flow, insulated, in one pass. Flow, end to end: the flow loss alone, which trains the
+backbone through its keys and values (the baseline). Flow, frozen: the flow loss trains the expert alone, on a prefix
+without a graph. Sizes are those of a small policy; the weights are random, one noise draw or several for each prefix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ki_vla_ros.bench import choose_clock, time_alternating
+from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.statistics import ratio_of_medians, spread
+from training.config import ParallelConfig, StageConfig, TrainingConfig
+from training.data import Batch
+from training.losses import BatchLosses
+from training.model import VLA, GemmaConfig, VisionConfig, VLAConfig
+from training.optimizer import select_parameters
+
+GOAL = 1.2  # KI / flow, end to end
+SIZES = VLAConfig(
+    vision=VisionConfig(image_size=96, patch_size=12, width=96, depth=4, heads=4, mlp=384, stem="conv"),
+    backbone=GemmaConfig(width=128, depth=5, mlp=512, heads=4, kv_heads=1, head_dim=32),
+    expert=GemmaConfig(width=64, depth=5, mlp=256, heads=4, kv_heads=1, head_dim=32),
+    vocab_size=1024,
+    action_dim=7,
+    horizon=16,
+)
+VIEWS, PROMPT, FAST = 2, 40, 24
+WAYS: dict[str, dict[str, Any]] = {
+    "KI": {"losses": {"fast": 1.0, "flow": 1.0}, "train": ("vision", "backbone", "expert")},
+    "flow, end to end": {
+        "losses": {"flow": 1.0},
+        "train": ("vision", "backbone", "expert"),
+        "insulate": False,
+    },
+    "flow, frozen": {"losses": {"flow": 1.0}, "train": ("expert",)},
+}
+
+
+def make_batch(config: VLAConfig, rows: int) -> Batch:
+    """Full prompts, and FAST postfixes from half as long up to the longest."""
+    drawn = torch.Generator().manual_seed(0)
+    side, lengths = config.vision.image_size, torch.linspace(FAST // 2, FAST, rows).long()
+    return Batch(
+        images_BVCHW=torch.rand(rows, VIEWS, 3, side, side, generator=drawn) * 2 - 1,
+        image_mask_BV=torch.ones(rows, VIEWS, dtype=torch.bool),
+        tokens_BL=torch.randint(0, config.vocab_size, (rows, PROMPT), generator=drawn),
+        token_mask_BL=torch.ones(rows, PROMPT, dtype=torch.bool),
+        postfix_BT=torch.randint(0, config.vocab_size, (rows, FAST), generator=drawn),
+        fast_mask_BT=torch.arange(FAST) < lengths[:, None],
+        action_BHA=torch.randn(rows, config.horizon, config.action_dim, generator=drawn),
+    )
+
+
+def make_calls(config: VLAConfig, rows: int, noise_samples: int) -> dict[str, Callable[[], object]]:
+    """A call for each way, which computes all its gradients."""
+    torch.manual_seed(0)
+    model = VLA(config)
+    # A run's other settings are none of a step's.
+    run = TrainingConfig.model_construct(parallel=ParallelConfig(), max_prefix_delay=4)
+    losses, batch = BatchLosses(model, None, run), make_batch(config, rows)
+
+    def step(stage: StageConfig) -> None:
+        select_parameters(model, None, stage.train)
+        model.zero_grad(set_to_none=True)
+        torch.stack(list(losses(batch, stage, np.random.default_rng(0)).values())).sum().backward()
+
+    stages = {
+        name: StageConfig.model_validate(
+            {"name": "step", "steps": 1, "learning_rate": 1.0, "sources": {"robot": rows}, **way}
+            | {"noise_samples": noise_samples}
+        )
+        for name, way in WAYS.items()
+    }
+    return {name: partial(step, stage) for name, stage in stages.items()}
+
+
+def compare(rows: int, noise_samples: int, rounds: int, threads: int, processor_time: bool) -> dict[str, Any]:
+    """Durations in ms, ratios of medians with intervals, and tokens per second of KI (images, prompt, FAST, chunk)."""
+    clock_ns = choose_clock(processor_time, threads)
+    torch.set_num_threads(threads)
+    taken_ms = time_alternating(make_calls(SIZES, rows, noise_samples), rounds, 2, lambda _: None, clock_ns)
+    tokens = rows * (VIEWS * SIZES.vision.tokens + PROMPT + FAST + noise_samples * SIZES.horizon)
+    ki = spread(taken_ms["KI"])
+    return {
+        "rows": rows,
+        "noise_samples": noise_samples,
+        "clock": "processor" if processor_time else "wall",
+        "ms": {name: spread(durations) for name, durations in taken_ms.items()},
+        "ratios": {
+            f"KI / {other}": ratio_of_medians(taken_ms["KI"], taken_ms[other]) for other in WAYS if other != "KI"
+        },
+        "goal": GOAL,
+        "tokens_per_s": tokens / ki["p50"] * 1e3,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.speed.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=16, help="prefixes in the batch; default 16")
+    parser.add_argument("--noise-samples", type=int, default=4, help="flow samples of each prefix; default 4")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with one thread only")
+    return run_command("speed", partial(_speed, parser.parse_args(arguments)))
+
+
+def _speed(chosen: argparse.Namespace) -> int:
+    figures = compare(chosen.rows, chosen.noise_samples, chosen.rounds, chosen.threads, chosen.processor_time)
+    print(json.dumps(figures, indent=2))
+    return ExitCode.FINE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
