@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,11 @@ class Run:
         return {
             "robots": {robot.name: robot.model_dump(mode="json") for robot in data.robots.values()},
             "normalisation": {
-                found.robot.name: {name: value for name, value in vars(found.space).items() if name != "robot"}
+                found.robot.name: {
+                    field.name: getattr(found.space, field.name)
+                    for field in fields(found.space)
+                    if field.name != "robot"
+                }
                 for found in data.embodiments.values()
             },
             "tokenizer": hashlib.sha256(data.tokenizer.to_str().encode()).hexdigest(),
