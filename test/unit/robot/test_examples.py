@@ -157,6 +157,12 @@ FACTS = {
         action=7,
         fps=20,
     ),
+    "metaworld": Facts(
+        "lerobot/metaworld_mt50, meta/info.json (fps, names); metaworld/sawyer_xyz_env.py (action_scale, gripper)",
+        state=4,
+        action=("x", "y", "z", "gripper"),
+        fps=80,
+    ),
     # Ours: the simulated arm, which test_robot.py compares with its simulator, and an arm to be changed.
     "demo_arm": Facts("ki_vla_ros/sim", fps=20),
     "imported_arm": Facts("no robot's", fps=50),
@@ -284,6 +290,17 @@ def test_libero_closes_with_1() -> None:
     assert len(robot.state) == 8 and len(robot.actions) == 7
     np.testing.assert_allclose(robot.action_lines.to_robot(np.array([0.0] * 6 + [1.0]))[6], 0.0, atol=1e-12)
     np.testing.assert_allclose(robot.state_lines.to_robot(np.array([0.0] * 6 + [0.04, -0.04]))[6:], [0.04, 0.04])
+
+
+def test_metaworld_closes_with_1_and_steps_a_centimetre() -> None:
+    """sawyer_xyz_env.py: action_scale is 1/100, the state's gripper the fingers' distance / 0.1, and -1 opens."""
+    robot = of("metaworld")
+    assert [camera.key for camera in robot.cameras] == ["observation.image"]
+    np.testing.assert_allclose(
+        robot.action_lines.to_robot(np.array([1.0, -1.0, 0.5, 1.0])), [0.01, -0.01, 0.005, 0.026]
+    )
+    np.testing.assert_allclose(robot.action_lines.to_robot(np.array([0.0, 0.0, 0.0, -1.0]))[3], 0.1)
+    np.testing.assert_allclose(robot.state_lines.to_robot(np.array([0.1, 0.6, 0.2, 1.0])), [0.1, 0.6, 0.2, 0.1])
 
 
 def test_aloha_grippers_are_0_to_1_in_datasets() -> None:
