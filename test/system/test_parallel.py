@@ -25,7 +25,11 @@ torch.manual_seed(0)
 used, unused = nn.Linear(3, 2), nn.Linear(3, 2)
 inputs = torch.arange(12.0).reshape(2, 2, 3)[rank]
 used(inputs).square().mean().backward()
-average_gradients([*used.parameters(), *unused.parameters()])
+sometimes = nn.Linear(1, 1)  # the samples of the second process have no target for it
+if rank == 0:
+    sometimes(torch.ones(1, 1)).sum().backward()
+average_gradients([*used.parameters(), *unused.parameters(), *sometimes.parameters()])
+assert [parameter.grad.item() for parameter in sometimes.parameters()] == [0.5, 0.5]
 wait_for_all()
 assert all(parameter.grad is None for parameter in unused.parameters())
 torch.save([parameter.grad for parameter in used.parameters()], f"{sys.argv[1]}/{rank}_of_{size}.pt")

@@ -76,12 +76,20 @@ def from_first(work: Callable[[], T]) -> T:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, in one message.
 
-    A parameter without a gradient has none in any process, and stays without.
+    A process whose samples gave a parameter no gradient counts as zero; where no process has one, it stays without.
     """
     if not dist.is_initialized():
         return
     # The backward pass averages a sharded parameter's gradient.
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if not whole:
+        return
+    has = torch.tensor([float(parameter.grad is not None) for parameter in whole], device=whole[0].device)
+    dist.all_reduce(has)
+    for parameter, count in zip(whole, has.tolist(), strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in whole if parameter.grad is not None]
     if not gradients:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
