@@ -16,23 +16,22 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from ki_vla_ros.bundle.manifest import PolicySpec
 from support.checkpoints import small_policy
+from support.demo_data import TINY, write_demo_data
 from support.models import make_model
 from support.vocabularies import demo_tokenizer
 from training import storage
-from training.data.batch import ChunkTiming
-from training.data.simulated import generate
-from training.data.simulated.settings import DataConfig
+from training.data.simulated.folder import fingerprint
 from training.weights.checkpoints import (
     POLICY,
     WEIGHTS,
@@ -111,33 +110,14 @@ def policy_without_exchange(folder: Path) -> tuple[Save, Read]:
 def data(folder: Path) -> tuple[Save, Read]:
     """Simulated data in place of other simulated data: the seed is the version."""
 
-    class Inline:  # in place of a pool of processes
-        def __init__(self, *_: object, **__: object) -> None: ...
-        def __enter__(self) -> Inline:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        map = staticmethod(map)
-
-    def record(job: tuple[str, range, DataConfig, ChunkTiming]) -> tuple[dict[str, Any], int]:
-        return {name: np.full(3, job[2].seed) for name in ("uv", "state")}, 0
-
-    generate.ProcessPoolExecutor, generate._record_many = Inline, record  # type: ignore[attr-defined, assignment]
-    timing = ChunkTiming(24, 5, 0.1, 2)
-
     def save(version: int) -> None:
-        config = DataConfig(folder=folder, seed=version, robot_episodes=1, frames_per_episode=1, scenes=1,
-                            validation_episodes=1)  # fmt: skip
-        generate.make_data(config, timing)
+        write_demo_data(folder, replace(TINY, robot_episodes=1, frames=1, scenes=1, validation=1, seed=version))
 
     def read() -> int | None:
-        meta = generate.read_meta(folder / "meta.json")
-        if meta is None:
+        if not folder.exists():
             return None
-        arrays = [x for name in meta["counts"] for x in generate.load_arrays(folder / name).values()]
-        assert len(arrays) == 6 and all((x == meta["settings"]["seed"]).all() for x in arrays)
-        assert meta["fingerprint"] == generate.fingerprint(folder)
+        meta = json.loads((folder / "meta.json").read_text())
+        assert meta["fingerprint"] == fingerprint(folder)
         return int(meta["settings"]["seed"])
 
     return save, read

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from support.demo_data import write_demo_data
+
 SIZES = {
     "vision": {"image_size": 96, "patch_size": 12, "width": 16, "depth": 1, "heads": 2, "mlp": 16, "stem": "conv"},
     "backbone": {"width": 16, "depth": 3, "mlp": 16, "heads": 2, "kv_heads": 1, "head_dim": 8},
@@ -29,8 +31,9 @@ STAGES: list[dict[str, Any]] = [
 
 
 def tiny_run(folder: Path, steps: int) -> dict[str, Any]:
-    """A configuration as YAML would give it, of `steps` in each stage; data is in `folder`, where results go."""
+    """A configuration as YAML would give it, of `steps` in each stage; data and results are in `folder`."""
     data = folder / "data"
+    write_demo_data(data)
     return {
         "name": "tiny",
         "robot": "demo_arm",

@@ -54,7 +54,7 @@ def gradients(run: Run) -> dict[str, torch.Tensor | None]:
 def gradients_of(run: Run, stage: StageConfig) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
     """The gradients of all the stage's losses, and their norm as clipping reports it."""
     parameters = select_parameters(run.model, run.heads, stage.train).values()
-    run.trainer.accumulate_gradients(stage, np.random.default_rng([1, run.rank]))
+    run.trainer.accumulate_gradients(stage, run.trainer.draw(0, stage, 0), np.random.default_rng([1, run.rank]))
     average_gradients(parameters)
     found = gradients(run)
     return found, clip_gradients(parameters, 1.0)
@@ -94,7 +94,7 @@ def check_insulation(run: Run) -> None:
         stage = run.config.stages[3].model_copy(update={"insulate": insulate})
         select_parameters(run.model, run.heads, ("vision", "backbone", "expert"))
         rng = np.random.default_rng(run.rank)
-        batch = run.frames.draw(2, rng)
+        batch = run.data.training["robot"].draw(2, rng)
         run.trainer.losses.joint(batch, stage, rng)["flow"].backward()
         nonzero = {name for name, g in gradients(run).items() if g is not None and g.count_nonzero()}
         knowledge = {name for name in nonzero if name.startswith(("vision", "projector", "backbone"))}
@@ -115,10 +115,10 @@ def check_resuming(settings: dict[str, Any], out: Path) -> None:
     broken = Run(config)
     real, calls = broken.trainer.accumulate_gradients, iter(range(100))
 
-    def stop(stage: StageConfig, rng: np.random.Generator) -> dict[str, float]:
+    def stop(*step: Any) -> dict[str, float]:
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return real(stage, rng)
+        return real(*step)
 
     broken.trainer.accumulate_gradients = stop  # type: ignore[method-assign]
     try:

@@ -31,27 +31,25 @@ from tqdm import tqdm
 
 from ki_vla_ros.errors import ConfigurationError, SimulationError
 from ki_vla_ros.robot import Robot
-from ki_vla_ros.sim import VERBS, Split, Task, World
+from ki_vla_ros.sim import Split, World
 from training.convert import PixelCounts, Tables
-from training.data.batch import Arrays
 from training.data.lerobot import ACTION, STAMP, STATE, VERSION, Feature, Info, make_features
 from training.data.simulated.generate import (
     CAMERAS,
     RENDER_SIZE,
+    Episode,
     Sizes,
-    read_meta,
+    View,
     record_episode,
     record_scene,
-    seen_objects,
 )
-from training.data.simulated.questions import COMBINATIONS, draw_sample
+from training.data.simulated.questions import draw_sample
 from training.storage import whole_folder
 
 FORMAT: Final = 4
 META: Final = "meta.json"
 CHUNK, PLACE = "action_chunk", "hint.place"
 QUESTION: Final = "Question: {question}\nAnswer:"
-LEAST_PIXELS: Final = 15  # visible pixels (of 96 x 96) that an object needs before it is asked about
 VALIDATION_FRAMES: Final = 6  # of each episode
 AT_ONCE: Final = 50  # episodes or scenes of one job
 # Seeds of episodes and scenes; those of closed-loop evaluation are above (training/evaluate/closed_loop.py).
@@ -64,8 +62,7 @@ timestamps (index / fps) only number them. What the arm should do from there is 
 actions {period:g} s apart, the first of them is `action`. Never take the actions of the rows that follow; in a training
 configuration: `{{lerobot: FOLDER, chunk: action_chunk}}`.
 
-`hint.place` is u, v of the task's object in the image of the camera `scene` (0..1, to the right and down; outside of
-that where the camera does not see it).
+`hint.place` is u, v of the task's object in the image of the camera `scene`, in 0..1, to the right and down.
 """
 
 
@@ -89,7 +86,7 @@ def make_folder(out: Path, settings: Settings, robot: Robot, workers: int) -> di
     ConfigurationError if there is something else, which is then left alone.
     """
     described = json.loads(json.dumps(asdict(settings) | {"format": FORMAT}))
-    meta = read_meta(out / META)
+    meta = _read_meta(out / META)
     if meta is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(
             f"simulated data {out}: expected a new folder, or one with such data ({META}), got something else, which "
@@ -102,6 +99,22 @@ def make_folder(out: Path, settings: Settings, robot: Robot, workers: int) -> di
         counts = {"scenes": make.scenes(), "robot": make.episodes("robot"), "validation": make.episodes("validation")}
         meta = {"settings": described, "counts": counts, "fingerprint": fingerprint(folder)}
         (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    return meta
+
+
+def _read_meta(path: Path) -> dict[str, Any] | None:
+    """What the data was made from; None if there is no data."""
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("settings", "counts", "fingerprint"):
+            meta[key]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{path}: expected settings, counts and fingerprint of the data as JSON, got something else ({error!r}); "
+            "delete the folder, and the data is made again"
+        ) from error
     return meta
 
 
@@ -137,7 +150,7 @@ class _Maker:
             for number, scene in enumerate(self.simulate("scenes", count)):
                 assert scene is not None
                 names = [f"scenes/{number:06d}_{camera}.png" for camera in CAMERAS]
-                for name, png, cells_N in zip(names, scene["png"], scene["cells"][0].tolist(), strict=True):
+                for name, png, cells_N in zip(names, scene["png"], scene["cells"], strict=True):
                     (self.folder / name).write_bytes(png)
                     _write_line(views, {"image": name, "prefix": "", "suffix": "", "cells": [cells_N]})
                 for question in scene["questions"]:
@@ -169,7 +182,7 @@ class _Maker:
             for key in keys:
                 tables.pixels[key].merge(pixels[key])
             figures = {key: counts.describe() for key, counts in pixels.items()}
-            tables.add_episode(columns, episode["task"], {}, figures)
+            tables.add_episode(columns, [episode["task"]] * len(episode[STATE]), {}, figures)
         if not tables.frames:
             raise SimulationError(f"simulated data: the demonstrator solved none of {count} episodes of '{source}'")
         tables.close(features, {"robot": self.robot.name, "consecutive": False, "chunk": CHUNK})
@@ -193,41 +206,36 @@ def _record_many(job: tuple[str, Sequence[int], Settings]) -> list[dict[str, Any
             continue
         split: Split = "held_out" if source == "validation" else "train"
         frames = VALIDATION_FRAMES if source == "validation" else settings.frames
-        episode = record_episode(world, seed, split, frames, settings.sizes, with_rivals=False)
+        episode = record_episode(world, seed, split, frames, settings.sizes)
         made.append(_describe_episode(episode) if episode else None)
     return made
 
 
-def _describe_scene(scene: Arrays, seed: int, questions: int) -> dict[str, Any]:
+def _describe_scene(view: View, seed: int, questions: int) -> dict[str, Any]:
+    """Its images as files [V], its cells and the lines of its questions; none are asked where nothing is seen."""
     rng = np.random.default_rng([seed, 13])
-    seen = seen_objects(scene, 0, least_pixels=LEAST_PIXELS)
     asked = []
-    for sample in (draw_sample(seen, rng) for _ in range(questions if seen else 0)):
+    for sample in (draw_sample(view.seen, rng) for _ in range(questions if view.seen else 0)):
         row: dict[str, Any] = {"prefix": QUESTION.format(question=sample.question), "suffix": sample.answer}
         if sample.about is not None:
             row["place"] = [round(sample.about.u, 5), round(sample.about.v, 5)]
         asked.append(row)
-    return {"png": [_encode(image) for image in scene["images"][0]], "cells": scene["cells"], "questions": asked}
+    return {"png": [_encode(image) for image in view.images_VSSC], "cells": view.cells_VN.tolist(), "questions": asked}
 
 
-def _describe_episode(episode: Arrays) -> dict[str, Any]:
-    """An episode's columns, its tasks, its images as files [F][V], and its cameras' pixels."""
-    frames, images = np.arange(len(episode["state"])), episode["images"]
-    target = episode["target"].astype(np.int64)
-    kinds, verbs = episode["kind"][frames, target], episode["verb"]
+def _describe_episode(episode: Episode) -> dict[str, Any]:
+    """An episode's columns, its task, its images as files [F][V], and its cameras' pixels."""
     pixels = [PixelCounts() for _ in CAMERAS]
-    for view, counts in enumerate(pixels):
-        for image in images[:, view]:
+    for images in episode.images_FVSSC:
+        for counts, image in zip(pixels, images, strict=True):
             counts.add(image)
     return {
-        STATE: episode["state"],
-        ACTION: episode["chunk"][:, 0],
-        CHUNK: episode["chunk"],
-        PLACE: episode["uv"][frames, target],
-        "task": [
-            Task(VERBS[int(verb)], *COMBINATIONS[kind]).instruction for verb, kind in zip(verbs, kinds, strict=True)
-        ],
-        "png": [[_encode(image) for image in views] for views in images],
+        STATE: episode.state_FJ,
+        ACTION: episode.chunk_FHJ[:, 0],
+        CHUNK: episode.chunk_FHJ,
+        PLACE: episode.place_F2,
+        "task": episode.task,
+        "png": [[_encode(image) for image in images] for images in episode.images_FVSSC],
         "pixels": pixels,
     }
 

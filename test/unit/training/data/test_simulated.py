@@ -1,8 +1,6 @@
 """The demo's data are in everybody's formats, say what the simulator knows, and appear whole or not at all."""
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,15 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.demo_data import Inline, write_demo_data
 
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.sim import World
 from ki_vla_ros.sim.task import HELD_OUT
 from training.data.lerobot import Dataset
 from training.data.simulated import folder as module
+from training.data.simulated import generate
 from training.data.simulated.__main__ import main
 from training.data.simulated.folder import Settings, make_folder
 from training.data.simulated.generate import BACKGROUND, RENDER_SIZE, Sizes, record_episode
@@ -34,23 +35,13 @@ SETTINGS = Settings(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process() -> Iterator[None]:
-    """Processes of their own take seconds to start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
-        yield
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("simulated") / "data"
-    make(out, SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:  # processes of their own take seconds to start
+        patch.setattr(module, "ProcessPoolExecutor", Inline)
+        make_folder(out, SETTINGS, read_robot(find_robot("demo_arm")), workers=1)
     return out
-
-
-def make(out: Path, settings: Settings) -> dict[str, Any]:
-    return make_folder(out, settings, read_robot(find_robot("demo_arm")), workers=1)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -66,19 +57,18 @@ def test_robot_frames_are_a_lerobot_dataset_with_a_chunk_for_each(data: Path) ->
     table = pq.read_table(data / "robot/data/chunk-000/file-000.parquet")
     world = World(render_size=RENDER_SIZE)
     for seed, episode in enumerate(dataset.episodes):
-        truth = record_episode(world, seed, "train", 3, SETTINGS.sizes, with_rivals=False)
+        truth = record_episode(world, seed, "train", 3, SETTINGS.sizes)
         assert truth is not None
         columns = dataset.columns(episode)
-        np.testing.assert_array_equal(columns["observation.state"], truth["state"])
-        np.testing.assert_array_equal(columns["action"], truth["chunk"][:, 0])
+        np.testing.assert_array_equal(columns["observation.state"], truth.state_FJ)
+        np.testing.assert_array_equal(columns["action"], truth.chunk_FHJ[:, 0])
         rows = table.slice(3 * seed, 3)
-        np.testing.assert_array_equal(np.array(rows["action_chunk"].to_pylist(), np.float32), truth["chunk"])
-        target = truth["target"][0]
-        np.testing.assert_array_equal(columns["hint.place"], truth["uv"][:, target])
+        np.testing.assert_array_equal(np.array(rows["action_chunk"].to_pylist(), np.float32), truth.chunk_FHJ)
+        np.testing.assert_array_equal(columns["hint.place"], truth.place_F2)
         for view, camera in enumerate(("wrist", "scene")):
-            np.testing.assert_array_equal(np.stack(list(dataset.images(episode, camera))), truth["images"][:, view])
-        colour, shape = COMBINATIONS[truth["kind"][0, target]]
-        assert set(dataset.task_of(columns)) <= {f"{verb} the {colour} {shape}" for verb in ("touch", "point at")}
+            images = np.stack(list(dataset.images(episode, camera)))
+            np.testing.assert_array_equal(images, truth.images_FVSSC[:, view])
+        assert dataset.task_of(columns) == [truth.task] * 3
 
 
 def test_figures_of_the_dataset_are_those_of_its_columns(data: Path) -> None:
@@ -122,12 +112,11 @@ def test_views_say_what_each_cell_shows(data: Path) -> None:
     assert found >= 3
 
 
-@pytest.mark.slow
 def test_the_same_settings_make_nothing_anew_and_others_all_of_it(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out, make = tmp_path / "data", write_demo_data
     small = replace(SETTINGS, robot_episodes=1, frames=1, scenes=1, questions=1)
-    out = tmp_path / "data"
     first = make(out, small)
     left = out / "robot/left by an earlier version"
     left.touch()
@@ -166,3 +155,22 @@ def test_what_the_simulator_cannot_make_is_refused(
 ) -> None:
     assert main([str(tmp_path / "data"), *arguments]) == 2
     assert fault in capsys.readouterr().err
+
+
+def test_an_episode_without_a_free_position_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(generate, "_is_free", lambda *_: tried.append(1))
+    assert record_episode(World(render_size=32), 0, "train", 3, SETTINGS.sizes) is None
+    assert len(tried) == generate.MOST_TRIES
+
+
+def test_a_damaged_meta_is_named(tmp_path: Path) -> None:
+    for content in (
+        '{"settings": {',
+        "[]",
+        '{"settings": {}}',
+        "\udcff".encode(errors="surrogateescape").decode("latin"),
+    ):
+        (tmp_path / "meta.json").write_text(content, encoding="latin")
+        with pytest.raises(ConfigurationError, match=r"meta\.json: expected settings, counts .*delete the folder"):
+            write_demo_data(tmp_path)
