@@ -20,7 +20,7 @@ export PYTHON
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo aloha metaworld test test-fast lint paths train export evaluate clean
+.PHONY: help demo aloha metaworld test test-fast lint paths data train export evaluate clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -50,6 +50,9 @@ lint: $(VENV)/developer ## ruff (rules, format) and mypy
 
 paths: $(VENV)/developer ## count the code of the main paths: image to trajectory, batch to optimizer step, bag to figures
 	ROS_LOG_DIR=out/log $(VENV)/bin/python scripts/paths
+
+data: $(VENV)/developer ## make the demo's data in the simulator: out/data/demo (JOBS=2 processes); what is there is kept
+	OMP_NUM_THREADS=1 $(RUN) training.data.simulated out/data/demo --workers $(JOBS)
 
 train: $(VENV)/developer ## train the policy (CONFIG=config/training/demo.yaml, JOBS=2 processes); resumes where it stopped
 	OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --nproc-per-node $(JOBS) -m training.train $(CONFIG)
