@@ -86,7 +86,9 @@ class Pictures:
 
     def _from_video(self, path: Path, due_s: float, where: str) -> NDArray[np.uint8]:
         try:
-            return self._videos.get(path, lambda: VideoReader(path)).read(due_s, TOLERANCE / self.dataset.info.fps)
+            return self._videos.get(path, lambda: VideoReader(path, threads=1)).read(
+                due_s, TOLERANCE / self.dataset.info.fps
+            )
         except InputError as error:
             self._videos.drop(path)
             raise InputError(f"{where}{error}") from error
