@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import gc
+import threading
 import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
