@@ -277,6 +277,12 @@ def test_what_does_not_fit_is_refused_on_opening(given: dict[str, Any], says: st
         open_two(tmp_path, **given)
 
 
+def test_what_is_not_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    range_m = {"dtype": "uint16", "shape": [4, 6], "names": None}
+    open_two(tmp_path, replace(TWO, others={"observation.range": range_m}))
+    assert "observation.range is left out: an array of 4 x 6 uint16" in capsys.readouterr().err
+
+
 def test_held_out_episodes_are_kept_apart(tmp_path: Path) -> None:
     samples = open_two(tmp_path)
     rest, held = (

@@ -1,6 +1,5 @@
 """LeRobot datasets: v2.0, v2.1 and v3.0 read, v3.0 made from bags (docs/data.md)."""
 
-from training.data.lerobot.arrays import load_recorded
 from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.frames import LeRobotSamples
 from training.data.lerobot.layout import (
@@ -52,7 +51,6 @@ __all__ = [
     "Video",
     "VideoWriter",
     "arrow_schema",
-    "load_recorded",
     "make_features",
     "next_file",
     "read_robot_columns",

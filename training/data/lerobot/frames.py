@@ -10,6 +10,7 @@ Legend: E episodes, F frames, V cameras, S image side (or state, in `state_FS`),
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
@@ -217,6 +218,9 @@ class LeRobotSamples:
     def _read_tables(self) -> set[int]:
         """Check all episodes and write their records; the tasks that they have."""
         tasks: set[int] = set()
+        for key, reason in self.dataset.ignored.items():
+            if key != self._chunk:
+                tqdm.write(f"{self.name}: {key} is left out: {reason}", file=sys.stderr)
         arrays = filter(None, [self._chunk])
         with self.dataset.reading(*arrays), self._writing(), open(self._file, "wb", closefd=False) as file:
             for e, episode in enumerate(tqdm(self.episodes, desc=self.name, unit="episode", delay=5)):

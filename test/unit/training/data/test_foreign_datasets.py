@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from support.foreign_datasets import CODECS, SHAPES, Camera, build, picture, task_of, value
 
-from ki_vla_ros.errors import ConfigurationError
 from training.convert.playback import PAUSE_NS, START_NS, _schedule
 from training.data.lerobot import Dataset
-from training.data.lerobot.arrays import load_dataset
 
 # Mean error of a colour, of 255; a frame's neighbour is 20 off.
 LOSS = {"png": 0.0, "bytes": 0.0, "files": 0.0, "jpeg": 3.0} | dict.fromkeys(CODECS, 4.0) | {"mpeg4": 6.0}
@@ -130,24 +127,6 @@ def test_names_are_those_of_the_dataset_or_none(name: str, dataset: Dataset) -> 
 
 def test_what_is_not_read_is_named(name: str, dataset: Dataset) -> None:
     assert dataset.ignored == IGNORED.get(name, {})
-
-
-def test_arrays_of_a_dataset_with_other_keys_and_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """openpi's keys, eight numbers of state and seven of action; and what is left out is said once."""
-    sizes: dict[str, Any] = {"image_size": 32, "horizon": 2, "period_s": 0.1}
-    shape = SHAPES["libero v2.0"]
-    arrays = load_dataset(Dataset(build(tmp_path / "libero", shape)), cameras=("wrist_image", "image"), **sizes)
-    assert arrays["images"].shape == (5, 2, 32, 32, 3) and arrays["chunk"].shape == (5, 2, 7)
-    np.testing.assert_array_equal(arrays["images"][3, 1], picture(shape.cameras[0], 1, 1))
-    np.testing.assert_array_equal(arrays["state"][2:], value(shape, "state", 1)[:3])
-    np.testing.assert_array_equal(arrays["chunk"][3, 1], value(shape, "actions", 1)[2])
-    load_dataset(Dataset(build(tmp_path / "kinect", SHAPES["kinect v2.1"])), cameras=["kinect.color"], **sizes)
-    said = [line for line in capsys.readouterr().err.splitlines() if "is left out" in line]
-    assert len(said) == 4 and said[1].endswith("observation.images.tof is left out: depth, by its is_depth_map")
-    with pytest.raises(ConfigurationError, match=r"expected a column observation\.state or state, got .*state\.joints"):
-        load_dataset(
-            Dataset(build(tmp_path / "files", SHAPES["files v3.0"])), cameras=["wrist"], **sizes | {"period_s": 0.08}
-        )
 
 
 def test_two_cameras_of_one_name_go_by_their_keys(tmp_path: Path) -> None:
