@@ -111,7 +111,7 @@ def test_workers_end_with_an_iterator_that_is_given_up() -> None:
     open_before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         list(Loader(make, 2).iterate(range(4)))
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert len(os.listdir("/proc/self/fd")) <= open_before  # a fork closes what other tests left open
 
 
 TRAINER = """
