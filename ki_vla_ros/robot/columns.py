@@ -12,6 +12,8 @@ from ki_vla_ros.robot.dimensions import ActionDimension, StateDimension
 Dimension = StateDimension | ActionDimension
 Feature = tuple[int, Sequence[str]]
 """Width of a dataset's column, and the names of its elements; no names: the dataset does not say."""
+# Names that say no more than a place: 3, motor_3, dim 3.
+_PLACE = re.compile(r"((motors?|joints?|axis|dim|state|actions?|x|[a-z])?[ _.\[-]*)\d+\]?", re.IGNORECASE)
 
 
 def find_columns(
@@ -20,12 +22,14 @@ def find_columns(
     """Column and index of each dimension; `column` is where those are that name none.
 
     By index where the robot file gives one, else by name if the dataset has one of their names, else in the order of
-    the list. ConfigurationError names the dimension that is not there, or that the dataset's names put elsewhere.
+    the list, if the dataset's names say no more than that. ConfigurationError names the dimension that is not there, or
+    that the dataset's names put elsewhere or call otherwise.
     """
     names = {d.dataset.column or column for d in dimensions}
     by_name = {name: _has_a_name(dimensions, column, name, features) for name in names}
     found = []
     counts = dict.fromkeys(names, 0)
+    others: list[str] = []  # what the dataset calls otherwise
     for dimension in dimensions:
         own = dimension.dataset.column or column
         here = f"{dimension.name!r}: dataset"
@@ -47,6 +51,11 @@ def find_columns(
                     f"{here}.name: expected {features[own][1][alike[0]]!r} at index {index} of {own}, as the robot "
                     f"file has it, got it at {alike[0]}{_named(features[own])}; give name or index of each"
                 )
+            if not alike and index < len(features[own][1]) and not _PLACE.fullmatch(features[own][1][index]):
+                others.append(
+                    f"{here}.name: expected the data's name for it, got {features[own][1][index]!r} at index {index} "
+                    f"of {own}{_named(features[own])}; give name or index of each, or take the robot file of this data"
+                )
         if index >= width:
             raise ConfigurationError(f"{here}.index: expected at most {width - 1} in {own}, got {index}")
         found.append((own, index))
@@ -58,6 +67,8 @@ def find_columns(
                 f"dataset: expected {count} values in {own} (one per dimension, in the order of the robot file), got "
                 f"{width}{_named(features[own])}; give name or index of each"
             )
+    if others:
+        raise ConfigurationError(others[0])
     return found
 
 

@@ -23,7 +23,7 @@ def dimensions(**datasets: dict[str, Any]) -> list[StateDimension]:
     ("datasets", "features", "places"),
     [
         ({"a": {}, "b": {}}, {STATE: (2, ())}, [(STATE, 0), (STATE, 1)]),
-        ({"a": {}, "b": {}}, {STATE: (2, ("x", "y"))}, [(STATE, 0), (STATE, 1)]),
+        ({"a": {}, "b": {}}, {STATE: (2, ("motor_0", "1"))}, [(STATE, 0), (STATE, 1)]),
         ({"a": {}, "b": {}}, {STATE: (3, ("c", "b", "a"))}, [(STATE, 2), (STATE, 1)]),
         ({"a": {"name": "a.pos"}}, {STATE: (2, ("b.pos", "a.pos"))}, [(STATE, 1)]),
         ({"a": {"index": 4}, "b": {"index": 0}}, {STATE: (5, ())}, [(STATE, 4), (STATE, 0)]),
@@ -51,6 +51,10 @@ def test_dimensions_are_found(datasets: Any, features: Any, places: list[tuple[s
         ({"a": {}, "b": {}}, {STATE: (2, ("b.pos", "a.pos"))}, "expected 'a.pos' at index 0 .* got it at 1"),
         ({"a_joint": {}, "b": {}}, {STATE: (2, ("b", "x.A-joint"))}, r"'a_joint': dataset.name: .* got a_joint"),
         ({"a": {}, "b": {}}, {STATE: (2, ("main_x", "main_a"))}, r"\(main_x, main_a\); give name or index of each"),
+        # The names of another robot, of equal width.
+        ({"a": {}, "b": {}}, {STATE: (2, ("x", "y"))}, r"'a': dataset.name: .* got 'x' at index 0 .*; give name or"),
+        ({"a": {}, "b": {}}, {STATE: (2, ("a.pos", "grip"))}, "'b': dataset.name: .* got 'grip' at index 1"),
+        ({"arm_0": {}, "arm_1": {}}, {STATE: (2, ("leg_0", "leg_1"))}, "'arm_0': dataset.name: .* got 'leg_0'"),
         ({"a": {"column": "stat"}}, {"state": (1, ())}, r"'a': dataset.column: expected one of state, got stat; did"),
     ],
 )  # fmt: skip
