@@ -24,6 +24,7 @@ LoraTarget = Literal["q", "k", "v", "out", "gate", "up", "down"]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Bound = Annotated[float, Field(allow_inf_nan=False)]
 StateEncoding = Literal["text", "token", "both", "none"]
 
 
@@ -131,6 +132,9 @@ class EnvironmentConfig(Frozen):
     episodes: Positive = 10
     first_seed: int = Field(default=1_000_000, description="of the first start; demonstrations have smaller seeds")
     execute: Positive | None = Field(default=None, description="actions of a chunk before the next; default: half")
+    every: Positive | None = Field(
+        default=None, description="steps between two times that it drives; default: at the end of each stage"
+    )
 
 
 class StartConfig(Frozen):
@@ -182,11 +186,43 @@ class LoraSettings(Frozen):
     targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = get_args(LoraTarget)
 
 
+class Gate(Frozen):
+    """What a figure must reach: rates at least something, errors and losses at most; a number alone is the least."""
+
+    least: Bound | None = None
+    most: Bound | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, given: Any) -> Any:
+        return {"least": given} if isinstance(given, (int, float)) else given
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Gate:
+        if self.least is None and self.most is None:
+            raise ValueError("expected least or most, got none")
+        if self.least is not None and self.most is not None and self.least > self.most:
+            raise ValueError(f"least: expected at most most ({self.most:g}), got {self.least:g}")
+        return self
+
+    def met(self, value: float) -> bool:
+        """NaN, a figure without a value, meets nothing."""
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        bounds = (("at least", self.least), ("at most", self.most))
+        return " and ".join(f"{what} {bound:g}" for what, bound in bounds if bound is not None)
+
+
+Gates = dict[str, Gate]
+
+
 class StageConfig(Frozen):
     """One stage of training: which losses count, which parts learn, for how long, from how many samples of what.
 
     Every step draws one batch from each of `sources`, in their order, and computes the losses that the batch has
-    targets for. `gates` are figures of `training.evaluate.offline.measure` that must be reached before the next stage.
+    targets for. `gates` are figures (docs/training.md lists them) that must be reached before the next stage, and
+    `gates_at` those that must be reached after so many of its steps.
     `train`, `freeze` and `learning_rates` name parts (`Part`) or glob patterns over the names of parameters
     (training/optimizer.py).
     """
@@ -216,7 +252,8 @@ class StageConfig(Frozen):
     evaluate_every: Positive | None = Field(
         default=None, description="steps between figures on held-out data; default: only at the stage's end"
     )
-    gates: dict[str, float] = Field(default_factory=dict)
+    gates: Gates = Field(default_factory=dict)
+    gates_at: dict[Positive, Gates] = Field(default_factory=dict, description="gates by the step they come after")
 
     @model_validator(mode="after")
     def _check_schedule(self) -> StageConfig:
@@ -230,6 +267,8 @@ class StageConfig(Frozen):
                 f"decay_steps: expected more than warmup_steps {self.warmup_steps}, which they include, got "
                 f"{self.decay_steps}"
             )
+        if late := [step for step in self.gates_at if step > self.steps]:
+            raise ValueError(f"gates_at: expected steps of this stage, 1 to {self.steps}, got {late[0]}")
         return self
 
 
@@ -316,6 +355,9 @@ class TrainingConfig(Frozen):
     def _check_sources(self) -> TrainingConfig:
         if unknown := sorted(self.held_out.keys() - self.sources.keys()):
             raise ValueError(f"held_out: expected some of {', '.join(self.sources)}, got {', '.join(unknown)}")
+        names = [stage.name for stage in self.stages]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"stages: expected different names, got {', '.join(twice)} twice")
         for stage in self.stages:
             if unknown := sorted(stage.sources.keys() - self.sources.keys()):
                 raise ValueError(

@@ -7,27 +7,45 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from ki_vla_ros.bundle import ImageSpec, Provenance
+from ki_vla_ros.bundle import ImageSpec, PolicySpec, Provenance
 from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.errors import ConfigurationError, did_you_mean
 from training import train
 from training.config import StartConfig, TrainingConfig, load_config
-from training.evaluate import measure
+from training.evaluate import (
+    Act,
+    Measured,
+    act_in_training,
+    drive,
+    measure,
+    success_names,
+    try_environments,
+    write_page,
+)
+from training.export import check_policy
 from training.lora import add_lora, fingerprint, merge, save_adapter
 from training.losses import BatchLosses, TrainingHeads
 from training.model import VLA, VLAConfig, order_embeddings
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
 from training.sources import Sources
+from training.tokens import prompt_tokenizer
 from training.weights import RunState, adopt, open_start, save_checkpoint
+
+POLICY, ADAPTER = "policy", "adapter"  # folders under `out`
+TRIED = 2  # held-out frames of each source that are measured before the first step
+NUMBER_BYTES = 4
 
 
 class Run:
@@ -43,8 +61,17 @@ class Run:
         self.build_model()
         losses = BatchLosses(self.model, self.heads, config)
         self.trainer = train.Trainer(
-            config, self.model, self.heads, self.data.training, losses, self.figures, self.rank, self.made_of()
+            config,
+            self.model,
+            self.heads,
+            self.data.training,
+            losses,
+            self.figures,
+            self.rank,
+            self.made_of(),
+            self.show,
         )
+        self.measured = Measured()
 
     def made_of(self) -> dict[str, Any]:
         """What a checkpoint must be of, beside the configuration: its files' content, and what was fitted on data."""
@@ -121,28 +148,81 @@ class Run:
     def run(self) -> None:
         """Run all stages, then write the policy folder that `training.export` reads."""
         self.config.out.mkdir(parents=True, exist_ok=True)
-        progress = self.trainer.run()
+        progress = self.trainer.run(self.try_out)
         if self.trainer.measures:
-            self.save_policy(self.config.out / "policy", progress)
+            self.save_policy(self.config.out / POLICY, progress)
         wait_for_all()
 
-    def figures(self) -> dict[str, float]:
-        """Figures of the model on held-out data."""
+    def figures(self, driven: bool = False) -> dict[str, float]:
+        """Figures of the model on held-out data, and in closed loop if `driven` and environments are named."""
         with self.trainer.precision():
-            return measure(self.model, self.data, self.trainer.losses, self.heads)
+            self.measured = measure(self.model, self.data, self.trainer.losses, self.heads)
+            if driven and self.config.environment is not None:
+                self.measured.figures |= drive(self.act(), self.describe(), self.config.environment)
+        return self.measured.figures
 
-    def save_policy(self, folder: Path, progress: RunState) -> None:
-        """Write what `training.export` turns into a bundle, with the model's figures on held-out data."""
+    def show(self) -> None:
+        """Write the page of the run so far."""
+        write_page(self.config, self.data, self.measured, self.trainer.figure_record, self.trainer.loss_record)
+
+    def act(self) -> Act:
+        """The model as it is now, as a policy."""
+        tokenizer = prompt_tokenizer(self.data.tokenizer)
+        return act_in_training(self.model, self.describe(), tokenizer, self.data.embodiment.space)
+
+    def try_out(self) -> None:
+        """Once, in small, everything that comes after the first steps, so that nothing fails only at the end."""
         config, data = self.config, self.data
-        with self.trainer.averaged():
-            figures = self.figures()
-            weights = self.trainer.whole_weights()
-        if self.rank > 0:
+        if not self.trainer.measures:
             return
-        figures |= {f"minutes_{name}": value for name, value in progress.minutes.items()}
-        figures["processes"] = float(self.processes)
+        if self.rank == 0:
+            self.check_room()
+        spec = self.describe()
+        check_policy(spec, self.model, data.tokenizer)
+        with self.trainer.averaged(), self.trainer.precision():
+            names = [*measure(self.model, data, self.trainer.losses, self.heads, frames=TRIED).figures]
+            if config.environment is not None:
+                names += success_names(config.environment)
+            check_gates(config, names)
+            if config.environment is not None:
+                try_environments(self.act(), spec, config.environment)
+            weights = self.trainer.whole_weights() if config.lora else {}
+        if self.rank == 0:
+            tried = config.out / ".tried"
+            try:
+                self.write_policy(tried / POLICY, tried / ADAPTER, spec, weights, {})
+            finally:
+                shutil.rmtree(tried, ignore_errors=True)
+
+    def check_room(self) -> None:
+        """ConfigurationError unless the disk has room for the checkpoints that are kept, and one more or the policy."""
+        state = self.model.state_dict()
+        whole = sum(tensor.numel() for tensor in state.values())
+        trained = sum(state[name].numel() for name in self.trainer.trained & state.keys())
+        saved = (trained if self.config.lora else whole) + trained * (2 if self.config.ema is None else 3)
+        wanted = NUMBER_BYTES * (self.config.keep * saved + max(saved, whole))
+        there = sum(p.stat().st_size for p in self.config.out.glob("checkpoint-*/*") if p.is_file())
+        free = shutil.disk_usage(self.config.out).free
+        if free + there < wanted:
+            raise ConfigurationError(
+                f"out {self.config.out}: expected {(wanted - there) / 1e9:.1f} GB on the disk for checkpoints and "
+                f"policy, got {free / 1e9:.1f} GB that are free; make room, or name another folder under out"
+            )
+
+    @cached_property
+    def commit(self) -> str:
+        """Of the code that this run began with."""
+        return commit()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.data.fingerprint()
+
+    def describe(self, figures: Mapping[str, float] | None = None) -> PolicySpec:
+        """What the bundle's manifest will say of the policy."""
+        config, data = self.config, self.data
         space = data.embodiment.space
-        spec = describe_policy(
+        return describe_policy(
             space.robot,
             name=config.name,
             image=ImageSpec(size=config.model.vision.image_size),
@@ -155,16 +235,45 @@ class Run:
             provenance=Provenance(
                 recipe=describe_recipe(config),
                 seed=config.seed,
-                commit=commit(),
-                data_fingerprint=data.fingerprint(),
-                figures=figures,
+                commit=self.commit,
+                data_fingerprint=self.fingerprint,
+                figures=dict(figures or {}),
             ),
         )
-        if config.lora is not None:
-            adapter = config.out / "adapter"
-            save_adapter(adapter, weights, self.trainer.trained, config.lora, self.model.config)
-            weights = merge(weights, config.lora)
-        save_checkpoint(folder, self.model, weights=weights, tokenizer=data.tokenizer, policy=spec)
+
+    def save_policy(self, folder: Path, progress: RunState) -> None:
+        """Write what `training.export` turns into a bundle, with the model's figures on held-out data."""
+        with self.trainer.averaged():
+            weights = self.trainer.whole_weights()
+        if self.rank > 0:
+            return
+        last = self.config.stages[-1]  # which ended with figures, perhaps in an earlier run
+        figures = self.trainer.figure_record.values(last.name, last.steps)
+        figures |= {f"minutes_{name}": value for name, value in progress.minutes.items()}
+        figures["processes"] = float(self.processes)
+        lora = self.config.lora
+        merged = weights if lora is None else merge(weights, lora)
+        self.write_policy(folder, self.config.out / ADAPTER, self.describe(figures), weights, merged)
+
+    def write_policy(
+        self, folder: Path, adapter: Path, spec: PolicySpec, weights: Mapping[str, Tensor], merged: Mapping[str, Tensor]
+    ) -> None:
+        if self.config.lora is not None:
+            save_adapter(adapter, weights, self.trainer.trained, self.config.lora, self.model.config)
+        save_checkpoint(folder, self.model, weights=merged, tokenizer=self.data.tokenizer, policy=spec)
+
+
+def check_gates(config: TrainingConfig, names: Sequence[str]) -> None:
+    """ConfigurationError if a gate is of a figure that there is not."""
+    for stage in config.stages:
+        every = {"gates": stage.gates, **{f"gates_at: {step}": gates for step, gates in stage.gates_at.items()}}
+        for key, gates in every.items():
+            for name in gates:
+                if name not in names:
+                    raise ConfigurationError(
+                        f"stage {stage.name}: {key}: expected one of the figures {', '.join(names)}, got {name!r}"
+                        f"{did_you_mean(name, names)}"
+                    )
 
 
 def describe_recipe(config: TrainingConfig) -> str:

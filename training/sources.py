@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ki_vla_ros.robot import Robot, find_robot, read_robot
 from training.action_space import ActionSpace
 from training.config import Entry, LeRobotEntry, TrainingConfig
 from training.data import (
+    Augmentation,
     BatchForm,
     BatchMaker,
     Embodiment,
@@ -37,6 +39,7 @@ from training.tokens import FastTokenizer, act_query_ids, act_query_token, local
 from training.weights import check_statistics, start_tokenizer
 
 FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
+UNCHANGED = Augmentation(brightness=0.0, contrast=0.0)
 LEAST_EPISODES = 5  # of a dataset of which some are kept apart
 FILES = ("lerobot", "paligemma", "llava", "parquet")  # where an entry has its data
 SMALL = 1 << 20  # bytes of a file that is hashed whole for the fingerprint; of larger ones, the size counts
@@ -77,15 +80,18 @@ class Sources:
         )
         self.form = self._make_form()
         self.maker = BatchMaker(self.tokenizer, self.form)
+        # What is held out looks as it does on the robot.
+        self.plain = BatchMaker(self.tokenizer, replace(self.form, augmentation=UNCHANGED, cameras={}))
         self._check_texts()
         self.training = {
-            name: self._mix([(entry, samples) for entry, samples, _ in opened]) for name, opened in self._opened.items()
+            name: self._mix([(entry, samples) for entry, samples, _ in opened], self.maker)
+            for name, opened in self._opened.items()
         }
-        self.held_out = {name: self._mix(kept) for name, kept in self._kept.items()}
+        self.held_out = {name: self._mix(kept, self.plain) for name, kept in self._kept.items()}
         for name, opened in self._opened.items():
             apart = [(entry, samples) for entry, _, samples in opened if samples is not None]
             if name not in self.held_out and apart:
-                self.held_out[name] = self._mix(apart)
+                self.held_out[name] = self._mix(apart, self.plain)
 
     @property
     def embodiment(self) -> Embodiment:
@@ -128,6 +134,29 @@ class Sources:
                         digest.update(f"{name} {path.relative_to(place.parent)} {size}".encode())
                         digest.update(path.read_bytes() if size <= SMALL else b"")
         return digest.hexdigest()
+
+    def summary(self) -> list[tuple[str, str, str, float, int, int, int]]:
+        """Each data set: source, place, robot, weight, episodes, frames or samples, and how many of them are held out.
+
+        Data under `held_out` has weight 0.
+        """
+        rows = []
+        for name, opened in self._opened.items():
+            for entry, samples, apart in opened:
+                rows.append(self._row(name, entry, entry.weight, samples, apart))
+        for name, kept in self._kept.items():
+            rows += [self._row(name, entry, 0.0, None, samples) for entry, samples in kept]
+        return rows
+
+    def _row(
+        self, name: str, entry: Entry, weight: float, samples: Samples | None, apart: Samples | None
+    ) -> tuple[str, str, str, float, int, int, int]:
+        place = next(str(getattr(entry, key)) for key in FILES if hasattr(entry, key))
+        robot = self._embodiment(entry).robot.name if isinstance(entry, LeRobotEntry) else ""
+        both = [part for part in (samples, apart) if part is not None]
+        episodes = sum(len(part.episodes) for part in both if isinstance(part, LeRobotSamples))
+        counts = [0 if part is None else len(part) for part in (samples, apart)]
+        return name, place, robot, weight, episodes, counts[0], counts[1]
 
     # --- opening
 
@@ -263,20 +292,27 @@ class Sources:
             cameras=config.augmentation.cameras,
         )
 
-    def robot_of(self, name: str, part: int) -> Embodiment:
-        """Whose data a part of a held-out mixture is."""
+    def held_out_parts(self, name: str, embodiment: Embodiment) -> list[int]:
+        """The parts of a held-out mixture that are of this robot."""
         kept = self._kept.get(name) or [(entry, apart) for entry, _, apart in self._opened[name] if apart is not None]
-        return self._embodiment(kept[part][0])
+        return [number for number, (entry, _) in enumerate(kept) if self._embodiment(entry) is embodiment]
+
+    def label(self, embodiment: Embodiment) -> str:
+        """The robot's name, which no other robot of the run has."""
+        same = [key for key, other in self.embodiments.items() if other.robot.name == embodiment.robot.name]
+        if len(same) == 1:
+            return embodiment.robot.name
+        return next(key for key, other in self.embodiments.items() if other is embodiment)
 
     def _embodiment(self, entry: Entry) -> Embodiment:
         return self.embodiments[(entry.robot if isinstance(entry, LeRobotEntry) else None) or self.config.robot]
 
-    def _mix(self, entries: Sequence[tuple[Entry, Samples]]) -> Mixture:
+    def _mix(self, entries: Sequence[tuple[Entry, Samples]], maker: BatchMaker) -> Mixture:
         parts = [Part(samples, entry.weight) for entry, samples in entries]
         if not isinstance(entries[0][0], LeRobotEntry):
-            return Mixture(parts, lambda _, samples, rng: self.maker.of_language(samples, rng))
+            return Mixture(parts, lambda _, samples, rng: maker.of_language(samples, rng))
         embodiments = [self._embodiment(entry) for entry, _ in entries]
-        return Mixture(parts, lambda n, samples, rng: self.maker.of_robots([embodiments[i] for i in n], samples, rng))
+        return Mixture(parts, lambda n, samples, rng: maker.of_robots([embodiments[i] for i in n], samples, rng))
 
 
 def make_fast(config: TrainingConfig, chunks: Sequence[NDArray[np.float64]]) -> FastTokenizer:

@@ -13,6 +13,7 @@ Nothing is built here: `training.run` makes data, robots and model from the conf
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ from ki_vla_ros.errors import ConfigurationError
 from training.config import Loss, StageConfig, TrainingConfig
 from training.data import Batch, Loader, Source
 from training.ema import MovingAverage
+from training.evaluate import is_driven
 from training.losses import BatchLosses, TrainingHeads, targets
 from training.model import VLA
 from training.optimizer import (
@@ -47,18 +49,22 @@ from training.optimizer import (
     set_learning_rates,
 )
 from training.parallel import average_gradients, free_gathered, from_first, gather
+from training.record import Record
 from training.storage import alone
 from training.weights import PieceReader, RunState, check_same, newest_checkpoint, open_run, save_run
 
 # What may be changed in the middle of a run, beside where data are, and a stage's steps and rates.
 FREE = {"name", "out", "keep", "threads", "workers", "cache_gb", "parallel", "held_out", "flow_steps", "environment"}
 LEARNT_FROM = {"name", "losses", "train", "freeze", "sources", "insulate", "noise_samples"}
+RECORDS = ("figures", "losses")
 
 
 class Trainer:
-    """Trains a model by its stages; `figures` measures it for their gates (if sharded, in all processes).
+    """Trains a model by its stages.
 
-    `made_of` says, by name, what a checkpoint must be of to be resumed, beside the configuration.
+    `figures` measures it (if sharded, in all processes), in closed loop too if told so, and `show` makes a page of
+    what `figures` found and of the two records. `made_of` says, by name, what a checkpoint must be of to be resumed,
+    beside the configuration.
     """
 
     def __init__(
@@ -68,20 +74,24 @@ class Trainer:
         heads: TrainingHeads | None,
         sources: Mapping[str, Source],
         losses: BatchLosses,
-        figures: Callable[[], dict[str, float]],
+        figures: Callable[[bool], dict[str, float]],
         rank: int = 0,
         made_of: Mapping[str, Any] | None = None,
+        show: Callable[[], object] = lambda: None,
     ) -> None:
         self.config, self.model, self.heads = config, model, heads
         self.sources, self.losses, self.figures, self.rank = sources, losses, figures, rank
+        self.show = show
+        names = [stage.name for stage in config.stages]
+        self.figure_record, self.loss_record = (Record(config.out / f"{what}.jsonl", names) for what in RECORDS)
         every = {name: p for stage in config.stages for name, p in self.choose(stage).items()}
         self.trained, self.made_of = frozenset(every), made_of or {}
         self.average = None if config.ema is None else MovingAverage(every, config.ema)
         # A sharded model's forward pass takes all processes.
         self.measures = rank == 0 or config.parallel.shard
 
-    def run(self) -> RunState:
-        """Run all stages, from the last checkpoint if there is one."""
+    def run(self, before: Callable[[], object] = lambda: None) -> RunState:
+        """Run all stages, from the last checkpoint if there is one; `before` is called before the first step."""
         for stage in self.config.stages:
             self.check_sources(stage)
             peaks(self.choose(stage), stage)
@@ -89,12 +99,16 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         with alone(out, out) if self.rank == 0 else nullcontext():
             progress, saved = self.load()
+            before()
+            if self.rank == 0:
+                for record in (self.figure_record, self.loss_record):
+                    record.rewind(progress.stage, progress.step)
             log = open_log(out / "tensorboard" / f"rank{self.rank}", self.count_steps(progress) if saved else None)
             with log as board:
                 for index, stage in enumerate(self.config.stages[progress.stage :], start=progress.stage):
                     progress = self.run_stage(index, stage, progress, board, saved if progress.step else None)
                     if self.measures:
-                        self.check_gates(index, stage, board)
+                        self.evaluate(index, stage, stage.steps, board)
                     # Only now: a run that missed its gate must meet it again when it is resumed.
                     self.save(progress, board)
         return progress
@@ -143,6 +157,10 @@ class Trainer:
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
                 for name, value in values.items():
                     board.add_scalar(f"{stage.name}/{name}", value, self.count_steps(at(index, step)))
+                if self.rank == 0:
+                    self.loss_record.add(stage.name, step + 1, values)
+            if self.measures and self.evaluates_after(stage, step + 1):
+                self.evaluate(index, stage, step + 1, board)
             if (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
                 self.save(at(index, step + 1), board, optimizer_tensors(optimizer, parameters))
         return at(index + 1)
@@ -199,22 +217,38 @@ class Trainer:
                 f"only {', '.join(stage.sources)}"
             )
 
-    def check_gates(self, index: int, stage: StageConfig, board: SummaryWriter) -> None:
-        """ConfigurationError if a figure misses its gate, so that no later stage builds on sand."""
-        if not stage.gates:
-            return
+    def evaluates_after(self, stage: StageConfig, step: int) -> bool:
+        """Whether so many steps of the stage are followed by figures; its last one always is."""
+        every = stage.evaluate_every is not None and step % stage.evaluate_every == 0
+        return step < stage.steps and (every or step in stage.gates_at or self.drives_after(stage, step))
+
+    def drives_after(self, stage: StageConfig, step: int) -> bool:
+        """Whether these figures are also of the closed loop."""
+        environment = self.config.environment
+        if environment is None:
+            return False
+        every = environment.every is not None and step % environment.every == 0
+        return every or step == stage.steps or any(map(is_driven, stage.gates_at.get(step, {})))
+
+    def evaluate(self, index: int, stage: StageConfig, step: int, board: SummaryWriter) -> None:
+        """Figures after so many steps; ConfigurationError if one misses its gate, so that nothing is built on sand."""
         with self.averaged():
-            figures = self.figures()
+            found = self.figures(self.drives_after(stage, step))
+        known = {name: value for name, value in found.items() if not math.isnan(value)}
         if self.rank == 0:
-            print(f"{stage.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
-        for name, value in figures.items():
-            board.add_scalar(f"figures/{name}", value, self.count_steps(RunState(stage=index + 1)) - 1)
-        missed = {name: least for name, least in stage.gates.items() if figures[name] < least}
-        free_gathered(self.model)
+            self.figure_record.add(stage.name, step, known)
+            whole = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if "_error." not in name)
+            print(f"{stage.name}, step {step}: {whole}", flush=True)
+            for name, value in known.items():
+                board.add_scalar(f"figures/{name}", value, self.count_steps(RunState(stage=index, step=step)) - 1)
+            self.show()
+        gates = [*stage.gates_at.get(step, {}).items(), *(stage.gates.items() if step == stage.steps else ())]
+        missed = [(name, gate) for name, gate in gates if not gate.met(found.get(name, math.nan))]
         if missed:
+            told = ", ".join(f"{name} {gate}, got {found.get(name, math.nan):.3g}" for name, gate in missed)
             raise ConfigurationError(
-                f"stage {stage.name}: expected {missed}, got { {name: round(figures[name], 3) for name in missed} }; "
-                "train longer (steps), or look at the losses in TensorBoard"
+                f"stage {stage.name}, step {step}: expected {told}; look at {self.config.out}/report/index.html, and "
+                "train longer (steps) or otherwise (docs/training.md, Figures and pages)"
             )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -62,4 +62,6 @@ def toy_trainer(out: Path, *stages: StageConfig, model: VLA | None = None, **cha
     settings = {"seed": 0, "out": out, "parallel": ParallelConfig(), "stages": stages or (toy_stage(),)}
     config = TrainingConfig.model_construct(**(settings | {"max_prefix_delay": 2} | changes))
     model = make_model().train() if model is None else model
-    return Trainer(config, model, None, {"robot": RandomSamples(model.config)}, BatchLosses(model, None, config), dict)
+    return Trainer(
+        config, model, None, {"robot": RandomSamples(model.config)}, BatchLosses(model, None, config), lambda driven: {}
+    )

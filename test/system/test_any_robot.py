@@ -3,80 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import yaml
+from support.arms import arm_run, entry, make_arms
 from support.downloads import run_import, write_downloads
-from support.foreign_datasets import Camera, Column, Shape, build
-from support.recipes import SIZES
-from support.samples import make_robot
 
 from ki_vla_ros.bundle import load_bundle, load_tokenizer
+from ki_vla_ros.engines.onnx_engine import OnnxEngine
+from ki_vla_ros.policy import Policy
 from ki_vla_ros.replay.__main__ import main as replay_main
 from training.config import TrainingConfig
 from training.convert.__main__ import main as convert_main
-from training.data.lerobot import ACTION, STATE
+from training.evaluate.rollouts import act_as
 from training.export.__main__ import main as export_main
 from training.export.bundle import check_policy
 from training.run import Run
 from training.weights import load_checkpoint, read_policy
 
-ARMS: Mapping[str, Any] = {
-    "lifter": {"joints": 3, "cameras": ("front",), "relative": True},
-    "reacher": {"joints": 5, "cameras": ("left", "right"), "relative": False},
-}
-
 
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A robot file and a dataset for each arm: different joints, cameras and tasks."""
-    folder = tmp_path_factory.mktemp("arms")
-    for name, fields in ARMS.items():
-        cameras, relative = fields["cameras"], fields["relative"]
-        robot = make_robot(name, fields["joints"], cameras=cameras, relative=relative, reach=20.0)
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(robot.model_dump(mode="json", exclude_none=True)))
-        names = [dimension.name for dimension in robot.state]
-        columns = [Column(key, names, len(names)) for key in (STATE, ACTION)]
-        views = [Camera(f"observation.images.{camera}", "png") for camera in cameras]
-        shape = Shape("v3.0", columns, views, lengths=dict.fromkeys(range(6), 7), tasks=(f"move the {name}",))
-        build(folder / name, shape)
-    return folder
-
-
-def configure(arms: Path, out: Path, *entries: Mapping[str, Any], **changes: Any) -> TrainingConfig:
-    fields: dict[str, Any] = {
-        "name": "any",
-        "robot": str(arms / "lifter.yaml"),
-        "out": str(out),
-        "sources": {"robot": [dict(entry) for entry in entries]},
-        "model": SIZES | {"state": "text"},
-        "prompt": {"length": 40},
-        "fast_vocabulary": 256,
-        "stages": [
-            {
-                "name": "joint",
-                "steps": 2,
-                "learning_rate": 1e-3,
-                "losses": {"fast": 1.0, "flow": 1.0},
-                "train": ["vision", "backbone", "expert"],
-                "sources": {"robot": 4},
-            }
-        ],
-    }
-    return TrainingConfig.model_validate(fields | changes)
-
-
-def entry(arms: Path, name: str, **more: Any) -> dict[str, Any]:
-    return {"lerobot": str(arms / name), "robot": str(arms / f"{name}.yaml"), **more}
+    return make_arms(tmp_path_factory.mktemp("arms"))
 
 
 @pytest.mark.parametrize("names", [("lifter",), ("lifter", "reacher")])
 def test_a_dataset_of_another_robot_ends_in_its_bundle(arms: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
-    run = Run(configure(arms, tmp_path / "run", *(entry(arms, name) for name in names)))
+    run = Run(arm_run(arms, tmp_path / "run", *(entry(arms, name) for name in names)))
     run.run()
     assert export_main(["--checkpoint", str(tmp_path / "run" / "policy"), "--out", str(tmp_path / "bundle")]) == 0
     manifest = load_bundle(tmp_path / "bundle").manifest
@@ -94,8 +49,14 @@ def test_a_dataset_of_another_robot_ends_in_its_bundle(arms: Path, tmp_path: Pat
     ticks = json.loads((tmp_path / "replay" / "metrics.json").read_text())["ticks"]
     assert ticks["count"] > 20 and ticks["held"] < ticks["count"] / 2
     # The statistics are those of its own data alone, whatever else it was trained with.
-    alone = run if len(names) == 1 else Run(configure(arms, tmp_path / "other", entry(arms, "lifter")))
+    alone = run if len(names) == 1 else Run(arm_run(arms, tmp_path / "other", entry(arms, "lifter")))
     assert run.data.embodiment.space == alone.data.embodiment.space
+    # In closed loop during training, the model does what its bundle will do.
+    bundle = load_bundle(tmp_path / "bundle")
+    images, state_S = {"front": np.full((40, 50, 3), 90, np.uint8)}, np.array([0.1, 0.2, 0.3])
+    ours = run.act()(images, state_S, "move the lifter", 7)
+    theirs = act_as(Policy(bundle, OnnxEngine(bundle)))(images, state_S, "move the lifter", 7)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +75,7 @@ def test_pi05_goes_on_with_lora_on_another_robot(
     """Its prompt, sizes and padding; the adapter apart, and merged in a policy that can be exported."""
     entry = {"lerobot": str(arms / "reacher"), "robot": str(arms / "reacher.yaml")}
     stage = {"train": ["backbone", "expert", "backbone.embedding.weight"], "losses": {"fast": 1.0, "flow": 1.0}}
-    config = configure(
+    config = arm_run(
         arms,
         tmp_path / "run",
         entry,

@@ -5,7 +5,7 @@ Legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,9 +64,11 @@ class Mixture:
         waiting = {number: iter(samples) for number, samples in found.items()}
         return [next(waiting[number]) for number, _ in rows]
 
-    def spread(self, count: int) -> list[tuple[int, int]]:
-        """At most `count` rows, evenly over all data sets by their lengths: always the same ones."""
-        ends = np.cumsum([len(part.samples) for part in self.parts])
+    def spread(self, count: int, among: Collection[int] | None = None) -> list[tuple[int, int]]:
+        """At most `count` rows, evenly over all data sets (or these parts) by their lengths: always the same ones."""
+        ends = np.cumsum([len(part.samples) * (among is None or n in among) for n, part in enumerate(self.parts)])
+        if not ends[-1]:
+            return []
         places = np.unique(np.linspace(0, ends[-1] - 1, min(count, int(ends[-1]))).astype(np.int64))
         numbers = np.searchsorted(ends, places, side="right")
-        return [(int(n), int(p - (ends[n] - len(self.parts[n].samples)))) for n, p in zip(numbers, places, strict=True)]
+        return [(int(n), int(p - (ends[n - 1] if n else 0))) for n, p in zip(numbers, places, strict=True)]

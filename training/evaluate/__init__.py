@@ -11,19 +11,33 @@ from training.evaluate.rollouts import Act, roll_out
 
 # Loaded by `__getattr__` on their first use: an environment may be opened where there is no torch.
 if TYPE_CHECKING:
-    from training.evaluate.offline import measure
+    from training.evaluate.driving import act_in_training, drive, is_driven, success_names, try_environments
+    from training.evaluate.offline import Measured, measure
+    from training.evaluate.page import write_page
 
 __all__ = [
     "HELD_OUT",
     "Act",
     "Environment",
+    "Measured",
+    "act_in_training",
+    "drive",
+    "is_driven",
     "measure",
     "open_environment",
     "roll_out",
+    "success_names",
+    "try_environments",
+    "write_page",
 ]
+_FILES = {
+    **dict.fromkeys(("Measured", "measure"), "offline"),
+    **dict.fromkeys(("act_in_training", "drive", "is_driven", "success_names", "try_environments"), "driving"),
+    "write_page": "page",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "measure":
-        return import_module("training.evaluate.offline").measure
+    if name in _FILES:
+        return getattr(import_module(f"training.evaluate.{_FILES[name]}"), name)
     raise AttributeError(f"module 'training.evaluate' has no attribute {name!r}")

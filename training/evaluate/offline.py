@@ -1,11 +1,12 @@
 """Figures of a model on held-out data: the gates of training.
 
-Legend: B batch, H horizon, D actions of a robot, A actions of the model, N image cells.
+Legend: B batch, T postfix tokens, N tokens that count, H horizon, D actions of a robot, A actions of the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,89 +14,168 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.config import Loss, StageConfig
 from training.data import NO_TARGET, Batch, Embodiment, RobotSample
-from training.losses import BatchLosses, TrainingHeads, asking_rows, prompt_start, scene_scores, take_rows
-from training.model import VLA
+from training.losses import BatchLosses, TrainingHeads, asking_rows, scene_scores, take_rows, targets
+from training.model import VLA, Cache
 from training.tokens import FastDecodeError, FastTokenizer, cosine_basis
 
 if TYPE_CHECKING:
     from training.sources import Sources
 
-FRAMES = 256  # held-out frames that the figures are computed on
-BATCH = 64  # frames at once; FAST is decoded token by token, which is slow, so only for the first batch
+Array = NDArray[np.float64]
+Values = Iterator[tuple[str, Array]]
+"""Figures by name, each with the values that its mean is of; NaN where there is none."""
+
+FRAMES = 256  # held-out frames of each source, shared by its robots
+BATCH = 32  # frames at once; FAST is decoded token by token, which is slow, so only for the first batch of a robot
+WORST = 6  # frames that are kept to be shown
+AT_ONCE = 256  # tokens whose scores are held: with a vocabulary of 257,152, one token's take 1 MB
+MEASURED: tuple[Loss, ...] = ("text", "fast", "flow")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A held-out frame and what the expert makes of it, in the robot's units."""
+
+    robot: str
+    embodiment: Embodiment
+    source: str
+    sample: RobotSample
+    predicted_HD: Array
+    error: float
+    """Mean of the known actions' errors, in normalised units."""
+
+
+@dataclass
+class Measured:
+    """`figures` by name, NaN for those without a value; `worst` predictions, the worst first."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    worst: list[Prediction] = field(default_factory=list)
 
 
 @torch.no_grad()
-def measure(model: VLA, data: Sources, losses: BatchLosses, heads: TrainingHeads | None = None) -> dict[str, float]:
-    """Figures by name, of the policy's robot, on what is held out under each name of the configuration.
+def measure(
+    model: VLA, data: Sources, losses: BatchLosses, heads: TrainingHeads | None = None, frames: int | None = None
+) -> Measured:
+    """Figures of the policy's robot, of the other robots and of the sources, on what is held out.
 
+    `LOSS_loss.SOURCE` (text, fast, flow): as in training, of images as they are. `text_accuracy.SOURCE` and
+    `fast_accuracy`: how often the likeliest next token is the right one, given those before it.
     `WAY_error`: the mean error of the chunks that WAY predicts, in normalised units, and `WAY_error.DIMENSION` in the
-    robot's own; ways are `flow` (the expert), `fast` (greedy FAST decoding; malformed sequences are left out, and
-    `fast_whole` says how many are none) and `readout` (the hint's tokens, with heads). `pointing` (with heads): where
-    the data says a place, how often the probe's strongest cell is at most one cell from it. `fast_clamped`: the share
-    of coefficients that FAST's vocabulary cannot express, so that their tokens are not exact.
+    robot's own; ways are `flow` (the expert), `fast` (greedy FAST decoding; `fast_whole` is the share of sequences that
+    are a whole chunk, the others are left out of the error) and `readout` (the hint's tokens, with heads). `pointing`
+    (with heads): where the data says a place, how often the probe's strongest cell is at most one cell from it.
+    `fast_clamped`: the share of coefficients that FAST's vocabulary cannot express, so that their tokens are not exact.
+    Figures of another robot than the policy's begin with its name: `ROBOT/flow_error`.
     """
-    config, embodiment = losses.config, data.embodiment
-    found: dict[str, list[NDArray[np.float64]]] = {}
-    rng = np.random.default_rng(0)
-    for name in data.robot_sources:
-        if name not in data.held_out:
+    found: dict[str, list[Array]] = {}
+    worst: list[Prediction] = []
+
+    def note(values: Values, before: str = "") -> None:
+        for name, array in values:
+            found.setdefault(before + name, []).append(array)
+
+    rng, device = np.random.default_rng(0), next(model.parameters()).device
+    for source, mixture in data.held_out.items():
+        if source not in data.robot_sources:
+            for rows in batches(mixture.spread(frames or FRAMES)):
+                batch = mixture.take(rows, rng).to(device)
+                note(measure_losses(losses, batch, source, rng))
+                if batch.text_mask_BT is not None:
+                    hits = predict_tokens(model, model.prefill(*batch.prefix), batch, batch.text_mask_BT)
+                    note(iter([(f"text_accuracy.{source}", hits)]))
             continue
-        mixture = data.held_out[name]
-        rows = [row for row in mixture.spread(FRAMES) if data.robot_of(name, row[0]) is embodiment]
-        for start in range(0, len(rows), BATCH):
-            samples = mixture.read(rows[start : start + BATCH])
-            batch = data.maker.of_robots([embodiment] * len(samples), samples, rng)
-            device = next(model.parameters()).device
-            first = data.maker.first_fast if start == 0 else None
-            for key, values in measure_batch(
-                model, embodiment, samples, batch.to(device), config.flow_steps, heads, first
-            ):
-                found.setdefault(key, []).append(values)
-            if config.hints is not None and batch.target_cell_B is not None:
-                cells_B = strongest_cells(model, batch.to(device), config.hints.probe)
-                found.setdefault("pointing", []).append(points_right(cells_B, batch, data.form.grid))
-    figures = {}
-    for key, parts in found.items():
-        known = np.concatenate(parts)
-        if not np.isnan(known).all():
-            figures[key] = float(np.nanmean(known))
-    return figures
+        robots = [(e, parts) for e in data.embodiments.values() if (parts := data.held_out_parts(source, e))]
+        for embodiment, parts in robots:
+            robot = data.label(embodiment)
+            before = "" if embodiment is data.embodiment else f"{robot}/"
+            for number, rows in enumerate(batches(mixture.spread((frames or FRAMES) // len(robots) or 1, parts))):
+                samples = mixture.read(rows)
+                batch = data.plain.of_robots([embodiment] * len(samples), samples, rng).to(device)
+                note(measure_losses(losses, batch, source, rng))
+                note(measure_tokens(model, embodiment, samples, batch), before)
+                first = data.plain.first_fast if number == 0 else None
+                for way, action_BHA in predict(model, embodiment, batch, losses.config.flow_steps, heads, first):
+                    off_BHD = action_BHA[..., : len(embodiment.robot.actions)] - normalized(embodiment, samples)
+                    note(measure_errors(embodiment, samples, off_BHD, way), before)
+                    if way == "flow":
+                        worst += judge(embodiment, samples, off_BHD, robot, source)
+                        worst = sorted(worst, key=lambda prediction: -prediction.error)[:WORST]
+                if losses.config.hints is not None and batch.target_cell_B is not None:
+                    cells_B = strongest_cells(model, batch, losses.config.hints.probe)
+                    note(iter([("pointing", points_right(cells_B, batch, data.form.grid))]), before)
+    return Measured({name: mean_of_known(np.concatenate(parts)) for name, parts in found.items()}, worst)
 
 
-def measure_batch(
-    model: VLA,
-    embodiment: Embodiment,
-    samples: Sequence[RobotSample],
-    batch: Batch,
-    flow_steps: int,
-    heads: TrainingHeads | None,
-    first_fast: int | None,
-) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """Each figure's values, one for each sample; NaN where there is none."""
-    space, actions = embodiment.space, embodiment.robot.actions
-    state_BS = np.stack([sample.state_S for sample in samples])
-    chunk_BHD = np.stack([sample.chunk_HD for sample in samples])
-    unknown_BH = ~np.stack([sample.known_H for sample in samples])
-    true_BHD = space.normalize_chunk(chunk_BHD, state_BS)
-    clamped = embodiment.chunks.count_clamped(true_BHD) / true_BHD.size
-    yield "fast_clamped", np.full(len(samples), float(clamped))
-    for way, action_BHA in predict(model, embodiment, batch, flow_steps, heads, first_fast):
-        action_BHD = action_BHA[..., : len(actions)]
-        error_BHD: NDArray[np.float64] = np.abs(action_BHD - true_BHD)
-        error_BHD[unknown_BH] = np.nan
-        with np.errstate(invalid="ignore"):
-            # A mean over steps of which some are known; all of a malformed chunk is NaN.
-            known_B = np.maximum(1, (~unknown_BH).sum(axis=1))
-            malformed_B = np.isnan(action_BHD).any(axis=(1, 2))
-            error_BD = np.nansum(error_BHD, axis=1) / known_B[:, None]
-            error_BD[malformed_B] = np.nan
-        yield f"{way}_error", np.asarray(error_BD.mean(axis=1))
-        scale_D = (np.array(space.action_high) - np.array(space.action_low)) / 2.0
-        for d, action in enumerate(actions):
-            yield f"{way}_error.{action.name}", np.asarray(error_BD[:, d] * abs(scale_D[d]))
-        if way == "fast":
-            yield "fast_whole", np.where(malformed_B, 0.0, 1.0)
+def batches(rows: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[int, int]]]:
+    return (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+
+
+def mean_of_known(values: Array) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def measure_losses(losses: BatchLosses, batch: Batch, source: str, rng: np.random.Generator) -> Values:
+    """The losses that the batch has targets for, each as often as it has tokens, or chunks."""
+    wanted = {name: 1.0 for name in MEASURED if name in targets(batch)}
+    if not wanted:
+        return
+    stage = StageConfig.model_construct(name=source, losses=wanted, insulate=True, noise_samples=1)
+    counts = {"text": batch.text_mask_BT, "fast": batch.fast_mask_BT, "flow": batch.known_BH}
+    for name, value in losses.joint(batch, stage, rng).items():
+        mask = counts[name]
+        count = len(batch.tokens_BL) if mask is None else int(mask.sum())
+        yield f"{name}_loss.{source}", np.full(count, float(value))
+
+
+def measure_tokens(model: VLA, embodiment: Embodiment, samples: Sequence[RobotSample], batch: Batch) -> Values:
+    """How well FAST's tokens say the chunks, and how well they are predicted."""
+    true_BHD = normalized(embodiment, samples)
+    yield "fast_clamped", np.full(len(samples), embodiment.chunks.count_clamped(true_BHD) / true_BHD.size)
+    if batch.fast_mask_BT is not None:
+        yield "fast_accuracy", predict_tokens(model, model.prefill(*batch.prefix), batch, batch.fast_mask_BT)
+
+
+def normalized(embodiment: Embodiment, samples: Sequence[RobotSample]) -> Array:
+    """[B, H, D]"""
+    chunk_BHD, state_BS = (np.stack([getattr(s, name) for s in samples]) for name in ("chunk_HD", "state_S"))
+    return embodiment.space.normalize_chunk(chunk_BHD, state_BS)
+
+
+def measure_errors(embodiment: Embodiment, samples: Sequence[RobotSample], off_BHD: Array, way: str) -> Values:
+    """Errors of predictions that are off by so much, in normalised units; rows of NaN are no prediction."""
+    error_BD = mean_over_known(np.abs(off_BHD), samples)
+    yield f"{way}_error", np.asarray(error_BD.mean(axis=1))
+    for action, error_B, scale in zip(embodiment.robot.actions, error_BD.T, half_widths(embodiment), strict=True):
+        yield f"{way}_error.{action.name}", np.asarray(error_B * scale)
+    if way == "fast":
+        yield "fast_whole", np.where(np.isnan(error_BD).any(axis=1), 0.0, 1.0)
+
+
+def mean_over_known(values_BHD: Array, samples: Sequence[RobotSample]) -> Array:
+    """[B, D]: over the steps that are known, that is, before the episode's end."""
+    known_BH1 = np.stack([sample.known_H for sample in samples])[..., None]
+    return np.asarray(np.where(known_BH1, values_BHD, 0.0).sum(axis=1) / np.maximum(1, known_BH1.sum(axis=1)))
+
+
+def half_widths(embodiment: Embodiment) -> Array:
+    """[D]: what 1 means, in the robot's units."""
+    low_D, high_D = np.array(embodiment.space.action_low), np.array(embodiment.space.action_high)
+    return np.asarray(np.abs(high_D - low_D) / 2.0)
+
+
+def judge(
+    embodiment: Embodiment, samples: Sequence[RobotSample], off_BHD: Array, robot: str, source: str
+) -> Iterator[Prediction]:
+    for sample, off_HD, error in zip(
+        samples, off_BHD, mean_over_known(np.abs(off_BHD), samples).mean(axis=1), strict=True
+    ):
+        # Added to what was recorded, because the same place can be written in several ways (turns, rotations).
+        predicted_HD = sample.chunk_HD + off_HD * half_widths(embodiment)
+        yield Prediction(robot, embodiment, source, sample, predicted_HD, float(error))
 
 
 def strongest_cells(model: VLA, batch: Batch, probe: tuple[int, int]) -> NDArray[np.int64]:
@@ -105,7 +185,7 @@ def strongest_cells(model: VLA, batch: Batch, probe: tuple[int, int]) -> NDArray
     return cells_B
 
 
-def points_right(cells_B: NDArray[np.int64], batch: Batch, grid: int) -> NDArray[np.float64]:
+def points_right(cells_B: NDArray[np.int64], batch: Batch, grid: int) -> Array:
     """[B]: 1 where the cell is the target's or next to it, 0 where not, NaN where nothing is in sight."""
     if batch.target_cell_B is None:
         raise ValueError("points_right: expected a batch with target cells, got one without")
@@ -121,7 +201,7 @@ def predict(
     flow_steps: int,
     heads: TrainingHeads | None,
     first_fast: int | None,
-) -> Iterator[tuple[str, NDArray[np.float64]]]:
+) -> Iterator[tuple[str, Array]]:
     """Normalised chunks [B, H, A] by each way of reading the model; NaN rows where FAST was malformed.
 
     `first_fast` is the id of FAST's token 0; None: without decoding FAST.
@@ -139,42 +219,47 @@ def predict(
         basis_KH = cosine_basis(batch.action_BHA.shape[1])[: coefficients_BKA.shape[1]]
         yield "readout", np.einsum("kh,bka->bha", basis_KH, coefficients_BKA)
     if first_fast is not None:
-        yield "fast", decode_greedily(model, embodiment.chunks, first_fast, batch)
+        yield "fast", decode_greedily(model, embodiment.chunks, first_fast, batch, cache)
 
 
-def decode_greedily(
-    model: VLA, fast: FastTokenizer, first: int, batch: Batch, longest: int = 80
-) -> NDArray[np.float64]:
-    """Chunks decoded from FAST tokens by argmax, NaN if malformed; only a figure: the robot never decodes tokens.
+def last_tokens(batch: Batch) -> Tensor:
+    """[B, 1]: each prompt's last token, after which the postfix begins."""
+    return batch.tokens_BL.gather(1, batch.last_token_B[:, None])
 
-    `first` is the id of FAST's token 0 in the model's vocabulary.
+
+def predict_tokens(model: VLA, cache: Cache, batch: Batch, mask_BT: Tensor) -> Array:
+    """[N]: 1 where the likeliest token after the right ones is the postfix's, else 0, for the tokens of the mask."""
+    if batch.postfix_BT is None:
+        raise ValueError("predict_tokens: expected a batch with a postfix, got one without")
+    before_BT = torch.cat((last_tokens(batch), batch.postfix_BT[:, :-1]), dim=1)
+    hidden_ND, token_N = model.read_on(cache, before_BT)[0][mask_BT], batch.postfix_BT[mask_BT]
+    pieces = zip(hidden_ND.split(AT_ONCE), token_N.split(AT_ONCE), strict=True)
+    hits = [model.logits(hidden).argmax(dim=1) == token for hidden, token in pieces]
+    return torch.cat(hits).double().cpu().numpy()
+
+
+def decode_greedily(model: VLA, fast: FastTokenizer, first: int, batch: Batch, cache: Cache) -> Array:
+    """Chunks [B, H, D] decoded from FAST tokens by argmax, NaN if malformed; only a figure: no robot decodes tokens.
+
+    `first` is the id of FAST's token 0 in the model's vocabulary. Sequences longer than half as much again as the
+    longest true one count as malformed: an untrained model would take minutes to end them.
     """
-    horizon, action_dim = fast.horizon, fast.action_dim
-    tokens = torch.zeros(len(batch.tokens_BL), 0, dtype=torch.int64, device=batch.tokens_BL.device)
-    last = prompt_start(model, batch) + batch.last_token_B
+    longest = 8 + (0 if batch.postfix_BT is None else batch.postfix_BT.shape[1] * 3 // 2)
+    whole = fast.horizon * fast.action_dim
     lengths = np.array([len(fast.integers(i)) for i in range(fast.vocab_size)])
-    count = np.zeros(len(tokens))
-    whole = horizon * action_dim
-    while tokens.shape[1] < longest and (count < whole).any():
-        output = model(*batch.prefix, postfix_BT=tokens if tokens.shape[1] else None)
-        postfix = output.postfix_hidden_BTD
-        hidden: Tensor = (
-            postfix[:, -1]
-            if postfix is not None
-            else output.prefix_hidden_BPD[torch.arange(len(last), device=last.device), last]
-        )
-        best = model.logits(hidden)[:, first : first + fast.vocab_size].argmax(dim=1)
-        tokens = torch.cat([tokens, (first + best)[:, None]], dim=1)
-        count += lengths[best.cpu().numpy()]
+    token_B1, count_B = last_tokens(batch), np.zeros(len(batch.tokens_BL))
+    steps: list[NDArray[np.int64]] = []
+    while len(steps) < longest and (count_B < whole).any():
+        hidden_B1D, cache = model.read_on(cache, token_B1)
+        best_B = model.logits(hidden_B1D[:, 0])[:, first : first + fast.vocab_size].argmax(dim=1)
+        token_B1 = first + best_B[:, None]
+        steps.append(best_B.cpu().numpy())
+        count_B += lengths[steps[-1]]
     chunks = []
-    for row in tokens.tolist():
-        used, total = [], 0
-        for token in row:
-            if total < whole:
-                used.append(token - first)
-                total += lengths[token - first]
+    for ids in np.stack(steps, axis=1):
+        used = ids[: 1 + int((np.cumsum(lengths[ids]) < whole).sum())]
         try:
-            chunks.append(fast.decode(used))
+            chunks.append(fast.decode(used.tolist()))
         except FastDecodeError:
-            chunks.append(np.full((horizon, action_dim), np.nan))
+            chunks.append(np.full((fast.horizon, fast.action_dim), np.nan))
     return np.stack(chunks)

@@ -1,5 +1,6 @@
 """From a checkpoint to a bundle."""
 
+from training.export.bundle import check_policy
 from training.export.graphs import arrange, cast_weights, describe_graphs, modulations
 from training.export.parity import PrefixTensors, as_batch, cosine
 
@@ -8,6 +9,7 @@ __all__ = [
     "arrange",
     "as_batch",
     "cast_weights",
+    "check_policy",
     "cosine",
     "describe_graphs",
     "modulations",

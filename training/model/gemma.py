@@ -179,6 +179,15 @@ class BackboneLayer(nn.Module):
         kv_head = head * key.shape[1] // self.attention.heads
         return query @ key[:, kv_head].mT * self.attention.head_dim**-0.5
 
+    def read_on(
+        self, x_BTW: Tensor, turn: Rotation, key_BKCD: Tensor, value_BKCD: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream of tokens that follow those whose keys and values are given; keys and values of all."""
+        query, key, value = self.attention.project(self.norm1(x_BTW), turn)
+        key, value = torch.cat((key_BKCD, key), dim=2), torch.cat((value_BKCD, value), dim=2)
+        x_BTW = x_BTW + self.attention.out(attend(query, key, value, bias))
+        return x_BTW + self.mlp(self.norm2(x_BTW)), key, value
+
     def forward(self, x_BSW: Tensor, turn: Rotation, view: "View", first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """The residual stream after the layer from prefix token `first` on, and the keys and values of all tokens."""
         normed = self.norm1(x_BSW)

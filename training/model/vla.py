@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import ConfigurationError
 from training.model.expert import AdaRMSNorm, Conditioning, Expert, expert_bias
-from training.model.gemma import Backbone, GemmaConfig, make_view, positions, rotation
+from training.model.gemma import Backbone, GemmaConfig, additive, make_view, positions, rotation
 from training.model.siglip import Vision, VisionConfig
 
 
@@ -123,6 +123,29 @@ class VLA(nn.Module):
         """[R, H, A] of one expert step; rows of one prefix are adjacent: row r reads prefix r // (R / B)."""
         keys, values = cache.keys_NBKPD.unbind(0), cache.values_NBKPD.unbind(0)
         return self._expert_velocity(keys, values, cache.mask_BP, x_t_RHA, time_RH, state_RS)
+
+    def read_on(self, cache: Cache, tokens_BT: Tensor) -> tuple[Tensor, Cache]:
+        """Hidden states [B, T, D] of the postfix's next tokens, after the final norm, and the cache for those after.
+
+        The first token after `prefill` is the prompt's last, once more: it stands in the prefix already, where nothing
+        computed its hidden state, and no other token sees it twice.
+        """
+        begun, prompt = cache.keys_NBKPD.shape[3] - cache.mask_BP.shape[1], cache.mask_BP.sum(dim=1, keepdim=True)
+        tokens = tokens_BT.shape[1]
+        at_T = begun + torch.arange(tokens, device=tokens_BT.device)
+        turn = rotation(prompt - 1 + at_T, self.config.backbone.head_dim)
+        before_C = torch.arange(begun + tokens, device=tokens_BT.device)
+        past_TC = (before_C <= at_T[:, None]) & (before_C > 0)
+        seen_BTC = torch.cat(
+            (cache.mask_BP[:, None].expand(-1, tokens, -1), past_TC.expand(len(tokens_BT), -1, -1)), dim=2
+        )
+        bias = additive(seen_BTC).repeat_interleave(self.config.backbone.group, dim=1)[:, None]
+        x_BTD, keys, values = self.backbone.embed(tokens_BT), [], []
+        for layer, key, value in zip(self.backbone.layers, cache.keys_NBKPD, cache.values_NBKPD, strict=True):
+            x_BTD, key, value = layer.read_on(x_BTD, turn, key, value, bias)
+            keys.append(key)
+            values.append(value)
+        return self.backbone.norm(x_BTD), Cache(torch.stack(keys), torch.stack(values), cache.mask_BP)
 
     def forward(
         self,

@@ -55,8 +55,8 @@ def checkpoint_activations(model: VLA) -> None:
 def shard(model: VLA, config: ParallelConfig, mesh: DeviceMesh) -> None:
     """Shard the model in place over a one-dimensional mesh; its parameters are DTensors from here on.
 
-    Entry points other than `forward` get FSDP's hooks too, because they read weights: `prefill`, `velocity` and
-    `stem_features` of the model, `keys_values` and `scores` of the backbone's layers.
+    Entry points other than `forward` get FSDP's hooks too, because they read weights: `prefill`, `velocity`,
+    `read_on` and `stem_features` of the model, `keys_values`, `read_on` and `scores` of the backbone's layers.
     """
     # Keys and values are transposed views; nothing writes to them in place, which is what torch warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
@@ -76,9 +76,9 @@ def shard(model: VLA, config: ParallelConfig, mesh: DeviceMesh) -> None:
         fully_shard(layer, **(seeing if isinstance(layer, VisionLayer) else policy))
     fully_shard(model, **policy)
     for layer in model.backbone.layers:
-        for method in ("keys_values", "scores"):
+        for method in ("keys_values", "read_on", "scores"):
             register_fsdp_forward_method(layer, method)
-    for method in ("prefill", "velocity", "stem_features"):
+    for method in ("prefill", "velocity", "read_on", "stem_features"):
         register_fsdp_forward_method(model, method)
 
 

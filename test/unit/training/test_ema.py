@@ -47,7 +47,7 @@ def test_the_average_is_openpis_sum_and_is_what_is_measured(tmp_path: Path) -> N
 def test_a_gate_is_measured_on_the_average(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, toy_stage(gates={"good": 0.5}), ema=DECAY)
     seen = []
-    trainer.figures = lambda: seen.append(weights(trainer)) or {"good": 1.0}  # type: ignore[func-returns-value]
+    trainer.figures = lambda driven: seen.append(weights(trainer)) or {"good": 1.0}  # type: ignore[func-returns-value]
     trainer.run()
     assert trainer.average is not None
     for name, average in trainer.average.averages.items():
