@@ -30,15 +30,10 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return {found["what"]: found for found in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "data"])
+@pytest.mark.parametrize("case", CASES)
 def test_there_is_always_one_whole_version(figures: dict[str, dict[str, Any]], case: str) -> None:
     found = figures[case]
     assert found["none"] == 0
     assert found["newest"] >= 2  # some came through
     assert found["kills"] >= (200 if "=" in case else 10)
     assert set(found["left"]) - {"place"} <= {".place.part"} | ({".place.old"} if case == CASES[-1] else set())
-
-
-def test_data_that_is_half_made_counts_as_none(figures: dict[str, dict[str, Any]]) -> None:
-    """A seed makes it again; while it is made, there is no meta.json."""
-    assert figures["data"]["kills"] >= 20 and figures["data"]["newest"] == 2
