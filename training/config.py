@@ -295,6 +295,9 @@ class TrainingConfig(Frozen):
     sources: dict[str, tuple[Entry, ...]] = Field(
         min_length=1, description="data by the name that stages draw it under; each is a mixture with weights"
     )
+    made_by: str | None = Field(
+        default=None, description="the command that makes the data, for whoever has none of it yet"
+    )
     held_out: dict[str, tuple[Entry, ...]] = Field(
         default_factory=dict, description="data of these names that figures are measured on, and nothing is trained on"
     )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import PromptSpec
 from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.files import read_json
 from ki_vla_ros.policy import clean_instruction, tokenize
 from ki_vla_ros.robot import Robot, find_robot, read_robot
 from training.action_space import ActionSpace
@@ -34,7 +35,7 @@ from training.data import (
     whole_chunks,
 )
 from training.data.language import open_language
-from training.data.lerobot import Dataset, LeRobotSamples
+from training.data.lerobot import SOURCE, Dataset, LeRobotSamples
 from training.tokens import FastTokenizer, act_query_ids, act_query_token, localise, make_vocabulary
 from training.weights import check_statistics, start_tokenizer
 
@@ -127,7 +128,7 @@ class Sources:
         digest = hashlib.sha256()
         for name, entries in self.config.sources.items():
             for entry in entries:
-                place: Path = next(getattr(entry, key) for key in FILES if hasattr(entry, key))
+                place = place_of(entry)
                 for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
                     if path.is_file():
                         size = path.stat().st_size
@@ -177,11 +178,23 @@ class Sources:
     def _open(self, source: str, entry: Entry) -> tuple[Samples, Samples | None]:
         """The data set, and the part of it that is kept apart for figures, if any."""
         size = self.config.model.vision.image_size
+        place = place_of(entry)
+        if self.config.made_by is not None and not place.exists():
+            raise ConfigurationError(
+                f"source {source}: expected data in {place}, found none; it is made by: {self.config.made_by}"
+            )
         if not isinstance(entry, LeRobotEntry):
             return open_language(entry, size), None
         groups = (*self.config.sources.values(), *self.config.held_out.values())
         entries = sum(isinstance(entry, LeRobotEntry) for group in groups for entry in group)
         dataset = Dataset(entry.lerobot)
+        if entry.chunk is None and (dataset.folder / SOURCE).is_file():
+            said = read_json(dataset.folder / SOURCE)
+            if said.get("consecutive") is False:
+                raise ConfigurationError(
+                    f"source {source}, dataset {dataset.folder}: its frames do not follow each other in time "
+                    f"({SOURCE}), so its actions in a row are no chunk; set chunk: {said.get('chunk')} at the entry"
+                )
         first, end = entry.episodes or (0, None)
         chosen = list(range(len(dataset.episodes)))[first:end]
         apart: list[int] = []
@@ -313,6 +326,12 @@ class Sources:
             return Mixture(parts, lambda _, samples, rng: maker.of_language(samples, rng))
         embodiments = [self._embodiment(entry) for entry, _ in entries]
         return Mixture(parts, lambda n, samples, rng: maker.of_robots([embodiments[i] for i in n], samples, rng))
+
+
+def place_of(entry: Entry) -> Path:
+    """Where an entry has its data."""
+    place: Path = next(getattr(entry, key) for key in FILES if hasattr(entry, key))
+    return place
 
 
 def make_fast(config: TrainingConfig, chunks: Sequence[NDArray[np.float64]]) -> FastTokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,17 @@ from support.downloads import run_import, write_downloads
 
 from ki_vla_ros.bundle import load_bundle, load_tokenizer
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.replay.__main__ import main as replay_main
 from training.config import TrainingConfig
 from training.convert.__main__ import main as convert_main
+from training.data.lerobot import SOURCE
 from training.evaluate.rollouts import act_as
 from training.export.__main__ import main as export_main
 from training.export.bundle import check_policy
 from training.run import Run
+from training.sources import Sources
 from training.weights import load_checkpoint, read_policy
 
 
@@ -99,3 +103,19 @@ def test_pi05_goes_on_with_lora_on_another_robot(
     before, after = (load_checkpoint(folder).state_dict() for folder in (pi05, folder))
     assert torch.equal(before["backbone.norm.weight"], after["backbone.norm.weight"])
     assert not torch.equal(before["backbone.layers.0.mlp.up.weight"], after["backbone.layers.0.mlp.up.weight"])
+
+
+def test_data_that_is_not_there_is_named_with_what_makes_it(arms: Path, tmp_path: Path) -> None:
+    nobody = entry(arms, "lifter") | {"lerobot": str(arms / "nobody")}
+    config = arm_run(arms, tmp_path / "run", nobody, made_by="make it")
+    with pytest.raises(ConfigurationError, match=r"source robot: expected data in .*nobody, found none; .*: make it"):
+        Sources(config)
+
+
+def test_frames_that_do_not_follow_each_other_need_the_column_with_their_chunks(arms: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "apart"
+    shutil.copytree(arms / "lifter", folder)
+    (folder / SOURCE).write_text(json.dumps({"consecutive": False, "chunk": "action_chunk"}))
+    config = arm_run(arms, tmp_path / "run", entry(arms, "lifter") | {"lerobot": str(folder)})
+    with pytest.raises(ConfigurationError, match=r"do not follow each other .*; set chunk: action_chunk at the entry"):
+        Sources(config)
