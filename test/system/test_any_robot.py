@@ -46,12 +46,11 @@ def test_a_dataset_of_another_robot_ends_in_its_bundle(arms: Path, tmp_path: Pat
     # Its dataset as a bag, replayed with the bundle.
     own = ["--robot", str(arms / "lifter.yaml")]
     assert convert_main(["to-bag", str(arms / "lifter"), "--out", str(tmp_path / "bag"), *own]) == 0
-    assert (
-        replay_main([str(tmp_path / "bag"), "--bundle", str(tmp_path / "bundle"), "--out", str(tmp_path / "replay")])
-        == 0
-    )
+    files = [str(tmp_path / name) for name in ("bag", "bundle", "replay")]
+    assert replay_main([files[0], "--bundle", files[1], "--out", files[2]]) == 0
+    # It has learned nothing, so what it wants may be refused; but it is asked, and answers.
     ticks = json.loads((tmp_path / "replay" / "metrics.json").read_text())["ticks"]
-    assert ticks["count"] > 20 and ticks["held"] < ticks["count"] / 2
+    assert ticks["count"] > 20 and ticks["chunks"] > ticks["count"] / 2
     # The statistics are those of its own data alone, whatever else it was trained with.
     alone = run if len(names) == 1 else Run(arm_run(arms, tmp_path / "other", entry(arms, "lifter")))
     assert run.data.embodiment.space == alone.data.embodiment.space

@@ -71,6 +71,11 @@ class BatchLosses:
             found |= give_hints(self.model, self.heads, hints, batch, output, wanted)
         if drawn:
             found["flow"] = flow.match_flow(output.velocity_RHA, *drawn[2:], self.weights(batch, stage.noise_samples))
+        if self.config.parallel.shard and output.probe_logits_BPQ is not None:
+            # A shard's layers must do the same in all processes. Where no sample has a place to point at, nothing else
+            # would lead back through the probe.
+            name = next(iter(found))
+            found[name] = found[name] + 0.0 * output.probe_logits_BPQ.sum()
         return found
 
     def flow_alone(self, batch: Batch, stage: StageConfig, rng: np.random.Generator) -> dict[Loss, Tensor]:
