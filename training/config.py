@@ -248,6 +248,9 @@ class StageConfig(Frozen):
     insulate: bool = True
     sources: Annotated[dict[str, Positive], Field(min_length=1)]
     noise_samples: Positive = Field(default=1, description="flow samples drawn for each prefix")
+    accumulate: Positive = Field(
+        default=1, description="pieces that a source's batch is computed in, to save memory; the gradient is the same"
+    )
     checkpoint_every: Positive = 500
     evaluate_every: Positive | None = Field(
         default=None, description="steps between figures on held-out data; default: only at the stage's end"
@@ -269,6 +272,15 @@ class StageConfig(Frozen):
             )
         if late := [step for step in self.gates_at if step > self.steps]:
             raise ValueError(f"gates_at: expected steps of this stage, 1 to {self.steps}, got {late[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_pieces(self) -> StageConfig:
+        if self.accumulate > (most := max(self.sources.values())):
+            raise ValueError(
+                f"accumulate: expected at most {most}, the samples of the stage's largest source, got "
+                f"{self.accumulate}; a piece has at least one sample"
+            )
         return self
 
 

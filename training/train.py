@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +181,12 @@ class Trainer:
     def accumulate_gradients(
         self, stage: StageConfig, batches: Sequence[Batch], rng: np.random.Generator
     ) -> dict[str, float]:
-        """One backward pass per source's batch; returns the losses' values by name, summed over the sources."""
+        """A backward pass for each piece of each source's batch; the losses by name, summed over the sources."""
         values: dict[str, float] = {}
         device = next(self.model.parameters()).device
-        for batch in batches:
+        for piece in chain.from_iterable(self.losses.split(batch, stage, rng) for batch in batches):
             with self.precision():
-                found = self.losses(batch.to(device), stage, rng)
+                found = self.losses(piece.to(device), stage)
             torch.stack([stage.losses[loss] * value for loss, value in found.items()]).sum().backward()
             for loss, value in found.items():
                 values[loss] = values.get(loss, 0.0) + float(value.detach())

@@ -151,6 +151,11 @@ def test_losses_without_anything_to_learn_are_zero() -> None:
     )
     module, unknown = heads(), torch.full((2, 2, 3), torch.nan)
     assert float(hints.read_out(module, torch.randn(2, 2, 8), unknown).detach()) == 0.0
+    unlabelled = hints.name_cells(module, torch.randn(1, 2, 6), torch.full((1, 2), NO_TARGET))
+    assert float(unlabelled.detach()) == 0.0
+    scores = torch.full((1, 2, 5), -torch.inf, requires_grad=True)
+    hints.point_at_target(scores, torch.full((1,), NO_TARGET), first_cell=1).backward()
+    assert scores.grad is not None and not scores.grad.any()
     one = torch.cat([unknown[:1], torch.zeros(1, 2, 3)])
     hidden = torch.randn(2, 2, 8)
     assert torch.equal(hints.read_out(module, hidden, one), hints.read_out(module, hidden[1:], one[1:]))
@@ -176,10 +181,11 @@ def test_grounding_is_zero_only_for_the_right_place_and_state_and_skips_samples_
     hidden, nowhere = torch.randn(2, 4, 8), [torch.nan, torch.nan]
     right = torch.tensor([[0.25, 0.75], nowhere])
     state = torch.full((2, 3), 0.5)
-    assert float(hints.ground(module, hidden, right, state).detach()) == 0.0
-    assert float(hints.ground(module, hidden, right.flip(1), None).detach()) > 0.1
-    assert float(hints.ground(module, hidden, right, -state).detach()) > 0.1
-    assert float(hints.ground(module, hidden, torch.tensor([nowhere, nowhere]), None).detach()) == 0.0
+    assert float(hints.name_place(module, hidden, right).detach()) == 0.0
+    assert float(hints.name_place(module, hidden, right.flip(1)).detach()) > 0.1
+    assert float(hints.name_place(module, hidden, torch.tensor([nowhere, nowhere])).detach()) == 0.0
+    assert float(hints.name_state(module, hidden, state).detach()) == 0.0
+    assert float(hints.name_state(module, hidden, -state).detach()) > 0.1
 
 
 def test_every_second_row_has_a_prefix() -> None:

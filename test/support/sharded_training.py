@@ -95,7 +95,8 @@ def check_insulation(run: Run) -> None:
         select_parameters(run.model, run.heads, ("vision", "backbone", "expert"))
         rng = np.random.default_rng(run.rank)
         batch = run.data.training["robot"].draw(2, rng)
-        run.trainer.losses.joint(batch, stage, rng)["flow"].backward()
+        [whole] = run.trainer.losses.split(batch, stage, rng)
+        run.trainer.losses.joint(whole, stage)["flow"].backward()
         nonzero = {name for name, g in gradients(run).items() if g is not None and g.count_nonzero()}
         knowledge = {name for name in nonzero if name.startswith(("vision", "projector", "backbone"))}
         assert "expert.layers.0.mlp.up.weight" in nonzero and bool(knowledge) != insulate, knowledge

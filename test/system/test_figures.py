@@ -83,7 +83,8 @@ def test_figures_are_those_of_a_slow_reference(trained: Run, monkeypatch: pytest
         accuracy = float(hits[batch.fast_mask_BT].double().mean())
         assert figures[f"{before}fast_accuracy"] == pytest.approx(accuracy, abs=1e-9)
         stage = run.config.stages[0]
-        losses = run.trainer.losses(batch, stage, np.random.default_rng(0))
+        [piece] = run.trainer.losses.split(batch, stage, np.random.default_rng(0))
+        losses = run.trainer.losses(piece, stage)
         scores.append(float(losses["fast"]))
         counts.append(int(batch.fast_mask_BT.sum()))
 

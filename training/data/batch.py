@@ -103,6 +103,11 @@ class Batch:
         }
         return Batch(**moved)
 
+    def rows(self, rows: slice) -> Batch:
+        """These samples of the batch alone, padded as they are."""
+        chosen: dict[str, Any] = {name: None if label is None else label[rows] for name, label in vars(self).items()}
+        return Batch(**chosen)
+
 
 @dataclass(frozen=True)
 class BatchForm:

@@ -125,7 +125,8 @@ def measure_losses(losses: BatchLosses, batch: Batch, source: str, rng: np.rando
         return
     stage = StageConfig.model_construct(name=source, losses=wanted, insulate=True, noise_samples=1)
     counts = {"text": batch.text_mask_BT, "fast": batch.fast_mask_BT, "flow": batch.known_BH}
-    for name, value in losses.joint(batch, stage, rng).items():
+    [whole] = losses.split(batch, stage, rng)
+    for name, value in losses.joint(whole, stage).items():
         mask = counts[name]
         count = len(batch.tokens_BL) if mask is None else int(mask.sum())
         yield f"{name}_loss.{source}", np.full(count, float(value))

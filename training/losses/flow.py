@@ -5,8 +5,19 @@ Legend: R rows (batch x noise samples), H horizon, A action dim.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class FlowRows(NamedTuple):
+    """What the expert is given, the velocity that it should name, and where that is learned."""
+
+    x_t_RHA: Tensor
+    time_RH: Tensor
+    target_RHA: Tensor
+    learned_RH: Tensor
 
 
 def draw_flow_time(rows: int, horizon: int, max_prefix: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Our own hints, which let small models learn in minutes; none is in the paper, none is needed at inference.
 
-All act on the backbone alone: `name_cells`, `point_at_target`, `read_out` (cross-entropies) and `ground` (a smooth L1
-error). They need labels that a batch may carry (`training.data.batch.Batch`); places are in its last camera's image.
+All act on the backbone alone: `name_cells`, `point_at_target`, `read_out` (cross-entropies), `name_place` and
+`name_state` (smooth L1 errors, together the loss `grounding`). They need labels that a batch may carry
+(`training.data.batch.Batch`); places are in its last camera's image.
 
 Legend: B batch, P prefix tokens, D width, N image cells, R asking tokens (K where each names one readout frequency),
 A action dim.
@@ -10,6 +11,7 @@ A action dim.
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,11 @@ from ki_vla_ros.errors import ConfigurationError
 from training.config import HintsConfig, Loss
 from training.data import NO_TARGET, Batch
 from training.model import VLA, Output
+
+Term = Loss | Literal["state"]
+"""A mean of its own: `grounding` is that of places, and that of states beside it."""
+BACKGROUND_WEIGHT = 0.1
+"""Of image cells that show background, beside 1 for the others."""
 
 
 class TrainingHeads(nn.Module):
@@ -49,19 +56,38 @@ class TrainingHeads(nn.Module):
         return self.COEFFICIENT_SCALE * mean, (log_spread + 1.0).clamp(-2.0, 5.0).exp()
 
 
-def name_cells(heads: TrainingHeads, features_BND: Tensor, cells_BN: Tensor) -> Tensor:
-    """Cross-entropy of what each image cell shows; background (the last class), most of an image, weighs a tenth."""
+def weigh_cells(heads: TrainingHeads, cells: Tensor) -> Tensor:
+    """How much each cell counts: one without label not at all, background (most of an image) a tenth."""
     if heads.cells is None:
         raise ConfigurationError("loss cells: expected hints.cell_classes (kinds, and the background), got none")
     classes = heads.cells.out_features
-    if int(cells_BN.max()) >= classes:
+    if int(cells.max()) >= classes:
         raise ConfigurationError(
-            f"loss cells: expected cells of {classes} classes (hints.cell_classes), got class {int(cells_BN.max())}"
+            f"loss cells: expected cells of {classes} classes (hints.cell_classes), got class {int(cells.max())}"
         )
-    weight = torch.ones(classes, device=cells_BN.device)
-    weight[-1] = 0.1
+    weight = torch.where(cells == classes - 1, BACKGROUND_WEIGHT, 1.0)
+    return weight.masked_fill(cells == NO_TARGET, 0.0)
+
+
+def name_cells(heads: TrainingHeads, features_BND: Tensor, cells_BN: Tensor) -> Tensor:
+    """Cross-entropy of what each image cell shows, mean by the cells' weights; 0 if none has a label."""
+    weight_BN = weigh_cells(heads, cells_BN)
+    assert heads.cells is not None
     logits = heads.cells(features_BND).flatten(0, -2)
-    return F.cross_entropy(logits, cells_BN.flatten(), weight=weight, ignore_index=NO_TARGET)
+    surprise = F.cross_entropy(logits, cells_BN.flatten(), ignore_index=NO_TARGET, reduction="none")
+    return (surprise * weight_BN.flatten()).sum() / weight_BN.sum().clamp(min=BACKGROUND_WEIGHT)
+
+
+def has_target(target_cell_B: Tensor) -> Tensor:
+    return target_cell_B != NO_TARGET
+
+
+def has_place(place_B2: Tensor) -> Tensor:
+    return ~place_B2.isnan().any(dim=1)
+
+
+def has_coefficients(coefficient_BKA: Tensor) -> Tensor:
+    return ~coefficient_BKA.isnan().any(dim=(1, 2))
 
 
 def point_at_target(scores_BRP: Tensor, target_cell_B: Tensor, first_cell: int) -> Tensor:
@@ -70,31 +96,31 @@ def point_at_target(scores_BRP: Tensor, target_cell_B: Tensor, first_cell: int) 
     The scores are of R asking rows over P prefix tokens, -inf where masked. The image's first cell is prefix token
     `first_cell`.
     """
-    asked = target_cell_B != NO_TARGET
+    asked = has_target(target_cell_B)
     if not asked.any():
-        return scores_BRP.new_zeros((), requires_grad=True)
+        return 0.0 * scores_BRP.clamp(min=0.0).sum()  # zero with a graph, also where scores are -inf
     rows = scores_BRP[asked]
     targets = first_cell + target_cell_B[asked][:, None].expand(-1, rows.shape[1])
     return F.cross_entropy(rows.flatten(0, 1), targets.flatten())
 
 
-def ground(heads: TrainingHeads, hidden_BRD: Tensor, place_B2: Tensor, state_BS: Tensor | None) -> Tensor:
-    """Mean error of the place and of the normalised joint state that the asking rows name.
+def name_place(heads: TrainingHeads, hidden_BRD: Tensor, place_B2: Tensor) -> Tensor:
+    """Mean error of the place that the asking rows name.
 
     A place is in 0..1, or NaN for none. Attention to the right cell does not by itself carry the cell's place along;
     this loss makes it do so.
     """
-    known = ~place_B2.isnan().any(dim=1)
+    known = has_place(place_B2)
+    if not known.any():
+        return 0.0 * hidden_BRD.sum()  # zero with a graph: `backward` needs one
     wanted = place_B2[known][:, None].expand(-1, hidden_BRD.shape[1], -1)
-    loss = (
-        4.0 * F.smooth_l1_loss(heads.place(hidden_BRD[known]), wanted, beta=0.02)
-        if known.any()
-        else 0.0 * hidden_BRD.sum()  # zero with a graph: `backward` needs one
-    )
-    if state_BS is None:
-        return loss
+    return 4.0 * F.smooth_l1_loss(heads.place(hidden_BRD[known]), wanted, beta=0.02)
+
+
+def name_state(heads: TrainingHeads, hidden_BRD: Tensor, state_BS: Tensor) -> Tensor:
+    """Mean error of the normalised joint state that the asking rows name."""
     named = heads.state(hidden_BRD)
-    return loss + F.smooth_l1_loss(named, state_BS[:, None].expand_as(named), beta=0.05)
+    return F.smooth_l1_loss(named, state_BS[:, None].expand_as(named), beta=0.05)
 
 
 def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor) -> Tensor:
@@ -103,7 +129,7 @@ def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor) 
     A coefficient counts as the interval of half an integer to either side; it need not be rounded first. Samples with
     NaN have none to learn.
     """
-    known_B = ~coefficient_BKA.isnan().any(dim=(1, 2))
+    known_B = has_coefficients(coefficient_BKA)
     if not known_B.any():
         return 0.0 * hidden_BKD.sum()
     hidden_BKD, coefficient_BKA = hidden_BKD[known_B], coefficient_BKA[known_B]
@@ -119,9 +145,12 @@ def read_out(heads: TrainingHeads, hidden_BKD: Tensor, coefficient_BKA: Tensor) 
 
 def give_hints(
     model: VLA, heads: TrainingHeads, config: HintsConfig, batch: Batch, output: Output, wanted: Set[Loss]
-) -> dict[Loss, Tensor]:
-    """The losses `pointing`, `readout` and `grounding`, if wanted, from one forward pass of the model."""
-    found: dict[Loss, Tensor] = {}
+) -> dict[Term, Tensor]:
+    """The losses `pointing`, `readout` and `grounding`, if wanted, from one forward pass of the model.
+
+    With `grounding`, where the batch has states, comes its other term, `state`.
+    """
+    found: dict[Term, Tensor] = {}
     if not wanted & {"pointing", "readout", "grounding"}:
         return found
     rows_BR = asking_rows(model, batch)
@@ -142,7 +171,10 @@ def give_hints(
     if "grounding" in wanted and batch.place_B2 is not None:
         # After the layer that points.
         hidden_BPD = model.backbone.norm(output.prefix_by_layer[config.probe_layer])
-        found["grounding"] = ground(heads, take_rows(hidden_BPD, rows_BR), batch.place_B2, batch.state_BS)
+        hidden_BRD = take_rows(hidden_BPD, rows_BR)
+        found["grounding"] = name_place(heads, hidden_BRD, batch.place_B2)
+        if batch.state_BS is not None:
+            found["state"] = name_state(heads, hidden_BRD, batch.state_BS)
     return found
 
 

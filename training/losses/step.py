@@ -5,6 +5,9 @@ Knowledge insulation itself is in `training.model.vla`: keys and values reach th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,7 +15,17 @@ from torch import Tensor
 from training.config import Loss, StageConfig, TrainingConfig
 from training.data import Batch
 from training.losses import flow, tokens
-from training.losses.hints import TrainingHeads, give_hints, name_cells
+from training.losses.flow import FlowRows
+from training.losses.hints import (
+    Term,
+    TrainingHeads,
+    give_hints,
+    has_coefficients,
+    has_place,
+    has_target,
+    name_cells,
+    weigh_cells,
+)
 from training.model import VLA, Output
 
 
@@ -30,37 +43,94 @@ def targets(batch: Batch) -> set[Loss]:
     return {loss for loss, labels in needs.items() if all(label is not None for label in labels)}
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Samples of one batch that go through the model together.
+
+    Their losses, each times its `share`, add up over the pieces to the losses of the whole batch.
+    """
+
+    batch: Batch
+    flow_rows: FlowRows | None
+    share: Mapping[Term, float]
+    """What counts in each loss here (tokens, weighed actions, samples with a label), in parts of the whole batch's."""
+
+    def to(self, device: torch.device | str) -> Piece:
+        rows = None if self.flow_rows is None else FlowRows(*(tensor.to(device) for tensor in self.flow_rows))
+        return Piece(self.batch.to(device), rows, self.share)
+
+
 class BatchLosses:
-    """`losses(batch, stage, rng)` gives each loss by name, with its graph; `rng` draws noise and flow times."""
+    """`split` makes pieces of a batch; `losses(piece, stage)` gives a piece's share of each loss, with its graph."""
 
     def __init__(self, model: VLA, heads: TrainingHeads | None, config: TrainingConfig) -> None:
         self.model, self.heads, self.config = model, heads, config
 
-    def __call__(self, batch: Batch, stage: StageConfig, rng: np.random.Generator) -> dict[Loss, Tensor]:
+    def split(self, batch: Batch, stage: StageConfig, rng: np.random.Generator) -> list[Piece]:
+        """`stage.accumulate` pieces, as many as there are samples at most; their sizes differ by one at most.
+
+        `rng` draws noise and flow times for the whole batch first, so that they do not depend on the pieces.
+        """
+        samples, rows = stage.noise_samples, len(batch.tokens_BL)
+        has_flow = "flow" in targets(batch) & stage.losses.keys()
+        flow_rows = self.draw_flow(batch, samples, rng) if has_flow else None
+        whole = self.count(batch, flow_rows, stage)
+        pieces = []
+        for own in torch.arange(rows).tensor_split(min(stage.accumulate, rows)):
+            first, end = int(own[0]), int(own[-1]) + 1
+            part, drawn = batch.rows(slice(first, end)), None
+            if flow_rows is not None:
+                drawn = FlowRows(*(tensor[first * samples : end * samples] for tensor in flow_rows))
+            counts = self.count(part, drawn, stage)
+            pieces.append(Piece(part, drawn, {term: count / (whole[term] or 1.0) for term, count in counts.items()}))
+        return pieces
+
+    def count(self, batch: Batch, flow_rows: FlowRows | None, stage: StageConfig) -> dict[Term, float]:
+        """How much there is in the batch that each loss is a mean over."""
+        counted: dict[Term, Tensor | None] = {
+            "text": batch.text_mask_BT,
+            "fast": batch.fast_mask_BT,
+            "pointing": None if batch.target_cell_B is None else has_target(batch.target_cell_B),
+            "grounding": None if batch.place_B2 is None else has_place(batch.place_B2),
+            "state": torch.ones(len(batch.tokens_BL)),
+            "readout": None if batch.readout_BKA is None else has_coefficients(batch.readout_BKA),
+        }
+        if "cells" in stage.losses and self.heads is not None and batch.cells_BVN is not None:
+            counted["cells"] = weigh_cells(self.heads, batch.cells_BVN)
+        if flow_rows is not None:
+            weight_RA = self.weights(batch, stage.noise_samples)
+            learned_R = flow_rows.learned_RH.sum(dim=1)
+            counted["flow"] = learned_R if weight_RA is None else learned_R * weight_RA.sum(dim=1)
+        return {term: float(x.sum(dtype=torch.float64)) for term, x in counted.items() if x is not None}
+
+    def __call__(self, piece: Piece, stage: StageConfig) -> dict[Loss, Tensor]:
+        batch = piece.batch
         wanted = targets(batch) & stage.losses.keys()
-        found: dict[Loss, Tensor] = {}
+        found: dict[Term, Tensor] = {}
         if "cells" in wanted and self.heads is not None and batch.cells_BVN is not None:
             views_NCHW = batch.images_BVCHW.flatten(0, 1)
             found["cells"] = name_cells(self.heads, self.model.stem_features(views_NCHW), batch.cells_BVN.flatten(0, 1))
         if wanted == {"flow"} and stage.insulate:
-            found |= self.flow_alone(batch, stage, rng)
+            found |= self.flow_alone(piece, stage)
         elif wanted - {"cells"}:
-            found |= self.joint(batch, stage, rng)
-        return found
+            found |= self.joint(piece, stage)
+        shares: dict[Loss, Tensor] = {}
+        for term, mean in found.items():
+            loss: Loss = "grounding" if term == "state" else term
+            shares[loss] = shares.get(loss, 0.0) + piece.share[term] * mean
+        return shares
 
-    def joint(self, batch: Batch, stage: StageConfig, rng: np.random.Generator) -> dict[Loss, Tensor]:
-        """Tokens and hints for the backbone, flow for the expert, in one forward pass."""
+    def joint(self, piece: Piece, stage: StageConfig) -> dict[Term, Tensor]:
+        """Tokens and hints for the backbone, flow for the expert, in one forward pass; each the piece's own mean."""
+        batch, drawn, hints = piece.batch, piece.flow_rows, self.config.hints
         wanted = targets(batch) & stage.losses.keys()
-        drawn = self.draw_flow(batch, stage.noise_samples, rng) if "flow" in wanted else None
-        x_t, time = drawn[:2] if drawn else (None, None)
-        hints = self.config.hints
         output = self.model(
             *batch.prefix,
             batch.postfix_BT,
             batch.postfix_mask_BT,
-            x_t=x_t,
-            time=time,
-            state=self.expert_state(batch, stage.noise_samples) if drawn else None,
+            x_t=None if drawn is None else drawn.x_t_RHA,
+            time=None if drawn is None else drawn.time_RH,
+            state=None if drawn is None else self.expert_state(batch, stage.noise_samples),
             insulate=stage.insulate,
             probe=None if hints is None else hints.probe,
             # Only the prompt passes through the last layer: losses read no image token there.
@@ -69,8 +139,8 @@ class BatchLosses:
         found = self.predict(batch, output, wanted)
         if hints is not None and self.heads is not None:
             found |= give_hints(self.model, self.heads, hints, batch, output, wanted)
-        if drawn:
-            found["flow"] = flow.match_flow(output.velocity_RHA, *drawn[2:], self.weights(batch, stage.noise_samples))
+        if drawn is not None:
+            found["flow"] = self.match(output.velocity_RHA, piece, stage)
         if self.config.parallel.shard and output.probe_logits_BPQ is not None:
             # A shard's layers must do the same in all processes. Where no sample has a place to point at, nothing else
             # would lead back through the probe.
@@ -78,17 +148,19 @@ class BatchLosses:
             found[name] = found[name] + 0.0 * output.probe_logits_BPQ.sum()
         return found
 
-    def flow_alone(self, batch: Batch, stage: StageConfig, rng: np.random.Generator) -> dict[Loss, Tensor]:
-        """The same gradients for the expert as from `joint` (tested), without a graph of the prefix."""
-        x_t, time, target, learned = self.draw_flow(batch, stage.noise_samples, rng)
+    def flow_alone(self, piece: Piece, stage: StageConfig) -> dict[Term, Tensor]:
+        """The same gradients for the expert as from `joint` (tested), the prefix without a graph."""
+        if piece.flow_rows is None:
+            raise ValueError("flow_alone: expected a batch with actions, got one without")
         with torch.no_grad():
-            cache = self.model.prefill(*batch.prefix)
-        velocity = self.model.velocity(cache, x_t, time, self.expert_state(batch, stage.noise_samples))
-        return {"flow": flow.match_flow(velocity, target, learned, self.weights(batch, stage.noise_samples))}
+            cache = self.model.prefill(*piece.batch.prefix)
+        state = self.expert_state(piece.batch, stage.noise_samples)
+        velocity = self.model.velocity(cache, piece.flow_rows.x_t_RHA, piece.flow_rows.time_RH, state)
+        return {"flow": self.match(velocity, piece, stage)}
 
-    def predict(self, batch: Batch, output: Output, wanted: set[Loss]) -> dict[Loss, Tensor]:
+    def predict(self, batch: Batch, output: Output, wanted: set[Loss]) -> dict[Term, Tensor]:
         """Next-token losses of the postfix; of the prefix, `output` has the prompt's rows only."""
-        found: dict[Loss, Tensor] = {}
+        found: dict[Term, Tensor] = {}
         if not wanted & {"text", "fast"} or batch.postfix_BT is None or output.postfix_hidden_BTD is None:
             return found
         hidden = tokens.next_token_hidden(output.prefix_hidden_BPD, batch.last_token_B, output.postfix_hidden_BTD)
@@ -111,11 +183,14 @@ class BatchLosses:
         """[R, A]: how much each dimension of the expert's rows counts; None: all alike."""
         return None if batch.weight_BA is None else batch.weight_BA.repeat_interleave(samples, dim=0)
 
-    def draw_flow(self, batch: Batch, samples: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The flow's x_t, time, velocity target and mask of what is learned.
+    def match(self, velocity_RHA: Tensor | None, piece: Piece, stage: StageConfig) -> Tensor:
+        if velocity_RHA is None or piece.flow_rows is None:
+            raise ValueError("match: expected a batch with actions, got one without")
+        _, _, target, learned = piece.flow_rows
+        return flow.match_flow(velocity_RHA, target, learned, self.weights(piece.batch, stage.noise_samples))
 
-        Each chunk of the batch has `samples` rows, which are adjacent.
-        """
+    def draw_flow(self, batch: Batch, samples: int, rng: np.random.Generator) -> FlowRows:
+        """Noise and times for each chunk of the batch, which has `samples` rows; they are adjacent."""
         if batch.action_BHA is None:
             raise ValueError("draw_flow: expected a batch with actions, got one without")
         # On the CPU, so that a seed means the same on every device.
@@ -132,4 +207,4 @@ class BatchLosses:
         learned = learned & known_RH
         noise = torch.randn(action.shape, generator=generator).to(action.device)
         x_t, target = flow.mix_flow(action, noise, time)
-        return x_t, time, target, learned
+        return FlowRows(x_t, time, target, learned)

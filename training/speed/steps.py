@@ -75,7 +75,8 @@ def make_calls(config: VLAConfig, rows: int, noise_samples: int) -> dict[str, Ca
     def step(stage: StageConfig) -> None:
         select_parameters(model, None, stage.train)
         model.zero_grad(set_to_none=True)
-        torch.stack(list(losses(batch, stage, np.random.default_rng(0)).values())).sum().backward()
+        for piece in losses.split(batch, stage, np.random.default_rng(0)):
+            torch.stack(list(losses(piece, stage).values())).sum().backward()
 
     stages = {
         name: StageConfig.model_validate(

@@ -1,0 +1,135 @@
+"""Gradients from pieces of a step's batches against those of the whole batches in one pass."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from support.models import CONFIG, make_model
+from support.toy_training import toy_stage
+from torch import Tensor
+
+from training.config import HintsConfig, ParallelConfig, StageConfig, TrainingConfig
+from training.data import NO_TARGET, Batch
+from training.losses import BatchLosses, TrainingHeads
+from training.train import Trainer
+
+ROWS, VIEWS, PROMPT, POSTFIX, CELLS, CLASSES, READOUTS = 5, 2, 6, 4, 4, 4, 4
+BACKBONE = {"text": 0.5, "fast": 1.5, "pointing": 1.0, "grounding": 2.0, "readout": 1.0}
+ALL = {"losses": BACKBONE | {"flow": 3.0, "cells": 1.0}, "train": ["vision", "backbone", "heads", "expert"]}
+STAGES = {
+    "joint": ALL,
+    "not insulated": ALL | {"insulate": False},
+    "flow alone": {"losses": {"flow": 1.0}, "train": ["expert"]},
+    "no hints": {"losses": {"fast": 1.0, "flow": 1.0}, "train": ["backbone", "expert"]},
+}
+
+
+def make_batches() -> list[Batch]:
+    """Robots of different widths with unknown ends, beside language; no two samples have as much that counts."""
+    drawn = torch.Generator().manual_seed(3)
+
+    def prefix(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        lengths = torch.arange(rows) % 3 + READOUTS
+        return (
+            torch.rand(rows, VIEWS, 3, 24, 24, generator=drawn) * 2 - 1,
+            torch.arange(VIEWS) >= (torch.arange(rows) % 2)[:, None],  # every second sample lacks the first camera
+            torch.randint(0, CONFIG.vocab_size, (rows, PROMPT), generator=drawn),
+            torch.arange(PROMPT) < lengths[:, None],
+        )
+
+    def words(*lengths: int) -> dict[str, Tensor]:
+        tokens = torch.randint(0, CONFIG.vocab_size, (len(lengths), POSTFIX), generator=drawn)
+        return {"postfix_BT": tokens, "mask": torch.arange(POSTFIX) < torch.tensor(lengths)[:, None]}
+
+    cells = torch.randint(0, CLASSES, (ROWS, VIEWS, CELLS), generator=drawn)
+    cells[1], cells[2, 0], cells[4] = NO_TARGET, NO_TARGET, CLASSES - 1
+    readout = torch.randn(ROWS, READOUTS, CONFIG.action_dim, generator=drawn)
+    readout[[0, 1, 4]] = torch.nan
+    fast, text = words(4, 0, 2, 1, 0), words(3, 0)
+    robots = Batch(
+        *prefix(ROWS),
+        postfix_BT=fast["postfix_BT"],
+        fast_mask_BT=fast["mask"],
+        asking_BR=torch.arange(READOUTS).expand(ROWS, -1),
+        place_B2=torch.tensor([[0.2, 0.3], [torch.nan] * 2, [0.7, 0.9], [0.6, 0.1], [torch.nan] * 2]),
+        target_cell_B=torch.tensor([0, NO_TARGET, NO_TARGET, 3, NO_TARGET]),
+        cells_BVN=cells,
+        readout_BKA=readout,
+        action_BHA=torch.randn(ROWS, CONFIG.horizon, CONFIG.action_dim, generator=drawn),
+        state_BS=torch.randn(ROWS, CONFIG.action_dim, generator=drawn),
+        known_BH=torch.arange(CONFIG.horizon) < torch.tensor([5, 2, 0, 4, 1])[:, None],
+        weight_BA=torch.tensor([[1.0, 1.0, 1.0]] * 2 + [[1.0, 0.1, 0.1]] * 2 + [[1.0, 1.0, 0.1]]),
+    )
+    language = Batch(*prefix(2), postfix_BT=text["postfix_BT"], text_mask_BT=text["mask"])
+    return [robots, language]
+
+
+def make_trainer(checkpointed: bool = False) -> Trainer:
+    """Fields of the configuration that no step needs are left out."""
+    config = TrainingConfig.model_construct(
+        seed=0,
+        out=Path("nowhere"),
+        parallel=ParallelConfig(activation_checkpointing=checkpointed),
+        stages=(),
+        max_prefix_delay=3,
+        prefix_lead=1.0,
+        hints=HintsConfig(readout_frequencies=READOUTS, probe_layer=1, cell_classes=CLASSES),
+    )
+    model = make_model(dataclasses.replace(CONFIG, state_dim=CONFIG.action_dim)).train()
+    torch.manual_seed(2)
+    heads = TrainingHeads(
+        CONFIG.vision.width, CONFIG.backbone.width, CLASSES, READOUTS, CONFIG.action_dim, CONFIG.action_dim
+    )
+    return Trainer(config, model, heads, {}, BatchLosses(model, heads, config), dict)
+
+
+def take_step(trainer: Trainer, stage: StageConfig, batches: list[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The losses by name, and every gradient that the step leaves."""
+    chosen = trainer.choose(stage)
+    for parameter in chosen.values():
+        parameter.grad = None
+    values = trainer.accumulate_gradients(stage, batches, np.random.default_rng(7))
+    return values, {name: p.grad.clone() for name, p in chosen.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 5])
+@pytest.mark.parametrize("case", STAGES)
+def test_pieces_give_the_gradients_of_the_whole_batch(case: str, pieces: int) -> None:
+    trainer = make_trainer(checkpointed=pieces == 3)
+    settings = STAGES[case] | {"noise_samples": 2, "sources": {"robot": ROWS, "language": 2}}
+    batches = make_batches() if "text" in settings["losses"] else make_batches()[:1]
+    whole, gradients = take_step(trainer, toy_stage(**settings), batches)
+    values, pieced = take_step(trainer, toy_stage(**settings, accumulate=pieces), batches)
+    assert values.keys() == whole.keys() == settings["losses"].keys() and all(value > 0 for value in whole.values())
+    assert values == pytest.approx(whole, rel=1e-5)
+    assert pieced.keys() == gradients.keys() and sum(bool(g.count_nonzero()) for g in gradients.values()) > 10
+    for name, gradient in gradients.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(
+            pieced[name] / scale,
+            gradient / scale,
+            atol=2e-6,
+            rtol=1e-4,
+            msg=lambda m: f"{name}: {m}",  # noqa: B023
+        )
+
+
+def test_a_batch_is_cut_into_pieces_as_alike_as_can_be() -> None:
+    trainer, (robots, language) = make_trainer(), make_batches()
+    settings = ALL | {"sources": {"robot": ROWS, "language": 2}, "noise_samples": 3}
+
+    def sizes(batch: Batch, pieces: int) -> list[int]:
+        stage = toy_stage(**settings, accumulate=pieces)
+        return [len(p.batch.tokens_BL) for p in trainer.losses.split(batch, stage, np.random.default_rng(0))]
+
+    assert sizes(robots, 1) == [5] and sizes(robots, 3) == [2, 2, 1] and sizes(robots, 5) == [1] * 5
+    assert sizes(language, 3) == [1, 1], "a smaller source has as many pieces as it has samples"
+
+
+def test_more_pieces_than_samples_are_refused() -> None:
+    assert toy_stage(sources={"robot": 4, "words": 2}, accumulate=4).accumulate == 4
+    with pytest.raises(ValidationError, match=r"accumulate: expected at most 4, the samples .* got 5; a piece has"):
+        toy_stage(sources={"robot": 4, "words": 2}, accumulate=5)
