@@ -232,6 +232,8 @@ class VLA(nn.Module):
                 f"expert: {x_t_RHA.shape[0]} rows are not a multiple of {mask_BP.shape[0]} prefixes"
             )
         if repeats > 1:
+            # All draws along one query axis, with a block-diagonal mask, need no copies, but see each other's keys in
+            # vain: steps with 4 draws took 0.96 to 1.00 times as long, with 16 draws 1.05 to 1.20 times.
             keys_BKPD = tuple(key.repeat_interleave(repeats, dim=0) for key in keys_BKPD)
             values_BKPD = tuple(value.repeat_interleave(repeats, dim=0) for value in values_BKPD)
             mask_BP = mask_BP.repeat_interleave(repeats, dim=0)
