@@ -12,8 +12,9 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args, get_origin
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -183,7 +184,9 @@ def describe_validation(error: ValidationError, record: Any = None) -> str:
 
 
 def _finding(finding: Any, record: Any) -> Finding:
-    place, kind, value = tuple(finding["loc"]), finding["type"], finding["input"]
+    # A union's tag is no key of the file.
+    place = tuple(part for part in finding["loc"] if not _TAG.fullmatch(str(part)))
+    kind, value = finding["type"], finding["input"]
     where, key = ".".join(map(str, place)), str(place[-1]) if place else ""
     fields = _fields(record, place)
     if kind == "value_error":
@@ -191,7 +194,7 @@ def _finding(finding: Any, record: Any) -> Finding:
         return Finding(_named_in(said, value, place), where, said, "", value)
     if kind == "missing":
         return Finding(place, where, f"expected {key}, got none", _described(fields, key), value)
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         known, _, rest = key.partition(":")
         if rest and known in fields:
             remedy = f"write '{known}: {rest.strip()}', with a space after the colon"
@@ -208,6 +211,7 @@ def _finding(finding: Any, record: Any) -> Finding:
     return Finding(place, where or "as a whole", said, near or _described(fields, key), value)
 
 
+_TAG = re.compile("<[a-z]+>")
 _OUGHT = re.compile(r"^\w+ should (be |have )?")
 _PLAINLY = {
     "greater than or equal to": ">=",
@@ -225,7 +229,7 @@ _PLAINLY = {
 
 def _models(annotation: Any) -> Iterator[Any]:
     """The records that a field of this type may have in it."""
-    if hasattr(annotation, "model_fields"):
+    if hasattr(annotation, "model_fields") or (isinstance(annotation, type) and is_dataclass(annotation)):
         yield annotation
     for part in get_args(annotation):
         yield from _models(part)
@@ -233,16 +237,27 @@ def _models(annotation: Any) -> Iterator[Any]:
 
 def _fields(record: Any, place: Sequence[str | int]) -> dict[str, Any]:
     """The fields of the part that the last key of `place` is, or would be, one of."""
-    models = list(_models(record))
+    models, named = list(_models(record)), False
     for key in place[:-1]:
-        if isinstance(key, str):
-            known = [model.model_fields[key] for model in models if key in model.model_fields]
-            models = [model for field in known for model in _models(field.annotation)]
-    return {name: field for model in models for name, field in model.model_fields.items()}
+        if named:  # a key of the user's own, such as a source's name
+            named = False
+        elif isinstance(key, str):
+            known = [fields[key] for fields in map(_fields_of, models) if key in fields]
+            models = [model for field in known for model in _models(getattr(field, "annotation", None))]
+            named = any(get_origin(getattr(field, "annotation", None)) is dict for field in known)
+    if named:
+        return {}
+    return {name: field for model in models for name, field in _fields_of(model).items()}
+
+
+def _fields_of(model: Any) -> Mapping[str, Any]:
+    """Of pydantic's records, or of a dataclass, whose fields have no description."""
+    found: Mapping[str, Any] = model.__dataclass_fields__ if is_dataclass(model) else model.model_fields
+    return found
 
 
 def _described(fields: Mapping[str, Any], key: str) -> str:
-    return (key in fields and fields[key].description) or ""
+    return (key in fields and getattr(fields[key], "description", None)) or ""
 
 
 def _named_in(said: str, content: Any, place: tuple[str | int, ...]) -> tuple[str | int, ...]:

@@ -8,10 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.robot import ActionDimension, StateDimension, find_robot, read_robot
+from ki_vla_ros.robot import find_robot, read_robot
 from training.config import LeRobotEntry, load_config
 from training.data import Check, RobotSample
 from training.data.language import (
@@ -29,7 +27,6 @@ from training.tokens import plain_text
 ANY_SIZE: Final = 64  # of images, where no model says one
 LOOKED_AT: Final = 4  # rows that tell a file's format
 AT_ONCE: Final = 32  # frames that are read together, as a video is read forwards
-BEYOND: Final = 1e-3  # of the range between two limits: rounding
 Tell = Callable[[str, float], object]  # what is done, and which share of it
 Opened = Callable[[], LanguageData | LeRobotSamples]
 
@@ -113,40 +110,15 @@ def _whole(samples: LeRobotSamples, rows: range, check: Check) -> Iterator[Robot
 
 def check_limits(samples: LeRobotSamples) -> tuple[list[str], list[str]]:
     """The range of each number of state and actions, and those that leave the limits of the robot file."""
-    robot = samples.robot
-    dimensions = [("state", d) for d in robot.state] + [("action", d) for d in robot.actions]
-    limits = np.array([_limits_of(d) for _, d in dimensions])
-    slack_N = BEYOND * np.where(np.isfinite(limits).all(axis=1), limits[:, 1] - limits[:, 0], 0.0)
-    low_N, high_N = np.full(len(limits), np.inf), np.full(len(limits), -np.inf)
-    outside_N, frames = np.zeros(len(limits), dtype=np.int64), 0
-    for state_FS, chunk_FHD, _ in samples.numbers():
-        value_FN = np.concatenate([state_FS, chunk_FHD[:, 0]], axis=1)
-        low_N, high_N = np.minimum(low_N, value_FN.min(axis=0)), np.maximum(high_N, value_FN.max(axis=0))
-        outside_N += ((value_FN < limits[:, 0] - slack_N) | (value_FN > limits[:, 1] + slack_N)).sum(axis=0)
-        frames += len(value_FN)
-    ranges, broken = [], []
-    for n, (what, dimension) in enumerate(dimensions):
-        unit = dimension.own_unit()
-        between = f"{limits[n, 0]:g} to {limits[n, 1]:g}" if np.isfinite(limits[n]).any() else "none"
-        said = f"{what} {dimension.name}: {low_N[n]:.4g} to {high_N[n]:.4g} {unit}, limits {between}"
-        ranges.append(said)
-        if outside_N[n]:
-            broken.append(
-                f"{samples.name}: {said}: {outside_N[n]} of {frames} frames are outside; correct the limits or the "
-                f"dataset's unit in the robot file of {robot.name}"
-            )
+    reach = samples.ranges
+    ranges = [reach.describe(n) for n in range(len(reach.dimensions))]
+    broken = [
+        f"{samples.name}: {ranges[n]}: {outside} of {reach.frames} frames are outside; correct the limits or the "
+        f"dataset's unit in the robot file of {samples.robot.name}"
+        for n, outside in enumerate(reach.outside_N)
+        if outside
+    ]
     return ranges, broken
-
-
-def _limits_of(dimension: StateDimension | ActionDimension) -> tuple[float, float]:
-    """Infinite where there is none."""
-    if dimension.continuous or dimension.kind in ("pose", "pose_delta"):
-        return -np.inf, np.inf
-    if isinstance(dimension, ActionDimension):
-        most = dimension.max_velocity or np.inf
-        return (-most, most) if dimension.kind in ("twist", "joint_velocity") else dimension.span
-    found = dimension.limits or dimension.ends or (-np.inf, np.inf)
-    return min(found), max(found)
 
 
 def open_file(path: Path, robot: str | None) -> LanguageData | LeRobotSamples:

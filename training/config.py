@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ki_vla_ros.bundle import PromptStyle
+from ki_vla_ros.errors import did_you_mean, short_repr
 from ki_vla_ros.robot import ActionPeriod, Frozen, Horizon
 from ki_vla_ros.yaml_file import read_yaml
 from training.action_space import Normalization
@@ -23,6 +25,8 @@ StartPart = Literal["vision", "backbone", "expert"]
 LoraTarget = Literal["q", "k", "v", "out", "gate", "up", "down"]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=1e-6, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Bound = Annotated[float, Field(allow_inf_nan=False)]
 StateEncoding = Literal["text", "token", "both", "none"]
@@ -38,7 +42,7 @@ class LeRobotEntry(Frozen):
     robot: str | None = Field(
         default=None, description="robot file, or the name of one in config/robots/, whose data it is; default: robot"
     )
-    weight: Rate = Field(default=1.0, description="how often samples come from here, beside the source's other data")
+    weight: Weight = Field(default=1.0, description="how often samples come from here, beside the source's other data")
     episodes: tuple[int, int | None] | None = Field(
         default=None, description="[first, end): only these of its episodes, counted from 0; end may be null"
     )
@@ -51,14 +55,25 @@ class LeRobotEntry(Frozen):
         default=None, description="column with each frame's whole chunk, for data whose frames do not follow each other"
     )
 
+    @field_validator("episodes")
+    @classmethod
+    def _check_episodes(cls, episodes: tuple[int, int | None] | None) -> tuple[int, int | None] | None:
+        if episodes is not None and not 0 <= episodes[0] < (math.inf if episodes[1] is None else episodes[1]):
+            raise ValueError(f"expected [first, end) with 0 <= first < end, got {list(episodes)}")
+        return episodes
+
+
+KINDS = ("lerobot", "paligemma", "llava", "parquet")
+"""Keys that say what an entry's data is, and where."""
+
 
 def _kind(entry: Any) -> str:
     named = "lerobot" in entry if isinstance(entry, Mapping) else hasattr(entry, "lerobot")
-    return "lerobot" if named else "language"
+    return "<lerobot>" if named else "<language>"
 
 
 Entry = Annotated[
-    Annotated[LeRobotEntry, Tag("lerobot")] | Annotated[LanguageEntry, Tag("language")], Discriminator(_kind)
+    Annotated[LeRobotEntry, Tag("<lerobot>")] | Annotated[LanguageEntry, Tag("<language>")], Discriminator(_kind)
 ]
 
 
@@ -231,18 +246,18 @@ class StageConfig(Frozen):
     steps: Positive
     learning_rate: Rate = Field(description="the largest, after warm-up")
     learning_rates: dict[str, Rate] = Field(default_factory=dict, description="of parts; the last that matches counts")
-    final_learning_rate: Annotated[float, Field(ge=0)] | None = Field(
+    final_learning_rate: NotNegative | None = Field(
         default=None, description="where the cosine ends, other parts in proportion; by default a twentieth"
     )
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     decay_steps: Positive | None = Field(default=None, description="where the cosine ends, warm-up included; steps")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     weight_decay_on: Literal["matrices", "all"] = Field(
         default="matrices", description="all: norms, biases, the token table and positions too"
     )
     betas: tuple[Share, Share] = (0.9, 0.95)
     largest_norm: Rate = Field(default=1.0, description="of all gradients of a step; longer ones are scaled down to it")
-    losses: dict[Loss, Annotated[float, Field(gt=0)]]
+    losses: Annotated[dict[Loss, Rate], Field(min_length=1)]
     train: Annotated[tuple[str, ...], Field(min_length=1)]
     freeze: tuple[str, ...] = ()
     insulate: bool = True
@@ -295,22 +310,22 @@ class TrainingConfig(Frozen):
     action_period_s: ActionPeriod | None = Field(
         default=None, description="seconds between a chunk's actions, of all robots; default: as the robot file says"
     )
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     out: Path
     keep: Positive = Field(default=2, description="how many of the run's last checkpoints stay")
     threads: Positive = 1
     workers: int = Field(default=0, ge=0, description="processes that read and decode the next steps' samples")
-    cache_gb: Annotated[float, Field(ge=0.0)] = Field(
+    cache_gb: NotNegative = Field(
         default=2.0, description="memory for decoded images, at the model's size, over all data"
     )
     parallel: ParallelConfig = ParallelConfig()
-    sources: dict[str, tuple[Entry, ...]] = Field(
+    sources: dict[str, Annotated[tuple[Entry, ...], Field(min_length=1)]] = Field(
         min_length=1, description="data by the name that stages draw it under; each is a mixture with weights"
     )
     made_by: str | None = Field(
         default=None, description="the command that makes the data, for whoever has none of it yet"
     )
-    held_out: dict[str, tuple[Entry, ...]] = Field(
+    held_out: dict[str, Annotated[tuple[Entry, ...], Field(min_length=1)]] = Field(
         default_factory=dict, description="data of these names that figures are measured on, and nothing is trained on"
     )
     held_out_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
@@ -323,7 +338,7 @@ class TrainingConfig(Frozen):
     )
     vocabulary: VocabularyConfig = VocabularyConfig()
     fast_vocabulary: Positive = 512
-    fast_scale: float = 10.0
+    fast_scale: Rate = 10.0
     fast_published: Path | None = Field(
         default=None,
         description="folder with a published FAST vocabulary (tokenizer.json, processor_config.json), used in place of "
@@ -343,14 +358,13 @@ class TrainingConfig(Frozen):
     max_prefix_delay: int = Field(
         default=0, ge=0, description="largest clean chunk prefix (actions) that training conditions on"
     )
-    prefix_lead: float = Field(
+    prefix_lead: NotNegative = Field(
         default=0.0,
-        ge=0.0,
         description="how many actions the clean prefix may be ahead of the arm; for chunks whose velocity is a "
         "function of the position. 0: it begins where the arm is, as in a recording",
     )
     environment: EnvironmentConfig | None = None
-    stages: tuple[StageConfig, ...]
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
 
     @field_validator("sources", "held_out", mode="before")
     @classmethod
@@ -358,7 +372,15 @@ class TrainingConfig(Frozen):
         """One kind of data under each name: a batch is of robots, or of language."""
         if isinstance(sources, Mapping):
             for name, entries in sources.items():
-                kinds = {"lerobot" in entry for entry in entries if isinstance(entry, Mapping)}
+                entries = [entry for entry in entries if isinstance(entry, Mapping)] if _is_list(entries) else []
+                for entry in entries:
+                    if len(found := [kind for kind in KINDS if kind in entry]) != 1:
+                        near = [did_you_mean(str(key), KINDS) for key in entry if key not in LeRobotEntry.model_fields]
+                        raise ValueError(
+                            f"{name}: expected one of the keys {', '.join(KINDS)} in each entry, got "
+                            f"{' and '.join(found) or short_repr(entry)}{next(filter(None, near), '')}"
+                        )
+                kinds = {"lerobot" in entry for entry in entries}
                 if len(kinds) > 1:
                     raise ValueError(
                         f"{name}: expected LeRobot datasets alone, or vision-language data alone, got both; give each "
@@ -400,12 +422,21 @@ class TrainingConfig(Frozen):
         layer, last = self.hints.probe_layer, self.model.backbone.depth - 2
         if not 0 <= layer <= last:
             raise ValueError(f"hints.probe_layer: expected 0..{last}, before the last layer, got {layer}")
+        if not 0 <= self.hints.probe_head < self.model.backbone.heads:
+            raise ValueError(
+                f"hints.probe_head: expected 0..{self.model.backbone.heads - 1}, as the backbone has "
+                f"{self.model.backbone.heads} heads, got {self.hints.probe_head}"
+            )
         if self.hints.readout_frequencies > self.vocabulary.queries:
             raise ValueError(
                 f"hints.readout_frequencies: expected at most vocabulary.queries ({self.vocabulary.queries}), one "
                 f"token each, got {self.hints.readout_frequencies}"
             )
         return self
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def load_config(path: Path) -> TrainingConfig:

@@ -147,7 +147,6 @@ class Run:
 
     def run(self) -> None:
         """Run all stages, then write the policy folder that `training.export` reads."""
-        self.config.out.mkdir(parents=True, exist_ok=True)
         progress = self.trainer.run(self.try_out)
         if self.trainer.measures:
             self.save_policy(self.config.out / POLICY, progress)

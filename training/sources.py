@@ -21,7 +21,7 @@ from ki_vla_ros.files import read_json
 from ki_vla_ros.policy import clean_instruction, tokenize
 from ki_vla_ros.robot import Robot, find_robot, read_robot
 from training.action_space import ActionSpace
-from training.config import Entry, LeRobotEntry, TrainingConfig
+from training.config import KINDS, Entry, LeRobotEntry, TrainingConfig
 from training.data import (
     Augmentation,
     BatchForm,
@@ -42,7 +42,7 @@ from training.weights import check_statistics, start_tokenizer
 FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
 UNCHANGED = Augmentation(brightness=0.0, contrast=0.0)
 LEAST_EPISODES = 5  # of a dataset of which some are kept apart
-FILES = ("lerobot", "paligemma", "llava", "parquet")  # where an entry has its data
+LEAST_DRAWN = 0.1  # samples of a data set in a whole run, on average; with fewer, its weight is a mistake
 SMALL = 1 << 20  # bytes of a file that is hashed whole for the fingerprint; of larger ones, the size counts
 
 
@@ -51,7 +51,10 @@ class Sources:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
-        self.robots: dict[str, Robot] = {}
+        self.robots: dict[str, Robot] = {}  # by the name in the robot file, however the configuration names that
+        self._files: dict[str, Path] = {}
+        self._given: dict[str, Robot] = {}
+        self._check_out()
         self.robot = self._robot(config.robot)
         if config.max_prefix_delay >= self.robot.horizon:
             raise ConfigurationError(
@@ -65,10 +68,13 @@ class Sources:
             name: [(entry, self._open(name, entry)[0]) for entry in entries]
             for name, entries in config.held_out.items()
         }
+        self._check_apart()
+        self._check_weights()
         self.embodiments = self._fit()
-        if config.robot not in self.embodiments:
+        if without := [name for name in self.robots if name not in self.embodiments]:
+            key = "robot" if without[0] == self.robot.name else "held_out"
             raise ConfigurationError(
-                f"robot: expected data of {config.robot!r}, which the policy is for, got only that of "
+                f"{key}: expected data of {without[0]!r} ({self._files[without[0]]}) to train on, got only that of "
                 f"{', '.join(self.embodiments) or 'no robot'}; name a LeRobot dataset of it under sources"
             )
         self.fast = next(iter(self.embodiments.values())).fast
@@ -97,7 +103,7 @@ class Sources:
     @property
     def embodiment(self) -> Embodiment:
         """Of the robot that the policy is for."""
-        return self.embodiments[self.config.robot]
+        return self.embodiments[self.robot.name]
 
     @property
     def pad_to(self) -> int | None:
@@ -152,28 +158,84 @@ class Sources:
     def _row(
         self, name: str, entry: Entry, weight: float, samples: Samples | None, apart: Samples | None
     ) -> tuple[str, str, str, float, int, int, int]:
-        place = next(str(getattr(entry, key)) for key in FILES if hasattr(entry, key))
         robot = self._embodiment(entry).robot.name if isinstance(entry, LeRobotEntry) else ""
         both = [part for part in (samples, apart) if part is not None]
         episodes = sum(len(part.episodes) for part in both if isinstance(part, LeRobotSamples))
         counts = [0 if part is None else len(part) for part in (samples, apart)]
-        return name, place, robot, weight, episodes, counts[0], counts[1]
+        return name, str(place_of(entry)), robot, weight, episodes, counts[0], counts[1]
 
     # --- opening
 
-    def _robot(self, name: str) -> Robot:
-        if name not in self.robots:
-            robot = read_robot(find_robot(name))
-            given = {key: getattr(self.config, key) for key in ("horizon", "action_period_s")}
-            robot = robot.model_copy(update={key: value for key, value in given.items() if value is not None})
-            others = [other for other in self.robots.values() if other.horizon != robot.horizon]
-            if others:
+    def _robot(self, given: str | None) -> Robot:
+        """The robot of a robot file, or of its name; None: the one that the policy is for."""
+        given = given or self.config.robot
+        if given not in self._given:
+            path = find_robot(given)
+            robot = read_robot(path)
+            changes = {key: getattr(self.config, key) for key in ("horizon", "action_period_s")}
+            robot = robot.model_copy(update={key: value for key, value in changes.items() if value is not None})
+            # One file may be named in several ways, and is one robot; two robots must not have one name.
+            known, file = self.robots.setdefault(robot.name, robot), self._files.setdefault(robot.name, path)
+            if known != robot:
                 raise ConfigurationError(
-                    f"horizon: expected one of all robots, got {robot.horizon} of {robot.name} and "
-                    f"{others[0].horizon} of {others[0].name}; set horizon"
+                    f"robot {robot.name!r}: expected one robot of this name, got {file} and another in {path}; give "
+                    "one of them another name, or take one file for both"
                 )
-            self.robots[name] = robot
-        return self.robots[name]
+            first = next(iter(self.robots.values()))
+            if robot.horizon != first.horizon:
+                raise ConfigurationError(
+                    f"horizon: expected one of all robots, got {robot.horizon} of {robot.name} ({path}) and "
+                    f"{first.horizon} of {first.name}; set horizon"
+                )
+            self._given[given] = known
+        return self._given[given]
+
+    def _check_out(self) -> None:
+        """ConfigurationError if the run would write into its data, or into a file."""
+        out = self.config.out.resolve()
+        for entry in self._entries():
+            place = place_of(entry).resolve()
+            if out == place or place in out.parents:
+                raise ConfigurationError(f"out: expected a folder apart from the data, got {out} in {place}")
+        if out.exists() and not out.is_dir():
+            raise ConfigurationError(f"out: expected a folder, got the file {out}")
+
+    def _check_apart(self) -> None:
+        """ConfigurationError for data that a source has twice, or that is trained on and held out."""
+        kept = [(name, entry, samples) for name, kept in self._kept.items() for entry, samples in kept]
+        kept += [(name, entry, apart) for name, opened in self._opened.items() for entry, _, apart in opened if apart]
+        held_out = {item: name for name, entry, samples in kept for item in _items(entry, samples)}
+        seen: set[tuple[str, Path, int]] = set()
+        for name, opened in self._opened.items():
+            for entry, samples, _ in opened:
+                for place, episode in _items(entry, samples):
+                    what = str(place) if episode < 0 else f"episode {episode} of {place}"
+                    if (name, place, episode) in seen:
+                        raise ConfigurationError(
+                            f"sources.{name}: expected all data once, got {what} twice; raise its weight instead"
+                        )
+                    if (place, episode) in held_out:
+                        raise ConfigurationError(
+                            f"sources.{name}: expected nothing that is held out, got {what}, which is held out for "
+                            f"{held_out[place, episode]}; choose episodes under sources and held_out that differ"
+                        )
+                    seen.add((name, place, episode))
+
+    def _check_weights(self) -> None:
+        """ConfigurationError for a data set of which the run would draw nothing."""
+        for name, entries in self.config.sources.items():
+            drawn = sum(stage.steps * stage.sources.get(name, 0) for stage in self.config.stages)
+            weights = sum(entry.weight for entry in entries)
+            for entry in entries:
+                if drawn and drawn * entry.weight / weights < LEAST_DRAWN:
+                    raise ConfigurationError(
+                        f"sources.{name}: {place_of(entry)}: weight: expected enough for a sample in the run, got "
+                        f"{entry.weight:g} of {weights:g} for {drawn} samples; raise it, or leave the data out"
+                    )
+
+    def _entries(self) -> Iterator[Entry]:
+        for entries in (*self.config.sources.values(), *self.config.held_out.values()):
+            yield from entries
 
     def _open(self, source: str, entry: Entry) -> tuple[Samples, Samples | None]:
         """The data set, and the part of it that is kept apart for figures, if any."""
@@ -185,9 +247,8 @@ class Sources:
             )
         if not isinstance(entry, LeRobotEntry):
             return open_language(entry, size), None
-        groups = (*self.config.sources.values(), *self.config.held_out.values())
-        entries = sum(isinstance(entry, LeRobotEntry) for group in groups for entry in group)
-        dataset = Dataset(entry.lerobot)
+        entries = sum(isinstance(entry, LeRobotEntry) for entry in self._entries())
+        dataset, robot = Dataset(entry.lerobot), self._robot(entry.robot)
         if entry.chunk is None and (dataset.folder / SOURCE).is_file():
             said = read_json(dataset.folder / SOURCE)
             if said.get("consecutive") is False:
@@ -196,22 +257,30 @@ class Sources:
                     f"({SOURCE}), so its actions in a row are no chunk; set chunk: {said.get('chunk')} at the entry"
                 )
         first, end = entry.episodes or (0, None)
-        chosen = list(range(len(dataset.episodes)))[first:end]
+        if (end or first + 1) > len(dataset.episodes):
+            raise ConfigurationError(
+                f"source {source}, {entry.lerobot}: episodes: expected some of its {len(dataset.episodes)}, got "
+                f"{[first, end]}"
+            )
+        chosen = [episode.index for episode in dataset.episodes][first:end]
         apart: list[int] = []
         if source not in self.config.held_out and len(chosen) >= LEAST_EPISODES and self.config.held_out_share:
             count = max(1, round(self.config.held_out_share * len(chosen)))
             apart = [chosen[i] for i in np.linspace(0, len(chosen) - 1, count + 2)[1:-1].astype(int)]
 
         def open_episodes(episodes: Sequence[int]) -> LeRobotSamples:
-            return LeRobotSamples(
+            samples = LeRobotSamples(
                 dataset,
-                self._robot(entry.robot or self.config.robot),
+                robot,
                 image_size=size,
                 ends=entry.ends,
                 chunk=entry.chunk,
                 episodes=episodes,
                 cache_bytes=int(self.config.cache_gb * 2**30 / entries),
             )
+            if misfit := samples.ranges.misfit():
+                raise ConfigurationError(f"source {source}, {samples.name}: {misfit}")
+            return samples
 
         kept = sorted(set(chosen) - set(apart))
         return open_episodes(kept), open_episodes(apart) if apart else None
@@ -223,15 +292,21 @@ class Sources:
         for opened in self._opened.values():
             for entry, samples, _ in opened:
                 if isinstance(entry, LeRobotEntry):
-                    data.setdefault(entry.robot or config.robot, []).append(samples)
+                    data.setdefault(self._robot(entry.robot).name, []).append(samples)
         spaces, chunks = {}, []
         for name, of_robot in data.items():
             numbers = draw_numbers(of_robot, config.seed)
             spaces[name] = ActionSpace.fit(self.robots[name], numbers, config.normalization)
-            if name == config.robot and config.start is not None and config.start.statistics == "keep":
+            if name == self.robot.name and config.start is not None and config.start.statistics == "keep":
                 kept = check_statistics(config.start, self.robots[name])
                 ranges = (kept.state.low, kept.state.high, kept.action.low, kept.action.high)
                 spaces[name] = ActionSpace(self.robots[name], *ranges)
+            if not numbers.known_NH.all(axis=1).any():
+                names = ", ".join(samples.name for samples in of_robot)
+                raise ConfigurationError(
+                    f"robot {name!r}: expected episodes with the {self.robot.horizon} actions of a chunk, got only "
+                    f"shorter ones in {names}; set a shorter horizon, or ends: hold"
+                )
             chunks.append(whole_chunks(spaces[name], numbers, FIT_CHUNKS // len(data), config.seed))
         if not spaces:
             raise ConfigurationError("sources: expected a LeRobot dataset of the robot, got vision-language data alone")
@@ -310,15 +385,8 @@ class Sources:
         kept = self._kept.get(name) or [(entry, apart) for entry, _, apart in self._opened[name] if apart is not None]
         return [number for number, (entry, _) in enumerate(kept) if self._embodiment(entry) is embodiment]
 
-    def label(self, embodiment: Embodiment) -> str:
-        """The robot's name, which no other robot of the run has."""
-        same = [key for key, other in self.embodiments.items() if other.robot.name == embodiment.robot.name]
-        if len(same) == 1:
-            return embodiment.robot.name
-        return next(key for key, other in self.embodiments.items() if other is embodiment)
-
     def _embodiment(self, entry: Entry) -> Embodiment:
-        return self.embodiments[(entry.robot if isinstance(entry, LeRobotEntry) else None) or self.config.robot]
+        return self.embodiments[self._robot(entry.robot if isinstance(entry, LeRobotEntry) else None).name]
 
     def _mix(self, entries: Sequence[tuple[Entry, Samples]], maker: BatchMaker) -> Mixture:
         parts = [Part(samples, entry.weight) for entry, samples in entries]
@@ -330,8 +398,14 @@ class Sources:
 
 def place_of(entry: Entry) -> Path:
     """Where an entry has its data."""
-    place: Path = next(getattr(entry, key) for key in FILES if hasattr(entry, key))
+    place: Path = next(getattr(entry, key) for key in KINDS if hasattr(entry, key))
     return place
+
+
+def _items(entry: Entry, samples: Samples) -> Iterator[tuple[Path, int]]:
+    """What is one thing to draw from: an episode of a dataset, or other data as a whole, as -1."""
+    place = place_of(entry).resolve()
+    yield from ((place, e.index) for e in samples.episodes) if isinstance(samples, LeRobotSamples) else [(place, -1)]
 
 
 def make_fast(config: TrainingConfig, chunks: Sequence[NDArray[np.float64]]) -> FastTokenizer:

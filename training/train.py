@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -100,7 +100,12 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         with alone(out, out) if self.rank == 0 else nullcontext():
             progress, saved = self.load()
-            before()
+            try:
+                before()
+            except BaseException:
+                with suppress(OSError):
+                    out.rmdir()  # if nothing is in it
+                raise
             if self.rank == 0:
                 for record in (self.figure_record, self.loss_record):
                     record.rewind(progress.stage, progress.step)

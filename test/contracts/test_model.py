@@ -278,9 +278,9 @@ def test_missing_state_is_refused() -> None:
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="depth must agree, got 3 and 2"):
         dataclasses.replace(CONFIG, expert=dataclasses.replace(CONFIG.expert, depth=2))
-    with pytest.raises(ConfigurationError, match="heads 4 must be a multiple of kv_heads 3"):
+    with pytest.raises(ConfigurationError, match=r"gemma\.heads: expected a multiple of kv_heads 3, got 4"):
         dataclasses.replace(CONFIG.backbone, kv_heads=3)
-    with pytest.raises(ConfigurationError, match="image_size 25 must be a multiple of patch_size 12"):
+    with pytest.raises(ConfigurationError, match=r"vision\.image_size: expected a multiple of patch_size 12, got 25"):
         dataclasses.replace(CONFIG.vision, image_size=25)
-    with pytest.raises(ConfigurationError, match="stem must be 'patch' or 'conv'"):
+    with pytest.raises(ConfigurationError, match="stem: expected 'patch' or 'conv'"):
         dataclasses.replace(CONFIG.vision, stem="mlp")  # type: ignore[arg-type]

@@ -89,7 +89,7 @@ def measure(
             continue
         robots = [(e, parts) for e in data.embodiments.values() if (parts := data.held_out_parts(source, e))]
         for embodiment, parts in robots:
-            robot = data.label(embodiment)
+            robot = embodiment.robot.name
             before = "" if embodiment is data.embodiment else f"{robot}/"
             for number, rows in enumerate(batches(mixture.spread((frames or FRAMES) // len(robots) or 1, parts))):
                 samples = mixture.read(rows)

@@ -96,7 +96,7 @@ def _dimensions(data: Sources, measured: Measured, lines: Lines) -> str:
         before.setdefault(line["name"], []).append(line["value"])
     rows = []
     for embodiment in data.embodiments.values():
-        robot = data.label(embodiment)
+        robot = embodiment.robot.name
         prefix = "" if embodiment is data.embodiment else f"{robot}/"
         ways = [w for w in WAYS if f"{prefix}{w}_error" in measured.figures]
         for action in embodiment.robot.actions if ways else ():

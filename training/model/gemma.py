@@ -4,9 +4,9 @@ Legend: B batch, S query tokens, C context tokens (keys), P prefix tokens (image
 text or FAST actions), W width, Q query heads, K key/value heads, G = Q / K, D head_dim.
 """
 
-from collections.abc import Iterable, MutableSequence
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from collections.abc import Iterable, Mapping, MutableSequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,25 @@ from torch import Tensor, nn
 from ki_vla_ros.errors import ConfigurationError
 
 ROPE_BASE = 10_000.0
+LARGEST_SIZE: Final = 1 << 20
 MASKED = -2.3819763e38
 """Finite, so that a row with nothing to see gives a uniform average and never NaN (Gemma's constant)."""
 
 Rotation = tuple[Tensor, Tensor]
 Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def check_sizes(part: str, config: Any, multiples: Mapping[str, str]) -> None:
+    """ConfigurationError unless all numbers of a dataclass are positive, and some are multiples of others."""
+    for field in fields(config):
+        size = getattr(config, field.name)
+        if isinstance(size, int) and not 1 <= size <= LARGEST_SIZE:
+            raise ConfigurationError(f"{part}.{field.name}: expected 1 to {LARGEST_SIZE}, got {size}")
+    for name, of in multiples.items():
+        if getattr(config, name) % getattr(config, of):
+            raise ConfigurationError(
+                f"{part}.{name}: expected a multiple of {of} {getattr(config, of)}, got {getattr(config, name)}"
+            )
 
 
 def as_layers(layers: Iterable[Layer]) -> MutableSequence[Layer]:
@@ -86,11 +100,9 @@ class GemmaConfig:
     head_dim: int
 
     def __post_init__(self) -> None:
-        if self.heads % self.kv_heads or self.head_dim % 2:
-            raise ConfigurationError(
-                f"gemma: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}, "
-                f"and head_dim {self.head_dim} even"
-            )
+        check_sizes("gemma", self, multiples={"heads": "kv_heads"})
+        if self.head_dim % 2:
+            raise ConfigurationError(f"gemma.head_dim: expected an even number, got {self.head_dim}")
 
     @property
     def group(self) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.gemma import as_layers, softmax_attention
+from training.model.gemma import as_layers, check_sizes, softmax_attention
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class VisionConfig:
     stem: Literal["patch", "conv"] = "patch"
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size or self.width % self.heads:
-            raise ConfigurationError(
-                f"vision: image_size {self.image_size} must be a multiple of patch_size {self.patch_size}, "
-                f"and width {self.width} of heads {self.heads}"
-            )
+        check_sizes("vision", self, multiples={"image_size": "patch_size", "width": "heads"})
         if self.stem not in ("patch", "conv"):
-            raise ConfigurationError(f"vision: stem must be 'patch' or 'conv', got {self.stem!r}")
+            raise ConfigurationError(f"vision.stem: expected 'patch' or 'conv', got {self.stem!r}")
+        if self.stem == "conv" and not self.width >> (len(prime_factors(self.patch_size)) - 1):
+            raise ConfigurationError(
+                f"vision.width: expected at least a channel in each layer of the stem, got {self.width} for patch_size "
+                f"{self.patch_size}"
+            )
 
     @property
     def tokens(self) -> int:

@@ -29,13 +29,13 @@ _KINDS = {"paligemma": PaliGemmaEntry, "llava": LlavaEntry, "parquet": ParquetEn
 def _kind(entry: Any) -> str | None:
     """The key that says what a file is; None, which pydantic refuses with the keys that it expects, for none or two."""
     found = [kind for kind in _KINDS if (kind in entry if isinstance(entry, dict) else hasattr(entry, kind))]
-    return found[0] if len(found) == 1 else None
+    return f"<{found[0]}>" if len(found) == 1 else None
 
 
 LanguageEntry = Annotated[
-    Annotated[PaliGemmaEntry, Tag("paligemma")]
-    | Annotated[LlavaEntry, Tag("llava")]
-    | Annotated[ParquetEntry, Tag("parquet")],
+    Annotated[PaliGemmaEntry, Tag("<paligemma>")]
+    | Annotated[LlavaEntry, Tag("<llava>")]
+    | Annotated[ParquetEntry, Tag("<parquet>")],
     Discriminator(
         _kind,
         custom_error_type="language_entry",

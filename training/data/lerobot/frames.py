@@ -29,6 +29,7 @@ from training.data.lerobot.dataset import Dataset
 from training.data.lerobot.layout import ACTIONS
 from training.data.lerobot.meta import Episode
 from training.data.lerobot.pictures import Pictures, Wanted
+from training.data.lerobot.ranges import Ranges
 from training.data.lerobot.robot_columns import read_robot_chunks, read_robot_columns
 from training.data.samples import Image, Labels, RobotSample
 
@@ -91,6 +92,7 @@ class LeRobotSamples:
         self._file, path = tempfile.mkstemp()  # read with pread, which forked processes can do side by side
         weakref.finalize(self, os.close, self._file)
         os.unlink(path)
+        self.ranges = Ranges(robot)
         self._row_E = np.zeros(len(self.episodes), dtype=np.int64)  # where in its table each begins
         self._tasks = sorted(self._read_tables())
 
@@ -233,6 +235,7 @@ class LeRobotSamples:
                     action_FD = read_robot_chunks(self.dataset, self.robot, columns, self._chunk, self.horizon)
                 elif action_FD is None:
                     raise ConfigurationError(f"{self.name}: expected a column {' or '.join(ACTIONS)}, got none")
+                self.ranges.add(episode.index, state_FS, action_FD)
                 records["state"], records["action"], records["task"] = state_FS, action_FD, columns["task_index"]
                 if PLACE in columns:
                     records[PLACE] = check_places(self.dataset, episode, columns[PLACE])
