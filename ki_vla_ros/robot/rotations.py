@@ -33,7 +33,7 @@ def to_vector(quaternion: Array) -> Array:
 
 def multiply(left: Array, right: Array) -> Array:
     """The rotation `right`, then `left`."""
-    (ax, ay, az, aw), (bx, by, bz, bw) = np.moveaxis(left, -1, 0), np.moveaxis(right, -1, 0)
+    (ax, ay, az, aw), (bx, by, bz, bw) = ([part[..., i] for i in range(4)] for part in (left, right))
     return np.stack(
         [
             aw * bx + ax * bw + ay * bz - az * by,

@@ -86,19 +86,18 @@ class Piece:
     message: Trajectory | None = None
     label: object = None
 
-    def at(self, time_N: Times) -> tuple[Array, Array]:
-        """Position and velocity [N, J]: cubics between the points, rest after the last."""
+    def at(self, time: Any) -> tuple[Array, Array]:
+        """Position and velocity [N, J] at times [N], or [J] at one: cubics between the points, rest after the last."""
         if len(self.time_K) == 1:
-            shape = (len(time_N), self.position_KJ.shape[1])
-            return np.broadcast_to(self.position_KJ, shape), np.broadcast_to(self.velocity_KJ, shape)
-        k_N = np.minimum(np.searchsorted(self.time_K, time_N, side="right"), len(self.time_K) - 1) - 1
-        length_N = (self.time_K[k_N + 1] - self.time_K[k_N])[:, None] / NS_PER_S
-        s_N = np.minimum((time_N - self.time_K[k_N])[:, None] / NS_PER_S / length_N, 1.0)
-        p_NJ, way_NJ = self.position_KJ[k_N], self.position_KJ[k_N + 1] - self.position_KJ[k_N]
-        u_NJ, w_NJ = self.velocity_KJ[k_N] * length_N, self.velocity_KJ[k_N + 1] * length_N
-        b_NJ, c_NJ = 3.0 * way_NJ - 2.0 * u_NJ - w_NJ, u_NJ + w_NJ - 2.0 * way_NJ
-        position_NJ = p_NJ + s_N * (u_NJ + s_N * (b_NJ + s_N * c_NJ))
-        return position_NJ, (u_NJ + s_N * (2.0 * b_NJ + 3.0 * s_N * c_NJ)) / length_N
+            shape = (*np.shape(time), self.position_KJ.shape[1])
+            return np.broadcast_to(self.position_KJ[0], shape), np.broadcast_to(self.velocity_KJ[0], shape)
+        k = np.minimum(self.time_K.searchsorted(time, side="right"), len(self.time_K) - 1) - 1
+        length = (self.time_K[k + 1] - self.time_K[k])[..., None] / NS_PER_S
+        s = np.minimum((time - self.time_K[k])[..., None] / NS_PER_S / length, 1.0)
+        p, way = self.position_KJ[k], self.position_KJ[k + 1] - self.position_KJ[k]
+        u, w = self.velocity_KJ[k] * length, self.velocity_KJ[k + 1] * length
+        b, c = 3.0 * way - 2.0 * u - w, u + w - 2.0 * way
+        return p + s * (u + s * (b + s * c)), (u + s * (2.0 * b + 3.0 * s * c)) / length
 
 
 class TrajectoryController:
@@ -164,8 +163,7 @@ class TrajectoryController:
     def sample(self, time_ns: int) -> tuple[Array, Array]:
         """Where it tells the arm to be, and how fast to move [J]; where it began, for times before that."""
         piece = next((piece for piece in reversed(self.pieces) if piece.from_ns <= time_ns), self.pieces[0])
-        position_NJ, velocity_NJ = piece.at(np.array([max(time_ns, piece.from_ns)]))
-        return position_NJ[0], velocity_NJ[0]
+        return piece.at(max(time_ns, piece.from_ns))
 
     def walk(self, time_N: Times) -> tuple[Array, Array, NDArray[np.int64]]:
         """Positions and velocities [N, J], and the number of the piece in force [N]."""

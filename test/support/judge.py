@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError
 from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.records import ActionChunk, CameraFrame, JointReading, Motion, to_ns
-from ki_vla_ros.robot import plain_joints
+from ki_vla_ros.robot import Robot, plain_joints
 from ki_vla_ros.robot.axes import Axis
 from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.ros.stream import Player, Streamed
@@ -613,15 +613,21 @@ class Inputs(ObservationBuffer):
         return found
 
 
+@lru_cache
+def _robot(joints: tuple[Axis, ...]) -> Robot:
+    return robot_of(joints, HORIZON, ACTION_NS / 1e9)
+
+
 class Policy:
     """Chunks of every kind, and inference that takes its time or fails."""
 
     def __init__(self, world: World) -> None:
         self.world = world
+        robot = _robot(world.case.joints)
         manifest = SimpleNamespace(
             axes=world.case.joints,
             axis_names=NAMES,
-            robot=robot_of(world.case.joints, HORIZON, ACTION_NS / 1e9),
+            robot=robot,
             horizon=HORIZON,
             action_period_ns=ACTION_NS,
             max_prefix_delay=4,
@@ -629,7 +635,7 @@ class Policy:
             flow=SimpleNamespace(steps=10),
         )
         self.bundle = SimpleNamespace(manifest=manifest, tokenizer=None)
-        self.space = CommandSpace(manifest.robot)
+        self.space = CommandSpace(robot)
         self.flow_steps = self.noise_seed = 0
 
     def prefill(self, _: Any) -> None:

@@ -52,10 +52,11 @@ TOLERANCE = 1.01
 PARTS = ("arm", "servo", "gripper", "binary", "hand", "velocity", "free_velocity", "base", "pose", "delta")
 FAULTS = ("none", "gaps", "engine", "stop", "restart", "limits", "clock", "moved", "slow", "ramp", "stalls")
 CHUNKS = ("smooth", "smooth", "wander", "wander", "jumps", "broken")
+IMAGE = np.zeros((1, 1, 3), np.uint8)
 POSE_PARTS = {"vector": VECTOR, "quaternion": QUATERNION, "6d": SIX_D}
 
 
-def draw_robot(rng: random.Random, parts: tuple[str, ...]) -> Robot:
+def draw_robot(rng: random.Random, parts: tuple[str, ...], *, in_any_order: bool = False) -> Robot:
     """A robot file with these parts, each with an output of its own."""
     state: list[dict[str, Any]] = []
     actions: list[dict[str, Any]] = []
@@ -113,6 +114,9 @@ def draw_robot(rng: random.Random, parts: tuple[str, ...]) -> Robot:
         outputs.append(output)
     if not state:
         state.append({"name": "torso", "kind": "joint_position", "unit": "m", "lower": 0.0, "upper": 0.4})
+    if in_any_order:
+        rng.shuffle(state)
+        rng.shuffle(actions)
     return Robot.model_validate(
         {
             "name": "drawn",
@@ -126,14 +130,6 @@ def draw_robot(rng: random.Random, parts: tuple[str, ...]) -> Robot:
     )
 
 
-def shuffled(robot: Robot, rng: random.Random) -> Robot:
-    """The same with state and actions in any order."""
-    parts = {"state": list(robot.state), "actions": list(robot.actions)}
-    for part in parts.values():
-        rng.shuffle(part)
-    return Robot.model_validate({name: getattr(robot, name) for name in Robot.model_fields} | parts)
-
-
 class Case:
     """What one seed makes; `str` tells it in words."""
 
@@ -141,7 +137,7 @@ class Case:
         self.seed = seed
         rng = self.rng = random.Random(seed)
         self.parts = tuple(rng.sample(PARTS, rng.choice((1, 1, 1, 2, 2, 3, 4))))
-        self.robot = shuffled(draw_robot(rng, self.parts), rng)
+        self.robot = draw_robot(rng, self.parts, in_any_order=True)
         self.faults = frozenset(rng.sample(FAULTS, rng.choice((1, 1, 2, 3))))
         self.chunks = rng.choice(CHUNKS)
         self.ms = 100 * rng.randint(5, 9)
@@ -301,7 +297,7 @@ class World:
         self.velocity_J = self.policy.space.velocity_J
         self.shift_M = np.zeros(len(self.signal_M))
         self.moved_ns: int | None = None
-        self.buffer = self._make_buffer()
+        self.buffer, self.topics = self._make_buffer(), Topics(self.robot)
         self.diagnostics = Diagnostics()
         self.loop = PolicyLoop(self.policy, self.buffer, self, self.diagnostics, lambda: self.settings)
         self.loop.instruction = "go"
@@ -420,9 +416,9 @@ class World:
                 signal_M[m] = (self.where_J[j] - space._offset_J[j]) / space._scale_J[j]
         signal_M = signal_M + self.shift_M
         if self.cameras:
-            self.buffer.add_frame(CameraFrame("scene", self.ros_ns(), np.zeros((1, 1, 3), np.uint8)))
+            self.buffer.add_frame(CameraFrame("scene", self.ros_ns(), IMAGE))
         if self.readings:
-            give(self.buffer, self.robot, self.ros_ns(), signal_M, self.parts)
+            self.topics.publish(self.buffer, self.ros_ns(), signal_M, self.parts)
 
     def _happen(self, what: str, how: Any) -> None:
         if what == "instruct":
@@ -468,6 +464,7 @@ class World:
             due = max(due + TICK_NS, self.steady)
             self.flow(due)
         self.loop.end()
+        self.reading_due = 1 << 62  # nobody reads any more
         self.flow(self.steady + 1500 * MS)
 
     @contextmanager
@@ -476,22 +473,31 @@ class World:
             yield
 
 
-def give(buffer: ObservationBuffer, robot: Robot, stamp_ns: int, signal_M: Array, rng: random.Random) -> None:
+class Topics:
     """Each topic's message, as a driver would publish it; joint states sometimes in two parts."""
-    value_M = np.array([(x - s.offset) / s.scale for x, s in zip(signal_M, robot.signals, strict=True)])
-    topics = dict.fromkeys((signal.topic, signal.type) for signal in robot.signals)
-    for topic, kind in topics:
-        index = [m for m, signal in enumerate(robot.signals) if signal.topic == topic]
-        try:
-            if kind == POSE_STAMPED:
-                buffer.add_pose(PoseReading(stamp_ns, "base", value_M[index]), topic=topic)
-                continue
-            cut = rng.choice((0, 0, len(index) // 2))
-            for part in filter(None, (index[:cut], index[cut:])):
-                names = tuple(robot.signals[m].part for m in part)
-                buffer.add_joints(JointReading(stamp_ns, names, value_M[part]), topic=topic)
-        except InputError as refusal:
-            buffer.refuse(topic, str(refusal))
+
+    def __init__(self, robot: Robot) -> None:
+        self.names = [signal.part for signal in robot.signals]
+        self.offset_M = np.array([signal.offset for signal in robot.signals])
+        self.scale_M = np.array([signal.scale for signal in robot.signals])
+        self.index: dict[tuple[str, str], list[int]] = {}  # of the signals of each topic and type
+        for m, signal in enumerate(robot.signals):
+            self.index.setdefault((signal.topic, signal.type), []).append(m)
+
+    def publish(self, buffer: ObservationBuffer, stamp_ns: int, signal_M: Array, rng: random.Random) -> None:
+        value_M = (signal_M - self.offset_M) / self.scale_M
+        for (topic, kind), index in self.index.items():
+            try:
+                if kind == POSE_STAMPED:
+                    buffer.add_pose(PoseReading(stamp_ns, "base", value_M[index]), topic=topic)
+                    continue
+                cut = rng.choice((0, 0, len(index) // 2))
+                for part in filter(None, (index[:cut], index[cut:])):
+                    buffer.add_joints(
+                        JointReading(stamp_ns, tuple(self.names[m] for m in part), value_M[part]), topic=topic
+                    )
+            except InputError as refusal:
+                buffer.refuse(topic, str(refusal))
 
 
 @dataclass
@@ -626,8 +632,8 @@ def _judge_poses(
     for pose in space.poses:
         output = world.robot.outputs[pose.output]
         place_N3 = position_NJ[:, pose.axes.start : pose.axes.start + 3]
-        turned_N4 = np.array(
-            [space.quaternions(pose, position_J, reference) for _, position_J, _, reference in world.streamed]
+        turned_N4 = space.quaternions(
+            pose, position_NJ, np.stack([reference for *_, reference in world.streamed], axis=1)
         )
         begin_3 = world.begin_J[None, pose.axes.start : pose.axes.start + 3]
         step_N3 = np.diff(place_N3, axis=0, prepend=begin_3)

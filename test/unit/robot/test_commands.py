@@ -10,12 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.kinds import PARTS, draw_robot, shuffled
+from support.kinds import PARTS, draw_robot
 
 from ki_vla_ros.robot import CommandSpace, Robot, rotations
 
 Array = NDArray[np.float64]
 PERIOD_S = 0.05
+
+
+def shuffled(robot: Robot, rng: random.Random) -> Robot:
+    """The same with state and actions in any order."""
+    parts = {"state": list(robot.state), "actions": list(robot.actions)}
+    for part in parts.values():
+        rng.shuffle(part)
+    return Robot.model_validate({name: getattr(robot, name) for name in Robot.model_fields} | parts)
 
 
 def matrix(quaternion: Array) -> Array:
