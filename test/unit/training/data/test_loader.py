@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import ROOT
 from support.waiting import until
 
 from ki_vla_ros.errors import ConfigurationError, InputError
@@ -112,39 +108,6 @@ def test_workers_end_with_an_iterator_that_is_given_up() -> None:
     for _ in range(3):
         list(Loader(make, 2).iterate(range(4)))
     assert len(os.listdir("/proc/self/fd")) <= open_before  # a fork closes what other tests left open
-
-
-TRAINER = """
-import os, sys, time
-from training.data.loader import Loader
-def make(step):
-    if step > 3:
-        time.sleep(1000)
-    return os.getpid()
-batches = Loader(make, 2).iterate(range(100))
-print(next(batches), next(batches), flush=True)
-next(batches), next(batches), next(batches)
-"""
-
-
-@pytest.mark.slow
-def test_no_worker_outlives_a_trainer_that_is_killed() -> None:
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ
-    )
-    assert trainer.stdout is not None
-    processes = [int(word) for word in trainer.stdout.readline().split()]
-    trainer.kill()
-    trainer.wait()
-    trainer.stdout.close()
-    assert len(processes) == 2
-
-    def gone(process: int) -> bool:
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            return "\nState:\tZ" in Path(f"/proc/{process}/status").read_text()  # where nobody waits for orphans
-        return True
-
-    until(lambda: all(map(gone, processes)))
 
 
 def test_an_image_that_a_worker_decoded_is_there_for_all() -> None:
