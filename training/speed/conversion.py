@@ -37,7 +37,7 @@ from ki_vla_ros.records import NS_PER_S
 from training.data.lerobot import Video
 
 START_NS: Final = 1_790_000_000 * NS_PER_S
-CAMERAS: Final = ("scene", "wrist")
+CAMERAS: Final = ("front", "side")
 JOINTS: Final = tuple(f"joint_{j + 1}" for j in range(7))
 JOINT_TOPIC, COMMAND_TOPIC = "/joint_states", "/controller/joint_trajectory"
 HEIGHT, WIDTH, IMAGE_HZ, JOINT_HZ, COMMAND_HZ = 480, 640, 30, 200, 10
