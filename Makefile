@@ -12,7 +12,8 @@ RUN := $(VENV)/bin/python -m
 REQUIREMENTS := $(wildcard requirements/*.txt)
 # Plugins by name: a sourced ROS installation brings pytest plugins that break newer pytest versions.
 # A worker that crashed is not replaced: with loadfile the run would wait for ever for the tests that it had.
-PYTEST := pytest -p xdist -p pytest_timeout -p hypothesispytest -n $(JOBS) --dist loadfile --max-worker-restart 0
+# Files in the order of test/conftest.py: xdist's own, by the number of tests, leaves the longest ones to the end.
+PYTEST := pytest -p xdist -p pytest_timeout -p hypothesispytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 TESTING := OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
 export PYTHON

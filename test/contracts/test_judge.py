@@ -22,6 +22,7 @@ MS = 1_000_000
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
+@pytest.mark.usefixtures("uncounted")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_no_fault_makes_the_arm_leave_its_limits(part: int) -> None:
     bad = [verdict for seed in range(part, CASES, PARTS) if (verdict := judge(Case(seed))).bad]

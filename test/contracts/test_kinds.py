@@ -10,6 +10,7 @@ CASES, JOBS = 10_000, 10
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
+@pytest.mark.usefixtures("uncounted")
 @pytest.mark.parametrize("part", range(JOBS))
 def test_no_kind_of_action_leaves_its_limits(part: int) -> None:
     bad = [verdict for seed in range(part, CASES, JOBS) if (verdict := judge(Case(seed))).bad]
