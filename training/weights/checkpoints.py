@@ -80,7 +80,7 @@ def read_sizes(path: Path) -> VLAConfig:
         for part in (config, config.vision, config.backbone, config.expert):
             _check_sizes(part)
         return config
-    except (ArithmeticError, KeyError, OSError, TypeError, ValueError) as error:
+    except (ArithmeticError, ConfigurationError, KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{path}: not the config of a model of this version ({error})") from error
 
 
