@@ -231,7 +231,8 @@ def test_grouped_heads_equal_repeated_keys() -> None:
 @pytest.mark.parametrize(("stem", "overlaps"), [("patch", False), ("conv", True)])
 def test_both_stems_have_the_same_cells_and_conv_sees_beyond_its_own(stem: str, overlaps: bool) -> None:
     torch.manual_seed(0)
-    vision = Vision(VisionConfig(image_size=36, patch_size=12, width=16, depth=0, heads=2, mlp=32, stem=stem))  # type: ignore[arg-type]
+    vision = Vision(VisionConfig(image_size=36, patch_size=12, width=16, depth=1, heads=2, mlp=32, stem=stem))  # type: ignore[arg-type]
+    vision.layers = torch.nn.ModuleList()  # type: ignore[assignment]  # every cell attends to every other
     torch.nn.init.normal_(vision.position.weight)
     images = torch.randn(1, 3, 36, 36)
     other = images.clone()

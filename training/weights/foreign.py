@@ -219,7 +219,7 @@ def untrained(config: VLAConfig, seed: int) -> dict[str, Tensor]:
     """Expert and action layers as `initialize` draws them, in a model with only a stub of the rest."""
     stub = replace(
         config,
-        vision=VisionConfig(image_size=1, patch_size=1, width=1, depth=0, heads=1, mlp=1),
+        vision=VisionConfig(image_size=1, patch_size=1, width=1, depth=1, heads=1, mlp=1),
         backbone=replace(config.backbone, width=1, mlp=1),
         vocab_size=1,
     )
