@@ -192,6 +192,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
+@pytest.mark.usefixtures("uncounted")
 @settings(max_examples=CASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**63), st.sampled_from(EXECUTORS), st.sampled_from(("smooth", "wander", "jumps", "anywhere")))
 def test_no_executor_makes_a_seam(seed: int, executor: str, kind: str) -> None:
