@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -142,7 +143,9 @@ def uncounted() -> Iterator[None]:
         counting.stop()
     yield
     if counting:
-        counting.start()
+        with warnings.catch_warnings():  # that what it counts is imported by now
+            warnings.simplefilter("ignore")
+            counting.start()
 
 
 @pytest.fixture(scope="module")
