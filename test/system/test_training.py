@@ -12,6 +12,7 @@ import torch
 import yaml
 from support.recipes import tiny_run
 
+import training.train
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
@@ -162,23 +163,26 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     given = tmp_path / "run.yaml"
     given.write_text(yaml.safe_dump(settings | {"out": str(tmp_path / "run"), "stages": [stage | {"steps": 2}]}))
     assert train_main([str(given)]) == 0
-    given.write_text(yaml.safe_dump(settings | {"out": str(tmp_path / "run"), "stages": [stage, stage]}))
-    before, real = resource.getrlimit(resource.RLIMIT_FSIZE), Run.run
+    given.write_text(
+        yaml.safe_dump(settings | {"out": str(tmp_path / "run"), "stages": [stage, stage | {"name": "again"}]})
+    )
+    before, real = resource.getrlimit(resource.RLIMIT_FSIZE), training.train.open_log
     for limit, fault in (
         (60, "tensorboard/rank0: expected to write the log, got"),
         (1000, "checkpoint-000003/part-00001-of-00001.safetensors: expected to write it whole, got"),
     ):
         capsys.readouterr()
 
-        def run_in_little_room(run: Run, limit: int = limit) -> None:
+        def open_in_little_room(folder: Path, resumed_at: int | None, limit: int = limit) -> Any:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-            try:
-                real(run)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            return real(folder, resumed_at)
 
-        monkeypatch.setattr(Run, "run", run_in_little_room)  # only then: opening the data takes room of its own
-        assert train_main([str(given)]) == 2
+        # Only then: opening the data and trying the policy take room of their own.
+        monkeypatch.setattr("training.train.open_log", open_in_little_room)
+        try:
+            assert train_main([str(given)]) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         said = [
             line for line in capsys.readouterr().err.splitlines() if not line.startswith("\r") and "it/s" not in line
         ]
@@ -209,7 +213,7 @@ def test_a_run_of_another_model_or_without_its_hints_is_not_resumed(settings: di
 
 def test_missed_gate_stops_the_run_and_names_the_figure(settings: dict[str, Any], tmp_path: Path) -> None:
     stage = settings["stages"][3] | {"gates": {"pointing": 1.01}}
-    with pytest.raises(ConfigurationError, match=r"stage expert: expected \{'pointing': 1.01\}, got"):
+    with pytest.raises(ConfigurationError, match=r"stage expert, step 2: expected pointing at least 1.01, got"):
         Run(configure(settings, out=tmp_path, stages=[stage])).run()
     assert not (tmp_path / "policy").exists()
     assert Run(configure(settings, out=tmp_path, stages=[stage])).trainer.load()[0].stage == 0, "the gate comes again"
