@@ -1,9 +1,11 @@
 """A trainer of the small model on random samples: no robot, no data set, no simulator."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.random import Generator
 
@@ -65,3 +67,17 @@ def toy_trainer(out: Path, *stages: StageConfig, model: VLA | None = None, **cha
     return Trainer(
         config, model, None, {"robot": RandomSamples(model.config)}, BatchLosses(model, None, config), lambda driven: {}
     )
+
+
+def run_until(trainer: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the trainer, and interrupt it in this step, counted over all stages."""
+    real, calls = trainer.accumulate_gradients, itertools.count()
+
+    def stop(*given: Any) -> Any:
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(trainer, "accumulate_gradients", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.toy_training import toy_stage, toy_trainer
+from support.toy_training import run_until, toy_stage, toy_trainer
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
@@ -58,16 +58,7 @@ def test_a_resumed_average_is_the_same_to_the_last_bit(tmp_path: Path, monkeypat
     whole = toy_trainer(tmp_path / "whole", ema=DECAY)
     whole.run()
     broken = toy_trainer(tmp_path / "broken", ema=DECAY)
-    real, calls = broken.accumulate_gradients, iter(range(9))
-
-    def stop(*given: object) -> object:
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(broken, "accumulate_gradients", stop)
-    with pytest.raises(KeyboardInterrupt):
-        broken.run()
+    run_until(broken, 3, monkeypatch)
     resumed = toy_trainer(tmp_path / "broken", ema=DECAY)
     resumed.run()
     assert whole.average is not None and resumed.average is not None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.models import CONFIG, make_batch, make_model, run
-from support.toy_training import toy_stage, toy_trainer
+from support.toy_training import run_until, toy_stage, toy_trainer
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
@@ -98,16 +98,7 @@ def test_checkpoints_hold_what_is_trained_and_a_run_goes_on_to_the_same_bits(
     whole = trainer(tmp_path / "whole")
     whole.run()
     broken = trainer(tmp_path / "broken")
-    real, calls = broken.accumulate_gradients, iter(range(9))
-
-    def stop(*given: object) -> object:
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(broken, "accumulate_gradients", stop)
-    with pytest.raises(KeyboardInterrupt):
-        broken.run()
+    run_until(broken, 3, monkeypatch)
     folder = newest_checkpoint(tmp_path / "broken")
     assert folder is not None
     _, saved = open_run(folder)
