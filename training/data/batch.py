@@ -19,34 +19,15 @@ from torch import Tensor
 from ki_vla_ros.bundle import PromptSpec
 from ki_vla_ros.errors import ConfigurationError, InputError
 from ki_vla_ros.policy import images_to_input, render_prompt, state_to_bins, tokenize
-from ki_vla_ros.robot import Robot
 from training.data.augmentation import Augmentation, recolour, turn_and_crop
 from training.data.embodiment import Embodiment
 from training.data.samples import Image, Labels, LanguageSample, RobotSample
-from training.model import VisionConfig
 from training.tokens import EOS_TOKEN, encode_text, fast_id, localise, token_id
 
 NO_TARGET = -1
 # Of the loss of dimensions that only other robots have, beside 1 for the robot's own. They are learned, as zeros,
 # because the flow integrates them too: their noise would otherwise go wherever untrained velocities lead.
 PADDING_WEIGHT = 0.1
-
-Arrays = dict[str, NDArray[Any]]
-"""Frames by column: the first axis of each array counts the same frames."""
-
-
-@dataclass(frozen=True)
-class ChunkTiming:
-    """The sizes and the timing of a model that its data depend on."""
-
-    image_size: int
-    horizon: int
-    period_s: float
-    grid: int  # image tokens along one side
-
-    @classmethod
-    def of(cls, vision: VisionConfig, robot: Robot) -> ChunkTiming:
-        return cls(vision.image_size, robot.horizon, robot.action_period_s, vision.image_size // vision.patch_size)
 
 
 @dataclass(frozen=True)
