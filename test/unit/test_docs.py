@@ -114,8 +114,13 @@ def dates(page: Path, text: str) -> Iterator[str]:
         yield from (f"{date}: dated figures are in docs/results" for date in re.findall(r"\b20\d\d-\d\d-\d\d\b", text))
 
 
+def merges(page: Path, text: str) -> Iterator[str]:
+    """Marks of a merge that nobody finished; in code they do not parse."""
+    yield from (f"{mark}: half a merge" for mark in re.findall(r"^(?:<{7}|>{7})(?= )", text, re.MULTILINE))
+
+
 def faults(page: Path, text: str) -> list[str]:
-    checks = (dead_links, missing_files, missing_modules, missing_commands, missing_tests, dates)
+    checks = (dead_links, missing_files, missing_modules, missing_commands, missing_tests, dates, merges)
     return [f"{page.relative_to(ROOT)}: {fault}" for check in checks for fault in check(page, text)]
 
 
@@ -146,6 +151,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         "ros2 run ki_vla_ros gone",
         "`unit/test_docs.py::test_gone`",
         "measured on 2026-11-21",
+        "<<<<<<< HEAD",
     ],
 )
 def test_a_broken_page_is_seen(line: str) -> None:
@@ -186,6 +192,10 @@ def test_the_imports_of_examples_work() -> None:
             assert [name.name for name in statement.names if not hasattr(module, name.name)] == [], page
             lines += 1
     assert lines >= 4
+
+
+def test_the_log_of_changes_is_merged() -> None:
+    assert list(merges(ROOT, (ROOT / "CHANGELOG.rst").read_text())) == []
 
 
 def test_readme_is_short() -> None:
