@@ -146,7 +146,7 @@ class BatchMaker:
         images = [self._turned(sample, look, rng) for sample, look in zip(samples, looks, strict=True)]
         postfix_BT, counts_BT = pad(postfixes)
         return Batch(
-            *self._images(images, looks, rng),
+            *self._images(images, looks, rng, [sample.labels for sample in samples]),
             *(tokens := self._tokens(prompts, form.prompt.length)),
             postfix_BT=postfix_BT,
             fast_mask_BT=counts_BT,
@@ -168,7 +168,7 @@ class BatchMaker:
         prompts = [localise(self.tokenizer, sample.prefix + form.separator) for sample in samples]
         has_text = bool(counts_BT.any())
         return Batch(
-            *self._images([sample.images for sample in samples], looks, rng),
+            *self._images([sample.images for sample in samples], looks, rng, [sample.labels for sample in samples]),
             *(tokens := self._tokens(prompts, form.longest_text)),
             postfix_BT=postfix_BT if has_text else None,
             text_mask_BT=counts_BT if has_text else None,
@@ -223,10 +223,12 @@ class BatchMaker:
         images: Sequence[Sequence[Image | None]],
         looks: Sequence[Sequence[Augmentation]],
         rng: np.random.Generator,
+        labels: Sequence[Labels],
     ) -> tuple[Tensor, Tensor]:
         """[B, V, C, H, W] in -1..1, and which are there [B, V].
 
-        A sample with fewer images than others has them last, so that the last image is always beside the prompt.
+        A sample with fewer images than others has them last, so that the last image is always beside the prompt. A view
+        that no sample of this batch has costs time and changes nothing, so it is left out, unless labels count views.
         """
         most, size = max(len(row) for row in images), self.form.image_size
         pixels_BVCHW = np.full((len(images), most, 3, size, size), -1.0, dtype=np.float32)
@@ -237,6 +239,9 @@ class BatchMaker:
                     look = looks[b][v - most + len(row)]
                     pixels_BVCHW[b, v] = recolour(images_to_input(image[None])[0], look, rng)
                     mask_BV[b, v] = True
+        if most and all(label.place is None and label.cells_VN is None for label in labels):
+            seen = np.flatnonzero(mask_BV.any(axis=0)) if mask_BV.any() else [most - 1]
+            pixels_BVCHW, mask_BV = pixels_BVCHW[:, seen], mask_BV[:, seen]
         return torch.from_numpy(pixels_BVCHW), torch.from_numpy(mask_BV)
 
     def _tokens(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.models import make_model
 from support.samples import SIDE, ArmSamples, Questions, make_robot
 
 from ki_vla_ros.bundle import PromptSpec
@@ -17,6 +19,7 @@ from training.data import (
     BatchForm,
     BatchMaker,
     Embodiment,
+    Labels,
     Mixture,
     Part,
     draw_numbers,
@@ -85,6 +88,30 @@ def test_two_robots_are_padded_to_one_batch_and_masked() -> None:
 def test_one_robot_needs_no_weights() -> None:
     (two,) = embody(TWO)
     assert make_maker().of_robots([two], ArmSamples(TWO).take([0]), rng()).weight_BA is None
+
+
+def test_a_view_that_no_sample_has_is_not_computed_and_changes_no_loss() -> None:
+    (one,) = embody(ONE)
+    samples = [replace(sample, images=(None, sample.images[1])) for sample in ArmSamples(ONE).take([0, 1])]
+    batch = make_maker().of_robots([one, one], samples, rng())
+    assert batch.image_mask_BV.tolist() == [[True], [True]]
+    # To the model, as if the view had been there and masked.
+    model = make_model()
+    size = model.config.vision.image_size
+    images, prompt = torch.randn(2, 2, 3, size, size), (batch.tokens_BL % model.config.vocab_size, batch.token_mask_BL)
+    masks = batch.image_mask_BV, torch.tensor([[False, True]] * 2)
+    with torch.inference_mode():
+        short, whole = (model.prefill(images[:, 2 - mask.shape[1] :], mask, *prompt) for mask in masks)
+    seen = short.mask_BP[None, :, None, :, None]
+    for kept, padded in ((short.keys_NBKPD, whole.keys_NBKPD), (short.values_NBKPD, whole.values_NBKPD)):
+        padded = padded[..., -kept.shape[3] :, :]
+        torch.testing.assert_close(kept.masked_select(seen), padded.masked_select(seen))
+    # Labels count views, from the first.
+    labels = Labels(cells_VN=np.zeros((2, 4), dtype=np.int64))
+    assert make_maker().of_robots([one], [replace(samples[0], labels=labels)], rng()).image_mask_BV.shape == (1, 2)
+    # One is left where none is there, for the model to have its sizes.
+    none = [replace(sample, images=(None, None)) for sample in samples]
+    assert make_maker().of_robots([one, one], none, rng()).image_mask_BV.tolist() == [[False], [False]]
 
 
 def test_hints_are_read_from_the_query_tokens() -> None:
