@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -18,8 +19,11 @@ if (x) {\n    return 42;\n}\n
 """
 
 
-def train(**changes: object) -> ModelProto:
-    """Gemma's settings: digits apart, bytes for unknown characters, nothing normalised; places and segments last."""
+def train(texts: Sequence[str] = (), **changes: object) -> ModelProto:
+    """Gemma's settings: digits apart, bytes for unknown characters, nothing normalised; places and segments last.
+
+    `texts` are further ones to learn from.
+    """
     settings: dict[str, object] = {
         "model_type": "bpe",
         "vocab_size": 540,
@@ -41,7 +45,7 @@ def train(**changes: object) -> ModelProto:
         "minloglevel": 2,
     }
     file = io.BytesIO()
-    sentences = [line for line in TEXT.split("\n") if line] * 4
+    sentences = [line for text in (TEXT, *texts) for line in text.split("\n") if line] * 4
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=file, **{**settings, **changes}
     )

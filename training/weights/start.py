@@ -111,15 +111,16 @@ def adopt(config: TrainingConfig) -> TrainingConfig:
     given = config.prompt
     if given is None:
         given = PromptConfig(template=template, length=prompt.length, style=prompt.style)
-    elif (
-        not new_expert and policy is not None and (given.template or template, given.style) != (template, prompt.style)
-    ):
-        raise ConfigurationError(
-            f"{start.checkpoint / POLICY}: prompt: expected {given.template!r} in style {given.style}, as prompt says, "
-            f"got {template!r} in style {prompt.style}; leave template and style out"
-        )
     else:
-        given = given.model_copy(update={"template": given.template or template})
+        kept = {"template": template, "style": prompt.style}
+        changed = {key: value for key in kept if (value := given.model_dump(exclude_unset=True).get(key)) is not None}
+        if not new_expert and policy is not None and kept | changed != kept:
+            said, key = next((value, key) for key, value in changed.items() if value != kept[key])
+            raise ConfigurationError(
+                f"{start.checkpoint / POLICY}: prompt.{key}: expected {said!r}, as prompt says, got {kept[key]!r}; "
+                "leave it out"
+            )
+        given = given.model_copy(update=kept | changed)
     vocabulary = config.vocabulary.model_copy(update={"queries": len(act_query_ids(tokenizer))})
     return TrainingConfig.model_validate(dict(config) | {"model": model, "prompt": given, "vocabulary": vocabulary})
 

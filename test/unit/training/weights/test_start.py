@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from support.downloads import SENTENCEPIECE, WIDTH, run_import, small, write_dow
 from ki_vla_ros.bundle.folder import TOKENIZER
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot.robot import read_robot
-from training.config import LoraSettings, ModelConfig, StartConfig
+from training.config import LoraSettings, ModelConfig, PromptConfig, StartConfig, TrainingConfig
 from training.lora import add_lora, merge, save_adapter
 from training.model import GemmaConfig
 from training.optimizer import select_parameters
 from training.tokens.prompt import fast_id, fast_token
 from training.weights.checkpoints import load_checkpoint
-from training.weights.start import Start, check_statistics, open_start
+from training.weights.start import Start, adopt, check_statistics, open_start
 
 PIECES = len(SENTENCEPIECE.pieces)
 
@@ -142,6 +143,35 @@ def test_what_does_not_fit_is_named(imported: dict[str, Path], changes: dict[str
         return
     with pytest.raises(ConfigurationError, match=fault):
         begin(imported["pi05"], **changes)
+
+
+def test_what_a_configuration_leaves_out_of_its_prompt_is_the_checkpoints(imported: dict[str, Path]) -> None:
+    def adopted(prompt: dict[str, Any] | None, **start: Any) -> PromptConfig:
+        stage = {"name": "s", "steps": 1, "learning_rate": 1e-3, "losses": {"flow": 1.0}, "train": ["expert"]}
+        content = {
+            "name": "run",
+            "robot": str(imported["robot"]),
+            "out": "out",
+            "start": {"checkpoint": imported["pi05"], **start},
+            "sources": {"robot": [{"lerobot": "data"}]},
+            "stages": [stage | {"sources": {"robot": 1}}],
+        } | ({} if prompt is None else {"prompt": prompt})
+        config = adopt(TrainingConfig.model_validate(content))
+        assert adopt(config).prompt == config.prompt
+        return config.prompt
+
+    template = "Task: {task}, State: {state};\nAction: "
+    assert adopted(None).style == "openpi"
+    for more in ({}, {"style": "openpi"}, {"template": template}, {"template": None}):
+        kept = adopted({"length": 30, **more})
+        assert (kept.length, kept.style, kept.template) == (30, "openpi", template)
+    for key, value in {"style": "words", "template": "{task} {state}"}.items():
+        with pytest.raises(
+            ConfigurationError, match=rf"policy\.json: prompt\.{key}: expected {re.escape(repr(value))}"
+        ):
+            adopted({"length": 30, key: value})
+    own = adopted({"length": 30, "template": "{task} {state}"}, parts=["vision", "backbone"])
+    assert (own.template, own.style) == ("{task} {state}", "openpi")
 
 
 def test_files_that_are_missing_or_belong_elsewhere_are_named(imported: dict[str, Path], tmp_path: Path) -> None:
