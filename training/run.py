@@ -174,9 +174,11 @@ class Run:
         config, data = self.config, self.data
         if not self.trainer.measures:
             return
+        spec = self.describe()
         if self.rank == 0:
             self.check_room()
-        spec = self.describe()
+            if unseen := [name for name in data.robot.camera_names if name not in spec.robot.camera_names]:
+                print(f"no data has images of {', '.join(unseen)}: the policy does without", flush=True)
         check_policy(spec, self.model, data.tokenizer)
         with self.trainer.averaged(), self.trainer.precision():
             names = [*measure(self.model, data, self.trainer.losses, self.heads, frames=TRIED).figures]
@@ -222,7 +224,7 @@ class Run:
         config, data = self.config, self.data
         space = data.embodiment.space
         return describe_policy(
-            space.robot,
+            data.seen_robot,
             name=config.name,
             image=ImageSpec(size=config.model.vision.image_size),
             prompt=data.form.prompt,

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,16 @@ class Sources:
     def embodiment(self) -> Embodiment:
         """Of the robot that the policy is for."""
         return self.embodiments[self.robot.name]
+
+    @cached_property
+    def seen_robot(self) -> Robot:
+        """The policy's robot without the optional cameras that no data has: nobody taught it what they show."""
+        seen: set[str] = set()
+        for opened in self._opened.values():
+            for _, samples, _ in opened:
+                if isinstance(samples, LeRobotSamples) and samples.robot.name == self.robot.name:
+                    seen |= samples.cameras
+        return self.robot.model_copy(update={"cameras": tuple(c for c in self.robot.cameras if c.name in seen)})
 
     @property
     def pad_to(self) -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from support.arms import arm_run, entry, make_arms
 from support.downloads import run_import, write_downloads
 
@@ -31,6 +32,22 @@ from training.weights import load_checkpoint, read_policy
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_arms(tmp_path_factory.mktemp("arms"))
+
+
+def test_a_camera_that_no_data_has_is_not_the_policys(
+    arms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    robot = yaml.safe_load((arms / "lifter.yaml").read_text())
+    robot["cameras"].append({"name": "wrist", "optional": True})
+    (tmp_path / "lifter.yaml").write_text(yaml.safe_dump(robot))
+    own = {"robot": str(tmp_path / "lifter.yaml")}
+    config = arm_run(arms, tmp_path / "run", entry(arms, "lifter") | own, **own)
+    run = Run(config)
+    assert run.describe().robot.camera_names == ("front",)
+    assert run.data.robot.camera_names == ("front", "wrist")
+    config.out.mkdir()
+    run.try_out()
+    assert "no data has images of wrist: the policy does without" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [("lifter",), ("lifter", "reacher")])

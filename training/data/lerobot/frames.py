@@ -99,6 +99,11 @@ class LeRobotSamples:
     def __len__(self) -> int:
         return int(self._end_row_E[-1])
 
+    @property
+    def cameras(self) -> set[str]:
+        """Names of the robot's cameras that there are images of."""
+        return {camera.name for camera, key in zip(self.robot.cameras, self._keys, strict=True) if key is not None}
+
     def take(self, rows: Sequence[int]) -> list[RobotSample]:
         """The frames with these numbers; InputError names file, episode and frame of an image that is broken."""
         places = [self._place(row) for row in rows]
