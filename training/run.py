@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from training.model import VLA, VLAConfig, order_embeddings
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
 from training.sources import Sources
+from training.storage import LOCK, only_run
 from training.tokens import prompt_tokenizer
 from training.weights import RunState, adopt, open_start, save_checkpoint
 
@@ -57,6 +59,9 @@ class Run:
         self.config = config = adopt(config)
         self.device = choose_device(config.parallel.device)
         self.rank, self.processes = join_group(alone=not config.parallel.shard, device=config.parallel.device)
+        if self.rank == 0 and (config.out / LOCK).exists():
+            with only_run(config.out):  # whoever is second is told now, not after the data are opened
+                pass
         self.data = Sources(config)
         self.build_model()
         losses = BatchLosses(self.model, self.heads, config)
@@ -147,10 +152,11 @@ class Run:
 
     def run(self) -> None:
         """Run all stages, then write the policy folder that `training.export` reads."""
-        progress = self.trainer.run(self.try_out)
-        if self.trainer.measures:
-            self.save_policy(self.config.out / POLICY, progress)
-        wait_for_all()
+        with only_run(self.config.out) if self.rank == 0 else nullcontext():
+            progress = self.trainer.run(self.try_out)
+            if self.trainer.measures:
+                self.save_policy(self.config.out / POLICY, progress)
+            wait_for_all()
 
     def figures(self, driven: bool = False) -> dict[str, float]:
         """Figures of the model on held-out data, and in closed loop if `driven` and environments are named."""

@@ -7,14 +7,29 @@ import errno
 import fcntl
 import os
 import shutil
+import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.share import expand
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2), which Python's os does not have
+LOCK = ".lock"  # in a run's folder
+_held: set[int] = set()  # descriptors of locks that are this process's own
+
+
+def _let_go() -> None:
+    for opened in _held:
+        os.close(opened)
+    _held.clear()
+
+
+# A lock is free when the last copy of its descriptor is closed: one in a worker must not outlive the trainer.
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -47,16 +62,67 @@ def alone(folder: Path, place: Path) -> Iterator[int]:
     """Its descriptor; ConfigurationError, with `place`, if another process has opened `folder` so."""
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(opened, place):
             raise ConfigurationError(
                 f"{place}: expected to be the only one who writes there, got another process that is writing it now; "
                 "wait for it, or name another folder"
-            ) from None
+            )
         yield opened
     finally:
         os.close(opened)
+
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """A run's folder, made if needed, for this process alone, until it leaves here or ends in whichever way.
+
+    ConfigurationError names the process that has it. A file is locked, since NFS does not lock folders; nobody needs to
+    remove it. Where nothing was written, no folder is left.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    opened = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    _held.add(opened)
+    try:
+        if not lock(opened, out):
+            other = os.pread(opened, 200, 0).decode(errors="replace")
+            raise ConfigurationError(
+                f"out {out}: expected to be the only run that writes there, got another one that does ({other}); wait "
+                "for it or end it, and this one goes on from its last checkpoint, or name another folder under out"
+            )
+        os.ftruncate(opened, 0)
+        os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if opened in _held and os.listdir(out) == [LOCK]:
+                    (out / LOCK).unlink()
+                    out.rmdir()
+    finally:
+        if opened in _held:  # and not in a fork of this process
+            _held.remove(opened)
+            os.close(opened)
+
+
+def lock(opened: int, place: Path) -> bool:
+    """Whether nobody else holds this file or folder. Where there are no locks, the user is told, and it is as if so."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        tell_unguarded(place.parent, error.strerror)
+    return True
+
+
+@cache  # once, not for each checkpoint
+def tell_unguarded(folder: Path, reason: str) -> None:
+    print(
+        f"{folder}: this file system has no such locks ({reason}), so two processes that write one place in it are not "
+        "noticed: let only one write there",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def replace_folder(new: Path, place: Path, aside: Path) -> None:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -51,7 +51,6 @@ from training.optimizer import (
 )
 from training.parallel import average_gradients, free_gathered, from_first, gather
 from training.record import Record
-from training.storage import alone
 from training.weights import PieceReader, RunState, check_same, newest_checkpoint, open_run, save_run
 
 # What may be changed in the middle of a run, beside where data are, and a stage's steps and rates.
@@ -96,27 +95,19 @@ class Trainer:
         for stage in self.config.stages:
             self.check_sources(stage)
             peaks(self.choose(stage), stage)
-        out = self.config.out
-        out.mkdir(parents=True, exist_ok=True)
-        with alone(out, out) if self.rank == 0 else nullcontext():
-            progress, saved = self.load()
-            try:
-                before()
-            except BaseException:
-                with suppress(OSError):
-                    out.rmdir()  # if nothing is in it
-                raise
-            if self.rank == 0:
-                for record in (self.figure_record, self.loss_record):
-                    record.rewind(progress.stage, progress.step)
-            log = open_log(out / "tensorboard" / f"rank{self.rank}", self.count_steps(progress) if saved else None)
-            with log as board:
-                for index, stage in enumerate(self.config.stages[progress.stage :], start=progress.stage):
-                    progress = self.run_stage(index, stage, progress, board, saved if progress.step else None)
-                    if self.measures:
-                        self.evaluate(index, stage, stage.steps, board)
-                    # Only now: a run that missed its gate must meet it again when it is resumed.
-                    self.save(progress, board)
+        self.config.out.mkdir(parents=True, exist_ok=True)
+        progress, saved = self.load()
+        before()
+        if self.rank == 0:
+            for record in (self.figure_record, self.loss_record):
+                record.rewind(progress.stage, progress.step)
+        with open_log(self.config.out / "tensorboard" / f"rank{self.rank}", self.count_steps(progress)) as board:
+            for index, stage in enumerate(self.config.stages[progress.stage :], start=progress.stage):
+                progress = self.run_stage(index, stage, progress, board, saved if progress.step else None)
+                if self.measures:
+                    self.evaluate(index, stage, stage.steps, board)
+                # Only now: a run that missed its gate must meet it again when it is resumed.
+                self.save(progress, board)
         return progress
 
     def count_steps(self, at: RunState) -> int:
@@ -334,10 +325,10 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def open_log(folder: Path, resumed_at: int | None) -> Iterator[SummaryWriter]:
+def open_log(folder: Path, begins_at: int) -> Iterator[SummaryWriter]:
     """TensorBoard's writer; ConfigurationError if the log cannot be written.
 
-    Steps from `resumed_at` on that an earlier run logged do not count.
+    Steps from `begins_at` on that a run logged before it was stopped do not count.
     The file is written by a thread, which would print a traceback; its error comes up in whichever call is next.
     """
     failed: list[BaseException] = []
@@ -351,7 +342,7 @@ def open_log(folder: Path, resumed_at: int | None) -> Iterator[SummaryWriter]:
 
     threading.excepthook = note
     try:
-        with SummaryWriter(str(folder), purge_step=resumed_at) as board:
+        with SummaryWriter(str(folder), purge_step=begins_at) as board:
             yield board
     except OSError as error:
         if not failed:

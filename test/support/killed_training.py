@@ -1,9 +1,11 @@
 """Kills a training run again and again: `python support/killed_training.py FOLDER PROCESSES KILLS [SEED]`.
 
-The first run is not killed. Then runs in another folder, each going on where the one before was killed, are killed
-KILLS times: at a random moment, or before a random operation of a save on files. Of several PROCESSES one dies so, and
-then the others, as torchrun sees to. The last run comes through. Every loss that any of them
-computed must be the whole run's, bit for bit, and so must all that the last checkpoint holds. Prints figures.
+The first run is not killed. Then runs in another folder, each going on where the one before was killed, are killed: at
+a random moment, or before a random operation of a save on files. Of several PROCESSES one dies so, and then the others,
+as torchrun sees to. Where a run comes through, it is begun again in another folder, until there were KILLS kills; the
+last one comes through too. Every loss that any of them computed must be the whole run's, bit for bit. So must be, of
+each that came through, all that the last checkpoint holds, its records, and the curves that TensorBoard shows: no step
+twice, none missing. Prints figures.
 
 This process has no threads and trains nothing, so that its children can be forked.
 """
@@ -25,10 +27,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils.tensorboard import SummaryWriter
 
 from support.kills import die_at, die_within, on_operation
 from support.models import make_model
-from support.toy_training import toy_stage, toy_trainer
+from support.toy_training import curves, toy_stage, toy_trainer
+from training import train as loop
 from training.config import ParallelConfig, StageConfig
 from training.data import Batch
 from training.parallel import join_group, shard
@@ -40,7 +45,8 @@ Losses = dict[str, dict[str, str]]
 
 def train(out: Path, note: Path, rank: int, processes: int) -> None:
     """Runs all stages; notes each step's losses as soon as they are known. Two short stages and a moving average."""
-    stages = (toy_stage(steps=5), toy_stage(name="expert", steps=5, train=["expert"], losses={"flow": 1.0}))
+    first = toy_stage(steps=5, evaluate_every=1)
+    stages = (first, toy_stage(name="expert", steps=5, evaluate_every=1, train=["expert"], losses={"flow": 1.0}))
     sharded = ParallelConfig(shard=processes > 1)
     model = make_model().train()
     if processes > 1:
@@ -48,6 +54,8 @@ def train(out: Path, note: Path, rank: int, processes: int) -> None:
         shard(model, sharded, init_device_mesh("cpu", (processes,)))
     trainer = toy_trainer(out, *stages, model=model, parallel=sharded, ema=0.9)
     trainer.rank = rank
+    loop.SummaryWriter = partial(SummaryWriter, flush_secs=0)  # type: ignore[misc] # a kill finds more than was saved
+    trainer.figures = lambda driven: {"bias": float(whole(model.action_out.bias).sum())}
     real = trainer.accumulate_gradients
 
     def noting(stage: StageConfig, batches: Sequence[Batch], rng: np.random.Generator) -> dict[str, float]:
@@ -110,16 +118,22 @@ def losses(note: Path) -> Losses:
     return found
 
 
-def held(out: Path) -> dict[str, torch.Tensor]:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def held(out: Path) -> dict[str, bytes]:
+    """The tensors of the last checkpoint, and the records."""
     last = max(out.glob("checkpoint-*"))
-    return {f"{file.name} {name}": x for file in last.glob("*.safetensors") for name, x in load_file(file).items()}
+    tensors = {f"{file.name} {name}": x for file in last.glob("*.safetensors") for name, x in load_file(file).items()}
+    records = {file.name: file.read_bytes() for file in out.glob("*.jsonl")}
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} | records
 
 
 def main() -> None:
     folder, processes, times = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     rng = random.Random(int(sys.argv[4]) if len(sys.argv) > 4 else 0)
     torch.set_num_threads(1)
-    whole, killed = folder / "whole", folder / "killed"
     noted = os.open(folder / "operations", os.O_RDWR | os.O_CREAT)
 
     def count_operations() -> None:
@@ -127,22 +141,32 @@ def main() -> None:
 
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # loads what takes seconds
     began_s = time.monotonic()
-    assert not start(whole, folder / "of_whole", processes, count_operations, 0)
+    assert not start(folder / "whole", folder / "of_whole", processes, count_operations, 0)
     longest_s, most = time.monotonic() - began_s, int(os.pread(noted, 6, 0))
-    saves = 0
-    for number in range(times):
-        if number % 2:
-            doomed, doom = rng.randrange(processes), partial(die_within, rng.uniform(0.3, 1.0) * longest_s)
-        else:
-            doomed, doom = 0, partial(die_at, rng.randint(1, most), SAVING)
-        start(killed, folder / "of_killed", processes, doom, doomed)
-        saves += any(killed.glob(".checkpoint-*.part"))
-    assert not start(killed, folder / "of_killed", processes, lambda: None, 0)
-    one, two = losses(folder / "of_whole"), losses(folder / "of_killed")
-    assert one == two, one.keys() ^ two.keys()
-    one_held, two_held = held(whole), held(killed)
-    assert one_held.keys() == two_held.keys() and all(torch.equal(one_held[name], two_held[name]) for name in one_held)
-    print(json.dumps({"kills": times, "in_a_save": saves, "steps": len(one), "seconds": round(longest_s, 2)}))
+    counts = {"kills": 0, "in_a_save": 0, "came_through": 0}
+    while True:
+        killed = folder / f"killed_{counts['came_through']}"
+        saving = bool(rng.randrange(2))
+        # A run that goes on has less before it: so that most of them are killed, in the first part of what is left.
+        doomed, doom = rng.randrange(processes), partial(die_within, rng.uniform(0.1, 0.7) * longest_s)
+        if counts["kills"] == times:
+            doom = lambda: None  # noqa: E731
+        elif saving:
+            doomed, doom = 0, partial(die_at, rng.randint(1, most // 3), SAVING)
+        if start(killed, folder / "of_killed", processes, doom, doomed):
+            counts["kills"] += 1
+            counts["in_a_save"] += saving or any(killed.glob(".checkpoint-*.part"))
+            continue
+        counts["came_through"] += 1
+        one, two = held(folder / "whole"), held(killed)
+        assert one == two, [name for name in one.keys() | two.keys() if one.get(name) != two.get(name)]
+        shown, expected = curves(killed), curves(folder / "whole")
+        assert shown == expected, (shown, expected)
+        if counts["kills"] == times:
+            break
+    one_losses, two_losses = losses(folder / "of_whole"), losses(folder / "of_killed")
+    assert one_losses == two_losses, one_losses.keys() ^ two_losses.keys()
+    print(json.dumps(counts | {"steps": len(one_losses), "seconds": round(longest_s, 2)}))
 
 
 if __name__ == "__main__":

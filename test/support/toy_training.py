@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.random import Generator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from support.models import CONFIG, make_model
 from training.config import ParallelConfig, StageConfig, TrainingConfig
@@ -81,3 +82,13 @@ def run_until(trainer: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(trainer, "accumulate_gradients", stop)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
+
+
+def curves(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run, by process and name: steps and values."""
+    found = {}
+    for folder in sorted((out / "tensorboard").iterdir()):
+        shown = EventAccumulator(str(folder)).Reload()
+        for name in shown.Tags()["scalars"]:
+            found[f"{folder.name} {name}"] = [(event.step, event.value) for event in shown.Scalars(name)]
+    return found

@@ -173,9 +173,9 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     ):
         capsys.readouterr()
 
-        def open_in_little_room(folder: Path, resumed_at: int | None, limit: int = limit) -> Any:
+        def open_in_little_room(folder: Path, begins_at: int, limit: int = limit) -> Any:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-            return real(folder, resumed_at)
+            return real(folder, begins_at)
 
         # Only then: opening the data and trying the policy take room of their own.
         monkeypatch.setattr("training.train.open_log", open_in_little_room)
