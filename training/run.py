@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ki_vla_ros.bundle import ImageSpec, PolicySpec, Provenance
 from ki_vla_ros.console import ExitCode, run_command
-from ki_vla_ros.errors import ConfigurationError, did_you_mean
+from ki_vla_ros.errors import ConfigurationError, did_you_mean, printable
 from training import train
 from training.config import StartConfig, TrainingConfig, load_config
 from training.evaluate import (
@@ -153,10 +154,14 @@ class Run:
     def run(self) -> None:
         """Run all stages, then write the policy folder that `training.export` reads."""
         with only_run(self.config.out) if self.rank == 0 else nullcontext():
-            progress = self.trainer.run(self.try_out)
-            if self.trainer.measures:
-                self.save_policy(self.config.out / POLICY, progress)
-            wait_for_all()
+            try:
+                progress = self.trainer.run(self.try_out)
+                if self.trainer.measures:
+                    self.save_policy(self.config.out / POLICY, progress)
+                wait_for_all()
+            finally:  # also of a run that was stopped: the next one counts its own
+                for told in self.data.passed_over():
+                    print(printable(told), file=sys.stderr, flush=True)
 
     def figures(self, driven: bool = False) -> dict[str, float]:
         """Figures of the model on held-out data, and in closed loop if `driven` and environments are named."""

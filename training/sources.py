@@ -35,7 +35,7 @@ from training.data import (
     fit_fast,
     whole_chunks,
 )
-from training.data.language import open_language
+from training.data.language import LanguageData, open_language
 from training.data.lerobot import SOURCE, Dataset, LeRobotSamples
 from training.tokens import FastTokenizer, act_query_ids, act_query_token, localise, make_vocabulary
 from training.weights import check_statistics, start_tokenizer
@@ -174,6 +174,12 @@ class Sources:
         episodes = sum(len(part.episodes) for part in both if isinstance(part, LeRobotSamples))
         counts = [0 if part is None else len(part) for part in (samples, apart)]
         return name, str(place_of(entry)), robot, weight, episodes, counts[0], counts[1]
+
+    def passed_over(self) -> list[str]:
+        """What is broken in vision-language data and was passed over, also by the processes that make batches."""
+        opened = [samples for entries in self._opened.values() for _, samples, _ in entries]
+        opened += [samples for kept in self._kept.values() for _, samples in kept]
+        return [told for samples in opened if isinstance(samples, LanguageData) and (told := samples.told())]
 
     # --- opening
 

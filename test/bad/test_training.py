@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from support.samples import make_robot
 from training.data.lerobot import ACTION, STATE
 from training.run import main
 from training.sources import Sources
+from training.storage import only_run
 
 NAMES = ("lifter_0", "lifter_1", "lifter_2")
 
@@ -154,6 +156,23 @@ def test_a_run_does_not_write_into_its_data(arms: Path, tmp_path: Path, capsys: 
     inside = plain(arms, tmp_path, out=str(arms / "lifter" / "run"))
     assert_said("out: expected a folder apart from the data", refusal(tmp_path, capsys, inside))
     assert not (arms / "lifter" / "run").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    arms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At once: before it looks at its data, which are not there."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(plain(arms, tmp_path, {"lerobot": str(tmp_path / "nowhere")})))
+    with only_run(tmp_path / "run"):
+        (tmp_path / "run" / "figures.jsonl").write_text("of the first")
+        assert main([str(path)]) == 2
+        said = capsys.readouterr().err
+        assert (
+            f"expected to be the only run that writes there, got another one that does (process {os.getpid()}" in said
+        )
+        assert (tmp_path / "run" / "figures.jsonl").read_text() == "of the first" and len(said.splitlines()) == 1
+    assert_said("nowhere", (main([str(path)]), capsys.readouterr().err)[1])
 
 
 ROBOTS = {

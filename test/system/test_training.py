@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.language_files import picture, write_lines, write_pictures
 from support.recipes import tiny_run
 
 import training.train
@@ -192,6 +193,35 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
             "checkpoint-000001",
             "checkpoint-000002",
         ]
+
+
+def test_broken_samples_are_named_when_they_are_met_and_counted_at_the_end(
+    settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also those that a worker met, of a run that was stopped, and of the one that goes on."""
+    rows = [{"image": f"{n}.png", "prefix": "what", "suffix": "mug"} for n in range(20)]
+    write_pictures(tmp_path, {f"{n}.png": picture(16, 16) for n in range(16)})  # and four are missing
+    talk = {"paligemma": str(write_lines(tmp_path / "talk.jsonl", rows)), "broken_percent": 50}
+    stage = {
+        **settings["stages"][1],
+        "losses": {"text": 1.0},
+        "steps": 2,
+        "sources": {"talk": 60},
+        "checkpoint_every": 1,
+    }
+    sources = settings["sources"] | {"talk": [talk]}
+    held_out = settings["held_out"] | {"talk": [talk | {"paligemma": str(tmp_path / "other.jsonl")}]}
+    write_lines(tmp_path / "other.jsonl", rows[:2])
+    given = {"sources": sources, "held_out": held_out, "out": str(tmp_path / "run"), "workers": 1}
+    path = tmp_path / "run.yaml"
+    for least, code in ((2.0, 2), (0.0, 0)):
+        stages = [stage | {"gates": {"text_accuracy.talk": least}}]
+        path.write_text(yaml.safe_dump(settings | given | {"stages": stages}))
+        assert train_main([str(path)]) == code
+        said = capfd.readouterr().err
+        assert said.count("passed over, the next sample takes its place") == 4
+        end = said[said.index("talk.jsonl: 4 of 20 samples are broken and were passed over") :]
+        assert all(f"talk.jsonl: line {n}: image: expected" in end for n in (17, 18, 19, 20)), end
 
 
 def test_a_run_of_another_model_or_without_its_hints_is_not_resumed(settings: dict[str, Any], tmp_path: Path) -> None:

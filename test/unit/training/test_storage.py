@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +61,62 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     with storage.whole_folder(tmp_path / "link") as part:
         (part / "one").write_text("1")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "big" / "one").exists()
+
+
+def test_a_run_has_its_folder_alone_until_it_is_killed(tmp_path: Path) -> None:
+    """A process that the killed one had forked, as those that make batches, holds the folder no longer."""
+    out = tmp_path / "run"
+    alive, left = os.pipe(), os.pipe()
+    trainer = os.fork()
+    if trainer == 0:
+        with storage.only_run(out):
+            if os.fork() == 0:
+                os.write(alive[1], b"%d\n" % os.getpid())
+                time.sleep(60)
+            os.write(left[1], b"x")
+            time.sleep(60)
+        os._exit(0)
+    worker = int(os.read(alive[0], 20))
+    os.read(left[0], 1)
+    try:
+        with (
+            pytest.raises(
+                ConfigurationError, match=rf"out {out}: expected to be .* \(process {trainer} on \S+\); wait"
+            ),
+            storage.only_run(out),
+        ):
+            pass
+        os.kill(trainer, signal.SIGKILL)
+        os.waitpid(trainer, 0)
+        os.kill(worker, 0)  # it is still there
+        with storage.only_run(out):
+            (out / "checkpoint").touch()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        for end in (*alive, *left):
+            os.close(end)
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "checkpoint"]
+
+
+def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), storage.only_run(tmp_path / "run"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_there_are_no_locks_it_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NFS locks no folder (EBADF), and without its lock service no file (ENOLCK); the work goes on."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with storage.only_run(tmp_path / "run"):
+        for number in range(3):
+            with storage.whole_folder(tmp_path / "run" / f"place_{number}") as part:
+                (part / "one").write_text("1")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in said] == [str(tmp_path), str(tmp_path / "run")]
+    assert all("has no such locks (No locks available)" in line and "let only one write there" in line for line in said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
@@ -15,8 +16,9 @@ from typing import Annotated, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from tqdm import tqdm
 
-from ki_vla_ros.errors import ConfigurationError, InputError, did_you_mean, short_repr
+from ki_vla_ros.errors import ConfigurationError, InputError, did_you_mean, printable, short_repr
 from ki_vla_ros.files import read_file
 from ki_vla_ros.messages import decode_compressed
 from ki_vla_ros.policy import resize_with_pad
@@ -28,6 +30,7 @@ from training.tokens import check_text
 LARGEST_IMAGE: Final = 64 << 20
 MOST_IMAGES: Final = 32
 LOOKED_AT: Final = 4  # samples that are tried when a data set is opened
+NAMED: Final = 5  # broken samples of a data set that are named in a run; all are counted
 OWN_KEYS: Final = ("place", "cells")
 # What files have beside a sample, and no training needs.
 PASSED_OVER: Final = ("id", "image_id", "question_id", "width", "height", "size", "source", "split", "metadata")
@@ -114,6 +117,17 @@ class LanguageData(ABC):
             except InputError:
                 continue
 
+    def told(self) -> str | None:
+        """How many samples were passed over until now, and the first of them; None if none was."""
+        if not (broken := self.broken):
+            return None
+        first = [f"\n  {reason}" for reason in list(broken.values())[:NAMED]]
+        more = f"\n  and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+        return (
+            f"{self.path}: {len(broken)} of {len(self)} samples are broken and were passed over since this process "
+            f"began ('python -m training.data check' names all that is broken):{''.join(first)}{more}"
+        )
+
     @property
     def broken(self) -> dict[int, str]:
         """By row: the samples that this process and its forks have passed over until now, and why."""
@@ -131,6 +145,8 @@ class LanguageData(ABC):
                         before = f"; passed over before: {len(known)}" if known else ""
                         raise InputError(f"{error}{before}") from error
                     os.write(self._passed_over, f"{row} {' '.join(str(error).split())}\n".encode())
+                    if len(known) < NAMED:  # now, since a run that is killed does not come to its end
+                        tqdm.write(printable(f"{error}; passed over, the next sample takes its place"), file=sys.stderr)
             row = (row + 1) % len(self)
 
     def _finish(self, record: Record) -> LanguageSample:
