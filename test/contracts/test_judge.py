@@ -1,5 +1,6 @@
 """What the node sends, judged from its bytes by a controller that knows nothing of the node: see support/judge.py.
 
+Twenty thousand cases: KI_VLA_CASES=5 make test ARGS=test/contracts/test_judge.py
 A million cases: PYTHONPATH=test python -m system.judge --cases 1000000 --jobs 2
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from rclpy.serialization import deserialize_message
+from support import MORE_CASES
 from support.controller import NS_PER_S, LiteralController, TrajectoryController, read_trajectory
 from support.judge import FAULTS, MODES, TOLERANCE, Case, judge
 from trajectory_msgs.msg import JointTrajectory
@@ -16,7 +18,7 @@ from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.records import Motion, header_ns, time_to_ns
 from ki_vla_ros.runtime.paths import trajectory_from_message
 
-CASES, PARTS = 20_000, 10
+CASES, PARTS = 4000 * MORE_CASES, 10
 MS = 1_000_000
 
 
@@ -30,6 +32,7 @@ def test_no_fault_makes_the_arm_leave_its_limits(part: int) -> None:
     assert not bad, f"{len(bad)} of {CASES // PARTS} cases:\n" + "\n".join(told)
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_the_cases_are_not_empty() -> None:
     """Every fault comes in every mode, most cases move the arm, and the worst ones use a limit up."""
     verdicts = [judge(Case(seed)) for seed in range(400)]

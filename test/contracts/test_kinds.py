@@ -1,11 +1,15 @@
-"""Every kind of action under the real loop: nothing that is sent leaves its limits; see support/kinds.py."""
+"""Every kind of action under the real loop: nothing that is sent leaves its limits; see support/kinds.py.
+
+Ten thousand cases: KI_VLA_CASES=5 make test ARGS=test/contracts/test_kinds.py
+"""
 
 from __future__ import annotations
 
 import pytest
+from support import MORE_CASES
 from support.kinds import FAULTS, PARTS, TOLERANCE, Case, judge
 
-CASES, JOBS = 10_000, 10
+CASES, JOBS = 2000 * MORE_CASES, 10
 
 
 @pytest.mark.slow
@@ -18,6 +22,7 @@ def test_no_kind_of_action_leaves_its_limits(part: int) -> None:
     assert not bad, f"{len(bad)} of {CASES // JOBS} cases:\n" + "\n".join(told)
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_the_cases_are_not_empty() -> None:
     """Each part of a robot meets each fault, all kinds of axes move, and the worst cases use their limits up."""
     cases = [Case(seed) for seed in range(2500)]

@@ -1,11 +1,10 @@
 """The seam guarantee: whatever policy, delay, jitter and loss do, what goes on the wire is continuous and bounded.
 
-A million cases instead of ten thousand: KI_VLA_SEAM_CASES=1000000 make test ARGS=test/contracts/test_seams.py
+Ten thousand cases: KI_VLA_CASES=5 make test ARGS=test/contracts/test_seams.py; a million: KI_VLA_CASES=500
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rclpy.serialization import deserialize_message
+from support import MORE_CASES
 from support.bundles import robot_of
 from trajectory_msgs.msg import JointTrajectory
 
@@ -34,7 +34,7 @@ from ki_vla_ros.runtime.safety import extremes
 from ki_vla_ros.settings.names import settings_from_parameters
 from ki_vla_ros.settings.settings import ExecutorName, Settings
 
-CASES = int(os.environ.get("KI_VLA_SEAM_CASES", "10000"))
+CASES = 2000 * MORE_CASES
 MS = 1_000_000
 START = 1_000 * NS_PER_S
 STEP_S = 0.001
