@@ -210,6 +210,9 @@ def test_robot_needs_no_trainer_and_the_trainer_no_ros() -> None:
     assert "rclpy" not in trainer
     # Bags are read to make datasets; training itself reads the datasets.
     assert not loaded_by("training.run") & {"rclpy", "rosbags"}
+    # Each of the many processes that make datasets would spend two seconds and its memory on it.
+    making = ("training.convert.__main__", "training.data.simulated.__main__", "training.demonstrations")
+    assert "torch" not in loaded_by(", ".join(making))
 
 
 def test_help_lists_every_target() -> None:
