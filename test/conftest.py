@@ -59,7 +59,8 @@ NOT_ON_A_ROBOT = {
 LIMIT_S = 180
 # For tests that export, trace or search for long, and for those that start processes and wait several times.
 SLOW_LIMIT_S = 600
-# In this order, the files that take long come first: at the end no worker has a long one while the other has none left.
+# Files with slow tests come first, in this order of folders, and then all others: at the end no worker has a long one
+# while the other has none left.
 _FOLDERS = ("contracts", "system", "ros", "engines", "gpu", "bad", "unit")
 # Fixtures that wait for an export.
 _EXPORTED = {"made", "half", "exported"}
@@ -78,7 +79,7 @@ def folder_of(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _FOLDERS.index(folder_of(item)))
+    slow_files = set()
     for item in items:
         folder = folder_of(item)
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -89,8 +90,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if fixtures & _EXPORTED:
             item.add_marker("slow")
         slow = item.get_closest_marker("slow") or folder in ("ros", "system")
+        if slow:
+            slow_files.add(item.fspath)
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S if slow else LIMIT_S))
+    items.sort(key=lambda item: (item.fspath not in slow_files, _FOLDERS.index(folder_of(item))))
 
 
 def missing_package(error: BaseException | None) -> str:
