@@ -14,6 +14,7 @@ REQUIREMENTS := $(wildcard requirements/*.txt)
 # A worker that crashed is not replaced: with loadfile the run would wait for ever for the tests that it had.
 # Files in the order of test/conftest.py: xdist's own, by the number of tests, leaves the longest ones to the end.
 PYTEST := pytest -p xdist -p pytest_timeout -p hypothesispytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+RUFF := $(RUN) ruff check && $(RUN) ruff format --check
 TESTING := OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
 export PYTHON
@@ -35,9 +36,13 @@ aloha: $(VENV)/developer ## two other arms: demonstrated, recorded, converted, r
 metaworld: .venv-metaworld/metaworld ## MetaWorld's fifty tasks, in an environment of its own (.venv-metaworld), and their tests
 	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-metaworld/bin/python -m pytest -p pytest_timeout $(or $(ARGS),test/unit/training/evaluate/test_metaworld.py test/system/test_what_imports_cost.py)
 
-test: lint ## every test, with coverage (ARGS="test/bad/test_bundles.py" for some, JOBS=2 workers)
+# mypy takes a minute of one core on a fresh clone: it runs beside the tests, and once more, to be read, if it fails.
+test: $(VENV)/developer ## lint and every test, with coverage (ARGS="test/bad/test_bundles.py" for some, JOBS=2 workers)
+	$(RUFF)
 	$(RUN) coverage erase
-	$(TESTING) $(RUN) coverage run -m $(PYTEST) $(ARGS)
+	$(RUN) mypy & \
+	$(TESTING) $(RUN) coverage run -m $(PYTEST) $(ARGS); tested=$$?; \
+	wait $$! || $(RUN) mypy && exit $$tested
 	$(RUN) coverage combine --quiet
 	$(if $(ARGS),,$(RUN) coverage report)
 
@@ -45,8 +50,7 @@ test-fast: $(VENV)/developer ## unit tests and contracts without the slow ones, 
 	$(TESTING) $(RUN) $(PYTEST) -m "not slow" $(or $(ARGS),test/unit test/contracts)
 
 lint: $(VENV)/developer ## ruff (rules, format) and mypy
-	$(RUN) ruff check
-	$(RUN) ruff format --check
+	$(RUFF)
 	$(RUN) mypy
 
 paths: $(VENV)/developer ## count the code of the main paths: image to trajectory, batch to optimizer step, bag to figures
