@@ -126,6 +126,7 @@ def test_a_batch_is_cut_into_pieces_as_alike_as_can_be() -> None:
         return [len(p.batch.tokens_BL) for p in trainer.losses.split(batch, stage, np.random.default_rng(0))]
 
     assert sizes(robots, 1) == [5] and sizes(robots, 3) == [2, 2, 1] and sizes(robots, 5) == [1] * 5
+    assert sizes(robots, 4) == [2, 1, 1, 1], "four pieces, not three of two"
     assert sizes(language, 3) == [1, 1], "a smaller source has as many pieces as it has samples"
 
 

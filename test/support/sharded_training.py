@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +17,28 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from training.config import StageConfig, TrainingConfig
+from training.data import Batch
 from training.evaluate import offline
-from training.optimizer import clip_gradients, select_parameters
-from training.parallel.group import average_gradients
+from training.optimizer import clip_gradients, load_optimizer, make_optimizer, optimizer_tensors, select_parameters
+from training.parallel.group import average_gradients, wait_for_all
 from training.parallel.sharding import gather
 from training.run import Run
 from training.weights.checkpoints import load_checkpoint
 
-offline.FRAMES = 4
 CHECKPOINTED = {"shard": True, "activation_checkpointing": True}
 OFFLOADED = {"shard": True, "cpu_offload": True, "activation_checkpointing": True, "dtype": "bfloat16"}
 
 
 def configure(settings: dict[str, Any], parallel: dict[str, Any], **changes: Any) -> TrainingConfig:
     return TrainingConfig.model_validate(settings | {"parallel": parallel} | changes)
+
+
+def adapted_run(settings: dict[str, Any], out: Path, parallel: dict[str, Any]) -> TrainingConfig:
+    """A stage with LoRA, with a checkpoint after each of its four steps."""
+    stage = settings["stages"][3] | {"steps": 4, "checkpoint_every": 1, "train": ["backbone", "expert"]}
+    stage |= {"losses": {"fast": 1.0, "flow": 1.0}}
+    lora = {"parts": ["backbone", "expert"], "rank": 2, "alpha": 4}
+    return configure(settings, parallel, stages=[stage], out=out, lora=lora)
 
 
 def opened(config: TrainingConfig) -> Run:
@@ -51,21 +62,44 @@ def gradients(run: Run) -> dict[str, torch.Tensor | None]:
     return {name: None if gradient is None else gradient.clone() for name, gradient in whole.items()}
 
 
-def gradients_of(run: Run, stage: StageConfig) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
+def draw(run: Run, stage: StageConfig) -> list[Batch]:
+    return run.trainer.draw(0, stage, 0)
+
+
+def draw_without_places(run: Run, stage: StageConfig) -> list[Batch]:
+    """No sample of the second process has a place to point at."""
+    lacking: dict[str, Any] = {"place_B2": None, "target_cell_B": None} if run.rank else {}
+    return [dataclasses.replace(batch, **lacking) for batch in draw(run, stage)]
+
+
+def draw_of_two_kinds(run: Run, stage: StageConfig) -> list[Batch]:
+    """The first process drew questions, and the second cells to be named."""
+    return run.trainer.draw(0, stage.model_copy(update={"sources": {"views" if run.rank else "scenes": 2}}), 0)
+
+
+def gradients_of(
+    run: Run, stage: StageConfig, draw: Callable[[Run, StageConfig], list[Batch]] = draw
+) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
     """The gradients of all the stage's losses, and their norm as clipping reports it."""
     parameters = select_parameters(run.model, run.heads, stage.train).values()
-    run.trainer.accumulate_gradients(stage, run.trainer.draw(0, stage, 0), np.random.default_rng([1, run.rank]))
+    run.trainer.accumulate_gradients(stage, draw(run, stage), np.random.default_rng([1, run.rank]))
     average_gradients(parameters)
     found = gradients(run)
     return found, clip_gradients(parameters, 1.0)
 
 
 def check_gradients(plain: Run, sharded: Run) -> None:
-    """In all stages the weights are shards, with the gradients and the norm of the unsharded model."""
+    """In all stages the weights are shards, with the gradients and the norm of the unsharded model.
+
+    So they are where what the processes drew teaches different things.
+    """
     assert sum(isinstance(parameter, DTensor) for parameter in sharded.model.parameters()) > 0
-    for stage in plain.config.stages:
-        expected, norm = gradients_of(plain, stage)
-        got, sharded_norm = gradients_of(sharded, stage)
+    everything = plain.config.stages[2].model_copy(update={"losses": {"text": 1.0, "cells": 1.0, "pointing": 1.0}})
+    cases = [(stage, draw) for stage in plain.config.stages]
+    cases += [(plain.config.stages[2], draw_without_places), (everything, draw_of_two_kinds)]
+    for stage, drawing in cases:
+        expected, norm = gradients_of(plain, stage, drawing)
+        got, sharded_norm = gradients_of(sharded, stage, drawing)
         torch.testing.assert_close(sharded_norm, norm)
         assert expected.keys() == got.keys()
         for name, gradient in expected.items():
@@ -104,38 +138,87 @@ def check_insulation(run: Run) -> None:
             parameter.grad = None
 
 
-def check_resuming(settings: dict[str, Any], out: Path) -> None:
-    """A run that stops in its third of four steps goes on to the weights of one that does not; both end in a policy.
+Losses = list[dict[str, float]]
 
-    The policy has the weights' moving average, which is sharded too.
+
+def stopped(config: TrainingConfig, step: int) -> Losses:
+    """Runs until it is interrupted in this step, counted from where it begins; the losses of the steps before."""
+    run, seen = Run(config), Losses()
+    real = run.trainer.accumulate_gradients
+
+    def noting(*given: Any) -> dict[str, float]:
+        if len(seen) == step:
+            raise KeyboardInterrupt
+        seen.append(real(*given))
+        return seen[-1]
+
+    run.trainer.accumulate_gradients = noting  # type: ignore[method-assign]
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        wait_for_all()
+    return seen
+
+
+def check_loaded(config: TrainingConfig, step: int) -> None:
+    """Weights, average and the optimizer's state are those of the checkpoint's files, bit for bit."""
+    run = Run(config)
+    state, saved = run.trainer.load()
+    assert saved is not None and (state.stage, state.step) == (0, step)
+    parameters = run.trainer.choose(config.stages[0])
+    optimizer = make_optimizer(parameters, config.stages[0])
+    load_optimizer(optimizer, parameters, saved)
+    ours: dict[str, torch.Tensor] = gather(run.trainer.tensors() | optimizer_tensors(optimizer, parameters), keep=True)
+    assert ours.keys() == saved.shapes.keys() and any(name.startswith("optimizer.exp_avg.") for name in ours)
+    theirs = {name: torch.empty_like(tensor) for name, tensor in ours.items()}
+    saved.load(theirs)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def check_resuming(settings: dict[str, Any], out: Path) -> None:
+    """A run that stops in its fourth step goes on to the weights of one that does not; both end in a policy.
+
+    The policy has the weights' moving average, which is sharded too. Whole where it was sharded, or the other way
+    round, it goes on to the same losses, to rounding.
     """
     stages = [stage | {"steps": 4, "checkpoint_every": 2} for stage in settings["stages"][2:]]
     whole = configure(settings, CHECKPOINTED, stages=stages, out=out / "whole", ema=0.9)
-    Run(whole).run()
+    expected = stopped(whole, 100)
     config = configure(settings, CHECKPOINTED, stages=stages, out=out / "broken", ema=0.9)
-    broken = Run(config)
-    real, calls = broken.trainer.accumulate_gradients, iter(range(100))
-
-    def stop(*step: Any) -> dict[str, float]:
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*step)
-
-    broken.trainer.accumulate_gradients = stop  # type: ignore[method-assign]
-    try:
-        broken.run()
-    except KeyboardInterrupt:
-        dist.barrier()
+    assert stopped(config, 3) == expected[:3]
+    check_loaded(config, 2)
     resumed = Run(config)
-    assert resumed.trainer.load()[0].step == 2
     resumed.run()
     assert resumed.trainer.average is not None
     assert sum(isinstance(average, DTensor) for average in resumed.trainer.average.averages.values()) > 0
     one, two = (load_checkpoint(folder / "policy").state_dict() for folder in (whole.out, config.out))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    for first, then in (({}, CHECKPOINTED), (CHECKPOINTED, {})):
+        before, after = (
+            configure(settings, parallel, stages=stages[:1], out=out / f"other_{len(first)}", ema=0.9)
+            for parallel in (first, then)
+        )
+        found = stopped(before, 3)
+        check_loaded(after, 2)
+        found[2:] = stopped(after, 100)
+        for ours, theirs in zip(found, expected[:4], strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in ours.items():
+                assert math.isclose(value, theirs[name], rel_tol=1e-3), (first, name, value, theirs[name])
+
+
+def check_adapted(settings: dict[str, Any], out: Path) -> None:
+    """With LoRA and in bfloat16: what one process began goes on in these, sharded, and later in one again."""
+    config = adapted_run(settings, out, {"dtype": "bfloat16", **CHECKPOINTED})
+    check_loaded(config, 1)
+    run = Run(config)
+    factors = {name: p for name, p in run.model.named_parameters() if ".lora_" in name}
+    assert factors and all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in factors.values())
+    assert len(stopped(config, 1)) == 1
 
 
 def main() -> None:
+    offline.FRAMES = 4
     settings = json.loads(Path(sys.argv[1]).read_text())
     out = Path(settings["out"])
     plain = opened(configure(settings, {}))
@@ -145,6 +228,7 @@ def main() -> None:
     check_insulation(sharded)
     check_bfloat16(plain, opened(configure(settings, OFFLOADED)))
     check_resuming(settings, out)
+    check_adapted(settings, out / "adapted")
     dist.destroy_process_group()
     (out / f"{plain.rank}.passed").touch()
 

@@ -27,6 +27,7 @@ from training.losses.hints import (
     weigh_cells,
 )
 from training.model import VLA, Output
+from training.parallel import in_any_process
 
 
 def targets(batch: Batch) -> set[Loss]:
@@ -107,17 +108,24 @@ class BatchLosses:
         batch = piece.batch
         wanted = targets(batch) & stage.losses.keys()
         found: dict[Term, Tensor] = {}
-        if "cells" in wanted and self.heads is not None and batch.cells_BVN is not None:
-            views_NCHW = batch.images_BVCHW.flatten(0, 1)
-            found["cells"] = name_cells(self.heads, self.model.stem_features(views_NCHW), batch.cells_BVN.flatten(0, 1))
-        if wanted == {"flow"} and stage.insulate:
-            found |= self.flow_alone(piece, stage)
-        elif wanted - {"cells"}:
-            found |= self.joint(piece, stage)
+        stem = "cells" in wanted and self.heads is not None
+        joint = bool(wanted - {"cells"}) and not (wanted == {"flow"} and stage.insulate)
+        if self.config.parallel.shard:  # all processes gather the same layers, whatever their samples teach
+            stem, joint = in_any_process(stem, joint)
         shares: dict[Loss, Tensor] = {}
+        if stem:
+            features = self.model.stem_features(batch.images_BVCHW.flatten(0, 1))
+            if "cells" in wanted and self.heads is not None and batch.cells_BVN is not None:
+                found["cells"] = name_cells(self.heads, features, batch.cells_BVN.flatten(0, 1))
+            else:
+                shares["cells"] = 0.0 * features.sum()
+        if joint:
+            found |= self.joint(piece, stage)
+        elif "flow" in wanted:
+            found |= self.flow_alone(piece, stage)
         for term, mean in found.items():
             loss: Loss = "grounding" if term == "state" else term
-            shares[loss] = shares.get(loss, 0.0) + piece.share[term] * mean
+            shares[loss] = shares.get(loss, 0.0) + piece.share.get(term, 0.0) * mean
         return shares
 
     def joint(self, piece: Piece, stage: StageConfig) -> dict[Term, Tensor]:
@@ -141,11 +149,17 @@ class BatchLosses:
             found |= give_hints(self.model, self.heads, hints, batch, output, wanted)
         if drawn is not None:
             found["flow"] = self.match(output.velocity_RHA, piece, stage)
-        if self.config.parallel.shard and output.probe_logits_BPQ is not None:
-            # A shard's layers must do the same in all processes. Where no sample has a place to point at, nothing else
-            # would lead back through the probe.
-            name = next(iter(found))
-            found[name] = found[name] + 0.0 * output.probe_logits_BPQ.sum()
+        if self.config.parallel.shard:
+            # A shard's layers must do the same in all processes, also where the samples of one teach less: with no
+            # place to point at, say, nothing else would lead back through the probe.
+            outputs = (
+                output.prefix_hidden_BPD,
+                output.postfix_hidden_BTD,
+                output.velocity_RHA,
+                output.probe_logits_BPQ,
+            )
+            name: Term = next(iter(found), next(loss for loss in stage.losses if loss != "cells"))
+            found[name] = found.get(name, 0.0) + sum(0.0 * tensor.sum() for tensor in outputs if tensor is not None)
         return found
 
     def flow_alone(self, piece: Piece, stage: StageConfig) -> dict[Term, Tensor]:

@@ -1,6 +1,13 @@
 """Several processes: averaged gradients, and FSDP2."""
 
-from training.parallel.group import average_gradients, choose_device, from_first, join_group, wait_for_all
+from training.parallel.group import (
+    average_gradients,
+    choose_device,
+    from_first,
+    in_any_process,
+    join_group,
+    wait_for_all,
+)
 from training.parallel.sharding import checkpoint_activations, free_gathered, gather, layers, shard
 
 __all__ = [
@@ -10,6 +17,7 @@ __all__ = [
     "free_gathered",
     "from_first",
     "gather",
+    "in_any_process",
     "join_group",
     "layers",
     "shard",

@@ -73,6 +73,15 @@ def from_first(work: Callable[[], T]) -> T:
     return found
 
 
+def in_any_process(*flags: bool) -> list[bool]:
+    """For each flag, whether one process has it set; every process must call this."""
+    if not dist.is_initialized():
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in found]
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, in one message.
 
