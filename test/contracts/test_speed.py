@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,16 @@ from training.speed.gpu import arranged, build_model, make_inputs, plain
 from training.speed.peer import build_peer, peer_prefill
 from training.weights.checkpoints import load_checkpoint
 
-POLICY = policy_spec(DEEP, "small", 2, 24, 0)
+# As wide as what computes something meaningful, and no deeper than an export needs to be.
+CONFIG = replace(DEEP, **{part: replace(getattr(DEEP, part), depth=2) for part in ("vision", "backbone", "expert")})
+POLICY = policy_spec(CONFIG, "small", 2, 24, 0)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its bundle."""
     folder = tmp_path_factory.mktemp("speed")
-    write_checkpoint(folder / "checkpoint", DEEP, POLICY)
+    write_checkpoint(folder / "checkpoint", CONFIG, POLICY)
     export_bundle(folder / "checkpoint", folder / "bundle")
     return folder / "checkpoint", folder / "bundle"
 
@@ -53,7 +56,7 @@ def test_everything_compared_computes_the_same(
 
 
 def test_a_bundle_with_other_weights_is_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "other", DEEP, POLICY, seed=1)
+    write_checkpoint(tmp_path / "other", CONFIG, POLICY, seed=1)
     with pytest.raises(ConfigurationError, match="is the bundle an export of this checkpoint"):
         compare(tmp_path / "other", exported[1], torch.get_num_threads(), 1, 1, lambda line: None)
 
@@ -72,14 +75,14 @@ def test_processor_time_needs_a_single_thread(exported: tuple[Path, Path], capsy
 
 def test_the_peer_has_our_weights(exported: tuple[Path, Path]) -> None:
     model = load_checkpoint(exported[0]).eval().requires_grad_(False)
-    images_BVCSS, mask, tokens_BL, token_mask = make_inputs(POLICY, DEEP, 3).prefix
+    images_BVCSS, mask, tokens_BL, token_mask = make_inputs(POLICY, CONFIG, 3).prefix
     tokens_BL = tokens_BL % 200
     ours = model.prefill(images_BVCSS, mask, tokens_BL, token_mask)
     theirs = peer_prefill(build_peer(model), images_BVCSS[0], tokens_BL)()
     torch.testing.assert_close(theirs.keys_NBKPD, ours.keys_NBKPD, atol=1e-4, rtol=0)
     torch.testing.assert_close(theirs.values_NBKPD, ours.values_NBKPD, atol=1e-4, rtol=0)
     with pytest.raises(ConfigurationError, match="which marks an image, got it"):
-        peer_prefill(build_peer(model), images_BVCSS[0], torch.full_like(tokens_BL, DEEP.vocab_size - 1))
+        peer_prefill(build_peer(model), images_BVCSS[0], torch.full_like(tokens_BL, CONFIG.vocab_size - 1))
 
 
 def test_a_ratio_compares_calls_from_the_same_rounds() -> None:
@@ -94,11 +97,11 @@ def test_a_ratio_compares_calls_from_the_same_rounds() -> None:
 
 @torch.no_grad()
 def test_what_runs_on_a_card_agrees_on_a_cpu() -> None:
-    inputs = make_inputs(POLICY, DEEP, 0)
-    exact = build_model(DEEP, 0, torch.float32)
+    inputs = make_inputs(POLICY, CONFIG, 0)
+    exact = build_model(CONFIG, 0, torch.float32)
     reference_RHA = plain(exact, inputs).chunk()
     torch.testing.assert_close(arranged(exact, inputs).chunk(), reference_RHA, atol=1e-4, rtol=0)
-    half = build_model(DEEP, 0, torch.bfloat16)
+    half = build_model(CONFIG, 0, torch.bfloat16)
     assert half.backbone.layers[0].mlp.up.weight.dtype == torch.bfloat16
     for way in (plain(half, inputs), arranged(half, inputs)):
         assert 0.99 < cosine(way.chunk().float().numpy(), reference_RHA.numpy()) < 1.0
@@ -108,7 +111,7 @@ def test_what_runs_on_a_card_agrees_on_a_cpu() -> None:
 def test_the_card_comparison_runs_as_far_as_it_can_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(gpu.SIZES, "100m", lambda: DEEP)
+    monkeypatch.setitem(gpu.SIZES, "100m", lambda: CONFIG)
     out = tmp_path / "gpu.json"
     command = ["--device", "cpu", "--size", "100m", "--views", "1", "2", "--calls", "2", "--rounds", "1"]
     assert gpu.main([*command, "--bundles", str(tmp_path), "--json", str(out)]) == 0
