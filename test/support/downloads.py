@@ -25,10 +25,12 @@ WIDTH = {"pi0": 12, "pi05": 12, "paligemma": 12}  # of the model: wider than the
 
 
 def small(kind: str, action_ids: int = 0) -> VLAConfig:
-    """A small configuration of the kind's form in place of the published one."""
+    """A small configuration of the kind's form in place of the published one, with two layers."""
     pi0 = kind == "pi0"
     return dataclasses.replace(
         CONFIG,
+        backbone=dataclasses.replace(CONFIG.backbone, depth=2),
+        expert=dataclasses.replace(CONFIG.expert, depth=2),
         vocab_size=len(SENTENCEPIECE.pieces) + action_ids,
         action_dim=WIDTH[kind],
         state_dim=WIDTH[kind] if pi0 else None,
