@@ -37,7 +37,7 @@ from training.convert import PAUSE_NS, START_NS, DatasetWriter, Frame
 from training.data.lerobot import RobotColumns
 from training.evaluate import HELD_OUT, Environment, open_environment
 
-NOISE_S: Final = 0.2
+NOISE_HOLD_S: Final = 0.2
 """How long noise pushes into one direction: an arm would filter out what changes with every action."""
 
 
@@ -48,6 +48,7 @@ class Recipe:
     image_size: int | None = None
     cameras: tuple[str, ...] | None = None
     noise: float = 0.0
+    noise_hold_s: float = NOISE_HOLD_S
     linger_s: float = 1.0
 
     @property
@@ -78,7 +79,7 @@ def record_episode(environment: Environment, name: str, seed: int, recipe: Recip
     scale_D = recipe.noise * action_scale(robot)
     low_D, high_D = np.array([action.span for action in robot.actions]).T
     rng = np.random.default_rng([seed, 13])
-    kept = np.exp(-period_s / NOISE_S)
+    kept = np.exp(-period_s / recipe.noise_hold_s) if recipe.noise_hold_s else 0.0
     push_D = rng.standard_normal(len(robot.actions))
     remaining = round(environment.time_limit_s / period_s)
     while remaining > 0:
@@ -260,6 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--noise", type=float, default=0.0, metavar="SHARE", help="of half of what each action can be; 0.01, say"
     )
+    parser.add_argument(
+        "--noise-hold",
+        type=float,
+        default=NOISE_HOLD_S,
+        metavar="S",
+        help=f"how long it pushes into one direction (default {NOISE_HOLD_S}); 0: another with each action",
+    )
     parser.add_argument("--linger", type=float, default=1.0, metavar="S", help="recorded after the success (default 1)")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="longer side; default: the environment's own")
     parser.add_argument("--camera", action="append", metavar="NAME", help="only these; default: all of the robot's")
@@ -276,6 +284,7 @@ def _run(options: argparse.Namespace) -> int:
         ("seed", 0, HELD_OUT - options.episodes),  # the others are for evaluation
         ("workers", 1, 256),
         ("noise", 0.0, 1.0),
+        ("noise_hold", 0.0, 60.0),
         ("linger", 0.0, 60.0),
         ("image_size", 16, 1280),
     ):
@@ -284,7 +293,7 @@ def _run(options: argparse.Namespace) -> int:
             raise ConfigurationError(f"--{name.replace('_', '-')}: expected {low} to {high}, got {value}")
     names = list(dict.fromkeys(options.environments))
     cameras = tuple(dict.fromkeys(options.camera)) if options.camera else None
-    recipe = Recipe(options.image_size, cameras, options.noise, options.linger)
+    recipe = Recipe(options.image_size, cameras, options.noise, options.noise_hold, options.linger)
     seeds = range(options.seed, options.seed + options.episodes)
     began_s = time.monotonic()
     found = write_demonstrations(names, seeds, recipe, options.out, options.workers, options.keep_failures)

@@ -53,6 +53,14 @@ def test_one_command_demonstrates_records_converts_replays_and_moves(
     elbow_N, wanted_N = (columns[name][:, JOINTS.index("right_elbow")] for name in ("observation.state", "action"))
     assert np.ptp(elbow_N) > 0.5 and np.corrcoef(elbow_N, wanted_N)[0, 1] > 0.9
 
+    # The same bundle judged: it moves the arms, and hands nothing over.
+    judged = run("--bundle", "out/bundle", "--episodes", "1", "--rate", "10", "--out", "judged", cwd=tmp_path)
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+    summary = json.loads((tmp_path / "judged" / "summary.json").read_text())
+    assert summary["episodes"] == ["episode 2, scene_seed 1000000: failed with reward 0 at 10.00 s"]
+    assert summary["success"] == "success 0 of 1, 95 % interval 0% to 79%"
+    assert min(summary["live"]["commands"][part] for part in PARTS) > 0 and summary["live"]["beyond_limits"] == []
+
 
 @pytest.mark.parametrize(
     ("arguments", "fault"),
@@ -60,6 +68,7 @@ def test_one_command_demonstrates_records_converts_replays_and_moves(
         (("--episodes", "0"), "aloha: --episodes: expected 1 to 1000, got 0"),
         (("--live", "0"), "aloha: --live: expected 1 to 3600 s, got 0"),
         (("--rate", "60"), "aloha: --rate: expected 5 to 50, got 60"),
+        (("--bundle", "nosuch"), "aloha: bundle nosuch: "),
         (("--out", "."), "aloha: --out .: expected a new folder, or this command's own, got one with mine"),
     ],
 )

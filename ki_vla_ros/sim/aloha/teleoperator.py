@@ -1,11 +1,13 @@
 """Teleoperates the simulated ALOHA by the demonstrator: hands the cube over, once per episode, over ROS.
 
     python -m ki_vla_ros.sim.aloha.teleoperator --episodes 3 --seed 0
+    python -m ki_vla_ros.sim.aloha.teleoperator --episodes 50 --seed 1000000 --policy
 
 For each episode it has `sim_aloha` reset to a new place of the cube, plans the hand-over, and sends it to the four
-controllers as a leader's positions come: fifty times a second, one point for each controller. It prints a line for each
-episode, and ends with 0 if all of them succeeded, with 1 if not, with 130 after SIGINT or SIGTERM. With `use_sim_time`
-it goes by /clock.
+controllers as a leader's positions come: fifty times a second, one point for each controller. With --policy it sends
+nothing, but activates the node `policy` for each episode, to judge what that does. It prints a line for each episode,
+and the rate of success with its 95 % interval; it ends with 0 if all of them succeeded, with 1 if not, with 130 after
+SIGINT or SIGTERM. With `use_sim_time` it goes by /clock.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
 from numpy.typing import NDArray
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParametersAtomically
@@ -34,10 +38,11 @@ from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.records import NS_PER_S, to_ns
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVENT, LATCHED
-from ki_vla_ros.sim.aloha.demonstrator import PERIOD_S, Demonstrator
+from ki_vla_ros.sim.aloha.demonstrator import PERIOD_S, Demonstration, Demonstrator
 from ki_vla_ros.sim.aloha.node import NODE_NAME as SIMULATION
 from ki_vla_ros.sim.aloha.node import PARTS
-from ki_vla_ros.sim.aloha.world import JOINTS, LARGEST_SEED, Scene
+from ki_vla_ros.sim.aloha.world import JOINTS, LARGEST_SEED, TIME_LIMIT_S, Scene
+from ki_vla_ros.statistics import wilson_95
 
 NODE_NAME: Final = "aloha_teleoperator"
 # A point is due later than the next one comes, so that a late one does not stop the arm on its way.
@@ -46,12 +51,17 @@ AHEAD_S: Final = 2.0 * PERIOD_S
 SETTLE_S: Final = 0.5
 LINGER_S: Final = 0.5
 ANSWER_LIMIT_S: Final = 30.0
+POLICY: Final = "policy"
+CONFIGURE_LIMIT_S: Final = 120.0  # engines may be built
+# The simulation ends an episode after TIME_LIMIT_S of its time.
+VERDICT_LIMIT_S: Final = 2.0 * TIME_LIMIT_S
 
 
 class Teleoperator(Node):
     """Its methods spin the node themselves; KiVlaError if the simulation does not answer, or refuses."""
 
-    def __init__(self, demonstrator: Demonstrator, stop: threading.Event) -> None:
+    def __init__(self, demonstrator: Demonstrator | None, stop: threading.Event) -> None:
+        """Without a demonstrator, the node `policy` acts."""
         super().__init__(NODE_NAME)
         self._stop = stop
         self._executor = SingleThreadedExecutor()
@@ -64,6 +74,7 @@ class Teleoperator(Node):
             SetParametersAtomically, f"{SIMULATION}/set_parameters_atomically"
         )
         self._reset: Client[Any, Any] = self.create_client(Trigger, f"{SIMULATION}/reset")
+        self._change_state: Client[Any, Any] = self.create_client(ChangeState, f"{POLICY}/change_state")
         self.create_subscription(String, f"{SIMULATION}/status", self._on_status, LATCHED)
 
     def close(self) -> None:
@@ -71,16 +82,19 @@ class Teleoperator(Node):
         self.destroy_node()
 
     def wait_until_up(self) -> None:
-        """Waits for the simulation's services and its four controllers."""
+        """Waits for the simulation's services and its four controllers, and has the policy load its bundle."""
         for client in (self._set_parameters, self._reset):
             self._wait(client.service_is_ready, f"service {client.srv_name}")
+        if self._demonstrator is None:
+            self._wait(self._change_state.service_is_ready, f"service {self._change_state.srv_name}")
+            self._transition(Transition.TRANSITION_CONFIGURE, "configure; was it started with autostart:=false?")
         commands = [publisher.topic for publisher in self._commands]
         self._wait(
             lambda: all(self.count_subscribers(topic) for topic in commands), "controllers on all command topics"
         )
 
     def run_episode(self, seed: int) -> dict[str, Any]:
-        """One hand-over; returns the simulation's last status. KeyboardInterrupt if it is stopped on its way."""
+        """One episode; returns the simulation's last status. KeyboardInterrupt if it is stopped on its way."""
         value = ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=seed)
         request = SetParametersAtomically.Request(parameters=[Parameter(name="scene_seed", value=value)])
         result = self._call(self._set_parameters, request).result
@@ -90,9 +104,15 @@ class Teleoperator(Node):
         if not answer.success:
             raise KiVlaError(f"{SIMULATION} did not reset: {answer.message}")
         self._status = json.loads(answer.message)
-        (cube,) = self._status["objects"]
-        demonstration = self._demonstrator.plan(Scene(seed, cube["x"], cube["y"]))
         self._spin_until(self._now_ns() + to_ns(SETTLE_S))
+        if self._demonstrator is None:
+            self._watch_policy()
+        else:
+            (cube,) = self._status["objects"]
+            self._hand_over(self._demonstrator.plan(Scene(seed, cube["x"], cube["y"])))
+        return self._status
+
+    def _hand_over(self, demonstration: Demonstration) -> None:
         due_ns = self._now_ns()
         for position_J in demonstration.position_NJ:
             self._spin_until(due_ns)
@@ -102,7 +122,23 @@ class Teleoperator(Node):
             # After a pause of this process the motion goes on later, not faster.
             due_ns = max(due_ns, self._now_ns() - to_ns(PERIOD_S)) + to_ns(PERIOD_S)
         self._spin_until(self._now_ns() + to_ns(LINGER_S))
-        return self._status
+
+    def _watch_policy(self) -> None:
+        """Lets the policy act until the verdict."""
+        self._transition(Transition.TRANSITION_ACTIVATE, "activate")
+        end_ns = self._now_ns() + to_ns(VERDICT_LIMIT_S)
+        while not self._status["done"]:
+            self._spin_until(self._now_ns() + to_ns(PERIOD_S))
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            if self._now_ns() > end_ns:
+                raise KiVlaError(f"{SIMULATION} gave no verdict within {VERDICT_LIMIT_S:g} s of its time")
+        self._transition(Transition.TRANSITION_DEACTIVATE, "deactivate")
+
+    def _transition(self, number: int, name: str) -> None:
+        request = ChangeState.Request(transition=Transition(id=number))
+        if not self._call(self._change_state, request, CONFIGURE_LIMIT_S).success:
+            raise KiVlaError(f"the node {POLICY} could not {name}")
 
     def _send(self, position_J: NDArray[np.float64]) -> None:
         for part, index, publisher in zip(PARTS, self._index, self._commands, strict=True):
@@ -128,18 +164,18 @@ class Teleoperator(Node):
                 raise KiVlaError(f"/clock stands still for {ANSWER_LIMIT_S:g} s; does {SIMULATION} still run?")
             self._executor.spin_once(timeout_sec=min((end_ns - now_ns) / NS_PER_S, 0.1))
 
-    def _call(self, client: Client[Any, Any], request: Any) -> Any:
+    def _call(self, client: Client[Any, Any], request: Any, limit_s: float = ANSWER_LIMIT_S) -> Any:
         future = client.call_async(request)
-        self._wait(future.done, f"answer from {client.srv_name}")
+        self._wait(future.done, f"answer from {client.srv_name}", limit_s)
         return future.result()
 
-    def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        deadline_s = time.monotonic() + ANSWER_LIMIT_S
+    def _wait(self, condition: Callable[[], bool], what: str, limit_s: float = ANSWER_LIMIT_S) -> None:
+        deadline_s = time.monotonic() + limit_s
         while not condition():
             if self._stop.is_set():
                 raise KeyboardInterrupt
             if time.monotonic() > deadline_s:
-                raise KiVlaError(f"no {what} within {ANSWER_LIMIT_S:g} s; does {SIMULATION} run in this ROS domain?")
+                raise KiVlaError(f"no {what} within {limit_s:g} s; does {SIMULATION} run in this ROS domain?")
             self._executor.spin_once(timeout_sec=0.1)
 
 
@@ -147,6 +183,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=NODE_NAME, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--episodes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="scene_seed of the first episode; the others follow")
+    parser.add_argument("--policy", action="store_true", help="let the node `policy`, not yet configured, do it")
     return parser
 
 
@@ -155,7 +192,7 @@ def _run(given: argparse.Namespace, stop: threading.Event) -> int:
         raise ConfigurationError(f"--episodes: expected 1 to 100000, got {given.episodes}")
     if not 0 <= given.seed <= LARGEST_SEED - given.episodes:
         raise ConfigurationError(f"--seed: expected 0 to {LARGEST_SEED - given.episodes}, got {given.seed}")
-    node = Teleoperator(Demonstrator(), stop)
+    node = Teleoperator(None if given.policy else Demonstrator(), stop)
     successes = 0
     try:
         node.wait_until_up()
@@ -164,6 +201,8 @@ def _run(given: argparse.Namespace, stop: threading.Event) -> int:
             successes += status["success"]
             outcome = "handed over" if status["success"] else f"failed with reward {status['reward']}"
             print(f"episode {status['reset_id']}, scene_seed {seed}: {outcome} at {status['time_s']:.2f} s", flush=True)
+        low, high = wilson_95(successes, given.episodes)
+        print(f"success {successes} of {given.episodes}, 95 % interval {low:.0%} to {high:.0%}", flush=True)
     finally:
         node.close()
     return ExitCode.FINE if successes == given.episodes else ExitCode.FOUND

@@ -38,8 +38,11 @@ def test_noise_is_executed_and_the_expert_is_recorded(slider: Slider) -> None:
     push = (executed_ND - wanted_ND) / scale_D
     assert 0.01 < np.sqrt(np.square(push).mean()) < 0.04
     assert np.corrcoef(push[:-1].ravel(), push[1:].ravel())[0, 1] > 0.7
+    episode = record_episode(slider, "slide", 0, Recipe(noise=0.02, noise_hold_s=0.0, linger_s=100.0))
+    push = np.array(slider.executed) - np.array(episode.action_ND)
+    assert abs(np.corrcoef(push[:-1].ravel(), push[1:].ravel())[0, 1]) < 0.4, "another with each action"
     wanted_N = np.minimum(np.array(episode.state_NS)[:, 0] + 0.1, TARGET)
-    np.testing.assert_allclose(wanted_ND[:, 0], wanted_N)
+    np.testing.assert_allclose(np.array(episode.action_ND)[:, 0], wanted_N)
 
 
 def test_failures_are_left_out_and_named_by_seed(
@@ -80,6 +83,7 @@ def test_nothing_is_left_where_no_episode_succeeds_or_robots_differ(slider: Slid
         (("--episodes", "0"), "--episodes: expected 1 to 1000000, got 0"),
         (("--seed", "999999"), "--seed: expected 0 to 999998, got 999999"),
         (("--noise", "1.5"), "--noise: expected 0.0 to 1.0, got 1.5"),
+        (("--noise-hold", "-1"), "--noise-hold: expected 0.0 to 60.0, got -1.0"),
         (("--noise", "nan"), "--noise: expected 0.0 to 1.0, got nan"),
         (("--image-size", "0"), "--image-size: expected 16 to 1280, got 0"),
         (("--workers", "0"), "--workers: expected 1 to 256, got 0"),
