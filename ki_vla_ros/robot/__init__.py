@@ -29,7 +29,7 @@ from ki_vla_ros.robot.outputs import (
     Workspace,
 )
 from ki_vla_ros.robot.robot import ActionPeriod, CameraSpec, Horizon, Robot, check_names, find_robot, read_robot
-from ki_vla_ros.robot.signals import Signal, plain_joints, recorded_signal
+from ki_vla_ros.robot.signals import Signal, measuring_state, plain_joints, recorded_signal, scale_of
 from ki_vla_ros.robot.turns import TURN, continued_rotation, continuous, nearest_rotation, nearest_turn
 from ki_vla_ros.robot.urdf import UrdfJoint, movable_joints, read_urdf
 
@@ -77,6 +77,7 @@ __all__ = [
     "flatten_names",
     "led_axes",
     "main_axes",
+    "measuring_state",
     "movable_joints",
     "nearest_rotation",
     "nearest_turn",
@@ -86,5 +87,6 @@ __all__ = [
     "read_robot",
     "read_urdf",
     "recorded_signal",
+    "scale_of",
     "with_urdf",
 ]

@@ -25,6 +25,7 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.settings import Settings, settings_from_parameters
 from ki_vla_ros.statistics import wilson_95
+from training.evaluate.environment import at_period
 from training.evaluate.environments import HELD_OUT, open_environment
 from training.evaluate.rollouts import act_as, check_robot, roll_out
 from training.storage import write_whole
@@ -124,6 +125,7 @@ def _roll_out(policy: Policy, options: argparse.Namespace) -> dict[str, Any]:
         for name in dict.fromkeys(options.environment):
             environment = open_environment(name, **chosen)
             try:
+                environment = at_period(environment, manifest.robot.action_period_s)
                 check_robot(manifest.robot, environment, name)
                 films = {}
                 if options.video is not None:

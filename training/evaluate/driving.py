@@ -21,7 +21,7 @@ from ki_vla_ros.records import CameraFrame, Observation
 from ki_vla_ros.statistics import wilson_95
 from training.action_space import ActionSpace
 from training.config import EnvironmentConfig
-from training.evaluate.environment import Environment
+from training.evaluate.environment import Environment, at_period
 from training.evaluate.environments import open_environment
 from training.evaluate.rollouts import Act, Images, check_robot, roll_out
 from training.export import as_batch
@@ -64,8 +64,9 @@ def opened(name: str, spec: PolicySpec) -> Iterator[Environment]:
     """Opened each time anew: between two times the trainer may fork, which few simulators stand."""
     environment = open_environment(name)
     try:
-        check_robot(spec.robot, environment, name)
-        yield environment
+        slowed = at_period(environment, spec.robot.action_period_s)
+        check_robot(spec.robot, slowed, name)
+        yield slowed
     finally:
         environment.close()
 

@@ -15,6 +15,7 @@ from support.slider import TARGET, Slider
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot import find_robot, read_robot
 from training.evaluate.__main__ import main
+from training.evaluate.environment import at_period
 from training.evaluate.rollouts import check_robot, roll_out
 
 Array = np.ndarray
@@ -88,6 +89,29 @@ def test_a_bundle_of_another_robot_is_refused() -> None:
     unseen = slider.robot.cameras[0].model_copy(update={"name": "top"})
     with pytest.raises(ConfigurationError, match="camera top in the bundle, front, wrist in the robot file"):
         check_robot(slider.robot.model_copy(update={"cameras": (unseen,)}), slider, "slide")
+
+
+def test_a_policy_of_a_longer_period_goes_in_straight_lines() -> None:
+    slider = Slider()
+    own_s = slider.robot.action_period_s
+    slowed = at_period(slider, 3 * own_s)
+    slowed.reset(2)
+    begin_D = slider.observe()[1].copy()
+    first_D, second_D = begin_D + 0.3, begin_D
+    slowed.step(first_D)
+    slowed.step(second_D)
+    parts = [begin_D + 0.1, begin_D + 0.2, first_D, begin_D + 0.2, begin_D + 0.1, second_D]
+    np.testing.assert_allclose(slider.executed, parts)
+    check_robot(slider.robot.model_copy(update={"action_period_s": 3 * own_s}), slowed, "slide")
+    assert slowed.time_limit_s == slider.time_limit_s
+    slowed.reset(2)
+    slowed.step(first_D)
+    np.testing.assert_allclose(slider.executed[0], begin_D + 0.1)  # from where it is, not from the last episode
+    for period_s in (own_s, 2.5 * own_s, own_s / 2):
+        assert at_period(slider, period_s) is slider
+    steps = Slider()
+    steps.robot = read_robot(find_robot("metaworld"))
+    assert at_period(steps, 2 * steps.robot.action_period_s) is steps, "no step of a hand may be left out"
 
 
 @pytest.mark.slow
