@@ -34,7 +34,7 @@ from ki_vla_ros.errors import ConfigurationError, SimulationError
 from ki_vla_ros.records import to_ns
 from ki_vla_ros.robot import ActionDimension, Robot
 from training.convert import PAUSE_NS, START_NS, DatasetWriter, Frame
-from training.data.lerobot import RobotColumns
+from training.data.lerobot import PLACE, RobotColumns
 from training.evaluate import HELD_OUT, Environment, open_environment
 
 NOISE_HOLD_S: Final = 0.2
@@ -68,6 +68,7 @@ class Recorded:
     images: list[dict[str, NDArray[np.uint8]]] = field(default_factory=list)
     state_NS: list[NDArray[np.float64]] = field(default_factory=list)
     action_ND: list[NDArray[np.float64]] = field(default_factory=list)
+    place_N2: list[tuple[float, float]] = field(default_factory=list)  # in the last image; nan: nobody says
     fault: str | None = "no success within the time limit"
 
 
@@ -75,6 +76,7 @@ def record_episode(environment: Environment, name: str, seed: int, recipe: Recip
     """From the start of `seed` to `recipe.linger_s` after the success, or to the time limit."""
     environment.reset(seed)
     robot, period_s = environment.robot, environment.robot.action_period_s
+    shown = last_camera(robot, recipe)
     episode = Recorded(name, seed, robot, environment.instruction)
     scale_D = recipe.noise * action_scale(robot)
     low_D, high_D = np.array([action.span for action in robot.actions]).T
@@ -92,6 +94,7 @@ def record_episode(environment: Environment, name: str, seed: int, recipe: Recip
         episode.images.append(dict(images))
         episode.state_NS.append(state_S)
         episode.action_ND.append(action_D)
+        episode.place_N2.append(environment.place(shown) or (np.nan, np.nan))
         environment.step(np.clip(action_D + scale_D * push_D, low_D, high_D) if recipe.noise else action_D)
         push_D = kept * push_D + np.sqrt(1.0 - kept**2) * rng.standard_normal(len(robot.actions))
         remaining -= 1
@@ -99,6 +102,11 @@ def record_episode(environment: Environment, name: str, seed: int, recipe: Recip
             episode.fault = None
             remaining = min(remaining, round(recipe.linger_s / period_s))
     return episode
+
+
+def last_camera(robot: Robot, recipe: Recipe) -> str:
+    """Of those that are drawn, that whose image stands beside the prompt: hints are about it."""
+    return [name for name in robot.camera_names if recipe.cameras is None or name in recipe.cameras][-1]
 
 
 def action_scale(robot: Robot) -> NDArray[np.float64]:
@@ -170,12 +178,18 @@ def record_episodes(names: Sequence[str], seeds: Sequence[int], recipe: Recipe, 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def check_environments(names: Sequence[str], recipe: Recipe) -> tuple[Robot, int]:
-    """Their robot, and its frames per second; ConfigurationError if they have not the same one."""
+def check_environments(names: Sequence[str], recipe: Recipe) -> tuple[Robot, int, bool]:
+    """Their robot, its frames per second, and whether any says where its object is.
+
+    ConfigurationError if they have not the same robot.
+    """
     robots: dict[str, Robot] = {}
+    places = False
     for name in names:
         environment = open_environment(name, **recipe.options)
+        environment.reset(0)
         robots[name] = environment.robot
+        places |= environment.place(last_camera(environment.robot, recipe)) is not None
         environment.close()
     first = next(iter(robots))
     for name, robot in robots.items():
@@ -190,7 +204,7 @@ def check_environments(names: Sequence[str], recipe: Recipe) -> tuple[Robot, int
             f"robot {robots[first].name}: expected an action_period_s of a whole number of frames per second, got "
             f"{robots[first].action_period_s}"
         )
-    return robots[first], round(fps)
+    return robots[first], round(fps), places
 
 
 def write_demonstrations(
@@ -202,7 +216,7 @@ def write_demonstrations(
     keep_failures: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Write the dataset; by environment its `episodes` and `frames`, and `failed`: why, by seed."""
-    robot, fps = check_environments(names, recipe)
+    robot, fps, places = check_environments(names, recipe)
     columns = RobotColumns(robot)
     found: dict[str, dict[str, Any]] = {name: {"episodes": 0, "frames": 0, "failed": {}} for name in names}
     drawn = [c for c in robot.cameras if c.name in (recipe.cameras or robot.camera_names)]
@@ -215,7 +229,7 @@ def write_demonstrations(
         DatasetWriter(
             out,
             fps=fps,
-            columns=columns.names,
+            columns={**columns.names, **({PLACE: ["u", "v"]} if places else {})},
             cameras={camera.name: camera.key for camera in drawn},
             source=source,
             robot_type=robot.name,
@@ -234,6 +248,8 @@ def write_demonstrations(
             rows = columns.rows(np.array(episode.state_NS), np.array(episode.action_ND))
             for n, images in enumerate(episode.images):
                 values = {column: row_NE[n] for column, row_NE in rows.items()}
+                if places:
+                    values[PLACE] = np.array(episode.place_N2[n], dtype=np.float32)
                 writer.add(Frame(stamp_ns, episode.task, values, images))
                 stamp_ns += to_ns(robot.action_period_s)
             writer.end_episode()

@@ -188,8 +188,9 @@ class Run:
         spec = self.describe()
         if self.rank == 0:
             self.check_room()
-            if unseen := [name for name in data.robot.camera_names if name not in spec.robot.camera_names]:
-                print(f"no data has images of {', '.join(unseen)}: the policy does without", flush=True)
+            for robot, unseen in data.unseen.items():
+                if unseen:
+                    print(f"no data of {robot} has images of {', '.join(unseen)}: its policy does without", flush=True)
         check_policy(spec, self.model, data.tokenizer)
         with self.trainer.averaged(), self.trainer.precision():
             names = [*measure(self.model, data, self.trainer.losses, self.heads, frames=TRIED).figures]
@@ -235,7 +236,7 @@ class Run:
         config, data = self.config, self.data
         space = data.embodiment.space
         return describe_policy(
-            data.seen_robot,
+            space.robot,
             name=config.name,
             image=ImageSpec(size=config.model.vision.image_size),
             prompt=data.form.prompt,

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,14 @@ class Sources:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
+        self.unseen: dict[str, list[str]] = {}  # cameras of each robot that none of its data has
         self.robots: dict[str, Robot] = {}  # by the name in the robot file, however the configuration names that
         self._files: dict[str, Path] = {}
         self._given: dict[str, Robot] = {}
+        self._datasets: dict[Path, Dataset] = {}
         self._check_out()
+        self._robot(config.robot)
+        self._leave_out_cameras()
         self.robot = self._robot(config.robot)
         if config.max_prefix_delay >= self.robot.horizon:
             raise ConfigurationError(
@@ -105,16 +109,6 @@ class Sources:
     def embodiment(self) -> Embodiment:
         """Of the robot that the policy is for."""
         return self.embodiments[self.robot.name]
-
-    @cached_property
-    def seen_robot(self) -> Robot:
-        """The policy's robot without the optional cameras that no data has: nobody taught it what they show."""
-        seen: set[str] = set()
-        for opened in self._opened.values():
-            for _, samples, _ in opened:
-                if isinstance(samples, LeRobotSamples) and samples.robot.name == self.robot.name:
-                    seen |= samples.cameras
-        return self.robot.model_copy(update={"cameras": tuple(c for c in self.robot.cameras if c.name in seen)})
 
     @property
     def pad_to(self) -> int | None:
@@ -207,6 +201,35 @@ class Sources:
             self._given[given] = known
         return self._given[given]
 
+    def _leave_out_cameras(self) -> None:
+        """Optional cameras that none of a robot's data has are not its policy's: nobody teaches what they show."""
+        seen: dict[str, set[str]] = {}
+        for source, entries in chain(self.config.sources.items(), self.config.held_out.items()):
+            for entry in entries:
+                self._check_made(source, entry)
+                if isinstance(entry, LeRobotEntry):
+                    robot, features = self._robot(entry.robot), self._dataset(entry).info.features
+                    has = {c.name for c in robot.cameras if not c.optional or c.key in features}
+                    seen.setdefault(robot.name, set()).update(has)
+        for name, has in seen.items():
+            robot = self.robots[name]
+            self.unseen[name] = [camera for camera in robot.camera_names if camera not in has]
+            kept = tuple(camera for camera in robot.cameras if camera.name in has)
+            self.robots[name] = robot.model_copy(update={"cameras": kept})
+        self._given = {given: self.robots[robot.name] for given, robot in self._given.items()}
+
+    def _check_made(self, source: str, entry: Entry) -> None:
+        place = place_of(entry)
+        if self.config.made_by is not None and not place.exists():
+            raise ConfigurationError(
+                f"source {source}: expected data in {place}, found none; it is made by: {self.config.made_by}"
+            )
+
+    def _dataset(self, entry: LeRobotEntry) -> Dataset:
+        if entry.lerobot not in self._datasets:
+            self._datasets[entry.lerobot] = Dataset(entry.lerobot)
+        return self._datasets[entry.lerobot]
+
     def _check_out(self) -> None:
         """ConfigurationError if the run would write into its data, or into a file."""
         out = self.config.out.resolve()
@@ -257,15 +280,11 @@ class Sources:
     def _open(self, source: str, entry: Entry) -> tuple[Samples, Samples | None]:
         """The data set, and the part of it that is kept apart for figures, if any."""
         size = self.config.model.vision.image_size
-        place = place_of(entry)
-        if self.config.made_by is not None and not place.exists():
-            raise ConfigurationError(
-                f"source {source}: expected data in {place}, found none; it is made by: {self.config.made_by}"
-            )
+        self._check_made(source, entry)
         if not isinstance(entry, LeRobotEntry):
             return open_language(entry, size), None
         entries = sum(isinstance(entry, LeRobotEntry) for entry in self._entries())
-        dataset, robot = Dataset(entry.lerobot), self._robot(entry.robot)
+        dataset, robot = self._dataset(entry), self._robot(entry.robot)
         if entry.chunk is None and (dataset.folder / SOURCE).is_file():
             said = read_json(dataset.folder / SOURCE)
             if said.get("consecutive") is False:

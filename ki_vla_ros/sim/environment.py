@@ -64,6 +64,12 @@ class ArmEnvironment:
     def success(self) -> bool:
         return self._world.judge.success
 
+    def place(self, camera: str) -> tuple[float, float] | None:
+        """Where a camera's image shows the object of the task, in 0..1, to the right and down."""
+        world = self._world
+        u, v = world.project(camera, world.object_positions[world.scene.target])
+        return u / world.render_size, v / world.render_size
+
     def demonstrate(self) -> Array:
         """Planned on the first call of an episode, from where arm and objects are then; a disturbed arm comes back."""
         if self._plan is None:

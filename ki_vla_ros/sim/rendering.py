@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ki_vla_ros.errors import SimulationError
 
@@ -63,6 +63,21 @@ _APT = {
 }
 _HIDDEN_GROUPS = (3, 4, 5)
 _MAX_GEOMS = 254
+
+
+def project(model: Any, data: Any, camera: str, xyz: ArrayLike, width: int, height: int) -> tuple[float, float]:
+    """Where a point appears, in pixels (u right, v down) from the image's upper left corner; maybe outside it.
+
+    SimulationError for a point behind the camera.
+    """
+    index = model.camera(camera).id
+    right, up, back = data.cam_xmat[index].reshape(3, 3).T
+    ray = np.asarray(xyz, dtype=np.float64) - data.cam_xpos[index]
+    depth = -float(ray @ back)
+    if depth <= 0.0:
+        raise SimulationError(f"point {np.round(np.asarray(xyz), 3).tolist()} lies behind camera {camera!r}")
+    focal = height / 2.0 / np.tan(np.radians(model.cam_fovy[index]) / 2.0)
+    return width / 2.0 + focal * float(ray @ right) / depth, height / 2.0 - focal * float(ray @ up) / depth
 
 
 class Cameras:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ki_vla_ros.errors import SimulationError
-from ki_vla_ros.sim.rendering import Cameras, mujoco
+from ki_vla_ros.sim.rendering import Cameras, mujoco, project
 from ki_vla_ros.sim.task import HALF_HEIGHT_M, SIZE_RANGE, Scene, SceneObject
 
 JOINTS: Final = ("shoulder_pan", "shoulder_lift", "elbow", "forearm_roll", "wrist_pitch", "wrist_roll", "gripper")
@@ -210,6 +210,11 @@ class World:
         geoms = self._opened_cameras().segment(self._data, camera)
         return self._slot_of_geom[geoms]  # geom -1 reads the last entry, which stands for "nothing"
 
+    @property
+    def render_size(self) -> int:
+        """Width and height of its images, in pixels."""
+        return self._render_size
+
     def project(self, camera: str, xyz: ArrayLike) -> tuple[float, float]:
         """Where a point appears, in pixels (u right, v down) from the image's upper left corner; maybe outside it.
 
@@ -217,15 +222,7 @@ class World:
         """
         if camera not in CAMERAS:
             raise SimulationError(f"camera {camera!r}: expected one of {', '.join(CAMERAS)}")
-        index = self._model.camera(camera).id
-        right, up, back = self._data.cam_xmat[index].reshape(3, 3).T
-        ray = np.asarray(xyz, dtype=np.float64) - self._data.cam_xpos[index]
-        depth = -float(ray @ back)
-        if depth <= 0.0:
-            raise SimulationError(f"point {np.round(np.asarray(xyz), 3).tolist()} lies behind camera {camera!r}")
-        half = self._render_size / 2.0
-        focal = half / np.tan(np.radians(self._model.cam_fovy[index]) / 2.0)
-        return half + focal * float(ray @ right) / depth, half - focal * float(ray @ up) / depth
+        return project(self._model, self._data, camera, xyz, self._render_size, self._render_size)
 
     def _opened_cameras(self) -> Cameras:
         if self._cameras is None:

@@ -41,6 +41,9 @@ class Slider:
     def success(self) -> bool:
         return bool(self.place_D[0] > TARGET - 0.01)
 
+    def place(self, camera: str) -> tuple[float, float] | None:
+        return (0.5 + self.place_D[0], 0.25) if camera == self.robot.cameras[-1].name else None
+
     def demonstrate(self) -> Array:
         if self.seed % 2:
             raise SimulationError("out of reach")

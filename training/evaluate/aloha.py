@@ -105,6 +105,9 @@ class Aloha:
     def success(self) -> bool:
         return self._world.judge.verdict.reward >= SUCCESS
 
+    def place(self, camera: str) -> tuple[float, float] | None:
+        return self._world.place(camera)
+
     def demonstrate(self) -> NDArray[np.float64]:
         """Where the plan of this start is one period later: a disturbed arm comes back to it."""
         if self._plan is None:

@@ -42,6 +42,10 @@ class Environment(Protocol):
         """Whether the task has been done since `reset`."""
         ...
 
+    def place(self, camera: str) -> tuple[float, float] | None:
+        """Where a camera's image shows what the task is about, in 0..1 to the right and down; None: nobody says."""
+        ...
+
     def demonstrate(self) -> NDArray[np.float64]:
         """The scripted expert's next action [D], from where everything is now; SimulationError if it has none."""
         ...
@@ -78,6 +82,9 @@ class Slowed:
         for k in range(1, self._steps + 1):
             self._inner.step(from_D + (action_D - from_D) * (k / self._steps))
         self._from_D = action_D
+
+    def place(self, camera: str) -> tuple[float, float] | None:
+        return self._inner.place(camera)
 
     def demonstrate(self) -> NDArray[np.float64]:
         return self._inner.demonstrate()

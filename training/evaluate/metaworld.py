@@ -205,6 +205,10 @@ class MetaWorld:
     def success(self) -> bool:
         return self._now.success
 
+    def place(self, camera: str) -> None:
+        """Each task is about other things."""
+        return None
+
     def demonstrate(self) -> NDArray[np.float64]:
         return self.robot.action_lines.to_robot(self._now.ask_expert())
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ki_vla_ros.errors import SimulationError
-from ki_vla_ros.sim.rendering import Cameras, mujoco
+from ki_vla_ros.sim.rendering import Cameras, mujoco, project
 from ki_vla_ros.sim.world import TIMESTEP_S
 
 PACKAGE: Final = "gym_aloha"
@@ -227,6 +227,10 @@ class TwoArms(ABC, Generic[AnyScene]):
             )
         return self._cameras.render(self._data, camera)
 
+    def place(self, camera: str) -> tuple[float, float] | None:
+        """Where a camera's image shows what the task is about, in 0..1, to the right and down; None: of two things."""
+        return None
+
     def _command(self, position_J: NDArray[np.float64]) -> None:
         self._data.ctrl[self._actuators] = (*position_J, *-position_J[self._grippers])
 
@@ -270,6 +274,11 @@ class AlohaWorld(TwoArms[Scene]):
     def cube_position(self) -> NDArray[np.float64]:
         """The cube's centre, [3]."""
         return self._data.qpos[self._places("red_box_joint")][:3].copy()  # type: ignore[no-any-return]
+
+    def place(self, camera: str) -> tuple[float, float] | None:
+        size = self._model.vis.global_
+        u, v = project(self._model, self._data, camera, self.cube_position, size.offwidth, size.offheight)
+        return u / size.offwidth, v / size.offheight
 
     def _lay(self, scene: Scene) -> None:
         self._place("red_box_joint", scene.x, scene.y, CUBE_HALF_M)

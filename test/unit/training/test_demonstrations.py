@@ -10,7 +10,7 @@ from support.slider import TARGET, Slider
 
 from ki_vla_ros.errors import ConfigurationError, SimulationError
 from training import demonstrations
-from training.data.lerobot import Dataset, read_robot_columns
+from training.data.lerobot import Dataset, LeRobotSamples, read_robot_columns
 from training.demonstrations import Recipe, action_scale, main, record_episode, write_demonstrations
 
 
@@ -59,6 +59,11 @@ def test_failures_are_left_out_and_named_by_seed(
     expected = record_episode(slider, "slide", 4, Recipe())
     np.testing.assert_allclose(state_NS, np.array(expected.state_NS), atol=1e-5)
     np.testing.assert_allclose(action_ND, np.array(expected.action_ND), atol=1e-5)
+    # For hints, where the last image shows what the task is about.
+    np.testing.assert_allclose(columns["hint.place"], [(0.5 + state_S[0], 0.25) for state_S in state_NS], atol=1e-5)
+    samples = LeRobotSamples(dataset, slider.robot, image_size=32)
+    (sample,) = samples.take([len(samples) - 1])
+    assert sample.labels.place is not None and sample.labels.place[0] == pytest.approx(0.5 + TARGET, abs=0.11)
 
 
 def test_nothing_is_left_where_no_episode_succeeds_or_robots_differ(slider: Slider, tmp_path: Path) -> None:

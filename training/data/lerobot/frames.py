@@ -26,7 +26,7 @@ from ki_vla_ros.policy import fit_square, resize_with_pad
 from ki_vla_ros.robot import Robot
 from training.data.cache import CACHE_BYTES, ImageCache
 from training.data.lerobot.dataset import Dataset
-from training.data.lerobot.layout import ACTIONS
+from training.data.lerobot.layout import ACTIONS, CELLS, PLACE
 from training.data.lerobot.meta import Episode
 from training.data.lerobot.pictures import Pictures, Wanted
 from training.data.lerobot.ranges import Ranges
@@ -35,7 +35,6 @@ from training.data.samples import Image, Labels, RobotSample
 
 Array = NDArray[np.float64]
 Ends = Literal["mask", "hold", "drop"]
-PLACE, CELLS = "hint.place", "hint.cells"
 # What may be picked from a faster dataset. A step or a velocity is of one frame: of several, it would be another.
 PLACES: Final = ("joint_position", "gripper", "pose")
 AT_ONCE: Final = 1024  # frames of `numbers`
@@ -98,11 +97,6 @@ class LeRobotSamples:
 
     def __len__(self) -> int:
         return int(self._end_row_E[-1])
-
-    @property
-    def cameras(self) -> set[str]:
-        """Names of the robot's cameras that there are images of."""
-        return {camera.name for camera, key in zip(self.robot.cameras, self._keys, strict=True) if key is not None}
 
     def take(self, rows: Sequence[int]) -> list[RobotSample]:
         """The frames with these numbers; InputError names file, episode and frame of an image that is broken."""

@@ -56,6 +56,8 @@ IMAGES: Final = "observation.images."
 STAMP: Final = "stamp_ns"  # no "observation." in front: LeRobot's policies take such features as inputs
 STATES: Final = (STATE, "state")  # the second as openpi's converters write them, for LIBERO, say
 ACTIONS: Final = (ACTION, "actions")
+PLACE: Final = "hint.place"  # u and v of what the task is about, in the last camera's image
+CELLS: Final = "hint.cells"  # what each cell of the images shows
 
 MIB: Final = 1 << 20
 IMAGE: Final = pa.struct({"bytes": pa.binary(), "path": pa.string()})  # an image in a table: a png or jpeg file

@@ -33,7 +33,7 @@ from ki_vla_ros.errors import ConfigurationError, SimulationError
 from ki_vla_ros.robot import Robot
 from ki_vla_ros.sim import Split, World
 from training.convert import PixelCounts, Tables
-from training.data.lerobot import ACTION, STAMP, STATE, VERSION, Feature, Info, make_features
+from training.data.lerobot import ACTION, PLACE, STAMP, STATE, VERSION, Feature, Info, make_features
 from training.data.simulated.generate import (
     CAMERAS,
     RENDER_SIZE,
@@ -48,7 +48,7 @@ from training.storage import whole_folder
 
 FORMAT: Final = 4
 META: Final = "meta.json"
-CHUNK, PLACE = "action_chunk", "hint.place"
+CHUNK: Final = "action_chunk"
 QUESTION: Final = "Question: {question}\nAnswer:"
 VALIDATION_FRAMES: Final = 6  # of each episode
 AT_ONCE: Final = 50  # episodes or scenes of one job

@@ -71,6 +71,19 @@ def test_the_expert_succeeds(environment: Environment) -> None:
     assert not environment.success
 
 
+@needs_aloha
+def test_the_image_shows_the_cube_where_its_place_is() -> None:
+    environment = open_environment("aloha/transfer_cube", image_size=320, cameras=("top",))
+    for seed in (0, 1, 2):
+        environment.reset(seed)
+        place = environment.place("top")
+        assert place is not None
+        red, green, blue = environment.observe()[0]["top"][int(240 * place[1]), int(320 * place[0])].astype(int)
+        assert red > max(green, blue) + 60
+    environment.close()
+    assert open_environment("aloha/insertion", cameras=()).place("top") is None, "it is about two things"
+
+
 @pytest.mark.parametrize("name", ["aloha", "aloha/", "arms", "arm/touch", "arm/", "/", ""])
 def test_a_name_that_there_is_not_is_answered_with_those_there_are(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"environment: expected one of {', '.join(NAMES)}, got {name!r}"):
