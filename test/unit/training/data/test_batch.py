@@ -13,6 +13,7 @@ from support.samples import SIDE, ArmSamples, Questions, make_robot
 
 from ki_vla_ros.bundle import PromptSpec
 from ki_vla_ros.errors import ConfigurationError, InputError
+from ki_vla_ros.policy import state_to_bins
 from training.action_space import ActionSpace
 from training.data import (
     NO_TARGET,
@@ -76,6 +77,10 @@ def test_two_robots_are_padded_to_one_batch_and_masked() -> None:
             batch.action_BHA[row, :, : sample.chunk_HD.shape[1]].double().numpy(), sample.state_S
         )
         np.testing.assert_allclose(chunk_HD, sample.chunk_HD, atol=1e-6)
+        bins = state_to_bins(embodiment.space.normalize_state(sample.state_S), maker.form.prompt.state_bins, "words")
+        ids = batch.tokens_BL[row].tolist()
+        said = [int(token) for token in map(maker.tokenizer.id_to_token, ids) if token.isdecimal()]
+        assert said == list(bins), "its own state"
     assert batch.fast_mask_BT is not None and batch.postfix_BT is not None and not batch.fast_mask_BT[1].any()
     ids = (batch.postfix_BT[0][batch.fast_mask_BT[0]] - maker.first_fast).tolist()
     decoded_HD = one.chunks.decode(ids)
