@@ -235,7 +235,7 @@ class Trainer:
         if self.rank == 0:
             self.figure_record.add(stage.name, step, known)
             whole = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if "_error." not in name)
-            print(f"{stage.name}, step {step}: {whole}", flush=True)
+            print(f"{stage.name}, step {step}: {whole or 'no figures, as no data is held out'}", flush=True)
             for name, value in known.items():
                 board.add_scalar(f"figures/{name}", value, self.count_steps(RunState(stage=index, step=step)) - 1)
             self.show()
