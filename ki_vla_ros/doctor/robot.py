@@ -16,9 +16,10 @@ from ki_vla_ros.doctor.inputs import Expected, InputWatch, Traffic
 from ki_vla_ros.doctor.setup import Request
 from ki_vla_ros.errors import InputError
 from ki_vla_ros.messages import BagMessage, joint_reading, read_stamp_ns
+from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.robot import JOINT_STATE, Robot, find_robot
 from ki_vla_ros.settings import Settings, resolve
-from ki_vla_ros.survey import BagSurvey, Misfit, RobotFile, check_bag, survey
+from ki_vla_ros.survey import FASTEST, BagSurvey, Misfit, RobotFile, check_bag, survey
 
 _Part = tuple[str, tuple[str, ...]]  # a topic, and the joints in its messages
 
@@ -54,6 +55,7 @@ def examine_robot(
         _report(file, misfit, findings)
     if bundle is not None:
         _check_trained(seen, robot, bundle, request.node, findings)
+    _check_jumps(seen, robot, request.node, findings)
     cameras = {}
     for camera in robot.cameras:
         suffix = "/compressed" if camera.transport == "compressed" else ""
@@ -109,6 +111,30 @@ def _count(parts: dict[_Part, Traffic], message: BagMessage, expected: str) -> N
     if message.type == expected:
         traffic.stamps.append(stamp_ns)
         traffic.received.append(message.log_ns)
+
+
+def _check_jumps(seen: BagSurvey, robot: Robot, node: str, findings: Findings) -> None:
+    """Steps of a joint that no motion explains: it was put back between two episodes, or two programs publish it."""
+    for signal in robot.signals:
+        topic = seen.topics.get(resolve(signal.topic, node))
+        track = topic.tracks.get(signal.part) if topic is not None and signal.field == "position" else None
+        if track is None or signal.continuous or signal.type != JOINT_STATE:
+            continue
+        jumps = track.jumps(FASTEST / abs(signal.scale))
+        if not len(jumps):
+            continue
+        times, values = track.arrays()
+        steps = np.abs(np.diff(values))[jumps]
+        at = int(jumps[steps.argmax()])
+        often = "once" if len(jumps) == 1 else f"{len(jumps)} times"
+        unit = {"ratio": ""}.get(signal.unit, f" {signal.unit}")
+        findings.warning(
+            "jump",
+            signal.name,
+            f"jumps {often}, by up to {steps.max() * abs(signal.scale):.3f}{unit} in "
+            f"{(times[at + 1] - times[at]) / 1e6:.0f} ms, {(times[at] - times[0]) / NS_PER_S:.1f} s after it began",
+            "put back between episodes: mark where they end before you train on it; else, do two programs publish it?",
+        )
 
 
 def _check_trained(seen: BagSurvey, robot: Robot, bundle: Bundle, node: str, findings: Findings) -> None:

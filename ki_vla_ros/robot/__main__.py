@@ -94,6 +94,8 @@ def _new(given: argparse.Namespace) -> int:
     told = (
         f"{given.out or 'robot file'}: {proposal.to_check} {'guess' if proposal.to_check == 1 else 'guesses'} to check"
     )
+    if proposal.only_seen:
+        told += f"; {proposal.only_seen} with limits that are only what was seen"
     if proposal.fill_in:
         told += f"; {len(proposal.fill_in)} to fill in, until then it is refused:"
     print(printable("\n  ".join([told, *proposal.fill_in])), file=sys.stderr)

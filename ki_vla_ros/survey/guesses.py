@@ -29,12 +29,17 @@ DEGREE = math.pi / 180.0
 
 @dataclass(frozen=True)
 class Seen:
-    """What one number was seen to be, in the source's own unit; `speed` None: not known."""
+    """What one number was seen to be, in the source's own unit; `speed` None: not known.
+
+    `jumps`: how many steps were left out of the speed. `remark`: what is to be checked about the range.
+    """
 
     low: float
     high: float
     speed: float | None
     where: str
+    jumps: int = 0
+    remark: str = ""
 
     @property
     def largest(self) -> float:
@@ -104,9 +109,14 @@ def guess_joint(
         margin = 0.0 if gripper else max(MARGIN * (seen.high - seen.low), LEAST_MARGIN[unit])
         lower, upper = _down(seen.low - margin), -_down(-(seen.high + margin))
         notes.append(f"seen {seen.low:.4g} to {seen.high:.4g}, not limits")
-    if speed is None and seen is not None and seen.speed is not None and seen.speed > STILL[unit]:
-        speed = -_down(-seen.speed)
-        notes.append("speed seen, no limit")
+        notes += [seen.remark] if seen.remark else []
+    if speed is None and seen is not None and seen.speed is not None:
+        if seen.speed > STILL[unit]:
+            speed = -_down(-seen.speed)
+            notes.append("speed seen, no limit")
+        if seen.jumps:
+            left_out = "1 jump" if seen.jumps == 1 else f"{seen.jumps} jumps"
+            notes.append(f"CHECK: {left_out} left out of the speed, as between episodes")
     return Guess(name, unit, degrees, gripper, lower, upper, speed, turns, not GROWS_CLOSED.search(name), tuple(notes))
 
 

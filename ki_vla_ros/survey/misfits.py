@@ -47,6 +47,8 @@ from ki_vla_ros.yaml_file import LARGEST_YAML, line_of, parse_yaml, yaml_lines
 Place = tuple[str | int, ...]
 # Values farther outside the limits than this share of the range are of another unit, zero or joint.
 SLACK = 0.1
+# Values farther outside are no rounding: the limits are wrong. `training.data check` refuses a dataset for as much.
+BEYOND = 1e-3
 # A joint that uses less of its range than this, when taken as degrees, was never in degrees.
 LEAST_USED = 0.05
 # A state that uses less of its range than this, while its commands or its raw values use much, is of another unit.
@@ -245,9 +247,9 @@ def _check_values(
     lower, upper = limits
     if continuous or not (math.isfinite(lower) and math.isfinite(upper)):
         return
-    slack = SLACK * (upper - lower)
 
-    def fits(scale: float, offset: float) -> bool:
+    def fits(scale: float, offset: float, share: float = SLACK) -> bool:
+        slack = share * (upper - lower)
         ends = sorted((scale * low + offset, scale * high + offset))
         return lower - slack <= ends[0] and ends[1] <= upper + slack
 
@@ -273,6 +275,9 @@ def _check_values(
             change = f"correct the limits, or set range: [-1, 1] in its {key} if they are shares of the range"
         yield Misfit(at, where, expected, got + hint, change)
         return
+    if not fits(*line, BEYOND):
+        change = "correct open and closed, or its limits" if dimension.kind == "gripper" else "correct the limits"
+        yield Misfit(at, where, expected, got, f"{change}, or leave what is outside out of what you train on")
     moved, raw = (x / (upper - lower) for x in (own[1] - own[0], high - low))
     in_degrees = abs(abs(line[0]) - DEGREE) < 1e-12
     least = LEAST_USED if in_degrees else BARELY_USED

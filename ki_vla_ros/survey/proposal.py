@@ -31,7 +31,7 @@ from ki_vla_ros.share import find_share
 from ki_vla_ros.survey.bag import BagSurvey, Images, Topic
 from ki_vla_ros.survey.dataset import DatasetSurvey, Numbers
 from ki_vla_ros.survey.guesses import DEGREE, FILL_IN, Guess, Seen, guess_joint, is_gripper, looks_like_degrees
-from ki_vla_ros.survey.tracks import Track, together
+from ki_vla_ros.survey.tracks import FASTEST, Track, together
 
 SCHEMA = "config/robots/robot.schema.json"
 # Of two topics with the same joints these are not where the robot is.
@@ -41,6 +41,8 @@ COMMANDED = re.compile(r"command|cmd|target|desired|goal|reference|equilibrium",
 GENERIC = re.compile(r"camera|color|rgb|raw|compressed|image(_raw|_rect|_color|_rect_color)?")
 WHEEL = re.compile(r"wheel|caster", re.IGNORECASE)
 MOVING = re.compile(r"wrist|hand|gripper|tool|tcp|eef|ee(_|$)", re.IGNORECASE)
+# Commands that go over so many times the range of the states may be in another unit.
+SAME_UNIT = 5.0
 RATES = (5, 10, 15, 20, 25, 30, 50, 60, 100)
 # What a robot file can have as a name.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/ ]{0,127}")
@@ -143,12 +145,25 @@ class Proposal:
         if measured is None:
             return guess_joint(joint, None, urdf, kind, degrees=False, gripper=gripper)
         track = measured.tracks[joint]
-        seen = Seen(track.low, track.high, track.speed(), measured.name)
-        guess = guess_joint(joint, seen, urdf, kind, degrees=measured.name in self._degrees, gripper=gripper)
+        degrees = measured.name in self._degrees
+        fastest = FASTEST / DEGREE if degrees else FASTEST
+        seen = Seen(track.low, track.high, track.speed(fastest), measured.name, len(track.jumps(fastest)))
+        command = self._commanded(joint)
+        if command is not None:
+            scale = 1.0 / DEGREE if degrees and not gripper else 1.0
+            seen = _with_commands(seen, scale * command.low, scale * command.high)
+        guess = guess_joint(joint, seen, urdf, kind, degrees=degrees, gripper=gripper)
         if joint not in self._turns_or_degrees:
             return guess
         note = "FILL IN, or continuous: true if it turns on and on; are state and commands in degrees? Rad is sent"
         return replace(guess, lower=None, upper=None, notes=(*guess.notes, note))
+
+    def _commanded(self, joint: str) -> Track | None:
+        """The positions that were commanded of a joint."""
+        for output in self.outputs:
+            if output.type in (TRAJECTORY, ARRAY) and "veloc" not in output.topic and joint in output.tracks:
+                return output.tracks[joint]
+        return None
 
     def _find_outputs(self) -> list[Commands]:
         if self.bag is None:
@@ -453,6 +468,10 @@ class Proposal:
         name = _joint_name(element) + (str(elements[: i + 1].count(element)) if alike else "")
         assert self.dataset is not None
         seen = Seen(column.low[i], column.high[i], None, self.dataset.path.name) if column.low else None
+        other = self._column(self.dataset.state_key if output else self.dataset.action_key)
+        if seen is not None and other.low and elements.count(element) == _element_names(other).count(element) == 1:
+            k = _element_names(other).index(element)
+            seen = _with_commands(seen, other.low[k], other.high[k])
         notes, fields = [], [f"name: {_scalar(name)}"]
         mapping = [] if not column.names or element == name else [f"name: {_scalar(element)}"]
         if any(elements.count(other) > 1 for other in elements):  # names that are the same tell nothing
@@ -618,6 +637,19 @@ class Proposal:
     @property
     def to_check(self) -> int:
         return sum("CHECK" in line for line in self.text.splitlines())
+
+    @property
+    def only_seen(self) -> int:
+        """Lines whose limits are only what was seen."""
+        noted = [line.partition("  # ")[2] for line in self.text.splitlines()]
+        return sum("not limits" in note or "no limit" in note for note in noted)
+
+
+def _with_commands(seen: Seen, low: float, high: float) -> Seen:
+    """The range of states and commands: what was commanded must be allowed, too, where it is in the states' unit."""
+    if high - low > SAME_UNIT * (seen.high - seen.low):
+        return replace(seen, remark=f"CHECK: commanded {low:.4g} to {high:.4g}: is that another unit?")
+    return replace(seen, low=min(seen.low, low), high=max(seen.high, high))
 
 
 def _gripper_ends(seen: Seen) -> tuple[float, float] | None:

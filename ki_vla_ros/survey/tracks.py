@@ -12,6 +12,14 @@ from ki_vla_ros.records import NS_PER_S
 
 # Speeds are taken over at least this time, so that they are of the motion and not of the noise.
 SPEED_OVER_NS = 50_000_000
+# A jump is a single step so many times as large as those before and after it, and as nearly all others.
+OUTLYING, NEARLY_ALL = 5.0, 0.995
+# A smaller step is no jump but a servo's count, or a joint that came loose: a share of the range, and what the fastest
+# joint does in a while.
+LEAST_JUMP, LEAST_JUMP_S = 0.05, 1e-3
+# Of a joint of which no speed is known (rad/s or m/s). In a step and JUMP_NS it goes no farther, whatever the others
+# were: as the node has it.
+FASTEST, JUMP_NS = 10.0, 100_000_000
 # Two numbers that are compared must share this many points in time.
 LEAST_POINTS = 10
 # So many goals that came one by one, each this long after the one before it, show which way a joint goes.
@@ -48,15 +56,42 @@ class Track:
     def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         return np.array(self.times, dtype=np.int64), np.array(self.values, dtype=np.float64)
 
-    def speed(self) -> float:
-        """The highest speed, per second; 0 where there are too few values."""
+    def jumps(self, fastest: float = FASTEST) -> NDArray[np.int64]:
+        """Indices of the values before steps that no motion explains: put back by hand or simulator between episodes.
+
+        `fastest`: per second, in the track's unit; no joint is faster.
+        """
+        times, values = self.arrays()
+        apart_N, step_N = np.diff(times), np.abs(np.diff(values))
+        # Values that are repeated say nothing: some drivers send each of them ten times.
+        changed = np.flatnonzero(step_N > 0.0)
+        if not len(changed):
+            return changed
+        too_far = step_N[changed] > fastest * (np.maximum(apart_N[changed], 0) + JUMP_NS) / NS_PER_S
+        if len(changed) >= LEAST_POINTS:
+            # After lost messages a step is as much larger. Messages that came at once were as far apart as others.
+            usual = max(float(np.median(apart_N)), 1.0)
+            size_N = step_N[changed] * usual / np.clip(apart_N[changed], usual, max(usual, JUMP_NS))
+            beside_N = np.concatenate(([0.0], size_N, [0.0]))
+            alone = size_N > OUTLYING * np.maximum(beside_N[:-2], beside_N[2:])
+            if not alone.all():
+                far = size_N > OUTLYING * float(np.quantile(size_N[~alone], NEARLY_ALL))
+                too_far |= alone & far & (step_N[changed] > max(LEAST_JUMP * self.moved, LEAST_JUMP_S * fastest))
+        return changed[too_far]
+
+    def speed(self, fastest: float = FASTEST) -> float:
+        """The highest speed, per second, without jumps (which `fastest` is for); 0 where there are too few values."""
         times, values = self.arrays()
         later = np.searchsorted(times, times + SPEED_OVER_NS)
         first = np.flatnonzero(later < len(times))
         if not len(first):
             return 0.0
-        elapsed_N = (times[later[first]] - times[first]) / NS_PER_S
-        usable = elapsed_N < 0.5  # the arm may have been put elsewhere while nobody looked
+        # Messages that were logged late and at once were made as far apart as the others.
+        made_N = (later[first] - first) * float(np.median(np.diff(times)))
+        elapsed_N = np.maximum(times[later[first]] - times[first], made_N) / NS_PER_S
+        jumps = self.jumps(fastest)
+        whole = np.searchsorted(jumps, first) == np.searchsorted(jumps, later[first])
+        usable = whole & (elapsed_N < 0.5)  # the arm may have been put elsewhere while nobody looked
         if not usable.any():
             return 0.0
         return float((np.abs(values[later[first]] - values[first])[usable] / elapsed_N[usable]).max())

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.records import NS_PER_S, SignalReading
 from ki_vla_ros.robot import Robot, Signal
+from ki_vla_ros.survey import FASTEST
 
 Report = dict[str, Any]
 FINE, LOOK = "fine", "look at it"
@@ -27,7 +28,6 @@ OTHER_CLOCK_S: Final = 3600.0
 BLACK: Final = 8  # mean grey level, of 255
 SAMPLED: Final = 8  # every so many pixels of a row and a column say how bright an image is, or that it is another
 MOVED: Final = 1e-3  # rad or m from one frame to the next: then a camera's image must change, too
-FASTEST: Final = 10.0  # rad/s or m/s, of signals of which no speed is known
 UNKNOWN: Final = 1e6  # a speed that says nothing
 TOO_FAST: Final = 1.5  # times a joint's speed
 MOST_WITHOUT_FRAMES: Final = 10_000  # readings that are kept while no frame comes

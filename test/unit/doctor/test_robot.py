@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from support.bad_bags import change, with_data
-from support.sample_bags import Messages, joint_state, write_mcap
+from support.sample_bags import START_NS, Messages, joint_state, write_mcap
 from support.unknown_arm import FINGER, FRONT, recording
 
 from ki_vla_ros.doctor.__main__ import main
+from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.robot.__main__ import main as robot_main
 
 
@@ -70,6 +71,16 @@ def stamps(shift_ns: int) -> Callable[[int, Any], Any]:
     return changed
 
 
+def teleported(message: Any) -> Any:
+    """The arm's first joint is elsewhere from the middle on, as a simulator's reset puts it."""
+    from ki_vla_ros.messages import decode
+
+    if message.topic != "/joint_states" or message.log_ns < START_NS + 2 * NS_PER_S:
+        return message
+    state = decode(message)
+    return with_data(message, joint_state(message.log_ns, state.position + 1.571 * (np.arange(7) == 0), state.name))
+
+
 PLANTS: dict[str, tuple[Callable[[Messages], Messages], str, str, str]] = {
     "the gripper's states stop": (
         change("/gripper/joint_states", lambda k, m: m if k < 20 or k > 120 else None),
@@ -95,6 +106,12 @@ PLANTS: dict[str, tuple[Callable[[Messages], Messages], str, str, str]] = {
         "robot file",
         "robot.yaml:",
         "open is closed",
+    ),
+    "two episodes": (
+        lambda messages: [teleported(m) for m in messages],
+        "jump",
+        "iiwa_joint_1",
+        "jumps once, by up to 1.",
     ),
     "a broken image": (change(FRONT, lambda k, m: with_data(m, m.data[:60])), "unreadable", FRONT, "were refused"),
 }

@@ -610,3 +610,32 @@ def test_a_shoulder_that_lifts_turns(tmp_path: Path) -> None:
     units = {part["name"]: part["unit"] for part in yaml.safe_load(text)["actions"]}
     assert units == dict.fromkeys(names, "rad") | {"torso_lift_joint": "m"}
     assert text.count("CHECK: metres, by its name") == 1
+
+
+@pytest.mark.parametrize("by", [0.15, 1.571])
+def test_a_jump_between_episodes_is_no_speed(tmp_path: Path, by: float, capsys: pytest.CaptureFixture[str]) -> None:
+    messages = recording()
+    for i, message in enumerate(messages):
+        if message.topic == "/joint_states" and message.log_ns >= START_NS + 2_000_000_000:
+            state = decode(message)
+            moved = np.array(state.position) + by * (np.arange(7) == 0)
+            messages[i] = replace(message, data=joint_state(message.log_ns, moved, list(state.name)))
+    robot = proposed(tmp_path, bag(tmp_path, messages))
+    assert robot.actions[0].max_velocity == pytest.approx(0.9, abs=0.02)
+    line = next(a for a in (tmp_path / "robot.yaml").read_text().splitlines() if "iiwa_joint_1" in a and "max_vel" in a)
+    assert "CHECK: 1 jump left out of the speed, as between episodes" in line
+    assert "; 8 with limits that are only what was seen" in capsys.readouterr().err
+
+
+def test_what_was_commanded_is_in_the_range(tmp_path: Path) -> None:
+    """The states come only near to where the commands end; and messages that come at once are no speed."""
+    messages = [
+        replace(m, data=joint_state(m.log_ns, 0.002 + 0.95 * np.array(decode(m).position), list(decode(m).name)))
+        if m.topic == "/gripper/joint_states"
+        else m
+        for m in recording()
+    ]
+    path = bag(tmp_path, messages)
+    robot = proposed(tmp_path, path)
+    assert robot.state[7].ends == robot.actions[7].ends == pytest.approx((0.04, 0.0), abs=2e-4)
+    assert main(["check", str(tmp_path / "robot.yaml"), "--bag", str(path)]) == 0

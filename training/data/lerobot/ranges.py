@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.robot import ActionDimension, Robot, StateDimension
+from ki_vla_ros.survey import BEYOND
 
-BEYOND: Final = 1e-3  # of the range between two limits: rounding
 FAR: Final = 0.1  # of that range: no rounding, and no arm that leans on its stop
 WILD: Final = 1.0  # a range's width away from it
 LARGEST: Final = 1e6  # of what has no limits; no robot counts so far in any unit
