@@ -63,6 +63,13 @@ class Bag:
     def faults(self) -> list[BagFault]:
         return self._faults.found
 
+    def has_messages(self, topic: str) -> bool:
+        """Whether there are any on `topic`: recorders note topics on which nothing came, too."""
+        if topic not in self.topics:
+            return False
+        count = self.topics[topic].count
+        return next(iter(self.messages({topic})), None) is not None if count is None else count > 0
+
     def messages(self, topics: Collection[str] | None = None) -> Iterator[BagMessage]:
         """The messages on `topics` (default: all) in the order of log time; may be called again for the same result."""
         parts = [

@@ -14,7 +14,7 @@ def find_session(bag: Bag, node: str | None = None) -> Session | None:
     ConfigurationError if several nodes have a session and `node` is not given; InputError if it cannot be read.
     """
     wanted = [session_topic(node)] if node else [name for name in bag.topics if name.endswith(session_topic(""))]
-    topics = [name for name in wanted if name in bag.topics and bag.topics[name].type == TEXT]
+    topics = [name for name in wanted if bag.has_messages(name) and bag.topics[name].type == TEXT]
     if len(topics) > 1:
         nodes = ", ".join(topic.removesuffix(session_topic("")) for topic in topics)
         raise ConfigurationError(f"bag {bag.path}: expected one session, got those of {nodes}; choose one with --node")

@@ -115,15 +115,19 @@ def recording(
 
 
 def write_bag(
-    folder: Path, messages: Messages, storage: str = "mcap", compression: CompressionMode | None = None
+    folder: Path,
+    messages: Messages,
+    storage: str = "mcap",
+    compression: CompressionMode | None = None,
+    silent: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """A folder with metadata.yaml, as the rosbags library writes it."""
+    """A folder with metadata.yaml, as the rosbags library writes it; `silent`: topics and types without a message."""
     plugin = StoragePlugin.MCAP if storage == "mcap" else StoragePlugin.SQLITE3
     writer = Writer(folder, version=9, storage_plugin=plugin)
     if compression is not None:
         writer.set_compression(compression, CompressionFormat.ZSTD)
     with writer:
-        connections = {}
+        connections = {key: writer.add_connection(*key, typestore=typestore()) for key in silent}
         for message in messages:
             key = (message.topic, message.type)
             if key not in connections:

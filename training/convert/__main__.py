@@ -125,7 +125,10 @@ def convert_bags(arguments: argparse.Namespace) -> int:
         reasons += refused.values()
         if info is None and not reasons:
             remove_parts(parts)
-            raise InputError(f"dataset {arguments.out}: expected at least one frame, got none; nothing was written")
+            raise InputError(
+                f"dataset {arguments.out}: expected at least one frame, got none; nothing was written; what was left "
+                "out, and why, is said above"
+            )
         for reason in reasons:
             print(f"convert: {reason}", file=sys.stderr)
         if info is not None:
@@ -177,6 +180,10 @@ def convert_bag(arguments: argparse.Namespace, options: Mapping[str, str], path:
                 if not done.frames:
                     raise _NoFrame
             whole = True
+        except ConfigurationError:
+            for fault in bag.faults:  # what the bag seems to lack may be what cannot be read
+                print(f"  {path}: {fault}")
+            raise
         finally:
             faults = [str(fault) for fault in bag.faults]
             with suppress(*() if whole else (OSError,)):  # as on a full disk, after a better error
@@ -231,6 +238,11 @@ def describe(done: Conversion) -> str:
     for cause, count in done.left_out.most_common():
         example = done.first_reason.get(cause)
         lines.append(f"left out: {count} x {cause}" + (f" (the first: {example})" if example else ""))
+    if not done.frames:
+        lines.append(
+            "no frame of it is written; where no episode begins, take --episodes bag (all of it is one), or name what "
+            "begins one with --marker TOPIC KEY"
+        )
     return "\n  ".join(lines)
 
 
@@ -336,10 +348,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--episodes",
         choices=get_args(Cut),
         default="auto",
-        help="where one begins: at markers, at instructions, or with the bag; auto: the first of these that it has",
+        help="where one begins: at markers, at instructions, or with the bag; auto: the first of these of which it has "
+        "messages",
     )
     made.add_argument("--marker", nargs=2, metavar=("TOPIC", "KEY"), help="a new value of KEY begins an episode")
-    made.add_argument("--task", help="the instruction, where the bag has none")
+    made.add_argument("--task", help="the instruction, where no message of the bag gives one")
     made.add_argument("--least-frames", type=int, default=2, help="shorter pieces are left out (default 2)")
     made.add_argument(
         "--video",

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from ki_vla_ros.bags import Bag
 from ki_vla_ros.errors import ConfigurationError, InputError, StaleInput
 from ki_vla_ros.files import parse_json
-from ki_vla_ros.messages import BagMessage, decode, joint_reading, pose_reading, read_stamp_ns
+from ki_vla_ros.messages import TEXT, BagMessage, decode, joint_reading, pose_reading, read_stamp_ns
 from ki_vla_ros.records import NS_PER_S, Observation
 from ki_vla_ros.robot import JOINT_STATE, CommandSpace, continued_rotation
 from ki_vla_ros.runtime import CameraSource, ObservationBuffer
@@ -50,8 +52,11 @@ class Marker:
     key: str
 
 
-MARKERS: Final = (Marker("/sim_arm/status", "reset_id"), Marker("/dataset/episode", "episode_index"))
-"""The demo's, and that of the bags that we make from datasets."""
+DATASET_MARKER: Final = Marker("/dataset/episode", "episode_index")
+"""That of the bags that we make from datasets."""
+STATUS, RESET_ID = "/status", "reset_id"  # the end of a simulator's topic, and the key that its messages have
+LOOKED_AT: Final = 20  # messages of such a topic
+MOST_TASKS: Final = 5  # that are named
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,19 +113,20 @@ def convert(
 ) -> Conversion:
     """Write the bag's frames; ConfigurationError if the bag lacks what was asked for.
 
-    `task` is the instruction until the bag gives one. A gap, a tick at which the node would have held, ends an episode,
-    because an episode's frames are evenly spaced. Episodes of fewer than `least_frames` are left out. `done` is kept up
-    to date, for who wants to know after an error, and returned.
+    `task` is the instruction until the bag gives one, by default that of the node's settings. A gap, a tick at which
+    the node would have held, ends an episode, because an episode's frames are evenly spaced. Episodes of fewer than
+    `least_frames` are left out. `done` is kept up to date, for who wants to know after an error, and returned.
     """
     commands = actions == "commands"
     sources = sources.within(bag, commands)
-    if sources.instruction_topic not in bag.topics and (cut == "instruction" or (task is None and marker is None)):
+    marker = choose_marker(bag, cut, marker)
+    instructed, first_task = bag.has_messages(sources.instruction_topic), sources.instruction if task is None else task
+    if not instructed and (cut == "instruction" or (first_task is None and marker is None)):
         raise ConfigurationError(
-            f"bag {bag.path}: expected instructions on {sources.instruction_topic}, found none; give one with --task, "
-            "or name their topic with --instruction"
+            f"bag {bag.path}: expected instructions on {sources.instruction_topic}, found none; give one with --task "
+            "(and --episodes bag), or name their topic with --instruction"
         )
-    marker = choose_marker(bag, cut, marker, sources.instruction_topic)
-    at_instructions = marker is None and cut != "bag" and sources.instruction_topic in bag.topics
+    at_instructions = marker is None and cut != "bag" and instructed
     done = Conversion() if done is None else done
     beginning = Beginning(bag, sources, commands)
     beginning.check()
@@ -132,15 +138,40 @@ def convert(
     return cutter.run(bag.messages(topics | ({marker.topic} if marker else set())))
 
 
-def choose_marker(bag: Bag, cut: Cut, given: Marker | None, instruction_topic: str) -> Marker | None:
-    """The marker to cut at (None: at instructions, or not at all); ConfigurationError if the bag lacks it."""
+def choose_marker(bag: Bag, cut: Cut, given: Marker | None) -> Marker | None:
+    """The marker to cut at (None: at instructions, or not at all).
+
+    ConfigurationError if the bag lacks it, or if it has several and none was given.
+    """
     if cut in ("instruction", "bag"):
         return None
-    found = next((m for m in ((given,) if given else MARKERS) if m.topic in bag.topics), None)
-    if found is None and (given or cut == "marker"):
-        wanted = ", ".join(m.topic for m in ((given,) if given else MARKERS))
-        raise ConfigurationError(f"bag {bag.path}: expected markers of episodes on {wanted}, found none")
-    return found
+    resets = [] if given else [Marker(topic, RESET_ID) for topic in sorted(bag.topics) if _has_resets(bag, topic)]
+    found = [marker for marker in (resets or [given or DATASET_MARKER]) if bag.has_messages(marker.topic)]
+    if len(found) > 1:
+        topics = ", ".join(marker.topic for marker in found)
+        raise ConfigurationError(
+            f"bag {bag.path}: expected markers of episodes on one topic, got {topics}; choose with --marker TOPIC "
+            f"{RESET_ID}, or take --episodes bag"
+        )
+    if not found and (given or cut == "marker"):
+        wanted = given.topic if given else f"a topic .../status with {RESET_ID!r}, or on {DATASET_MARKER.topic}"
+        raise ConfigurationError(
+            f"bag {bag.path}: expected markers of episodes on {wanted}, found none; name another with --marker TOPIC "
+            "KEY, or take --episodes bag"
+        )
+    return found[0] if found else None
+
+
+def _has_resets(bag: Bag, topic: str) -> bool:
+    """Whether a topic says in JSON when the robot was put back to its beginning."""
+    if not topic.endswith(STATUS) or bag.topics[topic].type != TEXT:
+        return False
+    for message in islice(bag.messages({topic}), LOOKED_AT):
+        with suppress(InputError, ValueError):
+            fields = parse_json(decode(message).data)
+            if isinstance(fields, dict) and RESET_ID in fields:
+                return True
+    return False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,7 +210,9 @@ class _Cutter:
     ) -> None:
         self.done = done
         self.sources, self.writer, self.marker, self.clock = sources, writer, marker, clock
-        self.cut_at_instructions, self.task, self.least_frames = cut_at_instructions, task, least_frames
+        self.cut_at_instructions, self.least_frames = cut_at_instructions, least_frames
+        self.given_task, self.task = task, sources.instruction if task is None else task
+        self.tasks: Counter[str] = Counter()  # frames by task
         self.fps, self.period_ns = fps, round(NS_PER_S / fps)
         robot = sources.robot
         self.space, self.columns = CommandSpace(robot), RobotColumns(robot)
@@ -200,6 +233,7 @@ class _Cutter:
         self.camera_of = {topic: name for name, topic in sources.cameras.items()}
         self.marked: Any = None
         self.begin_ns: int | None = None  # when the first tick is; None: no episode yet
+        self.began = False  # an episode, ever
         self.ticks = 0
         self.taken_ns: int | None = None  # earliest stamp that belongs to the episode
         self.waiting: deque[_Pending | str] = deque()  # frames, and the reasons for gaps between them
@@ -213,9 +247,10 @@ class _Cutter:
         self.silence_ns = max(SILENCE_NS, SILENCE_AGES * max(ages_ns))
 
     def run(self, messages: Iterable[BagMessage]) -> Conversion:
-        log_ns = 0
+        log_ns = taken = 0
         for message in messages:
             log_ns = message.log_ns
+            taken += 1
             self._advance(log_ns)
             self.heard_ns = log_ns
             self._forget(log_ns)
@@ -224,7 +259,23 @@ class _Cutter:
             except InputError as error:
                 self.done.leave_out(f"message on {message.topic}", str(error))
         self._end_episode(log_ns)
+        if taken and not self.began:
+            mark = f"mark on {self.marker.topic}" if self.marker is not None else "instruction that can be read"
+            self.done.leave_out(f"message of a bag without a {mark}, so that no episode begins", count=taken)
+        self.done.said += self._name_tasks()
         return self.done
+
+    def _name_tasks(self) -> list[str]:
+        """Which tasks the frames have, and what became of the one that was given."""
+        named = [f"{task!r} ({frames} frames)" for task, frames in self.tasks.most_common(MOST_TASKS)]
+        more = len(self.tasks) - len(named)
+        said = [f"tasks: {', '.join(named)}{f' and {more} more' if more else ''}"] if named else []
+        given, instruction = self.given_task, self.sources.instruction
+        if given is not None and (lost := self.tasks.total() - self.tasks[given]):
+            said.append(f"--task {given!r} is not that of {lost} frames: the bag has instructions of its own for them")
+        if given is not None and self.tasks[given] and instruction not in (None, given):
+            said.append(f"--task {given!r} stands in place of {instruction!r}, which the node's settings say")
+        return said
 
     # --- messages
 
@@ -240,7 +291,8 @@ class _Cutter:
             self._take_instruction(decode(message).data, message.log_ns)
         if self.marker is not None and topic == self.marker.topic:
             self._take_marker(decode(message).data, message.log_ns)
-        if self.begin_ns is None and self.marker is None and not self.cut_at_instructions:
+        # What the node's settings say is in force before the first instruction.
+        if self.begin_ns is None and self.marker is None and not (self.cut_at_instructions and not sources.instruction):
             self._begin(message.log_ns)
 
     def _take_image(self, message: BagMessage, name: str) -> None:
@@ -324,7 +376,7 @@ class _Cutter:
     # --- ticks
 
     def _begin(self, log_ns: int, taken_ns: int | None = None) -> None:
-        self.begin_ns, self.ticks, self.taken_ns = log_ns, 0, taken_ns
+        self.begin_ns, self.ticks, self.taken_ns, self.began = log_ns, 0, taken_ns, True
 
     def _advance(self, log_ns: int) -> None:
         """Run the ticks before `log_ns`; a tick sees what arrives at its own time."""
@@ -421,6 +473,7 @@ class _Cutter:
             return
         for ready in (*self.held, row):
             self.writer.add(ready.frame)
+            self.tasks[ready.frame.task] += 1
             self.watch.add_frame(ready.frame.stamp_ns, ready.state_S, ready.action_D, ready.frame.images)
             self.written += 1
         self.held = []

@@ -26,14 +26,13 @@ from ki_vla_ros.messages import TEXT, typestore
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.robot import CameraSpec, Robot
 from ki_vla_ros.settings import NODE, Settings, resolve
-from training.convert.episodes import MARKERS
+from training.convert.episodes import DATASET_MARKER
 from training.convert.messages import Message, RobotMessages, header
 from training.convert.sources import change_cameras, find_sources, plain_robot, rename_topics
 from training.data.lerobot import ACTION, SOURCE, STAMP, STATE, Dataset, Episode, read_robot_columns
 
 START_NS: Final = 1_700_000_000 * NS_PER_S
 PAUSE_NS: Final = NS_PER_S  # between episodes whose stamps are not known
-MARKER: Final = MARKERS[-1]
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def write_bag(dataset: Dataset, out: Path, robot: Robot | None = None) -> tuple[
     messages = RobotMessages(recorded.robot)
     kinds = messages.types
     kinds |= {camera.topic or "": IMAGE_TYPE for camera in recorded.robot.cameras}
-    kinds |= dict.fromkeys((recorded.instruction, MARKER.topic), TEXT)
+    kinds |= dict.fromkeys((recorded.instruction, DATASET_MARKER.topic), TEXT)
     schedule = _schedule(dataset)
     if schedule:  # so that a dataset that does not fit leaves no bag
         _rows(dataset, schedule[0], messages)
@@ -238,8 +237,8 @@ def _messages(
     due_N, commanded = stamp_N + _period_ns(dataset), 0
     images = {camera.name: dataset.images(episode, camera.key) for camera in recorded.robot.cameras}
     tasks, task = dataset.task_of(rows.columns), None
-    marker = {MARKER.key: episode.index, "instruction": tasks[0], "begin_ns": times.stamp_ns}
-    yield times.begin_ns, _text(MARKER.topic, json.dumps(marker))
+    marker = {DATASET_MARKER.key: episode.index, "instruction": tasks[0], "begin_ns": times.stamp_ns}
+    yield times.begin_ns, _text(DATASET_MARKER.topic, json.dumps(marker))
     for i, log_ns in enumerate([*(times.first_ns + _grid(dataset, episode)).tolist(), times.end_ns]):
         while rows.action_ND is not None and commanded < episode.length and due_N[commanded] <= log_ns:
             assert rows.target_NJ is not None
@@ -257,7 +256,7 @@ def _messages(
             yield log_ns, message
         for camera in recorded.robot.cameras:
             yield log_ns, _image(camera.topic or "", stamp_ns, camera.name, next(images[camera.name]))
-    yield times.end_ns, _text(MARKER.topic, json.dumps({MARKER.key: None}))
+    yield times.end_ns, _text(DATASET_MARKER.topic, json.dumps({DATASET_MARKER.key: None}))
 
 
 def _names(dataset: Dataset, key: str) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ UNKNOWN = 1e6
 class Sources:
     """`robot` has the full names of its topics. `plain`: only the names of its joints are known, not even their unit.
 
-    The rest is as `ObservationBuffer` takes it.
+    `instruction`: the node's at its start, by its settings. The rest is as `ObservationBuffer` takes it.
     """
 
     robot: Robot
@@ -49,6 +49,7 @@ class Sources:
     joint_age_ns: int | None = None
     use_receive_time: bool = False
     plain: bool = False
+    instruction: str | None = None
 
     @property
     def cameras(self) -> dict[str, str]:
@@ -115,7 +116,7 @@ class Sources:
 
 def _as_recorded(bag: Bag, topic: str) -> str:
     compressed = f"{topic}/compressed"
-    return compressed if topic not in bag.topics and compressed in bag.topics else topic
+    return compressed if compressed in bag.topics and not bag.has_messages(topic) else topic
 
 
 def _misfit(bag: Bag, what: str, topic: str, types: Sequence[str]) -> list[str]:
@@ -225,6 +226,7 @@ def find_sources(
         joint_age_ns=to_ns(settings.joint_max_age_s) or None,
         use_receive_time=settings.use_receive_time,
         plain=plain,
+        instruction=settings.instruction or None,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from support.bad_bags import CASES
 from support.lerobot_runs import convert, run
 from support.sample_bags import (
+    CAMERAS,
     COMMAND_TOPIC,
     INSTRUCTION_TOPIC,
     JOINT_STATE,
@@ -27,6 +28,7 @@ from support.sample_bags import (
 )
 
 from ki_vla_ros.messages.decoding import BagMessage
+from ki_vla_ros.messages.type_names import COMPRESSED_IMAGE
 from ki_vla_ros.records import NS_PER_S
 from ki_vla_ros.settings.session import BundleIdentity, Session, SessionTopics
 from training.data.lerobot.dataset import Dataset
@@ -151,23 +153,106 @@ def test_a_bag_without_instructions_needs_a_task(tmp_path: Path, capsys: pytest.
     assert convert(tmp_path, messages, "--task", "wipe").tasks == {0: "wipe"}
 
 
+def session(parameters: dict[str, Any], **topics: Any) -> BagMessage:
+    """What a node said at its start, on topics that are the sample bag's but for `topics`."""
+    cameras = {name: f"/camera/{name}/image_raw" for name in CAMERAS}
+    usual = {"joint_states": JOINT_TOPIC, "instruction": INSTRUCTION_TOPIC, "command": COMMAND_TOPIC}
+    said = Session(
+        node="/left/policy",
+        bundle=BundleIdentity(name="demo", manifest_sha256="0" * 64),
+        parameters={"bundle": "demo", **parameters},
+        topics=SessionTopics(**{"cameras": cameras, **usual, "chunk": "/c", "tick": "/t", **topics}),
+    )
+    return BagMessage(said.topic, STRING, START_NS - 1, text(said.text()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "task", "said"),
+    [
+        ((), "wipe", "tasks: 'wipe' (19 frames)"),
+        (("--task", "wave"), "wave", "--task 'wave' stands in place of 'wipe', which the node's settings say"),
+    ],
+)
+def test_topics_without_messages_count_for_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], task: str, said: str
+) -> None:
+    """The instruction is that of the session, from the node's parameter file, or the one that is given."""
+    messages = [session({"instruction": "wipe"}), *(m for m in recording(1.0) if m.topic != INSTRUCTION_TOPIC)]
+    topics = (INSTRUCTION_TOPIC, STATUS, "/dataset/episode", "/other/session", "/camera/scene/image_raw/compressed")
+    silent = [(topic, COMPRESSED_IMAGE if "image" in topic else STRING) for topic in topics]
+    bag, out = write_bag(tmp_path / "bag", messages, silent=silent), tmp_path / "dataset"
+    usual = ("from-bag", bag, "--bundle", "demo", "--actions", "states", "--fps", 20)
+    assert run(*usual, "--out", out, *arguments) == 0
+    dataset = Dataset(out)
+    assert [episode.tasks for episode in dataset.episodes] == [(task,)] and dataset.info.total_frames == 19
+    assert said in capsys.readouterr().out
+    for cut in (("--episodes", "marker"), ("--episodes", "instruction"), ("--marker", STATUS, "reset_id")):
+        assert run(*usual, "--out", tmp_path / "none", *cut) == 2
+        assert "found none" in capsys.readouterr().err
+
+
+def test_until_the_first_instruction_that_of_the_session_is_in_force(tmp_path: Path) -> None:
+    messages = [m for m in recording(1.0) if m.topic != INSTRUCTION_TOPIC]
+    said = BagMessage(INSTRUCTION_TOPIC, STRING, START_NS + NS_PER_S // 2, text("wave"))
+    messages = sorted([session({"instruction": "wipe"}), *messages, said], key=lambda message: message.log_ns)
+    dataset = convert(tmp_path, messages, fps=20)
+    assert [episode.tasks for episode in dataset.episodes] == [("wipe",), ("wave",)]
+
+
+def test_a_task_that_loses_to_the_bags_own_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = convert(tmp_path, recording(1.0), "--task", "wave", fps=20)
+    frames = dataset.info.total_frames
+    said = capsys.readouterr().out
+    assert dataset.tasks == {0: "touch the red cube"} and f"tasks: 'touch the red cube' ({frames} frames)" in said
+    assert f"--task 'wave' is not that of {frames} frames: the bag has instructions of its own for them" in said
+
+
+@pytest.mark.parametrize("topic", ["/sim_aloha/status", "/left/status"])
+def test_any_status_with_resets_is_a_marker(tmp_path: Path, capsys: pytest.CaptureFixture[str], topic: str) -> None:
+    """Other status topics are none, however they begin."""
+    marks = [BagMessage(topic, STRING, START_NS + k * NS_PER_S // 2 - 1, status(k)) for k in (0, 1)]
+    others = [
+        BagMessage(f"/other{k}/status", STRING, START_NS - 2, text(said))
+        for k, said in enumerate(("ready", "7", '{"charge": 1}', '["reset_id"]'))
+    ]
+    messages = sorted([*others, *recording(1.0), *marks], key=lambda message: message.log_ns)
+    assert len(convert(tmp_path, messages, fps=20).episodes) == 2
+    two = [*marks, BagMessage("/right/status", STRING, START_NS, status(1))]
+    bag = write_bag(tmp_path / "two", sorted([*recording(1.0), *two], key=lambda message: message.log_ns))
+    capsys.readouterr()
+    assert run("from-bag", bag, "--bundle", "demo", "--actions", "states", "--out", tmp_path / "none") == 2
+    both = ", ".join(sorted((topic, "/right/status")))
+    assert f"markers of episodes on one topic, got {both}; choose" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("--marker", "/marks", "id"), r"\d+ x message of a bag without a mark on /marks, so that no episode begins"),
+        (("--fps", "20", "--least-frames", "100"), "19 x in a piece of fewer than 100 frames"),
+    ],
+)
+def test_where_nothing_is_written_it_is_said_why_and_what_to_try(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], cause: str
+) -> None:
+    messages = [*recording(1.0), BagMessage("/marks", STRING, START_NS + NS_PER_S, text('{"id": null}'))]
+    bag = write_bag(tmp_path / "bag", messages)
+    assert run("from-bag", bag, "--bundle", "demo", "--actions", "states", "--out", tmp_path / "out", *arguments) == 2
+    captured = capsys.readouterr()
+    assert re.search(f"left out: {cause}", captured.out), captured.out
+    assert "nothing was written" in captured.err and "take --episodes bag (all of it is one), or name" in captured.out
+
+
 # --- what a bag must say
 
 
 def test_a_bag_that_records_its_session_needs_no_parameters(tmp_path: Path) -> None:
     topics = {"scene": "/front/image", "wrist": "/hand/image"}
-    session = Session(
-        node="/left/policy",
-        bundle=BundleIdentity(name="demo", manifest_sha256="0" * 64),
-        parameters={"bundle": "demo", "max_age_s": 0.3},
-        topics=SessionTopics(
-            cameras=topics, joint_states="/left/joints", instruction="/say", command="/go", chunk="/c", tick="/t"
-        ),
-    )
+    others = {"joint_states": "/left/joints", "instruction": "/say", "command": "/go"}
     names = {f"/camera/{camera}/image_raw": topic for camera, topic in topics.items()}
     names |= {JOINT_TOPIC: "/left/joints", INSTRUCTION_TOPIC: "/say", COMMAND_TOPIC: "/go"}
     messages = [replace(m, topic=names[m.topic]) for m in recording()]
-    messages.insert(0, BagMessage(session.topic, STRING, START_NS - 1, text(session.text())))
+    messages.insert(0, session({"max_age_s": 0.3}, cameras=topics, **others))
     out = tmp_path / "dataset"
     bag = write_bag(tmp_path / "bag", messages)
     assert run("from-bag", bag, "--actions", "commands", "--out", out) == 0
@@ -209,7 +294,10 @@ def test_several_bags_become_one_dataset(tmp_path: Path) -> None:
             "expected commands on /go .output 'arm'., got .*or take --actions states",
         ),
         (("--marker", "/marks", "id"), "expected markers of episodes on /marks, found none"),
-        (("--episodes", "marker"), "expected markers of episodes on /sim_arm/status, /dataset/episode, found none"),
+        (
+            ("--episodes", "marker"),
+            "expected markers of episodes on a topic .../status with 'reset_id', or on /dataset/episode, found none",
+        ),
         (("--episodes", "instruction", "--instruction", "/say"), "expected instructions on /say, found none"),
         (("--node", "/other"), "no parameters for node /other"),
     ],
