@@ -6,6 +6,7 @@ The shapes are those of published datasets (their meta/info.json); each says whi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -258,6 +259,9 @@ def write_video(path: Path, images: Sequence[np.ndarray], camera: Camera, fps: f
             frame.pts, frame.time_base = i, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:
+        # SVT-AV1 as root makes the thread that opens it a real-time one, which starves everything else from then on.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def write_json(path: Path, content: object) -> None:

@@ -49,6 +49,7 @@ NODE_NAME: Final = "aloha_teleoperator"
 AHEAD_S: Final = 2.0 * PERIOD_S
 # After a reset the cameras show the new scene for a moment before anything moves; the verdict may come after the end.
 SETTLE_S: Final = 0.5
+BELIEVED_S: Final = 1.0  # a policy's node takes half a second to believe that the arms are elsewhere
 LINGER_S: Final = 0.5
 ANSWER_LIMIT_S: Final = 30.0
 POLICY: Final = "policy"
@@ -69,7 +70,9 @@ class Teleoperator(Node):
         self._demonstrator = demonstrator
         self._status: dict[str, Any] = {}
         self._index = [[JOINTS.index(joint) for joint in part.joints] for part in PARTS]
-        self._commands = [self.create_publisher(JointTrajectory, part.command, EVENT) for part in PARTS]
+        # A policy must be alone on its topics.
+        sent = PARTS if demonstrator is not None else ()
+        self._commands = [self.create_publisher(JointTrajectory, part.command, EVENT) for part in sent]
         self._set_parameters: Client[Any, Any] = self.create_client(
             SetParametersAtomically, f"{SIMULATION}/set_parameters_atomically"
         )
@@ -104,7 +107,7 @@ class Teleoperator(Node):
         if not answer.success:
             raise KiVlaError(f"{SIMULATION} did not reset: {answer.message}")
         self._status = json.loads(answer.message)
-        self._spin_until(self._now_ns() + to_ns(SETTLE_S))
+        self._spin_until(self._now_ns() + to_ns(SETTLE_S if self._demonstrator is not None else BELIEVED_S))
         if self._demonstrator is None:
             self._watch_policy()
         else:

@@ -1,5 +1,6 @@
 """Datasets of foreign shapes: what is read is what was written."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.foreign_datasets import CODECS, SHAPES, Camera, build, picture, task_of, value
+from support.foreign_datasets import CODECS, SHAPES, Camera, Column, Shape, build, picture, task_of, value
 
 from training.convert.playback import PAUSE_NS, START_NS, _schedule
 from training.data.lerobot import Dataset
@@ -161,3 +162,9 @@ def test_neighbours_differ_by_more_than_a_codec_loses() -> None:
     """Else a frame that is one late would pass."""
     camera = Camera("observation.images.front", "h264")
     assert loss(camera, picture(camera, 3, 1), 3, 0) > 2 * max(LOSS.values())
+
+
+def test_making_videos_leaves_the_process_its_priority(tmp_path: Path) -> None:
+    shape = Shape("v3.0", [Column("action", ["a"], 1)], [Camera("observation.images.top", "av1")], lengths={0: 3})
+    build(tmp_path / "d", shape)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
