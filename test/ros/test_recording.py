@@ -91,8 +91,8 @@ class Recording:
         return self._log.read_text()
 
     def counts(self) -> Counter[str]:
-        """How many messages of each topic are on the disk."""
-        if not self.bag.exists():
+        """How many messages of each topic are on the disk: none before the recorder has opened its file there."""
+        if not self.bag.exists() or not any(self.bag.iterdir()):
             return Counter()
         with open_bag(self.bag) as bag:
             return Counter(message.topic for message in bag.messages())
