@@ -22,7 +22,7 @@ export PYTHON
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo aloha metaworld test test-fast lint paths data train export evaluate clean
+.PHONY: help demo aloha metaworld test coverage test-fast lint paths data train export evaluate clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -37,14 +37,17 @@ metaworld: .venv-metaworld/metaworld ## MetaWorld's fifty tasks, in an environme
 	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-metaworld/bin/python -m pytest -p pytest_timeout $(or $(ARGS),test/unit/training/evaluate/test_metaworld.py test/system/test_what_imports_cost.py)
 
 # mypy takes a minute of one core on a fresh clone: it runs beside the tests, and once more, to be read, if it fails.
-test: $(VENV)/developer ## lint and every test, with coverage (ARGS="test/bad/test_bundles.py" for some, JOBS=2 workers)
+test: $(VENV)/developer ## lint and every test (ARGS="test/bad/test_bundles.py" for some, JOBS=2 workers)
 	$(RUFF)
-	$(RUN) coverage erase
 	$(RUN) mypy & \
-	$(TESTING) $(RUN) coverage run -m $(PYTEST) $(ARGS); tested=$$?; \
+	$(TESTING) $(RUN) $(PYTEST) $(ARGS); tested=$$?; \
 	wait $$! || $(RUN) mypy && exit $$tested
+
+coverage: $(VENV)/developer ## every test, counting the lines that run, which is slower
+	$(RUN) coverage erase
+	$(TESTING) $(RUN) coverage run -m $(PYTEST)
 	$(RUN) coverage combine --quiet
-	$(if $(ARGS),,$(RUN) coverage report)
+	$(RUN) coverage report
 
 test-fast: $(VENV)/developer ## unit tests and contracts without the slow ones, in about a minute (JOBS=2)
 	$(TESTING) $(RUN) $(PYTEST) -m "not slow" $(or $(ARGS),test/unit test/contracts)
