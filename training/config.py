@@ -16,7 +16,7 @@ from ki_vla_ros.yaml_file import read_yaml
 from training.action_space import Normalization
 from training.data import Augmentation
 from training.data.language import LanguageEntry
-from training.model import GemmaConfig, VisionConfig
+from training.model import GemmaConfig, SamplerName, VisionConfig
 from training.tokens import VocabularyConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
@@ -349,6 +349,9 @@ class TrainingConfig(Frozen):
     )
     augmentation: AugmentationConfig = AugmentationConfig()
     hints: HintsConfig | None = None
+    sampler: SamplerName = Field(
+        default="flow", description="how chunks come from the model in closed loop: the flow, or tokens one by one"
+    )
     flow_steps: Positive = Field(default=10, description="Euler steps that the model is measured with and runs with")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="decay of the weights' moving average, which is then measured and exported"
@@ -407,6 +410,17 @@ class TrainingConfig(Frozen):
         for key in ("model", "prompt"):
             if self.start is None and getattr(self, key) is None:
                 raise ValueError(f"{key}: expected it, or a checkpoint to start from (start), got neither")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sampler(self) -> TrainingConfig:
+        needed: Loss = "fast" if self.sampler == "tokens" else "flow"
+        learned = sorted({loss for stage in self.stages for loss in stage.losses})
+        if needed not in learned and self.start is None:
+            raise ValueError(
+                f"sampler: {self.sampler}: expected a stage with the loss {needed}, which it needs, got only "
+                f"{', '.join(learned)}"
+            )
         return self
 
     @model_validator(mode="after")

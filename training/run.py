@@ -38,7 +38,7 @@ from training.evaluate import (
 from training.export import check_policy
 from training.lora import add_lora, fingerprint, merge, save_adapter
 from training.losses import BatchLosses, TrainingHeads
-from training.model import VLA, VLAConfig, order_embeddings
+from training.model import VLA, FlowSampler, Sampler, TokenSampler, VLAConfig, order_embeddings
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
 from training.sources import Sources
@@ -178,7 +178,13 @@ class Run:
     def act(self) -> Act:
         """The model as it is now, as a policy."""
         tokenizer = prompt_tokenizer(self.data.tokenizer)
-        return act_in_training(self.model, self.describe(), tokenizer, self.data.embodiment.space)
+        return act_in_training(self.model, self.describe(), tokenizer, self.data.embodiment.space, self.sampler())
+
+    def sampler(self) -> Sampler:
+        """How the model is asked for chunks in closed loop."""
+        if self.config.sampler == "tokens":
+            return TokenSampler(self.data.embodiment.chunks, self.data.maker.first_fast)
+        return FlowSampler(self.config.flow_steps)
 
     def try_out(self) -> None:
         """Once, in small, everything that comes after the first steps, so that nothing fails only at the end."""

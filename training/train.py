@@ -54,7 +54,19 @@ from training.record import Record
 from training.weights import PieceReader, RunState, check_same, newest_checkpoint, open_run, save_run
 
 # What may be changed in the middle of a run, beside where data are, and a stage's steps and rates.
-FREE = {"name", "out", "keep", "threads", "workers", "cache_gb", "parallel", "held_out", "flow_steps", "environment"}
+FREE = {
+    "name",
+    "out",
+    "keep",
+    "threads",
+    "workers",
+    "cache_gb",
+    "parallel",
+    "held_out",
+    "flow_steps",
+    "sampler",
+    "environment",
+}
 LEARNT_FROM = {"name", "losses", "train", "freeze", "sources", "insulate", "noise_samples"}
 RECORDS = ("figures", "losses")
 

@@ -130,7 +130,7 @@ def test_tokens_read_one_by_one_are_those_of_the_whole_sequence(trained: Run) ->
     assert batch.postfix_BT is not None and batch.fast_mask_BT is not None and batch.postfix_BT.shape[1] > 3
     expected_BTW = logits(trained, batch, batch.postfix_BT, batch.fast_mask_BT)
     cache = trained.model.prefill(*batch.prefix)
-    given_BT = torch.cat([offline.last_tokens(batch), batch.postfix_BT[:, :-1]], dim=1)
+    given_BT = torch.cat([offline.last_tokens(batch.tokens_BL, batch.token_mask_BL), batch.postfix_BT[:, :-1]], dim=1)
     for t in range(given_BT.shape[1]):
         hidden_B1D, cache = trained.model.read_on(cache, given_BT[:, t : t + 1])
         there_B = batch.fast_mask_BT[:, t]
@@ -250,6 +250,35 @@ def test_the_model_drives_while_it_is_trained(arms: Path, tmp_path: Path, monkey
     monkeypatch.setattr(driving, "open_environment", lambda name: Slider(str(arms / "lifter.yaml")))
     with pytest.raises(Exception, match=r"does not know .*fly"):
         Run(words).run()
+
+
+def test_a_model_may_drive_by_its_tokens(arms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slider = Slider(str(arms / "lifter.yaml"))
+    slider.instruction, slider.time_limit_s = "move the lifter", 0.5
+    monkeypatch.setattr(driving, "open_environment", lambda name: slider)
+    stages = [arm_stage(losses={"fast": 1.0}, train=["vision", "backbone"])]
+    environment = {"names": ["slider"], "episodes": 2}
+    changes = {"sampler": "tokens", "stages": stages, "environment": environment, "fast_vocabulary": VOCABULARY}
+    run = Run(arm_run(arms, tmp_path, entry(arms, "lifter"), **changes))
+    run.run()
+    found = run.trainer.figure_record.values("joint", 2)
+    assert 0.0 <= found["malformed"] <= 1.0 and slider.executed == [], "tokens that were never learned say no chunk"
+    embodiment, samples, batch = held_out(run, "lifter")
+    fast = embodiment.chunks
+    sequences = [fast.encode(chunk_HD) for chunk_HD in offline.normalized(embodiment, samples)]
+    said = [iter(ids) for ids in sequences]
+
+    def logits(hidden_BD: Tensor) -> Tensor:
+        scores_BW = torch.zeros(len(hidden_BD), run.model.config.vocab_size)
+        for b, ids in enumerate(said):
+            scores_BW[b, run.data.plain.first_fast + next(ids, 0)] = 1.0
+        return scores_BW
+
+    monkeypatch.setattr(run.model, "logits", logits)
+    chunk_BHD = run.sampler()(run.model, batch.prefix, batch.state_BS, torch.zeros(()))
+    np.testing.assert_array_equal(chunk_BHD, [fast.decode(ids) for ids in sequences])
+    with pytest.raises(ValueError, match=r"sampler: tokens: expected a stage with the loss fast, .* got only flow"):
+        arm_run(arms, tmp_path, entry(arms, "lifter"), sampler="tokens", stages=[arm_stage(losses={"flow": 1.0})])
 
 
 def test_an_environment_that_there_is_not_is_refused_before_the_first_step(arms: Path, tmp_path: Path) -> None:

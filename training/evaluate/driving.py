@@ -25,35 +25,38 @@ from training.evaluate.environment import Environment, at_period
 from training.evaluate.environments import open_environment
 from training.evaluate.rollouts import Act, Images, check_robot, roll_out
 from training.export import as_batch
-from training.model import VLA
+from training.model import VLA, Sampler
 
 SUCCESS: Final = ("success", "success_low", "success_high")
+MALFORMED: Final = "malformed"
 
 
 def is_driven(figure: str) -> bool:
     """Whether a figure comes from here."""
-    return figure.partition(".")[0] in SUCCESS
+    return figure.partition(".")[0] in (*SUCCESS, MALFORMED)
 
 
 def success_names(config: EnvironmentConfig) -> list[str]:
     """The figures of `drive`: over all environments, and of each."""
-    return [*SUCCESS, *(f"{name}.{environment}" for environment in config.names for name in SUCCESS)]
+    return [*SUCCESS, MALFORMED, *(f"{name}.{environment}" for environment in config.names for name in SUCCESS)]
 
 
-def act_in_training(model: VLA, spec: PolicySpec, tokenizer: Tokenizer, space: ActionSpace) -> Act:
-    """What the model's bundle would do, through the same preprocessing and with the same noise."""
+def act_in_training(model: VLA, spec: PolicySpec, tokenizer: Tokenizer, space: ActionSpace, sampler: Sampler) -> Act:
+    """What the model does, through the same preprocessing and with the same noise as its bundle.
+
+    Actions are NaN where the sampler found no chunk.
+    """
     device = next(model.parameters()).device
 
-    @torch.no_grad()
-    def act(images: Images, state_S: NDArray[np.float64], instruction: str, number: int) -> NDArray[np.float64]:
-        frames = {name: CameraFrame(name, 0, image) for name, image in images.items()}
+    def act(seen: Images, state_S: NDArray[np.float64], instruction: str, number: int) -> NDArray[np.float64]:
+        frames = {name: CameraFrame(name, 0, image) for name, image in seen.items()}
         given = make_model_input(spec, tokenizer, Observation(0, frames, state_S), instruction)
         prefix, state = as_batch(given, model.config.state_dim)
         shape = (1, model.config.horizon, model.config.action_dim)
         noise = np.random.default_rng((0, number)).standard_normal(shape, dtype=np.float32)
-        cache = model.prefill(*(tensor.to(device) for tensor in prefix))
+        images, image_mask, tokens, token_mask = (tensor.to(device) for tensor in prefix)
         noise_1HA, state = torch.from_numpy(noise).to(device), None if state is None else state.to(device)
-        action_HA = model.sample_actions(cache, noise_1HA, spec.flow.steps, state)[0].double().cpu().numpy()
+        action_HA = sampler(model, (images, image_mask, tokens, token_mask), state, noise_1HA)[0]
         return space.unnormalize_chunk(action_HA[:, : len(space.robot.actions)], state_S)
 
     return act
@@ -80,19 +83,27 @@ def try_environments(act: Act, spec: PolicySpec, config: EnvironmentConfig) -> N
     for name in config.names:
         with opened(name, spec) as environment:
             environment.reset(config.first_seed)
-            environment.step(act(*environment.observe(), environment.instruction, 0)[0])
+            actions_HD = act(*environment.observe(), environment.instruction, 0)
+            if not np.isnan(actions_HD).any():  # a model that has learned nothing names no chunk yet
+                environment.step(actions_HD[0])
 
 
 def drive(act: Act, spec: PolicySpec, config: EnvironmentConfig) -> dict[str, float]:
-    """`success`, with `success_low` and `success_high` (Wilson, 95 %), over all environments, and of each."""
+    """`success`, with `success_low` and `success_high` (Wilson, 95 %), over all environments, and of each.
+
+    `malformed` is the share of episodes that ended, as failures, with tokens that stand for no chunk.
+    """
     seeds = range(config.first_seed, config.first_seed + config.episodes)
-    successes: dict[str, int] = {}
+    successes, malformed = dict[str, int](), 0
     for name in config.names:
         with opened(name, spec) as environment:
-            successes[name] = roll_out(act, environment, seeds, config.execute)["successes"]
+            driven = roll_out(act, environment, seeds, config.execute)
+        successes[name] = driven["successes"]
+        malformed += driven["malformed"]
     found = rates("", sum(successes.values()), len(seeds) * len(successes))
     for name, count in successes.items():
         found |= rates(f".{name}", count, len(seeds))
+    found[MALFORMED] = malformed / (len(seeds) * len(successes))
     return found
 
 

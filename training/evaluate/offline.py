@@ -5,7 +5,7 @@ Legend: B batch, T postfix tokens, N tokens that count, H horizon, D actions of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from training.config import Loss, StageConfig
 from training.data import NO_TARGET, Batch, Embodiment, RobotSample
 from training.losses import BatchLosses, TrainingHeads, asking_rows, scene_scores, take_rows, targets
-from training.model import VLA, Cache
-from training.tokens import FastDecodeError, FastTokenizer, cosine_basis
+from training.model import VLA, Cache, FlowSampler, SamplerName, TokenSampler, last_tokens
+from training.tokens import cosine_basis
 
 if TYPE_CHECKING:
     from training.sources import Sources
@@ -31,12 +31,14 @@ FRAMES = 256  # held-out frames of each source, shared by its robots
 BATCH = 32  # frames at once; FAST is decoded token by token, which is slow, so only for the first batch of a robot
 WORST = 6  # frames that are kept to be shown
 AT_ONCE = 256  # tokens whose scores are held: with a vocabulary of 257,152, one token's take 1 MB
+WAYS: Mapping[SamplerName, str] = {"flow": "flow", "tokens": "fast"}
+"""What figures call each sampler's chunks."""
 MEASURED: tuple[Loss, ...] = ("text", "fast", "flow")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A held-out frame and what the expert makes of it, in the robot's units."""
+    """A held-out frame and what the run's sampler makes of it, in the robot's units."""
 
     robot: str
     embodiment: Embodiment
@@ -78,6 +80,7 @@ def measure(
             found.setdefault(before + name, []).append(array)
 
     rng, device = np.random.default_rng(0), next(model.parameters()).device
+    shown = WAYS[losses.config.sampler]
     for source, mixture in data.held_out.items():
         if source not in data.robot_sources:
             for rows in batches(mixture.spread(frames or FRAMES)):
@@ -100,7 +103,7 @@ def measure(
                 for way, action_BHA in predict(model, embodiment, batch, losses.config.flow_steps, heads, first):
                     off_BHD = action_BHA[..., : len(embodiment.robot.actions)] - normalized(embodiment, samples)
                     note(measure_errors(embodiment, samples, off_BHD, way), before)
-                    if way == "flow":
+                    if way == shown:
                         worst += judge(embodiment, samples, off_BHD, robot, source)
                         worst = sorted(worst, key=lambda prediction: -prediction.error)[:WORST]
                 if losses.config.hints is not None and batch.target_cell_B is not None:
@@ -174,6 +177,8 @@ def judge(
     for sample, off_HD, error in zip(
         samples, off_BHD, mean_over_known(np.abs(off_BHD), samples).mean(axis=1), strict=True
     ):
+        if np.isnan(error):
+            continue  # no chunk
         # Added to what was recorded, because the same place can be written in several ways (turns, rotations).
         predicted_HD = sample.chunk_HD + off_HD * half_widths(embodiment)
         yield Prediction(robot, embodiment, source, sample, predicted_HD, float(error))
@@ -209,10 +214,10 @@ def predict(
     """
     if batch.action_BHA is None:
         raise ValueError("predict: expected a batch with actions, got one without")
-    cache = model.prefill(*batch.prefix)
-    noise = torch.randn(batch.action_BHA.shape, generator=torch.Generator().manual_seed(0)).to(batch.action_BHA.device)
-    state = None if model.config.state_dim is None else batch.state_BS
-    yield "flow", model.sample_actions(cache, noise, flow_steps, state).double().cpu().numpy()
+    noise_BHA = torch.randn(batch.action_BHA.shape, generator=torch.Generator().manual_seed(0)).to(
+        batch.action_BHA.device
+    )
+    yield "flow", FlowSampler(flow_steps)(model, batch.prefix, batch.state_BS, noise_BHA)
     if heads is not None and len(heads.readout):
         hidden_BPD = model.backbone.norm(model(*batch.prefix).prefix_by_layer[-2])
         named_BKA = heads.name_coefficients(take_rows(hidden_BPD, asking_rows(model, batch)))[0]
@@ -220,47 +225,18 @@ def predict(
         basis_KH = cosine_basis(batch.action_BHA.shape[1])[: coefficients_BKA.shape[1]]
         yield "readout", np.einsum("kh,bka->bha", basis_KH, coefficients_BKA)
     if first_fast is not None:
-        yield "fast", decode_greedily(model, embodiment.chunks, first_fast, batch, cache)
-
-
-def last_tokens(batch: Batch) -> Tensor:
-    """[B, 1]: each prompt's last token, after which the postfix begins."""
-    return batch.tokens_BL.gather(1, batch.last_token_B[:, None])
+        # Longer sequences count as malformed: an untrained model would take minutes to end them.
+        longest = 8 + (0 if batch.postfix_BT is None else batch.postfix_BT.shape[1] * 3 // 2)
+        sampler = TokenSampler(embodiment.chunks, first_fast, longest)
+        yield "fast", sampler(model, batch.prefix, batch.state_BS, noise_BHA)
 
 
 def predict_tokens(model: VLA, cache: Cache, batch: Batch, mask_BT: Tensor) -> Array:
     """[N]: 1 where the likeliest token after the right ones is the postfix's, else 0, for the tokens of the mask."""
     if batch.postfix_BT is None:
         raise ValueError("predict_tokens: expected a batch with a postfix, got one without")
-    before_BT = torch.cat((last_tokens(batch), batch.postfix_BT[:, :-1]), dim=1)
+    before_BT = torch.cat((last_tokens(batch.tokens_BL, batch.token_mask_BL), batch.postfix_BT[:, :-1]), dim=1)
     hidden_ND, token_N = model.read_on(cache, before_BT)[0][mask_BT], batch.postfix_BT[mask_BT]
     pieces = zip(hidden_ND.split(AT_ONCE), token_N.split(AT_ONCE), strict=True)
     hits = [model.logits(hidden).argmax(dim=1) == token for hidden, token in pieces]
     return torch.cat(hits).double().cpu().numpy()
-
-
-def decode_greedily(model: VLA, fast: FastTokenizer, first: int, batch: Batch, cache: Cache) -> Array:
-    """Chunks [B, H, D] decoded from FAST tokens by argmax, NaN if malformed; only a figure: no robot decodes tokens.
-
-    `first` is the id of FAST's token 0 in the model's vocabulary. Sequences longer than half as much again as the
-    longest true one count as malformed: an untrained model would take minutes to end them.
-    """
-    longest = 8 + (0 if batch.postfix_BT is None else batch.postfix_BT.shape[1] * 3 // 2)
-    whole = fast.horizon * fast.action_dim
-    lengths = np.array([len(fast.integers(i)) for i in range(fast.vocab_size)])
-    token_B1, count_B = last_tokens(batch), np.zeros(len(batch.tokens_BL))
-    steps: list[NDArray[np.int64]] = []
-    while len(steps) < longest and (count_B < whole).any():
-        hidden_B1D, cache = model.read_on(cache, token_B1)
-        best_B = model.logits(hidden_B1D[:, 0])[:, first : first + fast.vocab_size].argmax(dim=1)
-        token_B1 = first + best_B[:, None]
-        steps.append(best_B.cpu().numpy())
-        count_B += lengths[steps[-1]]
-    chunks = []
-    for ids in np.stack(steps, axis=1):
-        used = ids[: 1 + int((np.cumsum(lengths[ids]) < whole).sum())]
-        try:
-            chunks.append(fast.decode(used.tolist()))
-        except FastDecodeError:
-            chunks.append(np.full((fast.horizon, fast.action_dim), np.nan))
-    return np.stack(chunks)

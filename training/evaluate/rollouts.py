@@ -27,7 +27,10 @@ from training.evaluate.environment import Environment
 
 Images = Mapping[str, NDArray[np.uint8]]
 Act = Callable[[Images, NDArray[np.float64], str, int], NDArray[np.float64]]
-"""Images by camera, the state [S], the instruction and a number that no other chunk has -> actions [H, D]."""
+"""Images by camera, the state [S], the instruction and a number that no other chunk has -> actions [H, D].
+
+Actions with NaN are no chunk: what a model said in tokens stood for none.
+"""
 
 CHUNKS: Final = 1 << 16  # more than an episode has
 MOST_FILMED_PER_S: Final = 25
@@ -76,12 +79,13 @@ def roll_out(
     """One episode for each seed. `execute`: how many actions of a chunk are executed; left out: half of them.
 
     Returns `episodes`, `successes`, `success_rate` with `success_95` (Wilson), `mean_seconds` of simulated time until
-    success (None: there was none), and `failed_seeds`. `films`: where to put the mp4 of an episode, by seed; `report`
-    gets the number of episodes that are done.
+    success (None: there was none), `failed_seeds`, and `malformed`: how many of them ended because `act` had no chunk.
+    `films`: where to put the mp4 of an episode, by seed; `report` gets the number of episodes that are done.
     """
-    failed, seconds = [], []
+    failed, seconds, malformed = [], [], 0
     for done, seed in enumerate(seeds):
-        taken_s = _run(act, environment, seed, execute, (films or {}).get(seed))
+        taken_s, without_chunk = _run(act, environment, seed, execute, (films or {}).get(seed))
+        malformed += without_chunk
         if taken_s is None:
             failed.append(seed)
         else:
@@ -94,20 +98,28 @@ def roll_out(
         "success_95": wilson_95(len(seconds), len(seeds)),
         "mean_seconds": float(np.mean(seconds)) if seconds else None,
         "failed_seeds": failed,
+        "malformed": malformed,
     }
 
 
-def _run(act: Act, environment: Environment, seed: int, execute: int | None, film: Path | None) -> float | None:
-    """Simulated seconds until success; None if the time limit came first."""
+def _run(
+    act: Act, environment: Environment, seed: int, execute: int | None, film: Path | None
+) -> tuple[float | None, bool]:
+    """Simulated seconds until success, None if there was none, and whether the policy had no chunk.
+
+    Without one, a robot would hold, see the same again, and be told the same: so the episode ends.
+    """
     environment.reset(seed)
     period_s = environment.robot.action_period_s
     limit = round(environment.time_limit_s / period_s)
     every = max(1, round(1.0 / (period_s * MOST_FILMED_PER_S)))
-    pictures, number, step = [], 0, 0
+    pictures, number, step, malformed = [], 0, 0, False
     while step < limit and not environment.success:
         images, state_S = environment.observe()
         actions_HD = act(images, state_S, environment.instruction, seed * CHUNKS + number)
         number += 1
+        if malformed := bool(np.isnan(actions_HD).any()):
+            break
         for action_D in actions_HD[: execute or max(1, len(actions_HD) // 2)]:
             if film is not None and step % every == 0:
                 pictures.append(_picture(environment))
@@ -117,7 +129,7 @@ def _run(act: Act, environment: Environment, seed: int, execute: int | None, fil
                 break
     if film is not None:
         _write_film(film, [*pictures, _picture(environment)], 1.0 / (period_s * every))
-    return step * period_s if environment.success else None
+    return step * period_s if environment.success else None, malformed
 
 
 def _picture(environment: Environment) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from training.model.expert import LONGEST_PERIOD, SHORTEST_PERIOD, AdaRMSNorm, Conditioning, Expert, time_periods
 from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, Rotation, rotate
 from training.model.initialization import order_embeddings
+from training.model.sampling import FlowSampler, Sampler, SamplerName, TokenSampler, last_tokens
 from training.model.siglip import LayerNorm, VisionConfig, VisionLayer
 from training.model.sizes import VARIANTS, paligemma_3b
 from training.model.vla import VLA, Cache, Output, VLAConfig
@@ -17,15 +18,20 @@ __all__ = [
     "Cache",
     "Conditioning",
     "Expert",
+    "FlowSampler",
     "GemmaConfig",
     "LayerNorm",
     "Output",
     "Projections",
     "RMSNorm",
     "Rotation",
+    "Sampler",
+    "SamplerName",
+    "TokenSampler",
     "VLAConfig",
     "VisionConfig",
     "VisionLayer",
+    "last_tokens",
     "order_embeddings",
     "paligemma_3b",
     "rotate",

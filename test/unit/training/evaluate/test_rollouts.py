@@ -66,6 +66,18 @@ def test_where_nothing_succeeds_there_is_no_mean() -> None:
     assert slider.place_D[0] < TARGET
 
 
+def test_an_episode_without_a_chunk_has_failed_and_nothing_is_executed_in_its_place() -> None:
+    slider, walker = Slider(), Walker()
+
+    def act(images: Mapping[str, Array], state_S: Array, instruction: str, number: int) -> Array:
+        actions_HD = walker(images, state_S, instruction, number)
+        return actions_HD * np.nan if number == (12 << 16) + 1 else actions_HD
+
+    found = roll_out(act, slider, [10, 11, 12])
+    assert (found["successes"], found["failed_seeds"], found["malformed"]) == (1, [11, 12], 1)
+    assert len(slider.executed) == HORIZON // 2 and np.isfinite(slider.executed).all()
+
+
 def test_a_film_shows_the_episode(tmp_path: Path) -> None:
     roll_out(Walker(), Slider(), [11], films={11: tmp_path / "films" / "a.mp4"})
     with av.open(str(tmp_path / "films" / "a.mp4")) as container:
