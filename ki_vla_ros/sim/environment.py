@@ -64,6 +64,15 @@ class ArmEnvironment:
     def success(self) -> bool:
         return self._world.judge.success
 
+    @property
+    def followed(self) -> bool:
+        world = self._world
+        return world.judge.reached == world.scene.target
+
+    @property
+    def over(self) -> bool:
+        return self._world.judge.done
+
     def place(self, camera: str) -> tuple[float, float] | None:
         """Where a camera's image shows the object of the task, in 0..1, to the right and down."""
         world = self._world

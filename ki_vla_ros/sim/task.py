@@ -1,13 +1,15 @@
 """The simulated robot's tasks, and the scenes in which it does them.
 
 A task is a verb and one of 24 colour-shape combinations. Six combinations (`HELD_OUT`) are never commanded in training,
-with any verb; they still appear as distractors. In every scene one other object shares the target's colour and another
-shares its shape, so no single word of the instruction is enough. Lengths in m, angles in rad, in the frame of the
-robot's base (x forward, y left, z up, table top at z = 0).
+with any verb; they still appear as distractors. Three more splits leave out a whole colour (`NOVEL_COLOUR`) as well:
+nothing of it is in any scene of `known` and `recombined`, and `novel` commands nothing else. In every scene one other
+object shares the target's colour and another shares its shape, so no single word of the instruction is enough. Lengths
+in m, angles in rad, in the frame of the robot's base (x forward, y left, z up, table top at z = 0).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Final, Literal, get_args
@@ -16,7 +18,8 @@ import numpy as np
 
 from ki_vla_ros.errors import InstructionError, SimulationError
 
-Split = Literal["train", "held_out", "all"]
+# Where one stands is part of the seed of its scenes: new ones come last.
+Split = Literal["train", "held_out", "all", "known", "recombined", "novel"]
 
 COLOURS: Final = ("red", "green", "blue", "yellow", "purple", "white")
 SHAPES: Final = ("cube", "ball", "disc", "pole")
@@ -26,6 +29,9 @@ VERBS: Final = ("touch", "point at")
 HELD_OUT: Final = frozenset(
     {("red", "disc"), ("green", "ball"), ("blue", "cube"), ("yellow", "pole"), ("purple", "cube"), ("white", "disc")}
 )
+
+# A colour and no shape, so that how to reach a novel object is known, and only what it looks like is not.
+NOVEL_COLOUR: Final = "purple"
 
 # Half the height of each shape at size 1.
 HALF_HEIGHT_M: Final = {"cube": 0.025, "ball": 0.027, "disc": 0.008, "pole": 0.045}
@@ -102,9 +108,10 @@ class Scene:
 def sample_scene(seed: int, *, split: Split, task: Task | None = None) -> Scene:
     """A scene of 3 to 5 different objects with a task; the same arguments give the same scene on every machine.
 
-    `split` says which combinations may be commanded: those of training, the held-out ones, or all. It is part of the
-    random seed, so equal seeds of two splits give unrelated scenes. With `task` the scene is built around that task;
-    SimulationError if `split` does not command it.
+    `split` says which combinations may be commanded: those of training, the held-out ones, or all; without the novel
+    colour, `known` and `recombined` are the first two, whose scenes do not show it either, and `novel` is the rest. It
+    is part of the random seed, so equal seeds of two splits give unrelated scenes. With `task` the scene is built
+    around that task; SimulationError if `split` does not command it.
     """
     if split not in get_args(Split):
         raise SimulationError(f"split {split!r}: expected one of {', '.join(get_args(Split))}")
@@ -120,7 +127,7 @@ def sample_scene(seed: int, *, split: Split, task: Task | None = None) -> Scene:
     elif not _commanded((task.colour, task.shape), split):
         raise SimulationError(f"{task.instruction!r} is never commanded in split {split!r}; use split 'all'")
 
-    kinds = _sample_kinds(rng, (task.colour, task.shape))
+    kinds = _sample_kinds(rng, (task.colour, task.shape), [colour for colour in COLOURS if _shown(colour, split)])
     places = _sample_places(rng, len(kinds))
     objects = tuple(
         SceneObject(colour, shape, x, y, yaw=float(rng.uniform(-np.pi, np.pi)), size=float(rng.uniform(*SIZE_RANGE)))
@@ -130,7 +137,13 @@ def sample_scene(seed: int, *, split: Split, task: Task | None = None) -> Scene:
 
 
 def _commanded(kind: tuple[str, str], split: Split) -> bool:
-    return split == "all" or (kind in HELD_OUT) == (split == "held_out")
+    if split == "novel" or not _shown(kind[0], split):
+        return (kind[0] == NOVEL_COLOUR) == (split == "novel")
+    return split == "all" or (kind in HELD_OUT) == (split in ("held_out", "recombined"))
+
+
+def _shown(colour: str, split: Split) -> bool:
+    return split not in ("known", "recombined") or colour != NOVEL_COLOUR
 
 
 def _sample_task(rng: np.random.Generator, split: Split) -> Task:
@@ -138,13 +151,13 @@ def _sample_task(rng: np.random.Generator, split: Split) -> Task:
     return tasks[int(rng.integers(len(tasks)))]
 
 
-def _sample_kinds(rng: np.random.Generator, target: tuple[str, str]) -> list[tuple[str, str]]:
+def _sample_kinds(rng: np.random.Generator, target: tuple[str, str], colours: Sequence[str]) -> list[tuple[str, str]]:
     """The scene's objects in random order: the target, one of its colour, one of its shape, and up to two more."""
     colour, shape = target
     same_colour = [(colour, other) for other in SHAPES if other != shape]
-    same_shape = [(other, shape) for other in COLOURS if other != colour]
+    same_shape = [(other, shape) for other in colours if other != colour]
     kinds = [target, same_colour[int(rng.integers(len(same_colour)))], same_shape[int(rng.integers(len(same_shape)))]]
-    rest = [kind for kind in product(COLOURS, SHAPES) if kind not in kinds]
+    rest = [kind for kind in product(colours, SHAPES) if kind not in kinds]
     count = int(rng.integers(len(kinds), _MAX_OBJECTS + 1))
     kinds += [rest[int(i)] for i in rng.permutation(len(rest))[: count - len(kinds)]]
     return [kinds[int(i)] for i in rng.permutation(len(kinds))]

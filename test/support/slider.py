@@ -41,6 +41,14 @@ class Slider:
     def success(self) -> bool:
         return bool(self.place_D[0] > TARGET - 0.01)
 
+    @property
+    def followed(self) -> bool:
+        return self.success
+
+    @property
+    def over(self) -> bool:
+        return self.success
+
     def place(self, camera: str) -> tuple[float, float] | None:
         return (0.5 + self.place_D[0], 0.25) if camera == self.robot.cameras[-1].name else None
 

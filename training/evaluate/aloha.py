@@ -105,6 +105,14 @@ class Aloha:
     def success(self) -> bool:
         return self._world.judge.verdict.reward >= SUCCESS
 
+    @property
+    def followed(self) -> bool:
+        return self.success
+
+    @property
+    def over(self) -> bool:
+        return self.success
+
     def place(self, camera: str) -> tuple[float, float] | None:
         return self._world.place(camera)
 

@@ -42,6 +42,19 @@ class Environment(Protocol):
         """Whether the task has been done since `reset`."""
         ...
 
+    @property
+    def followed(self) -> bool:
+        """Whether what the instruction names was reached, before anything else that it might have named.
+
+        Where there is nothing else, it is `success`.
+        """
+        ...
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing that happens now changes `success` and `followed`."""
+        ...
+
     def place(self, camera: str) -> tuple[float, float] | None:
         """Where a camera's image shows what the task is about, in 0..1 to the right and down; None: nobody says."""
         ...
@@ -69,6 +82,14 @@ class Slowed:
     @property
     def success(self) -> bool:
         return self._inner.success
+
+    @property
+    def followed(self) -> bool:
+        return self._inner.followed
+
+    @property
+    def over(self) -> bool:
+        return self._inner.over
 
     def reset(self, seed: int) -> None:
         self._inner.reset(seed)

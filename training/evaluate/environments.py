@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from ki_vla_ros.errors import ConfigurationError, did_you_mean
 from training.evaluate.environment import Environment
 
-NAMES: Final = ("arm", "aloha/transfer_cube", "aloha/insertion", "metaworld/TASK")
+NAMES: Final = ("arm", "arm/SPLIT", "aloha/transfer_cube", "aloha/insertion", "metaworld/TASK")
 HELD_OUT: Final = 1_000_000
 """Seeds from here on are for evaluation; no demonstration begins with one of them."""
 
@@ -29,10 +29,14 @@ def open_environment(name: str, **options: Any) -> Environment:
     return opened(task, options)
 
 
-def _open_arm(_: str, options: Mapping[str, Any]) -> Environment:
-    from ki_vla_ros.sim import ArmEnvironment
+def _open_arm(split: str, options: Mapping[str, Any]) -> Environment:
+    from ki_vla_ros.sim import ArmEnvironment, Split
 
-    return ArmEnvironment(**options)
+    if split and split not in get_args(Split):
+        raise ConfigurationError(
+            f"environment: expected one of {', '.join(f'arm/{name}' for name in get_args(Split))}, got 'arm/{split}'"
+        )
+    return ArmEnvironment(**{"split": split or "all"} | dict(options))
 
 
 def _open_aloha(task: str, options: Mapping[str, Any]) -> Environment:
@@ -48,6 +52,7 @@ def _open_metaworld(task: str, options: Mapping[str, Any]) -> Environment:
 
 _FAMILIES: Final[Mapping[str, Callable[[str, Mapping[str, Any]], Environment]]] = {
     "arm": _open_arm,
+    "arm/": _open_arm,
     "aloha/": _open_aloha,
     "metaworld/": _open_metaworld,
 }

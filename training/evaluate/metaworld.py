@@ -205,6 +205,14 @@ class MetaWorld:
     def success(self) -> bool:
         return self._now.success
 
+    @property
+    def followed(self) -> bool:
+        return self.success
+
+    @property
+    def over(self) -> bool:
+        return self.success
+
     def place(self, camera: str) -> None:
         """Each task is about other things."""
         return None

@@ -114,7 +114,7 @@ def _run(
     limit = round(environment.time_limit_s / period_s)
     every = max(1, round(1.0 / (period_s * MOST_FILMED_PER_S)))
     pictures, number, step, malformed = [], 0, 0, False
-    while step < limit and not environment.success:
+    while step < limit and not environment.over:
         images, state_S = environment.observe()
         actions_HD = act(images, state_S, environment.instruction, seed * CHUNKS + number)
         number += 1
@@ -125,7 +125,7 @@ def _run(
                 pictures.append(_picture(environment))
             environment.step(action_D)
             step += 1
-            if environment.success or step == limit:
+            if environment.over or step == limit:
                 break
     if film is not None:
         _write_film(film, [*pictures, _picture(environment)], 1.0 / (period_s * every))

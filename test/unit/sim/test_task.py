@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, product
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ki_vla_ros.sim.task import (
     COLOURS,
     HELD_OUT,
     MIN_DISTANCE_M,
+    NOVEL_COLOUR,
     SHAPES,
     SIZE_RANGE,
     VERBS,
@@ -43,6 +45,9 @@ def test_held_out_names_each_colour_once_and_every_shape() -> None:
         ("train", set(product(COLOURS, SHAPES)) - HELD_OUT),
         ("held_out", set(HELD_OUT)),
         ("all", set(product(COLOURS, SHAPES))),
+        ("known", {kind for kind in product(COLOURS, SHAPES) if kind not in HELD_OUT and kind[0] != NOVEL_COLOUR}),
+        ("recombined", {kind for kind in HELD_OUT if kind[0] != NOVEL_COLOUR}),
+        ("novel", set(product([NOVEL_COLOUR], SHAPES))),
     ],
 )
 def test_split_commands_exactly_its_combinations(split: str, expected: set[tuple[str, str]]) -> None:
@@ -56,7 +61,14 @@ def test_held_out_combinations_appear_as_distractors_in_training() -> None:
     assert any(kind(item) in HELD_OUT for scene in scenes for item in scene.objects)
 
 
-@pytest.mark.parametrize("split", ["train", "held_out", "all"])
+@pytest.mark.parametrize("split", ["known", "recombined"])
+def test_nothing_of_the_novel_colour_is_in_sight(split: str) -> None:
+    scenes = [sample_scene(seed, split=split) for seed in SEEDS]
+    assert not any(item.colour == NOVEL_COLOUR for scene in scenes for item in scene.objects)
+    assert {len(scene.objects) for scene in scenes} == {3, 4, 5}
+
+
+@pytest.mark.parametrize("split", get_args(Split))
 def test_every_scene_needs_its_whole_instruction(split: str) -> None:
     for seed in SEEDS:
         scene = sample_scene(seed, split=split)
@@ -103,7 +115,7 @@ def test_seed_decides_the_scene() -> None:
 
 
 def test_splits_share_no_scene() -> None:
-    splits: tuple[Split, ...] = ("train", "held_out", "all")
+    splits = get_args(Split)
     places = [{sample_scene(seed, split=split).objects[0].x for seed in SEEDS} for split in splits]
     # Seeds beyond 32 bits, whose low bits are those of the small ones.
     places += [

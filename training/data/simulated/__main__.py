@@ -18,7 +18,7 @@ from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.share import expand
-from training.data.simulated.folder import Settings, make_folder
+from training.data.simulated.folder import HELD_OUT_OF, Settings, make_folder
 from training.data.simulated.generate import RENDER_SIZE, Sizes, check_robot
 
 
@@ -42,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         parser.add_argument(name, type=_positive, default=default, help=f"{what} ({default})" if default else what)
     parser.add_argument("--seed", type=int, default=0, help="another one makes other data (0)")
+    parser.add_argument(
+        "--split",
+        choices=HELD_OUT_OF,
+        default="train",
+        help="what is commanded in robot/; known: nothing there is of the novel colour, which scenes show (train)",
+    )
     parser.add_argument("--robot", default="demo_arm", help="robot file of the simulated arm (demo_arm)")
     return run_command("simulated", partial(_make, parser.parse_args(arguments)))
 
@@ -72,6 +78,7 @@ def _make(options: argparse.Namespace) -> int:
         options.seed,
         robot.name,
         sizes,
+        options.split,
     )
     print(json.dumps(make_folder(expand(options.out), settings, robot, options.workers), indent=1))
     return ExitCode.FINE

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import cv2
 import numpy as np
@@ -50,6 +50,7 @@ FORMAT: Final = 4
 META: Final = "meta.json"
 CHUNK: Final = "action_chunk"
 QUESTION: Final = "Question: {question}\nAnswer:"
+HELD_OUT_OF: Final[Mapping[str, Split]] = {"train": "held_out", "known": "recombined"}
 VALIDATION_FRAMES: Final = 6  # of each episode
 AT_ONCE: Final = 50  # episodes or scenes of one job
 # Seeds of episodes and scenes; those of closed-loop evaluation are above (training/evaluate/closed_loop.py).
@@ -78,6 +79,8 @@ class Settings:
     seed: int
     robot: str
     sizes: Sizes
+    split: Literal["train", "known"] = "train"
+    """What is commanded in robot/. validation/ has the combinations that this split holds out."""
 
 
 def make_folder(out: Path, settings: Settings, robot: Robot, workers: int) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def make_folder(out: Path, settings: Settings, robot: Robot, workers: int) -> di
             f"simulated data {out}: expected a new folder, or one with such data ({META}), got something else, which "
             "would be replaced; name another folder"
         )
-    if meta is not None and meta["settings"] == described:
+    if meta is not None and {"split": "train"} | meta["settings"] == described:  # earlier versions had no other
         return meta
     with whole_folder(out) as folder, ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         make = _Maker(folder, settings, robot, pool)
@@ -204,7 +207,7 @@ def _record_many(job: tuple[str, Sequence[int], Settings]) -> list[dict[str, Any
         if source == "scenes":
             made.append(_describe_scene(record_scene(world, seed, settings.sizes), seed, settings.questions))
             continue
-        split: Split = "held_out" if source == "validation" else "train"
+        split: Split = HELD_OUT_OF[settings.split] if source == "validation" else settings.split
         frames = VALIDATION_FRAMES if source == "validation" else settings.frames
         episode = record_episode(world, seed, split, frames, settings.sizes)
         made.append(_describe_episode(episode) if episode else None)

@@ -87,6 +87,16 @@ def test_held_out_combinations_are_commanded_in_validation_alone(data: Path) -> 
             assert (tuple(task.split()[-2:]) in HELD_OUT) == held_out
 
 
+def test_a_split_without_the_novel_colour_commands_and_shows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str]] = []
+    monkeypatch.setattr(module, "World", lambda **_: None)
+    monkeypatch.setattr(module, "record_episode", lambda _, seed, split, *__: asked.append((seed, split)))
+    for source in ("robot", "validation"):
+        module._record_many((source, [1], replace(SETTINGS, split="known")))
+        module._record_many((source, [2], SETTINGS))
+    assert asked == [(1, "known"), (2, "train"), (1, "recombined"), (2, "held_out")]
+
+
 def test_questions_are_paligemmas_lines_and_have_the_place_of_what_they_ask(data: Path) -> None:
     rows = lines(data / "scenes.jsonl")
     assert len(rows) == 15 and all(row["image"].endswith("_scene.png") for row in rows)
@@ -118,9 +128,12 @@ def test_the_same_settings_make_nothing_anew_and_others_all_of_it(
     out, make = tmp_path / "data", write_demo_data
     small = replace(SETTINGS, robot_episodes=1, frames=1, scenes=1, questions=1)
     first = make(out, small)
+    meta = json.loads((out / "meta.json").read_text())
+    del meta["settings"]["split"]
+    (out / "meta.json").write_text(json.dumps(meta))  # as versions before there were splits wrote it
     left = out / "robot/left by an earlier version"
     left.touch()
-    assert make(out, small) == first and left.exists()
+    assert make(out, small) == meta and left.exists()
     second = make(out, replace(small, seed=1))
     assert second["fingerprint"] != first["fingerprint"] and not left.exists()
     assert make(out, small)["fingerprint"] == first["fingerprint"], "the same data again"

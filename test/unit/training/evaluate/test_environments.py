@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from support.aloha import needs_aloha
 
 from ki_vla_ros.errors import ConfigurationError, SimulationError
+from ki_vla_ros.sim import ArmEnvironment, Demonstrator, Split, Task, World, sample_scene
 from training.evaluate import Environment, open_environment
 from training.evaluate.environments import NAMES
 
@@ -84,7 +86,7 @@ def test_the_image_shows_the_cube_where_its_place_is() -> None:
     assert open_environment("aloha/insertion", cameras=()).place("top") is None, "it is about two things"
 
 
-@pytest.mark.parametrize("name", ["aloha", "aloha/", "arms", "arm/touch", "arm/", "/", ""])
+@pytest.mark.parametrize("name", ["aloha", "aloha/", "arms", "arm/", "/", ""])
 def test_a_name_that_there_is_not_is_answered_with_those_there_are(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"environment: expected one of {', '.join(NAMES)}, got {name!r}"):
         open_environment(name)
@@ -103,3 +105,36 @@ def test_options_that_cannot_be_are_refused(options: dict[str, object], fault: s
         open_environment("aloha/transfer_cube", **options)
     with pytest.raises(ConfigurationError, match=r"ALOHA: task: expected one of .*, got 'juggle'"):
         open_environment("aloha/juggle")
+
+
+@pytest.mark.parametrize("split", ["known", "recombined", "novel"])
+def test_the_arm_is_asked_for_what_its_split_commands(split: Split) -> None:
+    environment = open_environment(f"arm/{split}", image_size=32)
+    for seed in range(5):
+        environment.reset(seed)
+        assert environment.instruction == sample_scene(seed, split=split).task.instruction
+        assert not environment.followed and not environment.over
+    environment.close()
+
+
+def test_who_reaches_another_object_has_not_followed_and_is_done() -> None:
+    """Seed 3 of `known` is asked to touch; what lies elsewhere is touched in its place."""
+    environment, scene = ArmEnvironment("known", image_size=32), sample_scene(3, split="known")
+    assert scene.task.verb == "touch"
+    for wanted in (scene.target, (scene.target + 1) % len(scene.objects)):
+        environment.reset(3)
+        item = scene.objects[wanted]
+        asked = replace(scene, task=Task("touch", item.colour, item.shape))
+        demonstrator, step = Demonstrator(World(32, render=False)), 0
+        plan = demonstrator.plan(environment.observe()[1], None, asked)
+        while not environment.over:
+            step += 1
+            environment.step(plan.position(step * environment.robot.action_period_s))
+        assert environment.followed == environment.success == (wanted == scene.target)
+        assert step < 8.0 / environment.robot.action_period_s, "before the time limit"
+    environment.close()
+
+
+def test_a_split_that_there_is_not_is_answered_with_those_there_are() -> None:
+    with pytest.raises(ConfigurationError, match=r"expected one of arm/train, .* arm/novel, got 'arm/touch'"):
+        open_environment("arm/touch")
