@@ -17,6 +17,7 @@ from training.action_space import Normalization
 from training.data import Augmentation
 from training.data.language import LanguageEntry
 from training.model import GemmaConfig, SamplerName, VisionConfig
+from training.recipe import lay_recipe
 from training.tokens import VocabularyConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
@@ -310,6 +311,9 @@ class TrainingConfig(Frozen):
     action_period_s: ActionPeriod | None = Field(
         default=None, description="seconds between a chunk's actions, of all robots; default: as the robot file says"
     )
+    recipe: str | None = Field(
+        default=None, description="a file in config/training/recipes/, or one's own, that was laid over the file"
+    )
     seed: Annotated[int, Field(ge=0)] = 0
     out: Path
     keep: Positive = Field(default=2, description="how many of the run's last checkpoints stay")
@@ -453,4 +457,4 @@ def _is_list(value: Any) -> bool:
 
 def load_config(path: Path) -> TrainingConfig:
     """Read and check a training YAML; ConfigurationError names file, key and fault."""
-    return read_yaml(path, TrainingConfig, "training configuration", "config/training/")
+    return read_yaml(path, TrainingConfig, "training configuration", "config/training/", lay_recipe)

@@ -1,0 +1,75 @@
+"""Recipes laid over a run: each that comes with the package is a configuration, and what disagrees is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.recipes import SIZES
+
+from ki_vla_ros.errors import ConfigurationError
+from training.config import TrainingConfig, load_config
+from training.recipe import lay_recipe, recipe_names
+
+ROBOT, TALK = [{"lerobot": "robot"}], [{"paligemma": "talk.jsonl"}]
+
+
+def run_of(recipe: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "any",
+        "robot": "demo_arm",
+        "recipe": recipe,
+        "out": "out",
+        "sources": {"robot": ROBOT, "talk": TALK},
+        "model": {key: value for key, value in SIZES.items() if key != "state"},
+        "prompt": {"length": 40},
+        "stage": {"steps": 100, "learning_rate": 1e-3, "sources": {"robot": 4, "talk": 2}, "noise_samples": 2},
+    } | changes
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_is_a_run_with_what_the_run_says(recipe: str) -> None:
+    config = TrainingConfig.model_validate(lay_recipe(run_of(recipe)))
+    assert config.recipe == recipe and sum(stage.steps for stage in config.stages) == 100
+    for stage in config.stages:
+        assert stage.learning_rate == 1e-3
+        drawn = {"robot": 4} | ({"talk": 2} if "text" in stage.losses else {})
+        assert stage.sources == drawn, "vision-language data only where words are learned"
+
+
+def test_a_recipe_of_ones_own_and_its_faults(tmp_path: Path) -> None:
+    own, run = tmp_path / "own.yaml", tmp_path / "run.yaml"
+
+    def load(recipe: str, **changes: Any) -> TrainingConfig:
+        own.write_text(recipe)
+        run.write_text(yaml.safe_dump(run_of(str(own), **changes)))
+        return load_config(run)
+
+    weights = "{name: a, losses: {flow: 2.0}, train: [expert]}"
+    stages = (
+        f"stages: [{weights}, {{name: b, share: 0.5, learning_rate: 1.0, losses: {{fast: 1.0}}, train: [backbone]}}]"
+    )
+    config = load(stages + "\nema: 0.9")
+    assert (config.ema, [stage.steps for stage in config.stages]) == (0.9, [100, 50])
+    assert [stage.learning_rate for stage in config.stages] == [1e-3, 1.0]
+    for recipe, changes, fault in (
+        ("stages: []", {}, r"recipe .*own.yaml: expected a list of stages, got"),
+        (f"stages: [{weights}]", {"stages": []}, r"stages: expected those of the recipe .*own.yaml, got others"),
+        (f"stages: [{weights}]", {"stage": None}, r"stage: expected what each stage of the recipe .* has \(steps, "),
+        (
+            f"stages: [{weights}]\nmodel: {{state: token}}",
+            {"model": SIZES | {"state": "both"}},
+            r"model.state: expected token, as the recipe .*own.yaml says, got 'both'; leave it out",
+        ),
+        (f"stages: [{weights}]\nmodle: 1", {}, "modle"),
+    ):
+        with pytest.raises(ConfigurationError, match=fault):
+            load(recipe, **changes)
+    with pytest.raises(
+        ConfigurationError, match=r"expected a file, or one of .*joint.*, got 'jont'; did you mean 'joint'"
+    ):
+        lay_recipe(run_of("jont"))
+    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml: expected a YAML file, got none"):
+        lay_recipe(run_of("nowhere.yaml"))
