@@ -16,11 +16,11 @@ from ki_vla_ros.yaml_file import read_yaml
 from training.action_space import Normalization
 from training.data import Augmentation
 from training.data.language import LanguageEntry
-from training.model import GemmaConfig, SamplerName, VisionConfig
+from training.model import Conditioning, GemmaConfig, SamplerName, VisionConfig
 from training.recipe import lay_recipe
 from training.tokens import VocabularyConfig
 
-Loss = Literal["cells", "text", "pointing", "grounding", "fast", "readout", "flow"]
+Loss = Literal["cells", "text", "pointing", "grounding", "fast", "tokens", "readout", "flow"]
 Part = Literal["stem", "vision", "backbone", "expert", "heads"]
 StartPart = Literal["vision", "backbone", "expert"]
 LoraTarget = Literal["q", "k", "v", "out", "gate", "up", "down"]
@@ -103,6 +103,9 @@ class ModelConfig(Frozen):
     expert: GemmaConfig
     state: StateEncoding = Field(
         default="text", description="where the state goes: into the prompt, into the expert as one exact token, or both"
+    )
+    conditioning: Conditioning = Field(
+        default="adarms", description="how the expert is told the flow time: by its norms (pi0.5), or concat (pi0)"
     )
     width: Positive | None = Field(
         default=None,
@@ -274,6 +277,20 @@ class StageConfig(Frozen):
     gates: Gates = Field(default_factory=dict)
     gates_at: dict[Positive, Gates] = Field(default_factory=dict, description="gates by the step they come after")
 
+    @property
+    def learns_action_tokens(self) -> bool:
+        """Whether chunks must be written as tokens for it."""
+        return bool(self.losses.keys() & {"fast", "tokens"})
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> StageConfig:
+        if "tokens" in self.losses and (given := sorted(self.losses.keys() & {"text", "fast"})):
+            raise ValueError(
+                f"losses: expected tokens, one cross-entropy over text and FAST, or text and fast, got tokens and "
+                f"{' and '.join(given)}"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_schedule(self) -> StageConfig:
         if self.final_learning_rate is not None and self.final_learning_rate > self.learning_rate:
@@ -419,11 +436,17 @@ class TrainingConfig(Frozen):
     @model_validator(mode="after")
     def _check_sampler(self) -> TrainingConfig:
         learned = sorted({loss for stage in self.stages for loss in stage.losses})
-        if self.sampler == "tokens" and "fast" not in learned and self.start is None:
+        if self.sampler == "tokens" and not any(s.learns_action_tokens for s in self.stages) and self.start is None:
             raise ValueError(
-                f"sampler: tokens: expected a stage with the loss fast, which it needs, got only {', '.join(learned)}"
+                "sampler: tokens: expected a stage with the loss fast or tokens, which it needs, got only "
+                f"{', '.join(learned)}"
             )
         return self
+
+    @property
+    def has_action_tokens(self) -> bool:
+        """Whether the run learns actions as tokens, or acts by them."""
+        return self.sampler == "tokens" or any(stage.learns_action_tokens for stage in self.stages)
 
     @model_validator(mode="after")
     def _check_hints(self) -> TrainingConfig:

@@ -110,6 +110,7 @@ class Run:
                     action_dim=data.action_dim,
                     horizon=data.robot.horizon,
                     state_dim=data.state_dim if config.model.state_token else None,
+                    conditioning=config.model.conditioning,
                 )
             )
             if config.vocabulary.kind != "paligemma":

@@ -427,9 +427,12 @@ class Sources:
     def _mix(self, entries: Sequence[tuple[Entry, Samples]], maker: BatchMaker) -> Mixture:
         parts = [Part(samples, entry.weight) for entry, samples in entries]
         if not isinstance(entries[0][0], LeRobotEntry):
-            return Mixture(parts, lambda _, samples, rng: maker.of_language(samples, rng))
+            return Mixture(parts, lambda _, samples, rng, __: maker.of_language(samples, rng))
         embodiments = [self._embodiment(entry) for entry, _ in entries]
-        return Mixture(parts, lambda n, samples, rng: maker.of_robots([embodiments[i] for i in n], samples, rng))
+        return Mixture(
+            parts,
+            lambda n, samples, rng, tokens: maker.of_robots([embodiments[i] for i in n], samples, rng, tokens),
+        )
 
 
 def place_of(entry: Entry) -> Path:

@@ -36,7 +36,7 @@ from training.config import Loss, StageConfig, TrainingConfig
 from training.data import Batch, Loader, Source
 from training.ema import MovingAverage
 from training.evaluate import is_driven
-from training.losses import BatchLosses, TrainingHeads, targets
+from training.losses import BatchLosses, TrainingHeads, count_tokens, targets
 from training.model import VLA
 from training.optimizer import (
     Parameters,
@@ -49,7 +49,7 @@ from training.optimizer import (
     select_parameters,
     set_learning_rates,
 )
-from training.parallel import average_gradients, free_gathered, from_first, gather
+from training.parallel import average_gradients, free_gathered, from_first, gather, mean_of_processes
 from training.record import Record
 from training.weights import PieceReader, RunState, check_same, newest_checkpoint, open_run, save_run
 
@@ -184,7 +184,7 @@ class Trainer:
         batches = []
         for number, (name, count) in enumerate(stage.sources.items()):
             rng = np.random.default_rng([self.config.seed, index, step, self.rank, number])
-            batches.append(self.sources[name].draw(count, rng))
+            batches.append(self.sources[name].draw(count, rng, stage.learns_action_tokens))
         return batches
 
     def accumulate_gradients(
@@ -193,7 +193,9 @@ class Trainer:
         """A backward pass for each piece of each source's batch; the losses by name, summed over the sources."""
         values: dict[str, float] = {}
         device = next(self.model.parameters()).device
-        for piece in chain.from_iterable(self.losses.split(batch, stage, rng) for batch in batches):
+        # The one cross-entropy is a mean over all of the step's tokens; every other loss is one over a source's batch.
+        tokens = mean_of_processes(float(sum(map(count_tokens, batches)))) if "tokens" in stage.losses else None
+        for piece in chain.from_iterable(self.losses.split(batch, stage, rng, tokens) for batch in batches):
             with self.precision():
                 found = self.losses(piece.to(device), stage)
             torch.stack([stage.losses[loss] * value for loss, value in found.items()]).sum().backward()

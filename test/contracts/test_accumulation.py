@@ -23,6 +23,7 @@ STAGES = {
     "joint": ALL,
     "not insulated": ALL | {"insulate": False},
     "flow alone": {"losses": {"flow": 1.0}, "train": ["expert"]},
+    "one cross-entropy": {"losses": {"tokens": 2.0, "flow": 1.0}, "train": ["vision", "backbone", "expert"]},
     "no hints": {"losses": {"fast": 1.0, "flow": 1.0}, "train": ["backbone", "expert"]},
 }
 
@@ -100,7 +101,7 @@ def take_step(trainer: Trainer, stage: StageConfig, batches: list[Batch]) -> tup
 def test_pieces_give_the_gradients_of_the_whole_batch(case: str, pieces: int) -> None:
     trainer = make_trainer(checkpointed=pieces == 3)
     settings = STAGES[case] | {"noise_samples": 2, "sources": {"robot": ROWS, "language": 2}}
-    batches = make_batches() if "text" in settings["losses"] else make_batches()[:1]
+    batches = make_batches() if settings["losses"].keys() & {"text", "tokens"} else make_batches()[:1]
     whole, gradients = take_step(trainer, toy_stage(**settings), batches)
     values, pieced = take_step(trainer, toy_stage(**settings, accumulate=pieces), batches)
     assert values.keys() == whole.keys() == settings["losses"].keys() and all(value > 0 for value in whole.values())
@@ -115,6 +116,38 @@ def test_pieces_give_the_gradients_of_the_whole_batch(case: str, pieces: int) ->
             rtol=1e-4,
             msg=lambda m: f"{name}: {m}",  # noqa: B023
         )
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_one_cross_entropy_is_one_mean_over_the_tokens_of_all_sources(pieces: int) -> None:
+    """As in the paper: three words count as much as three action tokens, whichever batch they came in."""
+    trainer, batches, surprises = make_trainer(), make_batches(), []
+    for batch in batches:
+        mask_BT = batch.fast_mask_BT if batch.text_mask_BT is None else batch.text_mask_BT
+        output = trainer.model(*batch.prefix, batch.postfix_BT, mask_BT)
+        for b, t in mask_BT.nonzero().tolist():
+            last = int(batch.last_token_B[b]) - PROMPT
+            hidden = output.postfix_hidden_BTD[b, t - 1] if t else output.prefix_hidden_BPD[b, last]
+            surprises.append(-trainer.model.logits(hidden).log_softmax(-1)[batch.postfix_BT[b, t]])
+    assert len(surprises) == 7 + 3
+    expected = torch.stack(surprises).mean()
+    settings = {"sources": {"robot": ROWS, "language": 2}, "train": ["vision", "backbone"], "accumulate": pieces}
+    stage = toy_stage(losses={"tokens": 1.0}, **settings)
+    chosen = trainer.choose(stage)
+    slow = torch.autograd.grad(expected, list(chosen.values()), allow_unused=True)
+    values, gradients = take_step(trainer, stage, batches)
+    assert values == pytest.approx({"tokens": float(expected.detach())}, rel=1e-5)
+    for name, gradient in zip(chosen, slow, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(gradients[name], gradient, atol=2e-6, rtol=1e-3, msg=lambda m: f"{name}: {m}")  # noqa: B023
+    # Beside it today's two losses, each the mean over its own batch.
+    separate, _ = take_step(trainer, toy_stage(losses={"text": 1.0, "fast": 1.0}, **settings), batches)
+    assert (7 * separate["fast"] + 3 * separate["text"]) / 10 == pytest.approx(values["tokens"], rel=1e-5)
+
+
+def test_one_cross_entropy_beside_the_two_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"losses: expected tokens, .*, or text and fast, got tokens and fast"):
+        toy_stage(losses={"tokens": 1.0, "fast": 1.0})
 
 
 def test_a_batch_is_cut_into_pieces_as_alike_as_can_be() -> None:

@@ -227,6 +227,19 @@ def test_the_joint_step_without_insulation_trains_all_that_the_expert_reads(tmp_
     assert untouched == {name for name in flow if name.startswith(UNREAD)}
 
 
+@pytest.mark.parametrize("insulate", [True, False])
+def test_a_step_without_a_token_loss_runs_no_token_of_the_postfix(tmp_path: Path, insulate: bool) -> None:
+    losses, batch = joint_losses(tmp_path)
+    whole, rows = joint_gradients(losses, batch, {"flow": 1.0}, insulate), []
+    losses.model.backbone.layers[0].register_forward_hook(lambda *given: rows.append(given[1][0].shape[1]))
+    again = joint_gradients(losses, batch, {"flow": 1.0}, insulate)
+    prefix = CONFIG.vision.tokens * batch.images_BVCHW.shape[1] + batch.tokens_BL.shape[1]
+    assert rows == [prefix]
+    assert all(torch.equal(gradient, again[name]) for name, gradient in whole.items())
+    joint_gradients(losses, batch, {"fast": 1.0, "flow": 1.0}, insulate)
+    assert rows == [prefix, prefix + POSTFIX]
+
+
 def test_the_joint_steps_fast_loss_is_that_of_a_whole_forward_pass(tmp_path: Path) -> None:
     """Each token that counts, the first too, against the logits of the token before it, one by one."""
     losses, batch = joint_losses(tmp_path)

@@ -26,7 +26,7 @@ class RandomSamples:
     def __init__(self, config: VLAConfig = CONFIG) -> None:
         self.config = config
 
-    def draw(self, count: int, rng: Generator) -> Batch:
+    def draw(self, count: int, rng: Generator, action_tokens: bool = True) -> Batch:
         size, vocabulary = self.config.vision.image_size, self.config.vocab_size
         tokens, fast = (rng.integers(2, longest + 1, count) for longest in (PROMPT, POSTFIX))
         state_dim = self.config.state_dim

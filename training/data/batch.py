@@ -121,9 +121,13 @@ class BatchMaker:
         self.eos, self.first_fast = token_id(tokenizer, EOS_TOKEN), fast_id(tokenizer, 0)
 
     def of_robots(
-        self, embodiments: Sequence[Embodiment], samples: Sequence[RobotSample], rng: np.random.Generator
+        self,
+        embodiments: Sequence[Embodiment],
+        samples: Sequence[RobotSample],
+        rng: np.random.Generator,
+        action_tokens: bool = True,
     ) -> Batch:
-        """A batch of robots' samples, each with the robot that it is of."""
+        """A batch of robots' samples, each with the robot that it is of; without `action_tokens`, with no postfix."""
         form, count = self.form, len(samples)
         state_BS = np.zeros((count, form.state_dim), dtype=np.float32)
         action_BHA = np.zeros((count, form.horizon, form.action_dim), dtype=np.float32)
@@ -138,13 +142,14 @@ class BatchMaker:
             prompts.append(self.render(sample.task, state_S))
             # A chunk's tokens stand for all of it; of one that is not known to its end, none can be learned.
             whole = bool(sample.known_H.all())
-            postfixes.append([self.first_fast + i for i in embodiment.chunks.encode(action_HD)] if whole else [])
+            if action_tokens:
+                postfixes.append([self.first_fast + i for i in embodiment.chunks.encode(action_HD)] if whole else [])
             if form.readouts:
                 coefficients_HD = embodiment.chunks.coefficients(action_HD)
                 readout_BKA[b, :, :width] = coefficients_HD[: form.readouts] if whole else np.nan
         looks = [[self._look(camera.name) for camera in embodiment.robot.cameras] for embodiment in embodiments]
         images = [self._turned(sample, look, rng) for sample, look in zip(samples, looks, strict=True)]
-        postfix_BT, counts_BT = pad(postfixes)
+        postfix_BT, counts_BT = pad(postfixes) if action_tokens else (None, None)
         return Batch(
             *self._images(images, looks, rng, [sample.labels for sample in samples]),
             *(tokens := self._tokens(prompts, form.prompt.length)),

@@ -16,9 +16,16 @@ from training.data.samples import Samples
 
 
 class Source(Protocol):
-    """Samples of one kind. All randomness comes from `rng`, so a step's seed decides what it draws."""
+    """Samples of one kind. All randomness comes from `rng`, so a step's seed decides what it draws.
 
-    def draw(self, count: int, rng: np.random.Generator) -> Batch: ...
+    `action_tokens`: whether chunks of actions are also written as tokens.
+    """
+
+    def draw(self, count: int, rng: np.random.Generator, action_tokens: bool = True) -> Batch: ...
+
+
+Make = Callable[[Sequence[int], Sequence[Any], np.random.Generator, bool], Batch]
+"""Makes a batch of samples, given the part that each came from, and `action_tokens` as in `Source`."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,9 @@ class Part:
 
 
 class Mixture:
-    """Draws from several data sets; `make` turns samples, with the part that each came from, into a batch."""
+    """Draws from several data sets; `make` turns their samples into a batch."""
 
-    def __init__(
-        self, parts: Sequence[Part], make: Callable[[Sequence[int], Sequence[Any], np.random.Generator], Batch]
-    ) -> None:
+    def __init__(self, parts: Sequence[Part], make: Make) -> None:
         self.parts, self.make = tuple(parts), make
         weights = np.array([part.weight for part in parts])
         self.share = weights / weights.sum()
@@ -42,7 +47,7 @@ class Mixture:
     def __len__(self) -> int:
         return sum(len(part.samples) for part in self.parts)
 
-    def draw(self, count: int, rng: np.random.Generator) -> Batch:
+    def draw(self, count: int, rng: np.random.Generator, action_tokens: bool = True) -> Batch:
         """A batch of `count` samples, all different where a data set has enough."""
         from_B = np.sort(rng.choice(len(self.parts), size=count, p=self.share))
         rows = []
@@ -50,11 +55,11 @@ class Mixture:
             samples, wanted = self.parts[number].samples, int((from_B == number).sum())
             chosen = rng.choice(len(samples), size=wanted, replace=wanted > len(samples))
             rows += [(int(number), int(row)) for row in np.sort(chosen)]
-        return self.take(rows, rng)
+        return self.take(rows, rng, action_tokens)
 
-    def take(self, rows: Sequence[tuple[int, int]], rng: np.random.Generator) -> Batch:
+    def take(self, rows: Sequence[tuple[int, int]], rng: np.random.Generator, action_tokens: bool = True) -> Batch:
         """A batch of these samples, each given by its part and its row there; `rng` augments them."""
-        return self.make([number for number, _ in rows], self.read(rows), rng)
+        return self.make([number for number, _ in rows], self.read(rows), rng, action_tokens)
 
     def read(self, rows: Sequence[tuple[int, int]]) -> list[Any]:
         """The samples themselves, in this order."""

@@ -81,6 +81,8 @@ def measure(
 
     rng, device = np.random.default_rng(0), next(model.parameters()).device
     shown = WAYS[losses.config.sampler]
+    # A run without action tokens has no figures of them.
+    action_tokens = losses.config.has_action_tokens
     for source, mixture in data.held_out.items():
         if source not in data.robot_sources:
             for rows in batches(mixture.spread(frames or FRAMES)):
@@ -96,10 +98,11 @@ def measure(
             before = "" if embodiment is data.embodiment else f"{robot}/"
             for number, rows in enumerate(batches(mixture.spread((frames or FRAMES) // len(robots) or 1, parts))):
                 samples = mixture.read(rows)
-                batch = data.plain.of_robots([embodiment] * len(samples), samples, rng).to(device)
+                batch = data.plain.of_robots([embodiment] * len(samples), samples, rng, action_tokens).to(device)
                 note(measure_losses(losses, batch, source, rng))
-                note(measure_tokens(model, embodiment, samples, batch), before)
-                first = data.plain.first_fast if number == 0 else None
+                if action_tokens:
+                    note(measure_tokens(model, embodiment, samples, batch), before)
+                first = data.plain.first_fast if action_tokens and number == 0 else None
                 for way, action_BHA in predict(model, embodiment, batch, losses.config.flow_steps, heads, first):
                     off_BHD = action_BHA[..., : len(embodiment.robot.actions)] - normalized(embodiment, samples)
                     note(measure_errors(embodiment, samples, off_BHD, way), before)

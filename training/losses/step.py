@@ -29,12 +29,15 @@ from training.losses.hints import (
 from training.model import VLA, Output
 from training.parallel import in_any_process
 
+NEXT_TOKEN: frozenset[Loss] = frozenset({"text", "fast", "tokens"})
+
 
 def targets(batch: Batch) -> set[Loss]:
     """The losses that can be computed on this batch."""
     needs: dict[Loss, tuple[Tensor | None, ...]] = {
         "text": (batch.text_mask_BT,),
         "fast": (batch.fast_mask_BT,),
+        "tokens": (batch.postfix_mask_BT,),
         "flow": (batch.action_BHA,),
         "cells": (batch.cells_BVN,),
         "pointing": (batch.asking_BR, batch.target_cell_B),
@@ -42,6 +45,11 @@ def targets(batch: Batch) -> set[Loss]:
         "readout": (batch.asking_BR, batch.readout_BKA),
     }
     return {loss for loss, labels in needs.items() if all(label is not None for label in labels)}
+
+
+def count_tokens(batch: Batch) -> int:
+    """How many tokens of the batch's postfixes are learned, words and actions."""
+    return 0 if batch.postfix_mask_BT is None else int(batch.postfix_mask_BT.sum())
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,20 @@ class BatchLosses:
     def __init__(self, model: VLA, heads: TrainingHeads | None, config: TrainingConfig) -> None:
         self.model, self.heads, self.config = model, heads, config
 
-    def split(self, batch: Batch, stage: StageConfig, rng: np.random.Generator) -> list[Piece]:
+    def split(
+        self, batch: Batch, stage: StageConfig, rng: np.random.Generator, step_tokens: float | None = None
+    ) -> list[Piece]:
         """`stage.accumulate` pieces, as many as there are samples at most; their sizes differ by one at most.
 
         `rng` draws noise and flow times for the whole batch first, so that they do not depend on the pieces.
+        `step_tokens`: how many the loss `tokens` is a mean over; by default those of this batch.
         """
         samples, rows = stage.noise_samples, len(batch.tokens_BL)
         has_flow = "flow" in targets(batch) & stage.losses.keys()
         flow_rows = self.draw_flow(batch, samples, rng) if has_flow else None
         whole = self.count(batch, flow_rows, stage)
+        if step_tokens is not None and "tokens" in whole:
+            whole["tokens"] = step_tokens
         pieces = []
         for own in torch.arange(rows).tensor_split(min(stage.accumulate, rows)):
             first, end = int(own[0]), int(own[-1]) + 1
@@ -91,6 +104,7 @@ class BatchLosses:
         counted: dict[Term, Tensor | None] = {
             "text": batch.text_mask_BT,
             "fast": batch.fast_mask_BT,
+            "tokens": batch.postfix_mask_BT,
             "pointing": None if batch.target_cell_B is None else has_target(batch.target_cell_B),
             "grounding": None if batch.place_B2 is None else has_place(batch.place_B2),
             "state": torch.ones(len(batch.tokens_BL)),
@@ -132,17 +146,18 @@ class BatchLosses:
         """Tokens and hints for the backbone, flow for the expert, in one forward pass; each the piece's own mean."""
         batch, drawn, hints = piece.batch, piece.flow_rows, self.config.hints
         wanted = targets(batch) & stage.losses.keys()
+        reads_postfix = bool(wanted & NEXT_TOKEN)
         output = self.model(
             *batch.prefix,
-            batch.postfix_BT,
-            batch.postfix_mask_BT,
+            batch.postfix_BT if reads_postfix else None,
+            batch.postfix_mask_BT if reads_postfix else None,
             x_t=None if drawn is None else drawn.x_t_RHA,
             time=None if drawn is None else drawn.time_RH,
             state=None if drawn is None else self.expert_state(batch, stage.noise_samples),
             insulate=stage.insulate,
             probe=None if hints is None else hints.probe,
-            # Only the prompt passes through the last layer: losses read no image token there.
-            prefix_rows=batch.tokens_BL.shape[1],
+            # Only the prompt passes through the last layer: losses read no image token there, and the flow reads none.
+            prefix_rows=1 if wanted == {"flow"} else batch.tokens_BL.shape[1],
         )
         found = self.predict(batch, output, wanted)
         if hints is not None and self.heads is not None:
@@ -175,10 +190,14 @@ class BatchLosses:
     def predict(self, batch: Batch, output: Output, wanted: set[Loss]) -> dict[Term, Tensor]:
         """Next-token losses of the postfix; of the prefix, `output` has the prompt's rows only."""
         found: dict[Term, Tensor] = {}
-        if not wanted & {"text", "fast"} or batch.postfix_BT is None or output.postfix_hidden_BTD is None:
+        if not wanted & NEXT_TOKEN or batch.postfix_BT is None or output.postfix_hidden_BTD is None:
             return found
         hidden = tokens.next_token_hidden(output.prefix_hidden_BPD, batch.last_token_B, output.postfix_hidden_BTD)
-        masks: dict[Loss, Tensor | None] = {"text": batch.text_mask_BT, "fast": batch.fast_mask_BT}
+        masks: dict[Loss, Tensor | None] = {
+            "text": batch.text_mask_BT,
+            "fast": batch.fast_mask_BT,
+            "tokens": batch.postfix_mask_BT,
+        }
         for name, mask in masks.items():
             if name not in wanted or mask is None:
                 continue

@@ -6,6 +6,7 @@ from training.parallel.group import (
     from_first,
     in_any_process,
     join_group,
+    mean_of_processes,
     wait_for_all,
 )
 from training.parallel.sharding import checkpoint_activations, free_gathered, gather, layers, shard
@@ -20,6 +21,7 @@ __all__ = [
     "in_any_process",
     "join_group",
     "layers",
+    "mean_of_processes",
     "shard",
     "wait_for_all",
 ]

@@ -82,6 +82,15 @@ def in_any_process(*flags: bool) -> list[bool]:
     return [bool(flag) for flag in found]
 
 
+def mean_of_processes(value: float) -> float:
+    """Every process must call this."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(found)
+    return float(found) / dist.get_world_size()
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, in one message.
 

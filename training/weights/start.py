@@ -100,6 +100,7 @@ def adopt(config: TrainingConfig) -> TrainingConfig:
             backbone=found.backbone,
             expert=found.expert,
             state=encoding,
+            conditioning=found.conditioning,
             width=None if alike else found.action_dim,
         )
     elif not new_expert and policy is not None and model.state != encoding:
@@ -221,6 +222,9 @@ def _choose_sizes(
                     for key, value in asdict(wanted).items()
                     if value != asdict(got)[key]
                 ]
+        said = model.model_dump(exclude_unset=True).get("conditioning", found.conditioning)
+        if "expert" in start.parts and said != found.conditioning:
+            faults.append(f"conditioning: expected {said}, as model says, got {found.conditioning}")
         if "expert" in start.parts and model.state_token != (found.state_dim is not None):
             faults.append(
                 f"state_dim: expected {'a' if model.state_token else 'no'} state token, got {found.state_dim}"
@@ -229,7 +233,7 @@ def _choose_sizes(
     if "expert" not in start.parts:
         config = replace(config, action_dim=action_width, state_dim=state_width if token else None)
         if model is not None:
-            config = replace(config, conditioning="adarms")
+            config = replace(config, conditioning=model.conditioning)
     else:
         for key, expected, got in (
             ("action_dim", action_width, found.action_dim),

@@ -90,6 +90,21 @@ def test_two_robots_are_padded_to_one_batch_and_masked() -> None:
     )
 
 
+def test_chunks_are_written_as_tokens_only_where_a_stage_learns_them() -> None:
+    class Unwritten:
+        def for_shape(self, *_: int) -> Unwritten:
+            return self
+
+    (two,) = embody(TWO)
+    samples = ArmSamples(TWO).take([0, 5])
+    without = make_maker(readouts=0).of_robots([replace(two, fast=Unwritten())] * 2, samples, rng(), False)
+    assert without.postfix_BT is without.fast_mask_BT is None
+    whole = make_maker(readouts=0).of_robots([two] * 2, samples, rng())
+    for name, tensor in vars(without).items():
+        if tensor is not None:
+            assert torch.equal(tensor, getattr(whole, name)), name
+
+
 def test_one_robot_needs_no_weights() -> None:
     (two,) = embody(TWO)
     assert make_maker().of_robots([two], ArmSamples(TWO).take([0]), rng()).weight_BA is None
@@ -171,7 +186,7 @@ def test_a_mixture_draws_by_weight_and_only_by_its_random_numbers() -> None:
     one, two = embody(ONE, TWO)
     maker = make_maker()
     parts = [Part(ArmSamples(ONE), 3.0), Part(ArmSamples(TWO), 1.0)]
-    mixture = Mixture(parts, lambda n, samples, rng: maker.of_robots([(one, two)[i] for i in n], samples, rng))
+    mixture = Mixture(parts, lambda n, samples, rng, _: maker.of_robots([(one, two)[i] for i in n], samples, rng))
     batch, again = (mixture.draw(400, np.random.default_rng(7)) for _ in range(2))
     assert all(
         torch.equal(a, b) or (a.isnan() == b.isnan()).all()
