@@ -116,9 +116,14 @@ class ChunkExecutor:
             position_HJ, velocity_HJ, weight_H, settings.executor == "rtc_trained", settings.guidance_weight
         )
 
-    def join(self, settings: ChunkSettings, chunk: ActionChunk, now_ns: int, lead_ns: int) -> ActionChunk:
+    def join(
+        self, settings: ChunkSettings, chunk: ActionChunk, now_ns: int, lead_ns: int, still: bool = False
+    ) -> ActionChunk:
         """What the arm is to do from `now_ns + lead_ns` on.
 
+        `still`: the arm has rested since before the chunk's observation, and will until then. It begins with the
+        chunk's first action; were its time counted from the observation, the arm would have to catch up at a start with
+        what the chunk says of its wait.
         SafetyRefusal if the time of every action has passed: inference took longer than the chunk lasts.
         """
         if settings.executor == "synchronous":
@@ -130,14 +135,17 @@ class ChunkExecutor:
                 position_HJ=chunk.position_HJ[:count],
                 velocity_HJ=chunk.velocity_HJ[:count],
             )
-        consumed = sum(chunk.due_ns(k) < now_ns + lead_ns for k in range(chunk.horizon))
+        begins_ns = now_ns + lead_ns
+        consumed = sum(chunk.due_ns(k) < (now_ns if still else begins_ns) for k in range(chunk.horizon))
         if consumed == chunk.horizon:
             raise SafetyRefusal(
                 f"chunk: its last action was due {(now_ns - chunk.due_ns(chunk.horizon - 1)) / 1e6:.0f} ms ago; "
                 "inference takes longer than the chunk lasts: try fewer flow_steps or a faster engine"
             )
+        if still:
+            chunk = dataclasses.replace(chunk, start_ns=begins_ns)
         self._joined += 1
-        if self._joined > WARM_UP:
+        if self._joined > WARM_UP and not still:
             self._delays.append(consumed)
         if settings.executor != "temporal_ensemble":
             self._past.clear()

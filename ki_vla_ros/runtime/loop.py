@@ -145,6 +145,8 @@ class PolicyLoop:
         self._ramp_from_ns: int | None = None
         self._latched: str | None = None
         self._started = False  # `begin` or `reset` was called, and nothing has gone out since
+        self._rest_ns: int | None = None  # since when the arm rests, on the clock of the motion; None: it moves
+        self._left_J: NDArray[np.float64] | None = None  # where the axes were when the node let go of them
         self._held = False  # the running motion is already a hold
         self._waiting = ""  # why no chunk may go out before the running motion has ended; "": it may
         self._moving = threading.RLock()  # held by whoever changes what the arm does
@@ -170,7 +172,8 @@ class PolicyLoop:
                 observation = Observation(newest.stamp_ns, frames, state_S, newest.joint_ns, newest.signal_M)
         if not instruction:
             raise InstructionError("instruction: none yet; publish one on the policy's ~/instruction")
-        at_rest = self._governor.at_rest(wire.motion_ns())
+        at_ns = wire.motion_ns()
+        at_rest, waits = self._governor.at_rest(at_ns), self._waits(at_ns)
         if at_rest:
             self._waiting = ""
             self._count_anew(observation)
@@ -181,7 +184,8 @@ class PolicyLoop:
         if prefix is None:
             prefix = self._prefill(observation, instruction, tick_ns, watch)
         with watch.stage("denoise"):
-            condition = self._executor.condition(settings, observation.stamp_ns)
+            # A motion that has not begun yet is no reason to go on with it.
+            condition = None if waits else self._executor.condition(settings, observation.stamp_ns)
             guide = None if condition is None else policy.guide(condition, observation)
             token_J = state_token(policy.bundle.manifest, observation.state_S)
             actions_HA = policy.denoise(prefix.cache, policy.noise(self._chunks), token_J, guide)
@@ -207,8 +211,11 @@ class PolicyLoop:
             if start_J is not None and wait_ns > screened.horizon * screened.period_ns // 2:
                 self._settle(settings, start_J, wait_ns, watch)
                 raise SafetyRefusal(self._waiting)
+            if start_J is None:  # the controller is on its way to where the running motion begins
+                lead_ns, wait_ns = max(lead_ns, wait_ns), 0
             with watch.stage("chunking"):
-                target = self._executor.join(settings, screened, now_ns, lead_ns + wait_ns)
+                still = self._rest_ns is not None and observation.stamp_ns + ahead_ns >= self._rest_ns
+                target = self._executor.join(settings, screened, now_ns, lead_ns + wait_ns, still)
                 path = dataclasses.replace(target, start_ns=target.start_ns + ahead_ns)
             bounds = self._ramped(settings)
 
@@ -217,17 +224,18 @@ class PolicyLoop:
                     raise SafetyRefusal(f"stopped: {self._latched}")
                 return self._governor.follow(path, start_J, from_ns, at_ns, bounds), bounds
 
-            if start_J is None:  # the controller is on its way to where the running motion begins
-                lead_ns, wait_ns = max(lead_ns, wait_ns), 0
             self._send(follow, lead_ns, wait_ns, watch, measured_J, dry_run=settings.dry_run)
             with watch.stage("publish"):
                 sent = Sent(self._chunks, observation, now_ns, wire.now_ns())
                 self._executor.accept(target, tick_ns)
                 if settings.dry_run:  # an arm that still moves has nothing fresh; whoever ends the dry run starts it
+                    if not self._started:
+                        self._leave()
                     self._started, self._ramp_from_ns = True, None
                 else:
                     self._fresh_ns = wire.motion_ns()
                     self._held = self._started = False
+                    self._left_J = None
                 wire.report_chunk(chunk)
         self._chunks += 1
         self.diagnostics.record_chunk(
@@ -313,6 +321,7 @@ class PolicyLoop:
         """Lets no further chunk go out, not even that of a tick that is running, and brings the arm to rest."""
         self._ended = True
         self._hold(self.settings())
+        self._leave()
 
     def rest(self) -> None:
         """Brings the arm to rest; the next tick may move it again."""
@@ -361,6 +370,7 @@ class PolicyLoop:
         with self._moving:
             self.wire.log(f"stopped: {reason}", "stop")
             self._hold(self.settings())
+            self._leave()
 
     def describe_limits(self) -> str:
         """The limits in force for each joint, in words: positions, speed and acceleration."""
@@ -536,6 +546,10 @@ class PolicyLoop:
         """
         governor, at_ns = self._governor, self.wire.motion_ns()
         running = governor.running
+        if not self._waits(at_ns):  # else it still rests as it did
+            self._rest_ns = 0 if running is None else running.end_ns if governor.at_rest(at_ns) else None
+        if not self.wire.moves_arm():  # someone else may move it at any time
+            self._rest_ns = None
         if running is None:
             return self._start_from_rest(settings, measured_J, measured_J, at_ns)
         # The arm has gone on since it was measured, as it was told to.
@@ -556,6 +570,11 @@ class PolicyLoop:
         where = self._describe_away(away_J, off_J)
         raise SafetyRefusal(f"{where} (limits.max_jump_s): is it blocked, or moved by someone else?")
 
+    def _waits(self, at_ns: int) -> bool:
+        """Whether the running motion has not begun: the controller is on its way to where it starts."""
+        running = self._governor.running
+        return running is not None and int(running.time_N[0]) > at_ns
+
     def _trailing_J(self) -> NDArray[np.float64]:
         """How far [J] a moving arm may trail its command."""
         trailing_J: NDArray[np.float64] = self._gate.bounds.speed_J * self._limits.max_jump_s
@@ -574,8 +593,10 @@ class PolicyLoop:
         away_J = off_J > room_J
         if settings.dry_run or not self.wire.moves_arm():  # no controller has to get there first
             return (arm_J if away_J.any() else np.where(velocity_J, arm_J, sent_J)), 0
-        # A gripper that holds something never gets to where it was sent.
-        away_J &= self._led_J | (streams_J & self._started)
+        # A gripper that holds something never gets to where it was sent. One that is not where this node left it was
+        # moved since, and must not go back, with what it may hold now; nor may a stream jump if nobody knows.
+        moved_J = streams_J if self._left_J is None else np.abs(arm_J - self._left_J) > room_J
+        away_J &= self._led_J | (moved_J & self._started)
         if away_J.any() and not self._started:  # between deactivation and activation it may be anywhere
             where = self._describe_away(away_J, off_J)
             if (away_J & streams_J).any():
@@ -588,6 +609,15 @@ class PolicyLoop:
             bounds = dataclasses.replace(bounds, acceleration_J=np.minimum(bounds.acceleration_J, rise_J))
         start_J, settle_J = governor.start(arm_J, away_J | velocity_J, bounds, first=self._started)
         return start_J, to_ns(float(settle_J[~(streams_J | velocity_J)].max(initial=0.0)))
+
+    def _leave(self) -> None:
+        """Notes where the axes are: until the next start anyone may move them."""
+        try:
+            measured = self.buffer.measured(self.wire.now_ns(), to_ns(self.settings().max_age_s))
+        except StaleInput:
+            self._left_J = None
+        else:
+            self._left_J = self._space.measured(measured.signal_M)
 
     def _streams(self, settings: Settings) -> NDArray[np.bool_]:
         """Which axes' controllers take one value after the other [J]."""

@@ -1,7 +1,8 @@
 """ALOHA as an environment: two arms hand over a cube, or put a peg into a socket, as ki_vla_ros/sim/aloha has them.
 
-The starts are those of gym-aloha and ACT (arXiv 2304.13705), and so are the rewards: 4 is success. An action is where
-the joints are to be one period later, as for the node's controllers: the command goes there in a straight line.
+The starts are those of gym-aloha and ACT (arXiv 2304.13705), and so are the rewards: the highest, 4, is success. An
+action is where the joints are to be one period later, as for the node's controllers: the command goes there in a
+straight line.
 
 Legend: S state, D actions.
 """
@@ -21,6 +22,7 @@ from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.sim import TIMESTEP_S
 from ki_vla_ros.sim.aloha import (
     CAMERAS,
+    HIGHEST_REWARD,
     HOME_J,
     INSERTION,
     INSTRUCTION,
@@ -49,7 +51,6 @@ TASKS: Final[Mapping[str, _Task]] = {
     "transfer_cube": _Task(INSTRUCTION, 8.0, AlohaWorld, Demonstrator, sample_scene),
     "insertion": _Task(INSERTION, 10.0, InsertionWorld, Inserter, sample_insertion),
 }
-SUCCESS: Final = 4
 # Drawn at least as large as the node does, so that smaller images are averaged as the robot's own are.
 LEAST_DRAWN: Final = 320
 LARGEST: Final = 1280
@@ -103,7 +104,7 @@ class Aloha:
 
     @property
     def success(self) -> bool:
-        return self._world.judge.verdict.reward >= SUCCESS
+        return self._world.judge.verdict.reward >= HIGHEST_REWARD
 
     @property
     def followed(self) -> bool:

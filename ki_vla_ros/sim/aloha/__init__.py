@@ -4,6 +4,7 @@ from ki_vla_ros.sim.aloha.demonstrator import PERIOD_S, Demonstration, Demonstra
 from ki_vla_ros.sim.aloha.insertion import INSERTION, Inserter, InsertionScene, InsertionWorld, sample_insertion
 from ki_vla_ros.sim.aloha.world import (
     CAMERAS,
+    HIGHEST_REWARD,
     HOME_J,
     INSTRUCTION,
     JOINTS,
@@ -17,6 +18,7 @@ from ki_vla_ros.sim.aloha.world import (
 
 __all__ = [
     "CAMERAS",
+    "HIGHEST_REWARD",
     "HOME_J",
     "INSERTION",
     "INSTRUCTION",

@@ -30,6 +30,7 @@ JOINTS: Final = tuple(f"{side}_{joint}" for side in SIDES for joint in (*ARM_JOI
 CAMERAS: Final = ("top", "left_wrist", "right_wrist")
 INSTRUCTION: Final = "Pick up the cube with the right arm and transfer it to the left arm."
 TIME_LIMIT_S: Final = 10.0
+HIGHEST_REWARD: Final = 4
 
 # The fingers as far apart as they go, as close as they go (past touching, so that they press), and as at the start.
 OPEN_M: Final = 0.057
@@ -103,7 +104,7 @@ class Touching:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`reward`: the best so far; 4 is success in gym-aloha.
+    """`reward`: the best so far; HIGHEST_REWARD is success in gym-aloha.
 
     Here it is a success only once the task has been done for a while; a verdict that is `done` stays.
     """

@@ -70,6 +70,15 @@ def test_asynchronous_keeps_the_chunks_times() -> None:
 
 
 @pytest.mark.parametrize("name", ["asynchronous", "temporal_ensemble", "rtc", "rtc_trained"])
+def test_a_chunk_of_a_resting_arm_begins_when_the_arm_does(name: str) -> None:
+    target = executor().join(chosen(name), ramp(), 120 * MS, 400 * MS, still=True)
+    assert target.start_ns == 520 * MS
+    np.testing.assert_array_equal(target.position_HJ, ramp().position_HJ)
+    with pytest.raises(SafetyRefusal, match="inference takes longer than the chunk lasts"):
+        executor().join(chosen(name), ramp(), 900 * MS, 10 * MS, still=True)
+
+
+@pytest.mark.parametrize("name", ["asynchronous", "temporal_ensemble", "rtc", "rtc_trained"])
 def test_a_chunk_whose_actions_have_all_passed_is_refused(name: str) -> None:
     with pytest.raises(SafetyRefusal, match="chunk: its last action was due 100 ms ago"):
         executor().join(chosen(name), ramp(), 900 * MS, 10 * MS)

@@ -37,9 +37,35 @@ def test_a_tick_sends_what_is_left_of_the_policys_chunk(rig: Rig) -> None:
     # It takes over, from where the arm is, when the controller has had the time to get there.
     assert sent_ns == START and START + 160 * MS < command.from_ns < START + 190 * MS
     np.testing.assert_array_equal(command.position_NJ[0], demo_observation().state_S)
-    for k in range(14, 16):  # until then it makes up for the wait
-        np.testing.assert_allclose(command.at(chunk.due_ns(k))[0], chunk.position_HJ[k], atol=5e-3)
+    # The arm has rested since before it was observed, so the chunk begins when the arm does.
+    for k in range(14, 16):
+        due_ns = command.from_ns + (k + 1) * chunk.period_ns
+        np.testing.assert_allclose(command.at(due_ns)[0], chunk.position_HJ[k], atol=5e-3)
     np.testing.assert_array_equal(command.velocity_NJ[-1], 0.0)
+
+
+def test_a_chunk_of_a_resting_arm_begins_with_its_first_action(rig: Rig) -> None:
+    """Also one that replaces another before that; of a moving arm it keeps its times, and where others move the arm."""
+
+    def start_of_the_target(age_ms: int) -> int:
+        rig.give_inputs(age_ms)
+        rig.tick()
+        assert rig.loop.executing is not None
+        return rig.loop.executing.start_ns
+
+    begins_ns = start_of_the_target(60)
+    ((first, _),) = rig.wire.commands
+    assert first.time_N[0] - 2 * MS <= begins_ns <= first.time_N[0]
+    rig.wire.time_ns += 100 * MS  # the controller is still on its way to the start
+    assert rig.wire.time_ns < first.time_N[0]
+    assert start_of_the_target(60) == first.time_N[0]
+    rig.wire.time_ns = first.time_N[0] + 100 * MS
+    assert start_of_the_target(60) == rig.wire.time_ns - 60 * MS
+    rig.wire.time_ns = rig.wire.commands[-1][0].end_ns + 50 * MS
+    assert start_of_the_target(60) == rig.wire.time_ns - 60 * MS, "it still moved when it was observed"
+    rig.wire.moves_arm = lambda: False  # type: ignore[method-assign]
+    rig.wire.time_ns = rig.wire.commands[-1][0].end_ns + 500 * MS
+    assert start_of_the_target(60) == rig.wire.time_ns - 60 * MS
 
 
 def test_each_chunk_has_its_own_noise_and_index(rig: Rig) -> None:

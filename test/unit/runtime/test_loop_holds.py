@@ -268,6 +268,43 @@ def test_a_gripper_that_holds_something_does_not_let_go(rig: Rig, mode: str) -> 
     np.testing.assert_allclose(rig.wire.commands[1][0].position_NJ[0], sent_J, atol=1e-9)
 
 
+@pytest.mark.parametrize("mode", ["replace", "stream"])
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("again", ["activated", "reset", "wet"])
+def test_a_gripper_is_left_as_it_is_between_two_starts(rig: Rig, mode: str, moved: bool, again: str) -> None:
+    """What it holds since before it goes on to hold; what someone put into it meanwhile it does not let go."""
+    rig.change(**{"limits.max_jump_s": 10.0, "publish_mode": mode})
+    rig.give_inputs()
+    rig.tick()
+    rig.wire.time_ns += 3_000 * MS
+    sent_J = rig.wire.commands[0][0].position_NJ[-1]
+    held_J = sent_J + 0.015 * np.eye(7)[6] * (1 if sent_J[6] < 0.02 else -1)
+    give_state(rig, held_J)
+    if again == "activated":
+        rig.loop.end()
+    elif again == "reset":
+        rig.loop.latch("test")
+    else:
+        rig.change(**{"limits.max_jump_s": 10.0, "publish_mode": mode, "dry_run": True})
+        rig.tick()
+    rig.wire.time_ns += 3_000 * MS
+    now_J = held_J + (0.01 * np.eye(7)[6] * np.sign(sent_J - held_J) if moved else 0.0)
+    give_state(rig, now_J)
+    if again == "activated":
+        rig.loop.begin()
+    elif again == "reset":
+        rig.loop.reset()
+    else:
+        rig.tick()
+        rig.change(**{"limits.max_jump_s": 10.0, "publish_mode": mode, "dry_run": False})
+        rig.wire.time_ns += 1_000 * MS
+        give_state(rig, now_J)
+    count = len(rig.wire.commands)
+    rig.tick()
+    assert len(rig.wire.commands) == count + 1
+    np.testing.assert_allclose(rig.wire.commands[-1][0].position_NJ[0][6], (now_J if moved else sent_J)[6], atol=1e-9)
+
+
 def test_the_first_motion_waits_for_a_controller_that_is_a_little_elsewhere(rig: Rig) -> None:
     rig.give_inputs()
     rig.tick()
