@@ -360,6 +360,11 @@ class TrainingConfig(Frozen):
     vocabulary: VocabularyConfig = VocabularyConfig()
     fast_vocabulary: Positive = 512
     fast_scale: Rate = 10.0
+    fast_merges: Literal["coefficients", "bytes"] = Field(
+        default="coefficients",
+        description="what the fitted FAST vocabulary merges: whole coefficients, or the bytes of their characters, as "
+        "the published one (256 of its tokens are the bytes)",
+    )
     fast_published: Path | None = Field(
         default=None,
         description="folder with a published FAST vocabulary (tokenizer.json, processor_config.json), used in place of "

@@ -184,7 +184,7 @@ class Run:
     def sampler(self) -> Sampler:
         """How the model is asked for chunks in closed loop."""
         if self.config.sampler == "tokens":
-            return TokenSampler(self.data.embodiment.chunks, self.data.maker.first_fast)
+            return TokenSampler(self.data.embodiment.chunks, self.data.maker.fast_ids)
         return FlowSampler(self.config.flow_steps)
 
     def try_out(self) -> None:
@@ -194,6 +194,8 @@ class Run:
             return
         spec = self.describe()
         if self.rank == 0:
+            for told in data.warnings:
+                print(printable(f"WARNING: {told}"), file=sys.stderr, flush=True)
             self.check_room()
             for robot, unseen in data.unseen.items():
                 if unseen:

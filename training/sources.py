@@ -37,7 +37,16 @@ from training.data import (
 )
 from training.data.language import LanguageData, open_language
 from training.data.lerobot import SOURCE, Dataset, LeRobotSamples
-from training.tokens import FastTokenizer, act_query_ids, act_query_token, localise, make_vocabulary
+from training.tokens import (
+    FIRST_SEGMENT,
+    FastTokenizer,
+    act_query_ids,
+    act_query_token,
+    fast_ids,
+    fast_token,
+    localise,
+    make_vocabulary,
+)
 from training.weights import check_statistics, start_tokenizer
 
 FIT_CHUNKS = 20_000  # chunks that FAST's merges are fitted on
@@ -52,6 +61,7 @@ class Sources:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
+        self.warnings: list[str] = []  # to be told before the first step
         self.unseen: dict[str, list[str]] = {}  # cameras of each robot that none of its data has
         self.robots: dict[str, Robot] = {}  # by the name in the robot file, however the configuration names that
         self._files: dict[str, Path] = {}
@@ -84,12 +94,14 @@ class Sources:
             )
         self.fast = next(iter(self.embodiments.values())).fast
         # A fit may use fewer tokens than it is allowed; the model's size must not depend on that.
-        self.action_ids = config.fast_vocabulary if config.fast_published is None else self.fast.vocab_size
+        most = config.fast_vocabulary if config.fast_published is None else self.fast.vocab_size
+        self.action_ids = most if config.vocabulary.fast_ids == "own" else 0
         self.tokenizer = (
             make_vocabulary(config.vocabulary, self._texts(), self.action_ids)
             if config.start is None
             else start_tokenizer(config.start, self.action_ids)
         )
+        self._check_fast_ids()
         self.form = self._make_form()
         self.maker = BatchMaker(self.tokenizer, self.form)
         # What is held out looks as it does on the robot.
@@ -389,6 +401,35 @@ class Sources:
                 keys = "prompt.length" if name in robots else "prompt.longest_text"
                 raise ConfigurationError(f"source {name}, {samples.name}: {error} (or raise {keys})") from error
 
+    def _check_fast_ids(self) -> None:
+        """ConfigurationError unless FAST's tokens have the ids that the configuration asks for, each one alone."""
+        if self.config.vocabulary.fast_ids == "own":
+            return
+        given = "vocabulary.fast_ids: places"
+        if self.tokenizer.token_to_id(fast_token(0)) is not None:
+            raise ConfigurationError(
+                f"{given}: expected a vocabulary without FAST tokens of its own, got {fast_token(0)}; leave fast_ids "
+                "out, or import the weights with --action-ids 0"
+            )
+        if self.tokenizer.token_to_id(FIRST_SEGMENT) is None:
+            raise ConfigurationError(f"{given}: expected PaliGemma's vocabulary, got one without {FIRST_SEGMENT}")
+        taken = {int(i) for i in fast_ids(self.tokenizer)[: self.fast.vocab_size]}
+        for name, samples, text in self._named_texts():
+            encoding = self.tokenizer.encode(localise(self.tokenizer, text), add_special_tokens=False)
+            shared = [token for token, i in zip(encoding.tokens, encoding.ids, strict=True) if i in taken]
+            if shared:
+                told = (
+                    f"{given}: source {name}, {samples.name}: the text {text[:60]!r} has {shared[0]!r}, whose id is "
+                    "also a FAST token's: the model cannot tell this place (or word) from an action"
+                )
+                if not self.config.vocabulary.share_places:
+                    raise ConfigurationError(
+                        f"{told}; expected no such texts, got one; give actions ids of their own (fast_ids: own), "
+                        "leave the data out, or train all the same (share_places: true)"
+                    )
+                self.warnings.append(told)
+                return
+
     def _template(self) -> str:
         queries = "".join(act_query_token(i) for i in range(self.config.vocabulary.queries))
         return self.config.prompt.text(self.config.model.state_in_prompt, queries)
@@ -450,7 +491,8 @@ def _items(entry: Entry, samples: Samples) -> Iterator[tuple[Path, int]]:
 def make_fast(config: TrainingConfig, chunks: Sequence[NDArray[np.float64]]) -> FastTokenizer:
     """The published vocabulary that the configuration names, or one fitted on the chunks [N, H, D] of each robot."""
     if config.fast_published is None:
-        return fit_fast(chunks, vocabulary=config.fast_vocabulary, scale=config.fast_scale)
+        merges_bytes = config.fast_merges == "bytes"
+        return fit_fast(chunks, vocabulary=config.fast_vocabulary, scale=config.fast_scale, byte_level=merges_bytes)
     # For each robot, as a published vocabulary may be made for chunks of one shape alone.
     shapes = [chunk_NHD.shape[1:] for chunk_NHD in chunks]
     fast, *_ = [FastTokenizer.load_published(config.fast_published, *shape) for shape in shapes]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,11 +17,16 @@ import yaml
 from support.arms import arm_run, entry, make_arms
 from support.foreign_datasets import Camera, Column, Shape, build
 from support.samples import make_robot
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 
+from training.config import TrainingConfig
 from training.data.lerobot import ACTION, STATE
 from training.run import main
 from training.sources import Sources
 from training.storage import only_run
+from training.tokens import fast_token
 
 NAMES = ("lifter_0", "lifter_1", "lifter_2")
 
@@ -150,6 +158,62 @@ def test_data_that_is_given_twice_or_never_drawn(
     assert_said("sources.robot: .* got episode 3 of .* twice; raise its weight", refusal(tmp_path, capsys, twice))
     seldom = plain(arms, tmp_path, entry(arms, "lifter"), entry(arms, "reacher", weight=1e-5))
     assert_said("reacher: weight: expected enough for a sample .* got 1e-05 of", refusal(tmp_path, capsys, seldom))
+
+
+@pytest.fixture
+def gemma(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
+    """A small vocabulary in PaliGemma's form, with letters for words."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", *map(chr, range(32, 127))]
+    tokens += [*(f"<loc{i:04d}>" for i in range(1024)), *(f"<seg{i:03d}>" for i in range(128))]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer.add_special_tokens([token for token in tokens if len(token) > 1])
+    monkeypatch.setattr("training.sources.make_vocabulary", lambda config, texts, ids: grow(tokenizer, ids))
+    return tokenizer
+
+
+def grow(tokenizer: Tokenizer, action_ids: int) -> Tokenizer:
+    grown = Tokenizer.from_str(tokenizer.to_str())
+    grown.add_special_tokens([fast_token(i) for i in range(action_ids)])
+    return grown
+
+
+def test_actions_and_places_do_not_share_their_ids(
+    arms: Path, gemma: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((16, 16, 3), np.uint8))
+    answers = {"words": "it is red", "places": "<loc0007><loc1023> cup"}
+    for name, suffix in answers.items():
+        line = {"image": "a.png", "prefix": "where", "suffix": suffix}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+
+    def run(questions: str, **vocabulary: Any) -> dict[str, Any]:
+        sources = {"robot": [entry(arms, "lifter")], "asked": [{"paligemma": str(tmp_path / f"{questions}.jsonl")}]}
+        stage = arms_stage(robot=2, asked=1) | {"losses": {"text": 1.0, "fast": 1.0}}
+        named = {"kind": "paligemma", "file": str(tmp_path / "any.model"), **vocabulary}
+        prompt = {"length": 90}
+        return plain(arms, tmp_path, sources=sources, stages=[stage], vocabulary=named, prompt=prompt, hints=None)
+
+    def opened(config: dict[str, Any]) -> Sources:
+        return Sources(TrainingConfig.model_validate(config))
+
+    said = refusal(tmp_path, capsys, run("places", fast_ids="places"))
+    assert_said("source asked, .*places.jsonl: the text .* has '<loc1023>', .* FAST token's: .*fast_ids: own", said)
+    shared = opened(run("places", fast_ids="places", share_places=True))
+    assert len(shared.warnings) == 1 and "'<loc1023>'" in shared.warnings[0]
+    apart = opened(run("words", fast_ids="places"))
+    assert not apart.warnings and apart.action_ids == 0 and apart.tokenizer.get_vocab_size() == gemma.get_vocab_size()
+    batch = apart.training["robot"].draw(4, np.random.default_rng(0))
+    chunks_HD = batch.action_BHA.double().numpy()
+    for row, chunk_HD in enumerate(chunks_HD):
+        ids = batch.postfix_BT[row][batch.fast_mask_BT[row]].tolist()
+        expected = apart.embodiment.chunks.encode(chunk_HD) if batch.known_BH[row].all() else []
+        assert ids == [gemma.get_vocab_size() - 1 - 128 - i for i in expected]
+    own = opened(run("places", fast_ids="own"))
+    assert own.action_ids == own.config.fast_vocabulary and not own.warnings
+    gemma.add_special_tokens(["<fast_0>"])
+    said = refusal(tmp_path, capsys, run("words", fast_ids="places"))
+    assert_said("expected a vocabulary without FAST tokens of its own, got <fast_0>", said)
 
 
 def test_a_run_does_not_write_into_its_data(arms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

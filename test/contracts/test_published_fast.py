@@ -29,7 +29,7 @@ from training.model.siglip import VisionConfig
 from training.model.vla import VLA, VLAConfig
 from training.sources import make_fast
 from training.tokens.fast import PROCESSOR, VOCABULARY, FastDecodeError, FastTokenizer
-from training.tokens.prompt import fast_id
+from training.tokens.prompt import fast_ids
 
 HORIZON, ACTION_DIM, SCALE = 10, 4, 10
 UNIVERSAL_LOWEST = -354  # of the universal vocabulary: a zero is a character of two bytes there
@@ -133,6 +133,33 @@ def test_both_forms_have_the_same_coefficients(published: Path) -> None:
             assert np.abs(back_HA - chunk_HA).max() <= bound
 
 
+def test_a_vocabulary_of_bytes_is_fitted_as_the_published_one_was(tmp_path: Path) -> None:
+    """Its files can be published: whoever reads them has the same ids and the same actions."""
+    fast = FastTokenizer.fit(smooth_chunks(600), vocab_size=700, byte_level=True)
+    config = {"scale": SCALE, "min_token": fast.lowest, "vocab_size": 700}
+    fast.bpe.save(str(tmp_path / VOCABULARY))
+    (tmp_path / PROCESSOR).write_text(json.dumps(config))
+    read = load(tmp_path)
+    symbols = {read.bpe.id_to_token(i) for i in range(256)}
+    assert 256 < fast.vocab_size <= 700 and symbols == set(byte_symbols().values())
+    for chunk_HA in smooth_chunks(40, seed=5):
+        ids = fast.encode(chunk_HA)
+        assert ids == read.encode(chunk_HA) == slow_encode(tmp_path, chunk_HA)
+        np.testing.assert_array_equal(fast.decode(ids), read.decode(ids))
+        assert np.rint(fast.coefficients(fast.decode(ids))).ravel().tolist() == slow_coefficients(chunk_HA)
+
+
+def test_bytes_write_what_no_chunk_of_the_fit_had(tmp_path: Path) -> None:
+    fast = FastTokenizer.fit(smooth_chunks(100), vocab_size=300, byte_level=True)
+    far = 40 * smooth_chunks(1, seed=6)[0]
+    below = int((np.rint(fast.coefficients(far)) < fast.lowest).sum())
+    assert fast.count_clamped(far) == below > 0, "below the lowest there is no character"
+    expected = np.maximum(np.rint(fast.coefficients(far)), fast.lowest)
+    np.testing.assert_array_equal(np.rint(fast.coefficients(fast.decode(fast.encode(far)))), expected)
+    with pytest.raises(ConfigurationError, match="at least 256 tokens for merges of bytes, got 255"):
+        FastTokenizer.fit(smooth_chunks(10), vocab_size=255, byte_level=True)
+
+
 def test_an_id_stands_for_whole_coefficients_or_a_part_of_one(published: Path) -> None:
     fast = load(published)
     read = {token: fast.integers(token) for token in range(fast.vocab_size)}
@@ -187,6 +214,8 @@ def test_a_run_takes_the_vocabulary_that_its_configuration_names(published: Path
     fitted = make_fast(TrainingConfig.model_validate(settings), [chunk_NHA, chunk_NHA[..., :3]])
     named = make_fast(TrainingConfig.model_validate(settings | {"fast_published": str(published)}), [chunk_NHA])
     assert fitted.vocab_size == 512 and not fitted.byte_level and fitted.action_dim == ACTION_DIM
+    bytewise = make_fast(TrainingConfig.model_validate(settings | {"fast_merges": "bytes"}), [chunk_NHA])
+    assert bytewise.byte_level and bytewise.encode(chunk_NHA[0]) != fitted.encode(chunk_NHA[0])
     assert named.bpe.get_vocab() == load(published).bpe.get_vocab() and named.lowest == load(published).lowest
     with pytest.raises(ConfigurationError, match=r"action_dim: expected 3, .*, got 4"):
         folder = publish(tmp_path / "other", smooth_chunks(30), action_dim=4)
@@ -199,7 +228,7 @@ def test_training_from_scratch_orders_the_tokens_of_whole_coefficients(published
     sizes = GemmaConfig(width=64, depth=1, mlp=8, heads=1, kv_heads=1, head_dim=8)
     vision = VisionConfig(image_size=4, patch_size=2, width=16, depth=1, heads=1, mlp=8)
     model = VLA(VLAConfig(vision, sizes, sizes, tokenizer.get_vocab_size(), ACTION_DIM, HORIZON))
-    start = fast_id(tokenizer, 0)
+    start = fast_ids(tokenizer)[0]
     before = model.backbone.embedding.weight.detach().clone()[start : start + fast.vocab_size]
     order_embeddings(model, tokenizer, fast)
     after = model.backbone.embedding.weight.detach()[start : start + fast.vocab_size]

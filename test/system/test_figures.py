@@ -100,7 +100,7 @@ def test_figures_are_those_of_a_slow_reference(trained: Run, monkeypatch: pytest
         for dimension, errors in off.items():
             assert whole[f"{before}flow_error.{dimension}"] == pytest.approx(np.mean(errors), rel=1e-6)
 
-        fast, first = embodiment.chunks, run.data.plain.first_fast
+        fast, first = embodiment.chunks, int(run.data.plain.fast_ids[0])
         longest = 8 + batch.postfix_BT.shape[1] * 3 // 2
         good = []
         for row in range(len(samples)):
@@ -271,7 +271,7 @@ def test_a_model_may_drive_by_its_tokens(arms: Path, tmp_path: Path, monkeypatch
     def logits(hidden_BD: Tensor) -> Tensor:
         scores_BW = torch.zeros(len(hidden_BD), run.model.config.vocab_size)
         for b, ids in enumerate(said):
-            scores_BW[b, run.data.plain.first_fast + next(ids, 0)] = 1.0
+            scores_BW[b, run.data.plain.fast_ids[next(ids, 0)]] = 1.0
         return scores_BW
 
     monkeypatch.setattr(run.model, "logits", logits)

@@ -22,7 +22,7 @@ from ki_vla_ros.policy import images_to_input, render_prompt, state_to_bins, tok
 from training.data.augmentation import Augmentation, recolour, turn_and_crop
 from training.data.embodiment import Embodiment
 from training.data.samples import Image, Labels, LanguageSample, RobotSample
-from training.tokens import EOS_TOKEN, encode_text, fast_id, localise, token_id
+from training.tokens import EOS_TOKEN, encode_text, fast_ids, localise, token_id
 
 NO_TARGET = -1
 # Of the loss of dimensions that only other robots have, beside 1 for the robot's own. They are learned, as zeros,
@@ -118,7 +118,7 @@ class BatchMaker:
 
     def __init__(self, tokenizer: Tokenizer, form: BatchForm) -> None:
         self.tokenizer, self.form = tokenizer, form
-        self.eos, self.first_fast = token_id(tokenizer, EOS_TOKEN), fast_id(tokenizer, 0)
+        self.eos, self.fast_ids = token_id(tokenizer, EOS_TOKEN), fast_ids(tokenizer)
 
     def of_robots(
         self,
@@ -143,7 +143,7 @@ class BatchMaker:
             # A chunk's tokens stand for all of it; of one that is not known to its end, none can be learned.
             whole = bool(sample.known_H.all())
             if action_tokens:
-                postfixes.append([self.first_fast + i for i in embodiment.chunks.encode(action_HD)] if whole else [])
+                postfixes.append(self.fast_ids[embodiment.chunks.encode(action_HD)].tolist() if whole else [])
             if form.readouts:
                 coefficients_HD = embodiment.chunks.coefficients(action_HD)
                 readout_BKA[b, :, :width] = coefficients_HD[: form.readouts] if whole else np.nan

@@ -44,6 +44,8 @@ def whole_chunks(space: ActionSpace, numbers: Numbers, most: int, seed: int) -> 
     return space.normalize_chunk(numbers.chunk_NHD[whole], numbers.state_NS[whole])
 
 
-def fit_fast(chunks: Sequence[NDArray[np.float64]], *, vocabulary: int, scale: float) -> FastTokenizer:
+def fit_fast(
+    chunks: Sequence[NDArray[np.float64]], *, vocabulary: int, scale: float, byte_level: bool = False
+) -> FastTokenizer:
     """One vocabulary for the chunks of all robots, whatever their shapes."""
-    return FastTokenizer.fit(*chunks, vocab_size=vocabulary, scale=scale)
+    return FastTokenizer.fit(*chunks, vocab_size=vocabulary, scale=scale, byte_level=byte_level)

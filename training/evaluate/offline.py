@@ -102,8 +102,8 @@ def measure(
                 note(measure_losses(losses, batch, source, rng))
                 if action_tokens:
                     note(measure_tokens(model, embodiment, samples, batch), before)
-                first = data.plain.first_fast if action_tokens and number == 0 else None
-                for way, action_BHA in predict(model, embodiment, batch, losses.config.flow_steps, heads, first):
+                fast_ids = data.plain.fast_ids if action_tokens and number == 0 else None
+                for way, action_BHA in predict(model, embodiment, batch, losses.config.flow_steps, heads, fast_ids):
                     off_BHD = action_BHA[..., : len(embodiment.robot.actions)] - normalized(embodiment, samples)
                     note(measure_errors(embodiment, samples, off_BHD, way), before)
                     if way == shown:
@@ -209,11 +209,11 @@ def predict(
     batch: Batch,
     flow_steps: int,
     heads: TrainingHeads | None,
-    first_fast: int | None,
+    fast_ids: NDArray[np.int64] | None,
 ) -> Iterator[tuple[str, Array]]:
     """Normalised chunks [B, H, A] by each way of reading the model; NaN rows where FAST was malformed.
 
-    `first_fast` is the id of FAST's token 0; None: without decoding FAST.
+    `fast_ids` are those of FAST's tokens in the model's vocabulary; None: without decoding FAST.
     """
     if batch.action_BHA is None:
         raise ValueError("predict: expected a batch with actions, got one without")
@@ -227,10 +227,10 @@ def predict(
         coefficients_BKA = named_BKA.double().cpu().numpy() / embodiment.chunks.scale
         basis_KH = cosine_basis(batch.action_BHA.shape[1])[: coefficients_BKA.shape[1]]
         yield "readout", np.einsum("kh,bka->bha", basis_KH, coefficients_BKA)
-    if first_fast is not None:
+    if fast_ids is not None:
         # Longer sequences count as malformed: an untrained model would take minutes to end them.
         longest = 8 + (0 if batch.postfix_BT is None else batch.postfix_BT.shape[1] * 3 // 2)
-        sampler = TokenSampler(embodiment.chunks, first_fast, longest)
+        sampler = TokenSampler(embodiment.chunks, fast_ids, longest)
         yield "fast", sampler(model, batch.prefix, batch.state_BS, noise_BHA)
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from training.model.vla import VLA
-from training.tokens import STATE_BINS, FastTokenizer, fast_id, loc_id, location_count, token_id
+from training.tokens import STATE_BINS, FastTokenizer, fast_ids, loc_id, location_count, token_id
 
 
 def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
@@ -43,7 +43,7 @@ def order_embeddings(model: VLA, tokenizer: Tokenizer, fast: FastTokenizer) -> N
     leading = {token: coefficients[0] for token, coefficients in integers.items() if coefficients}
     first_N = torch.tensor(list(leading.values()))
     share_N = (first_N - first_N.min()) / (first_N.max() - first_N.min())
-    ids_N = fast_id(tokenizer, 0) + torch.tensor(list(leading))
+    ids_N = torch.from_numpy(fast_ids(tokenizer)[list(leading)])
     table[ids_N] = (table[ids_N] + wave_features(share_N, width, finest=32.0) * width**-0.5) * 0.5**0.5
     vision = model.config.vision
     grid = vision.image_size // vision.patch_size

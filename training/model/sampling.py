@@ -54,12 +54,12 @@ class FlowSampler:
 class TokenSampler:
     """Reads FAST tokens by argmax, one after the other, over cached keys and values.
 
-    `first` is the id of FAST's token 0 in the model's vocabulary. A sequence without its end after `longest` tokens is
-    malformed; by default that is one token for each number of a chunk.
+    `fast_ids` are the ids of FAST's tokens in the model's vocabulary. A sequence without its end after `longest` tokens
+    is malformed; by default that is one token for each number of a chunk.
     """
 
     fast: FastTokenizer
-    first: int
+    fast_ids: NDArray[np.int64]
     longest: int | None = None
 
     @torch.no_grad()
@@ -67,12 +67,13 @@ class TokenSampler:
         fast, (*_, tokens_BL, token_mask_BL) = self.fast, prefix
         whole = fast.horizon * fast.action_dim
         lengths = np.array([len(fast.integers(i)) for i in range(fast.vocab_size)])
+        ids_N = torch.from_numpy(self.fast_ids[: fast.vocab_size]).to(tokens_BL.device)
         cache, token_B1 = model.prefill(*prefix), last_tokens(tokens_BL, token_mask_BL)
         count_B, steps = np.zeros(len(tokens_BL)), list[NDArray[np.int64]]()
         while len(steps) < (self.longest or whole) and (count_B < whole).any():
             hidden_B1D, cache = model.read_on(cache, token_B1)
-            best_B = model.logits(hidden_B1D[:, 0])[:, self.first : self.first + fast.vocab_size].argmax(dim=1)
-            token_B1 = self.first + best_B[:, None]
+            best_B = model.logits(hidden_B1D[:, 0])[:, ids_N].argmax(dim=1)
+            token_B1 = ids_N[best_B][:, None]
             steps.append(best_B.cpu().numpy())
             count_B += lengths[steps[-1]]
         chunks = []

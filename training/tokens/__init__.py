@@ -5,13 +5,14 @@ from training.tokens.fast import FastDecodeError, FastTokenizer, cosine_basis
 from training.tokens.paligemma import VOCABULARY, read_tokenizer
 from training.tokens.prompt import (
     EOS_TOKEN,
+    FIRST_SEGMENT,
     LOCATION_BINS,
     STATE_BINS,
     act_query_ids,
     act_query_token,
     check_text,
     encode_text,
-    fast_id,
+    fast_ids,
     fast_token,
     loc_id,
     localise,
@@ -26,6 +27,7 @@ from training.tokens.vocabulary import VocabularyConfig, make_vocabulary
 
 __all__ = [
     "EOS_TOKEN",
+    "FIRST_SEGMENT",
     "LEAST_SIZE",
     "LOCATION_BINS",
     "STATE_BINS",
@@ -38,7 +40,7 @@ __all__ = [
     "check_text",
     "cosine_basis",
     "encode_text",
-    "fast_id",
+    "fast_ids",
     "fast_token",
     "loc_id",
     "localise",

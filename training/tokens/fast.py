@@ -5,9 +5,9 @@ short sequence of ids in [0, vocab_size). Each coefficient is one character of t
 one of two forms that have the same coefficients:
 
     ours        character FIRST_CHARACTER + coefficient - lowest; merges of characters, fitted on the training chunks
-    published   character coefficient - min_token; merges of the UTF-8 bytes of these characters, within the words that
-                GPT-2's pattern sees in them (Hugging Face's physical-intelligence/fast: tokenizer.json and
-                processor_config.json)
+    bytes       character coefficient - lowest; merges of the UTF-8 bytes of these characters, within the words that
+                GPT-2's pattern sees in them: the published form (Hugging Face's physical-intelligence/fast:
+                tokenizer.json and processor_config.json), read from there or fitted in the same way
 
 Ids are FAST's own; `training.tokens.prompt` maps them to ids of the language model's vocabulary.
 Legend: N chunks, H horizon, A action dim.
@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as FromBytes
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from ki_vla_ros.bundle import load_tokenizer
@@ -64,14 +66,17 @@ class FastTokenizer:
     highest: int
     bpe: Tokenizer
     byte_level: bool = False
-    """The published form. Nobody has written down its largest coefficient, so `highest` is what a character can be."""
+    """The published form. Bytes write any coefficient from `lowest` on, so `highest` is what a character can be."""
 
     @classmethod
-    def fit(cls, *chunks_NHA: NDArray[np.floating], vocab_size: int, scale: float = 10.0) -> FastTokenizer:
+    def fit(
+        cls, *chunks_NHA: NDArray[np.floating], vocab_size: int, scale: float = 10.0, byte_level: bool = False
+    ) -> FastTokenizer:
         """Fit range and merges on normalised chunks; several arrays may have different shapes (`for_shape`).
 
         Where outliers make the range larger than the vocabulary, half of it is kept for merges, and coefficients beyond
         what the other half can express are clamped (`count_clamped`); ConfigurationError if those are too many.
+        `byte_level`: as the published vocabulary was fitted, of which 256 tokens are the bytes.
         """
         if not sum(len(chunk_NHA) for chunk_NHA in chunks_NHA):
             raise ConfigurationError("FAST: expected chunks to fit the vocabulary on, got none")
@@ -81,6 +86,14 @@ class FastTokenizer:
         ]
         lowest = min(int(found.min()) for found in coefficients if found.size)
         highest = max(int(found.max()) for found in coefficients if found.size)
+        _, horizon, action_dim = chunks_NHA[0].shape
+        if byte_level:
+            if vocab_size < len(BYTES):
+                raise ConfigurationError(
+                    f"FAST: expected a vocabulary of at least {len(BYTES)} tokens for merges of bytes, got {vocab_size}"
+                )
+            bpe = _merge_bytes(coefficients, lowest, vocab_size)
+            return cls(horizon, action_dim, scale, lowest, lowest + LAST_CHARACTER, bpe, byte_level=True)
         if highest - lowest + 1 > vocab_size:
             most = max(1, vocab_size // 2 - 1) // 2
             lowest, highest = -most, most
@@ -105,7 +118,6 @@ class FastTokenizer:
             for row in found
         )
         bpe.train_from_iterator(texts, trainer=trainer, length=sum(len(found) for found in coefficients))
-        _, horizon, action_dim = chunks_NHA[0].shape
         return cls(horizon, action_dim, scale, lowest, highest, bpe)
 
     def for_shape(self, horizon: int, action_dim: int) -> FastTokenizer:
@@ -209,6 +221,23 @@ class FastTokenizer:
         if piece is None:
             raise FastDecodeError(f"FAST: expected ids in 0..{self.vocab_size - 1}, got id {token}{where}")
         return piece
+
+
+def _merge_bytes(coefficients: Sequence[NDArray[np.int64]], lowest: int, vocab_size: int) -> Tokenizer:
+    """Merges of bytes that follow each other at least twice, of any length, as published."""
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer, bpe.decoder = ByteLevel(add_prefix_space=False), FromBytes()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=BYTE_SYMBOLS,
+        special_tokens=[],
+        max_token_length=10_000,
+    )
+    texts = (_to_text(row.ravel() - lowest, 0) for found in coefficients for row in found)
+    bpe.train_from_iterator(texts, trainer=trainer)
+    return bpe
 
 
 def read_vocabulary(path: Path) -> Tokenizer:

@@ -14,6 +14,8 @@ import re
 from bisect import bisect_left
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -24,6 +26,7 @@ BOS_TOKEN = "<bos>"
 EOS_TOKEN = "<eos>"
 LOCATION_BINS = 1024  # of a place in a text, along one side of the image
 STATE_BINS = 256
+FIRST_SEGMENT = "<seg000>"
 _TOKEN = re.compile(r"<(?:loc|seg)[^<>\s]*>")
 _RESERVED = re.compile(r"<(?:pad|bos|eos|unk|act_query_\d+|fast_\d+)>")
 _PLACE = re.compile(r"<loc(0\d{3}|10[01]\d|102[0-3])>")
@@ -121,9 +124,16 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     return int(found)
 
 
-def fast_id(tokenizer: Tokenizer, i: int) -> int:
-    """Vocabulary id of FAST token i; the ids of all FAST tokens are consecutive."""
-    return token_id(tokenizer, fast_token(i))
+def fast_ids(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Vocabulary id of each FAST token that there can be.
+
+    Those of its own, consecutive at the vocabulary's end; where PaliGemma's has none, openpi's: from the last place,
+    <loc1023>, down, so that token i of FAST has the id V - 1 - 128 - i.
+    """
+    first = tokenizer.token_to_id(fast_token(0))
+    if first is None:
+        return np.arange(token_id(tokenizer, FIRST_SEGMENT) - 1, -1, -1)
+    return np.arange(first, tokenizer.get_vocab_size())
 
 
 def loc_id(tokenizer: Tokenizer, i: int) -> int:

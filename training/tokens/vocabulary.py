@@ -19,6 +19,7 @@ from training.tokens.prompt import LOCATION_BINS
 from training.tokens.words import collect_words
 
 WORD_LOCATIONS = 32
+FastIds = Literal["own", "places"]
 
 
 class VocabularyConfig(Frozen):
@@ -40,6 +41,14 @@ class VocabularyConfig(Frozen):
         description="bins along one side of an image, which the 1024 of data files become; if none is given, 1024, "
         f"with words {WORD_LOCATIONS}",
     )
+    fast_ids: FastIds = Field(
+        default="own",
+        description="of FAST's tokens: own ones after all others; or places, for PaliGemma's vocabulary, as openpi has "
+        "them: V - 1 - 128 - token, which are the ids of <loc1023> and down",
+    )
+    share_places: bool = Field(
+        default=False, description="with fast_ids: places, train on data that has such places in its texts all the same"
+    )
     queries: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0, description="learned tokens at the end of a robot's prompt, which hints are read from"
     )
@@ -53,6 +62,8 @@ class VocabularyConfig(Frozen):
             raise ValueError(f"size: expected it with kind bpe alone, got {self.size} with kind {self.kind}")
         if self.kind == "paligemma" and self.locations not in (None, LOCATION_BINS):
             raise ValueError(f"locations: expected {LOCATION_BINS}, as PaliGemma has them, got {self.locations}")
+        if self.share_places and self.fast_ids != "places":
+            raise ValueError(f"share_places: expected it with fast_ids: places alone, got fast_ids: {self.fast_ids}")
         if self.kind == "paligemma" and self.queries:
             raise ValueError(
                 f"queries: expected 0 with PaliGemma's vocabulary, which has no such tokens, got {self.queries}"

@@ -28,7 +28,7 @@ from ki_vla_ros.policy.preprocess import (
     tokenize,
     unnormalize,
 )
-from training.tokens.prompt import act_query_ids, fast_id, loc_id, prompt_tokenizer, prompt_vocab_size, token_id
+from training.tokens.prompt import act_query_ids, fast_ids, loc_id, prompt_tokenizer, prompt_vocab_size, token_id
 
 PROMPT = (
     "Task: touch the red cube, State: 0 1 2 3 4 5 255;\nAction: <act_query_0><act_query_1><act_query_2><act_query_3>"
@@ -212,7 +212,7 @@ def test_prompt_ids_come_first_and_answers_are_consecutive() -> None:
     start = prompt_vocab_size(tokenizer)
     assert [loc_id(tokenizer, i) for i in range(LOCATIONS)] == list(range(start, start + LOCATIONS))
     first = start + LOCATIONS
-    assert [fast_id(tokenizer, i) for i in range(512)] == list(range(first, first + 512))
+    assert fast_ids(tokenizer).tolist() == list(range(first, first + 512))
     assert tokenizer.get_vocab_size() == first + 512
     assert max(tokenizer.encode(PROMPT).ids) < start
     assert len(set(act_query_ids(tokenizer))) == 4

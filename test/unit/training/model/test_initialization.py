@@ -12,7 +12,7 @@ from training.model.initialization import order_embeddings, wave_features
 from training.model.siglip import VisionConfig
 from training.model.vla import VLA, VLAConfig
 from training.tokens.fast import FastTokenizer
-from training.tokens.prompt import STATE_BINS, fast_id, loc_id, token_id
+from training.tokens.prompt import STATE_BINS, fast_ids, loc_id, token_id
 
 SIZES = GemmaConfig(width=32, depth=2, mlp=32, heads=2, kv_heads=1, head_dim=16)
 VISION = VisionConfig(image_size=48, patch_size=12, width=32, depth=1, heads=2, mlp=32, stem="conv")
@@ -37,7 +37,7 @@ def made() -> tuple[VLA, dict[str, Tensor], dict[str, Tensor], FastTokenizer]:
         "places": slice(loc_id(tokenizer, 0), loc_id(tokenizer, 0) + LOCATIONS),
         "words": slice(0, token_id(tokenizer, "0")),
     }
-    first = fast_id(tokenizer, 0)
+    first = fast_ids(tokenizer)[0]
     singles = sorted((fast.integers(t)[0], t) for t in range(fast.vocab_size) if len(fast.integers(t)) == 1)
     fast_rows = [first + token for _, token in singles]
 

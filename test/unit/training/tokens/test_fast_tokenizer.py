@@ -29,6 +29,11 @@ def fast() -> FastTokenizer:
     return FastTokenizer.fit(smooth_chunks(2000), vocab_size=256)
 
 
+@pytest.fixture(scope="module")
+def bytewise() -> FastTokenizer:
+    return FastTokenizer.fit(smooth_chunks(1000), vocab_size=512, byte_level=True)
+
+
 def test_basis_is_orthonormal_and_starts_with_the_mean() -> None:
     basis = cosine_basis(HORIZON)
     np.testing.assert_allclose(basis @ basis.T, np.eye(HORIZON), atol=1e-12)
@@ -81,6 +86,39 @@ def test_malformed_ids_are_errors(fast: FastTokenizer) -> None:
         fast.decode([ids[0], fast.vocab_size])
     with pytest.raises(FastDecodeError, match="id -1 at position 0"):
         fast.decode([-1])
+
+
+@given(
+    arrays(np.float64, (HORIZON, ACTION_DIM), elements=st.floats(-30, 30)),
+    st.sampled_from(["coefficients", "bytes"]),
+)
+def test_whatever_is_beyond_the_range_is_counted_and_nothing_else_is_changed(
+    fast: FastTokenizer, bytewise: FastTokenizer, chunk: NDArray[np.float64], merges: str
+) -> None:
+    fast = bytewise if merges == "bytes" else fast
+    true = np.rint(fast.coefficients(chunk))
+    beyond = (true < fast.lowest) | (true > fast.highest)
+    said = np.rint(fast.coefficients(fast.decode(fast.encode(chunk))))
+    assert fast.count_clamped(chunk) == int(beyond.sum())
+    np.testing.assert_array_equal(said, np.clip(true, fast.lowest, fast.highest))
+
+
+@given(st.data(), st.sampled_from(["coefficients", "bytes"]))
+def test_any_ids_are_exactly_one_chunk_or_an_error(
+    fast: FastTokenizer, bytewise: FastTokenizer, data: st.DataObject, merges: str
+) -> None:
+    fast = bytewise if merges == "bytes" else fast
+    right = fast.encode(smooth_chunks(1, seed=data.draw(st.integers(0, 20)))[0])
+    ids = [*right[: data.draw(st.integers(0, len(right)))], *data.draw(st.lists(st.integers(-2, 600), max_size=3))]
+    counted = [i for token in ids if 0 <= token < fast.vocab_size for i in fast.integers(token)]
+    known = all(0 <= token < fast.vocab_size for token in ids)
+    try:
+        chunk = fast.decode(ids)
+    except FastDecodeError:
+        assert fast.byte_level or not known or len(counted) != HORIZON * ACTION_DIM
+    else:
+        assert known and chunk.shape == (HORIZON, ACTION_DIM)
+        assert fast.byte_level or np.rint(fast.coefficients(chunk)).ravel().tolist() == counted
 
 
 def test_bad_chunks_and_too_small_vocabularies_are_refused(fast: FastTokenizer) -> None:

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy.preprocess import render_prompt, state_to_bins, tokenize
 from training.tokens.paligemma import read_tokenizer
-from training.tokens.prompt import encode_text, fast_id, localise, prompt_tokenizer, prompt_vocab_size
+from training.tokens.prompt import encode_text, fast_ids, localise, prompt_tokenizer, prompt_vocab_size
 
 MODEL = train()
 SIZE = len(MODEL.pieces)
@@ -103,7 +103,7 @@ def test_prompt_of_pi05(ours: Tokenizer) -> None:
 def test_the_robot_cannot_express_places_or_actions(file: Path) -> None:
     full = read_tokenizer(file, action_ids=5, vocabulary=SIZE)
     assert full.get_vocab_size() == SIZE + 5
-    assert [fast_id(full, i) for i in range(5)] == list(range(SIZE, SIZE + 5))
+    assert fast_ids(full).tolist() == list(range(SIZE, SIZE + 5))
     assert full.encode("<fast_3>", add_special_tokens=False).ids == [SIZE + 3]
     words = SIZE - PLACES - SEGMENTS
     assert prompt_vocab_size(full) == words
@@ -115,6 +115,13 @@ def test_the_robot_cannot_express_places_or_actions(file: Path) -> None:
         assert robot.decode(ids) == text
     for text in TEXT.split("\n"):
         assert robot.encode(text).ids == full.encode(text).ids
+
+
+def test_without_ids_of_their_own_actions_have_openpis(file: Path) -> None:
+    """V - 1 - segments - token: the last place is FAST's token 0, and after the places come words."""
+    ids = fast_ids(read_tokenizer(file, vocabulary=SIZE))
+    assert ids[:20].tolist() == [SIZE - 1 - SEGMENTS - i for i in range(20)]
+    assert ids[0] == THEIRS.piece_to_id(f"<loc{PLACES - 1:04d}>")
 
 
 def test_tokenizer_json(ours: Tokenizer, tmp_path: Path) -> None:

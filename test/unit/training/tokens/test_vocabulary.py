@@ -20,7 +20,7 @@ from training.tokens import words as words_file
 from training.tokens.prompt import (
     act_query_ids,
     encode_text,
-    fast_id,
+    fast_ids,
     loc_id,
     localise,
     location_count,
@@ -54,7 +54,7 @@ def test_what_a_prompt_can_hold_comes_first_then_places_then_actions(kind: str, 
     vocabulary = made(kind, queries=queries, locations=16)
     rows = prompt_vocab_size(vocabulary)
     assert [loc_id(vocabulary, i) for i in range(16)] == list(range(rows, rows + 16))
-    assert [fast_id(vocabulary, i) for i in range(9)] == list(range(rows + 16, rows + 25))
+    assert fast_ids(vocabulary).tolist() == list(range(rows + 16, rows + 25))
     assert vocabulary.get_vocab_size() == rows + 25 and location_count(vocabulary) == 16
     assert act_query_ids(vocabulary) == tuple(range(4, 4 + queries))
     first = token_id(vocabulary, "0")

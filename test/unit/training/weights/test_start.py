@@ -19,7 +19,7 @@ from training.config import LoraSettings, ModelConfig, PromptConfig, StartConfig
 from training.lora import add_lora, merge, save_adapter
 from training.model import GemmaConfig
 from training.optimizer import select_parameters
-from training.tokens.prompt import fast_id, fast_token
+from training.tokens.prompt import fast_ids, fast_token
 from training.weights.checkpoints import load_checkpoint
 from training.weights.start import Start, adopt, check_statistics, open_start
 
@@ -103,7 +103,7 @@ def test_a_finished_run_is_a_start_too_and_its_own_action_ids_are_kept(tmp_path:
     assert start.pad_to is None and start.encoding == "token" and start.prompt.style == "words"
     assert start.config.vocab_size == load_checkpoint(folder).config.vocab_size
     more = begin(folder, state_width=7, action_width=7, action_ids=20)
-    assert fast_id(more.tokenizer, 19) == fast_id(start.tokenizer, 0) + 19 == more.config.vocab_size - 1
+    assert fast_ids(more.tokenizer)[19] == fast_ids(start.tokenizer)[0] + 19 == more.config.vocab_size - 1
 
 
 def test_statistics_are_kept_for_the_same_dimensions_only(imported: dict[str, Path], tmp_path: Path) -> None:
