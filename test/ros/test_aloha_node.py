@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -29,7 +30,9 @@ from support.waiting import PATIENCE_S
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.robot.robot import find_robot, read_robot
+from ki_vla_ros.sim.aloha.demonstrator import Demonstrator
 from ki_vla_ros.sim.aloha.node import PARTS
+from ki_vla_ros.sim.aloha.teleoperator import Teleoperator
 from ki_vla_ros.sim.aloha.world import CAMERAS, HOME_J, JOINTS, OPEN_M, AlohaWorld
 
 pytestmark = needs_aloha
@@ -189,3 +192,17 @@ def test_bad_starts_end_with_one_message(ros_environment: dict[str, str], tmp_pa
     for message, process in processes.items():
         _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 2 and message in errors and "Traceback" not in errors, errors
+
+
+@pytest.mark.parametrize("policy", [False, True])
+@pytest.mark.usefixtures("ros_environment")
+def test_beside_a_policy_the_teleoperator_commands_nothing(policy: bool) -> None:
+    rclpy.init()
+    try:
+        teleoperator = Teleoperator(None if policy else Demonstrator(), threading.Event())
+        published = teleoperator.get_publisher_names_and_types_by_node(teleoperator.get_name(), "/")
+        commands = [name for name, types in published if types == ["trajectory_msgs/msg/JointTrajectory"]]
+        assert len(commands) == (0 if policy else len(PARTS))
+        teleoperator.close()
+    finally:
+        rclpy.shutdown()
