@@ -26,6 +26,7 @@ from ki_vla_ros.robot import (
 
 Array = NDArray[np.float64]
 Normalization = Literal["quantile", "mean_std"]
+StateRange = Literal["whole", "quantile"]
 LEAST_SHARE = 0.01  # of a dimension's limits, or of its kind's largest reach: what hardly moves is not blown up
 
 
@@ -51,12 +52,16 @@ class ActionSpace:
     action_high: tuple[float, ...]
 
     @classmethod
-    def fit(cls, robot: Robot, numbers: Numbers, method: Normalization = "quantile") -> ActionSpace:
+    def fit(
+        cls, robot: Robot, numbers: Numbers, method: Normalization = "quantile", state_range: StateRange = "whole"
+    ) -> ActionSpace:
         """From the data's numbers, by one of two methods.
 
         quantile: actions from their 1 % to their 99 % quantile, and symmetric where zero means "stay" (differences,
         steps, velocities), so that zero is 0 and both directions are resolved equally; states over their whole range
-        and a margin, as bins cannot express more. mean_std: one standard deviation to both sides of the mean.
+        and a margin, as bins cannot express more, or with `state_range` from quantile to quantile too, as in pi0.5:
+        finer bins, and the outermost for all that lies beyond. mean_std: one standard deviation to both sides of the
+        mean.
         """
         counted_NHD = cls._plain(robot).count(numbers.chunk_NHD, numbers.state_NS)
         known_ND = counted_NHD[numbers.known_NH]
@@ -66,8 +71,13 @@ class ActionSpace:
             action = _around(known_ND, _floors(robot.actions, deviation_D))
         else:
             span_S = numbers.highest_S - numbers.lowest_S
-            margin_S = np.maximum(0.05 * span_S, _floors(robot.state, span_S) / 2)
-            state = numbers.lowest_S - margin_S, numbers.highest_S + margin_S
+            if state_range == "quantile":
+                low_S, high_S = np.quantile(numbers.state_NS, (0.01, 0.99), axis=0)
+                margin_S = np.maximum(0.0, _floors(robot.state, span_S) - (high_S - low_S) / 2)
+            else:
+                low_S, high_S = numbers.lowest_S, numbers.highest_S
+                margin_S = np.maximum(0.05 * span_S, _floors(robot.state, span_S) / 2)
+            state = low_S - margin_S, high_S + margin_S
             low_D, high_D = np.quantile(known_ND, (0.01, 0.99), axis=0)
             centred_D = np.array([stays_at_zero(action) for action in robot.actions])
             reach_D = np.maximum(np.abs(low_D), np.abs(high_D))

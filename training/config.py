@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from ki_vla_ros.bundle import PromptStyle
+from ki_vla_ros.bundle import AS_TOKEN, IN_PROMPT, PromptStyle, StateEncoding
 from ki_vla_ros.errors import did_you_mean, short_repr
 from ki_vla_ros.robot import ActionPeriod, Frozen, Horizon
 from ki_vla_ros.yaml_file import read_yaml
-from training.action_space import Normalization
+from training.action_space import Normalization, StateRange
 from training.data import Augmentation
 from training.data.language import LanguageEntry
 from training.model import Conditioning, GemmaConfig, SamplerName, VisionConfig
@@ -30,7 +30,6 @@ Weight = Annotated[float, Field(ge=1e-6, le=1e6)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Bound = Annotated[float, Field(allow_inf_nan=False)]
-StateEncoding = Literal["text", "token", "both", "none"]
 
 
 HINTS: frozenset[Loss] = frozenset({"cells", "pointing", "grounding", "readout"})
@@ -102,7 +101,9 @@ class ModelConfig(Frozen):
     backbone: GemmaConfig
     expert: GemmaConfig
     state: StateEncoding = Field(
-        default="text", description="where the state goes: into the prompt, into the expert as one exact token, or both"
+        default="text",
+        description="how the state enters: as text in the prompt or as special tokens there, as one exact token of the "
+        "expert, as text and as that token (both), or not at all",
     )
     conditioning: Conditioning = Field(
         default="adarms", description="how the expert is told the flow time: by its norms (pi0.5), or concat (pi0)"
@@ -114,11 +115,11 @@ class ModelConfig(Frozen):
 
     @property
     def state_in_prompt(self) -> bool:
-        return self.state in ("text", "both")
+        return self.state in IN_PROMPT
 
     @property
     def state_token(self) -> bool:
-        return self.state in ("token", "both")
+        return self.state in AS_TOKEN
 
 
 class PromptConfig(Frozen):
@@ -126,7 +127,7 @@ class PromptConfig(Frozen):
 
     length: Positive = Field(description="tokens of the longest prompt; the robot refuses longer ones")
     template: str | None = Field(
-        default=None, description="with {task}, and {state} where the state is text; default: as pi0.5 has it"
+        default=None, description="with {task}, and {state} where it is in the prompt; default: as pi0.5 has it"
     )
     style: PromptStyle = "words"
     longest_text: Positive = Field(default=256, description="tokens of a question, and of an answer, in other data")
@@ -353,6 +354,10 @@ class TrainingConfig(Frozen):
         default=0.05, description="of the episodes of a dataset without data under held_out: kept apart for figures"
     )
     normalization: Normalization = "quantile"
+    state_range: StateRange = Field(
+        default="whole",
+        description="with quantile, what -1 and 1 are of the state: all that the data has, or q01 and q99, as in pi0.5",
+    )
     # Both are left out with `start`, which fills them in before anything else reads them.
     model: ModelConfig = Field(  # type: ignore[assignment]
         default=None, description="sizes; left out: those of the checkpoint under start"
@@ -429,6 +434,12 @@ class TrainingConfig(Frozen):
                 raise ValueError(
                     f"stage {stage.name}: sources: expected some of {', '.join(self.sources)}, got {', '.join(unknown)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_normalization(self) -> TrainingConfig:
+        if self.state_range == "quantile" and self.normalization != "quantile":
+            raise ValueError(f"state_range: expected quantile with normalization quantile, got {self.normalization}")
         return self
 
     @model_validator(mode="after")

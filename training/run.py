@@ -43,7 +43,6 @@ from training.parallel import checkpoint_activations, choose_device, join_group,
 from training.policy import commit, describe_policy
 from training.sources import Sources
 from training.storage import LOCK, only_run
-from training.tokens import prompt_tokenizer
 from training.weights import RunState, adopt, open_start, save_checkpoint
 
 POLICY, ADAPTER = "policy", "adapter"  # folders under `out`
@@ -178,8 +177,9 @@ class Run:
 
     def act(self) -> Act:
         """The model as it is now, as a policy."""
-        tokenizer = prompt_tokenizer(self.data.tokenizer)
-        return act_in_training(self.model, self.describe(), tokenizer, self.data.embodiment.space, self.sampler())
+        return act_in_training(
+            self.model, self.describe(), self.data.tokenizer, self.data.embodiment.space, self.sampler()
+        )
 
     def sampler(self) -> Sampler:
         """How the model is asked for chunks in closed loop."""

@@ -97,9 +97,9 @@ class Sources:
         most = config.fast_vocabulary if config.fast_published is None else self.fast.vocab_size
         self.action_ids = most if config.vocabulary.fast_ids == "own" else 0
         self.tokenizer = (
-            make_vocabulary(config.vocabulary, self._texts(), self.action_ids)
+            make_vocabulary(config.vocabulary, self._texts(), self.action_ids, config.model.state == "special")
             if config.start is None
-            else start_tokenizer(config.start, self.action_ids)
+            else start_tokenizer(config.start, self.action_ids, config.model.state == "special")
         )
         self._check_fast_ids()
         self.form = self._make_form()
@@ -344,7 +344,7 @@ class Sources:
         spaces, chunks = {}, []
         for name, of_robot in data.items():
             numbers = draw_numbers(of_robot, config.seed)
-            spaces[name] = ActionSpace.fit(self.robots[name], numbers, config.normalization)
+            spaces[name] = ActionSpace.fit(self.robots[name], numbers, config.normalization, config.state_range)
             if name == self.robot.name and config.start is not None and config.start.statistics == "keep":
                 kept = check_statistics(config.start, self.robots[name])
                 ranges = (kept.state.low, kept.state.high, kept.action.low, kept.action.high)
@@ -448,7 +448,7 @@ class Sources:
             action_dim=self.action_dim,
             state_dim=self.state_dim,
             prompt=PromptSpec(template=self._template(), length=config.prompt.length, style=config.prompt.style),
-            state_in_prompt=config.model.state_in_prompt,
+            state=config.model.state,
             longest_text=config.prompt.longest_text,
             separator="\n" if config.vocabulary.kind == "paligemma" else "",
             asking=tuple(act_query_ids(self.tokenizer)[: hints.readout_frequencies] if hints else ()),

@@ -14,6 +14,8 @@ from ki_vla_ros.bundle.folder import (
     write_bundle,
 )
 from ki_vla_ros.bundle.manifest import (
+    AS_TOKEN,
+    IN_PROMPT,
     PAD_TOKEN,
     UNKNOWN_TOKEN,
     GraphSpec,
@@ -23,6 +25,8 @@ from ki_vla_ros.bundle.manifest import (
     PromptSpec,
     PromptStyle,
     Provenance,
+    StateEncoding,
+    state_bin_token,
 )
 from ki_vla_ros.bundle.onnx_header import GraphHeader, TensorType, read_header
 from ki_vla_ros.bundle.pt2 import AnyDevice, Constant, Operation, Program, TensorName, read_program
@@ -30,7 +34,9 @@ from ki_vla_ros.bundle.time_table import TimeTable
 from ki_vla_ros.bundle.tokenizer import LARGEST_TOKENIZER, encode, load_tokenizer, make_tokenizer
 
 __all__ = [
+    "AS_TOKEN",
     "EXPERT",
+    "IN_PROMPT",
     "LARGEST_TOKENIZER",
     "MANIFEST",
     "PAD_TOKEN",
@@ -52,6 +58,7 @@ __all__ = [
     "PromptSpec",
     "PromptStyle",
     "Provenance",
+    "StateEncoding",
     "TensorName",
     "TensorType",
     "TimeTable",
@@ -63,5 +70,6 @@ __all__ = [
     "make_tokenizer",
     "read_header",
     "read_program",
+    "state_bin_token",
     "write_bundle",
 ]

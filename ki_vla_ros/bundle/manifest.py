@@ -21,8 +21,19 @@ UNKNOWN_TOKEN = "<unk>"
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 
 
+StateEncoding = Literal["text", "special", "token", "both", "none"]
+"""How the state enters the model: as numbers in the prompt's text, as special tokens there, one of 256 for each
+dimension, as one continuous token of the expert, as text and as that token, or not at all."""
+IN_PROMPT: frozenset[StateEncoding] = frozenset({"text", "special", "both"})
+AS_TOKEN: frozenset[StateEncoding] = frozenset({"token", "both"})
+"""Of the expert."""
 PromptStyle = Literal["words", "openpi"]
 """How instruction and state become text: one token per state bin, or as openpi writes them (pi0, pi0.5)."""
+
+
+def state_bin_token(n: int) -> str:
+    """The special token for bin n of any of the state's dimensions."""
+    return f"<state_{n}>"
 
 
 class ImageSpec(Frozen):
@@ -34,7 +45,7 @@ class ImageSpec(Frozen):
 
 
 class PromptSpec(Frozen):
-    """`template` with {task} and, for a state as text, {state}; `length` tokens after padding."""
+    """`template` with {task} and, for a state in the prompt, {state}; `length` tokens after padding."""
 
     template: Annotated[str, Field(max_length=2000)]
     length: Annotated[int, Field(gt=0, le=16384)]
@@ -60,17 +71,17 @@ class _Range(Frozen):
 
 
 class StateSpec(_Range):
-    """low..high of each dimension map to [-1, 1]; it enters the prompt as text, the expert as a token, both or none."""
+    """low..high of each dimension map to [-1, 1], and enter the prompt, the expert, both or none."""
 
-    encoding: Literal["text", "token", "both", "none"]
+    encoding: StateEncoding
 
     @property
     def in_prompt(self) -> bool:
-        return self.encoding in ("text", "both")
+        return self.encoding in IN_PROMPT
 
     @property
     def as_token(self) -> bool:
-        return self.encoding in ("token", "both")
+        return self.encoding in AS_TOKEN
 
 
 class ActionStats(_Range):

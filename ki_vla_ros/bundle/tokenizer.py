@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from tokenizers import Encoding, Tokenizer
 
-from ki_vla_ros.bundle.manifest import PAD_TOKEN, UNKNOWN_TOKEN, Manifest
+from ki_vla_ros.bundle.manifest import PAD_TOKEN, UNKNOWN_TOKEN, Manifest, state_bin_token
 from ki_vla_ros.errors import BundleError, InstructionError
 from ki_vla_ros.files import parse_json, read_file
 
@@ -123,13 +123,14 @@ def _check_fit(path: Path, tokenizer: Tokenizer, manifest: Manifest) -> None:
             f"{path}: expected every token of prompt.template, got no {frame_text[start:end]!r} in the vocabulary"
         )
     needed = len(frame.ids) + 1
-    if manifest.state.in_prompt and prompt.style == "words":
+    special = manifest.state.encoding == "special"
+    if special or (manifest.state.in_prompt and prompt.style == "words"):
         needed += len(manifest.robot.state)
-        bins = [encode(tokenizer, str(i), special=False) for i in range(prompt.state_bins)]
-        for i, encoding in enumerate(bins):
-            if len(encoding.ids) != 1 or encoding.ids[0] == unknown_id:
+        for word in ((state_bin_token if special else str)(i) for i in range(prompt.state_bins)):
+            ids = encode(tokenizer, word, special=False).ids
+            if len(ids) != 1 or ids[0] == unknown_id:
                 raise BundleError(
-                    f"{path}: expected a token for each state bin 0..{prompt.state_bins - 1}, got none for '{i}'"
+                    f"{path}: expected a token for each state bin 0..{prompt.state_bins - 1}, got none for {word!r}"
                 )
     elif manifest.state.in_prompt:
         # Each digit is a token here: count the longest bin for every joint.

@@ -16,6 +16,7 @@ from ki_vla_ros.policy.preprocess import (
     state_token,
     tokenize,
     unnormalize,
+    write_prompt,
 )
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "tokenize",
     "unnormalize",
     "widen",
+    "write_prompt",
 ]

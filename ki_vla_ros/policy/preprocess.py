@@ -14,7 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN, Bundle, PolicySpec, PromptStyle, encode
+from ki_vla_ros.bundle import (
+    IN_PROMPT,
+    PAD_TOKEN,
+    UNKNOWN_TOKEN,
+    Bundle,
+    PolicySpec,
+    PromptSpec,
+    PromptStyle,
+    StateEncoding,
+    encode,
+    state_bin_token,
+)
 from ki_vla_ros.errors import InputError, InstructionError
 from ki_vla_ros.records import CameraFrame, ModelInput, Observation
 from ki_vla_ros.robot import continuous, nearest_rotation, nearest_turn
@@ -120,11 +131,27 @@ def clean_instruction(task: str, style: PromptStyle = "words") -> str:
 
 
 def render_prompt(
-    template: str, task: str, bins: Sequence[int] | NDArray[np.int64] = (), style: PromptStyle = "words"
+    template: str,
+    task: str,
+    bins: Sequence[int] | NDArray[np.int64] = (),
+    style: PromptStyle = "words",
+    special: bool = False,
 ) -> str:
-    """The prompt text; `bins` (one integer per joint) fill {state} where the template has it."""
-    state = " ".join(str(int(value)) for value in bins)
+    """The prompt text; `bins` (one integer per joint) fill {state} where the template has it.
+
+    `special`: each bin is a special token; without, a number.
+    """
+    numbers = [int(value) for value in bins]
+    state = "".join(map(state_bin_token, numbers)) if special else " ".join(map(str, numbers))
     return template.replace("{state}", state).replace("{task}", clean_instruction(task, style))
+
+
+def write_prompt(prompt: PromptSpec, encoding: StateEncoding, task: str, state_norm_S: NDArray[np.floating]) -> str:
+    """The prompt of a task and a normalised state, which counts where its `encoding` has it in the prompt."""
+    special, bins = encoding == "special", np.empty(0, dtype=np.int64)
+    if encoding in IN_PROMPT:  # of these, only numbers can be less than 0
+        bins = state_to_bins(state_norm_S, prompt.state_bins, "words" if special else prompt.style)
+    return render_prompt(prompt.template, task, bins, prompt.style, special)
 
 
 def tokenize(tokenizer: Tokenizer, text: str, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -179,11 +206,8 @@ def make_model_input(
     if not np.all(np.isfinite(observation.state_S)):
         raise InputError(f"joint state: expected finite numbers, got {observation.state_S.tolist()}")
     state_norm_J = normalize(trained_turn(manifest, observation.state_S), manifest.state.low, manifest.state.high)
-    as_text = manifest.state.in_prompt
-    spec = manifest.prompt
-    bins = state_to_bins(state_norm_J, spec.state_bins, spec.style) if as_text else ()
-    prompt = render_prompt(spec.template, instruction, bins, spec.style)
-    tokens_L, token_mask_L = tokenize(tokenizer, prompt, spec.length)
+    prompt = write_prompt(manifest.prompt, manifest.state.encoding, instruction, state_norm_J)
+    tokens_L, token_mask_L = tokenize(tokenizer, prompt, manifest.prompt.length)
     state_S = state_token(manifest, observation.state_S)
     return ModelInput(images_VCHW, image_mask_V, tokens_L, token_mask_L, state_S)
 
@@ -202,7 +226,7 @@ def longest_input(policy: PolicySpec, vocab_size: int, seed: int = 0) -> ModelIn
 
 
 def state_token(manifest: PolicySpec, state_S: NDArray[np.float64]) -> NDArray[np.float32] | None:
-    """The state as the expert reads it, normalised [J]; None where the bundle has it as text alone."""
+    """The state as the expert reads it, normalised [J]; None where the bundle has it in the prompt alone."""
     if not manifest.state.as_token:
         return None
     return normalize(trained_turn(manifest, state_S), manifest.state.low, manifest.state.high).astype(np.float32)

@@ -337,10 +337,10 @@ class Settings(SettingsModel):
                 f"parameter 'guidance_horizon_s': got {self.guidance_horizon_s:g} s, but a chunk of bundle "
                 f"{manifest.name!r} lasts {chunk_s:g} s"
             )
-        if self.prefill_period_s > 0.0 and manifest.state.encoding == "text":
+        if self.prefill_period_s > 0.0 and manifest.state.in_prompt and not manifest.state.as_token:
             yield (
                 f"parameter 'prefill_period_s': got {self.prefill_period_s:g} s, but bundle {manifest.name!r} has the "
-                "joint state only in the prompt, so every new state needs a prefill; set 0, or train with state_token"
+                "joint state only in the prompt, so every new state needs a prefill; set 0, or train with state: both"
             )
         if self.prefill_period_s > self.max_kv_age_s:
             yield (

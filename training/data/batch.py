@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ki_vla_ros.bundle import PromptSpec
+from ki_vla_ros.bundle import PromptSpec, StateEncoding
 from ki_vla_ros.errors import ConfigurationError, InputError
-from ki_vla_ros.policy import images_to_input, render_prompt, state_to_bins, tokenize
+from ki_vla_ros.policy import images_to_input, tokenize, write_prompt
 from training.data.augmentation import Augmentation, recolour, turn_and_crop
 from training.data.embodiment import Embodiment
 from training.data.samples import Image, Labels, LanguageSample, RobotSample
@@ -100,7 +100,7 @@ class BatchForm:
     action_dim: int
     state_dim: int
     prompt: PromptSpec
-    state_in_prompt: bool = True
+    state: StateEncoding = "text"
     longest_text: int = 256  # tokens of a question, and of its answer
     separator: str = ""
     """After a question, before its answer: a line break in PaliGemma's training."""
@@ -183,9 +183,7 @@ class BatchMaker:
 
     def render(self, task: str, state_S: NDArray[np.float64]) -> str:
         """The prompt, exactly as the robot renders it; `state_S` is normalised."""
-        spec = self.form.prompt
-        bins = state_to_bins(state_S, spec.state_bins, spec.style) if self.form.state_in_prompt else ()
-        return render_prompt(spec.template, task, bins, spec.style)
+        return write_prompt(self.form.prompt, self.form.state, task, state_S)
 
     def cell_of(self, u: float, v: float) -> int:
         """The image cell at a place, counted in raster order; `NO_TARGET` outside the image and for NaN."""

@@ -41,6 +41,7 @@ from training.export.graphs import (
     cast_weights,
     describe_graphs,
     modulation_size,
+    put_first,
     sample_inputs,
     time_file,
     time_layers,
@@ -48,7 +49,7 @@ from training.export.graphs import (
 from training.export.parity import lowest_cosine, parity_error
 from training.model import VLA
 from training.storage import whole_folder
-from training.tokens import prompt_tokenizer, prompt_vocab_size
+from training.tokens import prompt_ids, prompt_tokenizer
 from training.weights import POLICY, load_checkpoint, read_policy
 
 TOLERANCE = 1e-4
@@ -83,7 +84,9 @@ def export_bundle(
         raise ConfigurationError(f"{checkpoint / TOKENIZER}: expected a tokenizers file, got none ({fault})") from fault
     model = cast_weights(load_checkpoint(checkpoint, dtype=None).eval().requires_grad_(False), DTYPES[dtype])
     check_policy(policy, model, full_tokenizer)
-    prompt_rows = prompt_vocab_size(full_tokenizer)
+    rows = prompt_ids(full_tokenizer)
+    put_first(model, rows)
+    prompt_rows = len(rows)
     tokenizer = prompt_tokenizer(full_tokenizer)
     with whole_folder(out) as folder:
         graphs = list(zip(arrange(model, prompt_rows), sample_inputs(model, policy), strict=True))
@@ -106,7 +109,7 @@ def export_bundle(
             compared = f"within {max(errors):.1e} of torch"
         elif with_torch:
             del model  # to make room in memory for the one in float32
-            cosine = lowest_cosine(checkpoint, bundle)
+            cosine = lowest_cosine(checkpoint, bundle, rows)
             if not cosine >= COSINE:
                 raise ExportError(f"parity: expected a cosine of {COSINE:g} to float32 or more, got {cosine:.6f}")
             compared = f"cosine {cosine:.6f} to torch in float32"

@@ -11,6 +11,7 @@ from ki_vla_ros.bundle import PolicySpec
 
 STATE_WAYS = {
     "text": "as text in the prompt",
+    "special": "as special tokens in the prompt",
     "token": "as a token of the expert",
     "both": "as text in the prompt and as a token of the expert",
     "none": "the policy does not see it",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,6 +197,13 @@ def merge(*parts: nn.Linear) -> nn.Linear:
     if merged.bias is not None:
         merged.bias = nn.Parameter(torch.cat([p.bias.detach() for p in parts]), requires_grad=False)
     return merged
+
+
+def put_first(model: VLA, ids: Sequence[int]) -> None:
+    """Give these tokens the ids 0, 1, 2, ... in place, as the robot's tokenizer has them; the others are gone."""
+    if not isinstance(ids, range):
+        table = model.backbone.embedding
+        table.weight = nn.Parameter(table.weight.detach()[ids], requires_grad=False)
 
 
 def arrange(model: VLA, prompt_rows: int) -> tuple[PrefillGraph, ExpertGraph]:

@@ -5,6 +5,7 @@ Legend: H horizon, A action dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.policy import Policy, longest_input, widen
 from ki_vla_ros.records import ModelInput
+from training.export.graphs import put_first
 from training.model import VLA, Cache
 from training.weights import load_checkpoint
 
@@ -59,15 +61,17 @@ def parity_error(
     return worst
 
 
-def lowest_cosine(checkpoint: Path, bundle: Bundle, cases: int = CASES) -> float:
+def lowest_cosine(checkpoint: Path, bundle: Bundle, rows: Sequence[int], cases: int = CASES) -> float:
     """Lowest cosine between whole chunks for random inputs: the bundle's on the torch engine, the model's in float32.
 
-    They run one after the other, because memory would not hold both copies of a large model.
+    `rows` are the model's ids of the bundle's tokens. They run one after the other, because memory would not hold both
+    copies of a large model.
     """
     steps, shape = bundle.manifest.flow.steps, (bundle.manifest.horizon, bundle.manifest.graph.action_dim)
     noise = [np.random.default_rng(case).standard_normal(shape, dtype=np.float32) for case in range(cases)]
     given = [random_input(bundle, case) for case in range(cases)]
     model = load_checkpoint(checkpoint).eval()
+    put_first(model, rows)
     expected = [answer(model, *case, steps)[1].numpy() for case in zip(given, noise, strict=True)]
     del model
     engine = TorchEngine(bundle)

@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ki_vla_ros.bundle import state_bin_token
 from training.model.vla import VLA
-from training.tokens import STATE_BINS, FastTokenizer, fast_ids, loc_id, location_count, token_id
+from training.tokens import STATE_BINS, FastTokenizer, fast_ids, has_state_tokens, loc_id, location_count, token_id
 
 
 def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
@@ -34,6 +35,8 @@ def order_embeddings(model: VLA, tokenizer: Tokenizer, fast: FastTokenizer) -> N
     table, width = model.backbone.embedding.weight, model.config.backbone.width
     first_number, bins = token_id(tokenizer, "0"), location_count(tokenizer)
     blocks = [(loc_id(tokenizer, 0), bins, bins / 4)]
+    if has_state_tokens(tokenizer):
+        blocks.append((token_id(tokenizer, state_bin_token(0)), STATE_BINS, 32.0))
     if tokenizer.token_to_id(str(STATE_BINS - 1)) == first_number + STATE_BINS - 1:  # not in PaliGemma's: digits alone
         blocks.append((first_number, STATE_BINS, 32.0))
     for first, count, finest in blocks:

@@ -25,8 +25,13 @@ LEAST_SIZE = 768
 _NUMBER = re.compile(r"\s*\b\d+\b")
 
 
-def fit_bpe(texts: Iterable[str], *, size: int, queries: int, locations: int, action_ids: int) -> Tokenizer:
-    """At most `size` tokens that a prompt can hold, then `locations` and `action_ids`; texts are read once."""
+def fit_bpe(
+    texts: Iterable[str], *, size: int, queries: int, locations: int, action_ids: int, state_tokens: bool = False
+) -> Tokenizer:
+    """At most `size` tokens that a text can be made of, then `state_tokens`, `locations` and `action_ids`.
+
+    Texts are read once.
+    """
     start, numbers = start_block(queries), [str(n) for n in range(STATE_BINS)]
     alphabet = sorted(ByteLevel.alphabet())
     room = size - len({*start, *numbers, *alphabet})
@@ -39,7 +44,7 @@ def fit_bpe(texts: Iterable[str], *, size: int, queries: int, locations: int, ac
     fitted.train_from_iterator(words, trainer)
     model = json.loads(fitted.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    end = end_block(locations, action_ids)
+    end = end_block(locations, action_ids, state_tokens)
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*start, *numbers, *pieces, *end]))}
     made = Tokenizer(BPE(vocabulary, [(left, right) for left, right in model["merges"]]))
     made.pre_tokenizer, made.decoder = ByteLevel(add_prefix_space=False), FromBytes()

@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from ki_vla_ros.bundle import LARGEST_TOKENIZER, PAD_TOKEN, UNKNOWN_TOKEN, make_tokenizer
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.files import parse_json, read_file
-from training.tokens.prompt import BOS_TOKEN, EOS_TOKEN, fast_token, paligemma_loc_token
+from training.tokens.prompt import BOS_TOKEN, EOS_TOKEN, own_tokens, paligemma_loc_token
 
 LONGEST_PIECE = 1000
 VOCABULARY = 257_152
@@ -30,8 +30,13 @@ VOCABULARY = 257_152
 SPACE = "\u2581"
 
 
-def read_tokenizer(path: Path, action_ids: int = 0, vocabulary: int = VOCABULARY) -> Tokenizer:
-    """The tokenizer at `path` (.model or .json) with `vocabulary` tokens, and `action_ids` of our own after them."""
+def read_tokenizer(
+    path: Path, action_ids: int = 0, vocabulary: int = VOCABULARY, state_tokens: bool = False
+) -> Tokenizer:
+    """The tokenizer at `path` (.model or .json) with `vocabulary` tokens.
+
+    Our own follow: one for each bin of the state with `state_tokens`, and `action_ids`.
+    """
     if path.is_dir():
         raise ConfigurationError(f"{path}: expected a tokenizer's file (.model or .json), got a folder")
     try:
@@ -57,7 +62,7 @@ def read_tokenizer(path: Path, action_ids: int = 0, vocabulary: int = VOCABULARY
     tokenizer.post_processor = TemplateProcessing(
         single=f"{BOS_TOKEN} $A", pair=None, special_tokens=[(BOS_TOKEN, vocab[BOS_TOKEN])]
     )
-    tokenizer.add_special_tokens([fast_token(i) for i in range(action_ids)])
+    tokenizer.add_special_tokens(own_tokens(action_ids, state_tokens))
     return tokenizer
 
 

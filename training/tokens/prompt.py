@@ -2,7 +2,8 @@
 
 Ids that a prompt can contain come first, in one block: the exported prefill graph carries the embedding rows of that
 block only, so location and action (FAST) tokens cannot even be expressed on the robot. All vocabularies (words.py,
-bpe.py, paligemma.py) have that order.
+bpe.py, paligemma.py) have that order, but that special tokens for the state follow PaliGemma's own: at export their
+rows come after the block's.
 
 Texts of data have PaliGemma's places, <loc0000> to <loc1023>; `localise` writes them as a vocabulary has them.
 """
@@ -12,14 +13,14 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN, encode
+from ki_vla_ros.bundle import PAD_TOKEN, UNKNOWN_TOKEN, encode, state_bin_token
 from ki_vla_ros.errors import InputError
 
 BOS_TOKEN = "<bos>"
@@ -28,7 +29,7 @@ LOCATION_BINS = 1024  # of a place in a text, along one side of the image
 STATE_BINS = 256
 FIRST_SEGMENT = "<seg000>"
 _TOKEN = re.compile(r"<(?:loc|seg)[^<>\s]*>")
-_RESERVED = re.compile(r"<(?:pad|bos|eos|unk|act_query_\d+|fast_\d+)>")
+_RESERVED = re.compile(r"<(?:pad|bos|eos|unk|act_query_\d+|state_\d+|fast_\d+)>")
 _PLACE = re.compile(r"<loc(0\d{3}|10[01]\d|102[0-3])>")
 _SEGMENT = re.compile(r"<seg(0\d\d|1[01]\d|12[0-7])>")
 
@@ -68,9 +69,16 @@ def start_block(queries: int) -> list[str]:
     return [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, UNKNOWN_TOKEN, *map(act_query_token, range(queries))]
 
 
-def end_block(locations: int, action_ids: int) -> list[str]:
-    """The tokens that they end with, none of which a prompt can hold."""
-    return [*map(loc_token, range(locations)), *map(fast_token, range(action_ids))]
+def own_tokens(action_ids: int, state_tokens: bool = False) -> list[str]:
+    """What PaliGemma's vocabulary lacks: a token for each bin of the state, if asked for, and FAST's."""
+    return [*map(state_bin_token, range(STATE_BINS if state_tokens else 0)), *map(fast_token, range(action_ids))]
+
+
+def end_block(locations: int, action_ids: int, state_tokens: bool = False) -> list[str]:
+    """The tokens that they end with, of which a prompt can hold only those for the state."""
+    own = own_tokens(action_ids, state_tokens)
+    states = len(own) - action_ids
+    return [*own[:states], *map(loc_token, range(locations)), *own[states:]]
 
 
 def begin_with_bos(vocabulary: Mapping[str, int]) -> TemplateProcessing:
@@ -157,16 +165,34 @@ def act_query_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def has_state_tokens(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary has a token for each bin of the state."""
+    return tokenizer.token_to_id(state_bin_token(STATE_BINS - 1)) is not None
+
+
+def prompt_ids(tokenizer: Tokenizer) -> Sequence[int]:
+    """The ids that a prompt can contain, in the robot's order: all before the locations, then state tokens, if later.
+
+    A range, from 0, but for PaliGemma's vocabulary with state tokens.
+    """
+    block = range(loc_id(tokenizer, 0))
+    states = [token_id(tokenizer, state_bin_token(n)) for n in range(STATE_BINS if has_state_tokens(tokenizer) else 0)]
+    after = [i for i in states if i not in block]
+    return [*block, *after] if after else block
+
+
 def prompt_vocab_size(tokenizer: Tokenizer) -> int:
-    """How many ids, from 0, a prompt can contain: everything before the location, segment and action tokens."""
-    return loc_id(tokenizer, 0)
+    """How many tokens a prompt can contain: all but the location, segment and action tokens."""
+    return len(prompt_ids(tokenizer))
 
 
 def prompt_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer as the robot gets it: without the location, segment and action tokens."""
-    size = prompt_vocab_size(tokenizer)
+    """The tokenizer as the robot gets it, with ids counted in `prompt_ids`."""
+    new = {old: i for i, old in enumerate(prompt_ids(tokenizer))}
     description = json.loads(tokenizer.to_str())
     model = description["model"]
-    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < size}
-    description["added_tokens"] = [token for token in description["added_tokens"] if token["id"] < size]
+    model["vocab"] = {token: new[i] for token, i in model["vocab"].items() if i in new}
+    description["added_tokens"] = [
+        token | {"id": new[token["id"]]} for token in description["added_tokens"] if token["id"] in new
+    ]
     return Tokenizer.from_str(json.dumps(description))

@@ -71,16 +71,18 @@ class VocabularyConfig(Frozen):
         return self
 
 
-def make_vocabulary(config: VocabularyConfig, texts: Iterable[str], action_ids: int) -> Tokenizer:
+def make_vocabulary(
+    config: VocabularyConfig, texts: Iterable[str], action_ids: int, state_tokens: bool = False
+) -> Tokenizer:
     """The tokenizer; `encode` puts <bos> first, unless add_special_tokens=False (answers after a prompt).
 
     `texts` are all that training tokenizes, in the form in which it does (cleaned tasks, prefixes, suffixes); the words
     of a robot's prompt are known without. The same texts give the same vocabulary, in whatever order they come.
-    `action_ids` is how many FAST tokens there are.
+    `action_ids` is how many FAST tokens there are; with `state_tokens` there is one for each bin of the state.
     """
     if config.kind == "paligemma":
         assert config.file is not None
-        return read_tokenizer(config.file, action_ids)
+        return read_tokenizer(config.file, action_ids, state_tokens=state_tokens)
     if config.kind == "bpe":
         return fit_bpe(
             texts,
@@ -88,7 +90,12 @@ def make_vocabulary(config: VocabularyConfig, texts: Iterable[str], action_ids: 
             queries=config.queries,
             locations=config.locations or LOCATION_BINS,
             action_ids=action_ids,
+            state_tokens=state_tokens,
         )
     return collect_words(
-        texts, queries=config.queries, locations=config.locations or WORD_LOCATIONS, action_ids=action_ids
+        texts,
+        queries=config.queries,
+        locations=config.locations or WORD_LOCATIONS,
+        action_ids=action_ids,
+        state_tokens=state_tokens,
     )

@@ -19,7 +19,9 @@ MOST_WORDS: Final = 1 << 17
 _SPLIT: Final = Split(Regex(r"\w+|[^\w\s]|\n"), behavior="removed", invert=True)
 
 
-def collect_words(texts: Iterable[str], *, queries: int, locations: int, action_ids: int) -> Tokenizer:
+def collect_words(
+    texts: Iterable[str], *, queries: int, locations: int, action_ids: int, state_tokens: bool = False
+) -> Tokenizer:
     """A token for each word of `texts` and of a robot's prompt, sorted; ConfigurationError if there are too many."""
     numbers = [str(n) for n in range(STATE_BINS)]
     words: set[str] = set()
@@ -29,10 +31,11 @@ def collect_words(texts: Iterable[str], *, queries: int, locations: int, action_
             raise ConfigurationError(
                 f"vocabulary: expected at most {MOST_WORDS} words in the data, got more; take kind bpe"
             )
-    tokens = [*start_block(queries), *sorted(words.difference(numbers)), *numbers, *end_block(locations, action_ids)]
+    end = end_block(locations, action_ids, state_tokens)
+    tokens = [*start_block(queries), *sorted(words.difference(numbers)), *numbers, *end]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
     tokenizer.pre_tokenizer = _SPLIT
     tokenizer.post_processor = begin_with_bos(vocabulary)
-    tokenizer.add_special_tokens([*start_block(queries), *end_block(locations, action_ids)])
+    tokenizer.add_special_tokens([*start_block(queries), *end])
     return tokenizer

@@ -11,19 +11,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ki_vla_ros.bundle import TOKENIZER, PolicySpec, PromptSpec, load_tokenizer
+from ki_vla_ros.bundle import TOKENIZER, PolicySpec, PromptSpec, StateEncoding, load_tokenizer
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot import Robot, find_robot, read_robot
 from training.config import ModelConfig, PromptConfig, StartConfig, TrainingConfig
 from training.model import VLA, VLAConfig
 from training.policy import PROMPTS
-from training.tokens import act_query_ids, fast_token
+from training.tokens import act_query_ids, fast_token, has_state_tokens, own_tokens
 from training.weights.checkpoints import CONFIG, POLICY, WEIGHTS, assemble, read_config, read_policy, shapes
 from training.weights.files import WeightFiles, check_fit
 from training.weights.foreign import spellings, their_name, token_table, untrained
@@ -45,7 +45,7 @@ class Start:
     weights: Mapping[str, Tensor]
     tokenizer: Tokenizer
     prompt: PromptSpec
-    encoding: Literal["text", "token", "both", "none"]
+    encoding: StateEncoding
     pad_to: int | None
     policy: PolicySpec | None
     folder: Path
@@ -108,12 +108,14 @@ def adopt(config: TrainingConfig) -> TrainingConfig:
             f"{start.checkpoint / POLICY}: state.encoding: expected {model.state}, as model.state says, got "
             f"{encoding}; leave it out"
         )
-    template = re.sub(r"(<act_query_\d+>)+$", "", prompt.template)
+    template: str | None = re.sub(r"(<act_query_\d+>)+$", "", prompt.template)
+    if new_expert and model.state_in_prompt != ("{state}" in prompt.template):
+        template = None  # a new expert may be told the state in another way
     given = config.prompt
     if given is None:
         given = PromptConfig(template=template, length=prompt.length, style=prompt.style)
     else:
-        kept = {"template": template, "style": prompt.style}
+        kept: dict[str, Any] = {"template": template, "style": prompt.style}
         changed = {key: value for key in kept if (value := given.model_dump(exclude_unset=True).get(key)) is not None}
         if not new_expert and policy is not None and kept | changed != kept:
             said, key = next((value, key) for key, value in changed.items() if value != kept[key])
@@ -126,9 +128,10 @@ def adopt(config: TrainingConfig) -> TrainingConfig:
     return TrainingConfig.model_validate(dict(config) | {"model": model, "prompt": given, "vocabulary": vocabulary})
 
 
-def start_tokenizer(start: StartConfig, action_ids: int) -> Tokenizer:
-    """The checkpoint's vocabulary with at least so many FAST tokens at its end."""
-    return _grow(_open_tokenizer(start.checkpoint, read_config(start.checkpoint)), action_ids)[0]
+def start_tokenizer(start: StartConfig, action_ids: int, state_tokens: bool = False) -> Tokenizer:
+    """The checkpoint's vocabulary, with tokens for the state if asked for, and at least so many of FAST at its end."""
+    tokenizer = _open_tokenizer(start.checkpoint, read_config(start.checkpoint))
+    return _grow(tokenizer, action_ids, state_tokens, start.checkpoint)[0]
 
 
 def open_start(
@@ -152,7 +155,8 @@ def open_start(
     folder = start.checkpoint
     found = read_config(folder)
     policy = read_policy(folder / POLICY) if (folder / POLICY).exists() else None
-    tokenizer, more = _grow(_open_tokenizer(folder, found), action_ids)
+    special = model is not None and model.state == "special"
+    tokenizer, more = _grow(_open_tokenizer(folder, found), action_ids, special, folder)
     config = _choose_sizes(start, found, model, state_width, action_width)
     config = replace(config, horizon=horizon, vocab_size=found.vocab_size + more)
     if image_size not in (None, config.vision.image_size):
@@ -192,8 +196,8 @@ def _open_tokenizer(folder: Path, config: VLAConfig) -> Tokenizer:
     return tokenizer
 
 
-def _grow(tokenizer: Tokenizer, action_ids: int) -> tuple[Tokenizer, int]:
-    """The tokenizer with at least so many FAST tokens, which end it, and how many were added."""
+def _grow(tokenizer: Tokenizer, action_ids: int, state_tokens: bool, folder: Path) -> tuple[Tokenizer, int]:
+    """The tokenizer with state tokens and at least so many FAST tokens, which end it, and how many were added."""
     size, have = tokenizer.get_vocab_size(), 0
     while tokenizer.token_to_id(fast_token(have)) is not None:
         have += 1
@@ -202,6 +206,14 @@ def _grow(tokenizer: Tokenizer, action_ids: int) -> tuple[Tokenizer, int]:
             f"{TOKENIZER}: {fast_token(have - 1)}: expected the last of the {size} tokens, got id "
             f"{tokenizer.token_to_id(fast_token(have - 1))}; such a vocabulary cannot grow"
         )
+    if state_tokens and not has_state_tokens(tokenizer):
+        if have:
+            raise ConfigurationError(
+                f"{folder / TOKENIZER}: expected special tokens for the state, as model.state says, or no FAST tokens, "
+                f"got {have} FAST tokens, which must stay at the vocabulary's end; begin with weights before either, "
+                "or take another model.state"
+            )
+        tokenizer.add_special_tokens(own_tokens(0, state_tokens=True))
     tokenizer.add_special_tokens([fast_token(i) for i in range(have, action_ids)])
     return tokenizer, tokenizer.get_vocab_size() - size
 
@@ -250,9 +262,7 @@ def _choose_sizes(
     return config
 
 
-def _choose_prompt(
-    policy: PolicySpec | None, config: VLAConfig, new_expert: bool
-) -> tuple[PromptSpec, Literal["text", "token", "both", "none"]]:
+def _choose_prompt(policy: PolicySpec | None, config: VLAConfig, new_expert: bool) -> tuple[PromptSpec, StateEncoding]:
     """As the checkpoint's policy has them; without one, or with a new expert for a prompt without state, pi0.5's."""
     if policy is not None and not new_expert:
         return policy.prompt, policy.state.encoding

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.bundle.tokenizer import read_tokenizer
-from ki_vla_ros.errors import ConfigurationError, InputError, InstructionError
+from ki_vla_ros.errors import BundleError, ConfigurationError, InputError, InstructionError
 from ki_vla_ros.policy.preprocess import render_prompt, tokenize
 from training.tokens import words as words_file
 from training.tokens.prompt import (
@@ -124,6 +124,27 @@ def test_a_bundle_takes_it(kind: str, tmp_path: Path) -> None:
     prompt = render_prompt(manifest.prompt.template, "Fold the towel", range(7))
     assert read.encode(prompt).ids == made(kind, queries=4).encode(prompt).ids
     assert read.token_to_id("<loc_0>") is None and read.token_to_id("<fast_0>") is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bundle_whose_state_is_special_tokens_has_them_all(kind: str, tmp_path: Path) -> None:
+    manifest, file = load_bundle(ROOT / "models" / "bench").manifest, tmp_path / "tokenizer.json"
+    state = manifest.state.model_copy(update={"encoding": "special"})
+    for state_tokens in (True, False):
+        full = make_vocabulary(VocabularyConfig(kind=kind, queries=4), TEXTS, 9, state_tokens)
+        robots = prompt_tokenizer(full)
+        robots.save(str(file))
+        graph = manifest.graph.model_copy(update={"vocab_size": robots.get_vocab_size()})
+        changed = manifest.model_copy(update={"graph": graph, "state": state})
+        if state_tokens:
+            read = read_tokenizer(file, changed)
+            prompt = render_prompt(manifest.prompt.template, "Fold the towel", range(7), special=True)
+            assert read.encode(prompt).ids == full.encode(prompt).ids
+            first = token_id(full, "<state_0>")
+            assert [i - first for i in read.encode(prompt).ids if i >= first] == list(range(7))
+        else:
+            with pytest.raises(BundleError, match=r"a token for each state bin 0\.\.255, got none for '<state_0>'"):
+                read_tokenizer(file, changed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
