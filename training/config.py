@@ -166,7 +166,8 @@ class StartConfig(Frozen):
     )
     adapter: Path | None = Field(default=None, description="folder of a LoRA adapter of these weights, to merge")
     statistics: Literal["data", "keep"] = Field(
-        default="data", description="normalisation: fitted on the new data, or the checkpoint's, for the same robot"
+        default="data",
+        description="normalisation and action tokens: fitted on the new data, or the checkpoint's, for the same robot",
     )
 
 
@@ -363,6 +364,12 @@ class TrainingConfig(Frozen):
         default=None, description="sizes; left out: those of the checkpoint under start"
     )
     vocabulary: VocabularyConfig = VocabularyConfig()
+    action_tokens: Literal["fast", "naive"] = Field(
+        default="fast", description="how chunks are written as tokens: FAST, or one token of 256 for each number"
+    )
+    naive_stride: Positive = Field(
+        default=1, description="with naive: only every so many-th action is written, and the last; lines between them"
+    )
     fast_vocabulary: Positive = 512
     fast_scale: Rate = 10.0
     fast_merges: Literal["coefficients", "bytes"] = Field(
@@ -434,6 +441,27 @@ class TrainingConfig(Frozen):
                 raise ValueError(
                     f"stage {stage.name}: sources: expected some of {', '.join(self.sources)}, got {', '.join(unknown)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_action_tokens(self) -> TrainingConfig:
+        if self.action_tokens == "fast":
+            if self.naive_stride != 1:
+                raise ValueError(f"naive_stride: expected it with action_tokens: naive alone, got {self.naive_stride}")
+            return self
+        for key, field in type(self).model_fields.items():
+            if key.startswith("fast_") and getattr(self, key) != field.default:
+                raise ValueError(f"{key}: expected it with action_tokens: fast alone, got action_tokens: naive")
+        if self.normalization != "quantile":
+            raise ValueError(
+                f"action_tokens: naive: expected normalization quantile, as bins end at -1 and 1, got "
+                f"{self.normalization}"
+            )
+        if self.hints is not None and self.hints.readout_frequencies:
+            raise ValueError(
+                "hints.readout_frequencies: expected 0 with action_tokens: naive, as they are FAST's, got "
+                f"{self.hints.readout_frequencies}"
+            )
         return self
 
     @model_validator(mode="after")

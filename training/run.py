@@ -43,6 +43,7 @@ from training.parallel import checkpoint_activations, choose_device, join_group,
 from training.policy import commit, describe_policy
 from training.sources import Sources
 from training.storage import LOCK, only_run
+from training.tokens import describe_actions
 from training.weights import RunState, adopt, open_start, save_checkpoint
 
 POLICY, ADAPTER = "policy", "adapter"  # folders under `out`
@@ -92,6 +93,7 @@ class Run:
                 for found in data.embodiments.values()
             },
             "tokenizer": hashlib.sha256(data.tokenizer.to_str().encode()).hexdigest(),
+            "action_tokens": hashlib.sha256(describe_actions(data.actions).encode()).hexdigest(),
             "base": self.base,
         }
 
@@ -113,7 +115,7 @@ class Run:
                 )
             )
             if config.vocabulary.kind != "paligemma":
-                order_embeddings(self.model, data.tokenizer, data.fast)
+                order_embeddings(self.model, data.tokenizer, data.actions)
         self.base = None
         if config.lora is not None:
             add_lora(self.model, config.lora, config.seed)
@@ -282,7 +284,8 @@ class Run:
     ) -> None:
         if self.config.lora is not None:
             save_adapter(adapter, weights, self.trainer.trained, self.config.lora, self.model.config)
-        save_checkpoint(folder, self.model, weights=merged, tokenizer=self.data.tokenizer, policy=spec)
+        actions = self.data.embodiment.chunks if self.config.has_action_tokens else None
+        save_checkpoint(folder, self.model, weights=merged, tokenizer=self.data.tokenizer, policy=spec, actions=actions)
 
 
 def check_gates(config: TrainingConfig, names: Sequence[str]) -> None:

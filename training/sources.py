@@ -38,12 +38,16 @@ from training.data import (
 from training.data.language import LanguageData, open_language
 from training.data.lerobot import SOURCE, Dataset, LeRobotSamples
 from training.tokens import (
+    ACTIONS,
     FIRST_SEGMENT,
+    ActionTokenizer,
     FastTokenizer,
+    NaiveTokenizer,
     act_query_ids,
     act_query_token,
     fast_ids,
     fast_token,
+    load_actions,
     localise,
     make_vocabulary,
 )
@@ -92,9 +96,10 @@ class Sources:
                 f"{key}: expected data of {without[0]!r} ({self._files[without[0]]}) to train on, got only that of "
                 f"{', '.join(self.embodiments) or 'no robot'}; name a LeRobot dataset of it under sources"
             )
-        self.fast = next(iter(self.embodiments.values())).fast
+        self.actions = next(iter(self.embodiments.values())).actions
         # A fit may use fewer tokens than it is allowed; the model's size must not depend on that.
-        most = config.fast_vocabulary if config.fast_published is None else self.fast.vocab_size
+        fitted = config.action_tokens == "fast" and config.fast_published is None
+        most = max(self.actions.vocab_size, config.fast_vocabulary if fitted else 0)
         self.action_ids = most if config.vocabulary.fast_ids == "own" else 0
         self.tokenizer = (
             make_vocabulary(config.vocabulary, self._texts(), self.action_ids, config.model.state == "special")
@@ -358,8 +363,22 @@ class Sources:
             chunks.append(whole_chunks(spaces[name], numbers, FIT_CHUNKS // len(data), config.seed))
         if not spaces:
             raise ConfigurationError("sources: expected a LeRobot dataset of the robot, got vision-language data alone")
-        fast = make_fast(config, chunks)
-        return {name: Embodiment(space, fast) for name, space in spaces.items()}
+        actions = self._kept_actions() or make_actions(config, chunks)
+        return {name: Embodiment(space, actions) for name, space in spaces.items()}
+
+    def _kept_actions(self) -> ActionTokenizer | None:
+        """What the checkpoint writes actions with: where its statistics are kept, its tokens mean the same."""
+        start = self.config.start
+        if start is None or start.statistics != "keep" or not (file := start.checkpoint / ACTIONS).exists():
+            return None
+        kept = load_actions(file)
+        kind = "naive" if isinstance(kept, NaiveTokenizer) else "fast"
+        if kind != self.config.action_tokens:
+            raise ConfigurationError(
+                f"{file}: expected {self.config.action_tokens} tokens, as action_tokens says, got {kind}; say the "
+                "same, or let the data give statistics and tokens (start.statistics: data)"
+            )
+        return kept
 
     def _texts(self) -> Iterator[str]:
         """All that training tokenizes, as it does; the words of the prompt itself among them."""
@@ -413,7 +432,7 @@ class Sources:
             )
         if self.tokenizer.token_to_id(FIRST_SEGMENT) is None:
             raise ConfigurationError(f"{given}: expected PaliGemma's vocabulary, got one without {FIRST_SEGMENT}")
-        taken = {int(i) for i in fast_ids(self.tokenizer)[: self.fast.vocab_size]}
+        taken = {int(i) for i in fast_ids(self.tokenizer)[: self.actions.vocab_size]}
         for name, samples, text in self._named_texts():
             encoding = self.tokenizer.encode(localise(self.tokenizer, text), add_special_tokens=False)
             shared = [token for token, i in zip(encoding.tokens, encoding.ids, strict=True) if i in taken]
@@ -488,8 +507,15 @@ def _items(entry: Entry, samples: Samples) -> Iterator[tuple[Path, int]]:
     yield from ((place, e.index) for e in samples.episodes) if isinstance(samples, LeRobotSamples) else [(place, -1)]
 
 
-def make_fast(config: TrainingConfig, chunks: Sequence[NDArray[np.float64]]) -> FastTokenizer:
-    """The published vocabulary that the configuration names, or one fitted on the chunks [N, H, D] of each robot."""
+def make_actions(config: TrainingConfig, chunks: Sequence[NDArray[np.float64]]) -> ActionTokenizer:
+    """What writes actions as tokens: naive, FAST as published, or FAST fitted on the chunks [N, H, D] of each robot."""
+    if config.action_tokens == "naive":
+        _, horizon, action_dim = chunks[0].shape
+        if config.naive_stride > (most := max(1, horizon - 1)):
+            raise ConfigurationError(
+                f"naive_stride: expected at most {most}, with a horizon of {horizon}, got {config.naive_stride}"
+            )
+        return NaiveTokenizer(horizon, action_dim, config.naive_stride)
     if config.fast_published is None:
         merges_bytes = config.fast_merges == "bytes"
         return fit_fast(chunks, vocabulary=config.fast_vocabulary, scale=config.fast_scale, byte_level=merges_bytes)

@@ -107,6 +107,8 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "a prompt without task": ({"prompt.template": "go {state}"}, r"template: expected \{task\} exactly once"),
     "a prompt without state": ({"prompt.template": "{task}"}, r"template: expected \{state\} 1 times"),
     "a small vocabulary": ({"fast_vocabulary": 4}, "FAST: .* enlarge the vocabulary"),
+    "a stride without naive tokens": ({"naive_stride": 2}, "naive_stride: expected it with action_tokens: naive"),
+    "FAST's size for naive tokens": ({"action_tokens": "naive"}, "fast_vocabulary: expected it with .* fast alone"),
     "a loss without targets": ({"stages.0.losses.text": 1.0}, "losses text: expected a source with targets"),
     "a hint without labels": ({"hints": {"probe_layer": 1}, "stages.0.losses.pointing": 1.0}, "pointing: expected a"),
     "a head that is not there": ({"hints": {"probe_layer": 1, "probe_head": 2}}, "hints.probe_head: expected 0..1"),
@@ -168,7 +170,7 @@ def gemma(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
     tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     tokenizer.add_special_tokens([token for token in tokens if len(token) > 1])
-    monkeypatch.setattr("training.sources.make_vocabulary", lambda config, texts, ids: grow(tokenizer, ids))
+    monkeypatch.setattr("training.sources.make_vocabulary", lambda config, texts, ids, _: grow(tokenizer, ids))
     return tokenizer
 
 

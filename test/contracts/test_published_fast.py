@@ -27,7 +27,7 @@ from training.model.gemma import GemmaConfig
 from training.model.initialization import order_embeddings
 from training.model.siglip import VisionConfig
 from training.model.vla import VLA, VLAConfig
-from training.sources import make_fast
+from training.sources import make_actions
 from training.tokens.fast import PROCESSOR, VOCABULARY, FastDecodeError, FastTokenizer
 from training.tokens.prompt import fast_ids
 
@@ -211,16 +211,16 @@ def test_coefficients_without_a_character_are_clamped_and_counted(tmp_path: Path
 
 def test_a_run_takes_the_vocabulary_that_its_configuration_names(published: Path, tmp_path: Path) -> None:
     chunk_NHA, settings = smooth_chunks(50), tiny_run(tmp_path, steps=1)
-    fitted = make_fast(TrainingConfig.model_validate(settings), [chunk_NHA, chunk_NHA[..., :3]])
-    named = make_fast(TrainingConfig.model_validate(settings | {"fast_published": str(published)}), [chunk_NHA])
+    fitted = make_actions(TrainingConfig.model_validate(settings), [chunk_NHA, chunk_NHA[..., :3]])
+    named = make_actions(TrainingConfig.model_validate(settings | {"fast_published": str(published)}), [chunk_NHA])
     assert fitted.vocab_size == 512 and not fitted.byte_level and fitted.action_dim == ACTION_DIM
-    bytewise = make_fast(TrainingConfig.model_validate(settings | {"fast_merges": "bytes"}), [chunk_NHA])
+    bytewise = make_actions(TrainingConfig.model_validate(settings | {"fast_merges": "bytes"}), [chunk_NHA])
     assert bytewise.byte_level and bytewise.encode(chunk_NHA[0]) != fitted.encode(chunk_NHA[0])
     assert named.bpe.get_vocab() == load(published).bpe.get_vocab() and named.lowest == load(published).lowest
     with pytest.raises(ConfigurationError, match=r"action_dim: expected 3, .*, got 4"):
         folder = publish(tmp_path / "other", smooth_chunks(30), action_dim=4)
         config = TrainingConfig.model_validate(settings | {"fast_published": str(folder)})
-        make_fast(config, [chunk_NHA, chunk_NHA[..., :3]])
+        make_actions(config, [chunk_NHA, chunk_NHA[..., :3]])
 
 
 def test_training_from_scratch_orders_the_tokens_of_whole_coefficients(published: Path) -> None:

@@ -51,7 +51,7 @@ def arm_stage(**changes: Any) -> dict[str, Any]:
 
 
 def arm_run(arms: Path, out: Path, *entries: Mapping[str, Any], **changes: Any) -> TrainingConfig:
-    """A run for the lifter on these data."""
+    """A run for the lifter on these data; what is None is left out."""
     fields: dict[str, Any] = {
         "name": "any",
         "robot": str(arms / "lifter.yaml"),
@@ -62,4 +62,5 @@ def arm_run(arms: Path, out: Path, *entries: Mapping[str, Any], **changes: Any) 
         "fast_vocabulary": 256,
         "stages": [arm_stage()],
     }
-    return TrainingConfig.model_validate(fields | changes)
+    given = {key: value for key, value in (fields | changes).items() if value is not None}
+    return TrainingConfig.model_validate(given)

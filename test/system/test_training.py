@@ -261,7 +261,7 @@ def test_figures_of_a_perfect_prediction_are_perfect(settings: dict[str, Any], m
     figures = run.figures()
     assert figures["flow_error"] < 1e-3 and figures["flow_error.elbow"] < 1e-3  # batches are float32
     assert figures["fast_clamped"] < 0.1
-    narrow = replace(run.data.embodiment, fast=replace(run.data.fast, lowest=0, highest=1))
+    narrow = replace(run.data.embodiment, actions=replace(run.data.actions, lowest=0, highest=1))
     run.data.embodiments["demo_arm"] = narrow
     assert run.figures()["fast_clamped"] > 0.1
 

@@ -145,7 +145,7 @@ class BatchMaker:
             if action_tokens:
                 postfixes.append(self.fast_ids[embodiment.chunks.encode(action_HD)].tolist() if whole else [])
             if form.readouts:
-                coefficients_HD = embodiment.chunks.coefficients(action_HD)
+                coefficients_HD = embodiment.frequencies.coefficients(action_HD)
                 readout_BKA[b, :, :width] = coefficients_HD[: form.readouts] if whole else np.nan
         looks = [[self._look(camera.name) for camera in embodiment.robot.cameras] for embodiment in embodiments]
         images = [self._turned(sample, look, rng) for sample, look in zip(samples, looks, strict=True)]

@@ -1,4 +1,4 @@
-"""A robot as the model sees it: its numbers normalised, its chunks as FAST tokens, its part of a padded batch.
+"""A robot as the model sees it: its numbers normalised, its chunks as tokens, its part of a padded batch.
 
 A model trained on several robots has one of these for each: statistics are never shared between robots.
 
@@ -16,24 +16,30 @@ from numpy.typing import NDArray
 
 from ki_vla_ros.robot import Robot
 from training.action_space import ActionSpace, Numbers
-from training.tokens import FastTokenizer
+from training.tokens import ActionTokenizer, FastTokenizer
 
 
 @dataclass(frozen=True)
 class Embodiment:
-    """One robot with its statistics; `fast` is the run's vocabulary of action tokens, which all robots share."""
+    """One robot with its statistics; `actions` is the run's vocabulary of action tokens, which all robots share."""
 
     space: ActionSpace
-    fast: FastTokenizer
+    actions: ActionTokenizer
 
     @property
     def robot(self) -> Robot:
         return self.space.robot
 
     @cached_property
-    def chunks(self) -> FastTokenizer:
-        """FAST for this robot's chunks [H, D]."""
-        return self.fast.for_shape(self.robot.horizon, len(self.robot.actions))
+    def chunks(self) -> ActionTokenizer:
+        """The same for this robot's chunks [H, D]."""
+        return self.actions.for_shape(self.robot.horizon, len(self.robot.actions))
+
+    @property
+    def frequencies(self) -> FastTokenizer:
+        """FAST for this robot's chunks, in a run that has it."""
+        assert isinstance(self.chunks, FastTokenizer)  # the configuration refuses a readout of naive tokens
+        return self.chunks
 
 
 def whole_chunks(space: ActionSpace, numbers: Numbers, most: int, seed: int) -> NDArray[np.float64]:

@@ -139,9 +139,10 @@ def measure_losses(losses: BatchLosses, batch: Batch, source: str, rng: np.rando
 
 
 def measure_tokens(model: VLA, embodiment: Embodiment, samples: Sequence[RobotSample], batch: Batch) -> Values:
-    """How well FAST's tokens say the chunks, and how well they are predicted."""
+    """How well action tokens say the chunks, and how well they are predicted."""
     true_BHD = normalized(embodiment, samples)
-    yield "fast_clamped", np.full(len(samples), embodiment.chunks.count_clamped(true_BHD) / true_BHD.size)
+    clamped = embodiment.chunks.count_clamped(true_BHD) / (len(samples) * embodiment.chunks.numbers)
+    yield "fast_clamped", np.full(len(samples), clamped)
     if batch.fast_mask_BT is not None:
         yield "fast_accuracy", predict_tokens(model, model.prefill(*batch.prefix), batch, batch.fast_mask_BT)
 
@@ -224,7 +225,7 @@ def predict(
     if heads is not None and len(heads.readout):
         hidden_BPD = model.backbone.norm(model(*batch.prefix).prefix_by_layer[-2])
         named_BKA = heads.name_coefficients(take_rows(hidden_BPD, asking_rows(model, batch)))[0]
-        coefficients_BKA = named_BKA.double().cpu().numpy() / embodiment.chunks.scale
+        coefficients_BKA = named_BKA.double().cpu().numpy() / embodiment.frequencies.scale
         basis_KH = cosine_basis(batch.action_BHA.shape[1])[: coefficients_BKA.shape[1]]
         yield "readout", np.einsum("kh,bka->bha", basis_KH, coefficients_BKA)
     if fast_ids is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ki_vla_ros.bundle import state_bin_token
 from training.model.vla import VLA
-from training.tokens import STATE_BINS, FastTokenizer, fast_ids, has_state_tokens, loc_id, location_count, token_id
+from training.tokens import STATE_BINS, ActionTokenizer, fast_ids, has_state_tokens, loc_id, location_count, token_id
 
 
 def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
@@ -26,8 +26,8 @@ def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
 
 
 @torch.no_grad()
-def order_embeddings(model: VLA, tokenizer: Tokenizer, fast: FastTokenizer) -> None:
-    """Give neighbouring numbers, locations, image cells and FAST coefficients similar embeddings, in place.
+def order_embeddings(model: VLA, tokenizer: Tokenizer, actions: ActionTokenizer) -> None:
+    """Give neighbouring numbers, locations, image cells and action tokens similar embeddings, in place.
 
     A FAST token's embedding is half its first coefficient's; the other half stays random and tells merged tokens apart.
     Tokens that stand for no whole coefficient (a published vocabulary has some) stay as they were drawn.
@@ -42,7 +42,7 @@ def order_embeddings(model: VLA, tokenizer: Tokenizer, fast: FastTokenizer) -> N
     for first, count, finest in blocks:
         features = wave_features(torch.linspace(0, 1, count), width, finest=finest)
         table[first : first + count] = features * width**-0.5  # the backbone multiplies by sqrt(width)
-    integers = {token: fast.integers(token) for token in range(fast.vocab_size)}
+    integers = {token: actions.integers(token) for token in range(actions.vocab_size)}
     leading = {token: coefficients[0] for token, coefficients in integers.items() if coefficients}
     first_N = torch.tensor(list(leading.values()))
     share_N = (first_N - first_N.min()) / (first_N.max() - first_N.min())

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.model.vla import VLA
-from training.tokens import FastDecodeError, FastTokenizer
+from training.tokens import ActionTokenizer, FastDecodeError
 
 SamplerName = Literal["flow", "tokens"]
 Prefix: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -52,22 +52,22 @@ class FlowSampler:
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """Reads FAST tokens by argmax, one after the other, over cached keys and values.
+    """Reads action tokens by argmax, one after the other, over cached keys and values.
 
-    `fast_ids` are the ids of FAST's tokens in the model's vocabulary. A sequence without its end after `longest` tokens
+    `fast_ids` are the ids of action tokens in the model's vocabulary. A sequence without its end after `longest` tokens
     is malformed; by default that is one token for each number of a chunk.
     """
 
-    fast: FastTokenizer
+    actions: ActionTokenizer
     fast_ids: NDArray[np.int64]
     longest: int | None = None
 
     @torch.no_grad()
     def __call__(self, model: VLA, prefix: Prefix, state_BS: Tensor | None, noise_BHA: Tensor) -> NDArray[np.float64]:
-        fast, (*_, tokens_BL, token_mask_BL) = self.fast, prefix
-        whole = fast.horizon * fast.action_dim
-        lengths = np.array([len(fast.integers(i)) for i in range(fast.vocab_size)])
-        ids_N = torch.from_numpy(self.fast_ids[: fast.vocab_size]).to(tokens_BL.device)
+        actions, (*_, tokens_BL, token_mask_BL) = self.actions, prefix
+        whole = actions.numbers
+        lengths = np.array([len(actions.integers(i)) for i in range(actions.vocab_size)])
+        ids_N = torch.from_numpy(self.fast_ids[: actions.vocab_size]).to(tokens_BL.device)
         cache, token_B1 = model.prefill(*prefix), last_tokens(tokens_BL, token_mask_BL)
         count_B, steps = np.zeros(len(tokens_BL)), list[NDArray[np.int64]]()
         while len(steps) < (self.longest or whole) and (count_B < whole).any():
@@ -80,9 +80,9 @@ class TokenSampler:
         for ids_T in np.stack(steps, axis=1):
             used_T = ids_T[: 1 + int((np.cumsum(lengths[ids_T]) < whole).sum())]
             try:
-                chunks.append(fast.decode(used_T.tolist()))
+                chunks.append(actions.decode(used_T.tolist()))
             except FastDecodeError:
-                chunks.append(np.full((fast.horizon, fast.action_dim), np.nan))
+                chunks.append(np.full((actions.horizon, actions.action_dim), np.nan))
         return np.stack(chunks)
 
 

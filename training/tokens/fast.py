@@ -150,6 +150,11 @@ class FastTokenizer:
         return found
 
     @property
+    def numbers(self) -> int:
+        """How many coefficients a chunk is written as."""
+        return self.horizon * self.action_dim
+
+    @property
     def vocab_size(self) -> int:
         return int(self.bpe.get_vocab_size())
 

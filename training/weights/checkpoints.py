@@ -1,4 +1,4 @@
-"""A finished policy on disk: weights, sizes, tokenizer and policy.json; foreign.py reads other formats.
+"""A finished policy on disk: weights, sizes, tokenizer, action tokens and policy.json; foreign.py reads other formats.
 
 A folder appears whole or not at all (training/storage.py). What a run resumes from is in runs.py.
 Nothing here executes code from a file: weights are safetensors, the others JSON.
@@ -23,12 +23,13 @@ from ki_vla_ros.errors import ConfigurationError, describe_validation, short_rep
 from ki_vla_ros.files import read_json
 from training.model import VLA, Conditioning, GemmaConfig, VisionConfig, VLAConfig
 from training.storage import whole_folder, writing
+from training.tokens import ACTIONS, ActionTokenizer, describe_actions
 from training.weights.files import WeightFiles, check_fit
 
 DEEPEST, LARGEST_SIZE = 200, 1 << 20
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 POLICY = "policy.json"  # a `PolicySpec`, beside the weights of a finished policy
-NAMES = (WEIGHTS, CONFIG, POLICY, TOKENIZER)
+NAMES = (WEIGHTS, CONFIG, POLICY, TOKENIZER, ACTIONS)
 
 
 def save_checkpoint(
@@ -37,6 +38,7 @@ def save_checkpoint(
     weights: Mapping[str, Tensor] | None = None,
     tokenizer: Tokenizer | None = None,
     policy: PolicySpec | None = None,
+    actions: ActionTokenizer | None = None,
 ) -> None:
     """Write weights and config, and what makes them a policy.
 
@@ -60,6 +62,9 @@ def save_checkpoint(
         if policy is not None:
             with writing(folder / POLICY):
                 (part / POLICY).write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if actions is not None:
+            with writing(folder / ACTIONS):
+                (part / ACTIONS).write_text(describe_actions(actions), encoding="utf-8")
 
 
 def read_config(folder: Path) -> VLAConfig:

@@ -97,7 +97,7 @@ def test_chunks_are_written_as_tokens_only_where_a_stage_learns_them() -> None:
 
     (two,) = embody(TWO)
     samples = ArmSamples(TWO).take([0, 5])
-    without = make_maker(readouts=0).of_robots([replace(two, fast=Unwritten())] * 2, samples, rng(), False)
+    without = make_maker(readouts=0).of_robots([replace(two, actions=Unwritten())] * 2, samples, rng(), False)
     assert without.postfix_BT is without.fast_mask_BT is None
     whole = make_maker(readouts=0).of_robots([two] * 2, samples, rng())
     for name, tensor in vars(without).items():
