@@ -16,11 +16,11 @@ from ki_vla_ros.yaml_file import read_yaml
 from training.action_space import Normalization, StateRange
 from training.data import Augmentation
 from training.data.language import LanguageEntry
-from training.model import Conditioning, GemmaConfig, SamplerName, VisionConfig
+from training.model import Actions, Conditioning, GemmaConfig, SamplerName, VisionConfig, VLAConfig
 from training.recipe import lay_recipe
 from training.tokens import VocabularyConfig
 
-Loss = Literal["cells", "text", "pointing", "grounding", "fast", "tokens", "readout", "flow"]
+Loss = Literal["cells", "text", "pointing", "grounding", "fast", "tokens", "readout", "flow", "regression"]
 Part = Literal["stem", "vision", "backbone", "expert", "heads"]
 StartPart = Literal["vision", "backbone", "expert"]
 LoraTarget = Literal["q", "k", "v", "out", "gate", "up", "down"]
@@ -97,21 +97,53 @@ class HintsConfig(Frozen):
 class ModelConfig(Frozen):
     """The sizes that a configuration chooses; tokenizer and robots determine the others."""
 
-    vision: VisionConfig
-    backbone: GemmaConfig
-    expert: GemmaConfig
+    # Left out with `start`, which fills them in before anything else reads them.
+    vision: VisionConfig = Field(default=None)  # type: ignore[assignment]
+    backbone: GemmaConfig = Field(default=None)  # type: ignore[assignment]
+    expert: GemmaConfig | None = Field(
+        default=None,
+        description="sizes of the action expert; of no use where actions go through the backbone",
+    )
+    actions: Actions = Field(
+        default="expert", description="what action tokens go through: an expert's layers, or the backbone's own"
+    )
+    hybrid_mask: bool = Field(
+        default=False,
+        description="whether FAST tokens see the noisy actions, as in HybridVLA",
+    )
     state: StateEncoding = Field(
         default="text",
         description="how the state enters: as text in the prompt or as special tokens there, as one exact token of the "
         "expert, as text and as that token (both), or not at all",
     )
     conditioning: Conditioning = Field(
-        default="adarms", description="how the expert is told the flow time: by its norms (pi0.5), or concat (pi0)"
+        default="adarms",
+        description="how the flow time gets in: by the expert's norms (pi0.5), or concat (pi0; actions: backbone too)",
     )
     width: Positive | None = Field(
         default=None,
         description="dimensions of actions and of the state token; default: as many as the widest robot has",
     )
+
+    def vla(self, *, vocab_size: int, action_dim: int, horizon: int, state_dim: int) -> VLAConfig:
+        """The whole model's sizes, with what the data say."""
+        return VLAConfig(
+            vision=self.vision,
+            backbone=self.backbone,
+            expert=self.expert_sizes,
+            vocab_size=vocab_size,
+            action_dim=action_dim,
+            horizon=horizon,
+            state_dim=state_dim if self.state_token else None,
+            conditioning=self.conditioning,
+            actions=self.actions,
+            hybrid_mask=self.hybrid_mask,
+        )
+
+    @property
+    def expert_sizes(self) -> GemmaConfig:
+        """Those of the layers that actions go through."""
+        return self.backbone if self.actions == "backbone" or self.expert is None else self.expert
 
     @property
     def state_in_prompt(self) -> bool:
@@ -286,6 +318,12 @@ class StageConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_losses(self) -> StageConfig:
+        if {"flow", "regression"} <= self.losses.keys():
+            raise ValueError("losses: expected flow or regression, which share their weights, got both")
+        if "regression" in self.losses and self.noise_samples > 1:
+            raise ValueError(
+                f"noise_samples: expected 1 with the loss regression, which draws no noise, got {self.noise_samples}"
+            )
         if "tokens" in self.losses and (given := sorted(self.losses.keys() & {"text", "fast"})):
             raise ValueError(
                 f"losses: expected tokens, one cross-entropy over text and FAST, or text and fast, got tokens and "
@@ -388,7 +426,8 @@ class TrainingConfig(Frozen):
     augmentation: AugmentationConfig = AugmentationConfig()
     hints: HintsConfig | None = None
     sampler: SamplerName = Field(
-        default="flow", description="how chunks come from the model in closed loop: the flow, or tokens one by one"
+        default="flow",
+        description="how the model is asked for chunks: by the flow, token by token, or all at once",
     )
     flow_steps: Positive = Field(default=10, description="Euler steps that the model is measured with and runs with")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -475,17 +514,54 @@ class TrainingConfig(Frozen):
         for key in ("model", "prompt"):
             if self.start is None and getattr(self, key) is None:
                 raise ValueError(f"{key}: expected it, or a checkpoint to start from (start), got neither")
+        if self.start is None:
+            parts = ("vision", "backbone") + (("expert",) if self.model.actions == "expert" else ())
+            if without := [part for part in parts if getattr(self.model, part) is None]:
+                raise ValueError(
+                    f"model.{without[0]}: expected its sizes, or a checkpoint to start from (start), got neither"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_actions(self) -> TrainingConfig:
+        for stage in self.stages if self.model is not None else ():
+            of_expert = sorted(stage.losses.keys() & {"flow", "regression"})
+            if of_expert and self.model.actions == "backbone" and stage.insulate:
+                raise ValueError(
+                    f"stage {stage.name}: insulate: expected false for the loss {of_expert[0]} with model.actions: "
+                    "backbone, whose own layers it trains, got true"
+                )
+            if of_expert and self.model.hybrid_mask and stage.noise_samples > 1:
+                raise ValueError(
+                    f"stage {stage.name}: noise_samples: expected 1 with model.hybrid_mask, as FAST tokens see one "
+                    f"noisy chunk, got {stage.noise_samples}"
+                )
+        if self.model is not None and self.model.hybrid_mask and self.sampler == "tokens":
+            raise ValueError(
+                "sampler: expected flow with model.hybrid_mask, whose tokens come with noisy actions alone, got tokens"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_sampler(self) -> TrainingConfig:
         learned = sorted({loss for stage in self.stages for loss in stage.losses})
+        for one, other in (("regression", "flow"), ("flow", "regression")):
+            if self.sampler == one and other in learned and one not in learned:
+                raise ValueError(f"sampler: expected {other}, the loss that the run learns, got {one}")
         if self.sampler == "tokens" and not any(s.learns_action_tokens for s in self.stages) and self.start is None:
             raise ValueError(
                 "sampler: tokens: expected a stage with the loss fast or tokens, which it needs, got only "
                 f"{', '.join(learned)}"
             )
         return self
+
+    @property
+    def learned_by_expert(self) -> Loss | None:
+        """What the expert learns, or has learned where the run begins; None: nothing."""
+        learned = {loss for stage in self.stages for loss in stage.losses}
+        if "regression" in learned or self.sampler == "regression":
+            return "regression"
+        return "flow" if "flow" in learned or self.start is not None else None
 
     @property
     def has_action_tokens(self) -> bool:
@@ -500,7 +576,7 @@ class TrainingConfig(Frozen):
                     raise ValueError(f"stage {stage.name}: expected hints for {', '.join(given)}, got none")
             return self
         # What the last layer's attention finds goes into no key or value, so the expert could not read it.
-        if self.model is None:
+        if self.model is None or self.model.backbone is None:
             return self
         layer, last = self.hints.probe_layer, self.model.backbone.depth - 2
         if not 0 <= layer <= last:

@@ -24,7 +24,7 @@ from ki_vla_ros.yaml_file import LARGEST_YAML, parse_yaml
 
 RECIPES: Final = "config/training/recipes"
 TEACHES: Final[Mapping[bool, frozenset[str]]] = {  # by whether a source is of a robot
-    True: frozenset({"fast", "tokens", "flow", "readout", "pointing", "grounding", "cells"}),
+    True: frozenset({"fast", "tokens", "flow", "regression", "readout", "pointing", "grounding", "cells"}),
     False: frozenset({"text", "tokens", "pointing", "grounding", "cells"}),
 }
 

@@ -38,7 +38,7 @@ from training.evaluate import (
 from training.export import check_policy
 from training.lora import add_lora, fingerprint, merge, save_adapter
 from training.losses import BatchLosses, TrainingHeads
-from training.model import VLA, FlowSampler, Sampler, TokenSampler, VLAConfig, order_embeddings
+from training.model import VLA, FlowSampler, RegressionSampler, Sampler, TokenSampler, order_embeddings
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
 from training.sources import Sources
@@ -102,18 +102,13 @@ class Run:
         if config.start is not None:
             self.model = self.continue_model(config.start)
         else:
-            self.model = VLA(
-                VLAConfig(
-                    vision=config.model.vision,
-                    backbone=config.model.backbone,
-                    expert=config.model.expert,
-                    vocab_size=data.tokenizer.get_vocab_size(),
-                    action_dim=data.action_dim,
-                    horizon=data.robot.horizon,
-                    state_dim=data.state_dim if config.model.state_token else None,
-                    conditioning=config.model.conditioning,
-                )
+            sizes = config.model.vla(
+                vocab_size=data.tokenizer.get_vocab_size(),
+                action_dim=data.action_dim,
+                horizon=data.robot.horizon,
+                state_dim=data.state_dim,
             )
+            self.model = VLA(sizes)
             if config.vocabulary.kind != "paligemma":
                 order_embeddings(self.model, data.tokenizer, data.actions)
         self.base = None
@@ -187,6 +182,8 @@ class Run:
         """How the model is asked for chunks in closed loop."""
         if self.config.sampler == "tokens":
             return TokenSampler(self.data.embodiment.chunks, self.data.maker.fast_ids)
+        if self.config.sampler == "regression":
+            return RegressionSampler()
         return FlowSampler(self.config.flow_steps)
 
     def try_out(self) -> None:
@@ -253,7 +250,7 @@ class Run:
             prompt=data.form.prompt,
             state={"low": space.state_low, "high": space.state_high, "encoding": config.model.state},
             action={"low": space.action_low, "high": space.action_high},
-            flow={"steps": config.flow_steps},
+            flow={"steps": config.flow_steps} if config.sampler == "flow" else None,
             max_prefix_delay=config.max_prefix_delay,
             pad_to=data.pad_to,
             provenance=Provenance(

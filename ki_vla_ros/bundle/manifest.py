@@ -140,7 +140,7 @@ class PolicySpec(Frozen):
     prompt: PromptSpec
     state: StateSpec
     action: ActionStats
-    flow: FlowSpec = FlowSpec()
+    flow: FlowSpec | None = Field(default=FlowSpec(), description="none: it does not act by a flow; no bundle has it")
     max_prefix_delay: Annotated[int, Field(ge=0)] = 0
     pad_to: Positive | None = Field(
         default=None, description="zeros after state and actions, up to this width of the model"
@@ -223,6 +223,7 @@ class Manifest(PolicySpec):
     """`manifest.json`: the policy, the dimensions of its graphs and the sha256 of every other file of the bundle."""
 
     format_version: Literal[2, 3] = 3
+    flow: FlowSpec = FlowSpec()
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
     graph: GraphSpec
 

@@ -1,6 +1,7 @@
 """The model against a slow reference: one dense attention over all tokens, with the mask written out as a matrix."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from support.models import BATCH, CONFIG, POSTFIX, PROMPT, make_batch, make_mode
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model.expert import Conditioning, ExpertLayer, embed_time, gated
+from training.model.expert import ExpertLayer, embed_time, gated
 from training.model.gemma import BackboneLayer, additive, attend, rotate, rotation
 from training.model.siglip import Vision, VisionConfig
 from training.model.vla import VLA, Output
@@ -41,7 +42,7 @@ def reference(model: VLA, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, lis
     x, prefix_mask = model.embed_prefix(*prefix_of(batch))
     x = torch.cat((x, model.backbone.embed(batch["postfix_BT"])), dim=1)
     y, time = model.action_in(batch["x_t"]), batch["time"]
-    if model.config.conditioning == "concat":
+    if model.expert.conditioning == "concat":
         # pi0: silu between two layers, the first one over action and time; the state token stays outside.
         both = torch.cat((y, embed_time(time, y.shape[-1])), dim=-1)
         y = model.expert.time_out(F.silu(model.expert.time_in(both)))
@@ -57,27 +58,51 @@ def reference(model: VLA, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, lis
     number = torch.tensor(block)
     mask = (number[None, :] <= number[:, None]) & valid[:, None, :] & valid[:, :, None]
     mask[:, prefix + postfix :, prefix : prefix + postfix] = False
+    if model.config.hybrid_mask:
+        mask[:, prefix : prefix + postfix, prefix + postfix :] = batch["postfix_mask_BT"][:, :, None]
     start = prefix_mask.sum(dim=1, keepdim=True)
     after = start + torch.arange(own)
     position = torch.cat(
         (prefix_mask.long().cumsum(1) - 1, start - 1 + batch["postfix_mask_BT"].long().cumsum(1), after), dim=1
     )
     streams, all_scores = [], []
-    for layer, expert in zip(model.backbone.layers, model.expert.layers, strict=True):
-        normed, gate = expert.norm1(y, condition)
+    through = model.config.actions == "backbone"
+
+    def norm_of(norm: torch.nn.Module, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (norm(y), None) if through else norm(y, condition)
+
+    experts = model.backbone.layers if through else model.expert.layers
+    for layer, expert in zip(model.backbone.layers, experts, strict=True):
+        normed, gate = norm_of(expert.norm1, y)
         (dx, dy), scores = attend_densely([(layer, layer.norm1(x)), (expert, normed)], position, mask)
         x, y = x + dx, y + gated(gate, dy)
-        normed, gate = expert.norm2(y, condition)
+        normed, gate = norm_of(expert.norm2, y)
         x, y = x + layer.mlp(layer.norm2(x)), y + gated(gate, expert.mlp(normed))
         streams.append(x)
         all_scores.append(scores)
-    velocity = model.action_out(model.expert.norm(y, condition)[0][:, -CONFIG.horizon :])
+    last = norm_of(model.backbone.norm if through else model.expert.norm, y)[0]
+    velocity = model.action_out(last[:, -CONFIG.horizon :])
     return model.backbone.norm(x), velocity, streams, all_scores
 
 
-@pytest.mark.parametrize(("state_dim", "conditioning"), [(None, "adarms"), (4, "adarms"), (4, "concat")])
-def test_forward_equals_one_dense_attention(state_dim: int | None, conditioning: Conditioning) -> None:
-    config = dataclasses.replace(CONFIG, state_dim=state_dim, conditioning=conditioning)
+THROUGH: dict[str, Any] = {"actions": "backbone", "expert": CONFIG.backbone}
+
+
+@pytest.mark.parametrize(
+    ("state_dim", "changes"),
+    [
+        (None, {}),
+        (4, {}),
+        (4, {"conditioning": "concat"}),
+        (None, {"hybrid_mask": True}),
+        (4, {"hybrid_mask": True}),
+        (None, THROUGH),
+        (4, THROUGH),
+        (4, THROUGH | {"hybrid_mask": True}),
+    ],
+)
+def test_forward_equals_one_dense_attention(state_dim: int | None, changes: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, state_dim=state_dim, **changes)
     model, batch = make_model(config), make_batch(state_dim)
     with torch.no_grad():
         output = model(**batch, probe=(1, 3))
@@ -100,9 +125,10 @@ def test_forward_equals_one_dense_attention(state_dim: int | None, conditioning:
     )
 
 
-@pytest.mark.parametrize("state_dim", [None, 4])
-def test_cache_equals_forward_for_several_rows_per_prefix(state_dim: int | None) -> None:
-    model, batch = make_model(dataclasses.replace(CONFIG, state_dim=state_dim)), make_batch(state_dim, repeats=3)
+@pytest.mark.parametrize(("state_dim", "changes"), [(None, {}), (4, {}), (4, THROUGH)])
+def test_cache_equals_forward_for_several_rows_per_prefix(state_dim: int | None, changes: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, state_dim=state_dim, **changes)
+    model, batch = make_model(config), make_batch(state_dim, repeats=3)
     with torch.no_grad():
         full = model(**batch).velocity_RHA
         cache = model.prefill(*prefix_of(batch))

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.config import Loss, StageConfig
+from training.config import Loss, StageConfig, TrainingConfig
 from training.data import NO_TARGET, Batch, Embodiment, RobotSample
 from training.losses import BatchLosses, TrainingHeads, asking_rows, scene_scores, take_rows, targets
-from training.model import VLA, Cache, FlowSampler, SamplerName, TokenSampler, last_tokens
+from training.model import VLA, Cache, FlowSampler, RegressionSampler, Sampler, SamplerName, TokenSampler, last_tokens
 from training.tokens import cosine_basis
 
 if TYPE_CHECKING:
@@ -31,9 +31,8 @@ FRAMES = 256  # held-out frames of each source, shared by its robots
 BATCH = 32  # frames at once; FAST is decoded token by token, which is slow, so only for the first batch of a robot
 WORST = 6  # frames that are kept to be shown
 AT_ONCE = 256  # tokens whose scores are held: with a vocabulary of 257,152, one token's take 1 MB
-WAYS: Mapping[SamplerName, str] = {"flow": "flow", "tokens": "fast"}
+WAYS: Mapping[SamplerName, str] = {"flow": "flow", "regression": "regression", "tokens": "fast"}
 """What figures call each sampler's chunks."""
-MEASURED: tuple[Loss, ...] = ("text", "fast", "flow")
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,13 @@ def measure(
 ) -> Measured:
     """Figures of the policy's robot, of the other robots and of the sources, on what is held out.
 
-    `LOSS_loss.SOURCE` (text, fast, flow): as in training, of images as they are. `text_accuracy.SOURCE` and
-    `fast_accuracy`: how often the likeliest next token is the right one, given those before it.
+    `LOSS_loss.SOURCE` (text, fast, flow or regression): as in training, of images as they are. `text_accuracy.SOURCE`
+    and `fast_accuracy`: how often the likeliest next token is the right one, given those before it.
     `WAY_error`: the mean error of the chunks that WAY predicts, in normalised units, and `WAY_error.DIMENSION` in the
-    robot's own; ways are `flow` (the expert), `fast` (greedy FAST decoding; `fast_whole` is the share of sequences that
-    are a whole chunk, the others are left out of the error) and `readout` (the hint's tokens, with heads). `pointing`
-    (with heads): where the data says a place, how often the probe's strongest cell is at most one cell from it.
+    robot's own; ways are `flow` (the expert) or `regression`, `fast` (greedy FAST decoding; `fast_whole` is the share
+    of sequences that are a whole chunk, the others are left out of the error) and `readout` (the hint's tokens, with
+    heads). `pointing` (with heads): where the data says a place, how often the probe's strongest cell is at most one
+    cell from it.
     `fast_clamped`: the share of coefficients that FAST's vocabulary cannot express, so that their tokens are not exact.
     Figures of another robot than the policy's begin with its name: `ROBOT/flow_error`.
     """
@@ -81,8 +81,9 @@ def measure(
 
     rng, device = np.random.default_rng(0), next(model.parameters()).device
     shown = WAYS[losses.config.sampler]
-    # A run without action tokens has no figures of them.
+    # A run without action tokens has no figures of them; with a hybrid mask they are read beside noisy actions alone.
     action_tokens = losses.config.has_action_tokens
+    decoded = action_tokens and not model.config.hybrid_mask
     for source, mixture in data.held_out.items():
         if source not in data.robot_sources:
             for rows in batches(mixture.spread(frames or FRAMES)):
@@ -100,10 +101,10 @@ def measure(
                 samples = mixture.read(rows)
                 batch = data.plain.of_robots([embodiment] * len(samples), samples, rng, action_tokens).to(device)
                 note(measure_losses(losses, batch, source, rng))
-                if action_tokens:
+                if decoded:
                     note(measure_tokens(model, embodiment, samples, batch), before)
-                fast_ids = data.plain.fast_ids if action_tokens and number == 0 else None
-                for way, action_BHA in predict(model, embodiment, batch, losses.config.flow_steps, heads, fast_ids):
+                fast_ids = data.plain.fast_ids if decoded and number == 0 else None
+                for way, action_BHA in predict(model, embodiment, batch, losses.config, heads, fast_ids):
                     off_BHD = action_BHA[..., : len(embodiment.robot.actions)] - normalized(embodiment, samples)
                     note(measure_errors(embodiment, samples, off_BHD, way), before)
                     if way == shown:
@@ -126,14 +127,15 @@ def mean_of_known(values: Array) -> float:
 
 def measure_losses(losses: BatchLosses, batch: Batch, source: str, rng: np.random.Generator) -> Values:
     """The losses that the batch has targets for, each as often as it has tokens, or chunks."""
-    wanted = {name: 1.0 for name in MEASURED if name in targets(batch)}
+    measured: tuple[Loss | None, ...] = ("text", "fast", losses.config.learned_by_expert)
+    wanted = {name: 1.0 for name in measured if name is not None and name in targets(batch)}
     if not wanted:
         return
     stage = StageConfig.model_construct(name=source, losses=wanted, insulate=True, noise_samples=1)
-    counts = {"text": batch.text_mask_BT, "fast": batch.fast_mask_BT, "flow": batch.known_BH}
+    counts = {"text": batch.text_mask_BT, "fast": batch.fast_mask_BT}
     [whole] = losses.split(batch, stage, rng)
     for name, value in losses.joint(whole, stage).items():
-        mask = counts[name]
+        mask = counts.get(name, batch.known_BH)
         count = len(batch.tokens_BL) if mask is None else int(mask.sum())
         yield f"{name}_loss.{source}", np.full(count, float(value))
 
@@ -208,7 +210,7 @@ def predict(
     model: VLA,
     embodiment: Embodiment,
     batch: Batch,
-    flow_steps: int,
+    config: TrainingConfig,
     heads: TrainingHeads | None,
     fast_ids: NDArray[np.int64] | None,
 ) -> Iterator[tuple[str, Array]]:
@@ -221,7 +223,10 @@ def predict(
     noise_BHA = torch.randn(batch.action_BHA.shape, generator=torch.Generator().manual_seed(0)).to(
         batch.action_BHA.device
     )
-    yield "flow", FlowSampler(flow_steps)(model, batch.prefix, batch.state_BS, noise_BHA)
+    if config.learned_by_expert is not None:
+        regresses = config.learned_by_expert == "regression"
+        sampler: Sampler = RegressionSampler() if regresses else FlowSampler(config.flow_steps)
+        yield config.learned_by_expert, sampler(model, batch.prefix, batch.state_BS, noise_BHA)
     if heads is not None and len(heads.readout):
         hidden_BPD = model.backbone.norm(model(*batch.prefix).prefix_by_layer[-2])
         named_BKA = heads.name_coefficients(take_rows(hidden_BPD, asking_rows(model, batch)))[0]
@@ -231,8 +236,8 @@ def predict(
     if fast_ids is not None:
         # Longer sequences count as malformed: an untrained model would take minutes to end them.
         longest = 8 + (0 if batch.postfix_BT is None else batch.postfix_BT.shape[1] * 3 // 2)
-        sampler = TokenSampler(embodiment.chunks, fast_ids, longest)
-        yield "fast", sampler(model, batch.prefix, batch.state_BS, noise_BHA)
+        decoder = TokenSampler(embodiment.chunks, fast_ids, longest)
+        yield "fast", decoder(model, batch.prefix, batch.state_BS, noise_BHA)
 
 
 def predict_tokens(model: VLA, cache: Cache, batch: Batch, mask_BT: Tensor) -> Array:

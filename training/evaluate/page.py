@@ -26,7 +26,7 @@ CURVES: Final = 60  # plots; a run with more figures has the others in figures.j
 DIMENSIONS: Final = 16  # plots of one sample, those with the largest errors
 POINTS: Final = 60  # of a curve in them
 ROWS: Final = 200  # of the table of dimensions
-WAYS: Final = ("flow", "fast", "readout")
+WAYS: Final = {"flow": "expert", "regression": "regression", "fast": "FAST", "readout": "readout"}
 QUALITY: Final = 80
 SIDE: Final = 224  # pixels of a picture, at most
 
@@ -94,17 +94,17 @@ def _dimensions(data: Sources, measured: Measured, lines: Lines) -> str:
     before: dict[str, list[float]] = {}
     for line in lines:
         before.setdefault(line["name"], []).append(line["value"])
-    rows = []
+    rows, shown = [], [way for way in WAYS if any(name.endswith(f"{way}_error") for name in measured.figures)]
     for embodiment in data.embodiments.values():
         robot = embodiment.robot.name
         prefix = "" if embodiment is data.embodiment else f"{robot}/"
-        ways = [w for w in WAYS if f"{prefix}{w}_error" in measured.figures]
+        ways = [w for w in shown if f"{prefix}{w}_error" in measured.figures]
         for action in embodiment.robot.actions if ways else ():
             names = {way: f"{prefix}{way}_error.{action.name}" for way in ways}
-            cells = [f"{measured.figures[names[way]]:.4g}" if way in ways else "" for way in WAYS]
+            cells = [f"{measured.figures[names[way]]:.4g}" if way in ways else "" for way in shown]
             unit = html.escape(action.own_unit())
             rows.append([html.escape(f"{robot}: {action.name}"), unit, *cells, spark(before.get(names[ways[0]], []))])
-    head = ("dimension", "unit", "expert", "FAST", "readout", "expert so far")
+    head = ("dimension", "unit", *(WAYS[way] for way in shown), "so far")
     note = "Mean distance between the predicted and the recorded action, in the robot file's units."
     return section("Errors by dimension", table(head, rows[:ROWS]), note=note) if rows else ""
 

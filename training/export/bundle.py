@@ -50,7 +50,7 @@ from training.export.parity import lowest_cosine, parity_error
 from training.model import VLA
 from training.storage import whole_folder
 from training.tokens import prompt_ids, prompt_tokenizer
-from training.weights import POLICY, load_checkpoint, read_policy
+from training.weights import POLICY, load_checkpoint, read_config, read_policy
 
 TOLERANCE = 1e-4
 COSINE = 0.999  # least, between a bfloat16 bundle's chunks and the float32 model's
@@ -78,6 +78,7 @@ def export_bundle(
         )
     began_s = time.monotonic()
     policy = read_policy(checkpoint / POLICY)
+    check_exportable(checkpoint, policy)
     try:
         full_tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     except (OSError, ValueError) as fault:
@@ -117,6 +118,17 @@ def export_bundle(
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{out}: {megabytes:.1f} MB, {compared}; {time.monotonic() - began_s:.0f} s, peak memory {peak_gb:.1f} GiB")
     return Bundle(out.resolve(), bundle.manifest, bundle.tokenizer)
+
+
+def check_exportable(checkpoint: Path, policy: PolicySpec) -> None:
+    """ConfigurationError unless the policy acts by the flow of an expert: the two graphs are those."""
+    acts = "tokens or a regression (flow: null)" if policy.flow is None else None
+    acts = "the backbone's own layers (actions: backbone)" if read_config(checkpoint).actions != "expert" else acts
+    if acts is not None:
+        raise ConfigurationError(
+            f"checkpoint {checkpoint}: expected a policy that acts by the flow of an action expert, got one that acts "
+            f"by {acts}, which no robot runs; train a recipe with an expert, such as ki (docs/training.md)"
+        )
 
 
 def check_policy(policy: PolicySpec, model: VLA, tokenizer: Tokenizer) -> None:

@@ -33,7 +33,7 @@ def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:
         f"- State: {', '.join(dimension.name for dimension in policy.robot.state)}; "
         f"{STATE_WAYS[policy.state.encoding]}.",
         f"- Action chunk: {policy.horizon} actions, one every {policy.action_period_s:g} s.",
-        f"- Flow steps it was judged with: {policy.flow.steps}.",
+        *([] if policy.flow is None else [f"- Flow steps it was judged with: {policy.flow.steps}."]),
         f"- Chunk prefix seen in training: up to {policy.max_prefix_delay} actions.",
     ]
     if isinstance(tokenizer.model, WordLevel):

@@ -1,4 +1,4 @@
-"""Flow matching, the paper's loss for the action expert: which times, which prefixes, which velocity.
+"""Flow matching, the paper's loss for the action expert: which times, which prefixes, which velocity; and regression.
 
 Legend: R rows (batch x noise samples), H horizon, A action dim.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class FlowRows(NamedTuple):
-    """What the expert is given, the velocity that it should name, and where that is learned."""
+    """What the expert is given, what it should name (a velocity; in a regression the actions), and where it learns."""
 
     x_t_RHA: Tensor
     time_RH: Tensor
@@ -76,8 +76,17 @@ def match_flow(
 
     `weight_RA` weighs the dimensions of each row.
     """
-    error_NA = ((velocity_RHA - target_RHA) ** 2)[learned_RH]
+    return mean_learned((velocity_RHA - target_RHA) ** 2, learned_RH, weight_RA)
+
+
+def match_actions(named_RHA: Tensor, target_RHA: Tensor, learned_RH: Tensor, weight_RA: Tensor | None = None) -> Tensor:
+    """Mean absolute error over the actions that are learned, 0 if none is (OpenVLA-OFT)."""
+    return mean_learned((named_RHA - target_RHA).abs(), learned_RH, weight_RA)
+
+
+def mean_learned(error_RHA: Tensor, learned_RH: Tensor | tuple[Tensor, ...], weight_RA: Tensor | None) -> Tensor:
+    error_NA = error_RHA[learned_RH]
     if weight_RA is None:
         return error_NA.sum() / max(1, error_NA.numel())
-    weight_NA = weight_RA[:, None].expand(-1, velocity_RHA.shape[1], -1)[learned_RH]
+    weight_NA = weight_RA[:, None].expand(-1, error_RHA.shape[1], -1)[learned_RH]
     return (error_NA * weight_NA).sum() / weight_NA.sum().clamp(min=1.0)

@@ -26,10 +26,12 @@ from training.losses.hints import (
     name_cells,
     weigh_cells,
 )
-from training.model import VLA, Output
+from training.model import VLA, Output, empty_actions
 from training.parallel import in_any_process
 
 NEXT_TOKEN: frozenset[Loss] = frozenset({"text", "fast", "tokens"})
+OF_EXPERT: frozenset[Loss] = frozenset({"flow", "regression"})
+"""What the expert learns, or whatever stands in its place: one of them in a stage."""
 
 
 def targets(batch: Batch) -> set[Loss]:
@@ -39,6 +41,7 @@ def targets(batch: Batch) -> set[Loss]:
         "fast": (batch.fast_mask_BT,),
         "tokens": (batch.postfix_mask_BT,),
         "flow": (batch.action_BHA,),
+        "regression": (batch.action_BHA,),
         "cells": (batch.cells_BVN,),
         "pointing": (batch.asking_BR, batch.target_cell_B),
         "grounding": (batch.asking_BR, batch.place_B2),
@@ -84,8 +87,9 @@ class BatchLosses:
         `step_tokens`: how many the loss `tokens` is a mean over; by default those of this batch.
         """
         samples, rows = stage.noise_samples, len(batch.tokens_BL)
-        has_flow = "flow" in targets(batch) & stage.losses.keys()
-        flow_rows = self.draw_flow(batch, samples, rng) if has_flow else None
+        learned = targets(batch) & stage.losses.keys() & OF_EXPERT
+        draw = self.draw_flow if "flow" in learned else self.leave_empty
+        flow_rows = draw(batch, samples, rng) if learned else None
         whole = self.count(batch, flow_rows, stage)
         if step_tokens is not None and "tokens" in whole:
             whole["tokens"] = step_tokens
@@ -115,7 +119,8 @@ class BatchLosses:
         if flow_rows is not None:
             weight_RA = self.weights(batch, stage.noise_samples)
             learned_R = flow_rows.learned_RH.sum(dim=1)
-            counted["flow"] = learned_R if weight_RA is None else learned_R * weight_RA.sum(dim=1)
+            of_expert = learned_R if weight_RA is None else learned_R * weight_RA.sum(dim=1)
+            counted |= dict.fromkeys(OF_EXPERT & stage.losses.keys(), of_expert)
         return {term: float(x.sum(dtype=torch.float64)) for term, x in counted.items() if x is not None}
 
     def __call__(self, piece: Piece, stage: StageConfig) -> dict[Loss, Tensor]:
@@ -123,7 +128,7 @@ class BatchLosses:
         wanted = targets(batch) & stage.losses.keys()
         found: dict[Term, Tensor] = {}
         stem = "cells" in wanted and self.heads is not None
-        joint = bool(wanted - {"cells"}) and not (wanted == {"flow"} and stage.insulate)
+        joint = bool(wanted - {"cells"}) and not (wanted <= OF_EXPERT and stage.insulate)
         if self.config.parallel.shard:  # all processes gather the same layers, whatever their samples teach
             stem, joint = in_any_process(stem, joint)
         shares: dict[Loss, Tensor] = {}
@@ -135,7 +140,7 @@ class BatchLosses:
                 shares["cells"] = 0.0 * features.sum()
         if joint:
             found |= self.joint(piece, stage)
-        elif "flow" in wanted:
+        elif wanted & OF_EXPERT:
             found |= self.flow_alone(piece, stage)
         for term, mean in found.items():
             loss: Loss = "grounding" if term == "state" else term
@@ -157,13 +162,13 @@ class BatchLosses:
             insulate=stage.insulate,
             probe=None if hints is None else hints.probe,
             # Only the prompt passes through the last layer: losses read no image token there, and the flow reads none.
-            prefix_rows=1 if wanted == {"flow"} else batch.tokens_BL.shape[1],
+            prefix_rows=1 if wanted <= OF_EXPERT else batch.tokens_BL.shape[1],
         )
         found = self.predict(batch, output, wanted)
         if hints is not None and self.heads is not None:
             found |= give_hints(self.model, self.heads, hints, batch, output, wanted)
         if drawn is not None:
-            found["flow"] = self.match(output.velocity_RHA, piece, stage)
+            found |= self.match(output.velocity_RHA, piece, stage)
         if self.config.parallel.shard:
             # A shard's layers must do the same in all processes, also where the samples of one teach less: with no
             # place to point at, say, nothing else would lead back through the probe.
@@ -185,7 +190,7 @@ class BatchLosses:
             cache = self.model.prefill(*piece.batch.prefix)
         state = self.expert_state(piece.batch, stage.noise_samples)
         velocity = self.model.velocity(cache, piece.flow_rows.x_t_RHA, piece.flow_rows.time_RH, state)
-        return {"flow": self.match(velocity, piece, stage)}
+        return self.match(velocity, piece, stage)
 
     def predict(self, batch: Batch, output: Output, wanted: set[Loss]) -> dict[Term, Tensor]:
         """Next-token losses of the postfix; of the prefix, `output` has the prompt's rows only."""
@@ -216,11 +221,23 @@ class BatchLosses:
         """[R, A]: how much each dimension of the expert's rows counts; None: all alike."""
         return None if batch.weight_BA is None else batch.weight_BA.repeat_interleave(samples, dim=0)
 
-    def match(self, velocity_RHA: Tensor | None, piece: Piece, stage: StageConfig) -> Tensor:
-        if velocity_RHA is None or piece.flow_rows is None:
+    def match(self, named_RHA: Tensor | None, piece: Piece, stage: StageConfig) -> dict[Term, Tensor]:
+        """The loss of velocities, or of actions in a regression."""
+        if named_RHA is None or piece.flow_rows is None:
             raise ValueError("match: expected a batch with actions, got one without")
         _, _, target, learned = piece.flow_rows
-        return flow.match_flow(velocity_RHA, target, learned, self.weights(piece.batch, stage.noise_samples))
+        weights = self.weights(piece.batch, stage.noise_samples)
+        if "regression" in stage.losses:
+            return {"regression": flow.match_actions(named_RHA, target, learned, weights)}
+        return {"flow": flow.match_flow(named_RHA, target, learned, weights)}
+
+    def leave_empty(self, batch: Batch, samples: int, rng: np.random.Generator) -> FlowRows:
+        """A regression's rows, one for each chunk of the batch; nothing is drawn."""
+        if batch.action_BHA is None:
+            raise ValueError("leave_empty: expected a batch with actions, got one without")
+        empty, place = empty_actions(batch.action_BHA)
+        known_BH = torch.ones_like(place, dtype=torch.bool) if batch.known_BH is None else batch.known_BH
+        return FlowRows(empty, place, batch.action_BHA, known_BH)
 
     def draw_flow(self, batch: Batch, samples: int, rng: np.random.Generator) -> FlowRows:
         """Noise and times for each chunk of the batch, which has `samples` rows; they are adjacent."""

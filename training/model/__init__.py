@@ -1,12 +1,20 @@
 """The network: vision, backbone, action expert, and the insulation between them."""
 
-from training.model.expert import LONGEST_PERIOD, SHORTEST_PERIOD, AdaRMSNorm, Conditioning, Expert, time_periods
+from training.model.expert import (
+    LONGEST_PERIOD,
+    SHORTEST_PERIOD,
+    AdaRMSNorm,
+    Conditioning,
+    Expert,
+    empty_actions,
+    time_periods,
+)
 from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, Rotation, rotate
 from training.model.initialization import order_embeddings
-from training.model.sampling import FlowSampler, Sampler, SamplerName, TokenSampler, last_tokens
+from training.model.sampling import FlowSampler, RegressionSampler, Sampler, SamplerName, TokenSampler, last_tokens
 from training.model.siglip import LayerNorm, VisionConfig, VisionLayer
 from training.model.sizes import VARIANTS, paligemma_3b
-from training.model.vla import VLA, Cache, Output, VLAConfig
+from training.model.vla import VLA, Actions, Cache, Output, VLAConfig
 
 __all__ = [
     "LONGEST_PERIOD",
@@ -14,6 +22,7 @@ __all__ = [
     "SHORTEST_PERIOD",
     "VARIANTS",
     "VLA",
+    "Actions",
     "AdaRMSNorm",
     "Cache",
     "Conditioning",
@@ -24,6 +33,7 @@ __all__ = [
     "Output",
     "Projections",
     "RMSNorm",
+    "RegressionSampler",
     "Rotation",
     "Sampler",
     "SamplerName",
@@ -31,6 +41,7 @@ __all__ = [
     "VLAConfig",
     "VisionConfig",
     "VisionLayer",
+    "empty_actions",
     "last_tokens",
     "order_embeddings",
     "paligemma_3b",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from training.model.gemma import (
     MLP,
+    Backbone,
     GemmaConfig,
     Projections,
     RMSNorm,
@@ -101,13 +102,14 @@ class ExpertLayer(nn.Module):
         value_RKPD: Tensor,
         turn: Rotation,
         bias: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream after the layer, and the keys and values of all that the layer's tokens see."""
         normed, gate = self.norm1(x_REW, condition_REW)
         query, key, value = self.attention.project(normed, turn)
         key, value = torch.cat((key_RKPD, key), dim=2), torch.cat((value_RKPD, value), dim=2)
         x_REW = x_REW + gated(gate, self.attention.out(attend(query, key, value, bias)))
         normed, gate = self.norm2(x_REW, condition_REW)
-        return x_REW + gated(gate, self.mlp(normed))
+        return x_REW + gated(gate, self.mlp(normed)), key, value
 
 
 class Expert(nn.Module):
@@ -151,7 +153,47 @@ class Expert(nn.Module):
         values_RKPD: tuple[Tensor, ...],
         turn: Rotation,
         bias: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Hidden states after the final norm, and by layer the keys and values of prefix and expert."""
+        keys, values = [], []
         for layer, key, value in zip(self.layers, keys_RKPD, values_RKPD, strict=True):
-            x_REW = layer(x_REW, condition_REW, key, value, turn, bias)
-        return self.norm(x_REW, condition_REW)[0]
+            x_REW, key, value = layer(x_REW, condition_REW, key, value, turn, bias)
+            keys.append(key)
+            values.append(value)
+        return self.norm(x_REW, condition_REW)[0], keys, values
+
+
+class BackboneAsExpert(Expert):
+    """No expert: action tokens go through the backbone's own layers and norm (Transfusion, arXiv 2408.11039).
+
+    Its own weights only mix actions and time on their way in, as in pi0.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        nn.Module.__init__(self)
+        self.config, self.conditioning = backbone.config, "concat"
+        width = backbone.config.width
+        self.time_in, self.time_out = nn.Linear(2 * width, width), nn.Linear(width, width)
+        self.layers, self.norm = as_layers(()), nn.Identity()
+        self.follow = backbone.follow  # a method, so the backbone is no part of this module
+
+    def forward(
+        self,
+        x_REW: Tensor,
+        condition_REW: Tensor | None,
+        keys_RKPD: tuple[Tensor, ...],
+        values_RKPD: tuple[Tensor, ...],
+        turn: Rotation,
+        bias: Tensor,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return self.follow(x_REW, turn, keys_RKPD, values_RKPD, bias)
+
+
+def empty_actions(like_RHA: Tensor) -> tuple[Tensor, Tensor]:
+    """What a regression has in place of noisy actions: zeros [R, H, A], and each one's place in the chunk as its time.
+
+    OpenVLA-OFT (arXiv 2502.19645) decodes all actions at once from such empty tokens.
+    """
+    horizon = like_RHA.shape[1]
+    place_H = (torch.arange(horizon, device=like_RHA.device) + 0.5) / horizon
+    return torch.zeros_like(like_RHA), place_H.to(like_RHA.dtype).expand(like_RHA.shape[:2])

@@ -4,7 +4,7 @@ Legend: B batch, S query tokens, C context tokens (keys), P prefix tokens (image
 text or FAST actions), W width, Q query heads, K key/value heads, G = Q / K, D head_dim.
 """
 
-from collections.abc import Iterable, Mapping, MutableSequence
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, TypeVar, cast
 
@@ -259,3 +259,17 @@ class Backbone(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings at the scale of the residual stream."""
         return self.embedding(tokens) * self.config.width**0.5
+
+    def follow(
+        self, x_BTW: Tensor, turn: Rotation, keys_BKCD: Sequence[Tensor], values_BKCD: Sequence[Tensor], bias: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Hidden states of tokens that follow those whose keys and values are given, by layer; keys and values of all.
+
+        `bias` [B, 1, T * G, C + T] says whom they see.
+        """
+        keys, values = [], []
+        for layer, key, value in zip(self.layers, keys_BKCD, values_BKCD, strict=True):
+            x_BTW, key, value = layer.read_on(x_BTW, turn, key, value, bias)
+            keys.append(key)
+            values.append(value)
+        return self.norm(x_BTW), keys, values

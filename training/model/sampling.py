@@ -1,4 +1,4 @@
-"""From a prefix to a chunk, the same call for every recipe: by the flow, or token by token.
+"""From a prefix to a chunk, the same call for every recipe: by the flow, token by token, or all actions at once.
 
 A sampler does not know what it is for: figures on held-out data and the closed loop call it alike. It returns
 normalised chunks [B, H, A] (of tokens: [B, H, D]). A sequence of tokens that stands for no chunk is a row of NaN, never
@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.model.expert import empty_actions
 from training.model.vla import VLA
 from training.tokens import ActionTokenizer, FastDecodeError
 
-SamplerName = Literal["flow", "tokens"]
+SamplerName = Literal["flow", "tokens", "regression"]
 Prefix: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 """Images [B, V, C, S, S] and which are there [B, V], prompt tokens [B, L] and which count [B, L]."""
 
@@ -48,6 +49,17 @@ class FlowSampler:
         cache = model.prefill(*prefix)
         state_BS = None if model.config.state_dim is None else state_BS
         return model.sample_actions(cache, noise_BHA, self.steps, state_BS).double().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class RegressionSampler:
+    """Names all actions in one pass, from empty tokens."""
+
+    @torch.no_grad()
+    def __call__(self, model: VLA, prefix: Prefix, state_BS: Tensor | None, noise_BHA: Tensor) -> NDArray[np.float64]:
+        state_BS = None if model.config.state_dim is None else state_BS
+        chunk_BHA = model.velocity(model.prefill(*prefix), *empty_actions(noise_BHA), state_BS)
+        return chunk_BHA.double().cpu().numpy()
 
 
 @dataclass(frozen=True)

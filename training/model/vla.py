@@ -10,6 +10,9 @@ backbone's own rows keep theirs.
     postfix              yes       causal    -
     expert               yes       -         yes (state token: only itself)
 
+With `hybrid_mask` the postfix sees the action tokens too (HybridVLA, arXiv 2503.10631). With `actions: backbone` these
+pass through the backbone's own layers, after the prefix: there is nothing to insulate then.
+
 Flow convention: x_t = t * noise + (1 - t) * action, velocity = noise - action, integrated from t = 1 to 0.
 
 Legend: B batch, V cameras, C channels, S image side, L prompt tokens, P prefix tokens (image tokens, then prompt),
@@ -17,8 +20,9 @@ T postfix tokens (answer text or FAST actions), R expert rows (a multiple of B),
 K key/value heads, D model width or head_dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +30,20 @@ from torch import Tensor, nn
 
 from ki_vla_ros.engines.base import step_times
 from ki_vla_ros.errors import ConfigurationError
-from training.model.expert import AdaRMSNorm, Conditioning, Expert, expert_bias
+from training.model.expert import AdaRMSNorm, BackboneAsExpert, Conditioning, Expert, expert_bias
 from training.model.gemma import Backbone, GemmaConfig, additive, make_view, positions, rotation
 from training.model.siglip import Vision, VisionConfig
+
+Actions = Literal["expert", "backbone"]
+"""What action tokens go through: layers of their own, or the backbone's."""
 
 
 @dataclass(frozen=True)
 class VLAConfig:
-    """Sizes of the whole model; with `state_dim`, the state is one continuous token of the expert, else prompt text."""
+    """Sizes of the whole model; with `state_dim`, the state is one continuous token of the expert, else prompt text.
+
+    With `actions: backbone`, `expert` is as large as the backbone, which stands in for it.
+    """
 
     vision: VisionConfig
     backbone: GemmaConfig
@@ -43,8 +53,14 @@ class VLAConfig:
     horizon: int
     state_dim: int | None = None
     conditioning: Conditioning = "adarms"
+    actions: Actions = "expert"
+    hybrid_mask: bool = False
 
     def __post_init__(self) -> None:
+        if self.actions == "backbone" and self.expert != self.backbone:
+            raise ConfigurationError(
+                "expert: expected the backbone's sizes, as actions go through its layers, got others"
+            )
         for name in ("depth", "heads", "kv_heads", "head_dim"):
             ours, theirs = getattr(self.backbone, name), getattr(self.expert, name)
             if ours != theirs:
@@ -84,7 +100,8 @@ class VLA(nn.Module):
         self.vision = Vision(config.vision)
         self.projector = nn.Linear(config.vision.width, config.backbone.width)
         self.backbone = Backbone(config.backbone, config.vocab_size)
-        self.expert = Expert(config.expert, config.conditioning)
+        through = config.actions == "backbone"
+        self.expert = BackboneAsExpert(self.backbone) if through else Expert(config.expert, config.conditioning)
         self.action_in = nn.Linear(config.action_dim, width)
         self.action_out = nn.Linear(width, config.action_dim)
         self.state_in = None if config.state_dim is None else nn.Linear(config.state_dim, width)
@@ -122,7 +139,7 @@ class VLA(nn.Module):
     def velocity(self, cache: Cache, x_t_RHA: Tensor, time_RH: Tensor, state_RS: Tensor | None = None) -> Tensor:
         """[R, H, A] of one expert step; rows of one prefix are adjacent: row r reads prefix r // (R / B)."""
         keys, values = cache.keys_NBKPD.unbind(0), cache.values_NBKPD.unbind(0)
-        return self._expert_velocity(keys, values, cache.mask_BP, x_t_RHA, time_RH, state_RS)
+        return self._expert_velocity(keys, values, cache.mask_BP, x_t_RHA, time_RH, state_RS)[0]
 
     def read_on(self, cache: Cache, tokens_BT: Tensor) -> tuple[Tensor, Cache]:
         """Hidden states [B, T, D] of the postfix's next tokens, after the final norm, and the cache for those after.
@@ -140,12 +157,9 @@ class VLA(nn.Module):
             (cache.mask_BP[:, None].expand(-1, tokens, -1), past_TC.expand(len(tokens_BT), -1, -1)), dim=2
         )
         bias = additive(seen_BTC).repeat_interleave(self.config.backbone.group, dim=1)[:, None]
-        x_BTD, keys, values = self.backbone.embed(tokens_BT), [], []
-        for layer, key, value in zip(self.backbone.layers, cache.keys_NBKPD, cache.values_NBKPD, strict=True):
-            x_BTD, key, value = layer.read_on(x_BTD, turn, key, value, bias)
-            keys.append(key)
-            values.append(value)
-        return self.backbone.norm(x_BTD), Cache(torch.stack(keys), torch.stack(values), cache.mask_BP)
+        read = cache.keys_NBKPD.unbind(0), cache.values_NBKPD.unbind(0)
+        hidden_BTD, keys, values = self.backbone.follow(self.backbone.embed(tokens_BT), turn, *read, bias)
+        return hidden_BTD, Cache(torch.stack(keys), torch.stack(values), cache.mask_BP)
 
     def forward(
         self,
@@ -165,7 +179,8 @@ class VLA(nn.Module):
         """Everything at once, with gradients.
 
         x_t [R, H, A], time [R, H] (one per action token), state [R, S]: the expert's rows, as in `velocity`.
-        `insulate=False` lets the flow loss train the backbone (the baseline).
+        `insulate=False` lets the flow loss train the backbone (the baseline). With `hybrid_mask`, the postfix sees
+        them; its padding, if any, must then be at its end.
         `probe` = (layer, head) whose attention scores among prefix tokens are returned.
         `prefix_rows`: only this many prefix tokens (at least 1), the last ones, pass through the last layer, whose
         outputs have that many rows. No loss reads the others; a step at the demo's sizes takes 6-13 % less time.
@@ -176,13 +191,14 @@ class VLA(nn.Module):
             raise ConfigurationError("forward: got a postfix mask without a postfix")
         x_BSD, mask_BP = self.embed_prefix(images_BVCSS, image_mask_BV, tokens_BL, token_mask_BL)
         prefix, mask_BS = mask_BP.shape[1], mask_BP
-        if postfix_BT is not None:
+        after_actions = self.config.hybrid_mask and postfix_BT is not None and x_t is not None
+        if postfix_BT is not None and not after_actions:
             if postfix_mask_BT is None:
                 postfix_mask_BT = torch.ones_like(postfix_BT, dtype=torch.bool)
             x_BSD = torch.cat((x_BSD, self.backbone.embed(postfix_BT)), dim=1)
             mask_BS = torch.cat((mask_BP, postfix_mask_BT), dim=1)
         turn = rotation(positions(mask_BS), self.config.backbone.head_dim)
-        view = make_view(mask_BP, postfix_mask_BT, self.config.backbone.group)
+        view = make_view(mask_BP, None if after_actions else postfix_mask_BT, self.config.backbone.group)
         keys, values, by_layer, scores = [], [], [], None
         rows = prefix
         for index, layer in enumerate(self.backbone.layers):
@@ -192,17 +208,22 @@ class VLA(nn.Module):
             if prefix_rows is not None and index == len(self.backbone.layers) - 1:
                 rows = prefix_rows
             x_BSD, key, value = layer(x_BSD, turn, view, first=prefix - rows)
-            key_BKPD, value_BKPD = key[:, :, :prefix], value[:, :, :prefix]
-            keys.append(key_BKPD.detach() if insulate else key_BKPD)
-            values.append(value_BKPD.detach() if insulate else value_BKPD)
+            keys.append(key[:, :, :prefix])
+            values.append(value[:, :, :prefix])
             by_layer.append(x_BSD[:, :rows])
+        hidden_BSD = self.backbone.norm(x_BSD)
+        postfix_hidden = None if postfix_BT is None else hidden_BSD[:, rows:]
         velocity = None
         if x_t is not None and time is not None:
-            velocity = self._expert_velocity(tuple(keys), tuple(values), mask_BP, x_t, time, state)
-        hidden_BSD = self.backbone.norm(x_BSD)
+            read_keys, read_values = (
+                tuple(x.detach() for x in part) if insulate else tuple(part) for part in (keys, values)
+            )
+            velocity, *seen = self._expert_velocity(read_keys, read_values, mask_BP, x_t, time, state)
+            if after_actions and postfix_BT is not None:
+                postfix_hidden = self._read_after_actions(postfix_BT, mask_BP, keys, values, *seen)
         return Output(
             prefix_hidden_BPD=hidden_BSD[:, :rows],
-            postfix_hidden_BTD=None if postfix_BT is None else hidden_BSD[:, rows:],
+            postfix_hidden_BTD=postfix_hidden,
             velocity_RHA=velocity,
             prefix_by_layer=tuple(by_layer),
             probe_logits_BPQ=scores,
@@ -216,8 +237,10 @@ class VLA(nn.Module):
         x_t_RHA: Tensor,
         time_RH: Tensor,
         state_RS: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run the expert's rows; its layers work in their weights' type, actions and velocity are float32.
+
+        After the velocity come, by layer, the keys and values of prefix and expert.
 
         A continuous state is one token before the actions. It does not attend to them (openpi's cumulative rule: the
         state's block comes first); they attend to it.
@@ -246,8 +269,38 @@ class VLA(nn.Module):
         turn = rotation(position_RE, self.config.expert.head_dim)
         bias = expert_bias(mask_BP, tokens, self.state_in is not None, self.config.expert.group)
         condition = self.expert.condition(time_RH, with_state=self.state_in is not None)
-        hidden_RED = self.expert(x_RED, condition, keys_BKPD, values_BKPD, turn, bias)
-        return self.action_out(hidden_RED[:, -x_t_RHA.shape[1] :].to(self.action_out.weight.dtype))
+        hidden_RED, keys, values = self.expert(x_RED, condition, keys_BKPD, values_BKPD, turn, bias)
+        return self.action_out(hidden_RED[:, -x_t_RHA.shape[1] :].to(self.action_out.weight.dtype)), keys, values
+
+    def _read_after_actions(
+        self,
+        postfix_BT: Tensor,
+        mask_BP: Tensor,
+        keys_BKPD: Sequence[Tensor],
+        values_BKPD: Sequence[Tensor],
+        seen_keys: Sequence[Tensor],
+        seen_values: Sequence[Tensor],
+    ) -> Tensor:
+        """[B, T, D]: the postfix's hidden states where it sees the prefix, all action tokens and its own past.
+
+        `seen_keys` and `seen_values` are of prefix and action tokens, the prefix's perhaps without a gradient.
+        Positions are those of a postfix that sees no actions.
+        """
+        prefix, tokens, actions = mask_BP.shape[1], postfix_BT.shape[1], seen_keys[0].shape[2] - mask_BP.shape[1]
+        if len(seen_keys[0]) != len(postfix_BT):
+            raise ConfigurationError(
+                f"hybrid_mask: expected one noisy chunk for each of {len(postfix_BT)} prefixes, got {len(seen_keys[0])}"
+            )
+        at_T = torch.arange(tokens, device=mask_BP.device)
+        turn = rotation(mask_BP.sum(dim=1, keepdim=True) + at_T, self.config.backbone.head_dim)
+        past_TC = F.pad(at_T <= at_T[:, None], (actions, 0), value=True)
+        visible = torch.cat((mask_BP[:, None].expand(-1, tokens, -1), past_TC.expand(len(postfix_BT), -1, -1)), dim=2)
+        bias = additive(visible).repeat_interleave(self.config.backbone.group, dim=1)[:, None]
+        keys, values = (
+            [torch.cat((own, other[:, :, prefix:]), dim=2) for own, other in zip(part, seen, strict=True)]
+            for part, seen in ((keys_BKPD, seen_keys), (values_BKPD, seen_values))
+        )
+        return self.backbone.follow(self.backbone.embed(postfix_BT), turn, keys, values, bias)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary, with the token table as output head."""

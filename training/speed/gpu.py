@@ -85,6 +85,7 @@ class Way:
 def make_inputs(policy: PolicySpec, config: VLAConfig, seed: int) -> ChunkInputs:
     prefix, state_RS = as_batch(longest_input(policy, config.vocab_size, seed), config.state_dim)
     rng = torch.Generator().manual_seed(seed)
+    assert policy.flow is not None, "only policies with a flow become bundles"
     return ChunkInputs(
         prefix, torch.randn(1, config.horizon, config.action_dim, generator=rng), state_RS, policy.flow.steps
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from ki_vla_ros.bundle import TOKENIZER, PolicySpec
 from ki_vla_ros.errors import ConfigurationError, describe_validation, short_repr
 from ki_vla_ros.files import read_json
-from training.model import VLA, Conditioning, GemmaConfig, VisionConfig, VLAConfig
+from training.model import VLA, Actions, Conditioning, GemmaConfig, VisionConfig, VLAConfig
 from training.storage import whole_folder, writing
 from training.tokens import ACTIONS, ActionTokenizer, describe_actions
 from training.weights.files import WeightFiles, check_fit
@@ -95,6 +95,10 @@ def _check_sizes(part: VLAConfig | VisionConfig | GemmaConfig) -> None:
         value = getattr(part, field.name)
         if field.name == "conditioning":
             fits = value in get_args(Conditioning)
+        elif field.name == "actions":
+            fits = value in get_args(Actions)
+        elif field.name == "hybrid_mask":
+            fits = isinstance(value, bool)
         elif field.name in ("stem", "vision", "backbone", "expert") or (field.name == "state_dim" and value is None):
             continue
         else:

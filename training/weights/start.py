@@ -89,21 +89,25 @@ def adopt(config: TrainingConfig) -> TrainingConfig:
         return config
     found, new_expert = read_config(start.checkpoint), "expert" not in start.parts
     policy = read_policy(start.checkpoint / POLICY) if (start.checkpoint / POLICY).exists() else None
-    tokenizer, model = _open_tokenizer(start.checkpoint, found), config.model
+    tokenizer = _open_tokenizer(start.checkpoint, found)
     prompt, encoding = _choose_prompt(policy, found, new_expert)
-    if model is None:
+    fields: dict[str, Any] = {"vision": found.vision, "backbone": found.backbone, "expert": found.expert}
+    if config.model is None or not new_expert:
         robot = read_robot(find_robot(config.robot))
         widths = (len(robot.state), len(robot.actions))
         alike = policy is not None and policy.pad_to is None and widths == (policy.state_width, policy.action_width)
-        model = ModelConfig(
-            vision=found.vision,
-            backbone=found.backbone,
-            expert=found.expert,
-            state=encoding,
-            conditioning=found.conditioning,
-            width=None if alike else found.action_dim,
-        )
-    elif not new_expert and policy is not None and model.state != encoding:
+        fields |= {
+            "state": encoding,
+            "width": None if alike else found.action_dim,
+            "conditioning": found.conditioning,
+            "actions": found.actions,
+            "hybrid_mask": found.hybrid_mask,
+        }
+    if config.model is not None:
+        said = {key: getattr(config.model, key) for key in config.model.model_fields_set}
+        fields |= {key: value for key, value in said.items() if value is not None}
+    model = ModelConfig.model_validate(fields)
+    if not new_expert and policy is not None and model.state != encoding:
         raise ConfigurationError(
             f"{start.checkpoint / POLICY}: state.encoding: expected {model.state}, as model.state says, got "
             f"{encoding}; leave it out"
@@ -118,9 +122,9 @@ def adopt(config: TrainingConfig) -> TrainingConfig:
         kept: dict[str, Any] = {"template": template, "style": prompt.style}
         changed = {key: value for key in kept if (value := given.model_dump(exclude_unset=True).get(key)) is not None}
         if not new_expert and policy is not None and kept | changed != kept:
-            said, key = next((value, key) for key, value in changed.items() if value != kept[key])
+            own, key = next((value, key) for key, value in changed.items() if value != kept[key])
             raise ConfigurationError(
-                f"{start.checkpoint / POLICY}: prompt.{key}: expected {said!r}, as prompt says, got {kept[key]!r}; "
+                f"{start.checkpoint / POLICY}: prompt.{key}: expected {own!r}, as prompt says, got {kept[key]!r}; "
                 "leave it out"
             )
         given = given.model_copy(update=kept | changed)
@@ -222,12 +226,14 @@ def _choose_sizes(
     start: StartConfig, found: VLAConfig, model: ModelConfig | None, state_width: int, action_width: int
 ) -> VLAConfig:
     """The checkpoint's sizes where parts are taken, else the configuration's, if it has any."""
-    config, faults = found, []
+    faults, new = list[str](), dict[str, Any]()  # what is not the checkpoint's, replaced at once, as it must agree
     if model is not None:
+        new["hybrid_mask"] = model.hybrid_mask
         for part in ("vision", "backbone", "expert"):
-            wanted, got = getattr(model, part), getattr(found, part)
+            wanted = model.expert_sizes if part == "expert" else getattr(model, part)
+            got = getattr(found, part)
             if part not in start.parts:
-                config = replace(config, **{part: wanted})
+                new[part] = wanted
             else:
                 faults += [
                     f"{part}.{key}: expected {value}, as model says, got {asdict(got)[key]}"
@@ -237,15 +243,17 @@ def _choose_sizes(
         said = model.model_dump(exclude_unset=True).get("conditioning", found.conditioning)
         if "expert" in start.parts and said != found.conditioning:
             faults.append(f"conditioning: expected {said}, as model says, got {found.conditioning}")
+        if "expert" in start.parts and model.actions != found.actions:
+            faults.append(f"actions: expected {model.actions}, as model says, got {found.actions}")
         if "expert" in start.parts and model.state_token != (found.state_dim is not None):
             faults.append(
                 f"state_dim: expected {'a' if model.state_token else 'no'} state token, got {found.state_dim}"
             )
     token = found.state_dim is not None if model is None or "expert" in start.parts else model.state_token
     if "expert" not in start.parts:
-        config = replace(config, action_dim=action_width, state_dim=state_width if token else None)
+        new |= {"action_dim": action_width, "state_dim": state_width if token else None}
         if model is not None:
-            config = replace(config, conditioning=model.conditioning)
+            new |= {"conditioning": model.conditioning, "actions": model.actions}
     else:
         for key, expected, got in (
             ("action_dim", action_width, found.action_dim),
@@ -259,7 +267,7 @@ def _choose_sizes(
             + "; ".join(faults)
             + "; leave model out, name the checkpoint's sizes, or take other parts (start.parts)"
         )
-    return config
+    return replace(found, **new)
 
 
 def _choose_prompt(policy: PolicySpec | None, config: VLAConfig, new_expert: bool) -> tuple[PromptSpec, StateEncoding]:
@@ -299,7 +307,7 @@ def _take(start: StartConfig, found: VLAConfig, config: VLAConfig, seed: int) ->
 
 
 def _draw(config: VLAConfig, missing: Iterable[str], seed: int) -> Mapping[str, Tensor]:
-    if all(name.startswith(IN_PART["expert"]) for name in missing):
+    if config.actions == "expert" and all(name.startswith(IN_PART["expert"]) for name in missing):
         return untrained(config, seed)  # without memory for the rest
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)

@@ -39,6 +39,50 @@ def test_every_recipe_is_a_run_with_what_the_run_says(recipe: str) -> None:
         assert stage.sources == drawn, "vision-language data only where words are learned"
 
 
+BACKBONE = {"losses": {"flow": 1.0}, "train": ["backbone"], "insulate": False}
+
+
+@pytest.mark.parametrize(
+    ("stage", "model", "more", "fault"),
+    [
+        (
+            {"insulate": True},
+            {"actions": "backbone"},
+            {},
+            r"stage s: insulate: expected false for the loss flow .* got true",
+        ),
+        ({}, {"hybrid_mask": True}, {}, r"stage s: noise_samples: expected 1 with model.hybrid_mask, .*got 2"),
+        (
+            {"losses": {"flow": 1.0, "fast": 1.0}, "noise_samples": 1},
+            {"hybrid_mask": True},
+            {"sampler": "tokens"},
+            r"sampler: expected flow with model.hybrid_mask, .* got tokens",
+        ),
+        ({"losses": {"flow": 1.0, "regression": 1.0}}, {}, {}, r"losses: expected flow or regression, .* got both"),
+        ({"losses": {"regression": 1.0}}, {}, {}, r"noise_samples: expected 1 with the loss regression, .* got 2"),
+        ({}, {}, {"sampler": "regression"}, r"sampler: expected flow, the loss that the run learns, got regression"),
+        (
+            {"losses": {"regression": 1.0}, "noise_samples": 1},
+            {},
+            {},
+            r"sampler: expected regression, the loss that the run learns, got flow",
+        ),
+        ({}, {"expert": None}, {}, r"model.expert: expected its sizes, or a checkpoint to start from"),
+        ({}, {"backbone": None}, {}, r"model.backbone: expected its sizes, or a checkpoint to start from"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    stage: dict[str, Any], model: dict[str, Any], more: dict[str, Any], fault: str
+) -> None:
+    given = run_of("joint", **more)
+    sizes = {key: value for key, value in (given["model"] | model).items() if value is not None}
+    common = given.pop("stage") | BACKBONE | {"sources": {"robot": 4}}
+    del given["recipe"]
+    whole = given | {"model": sizes, "stages": [{"name": "s"} | common | stage]}
+    with pytest.raises(ValueError, match=fault):
+        TrainingConfig.model_validate(whole)
+
+
 def test_a_recipe_of_ones_own_and_its_faults(tmp_path: Path) -> None:
     own, run = tmp_path / "own.yaml", tmp_path / "run.yaml"
 
