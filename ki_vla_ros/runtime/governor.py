@@ -37,12 +37,16 @@ START_GAP_S = 0.03
 
 @dataclass(frozen=True, eq=False)
 class Bounds:
-    """Per axis: lowest and highest position (infinite: no limit), speed, acceleration."""
+    """Per axis: lowest and highest position (infinite: no limit), speed, acceleration.
+
+    `ramp`: the share of the speed limits that counts where a motion begins, and by how much of 1 it rises per second.
+    """
 
     lower_J: Array
     upper_J: Array
     speed_J: Array
     acceleration_J: Array
+    ramp: tuple[float, float] = (1.0, 0.0)
 
     @property
     def range_J(self) -> Array:
@@ -228,13 +232,14 @@ def follow(
     aim_NJ = np.minimum(np.maximum(path_NJ, bounds.lower_J), bounds.upper_J)
     aim_velocity_NJ = np.where((aim_NJ == path_NJ) | only_velocity_J, speed_NJ, 0.0)
     # One joint at a time, in Python floats: four times as fast as numpy on arrays of a few joints by fifty periods.
+    first, rise = bounds.ramp[0], bounds.ramp[1] * period_s
     joints = [
         _follow_joint(
             float(position_J[j]),
             float(velocity_J[j]),
             list(zip(aim_NJ[:, j].tolist(), aim_velocity_NJ[:, j].tolist(), strict=True)),
             (float(bounds.lower_J[j]), float(bounds.upper_J[j])),
-            float(bounds.speed_J[j]),
+            (first * float(bounds.speed_J[j]), rise * float(bounds.speed_J[j]), float(bounds.speed_J[j])),
             float(bounds.acceleration_J[j]),
             period_s,
             bool(only_velocity_J[j]),
@@ -254,12 +259,14 @@ def _follow_joint(
     v: float,
     aims: list[tuple[float, float]],
     limits: tuple[float, float],
-    speed: float,
+    speeds: tuple[float, float, float],
     acceleration: float,
     period_s: float,
     only_velocity: bool,
 ) -> tuple[list[float], list[float]]:
     """`follow` for one joint: each velocity leads towards the path and lets the joint still stop before its limit.
+
+    `speeds`: the speed limit at the start, by how much it rises in a period, and the highest.
 
     If v1 is the next velocity, the joint moves (v + v1) T / 2 in a period T. It must then be able to stop before its
     limit: p + (v + v1) T / 2 + v1^2 / 2a + v1 T / 2 <= upper, a quadratic in v1. If the joint can stop from its present
@@ -268,7 +275,7 @@ def _follow_joint(
     With room = upper - p - v T / 2 and step = a T, the largest v1 >= 0 with v1 T + v1^2 / 2a <= room is
     sqrt(step^2 + 2 a room) - step; it is negative where there is no room left.
     """
-    half_s, step, (lower, upper) = period_s / 2.0, acceleration * period_s, limits
+    half_s, step, (lower, upper), (speed, rise, highest) = period_s / 2.0, acceleration * period_s, limits, speeds
     closing = CORRECTION * step
     step2, closing2, twice = step * step, closing * closing, 2.0 * acceleration
     positions, velocities = [], []
@@ -281,6 +288,7 @@ def _follow_joint(
         wanted = aim_velocity + to_path if gap > 0.0 else aim_velocity - to_path if gap < 0.0 else aim_velocity
         # The last clamp has priority: able to stop, then the speed limit, then the acceleration limit. Comparisons,
         # because min() and max() take twice the time.
+        speed = speed + rise if speed + rise < highest else highest  # of the period's end
         wanted = down if wanted < down else wanted
         wanted = up if wanted > up else wanted
         wanted = -speed if wanted < -speed else speed if wanted > speed else wanted

@@ -143,6 +143,7 @@ class PolicyLoop:
         # On the clock of the motion: when the newest chunk went out, and when the speed limits began to rise.
         self._fresh_ns = 0
         self._ramp_from_ns: int | None = None
+        self._interrupted = False  # some axes did not do what they were told, and nothing has gone out since
         self._latched: str | None = None
         self._started = False  # `begin` or `reset` was called, and nothing has gone out since
         self._rest_ns: int | None = None  # since when the arm rests, on the clock of the motion; None: it moves
@@ -217,11 +218,11 @@ class PolicyLoop:
                 still = self._rest_ns is not None and observation.stamp_ns + ahead_ns >= self._rest_ns
                 target = self._executor.join(settings, screened, now_ns, lead_ns + wait_ns, still)
                 path = dataclasses.replace(target, start_ns=target.start_ns + ahead_ns)
-            bounds = self._ramped(settings)
 
             def follow(from_ns: int, at_ns: int) -> tuple[Motion, Bounds]:
                 if self._latched is not None:
                     raise SafetyRefusal(f"stopped: {self._latched}")
+                bounds = self._ramped(settings, from_ns, at_ns)
                 return self._governor.follow(path, start_J, from_ns, at_ns, bounds), bounds
 
             self._send(follow, lead_ns, wait_ns, watch, measured_J, dry_run=settings.dry_run)
@@ -234,7 +235,7 @@ class PolicyLoop:
                     self._started, self._ramp_from_ns = True, None
                 else:
                     self._fresh_ns = wire.motion_ns()
-                    self._held = self._started = False
+                    self._held = self._started = self._interrupted = False
                     self._left_J = None
                 wire.report_chunk(chunk)
         self._chunks += 1
@@ -412,13 +413,19 @@ class PolicyLoop:
         bounds = axis_bounds(axes, settings.limits, settings.robot_description)
         return SafetyGate(axes, settings.limits, bounds)
 
-    def _ramped(self, settings: Settings) -> Bounds:
-        """The bounds, with speed limits that grow over ramp_in_s after a start or a reset: from the first motion on."""
-        now_ns = self.wire.motion_ns()
-        if self._ramp_from_ns is None or self._ramp_from_ns > now_ns:
-            self._ramp_from_ns = now_ns
-        share, bounds = self._ramp_share(settings, now_ns), self._gate.bounds
-        return bounds if share >= 1.0 else dataclasses.replace(bounds, speed_J=bounds.speed_J * share)
+    def _ramped(self, settings: Settings, from_ns: int, at_ns: int) -> Bounds:
+        """The bounds of a motion that takes over at `from_ns`; `at_ns` is the present.
+
+        The speed limits rise over ramp_in_s, from where the first motion after a start or a reset begins.
+        """
+        if self._ramp_from_ns is None or self._ramp_from_ns > at_ns:
+            self._ramp_from_ns = from_ns
+        share = self._ramp_share(settings, from_ns)
+        if share >= 1.0:
+            return self._gate.bounds
+        # After an interruption, the limits rise with the next motion: one that is cut short again moved slowly.
+        rise_per_s = 0.0 if self._interrupted else (1.0 - FIRST_SHARE) / settings.ramp_in_s
+        return dataclasses.replace(self._gate.bounds, ramp=(share, rise_per_s))
 
     def _ramp_share(self, settings: Settings, now_ns: int) -> float:
         since_ns = 0 if self._ramp_from_ns is None else max(0, now_ns - self._ramp_from_ns)
@@ -515,7 +522,7 @@ class PolicyLoop:
         The next motion begins slowly: a controller that refuses every goal would let the others move on and on.
         """
         motion, running, at_ns = interruption.motion, self._governor.running, self.wire.motion_ns()
-        self._held, self._ramp_from_ns = False, None
+        self._held, self._ramp_from_ns, self._interrupted = False, None, True
         if (unknown_NJ := np.isnan(motion.position_NJ)).any():
             if running is None:
                 return
@@ -634,9 +641,9 @@ class PolicyLoop:
         """Leads the controller to where the next motion starts; chunks wait until it is there."""
 
         def settle(from_ns: int, at_ns: int) -> tuple[Motion, Bounds]:
+            self._ramped(settings, from_ns, at_ns)  # begins with this motion
             return self._governor.settle(start_J, from_ns), self._gate.bounds
 
-        self._ramped(settings)  # begins with this motion
         self._waiting = "start: the controller is being led to where the arm is; the next chunk follows from there"
         self._send(settle, to_ns(settings.lead_s), wait_ns, watch, None)
         self._held, self._started = True, False
