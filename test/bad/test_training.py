@@ -114,6 +114,10 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "a head that is not there": ({"hints": {"probe_layer": 1, "probe_head": 2}}, "hints.probe_head: expected 0..1"),
     "a gate on nothing": ({"stages.0.gates": {"nosuch": 0.5}}, "nosuch"),
     "an unknown robot": ({"sources.robot.0.robot": "so102"}, "'so102': .* did you mean 'so101'"),
+    "data that nobody has made": (
+        {"sources.robot.0.lerobot": "/nosuch", "made_by": "make them"},
+        "in /nosuch, found none; it is made by: make them",
+    ),
     "a checkpoint that is not there": ({"start": {"checkpoint": "/nosuch"}}, "/nosuch: expected weights.safetensors"),
     "a camera that is not there": ({"augmentation": {"cameras": {"rear": {}}}}, "augmentation.cameras: .* got rear"),
 }  # fmt: skip
@@ -298,3 +302,29 @@ def test_data_that_cannot_be_this_robots(
     shape, said = DATA[name]
     data = {"lerobot": str(add_data(tmp_path / "data", **shape)), "robot": str(arms / "lifter.yaml")}
     assert_said(said, refusal(tmp_path, capsys, plain(arms, tmp_path, data)))
+
+
+def test_where_the_run_goes(arms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    config = plain(arms, tmp_path, out=str(tmp_path / "file"))
+    assert_said("out: expected a folder, got the file", refusal(tmp_path, capsys, config))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_robot_at_all(arms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"image": "a.png", "prefix": "what", "suffix": "a cup"}) + "\n")
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((8, 8, 3), np.uint8))
+    sources = {"asked": [{"paligemma": str(tmp_path / "asked.jsonl")}]}
+    config = plain(arms, tmp_path, sources=sources, stages=[arms_stage(asked=2) | {"losses": {"text": 1.0}}])
+    assert_said("expected a LeRobot dataset of the robot, got vision-language data", refusal(tmp_path, capsys, config))
+
+
+def test_a_disk_without_room(
+    arms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = plain(arms, tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    assert main([str(path)]) == 2
+    assert_said(r"GB on the disk for checkpoints and policy, got 0\.0 GB that are free", capsys.readouterr().err)
