@@ -114,7 +114,7 @@ def test_failing_inputs(moving: PolicyProcess, robot: Robot, name: str) -> None:
     for field, value in broken.items():
         setattr(robot, field, value)
     comes_to_rest(robot, name, start_s)
-    until(lambda: cause in robot.hold)
+    robot.wait_for_hold(cause)
     until(lambda: robot.diagnostics and any("refused" in v.key for v in robot.diagnostics[-1].status[0].values))
     for field, value in mended.items():
         setattr(robot, field, value)
@@ -126,7 +126,7 @@ def test_frozen_cameras(moving: PolicyProcess, robot: Robot) -> None:
     start_s = time.monotonic()
     robot.frozen = robot.node.get_clock().now().to_msg()
     comes_to_rest(robot, "cameras freeze", start_s)
-    until(lambda: "newest frame" in robot.hold)
+    robot.wait_for_hold("newest frame")
     robot.frozen = None
     until(lambda: moves(robot))
 
@@ -137,7 +137,7 @@ def test_impossible_joint_states(moving: PolicyProcess, robot: Robot, value: flo
     good, start_s = list(robot.position), time.monotonic()
     robot.position = [value, *good[1:]]
     comes_to_rest(robot, f"joint position {value}", start_s)
-    until(lambda: cause in robot.hold)
+    robot.wait_for_hold(cause)
     robot.position = good
     robot.follows = True
     until(lambda: moves(robot))
@@ -154,7 +154,7 @@ def test_a_second_publisher_of_joint_states(moving: PolicyProcess, robot: Robot)
         publisher.publish(message)
 
     timer = robot.node.create_timer(0.01, send_zeros)
-    until(lambda: "expected one arm on /joint_states, got readings of two places in turn" in robot.hold)
+    robot.wait_for_hold("expected one arm on /joint_states, got readings of two places in turn")
     comes_to_rest(robot, "a second publisher of joint states", start_s)
     until(lambda: robot.diagnosed("refused joint state that jumps"))
     timer.cancel()
@@ -207,7 +207,7 @@ def test_engine_faults(moving: PolicyProcess, robot: Robot, fault: Any, name: st
     fault(name)
     comes_to_rest(robot, f"engine {name}", start_s)
     if cause:
-        until(lambda: cause in robot.hold)
+        robot.wait_for_hold(cause)
     else:
         until(lambda: robot.diagnosed("refused watchdog"))
     fault("")
@@ -230,7 +230,7 @@ def test_a_stop_is_latched(moving: PolicyProcess, robot: Robot) -> None:
     start_s = time.monotonic()
     assert robot.trigger("stop") == (True, "stopped until ~/reset")
     comes_to_rest(robot, "~/stop (service)", start_s)
-    until(lambda: "stopped: by the service ~/stop" in robot.hold)
+    robot.wait_for_hold("stopped: by the service ~/stop")
     time.sleep(0.5)
     assert rest(robot)
     assert robot.trigger("reset") == (True, "released")
@@ -241,7 +241,7 @@ def test_a_stop_is_latched(moving: PolicyProcess, robot: Robot) -> None:
     start_s = time.monotonic()
     publisher.publish(Empty())
     comes_to_rest(robot, "~/stop (topic)", start_s)
-    until(lambda: "stopped: by the topic ~/stop" in robot.hold)
+    robot.wait_for_hold("stopped: by the topic ~/stop")
 
 
 @pytest.mark.parametrize("stopped_while", ["active", "unconfigured"])
@@ -275,7 +275,7 @@ def test_log_output_to_a_full_disk(robot: Robot, start: Start, bundle_path: str,
     start(program=FAULTY, output=Path("/dev/full"), **NODE, bundle=bundle_path)
     until(lambda: moves(robot))
     fault("raises")  # now it wants to log
-    until(lambda: "engine: it broke" in robot.hold)
+    robot.wait_for_hold("engine: it broke")
     fault("")
     until(lambda: moves(robot))
     assert_commands_within_limits(robot)

@@ -237,7 +237,7 @@ def test_failing_inputs_bring_the_arm_to_rest_and_are_named(
     robot.imaging = True
     until(moves)
     robot.stating = False
-    until(lambda: "limit 200 ms (max_age_s); is /" in robot.hold)
+    robot.wait_for_hold("limit 200 ms (max_age_s); is /")
     robot.stating = True
     until(moves)
     robot.encoding = "32FC1"

@@ -169,6 +169,9 @@ class Robot:
         """Why the arm is held; "" if it is not, or nothing is known yet."""
         return str(self.ticks[-1]["hold"] or "") if self.ticks else ""
 
+    def wait_for_hold(self, cause: str) -> None:
+        until(lambda: cause in self.hold, lambda: f"hold {cause!r}, the last one was {self.hold!r}")
+
     def diagnosed(self, key: str) -> str:
         values = {v.key: v.value for v in self.diagnostics[-1].status[0].values} if self.diagnostics else {}
         return str(values.get(key, ""))

@@ -10,9 +10,11 @@ from collections.abc import Callable
 PATIENCE_S = 60.0
 
 
-def until(condition: Callable[[], object], what: str = "") -> None:
+def until(condition: Callable[[], object], what: str | Callable[[], object] = "") -> None:
     """Returns as soon as `condition()` is true; after `PATIENCE_S` the test fails and names what never came."""
     deadline_s = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < deadline_s, f"waited {PATIENCE_S:.0f} s in vain{what and ' for '}{what}"
+        if time.monotonic() >= deadline_s:
+            told = what() if callable(what) else what
+            raise AssertionError(f"waited {PATIENCE_S:.0f} s in vain{told and ' for '}{told}")
         time.sleep(0.01)
