@@ -415,6 +415,11 @@ class TrainingConfig(Frozen):
         description="what the fitted FAST vocabulary merges: whole coefficients, or the bytes of their characters, as "
         "the published one (256 of its tokens are the bytes)",
     )
+    fast_merged: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="at most so many of the fitted FAST tokens stand for several coefficients; with few (16), a small "
+        "model knows from a token's number which joint comes next; default: as many as fast_vocabulary has room for",
+    )
     fast_published: Path | None = Field(
         default=None,
         description="folder with a published FAST vocabulary (tokenizer.json, processor_config.json), used in place of "

@@ -517,8 +517,13 @@ def make_actions(config: TrainingConfig, chunks: Sequence[NDArray[np.float64]]) 
             )
         return NaiveTokenizer(horizon, action_dim, config.naive_stride)
     if config.fast_published is None:
-        merges_bytes = config.fast_merges == "bytes"
-        return fit_fast(chunks, vocabulary=config.fast_vocabulary, scale=config.fast_scale, byte_level=merges_bytes)
+        return fit_fast(
+            chunks,
+            vocabulary=config.fast_vocabulary,
+            scale=config.fast_scale,
+            byte_level=config.fast_merges == "bytes",
+            merged=config.fast_merged,
+        )
     # For each robot, as a published vocabulary may be made for chunks of one shape alone.
     shapes = [chunk_NHD.shape[1:] for chunk_NHD in chunks]
     fast, *_ = [FastTokenizer.load_published(config.fast_published, *shape) for shape in shapes]

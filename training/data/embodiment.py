@@ -51,7 +51,12 @@ def whole_chunks(space: ActionSpace, numbers: Numbers, most: int, seed: int) -> 
 
 
 def fit_fast(
-    chunks: Sequence[NDArray[np.float64]], *, vocabulary: int, scale: float, byte_level: bool = False
+    chunks: Sequence[NDArray[np.float64]],
+    *,
+    vocabulary: int,
+    scale: float,
+    byte_level: bool = False,
+    merged: int | None = None,
 ) -> FastTokenizer:
     """One vocabulary for the chunks of all robots, whatever their shapes."""
-    return FastTokenizer.fit(*chunks, vocab_size=vocabulary, scale=scale, byte_level=byte_level)
+    return FastTokenizer.fit(*chunks, vocab_size=vocabulary, scale=scale, byte_level=byte_level, merged=merged)

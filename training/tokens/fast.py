@@ -70,13 +70,19 @@ class FastTokenizer:
 
     @classmethod
     def fit(
-        cls, *chunks_NHA: NDArray[np.floating], vocab_size: int, scale: float = 10.0, byte_level: bool = False
+        cls,
+        *chunks_NHA: NDArray[np.floating],
+        vocab_size: int,
+        scale: float = 10.0,
+        byte_level: bool = False,
+        merged: int | None = None,
     ) -> FastTokenizer:
         """Fit range and merges on normalised chunks; several arrays may have different shapes (`for_shape`).
 
         Where outliers make the range larger than the vocabulary, half of it is kept for merges, and coefficients beyond
         what the other half can express are clamped (`count_clamped`); ConfigurationError if those are too many.
-        `byte_level`: as the published vocabulary was fitted, of which 256 tokens are the bytes.
+        `byte_level`: as the published vocabulary was fitted, of which 256 tokens are the bytes. `merged`: at most so
+        many tokens stand for more than one coefficient (or byte).
         """
         if not sum(len(chunk_NHA) for chunk_NHA in chunks_NHA):
             raise ConfigurationError("FAST: expected chunks to fit the vocabulary on, got none")
@@ -87,12 +93,13 @@ class FastTokenizer:
         lowest = min(int(found.min()) for found in coefficients if found.size)
         highest = max(int(found.max()) for found in coefficients if found.size)
         _, horizon, action_dim = chunks_NHA[0].shape
+        merged = vocab_size if merged is None else merged
         if byte_level:
             if vocab_size < len(BYTES):
                 raise ConfigurationError(
                     f"FAST: expected a vocabulary of at least {len(BYTES)} tokens for merges of bytes, got {vocab_size}"
                 )
-            bpe = _merge_bytes(coefficients, lowest, vocab_size)
+            bpe = _merge_bytes(coefficients, lowest, min(vocab_size, len(BYTES) + merged))
             return cls(horizon, action_dim, scale, lowest, lowest + LAST_CHARACTER, bpe, byte_level=True)
         if highest - lowest + 1 > vocab_size:
             most = max(1, vocab_size // 2 - 1) // 2
@@ -107,7 +114,7 @@ class FastTokenizer:
             )
         bpe = Tokenizer(BPE())
         trainer = BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=min(vocab_size, highest - lowest + 1 + merged),
             show_progress=False,
             initial_alphabet=[chr(FIRST_CHARACTER + i) for i in range(highest - lowest + 1)],
             special_tokens=[],

@@ -70,6 +70,25 @@ def test_lowest_frequencies_come_first() -> None:
     assert np.flatnonzero(ids != still).tolist() == [2]
 
 
+def test_with_few_merges_a_tokens_number_says_which_coefficient_comes_next() -> None:
+    """Whose coefficient it is, is nowhere in a token: a model must count those before it."""
+
+    def begun(fast: FastTokenizer, token: int) -> set[int]:
+        """Coefficients that the token of this number begins with, over chunks."""
+        lengths = [[len(fast.integers(i)) for i in fast.encode(chunk)] for chunk in smooth_chunks(200, seed=2)]
+        return {sum(row[:token]) for row in lengths if len(row) > token}
+
+    fits = {merged: FastTokenizer.fit(smooth_chunks(500), vocab_size=512, merged=merged) for merged in (0, 8, None)}
+    for merged, fast in fits.items():
+        several = sum(len(fast.integers(i)) > 1 for i in range(fast.vocab_size))
+        assert fast.vocab_size == (512 if merged is None else fast.highest - fast.lowest + 1 + several)
+        assert merged is None or several == merged
+    assert begun(fits[0], 7) == {7}
+    assert len(begun(fits[8], 7)) < len(begun(fits[None], 7)) / 2
+    bytewise = FastTokenizer.fit(smooth_chunks(500), vocab_size=512, byte_level=True, merged=8)
+    assert bytewise.vocab_size == 264
+
+
 def test_coefficients_outside_the_range_are_clamped_and_counted(fast: FastTokenizer) -> None:
     huge = np.full((HORIZON, ACTION_DIM), 40.0)
     assert fast.count_clamped(huge) == ACTION_DIM
