@@ -4,5 +4,5 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
-# How many times as many random cases the judges of motion try: 5 for all that docs/faults.md counts, more to search.
+# How many times as many random cases, of motion and of kills: 5 for all that docs/faults.md counts, more to search.
 MORE_CASES = int(os.environ.get("KI_VLA_CASES", "1"))

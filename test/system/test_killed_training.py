@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import MORE_CASES, ROOT
 from support.waiting import until
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 4), (2, MORE_CASES)])
 def test_losses_are_the_whole_runs_bit_for_bit(tmp_path: Path, processes: int, kills: int) -> None:
     """Twenty kills: `python test/support/killed_training.py FOLDER 1 20`, with test/ on PYTHONPATH."""
     done = subprocess.run(
