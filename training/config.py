@@ -18,7 +18,7 @@ from training.data import Augmentation
 from training.data.language import LanguageEntry
 from training.model import Actions, Conditioning, GemmaConfig, SamplerName, VisionConfig, VLAConfig
 from training.recipe import lay_recipe
-from training.tokens import VocabularyConfig
+from training.tokens import BEGIN, PostfixKind, VocabularyConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "tokens", "readout", "flow", "regression"]
 Part = Literal["stem", "vision", "backbone", "expert", "heads"]
@@ -164,11 +164,12 @@ class PromptConfig(Frozen):
     style: PromptStyle = "words"
     longest_text: Positive = Field(default=256, description="tokens of a question, and of an answer, in other data")
 
-    def text(self, state_in_prompt: bool, queries: str = "") -> str:
-        """The template; `queries` are the learned tokens at its end."""
+    def text(self, state_in_prompt: bool, postfix: PostfixKind = "bare", queries: str = "") -> str:
+        """The template; `queries` are the learned tokens at its end. A whole postfix says `Action: ` itself."""
         if self.template is not None:
             return self.template + queries
-        return "Task: {task}, State: {state};\nAction: " + queries if state_in_prompt else "Task: {task}\n" + queries
+        end = "" if postfix == "whole" else BEGIN
+        return ("Task: {task}, State: {state};\n" + end if state_in_prompt else "Task: {task}\n") + queries
 
 
 class AugmentationConfig(Augmentation):
@@ -407,6 +408,11 @@ class TrainingConfig(Frozen):
     )
     naive_stride: Positive = Field(
         default=1, description="with naive: only every so many-th action is written, and the last; lines between them"
+    )
+    postfix: PostfixKind = Field(
+        default="bare",
+        description="what a chunk's tokens stand in: nothing; or whole, as openpi's pi0-FAST: `Action: `, the tokens, "
+        "`|` and end-of-sequence, all of them learned",
     )
     fast_vocabulary: Positive = 512
     fast_scale: Rate = 10.0

@@ -26,6 +26,7 @@ from ki_vla_ros.errors import ConfigurationError, did_you_mean, printable
 from training import train
 from training.config import StartConfig, TrainingConfig, load_config
 from training.evaluate import (
+    MALFORMED,
     Act,
     Measured,
     act_in_training,
@@ -38,7 +39,7 @@ from training.evaluate import (
 from training.export import check_policy
 from training.lora import add_lora, fingerprint, merge, save_adapter
 from training.losses import BatchLosses, TrainingHeads
-from training.model import VLA, FlowSampler, RegressionSampler, Sampler, TokenSampler, order_embeddings
+from training.model import FAULTS, VLA, FlowSampler, RegressionSampler, Sampler, TokenSampler, order_embeddings
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
 from training.sources import Sources
@@ -165,23 +166,27 @@ class Run:
         with self.trainer.precision():
             self.measured = measure(self.model, self.data, self.trainer.losses, self.heads)
             if driven and self.config.environment is not None:
-                self.measured.figures |= drive(self.act(), self.describe(), self.config.environment)
+                environment, sampler = self.config.environment, self.sampler()
+                self.measured.figures |= drive(self.act(sampler), self.describe(), environment)
+                if isinstance(sampler, TokenSampler):
+                    shares = sampler.shares(environment.episodes * len(environment.names))
+                    self.measured.figures |= {f"{MALFORMED}.{fault}": share for fault, share in shares.items()}
         return self.measured.figures
 
     def show(self) -> None:
         """Write the page of the run so far."""
         write_page(self.config, self.data, self.measured, self.trainer.figure_record, self.trainer.loss_record)
 
-    def act(self) -> Act:
-        """The model as it is now, as a policy."""
-        return act_in_training(
-            self.model, self.describe(), self.data.tokenizer, self.data.embodiment.space, self.sampler()
-        )
+    def act(self, sampler: Sampler | None = None) -> Act:
+        """The model as it is now, as a policy; by default with a new sampler."""
+        data = self.data
+        sampler = sampler or self.sampler()
+        return act_in_training(self.model, self.describe(), data.tokenizer, data.embodiment.space, sampler)
 
     def sampler(self) -> Sampler:
         """How the model is asked for chunks in closed loop."""
         if self.config.sampler == "tokens":
-            return TokenSampler(self.data.embodiment.chunks, self.data.maker.fast_ids)
+            return TokenSampler(self.data.embodiment.chunks, self.data.maker.postfix)
         if self.config.sampler == "regression":
             return RegressionSampler()
         return FlowSampler(self.config.flow_steps)
@@ -204,9 +209,10 @@ class Run:
             names = [*measure(self.model, data, self.trainer.losses, self.heads, frames=TRIED).figures]
             if config.environment is not None:
                 names += success_names(config.environment)
+                names += [f"{MALFORMED}.{fault}" for fault in FAULTS if config.sampler == "tokens"]
             check_gates(config, names)
             if config.environment is not None:
-                try_environments(self.act(), spec, config.environment)
+                try_environments(self.act(self.sampler()), spec, config.environment)
             weights = self.trainer.whole_weights() if config.lora else {}
         if self.rank == 0:
             tried = config.out / ".tried"

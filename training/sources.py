@@ -39,6 +39,8 @@ from training.data.language import LanguageData, open_language
 from training.data.lerobot import SOURCE, Dataset, LeRobotSamples
 from training.tokens import (
     ACTIONS,
+    BEGIN,
+    END,
     FIRST_SEGMENT,
     ActionTokenizer,
     FastTokenizer,
@@ -108,7 +110,10 @@ class Sources:
         )
         self._check_fast_ids()
         self.form = self._make_form()
-        self.maker = BatchMaker(self.tokenizer, self.form)
+        try:
+            self.maker = BatchMaker(self.tokenizer, self.form)
+        except InputError as error:
+            raise ConfigurationError(f"postfix: whole: {error}; take bare, or a vocabulary that has it") from error
         # What is held out looks as it does on the robot.
         self.plain = BatchMaker(self.tokenizer, replace(self.form, augmentation=UNCHANGED, cameras={}))
         self._check_texts()
@@ -383,6 +388,8 @@ class Sources:
     def _texts(self) -> Iterator[str]:
         """All that training tokenizes, as it does; the words of the prompt itself among them."""
         yield re.sub(r"<[a-z_0-9]+>|[{](task|state)[}]", " ", self._template())
+        if self.config.postfix == "whole":
+            yield BEGIN + END
         for *_, text in self._named_texts():
             yield text
 
@@ -451,7 +458,7 @@ class Sources:
 
     def _template(self) -> str:
         queries = "".join(act_query_token(i) for i in range(self.config.vocabulary.queries))
-        return self.config.prompt.text(self.config.model.state_in_prompt, queries)
+        return self.config.prompt.text(self.config.model.state_in_prompt, self.config.postfix, queries)
 
     def _make_form(self) -> BatchForm:
         config, vision, hints = self.config, self.config.model.vision, self.config.hints
@@ -468,6 +475,7 @@ class Sources:
             state_dim=self.state_dim,
             prompt=PromptSpec(template=self._template(), length=config.prompt.length, style=config.prompt.style),
             state=config.model.state,
+            postfix=config.postfix,
             longest_text=config.prompt.longest_text,
             separator="\n" if config.vocabulary.kind == "paligemma" else "",
             asking=tuple(act_query_ids(self.tokenizer)[: hints.readout_frequencies] if hints else ()),

@@ -12,6 +12,8 @@ from support.arms import arm_run, arm_stage, entry, make_arms
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
+from training.data import Batch
+from training.model import FAULTS
 from training.run import Run
 from training.tokens import ACTIONS, NaiveTokenizer, describe_actions, load_actions
 
@@ -86,3 +88,87 @@ def test_a_policys_tokens_stay_with_it_and_go_on_with_its_statistics(arms: Path,
     flow = run_with(arms, tmp_path / "flow", stages=[arm_stage(losses={"flow": 1.0}, steps=1)])
     flow.run()
     assert not (tmp_path / "flow" / "policy" / ACTIONS).exists()
+
+
+WHOLE = {"postfix": "whole", "sampler": "tokens", "stages": [arm_stage(losses={"fast": 1.0})]}
+
+
+def one_sample(run: Run) -> tuple[Batch, list[int]]:
+    """A frame as a batch, and its action tokens in the model's vocabulary."""
+    [sample] = run.data.training["robot"].read([(0, 1)])
+    batch = run.data.plain.of_robots([run.data.embodiment], [sample], np.random.default_rng(0))
+    chunk_HA = batch.action_BHA[0, :, :3].double().numpy()
+    return batch, [run.data.tokenizer.token_to_id(f"<fast_{i}>") for i in run.data.embodiment.chunks.encode(chunk_HA)]
+
+
+def ids_of(run: Run, *tokens: str) -> list[int]:
+    return [run.data.tokenizer.token_to_id(token) for token in tokens]
+
+
+@pytest.mark.parametrize("prompt", [None, "Task: {task}, State: {state};\nAction: "])
+def test_a_whole_postfix_is_openpis_and_all_of_it_is_learned(arms: Path, tmp_path: Path, prompt: str | None) -> None:
+    """pi0.5's prompt says the first words itself; then the postfix does not say them again."""
+    run = run_with(arms, tmp_path, **WHOLE, prompt={"length": 40, "template": prompt})
+    batch, actions = one_sample(run)
+    begin = ids_of(run, "Action", ":") if prompt is None else []
+    postfix = [*begin, *actions, *ids_of(run, "|", "<eos>")]
+    assert batch.postfix_BT[batch.fast_mask_BT].tolist() == postfix
+    said = run.data.tokenizer.decode(batch.tokens_BL[0].tolist(), skip_special_tokens=False)
+    assert ("Action" in said) == (prompt is not None) and run.data.form.prompt.template.endswith(prompt or ";\n")
+    # The loss is a mean over every token of it, the words and the end too.
+    stage = run.config.stages[0]
+    [piece] = run.trainer.losses.split(batch, stage, np.random.default_rng(0))
+    output = run.model(*batch.prefix, batch.postfix_BT)
+    last = output.prefix_hidden_BPD[0, int(batch.last_token_B[0]) - batch.tokens_BL.shape[1]]
+    hidden_TD = torch.cat([last[None], output.postfix_hidden_BTD[0, :-1]])
+    surprise = torch.nn.functional.cross_entropy(run.model.logits(hidden_TD), torch.tensor(postfix))
+    torch.testing.assert_close(run.trainer.losses(piece, stage)["fast"], surprise)
+
+
+def test_a_whole_postfix_is_read_to_its_end_and_what_is_malformed_is_named(
+    arms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_with(arms, tmp_path, **WHOLE)
+    batch, actions = one_sample(run)
+    begin, end, other = ids_of(run, "Action", ":"), ids_of(run, "|", "<eos>"), ids_of(run, "Task")
+    cases = {
+        "": [*begin, *actions, *end],
+        "frame": [*actions, *end],
+        "frame ": [*begin, *actions, end[1]],
+        "frame  ": end[1:],
+        "foreign": [*begin, actions[0], *other, *actions[1:], *end],
+        "chunk": [*begin, *actions, actions[-1], *end],
+        "chunk ": [*begin, *end],
+        "endless": [*begin, *actions * 9],
+    }
+    say(run, monkeypatch, *cases.values())
+    many = batch.rows(torch.zeros(len(cases), dtype=torch.int64))
+    sampler = run.sampler()
+    found_BHA = sampler(run.model, many.prefix, None, torch.zeros(()))
+    chunks = run.data.embodiment.chunks
+    first = run.data.tokenizer.token_to_id("<fast_0>")
+    np.testing.assert_array_equal(found_BHA[0], chunks.decode([i - first for i in actions]))
+    assert np.isnan(found_BHA[1:]).all(), "never zeros"
+    assert sampler.faults == {"frame": 3, "foreign": 1, "chunk": 2, "endless": 1}
+    assert sampler.shares(8) == {"endless": 0.125, "frame": 0.375, "foreign": 0.125, "chunk": 0.25}
+
+
+def test_figures_name_what_was_malformed(arms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_with(arms, tmp_path, **WHOLE)
+    said, own = run.figures(), ids_of(run, "Action", ":", "|", "<eos>")
+    assert sum(said[f"fast_malformed.{fault}"] for fault in FAULTS) == pytest.approx(1.0 - said["fast_whole"])
+    monkeypatch.setattr(
+        run.model, "logits", lambda hidden: torch.eye(run.model.config.vocab_size)[own[3]].expand(len(hidden), -1)
+    )
+    ended = run.figures()
+    assert ended["fast_malformed.frame"] == 1.0 and ended["fast_whole"] == 0.0 and np.isnan(ended["fast_error"])
+    assert ended["fast_accuracy"] == 0.0, "of action tokens alone: the end, which is right, does not count"
+
+
+def test_the_words_around_actions_must_be_in_the_vocabulary(arms: Path, tmp_path: Path) -> None:
+    stages = [arm_stage(losses={"fast": 1.0}, steps=1)]
+    first = run_with(arms, tmp_path / "first", stages=stages)
+    first.run()
+    start = {"checkpoint": str(tmp_path / "first" / "policy")}
+    with pytest.raises(ConfigurationError, match=r"postfix: whole: text: expected words of the vocabulary, got '\|'"):
+        run_with(arms, tmp_path / "on", **WHOLE, start=start, model=None, prompt=None)

@@ -18,6 +18,7 @@ from ki_vla_ros.errors import ConfigurationError
 from training.data import Batch
 from training.evaluate import driving, offline
 from training.losses import next_token_hidden
+from training.model import FAULTS
 from training.run import Run
 from training.tokens import FastDecodeError
 
@@ -100,7 +101,7 @@ def test_figures_are_those_of_a_slow_reference(trained: Run, monkeypatch: pytest
         for dimension, errors in off.items():
             assert whole[f"{before}flow_error.{dimension}"] == pytest.approx(np.mean(errors), rel=1e-6)
 
-        fast, first = embodiment.chunks, int(run.data.plain.fast_ids[0])
+        fast, first = embodiment.chunks, int(run.data.plain.postfix.ids[0])
         longest = 8 + batch.postfix_BT.shape[1] * 3 // 2
         good = []
         for row in range(len(samples)):
@@ -263,6 +264,7 @@ def test_a_model_may_drive_by_its_tokens(arms: Path, tmp_path: Path, monkeypatch
     run.run()
     found = run.trainer.figure_record.values("joint", 2)
     assert 0.0 <= found["malformed"] <= 1.0 and slider.executed == [], "tokens that were never learned say no chunk"
+    assert sum(found[f"malformed.{fault}"] for fault in FAULTS) == pytest.approx(found["malformed"])
     embodiment, samples, batch = held_out(run, "lifter")
     fast = embodiment.chunks
     sequences = [fast.encode(chunk_HD) for chunk_HD in offline.normalized(embodiment, samples)]
@@ -271,7 +273,7 @@ def test_a_model_may_drive_by_its_tokens(arms: Path, tmp_path: Path, monkeypatch
     def logits(hidden_BD: Tensor) -> Tensor:
         scores_BW = torch.zeros(len(hidden_BD), run.model.config.vocab_size)
         for b, ids in enumerate(said):
-            scores_BW[b, run.data.plain.fast_ids[next(ids, 0)]] = 1.0
+            scores_BW[b, run.data.plain.postfix.ids[next(ids, 0)]] = 1.0
         return scores_BW
 
     monkeypatch.setattr(run.model, "logits", logits)

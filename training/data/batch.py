@@ -22,7 +22,7 @@ from ki_vla_ros.policy import images_to_input, tokenize, write_prompt
 from training.data.augmentation import Augmentation, recolour, turn_and_crop
 from training.data.embodiment import Embodiment
 from training.data.samples import Image, Labels, LanguageSample, RobotSample
-from training.tokens import EOS_TOKEN, encode_text, fast_ids, localise, token_id
+from training.tokens import EOS_TOKEN, PostfixKind, encode_text, localise, make_postfix, token_id
 
 NO_TARGET = -1
 # Of the loss of dimensions that only other robots have, beside 1 for the robot's own. They are learned, as zeros,
@@ -101,6 +101,7 @@ class BatchForm:
     state_dim: int
     prompt: PromptSpec
     state: StateEncoding = "text"
+    postfix: PostfixKind = "bare"
     longest_text: int = 256  # tokens of a question, and of its answer
     separator: str = ""
     """After a question, before its answer: a line break in PaliGemma's training."""
@@ -118,7 +119,8 @@ class BatchMaker:
 
     def __init__(self, tokenizer: Tokenizer, form: BatchForm) -> None:
         self.tokenizer, self.form = tokenizer, form
-        self.eos, self.fast_ids = token_id(tokenizer, EOS_TOKEN), fast_ids(tokenizer)
+        self.eos = token_id(tokenizer, EOS_TOKEN)
+        self.postfix = make_postfix(tokenizer, form.postfix, form.prompt.template)
 
     def of_robots(
         self,
@@ -143,7 +145,7 @@ class BatchMaker:
             # A chunk's tokens stand for all of it; of one that is not known to its end, none can be learned.
             whole = bool(sample.known_H.all())
             if action_tokens:
-                postfixes.append(self.fast_ids[embodiment.chunks.encode(action_HD)].tolist() if whole else [])
+                postfixes.append(self.postfix.write(embodiment.chunks.encode(action_HD)) if whole else [])
             if form.readouts:
                 coefficients_HD = embodiment.frequencies.coefficients(action_HD)
                 readout_BKA[b, :, :width] = coefficients_HD[: form.readouts] if whole else np.nan

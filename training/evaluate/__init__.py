@@ -11,12 +11,13 @@ from training.evaluate.rollouts import Act, roll_out
 
 # Loaded by `__getattr__` on their first use: an environment may be opened where there is no torch.
 if TYPE_CHECKING:
-    from training.evaluate.driving import act_in_training, drive, is_driven, success_names, try_environments
+    from training.evaluate.driving import MALFORMED, act_in_training, drive, is_driven, success_names, try_environments
     from training.evaluate.offline import Measured, measure
     from training.evaluate.page import write_page
 
 __all__ = [
     "HELD_OUT",
+    "MALFORMED",
     "Act",
     "Environment",
     "Measured",
@@ -32,7 +33,9 @@ __all__ = [
 ]
 _FILES = {
     **dict.fromkeys(("Measured", "measure"), "offline"),
-    **dict.fromkeys(("act_in_training", "drive", "is_driven", "success_names", "try_environments"), "driving"),
+    **dict.fromkeys(
+        ("MALFORMED", "act_in_training", "drive", "is_driven", "success_names", "try_environments"), "driving"
+    ),
     "write_page": "page",
 }
 

@@ -18,7 +18,7 @@ from training.config import Loss, StageConfig, TrainingConfig
 from training.data import NO_TARGET, Batch, Embodiment, RobotSample
 from training.losses import BatchLosses, TrainingHeads, asking_rows, scene_scores, take_rows, targets
 from training.model import VLA, Cache, FlowSampler, RegressionSampler, Sampler, SamplerName, TokenSampler, last_tokens
-from training.tokens import cosine_basis
+from training.tokens import ActionPostfix, cosine_basis
 
 if TYPE_CHECKING:
     from training.sources import Sources
@@ -65,10 +65,10 @@ def measure(
     `LOSS_loss.SOURCE` (text, fast, flow or regression): as in training, of images as they are. `text_accuracy.SOURCE`
     and `fast_accuracy`: how often the likeliest next token is the right one, given those before it.
     `WAY_error`: the mean error of the chunks that WAY predicts, in normalised units, and `WAY_error.DIMENSION` in the
-    robot's own; ways are `flow` (the expert) or `regression`, `fast` (greedy FAST decoding; `fast_whole` is the share
-    of sequences that are a whole chunk, the others are left out of the error) and `readout` (the hint's tokens, with
-    heads). `pointing` (with heads): where the data says a place, how often the probe's strongest cell is at most one
-    cell from it.
+    robot's own; ways are `flow` (the expert) or `regression`, `fast` (action tokens, read greedily; `fast_whole` is the
+    share of sequences that are a whole chunk, the others are left out of the error and counted as
+    `fast_malformed.FAULT`, see `TokenSampler`) and `readout` (the hint's tokens, with heads). `pointing` (with heads):
+    where the data says a place, how often the probe's strongest cell is at most one cell from it.
     `fast_clamped`: the share of coefficients that FAST's vocabulary cannot express, so that their tokens are not exact.
     Figures of another robot than the policy's begin with its name: `ROBOT/flow_error`.
     """
@@ -102,14 +102,21 @@ def measure(
                 batch = data.plain.of_robots([embodiment] * len(samples), samples, rng, action_tokens).to(device)
                 note(measure_losses(losses, batch, source, rng))
                 if decoded:
-                    note(measure_tokens(model, embodiment, samples, batch), before)
-                fast_ids = data.plain.fast_ids if decoded and number == 0 else None
-                for way, action_BHA in predict(model, embodiment, batch, losses.config, heads, fast_ids):
+                    note(measure_tokens(model, embodiment, samples, batch, data.plain.postfix), before)
+                tokens = None
+                if decoded and batch.postfix_BT is not None and number == 0:
+                    # Longer sequences count as malformed: an untrained model would take minutes to end them.
+                    longest = 8 + batch.postfix_BT.shape[1] * 3 // 2
+                    tokens = TokenSampler(embodiment.chunks, data.plain.postfix, longest)
+                for way, action_BHA in predict(model, embodiment, batch, losses.config, heads, tokens):
                     off_BHD = action_BHA[..., : len(embodiment.robot.actions)] - normalized(embodiment, samples)
                     note(measure_errors(embodiment, samples, off_BHD, way), before)
                     if way == shown:
                         worst += judge(embodiment, samples, off_BHD, robot, source)
                         worst = sorted(worst, key=lambda prediction: -prediction.error)[:WORST]
+                if tokens is not None:
+                    shares = tokens.shares(len(samples)).items()
+                    note(((f"fast_malformed.{fault}", np.full(len(samples), share)) for fault, share in shares), before)
                 if losses.config.hints is not None and batch.target_cell_B is not None:
                     cells_B = strongest_cells(model, batch, losses.config.hints.probe)
                     note(iter([("pointing", points_right(cells_B, batch, data.form.grid))]), before)
@@ -140,13 +147,18 @@ def measure_losses(losses: BatchLosses, batch: Batch, source: str, rng: np.rando
         yield f"{name}_loss.{source}", np.full(count, float(value))
 
 
-def measure_tokens(model: VLA, embodiment: Embodiment, samples: Sequence[RobotSample], batch: Batch) -> Values:
+def measure_tokens(
+    model: VLA, embodiment: Embodiment, samples: Sequence[RobotSample], batch: Batch, postfix: ActionPostfix
+) -> Values:
     """How well action tokens say the chunks, and how well they are predicted."""
     true_BHD = normalized(embodiment, samples)
     clamped = embodiment.chunks.count_clamped(true_BHD) / (len(samples) * embodiment.chunks.numbers)
     yield "fast_clamped", np.full(len(samples), clamped)
-    if batch.fast_mask_BT is not None:
-        yield "fast_accuracy", predict_tokens(model, model.prefill(*batch.prefix), batch, batch.fast_mask_BT)
+    if batch.fast_mask_BT is not None and batch.postfix_BT is not None:
+        # Words around them, which are always the same, would flatter.
+        known_N = torch.from_numpy(postfix.ids[: embodiment.chunks.vocab_size]).to(batch.postfix_BT.device)
+        actions_BT = batch.fast_mask_BT & torch.isin(batch.postfix_BT, known_N)
+        yield "fast_accuracy", predict_tokens(model, model.prefill(*batch.prefix), batch, actions_BT)
 
 
 def normalized(embodiment: Embodiment, samples: Sequence[RobotSample]) -> Array:
@@ -212,11 +224,11 @@ def predict(
     batch: Batch,
     config: TrainingConfig,
     heads: TrainingHeads | None,
-    fast_ids: NDArray[np.int64] | None,
+    tokens: TokenSampler | None,
 ) -> Iterator[tuple[str, Array]]:
-    """Normalised chunks [B, H, A] by each way of reading the model; NaN rows where FAST was malformed.
+    """Normalised chunks [B, H, A] by each way of reading the model; NaN rows where tokens were malformed.
 
-    `fast_ids` are those of FAST's tokens in the model's vocabulary; None: without decoding FAST.
+    `tokens` reads action tokens; None: without.
     """
     if batch.action_BHA is None:
         raise ValueError("predict: expected a batch with actions, got one without")
@@ -233,11 +245,8 @@ def predict(
         coefficients_BKA = named_BKA.double().cpu().numpy() / embodiment.frequencies.scale
         basis_KH = cosine_basis(batch.action_BHA.shape[1])[: coefficients_BKA.shape[1]]
         yield "readout", np.einsum("kh,bka->bha", basis_KH, coefficients_BKA)
-    if fast_ids is not None:
-        # Longer sequences count as malformed: an untrained model would take minutes to end them.
-        longest = 8 + (0 if batch.postfix_BT is None else batch.postfix_BT.shape[1] * 3 // 2)
-        decoder = TokenSampler(embodiment.chunks, fast_ids, longest)
-        yield "fast", decoder(model, batch.prefix, batch.state_BS, noise_BHA)
+    if tokens is not None:
+        yield "fast", tokens(model, batch.prefix, batch.state_BS, noise_BHA)
 
 
 def predict_tokens(model: VLA, cache: Cache, batch: Batch, mask_BT: Tensor) -> Array:

@@ -11,12 +11,21 @@ from training.model.expert import (
 )
 from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, Rotation, rotate
 from training.model.initialization import order_embeddings
-from training.model.sampling import FlowSampler, RegressionSampler, Sampler, SamplerName, TokenSampler, last_tokens
+from training.model.sampling import (
+    FAULTS,
+    FlowSampler,
+    RegressionSampler,
+    Sampler,
+    SamplerName,
+    TokenSampler,
+    last_tokens,
+)
 from training.model.siglip import LayerNorm, VisionConfig, VisionLayer
 from training.model.sizes import VARIANTS, paligemma_3b
 from training.model.vla import VLA, Actions, Cache, Output, VLAConfig
 
 __all__ = [
+    "FAULTS",
     "LONGEST_PERIOD",
     "MLP",
     "SHORTEST_PERIOD",

@@ -10,8 +10,11 @@ action dim of the model, D of the robot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from training.model.expert import empty_actions
 from training.model.vla import VLA
-from training.tokens import ActionTokenizer, FastDecodeError
+from training.tokens import ActionPostfix, ActionTokenizer, FastDecodeError
 
 SamplerName = Literal["flow", "tokens", "regression"]
 Prefix: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,6 +54,9 @@ class FlowSampler:
         return model.sample_actions(cache, noise_BHA, self.steps, state_BS).double().cpu().numpy()
 
 
+FAULTS: Final = ("endless", "frame", "foreign", "chunk")
+
+
 @dataclass(frozen=True)
 class RegressionSampler:
     """Names all actions in one pass, from empty tokens."""
@@ -64,38 +70,87 @@ class RegressionSampler:
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """Reads action tokens by argmax, one after the other, over cached keys and values.
+    """Reads a chunk's postfix by argmax, one token after the other, over cached keys and values.
 
-    `fast_ids` are the ids of action tokens in the model's vocabulary. A sequence without its end after `longest` tokens
-    is malformed; by default that is one token for each number of a chunk.
+    A whole postfix is read from the whole vocabulary, up to its end-of-sequence; of a bare one, only action tokens are
+    looked at, until they have all of a chunk's numbers. What is no chunk is counted in `faults`:
+
+        endless   no end after `longest` tokens, by default as many as a chunk has numbers, and the postfix's others
+        frame     other words than the postfix's before or after the action tokens
+        foreign   another token among the action tokens
+        chunk     action tokens that are not exactly one chunk
     """
 
     actions: ActionTokenizer
-    fast_ids: NDArray[np.int64]
+    postfix: ActionPostfix
     longest: int | None = None
+    faults: Counter[str] = field(default_factory=Counter)
 
     @torch.no_grad()
     def __call__(self, model: VLA, prefix: Prefix, state_BS: Tensor | None, noise_BHA: Tensor) -> NDArray[np.float64]:
-        actions, (*_, tokens_BL, token_mask_BL) = self.actions, prefix
-        whole = actions.numbers
-        lengths = np.array([len(actions.integers(i)) for i in range(actions.vocab_size)])
-        ids_N = torch.from_numpy(self.fast_ids[: actions.vocab_size]).to(tokens_BL.device)
+        *_, tokens_BL, token_mask_BL = prefix
+        looked_at, longest = self._looked_at(model.config.vocab_size), self.longest or self._longest()
+        allowed_N = torch.from_numpy(looked_at).to(tokens_BL.device)
         cache, token_B1 = model.prefill(*prefix), last_tokens(tokens_BL, token_mask_BL)
-        count_B, steps = np.zeros(len(tokens_BL)), list[NDArray[np.int64]]()
-        while len(steps) < (self.longest or whole) and (count_B < whole).any():
+        said_BT: list[list[int]] = [[] for _ in tokens_BL]
+        done_B = np.zeros(len(said_BT), dtype=bool)
+        for _ in range(longest):
             hidden_B1D, cache = model.read_on(cache, token_B1)
-            best_B = model.logits(hidden_B1D[:, 0])[:, ids_N].argmax(dim=1)
-            token_B1 = ids_N[best_B][:, None]
-            steps.append(best_B.cpu().numpy())
-            count_B += lengths[steps[-1]]
+            token_B1 = allowed_N[model.logits(hidden_B1D[:, 0])[:, allowed_N].argmax(dim=1)][:, None]
+            for b, token in enumerate(token_B1[:, 0].tolist()):
+                if not done_B[b]:
+                    said_BT[b].append(token)
+                    done_B[b] = self._ends(said_BT[b])
+            if done_B.all():
+                break
         chunks = []
-        for ids_T in np.stack(steps, axis=1):
-            used_T = ids_T[: 1 + int((np.cumsum(lengths[ids_T]) < whole).sum())]
-            try:
-                chunks.append(actions.decode(used_T.tolist()))
-            except FastDecodeError:
-                chunks.append(np.full((actions.horizon, actions.action_dim), np.nan))
+        for ids, done in zip(said_BT, done_B, strict=True):
+            chunk_HA, fault = self._read(ids) if done else (None, "endless")
+            if chunk_HA is None:
+                self.faults[fault] += 1
+                chunk_HA = np.full((self.actions.horizon, self.actions.action_dim), np.nan)
+            chunks.append(chunk_HA)
         return np.stack(chunks)
+
+    def shares(self, count: int) -> dict[str, float]:
+        """Each kind of fault so far, by name, in parts of `count`."""
+        return {name: self.faults[name] / count for name in FAULTS}
+
+    def _looked_at(self, vocab_size: int) -> NDArray[np.int64]:
+        own = self.postfix.ids[: self.actions.vocab_size]
+        return np.arange(vocab_size) if self.postfix.after else own
+
+    def _longest(self) -> int:
+        return len(self.postfix.before) + self.actions.numbers + len(self.postfix.after)
+
+    def _ends(self, ids: Sequence[int]) -> bool:
+        """Whether the last of these ids ends the postfix."""
+        if self.postfix.after:
+            return ids[-1] == self.postfix.after[-1]
+        return sum(self.lengths[self.token_of[i]] for i in ids) >= self.actions.numbers
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """How many numbers each action token stands for."""
+        return [len(self.actions.integers(i)) for i in range(self.actions.vocab_size)]
+
+    @cached_property
+    def token_of(self) -> dict[int, int]:
+        """The action token of each id that has one."""
+        return {int(i): n for n, i in enumerate(self.postfix.ids[: self.actions.vocab_size])}
+
+    def _read(self, ids: Sequence[int]) -> tuple[NDArray[np.float64] | None, str]:
+        """The chunk of a postfix that has ended, or the name of what is wrong with it."""
+        before, after = self.postfix.before, self.postfix.after
+        middle = ids[len(before) : len(ids) - len(after)]
+        if (*before, *middle, *after) != tuple(ids):
+            return None, "frame"
+        if any(i not in self.token_of for i in middle):
+            return None, "foreign"
+        try:
+            return self.actions.decode([self.token_of[i] for i in middle]), ""
+        except FastDecodeError:
+            return None, "chunk"
 
 
 def last_tokens(tokens_BL: Tensor, token_mask_BL: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from training.tokens.bpe import LEAST_SIZE
 from training.tokens.fast import FastDecodeError, FastTokenizer, cosine_basis
 from training.tokens.naive import NaiveTokenizer
 from training.tokens.paligemma import VOCABULARY, read_tokenizer
+from training.tokens.postfix import BEGIN, END, ActionPostfix, PostfixKind, make_postfix
 from training.tokens.prompt import (
     EOS_TOKEN,
     FIRST_SEGMENT,
@@ -27,21 +28,26 @@ from training.tokens.prompt import (
     prompt_tokenizer,
     prompt_vocab_size,
     token_id,
+    without_queries,
 )
 from training.tokens.vocabulary import VocabularyConfig, make_vocabulary
 
 __all__ = [
     "ACTIONS",
+    "BEGIN",
+    "END",
     "EOS_TOKEN",
     "FIRST_SEGMENT",
     "LEAST_SIZE",
     "LOCATION_BINS",
     "STATE_BINS",
     "VOCABULARY",
+    "ActionPostfix",
     "ActionTokenizer",
     "FastDecodeError",
     "FastTokenizer",
     "NaiveTokenizer",
+    "PostfixKind",
     "VocabularyConfig",
     "act_query_ids",
     "act_query_token",
@@ -56,6 +62,7 @@ __all__ = [
     "loc_id",
     "localise",
     "location_count",
+    "make_postfix",
     "make_vocabulary",
     "own_tokens",
     "plain_text",
@@ -65,4 +72,5 @@ __all__ = [
     "prompt_vocab_size",
     "read_tokenizer",
     "token_id",
+    "without_queries",
 ]

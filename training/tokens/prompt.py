@@ -49,6 +49,11 @@ def act_query_token(i: int) -> str:
     return f"<act_query_{i}>"
 
 
+def without_queries(template: str) -> str:
+    """The template without the learned tokens at its end."""
+    return re.sub(r"(<act_query_\d+>)+$", "", template)
+
+
 def loc_token(i: int) -> str:
     """Location i along one image axis in our own vocabularies, from left to right or top to bottom."""
     return f"<loc_{i}>"

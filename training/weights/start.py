@@ -23,7 +23,7 @@ from ki_vla_ros.robot import Robot, find_robot, read_robot
 from training.config import ModelConfig, PromptConfig, StartConfig, TrainingConfig
 from training.model import VLA, VLAConfig
 from training.policy import PROMPTS
-from training.tokens import act_query_ids, fast_token, has_state_tokens, own_tokens
+from training.tokens import act_query_ids, fast_token, has_state_tokens, own_tokens, without_queries
 from training.weights.checkpoints import CONFIG, POLICY, WEIGHTS, assemble, read_config, read_policy, shapes
 from training.weights.files import WeightFiles, check_fit
 from training.weights.foreign import spellings, their_name, token_table, untrained
@@ -112,7 +112,7 @@ def adopt(config: TrainingConfig) -> TrainingConfig:
             f"{start.checkpoint / POLICY}: state.encoding: expected {model.state}, as model.state says, got "
             f"{encoding}; leave it out"
         )
-    template: str | None = re.sub(r"(<act_query_\d+>)+$", "", prompt.template)
+    template: str | None = without_queries(prompt.template)
     if new_expert and model.state_in_prompt != ("{state}" in prompt.template):
         template = None  # a new expert may be told the state in another way
     given = config.prompt

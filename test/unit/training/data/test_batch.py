@@ -82,7 +82,7 @@ def test_two_robots_are_padded_to_one_batch_and_masked() -> None:
         said = [int(token) for token in map(maker.tokenizer.id_to_token, ids) if token.isdecimal()]
         assert said == list(bins), "its own state"
     assert batch.fast_mask_BT is not None and batch.postfix_BT is not None and not batch.fast_mask_BT[1].any()
-    ids = (batch.postfix_BT[0][batch.fast_mask_BT[0]] - int(maker.fast_ids[0])).tolist()
+    ids = (batch.postfix_BT[0][batch.fast_mask_BT[0]] - int(maker.postfix.ids[0])).tolist()
     decoded_HD = one.chunks.decode(ids)
     np.testing.assert_allclose(decoded_HD, batch.action_BHA[0, :, :2].numpy(), atol=0.1)
     assert (
