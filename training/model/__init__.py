@@ -22,7 +22,7 @@ from training.model.sampling import (
 )
 from training.model.siglip import LayerNorm, VisionConfig, VisionLayer
 from training.model.sizes import VARIANTS, paligemma_3b
-from training.model.vla import VLA, Actions, Cache, Output, VLAConfig
+from training.model.vla import VLA, Actions, Cache, Output, VLAConfig, draw_weights, settle
 
 __all__ = [
     "FAULTS",
@@ -50,10 +50,12 @@ __all__ = [
     "VLAConfig",
     "VisionConfig",
     "VisionLayer",
+    "draw_weights",
     "empty_actions",
     "last_tokens",
     "order_embeddings",
     "paligemma_3b",
     "rotate",
+    "settle",
     "time_periods",
 ]

@@ -323,12 +323,22 @@ def initialize(model: VLA) -> None:
     velocities are small.
     """
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        draw_weights(module)
+    settle(model)
+
+
+def draw_weights(module: nn.Module) -> None:
+    """Of one map or table; those of the modules in it are theirs."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+
+
+def settle(model: VLA) -> None:
+    """What is not as it was drawn: closed branches, small first velocities."""
     for module in model.modules():
         if isinstance(module, AdaRMSNorm):
             nn.init.zeros_(module.dense.weight)

@@ -8,6 +8,7 @@ time and actions; pi0.5 has norms that the time modulates (adaRMS).
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
-from training.model import VLA, VisionConfig, VLAConfig
+from training.model import VLA, VisionConfig, VLAConfig, draw_weights, settle
 from training.tokens import VOCABULARY
 from training.weights.checkpoints import assemble, shapes
 from training.weights.files import WeightFiles, check_fit, find_weights
@@ -216,7 +217,11 @@ def token_table(
 
 
 def untrained(config: VLAConfig, seed: int) -> dict[str, Tensor]:
-    """Expert and action layers as `initialize` draws them, in a model with only a stub of the rest."""
+    """Expert and action layers as `initialize` draws them, in a model with only a stub of the rest.
+
+    Each layer is drawn by its name and the seed, so two experts that differ in one layer are alike in the others: runs
+    that are compared begin alike.
+    """
     stub = replace(
         config,
         vision=VisionConfig(image_size=1, patch_size=1, width=1, depth=1, heads=1, mlp=1),
@@ -224,9 +229,16 @@ def untrained(config: VLAConfig, seed: int) -> dict[str, Tensor]:
         vocab_size=1,
     )
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        drawn = VLA(stub).state_dict()
-    return {name: tensor for name, tensor in drawn.items() if name.startswith(("expert.", "action_", "state_in."))}
+        model = VLA(stub)
+        for name, module in model.named_modules():
+            torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            draw_weights(module)
+        settle(model)
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.startswith(("expert.", "action_", "state_in."))
+    }
 
 
 def their_name(name: str, config: VLAConfig) -> str:
