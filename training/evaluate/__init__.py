@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from training.evaluate.environment import Environment
+from training.evaluate.environment import Environment, at_period
 from training.evaluate.environments import HELD_OUT, open_environment
 from training.evaluate.rollouts import Act, roll_out
 
@@ -22,6 +22,7 @@ __all__ = [
     "Environment",
     "Measured",
     "act_in_training",
+    "at_period",
     "drive",
     "is_driven",
     "measure",

@@ -1,0 +1,498 @@
+"""The comparison: which runs there are, that arms differ in their recipe alone, resumption, and the page."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as xml
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from support import ROOT
+from support.ablations import write_tiny
+from support.slider import Slider
+
+from ki_vla_ros.errors import ConfigurationError
+from training import ablate
+from training.ablation import load_ablation, measures, trial, write_bench, write_report
+from training.ablation.config import ClosedLoop
+from training.ablation.plan import Job, choose_rate, find_jobs, made_of, ready, start_made_of, training_config
+from training.ablation.results import check_result, read_result, result_path, write_result
+from training.recipe import recipe_names
+from training.run import Run
+
+KNOWN = {"pointing": {"right": 0.99, "loss": 0.1}, "vqa": {"right": 0.5, "loss": 1.0}}
+START = {"weights": "w", "data": "d", "knowledge": KNOWN}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison whose common start has been made."""
+    path = write_tiny(tmp_path_factory.mktemp("ablation"))
+    config = load_ablation(path)
+    trial.run_job(config, Job("start"), None)
+    return path
+
+
+def changed(path: Path, **changes: Any) -> Path:
+    """The same comparison with other keys, and results of its own."""
+    folder = path.parent / "-".join(changes)
+    content = (
+        yaml.safe_load(path.read_text()) | {"results": str(folder / "results"), "out": str(folder / "out")} | changes
+    )
+    other = path.parent / f"{'-'.join(changes)}.yaml"
+    other.write_text(yaml.safe_dump(content))
+    return other
+
+
+# --- the arms
+
+
+def first_step(path: Path, recipe: str, seed: int = 0) -> tuple[Run, Any, Any]:
+    """A run of the recipe, its first robot batch, and the noise and times that it draws for that."""
+    run = Run(training_config(load_ablation(path), Job("run", recipe, seed)))
+    stage = run.config.stages[0]
+    batch = run.trainer.draw(0, stage, 0)[0]
+    with_flow = stage.model_copy(update={"losses": {"flow": 1.0}, "noise_samples": 2})
+    [piece] = run.trainer.losses.split(batch, with_flow, np.random.default_rng([seed, 0, 0, 0]))
+    return run, batch, piece.flow_rows
+
+
+@pytest.mark.slow
+def test_every_recipe_has_the_same_samples_noise_and_new_weights(tiny: Path) -> None:
+    """Of one seed, in the first stage; of another seed none of them are the same."""
+    names = recipe_names()
+    path = changed(tiny, arms={name: {"seeds": 2} for name in names})
+    run, batch, flow = first_step(path, "ki")
+    ours = run.model.state_dict()
+    for name in names:
+        other, other_batch, other_flow = first_step(path, name)
+        for key in ("images_BVCHW", "action_BHA", "state_BS", "known_BH"):
+            assert torch.equal(getattr(batch, key), getattr(other_batch, key)), (name, key)
+        assert torch.equal(flow.x_t_RHA, other_flow.x_t_RHA) and torch.equal(flow.time_RH, other_flow.time_RH), name
+        theirs = other.model.state_dict()
+        common = [key for key in ours.keys() & theirs.keys() if ours[key].shape == theirs[key].shape]
+        assert any(key.startswith("expert.layers") for key in common), name
+        assert [key for key in common if not torch.equal(ours[key], theirs[key])] == [], name
+    again, again_batch, again_flow = first_step(path, "ki", seed=1)
+    assert not torch.equal(batch.action_BHA, again_batch.action_BHA)
+    assert not torch.equal(flow.x_t_RHA, again_flow.x_t_RHA)
+    assert not torch.equal(ours["action_in.weight"], again.model.state_dict()["action_in.weight"])
+    assert torch.equal(ours["backbone.embedding.weight"], again.model.state_dict()["backbone.embedding.weight"])
+
+
+def test_an_arm_is_its_recipe_over_the_common_run(tiny: Path) -> None:
+    config = load_ablation(tiny)
+    ki = training_config(config, Job("run", "ki", 1, 3e-3))
+    [stage] = ki.stages
+    assert (stage.steps, stage.learning_rate, stage.final_learning_rate, stage.checkpoint_every) == (4, 3e-3, 3e-3, 2)
+    assert (stage.insulate, set(stage.losses), set(stage.sources)) == (
+        True,
+        {"text", "fast", "flow"},
+        {"robot", "scenes"},
+    )
+    assert ki.seed == 1 and ki.start is not None and ki.start.parts == ("vision", "backbone")
+    pi0 = training_config(config, Job("run", "pi0"))
+    assert set(pi0.stages[0].sources) == {"robot"} and not pi0.stages[0].insulate
+    assert training_config(config, Job("grid", "ki", 100, 1e-2)).stages[0].steps == 2
+
+
+# --- the plan
+
+
+def write_grid(path: Path, errors: Mapping[float, float | None], arm: str = "ki") -> None:
+    config = load_ablation(path)
+    for rate, error in errors.items():
+        job = Job("grid", arm, 100, rate)
+        write_result(result_path(config.results, job.name), made_of(config, job, START), {"error": error})
+
+
+def write_start(path: Path, **changes: Any) -> None:
+    config = load_ablation(path)
+    write_result(result_path(config.results, "start"), start_made_of(config), START | changes)
+
+
+def test_runs_come_start_first_then_grids_then_seed_by_seed(tiny: Path) -> None:
+    path = changed(tiny, steps=4)
+    config = load_ablation(path)
+    jobs = find_jobs(config)
+    assert [job.name for job in jobs] == [
+        "start", "grid/ki-0.001", "grid/ki-0.01", "grid/pi0-0.001", "grid/pi0-0.01", "ki-0", "pi0-0", "ki-1", "timing",
+    ]  # fmt: skip
+    assert ready(config, jobs) == ([], [Job("start")])
+    write_start(path)
+    done, now = ready(config, jobs)
+    assert [job.name for job in done] == ["start"]
+    assert [job.name for job in now] == [*(job.name for job in jobs[1:5]), "timing"], "no run without its rate"
+    write_grid(path, {1e-3: 0.2, 1e-2: 0.1})
+    done, now = ready(config, jobs)
+    assert [job.name for job in now] == ["grid/pi0-0.001", "grid/pi0-0.01", "ki-0", "ki-1", "timing"]
+    assert {job.rate for job in now if job.arm == "ki"} == {1e-2}
+    assert [job.name for job in find_jobs(config, ["pi0"])] == ["start", "grid/pi0-0.001", "grid/pi0-0.01", "pi0-0"]
+    with pytest.raises(ConfigurationError, match="--arms: expected some of ki, pi0, got pi1"):
+        find_jobs(config, ["pi1"])
+
+
+@pytest.mark.parametrize(
+    ("errors", "chosen"),
+    [
+        ({1e-3: 0.2, 1e-2: 0.1}, 1e-2),
+        ({1e-3: 0.1, 1e-2: 0.2}, 1e-3),
+        ({1e-3: 0.1, 1e-2: 0.1}, 1e-3),
+        ({1e-3: 0.3, 1e-2: None}, 1e-3),
+        ({1e-3: 0.3}, None),
+    ],
+    ids=["larger", "smaller", "tie", "diverged", "unfinished"],
+)
+def test_the_rate_with_the_smallest_error_is_taken(
+    errors: dict[float, float | None], chosen: float | None, tiny: Path, tmp_path: Path
+) -> None:
+    path = changed(tiny, results=str(tmp_path))
+    write_grid(path, errors)
+    assert choose_rate(load_ablation(path), "ki", START) == chosen
+
+
+def test_an_arm_that_learns_with_no_rate_is_named(tiny: Path, tmp_path: Path) -> None:
+    path = changed(tiny, results=str(tmp_path))
+    write_grid(path, {1e-3: None, 1e-2: None})
+    with pytest.raises(ConfigurationError, match=r"arm ki: expected a learning rate .* got none of 0\.001, 0\.01"):
+        choose_rate(load_ablation(path), "ki", START)
+
+
+def test_nothing_grows_on_a_start_that_knows_too_little(tiny: Path, tmp_path: Path) -> None:
+    knowledge = yaml.safe_load(tiny.read_text())["knowledge"] | {"gates": {"pointing": 0.95, "vqa": 0.4}}
+    path = changed(tiny, results=str(tmp_path), knowledge=knowledge)
+    config = load_ablation(path)
+    write_start(path)
+    assert len(ready(config, find_jobs(config))[1]) == 5
+    write_start(path, knowledge={"pointing": {"right": 0.9}, "vqa": {"right": 0.5}})
+    with pytest.raises(ConfigurationError, match=r"the common start: expected pointing at least 0.95, got 0.9"):
+        ready(config, find_jobs(config))
+
+
+def test_a_result_of_another_configuration_is_refused_and_says_what_differs(tiny: Path, tmp_path: Path) -> None:
+    path = changed(tiny, results=str(tmp_path))
+    write_start(path)
+    write_grid(path, {1e-3: 0.2, 1e-2: 0.1})
+    other = changed(path, grid={"rates": [1e-3, 1e-2], "steps": 3, "seed": 100}, results=str(tmp_path))
+    config = load_ablation(other)
+    with pytest.raises(ConfigurationError, match=r"grid/ki-0.001.json: .*run.stages.0.steps: expected 3, got 2.*move"):
+        ready(config, find_jobs(config))
+    moved = changed(path, out="elsewhere", timed_rounds=7, results=str(tmp_path))
+    assert len(ready(load_ablation(moved), find_jobs(load_ablation(moved)))[0]) == 3, "where it ran changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"points": [2, 3]}, "points: expected rising multiples of the first"),
+        ({"points": [2]}, "the last being steps"),
+        ({"grid": {"rates": [1e-3], "steps": 2, "seed": 1}}, "expected none of the arms' seeds 0 to 1, got 1"),
+        (
+            {"arms": {"ki": {"paper": {"than": "pi0", "expected": "worse", "says": ""}}}},
+            "expected another arm, got 'pi0'",
+        ),
+        ({"arms": {"ki": {}, "kj": {}}}, "arm kj: recipe: expected a file, or one of"),
+        ({"run": {"seed": 1}}, "run: expected what all arms share, got seed"),
+        ({"run": {"robot": "demo_arm"}}, "arm ki: sources: expected sources, got none"),
+    ],
+)
+def test_a_comparison_that_is_none_is_refused(
+    changes: dict[str, Any], fault: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate.main(["--config", str(changed(tiny, **changes))]) == 2
+    told = capsys.readouterr().err
+    assert fault in told and "Traceback" not in told
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    for content in ('{"format": 1', '{"format": 0, "made_of": {}}', "[]", '{"format": 1}'):
+        (tmp_path / "ki-0.json").write_text(content)
+        with pytest.raises(
+            ConfigurationError, match=r"ki-0\.json: expected the result of a run in format 1, .*move it"
+        ):
+            read_result(tmp_path / "ki-0.json")
+    assert check_result(tmp_path / "none.json", {}) is None
+
+
+# --- the driver
+
+
+class Done:
+    """In place of a process: the job is done at once, or fails."""
+
+    def __init__(self, returncode: int) -> None:
+        self.returncode = returncode
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def terminate(self) -> None: ...
+    def wait(self) -> None: ...
+
+
+def test_what_is_there_is_not_run_again_and_what_fails_holds_up_nobody_else(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = changed(tiny, results=str(tmp_path))
+    config, begun, broken = load_ablation(path), list[str](), {"pi0-0"}
+
+    def start(_: Path, job: Job) -> Done:
+        begun.append(job.name)
+        if job.name in broken:
+            return Done(2)
+        of = start_made_of(config) if job.kind == "start" else made_of(config, job, START)
+        write_result(result_path(config.results, job.name), of, START if job.kind == "start" else {"error": 0.1})
+        return Done(0)
+
+    monkeypatch.setattr(ablate, "_start", start)
+    assert ablate.main(["--config", str(path), "--jobs", "2"]) == 2
+    assert begun == [job.name for job in find_jobs(config)]
+    assert "got 1 that failed: pi0-0" in capsys.readouterr().err
+    broken.clear()
+    assert ablate.main(["--config", str(path)]) == 0
+    assert begun[len(find_jobs(config)) :] == ["pi0-0"]
+
+
+def test_a_killed_driver_takes_its_runs_with_it() -> None:
+    code = (
+        "import os, subprocess, sys, time; from functools import partial; from training.ablate import _die_with\n"
+        "child = subprocess.Popen(['sleep', '60'], preexec_fn=partial(_die_with, os.getpid()))\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True) as driver:
+        assert driver.stdout is not None
+        child = int(driver.stdout.readline())
+        os.kill(child, 0)
+        driver.kill()
+        until_s = time.monotonic() + 20.0
+        while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1][:3]:
+            assert time.monotonic() < until_s, "the run goes on without its driver"
+            time.sleep(0.05)
+        assert driver.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_anywhere_comes_to_the_same_figures(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in training after the first checkpoint, between two points, and before its result is written.
+
+    Episodes here depend on the weights alone; the simulator has tests of its own.
+    """
+
+    def weigh(run: Run, loop: ClosedLoop, episodes: int) -> dict[str, Any]:
+        weighed = sum(float(tensor.double().sum()) for tensor in run.model.state_dict().values())
+        return {"known": {"follow": weighed.hex(), "success": episodes, "malformed": 0}}
+
+    monkeypatch.setattr(measures, "drive", weigh)
+    config = load_ablation(tiny)
+    start, job = read_result(result_path(config.results, "start")), Job("run", "ki", 0, 1e-2)
+    trial.run_job(config, job, start)
+    whole = read_result(result_path(config.results, job.name))
+    path = changed(tiny, results=str(tmp_path / "results"), out=str(tmp_path / "out"))
+    config = load_ablation(path)
+    real = {"drive": measures.drive, "accumulate": None, "write": trial.write_result}
+    driven = list[int]()
+
+    def stopping(name: str, after: int) -> Any:
+        calls = iter(range(100))
+
+        def call(*given: Any) -> Any:
+            if next(calls) == after:
+                raise KeyboardInterrupt
+            driven.append(given[2]) if name == "drive" else None
+            return real[name](*given)
+
+        return call
+
+    from training.train import Trainer
+
+    real["accumulate"] = Trainer.accumulate_gradients
+    for name, place, after in (
+        ("accumulate", (Trainer, "accumulate_gradients"), 3),
+        ("drive", (measures, "drive"), 1),
+        ("write", (trial, "write_result"), 0),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, stopping(name, after))
+            with pytest.raises(KeyboardInterrupt):
+                trial.run_job(config, job, start)
+        assert read_result(result_path(config.results, job.name)) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(measures, "drive", stopping("drive", 0))
+        trial.run_job(config, job, start)  # all points are measured already
+    found = read_result(result_path(config.results, job.name))
+    assert found is not None and whole is not None and driven == [1]
+    for result in (found, whole):
+        for key in ("latency_ms", "minutes", "date"):
+            del result[key]
+        for point in result["points"]:
+            del point["minutes"]
+    assert found == whole
+    assert len(list((tmp_path / "out/ki-0").glob("checkpoint-*"))) == 1
+
+
+# --- the measures
+
+
+def test_a_place_may_be_a_little_off_and_a_word_may_not() -> None:
+    true = ["<loc_3>", "<loc_20>", "<eos>"]
+    assert measures.is_right(["<loc_5>", "<loc_18>", "<eos>"], true, 2.0)
+    assert not measures.is_right(["<loc_6>", "<loc_18>", "<eos>"], true, 2.0)
+    assert not measures.is_right(["<loc_3>", "<loc_20>"], true, 2.0)
+    assert not measures.is_right(["<loc_3>", "red", "<eos>"], true, 2.0)
+    assert measures.is_right(["<loc0512>", "<eos>"], ["<loc0500>", "<eos>"], 102.4)
+    assert not measures.is_right(["red", "ball"], ["red", "cube"], 9.0)
+
+
+class Guided:
+    """A run whose policy goes the right way but from seed 1,000,001 on; from seed 1,000,003 on it has no chunk."""
+
+    def __init__(self) -> None:
+        self.data = SimpleNamespace(robot=Slider().robot)
+
+    def act(self) -> Any:
+        def act(images: Any, state_S: np.ndarray, instruction: str, number: int) -> np.ndarray:
+            seed = number >> 16
+            actions_HD = np.tile(state_S, (4, 1))
+            actions_HD[:, 0] += (0.1 if seed == 1_000_000 else -0.1) * np.arange(1, 5)
+            return actions_HD * np.nan if seed >= 1_000_003 else actions_HD
+
+        return act
+
+
+def test_an_episode_is_a_digit_in_the_order_of_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "open_environment", lambda name: Slider())
+    loop = ClosedLoop(splits={"all": "slider"}, episodes=4, earlier=1)
+    found = measures.drive(Guided(), loop, 4)  # type: ignore[arg-type]
+    assert found == {"all": {"follow": "1000", "success": "1000", "malformed": 1}}
+
+
+# --- the page
+
+
+def synthetic(follow: float, seed: int, steps: Mapping[int, float]) -> dict[str, Any]:
+    """A run whose share of followed instructions is known exactly: the first of 20 episodes."""
+    digits = {step: "1" * round(20 * share) + "0" * (20 - round(20 * share)) for step, share in steps.items()}
+    digits[max(steps)] = "1" * round(20 * follow) + "0" * (20 - round(20 * follow))
+    points = [
+        {
+            "step": step,
+            "episodes": {"known": {"follow": d, "success": d, "malformed": 0}},
+            "knowledge": {"pointing": {"right": follow, "loss": 1.0}, "vqa": {"right": 0.5, "loss": 2.0}},
+            "gradients": {"tokens": 2.0, "flow": 1.0, "cosine": -0.25},
+        }
+        for step, d in digits.items()
+    ]
+    return {
+        "date": f"2026-11-2{seed + 5}",
+        "machine": "x",
+        "commit": "c",
+        "learning_rate": 1e-3,
+        "data": "d",
+        "recipe": {"stages": [{"losses": {"fast": 1.0, "flow": 1.0}}]},
+        "points": points,
+        "offline": {"fast_accuracy": 0.75, "fast_error": 0.05, "fast_whole": 0.875},
+        "tokens_per_chunk": 21.5,
+        "latency_ms": {"flow": 12.0, "tokens": 80.0},
+    }
+
+
+@pytest.fixture
+def results(tiny: Path, tmp_path: Path) -> Path:
+    """ki follows 16 of 20 episodes with both seeds, pi0 four with its one."""
+    path = changed(tiny, results=str(tmp_path / "ablation/tiny"))
+    config = load_ablation(path)
+    write_bench(config, Path("config/ablation/tiny.yaml"))
+    write_start(path)
+    write_grid(path, {1e-3: 0.2, 1e-2: None})
+    for arm, seed, follow in (("ki", 0, 0.8), ("ki", 1, 0.8), ("pi0", 0, 0.2)):
+        run = synthetic(follow, seed, {2: 0.2, 4: follow})
+        write_result(result_path(config.results, f"{arm}-{seed}"), {"start.weights": "w"}, run)
+    seconds = {"ki": 0.2, "pi0": 0.1}
+    write_result(result_path(config.results, "timing"), {}, {"seconds_per_step": seconds})
+    return tmp_path / "ablation"
+
+
+def rows(text: str, title: str) -> dict[str, list[str]]:
+    """The cells of a section's table by the first one."""
+    lines = text.split(f"### {title}")[1].split("###")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0]: row[1:] for row in cells[2:]}
+
+
+def test_the_page_says_what_the_files_say(results: Path) -> None:
+    assert write_report(results) == [results / "tiny.svg", results.with_suffix(".md")]
+    text = results.with_suffix(".md").read_text()
+    assert "python -m training.ablate --config config/ablation/tiny.yaml" in text
+    assert "2026-11-25 to 2026-11-26; x; commit c" in text and "All runs are there." in text
+    steps = rows(text, "After equally many steps")
+    assert (
+        steps["ki"][:2] == ["2", "0.001"] and steps["ki"][2].startswith("80 [") and steps["pi0"][2].startswith("20 [")
+    )
+    seconds = rows(text, "After equally many seconds")
+    assert seconds["ki"][2] == "2" and seconds["ki"][3].startswith("20 ["), (
+        "half the steps, as each takes twice as long"
+    )
+    assert seconds["pi0"][2] == "4" and seconds["pi0"][3].startswith("20 [")
+    paper = rows(text, "Beside the paper")
+    assert (
+        paper["pi0"][0] == "0.49" and paper["pi0"][2].startswith("-60 [") and paper["pi0"][3:6] == ["1", "agrees", ""]
+    )
+    reached = rows(text, "Until so many are followed (known)")
+    assert (
+        reached["ki"][0].startswith("3 [") and reached["ki"][1].startswith("1 [") and reached["ki"][2].startswith("4 [")
+    )
+    assert reached["pi0"][0] == "> 4 [> 4, > 4]" and reached["pi0"][1] == "> 0 [> 0, > 0]"
+    known = rows(text, "What the vision-language model still knows")
+    assert known["(the common start)"][:2] == ["99.0%", "50.0%"] and known["pi0"][0] == "20.0%"
+    assert rows(text, "Action tokens")["ki"] == ["21.5", "75.0%", "0.050", "12.5%"]
+    times = rows(text, "Time, and gradients in the backbone")
+    assert times["ki"] == ["200", "2.00", "12.0", "80.0", "-", "2.000", "1.000", "-0.250"]
+    assert rows(text, "Learning rates")["ki"] == ["0.2000", "-"]
+
+
+def test_a_persons_words_survive(results: Path) -> None:
+    write_report(results)
+    (results / "notes.yaml").write_text("page: What we make of it.\ntiny: {pi0: too few | steps}\n")
+    write_report(results)
+    text = results.with_suffix(".md").read_text()
+    assert "\nWhat we make of it.\n" in text and rows(text, "Beside the paper")["pi0"][5] == "too few / steps"
+    assert "page: What we make of it." in (results / "notes.yaml").read_text()
+    (results / "notes.yaml").write_text("- none\n")
+    with pytest.raises(ConfigurationError, match=r"notes\.yaml: expected page"):
+        write_report(results)
+
+
+def test_a_run_that_is_missing_is_named_and_one_of_another_start_refused(results: Path) -> None:
+    (results / "tiny/ki-1.json").unlink()
+    write_report(results)
+    assert "Not all runs are there yet: ki (1 of 2)." in results.with_suffix(".md").read_text()
+    write_result(results / "tiny/ki-1.json", {"start.weights": "other"}, synthetic(0.5, 1, {2: 0.1, 4: 0.5}))
+    with pytest.raises(ConfigurationError, match="expected runs of one start"):
+        write_report(results)
+
+
+def test_the_figure_has_every_arm_and_its_curve(results: Path) -> None:
+    write_report(results)
+    figure = xml.parse(results / "tiny.svg").getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    titles = [element.text for element in figure.iter(f"{space}title")]
+    assert "ki, known: 80% [" in "".join(title for title in titles if title and title.startswith("ki, known"))
+    assert len(list(figure.iter(f"{space}circle"))) == 2
+    assert [line.find(f"{space}title").text for line in figure.iter(f"{space}polyline")] == ["ki", "ki"]  # type: ignore[union-attr]
+
+
+def test_without_results_there_is_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ablate.main(["--report", str(tmp_path)]) == 2
+    assert "expected folders with bench.json" in capsys.readouterr().err

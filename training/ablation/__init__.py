@@ -1,0 +1,22 @@
+"""The comparison of recipes: which runs, what is measured of each, and the page of what came out."""
+
+from training.ablation.config import AblationConfig, load_ablation
+from training.ablation.plan import Job, find_jobs, ready, training_config
+from training.ablation.report import write_bench, write_report
+from training.ablation.results import check_result, read_result, result_path
+from training.ablation.trial import run_job
+
+__all__ = [
+    "AblationConfig",
+    "Job",
+    "check_result",
+    "find_jobs",
+    "load_ablation",
+    "read_result",
+    "ready",
+    "result_path",
+    "run_job",
+    "training_config",
+    "write_bench",
+    "write_report",
+]

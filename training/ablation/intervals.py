@@ -1,0 +1,105 @@
+"""How certain the figures of a comparison are: a bootstrap over runs, and over the episodes within each.
+
+Runs that differ by their seed alone are drawn first, then episodes within each drawn run. Of n runs n - 1 are drawn:
+the mean of n drawn ones would vary by (n - 1) / n of what it should (Rao and Wu 1988), which with three runs is a third
+too little. Of a single run only the episodes are drawn: such an interval does not hold for another seed.
+
+Legend: S runs (seeds), E episodes, R draws, P points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+DRAWS: Final = 4000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval; infinite where it was never reached. `runs` is how many it is of."""
+
+    value: float
+    low: float
+    high: float
+    runs: int = 1
+
+    def beside(self, expected: str, same_within: float) -> str:
+        """Whether this difference, as larger is better, agrees with what is expected: worse, same or better."""
+        if expected == "same":
+            if -same_within <= self.low and self.high <= same_within:
+                return "agrees"
+            return "disagrees" if self.low > 0 or self.high < 0 else "cannot tell"
+        low, high = (self.low, self.high) if expected == "better" else (-self.high, -self.low)
+        return "agrees" if low > 0 else "disagrees" if high < 0 else "cannot tell"
+
+
+def draw_runs(runs: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """[R, K]: which runs each draw is of."""
+    return rng.integers(0, runs, (DRAWS, max(1, runs - 1)))
+
+
+def draw_means(values_SE: Array, chosen_RK: NDArray[np.int64], rng: np.random.Generator) -> Array:
+    """[R]: means over the chosen runs, of episodes that are drawn anew in each."""
+    episodes, total_R = values_SE.shape[1], np.zeros(len(chosen_RK))
+    for chosen_R in chosen_RK.T:
+        weight_RE = rng.multinomial(episodes, np.full(episodes, 1.0 / episodes), len(chosen_RK))
+        total_R += (values_SE[chosen_R] * weight_RE).sum(axis=1) / episodes
+    return total_R / chosen_RK.shape[1]
+
+
+def mean(values_SE: Array, seed: int = 0) -> Estimate:
+    """Of runs with equally many episodes."""
+    rng = np.random.default_rng(seed)
+    drawn_R = draw_means(values_SE, draw_runs(len(values_SE), rng), rng)
+    low, high = np.percentile(drawn_R, [2.5, 97.5])
+    return Estimate(float(values_SE.mean()), float(low), float(high), len(values_SE))
+
+
+def difference(ours_SE: Array, theirs_SE: Array, seed: int = 0) -> Estimate:
+    """Ours minus theirs, where row and column are the same seed and the same episode of both."""
+    if ours_SE.shape != theirs_SE.shape:
+        raise ValueError(
+            f"difference: expected the same runs and episodes of both, got {ours_SE.shape}, {theirs_SE.shape}"
+        )
+    return mean(ours_SE - theirs_SE, seed)
+
+
+def crossing(at_P: Sequence[float], value_P: Sequence[float], level: float) -> float:
+    """Where a line through (0, 0) and these points first comes to a level; infinite if it does not."""
+    before_x, before_y = 0.0, 0.0
+    for x, y in zip(at_P, value_P, strict=True):
+        if y >= level:
+            return before_x + (x - before_x) * (level - before_y) / (y - before_y)
+        before_x, before_y = x, y
+    return math.inf
+
+
+def time_to(at_P: Sequence[float], values_PSE: Sequence[Array], level: float, seed: int = 0) -> Estimate:
+    """Where the mean over runs and episodes comes to a level; the points may have different numbers of episodes."""
+    rng, runs = np.random.default_rng(seed), len(values_PSE[0])
+    value = crossing(at_P, [float(values_SE.mean()) for values_SE in values_PSE], level)
+    chosen_RK = draw_runs(runs, rng)  # the same runs at every point
+    drawn_PR = [draw_means(values_SE, chosen_RK, rng) for values_SE in values_PSE]
+    times = np.sort([crossing(at_P, drawn_P, level) for drawn_P in np.stack(drawn_PR, axis=1).tolist()])
+    # Without interpolation, which would make NaN of two infinite ones.
+    low, high = times[int(0.025 * len(times))], times[min(len(times) - 1, int(0.975 * len(times)))]
+    return Estimate(value, float(low), float(high), runs)
+
+
+def at(x: float, at_P: Sequence[float], values_PSE: Sequence[Array]) -> Array:
+    """[S, E] of what lies between two points (the first is (0, 0)): on a line, over the episodes that both have."""
+    after = next((p for p, place in enumerate(at_P) if place >= x - 1e-9), len(at_P) - 1)
+    if x >= at_P[after] - 1e-9:
+        return values_PSE[after]
+    if after == 0:
+        return values_PSE[0] * (x / at_P[0])
+    share = (x - at_P[after - 1]) / (at_P[after] - at_P[after - 1])
+    both = min(values_PSE[after - 1].shape[1], values_PSE[after].shape[1])
+    return (1 - share) * values_PSE[after - 1][:, :both] + share * values_PSE[after][:, :both]

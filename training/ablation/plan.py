@@ -1,0 +1,183 @@
+"""Which runs a comparison has, what each of them is as a training configuration, and which can be run now.
+
+First the common start, then for each arm a grid of learning rates, then the arms: all with seed 0, then those with seed
+1, and so on, so that a comparison that is ended early has a bit of everything. Last the steps of all arms take turns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import ValidationError
+
+from ki_vla_ros.errors import ConfigurationError, describe_validation
+from training.ablation.config import AblationConfig
+from training.ablation.results import check_result, result_path
+from training.config import TrainingConfig, load_config
+from training.recipe import lay_recipe
+from training.train import flatten
+
+POLICY: Final = "policy"  # in a finished run's folder
+NOT_OF_A_RESULT: Final = {"name", "out", "keep", "threads", "workers", "cache_gb", "made_by"}
+"""Of a training configuration, what changes no figure."""
+START, TIMING, GRID = "start", "timing", "grid"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to run. `rate` is its learning rate, None where the grid has yet to choose it."""
+
+    kind: Literal["start", "grid", "run", "timing"]
+    arm: str = ""
+    seed: int = 0
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its result, beside those of the others."""
+        if self.kind in (START, TIMING):
+            return self.kind
+        return f"{GRID}/{self.arm}-{self.rate:g}" if self.kind == GRID else f"{self.arm}-{self.seed}"
+
+
+def find_jobs(config: AblationConfig, arms: Collection[str] | None = None) -> list[Job]:
+    """All that is to run, in its order; with `arms` only what these need. ConfigurationError for one there is not."""
+    if unknown := sorted(set(arms or ()) - config.arms.keys()):
+        raise ConfigurationError(f"--arms: expected some of {', '.join(config.arms)}, got {', '.join(unknown)}")
+    chosen = {name: arm for name, arm in config.arms.items() if arms is None or name in arms}
+    jobs = [Job("start")]
+    for name in chosen:
+        if len(config.grid.rates) > 1:
+            jobs += [Job("grid", name, config.grid.seed, rate) for rate in config.grid.rates]
+    for seed in range(max(arm.seeds for arm in chosen.values())):
+        jobs += [Job("run", name, seed) for name, arm in chosen.items() if seed < arm.seeds]
+    return jobs if arms is not None else [*jobs, Job("timing")]
+
+
+def ready(config: AblationConfig, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """The jobs that are done, and of the others those that can be run now, with their learning rates.
+
+    ConfigurationError for a result of another configuration, and for a start that misses its gates.
+    """
+    start = check_result(result_path(config.results, START), start_made_of(config))
+    done, now = list[Job](), list[Job]()
+    if start is None:
+        return done, [job for job in jobs if job.kind == START]
+    check_gates(config, start)
+    done.append(Job("start"))
+    for job in jobs:
+        if job.kind in ("run", GRID):
+            rate = job.rate or choose_rate(config, job.arm, start)
+            if rate is None:
+                continue
+            job = Job(job.kind, job.arm, job.seed, rate)
+        elif job.kind == START:
+            continue
+        found = check_result(result_path(config.results, job.name), made_of(config, job, start))
+        (now if found is None else done).append(job)
+    return done, now
+
+
+def check_gates(config: AblationConfig, start: Mapping[str, Any]) -> None:
+    """ConfigurationError if the common start knows too little: what grows on it would say nothing of recipes."""
+    if config.knowledge is None:
+        return
+    missed = [
+        f"{kind} at least {least:g}, got {start['knowledge'][kind]['right']:.3g}"
+        for kind, least in config.knowledge.gates.items()
+        if start["knowledge"][kind]["right"] < least
+    ]
+    if missed:
+        raise ConfigurationError(
+            f"{config.start}: the common start: expected {'; '.join(missed)}; train it longer, and move the results "
+            f"in {config.results} and the runs in {config.out} away"
+        )
+
+
+def choose_rate(config: AblationConfig, arm: str, start: Mapping[str, Any]) -> float | None:
+    """The rate of the grid with the smallest error; None while one of them has not been run. Ties: the smaller rate."""
+    if len(config.grid.rates) == 1:
+        return config.grid.rates[0]
+    errors = {}
+    for rate in config.grid.rates:
+        job = Job("grid", arm, config.grid.seed, rate)
+        found = check_result(result_path(config.results, job.name), made_of(config, job, start))
+        if found is None:
+            return None
+        errors[rate] = math.inf if found["error"] is None else found["error"]  # None: it diverged
+    if min(errors.values()) == math.inf:
+        raise ConfigurationError(
+            f"arm {arm}: expected a learning rate of the grid with which it learns, got none of "
+            f"{', '.join(f'{rate:g}' for rate in errors)}; add smaller ones to grid.rates"
+        )
+    return min(sorted(errors), key=lambda rate: errors[rate])
+
+
+def start_config(config: AblationConfig) -> TrainingConfig:
+    return _load(config.start)
+
+
+@cache
+def _load(path: Path) -> TrainingConfig:
+    return load_config(path)
+
+
+def training_config(config: AblationConfig, job: Job) -> TrainingConfig:
+    """The run as `training.train` would have it. A job without a rate has the grid's first.
+
+    The learning rate stays what it is after warm-up, so that each point is the end of a run of that length.
+    """
+    rate = job.rate or config.grid.rates[0]
+    steps = config.grid.steps if job.kind == GRID else config.steps
+    content = deepcopy(config.run)
+    content |= {
+        "name": f"{config.name}_{job.arm}",
+        "recipe": config.arms[job.arm].recipe or job.arm,
+        "seed": job.seed,
+        "out": config.out / job.name,
+        "keep": steps // min(config.points[0], steps) + 8,
+        "start": {"checkpoint": start_config(config).out / POLICY, "parts": ["vision", "backbone"]},
+    }
+    content["stage"] = dict(content.get("stage") or {}) | {
+        "steps": steps,
+        "learning_rate": rate,
+        "final_learning_rate": rate,
+        "checkpoint_every": config.points[0],
+    }
+    try:
+        return TrainingConfig.model_validate(lay_recipe(content))
+    except ValidationError as error:
+        raise ConfigurationError(f"arm {job.arm}: {describe_validation(error, TrainingConfig)}") from error
+    except ConfigurationError as error:
+        raise ConfigurationError(f"arm {job.arm}: {error}") from error
+
+
+def start_made_of(config: AblationConfig) -> dict[str, Any]:
+    run = start_config(config).model_dump(exclude=NOT_OF_A_RESULT, exclude_none=True)
+    return flatten({"run": run, "knowledge": measured(config)["knowledge"]})
+
+
+def made_of(config: AblationConfig, job: Job, start: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides a job's figures, by dotted name; `start` is the result of the common start."""
+    origin = {"weights": start["weights"], "data": start["data"]}
+    if job.kind == TIMING:
+        runs = {arm: training_config(config, Job("run", arm)) for arm in config.arms}
+        shown = {arm: run.model_dump(exclude=NOT_OF_A_RESULT, exclude_none=True) for arm, run in runs.items()}
+        return flatten({"start": origin, "rounds": config.timed_rounds, "runs": shown})
+    run = training_config(config, job).model_dump(exclude=NOT_OF_A_RESULT, exclude_none=True)
+    return flatten({"start": origin, "run": run} | ({} if job.kind == GRID else measured(config)))
+
+
+def measured(config: AblationConfig) -> dict[str, Any]:
+    knowledge = config.knowledge
+    return {
+        "points": config.points,
+        "closed_loop": config.closed_loop.model_dump(exclude_none=True),
+        "knowledge": {} if knowledge is None else knowledge.model_dump(exclude={"gates"}),
+    }

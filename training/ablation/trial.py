@@ -1,0 +1,215 @@
+"""One job of a comparison, from where it was stopped: a run is trained as `training.train` does it, then measured.
+
+A run keeps a checkpoint for each of its points, and each point's figures are a file beside them as soon as they are
+known. So a job that is killed at any moment goes on in training or in measuring, and its result is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ki_vla_ros.bench import time_alternating
+from ki_vla_ros.files import read_json
+from training.ablation import measures
+from training.ablation.config import AblationConfig
+from training.ablation.plan import (
+    GRID,
+    POLICY,
+    START,
+    TIMING,
+    Job,
+    made_of,
+    start_config,
+    start_made_of,
+    training_config,
+)
+from training.ablation.results import result_path, write_result
+from training.policy import commit
+from training.run import Run
+from training.storage import only_run, write_whole
+from training.weights import RunState, open_run
+
+POINTS = "points"
+
+
+def run_job(config: AblationConfig, job: Job, start: Mapping[str, Any] | None) -> None:
+    """Run a job to its end, and write its result. `start` is the result of the common start, once there is one."""
+    if job.kind == START:
+        figures, origin = train_start(config), start_made_of(config)
+    else:
+        assert start is not None
+        origin = made_of(config, job, start)
+        figures = {TIMING: time_steps, GRID: try_rate, "run": train_arm}[job.kind](config, job)
+    where = {
+        "job": job.kind,
+        "arm": job.arm,
+        "seed": job.seed,
+        "learning_rate": job.rate,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread",
+        "commit": commit(),
+    }
+    write_result(result_path(config.results, job.name), origin, where | figures)
+    if job.kind in (GRID, "run"):
+        tidy(training_config(config, job).out, keep=job.kind == "run")
+
+
+def tidy(out: Path, keep: bool) -> None:
+    """Remove the run's checkpoints but the last, or all of the run."""
+    if not keep:
+        shutil.rmtree(out)
+        return
+    for folder in sorted(out.glob("checkpoint-*"))[:-1]:
+        shutil.rmtree(folder)
+
+
+def train_start(config: AblationConfig) -> dict[str, Any]:
+    """The model that all arms begin with, and what it knows."""
+    run = Run(start_config(config))
+    run.run()
+    with run.trainer.averaged():
+        knowledge = {} if config.knowledge is None else measures.ask(run, config.knowledge)
+    return {
+        "weights": fingerprint(run.config.out / POLICY),
+        "data": run.fingerprint,
+        "figures": measures.offline(last_figures(run)),
+        "knowledge": knowledge,
+        "minutes": spent(run),
+    }
+
+
+def fingerprint(policy: Path) -> str:
+    """SHA-256 of the weights."""
+    [file] = sorted(policy.glob("*.safetensors"))
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def try_rate(config: AblationConfig, job: Job) -> dict[str, Any]:
+    """A short run of the grid; its `error` is None if it diverged."""
+    run = Run(training_config(config, job))
+    with only_run(run.config.out):
+        try:
+            run.trainer.run()
+        except FloatingPointError as error:
+            return {"error": None, "diverged": str(error)[:200]}
+        with run.trainer.averaged():
+            return {"error": measures.chunk_error(run), "data": run.fingerprint}
+
+
+def train_arm(config: AblationConfig, job: Job) -> dict[str, Any]:
+    """A run with all figures of its points; without the policy folder, as not every recipe's can be exported."""
+    run = Run(training_config(config, job))
+    with only_run(run.config.out):
+        run.trainer.run()
+        places, points = checkpoints(run), []
+        for wanted in config.points:
+            taken = max(step for step in places if step <= wanted)
+            points.append(at_point(config, run, places[taken], wanted, taken))
+        with run.trainer.averaged():  # of the last point
+            return {
+                "data": run.fingerprint,
+                "recipe": describe(run),
+                "weights": sum(parameter.numel() for parameter in run.model.parameters()),
+                "points": points,
+                "offline": measures.offline(last_figures(run)),
+                "tokens_per_chunk": measures.token_counts(run),
+                "latency_ms": measures.latency_ms(run),
+                "minutes": spent(run),
+            }
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What the recipe made of the run, for the report: which losses there are, and how chunks are read."""
+    return {
+        "stages": [
+            {"steps": stage.steps, "losses": dict(stage.losses), "insulate": stage.insulate}
+            for stage in run.config.stages
+        ],
+        "sampler": run.config.sampler,
+        "state": run.config.model.state,
+    }
+
+
+def checkpoints(run: Run) -> dict[int, Path]:
+    """The checkpoints that there are, by how many steps the run had taken, over all stages."""
+    found = {}
+    for folder in sorted(run.config.out.glob("checkpoint-*")):
+        found[run.trainer.count_steps(open_run(folder)[0])] = folder
+    return found
+
+
+def at_point(config: AblationConfig, run: Run, folder: Path, wanted: int, taken: int) -> dict[str, Any]:
+    """The figures of one point, measured unless they were before."""
+    path = run.config.out / POINTS / f"{wanted:06d}.json"
+    if path.exists():
+        found: dict[str, Any] = read_json(path)
+        return found
+    state, saved = open_run(folder)
+    saved.load(run.trainer.tensors())
+    last = wanted == config.points[-1]
+    with run.trainer.averaged():
+        figures = {
+            "step": taken,
+            "minutes": sum(state.minutes.values()),
+            "error": measures.chunk_error(run),
+            "episodes": measures.drive(
+                run, config.closed_loop, config.closed_loop.episodes if last else config.closed_loop.earlier
+            ),
+            "knowledge": {} if config.knowledge is None else measures.ask(run, config.knowledge),
+            "gradients": measures.gradients(run),
+        }
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps(figures))
+    return figures
+
+
+def last_figures(run: Run) -> dict[str, float]:
+    last = run.config.stages[-1]
+    return run.trainer.figure_record.values(last.name, last.steps)
+
+
+def spent(run: Run) -> float:
+    """Minutes of training by the wall clock; of a machine that others use too, they say little."""
+    [*_, newest] = checkpoints(run).values()
+    state: RunState = open_run(newest)[0]
+    return sum(state.minutes.values())
+
+
+def time_steps(config: AblationConfig, job: Job) -> dict[str, Any]:
+    """Processor seconds of a step's gradients, of all arms in one process, taking turns."""
+    calls: dict[str, Callable[[], object]] = {}
+    shares: dict[str, tuple[str, float]] = {}
+    for arm in config.arms:
+        run = Run(training_config(config, Job("run", arm)))
+        for index, stage in enumerate(run.config.stages):
+            name = f"{arm}/{stage.name}"
+            calls[name] = step_of(run, index)
+            shares[name] = arm, stage.steps / sum(s.steps for s in run.config.stages)
+    taken_ms = time_alternating(calls, config.timed_rounds, 2, lambda _: None, time.process_time_ns)
+    seconds = dict.fromkeys(config.arms, 0.0)
+    for name, (arm, share) in shares.items():
+        seconds[arm] += share * float(np.median(taken_ms[name])) / 1e3
+    return {"seconds_per_step": seconds, "rounds": config.timed_rounds}
+
+
+def step_of(run: Run, index: int) -> Callable[[], object]:
+    trainer, stage = run.trainer, run.config.stages[index]
+    batches = trainer.draw(index, stage, 0)
+
+    def step() -> None:
+        trainer.choose(stage)
+        run.model.zero_grad(set_to_none=True)
+        trainer.accumulate_gradients(stage, batches, np.random.default_rng(0))
+
+    return step
