@@ -41,6 +41,7 @@ def write_tiny(folder: Path, **changes: Any) -> Path:
         "name": "start",
         "out": str(folder / "out/start"),
         "vocabulary": {"kind": "words"},
+        "model": SIZES | {"state": "special"},  # its tokens come before FAST's, so no arm could add them
         "stages": [
             {
                 "name": "language",
