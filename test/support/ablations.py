@@ -13,9 +13,9 @@ from support.demo_data import TINY, write_demo_data
 SIZES: dict[str, Any] = {
     "vision": {"image_size": 24, "patch_size": 12, "width": 16, "depth": 1, "heads": 2, "mlp": 16, "stem": "conv"},
     "backbone": {"width": 16, "depth": 2, "mlp": 16, "heads": 2, "kv_heads": 1, "head_dim": 8},
-    "expert": {"width": 16, "depth": 2, "mlp": 16, "heads": 2, "kv_heads": 1, "head_dim": 8},
+    "expert": {"width": 8, "depth": 2, "mlp": 16, "heads": 2, "kv_heads": 1, "head_dim": 8},
 }
-DATA = replace(TINY, robot_episodes=12, sizes=replace(TINY.sizes, image_size=24, grid=2, horizon=4))
+DATA = replace(TINY, robot_episodes=12, sizes=replace(TINY.sizes, image_size=24, grid=2, horizon=8))
 
 
 def write_tiny(folder: Path, **changes: Any) -> Path:
@@ -29,11 +29,10 @@ def write_tiny(folder: Path, **changes: Any) -> Path:
     }
     shared = {
         "robot": "demo_arm",
-        "horizon": 4,
+        "horizon": 8,
         "sources": sources,
         "held_out_share": 0.2,
         "model": SIZES,
-        "fast_vocabulary": 300,
         "prompt": {"length": 40},
         "cache_gb": 0.1,
     }

@@ -159,18 +159,21 @@ def training_config(config: AblationConfig, job: Job) -> TrainingConfig:
 
 
 def start_made_of(config: AblationConfig) -> dict[str, Any]:
-    run = start_config(config).model_dump(exclude=NOT_OF_A_RESULT, exclude_none=True)
+    run = start_config(config).model_dump(exclude=NOT_OF_A_RESULT, exclude_defaults=True)
     return flatten({"run": run, "knowledge": measured(config)["knowledge"]})
 
 
 def made_of(config: AblationConfig, job: Job, start: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides a job's figures, by dotted name; `start` is the result of the common start."""
+    """All that decides a job's figures, by dotted name; `start` is the result of the common start.
+
+    Without what is as by default: a setting that a later version adds changes nothing.
+    """
     origin = {"weights": start["weights"], "data": start["data"]}
     if job.kind == TIMING:
         runs = {arm: training_config(config, Job("run", arm)) for arm in config.arms}
-        shown = {arm: run.model_dump(exclude=NOT_OF_A_RESULT, exclude_none=True) for arm, run in runs.items()}
+        shown = {arm: run.model_dump(exclude=NOT_OF_A_RESULT, exclude_defaults=True) for arm, run in runs.items()}
         return flatten({"start": origin, "rounds": config.timed_rounds, "runs": shown})
-    run = training_config(config, job).model_dump(exclude=NOT_OF_A_RESULT, exclude_none=True)
+    run = training_config(config, job).model_dump(exclude=NOT_OF_A_RESULT, exclude_defaults=True)
     return flatten({"start": origin, "run": run} | ({} if job.kind == GRID else measured(config)))
 
 

@@ -62,7 +62,7 @@ def first_step(path: Path, recipe: str, seed: int = 0) -> tuple[Run, Any, Any]:
     run = Run(training_config(load_ablation(path), Job("run", recipe, seed)))
     stage = run.config.stages[0]
     batch = run.trainer.draw(0, stage, 0)[0]
-    with_flow = stage.model_copy(update={"losses": {"flow": 1.0}, "noise_samples": 2})
+    with_flow = stage.model_copy(update={"losses": {"flow": 1.0}})
     [piece] = run.trainer.losses.split(batch, with_flow, np.random.default_rng([seed, 0, 0, 0]))
     return run, batch, piece.flow_rows
 
@@ -81,7 +81,7 @@ def test_every_recipe_has_the_same_samples_noise_and_new_weights(tiny: Path) -> 
         assert torch.equal(flow.x_t_RHA, other_flow.x_t_RHA) and torch.equal(flow.time_RH, other_flow.time_RH), name
         theirs = other.model.state_dict()
         common = [key for key in ours.keys() & theirs.keys() if ours[key].shape == theirs[key].shape]
-        assert any(key.startswith("expert.layers") for key in common), name
+        assert name.startswith(("oft", "transfusion")) or any(key.startswith("expert.layers") for key in common), name
         assert [key for key in common if not torch.equal(ours[key], theirs[key])] == [], name
     again, again_batch, again_flow = first_step(path, "ki", seed=1)
     assert not torch.equal(batch.action_BHA, again_batch.action_BHA)
