@@ -32,6 +32,9 @@ class Arm(Frozen):
 
     recipe: str | None = Field(default=None, description="as in a training configuration; default: the arm's name")
     seeds: Positive = Field(default=1, description="runs of it, with seeds 0, 1, ...")
+    without: tuple[str, ...] = Field(
+        default=(), description="keys of `run` that say nothing of this recipe, such as those of FAST"
+    )
     paper: Claim | None = None
 
 
@@ -117,6 +120,8 @@ class AblationConfig(Frozen):
         if given := sorted({"recipe", "seed", "out", "start", "stages", "name"} & self.run.keys()):
             raise ValueError(f"run: expected what all arms share, got {', '.join(given)}, which the arms decide")
         for name, arm in self.arms.items():
+            if unknown := sorted(set(arm.without) - self.run.keys()):
+                raise ValueError(f"arms.{name}.without: expected keys of run, got {', '.join(unknown)}")
             if arm.paper is None:
                 continue
             if arm.paper.than not in self.arms:

@@ -135,10 +135,11 @@ def training_config(config: AblationConfig, job: Job) -> TrainingConfig:
     """
     rate = job.rate or config.grid.rates[0]
     steps = config.grid.steps if job.kind == GRID else config.steps
-    content = deepcopy(config.run)
+    arm = config.arms[job.arm]
+    content = {key: deepcopy(value) for key, value in config.run.items() if key not in arm.without}
     content |= {
         "name": f"{config.name}_{job.arm}",
-        "recipe": config.arms[job.arm].recipe or job.arm,
+        "recipe": arm.recipe or job.arm,
         "seed": job.seed,
         "out": config.out / job.name,
         "keep": steps // min(config.points[0], steps) + 8,

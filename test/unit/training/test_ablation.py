@@ -202,6 +202,7 @@ def test_a_result_of_another_configuration_is_refused_and_says_what_differs(tiny
             "expected another arm, got 'pi0'",
         ),
         ({"arms": {"ki": {}, "kj": {}}}, "arm kj: recipe: expected a file, or one of"),
+        ({"arms": {"ki": {"without": ["fast_scale"]}}}, "arms.ki.without: expected keys of run, got fast_scale"),
         ({"run": {"seed": 1}}, "run: expected what all arms share, got seed"),
         ({"run": {"robot": "demo_arm"}}, "arm ki: sources: expected sources, got none"),
     ],
