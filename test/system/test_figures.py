@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.arms import arm_run, arm_stage, entry, make_arms
+from support.recipes import SIZES
 from support.slider import Slider
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from training.losses import next_token_hidden
 from training.model import FAULTS
 from training.run import Run
 from training.tokens import FastDecodeError
+from training.weights import read_policy
 
 VOCABULARY = 60  # so few that a chunk has many tokens
 
@@ -281,6 +283,27 @@ def test_a_model_may_drive_by_its_tokens(arms: Path, tmp_path: Path, monkeypatch
     np.testing.assert_array_equal(chunk_BHD, [fast.decode(ids) for ids in sequences])
     with pytest.raises(ValueError, match=r"sampler: tokens: expected a stage with .* fast or tokens, .* got only flow"):
         arm_run(arms, tmp_path, entry(arms, "lifter"), sampler="tokens", stages=[arm_stage(losses={"flow": 1.0})])
+
+
+def test_a_model_without_an_expert_drives_by_regression(
+    arms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slider = Slider(str(arms / "lifter.yaml"))
+    slider.instruction, slider.time_limit_s = "move the lifter", 0.5
+    monkeypatch.setattr(driving, "open_environment", lambda name: slider)
+    stages = [arm_stage(losses={"regression": 1.0}, insulate=False)]
+    model = {key: value for key, value in SIZES.items() if key != "expert"} | {"state": "text", "actions": "backbone"}
+    changes = {"sampler": "regression", "model": model, "environment": {"names": ["slider"], "episodes": 1}}
+    run = Run(arm_run(arms, tmp_path, entry(arms, "lifter"), stages=stages, **changes))
+    run.run()
+    found = run.trainer.figure_record.values("joint", 2)
+    assert not found.keys() & {"flow_error", "fast_error", "fast_loss.robot"} and slider.executed
+    _, samples, batch = held_out(run, "lifter")
+    off_BHD = np.abs(run.sampler()(run.model, batch.prefix, None, batch.action_BHA) - batch.action_BHA.numpy())  # type: ignore[union-attr, arg-type]
+    means = [off_HD[sample.known_H].mean() for off_HD, sample in zip(off_BHD, samples, strict=True)]
+    assert found["regression_error"] == pytest.approx(np.mean(means), rel=1e-5)
+    assert "<th>regression</th>" in (tmp_path / "report" / "index.html").read_text()
+    assert read_policy(tmp_path / "policy" / "policy.json").flow is None
 
 
 def test_an_environment_that_there_is_not_is_refused_before_the_first_step(arms: Path, tmp_path: Path) -> None:

@@ -131,9 +131,9 @@ class AblationConfig(Frozen):
                     f"arms.{name}.paper.split: expected one of {', '.join(self.closed_loop.splits)}, got "
                     f"{arm.paper.split!r}"
                 )
-        if self.knowledge is not None and (unknown := self.knowledge.gates.keys() - self.knowledge.kinds.keys()):
+        if self.knowledge is not None and (unmade := self.knowledge.gates.keys() - self.knowledge.kinds.keys()):
             raise ValueError(
-                f"knowledge.gates: expected some of {', '.join(self.knowledge.kinds)}, got {', '.join(sorted(unknown))}"
+                f"knowledge.gates: expected some of {', '.join(self.knowledge.kinds)}, got {', '.join(sorted(unmade))}"
             )
         return self
 

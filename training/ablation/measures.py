@@ -227,7 +227,7 @@ def latency_ms(run: Run) -> dict[str, float]:
     """Processor time of one chunk for one observation, prefix included: by the policy's sampler, and token by token."""
     samplers: dict[str, Sampler] = {run.config.sampler: run.sampler()}
     if any("fast" in stage.losses for stage in run.config.stages):
-        samplers.setdefault("tokens", TokenSampler(run.data.embodiment.chunks, run.data.maker.fast_ids))
+        samplers.setdefault("tokens", TokenSampler(run.data.embodiment.chunks, run.data.maker.postfix))
     batch = next(robot_batches(run)).rows(slice(0, 1))
     noise, found = noise_like(batch), {}
     for name, sampler in samplers.items():
