@@ -39,7 +39,16 @@ from training.evaluate import (
 from training.export import check_policy
 from training.lora import add_lora, fingerprint, merge, save_adapter
 from training.losses import BatchLosses, TrainingHeads
-from training.model import FAULTS, VLA, FlowSampler, RegressionSampler, Sampler, TokenSampler, order_embeddings
+from training.model import (
+    FAULTS,
+    VLA,
+    FlowSampler,
+    RegressionSampler,
+    Sampler,
+    SamplerName,
+    TokenSampler,
+    order_embeddings,
+)
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
 from training.sources import Sources
@@ -183,11 +192,12 @@ class Run:
         sampler = sampler or self.sampler()
         return act_in_training(self.model, self.describe(), data.tokenizer, data.embodiment.space, sampler)
 
-    def sampler(self) -> Sampler:
-        """How the model is asked for chunks in closed loop."""
-        if self.config.sampler == "tokens":
+    def sampler(self, name: SamplerName | None = None) -> Sampler:
+        """How the model is asked for chunks in closed loop, or in the way of that name."""
+        name = name or self.config.sampler
+        if name == "tokens":
             return TokenSampler(self.data.embodiment.chunks, self.data.maker.postfix)
-        if self.config.sampler == "regression":
+        if name == "regression":
             return RegressionSampler()
         return FlowSampler(self.config.flow_steps)
 

@@ -120,8 +120,8 @@ class AblationConfig(Frozen):
         if given := sorted({"recipe", "seed", "out", "start", "stages", "name"} & self.run.keys()):
             raise ValueError(f"run: expected what all arms share, got {', '.join(given)}, which the arms decide")
         for name, arm in self.arms.items():
-            if unknown := sorted(set(arm.without) - self.run.keys()):
-                raise ValueError(f"arms.{name}.without: expected keys of run, got {', '.join(unknown)}")
+            if absent := sorted(set(arm.without) - self.run.keys()):
+                raise ValueError(f"arms.{name}.without: expected keys of run, got {', '.join(absent)}")
             if arm.paper is None:
                 continue
             if arm.paper.than not in self.arms:

@@ -22,7 +22,7 @@ from training.data import Batch
 from training.data.language import PaliGemmaEntry, open_language
 from training.evaluate import Environment, at_period, open_environment, roll_out
 from training.losses import targets
-from training.model import VLA, Sampler, TokenSampler, last_tokens
+from training.model import VLA, Sampler, last_tokens
 from training.optimizer import select_parameters
 from training.run import Run
 from training.tokens import location_count
@@ -227,7 +227,7 @@ def latency_ms(run: Run) -> dict[str, float]:
     """Processor time of one chunk for one observation, prefix included: by the policy's sampler, and token by token."""
     samplers: dict[str, Sampler] = {run.config.sampler: run.sampler()}
     if any("fast" in stage.losses for stage in run.config.stages):
-        samplers.setdefault("tokens", TokenSampler(run.data.embodiment.chunks, run.data.maker.postfix))
+        samplers.setdefault("tokens", run.sampler("tokens"))
     batch = next(robot_batches(run)).rows(slice(0, 1))
     noise, found = noise_like(batch), {}
     for name, sampler in samplers.items():
