@@ -145,6 +145,16 @@ def test_one_cross_entropy_is_one_mean_over_the_tokens_of_all_sources(pieces: in
     assert (7 * separate["fast"] + 3 * separate["text"]) / 10 == pytest.approx(values["tokens"], rel=1e-5)
 
 
+def test_one_cross_entropy_is_over_the_tokens_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are averaged over the processes, so each divides by their mean count of tokens."""
+    trainer, batches = make_trainer(), make_batches()
+    stage = toy_stage(losses={"tokens": 1.0}, train=["backbone"], sources={"robot": ROWS, "language": 2})
+    alone, _ = take_step(trainer, stage, batches)
+    monkeypatch.setattr("training.train.mean_of_processes", lambda own: (own + 5.0) / 2)  # another process has 5
+    one_of_two, _ = take_step(trainer, stage, batches)
+    assert one_of_two["tokens"] == pytest.approx(alone["tokens"] * 10 / 7.5, rel=1e-5)
+
+
 def test_one_cross_entropy_beside_the_two_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"losses: expected tokens, .*, or text and fast, got tokens and fast"):
         toy_stage(losses={"tokens": 1.0, "fast": 1.0})

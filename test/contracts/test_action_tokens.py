@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
 from training.data import Batch
-from training.model import FAULTS
+from training.model import FAULTS, TokenSampler
 from training.run import Run
 from training.tokens import ACTIONS, NaiveTokenizer, describe_actions, load_actions
 
@@ -151,6 +151,25 @@ def test_a_whole_postfix_is_read_to_its_end_and_what_is_malformed_is_named(
     assert np.isnan(found_BHA[1:]).all(), "never zeros"
     assert sampler.faults == {"frame": 3, "foreign": 1, "chunk": 2, "endless": 1}
     assert sampler.shares(8) == {"endless": 0.125, "frame": 0.375, "foreign": 0.125, "chunk": 0.25}
+
+
+@torch.no_grad()
+def test_a_whole_postfix_is_read_from_the_cache_as_by_the_whole_model(
+    arms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = run_with(arms, tmp_path, **WHOLE), list[int]()
+    torch.manual_seed(0)
+    for parameter in run.model.parameters():
+        parameter.add_(0.5 * torch.randn_like(parameter))
+    batch, _ = one_sample(run)
+    monkeypatch.setattr(TokenSampler, "_ends", lambda _, ids: said.append(ids[-1]))
+    run.sampler()(run.model, batch.prefix, None, torch.zeros(()))
+    assert len(said) == 2 + 4 * 3 + 2 and len(set(said)) > 2
+    for t, expected in enumerate(said):
+        output = run.model(*batch.prefix, torch.tensor([said[:t]]) if t else None)
+        last = output.prefix_hidden_BPD[0, int(batch.last_token_B[0]) - batch.tokens_BL.shape[1]]
+        hidden = output.postfix_hidden_BTD[0, -1] if t else last
+        assert int(run.model.logits(hidden).argmax()) == expected, f"token {t} of {said}"
 
 
 def test_figures_name_what_was_malformed(arms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

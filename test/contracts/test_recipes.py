@@ -23,7 +23,7 @@ from training.config import StageConfig, TrainingConfig
 from training.data import Batch
 from training.export.__main__ import main as export_main
 from training.losses import BatchLosses
-from training.model import VLA, FlowSampler, RegressionSampler, SamplerName
+from training.model import VLA, AdaRMSNorm, FlowSampler, RegressionSampler, SamplerName
 from training.optimizer import make_optimizer, named_parameters, select_parameters
 from training.policy import describe_random_policy
 from training.recipe import lay_recipe, recipe_names
@@ -244,6 +244,23 @@ def test_it_is_asked_for_chunks_by_its_sampler_and_the_state_has_its_way(recipe:
     assert (one == other).all() == (config.sampler == "regression"), "a regression draws nothing"
     if model.config.state_dim is not None:
         assert (sampler(model, batch.prefix, batch.state_BS + 1.0, noise_BHA) != one).any()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("recipe", ["pi0", "ki"])
+def test_only_pi0_mixes_the_flow_time_with_each_action_by_an_mlp(recipe: str) -> None:
+    model, pi0 = losses_of(config_of(recipe)).model, recipe == "pi0"
+    width = model.config.expert.width
+    assert tuple(model.expert.time_in.weight.shape) == (width, 2 * width if pi0 else width)
+    assert any(isinstance(module, AdaRMSNorm) for module in model.modules()) != pi0
+    batch = RandomSamples(model.config).draw(1, np.random.default_rng(0))
+    time_1H = torch.full(batch.action_BHA.shape[:2], 0.3)  # type: ignore[union-attr]
+    embedded = [model.expert.embed_actions(torch.ones(*time_1H.shape, width), t) for t in (time_1H, time_1H * 2)]
+    assert torch.equal(*embedded) != pi0, "the time is in the actions, or in the norms alone"
+    said = [
+        model.velocity(model.prefill(*batch.prefix), batch.action_BHA, t, batch.state_BS)
+        for t in (time_1H, time_1H * 2)
+    ]
+    assert not torch.equal(*said)
 
 
 def test_a_regressions_loss_is_the_mean_distance_of_its_samplers_chunks() -> None:

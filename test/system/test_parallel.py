@@ -12,13 +12,13 @@ import torch
 from support import ROOT
 from torch import nn
 
-from training.parallel.group import average_gradients, join_group, wait_for_all
+from training.parallel.group import average_gradients, join_group, mean_of_processes, wait_for_all
 
 SCRIPT = """
 import sys
 import torch
 from torch import nn
-from training.parallel.group import average_gradients, join_group, wait_for_all
+from training.parallel.group import average_gradients, join_group, mean_of_processes, wait_for_all
 
 rank, size = join_group()
 torch.manual_seed(0)
@@ -29,6 +29,7 @@ sometimes = nn.Linear(1, 1)  # the samples of the second process have no target 
 if rank == 0:
     sometimes(torch.ones(1, 1)).sum().backward()
 average_gradients([*used.parameters(), *unused.parameters(), *sometimes.parameters()])
+assert mean_of_processes(3.0 + rank) == 3.5
 assert [parameter.grad.item() for parameter in sometimes.parameters()] == [0.5, 0.5]
 wait_for_all()
 assert all(parameter.grad is None for parameter in unused.parameters())
@@ -55,7 +56,7 @@ def test_two_processes_hold_the_gradient_of_both_batches(tmp_path: Path) -> None
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join_group() == (0, 1)
+    assert join_group() == (0, 1) and mean_of_processes(3.0) == 3.0
     layer = nn.Linear(2, 1)
     layer(torch.ones(1, 2)).sum().backward()
     before = layer.weight.grad.clone()
