@@ -75,6 +75,7 @@ def plain(arms: Path, folder: Path, *entries: Mapping[str, Any], **changes: Any)
     return fields | {"sources": {"robot": [dict(e) for e in entries or [entry(arms, "lifter")]]}} | changes
 
 
+NAIVE: dict[str, Any] = {"action_tokens": "naive", "fast_vocabulary": 512}
 KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "a key with a typo": ({"horizn": 4}, "horizn: .*did you mean 'horizon'"),
     "a size's key with a typo": ({"model.vision.patchsize": 8}, "model.vision.patchsize: .*did you mean 'patch_size'"),
@@ -109,6 +110,14 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "a small vocabulary": ({"fast_vocabulary": 4}, "FAST: .* enlarge the vocabulary"),
     "a stride without naive tokens": ({"naive_stride": 2}, "naive_stride: expected it with action_tokens: naive"),
     "FAST's size for naive tokens": ({"action_tokens": "naive"}, "fast_vocabulary: expected it with .* fast alone"),
+    "bins for numbers without ends": (NAIVE | {"normalization": "mean_std"}, "naive: expected normalization quantile"),
+    "a readout of naive tokens": (
+        NAIVE | {"vocabulary": {"queries": 2}, "hints": {"probe_layer": 1, "readout_frequencies": 2}},
+        "hints.readout_frequencies: expected 0 with action_tokens: naive",
+    ),
+    "a stride beyond the chunk": (NAIVE | {"naive_stride": 4}, "naive_stride: expected at most 3, with a horizon of 4"),
+    "a postfix of another kind": ({"postfix": "openpi"}, "postfix: expected 'bare' or 'whole', got 'openpi'"),
+    "one cross-entropy and two": ({"stages.0.losses.tokens": 1.0}, "losses: expected tokens, .* got tokens and fast"),
     "a loss without targets": ({"stages.0.losses.text": 1.0}, "losses text: expected a source with targets"),
     "a hint without labels": ({"hints": {"probe_layer": 1}, "stages.0.losses.pointing": 1.0}, "pointing: expected a"),
     "a head that is not there": ({"hints": {"probe_layer": 1, "probe_head": 2}}, "hints.probe_head: expected 0..1"),
