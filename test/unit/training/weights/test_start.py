@@ -145,6 +145,17 @@ def test_what_does_not_fit_is_named(imported: dict[str, Path], changes: dict[str
         begin(imported["pi05"], **changes)
 
 
+def test_an_experts_way_of_taking_the_time_is_its_weights_and_a_new_ones_is_free(imported: dict[str, Path]) -> None:
+    sizes = small("pi0")
+    parts = {"vision": sizes.vision, "backbone": sizes.backbone, "expert": sizes.expert, "state": "token"}
+    assert begin(imported["pi0"], model=ModelConfig(**parts)).config.conditioning == "concat", "where none is named"
+    with pytest.raises(ConfigurationError, match=r"conditioning: expected adarms, as model says, got concat"):
+        begin(imported["pi0"], model=ModelConfig(**parts, conditioning="adarms"))
+    for way in ("adarms", "concat"):
+        model = ModelConfig(**parts, conditioning=way)
+        assert begin(imported["pi0"], parts=("vision", "backbone"), model=model).config.conditioning == way
+
+
 def test_what_a_configuration_leaves_out_of_its_prompt_is_the_checkpoints(imported: dict[str, Path]) -> None:
     def adopted(prompt: dict[str, Any] | None, **start: Any) -> PromptConfig:
         stage = {"name": "s", "steps": 1, "learning_rate": 1e-3, "losses": {"flow": 1.0}, "train": ["expert"]}
