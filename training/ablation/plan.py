@@ -1,7 +1,7 @@
 """Which runs a comparison has, what each of them is as a training configuration, and which can be run now.
 
-First the common start, then for each arm a grid of learning rates, then the arms: all with seed 0, then those with seed
-1, and so on, so that a comparison that is ended early has a bit of everything. Last the steps of all arms take turns.
+First the common start; then for each arm its grid of learning rates, and the arm with seed 0; then all with seed 1, and
+so on. So a comparison that is ended early has a bit of everything. Last the steps of all arms take turns.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def find_jobs(config: AblationConfig, arms: Collection[str] | None = None) -> li
         raise ConfigurationError(f"--arms: expected some of {', '.join(config.arms)}, got {', '.join(unknown)}")
     chosen = {name: arm for name, arm in config.arms.items() if arms is None or name in arms}
     jobs = [Job("start")]
-    for name in chosen:
-        if len(config.grid.rates) > 1:
-            jobs += [Job("grid", name, config.grid.seed, rate) for rate in config.grid.rates]
     for seed in range(max(arm.seeds for arm in chosen.values())):
-        jobs += [Job("run", name, seed) for name, arm in chosen.items() if seed < arm.seeds]
+        for name, arm in chosen.items():
+            if seed == 0 and len(config.grid.rates) > 1:
+                jobs += [Job("grid", name, config.grid.seed, rate) for rate in config.grid.rates]
+            if seed < arm.seeds:
+                jobs.append(Job("run", name, seed))
     return jobs if arms is not None else [*jobs, Job("timing")]
 
 
