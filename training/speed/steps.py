@@ -1,10 +1,14 @@
 """What knowledge insulation costs: gradients of whole training steps on a CPU, three ways, on one batch, taking turns.
 
     python -m training.speed.steps --rounds 20
+    python -m training.speed.steps --recipes              # every recipe's step, in turns; or those that are named
 
 KI: text or FAST cross-entropy and flow, insulated, in one pass. Flow, end to end: the flow loss alone, which trains the
 backbone through its keys and values (the baseline). Flow, frozen: the flow loss trains the expert alone, on a prefix
 without a graph. Sizes are those of a small policy; the weights are random, one noise draw or several for each prefix.
+
+A recipe's step (of each of its stages) is all that it draws: the robot's batch, and where it learns words half as many
+questions about one image.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +32,7 @@ from training.data import Batch
 from training.losses import BatchLosses
 from training.model import VLA, GemmaConfig, VisionConfig, VLAConfig
 from training.optimizer import select_parameters
+from training.recipe import lay_recipe, recipe_names
 
 GOAL = 1.2  # KI / flow, end to end
 SIZES = VLAConfig(
@@ -38,6 +44,7 @@ SIZES = VLAConfig(
     horizon=16,
 )
 VIEWS, PROMPT, FAST = 2, 40, 24
+FLOW_ONLY = "pi0"
 WAYS: dict[str, dict[str, Any]] = {
     "KI": {"losses": {"fast": 1.0, "flow": 1.0}, "train": ("vision", "backbone", "expert")},
     "flow, end to end": {
@@ -49,19 +56,42 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_batch(config: VLAConfig, rows: int) -> Batch:
-    """Full prompts, and FAST postfixes from half as long up to the longest."""
+def make_batch(config: VLAConfig, rows: int, shortest: int = FAST // 2, longest: int = FAST) -> Batch:
+    """Full prompts, and postfixes of evenly spread lengths."""
     drawn = torch.Generator().manual_seed(0)
-    side, lengths = config.vision.image_size, torch.linspace(FAST // 2, FAST, rows).long()
+    side, lengths = config.vision.image_size, torch.linspace(shortest, longest, rows).long()
     return Batch(
         images_BVCHW=torch.rand(rows, VIEWS, 3, side, side, generator=drawn) * 2 - 1,
         image_mask_BV=torch.ones(rows, VIEWS, dtype=torch.bool),
         tokens_BL=torch.randint(0, config.vocab_size, (rows, PROMPT), generator=drawn),
         token_mask_BL=torch.ones(rows, PROMPT, dtype=torch.bool),
-        postfix_BT=torch.randint(0, config.vocab_size, (rows, FAST), generator=drawn),
-        fast_mask_BT=torch.arange(FAST) < lengths[:, None],
+        postfix_BT=torch.randint(0, config.vocab_size, (rows, longest), generator=drawn),
+        fast_mask_BT=torch.arange(longest) < lengths[:, None],
         action_BHA=torch.randn(rows, config.horizon, config.action_dim, generator=drawn),
+        state_BS=None if config.state_dim is None else torch.randn(rows, config.state_dim, generator=drawn),
     )
+
+
+def make_questions(config: VLAConfig, rows: int) -> Batch:
+    """About one image each, with answers as long as FAST's postfixes."""
+    batch = make_batch(config, rows)
+    return Batch(
+        images_BVCHW=batch.images_BVCHW[:, -1:],
+        image_mask_BV=batch.image_mask_BV[:, -1:],
+        tokens_BL=batch.tokens_BL,
+        token_mask_BL=batch.token_mask_BL,
+        postfix_BT=batch.postfix_BT,
+        text_mask_BT=batch.fast_mask_BT,
+    )
+
+
+def take_step(losses: BatchLosses, stage: StageConfig, batches: Sequence[Batch]) -> None:
+    """All gradients of a step."""
+    select_parameters(losses.model, None, stage.train)
+    losses.model.zero_grad(set_to_none=True)
+    for batch in batches:
+        for piece in losses.split(batch, stage, np.random.default_rng(0)):
+            torch.stack(list(losses(piece, stage).values())).sum().backward()
 
 
 def make_calls(config: VLAConfig, rows: int, noise_samples: int) -> dict[str, Callable[[], object]]:
@@ -71,13 +101,6 @@ def make_calls(config: VLAConfig, rows: int, noise_samples: int) -> dict[str, Ca
     # A run's other settings are none of a step's.
     run = TrainingConfig.model_construct(parallel=ParallelConfig(), max_prefix_delay=4)
     losses, batch = BatchLosses(model, None, run), make_batch(config, rows)
-
-    def step(stage: StageConfig) -> None:
-        select_parameters(model, None, stage.train)
-        model.zero_grad(set_to_none=True)
-        for piece in losses.split(batch, stage, np.random.default_rng(0)):
-            torch.stack(list(losses(piece, stage).values())).sum().backward()
-
     stages = {
         name: StageConfig.model_validate(
             {"name": "step", "steps": 1, "learning_rate": 1.0, "sources": {"robot": rows}, **way}
@@ -85,7 +108,42 @@ def make_calls(config: VLAConfig, rows: int, noise_samples: int) -> dict[str, Ca
         )
         for name, way in WAYS.items()
     }
-    return {name: partial(step, stage) for name, stage in stages.items()}
+    return {name: partial(take_step, losses, stage, [batch]) for name, stage in stages.items()}
+
+
+def recipe_calls(
+    recipes: Sequence[str], sizes: VLAConfig, rows: int, noise_samples: int
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A call for each stage of each recipe, by name, as in `make_calls`."""
+    for recipe in recipes:
+        given = {
+            "name": recipe,
+            "robot": "any",
+            "recipe": recipe,
+            "out": "none",
+            "sources": {"robot": [{"lerobot": "any"}], "questions": [{"paligemma": "any"}]},
+            "model": {part: asdict(getattr(sizes, part)) for part in ("vision", "backbone", "expert")},
+            "prompt": {"length": PROMPT},
+            "max_prefix_delay": 4,
+            "stage": {"steps": 100, "learning_rate": 1.0, "sources": {"robot": rows, "questions": max(1, rows // 2)}}
+            | {"noise_samples": noise_samples},
+        }
+        config = TrainingConfig.model_validate(lay_recipe(given))
+        torch.manual_seed(0)
+        fields = {"vocab_size": sizes.vocab_size, "action_dim": sizes.action_dim, "horizon": sizes.horizon}
+        model = VLA(config.model.vla(state_dim=sizes.action_dim, **fields))
+        losses = BatchLosses(model, None, config)
+        robot = make_batch(model.config, rows)
+        if config.action_tokens == "naive":
+            said = len(range(0, sizes.horizon - 1, config.naive_stride)) + 1  # actions; the last one always
+            robot = make_batch(model.config, rows, said * sizes.action_dim, said * sizes.action_dim)
+        batches = {"robot": robot, "questions": make_questions(model.config, max(1, rows // 2))}
+        for stage in config.stages:
+            drawn = [batches[name] for name in stage.sources]
+            if not stage.learns_action_tokens:
+                drawn[0] = replace(drawn[0], postfix_BT=None, fast_mask_BT=None)
+            name = recipe if len(config.stages) == 1 else f"{recipe}: {stage.name}"
+            yield name, partial(take_step, losses, stage, drawn)
 
 
 def compare(rows: int, noise_samples: int, rounds: int, threads: int, processor_time: bool) -> dict[str, Any]:
@@ -108,6 +166,28 @@ def compare(rows: int, noise_samples: int, rounds: int, threads: int, processor_
     }
 
 
+def compare_recipes(
+    recipes: Sequence[str], rows: int, noise_samples: int, rounds: int, threads: int, processor_time: bool
+) -> dict[str, Any]:
+    """Durations in ms of every stage's step, and ratios of medians to the step that learns the flow alone."""
+    clock_ns = choose_clock(processor_time, threads)
+    torch.set_num_threads(threads)
+    calls = dict(recipe_calls([*dict.fromkeys([*recipes, FLOW_ONLY])], SIZES, rows, noise_samples))
+    taken_ms = time_alternating(calls, rounds, 2, lambda _: None, clock_ns)
+    return {
+        "rows": rows,
+        "noise_samples": noise_samples,
+        "clock": "processor" if processor_time else "wall",
+        "ms": {name: spread(durations) for name, durations in taken_ms.items()},
+        "ratios": {
+            f"{name} / {FLOW_ONLY}": ratio_of_medians(durations, taken_ms[FLOW_ONLY])
+            for name, durations in taken_ms.items()
+            if name != FLOW_ONLY
+        },
+        "goal": {f"ki_no_vlm / {FLOW_ONLY}": GOAL},
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.speed.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,12 +196,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--noise-samples", type=int, default=4, help="flow samples of each prefix; default 4")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--recipes", nargs="*", metavar="RECIPE", help="times their steps; without names all of them")
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with one thread only")
     return run_command("speed", partial(_speed, parser.parse_args(arguments)))
 
 
 def _speed(chosen: argparse.Namespace) -> int:
-    figures = compare(chosen.rows, chosen.noise_samples, chosen.rounds, chosen.threads, chosen.processor_time)
+    how = (chosen.rows, chosen.noise_samples, chosen.rounds, chosen.threads, chosen.processor_time)
+    recipes = chosen.recipes
+    figures = compare(*how) if recipes is None else compare_recipes(recipes or recipe_names(), *how)
     print(json.dumps(figures, indent=2))
     return ExitCode.FINE
 
