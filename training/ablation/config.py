@@ -57,6 +57,10 @@ class ClosedLoop(Frozen):
     earlier: Positive = Field(description="of each split at the points before; the first of them")
     first_seed: int = HELD_OUT
     execute: Positive | None = Field(default=None, description="actions of a chunk before the next; default: half")
+    image_size: Positive | None = Field(
+        default=None,
+        description="longer side of images, as in the demonstrations; default: the environment's",
+    )
 
 
 class Knowledge(Frozen):

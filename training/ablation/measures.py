@@ -40,9 +40,10 @@ def drive(run: Run, loop: ClosedLoop, episodes: int) -> dict[str, dict[str, Any]
     """By split, for each episode in the order of their seeds whether it was followed, and whether it succeeded."""
     seeds = range(loop.first_seed, loop.first_seed + episodes)
     act, period_s = run.act(), run.data.robot.action_period_s
+    options = {} if loop.image_size is None else {"image_size": loop.image_size}
     found: dict[str, dict[str, Any]] = {}
     for split, name in loop.splits.items():
-        environment, followed = at_period(open_environment(name), period_s), list[bool]()
+        environment, followed = at_period(open_environment(name, **options), period_s), list[bool]()
         note = partial(_note_followed, followed, environment)
         try:
             driven = roll_out(act, environment, seeds, loop.execute, report=note)

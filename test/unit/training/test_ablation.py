@@ -25,7 +25,16 @@ from ki_vla_ros.errors import ConfigurationError
 from training import ablate
 from training.ablation import load_ablation, measures, trial, write_bench, write_report
 from training.ablation.config import ClosedLoop
-from training.ablation.plan import Job, choose_rate, find_jobs, made_of, ready, start_made_of, training_config
+from training.ablation.plan import (
+    Job,
+    choose_rate,
+    find_jobs,
+    made_of,
+    ready,
+    start_config,
+    start_made_of,
+    training_config,
+)
 from training.ablation.results import check_result, read_result, result_path, write_result
 from training.recipe import recipe_names
 from training.run import Run
@@ -104,6 +113,20 @@ def test_an_arm_is_its_recipe_over_the_common_run(tiny: Path) -> None:
     pi0 = training_config(config, Job("run", "pi0"))
     assert set(pi0.stages[0].sources) == {"robot"} and not pi0.stages[0].insulate
     assert training_config(config, Job("grid", "ki", 100, 1e-2)).stages[0].steps == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config/ablation").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_comparisons_of_this_repository_are_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every arm, one with three runs where ki has three; the rest of config/ablation/ is what they name."""
+    if "arms:" not in path.read_text():
+        return
+    monkeypatch.chdir(ROOT)
+    config = load_ablation(path)
+    for arm in config.arms:
+        run = training_config(config, Job("run", arm))
+        assert run.model.backbone == start_config(config).model.backbone
+        assert next(iter(run.stages[0].sources)) == "robot", arm
+    assert {arm.recipe or name for name, arm in config.arms.items()} <= set(recipe_names())
 
 
 # --- the plan
