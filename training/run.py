@@ -315,10 +315,16 @@ def check_gates(config: TrainingConfig, names: Sequence[str]) -> None:
 
 
 def describe_recipe(config: TrainingConfig) -> str:
-    """In words, for the model card."""
+    """In words, for the model card, after the name of the recipe that the run says."""
     with_flow = [stage for stage in config.stages if "flow" in stage.losses]
     insulated = all(stage.insulate for stage in with_flow)
-    return "knowledge insulation" if insulated else "flow matching end to end, without insulation"
+    if not with_flow:
+        said = f"no flow; it acts by {config.sampler}"
+    elif insulated and not config.has_action_tokens:
+        said = "flow matching, insulated; no action tokens teach the backbone"
+    else:
+        said = "knowledge insulation" if insulated else "flow matching end to end, without insulation"
+    return said if config.recipe is None else f"{config.recipe} ({said})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

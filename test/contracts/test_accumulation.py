@@ -24,6 +24,11 @@ STAGES = {
     "not insulated": ALL | {"insulate": False},
     "flow alone": {"losses": {"flow": 1.0}, "train": ["expert"]},
     "one cross-entropy": {"losses": {"tokens": 2.0, "flow": 1.0}, "train": ["vision", "backbone", "expert"]},
+    "regression": {
+        "losses": {"text": 1.0, "regression": 2.0},
+        "train": ["vision", "backbone", "expert"],
+        "noise_samples": 1,
+    },
     "no hints": {"losses": {"fast": 1.0, "flow": 1.0}, "train": ["backbone", "expert"]},
 }
 
@@ -100,7 +105,7 @@ def take_step(trainer: Trainer, stage: StageConfig, batches: list[Batch]) -> tup
 @pytest.mark.parametrize("case", STAGES)
 def test_pieces_give_the_gradients_of_the_whole_batch(case: str, pieces: int) -> None:
     trainer = make_trainer(checkpointed=pieces == 3)
-    settings = STAGES[case] | {"noise_samples": 2, "sources": {"robot": ROWS, "language": 2}}
+    settings = {"noise_samples": 2} | STAGES[case] | {"sources": {"robot": ROWS, "language": 2}}
     batches = make_batches() if settings["losses"].keys() & {"text", "tokens"} else make_batches()[:1]
     whole, gradients = take_step(trainer, toy_stage(**settings), batches)
     values, pieced = take_step(trainer, toy_stage(**settings, accumulate=pieces), batches)

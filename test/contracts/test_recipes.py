@@ -27,6 +27,7 @@ from training.model import VLA, AdaRMSNorm, FlowSampler, RegressionSampler, Samp
 from training.optimizer import make_optimizer, named_parameters, select_parameters
 from training.policy import describe_random_policy
 from training.recipe import lay_recipe, recipe_names
+from training.run import describe_recipe
 from training.weights import save_checkpoint
 
 SEEING = frozenset({"vision", "backbone"})
@@ -261,6 +262,14 @@ def test_only_pi0_mixes_the_flow_time_with_each_action_by_an_mlp(recipe: str) ->
         for t in (time_1H, time_1H * 2)
     ]
     assert not torch.equal(*said)
+
+
+def test_the_card_says_the_recipe() -> None:
+    said = {name: describe_recipe(config_of(name)) for name in DEFINITIONS}
+    assert said["ki"] == "ki (knowledge insulation)"
+    assert said["joint"] == "joint (flow matching end to end, without insulation)"
+    assert said["frozen"] == "frozen (flow matching, insulated; no action tokens teach the backbone)"
+    assert said["oft"] == "oft (no flow; it acts by regression)"
 
 
 def test_a_regressions_loss_is_the_mean_distance_of_its_samplers_chunks() -> None:

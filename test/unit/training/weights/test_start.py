@@ -19,6 +19,7 @@ from training.config import LoraSettings, ModelConfig, PromptConfig, StartConfig
 from training.lora import add_lora, merge, save_adapter
 from training.model import GemmaConfig
 from training.optimizer import select_parameters
+from training.recipe import find_recipe, lay_recipe
 from training.tokens.prompt import fast_ids, fast_token
 from training.weights.checkpoints import load_checkpoint
 from training.weights.start import Start, adopt, check_statistics, open_start
@@ -183,6 +184,39 @@ def test_what_a_configuration_leaves_out_of_its_prompt_is_the_checkpoints(import
             adopted({"length": 30, key: value})
     own = adopted({"length": 30, "template": "{task} {state}"}, parts=["vision", "backbone"])
     assert (own.template, own.style) == ("{task} {state}", "openpi")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ki", "pi0", "oft", "hybrid_mask", "state_token"])
+def test_any_recipe_begins_with_paligemma_whose_sizes_it_need_not_say(imported: dict[str, Path], recipe: str) -> None:
+    def begun(checkpoint: Path, **start: Any) -> Start:
+        stage = {"steps": 9, "learning_rate": 1e-3, "sources": {"robot": 1, "talk": 1}}
+        content = {
+            "name": "run",
+            "robot": str(imported["robot"]),
+            "recipe": recipe,
+            "out": "out",
+            "start": {"checkpoint": checkpoint, **start},
+            "sources": {"robot": [{"lerobot": "data"}], "talk": [{"paligemma": "talk.jsonl"}]},
+            "prompt": {"length": 30},
+            "stage": stage,
+        }
+        config = adopt(TrainingConfig.model_validate(lay_recipe(content)))
+        assert config.start is not None
+        return begin(checkpoint, parts=config.start.parts, model=config.model)
+
+    found = begun(imported["paligemma"], parts=["vision", "backbone"]).config
+    said = yaml.safe_load(find_recipe(recipe).read_text()).get("model", {})
+    assert found.backbone == small("paligemma").backbone
+    assert (found.actions, found.hybrid_mask) == (said.get("actions", "expert"), said.get("hybrid_mask", False))
+    assert found.conditioning == said.get("conditioning", "adarms")
+    assert (found.state_dim is not None) == (said.get("state") == "token")
+    assert (found.expert == found.backbone) == (found.actions == "backbone")
+    if said.keys() <= {"hybrid_mask"}:
+        assert begun(imported["pi05"]).config.expert == small("pi05").expert
+    elif "actions" in said:
+        with pytest.raises(ConfigurationError, match="actions: expected backbone, as model says, got expert"):
+            begun(imported["pi05"])
 
 
 def test_files_that_are_missing_or_belong_elsewhere_are_named(imported: dict[str, Path], tmp_path: Path) -> None:
