@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ki_vla_ros.bundle import AS_TOKEN, IN_PROMPT, PromptStyle, StateEncoding
-from ki_vla_ros.errors import did_you_mean, short_repr
+from ki_vla_ros.errors import ConfigurationError, did_you_mean, short_repr
 from ki_vla_ros.robot import ActionPeriod, Frozen, Horizon
 from ki_vla_ros.yaml_file import read_yaml
 from training.action_space import Normalization, StateRange
 from training.data import Augmentation
 from training.data.language import LanguageEntry
 from training.model import Actions, Conditioning, GemmaConfig, SamplerName, VisionConfig, VLAConfig
-from training.recipe import lay_recipe
+from training.recipe import find_recipe, lay_recipe
 from training.tokens import BEGIN, PostfixKind, VocabularyConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "tokens", "readout", "flow", "regression"]
@@ -611,4 +611,17 @@ def _is_list(value: Any) -> bool:
 
 def load_config(path: Path) -> TrainingConfig:
     """Read and check a training YAML; ConfigurationError names file, key and fault."""
-    return read_yaml(path, TrainingConfig, "training configuration", "config/training/", lay_recipe)
+    laid: list[str] = []
+
+    def prepare(content: Any) -> Any:
+        whole = lay_recipe(content)
+        if whole is not content:
+            laid.append(f"; the recipe {find_recipe(str(content['recipe']))} is laid over it")
+        return whole
+
+    try:
+        return read_yaml(path, TrainingConfig, "training configuration", "config/training/", prepare)
+    except ConfigurationError as error:
+        if laid:  # the fault may be there, and no line of this file
+            raise ConfigurationError(f"{error}{laid[0]}") from error
+        raise

@@ -47,7 +47,7 @@ def find_recipe(recipe: str) -> Path:
 
 def lay_recipe(given: Any) -> Any:
     """A run's content as YAML gives it, with what its recipe says in it; without `recipe` as it is."""
-    if not isinstance(given, Mapping) or "recipe" not in given:
+    if not isinstance(given, Mapping) or given.get("recipe") is None:
         return given
     path = find_recipe(str(given["recipe"]))
     try:
@@ -71,7 +71,7 @@ def lay_recipe(given: Any) -> Any:
     run = {key: value for key, value in given.items() if key != "stage"}
     sources = given.get("sources")
     return _agreed(run, rest, path) | {
-        "stages": [_stage(stage, own, sources if isinstance(sources, Mapping) else {}) for own in stages]
+        "stages": [_stage(stage, own, sources if isinstance(sources, Mapping) else {}, path) for own in stages]
     }
 
 
@@ -91,7 +91,7 @@ def _agreed(run: Mapping[str, Any], recipe: Mapping[str, Any], path: Path, place
     return found
 
 
-def _stage(common: Mapping[str, Any], own: Any, sources: Mapping[str, Any]) -> Any:
+def _stage(common: Mapping[str, Any], own: Any, sources: Mapping[str, Any], path: Path) -> Any:
     """A stage of the recipe with what all stages have."""
     if not isinstance(own, Mapping):
         return own
@@ -100,8 +100,13 @@ def _stage(common: Mapping[str, Any], own: Any, sources: Mapping[str, Any]) -> A
         if isinstance(common[key], Mapping) and isinstance(own[key], Mapping):
             stage[key] = {**common[key], **own[key]}
     share = stage.pop("share", 1.0)
-    if isinstance(share, (int, float)) and isinstance(stage.get("steps"), int):
-        stage["steps"] = round(share * stage["steps"])
+    if not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ConfigurationError(
+            f"recipe {path}: stage {own.get('name')}: share: expected a part of the steps, above 0 and at most 1, got "
+            f"{short_repr(share)}"
+        )
+    if isinstance(stage.get("steps"), int):
+        stage["steps"] = max(1, round(share * stage["steps"]))
     if isinstance(losses := stage.get("losses"), Mapping) and isinstance(drawn := stage.get("sources"), Mapping):
         stage["sources"] = {
             name: count

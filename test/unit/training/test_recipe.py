@@ -107,7 +107,12 @@ def test_a_recipe_of_ones_own_and_its_faults(tmp_path: Path) -> None:
             {"model": SIZES | {"state": "both"}},
             r"model.state: expected token, as the recipe .*own.yaml says, got 'both'; leave it out",
         ),
-        (f"stages: [{weights}]\nmodle: 1", {}, "modle"),
+        (f"stages: [{weights}]\nmodle: 1", {}, r"modle: .*; the recipe .*own.yaml is laid over it$"),
+        (
+            f"stages: [{weights}, {{name: b, share: half}}]",
+            {},
+            r"own.yaml: stage b: share: expected a part of the steps, above 0 and at most 1, got 'half'",
+        ),
     ):
         with pytest.raises(ConfigurationError, match=fault):
             load(recipe, **changes)
