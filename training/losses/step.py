@@ -161,8 +161,8 @@ class BatchLosses:
             state=None if drawn is None else self.expert_state(batch, stage.noise_samples),
             insulate=stage.insulate,
             probe=None if hints is None else hints.probe,
-            # Only the prompt passes through the last layer: losses read no image token there, and the flow reads none.
-            prefix_rows=1 if wanted <= OF_EXPERT else batch.tokens_BL.shape[1],
+            # Through the last layer pass the tokens that the postfix is predicted from; the flow reads none there.
+            prefix_rows=1 if wanted <= OF_EXPERT else batch.tokens_BL.shape[1] - int(batch.last_token_B.min()),
         )
         found = self.predict(batch, output, wanted)
         if hints is not None and self.heads is not None:
@@ -193,11 +193,12 @@ class BatchLosses:
         return self.match(velocity, piece, stage)
 
     def predict(self, batch: Batch, output: Output, wanted: set[Loss]) -> dict[Term, Tensor]:
-        """Next-token losses of the postfix; of the prefix, `output` has the prompt's rows only."""
+        """Next-token losses of the postfix; of the prefix, `output` has the rows from the shortest prompt's end on."""
         found: dict[Term, Tensor] = {}
         if not wanted & NEXT_TOKEN or batch.postfix_BT is None or output.postfix_hidden_BTD is None:
             return found
-        hidden = tokens.next_token_hidden(output.prefix_hidden_BPD, batch.last_token_B, output.postfix_hidden_BTD)
+        last_B = batch.last_token_B - (batch.tokens_BL.shape[1] - output.prefix_hidden_BPD.shape[1])
+        hidden = tokens.next_token_hidden(output.prefix_hidden_BPD, last_B, output.postfix_hidden_BTD)
         masks: dict[Loss, Tensor | None] = {
             "text": batch.text_mask_BT,
             "fast": batch.fast_mask_BT,
