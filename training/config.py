@@ -416,10 +416,11 @@ class TrainingConfig(Frozen):
     )
     fast_vocabulary: Positive = 512
     fast_scale: Rate = 10.0
-    fast_merges: Literal["coefficients", "bytes"] = Field(
+    fast_merges: Literal["coefficients", "bytes", "none"] = Field(
         default="coefficients",
-        description="what the fitted FAST vocabulary merges: whole coefficients, or the bytes of their characters, as "
-        "the published one (256 of its tokens are the bytes)",
+        description="what the fitted FAST vocabulary merges: whole coefficients; the bytes of their characters, as "
+        "the published one (256 of its tokens are the bytes); or none but the zeros at a chunk's end, one token, so "
+        "that a token's number says whose coefficient it is: small models learn that soonest",
     )
     fast_merged: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
@@ -498,6 +499,13 @@ class TrainingConfig(Frozen):
         if self.action_tokens == "fast":
             if self.naive_stride != 1:
                 raise ValueError(f"naive_stride: expected it with action_tokens: naive alone, got {self.naive_stride}")
+            if self.fast_merged is not None and self.fast_merges == "none":
+                raise ValueError(f"fast_merged: expected none with fast_merges: none, got {self.fast_merged}")
+            if self.fast_published is not None and (self.fast_merges != "coefficients" or self.fast_merged is not None):
+                raise ValueError(
+                    "fast_merges, fast_merged: expected neither with fast_published, whose merges are in its file, got "
+                    f"{self.fast_merges}, {self.fast_merged}"
+                )
             return self
         for key, field in type(self).model_fields.items():
             if key.startswith("fast_") and getattr(self, key) != field.default:

@@ -531,6 +531,7 @@ def make_actions(config: TrainingConfig, chunks: Sequence[NDArray[np.float64]]) 
             scale=config.fast_scale,
             byte_level=config.fast_merges == "bytes",
             merged=config.fast_merged,
+            ends=config.fast_merges == "none",
         )
     # For each robot, as a published vocabulary may be made for chunks of one shape alone.
     shapes = [chunk_NHD.shape[1:] for chunk_NHD in chunks]

@@ -110,6 +110,14 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "a small vocabulary": ({"fast_vocabulary": 4}, "FAST: .* enlarge the vocabulary"),
     "a stride without naive tokens": ({"naive_stride": 2}, "naive_stride: expected it with action_tokens: naive"),
     "FAST's size for naive tokens": ({"action_tokens": "naive"}, "fast_vocabulary: expected it with .* fast alone"),
+    "merged tokens without merges": (
+        {"fast_merges": "none", "fast_merged": 4},
+        "fast_merged: expected none with fast_merges: none, got 4",
+    ),
+    "merges of a published vocabulary": (
+        {"fast_published": "any", "fast_merges": "bytes"},
+        "fast_merges, .* neither with fast_published, .* got bytes, None",
+    ),
     "bins for numbers without ends": (NAIVE | {"normalization": "mean_std"}, "naive: expected normalization quantile"),
     "a readout of naive tokens": (
         NAIVE | {"vocabulary": {"queries": 2}, "hints": {"probe_layer": 1, "readout_frequencies": 2}},

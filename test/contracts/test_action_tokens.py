@@ -68,6 +68,25 @@ def test_a_run_may_write_actions_as_naive_tokens(arms: Path, tmp_path: Path, mon
     assert load_actions(tmp_path / "run" / "policy" / ACTIONS) == one.chunks
 
 
+def test_fast_without_merges_is_learned_and_read_to_its_end(
+    arms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"fast_merges": "none", "sampler": "tokens", "stages": [arm_stage(losses={"fast": 1.0}, steps=1)]}
+    run = run_with(arms, tmp_path / "run", **changes)
+    run.run()
+    one, first = run.data.embodiment, int(run.data.plain.postfix.ids[0])
+    samples = run.data.training["robot"].read([(0, 0), (0, 1)])
+    batch = run.data.plain.of_robots([one] * 2, samples, np.random.default_rng(0))
+    chunk_BHA = batch.action_BHA[..., :3].double().numpy() * [[[1.0]], [[0.0]]]
+    sequences = [one.chunks.encode(chunk_HA) for chunk_HA in chunk_BHA]
+    assert sequences[1] == [one.chunks.vocab_size - 1] and len(sequences[0]) > 3
+    say(run, monkeypatch, *([first + i for i in ids] for ids in sequences))
+    found_BHA = run.sampler()(run.model, batch.prefix, batch.state_BS, torch.zeros(()))
+    np.testing.assert_array_equal(found_BHA, [one.chunks.decode(ids) for ids in sequences])
+    read = load_actions(tmp_path / "run" / "policy" / ACTIONS)
+    assert read.encode(chunk_BHA[0]) == sequences[0] and describe_actions(read) == describe_actions(one.chunks)
+
+
 def test_a_policys_tokens_stay_with_it_and_go_on_with_its_statistics(arms: Path, tmp_path: Path) -> None:
     stages = [arm_stage(losses={"fast": 1.0}, steps=1)]
     first = run_with(arms, tmp_path / "first", stages=stages, fast_scale=5.0)

@@ -57,6 +57,9 @@ def fit_fast(
     scale: float,
     byte_level: bool = False,
     merged: int | None = None,
+    ends: bool = False,
 ) -> FastTokenizer:
     """One vocabulary for the chunks of all robots, whatever their shapes."""
-    return FastTokenizer.fit(*chunks, vocab_size=vocabulary, scale=scale, byte_level=byte_level, merged=merged)
+    return FastTokenizer.fit(
+        *chunks, vocab_size=vocabulary, scale=scale, byte_level=byte_level, merged=merged, ends=ends
+    )

@@ -43,6 +43,7 @@ class FastFile(Frozen):
     lowest: Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
     highest: Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
     byte_level: bool
+    ends: bool = False
     bpe: dict[str, Any]
 
     def tokenizer(self) -> FastTokenizer:
@@ -54,7 +55,9 @@ class FastFile(Frozen):
         letters = {ord(letter) - first for piece in bpe.get_vocab() for letter in piece}
         if not self.byte_level and not letters <= set(range(self.highest - self.lowest + 1)):
             raise ValueError(f"expected merges of the coefficients {self.lowest} to {self.highest}, got others")
-        return FastTokenizer(self.horizon, self.action_dim, self.scale, self.lowest, self.highest, bpe, self.byte_level)
+        return FastTokenizer(
+            self.horizon, self.action_dim, self.scale, self.lowest, self.highest, bpe, self.byte_level, self.ends
+        )
 
 
 _FILE: TypeAdapter[NaiveFile | FastFile] = TypeAdapter(Annotated[NaiveFile | FastFile, Field(discriminator="kind")])
@@ -67,6 +70,7 @@ def describe_actions(actions: ActionTokenizer) -> str:
         said |= {"kind": "naive", "stride": actions.stride}
     else:
         said |= {name: getattr(actions, name) for name in ("scale", "lowest", "highest", "byte_level")}
+        said |= {"ends": True} if actions.ends else {}
         said |= {"kind": "fast", "bpe": json.loads(actions.bpe.to_str())}
     return json.dumps(said, ensure_ascii=False) + "\n"
 

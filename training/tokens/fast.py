@@ -67,6 +67,8 @@ class FastTokenizer:
     bpe: Tokenizer
     byte_level: bool = False
     """The published form. Bytes write any coefficient from `lowest` on, so `highest` is what a character can be."""
+    ends: bool = False
+    """No merges: a token for each coefficient, and in place of the zeros at a chunk's end one more, the last."""
 
     @classmethod
     def fit(
@@ -76,13 +78,15 @@ class FastTokenizer:
         scale: float = 10.0,
         byte_level: bool = False,
         merged: int | None = None,
+        ends: bool = False,
     ) -> FastTokenizer:
         """Fit range and merges on normalised chunks; several arrays may have different shapes (`for_shape`).
 
         Where outliers make the range larger than the vocabulary, half of it is kept for merges, and coefficients beyond
         what the other half can express are clamped (`count_clamped`); ConfigurationError if those are too many.
         `byte_level`: as the published vocabulary was fitted, of which 256 tokens are the bytes. `merged`: at most so
-        many tokens stand for more than one coefficient (or byte).
+        many tokens stand for more than one coefficient (or byte). `ends`: nothing is merged, but for the zeros at a
+        chunk's end, which are one token of any length.
         """
         if not sum(len(chunk_NHA) for chunk_NHA in chunks_NHA):
             raise ConfigurationError("FAST: expected chunks to fit the vocabulary on, got none")
@@ -93,7 +97,7 @@ class FastTokenizer:
         lowest = min(int(found.min()) for found in coefficients if found.size)
         highest = max(int(found.max()) for found in coefficients if found.size)
         _, horizon, action_dim = chunks_NHA[0].shape
-        merged = vocab_size if merged is None else merged
+        merged = 0 if ends else vocab_size if merged is None else merged
         if byte_level:
             if vocab_size < len(BYTES):
                 raise ConfigurationError(
@@ -101,7 +105,7 @@ class FastTokenizer:
                 )
             bpe = _merge_bytes(coefficients, lowest, min(vocab_size, len(BYTES) + merged))
             return cls(horizon, action_dim, scale, lowest, lowest + LAST_CHARACTER, bpe, byte_level=True)
-        if highest - lowest + 1 > vocab_size:
+        if highest - lowest + 1 + ends > vocab_size:
             most = max(1, vocab_size // 2 - 1) // 2
             lowest, highest = -most, most
         beyond = sum(int(((found < lowest) | (found > highest)).sum()) for found in coefficients)
@@ -125,7 +129,7 @@ class FastTokenizer:
             for row in found
         )
         bpe.train_from_iterator(texts, trainer=trainer, length=sum(len(found) for found in coefficients))
-        return cls(horizon, action_dim, scale, lowest, highest, bpe)
+        return cls(horizon, action_dim, scale, lowest, highest, bpe, ends=ends)
 
     def for_shape(self, horizon: int, action_dim: int) -> FastTokenizer:
         """The same vocabulary for chunks [horizon, action_dim]."""
@@ -163,7 +167,7 @@ class FastTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.bpe.get_vocab_size())
+        return int(self.bpe.get_vocab_size()) + self.ends
 
     @cached_property
     def known(self) -> NDArray[np.int64]:
@@ -194,8 +198,12 @@ class FastTokenizer:
     def encode(self, chunk_HA: NDArray[np.floating]) -> list[int]:
         """Ids of one normalised chunk [H, A]; coefficients it cannot express are clamped, see `count_clamped`."""
         coefficients = _nearest(np.rint(self.coefficients(chunk_HA)).ravel(), self.known)
-        text = _to_text(coefficients - self.lowest, self.first_character)
-        return list(self.bpe.encode(text, add_special_tokens=False).ids)
+        written = len(coefficients)
+        if self.ends:
+            written -= int((np.cumsum(coefficients[::-1] != 0) == 0).sum())
+        text = _to_text(coefficients[:written] - self.lowest, self.first_character)
+        end = [self.vocab_size - 1] * (written < len(coefficients))
+        return [*self.bpe.encode(text, add_special_tokens=False).ids, *end]
 
     @property
     def first_character(self) -> int:
@@ -205,30 +213,40 @@ class FastTokenizer:
     def integers(self, token: int) -> list[int]:
         """The coefficients that one id stands for, in order: one, or several that were merged.
 
-        An id of a published vocabulary may also be a part of a coefficient, which does not count.
+        An id of a published vocabulary may also be a part of a coefficient, which does not count. The end stands for at
+        most a whole chunk of zeros.
         """
+        if self.ends and token == self.vocab_size - 1:
+            return [0] * self.numbers
         piece = self._piece(token)
         text = _to_bytes(piece).decode(errors="ignore") if self.byte_level else piece
         return [ord(character) - self.first_character + self.lowest for character in text]
 
     def decode(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """The normalised chunk [H, A] of these ids; FastDecodeError if they are not exactly one chunk."""
+        ended = self.ends and len(ids) > 0 and ids[-1] == self.vocab_size - 1
+        ids, given = ids[: len(ids) - ended], len(ids)
         text = "".join(self._piece(token, f" at position {position}") for position, token in enumerate(ids))
         if self.byte_level:
             try:
                 text = _to_bytes(text).decode()
             except ValueError as error:
                 raise FastDecodeError(f"FAST: {len(ids)} ids hold bytes that are not coefficients ({error})") from None
-        if len(text) != self.horizon * self.action_dim:
+        if ended and len(text) < self.numbers:
+            text += chr(self.first_character - self.lowest) * (self.numbers - len(text))
+        elif ended or len(text) != self.numbers:
+            more = " before the end" if ended else ""
             raise FastDecodeError(
-                f"FAST: expected {self.horizon} x {self.action_dim} = {self.horizon * self.action_dim} coefficients, "
-                f"got {len(text)} in {len(ids)} ids"
+                f"FAST: expected {self.horizon} x {self.action_dim} = {self.numbers} coefficients, got {len(text)} in "
+                f"{given} ids{more}"
             )
         symbols = np.array([ord(character) - self.first_character for character in text], dtype=np.float64)
         coefficient_HA = (symbols + self.lowest).reshape(self.horizon, self.action_dim) / self.scale
         return cosine_basis(self.horizon).T @ coefficient_HA
 
     def _piece(self, token: int, where: str = "") -> str:
+        if self.ends and token == self.vocab_size - 1:
+            raise FastDecodeError(f"FAST: expected the end after all coefficients, got it{where}")
         piece: str | None = self.bpe.id_to_token(int(token)) if 0 <= token < self.vocab_size else None
         if piece is None:
             raise FastDecodeError(f"FAST: expected ids in 0..{self.vocab_size - 1}, got id {token}{where}")

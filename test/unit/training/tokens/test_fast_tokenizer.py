@@ -34,6 +34,11 @@ def bytewise() -> FastTokenizer:
     return FastTokenizer.fit(smooth_chunks(1000), vocab_size=512, byte_level=True)
 
 
+@pytest.fixture(scope="module")
+def ended() -> FastTokenizer:
+    return FastTokenizer.fit(smooth_chunks(1000), vocab_size=512, ends=True)
+
+
 def test_basis_is_orthonormal_and_starts_with_the_mean() -> None:
     basis = cosine_basis(HORIZON)
     np.testing.assert_allclose(basis @ basis.T, np.eye(HORIZON), atol=1e-12)
@@ -89,6 +94,26 @@ def test_with_few_merges_a_tokens_number_says_which_coefficient_comes_next() -> 
     assert bytewise.vocab_size == 264
 
 
+def test_without_merges_a_chunk_ends_with_one_token_for_its_last_zeros(ended: FastTokenizer) -> None:
+    """So that token n is the coefficient n, and the same numbers are said as by merged tokens."""
+    merged, end = FastTokenizer.fit(smooth_chunks(1000), vocab_size=512), ended.vocab_size - 1
+    for chunk in smooth_chunks(50, seed=4):
+        ids, true = ended.encode(chunk), np.rint(ended.coefficients(chunk)).ravel().astype(int)
+        assert [ended.integers(i)[0] for i in ids[:-1]] == true[: len(ids) - 1].tolist()
+        assert ids[-1] == end and ids.count(end) == 1 and true[len(ids) - 2] != 0 and not true[len(ids) - 1 :].any()
+        np.testing.assert_array_equal(ended.decode(ids), merged.decode(merged.encode(chunk)))
+    assert ended.encode(np.zeros((HORIZON, ACTION_DIM))) == [end] and not ended.decode([end]).any()
+    full = np.zeros((HORIZON, ACTION_DIM))
+    full[:, -1] = cosine_basis(HORIZON)[-1]
+    assert len(ended.encode(full)) == HORIZON * ACTION_DIM and end not in ended.encode(full)
+    with pytest.raises(FastDecodeError, match="the end after all coefficients, got it at position 0"):
+        ended.decode([end, end])
+    with pytest.raises(FastDecodeError, match="got 112 in 113 ids before the end"):
+        ended.decode([*ended.encode(full), end])
+    with pytest.raises(FastDecodeError, match="got 1 in 1 ids"):
+        ended.decode([0])
+
+
 def test_coefficients_outside_the_range_are_clamped_and_counted(fast: FastTokenizer) -> None:
     huge = np.full((HORIZON, ACTION_DIM), 40.0)
     assert fast.count_clamped(huge) == ACTION_DIM
@@ -109,12 +134,12 @@ def test_malformed_ids_are_errors(fast: FastTokenizer) -> None:
 
 @given(
     arrays(np.float64, (HORIZON, ACTION_DIM), elements=st.floats(-30, 30)),
-    st.sampled_from(["coefficients", "bytes"]),
+    st.sampled_from(["coefficients", "bytes", "none"]),
 )
 def test_whatever_is_beyond_the_range_is_counted_and_nothing_else_is_changed(
-    fast: FastTokenizer, bytewise: FastTokenizer, chunk: NDArray[np.float64], merges: str
+    fast: FastTokenizer, bytewise: FastTokenizer, ended: FastTokenizer, chunk: NDArray[np.float64], merges: str
 ) -> None:
-    fast = bytewise if merges == "bytes" else fast
+    fast = {"coefficients": fast, "bytes": bytewise, "none": ended}[merges]
     true = np.rint(fast.coefficients(chunk))
     beyond = (true < fast.lowest) | (true > fast.highest)
     said = np.rint(fast.coefficients(fast.decode(fast.encode(chunk))))
@@ -122,11 +147,11 @@ def test_whatever_is_beyond_the_range_is_counted_and_nothing_else_is_changed(
     np.testing.assert_array_equal(said, np.clip(true, fast.lowest, fast.highest))
 
 
-@given(st.data(), st.sampled_from(["coefficients", "bytes"]))
+@given(st.data(), st.sampled_from(["coefficients", "bytes", "none"]))
 def test_any_ids_are_exactly_one_chunk_or_an_error(
-    fast: FastTokenizer, bytewise: FastTokenizer, data: st.DataObject, merges: str
+    fast: FastTokenizer, bytewise: FastTokenizer, ended: FastTokenizer, data: st.DataObject, merges: str
 ) -> None:
-    fast = bytewise if merges == "bytes" else fast
+    fast = {"coefficients": fast, "bytes": bytewise, "none": ended}[merges]
     right = fast.encode(smooth_chunks(1, seed=data.draw(st.integers(0, 20)))[0])
     ids = [*right[: data.draw(st.integers(0, len(right)))], *data.draw(st.lists(st.integers(-2, 600), max_size=3))]
     counted = [i for token in ids if 0 <= token < fast.vocab_size for i in fast.integers(token)]
@@ -137,6 +162,8 @@ def test_any_ids_are_exactly_one_chunk_or_an_error(
         assert fast.byte_level or not known or len(counted) != HORIZON * ACTION_DIM
     else:
         assert known and chunk.shape == (HORIZON, ACTION_DIM)
+        if fast.ends:  # the end stands for as many zeros as are left
+            counted = counted[: HORIZON * ACTION_DIM]
         assert fast.byte_level or np.rint(fast.coefficients(chunk)).ravel().tolist() == counted
 
 
