@@ -7,7 +7,7 @@ Legend: V cameras, C channel, H W image rows and columns, S model image size, L 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -131,11 +131,7 @@ def clean_instruction(task: str, style: PromptStyle = "words") -> str:
 
 
 def render_prompt(
-    template: str,
-    task: str,
-    bins: Sequence[int] | NDArray[np.int64] = (),
-    style: PromptStyle = "words",
-    special: bool = False,
+    template: str, task: str, bins: Iterable[int] = (), style: PromptStyle = "words", special: bool = False
 ) -> str:
     """The prompt text; `bins` (one integer per joint) fill {state} where the template has it.
 
@@ -148,9 +144,9 @@ def render_prompt(
 
 def write_prompt(prompt: PromptSpec, encoding: StateEncoding, task: str, state_norm_S: NDArray[np.floating]) -> str:
     """The prompt of a task and a normalised state, which counts where its `encoding` has it in the prompt."""
-    special, bins = encoding == "special", np.empty(0, dtype=np.int64)
-    if encoding in IN_PROMPT:  # of these, only numbers can be less than 0
-        bins = state_to_bins(state_norm_S, prompt.state_bins, "words" if special else prompt.style)
+    special = encoding == "special"
+    style = "words" if special else prompt.style  # no special token is less than 0
+    bins = state_to_bins(state_norm_S, prompt.state_bins, style) if encoding in IN_PROMPT else ()
     return render_prompt(prompt.template, task, bins, prompt.style, special)
 
 
