@@ -34,6 +34,7 @@ from training.ablation import (
     result_path,
     run_job,
     training_config,
+    try_out,
     write_bench,
     write_report,
 )
@@ -80,6 +81,7 @@ def _ablate(chosen: argparse.Namespace) -> int:
         jobs = find_jobs(config, chosen.arms)
         if chosen.plan:
             return _show(config, jobs)
+        try_out(config.closed_loop, config.knowledge)
         write_bench(config, chosen.config)
         code = _run_all(config, chosen.config, jobs, chosen.jobs)
     if chosen.report is not None:

@@ -1,6 +1,7 @@
 """The comparison of recipes: which runs, what is measured of each, and the page of what came out."""
 
 from training.ablation.config import AblationConfig, load_ablation
+from training.ablation.measures import try_out
 from training.ablation.plan import Job, find_jobs, ready, training_config
 from training.ablation.report import write_bench, write_report
 from training.ablation.results import check_result, read_result, result_path
@@ -17,6 +18,7 @@ __all__ = [
     "result_path",
     "run_job",
     "training_config",
+    "try_out",
     "write_bench",
     "write_report",
 ]

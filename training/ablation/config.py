@@ -62,6 +62,11 @@ class ClosedLoop(Frozen):
         description="longer side of images, as in the demonstrations; default: the environment's",
     )
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How environments are opened."""
+        return {} if self.image_size is None else {"image_size": self.image_size}
+
 
 class Knowledge(Frozen):
     """Questions that tell what the model still knows of vision and language."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ki_vla_ros.errors import ConfigurationError
 from training.ablation.config import ClosedLoop, Knowledge
 from training.config import Loss
 from training.data import Batch
@@ -36,14 +37,24 @@ PREDICTED: Final[tuple[Loss, ...]] = ("text", "fast")
 _PLACE: Final = re.compile(r"<loc_?(\d+)>")
 
 
+def try_out(loop: ClosedLoop, knowledge: Knowledge | None) -> None:
+    """Fails now with what would fail after an hour of training: a simulator or questions that are not there."""
+    if knowledge is not None and not knowledge.questions.exists():
+        raise ConfigurationError(
+            f"knowledge.questions: expected data in {knowledge.questions}, found none; the comparison's file says how "
+            "it is made"
+        )
+    for name in loop.splits.values():
+        open_environment(name, **loop.options).close()
+
+
 def drive(run: Run, loop: ClosedLoop, episodes: int) -> dict[str, dict[str, Any]]:
     """By split, for each episode in the order of their seeds whether it was followed, and whether it succeeded."""
     seeds = range(loop.first_seed, loop.first_seed + episodes)
     act, period_s = run.act(), run.data.robot.action_period_s
-    options = {} if loop.image_size is None else {"image_size": loop.image_size}
     found: dict[str, dict[str, Any]] = {}
     for split, name in loop.splits.items():
-        environment, followed = at_period(open_environment(name, **options), period_s), list[bool]()
+        environment, followed = at_period(open_environment(name, **loop.options), period_s), list[bool]()
         note = partial(_note_followed, followed, environment)
         try:
             driven = roll_out(act, environment, seeds, loop.execute, report=note)

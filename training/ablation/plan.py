@@ -96,8 +96,8 @@ def check_gates(config: AblationConfig, start: Mapping[str, Any]) -> None:
     ]
     if missed:
         raise ConfigurationError(
-            f"{config.start}: the common start: expected {'; '.join(missed)}; train it longer, and move the results "
-            f"in {config.results} and the runs in {config.out} away"
+            f"{config.start}: the common start: expected {'; '.join(missed)}; give it another stage, and "
+            f"remove {result_path(config.results, START)}: it goes on from its last checkpoint"
         )
 
 

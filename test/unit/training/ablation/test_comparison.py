@@ -222,6 +222,11 @@ def test_a_result_of_another_configuration_is_refused_and_says_what_differs(tiny
         ),
         ({"arms": {"ki": {}, "kj": {}}}, "arm kj: recipe: expected a file, or one of"),
         ({"arms": {"ki": {"without": ["fast_scale"]}}}, "arms.ki.without: expected keys of run, got fast_scale"),
+        (
+            {"closed_loop": {"splits": {"all": "aram"}, "episodes": 1, "earlier": 1}},
+            "environment: expected one of arm, ",
+        ),
+        ({"knowledge": {"questions": "gone.jsonl", "kinds": {"vqa": ""}}}, "expected data in gone.jsonl, found none"),
         ({"run": {"seed": 1}}, "run: expected what all arms share, got seed"),
         ({"run": {"robot": "demo_arm"}}, "arm ki: sources: expected sources, got none"),
     ],
