@@ -180,7 +180,7 @@ class VLA(nn.Module):
 
         x_t [R, H, A], time [R, H] (one per action token), state [R, S]: the expert's rows, as in `velocity`.
         `insulate=False` lets the flow loss train the backbone (the baseline). With `hybrid_mask`, the postfix sees
-        them; its padding, if any, must then be at its end.
+        these rows; its padding, if any, must then be at its end.
         `probe` = (layer, head) whose attention scores among prefix tokens are returned.
         `prefix_rows`: only this many prefix tokens (at least 1), the last ones, pass through the last layer, whose
         outputs have that many rows. No loss reads the others; a step at the demo's sizes takes 6-13 % less time.
@@ -215,6 +215,7 @@ class VLA(nn.Module):
         postfix_hidden = None if postfix_BT is None else hidden_BSD[:, rows:]
         velocity = None
         if x_t is not None and time is not None:
+            # Insulation is this `detach`: the backbone's own rows have read the same keys and values with a gradient.
             read_keys, read_values = (
                 tuple(x.detach() for x in part) if insulate else tuple(part) for part in (keys, values)
             )
