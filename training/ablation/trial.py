@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import time
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from ki_vla_ros.bench import time_alternating
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.files import read_json
 from training.ablation import measures
 from training.ablation.config import AblationConfig
@@ -51,13 +53,14 @@ def run_job(config: AblationConfig, job: Job, start: Mapping[str, Any] | None) -
         assert start is not None
         origin = made_of(config, job, start)
         figures = {TIMING: time_steps, GRID: try_rate, "run": train_arm}[job.kind](config, job)
+    threads = torch.get_num_threads()
     where = {
         "job": job.kind,
         "arm": job.arm,
         "seed": job.seed,
         "learning_rate": job.rate,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} used, torch {torch.__version__}",
         "commit": commit(),
     }
     write_result(result_path(config.results, job.name), origin, where | figures)
@@ -111,7 +114,13 @@ def train_arm(config: AblationConfig, job: Job) -> dict[str, Any]:
     """A run with all figures of its points; without the policy folder, as not every recipe's can be exported."""
     run = Run(training_config(config, job))
     with only_run(run.config.out):
-        run.trainer.run()
+        try:
+            run.trainer.run()
+        except FloatingPointError as error:
+            raise ConfigurationError(
+                f"{job.name}: expected a run that learns, got one that diverged with the grid's rate {job.rate:g} "
+                f"({error}); make the grid longer or its rates smaller, for all arms"
+            ) from error
         places, points = checkpoints(run), []
         for wanted in config.points:
             taken = max(step for step in places if step <= wanted)

@@ -33,6 +33,7 @@ from training.ablation.plan import (
 from training.ablation.results import check_result, read_result, result_path, write_result
 from training.recipe import recipe_names
 from training.run import Run
+from training.train import Trainer
 
 KNOWN = {"pointing": {"right": 0.99, "loss": 0.1}, "vqa": {"right": 0.5, "loss": 1.0}}
 START = {"weights": "w", "data": "d", "knowledge": KNOWN}
@@ -322,8 +323,6 @@ def test_a_run_that_is_stopped_anywhere_comes_to_the_same_figures(
 
         return call
 
-    from training.train import Trainer
-
     real["accumulate"] = Trainer.accumulate_gradients
     for name, place, after in (
         ("accumulate", (Trainer, "accumulate_gradients"), 3),
@@ -503,3 +502,20 @@ def test_the_figure_has_every_arm_and_its_curve(results: Path) -> None:
 def test_without_results_there_is_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ablate.main(["--report", str(tmp_path)]) == 2
     assert "expected folders with bench.json" in capsys.readouterr().err
+
+
+def test_a_rate_that_diverges_is_a_result_of_the_grid_and_a_fault_of_a_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: object) -> None:
+        raise FloatingPointError("gradient norm nan")
+
+    path = changed(tiny, results=str(tmp_path / "results"), out=str(tmp_path / "out"))
+    config = load_ablation(path)
+    monkeypatch.setattr(Trainer, "accumulate_gradients", diverge)
+    job = Job("grid", "pi0", 100, 1e-2)
+    trial.run_job(config, job, START)
+    found = read_result(result_path(config.results, job.name))
+    assert found is not None and found["error"] is None and found["diverged"] == "gradient norm nan"
+    with pytest.raises(ConfigurationError, match=r"pi0-0: .* the grid's rate 0\.01 \(gradient norm nan\)"):
+        trial.run_job(config, Job("run", "pi0", 0, 1e-2), START)
