@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,13 @@ class Recording:
         with open_bag(self.bag) as bag:
             return Counter(message.topic for message in bag.messages())
 
+    def wait_for(self, least: Mapping[str, int]) -> None:
+        """Until so many messages of these topics are on the disk."""
+        until(
+            lambda: all(self.counts()[topic] >= count for topic, count in least.items()),
+            lambda: f"{least} messages, there are {dict(self.counts())}; the recorder says {self.output!r}",
+        )
+
     def end(self, number: signal.Signals = signal.SIGINT) -> int:
         self.process.send_signal(number)
         return self.process.wait(PATIENCE_S)
@@ -125,9 +132,9 @@ def test_a_recording_has_all_that_replay_needs(
     assert not recording.bag.exists()
     # Set by parameter, not by topic: the recorder may be discovered before the node's subscription is.
     start(bundle=bundle_path, autostart=True, instruction=TASK)
-    until(lambda: all(recording.counts()[topic] >= 10 for topic in (*INPUTS, *OUTPUTS[:3])))
+    recording.wait_for(dict.fromkeys((*INPUTS, *OUTPUTS[:3]), 10))
     robot.say("point at the blue ball")
-    until(lambda: recording.counts()["/policy/instruction"])
+    recording.wait_for({"/policy/instruction": 1})
     assert recording.end() == 0, recording.output
     with open_bag(recording.bag) as bag:
         assert bag.faults == [] and (recording.bag / "metadata.yaml").exists()
@@ -154,7 +161,7 @@ def test_a_robot_that_loses_power_keeps_what_was_recorded(
     start(bundle=bundle_path, autostart=True, instruction=TASK)
     until(lambda: robot.chunks)  # a recorder that starts after the session was published still gets it
     recording = record("--writer", "own")
-    until(lambda: all(recording.counts()[topic] >= 10 for topic in (*INPUTS, *OUTPUTS[:3])))
+    recording.wait_for(dict.fromkeys((*INPUTS, *OUTPUTS[:3]), 10))
     before = recording.counts()
     recording.end(signal.SIGKILL)
     assert not (recording.bag / "metadata.yaml").exists()
@@ -173,7 +180,7 @@ def test_a_policy_in_a_namespace(
     recording = record("--writer", "own", "--ros-args", "-r", "__ns:=/left")
     robot = Robot(int(ros_environment["ROS_DOMAIN_ID"]), "/left")
     try:
-        until(lambda: recording.counts()["/left/policy/chunk"] and recording.counts()["/left/joint_states"])
+        recording.wait_for({"/left/policy/chunk": 1, "/left/joint_states": 1})
         assert recording.end(signal.SIGTERM) == 0, recording.output
     finally:
         robot.close()
@@ -191,7 +198,7 @@ def test_a_recording_in_simulated_time_replays(
     assert not recording.bag.exists()
     robot.clock_ns = began_ns = 10**12
     robot.imaging = robot.stating = True
-    until(lambda: recording.counts()["/policy/chunk"] >= 20)
+    recording.wait_for({"/policy/chunk": 20})
     assert recording.end() == 0, recording.output
     with open_bag(recording.bag) as bag:
         messages = list(bag.messages())
