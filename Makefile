@@ -2,6 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 JOBS ?= 2
+# Tests that wait for ROS or for processes leave a core idle: three workers keep two cores busy.
+WORKERS ?= 3
 CONFIG ?= config/training/demo.yaml
 CHECKPOINT ?= out/training/demo/policy
 BUNDLE ?= models/demo
@@ -13,7 +15,7 @@ REQUIREMENTS := $(wildcard requirements/*.txt)
 # Plugins by name: a sourced ROS installation brings pytest plugins that break newer pytest versions.
 # A worker that crashed is not replaced: with loadfile the run would wait for ever for the tests that it had.
 # Files in the order of test/conftest.py: xdist's own, by the number of tests, leaves the longest ones to the end.
-PYTEST := pytest -p xdist -p pytest_timeout -p hypothesispytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+PYTEST := pytest -p xdist -p pytest_timeout -p hypothesispytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 RUFF := $(RUN) ruff check && $(RUN) ruff format --check
 TESTING := OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
@@ -37,7 +39,7 @@ metaworld: .venv-metaworld/metaworld ## MetaWorld's fifty tasks, in an environme
 	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-metaworld/bin/python -m pytest -p pytest_timeout $(or $(ARGS),test/unit/training/evaluate/test_metaworld.py test/system/test_what_imports_cost.py)
 
 # mypy takes a minute of one core on a fresh clone: it runs beside the tests, and once more, to be read, if it fails.
-test: $(VENV)/developer ## lint and every test (ARGS="test/bad/test_bundles.py" for some, JOBS=2 workers)
+test: $(VENV)/developer ## lint and every test (ARGS="test/bad/test_bundles.py" for some, WORKERS=3 processes)
 	$(RUFF)
 	$(RUN) mypy & \
 	$(TESTING) $(RUN) $(PYTEST) $(ARGS); tested=$$?; \
@@ -49,7 +51,7 @@ coverage: $(VENV)/developer ## every test, counting the lines that run, which is
 	$(RUN) coverage combine --quiet
 	$(RUN) coverage report
 
-test-fast: $(VENV)/developer ## unit tests and contracts without the slow ones, in about a minute (JOBS=2)
+test-fast: $(VENV)/developer ## unit tests and contracts without the slow ones, in about a minute (WORKERS=3)
 	$(TESTING) $(RUN) $(PYTEST) -m "not slow" $(or $(ARGS),test/unit test/contracts)
 
 lint: $(VENV)/developer ## ruff (rules, format) and mypy

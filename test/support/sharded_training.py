@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,14 @@ def gradients_of(
     return found, clip_gradients(parameters, 1.0)
 
 
-def check_gradients(plain: Run, sharded: Run) -> None:
-    """In all stages the weights are shards, with the gradients and the norm of the unsharded model.
+def check_gradients(plain: Run, sharded: Run, stages: Sequence[int] = (0, 1, 2, 3)) -> None:
+    """In these stages the weights are shards, with the gradients and the norm of the unsharded model.
 
     So they are where what the processes drew teaches different things.
     """
     assert sum(isinstance(parameter, DTensor) for parameter in sharded.model.parameters()) > 0
     everything = plain.config.stages[2].model_copy(update={"losses": {"text": 1.0, "cells": 1.0, "pointing": 1.0}})
-    cases = [(stage, draw) for stage in plain.config.stages]
+    cases = [(plain.config.stages[n], draw) for n in stages]
     cases += [(plain.config.stages[2], draw_without_places), (everything, draw_of_two_kinds)]
     for stage, drawing in cases:
         expected, norm = gradients_of(plain, stage, drawing)
@@ -224,7 +224,7 @@ def main() -> None:
     plain = opened(configure(settings, {}))
     check_gradients(plain, opened(configure(settings, {"shard": True})))
     sharded = opened(configure(settings, CHECKPOINTED))
-    check_gradients(plain, sharded)
+    check_gradients(plain, sharded, [2])
     check_insulation(sharded)
     check_bfloat16(plain, opened(configure(settings, OFFLOADED)))
     check_resuming(settings, out)
