@@ -238,7 +238,7 @@ def gradients(run: Run) -> dict[str, float]:
 def latency_ms(run: Run) -> dict[str, float]:
     """Processor time of one chunk for one observation, prefix included: by the policy's sampler, and token by token."""
     samplers: dict[str, Sampler] = {run.config.sampler: run.sampler()}
-    if any("fast" in stage.losses for stage in run.config.stages):
+    if any(stage.learns_action_tokens for stage in run.config.stages):
         samplers.setdefault("tokens", run.sampler("tokens"))
     batch = next(robot_batches(run)).rows(slice(0, 1))
     noise, found = noise_like(batch), {}

@@ -317,7 +317,7 @@ def details(bench: Bench) -> Iterator[str]:
     rows = []
     for arm in bench.arms:
         recipe = next(iter(bench.runs[arm].values()))["recipe"]
-        if any("fast" in stage["losses"] for stage in recipe["stages"]):
+        if any(stage["action_tokens"] for stage in recipe["stages"]):
             right, error, whole = (
                 bench.mean_of(arm, "offline", f"fast_{what}") for what in ("accuracy", "error", "whole")
             )

@@ -142,7 +142,12 @@ def describe(run: Run) -> dict[str, Any]:
     """What the recipe made of the run, for the report: which losses there are, and how chunks are read."""
     return {
         "stages": [
-            {"steps": stage.steps, "losses": dict(stage.losses), "insulate": stage.insulate}
+            {
+                "steps": stage.steps,
+                "losses": dict(stage.losses),
+                "action_tokens": stage.learns_action_tokens,
+                "insulate": stage.insulate,
+            }
             for stage in run.config.stages
         ],
         "sampler": run.config.sampler,
