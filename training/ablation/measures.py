@@ -33,7 +33,7 @@ AT_ONCE: Final = 32
 MALFORMED_ERROR: Final = 1.0  # of a sequence that stands for no chunk: half of an action's range
 GRADIENT_BATCHES: Final = 4
 TIMED: Final = 9
-PREDICTED: Final[tuple[Loss, ...]] = ("text", "fast")
+PREDICTED: Final[tuple[Loss, ...]] = ("text", "fast", "tokens")
 _PLACE: Final = re.compile(r"<loc_?(\d+)>")
 
 
@@ -208,7 +208,7 @@ def gradients(run: Run) -> dict[str, float]:
         "tokens": {loss: weight for loss, weight in stage.losses.items() if loss in PREDICTED},
         "flow": {loss: weight for loss, weight in stage.losses.items() if loss == "flow"},
     }
-    batches = [batch for n in range(GRADIENT_BATCHES) for batch in trainer.draw(index, stage, stage.steps + n)]
+    steps = [trainer.draw(index, stage, stage.steps + n) for n in range(GRADIENT_BATCHES)]
     parameters = select_parameters(run.model, None, ("vision", "backbone"))
     pulls: dict[str, Tensor] = {}
     for kind, losses in kinds.items():
@@ -216,11 +216,9 @@ def gradients(run: Run) -> dict[str, float]:
             continue
         alone = stage.model_copy(update={"losses": losses, "insulate": False, "accumulate": 1})
         run.model.zero_grad(set_to_none=True)
-        for number, batch in enumerate(batches):
-            if targets(batch) & losses.keys():
-                for piece in trainer.losses.split(batch, alone, np.random.default_rng(number)):
-                    found = trainer.losses(piece, alone)
-                    torch.stack([losses[name] * value for name, value in found.items()]).sum().backward()
+        for number, batches in enumerate(steps):
+            taught = [batch for batch in batches if targets(batch) & losses.keys()]
+            trainer.accumulate_gradients(alone, taught, np.random.default_rng(number))
         flat = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters.values()]
         pulls[kind] = torch.cat(flat) / GRADIENT_BATCHES
     run.model.zero_grad(set_to_none=True)

@@ -59,6 +59,27 @@ def changed(path: Path, **changes: Any) -> Path:
     return other
 
 
+# --- what is measured
+
+
+def test_gradients_are_of_every_loss_of_tokens(tiny: Path) -> None:
+    """Where robot data alone is drawn, one cross-entropy over words and FAST is FAST's."""
+    path = changed(tiny, arms={"ki": {}})
+    run = Run(training_config(load_ablation(path), Job("run", "ki")))
+    with torch.no_grad():
+        for parameter in run.model.parameters():  # an expert that is new has its gates closed
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    [stage] = run.config.stages
+    found = []
+    for losses in ({"fast": 1.0, "flow": 1.0}, {"tokens": 1.0, "flow": 1.0}):
+        alone = stage.model_copy(update={"losses": losses, "sources": {"robot": 4}})
+        run.config = run.trainer.config = run.config.model_copy(update={"stages": (alone,)})
+        found.append(measures.gradients(run))
+    assert found[0] == pytest.approx(found[1])
+    assert found[0].keys() == {"tokens", "flow", "cosine"} and min(found[0]["tokens"], found[0]["flow"]) > 0
+    assert abs(found[0]["cosine"]) < 1
+
+
 # --- the arms
 
 
