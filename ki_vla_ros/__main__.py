@@ -26,6 +26,7 @@ COMMANDS: Final = (
     ("aloha-teleoperator", "ki_vla_ros.sim.aloha.teleoperator", "hand a cube over with the simulated ALOHA"),
     ("record", "ki_vla_ros.ros.recorder", "record what a running policy reads and publishes"),
     ("replay", "ki_vla_ros.replay.__main__", "run a policy over a recording, without ROS"),
+    ("serve", "ki_vla_ros.serve.__main__", "a policy for other programs, in openpi's websocket protocol"),
     ("robot", "ki_vla_ros.robot.__main__", "propose a robot file, say where one does not fit"),
     ("doctor", "ki_vla_ros.doctor.__main__", "find faults in a running or recorded robot's setup"),
     ("bench", "ki_vla_ros.bench.__main__", "measure node, model and engines on this machine"),

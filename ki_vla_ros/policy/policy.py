@@ -62,16 +62,21 @@ class Policy:
         self, observation: Observation, instruction: str, chunk_index: int, mark: Callable[[str], None] = _ignore
     ) -> ActionChunk:
         """All stages in order; `mark` is called with the name of each one when it is done, for a stopwatch."""
-        manifest = self.bundle.manifest
-        model_input = make_model_input(manifest, self.bundle.tokenizer, observation, instruction)
+        chunk = self.decode(self.sample(observation, instruction, chunk_index, mark), observation)
+        mark("decode")
+        return chunk
+
+    def sample(
+        self, observation: Observation, instruction: str, chunk_index: int, mark: Callable[[str], None] = _ignore
+    ) -> NDArray[np.float32]:
+        """The stages of `infer` up to the normalised actions [H, A], which `actions` and `decode` take."""
+        model_input = make_model_input(self.bundle.manifest, self.bundle.tokenizer, observation, instruction)
         mark("preprocess")
         cache = self.prefill(model_input)
         mark("prefill")
         actions_HA = self.denoise(cache, self.noise(chunk_index), model_input.state_S)
         mark("denoise")
-        chunk = self.decode(actions_HA, observation)
-        mark("decode")
-        return chunk
+        return actions_HA
 
     def noise(self, chunk_index: int) -> NDArray[np.float32]:
         """The chunk's starting point [H, A], the same for the same seed and index on every machine."""

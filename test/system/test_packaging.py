@@ -26,7 +26,9 @@ ROSDEP_KEYS = {
     "yaml": "python3-yaml",
 }
 # Not to be had from rosdep, or for the demo alone: from pip, as package.xml and the README say.
-FROM_PIP = {"av", "lz4", "mcap", "mujoco", "onnxruntime", "rosbags", "simplejpeg", "tokenizers", "zstandard"}
+FROM_PIP = {
+    "av", "lz4", "mcap", "msgpack", "mujoco", "onnxruntime", "rosbags", "simplejpeg", "tokenizers", "websockets", "zstandard",
+}  # fmt: skip
 # Imported only when a parameter, or an output of the robot file, asks for it.
 OPTIONAL = {"control_msgs", "cuda", "torch"}
 
@@ -104,7 +106,7 @@ def run_installed(command: list[str | Path], prefix: Path, folder: Path) -> str:
 
 EXECUTABLES = {
     "aloha_teleoperator", "bench", "build_engines", "demo", "doctor", "policy_node", "record", "replay", "robot",
-    "sim_aloha", "sim_arm",
+    "serve", "sim_aloha", "sim_arm",
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ MAY_IMPORT["report"] = ()
 MAY_IMPORT["ros"] = (*MAY_IMPORT["runtime"], "runtime", "bags")
 MAY_IMPORT["replay"] = (*MAY_IMPORT["runtime"], "runtime", "bags", "report")
 MAY_IMPORT["sim"] = (*GROUND, "robot", "messages", "runtime.paths", "ros.process", "ros.qos")
+MAY_IMPORT["serve"] = (*MAY_IMPORT["policy"], "engines", "policy")
 COMMANDS = ("doctor", "bench", "demo")
 for command in COMMANDS:
     MAY_IMPORT[command] = (*MAY_IMPORT["ros"], "ros", "report", "sim", "survey")

@@ -1,0 +1,185 @@
+"""The server: who may connect, whose turn it is, and what a frame is answered with.
+
+The protocol is openpi's. After the handshake the server sends one frame, its metadata. From then on each binary frame
+is an observation and is answered with a chunk, or with a text frame, one line that says what was wrong with it; the
+connection goes on either way. Everything but text is msgpack (wire.py).
+
+One thread of its own decodes frames and runs the model, in the order in which they came. A client has at most one frame
+there, so no client waits for more than one of each other's, and a slow one is waited for by nobody.
+
+Legend: D dimensions of an action.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from itertools import pairwise
+from typing import Any, Final
+
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from ki_vla_ros.errors import InputError, KiVlaError
+from ki_vla_ros.policy import Policy
+from ki_vla_ros.serve.keys import LARGEST_SIDE, Keys
+from ki_vla_ros.serve.wire import pack, unpack
+
+MOST_CLIENTS: Final = 16
+FRAMES_AHEAD: Final = 2  # of a client that does not wait for its answers, kept in memory
+HEALTH: Final = "/healthz"
+# The library logs tracebacks for every port scanner.
+_SILENT: Final = logging.getLogger(f"{__name__}.websockets")
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False
+
+
+@dataclass
+class Session:
+    """What the server keeps of a client. `chunks` counts its answers: the noise of a chunk is that of its number."""
+
+    name: str
+    chunks: int = 0
+    errors: int = 0
+    said_s: float = -math.inf  # when one of its errors was printed
+    previous_s: float | None = None
+
+
+class PolicyServer:
+    """Serves one policy; `token`, unless empty, is what a client must know, `instruction` what it may leave out."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        keys: Keys,
+        token: str = "",
+        instruction: str = "",
+        say: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
+    ) -> None:
+        keys.check(policy.bundle.manifest.robot)
+        self._policy, self._keys, self._instruction, self._say = policy, keys, instruction, say
+        self._authorization = f"Api-Key {token}".encode() if token else b""
+        self._clients = 0
+        self._worker = ThreadPoolExecutor(1, "policy")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The first frame: what this policy is, what it takes, and what its answers mean."""
+        manifest, keys = self._policy.bundle.manifest, self._keys
+        return {
+            "policy": manifest.name,
+            "robot": manifest.robot.name,
+            "observation": keys.expected(manifest.robot),
+            "units": keys.units,
+            "state": [dimension.name for dimension in manifest.robot.state],
+            "actions": [action.name for action in manifest.robot.actions],
+            "horizon": manifest.horizon,
+            "action_period_s": manifest.action_period_s,
+        }
+
+    @property
+    def largest_message(self) -> int:
+        """Bytes: the largest images, one more, so that a larger one can be answered, and a MiB for all else."""
+        return (len(self._keys.cameras) + 1) * 3 * LARGEST_SIDE**2 + (1 << 20)
+
+    async def run(self, host: str, port: int, stop: asyncio.Event, ready: Callable[[int], object]) -> None:
+        """Serve until `stop` is set; `ready` is called with the port once clients may come. OSError: no such place."""
+        try:
+            async with serve(
+                self._converse,
+                host,
+                port,
+                process_request=self._admit,
+                origins=[None],  # no web page of this machine's browser, which reaches loopback, too
+                compression=None,
+                max_size=self.largest_message,
+                max_queue=FRAMES_AHEAD,
+                close_timeout=1.0,
+                server_header=None,
+                logger=_SILENT,
+            ) as server:
+                ready(next(iter(server.sockets)).getsockname()[1])
+                await stop.wait()
+        finally:
+            self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
+        if request.path == HEALTH:
+            return connection.respond(HTTPStatus.OK, "OK\n")
+        given = request.headers.get_all("Authorization")
+        if self._authorization and not (
+            len(given) == 1 and hmac.compare_digest(given[0].encode(errors="replace"), self._authorization)
+        ):
+            self._say(f"{_name(connection)}: refused: expected the token, got {'another' if given else 'none'}")
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key TOKEN\n")
+        if self._clients >= MOST_CLIENTS:
+            self._say(f"{_name(connection)}: refused: {MOST_CLIENTS} clients are connected")
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"expected at most {MOST_CLIENTS} clients\n")
+        return None
+
+    async def _converse(self, connection: ServerConnection) -> None:
+        session, loop = Session(_name(connection)), asyncio.get_running_loop()
+        self._clients += 1
+        self._say(f"{session.name}: connected")
+        try:
+            with suppress(ConnectionClosed):
+                await connection.send(pack(self.metadata))
+                async for frame in connection:
+                    came_s = time.monotonic()
+                    answer = await loop.run_in_executor(self._worker, self._answer, session, frame, came_s)
+                    await connection.send(answer)
+                    session.previous_s = time.monotonic() - came_s
+        finally:
+            self._clients -= 1
+            self._say(f"{session.name}: gone after {session.chunks} chunks, {session.errors} errors")
+
+    def _answer(self, session: Session, frame: str | bytes, came_s: float) -> str | bytes:
+        """The chunk for an observation, or the error as a line. Runs in the worker's thread."""
+        try:
+            if isinstance(frame, str):
+                raise InputError(f"message: expected a binary frame, got a text of {len(frame)} characters")
+            return pack(self._chunk(session, frame, came_s))
+        except KiVlaError as error:
+            line = " ".join(str(error).split())
+        except Exception:
+            self._say(f"{session.name}: {traceback.format_exc()}")
+            line = "the server hit a bug, and has printed where; please report it"
+        session.errors += 1
+        if time.monotonic() >= session.said_s + 1.0:  # a client must not fill the log
+            session.said_s = time.monotonic()
+            self._say(f"{session.name}: {line}")
+        return line
+
+    def _chunk(self, session: Session, frame: bytes, came_s: float) -> dict[str, Any]:
+        began_s = time.monotonic()
+        policy, robot = self._policy, self._policy.bundle.manifest.robot
+        observation, instruction = self._keys.observation(unpack(frame), robot, self._instruction)
+        marks_s = [("", time.monotonic())]
+        actions_HA = policy.sample(
+            observation, instruction, session.chunks, lambda stage: marks_s.append((stage, time.monotonic()))
+        )
+        actions_HD = self._keys.actions(policy.actions(actions_HA, observation.state_S), robot)
+        ended_s = time.monotonic()
+        session.chunks += 1
+        stages = {f"{stage}_ms": (at_s - before_s) * 1e3 for (_, before_s), (stage, at_s) in pairwise(marks_s)}
+        server = {"infer_ms": (ended_s - began_s) * 1e3, "wait_ms": (began_s - came_s) * 1e3}
+        if session.previous_s is not None:
+            server["prev_total_ms"] = session.previous_s * 1e3
+        policy_ms = {"infer_ms": (ended_s - marks_s[0][1]) * 1e3}
+        return {"actions": actions_HD, "server_timing": server, "policy_timing": policy_ms | stages}
+
+
+def _name(connection: ServerConnection) -> str:
+    address = connection.remote_address
+    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "client"
