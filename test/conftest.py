@@ -49,11 +49,12 @@ if importlib.util.find_spec("hypothesis"):
     settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("tests")
 
-# What a robot has no need of, by the name that is imported: requirements/training.txt, simulation.txt and test.txt.
+# What a robot has no need of, by the name that is imported: requirements/training.txt, simulation.txt and test.txt, and
+# what only a policy server needs.
 NOT_ON_A_ROBOT = {
-    "av", "coverage", "cuda", "google", "hypothesis", "mujoco", "onnx", "onnx_ir", "onnxscript", "packaging", "pyarrow",
-    "regex", "safetensors", "sentencepiece", "setuptools", "tensorboard", "tensorrt_rtx", "torch", "tqdm",
-    "transformers",
+    "av", "coverage", "cuda", "google", "hypothesis", "msgpack", "mujoco", "onnx", "onnx_ir", "onnxscript", "openpi_client",
+    "packaging", "pyarrow", "regex", "safetensors", "sentencepiece", "setuptools", "tensorboard", "tensorrt_rtx", "torch",
+    "tqdm", "transformers", "websockets",
 }  # fmt: skip
 
 LIMIT_S = 180

@@ -1,0 +1,69 @@
+"""A policy server in a thread of this process, and what its clients send."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ki_vla_ros.bundle import Bundle, load_bundle
+from ki_vla_ros.engines import open_engine
+from ki_vla_ros.policy import Policy
+from ki_vla_ros.serve import Keys, PolicyServer, named_keys, pack, unpack
+from ki_vla_ros.settings import Settings
+from ki_vla_ros.share import find_bundle
+
+TASK = "touch the red cube"
+
+
+def bench_bundle() -> Bundle:
+    """Three cameras, seven joints, random weights, a few ms per chunk."""
+    return load_bundle(find_bundle("bench"))
+
+
+def open_policy(bundle: Bundle) -> Policy:
+    return Policy(bundle, open_engine(bundle, Settings()))
+
+
+@contextmanager
+def serving(policy: Policy, keys: Keys | None = None, **options: Any) -> Iterator[int]:
+    """The port of a server, which ends with the block."""
+    server = PolicyServer(policy, keys or named_keys(policy.bundle.manifest.robot), say=lambda line: None, **options)
+    ports: list[int] = []
+    started, ended = threading.Event(), threading.Event()
+    ends: list[Any] = []
+
+    async def run() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        ends.append(lambda: loop.call_soon_threadsafe(stop.set))
+        await server.run("127.0.0.1", 0, stop, lambda port: (ports.append(port), started.set()))
+        ended.set()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    assert started.wait(20)
+    try:
+        yield ports[0]
+    finally:
+        ends[0]()
+        thread.join(20)
+        assert ended.is_set()
+
+
+def message(bundle: Bundle, seed: int = 0, height: int = 24, width: int = 32) -> dict[str, Any]:
+    """An observation by the robot file's names."""
+    rng, robot = np.random.default_rng(seed), bundle.manifest.robot
+    images = {name: rng.integers(0, 256, (height, width, 3)).astype(np.uint8) for name in robot.camera_names}
+    state = {dimension.name: float(rng.uniform(-0.5, 0.5)) for dimension in robot.state}
+    return {"images": images, "state": state, "prompt": TASK}
+
+
+def ask(connection: Any, observation: Any) -> Any:
+    """The answer to an observation: a map, or the text of an error."""
+    connection.send(pack(observation))
+    answer = connection.recv(20)
+    return answer if isinstance(answer, str) else unpack(answer)
