@@ -126,6 +126,31 @@ def test_a_bug_is_printed_here_and_only_confessed_there(monkeypatch: pytest.Monk
         assert "actions" in ask(connection, message(BUNDLE))
 
 
+def test_while_the_model_runs_others_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = open_policy(BUNDLE)
+    began, go_on, sample = threading.Event(), threading.Event(), policy.sample
+
+    def slow(*arguments: Any) -> Any:
+        began.set()
+        assert go_on.wait(20)
+        return sample(*arguments)
+
+    monkeypatch.setattr(policy, "sample", slow)
+    with serving(policy) as port, client(port) as first:
+        first.recv(20)
+        first.send(pack(message(BUNDLE)))
+        assert began.wait(20)
+        try:
+            with (
+                client(port) as second,
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer,
+            ):
+                assert answer.status == 200 and unpack(second.recv(5))["policy"] == "bench"
+        finally:
+            go_on.set()
+        assert "actions" in unpack(first.recv(20))
+
+
 def damaged(rng: np.random.Generator, good: bytes) -> bytes | str:
     """A frame that has something wrong with it, most of the time."""
     kind = rng.integers(6)
