@@ -185,7 +185,7 @@ def test_each_requirement_has_one_pinned_version(version: str) -> None:
         if pin.marker is None or pin.marker.evaluate({"python_version": version}):
             pins.setdefault(canonicalize_name(pin.name), []).append(str(pin.specifier))
     assert not [name for name, versions in pins.items() if len(versions) > 1]
-    for name in ("robot", "ros", "simulation", "aloha", "metaworld", "training", "test"):
+    for name in ("robot", "ros", "simulation", "aloha", "openpi", "metaworld", "training", "test"):
         # A torch with CUDA pins cuda-bindings itself: a second pin might not agree with it.
         assert {canonicalize_name(r.name) for r in requirements(name)} - {"cuda-bindings"} <= pins.keys()
 
