@@ -52,9 +52,9 @@ if importlib.util.find_spec("hypothesis"):
 # What a robot has no need of, by the name that is imported: requirements/training.txt, simulation.txt and test.txt, and
 # what only a policy server needs.
 NOT_ON_A_ROBOT = {
-    "av", "coverage", "cuda", "google", "hypothesis", "msgpack", "mujoco", "onnx", "onnx_ir", "onnxscript", "openpi_client",
-    "packaging", "pyarrow", "regex", "safetensors", "sentencepiece", "setuptools", "tensorboard", "tensorrt_rtx", "torch",
-    "tqdm", "transformers", "websockets",
+    "av", "coverage", "cuda", "google", "hypothesis", "msgpack", "mujoco", "onnx", "onnx_ir", "onnxscript",
+    "openpi_client", "packaging", "pyarrow", "regex", "safetensors", "sentencepiece", "setuptools", "tensorboard",
+    "tensorrt_rtx", "torch", "tqdm", "transformers", "websockets",
 }  # fmt: skip
 
 LIMIT_S = 180

@@ -27,7 +27,8 @@ ROSDEP_KEYS = {
 }
 # Not to be had from rosdep, or for the demo alone: from pip, as package.xml and the README say.
 FROM_PIP = {
-    "av", "lz4", "mcap", "msgpack", "mujoco", "onnxruntime", "rosbags", "simplejpeg", "tokenizers", "websockets", "zstandard",
+    "av", "lz4", "mcap", "msgpack", "mujoco", "onnxruntime", "rosbags", "simplejpeg", "tokenizers", "websockets",
+    "zstandard",
 }  # fmt: skip
 # Imported only when a parameter, or an output of the robot file, asks for it.
 OPTIONAL = {"control_msgs", "cuda", "torch"}
