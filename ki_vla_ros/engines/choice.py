@@ -19,6 +19,11 @@ def _print(message: str) -> None:
 
 def open_engine(bundle: Bundle, settings: Settings, say: Callable[[str], object] = _print) -> Engine:
     """The chosen engine; only its libraries need to be installed. `say` announces slow work."""
+    if settings.policy_server:
+        raise EngineError(
+            f"policy_server: expected none here, got {settings.policy_server}: only the node asks a server; leave it "
+            "empty to run the bundle's own graphs"
+        )
     try:
         folder = expand(settings.engine_cache) if settings.engine_cache else default_folder()
         if settings.engine in ("tensorrt", "tensorrt_rtx"):

@@ -1,7 +1,7 @@
 """From one observation to one action chunk."""
 
 from ki_vla_ros.policy.guidance import Guide
-from ki_vla_ros.policy.policy import Policy, widen
+from ki_vla_ros.policy.policy import Policy, Stage, untimed, widen
 from ki_vla_ros.policy.preprocess import (
     check_instruction,
     clean_instruction,
@@ -22,6 +22,7 @@ from ki_vla_ros.policy.preprocess import (
 __all__ = [
     "Guide",
     "Policy",
+    "Stage",
     "check_instruction",
     "clean_instruction",
     "fit_square",
@@ -35,6 +36,7 @@ __all__ = [
     "state_token",
     "tokenize",
     "unnormalize",
+    "untimed",
     "widen",
     "write_prompt",
 ]

@@ -6,7 +6,8 @@ dimensions of the state, W width of the state token, J axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +16,21 @@ from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines.base import DifferentiableEngine, Engine, IntegratingEngine, KVCache, step_times
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError
 from ki_vla_ros.policy.guidance import Guide, guidance
-from ki_vla_ros.policy.preprocess import make_model_input, normalize, trained_turn, unnormalize
+from ki_vla_ros.policy.preprocess import make_model_input, normalize, state_token, trained_turn, unnormalize
 from ki_vla_ros.records import ActionChunk, Condition, ModelInput, Observation
 from ki_vla_ros.robot import CommandSpace, nearest_rotation
 from ki_vla_ros.settings import JacobianName
 
+Stage = Callable[[str], AbstractContextManager[None]]
+
 
 def _ignore(stage: str) -> None:
     """Stands in for a stopwatch."""
+
+
+def untimed(stage: str) -> AbstractContextManager[None]:
+    """The same for one that is entered and left."""
+    return nullcontext()
 
 
 class Policy:
@@ -70,11 +78,15 @@ class Policy:
         self, observation: Observation, instruction: str, chunk_index: int, mark: Callable[[str], None] = _ignore
     ) -> NDArray[np.float32]:
         """The stages of `infer` up to the normalised actions [H, A], which `actions` and `decode` take."""
-        model_input = make_model_input(self.bundle.manifest, self.bundle.tokenizer, observation, instruction)
-        mark("preprocess")
-        cache = self.prefill(model_input)
-        mark("prefill")
-        actions_HA = self.denoise(cache, self.noise(chunk_index), model_input.state_S)
+
+        @contextmanager
+        def marked(stage: str) -> Iterator[None]:
+            yield
+            mark(stage)
+
+        cache = self.see(observation, instruction, marked)
+        state_S = state_token(self.bundle.manifest, observation.state_S)
+        actions_HA = self.denoise(cache, self.noise(chunk_index), state_S)
         mark("denoise")
         return actions_HA
 
@@ -83,6 +95,13 @@ class Policy:
         shape = (self.bundle.manifest.horizon, self.bundle.manifest.graph.action_dim)
         generator = np.random.default_rng((self.noise_seed, chunk_index))
         return generator.standard_normal(shape, dtype=np.float32)
+
+    def see(self, observation: Observation, instruction: str, stage: Stage = untimed) -> KVCache:
+        """What `denoise` goes on from: the prefill of an observation, its stages timed by `stage`."""
+        with stage("preprocess"):
+            model_input = make_model_input(self.bundle.manifest, self.bundle.tokenizer, observation, instruction)
+        with stage("prefill"):
+            return self.prefill(model_input)
 
     def prefill(self, model_input: ModelInput) -> KVCache:
         """The backbone's keys and values, on the engine's device, valid until the next prefill."""

@@ -283,9 +283,7 @@ class PolicyNode(LifecycleNode):
             manifest = bundle.manifest
             if settings.instruction:
                 check_instruction(bundle, settings.instruction)
-            engine = open_engine(bundle, settings, self.get_logger().info)
-            resources.callback(engine.close)
-            policy = Policy(bundle, engine, guidance_jacobian=settings.guidance_jacobian)
+            policy = self._open_policy(bundle, settings, resources)
             policy.warm_up()
             shadow = ShadowComparison(policy.space, settings.shadow_reference) if settings.shadow else None
             bounds = axis_bounds(manifest.axes, settings.limits, settings.robot_description)
@@ -303,7 +301,7 @@ class PolicyNode(LifecycleNode):
             identity = BundleIdentity(name=manifest.name, manifest_sha256=file_sha256(bundle.path / MANIFEST))
             inputs = Inputs(self, manifest, settings, sources, signals, buffer, wire, self._diagnostics, shadow)
             resources.callback(inputs.close)
-            loaded = Loaded(bundle, engine, inputs, buffer, wire, loop, LoopThread(loop), identity, shadow)
+            loaded = Loaded(bundle, policy.engine, inputs, buffer, wire, loop, LoopThread(loop), identity, shadow)
             self._resources = resources.pop_all()
         self._loaded = loaded
         self._publish_session()
@@ -312,7 +310,7 @@ class PolicyNode(LifecycleNode):
         gc.freeze()
         gc.callbacks.append(self._diagnostics.collector)
         self._resources.callback(gc.callbacks.remove, self._diagnostics.collector)
-        self.get_logger().info(f"bundle {manifest.name} on {engine.description}")
+        self.get_logger().info(f"bundle {manifest.name} on {loaded.engine.description}")
         topics = ", ".join(f"{source.name} from {source.topic}" for source in sources)
         from_topics = ", ".join(dict.fromkeys(signal.topic for signal in signals))
         commands = settings.command_topics(manifest.robot)
@@ -320,6 +318,22 @@ class PolicyNode(LifecycleNode):
         self.get_logger().info(f"{topics}; joints from {from_topics}; commands to {to_topics}")
         self.get_logger().info(f"limits: {loop.describe_limits()}")
         self.parameters.warn_of_unused_overrides()
+
+    def _open_policy(self, bundle: Bundle, settings: Settings, resources: ExitStack) -> Policy:
+        if not settings.policy_server:
+            engine = open_engine(bundle, settings, self.get_logger().info)
+            resources.callback(engine.close)
+            return Policy(bundle, engine, guidance_jacobian=settings.guidance_jacobian)
+        try:
+            from ki_vla_ros.serve import open_remote  # websockets and msgpack need not be there without it
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"parameter 'policy_server': expected the Python module {error.name}, got none; python3 -m pip install "
+                "websockets msgpack"
+            ) from error
+        remote = open_remote(bundle, settings)
+        resources.callback(remote.engine.close)
+        return remote
 
     def _publish_session(self) -> None:
         """Publishes what replay needs to know; does nothing while no bundle is loaded."""

@@ -21,7 +21,7 @@ from ki_vla_ros.errors import (
     StaleInput,
     cause_of,
 )
-from ki_vla_ros.policy import Policy, make_model_input, state_token
+from ki_vla_ros.policy import Policy, state_token
 from ki_vla_ros.records import ActionChunk, Motion, MotionInterrupted, Observation, to_ns
 from ki_vla_ros.robot import led_axes
 from ki_vla_ros.runtime.chunking import ChunkExecutor
@@ -304,12 +304,8 @@ class PolicyLoop:
         return None if due or too_old else prefix
 
     def _prefill(self, observation: Observation, instruction: str, tick_ns: int, watch: Stopwatch) -> Prefix:
-        bundle = self._policy.bundle
         self._prefix = None  # the engine's buffers are about to be overwritten
-        with watch.stage("preprocess"):
-            model_input = make_model_input(bundle.manifest, bundle.tokenizer, observation, instruction)
-        with watch.stage("prefill"):
-            cache = self._policy.prefill(model_input)
+        cache = self._policy.see(observation, instruction, watch.stage)
         self._prefix = Prefix(cache, observation, instruction, tick_ns)
         return self._prefix
 

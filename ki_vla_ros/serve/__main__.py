@@ -22,14 +22,13 @@ from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.console import run_command
 from ki_vla_ros.engines import open_engine
 from ki_vla_ros.errors import ConfigurationError
-from ki_vla_ros.files import read_text
 from ki_vla_ros.policy import Policy, check_instruction
-from ki_vla_ros.serve.keys import find_keys, named_keys, read_keys
+from ki_vla_ros.serve.keys import open_keys
 from ki_vla_ros.serve.server import PolicyServer
+from ki_vla_ros.serve.token import read_token
 from ki_vla_ros.settings import Settings
-from ki_vla_ros.share import expand, find_bundle
+from ki_vla_ros.share import find_bundle
 
-SHORTEST_TOKEN: Final = 16
 ANYONE: Final = "whoever reaches this address can use the policy"
 
 
@@ -39,14 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(chosen: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the bundle is opened
-    token = _read_token(chosen.token_file) if chosen.token_file else ""
+    token = read_token(chosen.token_file, "--token-file") if chosen.token_file else ""
     if not (token or chosen.allow_anyone or _is_loopback(chosen.host)):
         raise ConfigurationError(
             f"--host {chosen.host}: expected --token-file FILE with it, got none: {ANYONE}; or say --allow-anyone"
         )
     bundle = load_bundle(find_bundle(chosen.bundle))
     robot = bundle.manifest.robot
-    keys = named_keys(robot) if chosen.keys == "robot" else read_keys(find_keys(chosen.keys), robot)
+    keys = open_keys(chosen.keys, robot)
     if chosen.prompt:
         check_instruction(bundle, chosen.prompt)
     settings = Settings(engine=chosen.engine, provider=chosen.provider, threads=chosen.threads)
@@ -83,23 +82,6 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _read_token(path: Path) -> str:
-    """The file's only line; ConfigurationError unless it is one that a header can carry and nobody guesses."""
-    try:
-        token = read_text(expand(path), 4096).strip()
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "no text"
-        raise ConfigurationError(
-            f"--token-file {path}: expected a text file, got one that cannot be read ({why})"
-        ) from None
-    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigurationError(
-            f"--token-file {path}: expected one line of {SHORTEST_TOKEN} or more ASCII characters without spaces, got "
-            f"{len(token)} characters; make one with `openssl rand -hex 32`"
-        )
-    return token
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ki_vla_ros.errors import ConfigurationError, InputError, did_you_mean, short_repr
+from ki_vla_ros.policy import resize_with_pad
 from ki_vla_ros.records import CameraFrame, Observation
 from ki_vla_ros.robot import Frozen, Name, Robot
 from ki_vla_ros.share import expand, find_share
@@ -38,6 +39,7 @@ class Keys(Frozen):
     prompt: Key = Field(default="prompt", description="key of the instruction")
     ignored: tuple[Key, ...] = Field(default=(), description="keys that may come and are not used")
     layout: Literal["HWC", "CHW"] = Field(default="HWC", description="order of an image's axes")
+    nested: bool = Field(default=False, description="a server gets maps within maps in place of keys with slashes")
     units: Literal["robot", "dataset"] = Field(
         default="dataset", description="of state and actions: the robot file's own, or its datasets'"
     )
@@ -90,6 +92,26 @@ class Keys(Frozen):
             raise _missing(self.prompt, "an instruction", parts)
         return Observation(0, frames, state_S), text
 
+    def message(self, observation: Observation, instruction: str, robot: Robot, size: int) -> dict[str, Any]:
+        """The inverse of `observation`: what to send, with images already fitted into a square of `size` pixels."""
+        parts: dict[str, Any] = {self.prompt: instruction}
+        for name, key in self.cameras.items():
+            if name in observation.frames:
+                image = resize_with_pad(observation.frames[name].rgb_HWC, size)
+                parts[key] = image if self.layout == "HWC" else np.ascontiguousarray(image.transpose(2, 0, 1))
+        state_S = observation.state_S
+        if self.units == "dataset":
+            state_S = robot.state_lines.to_foreign(state_S)
+        at = 0
+        for key, count in self.state.items():
+            parts[key] = state_S[at : at + count]
+            at += count
+        return nest(parts) if self.nested else parts
+
+    def robot_actions(self, actions_HD: NDArray[np.float64], robot: Robot) -> NDArray[np.float64]:
+        """The inverse of `actions`."""
+        return robot.action_lines.to_robot(actions_HD) if self.units == "dataset" else actions_HD
+
     def actions(self, actions_HD: NDArray[np.float64], robot: Robot) -> NDArray[np.float64]:
         """Actions in the units of the client."""
         return robot.action_lines.to_foreign(actions_HD) if self.units == "dataset" else actions_HD
@@ -132,6 +154,11 @@ class Keys(Frozen):
         return numbers
 
 
+def open_keys(keys: str, robot: Robot) -> Keys:
+    """The keys of a name or a file: `robot` stands for the robot file's own names."""
+    return named_keys(robot) if keys == "robot" else read_keys(find_keys(keys), robot)
+
+
 def named_keys(robot: Robot) -> Keys:
     """The robot file's own names: `images/CAMERA`, `state/DIMENSION` and `prompt`, in the robot's units."""
     cameras = {camera.name: f"images/{camera.name}" for camera in robot.cameras}
@@ -172,6 +199,18 @@ def flatten(message: Any) -> dict[str, Any]:
             raise InputError(f"{key!r}: expected once, got it as a map in a map, and with slashes")
         parts[key] = value
     return parts
+
+
+def nest(parts: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    message: dict[str, Any] = {}
+    for key, value in parts.items():
+        *outer, name = key.split("/")
+        inside = message
+        for part in outer:
+            inside = inside.setdefault(part, {})
+        inside[name] = value
+    return message
 
 
 def _leaves(message: dict[Any, Any], before: str, depth: int = 1) -> Iterator[tuple[str, Any]]:

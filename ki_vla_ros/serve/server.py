@@ -34,6 +34,7 @@ from websockets.http11 import Request, Response
 from ki_vla_ros.errors import InputError, KiVlaError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.serve.keys import LARGEST_SIDE, Keys
+from ki_vla_ros.serve.token import SCHEME
 from ki_vla_ros.serve.wire import pack, unpack
 
 MOST_CLIENTS: Final = 16
@@ -69,7 +70,7 @@ class PolicyServer:
     ) -> None:
         keys.check(policy.bundle.manifest.robot)
         self._policy, self._keys, self._instruction, self._say = policy, keys, instruction, say
-        self._authorization = f"Api-Key {token}".encode() if token else b""
+        self._authorization = f"{SCHEME} {token}".encode() if token else b""
         self._clients = 0
         self._worker = ThreadPoolExecutor(1, "policy")
 

@@ -67,6 +67,23 @@ class Settings(SettingsModel):
         "seconds to minutes at configure; graph: as CUDA graphs (provider cuda); compile_graph: both; auto: eager on a "
         "cpu, graph on cuda",
     )
+    policy_server: str = setting(
+        "",
+        "ws://host:port of a policy server in openpi's protocol, which computes the chunks in place of an engine; the "
+        "bundle says what the robot is; empty: the engine",
+    )
+    policy_server_keys: str = setting(
+        "robot", "what the policy server calls the parts of an observation: robot, a name in config/serve/, or a file"
+    )
+    policy_server_token: str = setting("", "file with the token that the policy server asks for; empty: none")
+    policy_server_timeout_s: float = setting(
+        0.5,
+        "longest wait for the policy server's answer, or for a connection; then the arm is held, and the next tick "
+        "asks anew",
+        unit="s",
+        ge=0.05,
+        le=10.0,
+    )
     engine_cache: str = setting("", "TensorRT: folder of built engines; empty: ~/.cache/ki_vla_ros/engines")
     threads: int = setting(1, "processor threads of the engine", ge=1, le=64)
     autostart: bool = setting(False, "configure and activate at start, without a lifecycle client")
@@ -306,6 +323,7 @@ class Settings(SettingsModel):
                 f"parameter 'guidance_jacobian': exact needs an engine with a backward pass, got engine {self.engine}; "
                 "set engine to torch, or guidance_jacobian to identity"
             )
+        yield from self._server_misfits()
         for axis in manifest.axes:
             chosen, rotation = self.limits.of(axis.name), axis.kind == "rotation"
             placeless = rotation or (axis.kind == "velocity" and not axis.measured)
@@ -352,6 +370,22 @@ class Settings(SettingsModel):
                 f"parameter 'executor': rtc_trained needs a model trained on clean prefixes of {max(delay, 1)} or more "
                 f"actions, bundle {manifest.name!r} was trained on up to {manifest.max_prefix_delay}; use rtc, or "
                 "train with max_prefix_delay"
+            )
+
+    def _server_misfits(self) -> Iterator[str]:
+        if not self.policy_server:
+            return
+        if not self.policy_server.startswith(("ws://", "wss://")):
+            yield f"parameter 'policy_server': expected ws://host:port, got {self.policy_server!r}"
+        if self.executor in ("rtc", "rtc_trained"):
+            yield (
+                f"parameter 'executor': got {self.executor}, but a policy server cannot be told of the running chunk; "
+                "use asynchronous, synchronous or temporal_ensemble"
+            )
+        if self.prefill_period_s > 0.0:
+            yield (
+                f"parameter 'prefill_period_s': got {self.prefill_period_s:g} s, but a policy server computes all of a "
+                "chunk at once; set 0"
             )
 
     def _output_misfits(self, robot: Robot) -> Iterator[str]:

@@ -66,9 +66,9 @@ class FakeWire:
 class Rig:
     """A loop with everything that it needs; `give_inputs` supplies an observation of the present moment."""
 
-    def __init__(self, bundle: Bundle, **changes: object) -> None:
-        self.engine = OnnxEngine(bundle)
-        self.policy = Policy(bundle, self.engine)
+    def __init__(self, bundle: Bundle, policy: Policy | None = None, **changes: object) -> None:
+        self.policy = policy or Policy(bundle, OnnxEngine(bundle))
+        self.engine = self.policy.engine
         self.wire = FakeWire()
         self.settings = settings_from_parameters({"ramp_in_s": 0.0, **changes})
         self.diagnostics = Diagnostics()

@@ -24,10 +24,10 @@ MAY_IMPORT["runtime"] = (*GROUND, "robot", "bundle", "messages", "settings", "en
 MAY_IMPORT["bags"] = (*GROUND, "messages", "settings")
 MAY_IMPORT["survey"] = (*GROUND, "robot", "bundle", "messages", "settings", "bags")
 MAY_IMPORT["report"] = ()
-MAY_IMPORT["ros"] = (*MAY_IMPORT["runtime"], "runtime", "bags")
+MAY_IMPORT["serve"] = (*MAY_IMPORT["policy"], "engines", "policy")
+MAY_IMPORT["ros"] = (*MAY_IMPORT["runtime"], "runtime", "bags", "serve")
 MAY_IMPORT["replay"] = (*MAY_IMPORT["runtime"], "runtime", "bags", "report")
 MAY_IMPORT["sim"] = (*GROUND, "robot", "messages", "runtime.paths", "ros.process", "ros.qos")
-MAY_IMPORT["serve"] = (*MAY_IMPORT["policy"], "engines", "policy")
 COMMANDS = ("doctor", "bench", "demo")
 for command in COMMANDS:
     MAY_IMPORT[command] = (*MAY_IMPORT["ros"], "ros", "report", "sim", "survey")

@@ -41,7 +41,7 @@ _ONLY_FOR = {
 }
 # Parameters that belong to the machine or to the bag; another bundle or engine needs another replay.
 _FIXED = re.compile(
-    r"^(bundle|engine|provider|torch_mode|engine_cache|threads|autostart|instruction|dry_run|robot_description|.*_?topic|"
+    r"^(bundle|engine|provider|torch_mode|engine_cache|policy_server.*|threads|autostart|instruction|dry_run|robot_description|.*_?topic|"
     r"publish_mode|use_receive_time|cameras\..*)$"
 )
 

@@ -1,0 +1,234 @@
+"""The other side: a policy whose chunks a server computes, ours or any that speaks openpi's protocol.
+
+The bundle here says what the robot is, and what goes out and comes back is checked against it. Its graphs are not
+opened. Whatever the server does wrong is an EngineError, so that the arm is held; the next chunk asks anew.
+
+Legend: H horizon, D dimensions of an action, A width of the model's actions.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.engines import KVCache
+from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, printable, short_repr
+from ki_vla_ros.policy import Guide, Policy, Stage, clean_instruction, normalize, untimed, widen
+from ki_vla_ros.records import ModelInput, Observation
+from ki_vla_ros.serve.keys import Keys, open_keys
+from ki_vla_ros.serve.token import SCHEME, read_token
+from ki_vla_ros.serve.wire import pack, unpack
+from ki_vla_ros.settings import Settings
+
+LARGEST_ANSWER: Final = 16 << 20
+LONGEST_SAID: Final = 300  # characters of a server's own words in our errors
+CLOSING_S: Final = 0.05  # a server that does not answer does not say goodbye either
+_SILENT: Final = logging.getLogger(f"{__name__}.websockets")
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False
+
+
+class ServerEngine:
+    """The connection, in the place of an engine: it has no graphs, and answers whole observations.
+
+    It connects when it is first asked, and again after every fault: an answer that is late must not be taken for that
+    to a later question.
+    """
+
+    def __init__(self, address: str, token: str = "", timeout_s: float = 0.5) -> None:
+        self.address, self.timeout_s = address, timeout_s
+        self._headers = {"Authorization": f"{SCHEME} {token}"} if token else {}
+        self._resources = ExitStack()
+        self._connection: ClientConnection | None = None
+        self._metadata: dict[str, Any] | None = None
+        self._closed = False
+
+    @property
+    def description(self) -> str:
+        return f"policy server {self.address}"
+
+    def metadata(self) -> dict[str, Any]:
+        """What the server said of itself when it was first reached; connects if nobody has. EngineError if it fails."""
+        self._connected(time.monotonic() + self.timeout_s)
+        assert self._metadata is not None
+        return self._metadata
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to an observation, within the time that there is; EngineError for everything else."""
+        until_s = time.monotonic() + self.timeout_s
+        connection = self._connected(until_s)
+        try:
+            connection.send(pack(message))
+            answer = connection.recv(max(0.0, until_s - time.monotonic()))
+        except TimeoutError:
+            raise self._fail(f"expected an answer within {self.timeout_s:g} s, got none") from None
+        except (OSError, WebSocketException) as error:
+            raise self._fail(f"expected an answer, got the end of the connection ({_said(error)})") from None
+        if isinstance(answer, str):  # openpi's server closes after it; ours lives on
+            raise EngineError(f"{self.description}: it refused the observation: {_said(answer)}")
+        return self._unpacked(answer, "an answer")
+
+    def prefill(self, model_input: ModelInput) -> KVCache:
+        raise EngineError(f"{self.description}: expected whole observations, got a model's input")
+
+    def velocity(
+        self,
+        cache: KVCache,
+        state_W: NDArray[np.float32] | None,
+        x_t_HA: NDArray[np.float32],
+        time: float,
+        clean_H: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        raise EngineError(f"{self.description}: expected whole observations, got a step of the expert")
+
+    def close(self) -> None:
+        self._closed = True
+        self._disconnect()
+
+    def _connected(self, until_s: float) -> ClientConnection:
+        if self._closed:
+            raise EngineError("engine: expected an open one, got one that was closed; configure again")
+        if self._connection is not None:
+            return self._connection
+        try:
+            self._connection = self._resources.enter_context(
+                connect(
+                    self.address,
+                    additional_headers=self._headers,
+                    compression=None,
+                    max_size=LARGEST_ANSWER,
+                    open_timeout=self.timeout_s,
+                    close_timeout=CLOSING_S,
+                    proxy=None,
+                    logger=_SILENT,
+                )
+            )
+            first = self._connection.recv(max(0.0, until_s - time.monotonic()))
+        except (InvalidURI, ValueError) as error:
+            raise ConfigurationError(
+                f"policy_server: expected ws://host:port, got {self.address!r} ({error})"
+            ) from None
+        except TimeoutError:
+            raise self._fail(f"expected a connection within {self.timeout_s:g} s, got none") from None
+        except InvalidHandshake as error:
+            raise self._fail(f"expected a policy server, got {_said(error)}; is a token needed?") from None
+        except (OSError, WebSocketException) as error:
+            raise self._fail(f"expected a connection, got {_said(error)}; is it running?") from None
+        found = self._unpacked(first, "metadata")
+        if self._metadata is None:
+            self._metadata = found
+        elif not _same(found, self._metadata):
+            raise self._fail("expected the same policy as before, got another; configure again if that is meant")
+        return self._connection
+
+    def _unpacked(self, frame: str | bytes, what: str) -> dict[str, Any]:
+        try:
+            found = unpack(frame) if isinstance(frame, bytes) else frame
+        except InputError as error:
+            raise self._fail(f"expected {what}, got nonsense: {error}") from None
+        if not isinstance(found, dict):
+            raise self._fail(f"expected {what}, a map, got {_said(found)}")
+        return found
+
+    def _fail(self, fault: str) -> EngineError:
+        self._disconnect()
+        return EngineError(f"{self.description}: {fault}")
+
+    def _disconnect(self) -> None:
+        self._connection = None
+        self._resources.close()
+
+
+class RemotePolicy(Policy):
+    """A policy that asks a server; its guide, steps and noise are the server's own."""
+
+    def __init__(self, bundle: Bundle, engine: ServerEngine, keys: Keys) -> None:
+        super().__init__(bundle, engine)
+        keys.check(bundle.manifest.robot)
+        self._server, self._keys = engine, keys
+        self._generation = 0
+        self._answer_HA: NDArray[np.float32] | None = None
+
+    def warm_up(self) -> None:
+        """ConfigurationError if the server says that its policy is another robot's; EngineError if it is not there."""
+        robot, said = self.bundle.manifest.robot, self._server.metadata()
+        ours: dict[str, Any] = {
+            "state": [dimension.name for dimension in robot.state],
+            "actions": [action.name for action in robot.actions],
+            "horizon": robot.horizon,
+            "action_period_s": robot.action_period_s,
+            "units": self._keys.units,
+        }
+        # openpi's own server says nothing of these.
+        for key, expected in ours.items():
+            if key in said and not _same(said[key], expected):
+                raise ConfigurationError(
+                    f"{self._server.description}: {key}: expected {expected}, as bundle {self.bundle.manifest.name!r} "
+                    f"and its keys say, got {_said(said[key])}"
+                )
+
+    def see(self, observation: Observation, instruction: str, stage: Stage = untimed) -> KVCache:
+        """Asks the server; the ticket stands for its answer."""
+        manifest = self.bundle.manifest
+        with stage("preprocess"):
+            clean_instruction(instruction, manifest.prompt.style)
+            message = self._keys.message(observation, instruction, manifest.robot, manifest.image.size)
+        with stage("prefill"):
+            self._answer_HA = None
+            answer = self._server.ask(message)
+            self._generation += 1
+            self._answer_HA = self._normalized(answer, observation)
+        return KVCache(self, self._generation)
+
+    def denoise(
+        self,
+        cache: KVCache,
+        noise_HA: NDArray[np.float32],
+        state_S: NDArray[np.float32] | None = None,
+        guide: Guide | None = None,
+    ) -> NDArray[np.float32]:
+        if guide is not None:
+            raise EngineError(f"{self._server.description}: expected no guide, which no server takes; see executor")
+        if cache.engine is not self or cache.generation != self._generation or self._answer_HA is None:
+            raise EngineError(f"{self._server.description}: expected its newest answer, got an older one")
+        return self._answer_HA
+
+    def _normalized(self, answer: dict[str, Any], observation: Observation) -> NDArray[np.float32]:
+        """The answer's actions as a model of this bundle would have given them."""
+        manifest = self.bundle.manifest
+        given, shape = answer.get("actions"), (manifest.horizon, len(manifest.robot.actions))
+        if not isinstance(given, np.ndarray) or given.dtype.kind != "f" or given.shape != shape:
+            got = f"{given.dtype} {list(given.shape)}" if isinstance(given, np.ndarray) else _said(given)
+            raise EngineError(f"{self._server.description}: actions: expected float {list(shape)}, got {got}")
+        if not np.all(np.isfinite(given)):
+            raise EngineError(f"{self._server.description}: actions: expected finite numbers, got NaN or infinity")
+        actions_HD = self._keys.robot_actions(given, manifest.robot) - self._origin(observation.state_S)
+        actions_HD = normalize(actions_HD, manifest.action.low, manifest.action.high)
+        return widen(actions_HD.astype(np.float32), manifest.graph.action_dim)
+
+
+def open_remote(bundle: Bundle, settings: Settings) -> RemotePolicy:
+    """The policy of the settings' server; ConfigurationError if they are not for this robot. It connects later."""
+    keys = open_keys(settings.policy_server_keys, bundle.manifest.robot)
+    path = settings.policy_server_token
+    token = read_token(path, "parameter 'policy_server_token':") if path else ""
+    return RemotePolicy(bundle, ServerEngine(settings.policy_server, token, settings.policy_server_timeout_s), keys)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two values of metadata are equal, which may have arrays in them."""
+    return pack(first) == pack(second)
+
+
+def _said(value: object) -> str:
+    """What a server, or the library, said, on one line of bounded length."""
+    text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else short_repr(value)
+    return printable(" ".join(text[: 4 * LONGEST_SAID].split()))[:LONGEST_SAID] or type(value).__name__

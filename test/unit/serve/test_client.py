@@ -1,0 +1,279 @@
+"""The other side: a policy whose chunks a server computes, and what servers may do wrong."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.bundles import demo_observation, write_test_bundle
+from support.loop_rig import Rig
+from support.served import TASK, bench_bundle, open_policy, serving
+from websockets.sync.server import ServerConnection, serve
+
+from ki_vla_ros.bundle import Bundle
+from ki_vla_ros.engines import open_engine
+from ki_vla_ros.errors import ConfigurationError, EngineError, InstructionError, ParameterError
+from ki_vla_ros.policy import Policy
+from ki_vla_ros.records import CameraFrame, Observation
+from ki_vla_ros.robot import find_robot, read_robot
+from ki_vla_ros.serve import RemotePolicy, ServerEngine, find_keys, named_keys, open_remote, pack, read_keys
+from ki_vla_ros.serve.client import LARGEST_ANSWER
+from ki_vla_ros.settings import Settings
+
+BUNDLE = bench_bundle()
+ROBOT = BUNDLE.manifest.robot
+SHAPE = (BUNDLE.manifest.horizon, len(ROBOT.actions))
+GOOD = {"actions": np.zeros(SHAPE)}
+TOKEN = "a token of twenty-four"
+
+
+def remote_policy(port: int, bundle: Bundle = BUNDLE, token: str = "", timeout_s: float = 5.0) -> RemotePolicy:
+    engine = ServerEngine(f"ws://127.0.0.1:{port}", token, timeout_s)
+    return RemotePolicy(bundle, engine, named_keys(bundle.manifest.robot))
+
+
+def observation(seed: int = 0) -> Observation:
+    rng = np.random.default_rng(seed)
+    frames = {
+        name: CameraFrame(name, 0, rng.integers(0, 256, (240, 320, 3)).astype(np.uint8)) for name in ROBOT.camera_names
+    }
+    return Observation(0, frames, rng.uniform(-0.5, 0.5, len(ROBOT.state)))
+
+
+@contextmanager
+def scripted(*answers: Any, metadata: Any = None, port: int = 0) -> Iterator[int]:
+    """A server that answers each frame with the next of `answers`: a message, bytes, a text, or what a call gives.
+
+    It closes the connection where an answer is None. `metadata` is the first frame of each connection.
+    """
+    left = list(answers)
+
+    def talk(connection: ServerConnection) -> None:
+        first = metadata() if callable(metadata) else metadata
+        connection.send(first if isinstance(first, bytes | str) else pack(first or {}))
+        for _ in connection:
+            answer = left.pop(0)
+            answer = answer() if callable(answer) else answer
+            if answer is None:
+                return
+            connection.send(answer if isinstance(answer, bytes | str) else pack(answer))
+
+    with serve(talk, "127.0.0.1", port, compression=None, close_timeout=0.2) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.socket.getsockname()[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def after(seconds: float, answer: Any) -> Callable[[], Any]:
+    def wait() -> Any:
+        time.sleep(seconds)
+        return answer
+
+    return wait
+
+
+def test_chunks_of_a_server_are_those_of_the_engine() -> None:
+    with serving(open_policy(BUNDLE), token=TOKEN) as port:
+        theirs, ours = remote_policy(port, token=TOKEN), open_policy(BUNDLE)
+        theirs.warm_up()
+        for chunk_index in range(3):
+            seen = observation(chunk_index)
+            got = theirs.infer(seen, TASK, 77)  # the server counts itself
+            expected = ours.infer(seen, TASK, chunk_index)
+            np.testing.assert_allclose(got.position_HJ, expected.position_HJ, rtol=0, atol=1e-6)
+        theirs.engine.close()
+
+
+@pytest.mark.parametrize("name", ["droid", "libero", "aloha"])
+def test_what_is_sent_is_what_openpis_clients_send(name: str) -> None:
+    robot = read_robot(find_robot(name))
+    keys = read_keys(find_keys(name), robot)
+    rng = np.random.default_rng(0)
+    images = {c: CameraFrame(c, 0, rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)) for c in robot.camera_names}
+    seen = Observation(0, images, rng.uniform(0.01, 0.05, len(robot.state)))
+    message = keys.message(seen, TASK, robot, 64)
+    if name == "aloha":
+        assert message["images"]["cam_high"].shape == (3, 64, 64) and message["state"].shape == (14,)
+    if name == "droid":
+        assert message["observation/wrist_image_left"].shape == (64, 64, 3)
+        assert message["observation/gripper_position"] == pytest.approx(seen.state_S[7:] / 0.7929)
+    back, instruction = keys.observation(message, robot)
+    assert instruction == TASK and list(back.frames) == list(images)
+    np.testing.assert_allclose(back.state_S, seen.state_S, rtol=1e-12)
+    actions_HD = rng.normal(size=(3, len(robot.actions)))
+    np.testing.assert_allclose(keys.robot_actions(keys.actions(actions_HD, robot), robot), actions_HD, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("'prompt': expected\n a text", "it refused the observation: 'prompt': expected a text"),
+        (b"\xc1", "expected an answer, got nonsense: message: expected msgpack"),
+        ([1], "expected an answer, a map, got [1]"),
+        ({}, "actions: expected float [50, 7], got None"),
+        ({"actions": [[0.0] * 7] * 50}, "actions: expected float [50, 7], got [[0.0,"),
+        ({"actions": np.zeros((49, 7))}, "actions: expected float [50, 7], got float64 [49, 7]"),
+        ({"actions": np.zeros((50, 8))}, "actions: expected float [50, 7], got float64 [50, 8]"),
+        ({"actions": np.zeros((50, 7), np.int64)}, "actions: expected float [50, 7], got int64 [50, 7]"),
+        ({"actions": np.full((50, 7), np.nan)}, "actions: expected finite numbers"),
+        ({"actions": np.full((50, 7), np.inf)}, "actions: expected finite numbers"),
+        (None, "expected an answer, got the end of the connection"),
+        (bytes(LARGEST_ANSWER + 1), "expected an answer, got the end of the connection"),
+        (after(0.6, GOOD), "expected an answer within 0.3 s, got none"),
+    ],
+)
+def test_what_a_server_does_wrong_is_named_and_the_next_chunk_is_asked_for_anew(answer: Any, said: str) -> None:
+    right = {"actions": np.full(SHAPE, 0.25)}
+    with scripted(answer, right, right) as port:
+        policy = remote_policy(port, timeout_s=0.3)
+        with pytest.raises(EngineError, match=re.escape(said)) as raised:
+            policy.infer(observation(), TASK, 0)
+        assert str(raised.value).startswith(f"policy server ws://127.0.0.1:{port}: ") and "\n" not in str(raised.value)
+        chunk = policy.infer(observation(), TASK, 0)
+        np.testing.assert_allclose(chunk.position_HJ, 0.25, atol=1e-6)
+        policy.engine.close()
+
+
+def test_an_answer_that_is_late_is_never_taken_for_the_next() -> None:
+    """The first answer is sent while the second question waits."""
+    with scripted(after(0.4, {"actions": np.full(SHAPE, 1.0)}), {"actions": np.full(SHAPE, 2.0)}) as port:
+        policy = remote_policy(port, timeout_s=0.3)
+        with pytest.raises(EngineError, match="within"):
+            policy.infer(observation(), TASK, 0)
+        np.testing.assert_allclose(policy.infer(observation(), TASK, 0).position_HJ, 2.0, atol=1e-6)
+        policy.engine.close()
+
+
+def test_nobody_there_and_somebody_silent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        began_s = time.monotonic()
+        with pytest.raises(EngineError, match=r"expected a connection within 0\.2 s, got none"):
+            remote_policy(port, timeout_s=0.2).warm_up()
+        assert time.monotonic() - began_s < 2.0
+    with pytest.raises(EngineError, match=r"expected a connection, got .*; is it running"):
+        remote_policy(port).warm_up()
+
+
+@pytest.mark.parametrize("token", ["", "another token, as long"])
+def test_a_token_that_is_missing_or_wrong_is_named(token: str) -> None:
+    with (
+        serving(open_policy(BUNDLE), token=TOKEN) as port,
+        pytest.raises(EngineError, match=r"expected a policy server, got .*401.*; is a token needed"),
+    ):
+        remote_policy(port, token=token).warm_up()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"actions": ["a"] * 7}, "actions: expected ['joint1', 'joint2',"),
+        ({"horizon": 10}, "horizon: expected 50, as bundle 'bench' and its keys say, got 10"),
+        ({"action_period_s": 0.1}, "action_period_s: expected 0.02"),
+        ({"units": "dataset"}, "units: expected robot"),
+    ],
+)
+def test_a_server_of_another_robot_is_refused_at_configure(metadata: dict[str, Any], said: str) -> None:
+    with scripted(metadata=metadata) as port:
+        policy = remote_policy(port)
+        with pytest.raises(ConfigurationError, match=re.escape(said)):
+            policy.warm_up()
+        policy.engine.close()
+
+
+def test_a_server_that_comes_back_with_another_policy_is_refused() -> None:
+    names = iter(["first", "first", "second", "first"])
+    with scripted(None, GOOD, None, GOOD, metadata=lambda: {"policy": next(names)}) as port:
+        policy = remote_policy(port)
+        with pytest.raises(EngineError, match="the end of the connection"):
+            policy.infer(observation(), TASK, 0)
+        policy.infer(observation(), TASK, 0)  # it came back as it was
+        with pytest.raises(EngineError, match="the end of the connection"):
+            policy.infer(observation(), TASK, 0)
+        with pytest.raises(EngineError, match="expected the same policy as before, got another"):
+            policy.infer(observation(), TASK, 0)
+        policy.infer(observation(), TASK, 0)
+        policy.engine.close()
+
+
+def test_an_instruction_that_is_none_is_not_sent() -> None:
+    with scripted() as port, pytest.raises(InstructionError):
+        remote_policy(port).infer(observation(), " ", 0)
+
+
+def test_a_closed_one_says_so() -> None:
+    policy = remote_policy(1)
+    policy.engine.close()
+    with pytest.raises(EngineError, match="one that was closed"):
+        policy.infer(observation(), TASK, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policy_server": "127.0.0.1:8000"}, "expected ws://host:port, got '127.0.0.1:8000'"),
+        ({"executor": "rtc"}, "a policy server cannot be told of the running chunk"),
+        ({"prefill_period_s": 0.1}, "a policy server computes all of a chunk at once"),
+    ],
+)
+def test_settings_that_no_server_can_follow_are_refused(changes: dict[str, Any], said: str) -> None:
+    settings = Settings(**{"policy_server": "ws://127.0.0.1:8000", **changes})
+    with pytest.raises(ParameterError, match=re.escape(said)):
+        settings.validate_against(BUNDLE.manifest)
+
+
+def test_what_is_not_the_node_never_runs_the_bundles_own_graphs_in_its_place() -> None:
+    with pytest.raises(EngineError, match="only the node asks a server"):
+        open_engine(BUNDLE, Settings(policy_server="ws://127.0.0.1:8000"))
+
+
+def test_the_settings_name_keys_and_token(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(f"{TOKEN.replace(' ', '-')}\n")
+    with serving(open_policy(BUNDLE), token=TOKEN.replace(" ", "-")) as port:
+        settings = Settings(policy_server=f"ws://127.0.0.1:{port}", policy_server_token=str(token))
+        policy = open_remote(BUNDLE, settings)
+        policy.warm_up()
+        assert policy.infer(observation(), TASK, 0).horizon == 50
+        policy.engine.close()
+    with pytest.raises(ConfigurationError, match=r"parameter 'policy_server_token': .*nowhere: expected a text file"):
+        open_remote(BUNDLE, Settings(policy_server="ws://a:1", policy_server_token=str(tmp_path / "nowhere")))
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_test_bundle(tmp_path_factory.mktemp("served") / "arm")
+
+
+def test_the_loop_holds_while_the_server_fails_and_goes_on_when_it_is_back(arm: Bundle) -> None:
+    """Good, dropped, nonsense, late, another length, gone, and back on the same port."""
+    robot = arm.manifest.robot
+    shape, here_J = (arm.manifest.horizon, len(robot.actions)), demo_observation().state_S
+    good = {"actions": np.tile(here_J, (shape[0], 1))}
+    faults = [None, b"\xc1", after(0.5, good), {"actions": np.zeros((3, shape[1]))}]
+    with scripted(good, good, *faults, good) as port:
+        policy: Policy = remote_policy(port, arm, timeout_s=0.3)
+        policy.warm_up()
+        rig = Rig(arm, policy=policy)
+        rig.run_ticks(2 + len(faults), lambda _: rig.give_inputs())
+    rig.run_ticks(2 + len(faults) + 1, lambda _: rig.give_inputs())  # nobody is there
+    with scripted(good, good, port=port):
+        rig.run_ticks(2 + len(faults) + 3, lambda _: rig.give_inputs())
+    held = [str(tick["hold"] or "") for tick in rig.wire.ticks]
+    sent = [tick["chunk_index"] for tick in rig.wire.ticks]
+    assert [bool(hold) for hold in held] == [False] * 2 + [True] * (len(faults) + 1) + [False] * 2, held
+    assert sent == [0, 1, None, None, None, None, None, 2, 3]
+    assert all(hold.startswith(f"policy server ws://127.0.0.1:{port}: ") for hold in held if hold)
+    policy.engine.close()
