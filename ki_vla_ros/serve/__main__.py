@@ -26,7 +26,7 @@ from ki_vla_ros.policy import Policy, check_instruction
 from ki_vla_ros.serve.keys import open_keys
 from ki_vla_ros.serve.server import PolicyServer
 from ki_vla_ros.serve.token import read_token
-from ki_vla_ros.settings import Settings
+from ki_vla_ros.settings import Settings, settings_from_parameters
 from ki_vla_ros.share import find_bundle
 
 ANYONE: Final = "whoever reaches this address can use the policy"
@@ -43,12 +43,12 @@ def _serve(chosen: argparse.Namespace) -> int:
         raise ConfigurationError(
             f"--host {chosen.host}: expected --token-file FILE with it, got none: {ANYONE}; or say --allow-anyone"
         )
+    settings = settings_from_parameters({name: getattr(chosen, name) for name in ("engine", "provider", "threads")})
     bundle = load_bundle(find_bundle(chosen.bundle))
     robot = bundle.manifest.robot
     keys = open_keys(chosen.keys, robot)
     if chosen.prompt:
         check_instruction(bundle, chosen.prompt)
-    settings = Settings(engine=chosen.engine, provider=chosen.provider, threads=chosen.threads)
     engine = open_engine(bundle, settings)
     try:
         policy = Policy(bundle, engine)

@@ -48,8 +48,7 @@ def run(
     policy.act = act  # type: ignore[assignment]
     policy.space = world.policy.space
     world.policy = world.loop._policy = policy
-    with world.in_place():
-        world.run()
+    world.run()
     assert not world.logged
     return world
 
@@ -177,10 +176,9 @@ def test_a_tool_that_was_turned_by_hand_stays_where_it_was_put(angle: float) -> 
         world.steady += 20_000_000
     world.fill()
     world.loop.begin()
-    with world.in_place():
-        for _ in range(10):
-            world.loop.step(world.settings, world.ros_ns(), 0)
-            world.flow(world.steady + 100_000_000)
+    for _ in range(10):
+        world.loop.step(world.settings, world.ros_ns(), 0)
+        world.flow(world.steady + 100_000_000)
     assert len(world.streamed) > 20
     for _, position_J, _, reference_P4 in world.streamed:
         turned_4 = world.policy.space.quaternions(world.policy.space.poses[0], position_J, reference_P4)

@@ -25,7 +25,6 @@ from ki_vla_ros.messages.encoding import encode_command
 from ki_vla_ros.records import NS_PER_S, ActionChunk, CameraFrame, Motion, Observation
 from ki_vla_ros.robot.axes import Axis
 from ki_vla_ros.robot.commands import CommandSpace
-from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import PolicyLoop
 from ki_vla_ros.runtime.observation import Latest
@@ -122,7 +121,7 @@ class WildPolicy:
         self.space = CommandSpace(manifest.robot)
         self.flow_steps = self.noise_seed = 0
 
-    def prefill(self, _: Any) -> None:
+    def see(self, *_: Any) -> None:
         self.wire.time_ns += int(self.rng.integers(0, self.longest_ms + 1)) * MS
 
     def noise(self, _: int) -> None: ...
@@ -183,11 +182,6 @@ def assert_seamless(sent: list[tuple[int, Motion]]) -> None:
                 np.testing.assert_allclose(a, b, atol=1e-9)
         np.testing.assert_allclose(old.at(new.from_ns)[0], new.at(new.from_ns)[0], atol=1e-9)
         np.testing.assert_allclose(old.at(new.from_ns)[1], new.at(new.from_ns)[1], atol=1e-9)
-
-
-@pytest.fixture(autouse=True)
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "make_model_input", lambda *_: SimpleNamespace(state_S=None))
 
 
 @pytest.mark.slow

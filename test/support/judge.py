@@ -46,7 +46,6 @@ from ki_vla_ros.robot.axes import Axis
 from ki_vla_ros.robot.commands import CommandSpace
 from ki_vla_ros.ros.stream import Player, Streamed
 from ki_vla_ros.runtime import axis_bounds, pacing, thread
-from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
@@ -543,12 +542,11 @@ class World:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Gives the runtime this world's steady clock, and no images to prepare."""
-        clock, model_input = SimpleNamespace(monotonic_ns=lambda: self.steady), SimpleNamespace(state_S=None)
+        """Gives the runtime this world's steady clock."""
+        clock = SimpleNamespace(monotonic_ns=lambda: self.steady)
         with (
             patch.object(thread, "time", clock),
             patch.object(pacing, "time", clock),
-            patch.object(loop_module, "make_model_input", lambda *_: model_input),
         ):
             yield
 
@@ -638,7 +636,7 @@ class Policy:
         self.space = CommandSpace(robot)
         self.flow_steps = self.noise_seed = 0
 
-    def prefill(self, _: Any) -> None:
+    def see(self, *_: Any) -> None:
         world = self.world
         world.stall()
         world.flow(world.steady + world.rng.randint(0, world.case.inference_ms) * MS)

@@ -14,12 +14,10 @@ from __future__ import annotations
 import random
 import traceback
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, get_args
-from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +32,6 @@ from ki_vla_ros.robot.dimensions import POSE_STAMPED, QUATERNION, SIX_D, VECTOR
 from ki_vla_ros.robot.outputs import POSE, TRAJECTORY
 from ki_vla_ros.robot.robot import Robot
 from ki_vla_ros.ros.stream import Player, Streamed
-from ki_vla_ros.runtime import loop as loop_module
 from ki_vla_ros.runtime.diagnostics import Diagnostics
 from ki_vla_ros.runtime.loop import WATCHDOG_NS, PolicyLoop
 from ki_vla_ros.runtime.observation import CameraSource, ObservationBuffer
@@ -214,7 +211,7 @@ class WildPolicy(Policy):
         engine = SimpleNamespace(description="none")
         super().__init__(SimpleNamespace(manifest=spec, tokenizer=None), engine)  # type: ignore[arg-type]
 
-    def prefill(self, _: Any) -> Any:
+    def see(self, *_: Any) -> Any:
         world = self.world
         world.flow(world.steady + world.rng.randint(0, world.case.inference_ms) * MS)
         if world.rng.random() < world.case.fail:
@@ -467,11 +464,6 @@ class World:
         self.reading_due = 1 << 62  # nobody reads any more
         self.flow(self.steady + 1500 * MS)
 
-    @contextmanager
-    def in_place(self) -> Any:
-        with patch.object(loop_module, "make_model_input", lambda *_: SimpleNamespace(state_S=None)):
-            yield
-
 
 class Topics:
     """Each topic's message, as a driver would publish it; joint states sometimes in two parts."""
@@ -516,8 +508,7 @@ def judge(case: Case) -> Verdict:
     faults: list[str] = []
     world = World(case)
     try:
-        with world.in_place():
-            world.run()
+        world.run()
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         faults.append(f"raises {type(error).__name__} {error} in {where.name}:{where.lineno}")

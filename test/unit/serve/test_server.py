@@ -360,6 +360,7 @@ def test_the_command_serves_until_it_is_stopped(number: signal.Signals) -> None:
         (("--keys", "droid"), "cameras: expected those of robot 'robot' (front, left, right), got "),
         (("--prompt", "grasp"), "the bundle's tokenizer does not know"),
         (("--port", "{taken}"), "expected a free port of this machine, got "),
+        (("--threads", "0"), "parameter 'threads': "),
         (("--port", "70000"), "expected a free port of this machine, got "),
     ],
 )
