@@ -2,7 +2,7 @@
 
 The protocol is openpi's. After the handshake the server sends one frame, its metadata. From then on each binary frame
 is an observation and is answered with a chunk, or with a text frame, one line that says what was wrong with it; the
-connection goes on either way. Everything but text is msgpack (wire.py).
+connection goes on either way. Everything but text is msgpack (packing.py).
 
 One thread of its own decodes frames and runs the model, in the order in which they came. A client has at most one frame
 there, so no client waits for more than one of each other's, and a slow one is waited for by nobody.
@@ -34,8 +34,8 @@ from websockets.http11 import Request, Response
 from ki_vla_ros.errors import InputError, KiVlaError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.serve.keys import LARGEST_SIDE, Keys
+from ki_vla_ros.serve.packing import pack, unpack
 from ki_vla_ros.serve.token import SCHEME
-from ki_vla_ros.serve.wire import pack, unpack
 
 MOST_CLIENTS: Final = 16
 FRAMES_AHEAD: Final = 2  # of a client that does not wait for its answers, kept in memory
@@ -47,7 +47,7 @@ _SILENT.propagate = False
 
 
 @dataclass
-class Session:
+class Client:
     """What the server keeps of a client. `chunks` counts its answers: the noise of a chunk is that of its number."""
 
     name: str
@@ -130,53 +130,53 @@ class PolicyServer:
         return None
 
     async def _converse(self, connection: ServerConnection) -> None:
-        session, loop = Session(_name(connection)), asyncio.get_running_loop()
+        client, loop = Client(_name(connection)), asyncio.get_running_loop()
         self._clients += 1
-        self._say(f"{session.name}: connected")
+        self._say(f"{client.name}: connected")
         try:
             with suppress(ConnectionClosed):
                 await connection.send(pack(self.metadata))
                 async for frame in connection:
                     came_s = time.monotonic()
-                    answer = await loop.run_in_executor(self._worker, self._answer, session, frame, came_s)
+                    answer = await loop.run_in_executor(self._worker, self._answer, client, frame, came_s)
                     await connection.send(answer)
-                    session.previous_s = time.monotonic() - came_s
+                    client.previous_s = time.monotonic() - came_s
         finally:
             self._clients -= 1
-            self._say(f"{session.name}: gone after {session.chunks} chunks, {session.errors} errors")
+            self._say(f"{client.name}: gone after {client.chunks} chunks, {client.errors} errors")
 
-    def _answer(self, session: Session, frame: str | bytes, came_s: float) -> str | bytes:
+    def _answer(self, client: Client, frame: str | bytes, came_s: float) -> str | bytes:
         """The chunk for an observation, or the error as a line. Runs in the worker's thread."""
         try:
             if isinstance(frame, str):
                 raise InputError(f"message: expected a binary frame, got a text of {len(frame)} characters")
-            return pack(self._chunk(session, frame, came_s))
+            return pack(self._chunk(client, frame, came_s))
         except KiVlaError as error:
             line = " ".join(str(error).split())
         except Exception:
-            self._say(f"{session.name}: {traceback.format_exc()}")
+            self._say(f"{client.name}: {traceback.format_exc()}")
             line = "the server hit a bug, and has printed where; please report it"
-        session.errors += 1
-        if time.monotonic() >= session.said_s + 1.0:  # a client must not fill the log
-            session.said_s = time.monotonic()
-            self._say(f"{session.name}: {line}")
+        client.errors += 1
+        if time.monotonic() >= client.said_s + 1.0:  # a client must not fill the log
+            client.said_s = time.monotonic()
+            self._say(f"{client.name}: {line}")
         return line
 
-    def _chunk(self, session: Session, frame: bytes, came_s: float) -> dict[str, Any]:
+    def _chunk(self, client: Client, frame: bytes, came_s: float) -> dict[str, Any]:
         began_s = time.monotonic()
         policy, robot = self._policy, self._policy.bundle.manifest.robot
         observation, instruction = self._keys.observation(unpack(frame), robot, self._instruction)
         marks_s = [("", time.monotonic())]
         actions_HA = policy.sample(
-            observation, instruction, session.chunks, lambda stage: marks_s.append((stage, time.monotonic()))
+            observation, instruction, client.chunks, lambda stage: marks_s.append((stage, time.monotonic()))
         )
         actions_HD = self._keys.actions(policy.actions(actions_HA, observation.state_S), robot)
         ended_s = time.monotonic()
-        session.chunks += 1
+        client.chunks += 1
         stages = {f"{stage}_ms": (at_s - before_s) * 1e3 for (_, before_s), (stage, at_s) in pairwise(marks_s)}
         server = {"infer_ms": (ended_s - began_s) * 1e3, "wait_ms": (began_s - came_s) * 1e3}
-        if session.previous_s is not None:
-            server["prev_total_ms"] = session.previous_s * 1e3
+        if client.previous_s is not None:
+            server["prev_total_ms"] = client.previous_s * 1e3
         policy_ms = {"infer_ms": (ended_s - marks_s[0][1]) * 1e3}
         return {"actions": actions_HD, "server_timing": server, "policy_timing": policy_ms | stages}
 

@@ -1,6 +1,6 @@
 """The node on a policy server: an arm that follows, and a wire between the two that is slow, stalls or is cut.
 
-What a server may answer is tried in test/unit/serve/test_client.py. KI_VLA_FAULT_TIMES=FILE collects the times to hold.
+What a server may answer is tried in test/unit/serve/test_remote.py. KI_VLA_FAULT_TIMES=FILE collects the times to hold.
 """
 
 from __future__ import annotations

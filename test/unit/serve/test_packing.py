@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ki_vla_ros.errors import InputError
-from ki_vla_ros.serve.wire import LARGEST_MAP, LONGEST_LIST, LONGEST_TEXT, MOST_CONTAINERS, TYPES, pack, unpack
+from ki_vla_ros.serve.packing import LARGEST_MAP, LONGEST_LIST, LONGEST_TEXT, MOST_CONTAINERS, TYPES, pack, unpack
 
 
 def array(**changes: Any) -> dict[bytes, Any]:
@@ -117,6 +117,6 @@ def test_what_a_message_becomes_in_memory_is_bounded() -> None:
         tracemalloc.stop()
 
 
-def test_only_what_the_wire_carries_is_written() -> None:
+def test_only_what_a_message_may_have_is_written() -> None:
     with pytest.raises(TypeError, match="got object"):
         pack({"a": object()})

@@ -25,7 +25,7 @@ from ki_vla_ros.policy import Policy
 from ki_vla_ros.records import CameraFrame, Observation
 from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.serve import RemotePolicy, ServerEngine, find_keys, named_keys, open_remote, pack, read_keys
-from ki_vla_ros.serve.client import LARGEST_ANSWER
+from ki_vla_ros.serve.remote import LARGEST_ANSWER
 from ki_vla_ros.settings import Settings
 
 BUNDLE = bench_bundle()

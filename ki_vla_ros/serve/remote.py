@@ -24,8 +24,8 @@ from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, print
 from ki_vla_ros.policy import Guide, Policy, Stage, clean_instruction, normalize, untimed, widen
 from ki_vla_ros.records import ModelInput, Observation
 from ki_vla_ros.serve.keys import Keys, open_keys
+from ki_vla_ros.serve.packing import pack, unpack
 from ki_vla_ros.serve.token import SCHEME, read_token
-from ki_vla_ros.serve.wire import pack, unpack
 from ki_vla_ros.settings import Settings
 
 LARGEST_ANSWER: Final = 16 << 20
