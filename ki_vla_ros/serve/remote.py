@@ -9,6 +9,8 @@ Legend: H horizon, D dimensions of an action, A width of the model's actions.
 from __future__ import annotations
 
 import logging
+import socket
+import struct
 import time
 from contextlib import ExitStack
 from typing import Any, Final
@@ -16,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
+from websockets.protocol import State
 from websockets.sync.client import ClientConnection, connect
 
 from ki_vla_ros.bundle import Bundle
@@ -97,7 +100,9 @@ class ServerEngine:
         if self._closed:
             raise EngineError("engine: expected an open one, got one that was closed; configure again")
         if self._connection is not None:
-            return self._connection
+            if self._connection.protocol.state is State.OPEN:
+                return self._connection
+            self._disconnect()  # the server has gone since the last answer, and may be back
         try:
             self._connection = self._resources.enter_context(
                 connect(
@@ -111,6 +116,10 @@ class ServerEngine:
                     logger=_SILENT,
                 )
             )
+            # A wire that takes nothing any more must not block a send for ever.
+            seconds, share = divmod(self.timeout_s, 1.0)
+            bound = struct.pack("ll", int(seconds), int(share * 1e6))
+            self._connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
             first = self._connection.recv(max(0.0, until_s - time.monotonic()))
         except (InvalidURI, ValueError) as error:
             raise ConfigurationError(

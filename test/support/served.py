@@ -30,7 +30,7 @@ def open_policy(bundle: Bundle) -> Policy:
 
 
 @contextmanager
-def serving(policy: Policy, keys: Keys | None = None, **options: Any) -> Iterator[int]:
+def serving(policy: Policy, keys: Keys | None = None, at_port: int = 0, **options: Any) -> Iterator[int]:
     """The port of a server, which ends with the block."""
     server = PolicyServer(policy, keys or named_keys(policy.bundle.manifest.robot), say=lambda line: None, **options)
     ports: list[int] = []
@@ -40,7 +40,7 @@ def serving(policy: Policy, keys: Keys | None = None, **options: Any) -> Iterato
     async def run() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         ends.append(lambda: loop.call_soon_threadsafe(stop.set))
-        await server.run("127.0.0.1", 0, stop, lambda port: (ports.append(port), started.set()))
+        await server.run("127.0.0.1", at_port, stop, lambda port: (ports.append(port), started.set()))
         ended.set()
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.between import Between
 from support.bundles import demo_observation, write_test_bundle
 from support.loop_rig import Rig
 from support.served import TASK, bench_bundle, open_policy, serving
@@ -144,6 +145,30 @@ def test_what_a_server_does_wrong_is_named_and_the_next_chunk_is_asked_for_anew(
         chunk = policy.infer(observation(), TASK, 0)
         np.testing.assert_allclose(chunk.position_HJ, 0.25, atol=1e-6)
         policy.engine.close()
+
+
+def test_a_server_that_was_restarted_between_two_chunks_costs_none() -> None:
+    with serving(open_policy(BUNDLE)) as port:
+        policy = remote_policy(port)
+        before = policy.infer(observation(), TASK, 0)
+    with serving(open_policy(BUNDLE), at_port=port):
+        after = policy.infer(observation(), TASK, 0)  # its count begins anew
+        assert np.array_equal(before.position_HJ, after.position_HJ)
+        policy.engine.close()
+
+
+def test_a_wire_that_takes_nothing_any_more_blocks_no_longer_than_the_timeout() -> None:
+    with scripted() as port:
+        between = Between(port)
+        engine = ServerEngine(f"ws://127.0.0.1:{between.port}", timeout_s=0.4)
+        engine.metadata()
+        between.way = "stalls"
+        began_s = time.monotonic()
+        with pytest.raises(EngineError, match="policy server"):
+            engine.ask({"image": np.zeros(40 << 20, np.uint8)})
+        assert time.monotonic() - began_s < 3.0
+        engine.close()
+        between.close()
 
 
 def test_an_answer_that_is_late_is_never_taken_for_the_next() -> None:
