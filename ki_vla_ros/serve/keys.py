@@ -64,6 +64,9 @@ class Keys(Frozen):
         known = [*self.cameras.values(), *self.state, self.prompt, *self.ignored]
         if twice := sorted({key for key in known if known.count(key) > 1}):
             raise ConfigurationError(f"expected each key once, got {', '.join(twice)} more than once")
+        for key in known:
+            if inner := [other for other in known if other.startswith(f"{key}/")]:
+                raise ConfigurationError(f"expected {key} to be a value, got it as the map of {inner[0]}, too")
 
     def observation(self, message: Any, robot: Robot, instruction: str = "") -> tuple[Observation, str]:
         """What a client sent as our record, and its instruction, or `instruction` if it sent none.
