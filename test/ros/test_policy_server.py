@@ -37,7 +37,7 @@ def moving(robot: Robot, start: Start, bundle_path: str, between: Between) -> It
     """A node that moves an arm; at the end every command is checked."""
     robot.follows = True
     policy = start(**NODE, bundle=bundle_path, policy_server=f"ws://127.0.0.1:{between.port}")
-    until(lambda: moves(robot))
+    until(lambda: moves(robot) and not rests(robot))
     yield policy
     assert robot.refused == []
     axes = demo_policy().axes
