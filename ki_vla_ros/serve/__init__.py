@@ -4,6 +4,7 @@ from ki_vla_ros.serve.keys import Keys, find_keys, named_keys, open_keys, read_k
 from ki_vla_ros.serve.packing import pack, unpack
 from ki_vla_ros.serve.remote import RemotePolicy, ServerEngine, open_remote
 from ki_vla_ros.serve.server import PolicyServer
+from ki_vla_ros.serve.token import read_token
 
 __all__ = [
     "Keys",
@@ -16,5 +17,6 @@ __all__ = [
     "open_remote",
     "pack",
     "read_keys",
+    "read_token",
     "unpack",
 ]

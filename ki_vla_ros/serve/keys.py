@@ -95,12 +95,16 @@ class Keys(Frozen):
             raise _missing(self.prompt, "an instruction", parts)
         return Observation(0, frames, state_S), text
 
-    def message(self, observation: Observation, instruction: str, robot: Robot, size: int) -> dict[str, Any]:
-        """The inverse of `observation`: what to send, with images already fitted into a square of `size` pixels."""
+    def message(
+        self, observation: Observation, instruction: str, robot: Robot, size: int | None = None
+    ) -> dict[str, Any]:
+        """The inverse of `observation`: what to send; images as they are, or fitted into `size` x `size` pixels."""
         parts: dict[str, Any] = {self.prompt: instruction}
         for name, key in self.cameras.items():
             if name in observation.frames:
-                image = resize_with_pad(observation.frames[name].rgb_HWC, size)
+                image = observation.frames[name].rgb_HWC
+                if size is not None:
+                    image = resize_with_pad(image, size)
                 parts[key] = image if self.layout == "HWC" else np.ascontiguousarray(image.transpose(2, 0, 1))
         state_S = observation.state_S
         if self.units == "dataset":
@@ -125,6 +129,15 @@ class Keys(Frozen):
         optional = {camera.name for camera in robot.cameras if camera.optional}
         images = {key: f"uint8 {shape}{', optional' if name in optional else ''}" for name, key in self.cameras.items()}
         return {**images, **{key: f"float [{size}]" for key, size in self.state.items()}, self.prompt: "text"}
+
+    def meaning(self, robot: Robot) -> dict[str, Any]:
+        """For programs: what the numbers of a policy of this robot are."""
+        return {
+            "units": self.units,
+            "state": [dimension.name for dimension in robot.state],
+            "actions": [action.name for action in robot.actions],
+            "action_period_s": robot.action_period_s,
+        }
 
     def _image(self, key: str, image: Any) -> NDArray[np.uint8]:
         at = 2 if self.layout == "HWC" else 0

@@ -72,6 +72,8 @@ def unpack(frame: bytes) -> Any:
 def _as_map(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return {ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+    if isinstance(value, np.generic):
+        return {NUMBER: True, b"data": value.item(), b"dtype": value.dtype.str}
     raise TypeError(f"expected numbers, texts, lists, maps and arrays, got {type(value).__name__}")
 
 

@@ -9,10 +9,12 @@ Legend: H horizon, D dimensions of an action, A width of the model's actions.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import struct
 import time
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 import numpy as np
@@ -64,11 +66,43 @@ class ServerEngine:
         assert self._metadata is not None
         return self._metadata
 
+    def agree(self, ours: Mapping[str, Any], whose: str) -> None:
+        """ConfigurationError if the server says otherwise of its policy; openpi's own says nothing of it."""
+        said = self.metadata()
+        for key, expected in ours.items():
+            if key in said and not _same(said[key], expected):
+                raise ConfigurationError(
+                    f"{self.description}: {key}: expected {expected}, as {whose} and the keys say, got "
+                    f"{_said(said[key])}"
+                )
+
+    def actions(self, message: dict[str, Any], horizon: int | None, count: int) -> NDArray[np.float64]:
+        """The actions [H, D] that an observation is answered with, `count` numbers each; EngineError for all else.
+
+        `horizon`: how many; None: as many as the server gives.
+        """
+        given = self.ask(message).get("actions")
+        if (
+            not isinstance(given, np.ndarray)
+            or given.dtype.kind != "f"
+            or given.ndim != 2
+            or given.shape != (horizon or max(1, len(given)), count)
+        ):
+            shape = f"[{horizon or 'any'}, {count}]"
+            got = f"{given.dtype} {list(given.shape)}" if isinstance(given, np.ndarray) else _said(given)
+            raise EngineError(f"{self.description}: actions: expected float {shape}, got {got}")
+        if not np.all(np.isfinite(given)):
+            raise EngineError(f"{self.description}: actions: expected finite numbers, got NaN or infinity")
+        return given.astype(np.float64)
+
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """The answer to an observation, within the time that there is; EngineError for everything else."""
         until_s = time.monotonic() + self.timeout_s
         connection = self._connected(until_s)
         try:
+            with suppress(TimeoutError):
+                connection.recv(0)
+                raise self._fail("expected one answer to each observation, got one more")
             connection.send(pack(message))
             answer = connection.recv(max(0.0, until_s - time.monotonic()))
         except TimeoutError:
@@ -92,9 +126,14 @@ class ServerEngine:
     ) -> NDArray[np.float32]:
         raise EngineError(f"{self.description}: expected whole observations, got a step of the expert")
 
+    def disconnect(self) -> None:
+        """Leave; the next question connects anew."""
+        self._connection = None
+        self._resources.close()
+
     def close(self) -> None:
         self._closed = True
-        self._disconnect()
+        self.disconnect()
 
     def _connected(self, until_s: float) -> ClientConnection:
         if self._closed:
@@ -102,7 +141,7 @@ class ServerEngine:
         if self._connection is not None:
             if self._connection.protocol.state is State.OPEN:
                 return self._connection
-            self._disconnect()  # the server has gone since the last answer, and may be back
+            self.disconnect()  # the server has gone since the last answer, and may be back
         try:
             self._connection = self._resources.enter_context(
                 connect(
@@ -148,12 +187,8 @@ class ServerEngine:
         return found
 
     def _fail(self, fault: str) -> EngineError:
-        self._disconnect()
+        self.disconnect()
         return EngineError(f"{self.description}: {fault}")
-
-    def _disconnect(self) -> None:
-        self._connection = None
-        self._resources.close()
 
 
 class RemotePolicy(Policy):
@@ -168,21 +203,9 @@ class RemotePolicy(Policy):
 
     def warm_up(self) -> None:
         """ConfigurationError if the server says that its policy is another robot's; EngineError if it is not there."""
-        robot, said = self.bundle.manifest.robot, self._server.metadata()
-        ours: dict[str, Any] = {
-            "state": [dimension.name for dimension in robot.state],
-            "actions": [action.name for action in robot.actions],
-            "horizon": robot.horizon,
-            "action_period_s": robot.action_period_s,
-            "units": self._keys.units,
-        }
-        # openpi's own server says nothing of these.
-        for key, expected in ours.items():
-            if key in said and not _same(said[key], expected):
-                raise ConfigurationError(
-                    f"{self._server.description}: {key}: expected {expected}, as bundle {self.bundle.manifest.name!r} "
-                    f"and its keys say, got {_said(said[key])}"
-                )
+        robot = self.bundle.manifest.robot
+        ours = {"horizon": robot.horizon} | self._keys.meaning(robot)
+        self._server.agree(ours, f"bundle {self.bundle.manifest.name!r}")
 
     def see(self, observation: Observation, instruction: str, stage: Stage = untimed) -> KVCache:
         """Asks the server; the ticket stands for its answer."""
@@ -192,9 +215,9 @@ class RemotePolicy(Policy):
             message = self._keys.message(observation, instruction, manifest.robot, manifest.image.size)
         with stage("prefill"):
             self._answer_HA = None
-            answer = self._server.ask(message)
+            actions_HD = self._server.actions(message, manifest.horizon, len(manifest.robot.actions))
             self._generation += 1
-            self._answer_HA = self._normalized(answer, observation)
+            self._answer_HA = self._normalized(actions_HD, observation)
         return KVCache(self, self._generation)
 
     def denoise(
@@ -210,16 +233,10 @@ class RemotePolicy(Policy):
             raise EngineError(f"{self._server.description}: expected its newest answer, got an older one")
         return self._answer_HA
 
-    def _normalized(self, answer: dict[str, Any], observation: Observation) -> NDArray[np.float32]:
-        """The answer's actions as a model of this bundle would have given them."""
+    def _normalized(self, given_HD: NDArray[np.float64], observation: Observation) -> NDArray[np.float32]:
+        """A server's actions as a model of this bundle would have given them."""
         manifest = self.bundle.manifest
-        given, shape = answer.get("actions"), (manifest.horizon, len(manifest.robot.actions))
-        if not isinstance(given, np.ndarray) or given.dtype.kind != "f" or given.shape != shape:
-            got = f"{given.dtype} {list(given.shape)}" if isinstance(given, np.ndarray) else _said(given)
-            raise EngineError(f"{self._server.description}: actions: expected float {list(shape)}, got {got}")
-        if not np.all(np.isfinite(given)):
-            raise EngineError(f"{self._server.description}: actions: expected finite numbers, got NaN or infinity")
-        actions_HD = self._keys.robot_actions(given, manifest.robot) - self._origin(observation.state_S)
+        actions_HD = self._keys.robot_actions(given_HD, manifest.robot) - self._origin(observation.state_S)
         actions_HD = normalize(actions_HD, manifest.action.low, manifest.action.high)
         return widen(actions_HD.astype(np.float32), manifest.graph.action_dim)
 
@@ -233,7 +250,9 @@ def open_remote(bundle: Bundle, settings: Settings) -> RemotePolicy:
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two values of metadata are equal, which may have arrays in them."""
+    """Whether two values of metadata are equal, which may have arrays in them; a product of periods is rounded."""
+    if isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=1e-6)
     return pack(first) == pack(second)
 
 

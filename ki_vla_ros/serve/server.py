@@ -82,11 +82,8 @@ class PolicyServer:
             "policy": manifest.name,
             "robot": manifest.robot.name,
             "observation": keys.expected(manifest.robot),
-            "units": keys.units,
-            "state": [dimension.name for dimension in manifest.robot.state],
-            "actions": [action.name for action in manifest.robot.actions],
             "horizon": manifest.horizon,
-            "action_period_s": manifest.action_period_s,
+            **keys.meaning(manifest.robot),
         }
 
     @property

@@ -1,14 +1,16 @@
-"""A policy server in a thread of this process, and what its clients send."""
+"""A policy server in a thread of this process, somebody else's, and what clients send."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from websockets.sync.server import ServerConnection, serve
 
 from ki_vla_ros.bundle import Bundle, load_bundle
 from ki_vla_ros.engines import open_engine
@@ -67,3 +69,41 @@ def ask(connection: Any, observation: Any) -> Any:
     connection.send(pack(observation))
     answer = connection.recv(20)
     return answer if isinstance(answer, str) else unpack(answer)
+
+
+@contextmanager
+def scripted(*answers: Any, metadata: Any = None, port: int = 0) -> Iterator[int]:
+    """A server that answers each frame with the next of `answers`: a message, bytes, a text, or what a call gives.
+
+    It sends all of a tuple, and closes the connection where an answer is None. `metadata` is the first frame of each
+    connection.
+    """
+    left = list(answers)
+
+    def talk(connection: ServerConnection) -> None:
+        first = metadata() if callable(metadata) else metadata
+        connection.send(first if isinstance(first, bytes | str) else pack(first or {}))
+        for _ in connection:
+            answer = left.pop(0)
+            answer = answer() if callable(answer) else answer
+            if answer is None:
+                return
+            for one in answer if isinstance(answer, tuple) else (answer,):
+                connection.send(one if isinstance(one, bytes | str) else pack(one))
+
+    with serve(talk, "127.0.0.1", port, compression=None, close_timeout=0.2) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.socket.getsockname()[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def after(seconds: float, answer: Any) -> Callable[[], Any]:
+    def wait() -> Any:
+        time.sleep(seconds)
+        return answer
+
+    return wait

@@ -120,6 +120,8 @@ def _run(
         number += 1
         if malformed := bool(np.isnan(actions_HD).any()):
             break
+        if (execute or 1) > len(actions_HD):
+            raise ConfigurationError(f"execute: expected at most {len(actions_HD)}, the horizon, got {execute}")
         for action_D in actions_HD[: execute or max(1, len(actions_HD) // 2)]:
             if film is not None and step % every == 0:
                 pictures.append(_picture(environment))

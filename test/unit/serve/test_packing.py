@@ -43,6 +43,7 @@ def test_arrays_without_values_and_in_another_order_in_memory() -> None:
 def test_a_number_of_numpys() -> None:
     packed = msgpack.packb({b"__npgeneric__": True, b"data": 0.5, b"dtype": "<f4"})
     assert unpack(packed) == np.float32(0.5) and unpack(packed).dtype == np.float32
+    assert pack(np.float32(0.5)) == packed
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,7 @@ import pytest
 from support.between import Between
 from support.bundles import demo_observation, write_test_bundle
 from support.loop_rig import Rig
-from support.served import TASK, bench_bundle, open_policy, serving
-from websockets.sync.server import ServerConnection, serve
+from support.served import TASK, after, bench_bundle, open_policy, scripted, serving
 
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines import open_engine
@@ -25,7 +21,7 @@ from ki_vla_ros.errors import ConfigurationError, EngineError, InstructionError,
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.records import CameraFrame, Observation
 from ki_vla_ros.robot import find_robot, read_robot
-from ki_vla_ros.serve import RemotePolicy, ServerEngine, find_keys, named_keys, open_remote, pack, read_keys
+from ki_vla_ros.serve import RemotePolicy, ServerEngine, find_keys, named_keys, open_remote, read_keys
 from ki_vla_ros.serve.remote import LARGEST_ANSWER
 from ki_vla_ros.settings import Settings
 
@@ -47,42 +43,6 @@ def observation(seed: int = 0) -> Observation:
         name: CameraFrame(name, 0, rng.integers(0, 256, (240, 320, 3)).astype(np.uint8)) for name in ROBOT.camera_names
     }
     return Observation(0, frames, rng.uniform(-0.5, 0.5, len(ROBOT.state)))
-
-
-@contextmanager
-def scripted(*answers: Any, metadata: Any = None, port: int = 0) -> Iterator[int]:
-    """A server that answers each frame with the next of `answers`: a message, bytes, a text, or what a call gives.
-
-    It closes the connection where an answer is None. `metadata` is the first frame of each connection.
-    """
-    left = list(answers)
-
-    def talk(connection: ServerConnection) -> None:
-        first = metadata() if callable(metadata) else metadata
-        connection.send(first if isinstance(first, bytes | str) else pack(first or {}))
-        for _ in connection:
-            answer = left.pop(0)
-            answer = answer() if callable(answer) else answer
-            if answer is None:
-                return
-            connection.send(answer if isinstance(answer, bytes | str) else pack(answer))
-
-    with serve(talk, "127.0.0.1", port, compression=None, close_timeout=0.2) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.socket.getsockname()[1]
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def after(seconds: float, answer: Any) -> Callable[[], Any]:
-    def wait() -> Any:
-        time.sleep(seconds)
-        return answer
-
-    return wait
 
 
 def test_chunks_of_a_server_are_those_of_the_engine() -> None:
@@ -131,6 +91,7 @@ def test_what_is_sent_is_what_openpis_clients_send(name: str) -> None:
         ({"actions": np.full((50, 7), np.nan)}, "actions: expected finite numbers"),
         ({"actions": np.full((50, 7), np.inf)}, "actions: expected finite numbers"),
         (None, "expected an answer, got the end of the connection"),
+        ({"actions": np.zeros((1, 50, 7))}, "actions: expected float [50, 7], got float64 [1, 50, 7]"),
         (bytes(LARGEST_ANSWER + 1), "expected an answer, got the end of the connection"),
         (after(0.6, GOOD), "expected an answer within 0.3 s, got none"),
     ],
@@ -181,6 +142,19 @@ def test_an_answer_that_is_late_is_never_taken_for_the_next() -> None:
         policy.engine.close()
 
 
+def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next() -> None:
+    """The second of two answers to one observation."""
+    twice = ({"actions": np.full(SHAPE, 1.0)}, {"actions": np.full(SHAPE, 2.0)})
+    with scripted(twice, GOOD, {"actions": np.full(SHAPE, 3.0)}) as port:
+        policy = remote_policy(port)
+        np.testing.assert_allclose(policy.infer(observation(), TASK, 0).position_HJ, 1.0, atol=1e-6)
+        time.sleep(0.2)
+        with pytest.raises(EngineError, match="expected one answer to each observation, got one more"):
+            policy.infer(observation(), TASK, 0)
+        np.testing.assert_allclose(policy.infer(observation(), TASK, 0).position_HJ, 0.0, atol=1e-6)
+        policy.engine.close()
+
+
 def test_nobody_there_and_somebody_silent() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -205,9 +179,10 @@ def test_a_token_that_is_missing_or_wrong_is_named(token: str) -> None:
     ("metadata", "said"),
     [
         ({"actions": ["a"] * 7}, "actions: expected ['joint1', 'joint2',"),
-        ({"horizon": 10}, "horizon: expected 50, as bundle 'bench' and its keys say, got 10"),
+        ({"horizon": 10}, "horizon: expected 50, as bundle 'bench' and the keys say, got 10"),
         ({"action_period_s": 0.1}, "action_period_s: expected 0.02"),
         ({"units": "dataset"}, "units: expected robot"),
+        ({"units": np.float32(0.5)}, "units: expected robot, as bundle 'bench' and the keys say, got np.float32(0.5)"),
     ],
 )
 def test_a_server_of_another_robot_is_refused_at_configure(metadata: dict[str, Any], said: str) -> None:
@@ -220,7 +195,7 @@ def test_a_server_of_another_robot_is_refused_at_configure(metadata: dict[str, A
 
 def test_a_server_that_comes_back_with_another_policy_is_refused() -> None:
     names = iter(["first", "first", "second", "first"])
-    with scripted(None, GOOD, None, GOOD, metadata=lambda: {"policy": next(names)}) as port:
+    with scripted(None, GOOD, None, GOOD, metadata=lambda: {"policy": next(names), "scale": np.float32(0.5)}) as port:
         policy = remote_policy(port)
         with pytest.raises(EngineError, match="the end of the connection"):
             policy.infer(observation(), TASK, 0)

@@ -1,0 +1,62 @@
+"""A policy behind a server in an environment: ours, or any that speaks openpi's protocol (docs/serve.md).
+
+Legend: H horizon, D actions, S state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ki_vla_ros.records import CameraFrame, Observation
+from ki_vla_ros.robot import Robot
+from ki_vla_ros.serve import Keys, ServerEngine, open_keys, read_token
+from training.evaluate.environment import Environment, at_period
+from training.evaluate.rollouts import CHUNKS, Act, Images
+
+PATIENCE_S: Final = 120.0  # somebody's server may compile its model when it is first asked
+
+
+@contextmanager
+def reached(address: str, token_file: Path | None = None) -> Iterator[ServerEngine]:
+    """A server that is there, until the end of the block; ConfigurationError or EngineError says why it is not."""
+    server = ServerEngine(address, read_token(token_file, "--policy-server-token") if token_file else "", PATIENCE_S)
+    try:
+        server.metadata()
+        yield server
+    finally:
+        server.close()
+
+
+def meet(server: ServerEngine, keys: str, environment: Environment, name: str) -> tuple[Act, Environment]:
+    """What the server does in the environment, and the environment with the server's period if it names one.
+
+    ConfigurationError if it says that its policy is of another robot, or if the keys are.
+    """
+    said_s = server.metadata().get("action_period_s")
+    if isinstance(said_s, float) and said_s > 0.0:
+        environment = at_period(environment, said_s)
+    names = open_keys(keys, environment.robot)
+    server.agree(names.meaning(environment.robot), f"environment {name}")
+    return act_by(server, names, environment.robot), environment
+
+
+def act_by(server: ServerEngine, keys: Keys, robot: Robot) -> Act:
+    """A server's policy as an `Act`; EngineError for whatever it does wrong.
+
+    Each episode has a connection of its own: so its noise, with a server of ours, depends on no other episode.
+    """
+
+    def act(images: Images, state_S: NDArray[np.float64], instruction: str, number: int) -> NDArray[np.float64]:
+        if number % CHUNKS == 0:
+            server.disconnect()
+        frames = {name: CameraFrame(name, 0, image) for name, image in images.items()}
+        message = keys.message(Observation(0, frames, state_S), instruction, robot)
+        return keys.robot_actions(server.actions(message, None, len(robot.actions)), robot)
+
+    return act
