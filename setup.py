@@ -53,7 +53,7 @@ setup(
     extras_require={
         # Not required above: a ROS installation has python3-opencv already, and a robot may prefer onnxruntime-gpu.
         "demo": ["av", "mujoco", "onnxruntime", "opencv-python-headless"],
-        "serve": ["msgpack", "websockets"],
+        "serve": ["msgpack", "websockets>=15"],
         # colcon runs a package's tests only if they are declared here.
         "test": ["pytest"],
     },

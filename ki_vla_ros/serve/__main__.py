@@ -1,7 +1,7 @@
 """Serve a bundle's policy to other machines and programs, in openpi's websocket protocol.
 
-    python -m ki_vla_ros.serve --bundle demo --port 8000
-    python -m ki_vla_ros.serve --bundle my_droid --keys droid --host 0.0.0.0 --token-file token.txt
+    ki-vla serve --bundle demo --port 8000
+    ki-vla serve --bundle my_droid --keys droid --host 0.0.0.0 --token-file token.txt
 
 Chunks are the policy's raw output: nothing has checked them against limits. docs/serve.md has the rest.
 """
@@ -86,7 +86,7 @@ def _is_loopback(host: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ki_vla_ros.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ki-vla serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", required=True, help="folder of a bundle, or the name of one in models/")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free; default: %(default)s")

@@ -25,6 +25,7 @@ from ki_vla_ros.share import expand, find_share
 from ki_vla_ros.yaml_file import read_yaml
 
 LARGEST_SIDE: Final = 2048  # of an image, in pixels
+LARGEST_NUMBER: Final = 1e9  # of a state or an action, in whatever unit; larger ones do not fit a model's float32
 DEEPEST: Final = 4  # maps within maps of an observation
 Key = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -165,8 +166,8 @@ class Keys(Frozen):
         if values is None or values.dtype.kind not in "fiu" or values.ndim > 1 or values.size != size:
             raise InputError(f"{key!r}: expected {size} numbers, got {_kind(given)}")
         numbers = np.asarray(values, dtype=np.float64).reshape(size)
-        if not np.all(np.isfinite(numbers)):
-            raise InputError(f"{key!r}: expected finite numbers, got {short_repr(numbers.tolist())}")
+        if not np.all(np.abs(numbers) < LARGEST_NUMBER):
+            raise InputError(f"{key!r}: expected numbers within {LARGEST_NUMBER:g}, got {short_repr(numbers.tolist())}")
         return numbers
 
 

@@ -28,7 +28,7 @@ from ki_vla_ros.engines import KVCache
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, printable, short_repr
 from ki_vla_ros.policy import Guide, Policy, Stage, clean_instruction, normalize, untimed, widen
 from ki_vla_ros.records import ModelInput, Observation
-from ki_vla_ros.serve.keys import Keys, open_keys
+from ki_vla_ros.serve.keys import LARGEST_NUMBER, Keys, open_keys
 from ki_vla_ros.serve.packing import pack, unpack
 from ki_vla_ros.serve.token import SCHEME, read_token
 from ki_vla_ros.settings import Settings
@@ -91,9 +91,12 @@ class ServerEngine:
             shape = f"[{horizon or 'any'}, {count}]"
             got = f"{given.dtype} {list(given.shape)}" if isinstance(given, np.ndarray) else _said(given)
             raise EngineError(f"{self.description}: actions: expected float {shape}, got {got}")
-        if not np.all(np.isfinite(given)):
-            raise EngineError(f"{self.description}: actions: expected finite numbers, got NaN or infinity")
-        return given.astype(np.float64)
+        actions_HD = given.astype(np.float64)
+        if not np.all(fits := np.abs(actions_HD) < LARGEST_NUMBER):
+            raise EngineError(
+                f"{self.description}: actions: expected numbers within {LARGEST_NUMBER:g}, got {actions_HD[~fits][0]}"
+            )
+        return actions_HD
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """The answer to an observation, within the time that there is; EngineError for everything else."""

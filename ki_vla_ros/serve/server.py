@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from itertools import pairwise
 from typing import Any, Final
@@ -33,12 +34,12 @@ from websockets.http11 import Request, Response
 
 from ki_vla_ros.errors import InputError, KiVlaError
 from ki_vla_ros.policy import Policy
+from ki_vla_ros.serve.connection import Connection
 from ki_vla_ros.serve.keys import LARGEST_SIDE, Keys
 from ki_vla_ros.serve.packing import pack, unpack
 from ki_vla_ros.serve.token import SCHEME
 
 MOST_CLIENTS: Final = 16
-FRAMES_AHEAD: Final = 2  # of a client that does not wait for its answers, kept in memory
 HEALTH: Final = "/healthz"
 # The library logs tracebacks for every port scanner.
 _SILENT: Final = logging.getLogger(f"{__name__}.websockets")
@@ -71,7 +72,7 @@ class PolicyServer:
         keys.check(policy.bundle.manifest.robot)
         self._policy, self._keys, self._instruction, self._say = policy, keys, instruction, say
         self._authorization = f"{SCHEME} {token}".encode() if token else b""
-        self._clients = 0
+        self._clients, self._refused_s = 0, -math.inf
         self._worker = ThreadPoolExecutor(1, "policy")
 
     @property
@@ -102,7 +103,8 @@ class PolicyServer:
                 origins=[None],  # no web page of this machine's browser, which reaches loopback, too
                 compression=None,
                 max_size=self.largest_message,
-                max_queue=FRAMES_AHEAD,
+                max_queue=0,  # one more is kept in memory while an answer is made
+                create_connection=partial(Connection, arriving={}),  # type: ignore[arg-type]
                 close_timeout=1.0,
                 server_header=None,
                 logger=_SILENT,
@@ -119,12 +121,17 @@ class PolicyServer:
         if self._authorization and not (
             len(given) == 1 and hmac.compare_digest(given[0].encode(errors="replace"), self._authorization)
         ):
-            self._say(f"{_name(connection)}: refused: expected the token, got {'another' if given else 'none'}")
+            self._refuse(connection, f"expected the token, got {'another' if given else 'none'}")
             return connection.respond(HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key TOKEN\n")
         if self._clients >= MOST_CLIENTS:
-            self._say(f"{_name(connection)}: refused: {MOST_CLIENTS} clients are connected")
+            self._refuse(connection, f"{MOST_CLIENTS} clients are connected")
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"expected at most {MOST_CLIENTS} clients\n")
         return None
+
+    def _refuse(self, connection: ServerConnection, why: str) -> None:
+        if time.monotonic() >= self._refused_s + 1.0:  # those who may not come must not fill the log either
+            self._refused_s = time.monotonic()
+            self._say(f"{_name(connection)}: refused: {why}")
 
     async def _converse(self, connection: ServerConnection) -> None:
         client, loop = Client(_name(connection)), asyncio.get_running_loop()
@@ -144,6 +151,7 @@ class PolicyServer:
 
     def _answer(self, client: Client, frame: str | bytes, came_s: float) -> str | bytes:
         """The chunk for an observation, or the error as a line. Runs in the worker's thread."""
+        trace = ""
         try:
             if isinstance(frame, str):
                 raise InputError(f"message: expected a binary frame, got a text of {len(frame)} characters")
@@ -151,12 +159,12 @@ class PolicyServer:
         except KiVlaError as error:
             line = " ".join(str(error).split())
         except Exception:
-            self._say(f"{client.name}: {traceback.format_exc()}")
+            trace = traceback.format_exc()
             line = "the server hit a bug, and has printed where; please report it"
         client.errors += 1
         if time.monotonic() >= client.said_s + 1.0:  # a client must not fill the log
             client.said_s = time.monotonic()
-            self._say(f"{client.name}: {line}")
+            self._say(f"{client.name}: {trace or line}")
         return line
 
     def _chunk(self, client: Client, frame: bytes, came_s: float) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def open_policy(bundle: Bundle) -> Policy:
 @contextmanager
 def serving(policy: Policy, keys: Keys | None = None, at_port: int = 0, **options: Any) -> Iterator[int]:
     """The port of a server, which ends with the block."""
-    server = PolicyServer(policy, keys or named_keys(policy.bundle.manifest.robot), say=lambda line: None, **options)
+    options = {"say": lambda line: None} | options
+    server = PolicyServer(policy, keys or named_keys(policy.bundle.manifest.robot), **options)
     ports: list[int] = []
     started, ended = threading.Event(), threading.Event()
     ends: list[Any] = []

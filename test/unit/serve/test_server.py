@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,15 @@ from ki_vla_ros.policy import Policy
 from ki_vla_ros.records import CameraFrame, Observation
 from ki_vla_ros.robot import find_robot, read_robot
 from ki_vla_ros.serve import find_keys, pack, read_keys, unpack
+from ki_vla_ros.serve.connection import MOST_ARRIVING, MOST_PIECES
 from ki_vla_ros.serve.server import MOST_CLIENTS
 
 TOKEN = "a token of twenty-four"
 BUNDLE = bench_bundle()
+REQUEST = (
+    b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +218,118 @@ def test_a_client_that_stalls_is_waited_for_by_nobody(port: int) -> None:
                 assert "actions" in ask(connection, message(BUNDLE))
                 assert time.monotonic() - began_s < 5.0
         slow.socket.shutdown(socket.SHUT_RDWR)
+
+
+def test_what_is_no_websocket_leaves_it_serving(port: int, policy: Policy) -> None:
+    """Noise, TLS, endless headers, other methods; then noise within a connection, after a good handshake."""
+    rng = np.random.default_rng(0)
+    openings = [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"POST / HTTP/1.1\r\nContent-Length: 9999999999\r\n\r\n",
+        b"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 10_000,
+        b"GET /" + b"x" * 100_000,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\r\n" * 1000,
+        *(rng.bytes(int(rng.integers(1, 300))) for _ in range(40)),
+    ]
+    for opening in openings:
+        with socket.create_connection(("127.0.0.1", port)) as connection, suppress(OSError):
+            connection.sendall(opening)
+            connection.shutdown(socket.SHUT_WR)
+            assert b" 101 " not in connection.recv(4096)
+    for _ in range(40):
+        with client(port) as connection, suppress(OSError):
+            connection.recv(20)
+            connection.socket.sendall(rng.bytes(int(rng.integers(1, 300))))
+    with client(port) as connection:
+        connection.recv(20)
+        assert np.array_equal(ask(connection, message(BUNDLE))["actions"], expected(policy, message(BUNDLE), 0))
+
+
+def test_connections_that_never_ask_make_room_for_those_that_do(port: int) -> None:
+    """The oldest are dropped, so that they take up neither memory nor the files that a process may open."""
+    with ExitStack() as several:
+        shy = [several.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(3 * MOST_ARRIVING)]
+        for connection in shy[::2]:
+            with suppress(OSError):
+                connection.sendall(b"GET / HTTP/1.1\r\n")
+        with client(port) as connection:
+            connection.recv(20)
+            assert "actions" in ask(connection, message(BUNDLE))
+        dropped = [is_over(connection) for connection in shy]
+        assert sum(dropped) >= 2 * MOST_ARRIVING and not any(dropped[-MOST_ARRIVING // 2 :])
+
+
+def is_over(connection: socket.socket) -> bool:
+    connection.settimeout(0.0)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def test_more_clients_than_there_may_be_at_the_same_moment() -> None:
+    """Their handshakes overlap: none of them is there yet when the others are let in."""
+    said: list[str] = []
+    with serving(open_policy(BUNDLE), say=said.append) as port, ExitStack() as several:
+        crowd = [several.enter_context(socket.create_connection(("127.0.0.1", port), 20)) for _ in range(60)]
+        for connection in crowd:
+            connection.sendall(REQUEST)
+        assert all(connection.recv(1 << 16) for connection in crowd)
+        time.sleep(0.2)
+        assert sum(line.endswith(": connected") for line in said) == MOST_CLIENTS
+
+
+def test_a_message_of_endless_empty_pieces_ends_its_own_connection_alone(port: int) -> None:
+    with client(port) as connection, client(port) as other:
+        connection.recv(20), other.recv(20)
+        piece = b"\x00\x80" + bytes(4)  # goes on, is masked, and has nothing in it
+        with suppress(OSError):
+            connection.socket.sendall(b"\x02\x80" + bytes(4) + piece * (MOST_PIECES + 1))
+        with pytest.raises(ConnectionClosed) as raised:
+            connection.recv(20)
+        assert raised.value.rcvd is not None and raised.value.rcvd.code == 1009
+        assert "actions" in ask(other, message(BUNDLE))
+
+
+def test_a_message_in_pieces_is_one(port: int, policy: Policy) -> None:
+    sent, packed = message(BUNDLE), pack(message(BUNDLE))
+    with client(port) as connection:
+        connection.recv(20)
+        connection.send(packed[at : at + 100] for at in range(0, len(packed), 100))
+        assert np.array_equal(unpack(connection.recv(20))["actions"], expected(policy, sent, 0))
+
+
+def test_pings_that_nobody_hears_answered_end_their_own_connection(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ki_vla_ros.serve.connection.MOST_UNREAD", 1 << 16)
+    with socket.create_connection(("127.0.0.1", port), 20) as deaf, client(port) as other:
+        other.recv(20)
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.sendall(REQUEST)
+        ping = (b"\x89\xfd" + bytes(4) + bytes(125)) * 1000
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            for _ in range(400):  # 52 MB
+                deaf.sendall(ping)
+        assert "actions" in ask(other, message(BUNDLE))
+
+
+def test_those_who_are_refused_do_not_fill_the_log() -> None:
+    said: list[str] = []
+    with serving(open_policy(BUNDLE), token=TOKEN, say=said.append) as port:
+        for _ in range(20):
+            with pytest.raises(InvalidStatus):
+                client(port)
+    assert 1 <= len(said) < 10 and said[0].endswith(": refused: expected the token, got none")
+
+
+def test_what_a_client_says_does_not_reach_a_terminal_as_it_is(port: int) -> None:
+    with client(port) as connection:
+        connection.recv(20)
+        for sent in (message(BUNDLE) | {"prompt": "a\x1b[31m\u202e"}, message(BUNDLE) | {"\x1b[31m": 1}):
+            assert ask(connection, sent).isprintable()
 
 
 @pytest.mark.parametrize(
