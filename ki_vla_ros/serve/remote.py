@@ -260,6 +260,8 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _said(value: object) -> str:
-    """What a server, or the library, said, on one line of bounded length."""
+    """What a server, or the library, said, on one line of bounded length; of a traceback its last line."""
     text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else short_repr(value)
+    if text.startswith("Traceback "):
+        text = text.rstrip().rpartition("\n")[2]
     return printable(" ".join(text[: 4 * LONGEST_SAID].split()))[:LONGEST_SAID] or type(value).__name__

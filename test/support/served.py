@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from websockets.asyncio.server import serve as asyncio_serve
 from websockets.sync.server import ServerConnection, serve
 
 from ki_vla_ros.bundle import Bundle, load_bundle
@@ -36,17 +38,24 @@ def serving(policy: Policy, keys: Keys | None = None, at_port: int = 0, **option
     """The port of a server, which ends with the block."""
     options = {"say": lambda line: None} | options
     server = PolicyServer(policy, keys or named_keys(policy.bundle.manifest.robot), **options)
+    with in_thread(lambda stop, ready: server.run("127.0.0.1", at_port, stop, ready)) as port:
+        yield port
+
+
+@contextmanager
+def in_thread(run: Callable[[asyncio.Event, Callable[[int], object]], Coroutine[Any, Any, None]]) -> Iterator[int]:
+    """The port that `run` says it is ready on, until the end of the block, which sets its event."""
     ports: list[int] = []
     started, ended = threading.Event(), threading.Event()
     ends: list[Any] = []
 
-    async def run() -> None:
+    async def serve_here() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         ends.append(lambda: loop.call_soon_threadsafe(stop.set))
-        await server.run("127.0.0.1", at_port, stop, lambda port: (ports.append(port), started.set()))
+        await run(stop, lambda port: (ports.append(port), started.set()))
         ended.set()
 
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread = threading.Thread(target=asyncio.run, args=(serve_here(),))
     thread.start()
     assert started.wait(20)
     try:
@@ -55,6 +64,35 @@ def serving(policy: Policy, keys: Keys | None = None, at_port: int = 0, **option
         ends[0]()
         thread.join(20)
         assert ended.is_set()
+
+
+@contextmanager
+def openpis(infer: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[int]:
+    """A server that does as openpi's own does, with its own packing.
+
+    It says nothing of itself; it computes in its event loop, where it hears nobody meanwhile; and to an observation
+    that fails it answers with the traceback as a text, and closes (1011).
+    """
+    from openpi_client.msgpack_numpy import packb, unpackb
+
+    async def talk(connection: Any) -> None:
+        await connection.send(packb({}))
+        async for frame in connection:
+            try:
+                answer = infer(unpackb(frame)) | {"server_timing": {"infer_ms": 1.0}}
+            except Exception:
+                await connection.send(traceback.format_exc())
+                await connection.close(1011, "Internal server error. Traceback included in previous frame.")
+                return
+            await connection.send(packb(answer))
+
+    async def run(stop: asyncio.Event, ready: Callable[[int], object]) -> None:
+        async with asyncio_serve(talk, "127.0.0.1", 0, compression=None, max_size=None) as server:
+            ready(next(iter(server.sockets)).getsockname()[1])
+            await stop.wait()
+
+    with in_thread(run) as port:
+        yield port
 
 
 def message(bundle: Bundle, seed: int = 0, height: int = 24, width: int = 32) -> dict[str, Any]:

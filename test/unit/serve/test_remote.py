@@ -13,7 +13,7 @@ import pytest
 from support.between import Between
 from support.bundles import demo_observation, write_test_bundle
 from support.loop_rig import Rig
-from support.served import TASK, after, bench_bundle, open_policy, scripted, serving
+from support.served import TASK, after, bench_bundle, open_policy, openpis, scripted, serving
 
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines import open_engine
@@ -279,3 +279,37 @@ def test_the_loop_holds_while_the_server_fails_and_goes_on_when_it_is_back(arm: 
     assert sent == [0, 1, None, None, None, None, None, 2, 3]
     assert all(hold.startswith(f"policy server ws://127.0.0.1:{port}: ") for hold in held if hold)
     policy.engine.close()
+
+
+def test_openpis_own_server_fails_closes_compiles_and_is_followed_again(arm: Bundle) -> None:
+    pytest.importorskip("openpi_client")
+    here_J = demo_observation().state_S
+    asked: list[dict[str, Any]] = []
+
+    def infer(sent: dict[str, Any]) -> dict[str, Any]:
+        asked.append(sent)
+        if len(asked) == 2:
+            raise KeyError("observation/gripper")
+        if len(asked) == 4:
+            time.sleep(0.7)  # nobody is heard meanwhile, as where it compiles
+        actions_HD = np.tile(here_J, (arm.manifest.horizon, 1)).astype(np.float32)
+        return {"state": sent["state/gripper"], "actions": actions_HD}
+
+    with openpis(infer) as port:
+        policy: Policy = remote_policy(port, arm, timeout_s=0.3)
+        policy.warm_up()
+        rig = Rig(arm, policy=policy)
+
+        def give(_: object) -> None:
+            time.sleep(0.1)
+            rig.give_inputs()
+
+        rig.run_ticks(9, give)
+        policy.engine.close()
+    held = [str(tick["hold"] or "") for tick in rig.wire.ticks]
+    said = f"policy server ws://127.0.0.1:{port}: "
+    assert held[1] == f"{said}it refused the observation: KeyError: 'observation/gripper'"
+    assert [bool(hold) for hold in held[:4]] == [False, True, False, True], held
+    assert held[3] == f"{said}expected an answer within 0.3 s, got none"
+    assert held[-2:] == ["", ""] and all(hold.startswith(said) for hold in held if hold)
+    assert asked[0]["images/scene"].dtype == np.uint8 and asked[0]["prompt"]
