@@ -81,7 +81,10 @@ class ServerEngine:
 
         `horizon`: how many; None: as many as the server gives.
         """
-        given = self.ask(message).get("actions")
+        answer = self.ask(message)
+        given = answer.get("actions")
+        if given is None and isinstance(error := answer.get("error", answer.get("message")), str):  # SGLang's, vLLM's
+            raise EngineError(f"{self.description}: it refused the observation: {_said(error)}")
         if (
             not isinstance(given, np.ndarray)
             or given.dtype.kind != "f"
@@ -183,6 +186,8 @@ class ServerEngine:
     def _unpacked(self, frame: str | bytes, what: str) -> dict[str, Any]:
         try:
             found = unpack(frame) if isinstance(frame, bytes) else frame
+            if isinstance(found, np.ndarray):
+                found = {"actions": found}  # as vLLM-Omni answers
         except InputError as error:
             raise self._fail(f"expected {what}, got nonsense: {error}") from None
         if not isinstance(found, dict):

@@ -62,6 +62,17 @@ def test_openpis_client_of_libero() -> None:
     np.testing.assert_allclose(actions_HD, [[1.0, 0, 0, 0.5, 0, 0, 1.0]], rtol=0, atol=1e-12)
 
 
+def test_sglangs_benchmark_of_libero() -> None:
+    robot = robot_of("libero")
+    keys = read_keys(find_keys("sglang"), robot)
+    sent = {"task": "pick up the object", "observation.state": np.arange(8, dtype=np.float32) / 100}
+    sent |= {"num_inference_steps": 10, "enable_pi_prefix_cache": True, "enable_pi_cuda_graph": True}
+    sent |= {"output_format": "numpy", "observation.images.image": picture(), "observation.images.image2": picture()}
+    observation, instruction = keys.observation(sent, robot)
+    assert instruction == "pick up the object" and list(observation.frames) == ["image", "image2"]
+    np.testing.assert_allclose(observation.state_S, [*np.arange(7) / 100, -0.07], rtol=1e-6)
+
+
 def test_openpis_client_of_aloha() -> None:
     """Maps in maps, channels first, no instruction, one camera of three, and one more than the robot has."""
     robot, keys = keys_of("aloha")
@@ -160,6 +171,6 @@ def test_a_file_of_keys_that_does_not_fit_is_refused(tmp_path: Path, text: str, 
 
 def test_an_unknown_name_of_keys_is_told_with_those_that_there_are() -> None:
     with pytest.raises(
-        ConfigurationError, match="one of robot, aloha, droid, libero, got 'drod'; did you mean 'droid'"
+        ConfigurationError, match="one of robot, aloha, droid, libero, sglang, got 'drod'; did you mean 'droid'"
     ):
         find_keys("drod")

@@ -81,6 +81,10 @@ def test_what_is_sent_is_what_openpis_clients_send(name: str) -> None:
     ("answer", "said"),
     [
         ("'prompt': expected\n a text", "it refused the observation: 'prompt': expected a text"),
+        ("Traceback (most recent call last):\n  File x\nKeyError: 'a'\n", "it refused the observation: KeyError: 'a'"),
+        ({"error": "Traceback (most recent call last):\nOOM"}, "it refused the observation: OOM"),
+        ({"type": "error", "message": "Internal"}, "it refused the observation: Internal"),
+        (np.zeros((1, 7)), "actions: expected float [50, 7], got float64 [1, 7]"),
         (b"\xc1", "expected an answer, got nonsense: message: expected msgpack"),
         ([1], "expected an answer, a map, got [1]"),
         ({}, "actions: expected float [50, 7], got None"),
@@ -107,6 +111,13 @@ def test_what_a_server_does_wrong_is_named_and_the_next_chunk_is_asked_for_anew(
         assert str(raised.value).startswith(f"policy server ws://127.0.0.1:{port}: ") and "\n" not in str(raised.value)
         chunk = policy.infer(observation(), TASK, 0)
         np.testing.assert_allclose(chunk.position_HJ, 0.25, atol=1e-6)
+        policy.engine.close()
+
+
+def test_the_actions_may_come_alone_as_from_vllm() -> None:
+    with scripted(np.full(SHAPE, 0.25, np.float32)) as port:
+        policy = remote_policy(port)
+        np.testing.assert_allclose(policy.infer(observation(), TASK, 0).position_HJ, 0.25, atol=1e-6)
         policy.engine.close()
 
 
