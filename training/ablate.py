@@ -29,15 +29,14 @@ from training.ablation import (
     Job,
     find_jobs,
     load_ablation,
-    read_result,
     ready,
-    result_path,
     run_job,
     training_config,
     try_out,
     write_bench,
     write_report,
 )
+from training.results import read_result, result_path
 
 RESULTS: Final = Path("docs/results/ablation")
 PR_SET_PDEATHSIG: Final = 1

@@ -12,17 +12,11 @@ recorded: a policy then sees the way back from mistakes (DART, arXiv 1703.09327)
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +30,7 @@ from ki_vla_ros.robot import ActionDimension, Robot
 from training.convert import PAUSE_NS, START_NS, DatasetWriter, Frame
 from training.data.lerobot import PLACE, RobotColumns
 from training.evaluate import HELD_OUT, Environment, open_environment
+from training.workers import share_out
 
 NOISE_HOLD_S: Final = 0.2
 """How long noise pushes into one direction: an arm would filter out what changes with every action."""
@@ -144,38 +139,10 @@ def _record(name: str, recipe: Recipe, seed: int) -> Recorded:
     return record_episode(_opened[name, recipe], name, seed, recipe)
 
 
-def _follow_parent() -> None:
-    """A worker ends when its parent does, even by kill -9, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def record_episodes(names: Sequence[str], seeds: Sequence[int], recipe: Recipe, workers: int) -> Iterator[Recorded]:
     """All episodes of the first environment, then those of the next; in this order, whoever makes them."""
     jobs = ((name, recipe, seed) for name in names for seed in seeds)
-    if workers == 1:
-        for job in jobs:
-            yield _record(*job)
-        return
-    # spawn: a child that was forked would share its parent's GL.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_follow_parent) as pool:
-        running: deque[Future[Recorded]] = deque()
-        try:
-            for job in jobs:
-                running.append(pool.submit(_record, *job))
-                if len(running) > 2 * workers:  # no more, because images take memory until they are written
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    return share_out(_record, jobs, workers)
 
 
 def check_environments(names: Sequence[str], recipe: Recipe) -> tuple[Robot, int, bool]:

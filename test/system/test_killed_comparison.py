@@ -16,7 +16,8 @@ import pytest
 from support import ROOT
 from support.ablations import write_tiny
 
-from training.ablation import Job, load_ablation, read_result, result_path, run_job
+from training.ablation import Job, load_ablation, run_job
+from training.results import read_result, result_path
 
 
 def wait_for(met: Callable[[], bool], what: str) -> None:

@@ -4,18 +4,14 @@ from training.ablation.config import AblationConfig, load_ablation
 from training.ablation.measures import try_out
 from training.ablation.plan import Job, find_jobs, ready, training_config
 from training.ablation.report import write_bench, write_report
-from training.ablation.results import check_result, read_result, result_path
 from training.ablation.trial import run_job
 
 __all__ = [
     "AblationConfig",
     "Job",
-    "check_result",
     "find_jobs",
     "load_ablation",
-    "read_result",
     "ready",
-    "result_path",
     "run_job",
     "training_config",
     "try_out",

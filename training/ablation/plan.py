@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from ki_vla_ros.errors import ConfigurationError, describe_validation
 from training.ablation.config import AblationConfig
-from training.ablation.results import check_result, result_path
 from training.config import TrainingConfig, load_config
 from training.recipe import lay_recipe
+from training.results import check_result, result_path
 from training.train import flatten
 
 POLICY: Final = "policy"  # in a finished run's folder

@@ -27,7 +27,7 @@ from training.ablation.config import AblationConfig
 from training.ablation.drawing import Curve, Dot, draw_story
 from training.ablation.intervals import Estimate, at, difference, mean, time_to
 from training.ablation.plan import GRID, START, TIMING
-from training.ablation.results import read_result, result_path
+from training.results import read_result, result_path
 from training.storage import write_whole
 
 Array = NDArray[np.float64]

@@ -36,8 +36,8 @@ from training.ablation.plan import (
     start_made_of,
     training_config,
 )
-from training.ablation.results import result_path, write_result
 from training.policy import commit
+from training.results import result_path, write_result
 from training.run import Run
 from training.storage import only_run, write_whole
 from training.weights import RunState, open_run

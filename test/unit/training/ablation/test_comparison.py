@@ -30,8 +30,8 @@ from training.ablation.plan import (
     start_made_of,
     training_config,
 )
-from training.ablation.results import check_result, read_result, result_path, write_result
 from training.recipe import recipe_names
+from training.results import check_result, read_result, result_path, write_result
 from training.run import Run
 from training.train import Trainer
 

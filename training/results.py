@@ -42,7 +42,7 @@ def write_result(path: Path, made_of: Mapping[str, Any], figures: Mapping[str, A
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"format": FORMAT} | dict(figures) | {MADE_OF: dict(made_of)}
     with writing(path):
-        write_whole(path, json.dumps(_plain(whole), indent=1, sort_keys=False) + "\n")
+        write_whole(path, json.dumps(plain(whole), indent=1, sort_keys=False) + "\n")
 
 
 def check_result(path: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -50,7 +50,7 @@ def check_result(path: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | Non
     found = read_result(path)
     if found is None:
         return None
-    theirs, ours = found[MADE_OF], _plain(dict(made_of))
+    theirs, ours = found[MADE_OF], plain(dict(made_of))
     if different := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
         told = "; ".join(
             f"{name}: expected {ours.get(name)!r}, got {theirs.get(name)!r}" for name in sorted(different)[:3]
@@ -58,17 +58,17 @@ def check_result(path: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | Non
         more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
         raise ConfigurationError(
             f"{path}: expected a run of this configuration, got one of another ({told}{more}); give that back, or move "
-            "the folder with its results away: runs of two configurations are no comparison"
+            "what came of it away: runs of two configurations are no comparison"
         )
     return found
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON gives it back; numbers that are none as None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
