@@ -104,6 +104,26 @@ def only_run(out: Path) -> Iterator[None]:
             os.close(opened)
 
 
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """ConfigurationError if another process writes this file in such a block."""
+    beside = path.with_name(f".{path.name}.lock")
+    opened = os.open(beside, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not lock(opened, path):
+            raise ConfigurationError(
+                f"{path}: expected to be the only one who writes it, got another process that is writing it now; wait "
+                "for it, or name another file"
+            )
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                beside.unlink()
+    finally:
+        os.close(opened)
+
+
 def lock(opened: int, place: Path) -> bool:
     """Whether nobody else holds this file or folder. Where there are no locks, the user is told, and it is as if so."""
     try:

@@ -1,11 +1,14 @@
-"""A bundle, or a policy behind a server, in closed loop, without ROS and in simulated time.
+"""A bundle in closed loop, without ROS and in simulated time.
 
 python -m training.evaluate BUNDLE --environment aloha/transfer_cube --episodes 50 --out FILE.json
+python -m training.evaluate BUNDLE --protocol metaworld_mt50 --workers 4 --out FILE.json --video FOLDER
 python -m training.evaluate --policy-server ws://127.0.0.1:8000 --environment aloha/transfer_cube
+python -m training.evaluate --expert --protocol metaworld_mt50
 python -m training.evaluate models/demo --episodes 100
 
-With --environment: success over held-out starts, each chunk executed without delay. Without: the demo's arm through the
-robot's own loop, with its delay.
+With --environment or --protocol (a file, or one of config/benchmarks/): success over held-out starts, each chunk
+executed without delay. FILE.json has each episode as soon as it is over, and the same command goes on from there.
+Without: the demo's arm through the robot's own loop, with its delay.
 """
 
 from __future__ import annotations
@@ -13,23 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from ki_vla_ros.bundle import load_bundle
-from ki_vla_ros.console import ExitCode, Progress, run_command
-from ki_vla_ros.engines import open_engine
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.errors import ConfigurationError, describe_validation
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.settings import Settings, settings_from_parameters
-from ki_vla_ros.statistics import wilson_95
-from training.evaluate.environment import Environment, at_period
-from training.evaluate.environments import HELD_OUT, open_environment
-from training.evaluate.rollouts import Act, act_as, check_robot, roll_out
-from training.storage import write_whole
+from ki_vla_ros.settings import Settings
+from training.evaluate.drivers import Chosen, open_policy, read_settings
+from training.evaluate.environments import HELD_OUT
+from training.evaluate.protocol import Protocol, find_protocol, read_protocol
+from training.evaluate.trials import Films, run_protocol
 
 FILMED: Final = 3  # episodes of each environment
 
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bundle", type=Path, nargs="?", help="or --policy-server")
+    parser.add_argument("bundle", type=Path, nargs="?", help="or --policy-server, or --expert")
     parser.add_argument("--episodes", type=int, help="of each environment; default 50 in environments, else 100")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a node parameter, e.g. engine=torch"
@@ -47,11 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--noise-seed", type=int, help="default 0")
     rolled = parser.add_argument_group("in environments")
     rolled.add_argument("--environment", nargs="+", metavar="ENV", help="a wrong name lists them")
-    rolled.add_argument("--out", type=Path, metavar="FILE.json", help="default: standard output alone")
+    rolled.add_argument("--protocol", metavar="NAME", help="a benchmark in place of --environment")
+    rolled.add_argument("--out", type=Path, metavar="FILE.json", help="goes on from what is there; default: none")
+    rolled.add_argument("--workers", type=int, help="processes; the figures are the same (default 1)")
     rolled.add_argument("--execute", type=int, metavar="N", help="actions of a chunk; default: half of them")
-    rolled.add_argument("--video", type=Path, metavar="FOLDER", help=f"films of the first {FILMED} episodes of each")
+    rolled.add_argument("--video", type=Path, metavar="FOLDER", help="films of episodes, failures first")
+    rolled.add_argument("--videos", type=int, metavar="N", help=f"so many of each environment (default {FILMED})")
     rolled.add_argument("--seed", type=int, help=f"of the first episode; default {HELD_OUT}, the first held-out one")
     rolled.add_argument("--image-size", type=int, metavar="PIXELS", help="longer side; default: the environment's own")
+    rolled.add_argument(
+        "--expert", action="store_true", default=None, help="the environment's own in place of a policy: a bound"
+    )
     served = parser.add_argument_group("a policy behind a server, in environments (docs/serve.md)")
     served.add_argument("--policy-server", metavar="ws://HOST:PORT", help="in place of a bundle")
     served.add_argument(
@@ -66,48 +74,84 @@ def main(arguments: Sequence[str] | None = None) -> int:
     looped.add_argument(
         "--delay-s", type=float, help="from observation to the chunk's arrival at the arm; default 0.03"
     )
-    return run_command("evaluate", partial(_evaluate, parser.parse_args(arguments)))
+    return run_command(
+        "evaluate",
+        partial(_evaluate, parser.parse_args(arguments)),
+        "interrupted; with --out the episodes that are over are kept, and the same command goes on",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     _check(options)
-    if options.policy_server is not None:
-        figures = _roll_out_served(options)
+    chosen = Chosen(
+        options.bundle,
+        tuple(options.set),
+        options.flow_steps,
+        options.noise_seed or 0,
+        options.policy_server,
+        options.policy_server_keys or "robot",
+        options.policy_server_token,
+    )
+    if options.environment or options.protocol:
+        films = None
+        if options.video is not None:
+            films = Films(options.video, options.videos or FILMED)
+        figures = run_protocol(_protocol(options), chosen, options.out, options.workers or 1, films)
     else:
         bundle = load_bundle(options.bundle)
-        # No ramp-in: every scene is a start with its clock set back, so the ramp would slow each episode's beginning.
-        chosen = settings_from_parameters({"ramp_in_s": 0.0} | dict(pair.split("=", 1) for pair in options.set))
-        chosen.validate_against(bundle.manifest)
-        engine = open_engine(bundle, chosen)
-        policy = Policy(bundle, engine, options.flow_steps, options.noise_seed or 0, chosen.guidance_jacobian)
-        figures = _roll_out_bundle(policy, options) if options.environment else _loop(policy, options, chosen)
-    text = json.dumps(figures, indent=1)
-    if options.out is not None:
-        write_whole(options.out, text + "\n")
-    print(text)
+        figures = _loop(open_policy(chosen, bundle), options, read_settings(chosen, bundle))
+    print(json.dumps(figures, indent=1))
     return ExitCode.FINE
 
 
 def _check(options: argparse.Namespace) -> None:
     """ConfigurationError for options that do not go together."""
-    if (options.bundle is None) == (options.policy_server is None):
-        got = "neither" if options.bundle is None else "both"
-        raise ConfigurationError(f"expected a bundle or --policy-server, got {got}")
-    served = options.policy_server is not None
-    if served and not options.environment:
-        raise ConfigurationError("--policy-server: expected --environment with it, got none")
+    given = [name for name in ("bundle", "policy_server", "expert") if getattr(options, name) is not None]
+    if len(given) != 1:
+        got = " and ".join(given) if given else "none of them"
+        raise ConfigurationError(f"expected one of a bundle, --policy-server and --expert, got {got}")
+    if options.environment and options.protocol:
+        raise ConfigurationError("expected --environment or --protocol, got both")
+    rolled = bool(options.environment or options.protocol)
+    if not rolled and options.bundle is None:
+        raise ConfigurationError(f"{_spell(given[0])}: expected --environment or --protocol with it, got neither")
+    in_environments = ("out", "execute", "video", "videos", "seed", "image_size", "workers")
     misplaced = [
-        (("split", "first_scene", "delay_s"), "without --environment", bool(options.environment)),
-        (("out", "execute", "video", "seed", "image_size"), "with --environment", not options.environment),
-        (("policy_server_keys", "policy_server_token"), "with --policy-server", not served),
-        (("set", "flow_steps", "noise_seed"), "with a bundle", served),
+        (("split", "first_scene", "delay_s"), "without --environment and --protocol", rolled),
+        (in_environments, "with --environment or --protocol", not rolled),
+        (("episodes", "seed"), "without --protocol, which has its own", bool(options.protocol)),
+        (("videos",), "with --video", options.video is None),
+        (("execute",), "with a policy", bool(options.expert)),
+        (("policy_server_keys", "policy_server_token"), "with --policy-server", options.policy_server is None),
+        (("set", "flow_steps", "noise_seed"), "with a bundle", options.bundle is None),
     ]
     for names, where, misfits in misplaced:
         for name in names:
             if misfits and getattr(options, name) not in (None, []):
-                raise ConfigurationError(f"--{name.replace('_', '-')}: expected it only {where}")
-    if options.episodes is not None and options.episodes < 1:
-        raise ConfigurationError(f"--episodes: expected at least 1, got {options.episodes}")
+                raise ConfigurationError(f"{_spell(name)}: expected it only {where}")
+    for name in ("episodes", "execute", "videos", "workers", "image_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{_spell(name)}: expected at least 1, got {value}")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        raise ConfigurationError(f"--out {options.out}: expected a folder at {options.out.absolute().parent}, got none")
+
+
+def _spell(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _protocol(options: argparse.Namespace) -> Protocol:
+    """That of the file, or one of the options, which also say what is a policy's own."""
+    own = {name: getattr(options, name) for name in ("execute", "image_size") if getattr(options, name) is not None}
+    if options.protocol:
+        return read_protocol(find_protocol(options.protocol)).model_copy(update=own)
+    own |= {"trials": options.episodes or 50}
+    own |= {} if options.seed is None else {"first_seed": options.seed}
+    try:
+        return Protocol(name="environments", tasks={"all": tuple(dict.fromkeys(options.environment))}, **own)
+    except ValidationError as error:
+        raise ConfigurationError(describe_validation(error, Protocol)) from error
 
 
 def _loop(policy: Policy, options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
@@ -131,80 +175,6 @@ def _loop(policy: Policy, options: argparse.Namespace, settings: Settings) -> di
     }
     scenes = [sample_scene(seed, split=split) for seed in range(first, first + count)]
     return chosen | evaluate(policy, scenes, delay_s, settings)
-
-
-def _roll_out_bundle(policy: Policy, options: argparse.Namespace) -> dict[str, Any]:
-    manifest, act = policy.bundle.manifest, act_as(policy)
-    if options.execute is not None and not 1 <= options.execute <= manifest.horizon:
-        raise ConfigurationError(f"--execute: expected 1 to {manifest.horizon}, the horizon, got {options.execute}")
-
-    def meet(environment: Environment, name: str) -> tuple[Act, Environment]:
-        slowed = at_period(environment, manifest.robot.action_period_s)
-        check_robot(manifest.robot, slowed, name)
-        return act, slowed
-
-    chosen = {
-        "bundle": manifest.name,
-        "execute": options.execute or max(1, manifest.horizon // 2),
-        "flow_steps": policy.flow_steps,
-        "noise_seed": policy.noise_seed,
-    }
-    return chosen | _roll_out(meet, options)
-
-
-def _roll_out_served(options: argparse.Namespace) -> dict[str, Any]:
-    from training.evaluate.served import meet, reached  # websockets and msgpack need not be there without it
-
-    if options.execute is not None and options.execute < 1:
-        raise ConfigurationError(f"--execute: expected at least 1, got {options.execute}")
-    keys = options.policy_server_keys or "robot"
-    with reached(options.policy_server, options.policy_server_token) as server:
-        said = server.metadata().get("policy")
-        chosen = {
-            "policy_server": options.policy_server,
-            "policy": said if isinstance(said, str) else None,
-            "keys": keys,
-            "execute": options.execute,
-        }
-        return chosen | _roll_out(partial(meet, server, keys), options)
-
-
-def _roll_out(
-    meet: Callable[[Environment, str], tuple[Act, Environment]], options: argparse.Namespace
-) -> dict[str, Any]:
-    """Figures of each environment, and over all of them. `meet`: what acts in one, which it may have slowed."""
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        raise ConfigurationError(f"--out {options.out}: expected a folder at {options.out.absolute().parent}, got none")
-    first, count = HELD_OUT if options.seed is None else options.seed, options.episodes or 50
-    seeds = range(first, first + count)
-    chosen = {} if options.image_size is None else {"image_size": options.image_size}
-    found: dict[str, dict[str, Any]] = {}
-    began_s = time.monotonic()
-    with Progress() as progress:
-        for name in dict.fromkeys(options.environment):
-            environment = open_environment(name, **chosen)
-            try:
-                act, environment = meet(environment, name)
-                films = {}
-                if options.video is not None:
-                    films = {seed: options.video / f"{name.replace('/', '_')}_{seed}.mp4" for seed in seeds[:FILMED]}
-                show = partial(_show, progress, name, count)
-                found[name] = roll_out(act, environment, seeds, options.execute, films, show)
-            finally:
-                environment.close()
-    successes, episodes = (sum(figures[key] for figures in found.values()) for key in ("successes", "episodes"))
-    return {
-        "seeds": [seeds[0], seeds[-1]],
-        "image_size": options.image_size,
-        "environments": found,
-        "success_rate": successes / episodes,
-        "success_95": wilson_95(successes, episodes),
-        "wall_s": round(time.monotonic() - began_s, 1),
-    }
-
-
-def _show(progress: Progress, name: str, count: int, done: int) -> None:
-    progress.show(f"{name}: {done} of {count} episodes", done / count)
 
 
 if __name__ == "__main__":

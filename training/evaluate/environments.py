@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, get_args
 
 from ki_vla_ros.errors import ConfigurationError, did_you_mean
@@ -27,6 +29,23 @@ def open_environment(name: str, **options: Any) -> Environment:
             f"environment: expected one of {', '.join(NAMES)}, got {name!r}{did_you_mean(name, NAMES)}"
         )
     return opened(task, options)
+
+
+def single_tasks(name: str) -> tuple[str, ...]:
+    """The environments of one task each that a name stands for: a set of MetaWorld is several, all others are one."""
+    family, _, task = name.partition("/")
+    if family == "metaworld" and task:
+        return tuple(f"metaworld/{single}" for single in import_module("training.evaluate.metaworld").tasks_of(task))
+    return (name,)
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Of the packages that simulate these environments, those that are installed."""
+    found = {}
+    for package in sorted({package for name in names for package in _PACKAGES.get(name.partition("/")[0], ())}):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _open_arm(split: str, options: Mapping[str, Any]) -> Environment:
@@ -55,4 +74,9 @@ _FAMILIES: Final[Mapping[str, Callable[[str, Mapping[str, Any]], Environment]]] 
     "arm/": _open_arm,
     "aloha/": _open_aloha,
     "metaworld/": _open_metaworld,
+}
+_PACKAGES: Final[Mapping[str, tuple[str, ...]]] = {
+    "arm": ("mujoco",),
+    "aloha": ("mujoco", "gym-aloha"),
+    "metaworld": ("mujoco", "metaworld"),
 }

@@ -5,10 +5,8 @@ Legend: H horizon, D actions, S state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,28 +20,40 @@ from training.evaluate.rollouts import CHUNKS, Act, Images
 PATIENCE_S: Final = 120.0  # somebody's server may compile its model when it is first asked
 
 
-@contextmanager
-def reached(address: str, token_file: Path | None = None) -> Iterator[ServerEngine]:
-    """A server that is there, until the end of the block; ConfigurationError or EngineError says why it is not."""
-    server = ServerEngine(address, read_token(token_file, "--policy-server-token") if token_file else "", PATIENCE_S)
-    try:
-        server.metadata()
-        yield server
-    finally:
-        server.close()
+class ServerDriver:
+    """A server that is there; ConfigurationError or EngineError says why it is not."""
 
+    horizon = None
 
-def meet(server: ServerEngine, keys: str, environment: Environment, name: str) -> tuple[Act, Environment]:
-    """What the server does in the environment, and the environment with the server's period if it names one.
+    def __init__(self, address: str, keys: str = "robot", token_file: Path | None = None) -> None:
+        token = read_token(token_file, "--policy-server-token") if token_file else ""
+        self._server, self._keys = ServerEngine(address, token, PATIENCE_S), keys
+        try:
+            said = self._server.metadata().get("policy")
+        except BaseException:
+            self._server.close()
+            raise
+        # Where a server does not say whose policy it has, as openpi's, only its address tells it from others.
+        self.told: dict[str, Any] = {
+            "policy_server": address,
+            "policy": said if isinstance(said, str) else None,
+            "keys": keys,
+        }
 
-    ConfigurationError if it says that its policy is of another robot, or if the keys are.
-    """
-    said_s = server.metadata().get("action_period_s")
-    if isinstance(said_s, float) and said_s > 0.0:
-        environment = at_period(environment, said_s)
-    names = open_keys(keys, environment.robot)
-    server.agree(names.meaning(environment.robot), f"environment {name}")
-    return act_by(server, names, environment.robot), environment
+    def meet(self, environment: Environment, name: str) -> tuple[Act, Environment]:
+        """The environment has the server's period if it names one.
+
+        ConfigurationError if it says that its policy is of another robot, or if the keys are.
+        """
+        said_s = self._server.metadata().get("action_period_s")
+        if isinstance(said_s, float) and said_s > 0.0:
+            environment = at_period(environment, said_s)
+        names = open_keys(self._keys, environment.robot)
+        self._server.agree(names.meaning(environment.robot), f"environment {name}")
+        return act_by(self._server, names, environment.robot), environment
+
+    def close(self) -> None:
+        self._server.close()
 
 
 def act_by(server: ServerEngine, keys: Keys, robot: Robot) -> Act:
