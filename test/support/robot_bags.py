@@ -55,7 +55,12 @@ def cameras(*topics: str, seconds: float = SECONDS) -> Messages:
 
 
 def joints(
-    topic: str, names: Sequence[str], position: Motion | None, rate_hz: float = 100.0, velocity: Motion | None = None
+    topic: str,
+    names: Sequence[str],
+    position: Motion | None,
+    rate_hz: float = 100.0,
+    velocity: Motion | None = None,
+    seconds: float = SECONDS,
 ) -> Messages:
     def state(time_s: float) -> Callable[[int], bytes]:
         none = np.zeros(0)
@@ -67,7 +72,7 @@ def joints(
         }
         return lambda stamp_ns: serialize(_T[JOINT_STATE](header=header(stamp_ns), **fields), JOINT_STATE)
 
-    return [at(topic, JOINT_STATE, t, state(t)) for t in times(rate_hz)]
+    return [at(topic, JOINT_STATE, t, state(t)) for t in times(rate_hz, seconds=seconds)]
 
 
 def trajectories(
@@ -86,13 +91,13 @@ def trajectories(
     return [at(topic, TRAJECTORY, t, command(t), late_ms=0) for t in times(rate_hz, first_s)]
 
 
-def arrays(topic: str, value: Motion, rate_hz: float, first_s: float = 0.0) -> Messages:
+def arrays(topic: str, value: Motion, rate_hz: float, first_s: float = 0.0, seconds: float = SECONDS) -> Messages:
     layout = _T["std_msgs/msg/MultiArrayLayout"](dim=[], data_offset=0)
 
     def command(time_s: float) -> Callable[[int], bytes]:
         return lambda _: serialize(_T[ARRAY](layout=layout, data=np.array(value(time_s))), ARRAY)
 
-    return [at(topic, ARRAY, t, command(t), late_ms=0) for t in times(rate_hz, first_s)]
+    return [at(topic, ARRAY, t, command(t), late_ms=0) for t in times(rate_hz, first_s, seconds)]
 
 
 def twists(topic: str, kind: str, value: Motion, rate_hz: float) -> Messages:
