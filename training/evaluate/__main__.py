@@ -41,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path, nargs="?", help="or --policy-server, or --expert")
-    parser.add_argument("--episodes", type=int, help="of each environment; default 50 in environments, else 100")
+    parser.add_argument(
+        "--episodes",
+        type=int,
+        metavar="N",
+        help="of each environment; default 50 in environments, else 100; with "
+        "--protocol: the first N of its trials, the others later",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a node parameter, e.g. engine=torch"
     )
@@ -96,7 +102,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         films = None
         if options.video is not None:
             films = Films(options.video, options.videos or FILMED)
-        figures = run_protocol(_protocol(options), chosen, options.out, options.workers or 1, films)
+        now = options.episodes if options.protocol else None
+        figures = run_protocol(_protocol(options), chosen, options.out, options.workers or 1, films, now)
     else:
         bundle = load_bundle(options.bundle)
         figures = _loop(open_policy(chosen, bundle), options, read_settings(chosen, bundle))
@@ -119,7 +126,7 @@ def _check(options: argparse.Namespace) -> None:
     misplaced = [
         (("split", "first_scene", "delay_s"), "without --environment and --protocol", rolled),
         (in_environments, "with --environment or --protocol", not rolled),
-        (("episodes", "seed"), "without --protocol, which has its own", bool(options.protocol)),
+        (("seed",), "without --protocol, which has its own", bool(options.protocol)),
         (("videos",), "with --video", options.video is None),
         (("execute",), "with a policy", bool(options.expert)),
         (("policy_server_keys", "policy_server_token"), "with --policy-server", options.policy_server is None),

@@ -43,9 +43,17 @@ class Films:
 
 
 def run_protocol(
-    protocol: Protocol, chosen: Chosen, out: Path | None = None, workers: int = 1, films: Films | None = None
+    protocol: Protocol,
+    chosen: Chosen,
+    out: Path | None = None,
+    workers: int = 1,
+    films: Films | None = None,
+    now: int | None = None,
 ) -> dict[str, Any]:
-    """Run what `out` does not have yet, and return its figures. ConfigurationError if `out` is of anything else."""
+    """Run what `out` does not have yet, and return its figures. ConfigurationError if `out` is of anything else.
+
+    `now`: only the first so many trials of each task, so that another run goes on with the others.
+    """
     if chosen.expert:
         protocol = protocol.model_copy(update={"execute": 1})
     try:
@@ -55,7 +63,7 @@ def run_protocol(
         sheet = Sheet(protocol, driver, out)
         with nullcontext() if out is None else only_writer(out):
             sheet.read()
-            _run(sheet, chosen, workers)
+            _run(sheet, chosen, workers, now)
         if films is not None:
             _film(sheet, chosen, films, workers)
         return sheet.figures()
@@ -159,15 +167,12 @@ def _over(found: list[dict[str, Any]]) -> dict[str, Any]:
     return rate(sum(each["successes"] for each in found), episodes) if episodes else {"episodes": 0, "successes": 0}
 
 
-def _run(sheet: Sheet, chosen: Chosen, workers: int) -> None:
-    protocol = sheet.protocol
+def _run(sheet: Sheet, chosen: Chosen, workers: int, now: int | None) -> None:
+    protocol, seeds = sheet.protocol, sheet.protocol.seeds[:now]
     jobs = [
-        (protocol, chosen, task, seed)
-        for task, found in sheet.outcomes.items()
-        for seed in protocol.seeds
-        if seed not in found
+        (protocol, chosen, task, seed) for task, found in sheet.outcomes.items() for seed in seeds if seed not in found
     ]
-    total = len(protocol.environments) * protocol.trials
+    total = len(protocol.environments) * len(seeds)
     with Progress() as progress:
         for count, (task, seed, outcome) in enumerate(share_out(_run_trial, jobs, workers, in_order=False)):
             sheet.add(task, seed, outcome)

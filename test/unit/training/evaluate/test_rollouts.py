@@ -138,7 +138,7 @@ def test_the_shipped_bundle_in_its_environment(tmp_path: Path, capsys: pytest.Ca
         (("--environment", "arm", "--delay-s", "0.1"), "--delay-s: expected it only without --environment and --p"),
         (("--environment", "arm", "--protocol", "aloha_insertion"), "expected --environment or --protocol, got both"),
         (("--protocol", "aloha_insert"), "or one of aloha_insertion, aloha_transfer_cube, "),
-        (("--protocol", "aloha_insertion", "--episodes", "3"), "--episodes: expected it only without --protocol"),
+        (("--protocol", "aloha_insertion", "--seed", "3"), "--seed: expected it only without --protocol"),
         (("--environment", "arm", "--videos", "2"), "--videos: expected it only with --video"),
         (("--environment", "arm", "--workers", "0"), "--workers: expected at least 1, got 0"),
         (

@@ -125,6 +125,15 @@ def test_what_is_over_is_kept_and_not_run_again(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "whole.json"]
 
 
+def test_the_first_trials_of_each_task_may_be_run_before_the_others(begun: Episodes, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    first = run_protocol(slides(), EXPERT, out, now=1)
+    assert begun == [("a", 10), ("b", 10), ("c", 10)] and (first["episodes"], first["complete"]) == (3, False)
+    assert run_protocol(slides(), EXPERT, out, now=1) == first and len(begun) == 3
+    assert run_protocol(slides(), EXPERT, out) == run_protocol(slides(), EXPERT)
+    assert begun[3:12] == [(task, seed) for task in "abc" for seed in (11, 12, 13)]
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [
