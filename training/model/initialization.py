@@ -29,8 +29,9 @@ def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
 def order_embeddings(model: VLA, tokenizer: Tokenizer, actions: ActionTokenizer) -> None:
     """Give neighbouring numbers, locations, image cells and action tokens similar embeddings, in place.
 
-    A FAST token's embedding is half its first coefficient's; the other half stays random and tells merged tokens apart.
-    Tokens that stand for no whole coefficient (a published vocabulary has some) stay as they were drawn.
+    A FAST token of one coefficient has that coefficient's. One of several has half its first one's; the other half stays
+    random and tells merged tokens apart. Tokens that stand for no whole coefficient (a published vocabulary has some)
+    stay as they were drawn.
     """
     table, width = model.backbone.embedding.weight, model.config.backbone.width
     first_number, bins = token_id(tokenizer, "0"), location_count(tokenizer)
@@ -47,7 +48,9 @@ def order_embeddings(model: VLA, tokenizer: Tokenizer, actions: ActionTokenizer)
     first_N = torch.tensor(list(leading.values()))
     share_N = (first_N - first_N.min()) / (first_N.max() - first_N.min())
     ids_N = torch.from_numpy(fast_ids(tokenizer)[list(leading)])
-    table[ids_N] = (table[ids_N] + wave_features(share_N, width, finest=32.0) * width**-0.5) * 0.5**0.5
+    wave_NW = wave_features(share_N, width, finest=32.0) * width**-0.5
+    alone_N1 = torch.tensor([len(integers[token]) == 1 for token in leading])[:, None]
+    table[ids_N] = torch.where(alone_N1, wave_NW, (table[ids_N] + wave_NW) * 0.5**0.5)
     vision = model.config.vision
     grid = vision.image_size // vision.patch_size
     middle = (torch.arange(grid) + 0.5) / grid
