@@ -29,9 +29,9 @@ def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
 def order_embeddings(model: VLA, tokenizer: Tokenizer, actions: ActionTokenizer) -> None:
     """Give neighbouring numbers, locations, image cells and action tokens similar embeddings, in place.
 
-    A FAST token of one coefficient has that coefficient's. One of several has half its first one's; the other half stays
-    random and tells merged tokens apart. Tokens that stand for no whole coefficient (a published vocabulary has some)
-    stay as they were drawn.
+    A FAST token of one coefficient has that coefficient's. One of several has half its first one's; the other half
+    stays random and tells merged tokens apart. Tokens that stand for no whole coefficient (a published vocabulary has
+    some) stay as they were drawn.
     """
     table, width = model.backbone.embedding.weight, model.config.backbone.width
     first_number, bins = token_id(tokenizer, "0"), location_count(tokenizer)
