@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -47,13 +48,14 @@ from training.model import (
     Sampler,
     SamplerName,
     TokenSampler,
+    order_action_tokens,
     order_embeddings,
 )
 from training.parallel import checkpoint_activations, choose_device, join_group, shard, wait_for_all
 from training.policy import commit, describe_policy
 from training.sources import Sources
 from training.storage import LOCK, only_run
-from training.tokens import describe_actions
+from training.tokens import ACTIONS, describe_actions
 from training.weights import RunState, adopt, open_start, save_checkpoint
 
 POLICY, ADAPTER = "policy", "adapter"  # folders under `out`
@@ -148,7 +150,7 @@ class Run:
         state_width, action_width = (max(sizes) for sizes in zip(*widths, strict=True))
         if "expert" not in start.parts:
             state_width, action_width = data.state_dim, data.action_dim
-        return open_start(
+        model = open_start(
             start,
             state_width=state_width,
             action_width=action_width,
@@ -157,6 +159,9 @@ class Run:
             model=self.config.model,
             seed=self.config.seed,
         ).model()
+        if isinstance(data.tokenizer.model, WordLevel) and not (start.checkpoint / ACTIONS).exists():
+            order_action_tokens(model, data.tokenizer, data.actions)  # it has never written an action
+        return model
 
     def run(self) -> None:
         """Run all stages, then write the policy folder that `training.export` reads."""

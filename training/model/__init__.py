@@ -10,7 +10,7 @@ from training.model.expert import (
     time_periods,
 )
 from training.model.gemma import MLP, GemmaConfig, Projections, RMSNorm, Rotation, rotate
-from training.model.initialization import order_embeddings
+from training.model.initialization import order_action_tokens, order_embeddings
 from training.model.sampling import (
     FAULTS,
     FlowSampler,
@@ -53,6 +53,7 @@ __all__ = [
     "draw_weights",
     "empty_actions",
     "last_tokens",
+    "order_action_tokens",
     "order_embeddings",
     "paligemma_3b",
     "rotate",

@@ -27,12 +27,7 @@ def wave_features(value_N: Tensor, width: int, *, finest: float) -> Tensor:
 
 @torch.no_grad()
 def order_embeddings(model: VLA, tokenizer: Tokenizer, actions: ActionTokenizer) -> None:
-    """Give neighbouring numbers, locations, image cells and action tokens similar embeddings, in place.
-
-    A FAST token of one coefficient has that coefficient's. One of several has half its first one's; the other half
-    stays random and tells merged tokens apart. Tokens that stand for no whole coefficient (a published vocabulary has
-    some) stay as they were drawn.
-    """
+    """Give neighbouring numbers, locations, image cells and action tokens similar embeddings, in place."""
     table, width = model.backbone.embedding.weight, model.config.backbone.width
     first_number, bins = token_id(tokenizer, "0"), location_count(tokenizer)
     blocks = [(loc_id(tokenizer, 0), bins, bins / 4)]
@@ -43,17 +38,30 @@ def order_embeddings(model: VLA, tokenizer: Tokenizer, actions: ActionTokenizer)
     for first, count, finest in blocks:
         features = wave_features(torch.linspace(0, 1, count), width, finest=finest)
         table[first : first + count] = features * width**-0.5  # the backbone multiplies by sqrt(width)
-    integers = {token: actions.integers(token) for token in range(actions.vocab_size)}
-    leading = {token: coefficients[0] for token, coefficients in integers.items() if coefficients}
-    first_N = torch.tensor(list(leading.values()))
-    share_N = (first_N - first_N.min()) / (first_N.max() - first_N.min())
-    ids_N = torch.from_numpy(fast_ids(tokenizer)[list(leading)])
-    wave_NW = wave_features(share_N, width, finest=32.0) * width**-0.5
-    alone_N1 = torch.tensor([len(integers[token]) == 1 for token in leading])[:, None]
-    table[ids_N] = torch.where(alone_N1, wave_NW, (table[ids_N] + wave_NW) * 0.5**0.5)
+    order_action_tokens(model, tokenizer, actions)
     vision = model.config.vision
     grid = vision.image_size // vision.patch_size
     middle = (torch.arange(grid) + 0.5) / grid
     axis = wave_features(middle, vision.width // 2, finest=grid / 2)
     places = torch.cat([axis[:, None].expand(-1, grid, -1), axis[None, :].expand(grid, -1, -1)], dim=2)
     model.vision.position.weight.copy_(places.flatten(0, 1))
+
+
+@torch.no_grad()
+def order_action_tokens(model: VLA, tokenizer: Tokenizer, actions: ActionTokenizer) -> None:
+    """The embeddings of the tokens that actions are written with, in place.
+
+    A token of one coefficient has that coefficient's. One of several has half its first one's; the other half is
+    random, always the same, and tells merged tokens apart. Tokens that stand for no whole coefficient (a published
+    vocabulary has some) stay as they are.
+    """
+    table, width = model.backbone.embedding.weight, model.config.backbone.width
+    integers = {token: actions.integers(token) for token in range(actions.vocab_size)}
+    leading = {token: coefficients[0] for token, coefficients in integers.items() if coefficients}
+    first_N = torch.tensor(list(leading.values()))
+    share_N = (first_N - first_N.min()) / (first_N.max() - first_N.min())
+    wave_NW = wave_features(share_N, width, finest=32.0)
+    random_NW = torch.randn(wave_NW.shape, generator=torch.Generator().manual_seed(0))
+    alone_N1 = torch.tensor([len(integers[token]) == 1 for token in leading])[:, None]
+    ids_N = torch.from_numpy(fast_ids(tokenizer)[list(leading)])
+    table[ids_N] = torch.where(alone_N1, wave_NW, (random_NW + wave_NW) * 0.5**0.5) * width**-0.5
