@@ -9,17 +9,20 @@ import time
 from contextlib import suppress
 
 PIECE = 1 << 16
+LOST_S = 0.2  # until TCP sends again what was lost at the end of a message: Linux's least timeout
 
 
 class Between:
     """Forwards connections of `port` to a server. `way`: "" as they come, "gone" cuts and refuses them, "stalls" holds
-    everything back; `delay_s` (least, most) holds each piece back for a time drawn from it; their order stays.
+    everything back; `delay_s` (least, most) holds each piece back for a time drawn from it; their order stays. `lost`
+    is the share of pieces that come LOST_S later, and all that is behind them: over TCP a loss is no more than that.
     """
 
     def __init__(self, server_port: int) -> None:
         self._server_port = server_port
         self.way = ""
         self.delay_s = (0.0, 0.0)
+        self.lost = 0.0
         self._draw = random.Random(0)
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -63,6 +66,7 @@ class Between:
         with source, suppress(OSError):
             while piece := source.recv(PIECE):
                 time.sleep(self._draw.uniform(*self.delay_s) if len(piece) < PIECE else 0.0)
+                time.sleep(LOST_S if self._draw.random() < self.lost else 0.0)
                 while self.way == "stalls" and not self._closing:
                     time.sleep(0.01)
                 if self.way == "gone":

@@ -737,6 +737,7 @@ class Track:
     judged_N: NDArray[np.bool_]
     sent_N: NDArray[np.int64]  # on the steady clock
     grace_ns: int  # how long a message may repeat the motion before it
+    joints: tuple[str, ...] = NAMES
 
 
 def path_track(world: World) -> Track:
@@ -844,8 +845,8 @@ class Ratios:
             return highest
         found = [(look(n, j, float(ratio_NJ[n, j])), -n, j) for n, j in np.argwhere(ratio_NJ > TOLERANCE).tolist()]
         highest, n, j = max(found)
-        ms = (int(self.track.time_N[-n]) - START) // MS
-        self.where.append(f"{name} {highest:.3f} times the limit at {ms} ms, {NAMES[j]}")
+        ms = (int(self.track.time_N[-n]) - int(self.track.time_N[0])) // MS
+        self.where.append(f"{name} {highest:.3f} times the limit at {ms} ms, {self.track.joints[j]}")
         return highest
 
     def _acceleration(self, n: int, j: int, ratio: float) -> float:
