@@ -75,7 +75,12 @@ class Policy:
         return chunk
 
     def sample(
-        self, observation: Observation, instruction: str, chunk_index: int, mark: Callable[[str], None] = _ignore
+        self,
+        observation: Observation,
+        instruction: str,
+        chunk_index: int,
+        mark: Callable[[str], None] = _ignore,
+        guide: Guide | None = None,
     ) -> NDArray[np.float32]:
         """The stages of `infer` up to the normalised actions [H, A], which `actions` and `decode` take."""
 
@@ -86,7 +91,7 @@ class Policy:
 
         cache = self.see(observation, instruction, marked)
         state_S = state_token(self.bundle.manifest, observation.state_S)
-        actions_HA = self.denoise(cache, self.noise(chunk_index), state_S)
+        actions_HA = self.denoise(cache, self.noise(chunk_index), state_S, guide)
         mark("denoise")
         return actions_HA
 
@@ -169,6 +174,12 @@ class Policy:
         if not np.all(np.isfinite(actions_HD)):
             raise EngineError("policy: expected finite positions, got NaN or infinity; is the bundle damaged?")
         return actions_HD
+
+    def normalized(self, actions_HD: NDArray[np.float64], state_S: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The inverse of `actions`: actions in the robot file's units -> normalised ones [H, A]."""
+        manifest = self.bundle.manifest
+        given_HD = normalize(actions_HD - self._origin(state_S), manifest.action.low, manifest.action.high)
+        return widen(given_HD.astype(np.float32), manifest.graph.action_dim)
 
     def decode(
         self,

@@ -26,6 +26,7 @@ from ki_vla_ros.yaml_file import read_yaml
 
 LARGEST_SIDE: Final = 2048  # of an image, in pixels
 LARGEST_NUMBER: Final = 1e9  # of a state or an action, in whatever unit; larger ones do not fit a model's float32
+RUNNING: Final = "running"  # key of the chunk that a client's arm executes (running.py)
 DEEPEST: Final = 4  # maps within maps of an observation
 Key = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -66,6 +67,8 @@ class Keys(Frozen):
         if twice := sorted({key for key in known if known.count(key) > 1}):
             raise ConfigurationError(f"expected each key once, got {', '.join(twice)} more than once")
         for key in known:
+            if key.partition("/")[0] == RUNNING:
+                raise ConfigurationError(f"expected no key {key}: {RUNNING} is the running chunk's (docs/serve.md)")
             if inner := [other for other in known if other.startswith(f"{key}/")]:
                 raise ConfigurationError(f"expected {key} to be a value, got it as the map of {inner[0]}, too")
 

@@ -26,10 +26,11 @@ from websockets.sync.client import ClientConnection, connect
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines import KVCache
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, printable, short_repr
-from ki_vla_ros.policy import Guide, Policy, Stage, clean_instruction, normalize, untimed, widen
+from ki_vla_ros.policy import Guide, Policy, Stage, clean_instruction, untimed
 from ki_vla_ros.records import ModelInput, Observation
-from ki_vla_ros.serve.keys import LARGEST_NUMBER, Keys, open_keys
+from ki_vla_ros.serve.keys import LARGEST_NUMBER, RUNNING, Keys, open_keys
 from ki_vla_ros.serve.packing import pack, unpack
+from ki_vla_ros.serve.running import running_message
 from ki_vla_ros.serve.token import SCHEME, read_token
 from ki_vla_ros.settings import Settings
 
@@ -102,9 +103,9 @@ class ServerEngine:
         return actions_HD
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The answer to an observation, within the time that there is; EngineError for everything else."""
-        until_s = time.monotonic() + self.timeout_s
-        connection = self._connected(until_s)
+        """The answer to an observation, within `timeout_s` once there is a connection; EngineError for all else."""
+        connection = self._connected(time.monotonic() + self.timeout_s)
+        until_s = time.monotonic() + self.timeout_s  # its own: on a slow wire one time is not enough for both
         try:
             with suppress(TimeoutError):
                 connection.recv(0)
@@ -200,32 +201,31 @@ class ServerEngine:
 
 
 class RemotePolicy(Policy):
-    """A policy that asks a server; its guide, steps and noise are the server's own."""
+    """A policy that asks a server; steps and noise are the server's own. `rtc`: its executor goes on from a chunk."""
 
-    def __init__(self, bundle: Bundle, engine: ServerEngine, keys: Keys) -> None:
+    def __init__(self, bundle: Bundle, engine: ServerEngine, keys: Keys, rtc: bool = False) -> None:
         super().__init__(bundle, engine)
         keys.check(bundle.manifest.robot)
-        self._server, self._keys = engine, keys
+        self._server, self._keys, self._rtc = engine, keys, rtc
         self._generation = 0
-        self._answer_HA: NDArray[np.float32] | None = None
+        self._question: tuple[Observation, dict[str, Any]] | None = None
 
     def warm_up(self) -> None:
         """ConfigurationError if the server says that its policy is another robot's; EngineError if it is not there."""
         robot = self.bundle.manifest.robot
         ours = {"horizon": robot.horizon} | self._keys.meaning(robot)
         self._server.agree(ours, f"bundle {self.bundle.manifest.name!r}")
+        if self._rtc and RUNNING not in self._server.metadata():
+            raise ConfigurationError(f"parameter 'executor': {self._no_rtc()}")
 
     def see(self, observation: Observation, instruction: str, stage: Stage = untimed) -> KVCache:
-        """Asks the server; the ticket stands for its answer."""
+        """Writes the question, which `denoise` asks; the ticket stands for it."""
         manifest = self.bundle.manifest
         with stage("preprocess"):
             clean_instruction(instruction, manifest.prompt.style)
             message = self._keys.message(observation, instruction, manifest.robot, manifest.image.size)
-        with stage("prefill"):
-            self._answer_HA = None
-            actions_HD = self._server.actions(message, manifest.horizon, len(manifest.robot.actions))
-            self._generation += 1
-            self._answer_HA = self._normalized(actions_HD, observation)
+        self._generation += 1
+        self._question = observation, message
         return KVCache(self, self._generation)
 
     def denoise(
@@ -235,18 +235,23 @@ class RemotePolicy(Policy):
         state_S: NDArray[np.float32] | None = None,
         guide: Guide | None = None,
     ) -> NDArray[np.float32]:
+        """The server's answer as a model of this bundle would have given it."""
+        if cache.engine is not self or cache.generation != self._generation or self._question is None:
+            raise EngineError(f"{self._server.description}: expected the newest observation, got an older one")
+        (observation, message), self._question = self._question, None
         if guide is not None:
-            raise EngineError(f"{self._server.description}: expected no guide, which no server takes; see executor")
-        if cache.engine is not self or cache.generation != self._generation or self._answer_HA is None:
-            raise EngineError(f"{self._server.description}: expected its newest answer, got an older one")
-        return self._answer_HA
-
-    def _normalized(self, given_HD: NDArray[np.float64], observation: Observation) -> NDArray[np.float32]:
-        """A server's actions as a model of this bundle would have given them."""
+            if RUNNING not in self._server.metadata():
+                raise EngineError(f"{self._server.description}: {self._no_rtc()}")
+            message |= {RUNNING: running_message(guide, observation.state_S, self, self._keys)}
         manifest = self.bundle.manifest
-        actions_HD = self._keys.robot_actions(given_HD, manifest.robot) - self._origin(observation.state_S)
-        actions_HD = normalize(actions_HD, manifest.action.low, manifest.action.high)
-        return widen(actions_HD.astype(np.float32), manifest.graph.action_dim)
+        given_HD = self._server.actions(message, manifest.horizon, len(manifest.robot.actions))
+        return self.normalized(self._keys.robot_actions(given_HD, manifest.robot), observation.state_S)
+
+    def _no_rtc(self) -> str:
+        return (
+            "expected a server that takes the running chunk, as ours does, for rtc and rtc_trained, got one that does "
+            "not say so; use asynchronous, synchronous or temporal_ensemble"
+        )
 
 
 def open_remote(bundle: Bundle, settings: Settings) -> RemotePolicy:
@@ -254,7 +259,8 @@ def open_remote(bundle: Bundle, settings: Settings) -> RemotePolicy:
     keys = open_keys(settings.policy_server_keys, bundle.manifest.robot)
     path = settings.policy_server_token
     token = read_token(path, "parameter 'policy_server_token':") if path else ""
-    return RemotePolicy(bundle, ServerEngine(settings.policy_server, token, settings.policy_server_timeout_s), keys)
+    engine = ServerEngine(settings.policy_server, token, settings.policy_server_timeout_s)
+    return RemotePolicy(bundle, engine, keys, settings.executor in ("rtc", "rtc_trained"))
 
 
 def _same(first: Any, second: Any) -> bool:

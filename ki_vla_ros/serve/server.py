@@ -35,8 +35,9 @@ from websockets.http11 import Request, Response
 from ki_vla_ros.errors import InputError, KiVlaError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.serve.connection import Connection
-from ki_vla_ros.serve.keys import LARGEST_SIDE, Keys
+from ki_vla_ros.serve.keys import LARGEST_SIDE, RUNNING, Keys
 from ki_vla_ros.serve.packing import pack, unpack
+from ki_vla_ros.serve.running import read_running
 from ki_vla_ros.serve.token import SCHEME
 
 MOST_CLIENTS: Final = 16
@@ -84,6 +85,7 @@ class PolicyServer:
             "robot": manifest.robot.name,
             "observation": keys.expected(manifest.robot),
             "horizon": manifest.horizon,
+            RUNNING: manifest.max_prefix_delay,
             **keys.meaning(manifest.robot),
         }
 
@@ -170,10 +172,13 @@ class PolicyServer:
     def _chunk(self, client: Client, frame: bytes, came_s: float) -> dict[str, Any]:
         began_s = time.monotonic()
         policy, robot = self._policy, self._policy.bundle.manifest.robot
-        observation, instruction = self._keys.observation(unpack(frame), robot, self._instruction)
+        message = unpack(frame)
+        running = message.pop(RUNNING, None) if isinstance(message, dict) else None
+        observation, instruction = self._keys.observation(message, robot, self._instruction)
+        guide = None if running is None else read_running(running, observation.state_S, policy, self._keys)
         marks_s = [("", time.monotonic())]
         actions_HA = policy.sample(
-            observation, instruction, client.chunks, lambda stage: marks_s.append((stage, time.monotonic()))
+            observation, instruction, client.chunks, lambda stage: marks_s.append((stage, time.monotonic())), guide
         )
         actions_HD = self._keys.actions(policy.actions(actions_HA, observation.state_S), robot)
         ended_s = time.monotonic()

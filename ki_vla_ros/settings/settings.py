@@ -78,7 +78,7 @@ class Settings(SettingsModel):
     policy_server_token: str = setting("", "file with the token that the policy server asks for; empty: none")
     policy_server_timeout_s: float = setting(
         0.5,
-        "longest wait for the policy server's answer, or for a connection; then the arm is held, and the next tick "
+        "longest wait for the policy server's answer, and for a connection; then the arm is held, and the next tick "
         "asks anew",
         unit="s",
         ge=0.05,
@@ -377,11 +377,8 @@ class Settings(SettingsModel):
             return
         if not self.policy_server.startswith(("ws://", "wss://")):
             yield f"parameter 'policy_server': expected ws://host:port, got {self.policy_server!r}"
-        if self.executor in ("rtc", "rtc_trained"):
-            yield (
-                f"parameter 'executor': got {self.executor}, but a policy server cannot be told of the running chunk; "
-                "use asynchronous, synchronous or temporal_ensemble"
-            )
+        if self.guidance_jacobian == "exact":
+            yield "parameter 'guidance_jacobian': got exact, but a policy server takes it as the identity; set identity"
         if self.prefill_period_s > 0.0:
             yield (
                 f"parameter 'prefill_period_s': got {self.prefill_period_s:g} s, but a policy server computes all of a "

@@ -89,7 +89,7 @@ def test_delay_and_jitter_are_lived_with(moving: PolicyProcess, robot: Robot, be
     count = len(robot.commands)
     until(lambda: len(robot.commands) > count + 5)
     until(lambda: {tick["hold"] for tick in robot.ticks[-4:]} == {None}, "four ticks without a hold")
-    assert max(tick["stage_ms"].get("prefill", 0.0) for tick in robot.ticks[-4:]) > 50.0
+    assert max(tick["stage_ms"].get("denoise", 0.0) for tick in robot.ticks[-4:]) > 50.0
 
 
 def test_no_server_is_said_at_configure(robot: Robot, start: Start, bundle_path: str) -> None:

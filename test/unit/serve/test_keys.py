@@ -159,6 +159,10 @@ def test_numbers_may_come_as_lists_and_other_types() -> None:
         ("cameras: {wrist: w, exterior: w}\nstate: {s: 8}", "expected each key once, got w more than once"),
         ("cameras: {wrist: w, exterior: e}\nstate: {s: 8}\nunit: robot", "no such key"),
         ("cameras: {wrist: s/w, exterior: e}\nstate: {s: 8}", "expected s to be a value, got it as the map of s/w"),
+        (
+            "cameras: {wrist: w, exterior: running/e}\nstate: {s: 8}",
+            "expected no key running/e: running is",
+        ),
     ],
 )
 def test_a_file_of_keys_that_does_not_fit_is_refused(tmp_path: Path, text: str, said: str) -> None:
