@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.bundles import TASK, demo_observation, demo_policy, write_test_bundle
+from support.loop_rig import Rig
 from support.served import ask, open_policy, scripted, serving
 from websockets.sync.client import connect
 
@@ -112,3 +113,19 @@ def test_the_executor_decides_whether_it_is_asked_for(bundle: Bundle) -> None:
             policy = open_remote(bundle, Settings(policy_server=f"ws://127.0.0.1:{port}", executor=executor))
             assert policy._rtc == refused
             policy.engine.close()
+
+
+@pytest.mark.parametrize("executor", ["rtc", "rtc_trained"])
+def test_the_loop_sends_what_runs_and_goes_on_from_it(
+    port: int, bundle: Bundle, executor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, asked = remote(port, bundle), []
+    ask_server = policy.engine.ask  # type: ignore[attr-defined]
+    monkeypatch.setattr(policy.engine, "ask", lambda message: (asked.append(message), ask_server(message))[1])
+    clamp = {f"limits.on_{rule}": "clamp" for rule in ("position", "jump", "speed")}
+    rig = Rig(bundle, policy, executor=executor, inference_delay=2, **clamp)
+    rig.run_ticks(4, lambda _: rig.give_inputs())
+    policy.engine.close()
+    assert [tick["hold"] for tick in rig.wire.ticks] == [None] * 4
+    assert "running" not in asked[0] and all("running" in message for message in asked[2:])
+    assert all(message["running"]["clean"] == (executor == "rtc_trained") for message in asked[2:])
