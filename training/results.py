@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,12 @@ def check_result(path: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | Non
             "what came of it away: runs of two configurations are no comparison"
         )
     return found
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of Markdown."""
+    for row in (names, ["---"] * len(names), *rows):
+        yield f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in row)} |"
 
 
 def plain(value: Any) -> Any:

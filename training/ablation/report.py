@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,7 @@ from training.ablation.config import AblationConfig
 from training.ablation.drawing import Curve, Dot, draw_story
 from training.ablation.intervals import Estimate, at, difference, mean, time_to
 from training.ablation.plan import GRID, START, TIMING
-from training.results import read_result, result_path
+from training.results import read_result, result_path, table
 from training.storage import write_whole
 
 Array = NDArray[np.float64]
@@ -349,11 +349,6 @@ def details(bench: Bench) -> Iterator[str]:
 
 
 # --- cells
-
-
-def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    for row in (names, ["---"] * len(names), *rows):
-        yield f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in row)} |"
 
 
 def share(estimate: Estimate) -> str:
