@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +15,6 @@ from support.slider import Slider
 
 from ki_vla_ros.errors import ConfigurationError
 from training.evaluate import trials
-from training.evaluate.__main__ import main
 from training.evaluate.drivers import Chosen, ExpertDriver
 from training.evaluate.protocol import Protocol, find_protocol, read_protocol
 from training.evaluate.trials import Films, run_protocol
@@ -244,27 +238,3 @@ def test_a_protocol_is_a_file_that_names_sets_of_tasks(tmp_path: Path) -> None:
         path.write_text(f"name: p\n{wrong}\n")
         with pytest.raises(ConfigurationError, match=f"protocol {path}.*{said}"):
             read_protocol(path)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_any_number_of_workers_gives_the_same(tmp_path: Path) -> None:
-    """kill -9 in the middle, then two processes: the table is that of one process which was left alone."""
-    path = tmp_path / "arms.yaml"
-    path.write_text("name: arms\ntasks: {all: [arm/known, arm/novel]}\ntrials: 2\nsteps: 40\nimage_size: 64\n")
-    whole, out = tmp_path / "whole.json", tmp_path / "figures.json"
-    command = ["-m", "training.evaluate", DEMO, "--protocol", str(path), "--out"]
-    assert main([*command[2:], str(whole)]) == 0
-    process = subprocess.Popen([sys.executable, *command, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        until_s = time.monotonic() + 60.0
-        while not out.exists() and time.monotonic() < until_s:
-            time.sleep(0.02)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    left = sum(map(len, outcomes(out).values()))
-    assert 0 < left < 4
-    assert main([*command[2:], str(out), "--workers", "2"]) == 0
-    assert outcomes(out) == outcomes(whole)
-    texts = [json.loads(file.read_text()) for file in (out, whole)]
-    assert texts[0] == texts[1]
