@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,6 +57,9 @@ def run_protocol(
     """
     if chosen.expert:
         protocol = protocol.model_copy(update={"execute": 1})
+    if films is not None:  # what would fail at the end fails now
+        import_module("training.evaluate.films")
+        films.folder.mkdir(parents=True, exist_ok=True)
     try:
         driver = _Worker.driver_of(chosen)
         if driver.horizon is not None and (protocol.execute or 1) > driver.horizon:

@@ -159,3 +159,18 @@ def test_every_task_has_its_expert() -> None:
     assert set(ALL_V3_ENVIRONMENTS) == set(INSTRUCTIONS)
     for task in INSTRUCTIONS:
         assert all(_find(task))
+
+
+@needs_metaworld
+@pytest.mark.slow
+def test_every_task_opens_and_is_drawn() -> None:
+    """Whether its expert solves it: docs/results/benchmarks.md, metaworld_mt50_expert."""
+    seen = set()
+    for name in INSTRUCTIONS:
+        environment = MetaWorld(name, 64)
+        environment.reset(HELD_OUT)
+        image = environment.observe()[0]["corner2"]
+        assert image.shape == (64, 64, 3) and image.std() > 20.0, name
+        seen.add(image.tobytes())
+        environment.close()
+    assert len(seen) > 45, "not the same picture"

@@ -208,6 +208,13 @@ def test_failures_are_filmed_first_with_what_the_chunk_foretold(
     assert int((plots[8].min(axis=2) > 180).sum()) > int((plots[1].min(axis=2) > 180).sum()), "and what was executed"
 
 
+def test_films_that_cannot_be_are_found_before_the_first_episode(begun: Episodes, tmp_path: Path) -> None:
+    (tmp_path / "films").write_text("a file")
+    with pytest.raises(FileExistsError):
+        run_protocol(slides(), EXPERT, None, 1, Films(tmp_path / "films", 3))
+    assert begun == []
+
+
 def test_a_policy_that_does_not_do_the_same_twice_is_told(
     begun: Episodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
