@@ -117,9 +117,10 @@ def scripted(*answers: Any, metadata: Any = None, port: int = 0) -> Iterator[int
     It sends all of a tuple, and closes the connection where an answer is None. `metadata` is the first frame of each
     connection.
     """
-    left = list(answers)
+    left, talking = list(answers), list[ServerConnection]()
 
     def talk(connection: ServerConnection) -> None:
+        talking.append(connection)
         first = metadata() if callable(metadata) else metadata
         connection.send(first if isinstance(first, bytes | str) else pack(first or {}))
         for _ in connection:
@@ -137,6 +138,8 @@ def scripted(*answers: Any, metadata: Any = None, port: int = 0) -> Iterator[int
             yield server.socket.getsockname()[1]
         finally:
             server.shutdown()
+            for connection in talking:  # not all releases of the library do it
+                connection.close()
             thread.join()
 
 
