@@ -36,10 +36,10 @@ aloha: $(VENV)/developer ## two other arms: demonstrated, recorded, converted, r
 	$(VENV)/bin/python scripts/aloha $(ARGS)
 
 metaworld: .venv-metaworld/metaworld ## MetaWorld's fifty tasks, in an environment of its own (.venv-metaworld), and their tests
-	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-metaworld/bin/python -m pytest -p pytest_timeout $(or $(ARGS),test/unit/training/evaluate/test_metaworld.py test/unit/training/evaluate/test_protocols.py test/system/test_what_imports_cost.py)
+	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-metaworld/bin/python -m pytest -rs -p pytest_timeout $(or $(ARGS),test/unit/training/evaluate/test_metaworld.py test/unit/training/evaluate/test_protocols.py test/system/test_what_imports_cost.py)
 
 libero: .venv-libero/libero ## LIBERO's five suites, in an environment of its own (.venv-libero), and their tests
-	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-libero/bin/python -m pytest -p pytest_timeout $(or $(ARGS),test/unit/training/evaluate/test_libero.py test/unit/training/evaluate/test_protocols.py)
+	OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-libero/bin/python -m pytest -rs -p pytest_timeout $(or $(ARGS),test/unit/training/evaluate/test_libero.py test/unit/training/evaluate/test_protocols.py)
 
 # mypy takes a minute of one core on a fresh clone: it runs beside the tests, and once more, to be read, if it fails.
 test: $(VENV)/developer ## lint and every test (ARGS="test/bad/test_bundles.py" for some, WORKERS=3 processes)

@@ -132,17 +132,24 @@ _opened: dict[tuple[str, Recipe], Environment] = {}
 def _record(name: str, recipe: Recipe, seed: int) -> Recorded:
     """In a worker, which keeps the environment that it opened last."""
     if (name, recipe) not in _opened:
-        for environment in _opened.values():
-            environment.close()
-        _opened.clear()
+        _close()
         _opened[name, recipe] = open_environment(name, **recipe.options)
     return record_episode(_opened[name, recipe], name, seed, recipe)
+
+
+def _close() -> None:
+    for environment in _opened.values():
+        environment.close()
+    _opened.clear()
 
 
 def record_episodes(names: Sequence[str], seeds: Sequence[int], recipe: Recipe, workers: int) -> Iterator[Recorded]:
     """All episodes of the first environment, then those of the next; in this order, whoever makes them."""
     jobs = ((name, recipe, seed) for name in names for seed in seeds)
-    return share_out(_record, jobs, workers)
+    try:
+        yield from share_out(_record, jobs, workers)
+    finally:  # as the interpreter ends, GL can no longer be closed
+        _close()
 
 
 def check_environments(names: Sequence[str], recipe: Recipe) -> tuple[Robot, int, bool]:

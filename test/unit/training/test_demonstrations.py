@@ -79,7 +79,7 @@ def test_nothing_is_left_where_no_episode_succeeds_or_robots_differ(slider: Slid
     slider.patience = 10
     with pytest.raises(KeyboardInterrupt):
         write_demonstrations(["slide"], [0, 2, 4], Recipe(linger_s=0.0), tmp_path / "d", workers=1)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and demonstrations._opened == {}, "all are closed before the interpreter ends"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ from training.evaluate.protocol import find_protocol, read_protocol
 from training.evaluate.trials import run_protocol
 from training.export.tiny import robot_policy, write_tiny_bundle
 
+# LIBERO's simulator warns of its age.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
 NAMES = sorted(path.stem for path in (ROOT / "config" / "benchmarks").glob("*.yaml"))
 # By the first part of an environment's name: what is imported, and what installs it.
 PACKAGES = {
