@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +36,7 @@ class Arm(Frozen):
     recipe: str | None = Field(default=None, description="as in a training configuration; default: the arm's name")
     seeds: Positive = Field(default=1, description="runs of it, with seeds 0, 1, ...")
     without: tuple[str, ...] = Field(
-        default=(), description="keys of `run` that say nothing of this recipe, such as those of FAST"
+        default=(), description="dotted keys of `run` that do not go with this recipe, such as those of FAST"
     )
     paper: Claim | None = None
 
@@ -129,8 +132,10 @@ class AblationConfig(Frozen):
         if given := sorted({"recipe", "seed", "out", "start", "stages", "name"} & self.run.keys()):
             raise ValueError(f"run: expected what all arms share, got {', '.join(given)}, which the arms decide")
         for name, arm in self.arms.items():
-            if absent := sorted(set(arm.without) - self.run.keys()):
-                raise ValueError(f"arms.{name}.without: expected keys of run, got {', '.join(absent)}")
+            try:
+                self.run_of(arm)
+            except KeyError as error:
+                raise ValueError(f"arms.{name}.without: expected keys of run, got {error.args[0]}") from error
             if arm.paper is None:
                 continue
             if arm.paper.than not in self.arms:
@@ -145,6 +150,17 @@ class AblationConfig(Frozen):
                 f"knowledge.gates: expected some of {', '.join(self.knowledge.kinds)}, got {', '.join(sorted(unmade))}"
             )
         return self
+
+    def run_of(self, arm: Arm) -> dict[str, Any]:
+        """`run` without what this arm leaves out; KeyError, with the whole key, if that is not there."""
+        content = deepcopy(self.run)
+        for key in arm.without:
+            *path, last = key.split(".")
+            try:
+                del reduce(getitem, path, content)[last]
+            except (KeyError, TypeError) as error:
+                raise KeyError(key) from error
+        return content
 
 
 def load_ablation(path: Path) -> AblationConfig:

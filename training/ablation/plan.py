@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -132,12 +131,12 @@ def _load(path: Path) -> TrainingConfig:
 def training_config(config: AblationConfig, job: Job) -> TrainingConfig:
     """The run as `training.train` would have it. A job without a rate has the grid's first.
 
-    The learning rate stays what it is after warm-up, so that each point is the end of a run of that length.
+    In each stage the learning rate falls along the trainer's cosine, unless `run.stage` says otherwise.
     """
     rate = job.rate or config.grid.rates[0]
     steps = config.grid.steps if job.kind == GRID else config.steps
     arm = config.arms[job.arm]
-    content = {key: deepcopy(value) for key, value in config.run.items() if key not in arm.without}
+    content = config.run_of(arm)
     content |= {
         "name": f"{config.name}_{job.arm}",
         "recipe": arm.recipe or job.arm,
@@ -149,7 +148,6 @@ def training_config(config: AblationConfig, job: Job) -> TrainingConfig:
     content["stage"] = dict(content.get("stage") or {}) | {
         "steps": steps,
         "learning_rate": rate,
-        "final_learning_rate": rate,
         "checkpoint_every": config.points[0],
     }
     try:

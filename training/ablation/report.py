@@ -188,8 +188,8 @@ READING: Final = (
     "- **Differences** are paired: a seed has the same robot samples, noise and new expert weights in all arms, and",
     "  all are judged on the same episodes.",
     "- The **learning rate** of each arm is that of a grid with the smallest error of chunks on held-out episodes of",
-    "  the robot data, after short runs with a seed that no figure is of. It is constant after warm-up, and weights",
-    "  are averaged, so a point on a curve is the end of a run of that length.",
+    "  the robot data, after short runs with a seed that no figure is of. It falls along a cosine over the whole run,",
+    "  and weights are averaged; so the points before a run's last say how it goes, not what a shorter run would reach.",
     "- Beside the paper, an arm **agrees** or **disagrees** if the whole interval does (about equal: within "
     f"{SAME_WITHIN:.0%});",
     "  else one **cannot tell**.",

@@ -140,7 +140,7 @@ def test_an_arm_is_its_recipe_over_the_common_run(tiny: Path) -> None:
     config = load_ablation(tiny)
     ki = training_config(config, Job("run", "ki", 1, 3e-3))
     [stage] = ki.stages
-    assert (stage.steps, stage.learning_rate, stage.final_learning_rate, stage.checkpoint_every) == (4, 3e-3, 3e-3, 2)
+    assert (stage.steps, stage.learning_rate, stage.checkpoint_every) == (4, 3e-3, 2)
     assert (stage.insulate, set(stage.losses), set(stage.sources)) == (
         True,
         {"text", "fast", "flow"},
@@ -264,6 +264,8 @@ def test_a_result_of_another_configuration_is_refused_and_says_what_differs(tiny
         ),
         ({"arms": {"ki": {}, "kj": {}}}, "arm kj: recipe: expected a file, or one of"),
         ({"arms": {"ki": {"without": ["fast_scale"]}}}, "arms.ki.without: expected keys of run, got fast_scale"),
+        ({"arms": {"ki": {"without": ["model.stat"]}}}, "arms.ki.without: expected keys of run, got model.stat"),
+        ({"arms": {"ki": {"without": ["robot.name"]}}}, "arms.ki.without: expected keys of run, got robot.name"),
         (
             {"closed_loop": {"splits": {"all": "aram"}, "episodes": 1, "earlier": 1}},
             "environment: expected one of arm, ",
