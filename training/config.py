@@ -441,6 +441,10 @@ class TrainingConfig(Frozen):
         default="flow",
         description="how the model is asked for chunks: by the flow, token by token, or all at once",
     )
+    token_temperature: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="of sampler tokens: 0 takes the likeliest token, 1 draws by how likely each is",
+    )
     flow_steps: Positive = Field(default=10, description="Euler steps that the model is measured with and runs with")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="decay of the weights' moving average, which is then measured and exported"

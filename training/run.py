@@ -201,7 +201,8 @@ class Run:
         """How the model is asked for chunks in closed loop, or in the way of that name."""
         name = name or self.config.sampler
         if name == "tokens":
-            return TokenSampler(self.data.embodiment.chunks, self.data.maker.postfix)
+            temperature = self.config.token_temperature
+            return TokenSampler(self.data.embodiment.chunks, self.data.maker.postfix, temperature=temperature)
         if name == "regression":
             return RegressionSampler()
         return FlowSampler(self.config.flow_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,30 @@ def test_a_whole_postfix_is_read_from_the_cache_as_by_the_whole_model(
         last = output.prefix_hidden_BPD[0, int(batch.last_token_B[0]) - batch.tokens_BL.shape[1]]
         hidden = output.postfix_hidden_BTD[0, -1] if t else last
         assert int(run.model.logits(hidden).argmax()) == expected, f"token {t} of {said}"
+
+
+@torch.no_grad()
+def test_drawn_tokens_are_drawn_by_how_likely_they_are(
+    arms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same noise draws the same, beside whatever others; temperature 0 draws nothing."""
+    run = run_with(arms, tmp_path, **NAIVE, token_temperature=2.0)
+    batch, _ = one_sample(run)
+    one, first = run.data.embodiment, int(run.data.plain.postfix.ids[0])
+    scores_W = torch.full((run.model.config.vocab_size,), 9.0)  # of other tokens, which are not looked at
+    scores_W[first : first + 256] = -99.0
+    scores_W[first : first + 4] = torch.tensor([2.0, 0.0, -4.0, 1.0])
+    monkeypatch.setattr(run.model, "logits", lambda hidden: scores_W.expand(len(hidden), -1))
+    many = batch.rows(torch.zeros(400, dtype=torch.int64))
+    noise_BHA = torch.randn(400, 4, 5, generator=torch.Generator().manual_seed(0))
+    found_BHA = run.sampler()(run.model, many.prefix, None, noise_BHA)
+    tokens = np.concatenate([one.chunks.encode(chunk_HA) for chunk_HA in found_BHA])
+    shares = np.bincount(tokens, minlength=4) / len(tokens)
+    np.testing.assert_allclose(shares, (scores_W[first : first + 4] / 2.0).softmax(dim=0), atol=0.02)
+    alone_BHA = run.sampler()(run.model, batch.prefix, None, noise_BHA[7:8])
+    np.testing.assert_array_equal(alone_BHA, found_BHA[7:8])
+    likeliest = replace(run.sampler(), temperature=0.0)(run.model, many.prefix, None, noise_BHA)
+    assert one.chunks.encode(likeliest[0]) == [0] * 9 and (likeliest == likeliest[0]).all()
 
 
 def test_figures_name_what_was_malformed(arms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

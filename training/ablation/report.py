@@ -189,7 +189,7 @@ READING: Final = (
     "  all are judged on the same episodes.",
     "- The **learning rate** of each arm is that of a grid with the smallest error of chunks on held-out episodes of",
     "  the robot data, after short runs with a seed that no figure is of. It falls along a cosine over the whole run,",
-    "  and weights are averaged; so the points before a run's last say how it goes, not what a shorter run would reach.",
+    "  and weights are averaged; points before a run's last say how it goes, not what a shorter run would reach.",
     "- Beside the paper, an arm **agrees** or **disagrees** if the whole interval does (about equal: within "
     f"{SAME_WITHIN:.0%});",
     "  else one **cannot tell**.",

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, Literal, Protocol, TypeAlias
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ Prefix: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 class Sampler(Protocol):
     """Chunks [B, H, A] for a prefix, and for the normalised state [B, S] where the model takes it as a token.
 
-    `noise_BHA` is what the flow begins with; the other samplers draw nothing, and leave it alone.
+    `noise_BHA` is what the flow begins with, and what tokens are drawn by: the same noise gives the same chunk.
     """
 
     def __call__(
@@ -70,7 +71,11 @@ class RegressionSampler:
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """Reads a chunk's postfix by argmax, one token after the other, over cached keys and values.
+    """Reads a chunk's postfix one token after the other, over cached keys and values.
+
+    With `temperature` 0 the likeliest token is taken, else one is drawn. The likeliest chunk can be a trap in closed
+    loop: where "stay here" is likelier than any single motion, an arm stays there for good, however likely motions are
+    together.
 
     A whole postfix is read from the whole vocabulary, up to its end-of-sequence; of a bare one, only action tokens are
     looked at, until they have all of a chunk's numbers. What is no chunk is counted in `faults`:
@@ -84,6 +89,7 @@ class TokenSampler:
     actions: ActionTokenizer
     postfix: ActionPostfix
     longest: int | None = None
+    temperature: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
 
     @torch.no_grad()
@@ -94,9 +100,14 @@ class TokenSampler:
         cache, token_B1 = model.prefill(*prefix), last_tokens(tokens_BL, token_mask_BL)
         said_BT: list[list[int]] = [[] for _ in tokens_BL]
         done_B = np.zeros(len(said_BT), dtype=bool)
+        dice = [] if self.temperature == 0 else [_die(row_HA) for row_HA in noise_BHA.cpu()]
         for _ in range(longest):
             hidden_B1D, cache = model.read_on(cache, token_B1)
-            token_B1 = allowed_N[model.logits(hidden_B1D[:, 0])[:, allowed_N].argmax(dim=1)][:, None]
+            logits_BN = model.logits(hidden_B1D[:, 0])[:, allowed_N]
+            if dice:  # the largest of logits with Gumbel noise is a draw by their softmax
+                drawn_BN = torch.stack([torch.rand(len(allowed_N), generator=die) for die in dice])
+                logits_BN = logits_BN - self.temperature * (-drawn_BN.log()).log().to(logits_BN)
+            token_B1 = allowed_N[logits_BN.argmax(dim=1)][:, None]
             for b, token in enumerate(token_B1[:, 0].tolist()):
                 if not done_B[b]:
                     said_BT[b].append(token)
@@ -151,6 +162,11 @@ class TokenSampler:
             return self.actions.decode([self.token_of[i] for i in middle]), ""
         except FastDecodeError:
             return None, "chunk"
+
+
+def _die(noise_HA: Tensor) -> torch.Generator:
+    """One for each chunk, so that what is drawn does not depend on the others of its batch."""
+    return torch.Generator().manual_seed(crc32(noise_HA.numpy().tobytes()))
 
 
 def last_tokens(tokens_BL: Tensor, token_mask_BL: Tensor) -> Tensor:
