@@ -21,7 +21,7 @@ from training.evaluate.environment import Environment
 MOST_PER_S: Final = 25
 TILE: Final = 240  # height of the images, in pixels
 NARROWEST: Final = 480
-HEADER: Final = 56  # two lines of text
+HEADER: Final = 76  # three lines of text
 PLOT: Final = (160, 74)  # least width, and height, of a dimension's curve
 LABEL: Final = 16
 FEWEST: Final = 16  # steps before and after now
@@ -51,7 +51,7 @@ class Film:
 
     def see(self, environment: Environment) -> None:
         self._step += 1
-        self._instruction, self._done = environment.instruction, environment.success
+        self._instruction = environment.instruction
         if self._step % self._every == 0 or environment.over:
             self._pictures.append((self._step, _row(list(environment.observe()[0].values()))))
 
@@ -69,7 +69,7 @@ class Film:
         _text(header, self._instruction, (8, 20), 0.5, WHITE)
         chunk = max((k for k, (begin, *_) in enumerate(self._chunks) if begin <= step), default=-1)
         _text(header, f"{step * self._period_s:.2f} s, chunk {chunk + 1}; {title}", (8, 44), 0.42, GREY)
-        _text(header, LEGEND, (width - 330, 44), 0.36, GREY)
+        _text(header, LEGEND, (8, 66), 0.36, GREY)
         return np.concatenate([header, row, self._plots(step, chunk, width)])
 
     def _plots(self, step: int, chunk: int, width: int) -> Picture:

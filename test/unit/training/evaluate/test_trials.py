@@ -199,13 +199,22 @@ def test_failures_are_filmed_first_with_what_the_chunk_foretold(
         pictures = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
         seconds = len(pictures) / float(container.streams.video[0].average_rate)
     assert abs(seconds - Slider.time_limit_s) < 0.1
-    images = [picture[56:296] for picture in pictures]
+    images = [picture[76:316] for picture in pictures]
     assert pictures[0][:28].max() > 150, "the instruction"
     assert images[0].mean() > images[-1].mean() + 20.0, "it goes the wrong way"
-    plots = [picture[296:] for picture in pictures]
+    plots = [picture[316:] for picture in pictures]
     orange = [int(((plot[..., 0] - plot[..., 2]) > 60).sum()) for plot in plots[:-1]]
     assert min(orange) > 0, "what the chunk has is drawn in each picture"
     assert int((plots[8].min(axis=2) > 180).sum()) > int((plots[1].min(axis=2) > 180).sum()), "and what was executed"
+
+
+def test_an_episode_without_a_chunk_is_filmed_too(
+    begun: Episodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sliders, "demonstrate", lambda self: self.place_D * np.nan)
+    found = run_protocol(slides(tasks={"all": ("a",)}), EXPERT, None, 1, Films(tmp_path, 1))
+    assert (found["successes"], found["environments"]["a"]["malformed"]) == (0, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["a_10_malformed.mp4"]
 
 
 def test_films_that_cannot_be_are_found_before_the_first_episode(begun: Episodes, tmp_path: Path) -> None:
