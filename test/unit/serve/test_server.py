@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -18,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import ROOT
 from support.bundles import write_test_bundle
 from support.served import TASK, ask, bench_bundle, message, open_policy, serving
 from support.waiting import until
@@ -446,29 +441,6 @@ def test_openpis_own_client_gets_chunks(robot_bundle: tuple[str, Bundle]) -> Non
             theirs.infer({**sent, "imagez": 1})
         assert "actions" in theirs.infer(sent)
         theirs._ws.close()
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ki_vla_ros", "serve", "--bundle", "bench", "--port", "0", *arguments]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_serves_until_it_is_stopped(number: signal.Signals) -> None:
-    with subprocess.Popen(command(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(r"bench: ws://127\.0\.0\.1:(\d+), keys robot; Ctrl-C ends it\n", line)
-        assert found, line or process.stderr.read()
-        with client(int(found[1])) as connection:
-            connection.recv(20)
-            assert "actions" in ask(connection, message(BUNDLE))
-            os.kill(process.pid, number)
-            assert process.wait(20) == 130
-            with pytest.raises(ConnectionClosed) as raised:
-                connection.recv(20)
-            assert raised.value.rcvd is not None and raised.value.rcvd.code == 1001  # going away
-        assert process.stderr.read().splitlines()[-1] == "serve: stopped"
 
 
 @pytest.mark.parametrize(
