@@ -3,7 +3,8 @@
     python -m training.export.random_weights --size 100m --out out/random/100m --bundle out/random/100m-bundle
     python -m training.speed --checkpoint out/random/100m --bundle out/random/100m-bundle --threads 2
 
-The full-size model on an NVIDIA card: `python -m training.speed.gpu`. Memory: `python -m training.speed.memory`.
+`python -m training.speed peers` is the comparison with openpi's and LeRobot's own code. The full-size model on an
+NVIDIA card: `python -m training.speed.gpu`. Memory: `python -m training.speed.memory`.
 Exit codes: 0 fine, 2 could not run.
 """
 
@@ -17,10 +18,14 @@ from functools import partial
 from pathlib import Path
 
 from ki_vla_ros.console import ExitCode, run_command
+from training.speed import peers
 from training.speed.cpu import ROUNDS, SLOW_ROUNDS, compare, table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["peers"]:
+        return peers.main(given[1:])
     parser = argparse.ArgumentParser(
         prog="python -m training.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with one thread only")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    return run_command("speed", partial(_measure, parser.parse_args(arguments)))
+    return run_command("speed", partial(_measure, parser.parse_args(given)))
 
 
 def _measure(chosen: argparse.Namespace) -> int:
