@@ -134,9 +134,11 @@ def parse(library: Library, builder: Builder, log: Log, path: Path) -> Network:
     faults = [parser.get_error(i) for i in range(parser.num_errors)]
     if not parsed or faults:
         told = [f"node {e.node()} {e.node_operator()} {e.node_name()!r}: {e.desc()}" for e in faults] or [log.take()]
+        int8 = any(e.node_operator() == "DynamicQuantizeLinear" for e in faults)
+        remedy = " (a bundle with --dtype int8 is for onnxruntime on a CPU: export with another)" if int8 else ""
         raise EngineError(
-            f"{path}: expected operators that {library} knows, got {len(told)} fault{'s' if len(told) > 1 else ''}:\n  "
-            + "\n  ".join(told)
+            f"{path}: expected operators that {library} knows, got {len(told)} fault{'s' if len(told) > 1 else ''}"
+            f"{remedy}:\n  " + "\n  ".join(told)
         )
     return network
 

@@ -160,7 +160,9 @@ def test_the_export_compares_and_refuses(
     assert "cosine 1.000000 to torch in float32" in capsys.readouterr().out
     right = TorchEngine.integrate
     monkeypatch.setattr(TorchEngine, "integrate", lambda self, *given: right(self, *given) + draw(1) * np.float32(0.2))
-    assert 0.9 < lowest_cosine(checkpoint, bundle, range(bundle.manifest.graph.vocab_size), cases=1) < COSINE
+    assert (
+        0.9 < lowest_cosine(checkpoint, bundle, range(bundle.manifest.graph.vocab_size), TorchEngine, cases=1) < COSINE
+    )
     monkeypatch.setattr("training.export.bundle.lowest_cosine", lambda *given: float("nan"))
     with pytest.raises(ExportError, match=r"expected a cosine of 0\.999 to float32 or more, got nan"):
         export_bundle(checkpoint, tmp_path / "bundle", with_torch=True, dtype="bfloat16")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,22 +109,78 @@ def test_what_runs_on_a_card_agrees_on_a_cpu() -> None:
         assert 0.99 < cosine(way.chunk().float().numpy(), reference_RHA.numpy()) < 1.0
 
 
+@pytest.fixture
+def stand_in(exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The comparison on a CPU, with a bundle that was exported before."""
+    monkeypatch.setitem(gpu.SIZES, "100m", lambda: CONFIG)
+    monkeypatch.setitem(gpu.PROMPT_LENGTH, "100m", 24)
+    monkeypatch.setattr(gpu, "draw_weights", lambda *_: load_checkpoint(exported[0]).state_dict())
+    shutil.copytree(exported[1], tmp_path / "2")
+    return ["--device", "cpu", "--size", "100m", "--views", "2", "1", "--rounds", "1", "--bundles", str(tmp_path)]
+
+
 @pytest.mark.slow
 def test_the_card_comparison_runs_as_far_as_it_can_without_one(
+    stand_in: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "export_bundle", no_export)  # of one view, which is none that was exported before
+    out = tmp_path / "gpu.json"
+    assert gpu.main([*stand_in, "--calls", "3", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [views["views"] for views in found["views"]] == [2, 1]
+    rows, fewer = (views["rows"] for views in found["views"])
+    ran = {name: row for name, row in rows.items() if "failed" not in row}
+    assert ran.keys() == {"arranged graphs, eager", "onnxruntime", "eager"}
+    assert ran["onnxruntime"]["cosine"] > 0.999999 and all(row["cosine"] > 0.99 for row in ran.values())
+    assert sorted(row["calls"] for row in ran.values()) == [1, 1, 3], "the fastest is timed more often"
+    assert all(row["ms"]["chunk"]["p99_minus_min"] >= 0 for row in ran.values())
+    assert {"TensorRT", "TensorRT for RTX", "torch engine"} == rows.keys() - ran.keys()
+    assert fewer["onnxruntime"] == {"failed": "ConfigurationError: no export"}
+    roof = found["views"][0]["roofline_ms"]
+    assert roof["chunk"] > roof["all steps"] > 0
+    said = capsys.readouterr().out
+    assert said.count("| views | way |") == 1 and "| 1 | onnxruntime | not measured: " in said
+
+
+def no_export(*given: object) -> None:
+    raise ConfigurationError("no export")
+
+
+@pytest.mark.slow
+def test_without_time_it_keeps_what_it_has(
+    stand_in: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "LEAST_S", 3600.0)
+    assert gpu.main([*stand_in, "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["views"][0]["rows"]
+    assert all(row == {"failed": "no time was left"} for row in rows.values())
+    assert "| 2 | eager | not measured: no time was left |" in capsys.readouterr().out
+
+
+def test_when_time_is_over_it_ends_within_a_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(gpu.SIZES, "100m", lambda: CONFIG)
+    """A compiler that never returns: the timer prints what is there, and ends the process."""
+    ended: list[int] = []
+    monkeypatch.setattr(gpu.os, "_exit", ended.append)
+    monkeypatch.setattr(gpu, "_fill", lambda report, *_: hang(report, ended))
     out = tmp_path / "gpu.json"
-    command = ["--device", "cpu", "--size", "100m", "--views", "1", "2", "--calls", "2", "--rounds", "1"]
-    assert gpu.main([*command, "--bundles", str(tmp_path), "--json", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert [views["views"] for views in found["views"]] == [1, 2]
-    rows = found["views"][1]["rows"]
-    assert rows["eager"]["calls"] == 1 and rows["arranged graphs, eager"]["calls"] == 2
-    assert rows["tensorrt engine"].keys() == {"failed"}
-    roof = found["views"][1]["roofline_ms"]
-    assert roof["chunk"] > roof["all steps"] > 0
-    assert "not measured" in capsys.readouterr().out
+    gpu.main(["--device", "cpu", "--within-s", "0.05", "--json", str(out)])
+    assert ended == [0]
+    rows = json.loads(out.read_text())["views"][0]["rows"]
+    assert rows == {"first": ROW, "second": {"failed": "no time was left"}}
+    assert "| 3 | first | 1.00 | 2.00 | 2.000 | 1.50 | 0.70 | 1.00000 | 9 |" in capsys.readouterr().out
+
+
+TAILS = {"p50": 1.0, "p99": 2.0, "p99_over_p50": 2.0, "p99_minus_min": 1.5}
+ROW = {"ms": {"chunk": TAILS, "all steps": {**TAILS, "p50": 0.7}}, "cosine": 1.0, "calls": 9}
+
+
+def hang(report: gpu.Report, ended: list[int]) -> None:
+    report.views.append({"views": 3, "rows": {"first": ROW, "second": {}}})
+    while not ended:
+        time.sleep(0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

@@ -1,6 +1,6 @@
 """From a checkpoint to a bundle."""
 
-from training.export.bundle import check_policy
+from training.export.bundle import check_policy, export_bundle
 from training.export.graphs import arrange, cast_weights, describe_graphs, modulations
 from training.export.parity import PrefixTensors, as_batch, cosine
 
@@ -12,5 +12,6 @@ __all__ = [
     "check_policy",
     "cosine",
     "describe_graphs",
+    "export_bundle",
     "modulations",
 ]

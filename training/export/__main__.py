@@ -2,7 +2,8 @@
 
     python -m training.export --checkpoint out/training/demo/policy --out models/demo
 
-With `--torch` the bundle also holds both graphs as programs for the torch engine; `--dtype bfloat16` is for GPUs.
+With `--torch` the bundle also holds both graphs as programs for the torch engine; `--dtype bfloat16` is for GPUs, and
+`int8` for onnxruntime on a CPU: more than twice as fast, with an error (docs/results/peers.md).
 Exit codes: 0 fine, 1 the exported graphs do not match the model, 2 could not run.
 """
 
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, required=True, help="folder of the bundle; an earlier bundle there is replaced"
     )
     parser.add_argument("--notes", type=Path, help="Markdown file for the model card: what the model can and cannot do")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the large weights, keys and values")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the large weights; bfloat16: of keys and values as well"
+    )
     parser.add_argument("--torch", action="store_true", help="also write both graphs for the torch engine")
     return run_command("export", partial(_export, parser.parse_args(arguments)))
 

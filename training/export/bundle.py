@@ -32,10 +32,11 @@ from ki_vla_ros.bundle import (
     read_program,
     write_bundle,
 )
+from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
 from ki_vla_ros.errors import ConfigurationError
 from training.export.card import model_card
-from training.export.formats import write_graphs, write_programs
+from training.export.formats import quantize_graphs, write_graphs, write_programs
 from training.export.graphs import (
     arrange,
     cast_weights,
@@ -53,9 +54,10 @@ from training.tokens import prompt_ids, prompt_tokenizer
 from training.weights import POLICY, load_checkpoint, read_config, read_policy
 
 TOLERANCE = 1e-4
-COSINE = 0.999  # least, between a bfloat16 bundle's chunks and the float32 model's
+COSINE = 0.999  # least, between the chunks of a bfloat16 or int8 bundle and the float32 model's
 CONSTANTS = 4096  # most numbers that a graph may have beside its weights: shapes, frequencies and the like
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+"""Of the weights before any are quantized."""
 
 
 class ExportError(RuntimeError):
@@ -69,8 +71,11 @@ def export_bundle(
 
     `with_torch` adds the programs for the torch engine. A float32 bundle is run and compared with the model. bfloat16
     graphs have no kernels in onnxruntime's CPU provider, so only ONNX's own checker sees them; their programs are run
-    and compared with the model in float32, which then has to fit into memory.
+    and compared with the model in float32, which then has to fit into memory. int8 graphs are for onnxruntime on a CPU,
+    where they are run and compared.
     """
+    if with_torch and dtype == "int8":
+        raise ConfigurationError("--dtype int8: expected a bundle without --torch, whose programs stay float32")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file())):
         raise ConfigurationError(
             f"{out}: expected an empty place or an earlier bundle, got "
@@ -97,8 +102,10 @@ def export_bundle(
         del graphs
         (folder / TIME).write_bytes(time_file(model.expert))
         check_left_behind(model, prompt_rows, folder)
+        if dtype == "int8":
+            quantize_graphs(folder)
         graph = describe_graphs(model, policy, prompt_rows)
-        bundle = write_bundle(folder, policy, graph, tokenizer, model_card(policy, tokenizer, notes))
+        bundle = write_bundle(folder, policy, graph, tokenizer, model_card(policy, tokenizer, notes, dtype))
         compared = "not compared with torch (bfloat16 does not run on a CPU's onnxruntime; --torch compares)"
         if dtype == "float32":
             errors = [parity_error(model, bundle)]
@@ -108,9 +115,9 @@ def export_bundle(
                 if not error <= TOLERANCE:
                     raise ExportError(f"parity: expected the graphs within {TOLERANCE:g} of torch, got {error:.3g}")
             compared = f"within {max(errors):.1e} of torch"
-        elif with_torch:
+        elif with_torch or dtype == "int8":
             del model  # to make room in memory for the one in float32
-            cosine = lowest_cosine(checkpoint, bundle, rows)
+            cosine = lowest_cosine(checkpoint, bundle, rows, TorchEngine if with_torch else OnnxEngine)
             if not cosine >= COSINE:
                 raise ExportError(f"parity: expected a cosine of {COSINE:g} to float32 or more, got {cosine:.6f}")
             compared = f"cosine {cosine:.6f} to torch in float32"

@@ -18,7 +18,7 @@ STATE_WAYS = {
 }
 
 
-def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:
+def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str, dtype: str) -> str:
     """The manifest in prose; `notes` (Markdown) say what it cannot know: abilities, limits, training."""
     origin = policy.provenance
     lines = [
@@ -36,6 +36,8 @@ def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str) -> str:
         *([] if policy.flow is None else [f"- Flow steps it was judged with: {policy.flow.steps}."]),
         f"- Chunk prefix seen in training: up to {policy.max_prefix_delay} actions.",
     ]
+    if dtype == "int8":
+        lines.append("- Matrix products in int8, for onnxruntime on a CPU: its chunks are near the model's, not equal.")
     if isinstance(tokenizer.model, WordLevel):
         words = sorted(word for word in tokenizer.get_vocab() if word.isalpha() and word.islower())
         lines.append(f"- Words it may be given (others are refused): {', '.join(words)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
 from ki_vla_ros.bundle import EXPERT, PREFILL, PROGRAMS
@@ -18,6 +20,7 @@ from training.export.graphs import GraphInputs
 
 OPSET = 20
 EMBEDDED_BYTES = 64 << 20  # if the weights are larger, they go to a file beside the graph; ONNX ends at 2 GiB
+EXACT = ("model.action_in.", "model.action_out.", "model.state_in.")  # small, and all that the flow says passes them
 OUTPUTS = ("keys", "values", "prefix_mask"), ("velocity", "x_next")
 
 Graphs = Sequence[tuple[nn.Module, GraphInputs]]
@@ -49,11 +52,53 @@ def save_onnx(graph: nn.Module, inputs: GraphInputs, outputs: Sequence[str], pat
             verbose=False,
         )
     assert program is not None
-    strip_remarks(program.model)
-    size = sum(weight.const_value.nbytes for weight in program.model.graph.initializers.values() if weight.const_value)
+    write_onnx(program.model, path)
+
+
+def write_onnx(model: onnx_ir.Model, path: Path) -> None:
+    strip_remarks(model)
+    size = sum(weight.const_value.nbytes for weight in model.graph.initializers.values() if weight.const_value)
     beside = f"{path.stem}.weights" if size > EMBEDDED_BYTES else None
-    onnx_ir.save(program.model, path, external_data=beside)
+    onnx_ir.save(model, path, external_data=beside)
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def quantize_graphs(folder: Path) -> None:
+    """Let both graphs of `folder` multiply matrices of weights in integers, with scales of each run's activations.
+
+    Weights have 7 of 8 bits: with all 8, sums overflow in processors that have AVX2 and no VNNI. Operators are ONNX's
+    own. Attention, norms, keys and values, and the way into and out of the flow stay float32.
+    """
+    for name in (PREFILL, EXPERT):
+        path = folder / name
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            quantized = Path(place) / name
+            quantize_dynamic(
+                path,
+                quantized,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                per_channel=True,
+                reduce_range=True,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=True,
+                nodes_to_exclude=exact_products(onnx_ir.load(path)),
+                extra_options={"MatMulConstBOnly": True},
+            )
+            path.with_suffix(".weights").unlink(missing_ok=True)
+            write_onnx(onnx_ir.external_data.load_to_model(onnx_ir.load(quantized)), path)
+
+
+def exact_products(model: onnx_ir.Model) -> list[str]:
+    """Names of the products to which a bias of EXACT is added; those of weights are lost when they are transposed."""
+
+    def biased(node: onnx_ir.Node) -> bool:
+        return any(value is not None and (value.name or "").startswith(EXACT) for value in node.inputs)
+
+    return [
+        node.name or ""
+        for node in model.graph
+        if node.op_type in ("MatMul", "Gemm") and any(map(biased, (node, *node.outputs[0].consumers())))
+    ]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Legend: H horizon, A action dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,8 +61,14 @@ def parity_error(
     return worst
 
 
-def lowest_cosine(checkpoint: Path, bundle: Bundle, rows: Sequence[int], cases: int = CASES) -> float:
-    """Lowest cosine between whole chunks for random inputs: the bundle's on the torch engine, the model's in float32.
+def lowest_cosine(
+    checkpoint: Path,
+    bundle: Bundle,
+    rows: Sequence[int],
+    open_engine: Callable[[Bundle], OnnxEngine | TorchEngine],
+    cases: int = CASES,
+) -> float:
+    """Lowest cosine between whole chunks for random inputs: the bundle's on the engine, the model's in float32.
 
     `rows` are the model's ids of the bundle's tokens. They run one after the other, because memory would not hold both
     copies of a large model.
@@ -74,7 +80,7 @@ def lowest_cosine(checkpoint: Path, bundle: Bundle, rows: Sequence[int], cases: 
     put_first(model, rows)
     expected = [answer(model, *case, steps)[1].numpy() for case in zip(given, noise, strict=True)]
     del model
-    engine = TorchEngine(bundle)
+    engine = open_engine(bundle)
     policy = Policy(bundle, engine)
     got = [policy.denoise(policy.prefill(case), x_t, case.state_S) for case, x_t in zip(given, noise, strict=True)]
     engine.close()

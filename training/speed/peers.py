@@ -40,7 +40,7 @@ from ki_vla_ros.errors import ConfigurationError, EngineError
 from ki_vla_ros.policy import Policy, longest_input
 from ki_vla_ros.records import ModelInput
 from ki_vla_ros.statistics import ratio_of_medians, spread
-from training.export.bundle import export_bundle
+from training.export import export_bundle
 from training.export.random_weights import PROMPT_LENGTH, SIZES, policy_spec, write_checkpoint
 from training.model import VLA
 from training.speed.cpu import AGREEMENT
@@ -48,7 +48,7 @@ from training.weights import load_checkpoint, their_name
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 ROUNDS, WARM_UP, SEED = 30, 2, 0
-REFERENCE = "onnxruntime"
+REFERENCE, QUANTIZED = "onnxruntime", "ours, onnxruntime int8"
 GOALS = {"eager": 3.0, "compiled": 2.0}
 """How many times as long as onnxruntime a peer is to take."""
 
@@ -147,10 +147,12 @@ def write_task(folder: Path, model: VLA, given: ModelInput, noise_HA: Actions, s
     )
 
 
-def our_ways(bundle: Bundle, threads: int) -> dict[str, Callable[[], Policy]]:
+def our_ways(bundle: Bundle, int8: Path | None, threads: int) -> dict[str, Callable[[], Policy]]:
     """Ours by name, each opened when its turn comes."""
+    quick = None if int8 is None else load_bundle(int8)
     return {
         REFERENCE: lambda: Policy(bundle, OnnxEngine(bundle, threads=threads)),
+        **({} if quick is None else {QUANTIZED: lambda: Policy(quick, OnnxEngine(quick, threads=threads))}),
         "ours, torch eager": lambda: Policy(bundle, TorchEngine(bundle, threads=threads, mode="eager")),
         "ours, torch compiled": lambda: Policy(bundle, TorchEngine(bundle, threads=threads, mode="compile")),
     }
@@ -159,11 +161,13 @@ def our_ways(bundle: Bundle, threads: int) -> dict[str, Callable[[], Policy]]:
 def compare(
     checkpoint: Path,
     bundle_path: Path,
+    int8: Path | None,
     peers: Sequence[Peer],
     threads: int,
     rounds: int,
     say: Callable[[str], None],
     processor_time: bool = False,
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All figures, in ms on the clock that `choose_clock` describes; a worker's processor time counts as ours."""
     own_ns = choose_clock(processor_time, threads)
@@ -178,7 +182,7 @@ def compare(
     versions: dict[str, Any] = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     workers: list[Worker] = []
     with ExitStack() as held:
-        for name, build in our_ways(bundle, threads).items():
+        for name, build in our_ways(bundle, int8, threads).items():
             try:
                 policy = build()
             except EngineError as error:  # no program for torch in the bundle, no compiler here
@@ -201,6 +205,9 @@ def compare(
             workers.append(worker)
             versions[peer.name] = worker.versions
             calls |= {f"{peer.name}, {way}": partial(worker.chunk, way) for way in worker.ways}
+        for name in without:
+            if calls.pop(name, None) is not None:
+                failed[name] = "left out, as --without said"
         differences = agreement(calls, failed, say)
 
         def clock_ns() -> int:
@@ -234,7 +241,7 @@ def agreement(
 ) -> dict[str, float]:
     """The largest difference of each chunk from onnxruntime's; what cannot compute one moves from `calls` to `failed`.
 
-    ConfigurationError if one is above AGREEMENT: they are not comparable.
+    ConfigurationError if one is above AGREEMENT: they are not comparable. int8 is only near, by its export's own bound.
     """
     expected_HA, found = calls[REFERENCE](), {}
     for name in [name for name in calls if name != REFERENCE]:
@@ -244,7 +251,7 @@ def agreement(
         except ConfigurationError as error:
             failed[name] = str(error)
             del calls[name]
-    wrong = {name: difference for name, difference in found.items() if not difference <= AGREEMENT}
+    wrong = {name: found[name] for name in found if name != QUANTIZED and not found[name] <= AGREEMENT}
     if wrong:
         raise ConfigurationError(
             f"peers: expected the same chunk within {AGREEMENT:g}, got {wrong}; is the bundle an export of this "
@@ -279,14 +286,15 @@ def goal_reached(name: str, ratio: float) -> str:
 
 
 @contextmanager
-def drawn(size: str) -> Iterator[tuple[Path, Path]]:
-    """A checkpoint of random weights and its bundle, for the time of the comparison."""
+def drawn(size: str) -> Iterator[tuple[Path, Path, Path]]:
+    """A checkpoint of random weights, its bundle and its int8 bundle, for the time of the comparison."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, bundle = Path(folder) / "checkpoint", Path(folder) / "bundle"
+        checkpoint, bundle, int8 = (Path(folder) / name for name in ("checkpoint", "bundle", "int8"))
         config = SIZES[size]()
         write_checkpoint(checkpoint, config, policy_spec(config, size, 3, PROMPT_LENGTH[size], SEED), SEED)
         export_bundle(checkpoint, bundle, "Random weights: **never for an arm**.", with_torch=True)
-        yield checkpoint, bundle
+        export_bundle(checkpoint, int8, "Random weights: **never for an arm**.", dtype="int8")
+        yield checkpoint, bundle, int8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -297,6 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lerobot", metavar="PYTHON", help="an interpreter that has lerobot")
     parser.add_argument("--checkpoint", type=Path, help="of pi0.5's form, with --bundle; default: one is drawn")
     parser.add_argument("--bundle", type=Path, help="the checkpoint's export with --torch")
+    parser.add_argument("--int8", type=Path, metavar="BUNDLE", help="the same checkpoint's export with --dtype int8")
+    parser.add_argument("--without", nargs="+", default=[], metavar="WAY", help="such as 'lerobot, compiled'")
     parser.add_argument("--size", choices=("100m", "pi05-slice", "pi05"), default="100m", help="of what is drawn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
@@ -336,9 +346,17 @@ def _measure(chosen: argparse.Namespace) -> int:
     with ExitStack() as held:
         if chosen.checkpoint is None:
             say(f"drawing and exporting {chosen.size}")
-            chosen.checkpoint, chosen.bundle = held.enter_context(drawn(chosen.size))
+            chosen.checkpoint, chosen.bundle, chosen.int8 = held.enter_context(drawn(chosen.size))
         figures = compare(
-            chosen.checkpoint, chosen.bundle, peers, chosen.threads, chosen.rounds, say, chosen.processor_time
+            chosen.checkpoint,
+            chosen.bundle,
+            chosen.int8,
+            peers,
+            chosen.threads,
+            chosen.rounds,
+            say,
+            chosen.processor_time,
+            chosen.without,
         )
     figures["failed"] = left_out | figures["failed"]
     print(table(figures))

@@ -289,12 +289,12 @@ def test_pi05_libero_does_not_see_the_state(tmp_path: Path, tokenizer: Tokenizer
     assert tokenizer.decode(given.tokens_L[given.token_mask_L].tolist()) == "<bos>pick up the red cube\n"
     assert given.state_S is None
     assert (spec.prompt.length, spec.state.in_prompt, spec.state.as_token) == (200, False, False)
-    assert "finger1, finger2; the policy does not see it." in model_card(spec, tokenizer, "")
+    assert "finger1, finger2; the policy does not see it." in model_card(spec, tokenizer, "", "float32")
 
 
 def test_the_model_card_says_what_actions_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cards = [
-        model_card(imported(tmp_path, robot, stats), tokenizer, "")
+        model_card(imported(tmp_path, robot, stats), tokenizer, "", "float32")
         for robot, stats in (
             (DROID, droid_statistics(np.random.default_rng(0))),
             (LIBERO, libero_statistics(np.random.default_rng(0))),
