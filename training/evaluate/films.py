@@ -25,9 +25,9 @@ HEADER: Final = 76  # three lines of text
 PLOT: Final = (160, 74)  # least width, and height, of a dimension's curve
 LABEL: Final = 16
 FEWEST: Final = 16  # steps before and after now
-WHITE, GREY, DARK = (240, 240, 240), (120, 120, 120), (30, 30, 34)
+LIGHT, GREY, DARK = (240, 240, 240), (120, 120, 120), (30, 30, 34)
 EXECUTED, EXPECTED, LATER = (240, 240, 240), (255, 165, 40), (200, 120, 30)
-LEGEND: Final = "white: executed; orange: the chunk, thick: until the next"
+LEGEND: Final = "light: executed; orange: the chunk, thick: until the next"
 FONT: Final = cv2.FONT_HERSHEY_DUPLEX
 
 Picture = NDArray[np.uint8]
@@ -66,7 +66,7 @@ class Film:
     def _picture(self, step: int, row: Picture, title: str) -> Picture:
         width = row.shape[1]
         header = np.full((HEADER, width, 3), DARK, dtype=np.uint8)
-        _text(header, self._instruction, (8, 20), 0.5, WHITE)
+        _text(header, self._instruction, (8, 20), 0.5, LIGHT)
         chunk = max((k for k, (begin, *_) in enumerate(self._chunks) if begin <= step), default=-1)
         _text(header, f"{step * self._period_s:.2f} s, chunk {chunk + 1}; {title}", (8, 44), 0.42, GREY)
         _text(header, LEGEND, (8, 66), 0.36, GREY)
