@@ -197,6 +197,7 @@ def start(ros_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[
         if policy.process.poll() is None:
             policy.process.kill()
             policy.process.wait()
+        print(policy.output)  # pytest shows it of a test that failed
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_everything_imported_is_required_from_pip() -> None:
     trainer = robot | {
         canonicalize_name(r.name) for name in ("training", "metaworld", "libero") for r in requirements(name)
     }
-    trainer.add("lerobot")  # whose loader training.speed.data measures beside ours, where it is installed
+    trainer |= {"lerobot", "openpi"}  # training.speed measures them beside ours, where they are installed
     for folder, names in (("ki_vla_ros", robot | {*map(canonicalize_name, OPTIONAL)}), ("training", trainer)):
         for module in imported_modules(ROOT / folder) - ours - from_ros:
             name = canonicalize_name(distributions.get(module, module))

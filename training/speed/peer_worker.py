@@ -171,13 +171,13 @@ def versions(peer: str) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=("openpi", "lerobot"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--checkout", type=Path)
     parser.add_argument("--threads", type=int, default=1)
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(argv)
     # What a peer prints must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
