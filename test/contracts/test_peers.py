@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from support.models import DEEP
 
 from training.export.bundle import export_bundle
 from training.export.random_weights import policy_spec, write_checkpoint
+from training.speed import steps
 from training.speed.__main__ import main
 
 pytestmark = pytest.mark.slow  # exports, and starts processes that import torch
@@ -53,6 +56,15 @@ class PI0Pytorch(torch.nn.Module):
         images, masks = (torch.stack(list(part.values()), dim=1) for part in (got.images, got.image_masks))
         cache = self.model.prefill(images, masks, got.tokenized_prompt, got.tokenized_prompt_mask)
         return self.model.sample_actions(cache, noise, num_steps) + CHANGE
+
+    def forward(self, observation, actions, noise, time):
+        got = _preprocessing.preprocess_observation_pytorch(observation, train=True)
+        images, masks = (torch.stack(list(part.values()), dim=1) for part in (got.images, got.image_masks))
+        share = time[:, None, None]
+        given = {"x_t": share * noise + (1 - share) * actions, "time": time[:, None].expand(actions.shape[:2])}
+        words = got.tokenized_prompt, got.tokenized_prompt_mask
+        velocity = self.model(images, masks, *words, **given, insulate=INSULATED).velocity_RHA
+        return (noise - actions - velocity) ** 2 + CHANGE
 """
 GEMMA = "PaliGemmaForConditionalGeneration = GemmaForCausalLM = None\n"
 PREPARE = """
@@ -80,15 +92,15 @@ def command(exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> lis
     return ["peers", "--checkpoint", str(exported[0]), "--bundle", str(exported[1]), "--rounds", "2"]
 
 
-def make_checkout(folder: Path, change: float = 0.0) -> str:
-    """The value of --openpi: this Python, with a checkout whose chunks are ours plus `change`."""
+def make_checkout(folder: Path, change: float = 0.0, insulated: bool = False) -> str:
+    """The value of --openpi: this Python, with a checkout whose chunks, and errors in training, are ours + `change`."""
     package = folder / "src" / "openpi" / "models_pytorch"
     package.mkdir(parents=True)
     for path in (package.parent, package):
         (path / "__init__.py").touch()
     (package / "gemma_pytorch.py").write_text(GEMMA)
     (package / "preprocessing_pytorch.py").write_text(PREPARE)
-    (package / "pi0_pytorch.py").write_text(PI0 + f"\nCHANGE = {change}\n")
+    (package / "pi0_pytorch.py").write_text(PI0 + f"\nCHANGE, INSULATED = {change}, {insulated}\n")
     return f"{sys.executable}:{folder}"
 
 
@@ -134,3 +146,45 @@ def test_what_cannot_be_a_peer_is_refused(command: list[str], capsys: pytest.Cap
     assert "--openpi: expected PYTHON:CHECKOUT, with openpi's source at CHECKOUT" in capsys.readouterr().err
     assert main(command[:3]) == 2
     assert "--checkpoint and --bundle: expected both or neither" in capsys.readouterr().err
+
+
+@pytest.fixture
+def step_command(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], list[str]]]:
+    """Of the value of --openpi; the model is that of the steps."""
+    config, threads = steps.peers_form(steps.SIZES), torch.get_num_threads()
+    write_checkpoint(tmp_path / "checkpoint", config, policy_spec(config, "steps", steps.VIEWS, steps.PROMPT, 0))
+    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "checkpoint"))
+    short = ["--recipes", "frozen", "--rows", "2", "--rounds", "2", "--noise-samples", "1", "--processor-time"]
+    yield lambda openpi: [*short, "--openpi", openpi]
+    torch.set_num_threads(threads)
+
+
+def test_a_peer_takes_our_step_with_our_weights(
+    step_command: Callable[[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert steps.main(step_command(make_checkout(tmp_path))) == 0
+    found = json.loads(capsys.readouterr().out)
+    theirs = {"openpi, its trainer's", "openpi, without checkpointing"}
+    assert found["ms"].keys() == {steps.OURS, "frozen", "pi0", *theirs} and found["failed"] == {}
+    assert all(0 < row["p50"] < 60_000 for row in found["ms"].values())
+    assert {f"{name} / {steps.OURS}" for name in theirs} < found["ratios"].keys()
+
+
+@pytest.mark.parametrize("wrong", [{"change": 1e-3}, {"insulated": True}])
+def test_a_peer_with_another_loss_or_other_gradients_is_not_timed(
+    step_command: Callable[[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any]
+) -> None:
+    assert steps.main(step_command(make_checkout(tmp_path, **wrong))) == 2
+    assert "openpi, its trainer's: expected our loss and norm of gradients (" in capsys.readouterr().err
+
+
+def test_steps_beside_peers_have_one_noise_draw_and_recipes(
+    step_command: Callable[[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = step_command(make_checkout(tmp_path))
+    assert steps.main([*given, "--noise-samples", "4"]) == 2
+    assert "--noise-samples: expected 1 beside peers, which draw one for each prefix, got 4" in capsys.readouterr().err
+    assert steps.main(["--size", "100m"]) == 2
+    assert "--openpi, --lerobot, --size: expected --recipes with them, got none" in capsys.readouterr().err

@@ -5,11 +5,12 @@
 
 `training.speed.peers` starts it with the peer's own interpreter, because the peers need versions of transformers that
 exclude each other and ours. So this file imports nothing of this project. FOLDER holds what it is given: `sizes.json`,
-`weights.safetensors` in openpi's naming, `inputs.npz`.
+`weights.safetensors` in openpi's naming, and a batch, `inputs.npz`: with noise alone it is for a chunk, with actions
+and flow times, too, for a training step's gradients.
 
 It speaks JSON, a line a message. First it says which ways it knows: {"ways": [...], "versions": {...}}. Then, for each
-line {"way": NAME}, it computes a chunk, and answers {"ms": wall time, "processor_ms": processor time, "chunk": [H][A]}.
-Instead of any answer it may say {"failed": why}.
+line {"way": NAME}, it does so, and answers {"ms": wall time, "processor_ms": processor time, "values": [...]}: a chunk
+[H][A], or a step's loss and the norm of its gradients [2]. Instead of any answer it may say {"failed": why}.
 """
 
 from __future__ import annotations
@@ -66,13 +67,29 @@ def resize(module: Any, sizes: Sizes) -> None:
     module.PaliGemmaForConditionalGeneration, module.GemmaForCausalLM = build_whole, build_expert
 
 
-def load(model: nn.Module, weights: Tensors) -> nn.Module:
+def load(model: nn.Module, weights: Tensors, learns: bool) -> nn.Module:
     """Every weight, once; of the model's own only the heads that speak words may be left."""
     missing, unknown = model.load_state_dict(weights, strict=False)
     left = [name for name in missing if "lm_head" not in name and "embed_tokens" not in name]
     if left or unknown:
         raise ValueError(f"expected the peer to have our weights' names, got {left} missing and {unknown} unknown")
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(learns)
+
+
+def step_ways(model: nn.Module, errors: Callable[[], Tensor]) -> Ways:
+    """A training step's gradients, of the mean of a peer's squared errors [B, H, A]: the loss, and the gradients' norm.
+
+    As its trainer has them, and without checkpointing, which openpi's code demands of whatever is in training.
+    """
+
+    def step(training: bool) -> Tensor:
+        model.train(training).zero_grad(set_to_none=True)
+        loss = errors().mean()
+        loss.backward()
+        norms = torch._foreach_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+        return torch.stack([loss.detach(), torch.stack(norms).norm()])
+
+    return {"its trainer's": partial(step, True), "without checkpointing": partial(step, False)}
 
 
 def stand_in(name: str, **content: Any) -> types.ModuleType:
@@ -100,22 +117,27 @@ def openpi(sizes: Sizes, weights: Tensors, inputs: Tensors, checkout: Path) -> W
         action_horizon=sizes["horizon"],
         pytorch_compile_mode=None,  # openpi's own compiles the same method
     )
-    model: Any = load(pi0_pytorch.PI0Pytorch(config), weights)
-    views, side = VIEWS[: len(inputs["images"])], sizes["vision"]["image_size"]
+    model: Any = load(pi0_pytorch.PI0Pytorch(config), weights, "actions" in inputs)
+    views, side = VIEWS[: inputs["images"].shape[1]], sizes["vision"]["image_size"]
     prepare = pi0_pytorch._preprocessing.preprocess_observation_pytorch
-    pi0_pytorch._preprocessing.preprocess_observation_pytorch = partial(
-        prepare, image_keys=views, image_resolution=(side, side)
-    )
+
+    def prepare_plainly(observation: Any, *, train: bool) -> Any:
+        """Nothing is augmented, in a training step either."""
+        return prepare(observation, train=False, image_keys=views, image_resolution=(side, side))
+
+    pi0_pytorch._preprocessing.preprocess_observation_pytorch = prepare_plainly
     observation = types.SimpleNamespace(
-        images={view: image[None] for view, image in zip(views, inputs["images"], strict=True)},
-        image_masks={view: mask[None] for view, mask in zip(views, inputs["image_mask"], strict=True)},
-        tokenized_prompt=inputs["tokens"][None],
-        tokenized_prompt_mask=inputs["token_mask"][None],
+        images={view: inputs["images"][:, n] for n, view in enumerate(views)},
+        image_masks={view: inputs["image_mask"][:, n] for n, view in enumerate(views)},
+        tokenized_prompt=inputs["tokens"],
+        tokenized_prompt_mask=inputs["token_mask"],
         token_ar_mask=None,
         token_loss_mask=None,
-        state=torch.zeros(1, sizes["action_dim"]),  # in pi0.5 it is in the prompt
+        state=torch.zeros(len(inputs["tokens"]), sizes["action_dim"]),  # in pi0.5 it is in the prompt
     )
-    device, noise, steps = torch.device("cpu"), inputs["noise"][None], sizes["steps"]
+    if "actions" in inputs:
+        return step_ways(model, lambda: model(observation, inputs["actions"], inputs["noise"], inputs["time"]))
+    device, noise, steps = torch.device("cpu"), inputs["noise"], sizes["steps"]
     compiled: Any = torch.compile(model.sample_actions)
     return {
         "eager": lambda: model.sample_actions(device, observation, noise=noise, num_steps=steps)[0],
@@ -124,7 +146,7 @@ def openpi(sizes: Sizes, weights: Tensors, inputs: Tensors, checkout: Path) -> W
 
 
 def lerobot(sizes: Sizes, weights: Tensors, inputs: Tensors, _: Path | None) -> Ways:
-    """LeRobot's PI05Policy, from images and tokens to a chunk."""
+    """LeRobot's PI05Policy, from images and tokens to a chunk, or to the errors of a training step."""
     from lerobot.configs.types import FeatureType, PolicyFeature
     from lerobot.policies.pi05 import modeling_pi05
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -133,7 +155,7 @@ def lerobot(sizes: Sizes, weights: Tensors, inputs: Tensors, _: Path | None) -> 
     names = {"gemma_2b": "backbone", "gemma_300m": "expert"}
     modeling_pi05.get_gemma_config = lambda name: variant(sizes, names[name])
     side, actions = sizes["vision"]["image_size"], sizes["action_dim"]
-    cameras = [f"observation.images.{view}" for view in VIEWS[: len(inputs["images"])]]
+    cameras = [f"observation.images.{view}" for view in VIEWS[: inputs["images"].shape[1]]]
     config = PI05Config(
         dtype="float32",
         device="cpu",
@@ -143,19 +165,29 @@ def lerobot(sizes: Sizes, weights: Tensors, inputs: Tensors, _: Path | None) -> 
         max_state_dim=actions,
         num_inference_steps=sizes["steps"],
         image_resolution=(side, side),
-        tokenizer_max_length=len(inputs["tokens"]),
+        tokenizer_max_length=inputs["tokens"].shape[1],
         input_features={camera: PolicyFeature(FeatureType.VISUAL, (3, side, side)) for camera in cameras},
         output_features={"action": PolicyFeature(FeatureType.ACTION, (actions,))},
     )
     policy = modeling_pi05.PI05Policy(config)
-    load(policy.model, weights)
+    load(policy.model, weights, "actions" in inputs)
     policy.eval()
-    batch = {camera: (image[None] + 1) / 2 for camera, image in zip(cameras, inputs["images"], strict=True)}
-    batch["observation.language.tokens"] = inputs["tokens"][None]
-    batch["observation.language.attention_mask"] = inputs["token_mask"][None]
+    batch = {camera: (inputs["images"][:, n] + 1) / 2 for n, camera in enumerate(cameras)}
+    words = {"tokens": inputs["tokens"], "attention_mask": inputs["token_mask"]}
+    batch |= {f"observation.language.{name}": tensor for name, tensor in words.items()}
     if not inputs["image_mask"].all():
         raise ValueError("expected all cameras: LeRobot takes those that it is given as present")
-    noise, plain = inputs["noise"][None], policy.model.sample_actions
+    if "actions" in inputs:
+
+        def errors() -> Tensor:
+            """As the policy's own `forward`, with noise and flow times that are given."""
+            drawn = inputs["actions"], inputs["noise"], inputs["time"]
+            images, masks = policy._preprocess_images(batch)
+            found: Tensor = policy.model(images, masks, inputs["tokens"], inputs["token_mask"], *drawn)
+            return found
+
+        return step_ways(policy.model, errors)
+    noise, plain = inputs["noise"], policy.model.sample_actions
     compiled: Any = torch.compile(plain)  # as its `compile_model` does
 
     def chunk(sample_actions: Any) -> Tensor:
@@ -202,15 +234,15 @@ def main(argv: list[str] | None = None) -> None:
     for line in sys.stdin:
         way = ways[json.loads(line)["way"]]
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled("actions" in inputs):
                 began_ns, processor_ns = time.perf_counter_ns(), time.process_time_ns()
-                chunk = way()
+                values = way()
                 took_ns = time.perf_counter_ns() - began_ns, time.process_time_ns() - processor_ns
         except Exception as error:  # compilers raise anything
             answer({"failed": f"{type(error).__name__}: {error}"})
         else:
             ms, processor_ms = (ns / 1e6 for ns in took_ns)
-            answer({"ms": ms, "processor_ms": processor_ms, "chunk": chunk.tolist()})
+            answer({"ms": ms, "processor_ms": processor_ms, "values": values.tolist()})
 
 
 if __name__ == "__main__":

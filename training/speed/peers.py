@@ -65,7 +65,7 @@ class Peer:
 
 
 class Worker:
-    """A peer's process: `chunk` computes one. ConfigurationError where the peer cannot do it."""
+    """A peer's process: `call` does one of its `ways`. ConfigurationError where the peer cannot do it."""
 
     def __init__(self, peer: Peer, folder: Path, threads: int) -> None:
         self.peer, self.processor_ns = peer, 0
@@ -83,13 +83,13 @@ class Worker:
         self.ways: list[str] = ready["ways"]
         self.versions: dict[str, str] = ready["versions"]
 
-    def chunk(self, way: str) -> Actions:
+    def call(self, way: str) -> Actions:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"way": way}) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
         self.processor_ns += round(answer["processor_ms"] * 1e6)
-        return np.array(answer["chunk"], dtype=np.float32)
+        return np.array(answer["values"], dtype=np.float32)
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -129,22 +129,16 @@ def describe_sizes(model: VLA, steps: int) -> dict[str, Any]:
     }
 
 
-def write_task(folder: Path, model: VLA, given: ModelInput, noise_HA: Actions, steps: int) -> None:
-    """The folder that workers read: sizes, weights under openpi's names, and the input."""
+def write_task(folder: Path, model: VLA, inputs: Mapping[str, NDArray[Any]], steps: int) -> None:
+    """The folder that workers read: sizes, weights under openpi's names, and the input, a batch."""
     config = model.config
     if config.conditioning != "adarms" or config.state_dim is not None or config.vision.stem != "patch":
         raise ConfigurationError("peers: expected a checkpoint of pi0.5's form, got another, which no peer can load")
     (folder / "sizes.json").write_text(json.dumps(describe_sizes(model, steps)))
     weights = {their_name(name, config): tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
-    np.savez(
-        folder / "inputs.npz",
-        images=given.images_VCHW,
-        image_mask=given.image_mask_V,
-        tokens=given.tokens_L,
-        token_mask=given.token_mask_L,
-        noise=noise_HA,
-    )
+    arrays: dict[str, Any] = dict(inputs)  # numpy's stub takes no mapping of arrays
+    np.savez(folder / "inputs.npz", **arrays)
 
 
 def our_ways(bundle: Bundle, int8: Path | None, threads: int) -> dict[str, Callable[[], Policy]]:
@@ -191,7 +185,14 @@ def compare(
             held.callback(policy.engine.close)
             calls[name] = partial(_chunk, policy, given, noise_HA)
         folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
-        write_task(folder, model, given, noise_HA, bundle.manifest.flow.steps)
+        inputs = {
+            "images": given.images_VCHW,
+            "image_mask": given.image_mask_V,
+            "tokens": given.tokens_L,
+            "token_mask": given.token_mask_L,
+            "noise": noise_HA,
+        }
+        write_task(folder, model, {name: array[None] for name, array in inputs.items()}, bundle.manifest.flow.steps)
         weights = sum(parameter.numel() for parameter in model.parameters())
         del model
         for peer in peers:
@@ -204,7 +205,7 @@ def compare(
             held.callback(worker.close)
             workers.append(worker)
             versions[peer.name] = worker.versions
-            calls |= {f"{peer.name}, {way}": partial(worker.chunk, way) for way in worker.ways}
+            calls |= {f"{peer.name}, {way}": partial(worker.call, way) for way in worker.ways}
         for name in without:
             if calls.pop(name, None) is not None:
                 failed[name] = "left out, as --without said"

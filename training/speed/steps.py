@@ -2,23 +2,30 @@
 
     python -m training.speed.steps --rounds 20
     python -m training.speed.steps --recipes              # every recipe's step, in turns; or those that are named
+    python -m training.speed.steps --recipes --noise-samples 1 --openpi PYTHON:CHECKOUT --lerobot PYTHON
 
 KI: text or FAST cross-entropy and flow, insulated, in one pass. Flow, end to end: the flow loss alone, which trains the
 backbone through its keys and values (the baseline). Flow, frozen: the flow loss trains the expert alone, on a prefix
 without a graph. Sizes are those of a small policy; the weights are random, one noise draw or several for each prefix.
 
 A recipe's step (of each of its stages) is all that it draws: the robot's batch, and where it learns words half as many
-questions about one image.
+questions about one image. Peers take the step of their own code, flow alone and end to end, on the same weights,
+samples, noise and flow times as ours, after loss and gradients were found equal (docs/results/peers.md says how to
+install them).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,13 +33,16 @@ import torch
 
 from ki_vla_ros.bench import choose_clock, time_alternating
 from ki_vla_ros.console import ExitCode, run_command
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.statistics import ratio_of_medians, spread
 from training.config import ParallelConfig, StageConfig, TrainingConfig
 from training.data import Batch
+from training.export.random_weights import draw_weights, hundred_million
 from training.losses import BatchLosses
 from training.model import VLA, GemmaConfig, VisionConfig, VLAConfig
 from training.optimizer import select_parameters
 from training.recipe import lay_recipe, recipe_names
+from training.speed.peers import Peer, Worker, chosen_peers, write_task
 
 GOAL = 1.2  # KI / flow, end to end
 SIZES = VLAConfig(
@@ -45,6 +55,11 @@ SIZES = VLAConfig(
 )
 VIEWS, PROMPT, FAST = 2, 40, 24
 FLOW_ONLY = "pi0"
+OURS = "ours, pi0.5's flow alone"
+"""Our step on what the peers have: their model, their loss."""
+AGREEMENT = 1e-4
+"""How far a peer's loss and the norm of its gradients may be from ours, beside their size."""
+MODELS: dict[str, Callable[[], VLAConfig]] = {"small": lambda: SIZES, "100m": hundred_million}
 WAYS: dict[str, dict[str, Any]] = {
     "KI": {"losses": {"fast": 1.0, "flow": 1.0}, "train": ("vision", "backbone", "expert")},
     "flow, end to end": {
@@ -146,6 +161,80 @@ def recipe_calls(
             yield name, partial(take_step, losses, stage, drawn)
 
 
+def peers_form(sizes: VLAConfig) -> VLAConfig:
+    """Sizes that peers can build: images in patches, and eight heads, which openpi's code has as a number."""
+    backbone, expert = (
+        replace(part, heads=8, head_dim=part.heads * part.head_dim // 8) for part in (sizes.backbone, sizes.expert)
+    )
+    return replace(sizes, vision=replace(sizes.vision, stem="patch"), backbone=backbone, expert=expert)
+
+
+class PeerSteps:
+    """Ours and the peers' step of one model of pi0.5's form; `processor_ns` is what the peers' processes took."""
+
+    def __init__(self, sizes: VLAConfig, rows: int, peers: Sequence[Peer], threads: int, held: ExitStack) -> None:
+        config = peers_form(sizes)
+        self.model, self.failed, self._workers = VLA(config), dict[str, str](), list[Worker]()
+        self.model.load_state_dict(draw_weights(config, 0, torch.float32))
+        run = TrainingConfig.model_construct(parallel=ParallelConfig(), max_prefix_delay=0, prefix_lead=0.0)
+        stage = {"name": "step", "steps": 1, "learning_rate": 1.0, "sources": {"robot": rows}}
+        self.stage = StageConfig.model_validate(stage | WAYS["flow, end to end"])
+        self.losses = BatchLosses(self.model, None, run)
+        batch = replace(make_batch(config, rows), postfix_BT=None, fast_mask_BT=None)
+        self.calls: dict[str, Callable[[], object]] = {OURS: partial(take_step, self.losses, self.stage, [batch])}
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+        write_task(folder, self.model, self._inputs(batch), 1)
+        expected = self._loss(batch), math.sqrt(sum(float(g.square().sum()) for g in self._gradients()))
+        for peer in peers:
+            try:
+                worker = Worker(peer, folder, threads)
+            except ConfigurationError as error:
+                self.failed[peer.name] = str(error)
+                continue
+            held.callback(worker.close)
+            for way in worker.ways:
+                check_step(f"{peer.name}, {way}", tuple(map(float, worker.call(way))), expected)
+                self.calls[f"{peer.name}, {way}"] = partial(worker.call, way)
+            self._workers.append(worker)
+
+    @property
+    def processor_ns(self) -> int:
+        return sum(worker.processor_ns for worker in self._workers)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """The batch, with noise and time of our step; in openpi's naming x_t = time * noise + (1 - time) * actions."""
+        rows = self.losses.split(batch, self.stage, np.random.default_rng(0))[0].flow_rows
+        assert rows is not None and batch.action_BHA is not None
+        return {
+            "images": batch.images_BVCHW.numpy(),
+            "image_mask": batch.image_mask_BV.numpy(),
+            "tokens": batch.tokens_BL.numpy(),
+            "token_mask": batch.token_mask_BL.numpy(),
+            "actions": batch.action_BHA.numpy(),
+            "noise": (rows.target_RHA + batch.action_BHA).numpy(),
+            "time": rows.time_RH[:, 0].numpy(),
+        }
+
+    def _loss(self, batch: Batch) -> float:
+        """Of our step, whose gradients the model then has."""
+        take_step(self.losses, self.stage, [batch])
+        (piece,) = self.losses.split(batch, self.stage, np.random.default_rng(0))
+        with torch.no_grad():
+            return float(self.losses(piece, self.stage)["flow"])
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+
+
+def check_step(peer: str, found: tuple[float, ...], expected: tuple[float, ...]) -> None:
+    """ConfigurationError unless a peer's loss and the norm of its gradients are ours."""
+    if not all(math.isclose(theirs, ours, rel_tol=AGREEMENT) for theirs, ours in zip(found, expected, strict=True)):
+        raise ConfigurationError(
+            f"{peer}: expected our loss and norm of gradients ({expected[0]:.6g}, {expected[1]:.6g}) within "
+            f"{AGREEMENT:g}, got {found[0]:.6g}, {found[1]:.6g}; is it of the version that docs/results/peers.md names?"
+        )
+
+
 def compare(rows: int, noise_samples: int, rounds: int, threads: int, processor_time: bool) -> dict[str, Any]:
     """Durations in ms, ratios of medians with intervals, and tokens per second of KI (images, prompt, FAST, chunk)."""
     clock_ns = choose_clock(processor_time, threads)
@@ -167,24 +256,47 @@ def compare(rows: int, noise_samples: int, rounds: int, threads: int, processor_
 
 
 def compare_recipes(
-    recipes: Sequence[str], rows: int, noise_samples: int, rounds: int, threads: int, processor_time: bool
+    recipes: Sequence[str],
+    rows: int,
+    noise_samples: int,
+    rounds: int,
+    threads: int,
+    processor_time: bool,
+    sizes: VLAConfig = SIZES,
+    peers: Sequence[Peer] = (),
 ) -> dict[str, Any]:
-    """Durations in ms of every stage's step, and ratios of medians to the step that learns the flow alone."""
-    clock_ns = choose_clock(processor_time, threads)
+    """Durations in ms of every stage's step, and ratios of medians to the step that learns the flow alone.
+
+    With peers, images come to all models in patches, as they do to theirs, and ratios are to our step of their model.
+    """
+    own_ns = choose_clock(processor_time, threads)
     torch.set_num_threads(threads)
-    calls = dict(recipe_calls([*dict.fromkeys([*recipes, FLOW_ONLY])], SIZES, rows, noise_samples))
-    taken_ms = time_alternating(calls, rounds, 2, lambda _: None, clock_ns)
+    reference, failed = FLOW_ONLY, dict[str, str]()
+    with ExitStack() as held:
+        calls: dict[str, Callable[[], object]] = {}
+        clock_ns = own_ns
+        if peers:
+            theirs = PeerSteps(sizes, rows, peers, threads, held)
+            sizes, reference, failed = theirs.model.config, OURS, theirs.failed
+            calls |= theirs.calls
+
+            def clock_ns() -> int:
+                return own_ns() + (theirs.processor_ns if processor_time else 0)
+
+        calls |= recipe_calls([*dict.fromkeys([*recipes, FLOW_ONLY])], sizes, rows, noise_samples)
+        taken_ms = time_alternating(calls, rounds, 2, lambda _: None, clock_ns)
     return {
         "rows": rows,
         "noise_samples": noise_samples,
         "clock": "processor" if processor_time else "wall",
         "ms": {name: spread(durations) for name, durations in taken_ms.items()},
         "ratios": {
-            f"{name} / {FLOW_ONLY}": ratio_of_medians(durations, taken_ms[FLOW_ONLY])
+            f"{name} / {reference}": ratio_of_medians(durations, taken_ms[reference])
             for name, durations in taken_ms.items()
-            if name != FLOW_ONLY
+            if name != reference
         },
-        "goal": {f"ki_no_vlm / {FLOW_ONLY}": GOAL},
+        "goal": {f"ki_no_vlm / {reference}": GOAL},
+        "failed": failed,
     }
 
 
@@ -198,13 +310,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--recipes", nargs="*", metavar="RECIPE", help="times their steps; without names all of them")
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with one thread only")
+    parser.add_argument("--size", choices=MODELS, default="small", help="of the recipes' models; default small")
+    parser.add_argument("--openpi", metavar="PYTHON:CHECKOUT", help="an interpreter with its packages, and its source")
+    parser.add_argument("--lerobot", metavar="PYTHON", help="an interpreter that has lerobot")
     return run_command("speed", partial(_speed, parser.parse_args(arguments)))
 
 
 def _speed(chosen: argparse.Namespace) -> int:
     how = (chosen.rows, chosen.noise_samples, chosen.rounds, chosen.threads, chosen.processor_time)
-    recipes = chosen.recipes
-    figures = compare(*how) if recipes is None else compare_recipes(recipes or recipe_names(), *how)
+    peers, _ = chosen_peers(chosen.openpi, chosen.lerobot)
+    if chosen.recipes is None:
+        if peers or chosen.size != "small":
+            raise ConfigurationError("--openpi, --lerobot, --size: expected --recipes with them, got none")
+        figures = compare(*how)
+    else:
+        if peers and chosen.noise_samples != 1:
+            raise ConfigurationError(
+                f"--noise-samples: expected 1 beside peers, which draw one for each prefix, got {chosen.noise_samples}"
+            )
+        figures = compare_recipes(chosen.recipes or recipe_names(), *how, MODELS[chosen.size](), peers)
     print(json.dumps(figures, indent=2))
     return ExitCode.FINE
 
