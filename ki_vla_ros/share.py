@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, did_you_mean
 
 PACKAGE = "ki_vla_ros"
 
@@ -53,7 +53,16 @@ def find_bundle(bundle: str) -> Path:
     folder = expand(bundle)
     if folder.is_dir() or folder.name != bundle:
         return folder
-    return find_share(f"models/{bundle}")
+    try:
+        return find_share(f"models/{bundle}")
+    except ConfigurationError as error:
+        names = sorted({path.parent.name for each in _share_folders() for path in each.glob("models/*/manifest.json")})
+        if not names:
+            raise
+        raise ConfigurationError(
+            f"models/{bundle}: expected the folder of a bundle, or one of {', '.join(names)}, got {bundle!r}, "
+            f"which is neither{did_you_mean(bundle, names)}"
+        ) from error
 
 
 def _share_folders() -> Iterator[Path]:

@@ -340,7 +340,7 @@ def test_the_command_prints_where_the_plans_are(tmp_path: Path, capsys: pytest.C
         (["--compute", "sm89"], "--compute: expected none with tensorrt, which builds for the GPU that it runs on"),
         (["--library", "tensorrt_rtx", "--compute", "sm89,sm90"], "got 'sm90'; for another GPU build with tensorrt"),
         (["--library", "tensorrt_rtx", "--compute", "sm89", "--workspace", "0"], "--workspace: expected at least 1 MB"),
-        (["--bundle", "nothing"], "models/nothing: expected it among the package's files"),
+        (["--bundle", "nothing"], "models/nothing: expected the folder of a bundle, or one of "),
     ],
 )
 def test_the_command_names_what_is_wrong(

@@ -97,8 +97,10 @@ def test_unknown_names_are_refused_with_the_nearest(unknown: str, nearest: str |
 def test_a_bundle_is_a_folder_or_the_name_of_a_shipped_one(tmp_path: Path) -> None:
     assert find_bundle(str(tmp_path)) == tmp_path
     assert find_bundle("/not/there") == Path("/not/there")  # load_bundle says what is wrong with it
-    with pytest.raises(ConfigurationError, match=r"models/nowhere: expected it .*/models/nowhere"):
+    with pytest.raises(ConfigurationError, match=r"models/nowhere: expected .* bench, demo, got 'nowhere'"):
         find_bundle("nowhere")
+    with pytest.raises(ConfigurationError, match=r"did you mean 'demo'\?"):
+        find_bundle("dem")
     with pytest.raises(ConfigurationError, match="parameter 'bundle': expected the folder of a model bundle"):
         find_bundle("")
     assert find_share("config/fastdds.xml").is_file()
