@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--keys",
         default="robot",
         help="what clients call the observation's parts: robot, as the robot file does (default); droid, libero or "
-        "aloha, as openpi's clients do; or a file",
+        "aloha, as openpi's clients do; sglang, as SGLang's benchmark does; or a file",
     )
     parser.add_argument("--prompt", default="", help="instruction for clients that send none")
     for setting, standard in (("engine", "onnx"), ("provider", "cpu")):

@@ -81,6 +81,10 @@ class Keys(Frozen):
         known = [*self.cameras.values(), *self.state, self.prompt]
         for key in parts:
             if key not in known and key not in self.ignored:
+                if inner := [other for other in known if other.startswith(f"{key}/")]:
+                    raise InputError(
+                        f"{key!r}: expected a map, or in its place {', '.join(inner)}, got {_kind(parts[key])}"
+                    )
                 raise InputError(f"{key!r}: expected only {', '.join(known)}{did_you_mean(key, known)}")
         frames = {}
         for camera in robot.cameras:

@@ -437,6 +437,9 @@ def test_openpis_own_client_gets_chunks(robot_bundle: tuple[str, Bundle]) -> Non
             assert answer["actions"].shape == (robot.horizon, len(robot.actions))
             assert np.array_equal(answer["actions"], actions_HD)
             assert answer["server_timing"]["infer_ms"] > 0
+        for key in {key.partition("/")[0] for key in keys.state if "/" in key}:
+            with pytest.raises(RuntimeError, match=f"'{key}': expected a map, or in its place .*{key}/"):
+                theirs.infer({**{k: v for k, v in sent.items() if k.partition("/")[0] != key}, key: np.zeros(7)})
         with pytest.raises(RuntimeError, match="'imagez': expected only"):
             theirs.infer({**sent, "imagez": 1})
         assert "actions" in theirs.infer(sent)
