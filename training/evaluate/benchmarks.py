@@ -64,7 +64,7 @@ class Notes(Frozen):
 
 def write_page(results: Path) -> Path:
     """The page beside the folder; ConfigurationError if a file lacks its words, or words lack their file."""
-    notes = read_yaml(results / NOTES, Notes, "notes", str(results))
+    notes = read_yaml(results / NOTES, Notes, "notes", str(RESULTS))
     found = {path.stem: _read(result_path(results, path.stem)) for path in sorted(results.glob("*.json"))}
     if unsaid := sorted(found.keys() - notes.runs.keys()):
         raise ConfigurationError(
