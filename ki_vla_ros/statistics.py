@@ -43,7 +43,7 @@ def interval_95(drawn_R: Array) -> list[float]:
     return [low, high]
 
 
-def wilson_95(successes: int, count: int) -> list[float]:
+def wilson_95(successes: float, count: int) -> list[float]:
     """The ends of a success rate's 95 % interval, which is useful near 0 and 1, too (Wilson 1927)."""
     z, rate = 1.959964, successes / count
     middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)

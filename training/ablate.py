@@ -4,8 +4,8 @@
     python -m training.ablate --report
 
 Each finished run is a small JSON file in the configuration's folder of results. A run that is there is not run again;
-one that was stopped, also by kill -9, goes on from its last checkpoint. `--report` writes docs/results/ablation.md and
-its plots from these files alone.
+one that was stopped, also by kill -9, goes on from its last checkpoint. `--report` writes a page of several
+comparisons, and its plots, from these files alone: FOLDER.md of the folder above the configuration's results.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from training.ablation import (
 from training.results import read_result, result_path
 
 RESULTS: Final = Path("docs/results/ablation")
+ITS_OWN: Final = Path()  # --report without a folder
 PR_SET_PDEATHSIG: Final = 1
 LOOK_S: Final = 0.5  # between two looks at what runs
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, help="a YAML file in config/ablation/")
+    parser.add_argument("--config", type=Path, help="a YAML file, such as config/ablation/arm.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, in processes of their own (1)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these, with what they need; default: all")
     parser.add_argument("--plan", action="store_true", help="show what is done and what is to run, and run nothing")
@@ -55,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--report",
         nargs="?",
         type=Path,
-        const=RESULTS,
-        metavar="RESULTS",
-        help=f"write the page of all results in {RESULTS}",
+        const=ITS_OWN,
+        metavar="FOLDER",
+        help=f"write the page of all results in the folders in FOLDER: by default those of --config, else {RESULTS}",
     )
     parser.add_argument("--only", metavar="JOB", help=argparse.SUPPRESS)  # in a process of its own
     chosen = parser.parse_args(arguments)
@@ -69,22 +70,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _ablate(chosen: argparse.Namespace) -> int:
-    code: int = ExitCode.FINE
+    code, results = int(ExitCode.FINE), RESULTS
     if chosen.config is not None:
         config = load_ablation(chosen.config)
         if chosen.only is not None:
             return _run_one(config, chosen.only)
-        for arm in chosen.arms or config.arms:
-            if arm in config.arms:
-                training_config(config, Job("run", arm))  # what is wrong with any of them is said now
         jobs = find_jobs(config, chosen.arms)
+        try:
+            for arm in chosen.arms or config.arms:
+                training_config(config, Job("run", arm))  # what is wrong with any of them is said now
+            try_out(config.closed_loop, None if chosen.plan else config.knowledge)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"comparison {chosen.config}: {error}") from error
         if chosen.plan:
             return _show(config, jobs)
-        try_out(config.closed_loop, config.knowledge)
         write_bench(config, chosen.config)
-        code = _run_all(config, chosen.config, jobs, chosen.jobs)
+        code, results = _run_all(config, chosen.config, jobs, chosen.jobs), config.results.parent
     if chosen.report is not None:
-        for path in write_report(chosen.report):
+        for path in write_report(results if chosen.report == ITS_OWN else chosen.report):
             print(path)
     return code
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from training.ablation.config import ClosedLoop, Knowledge
 from training.config import Loss
 from training.data import Batch
@@ -39,13 +39,16 @@ _PLACE: Final = re.compile(r"<loc_?(\d+)>")
 
 def try_out(loop: ClosedLoop, knowledge: Knowledge | None) -> None:
     """Fails now with what would fail after an hour of training: a simulator or questions that are not there."""
+    for split, name in loop.splits.items():
+        try:
+            open_environment(name, **loop.options).close()
+        except KiVlaError as error:
+            raise ConfigurationError(f"closed_loop.splits.{split}: {error}") from error
     if knowledge is not None and not knowledge.questions.exists():
         raise ConfigurationError(
             f"knowledge.questions: expected data in {knowledge.questions}, found none; the comparison's file says how "
             "it is made"
         )
-    for name in loop.splits.values():
-        open_environment(name, **loop.options).close()
 
 
 def drive(run: Run, loop: ClosedLoop, episodes: int) -> dict[str, dict[str, Any]]:

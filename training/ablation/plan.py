@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
-from ki_vla_ros.errors import ConfigurationError, describe_validation
+from ki_vla_ros.errors import ConfigurationError, describe_validation, did_you_mean
 from training.ablation.config import AblationConfig
 from training.config import TrainingConfig, load_config
 from training.recipe import lay_recipe
@@ -48,7 +48,10 @@ class Job:
 def find_jobs(config: AblationConfig, arms: Collection[str] | None = None) -> list[Job]:
     """All that is to run, in its order; with `arms` only what these need. ConfigurationError for one there is not."""
     if unknown := sorted(set(arms or ()) - config.arms.keys()):
-        raise ConfigurationError(f"--arms: expected some of {', '.join(config.arms)}, got {', '.join(unknown)}")
+        raise ConfigurationError(
+            f"--arms: expected some of {', '.join(config.arms)}, got {', '.join(unknown)}"
+            f"{did_you_mean(unknown[0], config.arms)}"
+        )
     chosen = {name: arm for name, arm in config.arms.items() if arms is None or name in arms}
     jobs = [Job("start")]
     for seed in range(max(arm.seeds for arm in chosen.values())):
@@ -120,7 +123,10 @@ def choose_rate(config: AblationConfig, arm: str, start: Mapping[str, Any]) -> f
 
 
 def start_config(config: AblationConfig) -> TrainingConfig:
-    return _load(config.start)
+    try:
+        return _load(config.start)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"start: {error}") from error
 
 
 @cache

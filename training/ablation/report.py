@@ -137,6 +137,10 @@ def read_bench(folder: Path) -> Bench:
 
 def write_report(results: Path) -> list[Path]:
     """The page beside the folder of results, and a figure for each comparison in it; returns what was written."""
+    if (results / BENCH).exists():
+        raise ConfigurationError(
+            f"{results}: expected the folder of several comparisons, got one's own; give {results.parent}"
+        )
     folders = sorted(path.parent for path in results.glob(f"*/{BENCH}"))
     if not folders:
         raise ConfigurationError(
@@ -182,9 +186,9 @@ READING: Final = (
     "",
     "- **follow**: the instructed object was the first that the arm reached. **success**: it did there what it was",
     "  told.",
-    "- **Intervals** are of 95 %: a bootstrap over runs (seeds), and over episodes within each. Where there is one",
-    "  run, it is over its episodes alone, and does not say what another seed would give. Of three runs it is itself",
-    "  uncertain.",
+    "- **Intervals** are of 95 %: a bootstrap over runs (seeds), and over episodes within each, and never narrower",
+    "  than that of as many independent episodes (Wilson; of pairs Agresti and Min). Of one run it is over its",
+    "  episodes alone, and does not say what another seed would give. Of three runs it is itself uncertain.",
     "- **Differences** are paired: a seed has the same robot samples, noise and new expert weights in all arms, and",
     "  all are judged on the same episodes.",
     "- The **learning rate** of each arm is that of a grid with the smallest error of chunks on held-out episodes of",

@@ -53,9 +53,11 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 def _open_arm(split: str, options: Mapping[str, Any]) -> Environment:
     from ki_vla_ros.sim import ArmEnvironment, Split
 
-    if split and split not in get_args(Split):
+    splits = get_args(Split)
+    if split and split not in splits:
         raise ConfigurationError(
-            f"environment: expected one of {', '.join(f'arm/{name}' for name in get_args(Split))}, got 'arm/{split}'"
+            f"environment: expected one of {', '.join(f'arm/{name}' for name in splits)}, got 'arm/{split}'"
+            f"{did_you_mean(split, splits)}"
         )
     return ArmEnvironment(**{"split": split or "all"} | dict(options))
 

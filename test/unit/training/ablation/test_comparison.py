@@ -268,8 +268,9 @@ def test_a_result_of_another_configuration_is_refused_and_says_what_differs(tiny
         ({"arms": {"ki": {"without": ["robot.name"]}}}, "arms.ki.without: expected keys of run, got robot.name"),
         (
             {"closed_loop": {"splits": {"all": "aram"}, "episodes": 1, "earlier": 1}},
-            "environment: expected one of arm, ",
+            "closed_loop.yaml: closed_loop.splits.all: environment: expected one of arm, ",
         ),
+        ({"start": "gone.yaml"}, "start.yaml: start: training configuration gone.yaml: "),
         ({"knowledge": {"questions": "gone.jsonl", "kinds": {"vqa": ""}}}, "expected data in gone.jsonl, found none"),
         ({"run": {"seed": 1}}, "run: expected what all arms share, got seed"),
         ({"run": {"robot": "demo_arm"}}, "arm ki: sources: expected sources, got none"),
@@ -281,6 +282,15 @@ def test_a_comparison_that_is_none_is_refused(
     assert ablate.main(["--config", str(changed(tiny, **changes))]) == 2
     told = capsys.readouterr().err
     assert fault in told and "Traceback" not in told
+
+
+def test_what_a_plan_cannot_run_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = changed(tiny, closed_loop={"splits": {"all": "arm/knwn"}, "episodes": 1, "earlier": 1})
+    assert ablate.main(["--config", str(path), "--plan"]) == 2
+    told = capsys.readouterr().err
+    assert "closed_loop.splits.all: environment: expected one of arm/" in told and "did you mean 'known'?" in told
+    assert ablate.main(["--config", str(tiny), "--plan", "--arms", "kii"]) == 2
+    assert "--arms: expected some of ki, pi0, got kii; did you mean 'ki'?" in capsys.readouterr().err
 
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
@@ -328,8 +338,12 @@ def test_what_is_there_is_not_run_again_and_what_fails_holds_up_nobody_else(
     assert begun[0] == "start" and sorted(begun) == sorted(job.name for job in find_jobs(config))
     assert "got 1 that failed: pi0-0" in capsys.readouterr().err
     broken.clear()
-    assert ablate.main(["--config", str(path)]) == 0
+    reported = list[Path]()
+    monkeypatch.setattr(ablate, "write_report", lambda folder: reported.append(folder) or [])
+    assert ablate.main(["--config", str(path), "--report"]) == 0
     assert begun[len(find_jobs(config)) :] == ["pi0-0"]
+    assert ablate.main(["--report"]) == 0
+    assert reported == [tmp_path.parent, Path("docs/results/ablation")]
 
 
 @pytest.mark.slow
@@ -545,6 +559,11 @@ def test_the_figure_has_every_arm_and_its_curve(results: Path) -> None:
 def test_without_results_there_is_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ablate.main(["--report", str(tmp_path)]) == 2
     assert "expected folders with bench.json" in capsys.readouterr().err
+    (tmp_path / "bench.json").write_text("{}")
+    assert ablate.main(["--report", str(tmp_path)]) == 2
+    assert (
+        f"expected the folder of several comparisons, got one's own; give {tmp_path.parent}" in capsys.readouterr().err
+    )
 
 
 def test_a_rate_that_diverges_is_a_result_of_the_grid_and_a_fault_of_a_run(

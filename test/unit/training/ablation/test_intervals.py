@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from ki_vla_ros.statistics import wilson_95
 from training.ablation import intervals
 from training.ablation.intervals import Estimate, at, crossing, difference, draw_means, draw_runs, mean, time_to
 
@@ -28,6 +29,24 @@ def test_one_run_has_the_spread_of_its_episodes() -> None:
         and found.low == pytest.approx(0.21, abs=0.015)
         and found.high == pytest.approx(0.39, abs=0.015)
     )
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_episodes_that_all_end_alike_are_not_certain(runs: int) -> None:
+    """As wide as that of so many independent ones: 3.84 / (n + 3.84) for a share; others may yet differ in pairs."""
+    none_SE, all_SE = np.zeros((runs, 40)), np.ones((runs, 40))
+    count = runs * 40
+    assert mean(none_SE).high == pytest.approx(3.84 / (count + 3.84), rel=0.01) and mean(none_SE).low <= 0.0
+    assert mean(all_SE).low == pytest.approx(1 - mean(none_SE).high)
+    alike = difference(all_SE, all_SE)
+    assert alike.high == pytest.approx(1.96 / (count + 2), rel=0.01) and alike.low == -alike.high
+    assert difference(all_SE, none_SE).low < 1.0
+
+
+def test_an_interval_is_at_least_that_of_independent_episodes() -> None:
+    low, high = wilson_95(2, 40)
+    found = mean(np.array([[1.0] * 2 + [0.0] * 38]))
+    assert found.low <= low and found.high == high  # the bootstrap's ends at 0.125
 
 
 @pytest.mark.parametrize("runs", [2, 3, 5, 20])
