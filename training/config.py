@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -626,7 +627,7 @@ def load_config(path: Path) -> TrainingConfig:
     laid: list[str] = []
 
     def prepare(content: Any) -> Any:
-        whole = lay_recipe(content)
+        whole = lay_recipe(content, lambda line: print(f"{path}: {line}", file=sys.stderr, flush=True))
         if whole is not content:
             laid.append(f"; the recipe {find_recipe(str(content['recipe']))} is laid over it")
         return whole

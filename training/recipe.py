@@ -6,14 +6,14 @@ file in config/training/recipes/ or one of one's own:
     recipe: ki
     stage: {steps: 20000, learning_rate: 5.0e-4, sources: {robot: 32, questions: 8}}
 
-Each stage of the recipe is `stage`, and what the recipe adds to it or says otherwise: `share` is its part of the steps
-(1 by default), and of `sources` it draws those that have what its losses learn from. Whatever else a recipe says (the
-state's way into the model, the sampler) the run must not say otherwise.
+Each stage of the recipe is `stage`, and what the recipe adds to it or says otherwise, which is told: `share` is its
+part of the steps (1 by default), and of `sources` it draws those that have what its losses learn from. Whatever else a
+recipe says (the state's way into the model, the sampler) the run must not say otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,8 +45,11 @@ def find_recipe(recipe: str) -> Path:
     return find_share(RECIPES) / f"{recipe}.yaml"
 
 
-def lay_recipe(given: Any) -> Any:
-    """A run's content as YAML gives it, with what its recipe says in it; without `recipe` as it is."""
+def lay_recipe(given: Any, tell: Callable[[str], object] = lambda line: None) -> Any:
+    """A run's content as YAML gives it, with what its recipe says in it; without `recipe` as it is.
+
+    `tell` gets a line for each key of `stage` in whose place the recipe has its own.
+    """
     if not isinstance(given, Mapping) or given.get("recipe") is None:
         return given
     path = find_recipe(str(given["recipe"]))
@@ -71,7 +74,7 @@ def lay_recipe(given: Any) -> Any:
     run = {key: value for key, value in given.items() if key != "stage"}
     sources = given.get("sources")
     return _agreed(run, rest, path) | {
-        "stages": [_stage(stage, own, sources if isinstance(sources, Mapping) else {}, path) for own in stages]
+        "stages": [_stage(stage, own, sources if isinstance(sources, Mapping) else {}, path, tell) for own in stages]
     }
 
 
@@ -91,7 +94,9 @@ def _agreed(run: Mapping[str, Any], recipe: Mapping[str, Any], path: Path, place
     return found
 
 
-def _stage(common: Mapping[str, Any], own: Any, sources: Mapping[str, Any], path: Path) -> Any:
+def _stage(
+    common: Mapping[str, Any], own: Any, sources: Mapping[str, Any], path: Path, tell: Callable[[str], object]
+) -> Any:
     """A stage of the recipe with what all stages have."""
     if not isinstance(own, Mapping):
         return own
@@ -99,6 +104,11 @@ def _stage(common: Mapping[str, Any], own: Any, sources: Mapping[str, Any], path
     for key in common.keys() & own.keys():
         if isinstance(common[key], Mapping) and isinstance(own[key], Mapping):
             stage[key] = {**common[key], **own[key]}
+        elif common[key] != own[key]:
+            tell(
+                f"stage {own.get('name')}: {key} {short_repr(own[key])}, as the recipe {path} says, not "
+                f"{short_repr(common[key])}"
+            )
     share = stage.pop("share", 1.0)
     if not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ConfigurationError(

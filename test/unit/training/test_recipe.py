@@ -83,7 +83,7 @@ def test_what_does_not_go_together_is_refused(
         TrainingConfig.model_validate(whole)
 
 
-def test_a_recipe_of_ones_own_and_its_faults(tmp_path: Path) -> None:
+def test_a_recipe_of_ones_own_and_its_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own, run = tmp_path / "own.yaml", tmp_path / "run.yaml"
 
     def load(recipe: str, **changes: Any) -> TrainingConfig:
@@ -98,6 +98,7 @@ def test_a_recipe_of_ones_own_and_its_faults(tmp_path: Path) -> None:
     config = load(stages + "\nema: 0.9")
     assert (config.ema, [stage.steps for stage in config.stages]) == (0.9, [100, 50])
     assert [stage.learning_rate for stage in config.stages] == [1e-3, 1.0]
+    assert capsys.readouterr().err == f"{run}: stage b: learning_rate 1.0, as the recipe {own} says, not 0.001\n"
     for recipe, changes, fault in (
         ("stages: []", {}, r"recipe .*own.yaml: expected a list of stages, got"),
         (f"stages: [{weights}]", {"stages": []}, r"stages: expected those of the recipe .*own.yaml, got others"),
