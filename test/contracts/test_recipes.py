@@ -151,6 +151,14 @@ def test_every_recipe_is_defined_here() -> None:
 
 
 @pytest.mark.parametrize("recipe", DEFINITIONS)
+def test_words_and_action_tokens_have_one_cross_entropy(recipe: str) -> None:
+    """As in the paper: means of each would weigh a word twenty times as much as an action token."""
+    for defined, stage, _ in stages_of(recipe):
+        words = defined.teaches.keys() & {"text", "fast"}
+        assert stage.losses.keys() - {"flow", "regression"} == ({"tokens"} if len(words) == 2 else words)
+
+
+@pytest.mark.parametrize("recipe", DEFINITIONS)
 def test_each_loss_teaches_these_parts_and_goes_nowhere_else(recipe: str) -> None:
     """Exactly zero where a recipe insulates, and without a backward pass; not zero, with open gates, elsewhere."""
     for defined, stage, losses in stages_of(recipe):
@@ -160,6 +168,8 @@ def test_each_loss_teaches_these_parts_and_goes_nowhere_else(recipe: str) -> Non
         for batch in batches(losses.model, stage):
             [piece] = losses.split(batch, stage, np.random.default_rng(0))
             for loss, value in losses(piece, stage).items():
+                if loss == "tokens":  # one cross-entropy over both kinds
+                    loss = "fast" if batch.action_BHA is not None else "text"
                 into = reached(value)
                 assert {part_of(names[p]) for p in into} == defined.teaches[loss], f"{loss}: a backward pass in vain"
                 found = zip(into, torch.autograd.grad(value, list(into), retain_graph=True), strict=True)
@@ -223,9 +233,10 @@ def test_whom_action_tokens_and_noisy_actions_see(recipe: str) -> None:
         [gradient] = torch.autograd.grad(found[loss], of, retain_graph=True, allow_unused=True)  # type: ignore[index]
         return gradient is not None and bool(gradient.count_nonzero())
 
-    assert derivative("fast", fast) and derivative("fast", prompt) and derivative("flow", piece.flow_rows.x_t_RHA)
+    said = "tokens" if "tokens" in found else "fast"
+    assert derivative(said, fast) and derivative(said, prompt) and derivative("flow", piece.flow_rows.x_t_RHA)
     assert not derivative("flow", fast), "noisy actions never see action tokens"
-    assert derivative("fast", piece.flow_rows.x_t_RHA) == defined.seen_by_fast
+    assert derivative(said, piece.flow_rows.x_t_RHA) == defined.seen_by_fast
 
 
 @pytest.mark.parametrize("recipe", DEFINITIONS)

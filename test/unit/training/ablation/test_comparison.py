@@ -143,7 +143,7 @@ def test_an_arm_is_its_recipe_over_the_common_run(tiny: Path) -> None:
     assert (stage.steps, stage.learning_rate, stage.checkpoint_every) == (4, 3e-3, 2)
     assert (stage.insulate, set(stage.losses), set(stage.sources)) == (
         True,
-        {"text", "fast", "flow"},
+        {"tokens", "flow"},
         {"robot", "scenes"},
     )
     assert ki.seed == 1 and ki.start is not None and ki.start.parts == ("vision", "backbone")
