@@ -51,10 +51,13 @@ def try_out(loop: ClosedLoop, knowledge: Knowledge | None) -> None:
         )
 
 
-def drive(run: Run, loop: ClosedLoop, episodes: int) -> dict[str, dict[str, Any]]:
-    """By split, for each episode in the order of their seeds whether it was followed, and whether it succeeded."""
+def drive(run: Run, loop: ClosedLoop, episodes: int, sampler: Sampler | None = None) -> dict[str, dict[str, Any]]:
+    """By split, for each episode in the order of their seeds whether it was followed, and whether it succeeded.
+
+    By the policy's own sampler, or another one.
+    """
     seeds = range(loop.first_seed, loop.first_seed + episodes)
-    act, period_s = run.act(), run.data.robot.action_period_s
+    act, period_s = run.act(sampler), run.data.robot.action_period_s
     found: dict[str, dict[str, Any]] = {}
     for split, name in loop.splits.items():
         environment, followed = at_period(open_environment(name, **loop.options), period_s), list[bool]()
@@ -70,6 +73,20 @@ def drive(run: Run, loop: ClosedLoop, episodes: int) -> dict[str, dict[str, Any]
             "malformed": driven["malformed"],
         }
     return found
+
+
+def drive_by_tokens(run: Run, loop: ClosedLoop) -> dict[str, Any] | None:
+    """Of a policy that acts otherwise, the first split's episodes by its action tokens; None if it has none to read."""
+    if run.config.sampler == "tokens" or not can_read_tokens(run):
+        return None
+    split, name = next(iter(loop.splits.items()))
+    alone = loop.model_copy(update={"splits": {split: name}})
+    return drive(run, alone, loop.episodes, run.sampler("tokens"))[split]
+
+
+def can_read_tokens(run: Run) -> bool:
+    """With the hybrid mask they are said after noisy actions, which no robot has."""
+    return any(stage.learns_action_tokens for stage in run.config.stages) and not run.config.model.hybrid_mask
 
 
 def _note_followed(followed: list[bool], environment: Environment, done: int) -> None:
@@ -239,7 +256,7 @@ def gradients(run: Run) -> dict[str, float]:
 def latency_ms(run: Run) -> dict[str, float]:
     """Processor time of one chunk for one observation, prefix included: by the policy's sampler, and token by token."""
     samplers: dict[str, Sampler] = {run.config.sampler: run.sampler()}
-    if any(stage.learns_action_tokens for stage in run.config.stages):
+    if can_read_tokens(run):
         samplers.setdefault("tokens", run.sampler("tokens"))
     batch = next(robot_batches(run)).rows(slice(0, 1))
     noise, found = noise_like(batch), {}

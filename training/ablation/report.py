@@ -252,6 +252,15 @@ def outcomes(bench: Bench, seconds: float | None) -> Iterator[str]:
     yield from table([*names, *(f"{figure}, {split}, %" for figure, split in columns)], rows)
 
 
+def by_tokens(bench: Bench, arm: str, split: str) -> Array | None:
+    """[S, E]: follow of the arm driven by its action tokens, its own way or not; None where it was not measured."""
+    runs = [run for _, run in sorted(bench.runs[arm].items())]
+    if all(run["recipe"].get("sampler") == "tokens" for run in runs):
+        return bench.values(arm, "follow", split)
+    found = [run["by_tokens"]["follow"] for run in runs if run.get("by_tokens")]
+    return np.array([[float(hit) for hit in digits] for digits in found]) if found else None
+
+
 def steps_in(bench: Bench, arm: str, seconds: float) -> float:
     return min(seconds / bench.seconds(arm), float(bench.told["steps"]))
 
@@ -318,7 +327,7 @@ def knowledge(bench: Bench) -> Iterator[str]:
 
 def details(bench: Bench) -> Iterator[str]:
     """Tokens, time, gradients and the grid."""
-    rows = []
+    rows, split = [], bench.told["splits"][0]
     for arm in bench.arms:
         recipe = next(iter(bench.runs[arm].values()))["recipe"]
         if any(stage["action_tokens"] for stage in recipe["stages"]):
@@ -326,10 +335,17 @@ def details(bench: Bench) -> Iterator[str]:
                 bench.mean_of(arm, "offline", f"fast_{what}") for what in ("accuracy", "error", "whole")
             )
             count = bench.mean_of(arm, "tokens_per_chunk")
-            rows.append([arm, number(count, 1), percent(right), number(error, 3), percent(1.0 - whole)])
+            followed_SE = by_tokens(bench, arm, split)
+            followed = "-" if followed_SE is None else share(mean(followed_SE))
+            rows.append([arm, number(count, 1), percent(right), number(error, 3), percent(1.0 - whole), followed])
     if rows:
         yield from ("", "### Action tokens", "")
-        yield from table(["arm", "tokens per chunk", "next token right", "error of chunks", "malformed"], rows)
+        yield "Right tokens are of the likeliest ones, given the true ones before them; error and what is malformed of"
+        yield "the likeliest, read one by one. Episodes are driven by drawn tokens if the run's `token_temperature` is"
+        yield "not 0."
+        yield ""
+        names = ["tokens per chunk", "next token right", "error of chunks", "malformed"]
+        yield from table(["arm", *names, f"follow by tokens, {split}, %"], rows)
     rows, quickest = [], min(bench.timing.values(), default=math.nan)
     for arm in bench.arms:
         step = bench.seconds(arm)

@@ -134,6 +134,7 @@ def train_arm(config: AblationConfig, job: Job) -> dict[str, Any]:
                 "offline": measures.offline(last_figures(run)),
                 "tokens_per_chunk": measures.token_counts(run),
                 "latency_ms": measures.latency_ms(run),
+                "by_tokens": measures.drive_by_tokens(run, config.closed_loop),
                 "minutes": spent(run),
             }
 

@@ -30,6 +30,7 @@ from training.ablation.plan import (
     start_made_of,
     training_config,
 )
+from training.model import Sampler
 from training.recipe import recipe_names
 from training.results import check_result, read_result, result_path, write_result
 from training.run import Run
@@ -355,7 +356,7 @@ def test_a_run_that_is_stopped_anywhere_comes_to_the_same_figures(
     Episodes here depend on the weights alone; the simulator has tests of its own.
     """
 
-    def weigh(run: Run, loop: ClosedLoop, episodes: int) -> dict[str, Any]:
+    def weigh(run: Run, loop: ClosedLoop, episodes: int, sampler: Sampler | None = None) -> dict[str, Any]:
         weighed = sum(float(tensor.double().sum()) for tensor in run.model.state_dict().values())
         return {"known": {"follow": weighed.hex(), "success": episodes, "malformed": 0}}
 
@@ -392,7 +393,7 @@ def test_a_run_that_is_stopped_anywhere_comes_to_the_same_figures(
                 trial.run_job(config, job, start)
         assert read_result(result_path(config.results, job.name)) is None
     with monkeypatch.context() as patch:
-        patch.setattr(measures, "drive", lambda *_: pytest.fail("all points were measured"))
+        patch.setattr(measures, "drive", lambda *given: weigh(*given) if given[3:] else pytest.fail("measured again"))
         trial.run_job(config, job, start)
     found = read_result(result_path(config.results, job.name))
     assert found is not None and whole is not None and driven == [1]
@@ -406,6 +407,27 @@ def test_a_run_that_is_stopped_anywhere_comes_to_the_same_figures(
 
 
 # --- the measures
+
+
+def test_only_a_policy_that_acts_otherwise_is_also_driven_by_its_tokens(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first split; none without action tokens, or with those that are said after noisy actions."""
+    asked = list[tuple[str, ...]]()
+
+    def note(run: Run, loop: ClosedLoop, episodes: int, sampler: Sampler | None = None) -> dict[str, Any]:
+        asked.append((*loop.splits, type(sampler).__name__, str(episodes)))
+        return {split: {"follow": "1"} for split in loop.splits}
+
+    monkeypatch.setattr(measures, "drive", note)
+    loop = ClosedLoop(splits={"known": "arm/known", "novel": "arm/novel"}, episodes=3, earlier=1)
+    config = load_ablation(changed(tiny, arms={name: {} for name in ("ki", "pi0", "pi0_fast", "hybrid_mask")}))
+    found = {
+        arm: measures.drive_by_tokens(Run(training_config(config, Job("run", arm, 0, 1e-3))), loop)
+        for arm in config.arms
+    }
+    assert found == {"ki": {"follow": "1"}, "pi0": None, "pi0_fast": None, "hybrid_mask": None}
+    assert asked == [("known", "TokenSampler", "3")]
 
 
 def test_a_place_may_be_a_little_off_and_a_word_may_not() -> None:
@@ -424,7 +446,7 @@ class Guided:
     def __init__(self) -> None:
         self.data = SimpleNamespace(robot=Slider().robot)
 
-    def act(self) -> Any:
+    def act(self, sampler: Sampler | None = None) -> Any:
         def act(images: Any, state_S: np.ndarray, instruction: str, number: int) -> np.ndarray:
             seed = number >> 16
             actions_HD = np.tile(state_S, (4, 1))
@@ -468,6 +490,7 @@ def synthetic(follow: float, seed: int, steps: Mapping[int, float]) -> dict[str,
         "offline": {"fast_accuracy": 0.75, "fast_error": 0.05, "fast_whole": 0.875},
         "tokens_per_chunk": 21.5,
         "latency_ms": {"flow": 12.0, "tokens": 80.0},
+        "by_tokens": {"follow": "1" * 5 + "0" * 15, "success": "0" * 20, "malformed": 0},
     }
 
 
@@ -519,7 +542,8 @@ def test_the_page_says_what_the_files_say(results: Path) -> None:
     assert reached["pi0"][0] == "> 4 [> 4, > 4]" and reached["pi0"][1] == "> 0 [> 0, > 0]"
     known = rows(text, "What the vision-language model still knows")
     assert known["(the common start)"][:2] == ["99.0%", "50.0%"] and known["pi0"][0] == "20.0%"
-    assert rows(text, "Action tokens")["ki"] == ["21.5", "75.0%", "0.050", "12.5%"]
+    assert rows(text, "Action tokens")["ki"][:4] == ["21.5", "75.0%", "0.050", "12.5%"]
+    assert rows(text, "Action tokens")["ki"][4].startswith("25 [")
     times = rows(text, "Time, and gradients in the backbone")
     assert times["ki"] == ["200", "2.00", "12.0", "80.0", "-", "2.000", "1.000", "-0.250"]
     assert rows(text, "Learning rates")["ki"] == ["0.2000", "-"]
