@@ -215,7 +215,8 @@ class PolicyProcess:
 
     @property
     def output(self) -> str:
-        return self._log.read_text()
+        """What it has said; "" where its output goes elsewhere."""
+        return self._log.read_text() if self._log.exists() else ""
 
     def wait(self) -> int:
         return self.process.wait(PATIENCE_S)

@@ -303,7 +303,7 @@ def test_a_fault_between_two_parts_has_the_line_of_the_first(
         (["nowhere.yaml"], "expected a YAML file, got No such file"),
         (["demo_arm", "--bag", "nowhere"], "bag nowhere: no such file or folder"),
         (["demo_arm", "--dataset", "nowhere"], "expected a LeRobot dataset with meta/info.json, got none"),
-        (["demo_arm", "--bundle", "nowhere"], "models/nowhere: expected it among"),
+        (["demo_arm", "--bundle", "nowhere"], "models/nowhere: expected the folder of a bundle, or one of "),
         (["demo_arm", "--urdf", "nowhere"], "nowhere: expected a URDF, got one that cannot be read"),
     ],
 )
