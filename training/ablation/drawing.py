@@ -11,7 +11,7 @@ from typing import Final
 COLOURS: Final = (
     "#2f6fde", "#d9480f", "#15803d", "#7a3fc4", "#c2255c", "#0b7285", "#a16207", "#475569", "#db2777", "#65a30d",
 )  # fmt: skip
-WIDTH, ROW, TOP, NAMES, PANEL, GAP = 1080, 20, 54, 150, 180, 22
+WIDTH, ROW, TOP, NAMES, PANEL, GAP = 1080, 20, 54, 160, 170, 40
 PLOT_HEIGHT: Final = 210
 
 
