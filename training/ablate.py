@@ -39,7 +39,6 @@ from training.ablation import (
 from training.results import read_result, result_path
 
 RESULTS: Final = Path("docs/results/ablation")
-ITS_OWN: Final = Path()  # --report without a folder
 PR_SET_PDEATHSIG: Final = 1
 LOOK_S: Final = 0.5  # between two looks at what runs
 
@@ -55,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--report",
         nargs="?",
-        type=Path,
-        const=ITS_OWN,
+        const="",
         metavar="FOLDER",
         help=f"write the page of all results in the folders in FOLDER: by default those of --config, else {RESULTS}",
     )
@@ -87,7 +85,7 @@ def _ablate(chosen: argparse.Namespace) -> int:
         write_bench(config, chosen.config)
         code, results = _run_all(config, chosen.config, jobs, chosen.jobs), config.results.parent
     if chosen.report is not None:
-        for path in write_report(results if chosen.report == ITS_OWN else chosen.report):
+        for path in write_report(Path(chosen.report) if chosen.report else results):
             print(path)
     return code
 

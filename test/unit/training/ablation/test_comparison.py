@@ -343,8 +343,8 @@ def test_what_is_there_is_not_run_again_and_what_fails_holds_up_nobody_else(
     monkeypatch.setattr(ablate, "write_report", lambda folder: reported.append(folder) or [])
     assert ablate.main(["--config", str(path), "--report"]) == 0
     assert begun[len(find_jobs(config)) :] == ["pi0-0"]
-    assert ablate.main(["--report"]) == 0
-    assert reported == [tmp_path.parent, Path("docs/results/ablation")]
+    assert ablate.main(["--report"]) == 0 == ablate.main(["--report", "."])
+    assert reported == [tmp_path.parent, Path("docs/results/ablation"), Path()]
 
 
 @pytest.mark.slow
