@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from support.bundles import write_test_bundle
 from support.served import TASK, ask, bench_bundle, message, open_policy, serving
-from support.waiting import until
+from support.waiting import PATIENCE_S, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -304,7 +304,7 @@ def test_pings_that_nobody_hears_answered_end_their_own_connection(monkeypatch: 
     said: list[str] = []
     with serving(open_policy(BUNDLE), say=said.append) as port, socket.create_connection(("127.0.0.1", port)) as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        deaf.settimeout(0.5)
+        deaf.settimeout(PATIENCE_S)  # a busy server reads late; one that has had enough ends it at once
         deaf.sendall(REQUEST)
         ping = (b"\x89\xfd" + bytes(4) + bytes(125)) * 1000
         with suppress(OSError):
