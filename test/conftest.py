@@ -63,6 +63,9 @@ SLOW_LIMIT_S = 600
 # Files with slow tests come first, in this order of folders, and then all others: at the end no worker has a long one
 # while the other has none left.
 _FOLDERS = ("contracts", "system", "ros", "engines", "gpu", "bad", "unit")
+# What this test's nodes and its robot have to say, if it fails; pytest shows no output of the end of a fixture whose
+# beginning failed.
+_witnesses: dict[str, Callable[[], str]] = {}
 # Fixtures that wait for an export.
 _EXPORTED = {"made", "half", "exported"}
 
@@ -117,7 +120,12 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
     outcome: Any = yield
-    skip_what_a_robot_lacks(outcome.get_result(), call, item.nodeid)
+    report = outcome.get_result()
+    skip_what_a_robot_lacks(report, call, item.nodeid)
+    if report.failed:
+        report.sections += [(name, told()) for name, told in _witnesses.items()]
+    if report.when == "teardown":
+        _witnesses.clear()
 
 
 def skip_what_a_robot_lacks(report: Any, call: Any, where: str) -> None:
@@ -189,15 +197,16 @@ def start(ros_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[
     started: list[PolicyProcess] = []
 
     def start_policy(*arguments: str, **parameters: object) -> PolicyProcess:
-        started.append(PolicyProcess(ros_environment, tmp_path, *arguments, **parameters))
-        return started[-1]
+        policy = PolicyProcess(ros_environment, tmp_path, *arguments, **parameters)
+        started.append(policy)
+        _witnesses[f"node {len(started)}, process {policy.process.pid}"] = lambda: policy.output
+        return policy
 
     yield start_policy
     for policy in started:
         if policy.process.poll() is None:
             policy.process.kill()
             policy.process.wait()
-        print(policy.output)  # pytest shows it of a test that failed
 
 
 @pytest.fixture
@@ -205,5 +214,7 @@ def robot(ros_environment: dict[str, str]) -> Iterator[Robot]:
     from support.robots import Robot
 
     robot = Robot(int(ros_environment["ROS_DOMAIN_ID"]))
+    _witnesses["robot"] = robot.tell
     yield robot
+    del _witnesses["robot"]
     robot.close()

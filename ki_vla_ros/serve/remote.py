@@ -37,9 +37,14 @@ from ki_vla_ros.settings import Settings
 LARGEST_ANSWER: Final = 16 << 20
 LONGEST_SAID: Final = 300  # characters of a server's own words in our errors
 CLOSING_S: Final = 0.05  # a server that does not answer does not say goodbye either
+AGAIN_S: Final = 0.2  # between two attempts to reach a server that is waited for
 _SILENT: Final = logging.getLogger(f"{__name__}.websockets")
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
+
+
+class NotThereError(EngineError):
+    """Nobody took the connection, or said anything: the server may still be starting."""
 
 
 class ServerEngine:
@@ -49,8 +54,9 @@ class ServerEngine:
     to a later question.
     """
 
-    def __init__(self, address: str, token: str = "", timeout_s: float = 0.5) -> None:
-        self.address, self.timeout_s = address, timeout_s
+    def __init__(self, address: str, token: str = "", timeout_s: float = 0.5, wait_s: float = 0.0) -> None:
+        """`wait_s`: how long `reach` waits; never less than `timeout_s`."""
+        self.address, self.timeout_s, self.wait_s = address, timeout_s, max(wait_s, timeout_s)
         self._headers = {"Authorization": f"{SCHEME} {token}"} if token else {}
         self._resources = ExitStack()
         self._connection: ClientConnection | None = None
@@ -61,9 +67,21 @@ class ServerEngine:
     def description(self) -> str:
         return f"policy server {self.address}"
 
+    def reach(self) -> None:
+        """Connect, and wait for a server that is not there yet; EngineError if it is not after `wait_s`."""
+        until_s = time.monotonic() + self.wait_s
+        while True:
+            try:
+                self._connected(until_s - time.monotonic())
+                return
+            except NotThereError:
+                if time.monotonic() + AGAIN_S >= until_s:
+                    raise
+            time.sleep(AGAIN_S)
+
     def metadata(self) -> dict[str, Any]:
         """What the server said of itself when it was first reached; connects if nobody has. EngineError if it fails."""
-        self._connected(time.monotonic() + self.timeout_s)
+        self._connected(self.timeout_s)
         assert self._metadata is not None
         return self._metadata
 
@@ -104,7 +122,7 @@ class ServerEngine:
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """The answer to an observation, within `timeout_s` once there is a connection; EngineError for all else."""
-        connection = self._connected(time.monotonic() + self.timeout_s)
+        connection = self._connected(self.timeout_s)
         until_s = time.monotonic() + self.timeout_s  # its own: on a slow wire one time is not enough for both
         try:
             with suppress(TimeoutError):
@@ -142,7 +160,8 @@ class ServerEngine:
         self._closed = True
         self.disconnect()
 
-    def _connected(self, until_s: float) -> ClientConnection:
+    def _connected(self, within_s: float) -> ClientConnection:
+        until_s = time.monotonic() + within_s
         if self._closed:
             raise EngineError("engine: expected an open one, got one that was closed; configure again")
         if self._connection is not None:
@@ -156,7 +175,7 @@ class ServerEngine:
                     additional_headers=self._headers,
                     compression=None,
                     max_size=LARGEST_ANSWER,
-                    open_timeout=self.timeout_s,
+                    open_timeout=within_s,
                     close_timeout=CLOSING_S,
                     proxy=None,
                     logger=_SILENT,
@@ -172,11 +191,12 @@ class ServerEngine:
                 f"policy_server: expected ws://host:port, got {self.address!r} ({error})"
             ) from None
         except TimeoutError:
-            raise self._fail(f"expected a connection within {self.timeout_s:g} s, got none") from None
+            raise self._fail(f"expected a connection within {within_s:.3g} s, got none", NotThereError) from None
         except InvalidHandshake as error:
             raise self._fail(f"expected a policy server, got {_said(error)}; is a token needed?") from None
         except (OSError, WebSocketException) as error:
-            raise self._fail(f"expected a connection, got {_said(error)}; is it running?") from None
+            fault = f"expected a connection, got {_said(error)}; is it running?"
+            raise self._fail(fault, NotThereError) from None
         found = self._unpacked(first, "metadata")
         if self._metadata is None:
             self._metadata = found
@@ -195,9 +215,9 @@ class ServerEngine:
             raise self._fail(f"expected {what}, a map, got {_said(found)}")
         return found
 
-    def _fail(self, fault: str) -> EngineError:
+    def _fail(self, fault: str, kind: type[EngineError] = EngineError) -> EngineError:
         self.disconnect()
-        return EngineError(f"{self.description}: {fault}")
+        return kind(f"{self.description}: {fault}")
 
 
 class RemotePolicy(Policy):
@@ -211,7 +231,11 @@ class RemotePolicy(Policy):
         self._question: tuple[Observation, dict[str, Any]] | None = None
 
     def warm_up(self) -> None:
-        """ConfigurationError if the server says that its policy is another robot's; EngineError if it is not there."""
+        """ConfigurationError if the server says that its policy is another robot's; EngineError if it is not there.
+
+        It is waited for: the robot's computer may have started before the server's.
+        """
+        self._server.reach()
         robot = self.bundle.manifest.robot
         ours = {"horizon": robot.horizon} | self._keys.meaning(robot)
         self._server.agree(ours, f"bundle {self.bundle.manifest.name!r}")
@@ -259,7 +283,9 @@ def open_remote(bundle: Bundle, settings: Settings) -> RemotePolicy:
     keys = open_keys(settings.policy_server_keys, bundle.manifest.robot)
     path = settings.policy_server_token
     token = read_token(path, "parameter 'policy_server_token':") if path else ""
-    engine = ServerEngine(settings.policy_server, token, settings.policy_server_timeout_s)
+    engine = ServerEngine(
+        settings.policy_server, token, settings.policy_server_timeout_s, settings.policy_server_wait_s
+    )
     return RemotePolicy(bundle, engine, keys, settings.executor in ("rtc", "rtc_trained"))
 
 

@@ -84,6 +84,13 @@ class Settings(SettingsModel):
         ge=0.05,
         le=10.0,
     )
+    policy_server_wait_s: float = setting(
+        10.0,
+        "how long configure waits for a policy server that is not there yet; the node does nothing else meanwhile",
+        unit="s",
+        ge=0.0,
+        le=600.0,
+    )
     engine_cache: str = setting("", "TensorRT: folder of built engines; empty: ~/.cache/ki_vla_ros/engines")
     threads: int = setting(1, "processor threads of the engine", ge=1, le=64)
     autostart: bool = setting(False, "configure and activate at start, without a lifecycle client")

@@ -93,6 +93,6 @@ def test_delay_and_jitter_are_lived_with(moving: PolicyProcess, robot: Robot, be
 
 
 def test_no_server_is_said_at_configure(robot: Robot, start: Start, bundle_path: str) -> None:
-    policy = start(**NODE, bundle=bundle_path, policy_server="ws://127.0.0.1:9")
+    policy = start(**NODE, bundle=bundle_path, policy_server="ws://127.0.0.1:9", policy_server_wait_s=1.0)
     assert policy.wait() == 2
     assert "cannot configure: policy server ws://127.0.0.1:9: expected a connection, got" in policy.output

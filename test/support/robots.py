@@ -94,6 +94,16 @@ class Robot:
         self.node.destroy_node()
         rclpy.shutdown(context=self.context)
 
+    def tell(self) -> str:
+        """What it has seen, for a test that fails."""
+        last = f"{time.monotonic() - self.times_s[-1]:.1f} s ago" if self.times_s else "never"
+        here = self.node.get_node_names_and_namespaces()
+        return (
+            f"domain {self.context.get_domain_id()}, nodes {here}; {len(self.commands)} commands, the last {last}; "
+            f"{len(self.chunks)} chunks, {len(self.diagnostics)} diagnostics, {len(self.ticks)} ticks, the last "
+            f"{self.ticks[-1:]}; joints at {np.round(self.position, 3).tolist()}; refused {self.refused[-3:]}"
+        )
+
     def do(self, work: Callable[[], object]) -> None:
         """Runs `work` in the spinning thread, so that nothing it is about to wait for is destroyed under it."""
         done = threading.Event()

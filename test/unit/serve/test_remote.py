@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,31 @@ def test_nobody_there_and_somebody_silent() -> None:
         assert time.monotonic() - began_s < 2.0
     with pytest.raises(EngineError, match=r"expected a connection, got .*; is it running"):
         remote_policy(port).warm_up()
+
+
+def test_a_server_that_starts_later_or_connects_slowly_is_waited_for() -> None:
+    """The robot's computer may have started first, and a busy one may take longer than an answer ever may."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    engine = ServerEngine(f"ws://127.0.0.1:{port}", timeout_s=0.1, wait_s=20.0)
+    policy = RemotePolicy(BUNDLE, engine, named_keys(ROBOT))
+    with ThreadPoolExecutor() as pool:
+        warm = pool.submit(policy.warm_up)
+        time.sleep(0.5)
+        assert not warm.done()
+        with scripted(GOOD, metadata=after(0.4, {}), port=port):
+            warm.result(20)
+            engine.timeout_s = 5.0
+            assert policy.infer(observation(), TASK, 0).horizon == 50
+            engine.close()
+
+
+def test_a_server_that_is_waited_for_in_vain_is_named_after_that_time() -> None:
+    engine = ServerEngine("ws://127.0.0.1:9", timeout_s=0.1, wait_s=0.7)
+    began_s = time.monotonic()
+    with pytest.raises(EngineError, match=r"expected a connection, got .*; is it running"):
+        engine.reach()
+    assert 0.3 < time.monotonic() - began_s < 5.0
 
 
 @pytest.mark.parametrize("token", ["", "another token, as long"])
