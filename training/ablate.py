@@ -27,6 +27,7 @@ from ki_vla_ros.errors import ConfigurationError
 from training.ablation import (
     AblationConfig,
     Job,
+    check_start,
     find_jobs,
     load_ablation,
     ready,
@@ -103,6 +104,8 @@ def _run_all(config: AblationConfig, path: Path, jobs: Sequence[Job], side_by_si
     """Run what is not there yet; a job that fails holds up only those that need it."""
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
+    if start := read_result(result_path(config.results, "start")):
+        check_start(config, start)
     try:
         while True:
             done, now = ready(config, jobs)

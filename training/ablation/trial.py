@@ -68,6 +68,22 @@ def run_job(config: AblationConfig, job: Job, start: Mapping[str, Any] | None) -
         tidy(training_config(config, job).out, keep=job.kind == "run")
 
 
+def check_start(config: AblationConfig, start: Mapping[str, Any]) -> None:
+    """ConfigurationError unless the checkpoint of the common start is here and the one that `start` is the result of.
+
+    Results are committed, checkpoints are not: on another machine there may be none, or another.
+    """
+    policy = start_config(config).out / POLICY
+    found = fingerprint(policy) if policy.is_dir() else "none"
+    if found != start["weights"]:
+        raise ConfigurationError(
+            f"{policy}: expected the common start of {result_path(config.results, START)}, weights {start['weights']}, "
+            f"got {found}; bring it here, or train it again (python -m training.train {config.start}; another kind of "
+            f"processor may round otherwise); runs from two starts say nothing of recipes: to begin anew, remove what "
+            f"is in {config.results} and {config.out}"
+        )
+
+
 def tidy(out: Path, keep: bool) -> None:
     """Remove the run's checkpoints but the last, or all of the run."""
     if not keep:

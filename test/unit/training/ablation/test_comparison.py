@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import xml.etree.ElementTree as xml
 from collections.abc import Mapping
 from pathlib import Path
@@ -335,6 +336,7 @@ def test_what_is_there_is_not_run_again_and_what_fails_holds_up_nobody_else(
         return Done(0)
 
     monkeypatch.setattr(ablate, "_start", start)
+    monkeypatch.setattr(ablate, "check_start", lambda config, result: None)  # nothing was trained
     assert ablate.main(["--config", str(path), "--jobs", "2"]) == 2
     assert begun[0] == "start" and sorted(begun) == sorted(job.name for job in find_jobs(config))
     assert "got 1 that failed: pi0-0" in capsys.readouterr().err
@@ -345,6 +347,25 @@ def test_what_is_there_is_not_run_again_and_what_fails_holds_up_nobody_else(
     assert begun[len(find_jobs(config)) :] == ["pi0-0"]
     assert ablate.main(["--report"]) == 0 == ablate.main(["--report", "."])
     assert reported == [tmp_path.parent, Path("docs/results/ablation"), Path()]
+
+
+def test_runs_from_two_starts_are_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results are committed and checkpoints are not, so the start here may be none, or another machine's."""
+    config = load_ablation(tiny)
+    start = read_result(result_path(config.results, "start"))
+    assert start is not None
+    trial.check_start(config, start)
+    path = changed(tiny, results=str(tmp_path))
+    write_result(result_path(tmp_path, "start"), start_made_of(config), start | {"weights": "0f" * 32})
+    assert ablate.main(["--config", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert f"weights {'0f' * 32}, got {start['weights']}; bring it here, or train it again" in said
+    with pytest.raises(ConfigurationError, match="got none; bring it here"):
+        shutil.move(start_config(config).out, tmp_path / "away")
+        try:
+            trial.check_start(config, start)
+        finally:
+            shutil.move(tmp_path / "away", start_config(config).out)
 
 
 @pytest.mark.slow
