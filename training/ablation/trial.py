@@ -43,6 +43,7 @@ from training.storage import only_run, write_whole
 from training.weights import RunState, open_run
 
 POINTS = "points"
+LARGEST_KEPT = 16 << 20  # bytes of weights that are kept with the results
 
 
 def run_job(config: AblationConfig, job: Job, start: Mapping[str, Any] | None) -> None:
@@ -71,15 +72,17 @@ def run_job(config: AblationConfig, job: Job, start: Mapping[str, Any] | None) -
 def check_start(config: AblationConfig, start: Mapping[str, Any]) -> None:
     """ConfigurationError unless the checkpoint of the common start is here and the one that `start` is the result of.
 
-    Results are committed, checkpoints are not: on another machine there may be none, or another.
+    On another machine it is taken from the results, if it was kept there. Trained again it would be another: no two
+    kinds of processor round alike.
     """
-    policy = start_config(config).out / POLICY
+    policy, kept = start_config(config).out / POLICY, config.results / START
+    if kept.is_dir() and not policy.is_dir():
+        shutil.copytree(kept, policy)
     found = fingerprint(policy) if policy.is_dir() else "none"
     if found != start["weights"]:
         raise ConfigurationError(
             f"{policy}: expected the common start of {result_path(config.results, START)}, weights {start['weights']}, "
-            f"got {found}; bring it here, or train it again (python -m training.train {config.start}; another kind of "
-            f"processor may round otherwise); runs from two starts say nothing of recipes: to begin anew, remove what "
+            f"got {found}; bring it here: runs from two starts say nothing of recipes; or, to begin anew, remove what "
             f"is in {config.results} and {config.out}"
         )
 
@@ -94,9 +97,12 @@ def tidy(out: Path, keep: bool) -> None:
 
 
 def train_start(config: AblationConfig) -> dict[str, Any]:
-    """The model that all arms begin with, and what it knows."""
+    """The model that all arms begin with, and what it knows. A small one is kept with the results."""
     run = Run(start_config(config))
     run.run()
+    policy = run.config.out / POLICY
+    if sum(file.stat().st_size for file in policy.iterdir()) <= LARGEST_KEPT:
+        shutil.copytree(policy, config.results / START, dirs_exist_ok=True)
     with run.trainer.averaged():
         knowledge = {} if config.knowledge is None else measures.ask(run, config.knowledge)
     return {

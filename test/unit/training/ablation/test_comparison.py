@@ -349,23 +349,29 @@ def test_what_is_there_is_not_run_again_and_what_fails_holds_up_nobody_else(
     assert reported == [tmp_path.parent, Path("docs/results/ablation"), Path()]
 
 
-def test_runs_from_two_starts_are_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Results are committed and checkpoints are not, so the start here may be none, or another machine's."""
+def test_runs_from_two_starts_are_refused_and_a_small_start_goes_with_the_results(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are committed and what is in `out` is not, so the start there may be none, or another machine's."""
     config = load_ablation(tiny)
-    start = read_result(result_path(config.results, "start"))
+    start, policy = read_result(result_path(config.results, "start")), start_config(config).out / "policy"
     assert start is not None
-    trial.check_start(config, start)
     path = changed(tiny, results=str(tmp_path))
     write_result(result_path(tmp_path, "start"), start_made_of(config), start | {"weights": "0f" * 32})
     assert ablate.main(["--config", str(path)]) == 2
-    said = capsys.readouterr().err
-    assert f"weights {'0f' * 32}, got {start['weights']}; bring it here, or train it again" in said
+    assert f"weights {'0f' * 32}, got {start['weights']}; bring it here" in capsys.readouterr().err
+    kept, away = config.results / "start", tmp_path / "away"
+    shutil.move(policy, away)
+    trial.check_start(config, start)
+    assert trial.fingerprint(policy) == trial.fingerprint(away) == start["weights"]
+    shutil.rmtree(kept)
+    shutil.rmtree(policy)
     with pytest.raises(ConfigurationError, match="got none; bring it here"):
-        shutil.move(start_config(config).out, tmp_path / "away")
-        try:
-            trial.check_start(config, start)
-        finally:
-            shutil.move(tmp_path / "away", start_config(config).out)
+        trial.check_start(config, start)
+    shutil.move(away, policy)
+    monkeypatch.setattr(trial, "LARGEST_KEPT", 1000)
+    trial.train_start(config)
+    assert not kept.exists()
 
 
 @pytest.mark.slow
