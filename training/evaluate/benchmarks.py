@@ -150,7 +150,7 @@ def _described(each: Mapping[str, Any], link: str) -> Iterator[str]:
     size = f", images of {each['image_size']} pixels" if each.get("image_size") else ""
     execute = f", {_count(each['execute'], 'action')} of a chunk" if each.get("execute") else ""
     yield f"{each['date']}; {each['machine']}; commit {each['commit']}. {_count(len(tasks), 'task')}{execute}{size};"
-    whole = "" if each["complete"] else f" Of {each['trials']} trials of each task, the others are to come."
+    whole = "" if each["complete"] else f" Of {each['trials']} trials of each task, the others were not run."
     yield f"seeds from {each['seeds'][0]} on.{whole} {link}"
     worst = sorted((found["success_rate"], task) for task, found in tasks.items() if found["success_rate"] < 1)
     if len(tasks) > 1 and worst:
