@@ -83,7 +83,6 @@ def _ablate(chosen: argparse.Namespace) -> int:
             raise ConfigurationError(f"comparison {chosen.config}: {error}") from error
         if chosen.plan:
             return _show(config, jobs)
-        write_bench(config, chosen.config)
         code, results = _run_all(config, chosen.config, jobs, chosen.jobs), config.results.parent
     if chosen.report is not None:
         for path in write_report(Path(chosen.report) if chosen.report else results):
@@ -104,8 +103,10 @@ def _run_all(config: AblationConfig, path: Path, jobs: Sequence[Job], side_by_si
     """Run what is not there yet; a job that fails holds up only those that need it."""
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
+    ready(config, jobs)  # results of another configuration are refused before anything says that they are of this
     if start := read_result(result_path(config.results, "start")):
         check_start(config, start)
+    write_bench(config, path)
     try:
         while True:
             done, now = ready(config, jobs)

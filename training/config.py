@@ -18,7 +18,7 @@ from training.action_space import Normalization, StateRange
 from training.data import Augmentation
 from training.data.language import LanguageEntry
 from training.model import Actions, Conditioning, GemmaConfig, SamplerName, VisionConfig, VLAConfig
-from training.recipe import find_recipe, lay_recipe
+from training.recipe import WARMUP_STEPS, find_recipe, lay_recipe
 from training.tokens import BEGIN, PostfixKind, VocabularyConfig
 
 Loss = Literal["cells", "text", "pointing", "grounding", "fast", "tokens", "readout", "flow", "regression"]
@@ -289,7 +289,7 @@ class StageConfig(Frozen):
     final_learning_rate: NotNegative | None = Field(
         default=None, description="where the cosine ends, other parts in proportion; by default a twentieth"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    warmup_steps: Annotated[int, Field(ge=0)] = WARMUP_STEPS
     decay_steps: Positive | None = Field(default=None, description="where the cosine ends, warm-up included; steps")
     weight_decay: NotNegative = 0.0
     weight_decay_on: Literal["matrices", "all"] = Field(

@@ -7,8 +7,8 @@ file in config/training/recipes/ or one of one's own:
     stage: {steps: 20000, learning_rate: 5.0e-4, sources: {robot: 32, questions: 8}}
 
 Each stage of the recipe is `stage`, and what the recipe adds to it or says otherwise, which is told: `share` is its
-part of the steps (1 by default), and of `sources` it draws those that have what its losses learn from. Whatever else a
-recipe says (the state's way into the model, the sampler) the run must not say otherwise.
+part of the steps, warm-up included (1 by default), and of `sources` it draws those that have what its losses learn
+from. Whatever else a recipe says (the state's way into the model, the sampler) the run must not say otherwise.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from ki_vla_ros.share import expand, find_share
 from ki_vla_ros.yaml_file import LARGEST_YAML, parse_yaml
 
 RECIPES: Final = "config/training/recipes"
+WARMUP_STEPS: Final = 50
+"""Of a whole run's stage, unless it says otherwise."""
 TEACHES: Final[Mapping[bool, frozenset[str]]] = {  # by whether a source is of a robot
     True: frozenset({"fast", "tokens", "flow", "regression", "readout", "pointing", "grounding", "cells"}),
     False: frozenset({"text", "tokens", "pointing", "grounding", "cells"}),
@@ -117,6 +119,9 @@ def _stage(
         )
     if isinstance(stage.get("steps"), int):
         stage["steps"] = max(1, round(share * stage["steps"]))
+    warmup = stage.get("warmup_steps", WARMUP_STEPS)
+    if share < 1 and isinstance(warmup, int):
+        stage["warmup_steps"] = round(share * warmup)
     if isinstance(losses := stage.get("losses"), Mapping) and isinstance(drawn := stage.get("sources"), Mapping):
         stage["sources"] = {
             name: count

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -97,9 +98,13 @@ class Trainer:
         self.show = show
         names = [stage.name for stage in config.stages]
         self.figure_record, self.loss_record = (Record(config.out / f"{what}.jsonl", names) for what in RECORDS)
-        every = {name: p for stage in config.stages for name, p in self.choose(stage).items()}
+        every, first = dict[str, Parameter](), dict[str, int]()
+        for index, stage in enumerate(config.stages):
+            chosen = self.choose(stage)
+            every |= chosen
+            first = dict.fromkeys(chosen, sum(before.steps for before in config.stages[:index])) | first
         self.trained, self.made_of = frozenset(every), made_of or {}
-        self.average = None if config.ema is None else MovingAverage(every, config.ema)
+        self.average = None if config.ema is None else MovingAverage(every, config.ema, first)
         # A sharded model's forward pass takes all processes.
         self.measures = rank == 0 or config.parallel.shard
 
@@ -162,7 +167,7 @@ class Trainer:
                 raise FloatingPointError(f"stage {stage.name}, step {step}: gradient norm {norm}; losses {values}")
             optimizer.step()
             if self.average is not None:
-                self.average.update()
+                self.average.update(self.count_steps(at(index, step)))
             if step % 20 == 0:
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
                 for name, value in values.items():

@@ -37,11 +37,16 @@ class Estimate:
     runs: int = 1
 
     def beside(self, expected: str, same_within: float) -> str:
-        """Whether this difference, as larger is better, agrees with what is expected: worse, same or better."""
+        """Whether this difference, as larger is better, agrees with what is expected: worse, same or better.
+
+        It does, or disagrees, if the whole interval does; of one run it cannot: another seed may say otherwise.
+        """
+        if self.runs < 2:
+            return "cannot tell (one seed)"
         if expected == "same":
             if -same_within <= self.low and self.high <= same_within:
                 return "agrees"
-            return "disagrees" if self.low > 0 or self.high < 0 else "cannot tell"
+            return "disagrees" if self.low > same_within or self.high < -same_within else "cannot tell"
         low, high = (self.low, self.high) if expected == "better" else (-self.high, -self.low)
         return "agrees" if low > 0 else "disagrees" if high < 0 else "cannot tell"
 
@@ -99,16 +104,17 @@ def crossing(at_P: Sequence[float], value_P: Sequence[float], level: float) -> f
     return math.inf
 
 
-def time_to(at_P: Sequence[float], values_PSE: Sequence[Array], level: float, seed: int = 0) -> Estimate:
-    """Where the mean over runs and episodes comes to a level; the points may have different numbers of episodes."""
-    rng, runs = np.random.default_rng(seed), len(values_PSE[0])
-    value = crossing(at_P, [float(values_SE.mean()) for values_SE in values_PSE], level)
-    chosen_RK = draw_runs(runs, rng)  # the same runs at every point
-    drawn_PR = [draw_means(values_SE, chosen_RK, rng) for values_SE in values_PSE]
-    times = np.sort([crossing(at_P, drawn_P, level) for drawn_P in np.stack(drawn_PR, axis=1).tolist()])
-    # Without interpolation, which would make NaN of two infinite ones.
-    low, high = times[int(0.025 * len(times))], times[min(len(times) - 1, int(0.975 * len(times)))]
-    return Estimate(value, float(low), float(high), runs)
+def time_to(at_P: Sequence[float], values_PSE: Sequence[Array], level: float) -> Estimate:
+    """Where the mean over runs and episodes comes to a level; the points may have different numbers of episodes.
+
+    The interval is from where the points' upper ends come to it to where their lower ends do.
+    """
+    points = [mean(values_SE) for values_SE in values_PSE]
+    value, first, last = (
+        crossing(at_P, ends, level)
+        for ends in ([p.value for p in points], [p.high for p in points], [p.low for p in points])
+    )
+    return Estimate(value, first, last, len(values_PSE[0]))
 
 
 def at(x: float, at_P: Sequence[float], values_PSE: Sequence[Array]) -> Array:

@@ -6,6 +6,7 @@ so on. So a comparison that is ended early has a bit of everything. Last the ste
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from ki_vla_ros.errors import ConfigurationError, describe_validation, did_you_mean
+from ki_vla_ros.robot import find_robot, read_robot
 from training.ablation.config import AblationConfig
 from training.config import TrainingConfig, load_config
 from training.recipe import lay_recipe
@@ -178,9 +180,21 @@ def made_of(config: AblationConfig, job: Job, start: Mapping[str, Any]) -> dict[
     if job.kind == TIMING:
         runs = {arm: training_config(config, Job("run", arm)) for arm in config.arms}
         shown = {arm: run.model_dump(exclude=NOT_OF_A_RESULT, exclude_defaults=True) for arm, run in runs.items()}
+        for run in shown.values():
+            for stage in run["stages"]:
+                stage.pop("learning_rate")  # a step takes as long with any
         return flatten({"start": origin, "rounds": config.timed_rounds, "runs": shown})
-    run = training_config(config, job).model_dump(exclude=NOT_OF_A_RESULT, exclude_defaults=True)
-    return flatten({"start": origin, "run": run} | ({} if job.kind == GRID else measured(config)))
+    training = training_config(config, job)
+    run = training.model_dump(exclude=NOT_OF_A_RESULT, exclude_defaults=True)
+    return flatten(
+        {"start": origin, "run": run, "robot": _robot(training.robot)} | ({} if job.kind == GRID else measured(config))
+    )
+
+
+@cache
+def _robot(name: str) -> str:
+    """SHA-256 of what the robot's file says: a path alone would not tell that it was changed."""
+    return hashlib.sha256(read_robot(find_robot(name)).model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
 def measured(config: AblationConfig) -> dict[str, Any]:

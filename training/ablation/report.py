@@ -27,7 +27,7 @@ from training.ablation.config import AblationConfig
 from training.ablation.drawing import Curve, Dot, draw_story
 from training.ablation.intervals import Estimate, at, difference, mean, time_to
 from training.ablation.plan import GRID, START, TIMING
-from training.results import read_result, result_path, table
+from training.results import MADE_OF, read_result, result_path, table
 from training.storage import write_whole
 
 Array = NDArray[np.float64]
@@ -116,23 +116,35 @@ def read_bench(folder: Path) -> Bench:
     grid: dict[str, dict[str, float | None]] = {}
     for arm, planned in told["arms"].items():
         for seed in range(planned["seeds"]):
-            if (found := read_result(result_path(folder, f"{arm}-{seed}"))) is not None:
+            if (found := read_result(path := result_path(folder, f"{arm}-{seed}"))) is not None:
+                check_run(told, path, found)
                 runs.setdefault(arm, {})[seed] = found
         for rate in told["rates"]:
             if (found := read_result(result_path(folder, f"{GRID}/{arm}-{rate:g}"))) is not None:
                 grid.setdefault(arm, {})[f"{rate:g}"] = found["error"]
     origins = {
-        (run["made_of"].get("start.weights"), run["data"]): f"{arm}-{seed}"
+        (run[MADE_OF].get("start.weights"), run["data"], run.get("questions")): f"{arm}-{seed}"
         for arm, seeds in runs.items()
         for seed, run in seeds.items()
     }
     if len(origins) > 1:
         raise ConfigurationError(
-            f"{folder}: expected runs of one start and one set of data, got others in "
+            f"{folder}: expected runs of one start, one set of data and the same questions, got others in "
             f"{' and '.join(origins.values())}; move those away that do not belong to the comparison"
         )
     timing = read_result(result_path(folder, TIMING)) or {}
     return Bench(told, start, grid, runs, timing.get("seconds_per_step", {}))
+
+
+def check_run(told: Mapping[str, Any], path: Path, run: Mapping[str, Any]) -> None:
+    """ConfigurationError for a run that is not as long, or not measured as often, as the comparison says."""
+    of = run[MADE_OF]
+    got = [of.get(f"points.{n}") for n in range(len(run["points"]))], of.get("closed_loop.episodes")
+    if got != (expected := (list(told["points"]), told["episodes"])):
+        raise ConfigurationError(
+            f"{path}: expected a run with points after {expected[0]} steps and {expected[1]} episodes, as "
+            f"{path.parent / BENCH} says, got {got[0]} and {got[1]}; move one of the two away"
+        )
 
 
 def write_report(results: Path) -> list[Path]:
@@ -189,14 +201,15 @@ READING: Final = (
     "- **Intervals** are of 95 %: a bootstrap over runs (seeds), and over episodes within each, and never narrower",
     "  than that of as many independent episodes (Wilson; of pairs Agresti and Min). Of one run it is over its",
     "  episodes alone, and does not say what another seed would give. Of three runs it is itself uncertain.",
-    "- **Differences** are paired: a seed has the same robot samples, noise and new expert weights in all arms, and",
-    "  all are judged on the same episodes.",
+    "- **Differences** are paired: a seed has the same robot samples in all arms, the same noise where both have as",
+    "  many draws for a chunk (`hybrid_mask` and `oft` have one, the others two), and the same new weights where both",
+    "  have an expert (`oft` and `transfusion` have none). All are judged on the same episodes.",
     "- The **learning rate** of each arm is that of a grid with the smallest error of chunks on held-out episodes of",
-    "  the robot data, after short runs with a seed that no figure is of. It falls along a cosine over the whole run,",
+    "  the robot data, after short runs with a seed that no figure is of. It falls along a cosine over each stage,",
     "  and weights are averaged; points before a run's last say how it goes, not what a shorter run would reach.",
     "- Beside the paper, an arm **agrees** or **disagrees** if the whole interval does (about equal: within "
     f"{SAME_WITHIN:.0%});",
-    "  else one **cannot tell**.",
+    "  else one **cannot tell**, and never from one seed.",
 )
 
 
@@ -209,7 +222,7 @@ def section(bench: Bench, causes: Mapping[str, str], figure: str) -> Iterator[st
     if bench.timing:
         seconds = min(told["steps"] * bench.seconds(arm) for arm in bench.arms if arm in bench.timing)
         yield from ("", "### After equally many seconds", "")
-        yield f"{seconds:.0f} s of one core: what the arm with the shortest step takes for all its steps."
+        yield f"{seconds:.0f} s of one core: what the arm with the shortest step takes for all its steps' gradients."
         yield ""
         yield from outcomes(bench, seconds)
     yield from paper(bench, causes)
@@ -302,7 +315,9 @@ def times(bench: Bench) -> Iterator[str]:
             cells += [reached(found, 1.0, points[-1]), reached(found, bench.seconds(arm), points[-1])]
         rows.append([arm, *cells])
     yield from ("", f"### Until so many are followed ({split})", "")
-    yield "Between points that were measured, on a straight line. Seconds are steps times the processor time of a step."
+    yield "Between points that were measured, on a straight line; an interval is from where the upper ends of the"
+    yield "points' intervals come to the level to where the lower ends do. Seconds are steps times the processor time"
+    yield "of a step's gradients."
     yield ""
     yield from table(["arm", *(f"{what} to {level:.0%}" for level in LEVELS for what in ("steps", "seconds"))], rows)
 

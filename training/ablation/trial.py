@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ki_vla_ros.bench import time_alternating
+from ki_vla_ros.bundle import file_sha256
 from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.files import read_json
 from training.ablation import measures
@@ -37,12 +38,12 @@ from training.ablation.plan import (
     training_config,
 )
 from training.policy import commit
-from training.results import result_path, write_result
+from training.results import check_result, result_path, write_result
 from training.run import Run
 from training.storage import only_run, write_whole
 from training.weights import RunState, open_run
 
-POINTS = "points"
+POINTS, BEGUN = "points", "begun"
 LARGEST_KEPT = 16 << 20  # bytes of weights that are kept with the results
 
 
@@ -53,6 +54,8 @@ def run_job(config: AblationConfig, job: Job, start: Mapping[str, Any] | None) -
     else:
         assert start is not None
         origin = made_of(config, job, start)
+        if job.kind != TIMING:
+            begin(training_config(config, job).out, origin)
         figures = {TIMING: time_steps, GRID: try_rate, "run": train_arm}[job.kind](config, job)
     threads = torch.get_num_threads()
     where = {
@@ -67,6 +70,16 @@ def run_job(config: AblationConfig, job: Job, start: Mapping[str, Any] | None) -
     write_result(result_path(config.results, job.name), origin, where | figures)
     if job.kind in (GRID, "run"):
         tidy(training_config(config, job).out, keep=job.kind == "run")
+
+
+def begin(out: Path, origin: Mapping[str, Any]) -> None:
+    """Note what the run in this folder is of; ConfigurationError if it was begun as another.
+
+    A training that goes on may have another learning rate; a run of a comparison may not.
+    """
+    path = result_path(out, BEGUN)
+    if check_result(path, origin) is None:
+        write_result(path, origin, {})
 
 
 def check_start(config: AblationConfig, start: Mapping[str, Any]) -> None:
@@ -145,11 +158,11 @@ def train_arm(config: AblationConfig, job: Job) -> dict[str, Any]:
             ) from error
         places, points = checkpoints(run), []
         for wanted in config.points:
-            taken = max(step for step in places if step <= wanted)
-            points.append(at_point(config, run, places[taken], wanted, taken))
+            points.append(at_point(config, run, places, wanted))
         with run.trainer.averaged():  # of the last point
             return {
                 "data": run.fingerprint,
+                "questions": None if config.knowledge is None else file_sha256(config.knowledge.questions),
                 "recipe": describe(run),
                 "weights": sum(parameter.numel() for parameter in run.model.parameters()),
                 "points": points,
@@ -186,13 +199,14 @@ def checkpoints(run: Run) -> dict[int, Path]:
     return found
 
 
-def at_point(config: AblationConfig, run: Run, folder: Path, wanted: int, taken: int) -> dict[str, Any]:
-    """The figures of one point, measured unless they were before."""
+def at_point(config: AblationConfig, run: Run, places: Mapping[int, Path], wanted: int) -> dict[str, Any]:
+    """The figures of one point, measured unless they were before: of the last checkpoint until then."""
     path = run.config.out / POINTS / f"{wanted:06d}.json"
     if path.exists():
         found: dict[str, Any] = read_json(path)
         return found
-    state, saved = open_run(folder)
+    taken = max(step for step in places if step <= wanted)
+    state, saved = open_run(places[taken])
     saved.load(run.trainer.tensors())
     last = wanted == config.points[-1]
     with run.trainer.averaged():

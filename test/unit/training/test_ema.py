@@ -24,9 +24,9 @@ def test_the_average_is_openpis_sum_and_is_what_is_measured(tmp_path: Path) -> N
     assert real is not None
     update = real.update
 
-    def note() -> None:
+    def note(step: int) -> None:
         steps.append(weights(trainer))
-        update()
+        update(step)
 
     real.update = note  # type: ignore[method-assign]
     trainer.run()
@@ -42,6 +42,32 @@ def test_the_average_is_openpis_sum_and_is_what_is_measured(tmp_path: Path) -> N
     assert not torch.equal(measured[moved], steps[-1][moved])
     assert all(torch.equal(one, steps[-1][name]) for name, one in weights(trainer).items()), "the weights are back"
     assert set(real.averages) == {name for name in expected if name.startswith(("expert", "action_"))}
+
+
+def test_what_a_later_stage_trains_first_forgets_the_weights_before_it(tmp_path: Path) -> None:
+    """A short last stage would else be judged by weights that were never trained: 0.9 ** 3 of them here."""
+    stages = (
+        toy_stage(name="words", train=["backbone"], losses={"fast": 1.0}),
+        toy_stage(name="flow", train=["backbone", "expert"], steps=3),
+    )
+    trainer = toy_trainer(tmp_path, *stages, ema=DECAY)
+    real, steps = trainer.average, list[dict[str, Tensor]]()
+    assert real is not None
+    update = real.update
+
+    def note(step: int) -> None:
+        steps.append(weights(trainer))
+        update(step)
+
+    real.update = note  # type: ignore[method-assign]
+    before = weights(trainer)
+    trainer.run()
+    late, early = "expert.layers.0.mlp.up.weight", "backbone.layers.0.mlp.up.weight"
+    torch.testing.assert_close(real.averages[late], sum(step[late] for step in steps[4:]) / 3)
+    expected = before[early]
+    for step in steps:
+        expected = DECAY * expected + (1 - DECAY) * step[early]
+    torch.testing.assert_close(real.averages[early], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_gate_is_measured_on_the_average(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_a_recipe_of_ones_own_and_its_faults(tmp_path: Path, capsys: pytest.Capt
     config = load(stages + "\nema: 0.9")
     assert (config.ema, [stage.steps for stage in config.stages]) == (0.9, [100, 50])
     assert [stage.learning_rate for stage in config.stages] == [1e-3, 1.0]
+    assert [stage.warmup_steps for stage in config.stages] == [50, 25], "a share of it, too"
     assert capsys.readouterr().err == f"{run}: stage b: learning_rate 1.0, as the recipe {own} says, not 0.001\n"
     for recipe, changes, fault in (
         ("stages: []", {}, r"recipe .*own.yaml: expected a list of stages, got"),

@@ -18,8 +18,9 @@ from support.ablations import write_tiny
 from support.slider import Slider
 
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.robot import find_robot, read_robot
 from training import ablate
-from training.ablation import load_ablation, measures, trial, write_bench, write_report
+from training.ablation import load_ablation, measures, plan, trial, write_bench, write_report
 from training.ablation.config import ClosedLoop
 from training.ablation.plan import (
     Job,
@@ -31,7 +32,7 @@ from training.ablation.plan import (
     start_made_of,
     training_config,
 )
-from training.model import Sampler
+from training.model import VLA, Sampler
 from training.recipe import recipe_names
 from training.results import check_result, read_result, result_path, write_result
 from training.run import Run
@@ -81,6 +82,16 @@ def test_gradients_are_of_every_loss_of_tokens(tiny: Path) -> None:
     assert found[0] == pytest.approx(found[1])
     assert found[0].keys() == {"tokens", "flow", "cosine"} and min(found[0]["tokens"], found[0]["flow"]) > 0
     assert abs(found[0]["cosine"]) < 1
+
+
+def test_where_tokens_see_noisy_actions_their_gradients_are_measured_so(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(training_config(load_ablation(changed(tiny, arms={"hybrid_mask": {}})), Job("run", "hybrid_mask")))
+    read, calls = VLA._read_after_actions, list[int]()
+    monkeypatch.setattr(VLA, "_read_after_actions", lambda *given: calls.append(1) or read(*given))
+    found = measures.gradients(run)
+    assert len(calls) == measures.GRADIENT_BATCHES and found["tokens"] > 0
 
 
 # --- the arms
@@ -374,6 +385,31 @@ def test_runs_from_two_starts_are_refused_and_a_small_start_goes_with_the_result
     assert not kept.exists()
 
 
+def test_a_run_that_was_begun_with_another_rate_is_refused(tiny: Path, tmp_path: Path) -> None:
+    path = changed(tiny, results=str(tmp_path / "results"), out=str(tmp_path / "out"))
+    config = load_ablation(path)
+    start = read_result(result_path(load_ablation(tiny).results, "start"))
+    job = Job("grid", "ki", 100, 1e-2)
+    trial.begin(training_config(config, job).out, made_of(config, Job("grid", "ki", 100, 1e-3), start or {}))
+    with pytest.raises(ConfigurationError, match=r"begun\.json: expected a run of this configuration, .*learning_rate"):
+        trial.run_job(config, job, start)
+
+
+def test_what_a_run_is_of_has_its_robots_file_and_a_steps_time_no_rate(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path alone would not tell that the robot was described anew."""
+    config = load_ablation(tiny)
+    ki, timing = (made_of(config, Job(kind, "ki"), START) for kind in ("run", "timing"))
+    changed_robot = read_robot(find_robot("demo_arm")).model_copy(update={"horizon": 3})
+    monkeypatch.setattr(plan, "read_robot", lambda path: changed_robot)
+    plan._robot.cache_clear()
+    other = made_of(config, Job("run", "ki"), START)
+    plan._robot.cache_clear()
+    assert {name for name in ki if ki[name] != other[name]} == {"robot"}
+    assert "run.stages.0.learning_rate" in ki and not any("learning_rate" in name for name in timing)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_stopped_anywhere_comes_to_the_same_figures(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -493,6 +529,9 @@ def test_an_episode_is_a_digit_in_the_order_of_the_seeds(monkeypatch: pytest.Mon
 # --- the page
 
 
+OF = {"start.weights": "w", "points.0": 2, "points.1": 4, "closed_loop.episodes": 2}
+
+
 def synthetic(follow: float, seed: int, steps: Mapping[int, float]) -> dict[str, Any]:
     """A run whose share of followed instructions is known exactly: the first of 20 episodes."""
     digits = {step: "1" * round(20 * share) + "0" * (20 - round(20 * share)) for step, share in steps.items()}
@@ -531,7 +570,7 @@ def results(tiny: Path, tmp_path: Path) -> Path:
     write_grid(path, {1e-3: 0.2, 1e-2: None})
     for arm, seed, follow in (("ki", 0, 0.8), ("ki", 1, 0.8), ("pi0", 0, 0.2)):
         run = synthetic(follow, seed, {2: 0.2, 4: follow})
-        write_result(result_path(config.results, f"{arm}-{seed}"), {"start.weights": "w"}, run)
+        write_result(result_path(config.results, f"{arm}-{seed}"), OF, run)
     seconds = {"ki": 0.2, "pi0": 0.1}
     write_result(result_path(config.results, "timing"), {}, {"seconds_per_step": seconds})
     return tmp_path / "ablation"
@@ -560,13 +599,15 @@ def test_the_page_says_what_the_files_say(results: Path) -> None:
     assert seconds["pi0"][2] == "4" and seconds["pi0"][3].startswith("20 [")
     paper = rows(text, "Beside the paper")
     assert (
-        paper["pi0"][0] == "0.49" and paper["pi0"][2].startswith("-60 [") and paper["pi0"][3:6] == ["1", "agrees", ""]
+        paper["pi0"][0] == "0.49"
+        and paper["pi0"][2].startswith("-60 [")
+        and paper["pi0"][3:6] == ["1", "cannot tell (one seed)", ""]
     )
     reached = rows(text, "Until so many are followed (known)")
     assert (
         reached["ki"][0].startswith("3 [") and reached["ki"][1].startswith("1 [") and reached["ki"][2].startswith("4 [")
     )
-    assert reached["pi0"][0] == "> 4 [> 4, > 4]" and reached["pi0"][1] == "> 0 [> 0, > 0]"
+    assert reached["pi0"][0] == "> 4 [> 4, > 4]" and reached["pi0"][1] == "> 0 [> 0, > 0]"  # at most 42 %: Wilson
     known = rows(text, "What the vision-language model still knows")
     assert known["(the common start)"][:2] == ["99.0%", "50.0%"] and known["pi0"][0] == "20.0%"
     assert rows(text, "Action tokens")["ki"][:4] == ["21.5", "75.0%", "0.050", "12.5%"]
@@ -592,9 +633,32 @@ def test_a_run_that_is_missing_is_named_and_one_of_another_start_refused(results
     (results / "tiny/ki-1.json").unlink()
     write_report(results)
     assert "Not all runs are there yet: ki (1 of 2)." in results.with_suffix(".md").read_text()
-    write_result(results / "tiny/ki-1.json", {"start.weights": "other"}, synthetic(0.5, 1, {2: 0.1, 4: 0.5}))
+    write_result(results / "tiny/ki-1.json", OF | {"start.weights": "other"}, synthetic(0.5, 1, {2: 0.1, 4: 0.5}))
     with pytest.raises(ConfigurationError, match="expected runs of one start"):
         write_report(results)
+
+
+@pytest.mark.parametrize("changes", [{"points.0": 3}, {"closed_loop.episodes": 40}])
+def test_a_run_of_another_length_is_not_shown_as_one_of_this(results: Path, changes: dict[str, int]) -> None:
+    write_result(results / "tiny/ki-1.json", OF | changes, synthetic(0.5, 1, {2: 0.1, 4: 0.5}))
+    with pytest.raises(
+        ConfigurationError, match=r"ki-1\.json: expected a run with points after \[2, 4\] steps and 2 ep"
+    ):
+        write_report(results)
+
+
+def test_other_questions_of_the_same_name_are_no_comparison(results: Path) -> None:
+    run = synthetic(0.8, 1, {2: 0.2, 4: 0.8}) | {"questions": "another file"}
+    write_result(results / "tiny/ki-1.json", OF, run)
+    with pytest.raises(ConfigurationError, match="the same questions, got others in pi0-0 and ki-1"):
+        write_report(results)
+
+
+def test_a_refused_configuration_leaves_the_page_as_it_was(tiny: Path, results: Path) -> None:
+    before = (results / "tiny/bench.json").read_bytes()
+    path = changed(tiny, results=str(results / "tiny"), steps=8, points=[4, 8])
+    assert ablate.main(["--config", str(path)]) == 2
+    assert (results / "tiny/bench.json").read_bytes() == before
 
 
 def test_the_figure_has_every_arm_and_its_curve(results: Path) -> None:
