@@ -15,6 +15,7 @@ from ki_vla_ros.policy.preprocess import (
     state_to_bins,
     state_token,
     tokenize,
+    trained_turn,
     unnormalize,
     write_prompt,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "state_to_bins",
     "state_token",
     "tokenize",
+    "trained_turn",
     "unnormalize",
     "untimed",
     "widen",

@@ -88,9 +88,10 @@ class Loaded:
 class PolicyNode(LifecycleNode):
     """The node `policy`; ConfigurationError if a parameter is unknown, of the wrong type or out of range."""
 
-    def __init__(self, arguments: Sequence[str] = ()) -> None:
-        """`arguments`: the process's, for its parameter files."""
+    def __init__(self, arguments: Sequence[str] = (), stop: threading.Event | None = None) -> None:
+        """`arguments`: the process's, for its parameter files; `stop`: set when the process is to end."""
         super().__init__("policy")
+        self._ending = stop or threading.Event()
         self._loaded: Loaded | None = None
         # A stop that nobody has released, while no loop is there to keep it: it outlives cleanup and errors.
         self._stopped: str | None = None
@@ -233,7 +234,7 @@ class PolicyNode(LifecycleNode):
     def start(self) -> bool:
         """Configures and activates the node without a lifecycle client; returns whether both succeeded."""
         steps = (self.trigger_configure, self.trigger_activate)
-        return all(step() == TransitionCallbackReturn.SUCCESS for step in steps)
+        return all(not self._ending.is_set() and step() == TransitionCallbackReturn.SUCCESS for step in steps)
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         return self._transition("configure", self._configure, partial(super().on_configure, state))
@@ -331,7 +332,7 @@ class PolicyNode(LifecycleNode):
                 f"parameter 'policy_server': expected the Python module {error.name}, got none; python3 -m pip install "
                 "websockets msgpack"
             ) from error
-        remote = open_remote(bundle, settings)
+        remote = open_remote(bundle, settings, self._ending.is_set, self.get_logger().info)
         resources.callback(remote.engine.close)
         return remote
 
@@ -439,14 +440,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str], may_start: bool, stop: threading.Event) -> int:
-    node = PolicyNode(arguments)
+    node = PolicyNode(arguments, stop)
     try:
         if not (may_start and node.parameters.settings.autostart):
             node.get_logger().info(
                 "unconfigured: waiting for a lifecycle client (with autostart: true the node needs none)"
             )
         elif not node.start():
-            return ExitCode.FAILED
+            return ExitCode.FINE if stop.is_set() else ExitCode.FAILED
         executor = make_executor()
         executor.add_node(node)
         # The events executor's spin() never fires a callback in rclpy 9.1; short waits also let Python see signals.

@@ -11,22 +11,25 @@ from __future__ import annotations
 import logging
 import math
 import socket
+import ssl
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
+from websockets.exceptions import InvalidHandshake, InvalidMessage, InvalidStatus, InvalidURI, WebSocketException
 from websockets.protocol import State
 from websockets.sync.client import ClientConnection, connect
+from websockets.uri import parse_uri
 
 from ki_vla_ros.bundle import Bundle
 from ki_vla_ros.engines import KVCache
 from ki_vla_ros.errors import ConfigurationError, EngineError, InputError, printable, short_repr
-from ki_vla_ros.policy import Guide, Policy, Stage, clean_instruction, untimed
+from ki_vla_ros.policy import Guide, Policy, Stage, clean_instruction, trained_turn, untimed
 from ki_vla_ros.records import ModelInput, Observation
 from ki_vla_ros.serve.keys import LARGEST_NUMBER, RUNNING, Keys, open_keys
 from ki_vla_ros.serve.packing import pack, unpack
@@ -38,6 +41,9 @@ LARGEST_ANSWER: Final = 16 << 20
 LONGEST_SAID: Final = 300  # characters of a server's own words in our errors
 CLOSING_S: Final = 0.05  # a server that does not answer does not say goodbye either
 AGAIN_S: Final = 0.2  # between two attempts to reach a server that is waited for
+ATTEMPT_S: Final = 3.0  # of one: to a computer that is still starting, TCP asks ever more rarely
+# What a proxy answers while the server behind it is not there (as websockets judges it, too).
+STARTING: Final = (500, 502, 503, 504)
 _SILENT: Final = logging.getLogger(f"{__name__}.websockets")
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
@@ -55,8 +61,13 @@ class ServerEngine:
     """
 
     def __init__(self, address: str, token: str = "", timeout_s: float = 0.5, wait_s: float = 0.0) -> None:
-        """`wait_s`: how long `reach` waits; never less than `timeout_s`."""
+        """`wait_s`: how long `reach` waits; never less than `timeout_s`. ConfigurationError for no address."""
+        try:
+            parse_uri(address)
+        except (InvalidURI, ValueError) as error:
+            raise ConfigurationError(f"policy_server: expected ws://host:port, got {address!r} ({error})") from None
         self.address, self.timeout_s, self.wait_s = address, timeout_s, max(wait_s, timeout_s)
+        self._places: list[Any] = []  # the addresses of its name, once it was looked up
         self._headers = {"Authorization": f"{SCHEME} {token}"} if token else {}
         self._resources = ExitStack()
         self._connection: ClientConnection | None = None
@@ -67,16 +78,26 @@ class ServerEngine:
     def description(self) -> str:
         return f"policy server {self.address}"
 
-    def reach(self) -> None:
-        """Connect, and wait for a server that is not there yet; EngineError if it is not after `wait_s`."""
-        until_s = time.monotonic() + self.wait_s
+    def reach(
+        self, stopped: Callable[[], bool] = lambda: False, say: Callable[[str], object] = lambda line: None
+    ) -> None:
+        """Connect, and wait for a server that is not there yet; EngineError if it is not after `wait_s`.
+
+        `stopped` is asked between attempts, and ends the waiting; `say` gets a line when it begins.
+        """
+        until_s, told = time.monotonic() + self.wait_s, False
         while True:
             try:
-                self._connected(until_s - time.monotonic())
+                self._connected(min(until_s - time.monotonic(), max(ATTEMPT_S, self.timeout_s)))
                 return
-            except NotThereError:
+            except NotThereError as fault:
                 if time.monotonic() + AGAIN_S >= until_s:
-                    raise
+                    raise NotThereError(f"{fault} (waited {self.wait_s:g} s)") from None
+                if not told:
+                    say(f"waiting up to {self.wait_s:g} s: {fault}")
+                    told = True
+            if stopped():
+                raise EngineError(f"{self.description}: no longer waited for: the node is to stop")
             time.sleep(AGAIN_S)
 
     def metadata(self) -> dict[str, Any]:
@@ -172,12 +193,14 @@ class ServerEngine:
             self._connection = self._resources.enter_context(
                 connect(
                     self.address,
+                    sock=self._dial(until_s),
                     additional_headers=self._headers,
                     compression=None,
                     max_size=LARGEST_ANSWER,
-                    open_timeout=within_s,
+                    open_timeout=max(0.0, until_s - time.monotonic()),
                     close_timeout=CLOSING_S,
                     proxy=None,
+                    ping_interval=None,  # a server that computes where it listens answers none
                     logger=_SILENT,
                 )
             )
@@ -186,14 +209,16 @@ class ServerEngine:
             bound = struct.pack("ll", int(seconds), int(share * 1e6))
             self._connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
             first = self._connection.recv(max(0.0, until_s - time.monotonic()))
-        except (InvalidURI, ValueError) as error:
-            raise ConfigurationError(
-                f"policy_server: expected ws://host:port, got {self.address!r} ({error})"
-            ) from None
+        except ssl.SSLError as error:
+            raise self._fail(f"expected a certificate that is trusted here, got {_said(error)}") from None
         except TimeoutError:
             raise self._fail(f"expected a connection within {within_s:.3g} s, got none", NotThereError) from None
-        except InvalidHandshake as error:
-            raise self._fail(f"expected a policy server, got {_said(error)}; is a token needed?") from None
+        except (InvalidHandshake, InvalidURI, ValueError) as error:  # the last two: where it sends us elsewhere
+            status = error.response.status_code if isinstance(error, InvalidStatus) else 0
+            ended = isinstance(error, InvalidMessage) and isinstance(error.__cause__, EOFError)
+            hint = "; is a token needed?" if status in (401, 403) else ""
+            kind = NotThereError if ended or status in STARTING else EngineError
+            raise self._fail(f"expected a policy server, got {_said(error)}{hint}", kind) from None
         except (OSError, WebSocketException) as error:
             fault = f"expected a connection, got {_said(error)}; is it running?"
             raise self._fail(fault, NotThereError) from None
@@ -203,6 +228,27 @@ class ServerEngine:
         elif not _same(found, self._metadata):
             raise self._fail("expected the same policy as before, got another; configure again if that is meant")
         return self._connection
+
+    def _dial(self, until_s: float) -> socket.socket:
+        """A TCP connection to the first of the server's addresses that takes one, all within one time; OSError.
+
+        A name is looked up once: that has no limit of time, and holds are no time for it.
+        """
+        uri = parse_uri(self.address)
+        self._places = self._places or socket.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM)
+        fault: OSError = OSError("its name has no address")
+        for left, (family, kind, protocol, _, place) in zip(range(len(self._places), 0, -1), self._places, strict=True):
+            dialled = socket.socket(family, kind, protocol)
+            dialled.settimeout(max(0.001, (until_s - time.monotonic()) / left))
+            try:
+                dialled.connect(place)
+            except OSError as error:
+                dialled.close()
+                fault = error
+            else:
+                dialled.settimeout(None)
+                return dialled
+        raise fault
 
     def _unpacked(self, frame: str | bytes, what: str) -> dict[str, Any]:
         try:
@@ -221,12 +267,21 @@ class ServerEngine:
 
 
 class RemotePolicy(Policy):
-    """A policy that asks a server; steps and noise are the server's own. `rtc`: its executor goes on from a chunk."""
+    """A policy that asks a server; steps and noise are the server's own. `executor`: what its chunks are joined by."""
 
-    def __init__(self, bundle: Bundle, engine: ServerEngine, keys: Keys, rtc: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: ServerEngine,
+        keys: Keys,
+        executor: str = "asynchronous",
+        stopped: Callable[[], bool] = lambda: False,
+        say: Callable[[str], object] = lambda line: None,
+    ) -> None:
         super().__init__(bundle, engine)
         keys.check(bundle.manifest.robot)
-        self._server, self._keys, self._rtc = engine, keys, rtc
+        self._server, self._keys, self._executor = engine, keys, executor
+        self._stopped, self._say = stopped, say
         self._generation = 0
         self._question: tuple[Observation, dict[str, Any]] | None = None
 
@@ -235,17 +290,33 @@ class RemotePolicy(Policy):
 
         It is waited for: the robot's computer may have started before the server's.
         """
-        self._server.reach()
+        self._server.reach(self._stopped, self._say)
         robot = self.bundle.manifest.robot
         ours = {"horizon": robot.horizon} | self._keys.meaning(robot)
         self._server.agree(ours, f"bundle {self.bundle.manifest.name!r}")
-        if self._rtc and RUNNING not in self._server.metadata():
+        if self._executor not in ("rtc", "rtc_trained"):
+            return
+        if (clean := self._running()) is None:
             raise ConfigurationError(f"parameter 'executor': {self._no_rtc()}")
+        if self._executor == "rtc_trained" and clean < (most := self.bundle.manifest.max_prefix_delay):
+            raise ConfigurationError(
+                f"parameter 'executor': rtc_trained: expected a server whose model was trained on clean prefixes of "
+                f"{most} actions, as bundle {self.bundle.manifest.name!r}, got {clean}; use rtc"
+            )
+
+    def _running(self) -> int | None:
+        """How many actions of the running chunk may be clean, as the server says; None if it takes no such chunk."""
+        said = self._server.metadata().get(RUNNING)
+        return said if isinstance(said, int) and not isinstance(said, bool) and said >= 0 else None
 
     def see(self, observation: Observation, instruction: str, stage: Stage = untimed) -> KVCache:
-        """Writes the question, which `denoise` asks; the ticket stands for it."""
+        """Writes the question, which `denoise` asks; the ticket stands for it.
+
+        The state goes out as an engine here would have it: in the turn that the model was trained in.
+        """
         manifest = self.bundle.manifest
         with stage("preprocess"):
+            observation = replace(observation, state_S=trained_turn(manifest, observation.state_S))
             clean_instruction(instruction, manifest.prompt.style)
             message = self._keys.message(observation, instruction, manifest.robot, manifest.image.size)
         self._generation += 1
@@ -264,7 +335,7 @@ class RemotePolicy(Policy):
             raise EngineError(f"{self._server.description}: expected the newest observation, got an older one")
         (observation, message), self._question = self._question, None
         if guide is not None:
-            if RUNNING not in self._server.metadata():
+            if self._running() is None:
                 raise EngineError(f"{self._server.description}: {self._no_rtc()}")
             message |= {RUNNING: running_message(guide, observation.state_S, self, self._keys)}
         manifest = self.bundle.manifest
@@ -278,15 +349,23 @@ class RemotePolicy(Policy):
         )
 
 
-def open_remote(bundle: Bundle, settings: Settings) -> RemotePolicy:
-    """The policy of the settings' server; ConfigurationError if they are not for this robot. It connects later."""
+def open_remote(
+    bundle: Bundle,
+    settings: Settings,
+    stopped: Callable[[], bool] = lambda: False,
+    say: Callable[[str], object] = lambda line: None,
+) -> RemotePolicy:
+    """The policy of the settings' server; ConfigurationError if they are not for this robot.
+
+    It connects later, and waits then; `stopped` and `say` are as in `ServerEngine.reach`.
+    """
     keys = open_keys(settings.policy_server_keys, bundle.manifest.robot)
     path = settings.policy_server_token
     token = read_token(path, "parameter 'policy_server_token':") if path else ""
     engine = ServerEngine(
         settings.policy_server, token, settings.policy_server_timeout_s, settings.policy_server_wait_s
     )
-    return RemotePolicy(bundle, engine, keys, settings.executor in ("rtc", "rtc_trained"))
+    return RemotePolicy(bundle, engine, keys, settings.executor, stopped, say)
 
 
 def _same(first: Any, second: Any) -> bool:

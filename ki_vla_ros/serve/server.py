@@ -71,10 +71,14 @@ class PolicyServer:
         say: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:
         keys.check(policy.bundle.manifest.robot)
-        self._policy, self._keys, self._instruction, self._say = policy, keys, instruction, say
+        self._policy, self._keys, self._instruction, self._print = policy, keys, instruction, say
         self._authorization = f"{SCHEME} {token}".encode() if token else b""
         self._clients, self._refused_s = 0, -math.inf
         self._worker = ThreadPoolExecutor(1, "policy")
+
+    def _say(self, line: str) -> None:
+        with suppress(OSError, ValueError):  # a log that is full or closed must not end the service
+            self._print(line)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -137,17 +141,25 @@ class PolicyServer:
 
     async def _converse(self, connection: ServerConnection) -> None:
         client, loop = Client(_name(connection)), asyncio.get_running_loop()
+        gone: asyncio.Future[Any] = asyncio.ensure_future(connection.wait_closed())
         self._clients += 1
-        self._say(f"{client.name}: connected")
         try:
+            self._say(f"{client.name}: connected")
             with suppress(ConnectionClosed):
                 await connection.send(pack(self.metadata))
                 async for frame in connection:
                     came_s = time.monotonic()
-                    answer = await loop.run_in_executor(self._worker, self._answer, client, frame, came_s)
-                    await connection.send(answer)
+                    answer: asyncio.Future[Any] = loop.run_in_executor(
+                        self._worker, self._answer, client, frame, came_s
+                    )
+                    await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+                    if not answer.done():  # who has gone waits for no chunk; one that has not begun is not computed
+                        answer.cancel()
+                        break
+                    await connection.send(answer.result())
                     client.previous_s = time.monotonic() - came_s
         finally:
+            gone.cancel()
             self._clients -= 1
             self._say(f"{client.name}: gone after {client.chunks} chunks, {client.errors} errors")
 

@@ -92,6 +92,13 @@ def test_delay_and_jitter_are_lived_with(moving: PolicyProcess, robot: Robot, be
     assert max(tick["stage_ms"].get("denoise", 0.0) for tick in robot.ticks[-4:]) > 50.0
 
 
+def test_ctrl_c_ends_the_waiting_for_a_server(robot: Robot, start: Start, bundle_path: str) -> None:
+    policy = start(**NODE, bundle=bundle_path, policy_server="ws://127.0.0.1:9", policy_server_wait_s=600.0)
+    until(lambda: "waiting up to 600 s: policy server ws://127.0.0.1:9" in policy.output)
+    assert policy.stop() == 0
+    assert "no longer waited for: the node is to stop" in policy.output and not robot.ticks
+
+
 def test_no_server_is_said_at_configure(robot: Robot, start: Start, bundle_path: str) -> None:
     policy = start(**NODE, bundle=bundle_path, policy_server="ws://127.0.0.1:9", policy_server_wait_s=1.0)
     assert policy.wait() == 2

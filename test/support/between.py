@@ -18,14 +18,14 @@ class Between:
     is the share of pieces that come LOST_S later, and all that is behind them: over TCP a loss is no more than that.
     """
 
-    def __init__(self, server_port: int) -> None:
+    def __init__(self, server_port: int, port: int = 0) -> None:
         self._server_port = server_port
         self.way = ""
         self.delay_s = (0.0, 0.0)
         self.lost = 0.0
         self._draw = random.Random(0)
         self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port = int(self._listener.getsockname()[1])
         self._threads = [threading.Thread(target=self._accept)]
         self._closing = False

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import socket
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.between import Between
-from support.bundles import demo_observation, write_test_bundle
+from support.bundles import JOINTS, demo_observation, demo_policy, write_test_bundle
 from support.loop_rig import Rig
 from support.served import TASK, after, bench_bundle, open_policy, openpis, scripted, serving
 
@@ -211,6 +214,110 @@ def test_a_server_that_is_waited_for_in_vain_is_named_after_that_time() -> None:
     with pytest.raises(EngineError, match=r"expected a connection, got .*; is it running"):
         engine.reach()
     assert 0.3 < time.monotonic() - began_s < 5.0
+
+
+def answering(status: str) -> Callable[[socket.socket], None]:
+    return lambda client: client.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
+
+
+@contextmanager
+def behind(answer: Callable[[socket.socket], object], times: int, server_port: int) -> Iterator[int]:
+    """The port of a tunnel or proxy that answers so the first times, and then is a wire to the server."""
+    with socket.create_server(("127.0.0.1", 0)) as front, ThreadPoolExecutor() as pool:
+
+        def run() -> Between:
+            for _ in range(times):
+                client, _ = front.accept()
+                with client:
+                    client.recv(1 << 16)
+                    answer(client)
+            port = front.getsockname()[1]
+            front.close()
+            return Between(server_port, port)
+
+        between = pool.submit(run)
+        yield front.getsockname()[1]
+        between.result(20).close()
+
+
+@pytest.mark.parametrize("answer", [lambda client: None, answering("502 Bad Gateway"), answering("503 Busy")])
+def test_a_tunnel_or_a_proxy_whose_server_is_not_there_yet_is_waited_for(
+    answer: Callable[[socket.socket], object],
+) -> None:
+    """`ssh -L` takes a connection and ends it; others answer 502 or 503."""
+    with serving(open_policy(BUNDLE)) as port, behind(answer, 2, port) as front:
+        engine = ServerEngine(f"ws://127.0.0.1:{front}", timeout_s=5.0, wait_s=20.0)
+        said = list[str]()
+        engine.reach(say=said.append)
+        engine.close()
+    assert len(said) == 1 and said[0].startswith("waiting up to 20 s: policy server ws://"), said
+    assert "token" not in said[0]
+
+
+def test_waiting_ends_where_the_node_is_to_stop() -> None:
+    engine, asked = ServerEngine("ws://127.0.0.1:9", timeout_s=0.1, wait_s=60.0), list[int]()
+    began_s = time.monotonic()
+    with pytest.raises(EngineError, match="no longer waited for: the node is to stop"):
+        engine.reach(stopped=lambda: asked.append(1) or len(asked) > 2)  # type: ignore[func-returns-value]
+    assert time.monotonic() - began_s < 20.0
+
+
+def test_all_addresses_of_a_name_share_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three that take a connection and say nothing; the name is looked up once."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as silent:
+        place = silent.getsockname()
+        fill = [socket.socket() for _ in range(4)]  # its queue is full: who comes now waits for TCP
+        for one in fill:
+            one.setblocking(False)
+            with suppress(BlockingIOError):
+                one.connect(place)
+        looked, real = list[str](), socket.getaddrinfo
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place)] * 3
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: looked.append(given[0]) or found)
+        engine = ServerEngine("ws://robot.local:8000", timeout_s=0.6)
+        for _ in range(2):
+            began_s = time.monotonic()
+            with pytest.raises(EngineError, match="expected a connection within"):
+                engine.metadata()
+            assert time.monotonic() - began_s < 1.5
+        monkeypatch.setattr(socket, "getaddrinfo", real)
+        assert looked == ["robot.local"]
+        for one in fill:
+            one.close()
+
+
+def test_a_server_that_answers_no_ping_is_not_given_up() -> None:
+    """One that compiles where it listens, as openpi's, is silent for as long as it takes."""
+    with scripted(GOOD) as port:
+        engine = ServerEngine(f"ws://127.0.0.1:{port}", timeout_s=1.0)
+        engine.metadata()
+        assert engine._connection is not None and engine._connection.ping_interval is None
+        engine.close()
+
+
+def test_the_state_goes_out_in_the_turn_that_the_model_was_trained_in(tmp_path: Path) -> None:
+    """As an engine here would have it: a joint that turns without end has made two turns more than in training."""
+    actions = [
+        {"name": name, "unit": "rad", "lower": -30, "upper": 30, "max_velocity": 3.0, "relative": False}
+        | {"continuous": name == JOINTS[3]}
+        for name in JOINTS[:-1]
+    ]
+    gripper = {"name": JOINTS[-1], "unit": "m", "lower": 0.0, "upper": 0.04, "max_velocity": 0.1, "relative": False}
+    within = {"low": [-3.1] * 6 + [0.0], "high": [3.1] * 6 + [0.04]}
+    bundle = write_test_bundle(tmp_path / "turns", demo_policy(joints=[*actions, gripper], action=within))
+    seen = demo_observation()
+    turned_S = seen.state_S + np.eye(7)[3] * 4 * np.pi
+    sent, answers = list[Any](), np.tile(seen.state_S, (bundle.manifest.horizon, 1))
+    with scripted({"actions": answers}, {"actions": answers}) as port:
+        policy = remote_policy(port, bundle)
+        ask = policy._server.ask
+        policy._server.ask = lambda message: sent.append(message) or ask(message)  # type: ignore
+        for state_S in (seen.state_S, turned_S):
+            chunk = policy.infer(replace(seen, state_S=state_S), TASK, 0)
+            np.testing.assert_allclose(chunk.position_HJ[-1], state_S, atol=1e-5)  # here, in the robot's own turn
+        policy.engine.close()
+    key = f"state/{JOINTS[3]}"
+    np.testing.assert_allclose(sent[0][key], sent[1][key], atol=1e-9)
 
 
 @pytest.mark.parametrize("token", ["", "another token, as long"])

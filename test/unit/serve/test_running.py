@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,9 @@ def port(bundle: Bundle) -> Iterator[int]:
         yield port
 
 
-def remote(port: int, bundle: Bundle, rtc: bool = True) -> RemotePolicy:
+def remote(port: int, bundle: Bundle, executor: str = "rtc") -> RemotePolicy:
     engine = ServerEngine(f"ws://127.0.0.1:{port}", timeout_s=5.0)
-    return RemotePolicy(bundle, engine, named_keys(bundle.manifest.robot), rtc)
+    return RemotePolicy(bundle, engine, named_keys(bundle.manifest.robot), executor)
 
 
 def guide_of(bundle: Bundle, clean: bool, seed: int = 0) -> Guide:
@@ -101,17 +102,38 @@ def test_a_server_that_does_not_take_it_is_refused_at_configure_and_held_later(b
         policy = remote(port, bundle)
         with pytest.raises(ConfigurationError, match="'executor': expected a server that takes the running chunk"):
             policy.warm_up()
-        remote(port, bundle, rtc=False).warm_up()
+        remote(port, bundle, "asynchronous").warm_up()
         with pytest.raises(EngineError, match="expected a server that takes the running chunk"):
             policy.denoise(policy.see(demo_observation(), TASK), np.zeros(0, np.float32), None, guide_of(bundle, True))
         policy.engine.close()
+
+
+@pytest.mark.parametrize("said", [None, False, "4", -1])
+def test_what_says_nothing_of_clean_actions_is_no_server_that_takes_it(bundle: Bundle, said: object) -> None:
+    with (
+        scripted(metadata={"running": said}) as port,
+        pytest.raises(ConfigurationError, match="takes the running chunk"),
+    ):
+        remote(port, bundle).warm_up()
+
+
+def test_clean_prefixes_need_a_server_whose_model_was_trained_on_as_many(bundle: Bundle) -> None:
+    """rtc makes none clean, so it takes any."""
+    with scripted(metadata={"running": LIMIT - 1}) as port:
+        remote(port, bundle, "rtc").warm_up()
+        said = f"rtc_trained: expected a server whose model was trained on clean prefixes of {LIMIT} .* got {LIMIT - 1}"
+        with pytest.raises(ConfigurationError, match=said):
+            remote(port, bundle, "rtc_trained").warm_up()
+    with scripted(metadata={"running": LIMIT}) as port:
+        remote(port, bundle, "rtc_trained").warm_up()
 
 
 def test_the_executor_decides_whether_it_is_asked_for(bundle: Bundle) -> None:
     with scripted() as port:
         for executor, refused in (("rtc", True), ("rtc_trained", True), ("asynchronous", False)):
             policy = open_remote(bundle, Settings(policy_server=f"ws://127.0.0.1:{port}", executor=executor))
-            assert policy._rtc == refused
+            with pytest.raises(ConfigurationError, match="takes the running chunk") if refused else nullcontext():
+                policy.warm_up()
             policy.engine.close()
 
 

@@ -267,6 +267,44 @@ def is_over(connection: socket.socket) -> bool:
         return True
 
 
+def test_whoever_has_gone_waits_for_no_chunk_and_holds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A robot asks anew, over a new connection, each time that it was not answered in time."""
+    policy, calls, go_on = open_policy(BUNDLE), list[int](), threading.Event()
+    sample = policy.sample
+
+    def stall(*given: Any) -> Any:
+        calls.append(1)
+        assert go_on.wait(PATIENCE_S)
+        return sample(*given)
+
+    monkeypatch.setattr(policy, "sample", stall)
+    with serving(policy) as port:
+        for _ in range(MOST_CLIENTS + 4):
+            with connect(f"ws://127.0.0.1:{port}") as connection:
+                connection.recv(20)
+                connection.send(pack(message(BUNDLE)))
+                until(lambda: calls)  # the first one's is being computed
+        with connect(f"ws://127.0.0.1:{port}") as connection:
+            connection.recv(20)
+            connection.send(pack(message(BUNDLE)))
+            time.sleep(0.2)
+            go_on.set()
+            assert "actions" in unpack(connection.recv(20))
+    assert len(calls) == 2
+
+
+def test_a_log_that_cannot_be_written_ends_no_service() -> None:
+    def full(_: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with serving(open_policy(BUNDLE), say=full) as port:
+        for _ in range(MOST_CLIENTS + 2):
+            with connect(f"ws://127.0.0.1:{port}") as connection:
+                connection.recv(20)
+                assert isinstance(ask(connection, {"no": 1}), str)
+                assert "actions" in ask(connection, message(BUNDLE))
+
+
 def test_more_clients_than_there_may_be_at_the_same_moment() -> None:
     """Their handshakes overlap: none of them is there yet when the others are let in."""
     said: list[str] = []
