@@ -274,12 +274,12 @@ def test_all_addresses_of_a_name_share_one_time(monkeypatch: pytest.MonkeyPatch)
         looked, real = list[str](), socket.getaddrinfo
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place)] * 3
         monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: looked.append(given[0]) or found)
-        engine = ServerEngine("ws://robot.local:8000", timeout_s=0.6)
+        engine = ServerEngine("ws://robot.local:8000", timeout_s=1.5)
         for _ in range(2):
             began_s = time.monotonic()
             with pytest.raises(EngineError, match="expected a connection within"):
                 engine.metadata()
-            assert time.monotonic() - began_s < 1.5
+            assert time.monotonic() - began_s < 4.0  # not three times as long
         monkeypatch.setattr(socket, "getaddrinfo", real)
         assert looked == ["robot.local"]
         for one in fill:

@@ -269,7 +269,7 @@ def is_over(connection: socket.socket) -> bool:
 
 def test_whoever_has_gone_waits_for_no_chunk_and_holds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A robot asks anew, over a new connection, each time that it was not answered in time."""
-    policy, calls, go_on = open_policy(BUNDLE), list[int](), threading.Event()
+    policy, calls, go_on, lines = open_policy(BUNDLE), list[int](), threading.Event(), list[str]()
     sample = policy.sample
 
     def stall(*given: Any) -> Any:
@@ -278,7 +278,7 @@ def test_whoever_has_gone_waits_for_no_chunk_and_holds_no_place(monkeypatch: pyt
         return sample(*given)
 
     monkeypatch.setattr(policy, "sample", stall)
-    with serving(policy) as port:
+    with serving(policy, say=lines.append) as port:
         for _ in range(MOST_CLIENTS + 4):
             with connect(f"ws://127.0.0.1:{port}") as connection:
                 connection.recv(20)
@@ -287,7 +287,7 @@ def test_whoever_has_gone_waits_for_no_chunk_and_holds_no_place(monkeypatch: pyt
         with connect(f"ws://127.0.0.1:{port}") as connection:
             connection.recv(20)
             connection.send(pack(message(BUNDLE)))
-            time.sleep(0.2)
+            until(lambda: sum("gone after 0 chunks" in line for line in lines) == MOST_CLIENTS + 4)
             go_on.set()
             assert "actions" in unpack(connection.recv(20))
     assert len(calls) == 2
