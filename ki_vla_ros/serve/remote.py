@@ -209,8 +209,10 @@ class ServerEngine:
             bound = struct.pack("ll", int(seconds), int(share * 1e6))
             self._connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
             first = self._connection.recv(max(0.0, until_s - time.monotonic()))
-        except ssl.SSLError as error:
+        except ssl.SSLCertVerificationError as error:
             raise self._fail(f"expected a certificate that is trusted here, got {_said(error)}") from None
+        except ssl.SSLError as error:
+            raise self._fail(f"expected TLS, got {_said(error)}; without it, say ws://") from None
         except TimeoutError:
             raise self._fail(f"expected a connection within {within_s:.3g} s, got none", NotThereError) from None
         except (InvalidHandshake, InvalidURI, ValueError) as error:  # the last two: where it sends us elsewhere

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ki_vla_ros.errors import ConfigurationError, describe_validation, did_you_mean
 from ki_vla_ros.robot import find_robot, read_robot
 from training.ablation.config import AblationConfig
-from training.config import TrainingConfig, load_config
+from training.config import LeRobotEntry, TrainingConfig, load_config
 from training.recipe import lay_recipe
 from training.results import check_result, result_path
 from training.train import flatten
@@ -187,14 +187,24 @@ def made_of(config: AblationConfig, job: Job, start: Mapping[str, Any]) -> dict[
     training = training_config(config, job)
     run = training.model_dump(exclude=NOT_OF_A_RESULT, exclude_defaults=True)
     return flatten(
-        {"start": origin, "run": run, "robot": _robot(training.robot)} | ({} if job.kind == GRID else measured(config))
+        {"start": origin, "run": run, "robot": _robots(_names(training))}
+        | ({} if job.kind == GRID else measured(config))
+    )
+
+
+def _names(training: TrainingConfig) -> tuple[str, ...]:
+    """Of the policy's robot, and of those whose data it learns from."""
+    entries = [entry for kind in training.sources.values() for entry in kind]
+    return tuple(
+        dict.fromkeys([training.robot, *(e.robot for e in entries if isinstance(e, LeRobotEntry) and e.robot)])
     )
 
 
 @cache
-def _robot(name: str) -> str:
-    """SHA-256 of what the robot's file says: a path alone would not tell that it was changed."""
-    return hashlib.sha256(read_robot(find_robot(name)).model_dump_json(exclude_defaults=True).encode()).hexdigest()
+def _robots(names: tuple[str, ...]) -> str:
+    """SHA-256 of what the robots' files say: a path alone would not tell that one was changed."""
+    said = [read_robot(find_robot(name)).model_dump_json(exclude_defaults=True) for name in names]
+    return hashlib.sha256("".join(said).encode()).hexdigest()
 
 
 def measured(config: AblationConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -252,6 +253,39 @@ def test_a_tunnel_or_a_proxy_whose_server_is_not_there_yet_is_waited_for(
         engine.close()
     assert len(said) == 1 and said[0].startswith("waiting up to 20 s: policy server ws://"), said
     assert "token" not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "status", "said"),
+    [
+        ("ws", "302 Found\r\nLocation: http://127.0.0.1:9/", "expected a policy server, got "),
+        ("ws", "404 Not Found", "expected a policy server, got "),
+        ("wss", "200 OK", "expected TLS, got "),
+    ],
+)
+def test_who_is_no_policy_server_is_named_at_once_and_as_a_servers_fault(scheme: str, status: str, said: str) -> None:
+    """Also where it sends us elsewhere, or speaks no TLS: the parameter is as it should be."""
+    with scripted() as port, behind(answering(status), 1, port) as front:
+        engine = ServerEngine(f"{scheme}://127.0.0.1:{front}", timeout_s=5.0, wait_s=60.0)
+        began_s = time.monotonic()
+        with pytest.raises(EngineError) as found:
+            engine.reach()
+        assert time.monotonic() - began_s < 20.0
+    assert str(found.value).startswith(f"policy server {scheme}://127.0.0.1:{front}: {said}"), found.value
+    assert "token" not in str(found.value)
+
+
+def test_a_certificate_that_nobody_vouches_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handshake is a STAND-IN: the suite has no certificates."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ssl.SSLCertVerificationError(1, "self-signed certificate")
+
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", refuse)
+    with scripted() as port:
+        engine = ServerEngine(f"wss://127.0.0.1:{port}", timeout_s=5.0)
+        with pytest.raises(EngineError, match=r"policy server wss://.*: expected a certificate that is trusted"):
+            engine.reach()
 
 
 def test_waiting_ends_where_the_node_is_to_stop() -> None:

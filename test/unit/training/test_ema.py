@@ -8,6 +8,7 @@ from support.toy_training import run_until, toy_stage, toy_trainer
 from torch import Tensor
 
 from ki_vla_ros.errors import ConfigurationError
+from training.ema import MovingAverage
 from training.train import Trainer
 from training.weights import newest_checkpoint, open_run
 
@@ -18,22 +19,27 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-def test_the_average_is_openpis_sum_and_is_what_is_measured(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, toy_stage(train=["expert"], losses={"flow": 1.0}), ema=DECAY)
-    steps, real = [weights(trainer)], trainer.average
+def note_steps(trainer: Trainer) -> tuple[MovingAverage, list[dict[str, Tensor]]]:
+    """The trainer's average, and a list that gets the weights after each step of its run."""
+    real = trainer.average
     assert real is not None
-    update = real.update
+    steps, update = list[dict[str, Tensor]](), real.update
 
     def note(step: int) -> None:
         steps.append(weights(trainer))
         update(step)
 
     real.update = note  # type: ignore[method-assign]
+    return real, steps
+
+
+def test_the_average_is_openpis_sum_and_is_what_is_measured(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, toy_stage(train=["expert"], losses={"flow": 1.0}), ema=DECAY)
+    (real, steps), expected = note_steps(trainer), weights(trainer)
     trainer.run()
-    expected = steps[0]
-    for step in steps[1:]:
+    for step in steps:
         expected = {name: DECAY * expected[name] + (1 - DECAY) * step[name] for name in expected}
-    assert len(steps) == 5
+    assert len(steps) == 4
     with trainer.averaged():
         measured = weights(trainer)
     for name, tensor in expected.items():
@@ -51,16 +57,7 @@ def test_what_a_later_stage_trains_first_forgets_the_weights_before_it(tmp_path:
         toy_stage(name="flow", train=["backbone", "expert"], steps=3),
     )
     trainer = toy_trainer(tmp_path, *stages, ema=DECAY)
-    real, steps = trainer.average, list[dict[str, Tensor]]()
-    assert real is not None
-    update = real.update
-
-    def note(step: int) -> None:
-        steps.append(weights(trainer))
-        update(step)
-
-    real.update = note  # type: ignore[method-assign]
-    before = weights(trainer)
+    (real, steps), before = note_steps(trainer), weights(trainer)
     trainer.run()
     late, early = "expert.layers.0.mlp.up.weight", "backbone.layers.0.mlp.up.weight"
     torch.testing.assert_close(real.averages[late], sum(step[late] for step in steps[4:]) / 3)

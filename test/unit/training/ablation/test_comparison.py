@@ -403,9 +403,9 @@ def test_what_a_run_is_of_has_its_robots_file_and_a_steps_time_no_rate(
     ki, timing = (made_of(config, Job(kind, "ki"), START) for kind in ("run", "timing"))
     changed_robot = read_robot(find_robot("demo_arm")).model_copy(update={"horizon": 3})
     monkeypatch.setattr(plan, "read_robot", lambda path: changed_robot)
-    plan._robot.cache_clear()
+    plan._robots.cache_clear()
     other = made_of(config, Job("run", "ki"), START)
-    plan._robot.cache_clear()
+    plan._robots.cache_clear()
     assert {name for name in ki if ki[name] != other[name]} == {"robot"}
     assert "run.stages.0.learning_rate" in ki and not any("learning_rate" in name for name in timing)
 
