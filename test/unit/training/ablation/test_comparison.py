@@ -84,6 +84,12 @@ def test_gradients_are_of_every_loss_of_tokens(tiny: Path) -> None:
     assert abs(found[0]["cosine"]) < 1
 
 
+def test_frames_that_no_chunk_begins_with_are_no_chunks_of_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = [torch.tensor([[True, True, True], [False] * 3]), None, torch.tensor([[True, False, False]])]
+    monkeypatch.setattr(measures, "robot_batches", lambda run: [SimpleNamespace(fast_mask_BT=mask) for mask in masks])
+    assert measures.token_counts(None) == 2.0  # type: ignore[arg-type]
+
+
 def test_where_tokens_see_noisy_actions_their_gradients_are_measured_so(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -654,7 +660,10 @@ def test_other_questions_of_the_same_name_are_no_comparison(results: Path) -> No
         write_report(results)
 
 
-def test_a_refused_configuration_leaves_the_page_as_it_was(tiny: Path, results: Path) -> None:
+def test_a_refused_configuration_leaves_the_page_as_it_was(
+    tiny: Path, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablate, "check_start", lambda config, start: None)  # it is not what refuses
     before = (results / "tiny/bench.json").read_bytes()
     path = changed(tiny, results=str(results / "tiny"), steps=8, points=[4, 8])
     assert ablate.main(["--config", str(path)]) == 2
