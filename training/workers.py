@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from contextlib import suppress
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from ki_vla_ros.errors import ConfigurationError
@@ -21,46 +23,60 @@ def share_out(
 ) -> Iterator[Result]:
     """`work(*job)` of each job, by so many processes; one worker is this process itself.
 
-    In the jobs' order, or each as soon as it is done. ConfigurationError if a process is killed.
+    In the jobs' order, or each as soon as it is done: then no job is begun whose result would have to wait.
+    Whoever breaks off, or meets an error, waits for no job that runs. ConfigurationError if a process is killed.
     """
     if workers == 1:
         for job in jobs:
             yield work(*job)
         return
+    ours, theirs = Pipe()
     # spawn: a child that was forked would share its parent's GL.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_follow_parent) as pool:
-        running: list[Future[Result]] = []
-        try:
-            for job in jobs:
-                running.append(pool.submit(work, *job))
-                if len(running) > 2 * workers:  # no more, because what comes out takes memory until it is taken
-                    yield _take(running, in_order)
-            while running:
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_follow, initargs=(theirs,))
+    # Those in order wait for a slow one before them; no more, because what comes out takes memory until it is taken.
+    most = 2 * workers if in_order else workers - 1
+    running: list[Future[Result]] = []
+    finished = False
+    try:
+        for job in jobs:
+            running.append(pool.submit(work, *job))
+            if len(running) > most:
                 yield _take(running, in_order)
-        except BrokenProcessPool as error:
-            raise ConfigurationError(
-                f"--workers {workers}: expected processes that work to the end, got one that was killed, as happens "
-                "where memory runs out; take fewer"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while running:
+            yield _take(running, in_order)
+        finished = True
+    except BrokenProcessPool as error:
+        raise ConfigurationError(
+            f"--workers {workers}: expected processes that work to the end, got one that was killed, as happens "
+            "where memory runs out; take fewer"
+        ) from error
+    finally:
+        if not finished:
+            ours.close()  # which ends all who still work
+        pool.shutdown(wait=True, cancel_futures=True)
+        ours.close()
+        theirs.close()
 
 
 def _take(running: list[Future[Result]], in_order: bool) -> Result:
+    """The next result; an error only once all results that are there have been taken."""
     done = set(running[:1]) if in_order else wait(running, return_when=FIRST_COMPLETED).done
-    first = next(future for future in running if future in done)
+    first = min((future for future in running if future in done), key=_failed)
     running.remove(first)
     return first.result()
 
 
-def _follow_parent() -> None:
-    """A worker ends when its parent does, even by kill -9, and leaves Ctrl-C to it."""
+def _failed(future: Future[Result]) -> bool:
+    return future.exception() is not None
+
+
+def _follow(parent: Connection) -> None:
+    """A worker ends when its parent does, even by kill -9, or no longer wants it, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
+def _end_with(parent: Connection) -> None:
+    with suppress(EOFError, OSError):
+        parent.recv()
     os._exit(1)

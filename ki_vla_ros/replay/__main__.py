@@ -33,7 +33,7 @@ from ki_vla_ros.replay.setup import REFERENCES, ReplayOptions, set_up
 from ki_vla_ros.replay.sweep import RECOMMENDED, Advice, make_grid, sweep, sweep_section, write_sweep
 from ki_vla_ros.replay.thresholds import check_figure, parse_threshold
 from ki_vla_ros.replay.trace import Trace
-from ki_vla_ros.settings import parameter_specs
+from ki_vla_ros.settings import read_changes
 from ki_vla_ros.share import expand
 
 PREDICTED, REPORT = "predicted", "report.html"
@@ -69,7 +69,7 @@ def _replay(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
             chosen.node,
             chosen.reference,
             chosen.reference_topic,
-            dict(_change(pair) for pair in chosen.set),
+            read_changes(chosen.set),
         )
         manifest = setup.bundle.manifest
         # Everything the user asked for is checked before anything takes long.
@@ -187,17 +187,6 @@ def _number(value: float | None) -> str:
 
 def _interval(interval: Sequence[float] | None) -> str:
     return f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
-
-
-def _change(pair: str) -> tuple[str, object]:
-    """The name and value of NAME=VALUE; the value stays text, which the settings convert to the parameter's type."""
-    name, equals, value = pair.partition("=")
-    if not equals or not name:
-        raise ConfigurationError(f"--set {pair}: expected NAME=VALUE, for example executor=rtc")
-    kinds = {spec.name: type(spec.default) for spec in parameter_specs()}
-    if kinds.get(name) is bool and value not in ("true", "false"):
-        raise ConfigurationError(f"--set {pair}: expected true or false")
-    return name, value
 
 
 def _parser() -> argparse.ArgumentParser:

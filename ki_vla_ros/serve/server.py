@@ -32,6 +32,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from ki_vla_ros.bundle import MANIFEST, file_sha256
 from ki_vla_ros.errors import InputError, KiVlaError
 from ki_vla_ros.policy import Policy
 from ki_vla_ros.serve.connection import Connection
@@ -72,6 +73,7 @@ class PolicyServer:
     ) -> None:
         keys.check(policy.bundle.manifest.robot)
         self._policy, self._keys, self._instruction, self._print = policy, keys, instruction, say
+        self._sha256 = file_sha256(policy.bundle.path / MANIFEST)  # of the files that were loaded, whatever comes later
         self._authorization = f"{SCHEME} {token}".encode() if token else b""
         self._clients, self._refused_s = 0, -math.inf
         self._worker = ThreadPoolExecutor(1, "policy")
@@ -86,6 +88,9 @@ class PolicyServer:
         manifest, keys = self._policy.bundle.manifest, self._keys
         return {
             "policy": manifest.name,
+            "manifest_sha256": self._sha256,
+            "flow_steps": self._policy.flow_steps,
+            "noise_seed": self._policy.noise_seed,
             "robot": manifest.robot.name,
             "observation": keys.expected(manifest.robot),
             "horizon": manifest.horizon,

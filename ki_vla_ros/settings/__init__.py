@@ -9,6 +9,7 @@ from ki_vla_ros.settings.names import (
     override_faults,
     override_topic,
     parameter_specs,
+    read_changes,
     settings_from_parameters,
 )
 from ki_vla_ros.settings.parameter_file import (
@@ -74,6 +75,7 @@ __all__ = [
     "override_topic",
     "parameter_specs",
     "parameter_values",
+    "read_changes",
     "read_session",
     "resolve",
     "session_topic",

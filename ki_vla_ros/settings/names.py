@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ki_vla_ros.errors import ParameterError, did_you_mean
+from ki_vla_ros.errors import ConfigurationError, ParameterError, did_you_mean
 from ki_vla_ros.settings.limits import JointLimitSettings
 from ki_vla_ros.settings.settings import CameraSettings, Settings
 
@@ -155,6 +155,23 @@ def settings_from_parameters(values: Mapping[str, object]) -> Settings:
     if problems:
         raise ParameterError(problems)
     return settings
+
+
+def read_changes(pairs: Iterable[str]) -> dict[str, object]:
+    """Values by name of a command line's --set NAME=VALUE, the last of each; they stay text, which Settings converts.
+
+    ConfigurationError for what is no such pair.
+    """
+    kinds = {spec.name: type(spec.default) for spec in parameter_specs()}
+    changes: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigurationError(f"--set {pair}: expected NAME=VALUE, for example executor=rtc")
+        if kinds.get(name) is bool and value not in ("true", "false"):
+            raise ConfigurationError(f"--set {pair}: expected true or false")
+        changes[name] = value
+    return changes
 
 
 def _specs(model: type[BaseModel], prefix: str) -> Iterator[ParameterSpec]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
 from ki_vla_ros.errors import ConfigurationError
-from training.workers import share_out
+from training.workers import _take, share_out
 
 
 def test_results_come_in_the_jobs_order_or_as_soon_as_they_are_there() -> None:
@@ -21,6 +24,29 @@ def test_results_come_in_the_jobs_order_or_as_soon_as_they_are_there() -> None:
 def test_a_slow_job_holds_nobody_up_where_order_does_not_matter() -> None:
     jobs = [("sleep 3; echo 1",), ("echo 2",), ("echo 3",)]
     assert list(share_out(subprocess.getoutput, jobs, 2, in_order=False)) in (["2", "3", "1"], ["3", "2", "1"])
+
+
+def test_who_breaks_off_waits_for_nobody_and_nothing_that_is_done_is_lost(tmp_path: Path) -> None:
+    """Of four jobs one is over; with two workers one other has begun besides that which took its place."""
+    jobs = [(f"touch {tmp_path}/{n}; sleep {0 if n == 0 else 20}; echo {n}",) for n in range(5)]
+    begun = time.monotonic()
+    results = share_out(subprocess.getoutput, jobs, 2, in_order=False)
+    assert next(results) == "0"
+    while not (tmp_path / "1").exists():
+        time.sleep(0.01)
+    results.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - begun < 15
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["0", "1"], ["0", "1", "2"])
+
+
+def test_an_error_comes_after_the_results_that_are_there(tmp_path: Path) -> None:
+    done = [Future[int](), Future[int](), Future[int]()]
+    done[0].set_exception(ValueError("first"))
+    done[2].set_result(3)
+    assert _take(done, in_order=False) == 3
+    with pytest.raises(ValueError, match="first"):
+        _take(done, in_order=False)
+    assert len(done) == 1
 
 
 def test_a_process_that_is_killed_is_an_error_that_says_so() -> None:

@@ -27,13 +27,14 @@ from ki_vla_ros.bundle import load_bundle
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.errors import ConfigurationError, describe_validation
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.settings import Settings
-from training.evaluate.drivers import Chosen, open_policy, read_settings
+from ki_vla_ros.settings import Settings, read_changes
+from training.evaluate.drivers import OWN, Chosen, open_policy, read_settings
 from training.evaluate.environments import HELD_OUT
 from training.evaluate.protocol import Protocol, find_protocol, read_protocol
 from training.evaluate.trials import Films, run_protocol
 
 FILMED: Final = 3  # episodes of each environment
+MOST_DELAY_S: Final = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a node parameter, e.g. engine=torch"
     )
-    parser.add_argument("--flow-steps", type=int, help="default: what the bundle says")
-    parser.add_argument("--noise-seed", type=int, help="default 0")
+    parser.add_argument("--flow-steps", type=int, help="as --set flow_steps=N; default: what the bundle says")
+    parser.add_argument("--noise-seed", type=int, help="as --set noise_seed=N; default 0")
     rolled = parser.add_argument_group("in environments")
     rolled.add_argument("--environment", nargs="+", metavar="ENV", help="a wrong name lists them")
     rolled.add_argument("--protocol", metavar="NAME", help="a benchmark in place of --environment")
@@ -91,9 +92,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     _check(options)
     chosen = Chosen(
         options.bundle,
-        tuple(options.set),
-        options.flow_steps,
-        options.noise_seed or 0,
+        tuple(_parameters(options)),
         options.policy_server,
         options.policy_server_keys or "robot",
         options.policy_server_token,
@@ -109,6 +108,15 @@ def _evaluate(options: argparse.Namespace) -> int:
         figures = _loop(open_policy(chosen, bundle), options, read_settings(chosen, bundle))
     print(json.dumps(figures, indent=1))
     return ExitCode.FINE
+
+
+def _parameters(options: argparse.Namespace) -> list[str]:
+    """Of --set, and of the options that are short for it. ConfigurationError for one that is given in both ways."""
+    changed = read_changes(options.set)
+    if twice := [name for name in OWN if name in changed and getattr(options, name) is not None]:
+        raise ConfigurationError(f"{_spell(twice[0])}: expected it once, got --set {twice[0]}={changed[twice[0]]}, too")
+    short = [f"{name}={getattr(options, name)}" for name in OWN if getattr(options, name) is not None]
+    return [*options.set, *short]
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -136,10 +144,13 @@ def _check(options: argparse.Namespace) -> None:
         for name in names:
             if misfits and getattr(options, name) not in (None, []):
                 raise ConfigurationError(f"{_spell(name)}: expected it only {where}")
-    for name in ("episodes", "execute", "videos", "workers", "image_size"):
+    counts = ("episodes", "execute", "videos", "workers", "image_size")
+    for name, least in (*dict.fromkeys(counts, 1).items(), ("seed", 0), ("first_scene", 0)):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigurationError(f"{_spell(name)}: expected at least 1, got {value}")
+        if value is not None and value < least:
+            raise ConfigurationError(f"{_spell(name)}: expected at least {least}, got {value}")
+    if options.delay_s is not None and not 0.0 <= options.delay_s <= MOST_DELAY_S:
+        raise ConfigurationError(f"--delay-s: expected 0 to {MOST_DELAY_S:g}, got {options.delay_s}")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         raise ConfigurationError(f"--out {options.out}: expected a folder at {options.out.absolute().parent}, got none")
 
@@ -176,8 +187,8 @@ def _loop(policy: Policy, options: argparse.Namespace, settings: Settings) -> di
         "split": split,
         "first_scene": first,
         "delay_s": delay_s,
-        "set": options.set,
-        "flow_steps": options.flow_steps,
+        "set": _parameters(options),
+        "flow_steps": policy.flow_steps,
         "noise_seed": policy.noise_seed,
     }
     scenes = [sample_scene(seed, split=split) for seed in range(first, first + count)]

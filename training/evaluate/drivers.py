@@ -7,17 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ki_vla_ros.bundle import MANIFEST, Bundle, file_sha256, load_bundle
 from ki_vla_ros.engines import open_engine
+from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.policy import Policy
-from ki_vla_ros.settings import Settings, settings_from_parameters
+from ki_vla_ros.settings import Settings, read_changes, settings_from_parameters
 from training.evaluate.environment import Environment, at_period
 from training.evaluate.rollouts import Act, Images, act_as, check_robot
+
+OWN: Final = ("flow_steps", "noise_seed")  # parameters that figures name by themselves
+# Those that act in an environment, where each chunk is executed without delay; all act in the robot's own loop.
+ACTING: Final = (*OWN, "engine", "provider", "torch_mode", "threads", "engine_cache")
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,6 @@ class Chosen:
 
     bundle: Path | None = None
     parameters: tuple[str, ...] = ()  # of the node, as NAME=VALUE
-    flow_steps: int | None = None
-    noise_seed: int = 0
     server: str | None = None
     keys: str = "robot"
     token: Path | None = None
@@ -68,7 +71,7 @@ def open_driver(chosen: Chosen) -> Driver:
 def read_settings(chosen: Chosen, bundle: Bundle) -> Settings:
     # No ramp-in: every scene is a start with its clock set back, so the ramp would slow each episode's beginning.
     values: dict[str, Any] = {"ramp_in_s": 0.0}
-    settings = settings_from_parameters(values | dict(pair.split("=", 1) for pair in chosen.parameters))
+    settings = settings_from_parameters(values | read_changes(chosen.parameters))
     settings.validate_against(bundle.manifest)
     return settings
 
@@ -77,7 +80,7 @@ def open_policy(chosen: Chosen, bundle: Bundle) -> Policy:
     """As it runs on the robot."""
     settings = read_settings(chosen, bundle)
     engine = open_engine(bundle, settings)
-    return Policy(bundle, engine, chosen.flow_steps, chosen.noise_seed, settings.guidance_jacobian)
+    return Policy(bundle, engine, settings.flow_steps or None, settings.noise_seed, settings.guidance_jacobian)
 
 
 class BundleDriver:
@@ -87,15 +90,20 @@ class BundleDriver:
         assert chosen.bundle is not None
         self._chosen, self._bundle = chosen, load_bundle(chosen.bundle)
         self._act: Act | None = None
-        read_settings(chosen, self._bundle)
+        settings, changes = read_settings(chosen, self._bundle), read_changes(chosen.parameters)
+        if idle := sorted(changes.keys() - ACTING):
+            raise ConfigurationError(
+                f"--set {idle[0]}: in environments expected one of {', '.join(ACTING)}: each chunk is executed without "
+                "delay there, as far as --execute says"
+            )
         manifest = self._bundle.manifest
         self._robot, self.horizon = manifest.robot, manifest.horizon
         self.told: dict[str, Any] = {
             "bundle": manifest.name,
             "manifest_sha256": file_sha256(self._bundle.path / MANIFEST),  # which has those of all other files
-            "flow_steps": chosen.flow_steps or manifest.flow.steps,
-            "noise_seed": chosen.noise_seed,
-            "set": sorted(chosen.parameters),
+            "flow_steps": settings.flow_steps or manifest.flow.steps,
+            "noise_seed": settings.noise_seed,
+            "set": sorted(f"{name}={value}" for name, value in changes.items() if name not in OWN),
         }
 
     def meet(self, environment: Environment, name: str) -> tuple[Act, Environment]:

@@ -31,7 +31,7 @@ SMALLEST, LARGEST = 16, 1024
 MOST_OPEN: Final = 12
 # LeRobot moves the camera here, which is nearer than where the package has it (it calls the place corner4).
 CAMERA_POSITION_M: Final = (0.75, 0.075, 0.7)
-TIME_LIMIT_S: Final = 5.0  # LeRobot's 400 steps
+TIME_LIMIT_S: Final = 5.0  # 400 steps; MT50's protocol has more
 
 # What each task is called in LeRobot's metaworld_mt50.
 INSTRUCTIONS: Final[Mapping[str, str]] = {

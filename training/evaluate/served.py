@@ -17,6 +17,8 @@ from ki_vla_ros.serve import Keys, ServerEngine, open_keys, read_token
 from training.evaluate.environment import Environment, at_period
 from training.evaluate.rollouts import CHUNKS, Act, Images
 
+# What a server of ours says of its policy beyond its name; openpi's says nothing.
+IDENTITY: Final = ("policy", "manifest_sha256", "flow_steps", "noise_seed")
 PATIENCE_S: Final = 120.0  # somebody's server may compile its model when it is first asked
 
 
@@ -29,16 +31,12 @@ class ServerDriver:
         token = read_token(token_file, "--policy-server-token") if token_file else ""
         self._server, self._keys = ServerEngine(address, token, PATIENCE_S), keys
         try:
-            said = self._server.metadata().get("policy")
+            said = self._server.metadata()
         except BaseException:
             self._server.close()
             raise
-        # Where a server does not say whose policy it has, as openpi's, only its address tells it from others.
-        self.told: dict[str, Any] = {
-            "policy_server": address,
-            "policy": said if isinstance(said, str) else None,
-            "keys": keys,
-        }
+        self.told: dict[str, Any] = {"policy_server": address, "keys": keys}
+        self.told |= {name: _plain(said[name]) for name in IDENTITY if name in said}
 
     def meet(self, environment: Environment, name: str) -> tuple[Act, Environment]:
         """The environment has the server's period if it names one.
@@ -54,6 +52,11 @@ class ServerDriver:
 
     def close(self) -> None:
         self._server.close()
+
+
+def _plain(said: object) -> str | int | None:
+    """What a file of results can hold."""
+    return said if isinstance(said, (str, int)) else None
 
 
 def act_by(server: ServerEngine, keys: Keys, robot: Robot) -> Act:

@@ -24,19 +24,36 @@ from training.evaluate.environments import open_environment, versions
 from training.evaluate.protocol import Protocol
 from training.evaluate.rollouts import FAILED, MALFORMED, Act, Outcome, rate, run_episode, summarize
 from training.policy import commit
-from training.results import check_result, plain, write_result
+from training.results import check_result, plain, result_path, write_result
 from training.storage import only_writer
 from training.workers import share_out
 
 OUTCOMES: Final = "outcomes"
+FILMS: Final = "films"
+# Of what decides outcomes, what no single episode depends on.
+OF_NO_FILM: Final = {f"protocol.{name}" for name in ("name", "tasks", "trials", "first_seed")}
 
 
 @dataclass(frozen=True)
 class Films:
-    """Of each task `most` episodes are filmed: failures first."""
+    """Of each task `most` episodes are filmed: failures first. `films.json` in the folder says whose they are."""
 
     folder: Path
     most: int
+
+    def claim(self, made_of: Mapping[str, Any]) -> None:
+        """Make the folder; ConfigurationError if it has films of another policy, or of nobody knows which."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = result_path(self.folder, FILMS)
+        of_a_film = {name: value for name, value in made_of.items() if name not in OF_NO_FILM}
+        if check_result(path, of_a_film) is not None:
+            return
+        if found := next(self.folder.glob("*.mp4"), None):
+            raise ConfigurationError(
+                f"{found}: expected {path.name} beside films, which says whose they are, got none; move them away, or "
+                "name another folder"
+            )
+        write_result(path, of_a_film, {})
 
     def path(self, task: str, seed: int, outcome: Outcome) -> Path:
         what = outcome if isinstance(outcome, str) else "success"
@@ -59,12 +76,13 @@ def run_protocol(
         protocol = protocol.model_copy(update={"execute": 1})
     if films is not None:  # what would fail at the end fails now
         import_module("training.evaluate.films")
-        films.folder.mkdir(parents=True, exist_ok=True)
     try:
         driver = _Worker.driver_of(chosen)
         if driver.horizon is not None and (protocol.execute or 1) > driver.horizon:
             raise ConfigurationError(f"--execute: expected 1 to {driver.horizon}, the horizon, got {protocol.execute}")
         sheet = Sheet(protocol, driver, out)
+        if films is not None:
+            films.claim(sheet.made_of)
         with nullcontext() if out is None else only_writer(out):
             sheet.read()
             _run(sheet, chosen, workers, now)
@@ -81,7 +99,7 @@ class Sheet:
     def __init__(self, protocol: Protocol, driver: Driver, out: Path | None) -> None:
         self.protocol, self.out = protocol, out
         self.outcomes: dict[str, dict[int, Outcome]] = {task: {} for task in protocol.environments}
-        self._made_of = made_of(protocol, driver)
+        self.made_of = made_of(protocol, driver)
         half = None if driver.horizon is None else max(1, driver.horizon // 2)
         self._told = {
             "protocol": protocol.name,
@@ -100,7 +118,7 @@ class Sheet:
 
     def read(self) -> None:
         """What an earlier run of the same has left; ConfigurationError if it was of anything else."""
-        found = None if self.out is None else check_result(self.out, self._made_of)
+        found = None if self.out is None else check_result(self.out, self.made_of)
         if found is None:
             return
         seeds = {str(seed): seed for seed in self.protocol.seeds}
@@ -118,7 +136,7 @@ class Sheet:
         self.outcomes[task][seed] = outcome
         if self.out is not None:
             outcomes = {task: dict(sorted(found.items())) for task, found in self.outcomes.items() if found}
-            write_result(self.out, self._made_of, self.figures() | {OUTCOMES: outcomes})
+            write_result(self.out, self.made_of, self.figures() | {OUTCOMES: outcomes})
 
     def figures(self) -> dict[str, Any]:
         """Of each task, of each group and over all; `mean_of_groups` where there are several and all is done."""
@@ -149,8 +167,8 @@ class Sheet:
 def made_of(protocol: Protocol, driver: Driver) -> dict[str, Any]:
     """All that decides the outcomes, by dotted name."""
     told = dict(driver.told)
-    if told.get("policy") is not None:
-        told.pop("policy_server", None)  # wherever it is: it says whose policy it has
+    if told.get("manifest_sha256") is not None:
+        told.pop("policy_server", None)  # wherever it is: a name alone would be that of the next policy, too
     return {
         **{f"protocol.{key}": value for key, value in protocol.model_dump(mode="json", exclude={"suite"}).items()},
         **{f"policy.{key}": value for key, value in told.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from support import ROOT
 from support.slider import TARGET, Slider
 
 from ki_vla_ros.errors import ConfigurationError
+from ki_vla_ros.policy import Policy
 from ki_vla_ros.robot import find_robot, read_robot
 from training.evaluate.__main__ import main
 from training.evaluate.environment import at_period
@@ -129,6 +131,25 @@ def test_the_shipped_bundle_in_its_environment(tmp_path: Path, capsys: pytest.Ca
     )
 
 
+@pytest.mark.parametrize("where", [(), ("--environment", "arm")])
+@pytest.mark.parametrize(
+    "given", [("--flow-steps", "3", "--noise-seed", "5"), ("--set", "noise_seed=5", "--set=flow_steps=3")]
+)
+def test_steps_and_noise_are_those_that_were_asked_for(
+    given: tuple[str, ...], where: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they are spelled, in an environment and through the robot's loop: what acts and what is reported."""
+    acting = set()
+
+    def note(self: Policy, chunk_index: int) -> Any:
+        acting.add((self.flow_steps, self.noise_seed))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Policy, "noise", note)
+    main([str(ROOT / "models" / "demo"), "--episodes", "1", *given, *where])
+    assert acting == {(3, 5)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
@@ -147,6 +168,16 @@ def test_the_shipped_bundle_in_its_environment(tmp_path: Path, capsys: pytest.Ca
         ),
         (("--environment", "arm", "--out", "nowhere/f.json"), "expected a folder at "),
         (("--execute", "2"), "--execute: expected it only with --environment or --protocol"),
+        (("--set", "engine"), "--set engine: expected NAME=VALUE, for example executor=rtc"),
+        (("--set", "noise_seed=1", "--noise-seed", "2"), "--noise-seed: expected it once, got --set noise_seed=1, too"),
+        (("--noise-seed", "-1"), "parameter 'noise_seed': Input should be greater than or equal to 0, got '-1'"),
+        (("--environment", "arm", "--noise-seed", "-1"), "parameter 'noise_seed': Input should be greater than or e"),
+        (("--environment", "arm", "--flow-steps", "101"), "parameter 'flow_steps': Input should be less than or equ"),
+        (("--environment", "arm", "--set", "executor=rtc"), "--set executor: in environments expected one of flow_s"),
+        (("--delay-s", "-1"), "--delay-s: expected 0 to 10, got -1.0"),
+        (("--delay-s", "nan"), "--delay-s: expected 0 to 10, got nan"),
+        (("--first-scene", "-1"), "--first-scene: expected at least 0, got -1"),
+        (("--environment", "arm", "--seed", "-1"), "--seed: expected at least 0, got -1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(

@@ -79,6 +79,14 @@ def test_the_command_writes_what_it_writes_of_a_bundle(
         assert main(["--policy-server", address, *where]) == 0
         found = json.loads(capsys.readouterr().out)
     assert found.items() <= json.loads(out.read_text()).items()
+    with serving(open_policy(bundle)) as port:  # elsewhere, the same policy
+        assert main(["--policy-server", f"ws://127.0.0.1:{port}", *where]) == 0
+    assert json.loads(capsys.readouterr().out)["environments"] == found["environments"]
+    other = open_policy(bundle)
+    other.flow_steps += 1
+    with serving(other) as port:
+        assert main(["--policy-server", f"ws://127.0.0.1:{port}", *where]) == 2
+    assert f"policy.flow_steps: expected {other.flow_steps}, got {found['flow_steps']}" in capsys.readouterr().err
     out.unlink()
     assert (found["policy_server"], found["policy"], found["keys"]) == (address, bundle.manifest.name, "robot")
     assert main([str(bundle.path), *where]) == 0

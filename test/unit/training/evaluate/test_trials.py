@@ -189,7 +189,7 @@ def test_failures_are_filmed_first_with_what_the_chunk_foretold(
     monkeypatch.setattr(ExpertDriver, "meet", foretell)
     films = Films(tmp_path / "films", 3)
     run_protocol(slides(tasks={"all": ("x/y",)}), EXPERT, None, 1, films)
-    names = sorted(path.name for path in films.folder.iterdir())
+    names = sorted(path.name for path in films.folder.glob("*.mp4"))
     assert names == ["x_y_10_success.mp4", "x_y_11_failed.mp4", "x_y_13_failed.mp4"]
     (films.folder / names[1]).unlink()
     begun.clear()
@@ -208,13 +208,34 @@ def test_failures_are_filmed_first_with_what_the_chunk_foretold(
     assert int((plots[8].min(axis=2) > 180).sum()) > int((plots[1].min(axis=2) > 180).sum()), "and what was executed"
 
 
+def test_films_of_another_policy_are_not_taken_for_this_ones(
+    begun: Episodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    films = Films(tmp_path / "films", 1)
+    run_protocol(slides(), EXPERT, None, 1, films)
+    more = slides(tasks={"all": ("c", "d")}, trials=2)  # each film is of the same start, and ends as late
+    run_protocol(more, EXPERT, None, 1, films)
+    assert sorted(path.stem[0] for path in films.folder.glob("*.mp4")) == ["a", "b", "c", "d"]
+    begun.clear()
+    with pytest.raises(ConfigurationError, match=r"films\.json: expected a run of .*protocol\.steps: expected 9, got"):
+        run_protocol(slides(steps=9), EXPERT, None, 1, films)
+    other = pytest.raises(ConfigurationError, match=r"films\.json: expected .*policy\.policy: expected 'another', got")
+    with monkeypatch.context() as patched, other:
+        patched.setattr(ExpertDriver, "__init__", lambda self: setattr(self, "told", {"policy": "another"}))
+        run_protocol(slides(), EXPERT, None, 1, films)
+    (films.folder / "films.json").unlink()
+    with pytest.raises(ConfigurationError, match=r"_failed.mp4: expected films.json beside films, which says whose th"):
+        run_protocol(slides(), EXPERT, None, 1, films)
+    assert begun == []
+
+
 def test_an_episode_without_a_chunk_is_filmed_too(
     begun: Episodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Sliders, "demonstrate", lambda self: self.place_D * np.nan)
     found = run_protocol(slides(tasks={"all": ("a",)}), EXPERT, None, 1, Films(tmp_path, 1))
     assert (found["successes"], found["environments"]["a"]["malformed"]) == (0, 4)
-    assert [path.name for path in tmp_path.iterdir()] == ["a_10_malformed.mp4"]
+    assert [path.name for path in tmp_path.glob("*.mp4")] == ["a_10_malformed.mp4"]
 
 
 def test_films_that_cannot_be_are_found_before_the_first_episode(begun: Episodes, tmp_path: Path) -> None:
@@ -230,7 +251,7 @@ def test_a_policy_that_does_not_do_the_same_twice_is_told(
     monkeypatch.setattr(Sliders, "demonstrate", lambda self: self.place_D + (0.1 if len(begun) > 4 else -0.1))
     films = Films(tmp_path, 1)
     assert run_protocol(slides(tasks={"all": ("a",)}), EXPERT, None, 1, films)["successes"] == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["a_10_success.mp4"]
+    assert [path.name for path in tmp_path.glob("*.mp4")] == ["a_10_success.mp4"]
     assert "a_10_success.mp4: it had ended otherwise (failed) when it was counted" in capsys.readouterr().err
 
 
@@ -242,7 +263,7 @@ def test_a_protocol_is_a_file_that_names_sets_of_tasks(tmp_path: Path) -> None:
         "hard": 6,
         "very_hard": 5,
     }
-    assert len(set(found.environments)) == 50 and (found.trials, found.steps) == (10, 400)
+    assert len(set(found.environments)) == 50 and (found.trials, found.steps) == (10, 500)
     for wrong, said in (
         ("tasks: {all: [metaworld/easy, metaworld/reach-v3]}", "tasks: expected each once, got metaworld/reach-v3 mor"),
         ("tasks: {all: [metaworld/mt51]}", "tasks: environment metaworld/mt51: expected a task such as"),
