@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.models import DEEP
 
+from ki_vla_ros.errors import ConfigurationError, EngineError
 from training.export.bundle import export_bundle
 from training.export.random_weights import policy_spec, write_checkpoint
-from training.speed import steps
+from training.speed import peers, steps
 from training.speed.__main__ import main
 
 pytestmark = pytest.mark.slow  # exports, and starts processes that import torch
@@ -146,6 +148,32 @@ def test_what_cannot_be_a_peer_is_refused(command: list[str], capsys: pytest.Cap
     assert "--openpi: expected PYTHON:CHECKOUT, with openpi's source at CHECKOUT" in capsys.readouterr().err
     assert main(command[:3]) == 2
     assert "--checkpoint and --bundle: expected both or neither" in capsys.readouterr().err
+    assert main(["peers", "--int8", "anywhere"]) == 2
+    assert "--int8: expected it only with --checkpoint, of which it is an export" in capsys.readouterr().err
+
+
+def chunk() -> np.ndarray:
+    return np.zeros((2, 3), np.float32)
+
+
+def broken() -> np.ndarray:
+    raise EngineError("prefill.pt2: torch failed while running it")
+
+
+@pytest.mark.parametrize("name", [peers.REFERENCE, "lerobot, compile"])
+def test_only_a_way_that_there_is_can_be_left_out(name: str) -> None:
+    calls, failed = dict.fromkeys((peers.REFERENCE, "lerobot, compiled", "mine"), chunk), {"openpi": "not there"}
+    peers.leave_out(["mine", "openpi"], calls, failed)
+    assert calls.keys() == {peers.REFERENCE, "lerobot, compiled"}
+    assert failed == {"openpi": "not there", "mine": "left out, as --without said"}
+    with pytest.raises(ConfigurationError, match=f"--without: expected some of 'lerobot, compiled', got '{name}'"):
+        peers.leave_out([name], calls, failed)
+
+
+def test_a_way_that_fails_at_its_first_chunk_is_a_row_that_says_so() -> None:
+    calls, failed = {peers.REFERENCE: chunk, "ours, torch compiled": broken, "mine": chunk}, dict[str, str]()
+    assert peers.agreement(calls, failed, lambda line: None) == {"mine": 0.0}
+    assert failed == {"ours, torch compiled": "prefill.pt2: torch failed while running it"} and len(calls) == 2
 
 
 @pytest.fixture

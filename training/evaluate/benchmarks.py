@@ -23,7 +23,7 @@ from ki_vla_ros.errors import ConfigurationError
 from ki_vla_ros.robot import Frozen
 from ki_vla_ros.yaml_file import read_yaml
 from training.evaluate.trials import OUTCOMES
-from training.results import read_result, result_path, table
+from training.results import MADE_OF, read_result, result_path, table
 from training.storage import write_whole
 
 RESULTS: Final = Path("docs/results/benchmarks")
@@ -150,7 +150,7 @@ def _described(each: Mapping[str, Any], link: str) -> Iterator[str]:
     size = f", images of {each['image_size']} pixels" if each.get("image_size") else ""
     execute = f", {_count(each['execute'], 'action')} of a chunk" if each.get("execute") else ""
     yield f"{each['date']}; {each['machine']}; commit {each['commit']}. {_count(len(tasks), 'task')}{execute}{size};"
-    whole = "" if each["complete"] else f" Of {each['trials']} trials of each task, the others were not run."
+    whole = "" if each["complete"] else f" {_missing(each)}"
     yield f"seeds from {each['seeds'][0]} on.{whole} {link}"
     worst = sorted((found["success_rate"], task) for task, found in tasks.items() if found["success_rate"] < 1)
     if len(tasks) > 1 and worst:
@@ -158,6 +158,14 @@ def _described(each: Mapping[str, Any], link: str) -> Iterator[str]:
             f"{task.partition('/')[2]} {tasks[task]['successes']} of {tasks[task]['episodes']}" for _, task in worst
         ]
         yield f"Lowest: {', '.join(told[:LOWEST])}."
+
+
+def _missing(each: Mapping[str, Any]) -> str:
+    """What of the protocol was not run: tasks, and trials of those that were."""
+    begun = len(each["environments"])
+    tasks = sum(map(len, each[MADE_OF].get("protocol.tasks", {}).values())) or begun
+    which = "each task" if tasks == begun else f"each of {tasks} tasks, of which {begun} were begun"
+    return f"Of {each['trials']} trials of {which}, the others were not run."
 
 
 def _count(number: int, what: str) -> str:

@@ -36,7 +36,7 @@ from ki_vla_ros.bundle import Bundle, load_bundle
 from ki_vla_ros.console import ExitCode, run_command
 from ki_vla_ros.engines.onnx_engine import OnnxEngine
 from ki_vla_ros.engines.torch_engine import TorchEngine
-from ki_vla_ros.errors import ConfigurationError, EngineError
+from ki_vla_ros.errors import ConfigurationError, EngineError, did_you_mean
 from ki_vla_ros.policy import Policy, longest_input
 from ki_vla_ros.records import ModelInput
 from ki_vla_ros.statistics import ratio_of_medians, spread
@@ -206,9 +206,7 @@ def compare(
             workers.append(worker)
             versions[peer.name] = worker.versions
             calls |= {f"{peer.name}, {way}": partial(worker.call, way) for way in worker.ways}
-        for name in without:
-            if calls.pop(name, None) is not None:
-                failed[name] = "left out, as --without said"
+        leave_out(without, calls, failed)
         differences = agreement(calls, failed, say)
 
         def clock_ns() -> int:
@@ -233,6 +231,18 @@ def compare(
     }
 
 
+def leave_out(without: Sequence[str], calls: dict[str, Callable[[], Actions]], failed: dict[str, str]) -> None:
+    """Move ways from `calls` to `failed`; ConfigurationError for one there is not, and for what all stand beside."""
+    for name in without:
+        if name == REFERENCE or name not in calls.keys() | failed.keys():
+            raise ConfigurationError(
+                f"--without: expected some of {', '.join(repr(each) for each in calls if each != REFERENCE)}, got "
+                f"{name!r}{did_you_mean(name, calls)}"
+            )
+        if calls.pop(name, None) is not None:
+            failed[name] = "left out, as --without said"
+
+
 def _chunk(policy: Policy, given: ModelInput, noise_HA: Actions) -> Actions:
     return policy.denoise(policy.prefill(given), noise_HA, given.state_S)
 
@@ -249,7 +259,7 @@ def agreement(
         say(f"{name}: first chunk")  # which compiles
         try:
             found[name] = float(np.abs(calls[name]() - expected_HA).max())
-        except ConfigurationError as error:
+        except (ConfigurationError, EngineError) as error:  # a worker's, our own engine's
             failed[name] = str(error)
             del calls[name]
     wrong = {name: found[name] for name in found if name != QUANTIZED and not found[name] <= AGREEMENT}
@@ -339,6 +349,8 @@ def chosen_peers(openpi: str | None, lerobot: str | None) -> tuple[list[Peer], d
 def _measure(chosen: argparse.Namespace) -> int:
     if (chosen.checkpoint is None) != (chosen.bundle is None):
         raise ConfigurationError("--checkpoint and --bundle: expected both or neither, got one of them")
+    if chosen.int8 is not None and chosen.checkpoint is None:
+        raise ConfigurationError("--int8: expected it only with --checkpoint, of which it is an export")
     peers, left_out = chosen_peers(chosen.openpi, chosen.lerobot)
 
     def say(line: str) -> None:
