@@ -15,6 +15,7 @@ from ki_vla_ros.errors import ConfigurationError, describe_validation, validatio
 from ki_vla_ros.files import read_text
 
 Record = TypeVar("Record", bound=BaseModel)
+Place = tuple[str | int, ...]  # keys and indices from the outermost on
 LARGEST_YAML: Final = 2 << 20  # PyYAML reads about 0.3 MB per second
 MOST_NODES: Final = 200_000
 MOST_DEPTH: Final = 50
@@ -24,12 +25,18 @@ _COLON: Final = re.compile("expected ':'|mapping values are not allowed")
 
 
 def read_yaml(
-    path: Path, record: type[Record], what: str, examples: str, prepare: Callable[[Any], Any] = lambda content: content
+    path: Path,
+    record: type[Record],
+    what: str,
+    examples: str,
+    prepare: Callable[[Any], Any] = lambda content: content,
+    origin: Callable[[Place], Place] = lambda place: place,
 ) -> Record:
     """Read and check a file; `what` it is and the folder with `examples` of it are named in errors.
 
     ConfigurationError names the file, the key or line, what was expected and what was got. `prepare` may complete the
-    content before it is checked; its own ConfigurationError is told with the file's name.
+    content before it is checked; its own ConfigurationError is told with the file's name. `origin` says where in the
+    file a place of the completed content comes from, () if it is not there: then no line is told.
     """
     cause: Exception
     text = ""
@@ -41,7 +48,7 @@ def read_yaml(
     except OSError as error:
         cause, fault = error, f"expected a YAML file, got one that cannot be read ({error.strerror})"
     except ValidationError as error:
-        place = validation_findings(error)[0].place
+        place = origin(validation_findings(error)[0].place)
         line = f"line {line_of(place, yaml_lines(text))}: " if place else ""
         cause, fault = error, line + describe_validation(error, record)
     except ValueError as error:

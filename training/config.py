@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from ki_vla_ros.bundle import AS_TOKEN, IN_PROMPT, PromptStyle, StateEncoding
 from ki_vla_ros.errors import ConfigurationError, did_you_mean, short_repr
 from ki_vla_ros.robot import ActionPeriod, Frozen, Horizon
-from ki_vla_ros.yaml_file import read_yaml
+from ki_vla_ros.yaml_file import Place, read_yaml
 from training.action_space import Normalization, StateRange
 from training.data import Augmentation
 from training.data.language import LanguageEntry
@@ -625,15 +625,22 @@ def _is_list(value: Any) -> bool:
 def load_config(path: Path) -> TrainingConfig:
     """Read and check a training YAML; ConfigurationError names file, key and fault."""
     laid: list[str] = []
+    common: dict[str, Any] = {}  # what each stage of a recipe has
 
     def prepare(content: Any) -> Any:
         whole = lay_recipe(content, lambda line: print(f"{path}: {line}", file=sys.stderr, flush=True))
         if whole is not content:
             laid.append(f"; the recipe {find_recipe(str(content['recipe']))} is laid over it")
+            common.update(content["stage"])
         return whole
 
+    def origin(place: Place) -> Place:
+        if not laid or place[:1] != ("stages",):
+            return place
+        return ("stage", *place[2:]) if place[2:] and place[2] in common else ()
+
     try:
-        return read_yaml(path, TrainingConfig, "training configuration", "config/training/", prepare)
+        return read_yaml(path, TrainingConfig, "training configuration", "config/training/", prepare, origin)
     except ConfigurationError as error:
         if laid:  # the fault may be there, and no line of this file
             raise ConfigurationError(f"{error}{laid[0]}") from error

@@ -69,6 +69,7 @@ FREE = {
     "sampler",
     "environment",
 }
+NO_FIGURES = "no figures, as no data is held out (held_out, or held_out_share of datasets of five and more episodes)"
 LEARNT_FROM = {"name", "losses", "train", "freeze", "sources", "insulate", "noise_samples"}
 RECORDS = ("figures", "losses")
 
@@ -255,7 +256,7 @@ class Trainer:
         if self.rank == 0:
             self.figure_record.add(stage.name, step, known)
             whole = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if "_error." not in name)
-            print(f"{stage.name}, step {step}: {whole or 'no figures, as no data is held out'}", flush=True)
+            print(f"{stage.name}, step {step}: {whole or NO_FIGURES}", flush=True)
             for name, value in known.items():
                 board.add_scalar(f"figures/{name}", value, self.count_steps(RunState(stage=index, step=step)) - 1)
             self.show()

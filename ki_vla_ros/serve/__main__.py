@@ -30,6 +30,7 @@ from ki_vla_ros.settings import Settings, settings_from_parameters
 from ki_vla_ros.share import find_bundle
 
 ANYONE: Final = "whoever reaches this address can use the policy"
+LAST_PORT: Final = 65535
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +44,8 @@ def _serve(chosen: argparse.Namespace) -> int:
         raise ConfigurationError(
             f"--host {chosen.host}: expected --token-file FILE with it, got none: {ANYONE}; or say --allow-anyone"
         )
+    if not 0 <= chosen.port <= LAST_PORT:
+        raise ConfigurationError(f"--port: expected 0 to {LAST_PORT}, got {chosen.port}")
     settings = settings_from_parameters({name: getattr(chosen, name) for name in ("engine", "provider", "threads")})
     bundle = load_bundle(find_bundle(chosen.bundle))
     robot = bundle.manifest.robot
@@ -71,7 +74,7 @@ async def _until_stopped(server: PolicyServer, name: str, chosen: argparse.Names
 
     try:
         await server.run(chosen.host, chosen.port, stop, ready)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigurationError(
             f"--host {chosen.host} --port {chosen.port}: expected a free port of this machine, got {error}"
         ) from None

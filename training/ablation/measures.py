@@ -26,6 +26,7 @@ from training.losses import targets
 from training.model import VLA, Sampler, last_tokens
 from training.optimizer import select_parameters
 from training.run import Run
+from training.sources import LEAST_EPISODES, Sources
 from training.tokens import location_count
 
 FRAMES: Final = 128  # held-out frames that an error is the mean over
@@ -91,6 +92,16 @@ def can_read_tokens(run: Run) -> bool:
 
 def _note_followed(followed: list[bool], environment: Environment, done: int) -> None:
     followed.append(environment.followed)
+
+
+def check_held_out(data: Sources) -> None:
+    """ConfigurationError unless there is held-out data of the policy's robot: the grid's errors are of it."""
+    held_out = [source for source in data.robot_sources if source in data.held_out]
+    if not any(data.held_out_parts(source, data.embodiment) for source in held_out):
+        raise ConfigurationError(
+            f"run.held_out: expected data of robot {data.robot.name} that is kept apart, got none; name some, or take "
+            f"a dataset of {LEAST_EPISODES} episodes or more with a held_out_share above 0"
+        )
 
 
 def robot_batches(run: Run) -> Iterator[Batch]:

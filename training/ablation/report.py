@@ -169,7 +169,9 @@ def write_report(results: Path) -> list[Path]:
         parts += ["", *section(bench, notes.get(folder.name) or {}, f"{results.name}/{figure.name}")]
     page = results.with_suffix(".md")
     said = notes.get("page")
-    write_whole(page, "\n".join([*HEAD, *([said.strip(), ""] if said else []), *READING, *parts]).rstrip() + "\n")
+    write_whole(
+        page, "\n".join([*head(results.name), *([said.strip(), ""] if said else []), *READING, *parts]).rstrip() + "\n"
+    )
     return [*written, page]
 
 
@@ -185,14 +187,14 @@ def read_notes(path: Path) -> Mapping[str, Any]:
     return found
 
 
-HEAD: Final = (
-    "# Knowledge insulation, compared",
-    "",
-    "Every recipe of `config/training/recipes/` on the same robot data from the same start. This page is written by",
-    "`python -m training.ablate --report` from the files in [ablation/](ablation/); the likely causes, and what stands",
-    "below this paragraph, a person writes into `ablation/notes.yaml`, which nothing overwrites.",
-    "",
-)
+def head(folder: str) -> Iterator[str]:
+    yield from ("# Knowledge insulation, compared", "")
+    yield "Recipes (`config/training/recipes/`) on the same robot data from the same start. This page is written by"
+    yield f"`python -m training.ablate --report` from the files in [{folder}/]({folder}/); the likely causes, and what"
+    yield f"stands below this paragraph, a person writes into `{folder}/notes.yaml`, which nothing overwrites."
+    yield ""
+
+
 READING: Final = (
     "How to read it:",
     "",
@@ -202,8 +204,8 @@ READING: Final = (
     "  than that of as many independent episodes (Wilson; of pairs Agresti and Min). Of one run it is over its",
     "  episodes alone, and does not say what another seed would give. Of three runs it is itself uncertain.",
     "- **Differences** are paired: a seed has the same robot samples in all arms, the same noise where both have as",
-    "  many draws for a chunk (`hybrid_mask` and `oft` have one, the others two), and the same new weights where both",
-    "  have an expert (`oft` and `transfusion` have none). All are judged on the same episodes.",
+    "  many draws for a chunk (`hybrid_mask` and `oft` always have one), and the same new weights where both have an",
+    "  expert (`oft` and `transfusion` have none). All are judged on the same episodes.",
     "- The **learning rate** of each arm is that of a grid with the smallest error of chunks on held-out episodes of",
     "  the robot data, after short runs with a seed that no figure is of. It falls along a cosine over each stage,",
     "  and weights are averaged; points before a run's last say how it goes, not what a shorter run would reach.",
@@ -222,7 +224,7 @@ def section(bench: Bench, causes: Mapping[str, str], figure: str) -> Iterator[st
     if bench.timing:
         seconds = min(told["steps"] * bench.seconds(arm) for arm in bench.arms if arm in bench.timing)
         yield from ("", "### After equally many seconds", "")
-        yield f"{seconds:.0f} s of one core: what the arm with the shortest step takes for all its steps' gradients."
+        yield f"{seconds:.3g} s of one core: what the arm with the shortest step takes for all its steps' gradients."
         yield ""
         yield from outcomes(bench, seconds)
     yield from paper(bench, causes)

@@ -112,6 +112,8 @@ def tidy(out: Path, keep: bool) -> None:
 def train_start(config: AblationConfig) -> dict[str, Any]:
     """The model that all arms begin with, and what it knows. A small one is kept with the results."""
     run = Run(start_config(config))
+    if run.data.robot_sources and not config.run.get("held_out"):  # often that of the arms, which come after minutes
+        measures.check_held_out(run.data)
     run.run()
     policy = run.config.out / POLICY
     if sum(file.stat().st_size for file in policy.iterdir()) <= LARGEST_KEPT:
@@ -136,6 +138,7 @@ def fingerprint(policy: Path) -> str:
 def try_rate(config: AblationConfig, job: Job) -> dict[str, Any]:
     """A short run of the grid; its `error` is None if it diverged."""
     run = Run(training_config(config, job))
+    measures.check_held_out(run.data)
     with only_run(run.config.out):
         try:
             run.trainer.run()
@@ -148,6 +151,7 @@ def try_rate(config: AblationConfig, job: Job) -> dict[str, Any]:
 def train_arm(config: AblationConfig, job: Job) -> dict[str, Any]:
     """A run with all figures of its points; without the policy folder, as not every recipe's can be exported."""
     run = Run(training_config(config, job))
+    measures.check_held_out(run.data)
     with only_run(run.config.out):
         try:
             run.trainer.run()

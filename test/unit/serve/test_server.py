@@ -498,7 +498,7 @@ def test_openpis_own_client_gets_chunks(robot_bundle: tuple[str, Bundle]) -> Non
         (("--prompt", "grasp"), "the bundle's tokenizer does not know"),
         (("--port", "{taken}"), "expected a free port of this machine, got "),
         (("--threads", "0"), "parameter 'threads': "),
-        (("--port", "70000"), "expected a free port of this machine, got "),
+        (("--port", "70000"), "--port: expected 0 to 65535, got 70000"),
     ],
 )
 def test_wrong_arguments_are_refused(

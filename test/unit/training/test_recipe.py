@@ -15,6 +15,8 @@ from training.recipe import lay_recipe, recipe_names
 
 ROBOT, TALK = [{"lerobot": "robot"}], [{"paligemma": "talk.jsonl"}]
 
+STAGE = {"steps": 100, "learning_rate": 1e-3, "sources": {"robot": 4, "talk": 2}, "noise_samples": 2}
+
 
 def run_of(recipe: str, **changes: Any) -> dict[str, Any]:
     return {
@@ -25,7 +27,7 @@ def run_of(recipe: str, **changes: Any) -> dict[str, Any]:
         "sources": {"robot": ROBOT, "talk": TALK},
         "model": {key: value for key, value in SIZES.items() if key != "state"},
         "prompt": {"length": 40},
-        "stage": {"steps": 100, "learning_rate": 1e-3, "sources": {"robot": 4, "talk": 2}, "noise_samples": 2},
+        "stage": STAGE,
     } | changes
 
 
@@ -118,6 +120,20 @@ def test_a_recipe_of_ones_own_and_its_faults(tmp_path: Path, capsys: pytest.Capt
     ):
         with pytest.raises(ConfigurationError, match=fault):
             load(recipe, **changes)
+    for changes, fault in (  # a line of this file, and none where the recipe has the fault
+        (
+            {"stage": STAGE | {"steps": "six"}},
+            r"run\.yaml: line {line}: stages\.0\.steps: expected an integer, got 'six'",
+        ),
+        ({"stage": STAGE | {"sources": {"robot": "four"}}}, r"run\.yaml: line {line}: stages\.0\.sources\.robot: "),
+    ):
+        given = run_of(str(own), **changes)
+        word = "steps:" if changes["stage"]["steps"] == "six" else "robot: four"
+        line = next(n for n, text in enumerate(yaml.safe_dump(given).splitlines(), 1) if word in text)
+        with pytest.raises(ConfigurationError, match=fault.replace("{line}", str(line))):
+            load(f"stages: [{weights}]", **changes)
+    with pytest.raises(ConfigurationError, match=r"run\.yaml: stages\.0\.losses\.flow: "):
+        load("stages: [{name: a, losses: {flow: much}, train: [expert]}]")
     with pytest.raises(
         ConfigurationError, match=r"expected a file, or one of .*joint.*, got 'jont'; did you mean 'joint'"
     ):

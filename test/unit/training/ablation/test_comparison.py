@@ -58,7 +58,7 @@ def changed(path: Path, **changes: Any) -> Path:
     content = (
         yaml.safe_load(path.read_text()) | {"results": str(folder / "results"), "out": str(folder / "out")} | changes
     )
-    other = path.parent / f"{'-'.join(changes)}.yaml"
+    other = path.parent / f"changed-{'-'.join(changes)}.yaml"
     other.write_text(yaml.safe_dump(content))
     return other
 
@@ -389,6 +389,24 @@ def test_runs_from_two_starts_are_refused_and_a_small_start_goes_with_the_result
     monkeypatch.setattr(trial, "LARGEST_KEPT", 1000)
     trial.train_start(config)
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("job", [Job("start"), Job("grid", "ki", 100, 1e-3), Job("run", "ki", 0, 1e-3)])
+def test_without_held_out_robot_data_nothing_is_trained(
+    job: Job, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start is the first that would be, though it needs none itself."""
+    monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("it has begun"))
+    content = yaml.safe_load(tiny.read_text())
+    start = yaml.safe_load(Path(content["start"]).read_text()) | {"held_out_share": 0.0, "out": str(tmp_path / "start")}
+    if job.kind == "start":
+        (tmp_path / "start.yaml").write_text(yaml.safe_dump(start))
+        content["start"] = str(tmp_path / "start.yaml")
+    path = changed(tiny, run=content["run"] | {"held_out_share": 0.0}, start=content["start"])
+    with pytest.raises(
+        ConfigurationError, match=r"run\.held_out: expected data of robot demo_arm that is kept apart, got"
+    ):
+        trial.run_job(load_ablation(path), job, START)
 
 
 def test_a_run_that_was_begun_with_another_rate_is_refused(tiny: Path, tmp_path: Path) -> None:
