@@ -17,6 +17,24 @@ def _print(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def check_engine(settings: Settings, gpu: str = "") -> None:
+    """EngineError or ConfigurationError if this machine cannot have the chosen engine, found without a bundle.
+
+    `gpu`: which one is here, such as sm89; empty: not asked.
+    """
+    if settings.engine in ("tensorrt", "tensorrt_rtx"):
+        from ki_vla_ros.engines.tensorrt_builder import check_gpu
+        from ki_vla_ros.engines.tensorrt_library import load_library
+
+        library = load_library(settings.engine)
+        if gpu:
+            check_gpu(library, gpu)
+    elif settings.engine == "onnx":
+        from ki_vla_ros.engines.onnx_engine import PROVIDERS, check_provider
+
+        check_provider(PROVIDERS[settings.provider])
+
+
 def open_engine(bundle: Bundle, settings: Settings, say: Callable[[str], object] = _print) -> Engine:
     """The chosen engine; only its libraries need to be installed. `say` announces slow work."""
     if settings.policy_server:

@@ -6,7 +6,9 @@ copy nothing but the small x_t, modulation and velocity. Legend: H horizon, A ac
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +37,23 @@ _WHEEL_OF = {CPU: "onnxruntime", CUDA: "onnxruntime-gpu", TENSORRT: "onnxruntime
 _BFLOAT16 = 16  # ONNX's number for the element type; numpy has none
 
 
+def check_provider(provider: str) -> None:
+    """EngineError if the onnxruntime that is installed has not got this execution provider."""
+    if provider not in _DEVICE_OF:
+        raise EngineError(f"onnxruntime provider: expected one of {sorted(_DEVICE_OF)}, got {provider!r}")
+    available = ort.get_available_providers()
+    if provider not in available:
+        raise EngineError(
+            f"onnxruntime provider: expected {provider}, got onnxruntime {ort.__version__} with only {available}; "
+            f"install the wheel {_WHEEL_OF[provider]} in its place"
+        )
+
+
 class OnnxEngine:
     """One bundle on one onnxruntime execution provider; EngineError where this machine does not have it."""
 
     def __init__(self, bundle: Bundle, provider: str = CPU, threads: int = 1, engine_cache: Path | None = None) -> None:
-        if provider not in _DEVICE_OF:
-            raise EngineError(f"onnxruntime provider: expected one of {sorted(_DEVICE_OF)}, got {provider!r}")
-        available = ort.get_available_providers()
-        if provider not in available:
-            raise EngineError(
-                f"onnxruntime provider: expected {provider}, got onnxruntime {ort.__version__} with only {available}; "
-                f"install the wheel {_WHEEL_OF[provider]} in its place"
-            )
+        check_provider(provider)
         if provider == CPU and bundle.manifest.graph.dtype != "float32":
             raise EngineError(
                 f"{bundle.path}: expected a float32 bundle for {CPU}, got {bundle.manifest.graph.dtype}, which it has "
@@ -60,6 +67,10 @@ class OnnxEngine:
             PlanCache(engine_cache)  # made, and nobody else's
             self._options = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(engine_cache)}
             self._options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(engine_cache)}
+        if provider != CPU and hasattr(ort, "preload_dlls"):  # since 1.21
+            # CUDA's libraries that came as wheels are found by nobody else. What it prints is no output of a command.
+            with redirect_stdout(sys.stderr):
+                ort.preload_dlls()
         self._generation = 0
         interface = graph_interface(bundle.manifest)
         self._types = {name: tensor for sides in interface.values() for side in sides for name, tensor in side.items()}

@@ -32,7 +32,7 @@ from ki_vla_ros.engines.base import (
 )
 from ki_vla_ros.engines.cuda import ALIGNMENT, CudaDevice, Device
 from ki_vla_ros.engines.plans import PlanCache
-from ki_vla_ros.engines.tensorrt_builder import Say, dtype_name, find_or_build, gpu_of, plan_key
+from ki_vla_ros.engines.tensorrt_builder import Say, check_gpu, dtype_name, find_or_build, gpu_of, plan_key
 from ki_vla_ros.engines.tensorrt_library import CudaEngine, Library, LibraryName, Log, load_library
 from ki_vla_ros.errors import EngineError
 from ki_vla_ros.records import ModelInput
@@ -65,6 +65,7 @@ def open_tensorrt(bundle: Bundle, library: LibraryName, cache: PlanCache, say: S
 
 def load_plans(bundle: Bundle, library: Library, device: Device, cache: PlanCache, say: Say) -> LoadedPlans:
     gpu = gpu_of(device, library)
+    check_gpu(library, gpu)  # before minutes of hashing and parsing
     log = library.new_log()
     runtime = library.new_runtime(log)
     engines = {}

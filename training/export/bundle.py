@@ -65,14 +65,19 @@ class ExportError(RuntimeError):
 
 
 def export_bundle(
-    checkpoint: Path, out: Path, notes: str = "", with_torch: bool = False, dtype: str = "float32"
+    checkpoint: Path,
+    out: Path,
+    notes: str = "",
+    with_torch: bool = False,
+    dtype: str = "float32",
+    compare: bool = True,
 ) -> Bundle:
     """Write the bundle `out` and return it loaded; an earlier bundle there is replaced once the new one is whole.
 
     `with_torch` adds the programs for the torch engine. A float32 bundle is run and compared with the model. bfloat16
     graphs have no kernels in onnxruntime's CPU provider, so only ONNX's own checker sees them; their programs are run
     and compared with the model in float32, which then has to fit into memory. int8 graphs are for onnxruntime on a CPU,
-    where they are run and compared.
+    where they are run and compared. Without `compare`, for those who do it on their own engine, none is.
     """
     if with_torch and dtype == "int8":
         raise ConfigurationError("--dtype int8: expected a bundle without --torch, whose programs stay float32")
@@ -107,7 +112,9 @@ def export_bundle(
         graph = describe_graphs(model, policy, prompt_rows)
         bundle = write_bundle(folder, policy, graph, tokenizer, model_card(policy, tokenizer, notes, dtype))
         compared = "not compared with torch (bfloat16 does not run on a CPU's onnxruntime; --torch compares)"
-        if dtype == "float32":
+        if not compare:
+            compared = "not compared with torch"
+        elif dtype == "float32":
             errors = [parity_error(model, bundle)]
             if with_torch:
                 errors.append(parity_error(model, bundle, engine=TorchEngine(bundle)))
