@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ def write_programs(graphs: Graphs, folder: Path) -> None:
 
 def save_onnx(graph: nn.Module, inputs: GraphInputs, outputs: Sequence[str], path: Path) -> None:
     """Write one graph, without the trainer's file names and stack traces; large weights go to a file beside it."""
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # no torchvision is needed
     with torch_deprecations_ignored():
         program = torch.onnx.export(
             graph,
