@@ -1,16 +1,19 @@
-"""Work shared out over processes of this machine."""
+"""Work shared out over processes of this machine, or of a Ray cluster."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ki_vla_ros.errors import ConfigurationError
@@ -80,3 +83,58 @@ def _end_with(parent: Connection) -> None:
     with suppress(EOFError, OSError):
         parent.recv()
     os._exit(1)
+
+
+def share_out_on_ray(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], address: str) -> Iterator[Result]:
+    """As `share_out`, each as soon as it is done, on a Ray cluster: as many at a time as it has processors.
+
+    All its machines must see the same files under the same paths. ConfigurationError without a cluster, and if a
+    process of it is lost; what a job raises is raised here.
+    """
+    with ray_cluster(address) as ray:
+        task, here = ray.remote(num_cpus=1, max_retries=0)(_work_in), Path.cwd()
+        most, running = max(1, int(ray.cluster_resources().get("CPU", 1))), list[Any]()
+        for job in jobs:
+            running.append(task.remote(here, work, job))
+            if len(running) >= most:
+                yield _take_from_ray(ray, running, address)
+        while running:
+            yield _take_from_ray(ray, running, address)
+
+
+def _take_from_ray(ray: Any, running: list[Any], address: str) -> Any:
+    (done, *_), _ = ray.wait(running)
+    running.remove(done)
+    try:
+        return ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"--ray {address}: expected it to do its work, got {reason:.200}; run again") from None
+
+
+def _work_in(folder: Path, work: Callable[..., Result], job: tuple[Any, ...]) -> Result:
+    """Ray's processes begin elsewhere; paths on the command line are relative to the caller's folder."""
+    os.chdir(folder)
+    return work(*job)
+
+
+@contextmanager
+def ray_cluster(address: str) -> Iterator[Any]:
+    """The module ray, connected to a cluster; ConfigurationError if there is none."""
+    try:
+        ray: Any = import_module("ray")
+    except ImportError:
+        raise ConfigurationError(
+            "--ray: expected the package ray, which is not installed; python3 -m pip install ray, or use --workers"
+        ) from None
+    try:
+        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": ":".join(sys.path)}})
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"--ray {address}: expected a cluster, got {reason:.200}; try --workers") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ki_vla_ros.errors import ConfigurationError
-from training.workers import _take, share_out
+from training.workers import _take, share_out, share_out_on_ray
 
 
 def test_results_come_in_the_jobs_order_or_as_soon_as_they_are_there() -> None:
@@ -47,6 +47,21 @@ def test_an_error_comes_after_the_results_that_are_there(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="first"):
         _take(done, in_order=False)
     assert len(done) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_a_ray_cluster_does_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it puts a token into the home folder
+    assert sorted(share_out_on_ray(pow, [(2, n) for n in range(4)], "local")) == [1, 2, 4, 8]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").touch()
+    assert list(share_out_on_ray(os.path.exists, [("here",)], "local")) == [True]
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        list(share_out_on_ray(int, [("two",)], "local"))
+    with pytest.raises(ConfigurationError, match="--ray local: expected it to do its work, got "):
+        list(share_out_on_ray(os._exit, [(1,)], "local"))
 
 
 def test_a_process_that_is_killed_is_an_error_that_says_so() -> None:

@@ -9,23 +9,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import cv2
 
-from ki_vla_ros.errors import ConfigurationError, KiVlaError
+from ki_vla_ros.errors import KiVlaError
 from training.convert.parts import clear_part, finish_part
 from training.convert.writer import DiskFull
+from training.workers import ray_cluster
 
 Work = Callable[[Path, Path], None]
 """Converts a bag into a folder that is not there yet; pickled by name."""
@@ -130,18 +129,7 @@ def _attempt_in(folder: Path, work: Work, bag: Path, part: Path) -> Failure | No
 
 def _run_on_ray(jobs: Jobs, work: Work, address: str) -> Iterator[Outcome]:
     """All machines must see bags and dataset under the same paths."""
-    try:
-        ray: Any = import_module("ray")
-    except ImportError:
-        raise ConfigurationError(
-            "--ray: expected the package ray, which is not installed; python3 -m pip install ray, or use --workers"
-        ) from None
-    try:
-        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": ":".join(sys.path)}})
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"--ray {address}: expected a cluster, got {reason:.200}; try --workers") from None
-    try:
+    with ray_cluster(address) as ray:
         task = ray.remote(num_cpus=1, max_retries=0)(_attempt_in)
         here = Path.cwd()
         waiting = {task.remote(here, work, bag, part): bag for bag, part in jobs.items()}
@@ -155,5 +143,3 @@ def _run_on_ray(jobs: Jobs, work: Work, address: str) -> Iterator[Outcome]:
             except ray.exceptions.RayError as error:
                 reason = " ".join(str(error).split())
                 yield bag, Failure(f"bag {bag}: expected Ray to convert it, got {reason:.200}; run the command again")
-    finally:
-        ray.shutdown()

@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rolled.add_argument("--protocol", metavar="NAME", help="a benchmark in place of --environment")
     rolled.add_argument("--out", type=Path, metavar="FILE.json", help="goes on from what is there; default: none")
     rolled.add_argument("--workers", type=int, help="processes; the figures are the same (default 1)")
+    rolled.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster in place of --workers (auto: of this machine)")
     rolled.add_argument("--execute", type=int, metavar="N", help="actions of a chunk; default: half of them")
     rolled.add_argument("--video", type=Path, metavar="FOLDER", help="films of episodes, failures first")
     rolled.add_argument("--videos", type=int, metavar="N", help=f"so many of each environment (default {FILMED})")
@@ -102,7 +103,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         if options.video is not None:
             films = Films(options.video, options.videos or FILMED)
         now = options.episodes if options.protocol else None
-        figures = run_protocol(_protocol(options), chosen, options.out, options.workers or 1, films, now)
+        figures = run_protocol(_protocol(options), chosen, options.out, options.workers or 1, films, now, options.ray)
     else:
         bundle = load_bundle(options.bundle)
         figures = _loop(open_policy(chosen, bundle), options, read_settings(chosen, bundle))
@@ -130,10 +131,11 @@ def _check(options: argparse.Namespace) -> None:
     rolled = bool(options.environment or options.protocol)
     if not rolled and options.bundle is None:
         raise ConfigurationError(f"{_spell(given[0])}: expected --environment or --protocol with it, got neither")
-    in_environments = ("out", "execute", "video", "videos", "seed", "image_size", "workers")
+    in_environments = ("out", "execute", "video", "videos", "seed", "image_size", "workers", "ray")
     misplaced = [
         (("split", "first_scene", "delay_s"), "without --environment and --protocol", rolled),
         (in_environments, "with --environment or --protocol", not rolled),
+        (("ray",), "without --workers", options.workers is not None),
         (("seed",), "without --protocol, which has its own", bool(options.protocol)),
         (("videos",), "with --video", options.video is None),
         (("execute",), "with a policy", bool(options.expert)),

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -26,8 +27,11 @@ from training.evaluate.rollouts import FAILED, MALFORMED, Act, Outcome, rate, ru
 from training.policy import commit
 from training.results import check_result, plain, result_path, write_result
 from training.storage import only_writer
-from training.workers import share_out
+from training.workers import share_out, share_out_on_ray
 
+Ended = tuple[str, int, Outcome]  # of a task and a seed
+Share = Callable[[Callable[..., Ended], Sequence[tuple[Any, ...]]], Iterator[Ended]]
+"""Does work for each of its jobs, wherever; each result as soon as it is there."""
 OUTCOMES: Final = "outcomes"
 FILMS: Final = "films"
 # Of what decides outcomes, what no single episode depends on.
@@ -67,15 +71,20 @@ def run_protocol(
     workers: int = 1,
     films: Films | None = None,
     now: int | None = None,
+    cluster: str | None = None,
 ) -> dict[str, Any]:
     """Run what `out` does not have yet, and return its figures. ConfigurationError if `out` is of anything else.
 
-    `now`: only the first so many trials of each task, so that another run goes on with the others.
+    `workers` are processes of this machine; `cluster`, in their place, is the address of a Ray cluster. `now`: only the
+    first so many trials of each task, so that another run goes on with the others.
     """
     if chosen.expert:
         protocol = protocol.model_copy(update={"execute": 1})
     if films is not None:  # what would fail at the end fails now
         import_module("training.evaluate.films")
+    share: Share = partial(share_out, workers=workers, in_order=False)
+    if cluster is not None:
+        share = partial(share_out_on_ray, address=cluster)
     try:
         driver = _Worker.driver_of(chosen)
         if driver.horizon is not None and (protocol.execute or 1) > driver.horizon:
@@ -85,9 +94,9 @@ def run_protocol(
             films.claim(sheet.made_of)
         with nullcontext() if out is None else only_writer(out):
             sheet.read()
-            _run(sheet, chosen, workers, now)
+            _run(sheet, chosen, share, now)
         if films is not None:
-            _film(sheet, chosen, films, workers)
+            _film(sheet, chosen, films, share)
         return sheet.figures()
     finally:
         _Worker.close()
@@ -189,20 +198,20 @@ def _over(found: list[dict[str, Any]]) -> dict[str, Any]:
     return rate(sum(each["successes"] for each in found), episodes) if episodes else {"episodes": 0, "successes": 0}
 
 
-def _run(sheet: Sheet, chosen: Chosen, workers: int, now: int | None) -> None:
+def _run(sheet: Sheet, chosen: Chosen, share: Share, now: int | None) -> None:
     protocol, seeds = sheet.protocol, sheet.protocol.seeds[:now]
     jobs = [
         (protocol, chosen, task, seed) for task, found in sheet.outcomes.items() for seed in seeds if seed not in found
     ]
     total = len(protocol.environments) * len(seeds)
     with Progress() as progress:
-        for count, (task, seed, outcome) in enumerate(share_out(_run_trial, jobs, workers, in_order=False)):
+        for count, (task, seed, outcome) in enumerate(share(_run_trial, jobs)):
             sheet.add(task, seed, outcome)
             done = total - len(jobs) + count + 1
             progress.show(f"{task}: {done} of {total} episodes", done / total)
 
 
-def _film(sheet: Sheet, chosen: Chosen, films: Films, workers: int) -> None:
+def _film(sheet: Sheet, chosen: Chosen, films: Films, share: Share) -> None:
     """Run the episodes to be shown once more, which end as before: so nobody films all to keep the failures."""
     jobs = [
         (sheet.protocol, chosen, task, seed, films)
@@ -211,7 +220,7 @@ def _film(sheet: Sheet, chosen: Chosen, films: Films, workers: int) -> None:
         if not films.path(task, seed, outcome).exists()
     ]
     with Progress() as progress:
-        for count, (task, seed, outcome) in enumerate(share_out(_run_trial, jobs, workers, in_order=False)):
+        for count, (task, seed, outcome) in enumerate(share(_run_trial, jobs)):
             progress.show(f"{task}: {count + 1} of {len(jobs)} films", (count + 1) / len(jobs))
             if outcome != (counted := sheet.outcomes[task][seed]):
                 progress.keep(

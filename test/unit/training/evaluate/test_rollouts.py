@@ -168,6 +168,8 @@ def test_steps_and_noise_are_those_that_were_asked_for(
         ),
         (("--environment", "arm", "--out", "nowhere/f.json"), "expected a folder at "),
         (("--execute", "2"), "--execute: expected it only with --environment or --protocol"),
+        (("--environment", "arm", "--workers", "2", "--ray", "local"), "--ray: expected it only without --workers"),
+        (("--ray", "local"), "--ray: expected it only with --environment or --protocol"),
         (("--set", "engine"), "--set engine: expected NAME=VALUE, for example executor=rtc"),
         (("--set", "noise_seed=1", "--noise-seed", "2"), "--noise-seed: expected it once, got --set noise_seed=1, too"),
         (("--noise-seed", "-1"), "parameter 'noise_seed': Input should be greater than or equal to 0, got '-1'"),
