@@ -57,6 +57,7 @@ from training.weights import PieceReader, RunState, check_same, newest_checkpoin
 # What may be changed in the middle of a run, beside where data are, and a stage's steps and rates.
 FREE = {
     "name",
+    "made_by",
     "recipe",
     "out",
     "keep",
