@@ -1,5 +1,6 @@
 """The weights' moving average: openpi's sum, in float32, over a whole run and its resumptions."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,20 @@ def test_a_run_goes_on_with_its_average_only(tmp_path: Path) -> None:
         toy_trainer(tmp_path / "without", ema=DECAY).load()
     with pytest.raises(ConfigurationError, match=r"ema\.action_in\.bias: expected none, .* got \[\d+\]"):
         toy_trainer(tmp_path / "with", toy_stage(train=["backbone"], losses={"fast": 1.0}), ema=DECAY).load()
+
+
+def test_remarks_may_change_while_a_run_goes_on(tmp_path: Path) -> None:
+    """Also where an earlier version has noted them as what the run is of."""
+    begun = toy_trainer(tmp_path, made_by="as in docs/data.md")
+    begun.run()
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    resumed = toy_trainer(tmp_path, made_by="as in docs/environments.md")
+    assert resumed.load()[0].stage == 1, "it had come to its end"
+    file = newest / "state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps(state | {"made_of": state["made_of"] | {"made_by": "by hand", "workers": 7}}))
+    assert toy_trainer(tmp_path).load()[0].stage == 1
+    file.write_text(json.dumps(state | {"made_of": state["made_of"] | {"seed": 77}}))
+    with pytest.raises(ConfigurationError, match="seed: expected 0, as this configuration says, got 77"):
+        toy_trainer(tmp_path).load()
