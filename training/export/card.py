@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from ki_vla_ros.bundle import PolicySpec
+from training.recipe import recipe_names
 
 STATE_WAYS = {
     "text": "as text in the prompt",
@@ -53,6 +54,11 @@ def model_card(policy: PolicySpec, tokenizer: Tokenizer, notes: str, dtype: str)
         "",
         f"- Made: {policy.created}, recipe: {origin.recipe}, seed {origin.seed}, code {origin.commit}.",
     ]
+    if (name := origin.recipe.partition(" ")[0]) in recipe_names():
+        lines.append(
+            f"- How a small model of this recipe fares beside the paper's others, from one start: `{name}` in "
+            "docs/results/ablation.md of ki_vla_ros."
+        )
     lines += [f"- Data fingerprint: {origin.data_fingerprint}."]
     if origin.figures:
         lines += [

@@ -292,6 +292,14 @@ def test_pi05_libero_does_not_see_the_state(tmp_path: Path, tokenizer: Tokenizer
     assert "finger1, finger2; the policy does not see it." in model_card(spec, tokenizer, "", "float32")
 
 
+@pytest.mark.parametrize(("said", "row"), [("ki (knowledge insulation)", True), ("kind of our own", False)])
+def test_the_model_card_names_its_recipes_row(tmp_path: Path, tokenizer: Tokenizer, said: str, row: bool) -> None:
+    spec = imported(tmp_path, DROID, droid_statistics(np.random.default_rng(0)))
+    of_recipe = spec.model_copy(update={"provenance": spec.provenance.model_copy(update={"recipe": said})})
+    card = model_card(of_recipe, tokenizer, "", "float32")
+    assert ("from one start: `ki` in docs/results/ablation.md" in card) == row
+
+
 def test_the_model_card_says_what_actions_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cards = [
         model_card(imported(tmp_path, robot, stats), tokenizer, "", "float32")
