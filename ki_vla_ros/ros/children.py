@@ -24,6 +24,8 @@ from ki_vla_ros.share import PROFILE_VARIABLES, find_share
 STOP_LIMIT_S: Final = 8.0
 LOG_TAIL_LINES: Final = 12
 PR_SET_PDEATHSIG: Final = 1
+# Fast DDS gives each process the first number whose port is free; on one machine ROS 2 looks at these.
+PARTICIPANTS: Final = 32
 # People choose low numbers by hand; from 102 on, a domain's ports lie in Linux's range of ephemeral ports.
 DOMAINS: Final = range(61, 102)
 
@@ -80,7 +82,7 @@ class Children:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_begin_child,
+                preexec_fn=begin_child,
             )
         child = Child(name, process, log)
         self._children.append(child)
@@ -104,10 +106,10 @@ class Children:
                     process.wait(max(0.0, deadline_s - time.monotonic()))
 
 
-def _begin_child() -> None:
-    """Runs in the child before exec: has the kernel kill it if the demo dies without a chance to stop it.
+def begin_child() -> None:
+    """Runs in the child before exec: has the kernel kill it if its parent dies without a chance to stop it.
 
-    It also restores SIGINT, by which the demo stops its children: a shell's background job ignores that signal, and its
+    It also restores SIGINT, by which it is stopped: a shell's background job ignores that signal, and its
     children inherit this.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -154,10 +156,15 @@ def free_domain() -> int:
 
 
 def is_free(domain: int) -> bool:
-    """Whether the domain's first participant port is free (DDSI-RTPS 9.6.1: 7400 + 250 * domain + 10)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind(("", 7400 + 250 * domain + 10))
-        except OSError:
-            return False
+    """Whether no process is in the domain: the discovery port of each participant is free.
+
+    Of all, since the first one to come may be the first to go. DDSI-RTPS 9.6.1: 7400 + 250 * domain + 10 + 2 * number.
+    """
+    for number in range(PARTICIPANTS):
+        port = 7400 + 250 * domain + 10 + 2 * number
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                return False
     return True

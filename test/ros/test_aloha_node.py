@@ -30,6 +30,7 @@ from support.waiting import PATIENCE_S
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ki_vla_ros.robot.robot import find_robot, read_robot
+from ki_vla_ros.ros.children import begin_child
 from ki_vla_ros.sim.aloha.demonstrator import Demonstrator
 from ki_vla_ros.sim.aloha.node import PARTS
 from ki_vla_ros.sim.aloha.teleoperator import Teleoperator
@@ -122,7 +123,7 @@ def test_the_robot_file_names_what_the_node_has() -> None:
 @pytest.fixture
 def aloha(ros_environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "ki_vla_ros.sim.aloha.node", "--ros-args", "-p", "scene_seed:=5", *SMALL]
-    process = subprocess.Popen(command, env=ros_environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=ros_environment, stderr=subprocess.PIPE, text=True, preexec_fn=begin_child)
     with process:
         yield process
         process.send_signal(signal.SIGINT)

@@ -29,6 +29,7 @@ from std_srvs.srv import Trigger
 from support.waiting import PATIENCE_S
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
+from ki_vla_ros.ros.children import begin_child
 from ki_vla_ros.runtime.paths import trajectory_from_message
 from ki_vla_ros.sim.demonstrator import Demonstrator
 from ki_vla_ros.sim.simulation import Pace, image_message
@@ -194,7 +195,9 @@ class Client:
 @pytest.fixture
 def arm(ros_environment: dict[str, str], request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
     arguments = ["--ros-args", "-p", "image_size:=64", "-p", "scene_seed:=5", *getattr(request, "param", ())]
-    process = subprocess.Popen([*COMMAND, *arguments], env=ros_environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], env=ros_environment, stderr=subprocess.PIPE, text=True, preexec_fn=begin_child
+    )
     with process:
         yield process
         process.send_signal(signal.SIGTERM)

@@ -51,11 +51,13 @@ def test_a_dead_child_is_reported_with_the_end_of_its_log(tmp_path: Path, monkey
         assert child.last_error() == "hot"
 
 
-def test_a_domain_with_a_participant_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [0, 1, 7], ids=["the first", "the second", "a late one"])
+def test_a_domain_with_a_participant_is_not_free(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Whichever: those that came before it may be gone."""
     free = free_domain()
     monkeypatch.setattr("ki_vla_ros.ros.children.DOMAINS", range(free, free + 1))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as participant:
-        participant.bind(("", 7400 + 250 * free + 10))
+        participant.bind(("", 7400 + 250 * free + 10 + 2 * number))
         with pytest.raises(ConfigurationError, match="no free ROS domain"):
             free_domain()
     assert free_domain() == free

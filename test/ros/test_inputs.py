@@ -20,6 +20,7 @@ from support.waiting import PATIENCE_S, until
 
 from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.replay.__main__ import main as replay
+from ki_vla_ros.ros.children import begin_child
 from ki_vla_ros.settings.session import read_session
 
 IMAGES, STATES = ("/camera/scene/image_raw", "/camera/wrist/image_raw"), ("/joint_states", "/hand/states", "/tool_pose")
@@ -73,7 +74,7 @@ def parts_bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 def recorder(ros_environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     command = [sys.executable, "-m", "ki_vla_ros.record", "--out", str(tmp_path / "bag"), "--writer", "own"]
     environment = {**ros_environment, "PYTHONPATH": f"{ROOT}:{ros_environment.get('PYTHONPATH', '')}"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=begin_child) as process:
         yield process, tmp_path / "bag"
         process.kill()
 

@@ -22,6 +22,7 @@ from ki_vla_ros.bags.bag import open_bag
 from ki_vla_ros.bundle.folder import load_bundle
 from ki_vla_ros.messages.decoding import camera_frame, decode
 from ki_vla_ros.replay.__main__ import main as replay
+from ki_vla_ros.ros.children import begin_child
 from ki_vla_ros.settings.session import read_session
 
 
@@ -84,7 +85,9 @@ class Recording:
         command = [sys.executable, "-m", "ki_vla_ros.record", "--out", str(self.bag), *arguments]
         environment = {**environment, "PYTHONPATH": f"{ROOT}:{environment.get('PYTHONPATH', '')}"}
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=begin_child
+            )
 
     @property
     def output(self) -> str:

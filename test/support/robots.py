@@ -30,6 +30,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ki_vla_ros.errors import InputError
+from ki_vla_ros.ros.children import begin_child
 from ki_vla_ros.ros.qos import LATCHED, SENSOR
 from ki_vla_ros.runtime.paths import CommandedPath
 from support import ROOT
@@ -221,7 +222,9 @@ class PolicyProcess:
         command = [sys.executable, *program, "--ros-args", *given, *arguments]
         with (output or self._log).open("w") as log:
             environment = {**environment, "PYTHONPATH": str(ROOT)}
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=begin_child
+            )
 
     @property
     def output(self) -> str:

@@ -18,7 +18,7 @@ from ki_vla_ros.demo import __main__ as demo
 from ki_vla_ros.demo.driver import SESSION, TOPICS
 from ki_vla_ros.errors import BundleError
 from ki_vla_ros.messages.decoding import decode
-from ki_vla_ros.ros.children import is_free
+from ki_vla_ros.ros.children import begin_child, is_free
 from ki_vla_ros.settings.session import read_session
 from ki_vla_ros.share import find_share
 
@@ -113,7 +113,9 @@ def test_a_child_that_cannot_start_ends_the_run_with_its_message(
 
 def test_a_domain_in_use_is_refused(tmp_path: Path, given: list[str], ros_environment: dict[str, str]) -> None:
     arguments = ["--ros-args", "-p", "image_size:=32"]
-    arm = subprocess.Popen([sys.executable, "-m", "ki_vla_ros.sim.arm_node", *arguments], env=ros_environment)
+    arm = subprocess.Popen(
+        [sys.executable, "-m", "ki_vla_ros.sim.arm_node", *arguments], env=ros_environment, preexec_fn=begin_child
+    )
     try:
         until(lambda: not is_free(int(ros_environment["ROS_DOMAIN_ID"])), "the simulated arm's participant")
         process = start([*given, "--no-video"], ros_environment)
