@@ -17,7 +17,7 @@ from typing import Any, Final
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
-from lifecycle_msgs.srv import ChangeState
+from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.client import Client
@@ -34,6 +34,7 @@ from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.messages import DIAGNOSTICS as DIAGNOSTICS_TYPE
 from ki_vla_ros.messages import IMAGE, JOINT_STATE, TEXT, TRAJECTORY
 from ki_vla_ros.ros.qos import EVENT, EVERYTHING, LATCHED, SENSOR
+from ki_vla_ros.ros.services import AGAIN_S, ask, change_state
 from ki_vla_ros.settings import session_topic
 
 POLICY: Final = "policy"
@@ -62,6 +63,8 @@ TOPICS: Final[Mapping[str, tuple[type[Any], str]]] = {
 DISCOVERY_LIMIT_S: Final = 5.0
 START_LIMIT_S: Final = 60.0
 ANSWER_LIMIT_S: Final = 15.0
+# The simulator gives a reset up itself after 10 s; before that, a second one would come on top.
+RESET_AGAIN_S: Final = 12.0
 
 RecordMessage = Callable[[str, int, bytes], None]
 
@@ -94,6 +97,7 @@ class Driver:
         self._node = Node("demo")
         self._instruct = self._node.create_publisher(String, INSTRUCTION, EVENT)
         self._change_state: Client[Any, Any] = self._node.create_client(ChangeState, f"/{POLICY}/change_state")
+        self._get_state: Client[Any, Any] = self._node.create_client(GetState, f"/{POLICY}/get_state")
         self._set_parameters: Client[Any, Any] = self._node.create_client(
             SetParametersAtomically, f"/{ARM}/set_parameters_atomically"
         )
@@ -135,7 +139,7 @@ class Driver:
 
     def wait_until_up(self) -> None:
         """Waits for both children's services and for the policy's subscription to instructions."""
-        for client in (self._reset, self._set_parameters, self._change_state):
+        for client in (self._reset, self._set_parameters, self._get_state, self._change_state):
             self._wait(client.service_is_ready, f"service {client.srv_name}", START_LIMIT_S)
         self._wait(lambda: self._instruct.get_subscription_count() > 0, f"subscriber to {INSTRUCTION}", START_LIMIT_S)
 
@@ -169,7 +173,7 @@ class Driver:
         result = self._call(self._set_parameters, request, ANSWER_LIMIT_S).result
         if not result.successful:
             raise KiVlaError(f"{ARM} refused the scene's parameters: {result.reason}")
-        answer = self._call(self._reset, Trigger.Request(), ANSWER_LIMIT_S)
+        answer = self._call(self._reset, Trigger.Request(), 2.0 * RESET_AGAIN_S, RESET_AGAIN_S)
         if not answer.success:
             raise KiVlaError(f"{ARM} did not reset: {answer.message}")
         status: dict[str, Any] = json.loads(answer.message)
@@ -232,19 +236,26 @@ class Driver:
                 self._overruns = int({entry.key: entry.value for entry in status.values}["overruns"])
 
     def _transition(self, number: int, name: str, limit_s: float) -> None:
-        request = ChangeState.Request(transition=Transition(id=number))
-        if not self._call(self._change_state, request, limit_s).success:
+        made = change_state(self._change_state, self._get_state, number, limit_s, self._until)
+        if not given(made, f"answer from {self._change_state.srv_name}", limit_s):
             raise KiVlaError(f"the policy could not {name}")
 
-    def _call(self, client: Any, request: Any, limit_s: float) -> Any:
-        future = client.call_async(request)
-        self._wait(future.done, f"answer from {client.srv_name}", limit_s)
-        return future.result()
+    def _call(self, client: Any, request: Any, limit_s: float, again_s: float = AGAIN_S) -> Any:
+        return given(ask(client, request, limit_s, self._until, again_s), f"answer from {client.srv_name}", limit_s)
 
     def _wait(self, condition: Callable[[], bool], what: str, limit_s: float) -> None:
+        self._until(condition, limit_s)
+        given(condition() or None, what, limit_s)
+
+    def _until(self, condition: Callable[[], bool], limit_s: float) -> None:
         deadline_s = time.monotonic() + limit_s
-        while not condition():
+        while not condition() and time.monotonic() < deadline_s:
             self._check_children()
-            if time.monotonic() > deadline_s:
-                raise KiVlaError(f"no {what} within {limit_s:g} s; is the machine overloaded?")
             time.sleep(0.005)
+
+
+def given(what: Any, name: str, limit_s: float) -> Any:
+    """What was waited for; KiVlaError if it is None."""
+    if what is None:
+        raise KiVlaError(f"no {name} within {limit_s:g} s; is the machine overloaded?")
+    return what

@@ -33,6 +33,7 @@ from ki_vla_ros.robot import ACTIONS
 from ki_vla_ros.ros import COMMAND_KINDS, endpoint_name, publishers
 from ki_vla_ros.ros.process import cannot_start, check_domain
 from ki_vla_ros.ros.qos import EVENT, LATCHED, SENSOR
+from ki_vla_ros.ros.services import ask
 from ki_vla_ros.settings import (
     CommandTopic,
     Session,
@@ -45,8 +46,8 @@ from ki_vla_ros.settings import (
 )
 from ki_vla_ros.share import PROFILE_VARIABLES
 
-# How long discovery of the node, of everything else, and a service's answer may take.
-FIRST_S, DISCOVERY_S, ANSWER_S = 5.0, 2.0, 3.0
+# How long discovery of the node, of everything else, and a service's answer may take, and when it is asked again.
+FIRST_S, DISCOVERY_S, ANSWER_S, AGAIN_S = 5.0, 2.0, 3.0, 1.0
 KINDS: Mapping[str, Any] = {
     IMAGE: Image,
     COMPRESSED_IMAGE: CompressedImage,
@@ -122,9 +123,7 @@ class Graph:
             self._spin_until(client.service_is_ready, ANSWER_S)
             if not client.service_is_ready():
                 return None
-            future = client.call_async(request)
-            self._spin_until(future.done, ANSWER_S)
-            return future.result() if future.done() else None
+            return ask(client, request, ANSWER_S, self._spin_until, AGAIN_S)
         finally:
             self.node.destroy_client(client)
 

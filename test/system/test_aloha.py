@@ -26,12 +26,18 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
+def told(done: subprocess.CompletedProcess[str], out: Path) -> str:
+    """What the command printed, and the end of each of its processes' logs."""
+    ends = [f"{log.name}:\n{log.read_text()[-2000:]}" for log in sorted((out / "log").glob("*.log"))]
+    return "\n".join([done.stdout, done.stderr, *ends])
+
+
 def test_one_command_demonstrates_records_converts_replays_and_moves(
     ros_environment: dict[str, str], tmp_path: Path
 ) -> None:
     done = run("--episodes", "1", "--live", "2", "--rate", "10", "--out", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out"
+    assert done.returncode == 0, told(done, out)
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["demonstrations"]) == 1 and "handed over" in summary["demonstrations"][0]
     assert set(summary["replayed"]) == set(PARTS) and min(summary["replayed"].values()) > 0
@@ -55,7 +61,7 @@ def test_one_command_demonstrates_records_converts_replays_and_moves(
 
     # The same bundle judged: it moves the arms, and hands nothing over.
     judged = run("--bundle", "out/bundle", "--episodes", "1", "--rate", "10", "--out", "judged", cwd=tmp_path)
-    assert judged.returncode == 0, judged.stdout + judged.stderr
+    assert judged.returncode == 0, told(judged, tmp_path / "judged")
     summary = json.loads((tmp_path / "judged" / "summary.json").read_text())
     (episode,) = summary["episodes"]
     assert episode.startswith("episode 2, scene_seed 1000000: failed with reward ")

@@ -27,7 +27,7 @@ MAY_IMPORT["report"] = ()
 MAY_IMPORT["serve"] = (*MAY_IMPORT["policy"], "engines", "policy")
 MAY_IMPORT["ros"] = (*MAY_IMPORT["runtime"], "runtime", "bags", "serve")
 MAY_IMPORT["replay"] = (*MAY_IMPORT["runtime"], "runtime", "bags", "report")
-MAY_IMPORT["sim"] = (*GROUND, "robot", "messages", "runtime.paths", "ros.process", "ros.qos")
+MAY_IMPORT["sim"] = (*GROUND, "robot", "messages", "runtime.paths", "ros.process", "ros.qos", "ros.services")
 COMMANDS = ("doctor", "bench", "demo")
 for command in COMMANDS:
     MAY_IMPORT[command] = (*MAY_IMPORT["ros"], "ros", "report", "sim", "survey")
@@ -49,6 +49,7 @@ OPEN_FILES = {
     "ros.process": "needs no other part of ros/, and rclpy only when a node runs",
     "ros.children": "needs no rclpy",
     "ros.qos": "only QoS, for robots, which are not the policy node",
+    "ros.services": "for robots and their operators, who need no other part of ros/",
     "runtime.paths": "the controller model, for sim/, which must not see the policy's runtime",
     "bags.writer": "writing needs none of the readers",
 }

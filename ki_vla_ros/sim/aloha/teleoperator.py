@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import numpy as np
 from lifecycle_msgs.msg import Transition
-from lifecycle_msgs.srv import ChangeState
+from lifecycle_msgs.srv import ChangeState, GetState
 from numpy.typing import NDArray
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParametersAtomically
@@ -39,10 +39,12 @@ from ki_vla_ros.errors import ConfigurationError, KiVlaError
 from ki_vla_ros.records import NS_PER_S, to_ns
 from ki_vla_ros.ros.process import run_node
 from ki_vla_ros.ros.qos import EVENT, LATCHED
+from ki_vla_ros.ros.services import AGAIN_S, ask, change_state
 from ki_vla_ros.sim.aloha.demonstrator import PERIOD_S, Demonstration, Demonstrator
 from ki_vla_ros.sim.aloha.node import NODE_NAME as SIMULATION
 from ki_vla_ros.sim.aloha.node import PARTS
 from ki_vla_ros.sim.aloha.world import HIGHEST_REWARD, JOINTS, LARGEST_SEED, TIME_LIMIT_S, Scene
+from ki_vla_ros.sim.simulation import RESET_LIMIT_S
 from ki_vla_ros.statistics import wilson_95
 
 NODE_NAME: Final = "aloha_teleoperator"
@@ -79,6 +81,7 @@ class Teleoperator(Node):
         )
         self._reset: Client[Any, Any] = self.create_client(Trigger, f"{SIMULATION}/reset")
         self._change_state: Client[Any, Any] = self.create_client(ChangeState, f"{POLICY}/change_state")
+        self._get_state: Client[Any, Any] = self.create_client(GetState, f"{POLICY}/get_state")
         self.create_subscription(String, f"{SIMULATION}/status", self._on_status, LATCHED)
 
     def close(self) -> None:
@@ -90,7 +93,8 @@ class Teleoperator(Node):
         for client in (self._set_parameters, self._reset):
             self._wait(client.service_is_ready, f"service {client.srv_name}")
         if self._demonstrator is None:
-            self._wait(self._change_state.service_is_ready, f"service {self._change_state.srv_name}")
+            for client in (self._get_state, self._change_state):
+                self._wait(client.service_is_ready, f"service {client.srv_name}")
             self._transition(Transition.TRANSITION_CONFIGURE, "configure; was it started with autostart:=false?")
         commands = [publisher.topic for publisher in self._commands]
         self._wait(
@@ -104,7 +108,8 @@ class Teleoperator(Node):
         result = self._call(self._set_parameters, request).result
         if not result.successful:
             raise KiVlaError(f"{SIMULATION} refused scene_seed {seed}: {result.reason}")
-        answer = self._call(self._reset, Trigger.Request())
+        # The simulation gives a reset up itself after a time; before that, a second one would come on top.
+        answer = self._call(self._reset, Trigger.Request(), ANSWER_LIMIT_S, RESET_LIMIT_S + AGAIN_S)
         if not answer.success:
             raise KiVlaError(f"{SIMULATION} did not reset: {answer.message}")
         self._status = json.loads(answer.message)
@@ -140,8 +145,8 @@ class Teleoperator(Node):
         self._transition(Transition.TRANSITION_DEACTIVATE, "deactivate")
 
     def _transition(self, number: int, name: str) -> None:
-        request = ChangeState.Request(transition=Transition(id=number))
-        if not self._call(self._change_state, request, CONFIGURE_LIMIT_S).success:
+        made = change_state(self._change_state, self._get_state, number, CONFIGURE_LIMIT_S, self._until)
+        if not given(made, f"answer from {self._change_state.srv_name}", CONFIGURE_LIMIT_S):
             raise KiVlaError(f"the node {POLICY} could not {name}")
 
     def _send(self, position_J: NDArray[np.float64]) -> None:
@@ -168,19 +173,28 @@ class Teleoperator(Node):
                 raise KiVlaError(f"/clock stands still for {ANSWER_LIMIT_S:g} s; does {SIMULATION} still run?")
             self._executor.spin_once(timeout_sec=min((end_ns - now_ns) / NS_PER_S, 0.1))
 
-    def _call(self, client: Client[Any, Any], request: Any, limit_s: float = ANSWER_LIMIT_S) -> Any:
-        future = client.call_async(request)
-        self._wait(future.done, f"answer from {client.srv_name}", limit_s)
-        return future.result()
+    def _call(
+        self, client: Client[Any, Any], request: Any, limit_s: float = ANSWER_LIMIT_S, again_s: float = AGAIN_S
+    ) -> Any:
+        return given(ask(client, request, limit_s, self._until, again_s), f"answer from {client.srv_name}", limit_s)
 
     def _wait(self, condition: Callable[[], bool], what: str, limit_s: float = ANSWER_LIMIT_S) -> None:
+        self._until(condition, limit_s)
+        given(condition() or None, what, limit_s)
+
+    def _until(self, condition: Callable[[], bool], limit_s: float) -> None:
         deadline_s = time.monotonic() + limit_s
-        while not condition():
+        while not condition() and time.monotonic() < deadline_s:
             if self._stop.is_set():
                 raise KeyboardInterrupt
-            if time.monotonic() > deadline_s:
-                raise KiVlaError(f"no {what} within {limit_s:g} s; does {SIMULATION} run in this ROS domain?")
             self._executor.spin_once(timeout_sec=0.1)
+
+
+def given(what: Any, name: str, limit_s: float) -> Any:
+    """What was waited for; KiVlaError if it is None."""
+    if what is None:
+        raise KiVlaError(f"no {name} within {limit_s:g} s; does {SIMULATION} run in this ROS domain?")
+    return what
 
 
 def argument_parser() -> argparse.ArgumentParser:
