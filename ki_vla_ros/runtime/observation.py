@@ -216,6 +216,9 @@ class ObservationBuffer:
                 at = self._parts.index(part)
                 self._parts[at : at + 1] = [part.of(here), part.of(set(part.index) - here)]
                 known.plans.clear()
+            # Not as they came first: a replay, which may meet them otherwise, tells their stamps apart by their order.
+            topics = list(self._topics)
+            self._parts.sort(key=lambda part: (topics.index(part.topic), min(part.index)))
             plan = [(part, _places(part, place_of)) for part in self._parts if part.index[0] in here]
             known.plans = {**(known.plans if len(known.plans) < KINDS_KEPT else {}), names: plan}
             ours = {self._signals[m].part for m in here}

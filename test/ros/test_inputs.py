@@ -139,4 +139,4 @@ def test_parts_are_put_together_recorded_and_replayed(
     metrics = json.loads((tmp_path / "replay" / "metrics.json").read_text())
     assert metrics["bag"]["topics"]["state hand/states"] == "/hand/states"
     parity = metrics["parity"]
-    assert parity["chunks"] >= 5 and parity["max_difference"] < 1e-3, parity
+    assert parity["chunks"] >= 5 and parity["max_difference"] < 1e-3, json.dumps(parity, indent=1)

@@ -71,6 +71,16 @@ def test_each_part_is_as_it_was_at_the_images() -> None:
     assert (status.count, status.age_ns) == (6, 29 * MS), "of the part that is behind"
 
 
+@pytest.mark.parametrize("first", [["a", "b", "grip"], ["grip", "b", "a"], ["b", "grip", "a"], ["grip", "a", "b"]])
+def test_parts_have_one_order_whichever_came_first(first: list[str]) -> None:
+    """A replay, whose bag may begin with another part than the node, tells their stamps apart by their order."""
+    buffer = make_buffer()
+    for n, name in enumerate([*first, *first]):
+        add(buffer, 10 + n, **{name: 0.01})
+    came = {name: NOW + (10 + len(first) + n) * MS for n, name in enumerate(first)}
+    assert buffer.latest(NOW + 20 * MS, AGE).joint_ns == (came["a"], came["b"], came["grip"])
+
+
 def test_parts_from_two_topics_and_fields() -> None:
     """The same name on two topics is two signals; a third is a velocity."""
     signals = (
