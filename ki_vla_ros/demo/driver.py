@@ -244,14 +244,15 @@ class Driver:
         return given(ask(client, request, limit_s, self._until, again_s), f"answer from {client.srv_name}", limit_s)
 
     def _wait(self, condition: Callable[[], bool], what: str, limit_s: float) -> None:
-        self._until(condition, limit_s)
-        given(condition() or None, what, limit_s)
+        given(self._until(condition, limit_s) or None, what, limit_s)
 
-    def _until(self, condition: Callable[[], bool], limit_s: float) -> None:
+    def _until(self, condition: Callable[[], bool], limit_s: float) -> bool:
+        """Whether it came true in time."""
         deadline_s = time.monotonic() + limit_s
-        while not condition() and time.monotonic() < deadline_s:
+        while not (true := condition()) and time.monotonic() < deadline_s:
             self._check_children()
             time.sleep(0.005)
+        return true
 
 
 def given(what: Any, name: str, limit_s: float) -> Any:

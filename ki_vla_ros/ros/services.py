@@ -16,7 +16,7 @@ from lifecycle_msgs.srv import ChangeState, GetState
 from rclpy.client import Client
 
 # Returns when the condition is true, or after so many seconds; it may raise. The caller's, who spins in his own way.
-Wait = Callable[[Callable[[], bool], float], None]
+Wait = Callable[[Callable[[], bool], float], object]
 AGAIN_S: Final = 3.0
 GOALS: Final = {
     Transition.TRANSITION_CONFIGURE: State.PRIMARY_STATE_INACTIVE,
